@@ -1,0 +1,218 @@
+"""The configuration file, its dotted overrides, and the `data` section.
+
+A run is described by one YAML file. Every key can be overridden on the command line by its dotted
+name (`data.sources.0.path=train.jsonl`). An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.errors import UserError
+
+SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train", "deepspeed", "checkpoint",
+            "evaluation", "monitor")
+
+Split = Literal["train", "validation", "test"]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class NlrxSource(Section):
+    """Pairs drawn from the embedded NL-RX grammar."""
+
+    type: Literal["nlrx"]
+    split: Split = "train"
+    records: int = Field(gt=0)
+    """Number of records generated."""
+    seed: int = 0
+    """Seed of the generator; the same seed and index always give the same record."""
+
+
+class JsonSource(Section):
+    """JSON lines: one object a line, with named columns or a `messages` list."""
+
+    type: Literal["json"]
+    split: Split = "train"
+    path: str | None = None
+    """The file. May be left open in a shared configuration and given on the command line."""
+    views: dict[str, str] | None = None
+    """View -> column, or `messages.ROLE`. Default: the column of the view's name, or, where a line has
+    `messages`, the user's message for the first view and the assistant's for the last."""
+
+
+Source = Annotated[NlrxSource | JsonSource, Field(discriminator="type")]
+
+
+class TokenizerConfig(Section):
+    """Either `vocab_size` (train sentencepiece on the corpus) or `path` (take an existing one over)."""
+
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Pieces, special tokens and bytes included."""
+    model_type: Literal["bpe", "unigram"] | None = None
+    """Of the trained tokenizer; default bpe."""
+    path: str | None = None
+    """A sentencepiece `.model`, a `tokenizer.json`, or a local Hugging Face folder."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizerConfig":
+        if (self.vocab_size is None) == (self.path is None):
+            raise ValueError("give exactly one of vocab_size (train one) and path (take one over)")
+        if self.path is not None and self.model_type is not None:
+            raise ValueError("model_type is for a trained tokenizer; it cannot act beside path")
+        return self
+
+
+class DataConfig(Section):
+    """The corpus: where it comes from, and the shards it becomes."""
+
+    path: str
+    """Folder of the prepared shards."""
+    sources: list[Source] = Field(default=[])
+    views: tuple[str, str] = ("text", "code")
+    """The views of a record: the context (a question, a description) and the target (its answer)."""
+    tokenizer: TokenizerConfig
+    sequence_length: int = Field(default=512, ge=8)
+    """Positions in a packed row. Records that cannot fit one in any layout are dropped and counted."""
+    lm_views: Literal["all", "last"] = "all"
+    """Which views take next-token labels: every one, or only the last (the answer)."""
+    validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training sources held out for validation, chosen by the target view's text, so that
+    no target stands on both sides."""
+    on_malformed: Literal["fail", "drop"] = "fail"
+    """A line that is no record (not JSON, not UTF-8, a view that is no text) stops the preparation, or is
+    dropped and counted."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes of the preparation; default: one per core."""
+
+    def preparation(self) -> dict[str, Any]:
+        """The settings that determine the shards: two equal values mean equal shards."""
+        return self.model_dump(mode="json", exclude={"path", "lm_views", "workers"})
+
+
+def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
+    """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML.
+
+    `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no mapping of keys; it should start with `name:`")
+    apply_overrides(config, overrides)
+    unknown = [key for key in config if key not in SECTIONS]
+    if unknown:
+        raise UserError(_unknown_key(str(unknown[0]), SECTIONS, str(path)))
+    if isinstance(config.get("name"), str):
+        config["name"] = re.sub(r"\{([\w.]+)\}", lambda found: str(_look_up(config, found[1])), config["name"])
+    return config
+
+
+def apply_overrides(config: dict[str, Any], overrides: list[str]) -> None:
+    """Set each `dotted.key=value` in the plain values of a configuration. Raises UserError for one that cannot be read."""
+    for override in overrides:
+        _override(config, override)
+
+
+def _override(config: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"cannot read the override {override!r}: write key=value, such as train.steps=100")
+    node: Any = config
+    *parents, last = key.split(".")
+    for position, part in enumerate(parents):
+        node = _child(node, part, key)
+        if not isinstance(node, dict | list):
+            raise UserError(f"{key}: {'.'.join(parents[: position + 1])} is a single value, it has no keys below it")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: cannot read the value {value!r} as YAML") from None
+    if isinstance(node, list):
+        _child(node, last, key)
+        node[int(last)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"{key}: {part!r} is no entry of that list, which has {len(node)} (counted from 0)")
+        return node[int(part)]
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _look_up(config: dict[str, Any], key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if node is None or isinstance(node, dict | list):
+        raise UserError(f"name: {{{key}}} names no single value of this configuration")
+    return node
+
+
+Model = typing.TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: Any, where: str = "") -> Model:
+    """Build a section from plain values; the first mistake becomes a UserError that names its dotted key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([where] * bool(where) + [str(part) for part in first["loc"] if part not in ("nlrx", "json")])
+        if first["type"] == "extra_forbidden":
+            raise UserError(_unknown_key(key, [f"{where}.{known}" if where else known for known in known_keys(model)])) from None
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+        raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given}") from None
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys below a section; entries of a list stand under `0`."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for section, below in _sections(field.annotation, prefix + name):
+            keys += known_keys(section, below + ".")
+    return keys
+
+
+def _sections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str]]:
+    origin = typing.get_origin(annotation)
+    if isinstance(annotation, type) and origin is None and issubclass(annotation, BaseModel):
+        return [(annotation, prefix)]
+    if origin is list:
+        prefix += ".0"
+    if origin in (list, typing.Union, types.UnionType, Annotated):
+        return [found for part in typing.get_args(annotation) for found in _sections(part, prefix)]
+    return []
+
+
+def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
+    pattern = re.sub(r"\.\d+\b", ".0", key)
+    nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
+    return f"unknown key {key!r}{f' in {where}' if where else ''}" + (f"; the nearest known one is {nearest[0]!r}" if nearest else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,275 @@
+"""From sources to shards: units of work over several processes, restartable, identical for any number of them.
+
+The folder `data.path` ends up with `manifest.json`, `tokenizer/` and one shard per unit and split. Until the
+manifest stands, `.partial/` holds a report per finished unit; a run that finds them goes on with the rest.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.config import DataConfig, JsonSource
+from data_prep.errors import UserError
+from data_prep.files import sha256_file, write_json
+from data_prep.shards import FORMAT, MANIFEST, positions_needed, read_manifest, write_shard
+from data_prep.sources import Reader, Unit, open_source
+from data_prep.tokenizer import Tokenizer, take_over, train
+
+SAMPLE_CHARACTERS = 20_000_000
+"""Text read to train a tokenizer; more changes no piece worth having."""
+EXAMPLES = 5
+"""Places named per reason for dropping a record."""
+REASONS = {
+    "malformed": "the line is no record",
+    "empty": "no view holds text",
+    "one_sided": "a view holds no text",
+    "too_long": "the record does not fit a row of data.sequence_length in every layout",
+}
+
+
+def prepare(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Prepare the corpus of `config` unless it stands already; return its manifest.
+
+    Raises UserError for anything the user can mend; what was finished by then is kept for the next run.
+    """
+    if not config.sources:
+        raise UserError("data.sources is empty: name at least one source")
+    folder = Path(config.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            return _prepare(config, folder, say)
+    except OSError as error:
+        raise UserError(f"cannot write the corpus to {folder}: {error.strerror or error}"
+                        f"{f' ({error.filename})' if error.filename else ''}") from None
+
+
+def _prepare(config: DataConfig, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    readers = _open_sources(config)
+    settings = {"data": config.preparation(), "files": _source_hashes(config)}
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        _check_same_settings(manifest["settings"], settings, folder)
+        say(f"{folder} is prepared already, nothing to do: {_summary(manifest)}")
+        return manifest
+    partial = folder / ".partial"
+    _resume_or_restart(partial, settings, say)
+    units = [Unit(source, *bounds) for source, reader in enumerate(readers) for bounds in reader.units()]
+    tokenizer = _tokenizer(config, readers, units, folder, say)
+    reports = _run_units(config, folder, units, say)
+    manifest = _manifest(config, settings, tokenizer, reports)
+    _check_not_empty(manifest)
+    write_json(folder / MANIFEST, manifest)
+    shutil.rmtree(partial)
+    say(f"prepared {folder}: {_summary(manifest)}")
+    for reason, drop in manifest["dropped"].items():
+        say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {', '.join(drop['first'])}")
+    return manifest
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing {folder}; wait for it, or choose another data.path") from None
+        yield
+
+
+def _open_sources(config: DataConfig) -> list[Reader]:
+    return [open_source(source, config.views, f"data.sources.{index}") for index, source in enumerate(config.sources)]
+
+
+def _source_hashes(config: DataConfig) -> dict[str, str]:
+    return {source.path: sha256_file(Path(source.path)) for source in config.sources if isinstance(source, JsonSource)}
+
+
+def _check_same_settings(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    if stored == wanted:
+        return
+    changed = [f"data.{key}" for key in wanted["data"] if stored["data"].get(key) != wanted["data"][key]]
+    what = " and ".join(changed) or f"the content of {' or '.join(wanted['files'])}"
+    raise UserError(f"{folder} was prepared with another {what}; choose another data.path, or remove that folder to prepare it anew")
+
+
+def _resume_or_restart(partial: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
+    stored = partial / "settings.json"
+    if stored.exists():
+        if json.loads(stored.read_text()) == settings:
+            say(f"going on with an interrupted preparation: {len(list(partial.glob('unit-*.json')))} units are done")
+            return
+        say("the interrupted preparation had other settings: starting afresh")
+        shutil.rmtree(partial)
+        shutil.rmtree(partial.parent / "tokenizer", ignore_errors=True)
+        for shard in partial.parent.glob("*.arrow"):
+            shard.unlink()
+    partial.mkdir(exist_ok=True)
+    write_json(stored, settings)
+
+
+def _tokenizer(config: DataConfig, readers: list[Reader], units: list[Unit], folder: Path, say: Callable[[str], None]) -> Tokenizer:
+    final = folder / "tokenizer"
+    if final.exists():
+        return Tokenizer.load(final)
+    temporary = folder / ".partial" / "tokenizer"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    if config.tokenizer.path is not None:
+        say(f"taking over the tokenizer {config.tokenizer.path}")
+        take_over(Path(config.tokenizer.path), temporary)
+    else:
+        kind = config.tokenizer.model_type or "bpe"
+        say(f"training a sentencepiece {kind} tokenizer of {config.tokenizer.vocab_size:,} pieces")
+        train(_sample(config, readers, units), config.tokenizer.vocab_size, temporary, kind)
+    os.replace(temporary, final)
+    return Tokenizer.load(final)
+
+
+def _sample(config: DataConfig, readers: list[Reader], units: list[Unit]) -> Iterator[str]:
+    """Text of the training split for the tokenizer: whole units, spread evenly over the corpus."""
+    characters = 0
+    for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):
+        for record in readers[unit.source].read(unit.start, unit.stop):
+            if record.views is None or not all(record.views) or _split(config, unit, record.views) != "train":
+                continue
+            yield from record.views
+            characters += sum(map(len, record.views))
+        if characters > SAMPLE_CHARACTERS:
+            return
+
+
+def _split(config: DataConfig, unit: Unit, views: tuple[str, ...]) -> str:
+    """The split of a record: its source's, but for the held-out share of the training records, drawn by the target."""
+    split = config.sources[unit.source].split
+    if split == "train" and config.validation_fraction:
+        draw = int.from_bytes(hashlib.sha256(views[-1].encode()).digest()[:8]) / 2**64
+        return "validation" if draw < config.validation_fraction else "train"
+    return split
+
+
+def _run_units(config: DataConfig, folder: Path, units: list[Unit], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run the units that have no report yet; return all reports in the order of the units."""
+    reports = [folder / ".partial" / f"unit-{index:05d}.json" for index in range(len(units))]
+    todo = [index for index, report in enumerate(reports) if not report.exists()]
+    workers = min(config.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
+    say(f"tokenizing {len(todo)} of {len(units)} units in {workers} {'process' if workers == 1 else 'processes'}")
+    # forkserver: the workers start from a clean process, and quickly
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool, \
+            tqdm(total=len(todo), unit="unit", disable=len(todo) < 2, mininterval=1) as bar:
+        serialized = config.model_dump_json()
+        running = [pool.submit(_run_unit, serialized, index, units[index]) for index in todo]
+        try:
+            for done in as_completed(running):
+                done.result()
+                bar.update()
+        except BrokenProcessPool:
+            raise UserError("a worker process of the preparation was killed (out of memory?); "
+                            "start the same command again, or with a smaller data.workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [json.loads(report.read_text()) for report in reports]
+
+
+@cache
+def _worker(serialized: str) -> tuple[DataConfig, list[Reader], Tokenizer]:
+    """What every unit of a process needs, opened once."""
+    config = DataConfig.model_validate_json(serialized)
+    return config, _open_sources(config), Tokenizer.load(Path(config.path) / "tokenizer")
+
+
+def _run_unit(serialized: str, index: int, unit: Unit) -> None:
+    """Tokenize one unit; write a shard per split and, last, the report that says that they stand."""
+    config, readers, tokenizer = _worker(serialized)
+    reader = readers[unit.source]
+    dropped: dict[str, dict[str, Any]] = {}
+
+    def drop(reason: str, position: int) -> None:
+        entry = dropped.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += 1
+        if len(entry["first"]) < EXAMPLES:
+            entry["first"].append(reader.where(unit.start, position))
+
+    kept = []
+    for record in reader.read(unit.start, unit.stop):
+        if record.views is None:
+            if config.on_malformed == "fail":
+                raise UserError(f"{reader.where(unit.start, record.position)}: {record.problem}; "
+                                "mend the line, or drop such lines with data.on_malformed=drop")
+            drop("malformed", record.position)
+        elif not all(map(str.strip, record.views)):
+            drop("one_sided" if any(map(str.strip, record.views)) else "empty", record.position)
+        else:
+            kept.append(record)
+    tokens = [tokenizer.encode_batch([record.views[view] for record in kept]) for view in range(len(config.views))]
+    lengths = np.array([[len(ids) for ids in view] for view in tokens]).reshape(len(config.views), -1).T
+    fits = positions_needed(lengths) <= config.sequence_length
+    members: dict[str, list[int]] = {}
+    for row, record in enumerate(kept):
+        if fits[row]:
+            members.setdefault(_split(config, unit, record.views), []).append(row)
+        else:
+            drop("too_long", record.position)
+    folder = Path(config.path)
+    shards = {
+        split: write_shard(folder / f"{split}-{index:05d}.arrow",
+                           {name: [view[row] for row in rows] for name, view in zip(config.views, tokens, strict=True)},
+                           tokenizer.vocab_size)
+        for split, rows in members.items()
+    }
+    write_json(folder / ".partial" / f"unit-{index:05d}.json", {"shards": shards, "dropped": dropped})
+
+
+def _manifest(config: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    splits: dict[str, Any] = {}
+    dropped: dict[str, Any] = {}
+    for report in reports:
+        for split, shard in report["shards"].items():
+            splits.setdefault(split, []).append(shard)
+        for reason, drop in report["dropped"].items():
+            entry = dropped.setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += drop["count"]
+            entry["first"] = (entry["first"] + drop["first"])[:EXAMPLES]
+    return {
+        "format": FORMAT,
+        "views": list(config.views),
+        "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "settings": settings,
+        "splits": {split: {
+            "records": sum(shard["records"] for shard in shards),
+            "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in config.views},
+            "longest": {view: max(shard["longest"][view] for shard in shards) for view in config.views},
+            "positions_needed": max(shard["positions_needed"] for shard in shards),
+            "shards": shards,
+        } for split, shards in splits.items()},
+        "dropped": dropped,
+    }
+
+
+def _check_not_empty(manifest: dict[str, Any]) -> None:
+    if manifest["splits"]:
+        return
+    reasons = "; ".join(f"{drop['count']:,} {reason} ({REASONS[reason]}; the first: {drop['first'][0]})"
+                        for reason, drop in manifest["dropped"].items())
+    raise UserError(f"no record is left: {reasons or 'the sources hold no line'}; "
+                    "check data.views and the columns of the sources, and data.sequence_length")
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    splits = ", ".join(f"{split} {entry['records']:,} records with {sum(entry['tokens'].values()):,} tokens"
+                       for split, entry in manifest["splits"].items())
+    return f"{splits}; vocabulary {manifest['tokenizer']['vocab_size']:,}"

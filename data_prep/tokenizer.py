@@ -1,0 +1,399 @@
+"""Text to token ids and back.
+
+`train` makes a tokenizer from text, `take_over` adopts an existing one, and both leave a self-contained folder
+for `Tokenizer.load`:
+
+    tokenizer.json          Hugging Face format, for `tokenizers` and AutoTokenizer
+    tokenizer_config.json   names pad, bos, eos and sep; makes AutoTokenizer read their literals as plain text
+    tokenizer.model         only where the tokenizer is a sentencepiece model; ids then come from it, because on one
+                            thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents, and are equal
+
+Neither torch nor transformers is imported, so worker processes start fast.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from data_prep.errors import UserError
+
+# Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sentencepiece.set_min_log_level(2)  # else building a normaliser prints to stderr
+
+LITERALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
+SPACE = "\u2581"  # how sentencepiece writes a blank inside pieces
+# Sentencepiece cannot tell a U+2581 in the text from a blank, so it is escaped by U+241B, which escapes itself too.
+ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
+# Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
+# and only exact sums make both choose the same among equally likely segmentations (long runs of one character).
+SCORE_STEPS = 32
+SENTENCE = r"[^\n]{1,1000}"  # sentencepiece drops training sentences above 4192 bytes without a word
+ODD_TEXTS = [
+    "", " ", "  two  blanks ", "\ttab\nline\r\n\n end \n", "a\0b\x01\x7f\x85\xa0", "1234567890 3.14 \u0663\u00bd",
+    "e\u0301 \u0e33 \u1100\u1161 \ufb01 \u0130", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\u2581 \u2581\u241b_\u241be\u2585", "<s></s><pad><sep><unk><0x41>", " <s> a</s>b <pad> <sep>",
+    "\ufeff\ufffd\uffff",
+    *(character * count for character in " a-0(\n\u00e9\u2581\U0001f44d" for count in (2, 3, 7, 40)),
+    *("".join(map(chr, random.Random(i).choices(range(*block), k=20))) for i in range(30) for block in (
+        (32, 127), (0, 0x300), (0x2c0, 0x380), (0x2000, 0x2c00), (0x3000, 0xd800), (0xe000, 0x20000)))]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
+UNIGRAM, BPE = 1, 2  # its model types
+
+
+class Tokenizer:
+    """A tokenizer read from its folder; pickles as the folder's path and is read again on unpickling.
+
+    pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
+    vocab_size: all ids are below it, specials included; not padded to a multiple.
+    fingerprint: sha256 (hex) over all that determines the ids.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder).absolute()
+        config = _read_json(self.folder / "tokenizer_config.json")
+        spec = _read_json(self.folder / "tokenizer.json")
+        id_of = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        ids = {name: id_of.get(_content(config.get(f"{name}_token"))) for name in LITERALS}
+        if None in ids.values() or len(set(ids.values())) < len(ids):
+            raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
+                            "make the folder with `train` or `take_over`")
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = ids.values()
+        self._special_ids = set(ids.values())
+        vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
+        self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
+
+        model_path = self.folder / "tokenizer.model"
+        self._sentencepiece = _open_sentencepiece(model_path) if model_path.exists() else None
+        self._tokenizers = None if self._sentencepiece else _open_tokenizers(spec, self.folder / "tokenizer.json")
+        source = model_path if self._sentencepiece else self.folder / "tokenizer.json"
+        self.fingerprint = hashlib.sha256(source.read_bytes() + json.dumps(ids).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Reads a folder of `train` or `take_over`. Raises UserError where it is not one."""
+        return cls(folder)
+
+    def __reduce__(self):
+        return Tokenizer, (self.folder,)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without any special token; literals like "<s>" are plain text.
+
+        Runs on one thread. Raises UserError for a text with a lone surrogate, which has no UTF-8 form.
+        """
+        try:
+            if self._sentencepiece:
+                return self._sentencepiece.encode(texts, num_threads=1)
+            return _encode_tokenizers(self._tokenizers, texts)
+        except (TypeError, UnicodeEncodeError):
+            bad = [text for text in texts if re.search("[\ud800-\udfff]", text)]
+            if not bad:
+                raise
+            raise UserError(f"text with a lone surrogate cannot be tokenized: {bad[0][:80]!r}; repair it") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special ids are skipped. Of ids which are no valid UTF-8, the bad bytes become U+FFFD."""
+        ids = [int(i) for i in ids if int(i) not in self._special_ids]
+        return (self._sentencepiece or self._tokenizers).decode(ids)
+
+
+def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str = "bpe") -> Tokenizer:
+    """Trains a lossless "bpe" or "unigram" sentencepiece model and writes its folder.
+
+    Every text decodes to itself: blanks are kept, nothing is normalised, and characters outside the vocabulary
+    become their UTF-8 bytes. Equal texts give equal files. vocab_size counts the 5 specials and 256 bytes.
+    All texts are held in memory. Raises UserError for an empty corpus or a vocab_size too large or too small.
+    """
+    if model_type not in ("bpe", "unigram"):
+        raise UserError(f"tokenizer model_type is {model_type!r}; give 'bpe' or 'unigram'")
+    sample = []  # doubles as the text on which the conversion is checked
+    proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
+    return _write_sentencepiece(proto, Path(folder), ODD_TEXTS + sample, f"{folder}: the new tokenizer")
+
+
+def take_over(path: Path, folder: Path) -> Tokenizer:
+    """Adopts a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
+
+    Ids stay as they are. Of pad, bos, eos and sep those it lacks, shares (pad = eos) or would encode text to are
+    appended as new special tokens. Raises UserError where `path` is none of these or cannot be kept exactly.
+    """
+    source, folder = _find_tokenizer(Path(path)), Path(folder)
+    if folder.resolve() == source.parent.resolve():
+        raise UserError(f"{folder}: the tokenizer would be taken over into its own folder; choose another one")
+    if source.suffix == ".json":
+        return _take_over_json(source, folder)
+    _open_sentencepiece(source)  # names what is wrong with it, which parsing does not
+    proto, odd_texts = _parse_proto(source.read_bytes()), list(ODD_TEXTS)
+    pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
+    odd_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
+    odd_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
+    return _write_sentencepiece(proto, folder, odd_texts, str(source))
+
+
+def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]):
+    failure = []  # sentencepiece would turn an exception of `texts` into a RuntimeError of its own
+
+    def sentences() -> Iterator[str]:
+        try:
+            for text in texts:
+                for sentence in re.findall(SENTENCE, text):
+                    if len(sample) < 1000 and not sentence.isspace():
+                        sample.append(sentence)
+                    yield sentence
+        except BaseException as error:
+            failure.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=model, model_type=model_type, vocab_size=vocab_size,
+            normalizer=_normalizer(ESCAPES, escape_whitespaces=True), byte_fallback=True, split_digits=True,
+            allow_whitespace_only_pieces=True, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=LITERALS["pad"],
+            bos_piece=LITERALS["bos"], eos_piece=LITERALS["eos"], control_symbols=LITERALS["sep"],
+            required_chars="<>/0123456789ABCDEFxpadunkse",  # all of reserved pieces, see `_unigram_json`
+            num_threads=1, minloglevel=2)  # the thread count alters the scores
+    except RuntimeError as error:
+        if failure:
+            raise failure[0] from None
+        raise UserError(_why_training_failed(str(error), vocab_size, sample)) from None
+
+    proto = _parse_proto(model.getvalue())
+    if model_type == "unigram":
+        for piece in proto.pieces:
+            piece.score = round(piece.score * SCORE_STEPS) / SCORE_STEPS
+    undo = _normalizer([(b, a) for a, b in ESCAPES], escape_whitespaces=False)
+    proto.denormalizer_spec.ParseFromString(undo.serialized_normalizer_spec())
+    return proto
+
+
+def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> str:
+    if not sample or "all_chars_count" in message:
+        return "tokenizer training: the corpus holds no text; check the input files and fields"
+    if largest := re.search(r"Please set it to a value <= (\d+)", message):
+        return (f"tokenizer vocab_size {vocab_size} is too large for the corpus: "
+                f"the largest possible is {largest[1]}; lower it or give more text")
+    if smallest := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
+        return (f"tokenizer vocab_size {vocab_size} is too small: specials, bytes and the characters of the corpus "
+                f"alone are {smallest[1]}; raise it to at least that")
+    return "tokenizer training: sentencepiece says " + " ".join(message.split())
+
+
+def _write_sentencepiece(proto, folder: Path, texts: list[str], where: str) -> Tokenizer:
+    content = proto.SerializeToString()
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    spec = _convert(proto, where)
+    ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id()}
+    declared = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    config = _give_specials(spec, declared, where)
+    _check(spec, lambda batch: model.encode(batch, num_threads=1), texts, where)
+    return _write(folder, spec, config, content)
+
+
+def _convert(proto, where: str) -> dict:
+    """A sentencepiece model as the content of a tokenizer.json, with equal ids."""
+    rules, trained = proto.normalizer_spec, proto.trainer_spec
+    if (trained.model_type not in (UNIGRAM, BPE) or any(piece.type == UNUSED for piece in proto.pieces)
+            or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix):
+        raise UserError(f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
+                        "supported; train a new tokenizer")
+    escaped, normalizers = False, []
+    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
+        escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
+    if escaped:
+        normalizers += [_replace(old, new) for old, new in ESCAPES]
+    elif rules.precompiled_charsmap:
+        table = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
+    if rules.remove_extra_whitespaces:
+        normalizers += [_replace(rf"\A +|[ {SPACE}]+\z", "", "Regex"), _replace(" {2,}", " ", "Regex")]
+    if rules.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append(_replace(" ", SPACE))
+
+    decoders = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if rules.add_dummy_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if escaped:
+        decoders += [_replace(new, old) for old, new in reversed(ESCAPES)]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [_added_token(i, p.piece, p.type != USER_DEFINED) for i, p in enumerate(proto.pieces)
+                         if p.type in (UNKNOWN, CONTROL, USER_DEFINED)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": None,
+        "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto)}
+
+
+def _bpe_json(proto) -> dict:
+    # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
+    # merges that is every split of every piece, in the order of the scores.
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    merges = [(-score, rank, cut, piece[:cut], piece[cut:]) for rank, (piece, score) in enumerate(scores.items())
+              for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
+    return {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN), "fuse_unk": True,
+            "byte_fallback": proto.trainer_spec.byte_fallback, "ignore_merges": False,
+            "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
+            "merges": [[left, right] for *_, left, right in sorted(merges)]}
+
+
+def _unigram_json(proto) -> dict:
+    # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
+    # a very low score they always lose to single characters, as these all are pieces (`required_chars`).
+    low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
+    return {"type": "Unigram", "unk_id": [piece.type for piece in proto.pieces].index(UNKNOWN),
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+            "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces]}
+
+
+def _normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool):
+    return sentencepiece.SentencePieceNormalizer(
+        norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces)
+
+
+def _parse_proto(content: bytes):
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which encoding does not
+
+    return sentencepiece_model_pb2.ModelProto.FromString(content)
+
+
+def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())}); "
+                        "give one, or a tokenizer.json") from None
+
+
+def _take_over_json(source: Path, folder: Path) -> Tokenizer:
+    # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
+    spec = _read_json(source) | {"truncation": None, "padding": None, "post_processor": None}
+    original, declared = _open_tokenizers(spec, source), {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (source.parent / name).exists():
+            tokens = _read_json(source.parent / name)
+            declared |= {key: content for key in LITERALS if (content := _content(tokens.get(f"{key}_token")))}
+    if spec["model"].get("type") == "Unigram":  # as in `_unigram_json`
+        low = min(score for _, score in spec["model"]["vocab"]) - 1000
+        specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
+        spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
+    config = _give_specials(spec, declared, str(source))
+    mine = [token["content"] for token in spec["added_tokens"]]
+    _check(spec, lambda batch: _encode_tokenizers(original, batch),
+           [text for text in ODD_TEXTS if not any(literal in text for literal in mine)], str(source))
+    return _write(folder, spec, config)
+
+
+def _give_specials(spec: dict, declared: dict[str, str], where: str) -> dict:
+    """Content of tokenizer_config.json; special tokens which are missing are appended to `spec`."""
+    tokenizer = _open_tokenizers(spec, where)
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    unknown = spec["model"].get("unk_token")
+    if spec["model"].get("unk_id") is not None:
+        unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
+
+    chosen = {}
+    for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
+        for literal in (LITERALS[name], declared.get(name)):  # the last one wins
+            free = literal in specials and literal not in (unknown, *chosen.values())
+            if free and not _in_text(tokenizer, literal):
+                chosen[name] = literal
+    for name, literal in LITERALS.items():
+        if name not in chosen:
+            while literal in vocab:
+                literal = f"<|{literal[1:-1]}|>"
+            chosen[name], vocab[literal] = literal, 1 + max(vocab.values())
+            spec["added_tokens"].append(_added_token(vocab[literal], literal, special=True))
+
+    tokenizer = _open_tokenizers(spec, where)
+    for token in spec["added_tokens"]:
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise UserError(f"{where}: token {token['content']!r} cannot have id {token['id']}, the library gives "
+                            f"{tokenizer.token_to_id(token['content'])}; repair added_tokens or the vocabulary")
+    config = {f"{name}_token": chosen[name] for name in LITERALS} | ({"unk_token": unknown} if unknown else {})
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
+                     "clean_up_tokenization_spaces": False}
+
+
+def _in_text(tokenizer: tokenizers.Tokenizer, literal: str) -> bool:
+    batch = _encode_tokenizers(tokenizer, [literal, f" {literal}", f"a {literal} b"])
+    return any(tokenizer.token_to_id(literal) in ids for ids in batch)
+
+
+def _check(spec: dict, reference: Callable[[list[str]], list[list[int]]], texts: list[str], where: str) -> None:
+    encoded = _encode_tokenizers(_open_tokenizers(spec, where), texts)
+    for text, ids, expected in zip(texts, encoded, reference(texts), strict=True):
+        if ids != expected:
+            raise UserError(f"{where}: cannot be written as a tokenizer.json with equal ids, the first text which "
+                            f"differs is {text[:80]!r}; give a tokenizer.json instead or train a new tokenizer")
+
+
+def _write(folder: Path, spec: dict, config: dict, model: bytes | None = None) -> Tokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in ("tokenizer_config.json", "tokenizer.model"):
+        (folder / stale).unlink(missing_ok=True)
+    if model is not None:
+        (folder / "tokenizer.model").write_bytes(model)
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return Tokenizer.load(folder)
+
+
+def _open_tokenizers(spec: dict, where) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: not a usable tokenizer.json ({' '.join(str(error).split())}); "
+                        "write it anew with save_pretrained") from None
+    tokenizer.encode_special_tokens = True  # a literal of a special token is plain text
+    return tokenizer
+
+
+def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _find_tokenizer(path: Path) -> Path:
+    candidates = [path]
+    if path.is_dir():
+        candidates = list(path.glob("tokenizer.json")) or list(path.glob("*.model"))
+    if len(candidates) == 1 and candidates[0].is_file() and candidates[0].suffix in (".json", ".model"):
+        return candidates[0]
+    raise UserError(f"{path}: no tokenizer there; give a sentencepiece .model, a tokenizer.json, "
+                    "or a folder with a tokenizer.json or one .model")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
+    if not isinstance(content, dict) or path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content):
+        raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
+    return content
+
+
+def _content(token: str | dict | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _replace(old: str, new: str, kind: str = "String") -> dict:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+def _added_token(token_id: int, content: str, special: bool) -> dict:
+    # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
+    return {"id": token_id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": SPACE in content, "special": special}

@@ -1,0 +1,6 @@
+"""Evaluate: `launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [task.test=FILE key=value ...]`."""
+
+from pretrain.evaluation.job import main
+
+if __name__ == "__main__":
+    main()

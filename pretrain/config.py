@@ -1,0 +1,230 @@
+"""The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from data_prep.config import DataConfig, Section, load_yaml, validate
+from data_prep.errors import UserError
+
+COMPUTED_BY_THE_PROJECT = {
+    "train_batch_size": "train.global_batch_rows",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
+    "gradient_accumulation_steps": "train.global_batch_rows and train.micro_batch_rows",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "train.learning_rate, train.betas, train.weight_decay",
+    "scheduler": "train.schedule and train.warmup_fraction",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "steps_per_print": "monitor.log_every",
+    "tensorboard": "monitor.tensorboard",
+}
+RESTING_WITHOUT_PAIRS = ("weight", "predictor_tokens", "distance", "temperature", "dropout")
+
+
+class ModelConfig(Section):
+    """What is trained."""
+
+    family: Literal["llama"] | None = None
+    shape: dict[str, Any] | None = None
+    """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
+    configuration. The vocabulary and the special tokens come from the corpus."""
+    init_from: str | None = None
+    """An export or another local Hugging Face folder to start from, instead of random weights."""
+    attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
+    """auto: FlexAttention on CUDA, SDPA with the visibility mask on CPU."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        if self.init_from is None and (self.family is None or self.shape is None):
+            raise ValueError("give family and shape (random weights) or init_from (a folder to start from)")
+        if self.init_from is not None and (self.family is not None or self.shape is not None):
+            raise ValueError("family and shape come with the folder of init_from: leave them out")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: next-token loss, plus weight times the auxiliary term."""
+
+    name: Literal["next_token", "llm_jepa"]
+    layout: Literal["joint", "independent"] = "joint"
+    """joint: the target follows the context, as in [BOS context SEP][target EOS]. independent: two documents."""
+    weight: float = Field(default=1.0, gt=0)
+    """lambda, the weight of the JEPA term."""
+    predictor_tokens: int = Field(default=1, ge=0, le=12)
+    """k: predictor tokens behind the context; 0 reads the context's own last token."""
+    distance: Literal["cosine", "info_nce"] = "cosine"
+    """cosine: the paper's 1 - cos. info_nce: contrastive, against all targets of the micro step over all ranks."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of info_nce; default 0.07."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Loss dropout: the share of records that sit out the JEPA term in an epoch."""
+
+    @model_validator(mode="after")
+    def _can_act(self) -> "ObjectiveConfig":
+        if self.temperature is not None and self.distance != "info_nce":
+            raise ValueError("temperature acts on distance info_nce only; leave it out")
+        return self
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the objective has a term on pairs of views."""
+        return self.name != "next_token"
+
+
+class TrainConfig(Section):
+    """How long, in what batches, and with which optimizer."""
+
+    steps: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    records: int | None = Field(default=None, gt=0)
+    epochs: int | None = Field(default=None, gt=0)
+    """The budget: exactly one of the four. Tokens are corpus tokens, without copies, predictor tokens or padding."""
+    global_batch_rows: int = Field(gt=0)
+    """Rows of one optimizer step, over all ranks."""
+    micro_batch_rows: int = Field(gt=0)
+    """Rows of one forward pass on one rank."""
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
+    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the budget in which the rate rises linearly to learning_rate."""
+    decay_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the budget at the end in which warmup_stable_decay falls; default 0.2."""
+    final_rate: float = Field(default=0.1, ge=0, le=1)
+    """The rate at the end, as a share of learning_rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clipping: float = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of forward and backward; master weights and optimizer state are fp32 in any case."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if sum(budget is not None for budget in (self.steps, self.tokens, self.records, self.epochs)) != 1:
+            raise ValueError("the budget is exactly one of steps, tokens, records and epochs")
+        if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
+            raise ValueError("decay_fraction acts on the schedule warmup_stable_decay only; leave it out")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and what a start does with what it finds."""
+
+    every: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(default=3, gt=0)
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on from the newest good checkpoint, if there is one. must: an error without one. never: an error with one."""
+
+
+class TaskConfig(Section):
+    """A downstream task of the evaluation job."""
+
+    name: Literal["nl_rx", "loss"]
+    train: str | None = None
+    test: str | None = None
+    """JSON lines of pairs. Without them `nl_rx` draws unseen pairs from the embedded grammar."""
+    rows: int | None = Field(default=None, gt=0)
+    """Test rows used, the first ones; default all (1,000 of the embedded grammar)."""
+    finetune: dict[str, Any] | None = None
+    """Keys of `train` that a finetuning on the task's train split sets over those of the run; null evaluates the
+    checkpoint as it is."""
+
+
+class EvaluationConfig(Section):
+    """The downstream evaluation job."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
+    tasks: list[TaskConfig] = []
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique_names(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ValueError("two tasks have the same name")
+        return tasks
+
+
+class MonitorConfig(Section):
+    """What is written down on the way."""
+
+    log_every: int = Field(default=10, gt=0)
+    """Steps between progress lines, metrics and embedding diagnostics."""
+    validate_every: int = Field(default=100, gt=0)
+    """Steps between validations; the last step is always validated. Without a validation split there are none."""
+    validation_records: int = Field(default=1000, gt=1)
+    """Records of a validation: the first ones of the validation split, always the same."""
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    seed: int = Field(default=0, ge=0)
+    output_dir: str = "runs"
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed; keys that the project computes are refused."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in COMPUTED_BY_THE_PROJECT:
+                raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
+        return value
+
+    @model_validator(mode="after")
+    def _evaluations_have_checkpoints(self) -> "RunConfig":
+        if self.evaluation.every % self.checkpoint.every:
+            raise ValueError(f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every ({self.checkpoint.every})")
+        if self.evaluation.every and not self.evaluation.tasks:
+            raise ValueError("evaluation.every is set, but evaluation.tasks is empty")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of the run is written."""
+        return Path(self.output_dir) / self.name
+
+    def resting_keys(self) -> list[str]:
+        """Objective keys that were set but do not act, because next_token has no pairs."""
+        if self.objective.has_pairs:
+            return []
+        return [f"objective.{key}" for key in RESTING_WITHOUT_PAIRS if key in self.objective.model_fields_set]
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read, override and check the configuration of a run. Raises UserError naming the key."""
+    values = load_yaml(path, overrides)
+    shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
+    if isinstance(shape, str):
+        values["model"]["shape"] = _read_shape(Path(path).parent / shape)
+    return validate(RunConfig, values)
+
+
+def _read_shape(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"model.shape: cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back; unset options stay unset."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

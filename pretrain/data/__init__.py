@@ -1,0 +1,1 @@
+"""From shards to batches: corpus, order, layout, packing, batch. Knows nothing of models or DeepSpeed."""

@@ -1,0 +1,65 @@
+"""A split of a prepared corpus, memory-mapped and addressed by record number."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.shards import open_shard, read_manifest
+from data_prep.tokenizer import Tokenizer
+from pretrain.data.ragged import ranges
+
+
+class Corpus:
+    """The records 0 to `len(corpus)` of one split, in the order of the shards.
+
+    Opening verifies every shard's size and checksum and that the tokenizer is the one they were made with;
+    a UserError names what does not fit.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if split not in self.manifest["splits"]:
+            raise UserError(f"the corpus {folder} has no {split} split (it has {', '.join(self.manifest['splits'])}); "
+                            f"add a source with split: {split}" + (" or set data.validation_fraction" if split == "validation" else ""))
+        entry = self.manifest["splits"][split]
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        if self.tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; prepare the corpus again")
+        self.positions_needed: int = entry["positions_needed"]
+        self._shards = [open_shard(self.folder, shard, self.manifest["views"]) for shard in entry["shards"]]
+        self._first = np.cumsum([0] + [shard["records"] for shard in entry["shards"]])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def views(self) -> int:
+        """Number of views of a record."""
+        return len(self.manifest["views"])
+
+    def lengths(self, records: np.ndarray) -> np.ndarray:
+        """Tokens of each view: record numbers (N,) -> (N, views)."""
+        out = np.empty((len(records), self.views), np.int64)
+        for members, local, shard in self._by_shard(records):
+            for view, column in enumerate(shard):
+                out[members, view] = column.offsets[local + 1] - column.offsets[local]
+        return out
+
+    def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
+        """The tokens of one view of the records (N,), concatenated in their order."""
+        lengths = self.lengths(records)[:, view]
+        out = np.empty(lengths.sum(), np.int64)
+        starts = np.cumsum(lengths) - lengths
+        for members, local, shard in self._by_shard(records):
+            column = shard[view]
+            out[ranges(starts[members], lengths[members])] = column.values[ranges(column.offsets[local], lengths[members])]
+        return out
+
+    def _by_shard(self, records: np.ndarray):
+        """Yield, per shard that holds any of them: indices into `records`, their rows in the shard, the shard."""
+        shard_of = np.searchsorted(self._first, records, side="right") - 1
+        for shard in np.unique(shard_of):
+            members = np.flatnonzero(shard_of == shard)
+            yield members, records[members] - self._first[shard], self._shards[shard]

@@ -1,0 +1,31 @@
+"""From a checkpoint of a run to its export."""
+
+from pathlib import Path
+
+from data_prep.errors import UserError
+from pretrain.config import load_config
+from pretrain.models.export import write_export
+from pretrain.run_folder import MODEL, step_name
+from pretrain.training.checkpoint import consolidate
+
+
+def export_checkpoint(run_dir: Path, step: int) -> Path:
+    """Export a step's checkpoint, unless that was done before; return the folder. Raises UserError for a damaged one."""
+    folder = run_dir / "export" / step_name(step)
+    if folder.exists():
+        return folder
+    if not (run_dir / MODEL).exists():
+        raise UserError(f"{run_dir / MODEL} is missing: without the model's configuration and tokenizer there is no export")
+    config = load_config(run_dir / "config.yaml")
+    state = consolidate(run_dir / "checkpoints" / step_name(step))
+    folder.parent.mkdir(exist_ok=True)
+    write_export(folder, run_dir / MODEL, state, {
+        "run": config.name,
+        "step": step,
+        "seed": config.seed,
+        "objective": config.objective.model_dump(mode="json", exclude_none=True),
+        "views": list(config.data.views),
+        "lm_views": config.data.lm_views,
+        "sequence_length": config.data.sequence_length,
+    })
+    return folder

@@ -1,0 +1,96 @@
+"""The evaluation command. Light until it holds the lock, so that a waiting job costs next to nothing."""
+
+import argparse
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.config import apply_overrides, validate
+from data_prep.errors import UserError, exit_on_user_error
+from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.evaluation.results import print_summary
+from pretrain.run_folder import PINS, list_steps, step_name
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
+    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
+    parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
+    parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
+    arguments = parser.parse_intermixed_args()
+    exit_on_user_error(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    run_dir: Path = arguments.run_dir
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(f"{run_dir} is no run directory: it holds no config.yaml")
+    config = load_config(run_dir / "config.yaml", [word for word in arguments.overrides if not word.startswith("task.")])
+    tasks = choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
+    with _one_at_a_time(run_dir):
+        steps = _pending(run_dir) if arguments.pending else [_step(run_dir, arguments.checkpoint)]
+        if steps:
+            _evaluate_steps(config, run_dir, tasks, steps)
+    if not arguments.pending:
+        print_summary(run_dir)
+
+
+def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
+    """The tasks of the configuration, or those named; `task.KEY=VALUE` sets a key of the one named."""
+    tasks = config.evaluation.tasks
+    if names:
+        known = {task.name: task for task in tasks}
+        tasks = [known.get(name) or validate(TaskConfig, {"name": name}, "task") for name in names]
+    if not tasks:
+        raise UserError("the run names no evaluation.tasks: choose one with --task NAME")
+    if overrides:
+        if len(tasks) != 1:
+            raise UserError(f"{overrides[0]} addresses one task, but there are {len(tasks)}: choose it with --task NAME")
+        values = {"task": tasks[0].model_dump(exclude_none=True)}
+        apply_overrides(values, overrides)
+        tasks = [validate(TaskConfig, values["task"], "task")]
+    return tasks
+
+
+def _pending(run_dir: Path) -> list[int]:
+    pins = run_dir / "checkpoints" / PINS
+    return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]
+
+
+def _step(run_dir: Path, wanted: str) -> int:
+    steps = list_steps(run_dir / "checkpoints")
+    if not steps:
+        raise UserError(f"{run_dir} holds no checkpoint yet")
+    if wanted == "latest":
+        return steps[-1]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UserError(f"{run_dir} holds no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
+    return int(wanted)
+
+
+@contextmanager
+def _one_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of the run's evaluations; wait for a job that runs, for instance in the background."""
+    (run_dir / "evaluation").mkdir(exist_ok=True)
+    with open(run_dir / "evaluation" / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another evaluation of {run_dir} to end, its log may be {run_dir / 'evaluation' / 'log.txt'}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _evaluate_steps(config: RunConfig, run_dir: Path, tasks: list[TaskConfig], steps: list[int]) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from pretrain.evaluation.checkpoint_evaluation import evaluate_checkpoint
+
+    for step in steps:
+        evaluate_checkpoint(config, run_dir, tasks, step)
+        (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""The rows of a task: pairs of texts from a JSON lines file, or from the embedded grammar."""
+
+import json
+import sys
+from pathlib import Path
+
+from data_prep.config import JsonSource
+from data_prep.errors import UserError
+from data_prep.files import write_text
+from data_prep.nlrx_grammar import generate
+from data_prep.sources.json_lines import JsonLines
+
+GRAMMAR_ROWS = 1000
+GRAMMAR_SEED = 0
+
+
+def read_pairs(path: str | Path, views: tuple[str, str], key: str, rows: int | None = None) -> list[tuple[str, str]]:
+    """The (context, target) texts of a file, the first `rows`. Raises UserError for a row that is no pair."""
+    source = JsonLines(JsonSource(type="json", path=str(path)), views, key)
+    pairs = []
+    for record in source.read(0, sys.maxsize):
+        if rows is not None and len(pairs) == rows:
+            break
+        if record.views is None or not all(record.views):
+            problem = record.problem or f"{views[0]!r} or {views[1]!r} is missing or empty"
+            raise UserError(f"{source.where(0, record.position)}: {problem}")
+        pairs.append(record.views)
+    if not pairs:
+        raise UserError(f"{path} ({key}) holds no rows")
+    return pairs
+
+
+def grammar_file(folder: Path, split: str, views: tuple[str, str], rows: int = GRAMMAR_ROWS) -> Path:
+    """Rows of the embedded NL-RX grammar as a file. Splits share no target with each other or with pretraining."""
+    path = folder / f"{split}-{rows}.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = (generate(GRAMMAR_SEED, split, index) for index in range(rows))
+        write_text(path, "".join(json.dumps(dict(zip(views, pair, strict=True))) + "\n" for pair in pairs))
+    return path

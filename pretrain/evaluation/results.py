@@ -1,0 +1,54 @@
+"""evaluation/results.jsonl, and the closing table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain.run_folder import read_metrics, read_status
+
+
+def read_results(run_dir: Path) -> list[dict[str, Any]]:
+    """All results of a run, in the order in which they came."""
+    path = run_dir / "evaluation" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def append_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Add a result: one line, and a TensorBoard point per metric under evaluation/<task>/<metric>."""
+    with open(run_dir / "evaluation" / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    from pretrain.training.metrics import open_tensorboard
+
+    writer = open_tensorboard(run_dir / "tensorboard" / "evaluation")
+    for metric, value in result["metrics"].items():
+        writer.add_scalar(f"evaluation/{result['task']}/{metric}", value, result["step"])
+    writer.close()
+
+
+def print_summary(run_dir: Path) -> None:
+    """What training and evaluation came to, and how to see more of it."""
+    print(f"\n{run_dir}: {read_status(run_dir).get('status', 'unknown')}")
+    metrics = read_metrics(run_dir)
+    tags = ["loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa", "validation/embedding/paired_cosine",
+            "validation/embedding/shuffled_cosine", "validation/embedding/retrieval_at_1", "validation/embedding/effective_rank"]
+    rows = [["training", "first", "last"]]
+    for tag in tags:
+        values = [line[tag] for line in metrics if line.get(tag) is not None]
+        if values:
+            rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
+    _print_table(rows)
+    for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
+        results = [result for result in read_results(run_dir) if result["task"] == task]
+        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        rows = [[task, "rows", "finetuned", *names]]
+        rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
+                  *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
+        _print_table(rows)
+    print(f"\ncurves: tensorboard --logdir {run_dir / 'tensorboard'} --host 127.0.0.1, then open the page it names and its tab Custom Scalars", flush=True)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]
+    print("\n" + lines[0] + "\n" + "-" * len(lines[0]) + "\n" + "\n".join(lines[1:]), flush=True)

@@ -1,0 +1,45 @@
+"""loss: both losses of the objective, and the embedding monitors, on a file of pairs."""
+
+import torch
+
+from data_prep.config import DataConfig
+from data_prep.errors import UserError
+from data_prep.files import sha256_file
+from data_prep.pipeline import prepare
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import make_layout
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+from pretrain.models.attention import resolve_attention
+from pretrain.models.export import load_language_model
+from pretrain.models.language_model import special_ids
+from pretrain.objectives import make_objective
+from pretrain.objectives.pool import Gather
+from pretrain.training.distributed import World
+from pretrain.training.engine import TrainingModule
+from pretrain.training.validation import Validation
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Compute the losses from the export alone, as validation does from the training state."""
+    if run.task.test is None:
+        raise UserError("the task loss needs a file of pairs: task.test=FILE")
+    if run.task.finetune is not None or run.task.train is not None:
+        raise UserError("the task loss trains nothing: leave out train and finetune")
+    config = run.config
+    data = DataConfig(
+        path=str(run.folder / "data" / f"{sha256_file(run.task.test)[:12]}-{sha256_file(run.export / 'tokenizer.json')[:12]}"),
+        views=config.data.views, sources=[{"type": "json", "path": run.task.test}], tokenizer={"path": str(run.export)},
+        sequence_length=config.data.sequence_length,
+    )
+    prepare(data)
+    corpus = Corpus(data.path, "train")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_language_model(run.export, resolve_attention(config.model.attention, device))
+    specials = special_ids(tokenizer, model.vocabulary)
+    k = 0 if model.predictor is None else model.predictor.num_embeddings
+    layout = make_layout(config.objective.layout, specials, pairs=True, predictor_tokens=k, lm_views=config.data.lm_views)
+    world = World(0, 1, device)
+    records = min(len(corpus), run.task.rows or len(corpus))
+    validation = Validation(corpus, layout, specials, config.data.sequence_length, records, config.train.micro_batch_rows, world)
+    module = TrainingModule(model, make_objective(config.objective), Gather(world.all_gather, 0)).to(device)
+    return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module).items()})

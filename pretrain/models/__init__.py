@@ -1,0 +1,1 @@
+"""Language models from transformers, with a visibility mask and a predictor embedding."""

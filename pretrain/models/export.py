@@ -1,0 +1,69 @@
+"""Exports: a folder that transformers loads, and beside it what the embeddings need.
+
+    config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
+    jepa.safetensors                                    the predictor embedding, `predictor.weight` (k, D); absent for k = 0
+    jepa.json                                           objective, layout, special tokens, corpus settings
+
+From these both losses can be computed again.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data_prep.files import write_json
+from data_prep.tokenizer import Tokenizer
+from pretrain.models.language_model import LanguageModel
+
+PREDICTOR_KEY = "predictor.weight"
+
+
+def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any]) -> None:
+    """Write an export, complete or absent.
+
+    `skeleton` holds config.json and the tokenizer; `state` is the fp32 state of a LanguageModel; `jepa` becomes jepa.json.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(skeleton, temporary)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(skeleton), dtype=torch.float32)
+    weights = {key.removeprefix("causal_lm."): value for key, value in state.items() if key.startswith("causal_lm.")}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"the checkpoint does not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(temporary)
+    if PREDICTOR_KEY in state:
+        save_file({PREDICTOR_KEY: state[PREDICTOR_KEY].contiguous()}, temporary / "jepa.safetensors")
+    write_json(temporary / "jepa.json", jepa)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def load_language_model(folder: Path, attention: str) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of an export, in fp32, whole, on CPU."""
+    causal_lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True)
+    path = folder / "jepa.safetensors"
+    predictor_tokens = len(load_file(path)[PREDICTOR_KEY]) if path.exists() else 0
+    model = LanguageModel(causal_lm, predictor_tokens, attention)
+    load_predictor(model, folder)
+    return model.eval(), Tokenizer.load(folder)
+
+
+def load_predictor(model: LanguageModel, folder: str | Path) -> None:
+    """Take the predictor embedding from an export, where both have one of the same k; else it stays as initialised."""
+    path = Path(folder) / "jepa.safetensors"
+    if model.predictor is None or not path.exists():
+        return
+    weight = load_file(path)[PREDICTOR_KEY]
+    with deepspeed.zero.GatheredParameters(model.predictor.weight, modifier_rank=0):
+        if weight.shape == model.predictor.weight.shape:
+            model.predictor.weight.data.copy_(weight)

@@ -1,0 +1,101 @@
+"""A causal language model from transformers, opened up: hidden states of packed rows, and the head apart."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
+from pretrain.data.batch import Batch
+from pretrain.data.layout import Specials
+from pretrain.models.attention import visibility_mask
+
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this before the model is built; it is never resized."""
+
+
+def padded_vocabulary(tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: the tokenizer's ids, rounded up."""
+    return -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def special_ids(tokenizer: Tokenizer, vocabulary: int) -> Specials:
+    """The ids that a layout puts in; predictor tokens stand beyond the model's vocabulary."""
+    return Specials(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, vocabulary)
+
+
+def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, sequence_length: int) -> PretrainedConfig:
+    """The Hugging Face configuration of a family and shape for a tokenizer.
+
+    Raises UserError for a key that the family does not have.
+    """
+    computed = {"vocab_size": padded_vocabulary(tokenizer), "pad_token_id": tokenizer.pad_id,
+                "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    known = AutoConfig.for_model(family).to_dict()
+    for key in shape:
+        if key in computed:
+            raise UserError(f"model.shape: {key} comes from the tokenizer; leave it out")
+        if key not in known:
+            raise UserError(f"model.shape: {family} has no option {key!r}")
+    config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
+    if config.max_position_embeddings < sequence_length:
+        raise UserError(f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions")
+    return config
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose rows hold several encodings, and k predictor tokens outside its vocabulary.
+
+    The predictor tokens have an embedding of their own, so that they neither stand in the output layer nor are
+    trained through it. Every module is called once a forward pass whatever the batch holds, as ZeRO-3 needs.
+    """
+
+    def __init__(self, causal_lm: nn.Module, predictor_tokens: int, attention: str):
+        super().__init__()
+        self.causal_lm, self.attention = causal_lm, attention
+        config = causal_lm.config
+        self.vocabulary, self.width = config.vocab_size, config.hidden_size
+        self.predictor = nn.Embedding(predictor_tokens, self.width) if predictor_tokens else None
+        if self.predictor is not None:
+            nn.init.normal_(self.predictor.weight, std=config.initializer_range)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Last-layer hidden states after the final norm, (B * L, D)."""
+        hidden = self.causal_lm.model(
+            inputs_embeds=self._embed(batch.token_ids),
+            attention_mask=visibility_mask(batch.visible_until, self.attention),
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head: (M, D) -> (M, V)."""
+        return self.causal_lm.lm_head(hidden)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embedded = self.causal_lm.get_input_embeddings()(token_ids.clamp(max=self.vocabulary - 1))
+        if self.predictor is None:
+            return embedded
+        predicting = token_ids >= self.vocabulary
+        predictor = self.predictor((token_ids - self.vocabulary).clamp(min=0))
+        return torch.where(predicting[..., None], predictor.to(embedded.dtype), embedded)
+
+
+def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtype) -> nn.Module:
+    """The family's own initialisation, from torch's generator.
+
+    `from_config`, not the constructor: under ZeRO-3 it gathers every parameter before initialising it, so the weights are the same on any
+    number of ranks.
+    """
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def pretrained_causal_lm(folder: str, attention: str, dtype: torch.dtype) -> nn.Module:
+    """The weights of a local Hugging Face folder. Raises UserError where it does not load."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.init_from: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,43 @@
+"""The interface of objectives, and the one place that normalises."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from pretrain.data.batch import Batch
+from pretrain.objectives.pool import Gather, Pool
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states (M, D) -> logits (M, V)."""
+
+
+class Output(NamedTuple):
+    """What one forward pass returns."""
+
+    terms: dict[str, torch.Tensor]
+    """This rank's sum of each term over the micro batch, fp32 scalars."""
+    pool: Pool | None
+    """The pairs of all ranks, where they were gathered."""
+
+
+class Objective(Protocol):
+    """A sum of weighted terms."""
+
+    weights: Mapping[str, float]
+    """The weight of each term in the loss."""
+
+    def __call__(self, hidden: torch.Tensor, batch: Batch, head: Head, gather: Gather, *, with_pool: bool = False) -> Output:
+        """Terms of a micro batch from its hidden states (B * L, D).
+
+        `with_pool` gathers the pairs even where no term needs them.
+        """
+
+
+def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int) -> torch.Tensor:
+    """The loss to differentiate on one rank: sum over terms of weight * sum / count.
+
+    `counts` are those of the whole global batch: target tokens for `lm`, pairs for `jepa`. DeepSpeed averages gradients over
+    ranks, hence the factor `ranks`: together the gradients are those of one global batch.
+    """
+    return ranks * sum(weights[name] / max(1, counts[name]) * value for name, value in terms.items())

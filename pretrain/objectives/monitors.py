@@ -1,0 +1,46 @@
+"""Whether embeddings tell pairs apart. A collapsed term looks like success in its loss curve; here it does not."""
+
+import torch
+import torch.nn.functional as F
+
+from pretrain.objectives.pool import Pool
+
+COLLAPSE_MARGIN = 0.1
+
+
+def embedding_monitors(pool: Pool) -> dict[str, float]:
+    """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs.
+
+    paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with all different targets.
+    retrieval_at_1: share of predictions whose nearest target is their own or equal to it. effective_rank: of
+    predictions and targets, the smaller.
+    """
+    prediction, target, key = pool.prediction[pool.valid], pool.target[pool.valid], pool.key[pool.valid]
+    if len(key) < 2:
+        return {}
+    similarity = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T
+    different = key[:, None] != key[None, :]
+    nearest = similarity.argmax(dim=1)
+    monitors = {
+        "paired_cosine": similarity.diagonal().mean(),
+        "effective_rank": torch.minimum(effective_rank(prediction), effective_rank(target)),
+        "retrieval_at_1": (key[nearest] == key).float().mean(),
+    }
+    if different.any():
+        monitors["shuffled_cosine"] = similarity[different].mean()
+    return {name: value.item() for name, value in monitors.items()}
+
+
+def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
+    """Exponential of the entropy of the normalised singular values of the centred embeddings, (N, D) -> scalar.
+
+    Roy and Vetterli, "The effective rank", EUSIPCO 2007. Between 1 and min(N, D).
+    """
+    values = torch.linalg.svdvals(embeddings - embeddings.mean(dim=0))
+    share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.special.entr(share).sum().exp()
+
+
+def has_collapsed(monitors: dict[str, float]) -> bool:
+    """Whether unrelated views are as close as a pair: the embedding says nothing about its text."""
+    return "shuffled_cosine" in monitors and monitors["paired_cosine"] - monitors["shuffled_cosine"] < COLLAPSE_MARGIN

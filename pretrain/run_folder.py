@@ -1,0 +1,44 @@
+"""The run directory: names, and the status file. Light: imported by commands before they load anything heavy."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import write_json
+
+MODEL = "model"
+"""Folder of the run's model configuration and tokenizer: an export without weights."""
+PINS = "pins"
+"""Folder of empty files named like checkpoints: each asks for an evaluation and keeps its checkpoint until then."""
+
+
+def step_name(step: int) -> str:
+    """The folder name of a step's checkpoint or export."""
+    return f"step-{step:08d}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint or export in `folder`, ascending."""
+    numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def write_status(run_dir: Path, status: str, step: int, reason: str = "") -> None:
+    """status.json: running, resumable, finished or failed."""
+    write_json(run_dir / "status.json", {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The last written status; empty where none is."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last one is left out while it is being written."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,70 @@
+"""What ran: config.yaml and environment.json, and whether a run that goes on is still the same."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data_prep.errors import UserError
+from data_prep.files import write_json, write_text
+from pretrain.config import RunConfig, dump_config
+
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
+MAY_CHANGE = ("checkpoint", "evaluation", "monitor", "output_dir", "deepspeed")
+"""Sections that may differ when a run goes on; the others decide what it computes."""
+
+
+def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> None:
+    """Write config.yaml and environment.json.
+
+    Raises UserError where the folder holds another run: other settings, another corpus or tokenizer.
+    """
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    data = {"corpus": manifest["splits"], "tokenizer": manifest["tokenizer"]}
+    if (run_dir / "config.yaml").exists():
+        _check_same_run(config, run_dir, data)
+    write_text(run_dir / "config.yaml", dump_config(config))
+    write_json(run_dir / "environment.json", {
+        "python": platform.python_version(),
+        "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "revision": _git_revision(),
+        "ranks": ranks,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "threads_per_rank": torch.get_num_threads(),
+        "data": data,
+    })
+
+
+def _check_same_run(config: RunConfig, run_dir: Path, data: dict[str, Any]) -> None:
+    before = yaml.safe_load((run_dir / "config.yaml").read_text())
+    now = yaml.safe_load(dump_config(config))
+    changed = [key for section in before.keys() | now.keys() if section not in MAY_CHANGE
+               for key in _differences(before.get(section), now.get(section), section)]
+    if changed:
+        raise UserError(f"{run_dir} holds a run with another {', '.join(sorted(changed)[:5])}; choose another `name`, or remove that folder")
+    environment = json.loads((run_dir / "environment.json").read_text()) if (run_dir / "environment.json").exists() else {"data": data}
+    for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
+        if environment["data"][part] != data[part]:
+            raise UserError(f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
+                            "point data.path to those, or choose another `name`")
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [found for part in before.keys() | now.keys() for found in _differences(before.get(part), now.get(part), f"{key}.{part}")]
+    return [] if before == now else [key]
+
+
+def _git_revision() -> str | None:
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

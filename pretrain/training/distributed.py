@@ -1,0 +1,111 @@
+"""Ranks: who this process is, and the few collectives that bookkeeping needs."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from data_prep.errors import UserError
+
+Result = TypeVar("Result")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of the run, seen from one of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that prints and writes metrics."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Add up the values of all ranks, in fp64."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(P, ...) of every rank -> (ranks * P, ...)."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small Python value of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, action: Callable[[], Result]) -> Result:
+        """Do something on every rank that may fail on some: all return, or all raise the first rank's UserError."""
+        result, error = None, None
+        try:
+            result = action()
+        except UserError as caught:
+            error = str(caught)
+        errors = [found for found in self.gather_objects(error) if found is not None]
+        if errors:
+            raise UserError(errors[0])
+        return result  # type: ignore[return-value]
+
+
+def init_world() -> World:
+    """Join the ranks that the launcher started: deepspeed, torchrun, srun, or a single plain process."""
+    _environment_from_slurm()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = "0"  # alone: any free port
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
+        _share_cores()
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False,
+                               timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+def _environment_from_slurm() -> None:
+    """srun without MPI: take rank and rendezvous from Slurm's variables."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_NNODES", 1)) > 1:
+        nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+
+
+def _share_cores() -> None:
+    """On CPU, give each rank of this node its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -1,0 +1,100 @@
+"""The DeepSpeed engine: ZeRO-3 around the model and its objective."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
+from pretrain.config import RunConfig
+from pretrain.data.batch import Batch
+from pretrain.models.export import load_predictor
+from pretrain.models.attention import resolve_attention
+from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, random_causal_lm, shape_config
+from pretrain.objectives import Objective, Output
+from pretrain.objectives.pool import Gather
+from pretrain.training.distributed import World
+
+
+class TrainingModule(nn.Module):
+    """Model and objective as one module: one forward pass returns all loss terms, so that one backward pass serves."""
+
+    def __init__(self, model: LanguageModel, objective: Objective, gather: Gather):
+        super().__init__()
+        self.model, self.objective, self.gather = model, objective, gather
+
+    def forward(self, batch: Batch, with_pool: bool = False) -> Output:
+        """The terms of a micro batch."""
+        return self.objective(self.model(batch), batch, self.model.logits, self.gather, with_pool=with_pool)
+
+
+def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World) -> deepspeed.DeepSpeedEngine:
+    """Build the model, partitioned from the start, and its optimizer.
+
+    Raises UserError where batch sizes do not divide or the model does not fit the corpus.
+    """
+    settings = engine_settings(config, world.size)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
+    torch.manual_seed(config.seed)
+    attention = resolve_attention(config.model.attention, world.device)
+    predictor_tokens = config.objective.predictor_tokens if config.objective.has_pairs else 0
+    if config.model.init_from is None:
+        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
+        model = LanguageModel(random_causal_lm(shape, attention, dtype), predictor_tokens, attention)
+    else:
+        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), predictor_tokens, attention)
+        _check_fits(config, model, tokenizer)
+        load_predictor(model, config.model.init_from)
+    model = model.to(dtype)
+    module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
+    decay = [parameter for parameter in module.parameters() if len(_shape(parameter)) >= 2]
+    rest = [parameter for parameter in module.parameters() if len(_shape(parameter)) < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=config.train.learning_rate, betas=config.train.betas)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    engine.keep_alive = keep_alive
+    return engine
+
+
+def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: what the project computes, around what the user passes through."""
+    train = config.train
+    rows_per_micro_step = train.micro_batch_rows * ranks
+    if train.global_batch_rows % rows_per_micro_step:
+        raise UserError(f"train.global_batch_rows ({train.global_batch_rows}) must be a multiple of train.micro_batch_rows x ranks "
+                        f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks")
+    passed = dict(config.deepspeed)
+    zero = {"stage": 3} | passed.pop("zero_optimization", {})
+    return passed | {
+        "zero_optimization": zero,
+        "train_batch_size": train.global_batch_rows,
+        "train_micro_batch_size_per_gpu": train.micro_batch_rows,
+        "gradient_accumulation_steps": train.global_batch_rows // rows_per_micro_step,
+        "gradient_clipping": train.gradient_clipping,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": 10**12,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    if model.vocabulary < tokenizer.vocab_size:
+        raise UserError(f"model.init_from has {model.vocabulary} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
+                        "prepare it with data.tokenizer.path set to that folder")
+    limit = model.causal_lm.config.max_position_embeddings
+    if limit < config.data.sequence_length:
+        raise UserError(f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions")
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """The whole parameter's shape; ZeRO-3 leaves an empty one behind."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters of the whole model, partitioned or not."""
+    return sum(_shape(parameter).numel() for parameter in module.parameters())

@@ -1,0 +1,201 @@
+"""The training loop."""
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.data.batch import Batch, assemble
+from pretrain.data.layout import Specials
+from pretrain.data.loader import Loader, Rows
+from pretrain.objectives import Output, total_loss
+from pretrain.objectives.monitors import embedding_monitors, has_collapsed
+from pretrain.objectives.pool import Pool
+from pretrain.run_folder import write_status
+from pretrain.training import checkpoint
+from pretrain.training.background import start_evaluation
+from pretrain.training.distributed import World
+from pretrain.training.metrics import Metrics
+from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
+from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
+from pretrain.training.throughput import Throughput
+from pretrain.training.validation import Validation
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = signal.Signals(number)
+
+
+@dataclass
+class Trainer:
+    """Everything a training run is made of."""
+
+    config: RunConfig
+    world: World
+    engine: deepspeed.DeepSpeedEngine
+    loader: Loader
+    specials: Specials
+    weights: dict[str, float]
+    throughput: Throughput
+    validation: Validation | None
+    metrics: Metrics | None = None
+    """On rank 0 only."""
+    progress: Progress = field(default_factory=Progress)
+    stop: StopRequest = field(default_factory=StopRequest)
+    collapsed: bool = False
+
+    def train(self) -> str:
+        """Train until the budget is used up or a signal comes; return the final status."""
+        stopping = False
+        while self.fraction < 1 and not stopping:
+            started = time.perf_counter()
+            rows = self.loader.next_rows(self.config.train.global_batch_rows)
+            counts = {"lm": int(self.loader.layout.lm_targets(rows.segment_lengths).sum()), "jepa": int(rows.paired.sum())}
+            self._count(rows)
+            self._set_learning_rate()
+            last = self.fraction >= 1
+            logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
+
+            sums, pool = self._accumulate(rows, counts, with_pool=logging)
+            losses, stopping = self._agree(sums, counts)
+            updated = self._update(losses)
+            seconds = time.perf_counter() - started
+            self.progress.seconds += seconds
+            self.throughput.add(rows, counts["lm"], seconds)
+
+            values = self._values(losses) if logging or not updated else {}
+            if logging:
+                values |= self._diagnose(pool) | self.throughput.take()
+                self._say(progress_line(self.progress, self.fraction, values))
+            if self.validation and (last or stopping or self._due(self.config.monitor.validate_every)):
+                values |= self._validate()
+            if self.metrics and values:
+                self.metrics.write(self._counters(), values)
+            if last or stopping or self._due(self.config.checkpoint.every):
+                self._save()
+        return "resumable" if self.fraction < 1 else "finished"
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is consumed."""
+        return consumed_fraction(self.progress, self.config.train, len(self.loader.corpus))
+
+    def _due(self, every: int) -> bool:
+        return self.progress.step % every == 0
+
+    def _count(self, rows: Rows) -> None:
+        self.progress.step += 1
+        self.progress.records += len(rows.records)
+        self.progress.tokens += int(rows.lengths.sum())
+        self.progress.positions += int(rows.segment_lengths.sum())
+
+    def _set_learning_rate(self) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.fraction, self.config.train)
+
+    def _accumulate(self, rows: Rows, counts: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
+        """Forward and backward over this rank's micro batches; each term's sum over them, and the last pool.
+
+        `counts` is what each term is normalised by: target tokens and pairs of the whole global batch.
+        """
+        sums: dict[str, torch.Tensor] = {}
+        output = Output({}, None)
+        for batch in self._micro_batches(rows):
+            output = self.engine(batch.to(self.world.device), with_pool=with_pool)
+            loss = total_loss(output.terms, counts, self.weights, self.world.size)
+            # a term that is not finite makes the whole gradient NaN, on every rank: DeepSpeed then leaves the step out
+            loss = loss * torch.where(loss.isfinite(), 1.0, float("nan"))
+            self.engine.backward(loss, scale_wrt_gas=False)
+            for name, value in output.terms.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            if self.engine.is_gradient_accumulation_boundary():
+                break
+            self.engine.step()
+        return sums, output.pool and output.pool.detached()
+
+    def _micro_batches(self, rows: Rows):
+        """Rank r's share of micro step a is the r-th part of its rows, so a micro step holds the same rows on any number of ranks."""
+        size, ranks = self.config.train.micro_batch_rows, self.world.size
+        pairs = rows.pairs_per_row().reshape(-1, ranks, size).sum(axis=2).max(axis=1)
+        for micro_step, padded in enumerate(pairs):
+            first = (micro_step * ranks + self.world.rank) * size
+            yield self._assemble(rows.select(first, first + size), int(padded))
+
+    def _assemble(self, rows: Rows, pairs_padded: int) -> Batch:
+        return assemble(rows, self.loader.corpus, self.loader.layout, self.specials, self.loader.row_length, pairs_padded)
+
+    def _agree(self, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> tuple[dict[str, float], bool]:
+        """Each term over the global batch, and whether any rank was asked to stop: the one synchronisation of a step."""
+        *totals, stops = self.world.sum([value.item() for value in sums.values()] + [float(self.stop.received is not None)])
+        return {name: total / max(1, counts[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0
+
+    def _update(self, losses: dict[str, float]) -> bool:
+        """Take the optimizer step; count and report it where DeepSpeed left it out."""
+        skipped_before = self.engine.skipped_steps
+        self.engine.step()
+        updated = self.engine.skipped_steps == skipped_before
+        if not updated:
+            self.progress.skipped_steps += 1
+            culprits = [name for name, value in losses.items() if not abs(value) < float("inf")] or ["the gradient"]
+            self._say(f"WARNING: step {self.progress.step} made no update: {' and '.join(culprits)} was not finite on some rank "
+                      f"({self.progress.skipped_steps} such steps so far)")
+        return updated
+
+    def _diagnose(self, pool: Pool | None) -> dict[str, float]:
+        return {f"embedding/{name}": value for name, value in (embedding_monitors(pool) if pool else {}).items()}
+
+    def _values(self, losses: dict[str, float]) -> dict[str, float]:
+        total = sum(self.weights[name] * value for name, value in losses.items())
+        return {"loss/total": total} | {f"loss/{name}": value for name, value in losses.items()} | {
+            "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
+            "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
+            "optimizer/skipped_steps": self.progress.skipped_steps,
+        }
+
+    def _validate(self) -> dict[str, float]:
+        values = self.validation.run(self.engine)
+        self._say(validation_line(self.progress, values))
+        monitors = {name.removeprefix("validation/embedding/"): value for name, value in values.items()}
+        was, self.collapsed = self.collapsed, "jepa" in self.weights and has_collapsed(monitors)
+        if self.collapsed and not was:
+            self._say(collapse_warning(monitors))
+        return values
+
+    def _counters(self) -> dict[str, float]:
+        return self.progress.state() | {"epoch": self.progress.records / len(self.loader.corpus)}
+
+    def _save(self) -> None:
+        if self.metrics:
+            self.metrics.flush()
+        step = self.progress.step
+        state = {"progress": self.progress.state(), "loader": self.loader.state(), "collapsed": self.collapsed}
+        checkpoint.save(self.engine, self.config.run_dir / "checkpoints", step, state, self.config.checkpoint.keep, self.world)
+        if self.world.is_main:
+            write_status(self.config.run_dir, "running", step)
+            if self.config.evaluation.every and self._due(self.config.evaluation.every):
+                start_evaluation(self.config.run_dir, step)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+        self.progress = Progress(**state["progress"])
+        self.loader.load_state(state["loader"])
+        self.collapsed = state["collapsed"]
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)

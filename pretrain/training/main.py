@@ -1,0 +1,61 @@
+"""The training command: `run.py CONFIG [key=value ...]`. Light, so that a mistake in the configuration shows at once."""
+
+import argparse
+import os
+import sys
+import warnings
+
+from data_prep.errors import UserError, exit_on_user_error
+from pretrain.config import RunConfig, load_config
+from pretrain.run_folder import read_status, write_status
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL); launchers may lose it, status.json does not."""
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one.")
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
+    arguments = parser.parse_args()
+    exit_on_user_error(lambda: run(load_config(arguments.config, arguments.overrides)), silent=_another_process_speaks)
+
+
+def _another_process_speaks() -> bool:
+    """Every rank meets the same mistake; one on each node reports it."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) != 0
+
+
+def run(config: RunConfig) -> None:
+    """Train as the configuration says; ends the process with STOPPED where a signal came first."""
+    _quiet()
+    from pretrain.training.distributed import init_world
+    from pretrain.training.setup import set_up
+
+    world = init_world()
+    try:
+        trainer = set_up(config, world)
+        if trainer is None:
+            return
+        status = trainer.train()
+    except Exception as error:
+        if world.is_main and config.run_dir.exists() and not isinstance(error, UserError):
+            write_status(config.run_dir, "failed", read_status(config.run_dir).get("step", 0), f"{type(error).__name__}: {error}")
+        raise
+    if world.is_main:
+        trainer.metrics.close()
+        reason = "" if status == "finished" else f"stopped by {trainer.stop.received.name if trainer.stop.received else 'a signal to another rank'}"
+        write_status(config.run_dir, status, trainer.progress.step, reason)
+        print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
+    world.barrier()
+    if status == "resumable":
+        sys.exit(STOPPED)
+
+
+def _quiet() -> None:
+    """Silence what the libraries say at every start."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,55 @@
+"""Budget and learning rate: both follow the consumed fraction of the run."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from pretrain.config import TrainConfig
+
+DEFAULT_DECAY_FRACTION = 0.2
+
+
+@dataclass
+class Progress:
+    """What a run has consumed so far. Counted over all ranks; saved with every checkpoint."""
+
+    step: int = 0
+    records: int = 0
+    tokens: int = 0
+    """Corpus tokens, without copies, special or predictor tokens and padding."""
+    positions: int = 0
+    """Positions computed, padding excluded."""
+    skipped_steps: int = 0
+    """Steps without an update, because a loss term or the gradient was not finite."""
+    seconds: float = 0.0
+    """Time spent training, over all starts."""
+
+    def state(self) -> dict[str, float]:
+        """As plain values."""
+        return asdict(self)
+
+
+def consumed_fraction(progress: Progress, train: TrainConfig, corpus_records: int) -> float:
+    """Share of the budget that is used up; the run ends at 1."""
+    if train.steps is not None:
+        return progress.step / train.steps
+    if train.tokens is not None:
+        return progress.tokens / train.tokens
+    budget = train.records if train.records is not None else train.epochs * corpus_records
+    return progress.records / budget
+
+
+def learning_rate(fraction: float, train: TrainConfig) -> float:
+    """The rate at a consumed fraction: linear warm-up, then cosine, linear or warmup-stable-decay down to final_rate."""
+    fraction = min(1.0, fraction)
+    if fraction < train.warmup_fraction:
+        return train.learning_rate * fraction / train.warmup_fraction
+    after_warmup = (fraction - train.warmup_fraction) / (1 - train.warmup_fraction)
+    match train.schedule:
+        case "cosine":
+            height = (1 + math.cos(math.pi * after_warmup)) / 2
+        case "linear":
+            height = 1 - after_warmup
+        case "warmup_stable_decay":
+            decay = DEFAULT_DECAY_FRACTION if train.decay_fraction is None else train.decay_fraction
+            height = min(1.0, (1 - fraction) / decay)
+    return train.learning_rate * (train.final_rate + (1 - train.final_rate) * height)

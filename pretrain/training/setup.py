@@ -1,0 +1,117 @@
+"""From a configuration to a Trainer: cheap checks first, the model last."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+from data_prep.errors import UserError
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Layout, Specials, make_layout
+from pretrain.data.loader import Loader
+from pretrain.models.language_model import LanguageModel, special_ids
+from pretrain.objectives import make_objective
+from pretrain.run_folder import MODEL, list_steps, read_status, write_status
+from pretrain.training import checkpoint
+from pretrain.training.describe import describe_run
+from pretrain.training.distributed import World
+from pretrain.training.engine import build_engine, engine_settings, parameter_count
+from pretrain.training.loop import StopRequest, Trainer
+from pretrain.training.metrics import Metrics
+from pretrain.training.throughput import Throughput
+from pretrain.training.validation import Validation
+
+
+def set_up(config: RunConfig, world: World) -> Trainer | None:
+    """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError."""
+    say = print if world.is_main else lambda *_: None
+    engine_settings(config, world.size)
+    corpus = world.agree(lambda: Corpus(config.data.path, "train"))
+    world.agree(lambda: _check(config, corpus))
+    world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
+    checkpoints = config.run_dir / "checkpoints"
+    if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
+        say(f"{config.run_dir} is finished already")
+        return None
+    stop = StopRequest()
+    for key in config.resting_keys():
+        say(f"note: {key} rests with objective.name=next_token")
+
+    objective = make_objective(config.objective)
+    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world))
+    model = engine.module.model
+    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    layout = _layout(config, specials, pairs=config.objective.has_pairs)
+    trainer = Trainer(
+        config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop,
+        loader=Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=config.objective.dropout, epochs=config.train.epochs),
+        throughput=_throughput(config, model, world),
+        validation=_validation(config, corpus, specials, world),
+    )
+    say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}")
+    _resume(trainer, say)
+    if world.is_main:
+        _write_skeleton(config, model, corpus)
+        trainer.metrics = Metrics(config.run_dir, trainer.progress.step, config.monitor.tensorboard)
+        write_status(config.run_dir, "running", trainer.progress.step)
+    return trainer
+
+
+def _check(config: RunConfig, corpus: Corpus) -> None:
+    """Mistakes that can be seen before a model is built."""
+    length = config.data.sequence_length
+    if corpus.positions_needed > length:
+        raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path}: the longest needs "
+                        f"{corpus.positions_needed} positions; raise it, or prepare the corpus again with this length, which drops and counts them")
+    steps = list_steps(config.run_dir / "checkpoints")
+    if config.checkpoint.resume == "never" and steps:
+        raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
+                        "choose another `name`, or remove that folder")
+    if config.checkpoint.resume == "must" and not steps:
+        raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
+    if config.checkpoint.resume != "never" and not steps and (config.run_dir / "checkpoints").exists() and list(
+            (config.run_dir / "checkpoints").glob("damaged-*")):
+        raise UserError(f"every checkpoint in {config.run_dir / 'checkpoints'} is damaged; to start over, remove that folder or choose another `name`")
+
+
+def predictor_tokens(config: RunConfig) -> int:
+    """k, which rests without pairs."""
+    return config.objective.predictor_tokens if config.objective.has_pairs else 0
+
+
+def _layout(config: RunConfig, specials: Specials, pairs: bool) -> Layout:
+    return make_layout(config.objective.layout, specials, pairs=pairs, predictor_tokens=predictor_tokens(config), lm_views=config.data.lm_views)
+
+
+def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: World) -> Validation | None:
+    if "validation" not in corpus.manifest["splits"]:
+        return None
+    held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
+    # with pairs whatever the objective: the monitors are there for next_token too
+    return Validation(held_out, _layout(config, specials, pairs=True), specials, config.data.sequence_length,
+                      config.monitor.validation_records, config.train.micro_batch_rows, world)
+
+
+def _throughput(config: RunConfig, model: LanguageModel, world: World) -> Throughput:
+    head = model.vocabulary * model.width
+    embeddings = head * (1 if model.causal_lm.config.tie_word_embeddings else 2)
+    return Throughput(parameter_count(model) - embeddings, head, world.size, config.data.sequence_length)
+
+
+def _resume(trainer: Trainer, say: Callable[[str], None]) -> None:
+    state = checkpoint.load_newest(trainer.engine, trainer.config.run_dir / "checkpoints", trainer.world, say)
+    if state:
+        trainer.resume(state)
+        say(f"going on from step {trainer.progress.step}")
+
+
+def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:
+    """Everything of an export but the weights: the configuration of the model, and its tokenizer."""
+    folder = config.run_dir / MODEL
+    if folder.exists():
+        return
+    temporary = folder.with_name(f".{MODEL}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(corpus.folder / "tokenizer", temporary)
+    model.causal_lm.config.save_pretrained(temporary)
+    os.replace(temporary, folder)

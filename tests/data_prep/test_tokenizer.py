@@ -1,0 +1,250 @@
+"""Tokenizers: lossless, equal ids through every library, four specials which text never reaches."""
+
+import json
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer, take_over, train
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+WORDS = "SELECT name FROM users WHERE lines with a vowel or the string 'dog' [a-z]* (\\b) count = AND id".split()
+LITERALS = "<s></s> <pad><sep> <unk> a<s>b <0x41> <|pad|>"
+ODD = [
+    "", " ", "   ", " a", "a ", "  two  blanks  ", "\t", "\ttab\n\nline\r\n end\n", "\n", "a\0b\x01\x7f\x85\xa0",
+    "\u2581", " \u2581 \u2581\u2581", "\u241b", "\u241b_ \u241be\u241b\u241b\u2581\u241b", "\u2585", "\ufeff\uffff",
+    "e\u0301\u0323 \u0e33", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea", "日本語 العربية", "\U0010ffff",
+    LITERALS, "0123456789 3.14", *(c * 300 for c in "a -é\n\u2581"), "ab" * 200]
+
+
+def corpus() -> list[str]:
+    rng = random.Random(1)
+    words = WORDS + ["".join(rng.choices(["ta", "ble", "row", "s", "in", "er", "a", "_"], k=4)) for _ in range(300)]
+    return [" " * rng.choice([0, 0, 4]) + " ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(2000)]
+
+
+def random_unicode(characters: int) -> list[str]:
+    rng, texts = random.Random(2), []
+    blocks = [(0, 128), (0, 128), (0, 0x400), (0x300, 0x370), (0x2000, 0x2c00), (0x3000, 0xd800), (0xe000, 0x110000)]
+    while sum(map(len, texts)) < characters:
+        block = rng.choice([rng.choice(blocks), (0, 0xd800)])
+        texts.append("".join(rng.choice([chr(rng.randrange(*block)), " ", rng.choice(WORDS)[:3]])
+                             for _ in range(rng.randint(1, 200))))
+    return texts
+
+
+def real_texts() -> list[str]:
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent")
+    texts = []
+    for name in ("nl-rx-synth", "spider"):
+        with (DATA / name / "train.jsonl").open(encoding="utf-8") as rows:
+            texts += [message["content"] for _, row in zip(range(1500), rows) for message in json.loads(row)["messages"]]
+    documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
+    # The whole document as one text too: float32 scores of a unigram model would drift over its length.
+    return texts + documents.split("\n\n") + [documents]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def trained(request, tmp_path_factory) -> Tokenizer:
+    return train(corpus(), 380, tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory) -> Path:
+    return train(corpus(), 380, tmp_path_factory.mktemp("source")).folder
+
+
+def auto_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Ids of AutoTokenizer by default, after checking that add_special_tokens=False changes nothing."""
+    auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    mine = Tokenizer.load(folder)
+    assert (auto.pad_token_id, auto.bos_token_id) == (mine.pad_id, mine.bos_id)
+    assert (auto.eos_token_id, auto.sep_token_id) == (mine.eos_id, mine.sep_id)
+    ids = auto(texts)["input_ids"]
+    assert auto(texts, add_special_tokens=False)["input_ids"] == ids
+    return ids
+
+
+def check_specials(tokenizer: Tokenizer, odd: list[str]) -> None:
+    specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
+    assert len(specials) == 4 and max(specials) < tokenizer.vocab_size
+    for ids in tokenizer.encode_batch(odd):
+        assert not specials & set(ids)
+        assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.sep_id, tokenizer.pad_id]) == tokenizer.decode(ids)
+
+
+def write_json(folder: Path, spec: dict, config: dict | None = None) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_round_trip_and_specials(trained):
+    texts = ODD + random_unicode(20_000)
+    for text, ids in zip(texts, trained.encode_batch(texts), strict=True):
+        assert trained.decode(ids) == text
+        assert all(5 <= i < trained.vocab_size for i in ids)
+    check_specials(trained, ODD)
+    assert (trained.pad_id, trained.vocab_size) == (0, 380)
+
+
+@pytest.mark.parametrize("texts", [lambda: ODD + random_unicode(120_000), real_texts], ids=["odd", "real"])
+def test_ids_equal_in_every_library(trained, texts, tmp_path):
+    texts = texts()
+    expected = trained.encode_batch(texts)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
+    assert model.encode(texts) == expected
+    assert model.decode(expected) == texts
+    from_json = take_over(trained.folder / "tokenizer.json", tmp_path / "json")  # encodes with `tokenizers`
+    assert from_json.encode_batch(texts) == expected
+    assert [from_json.decode(ids) for ids in expected] == texts
+    assert auto_ids(trained.folder, texts) == expected
+
+
+def test_unigram_of_a_real_vocabulary(tmp_path):
+    texts = real_texts()
+    tokenizer = train(texts, 4000, tmp_path / "a", "unigram")
+    assert auto_ids(tokenizer.folder, texts) == tokenizer.encode_batch(texts)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
+    first, second = (train(corpus(), 360, tmp_path / name, model_type) for name in "ab")
+    assert first.fingerprint == second.fingerprint
+    assert len(list(first.folder.iterdir())) == 3
+    for path in first.folder.iterdir():
+        assert path.read_bytes() == (second.folder / path.name).read_bytes()
+    assert train(corpus(), 361, tmp_path / "c", model_type).fingerprint != first.fingerprint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pickles(trained):
+    copy = pickle.loads(pickle.dumps(trained))
+    assert copy.encode_batch(ODD) == trained.encode_batch(ODD)
+    assert copy.fingerprint == trained.fingerprint
+
+
+@pytest.mark.parametrize("source", ["", "tokenizer.model", "tokenizer.json"])
+def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
+    taken = take_over(trained.folder / source, tmp_path / "taken")
+    assert taken.encode_batch(ODD) == trained.encode_batch(ODD)
+    for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
+        assert getattr(taken, field) == getattr(trained, field)
+
+
+def foreign(folder: Path, **options) -> Path:
+    """A BPE model by sentencepiece's defaults: no pad, no sep, a blank before the text, runs of blanks collapsed."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_prefix=str(folder / "foreign"), vocab_size=360, byte_fallback=True,
+        model_type="bpe", minloglevel=2, **options)
+    return folder / "foreign.model"
+
+
+def test_taking_over_a_foreign_model(tmp_path):
+    path = foreign(tmp_path, normalization_rule_name="identity")
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    taken = take_over(path, tmp_path / "taken")
+    texts = ODD + random_unicode(20_000)
+    assert taken.encode_batch(texts) == model.encode(texts) == auto_ids(taken.folder, texts)
+    assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 2, 360, 361, 362)
+    check_specials(taken, ODD)
+
+
+def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
+    # A symbol splits the text, and `tokenizers` puts the dummy blank before every part.
+    path = foreign(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
+    with pytest.raises(UserError, match=r"foreign\.model: .* differs is 'a <tag>b'"):
+        take_over(path, tmp_path / "taken")
+    assert not (tmp_path / "taken").exists()
+
+
+def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path):
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = {"pad_token": {"content": "</s>"}, "eos_token": "</s>", "bos_token": "</s>"}
+    source = write_json(tmp_path / "source", spec, config)
+    taken = take_over(source, tmp_path / "taken")
+    assert taken.eos_id == 3
+    assert (taken.pad_id, taken.bos_id) == (0, 2)  # special tokens of these names exist, though undeclared
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
+    taken = take_over(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
+    assert (taken.eos_id, taken.pad_id, taken.bos_id, taken.sep_id, taken.vocab_size) == (3, 380, 381, 382, 383)
+    assert '"<|pad|>"' in (taken.folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    check_specials(taken, ODD)
+    assert taken.encode_batch(ODD) == Tokenizer.load(bpe_folder).encode_batch(ODD) == auto_ids(taken.folder, ODD)
+
+
+def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                                 {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}}}
+    spec["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
+    source = write_json(tmp_path / "source", spec, {"add_bos_token": True, "bos_token": "<s>"})
+    assert tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode("SELECT").ids[0] == 2
+    taken = take_over(source, tmp_path / "taken")
+    assert taken.encode_batch(ODD) == Tokenizer.load(bpe_folder).encode_batch(ODD) == auto_ids(taken.folder, ODD)
+
+
+def test_special_which_text_reaches_is_replaced(tmp_path):
+    vocab = {"[UNK]": 0, "[PAD]": 1, "dog": 2, "[CLS]": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
+    source = write_json(tmp_path / "source", json.loads(tokenizer.to_str()), {"pad_token": "[PAD]"})
+    taken = take_over(source, tmp_path / "taken")
+    assert taken.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
+    assert (taken.pad_id, taken.vocab_size) == (4, 8)
+
+
+def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
+    def message(function, *arguments) -> str:
+        with pytest.raises(UserError) as caught:
+            function(*arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    for model_type in ("bpe", "unigram"):
+        for size, word in ((90_000, "too large"), (10, "too small")):
+            text = message(train, corpus(), size, tmp_path / "new", model_type)
+            assert word in text and str(size) in text
+            limit = int("".join(c for c in text.replace(str(size), "") if c.isdigit()))
+            assert train(corpus(), limit, tmp_path / f"{model_type}{size}", model_type).vocab_size == limit
+    for empty in ([], [""], ["  ", "\n"], ["\0"]):
+        assert "holds no text" in message(train, empty, 400, tmp_path / "new")
+    assert "wordpiece" in message(train, corpus(), 400, tmp_path / "new", "wordpiece")
+    assert "missing" in message(take_over, tmp_path / "missing", tmp_path / "new")
+    assert "missing" in message(Tokenizer.load, tmp_path / "missing")
+    assert "own folder" in message(take_over, bpe_folder, bpe_folder)
+    assert "lone surrogate" in message(Tokenizer.load(bpe_folder).encode_batch, ["fine", "a\ud800"])
+    for name, content in (("bad.model", "no model"), ("bad.json", "{"), ("tokenizer.json", "{}")):
+        (tmp_path / name).write_text(content)
+        assert name in message(take_over, tmp_path / name, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_of_the_texts_comes_through(tmp_path):
+    def texts():
+        yield "SELECT"
+        raise UserError("row 2: no field")
+
+    with pytest.raises(UserError, match="row 2: no field"):
+        train(texts(), 400, tmp_path / "new")
+
+
+def test_imports_neither_torch_nor_transformers():
+    code = "import sys, data_prep.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
