@@ -78,10 +78,12 @@ class DataConfig(Section):
 
     path: str
     """Folder of the prepared shards."""
-    sources: list[Source] = Field(default=[])
+    sources: list[Source] = []
+    """Where records come from, see below."""
     views: tuple[str, str] = ("text", "code")
     """The views of a record: the context (a question, a description) and the target (its answer)."""
     tokenizer: TokenizerConfig
+    """Trained or taken over, see below."""
     sequence_length: int = Field(default=512, ge=8)
     """Positions in a packed row. Records that cannot fit one in any layout are dropped and counted."""
     lm_views: Literal["all", "last"] = "all"
@@ -95,6 +97,12 @@ class DataConfig(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes of the preparation; default: one per core."""
 
+    @model_validator(mode="after")
+    def _two_views(self) -> "DataConfig":
+        if len(set(self.views)) < 2:
+            raise ValueError(f"views are {list(self.views)}: give two different names")
+        return self
+
     def preparation(self) -> dict[str, Any]:
         """The settings that determine the shards: two equal values mean equal shards."""
         return self.model_dump(mode="json", exclude={"path", "lm_views", "workers"})
@@ -106,12 +114,12 @@ def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        config = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or 2024-13-45, which YAML takes for a date
         raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no mapping of keys; it should start with `name:`")
@@ -142,7 +150,7 @@ def _override(config: dict[str, Any], override: str) -> None:
             raise UserError(f"{key}: {'.'.join(parents[: position + 1])} is a single value, it has no keys below it")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{key}: cannot read the value {value!r} as YAML") from None
     if isinstance(node, list):
         _child(node, last, key)
@@ -153,7 +161,7 @@ def _override(config: dict[str, Any], override: str) -> None:
 
 def _child(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
+        if not part.isdecimal() or int(part) >= len(node):
             raise UserError(f"{key}: {part!r} is no entry of that list, which has {len(node)} (counted from 0)")
         return node[int(part)]
     if node.get(part) is None:
@@ -192,19 +200,20 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for section, below in _sections(field.annotation, prefix + name):
+        for section, below in subsections(field.annotation, prefix + name):
             keys += known_keys(section, below + ".")
     return keys
 
 
-def _sections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str]]:
+def subsections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str]]:
+    """The sections that a key of this type holds, each with its dotted key."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and origin is None and issubclass(annotation, BaseModel):
         return [(annotation, prefix)]
     if origin is list:
         prefix += ".0"
     if origin in (list, typing.Union, types.UnionType, Annotated):
-        return [found for part in typing.get_args(annotation) for found in _sections(part, prefix)]
+        return [found for part in typing.get_args(annotation) for found in subsections(part, prefix)]
     return []
 
 

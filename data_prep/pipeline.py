@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,9 +24,10 @@ from tqdm import tqdm
 
 from data_prep.config import DataConfig, JsonSource
 from data_prep.errors import UserError
-from data_prep.files import sha256_file, write_json
+from data_prep.files import sha256_file, sync_file, write_json
 from data_prep.shards import FORMAT, MANIFEST, positions_needed, read_manifest, write_shard
 from data_prep.sources import Reader, Unit, open_source
+from data_prep.sources.record import Record
 from data_prep.tokenizer import Tokenizer, take_over, train
 
 SAMPLE_CHARACTERS = 20_000_000
@@ -59,21 +61,21 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> dict[str,
 
 def _prepare(config: DataConfig, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     readers = _open_sources(config)
-    settings = {"data": config.preparation(), "files": _source_hashes(config)}
+    settings = {"data": config.preparation(), "files": _file_hashes(config)}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _check_same_settings(manifest["settings"], settings, folder)
+        _remove_leftovers(folder)
         say(f"{folder} is prepared already, nothing to do: {_summary(manifest)}")
         return manifest
-    partial = folder / ".partial"
-    _resume_or_restart(partial, settings, say)
+    _resume_or_restart(folder, settings, say)
     units = [Unit(source, *bounds) for source, reader in enumerate(readers) for bounds in reader.units()]
     tokenizer = _tokenizer(config, readers, units, folder, say)
     reports = _run_units(config, folder, units, say)
     manifest = _manifest(config, settings, tokenizer, reports)
     _check_not_empty(manifest)
     write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(partial)
+    _remove_leftovers(folder)
     say(f"prepared {folder}: {_summary(manifest)}")
     for reason, drop in manifest["dropped"].items():
         say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {', '.join(drop['first'])}")
@@ -94,32 +96,48 @@ def _open_sources(config: DataConfig) -> list[Reader]:
     return [open_source(source, config.views, f"data.sources.{index}") for index, source in enumerate(config.sources)]
 
 
-def _source_hashes(config: DataConfig) -> dict[str, str]:
-    return {source.path: sha256_file(Path(source.path)) for source in config.sources if isinstance(source, JsonSource)}
+def _file_hashes(config: DataConfig) -> dict[str, str]:
+    files = [Path(source.path) for source in config.sources if isinstance(source, JsonSource)]
+    if config.tokenizer.path is not None:
+        given = Path(config.tokenizer.path)
+        inside = [file for pattern in ("*token*.json", "*.model") for file in sorted(given.glob(pattern))]
+        files += inside if given.is_dir() else [given] * given.is_file()  # `take_over` names what is missing
+    return {str(file): sha256_file(file) for file in files}
 
 
 def _check_same_settings(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     if stored == wanted:
         return
     changed = [f"data.{key}" for key in wanted["data"] if stored["data"].get(key) != wanted["data"][key]]
-    what = " and ".join(changed) or f"the content of {' or '.join(wanted['files'])}"
-    raise UserError(f"{folder} was prepared with another {what}; choose another data.path, or remove that folder to prepare it anew")
+    before, now = stored["files"], wanted["files"]
+    changed = changed or [f"content of {file}" for file in before | now if before.get(file) != now.get(file)]
+    raise UserError(f"{folder} was prepared with another {' and '.join(changed)}; choose another data.path, or remove that folder to prepare it anew")
 
 
-def _resume_or_restart(partial: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
+def _resume_or_restart(folder: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:
     """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
-    stored = partial / "settings.json"
+    partial, stored = folder / ".partial", folder / ".partial" / "settings.json"
     if stored.exists():
         if json.loads(stored.read_text()) == settings:
             say(f"going on with an interrupted preparation: {len(list(partial.glob('unit-*.json')))} units are done")
             return
         say("the interrupted preparation had other settings: starting afresh")
-        shutil.rmtree(partial)
-        shutil.rmtree(partial.parent / "tokenizer", ignore_errors=True)
-        for shard in partial.parent.glob("*.arrow"):
-            shard.unlink()
+        write_json(stored, None)  # else a kill while the old goes would leave some of it to a run with the old settings
+        for old in (*partial.glob("unit-*.json"), *folder.glob("*.arrow")):
+            old.unlink()
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    elif (folder / "tokenizer").exists() or any(folder.glob("*.arrow")):
+        raise UserError(f"{folder} holds a tokenizer or shards, but no {MANIFEST} that says what of; "
+                        "remove that folder, or choose another data.path")
     partial.mkdir(exist_ok=True)
     write_json(stored, settings)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what only an unfinished preparation needs, and temporary files of killed ones."""
+    shutil.rmtree(folder / ".partial", ignore_errors=True)
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def _tokenizer(config: DataConfig, readers: list[Reader], units: list[Unit], folder: Path, say: Callable[[str], None]) -> Tokenizer:
@@ -136,21 +154,31 @@ def _tokenizer(config: DataConfig, readers: list[Reader], units: list[Unit], fol
         kind = config.tokenizer.model_type or "bpe"
         say(f"training a sentencepiece {kind} tokenizer of {config.tokenizer.vocab_size:,} pieces")
         train(_sample(config, readers, units), config.tokenizer.vocab_size, temporary, kind)
+    for file in temporary.iterdir():
+        sync_file(file)
     os.replace(temporary, final)
     return Tokenizer.load(final)
 
 
 def _sample(config: DataConfig, readers: list[Reader], units: list[Unit]) -> Iterator[str]:
     """Text of the training split for the tokenizer: whole units, spread evenly over the corpus."""
-    characters = 0
+    characters, left_out = 0, ""
     for unit in sorted(units, key=lambda unit: hashlib.sha256(repr(unit).encode()).digest()):
-        for record in readers[unit.source].read(unit.start, unit.stop):
+        reader = readers[unit.source]
+        for record in reader.read(unit.start, unit.stop):
+            if record.views is None and config.on_malformed == "fail":
+                raise _malformed(reader, unit, record)
             if record.views is None or not all(record.views) or _split(config, unit, record.views) != "train":
+                left_out = left_out or reader.where(unit.start, record.position)
                 continue
             yield from record.views
             characters += sum(map(len, record.views))
         if characters > SAMPLE_CHARACTERS:
             return
+    if not characters:
+        found = f"(the first that is none: {left_out})" if left_out else "(the sources hold no line)"
+        raise UserError(f"no record to train a tokenizer on: none of split train has text in both {' and '.join(config.views)} "
+                        f"{found}; check data.views and the columns and splits of the sources")
 
 
 def _split(config: DataConfig, unit: Unit, views: tuple[str, ...]) -> str:
@@ -169,8 +197,8 @@ def _run_units(config: DataConfig, folder: Path, units: list[Unit], say: Callabl
     workers = min(config.workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
     say(f"tokenizing {len(todo)} of {len(units)} units in {workers} {'process' if workers == 1 else 'processes'}")
     # forkserver: the workers start from a clean process, and quickly
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool, \
-            tqdm(total=len(todo), unit="unit", disable=len(todo) < 2, mininterval=1) as bar:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), initializer=_end_with_parent) as pool, \
+            tqdm(total=len(todo), unit="unit", disable=len(todo) < 2 or None, mininterval=1) as bar:
         serialized = config.model_dump_json()
         running = [pool.submit(_run_unit, serialized, index, units[index]) for index in todo]
         try:
@@ -183,6 +211,14 @@ def _run_units(config: DataConfig, folder: Path, units: list[Unit], say: Callabl
         finally:
             pool.shutdown(cancel_futures=True)
     return [json.loads(report.read_text()) for report in reports]
+
+
+def _end_with_parent() -> None:
+    """Let this worker die with the process that prepares: it would write on without the lock, and then wait forever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @cache
@@ -208,8 +244,7 @@ def _run_unit(serialized: str, index: int, unit: Unit) -> None:
     for record in reader.read(unit.start, unit.stop):
         if record.views is None:
             if config.on_malformed == "fail":
-                raise UserError(f"{reader.where(unit.start, record.position)}: {record.problem}; "
-                                "mend the line, or drop such lines with data.on_malformed=drop")
+                raise _malformed(reader, unit, record)
             drop("malformed", record.position)
         elif not all(map(str.strip, record.views)):
             drop("one_sided" if any(map(str.strip, record.views)) else "empty", record.position)
@@ -232,6 +267,11 @@ def _run_unit(serialized: str, index: int, unit: Unit) -> None:
         for split, rows in members.items()
     }
     write_json(folder / ".partial" / f"unit-{index:05d}.json", {"shards": shards, "dropped": dropped})
+
+
+def _malformed(reader: Reader, unit: Unit, record: Record) -> UserError:
+    return UserError(f"{reader.where(unit.start, record.position)}: {record.problem}; "
+                     "mend the line, or drop such lines with data.on_malformed=drop")
 
 
 def _manifest(config: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, reports: list[dict[str, Any]]) -> dict[str, Any]:

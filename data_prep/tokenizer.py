@@ -380,7 +380,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
-    if not isinstance(content, dict) or path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content):
+    if not isinstance(content, dict) or (path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)):
         raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
     return content
 

@@ -28,6 +28,7 @@ class ModelConfig(Section):
     """What is trained."""
 
     family: Literal["llama"] | None = None
+    """Model family of transformers."""
     shape: dict[str, Any] | None = None
     """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
     configuration. The vocabulary and the special tokens come from the corpus."""
@@ -49,6 +50,7 @@ class ObjectiveConfig(Section):
     """What is minimised: next-token loss, plus weight times the auxiliary term."""
 
     name: Literal["next_token", "llm_jepa"]
+    """next_token: the language-model loss alone; the other keys but layout rest."""
     layout: Literal["joint", "independent"] = "joint"
     """joint: the target follows the context, as in [BOS context SEP][target EOS]. independent: two documents."""
     weight: float = Field(default=1.0, gt=0)
@@ -87,7 +89,9 @@ class TrainConfig(Section):
     micro_batch_rows: int = Field(gt=0)
     """Rows of one forward pass on one rank."""
     learning_rate: float = Field(gt=0)
+    """The highest rate of AdamW."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
+    """How the rate falls after the warm-up, over the consumed fraction of the budget."""
     warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the budget in which the rate rises linearly to learning_rate."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
@@ -97,6 +101,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     gradient_clipping: float = Field(default=1.0, gt=0)
     """Largest global L2 norm of the gradient."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -126,6 +131,7 @@ class TaskConfig(Section):
     """A downstream task of the evaluation job."""
 
     name: Literal["nl_rx", "loss"]
+    """nl_rx: write the target for a context, scored as text. loss: both losses on a file of pairs."""
     train: str | None = None
     test: str | None = None
     """JSON lines of pairs. Without them `nl_rx` draws unseen pairs from the embedded grammar."""
@@ -142,6 +148,7 @@ class EvaluationConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
     tasks: list[TaskConfig] = []
+    """What an evaluation does, for checkpoints in the background and by the command."""
 
     @field_validator("tasks")
     @classmethod
@@ -161,14 +168,18 @@ class MonitorConfig(Section):
     validation_records: int = Field(default=1000, gt=1)
     """Records of a validation: the first ones of the validation split, always the same."""
     tensorboard: bool = True
+    """Whether to write TensorBoard files beside metrics.jsonl."""
 
 
 class RunConfig(Section):
     """One run."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    """Name of the run; `{dotted.key}` inside stands for the value of a key."""
     seed: int = Field(default=0, ge=0)
+    """Decides the initial weights, the order of the records and loss dropout."""
     output_dir: str = "runs"
+    """The run directory is output_dir/name."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
@@ -204,7 +215,7 @@ class RunConfig(Section):
         """Objective keys that were set but do not act, because next_token has no pairs."""
         if self.objective.has_pairs:
             return []
-        return [f"objective.{key}" for key in RESTING_WITHOUT_PAIRS if key in self.objective.model_fields_set]
+        return [key for key in RESTING_WITHOUT_PAIRS if key in self.objective.model_fields_set]
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -226,5 +237,6 @@ def _read_shape(path: Path) -> Any:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML that `load_config` reads back; unset options stay unset."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    """The configuration as YAML that `load_config` reads back; unset and resting options stay out."""
+    resting = {} if config.objective.has_pairs else {"objective": set(RESTING_WITHOUT_PAIRS)}
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True, exclude=resting), sort_keys=False, allow_unicode=True)

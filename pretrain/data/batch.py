@@ -81,7 +81,7 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
             read_out[index] = (in_batch[:, index] + lengths[:, index] - 1)[rows.paired]
         if layout.read_outs and index == layout.read_outs[1]:
             assert segment.view == TARGET
-            keys = _content_keys(tokens, inner)
+            keys = _content_keys(tokens, inner)[rows.paired[present]]
 
     labels = np.concatenate(label_index) if label_index else np.zeros(0, np.int64)
     prediction, target = (read_out[index] for index in layout.read_outs) if layout.read_outs else (np.zeros(0, np.int64),) * 2

@@ -10,9 +10,9 @@ import yaml
 
 from data_prep.config import DataConfig, validate
 from data_prep.errors import UserError
-from data_prep.files import sha256_file, write_text
-from data_prep.pipeline import prepare
+from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config
+from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.run_folder import list_steps
 from pretrain.training.background import single_process_environment
 
@@ -25,8 +25,7 @@ def finetune(config: RunConfig, settings: dict[str, Any], export: Path, train_fi
     `settings` are keys of `train` that replace those of the pretraining run `config`. Deterministic; goes on where an interrupted one stopped.
     Raises UserError where the run fails.
     """
-    data = _data(config, export, train_file, folder)
-    prepare(data)
+    data = prepare_pairs(config, train_file, folder)
     run = _run_config(config, settings, data, export, folder / "finetune", name)
     path = folder / "finetune" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
@@ -39,14 +38,6 @@ def finetune(config: RunConfig, settings: dict[str, Any], export: Path, train_fi
     return run.run_dir
 
 
-def _data(config: RunConfig, export: Path, train_file: Path, folder: Path) -> DataConfig:
-    key = sha256_file(train_file)[:12] + "-" + sha256_file(export / "tokenizer.json")[:12]
-    return DataConfig(
-        path=str(folder / "data" / key), views=config.data.views, sources=[{"type": "json", "path": str(train_file)}],
-        tokenizer={"path": str(export)}, sequence_length=config.data.sequence_length, lm_views="last",
-    )
-
-
 def _run_config(config: RunConfig, settings: dict[str, Any], data: DataConfig, export: Path, output_dir: Path, name: str) -> RunConfig:
     train = config.train.model_dump(exclude_none=True)
     if any(budget in settings for budget in BUDGETS):
@@ -55,7 +46,7 @@ def _run_config(config: RunConfig, settings: dict[str, Any], data: DataConfig, e
     values |= {
         "name": name,
         "output_dir": str(output_dir),
-        "data": data.model_dump(mode="json", exclude_none=True),
+        "data": data.model_dump(mode="json", exclude_none=True) | {"lm_views": "last"},
         "model": {"init_from": str(export), "attention": config.model.attention},
         "objective": {"name": "next_token"},
         "train": train | settings,

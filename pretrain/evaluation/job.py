@@ -18,7 +18,8 @@ def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
+    parser.add_argument("overrides", nargs="*", metavar="key=value",
+                        help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
     parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
     parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
@@ -89,7 +90,11 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
 def _evaluate_steps(config: RunConfig, run_dir: Path, tasks: list[TaskConfig], steps: list[int]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar
+
     from pretrain.evaluation.checkpoint_evaluation import evaluate_checkpoint
+
+    disable_progress_bar()
 
     for step in steps:
         evaluate_checkpoint(config, run_dir, tasks, step)

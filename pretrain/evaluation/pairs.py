@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from data_prep.config import JsonSource
+from data_prep.config import DataConfig, JsonSource
 from data_prep.errors import UserError
-from data_prep.files import write_text
+from data_prep.files import sha256_file, write_text
 from data_prep.nlrx_grammar import generate
+from data_prep.pipeline import prepare
 from data_prep.sources.json_lines import JsonLines
+from pretrain.config import RunConfig
+from pretrain.run_folder import MODEL
 
 GRAMMAR_ROWS = 1000
 GRAMMAR_SEED = 0
@@ -28,6 +31,20 @@ def read_pairs(path: str | Path, views: tuple[str, str], key: str, rows: int | N
     if not pairs:
         raise UserError(f"{path} ({key}) holds no rows")
     return pairs
+
+
+def prepare_pairs(config: RunConfig, path: str | Path, folder: Path) -> DataConfig:
+    """Shards of a file of pairs below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
+    try:
+        name = sha256_file(Path(path))[:16]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    data = DataConfig(
+        path=str(folder / "data" / name), views=config.data.views, sources=[{"type": "json", "path": str(path)}],
+        tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length,
+    )
+    prepare(data)
+    return data
 
 
 def grammar_file(folder: Path, split: str, views: tuple[str, str], rows: int = GRAMMAR_ROWS) -> Path:

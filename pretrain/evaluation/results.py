@@ -44,11 +44,11 @@ def print_summary(run_dir: Path) -> None:
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
         _print_table(rows)
-    print(f"\ncurves: tensorboard --logdir {run_dir / 'tensorboard'} --host 127.0.0.1, then open the page it names and its tab Custom Scalars", flush=True)
+    print(f"\ncurves: tensorboard --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
+          "        then open the page it names; Custom Scalars shows both loss terms in one chart", flush=True)
 
 
 def _print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     print("\n" + lines[0] + "\n" + "-" * len(lines[0]) + "\n" + "\n".join(lines[1:]), flush=True)

@@ -17,7 +17,8 @@ def next_token_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tens
 class NextToken:
     """The language-model loss alone."""
 
-    weights = {"lm": 1.0}
+    def __init__(self) -> None:
+        self.weights = {"lm": 1.0}
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, head: Head, gather: Gather, *, with_pool: bool = False) -> Output:
         pool = gather_pool(*read_out(hidden, batch), batch, gather) if with_pool else None

@@ -8,6 +8,8 @@ A checkpoint is written to a hidden folder and renamed once every rank's files a
 run leaves either all of it or nothing. DeepSpeed's shards are pickles: they are loaded from run folders only.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from data_prep.errors import UserError
-from data_prep.files import sha256_file, sync_folder, write_json, write_text
+from data_prep.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
 
@@ -43,7 +45,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict
     described = world.gather_objects(mine)
     if world.is_main:
         entries = {file: entry for part in described for file, entry in part.items()}
-        write_json(temporary / MANIFEST, {"step": step, "ranks": world.size, "files": entries})
+        write_text(temporary / MANIFEST, _sealed({"step": step, "ranks": world.size, "files": entries}))
         sync_folder(temporary)
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(temporary, folder / name)
@@ -68,11 +70,21 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The manifest as text that carries its own checksum."""
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(manifest | {"seal": seal}, indent=2) + "\n"
+
+
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, None if nothing; looks at every `parts`-th file from `part` on."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        del manifest["seal"]
         files = sorted(manifest["files"].items())
+        if text != _sealed(manifest):
+            return f"the content of {MANIFEST} has changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -133,5 +145,6 @@ def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
     problem = check(checkpoint) if checkpoint.exists() else "there is no such folder"
     if problem:
         raise UserError(f"cannot use the checkpoint {checkpoint}: {problem}")
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return {key.removeprefix("model."): value for key, value in state.items()}

@@ -31,13 +31,12 @@ class World:
         """Whether this is rank 0, the only one that prints and writes metrics."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Add up the values of all ranks, in fp64."""
-        if self.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+    def sum(self, scalars: list[torch.Tensor]) -> list[float]:
+        """Add up the scalars of all ranks, in fp64, with one transfer to the host."""
+        total = torch.stack([scalar.double() for scalar in scalars])
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """(P, ...) of every rank -> (ranks * P, ...)."""

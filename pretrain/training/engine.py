@@ -4,6 +4,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -11,8 +13,8 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
-from pretrain.models.export import load_predictor
 from pretrain.models.attention import resolve_attention
+from pretrain.models.export import load_predictor
 from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, random_causal_lm, shape_config
 from pretrain.objectives import Objective, Output
 from pretrain.objectives.pool import Gather
@@ -38,6 +40,7 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     """
     settings = engine_settings(config, world.size)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    _check_zero_options(settings)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     torch.manual_seed(config.seed)
     attention = resolve_attention(config.model.attention, world.device)
@@ -79,6 +82,15 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
         "steps_per_print": 10**12,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _check_zero_options(settings: dict[str, Any]) -> None:
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(f"deepspeed: {key}: {first['msg']}") from None
 
 
 def _check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:

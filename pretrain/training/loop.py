@@ -82,7 +82,7 @@ class Trainer:
             if logging:
                 values |= self._diagnose(pool) | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
-            if self.validation and (last or stopping or self._due(self.config.monitor.validate_every)):
+            if self.validation and (last or self._due(self.config.monitor.validate_every)):
                 values |= self._validate()
             if self.metrics and values:
                 self.metrics.write(self._counters(), values)
@@ -141,7 +141,8 @@ class Trainer:
 
     def _agree(self, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> tuple[dict[str, float], bool]:
         """Each term over the global batch, and whether any rank was asked to stop: the one synchronisation of a step."""
-        *totals, stops = self.world.sum([value.item() for value in sums.values()] + [float(self.stop.received is not None)])
+        stop = torch.tensor(float(self.stop.received is not None), device=self.world.device)
+        *totals, stops = self.world.sum([*sums.values(), stop])
         return {name: total / max(1, counts[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0
 
     def _update(self, losses: dict[str, float]) -> bool:

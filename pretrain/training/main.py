@@ -15,7 +15,8 @@ STOPPED = 75
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one.")
+    parser = argparse.ArgumentParser(
+        description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same

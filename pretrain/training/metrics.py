@@ -19,12 +19,14 @@ class Metrics:
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in lines))
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._writer = None
         if tensorboard:
             self._writer = open_tensorboard(run_dir / "tensorboard" / "train", purge_step=step + 1)
-            self._writer.add_custom_scalars({"loss": {"both terms": ["Multiline", ["loss/lm", "loss/jepa"]],
-                                                      "both terms, validation": ["Multiline", ["validation/loss/lm", "validation/loss/jepa"]]}})
+            self._writer.add_custom_scalars({"loss": {
+                "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
+                "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
+            }})
 
     def write(self, progress: dict[str, float], values: dict[str, float]) -> None:
         """Record the values of a step, with the progress counters beside them; in JSON, what is not finite is null."""

@@ -34,8 +34,8 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
         say(f"{config.run_dir} is finished already")
         return None
     stop = StopRequest()
-    for key in config.resting_keys():
-        say(f"note: {key} rests with objective.name=next_token")
+    if config.resting_keys():
+        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys())}")
 
     objective = make_objective(config.objective)
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world))
@@ -44,11 +44,12 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     layout = _layout(config, specials, pairs=config.objective.has_pairs)
     trainer = Trainer(
         config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop,
-        loader=Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=config.objective.dropout, epochs=config.train.epochs),
+        loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
+                      dropout=config.objective.dropout, epochs=config.train.epochs),
         throughput=_throughput(config, model, world),
         validation=_validation(config, corpus, specials, world),
     )
-    say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} {'rank' if world.size == 1 else 'ranks'} on {world.device.type}")
+    say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
     _resume(trainer, say)
     if world.is_main:
         _write_skeleton(config, model, corpus)
@@ -71,7 +72,8 @@ def _check(config: RunConfig, corpus: Corpus) -> None:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
     if config.checkpoint.resume != "never" and not steps and (config.run_dir / "checkpoints").exists() and list(
             (config.run_dir / "checkpoints").glob("damaged-*")):
-        raise UserError(f"every checkpoint in {config.run_dir / 'checkpoints'} is damaged; to start over, remove that folder or choose another `name`")
+        raise UserError(f"every checkpoint in {config.run_dir / 'checkpoints'} is damaged; "
+                        "to start over, remove that folder or choose another `name`")
 
 
 def predictor_tokens(config: RunConfig) -> int:

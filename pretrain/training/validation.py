@@ -37,14 +37,14 @@ class Validation:
     def run(self, engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
         """Validate on all ranks; the values by metric tag."""
         engine.eval()
-        sums: dict[str, float] = {}
+        sums: dict[str, torch.Tensor] = {}
         pools = []
         with torch.no_grad():
             for batch in self._batches:
                 output = engine(batch.to(self.world.device), with_pool=True)
                 pools.append(output.pool)
                 for name, value in output.terms.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
+                    sums[name] = sums.get(name, 0) + value
         engine.train()
         totals = self.world.sum(list(sums.values()))
         losses = {f"validation/loss/{name}": total / self.counts[name] for name, total in zip(sums, totals, strict=True)}

@@ -68,7 +68,7 @@ def bracketed(text: str) -> list[str]:
     return parts
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse(text: str) -> tuple[Tree, ...]:
     if text in TERMINALS:
         leaf = Tree("terminal", (), text)
@@ -267,7 +267,7 @@ def test_rows_stay_what_they_were():
 
 
 def test_unknown_split_is_an_error_that_names_the_splits():
-    with pytest.raises(ValueError, match="'dev'.*train, validation, test, finetune"):
+    with pytest.raises(ValueError, match=r"'dev'.*train, validation, test, finetune"):
         generate(0, "dev", 0)
 
 

@@ -15,7 +15,8 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer, take_over, train
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-WORDS = "SELECT name FROM users WHERE lines with a vowel or the string 'dog' [a-z]* (\\b) count = AND id".split()
+WORDS = ["SELECT", "name", "FROM", "users", "WHERE", "lines", "with", "a", "vowel", "or", "the", "string", "'dog'",
+         "[a-z]*", "(\\b)", "count", "=", "AND", "id"]
 LITERALS = "<s></s> <pad><sep> <unk> a<s>b <0x41> <|pad|>"
 ODD = [
     "", " ", "   ", " a", "a ", "  two  blanks  ", "\t", "\ttab\n\nline\r\n end\n", "\n", "a\0b\x01\x7f\x85\xa0",
@@ -46,7 +47,7 @@ def real_texts() -> list[str]:
     texts = []
     for name in ("nl-rx-synth", "spider"):
         with (DATA / name / "train.jsonl").open(encoding="utf-8") as rows:
-            texts += [message["content"] for _, row in zip(range(1500), rows) for message in json.loads(row)["messages"]]
+            texts += [message["content"] for _, row in zip(range(1500), rows, strict=False) for message in json.loads(row)["messages"]]
     documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
     # The whole document as one text too: float32 scores of a unigram model would drift over its length.
     return texts + documents.split("\n\n") + [documents]

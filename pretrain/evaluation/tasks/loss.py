@@ -2,12 +2,10 @@
 
 import torch
 
-from data_prep.config import DataConfig
 from data_prep.errors import UserError
-from data_prep.files import sha256_file
-from data_prep.pipeline import prepare
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import make_layout
+from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_language_model
@@ -26,13 +24,7 @@ def evaluate(run: TaskRun) -> TaskResult:
     if run.task.finetune is not None or run.task.train is not None:
         raise UserError("the task loss trains nothing: leave out train and finetune")
     config = run.config
-    data = DataConfig(
-        path=str(run.folder / "data" / f"{sha256_file(run.task.test)[:12]}-{sha256_file(run.export / 'tokenizer.json')[:12]}"),
-        views=config.data.views, sources=[{"type": "json", "path": run.task.test}], tokenizer={"path": str(run.export)},
-        sequence_length=config.data.sequence_length,
-    )
-    prepare(data)
-    corpus = Corpus(data.path, "train")
+    corpus = Corpus(prepare_pairs(config, run.task.test, run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, resolve_attention(config.model.attention, device))
     specials = special_ids(tokenizer, model.vocabulary)

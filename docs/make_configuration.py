@@ -1,0 +1,76 @@
+"""Write docs/configuration.md from the schema: `python docs/make_configuration.py`. A test checks that it is up to date."""
+
+import ast
+import inspect
+import itertools
+import types
+import typing
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from data_prep import config as data_config
+from pretrain import config as run_config
+
+HEADER = """# Configuration
+
+One YAML file describes a run; every key can be overridden on the command line as `dotted.key=value`. This page is made from the
+schema by `docs/make_configuration.py`.
+"""
+
+
+def main() -> None:
+    (Path(__file__).parent / "configuration.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page as Markdown."""
+    return HEADER + "".join(_section(model, prefix) for model, prefix in _sections(run_config.RunConfig, ""))
+
+
+def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel], str]]:
+    found = [(model, prefix)]
+    for name, field in model.model_fields.items():
+        found += [pair for below, path in data_config.subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
+    return found
+
+
+def _section(model: type[BaseModel], prefix: str) -> str:
+    title = f"`{prefix[:-1]}`" if prefix else "Top level"
+    lines = [f"\n## {title}\n\n{_one_line(model.__doc__)}\n", "| key | type | default | |", "|---|---|---|---|"]
+    notes = _attribute_docstrings(model)
+    for name, field in model.model_fields.items():
+        note = _one_line(notes.get(name, "")).replace("|", chr(92) + "|")
+        default = "required" if field.default is PydanticUndefined else "" if isinstance(field.default, BaseModel) else f"`{field.default}`"
+        lines.append(f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    body = ast.parse(inspect.getsource(model)).body[0].body
+    return {before.target.id: node.value.value for before, node in itertools.pairwise(body)
+            if isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+
+
+def _type(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(part) for part in arguments if part is not type(None))
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin in (list, tuple):
+        return "list of " + _type(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return "mapping" if origin is dict else getattr(annotation, "__name__", str(annotation))
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    main()

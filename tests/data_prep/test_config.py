@@ -1,0 +1,156 @@
+"""The configuration file: overrides, placeholders, and mistakes that name the key and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.config import DataConfig, load_yaml, validate
+from data_prep.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+DATA = {"path": "out", "sources": [{"type": "nlrx", "records": 5}], "tokenizer": {"vocab_size": 400}}
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("""
+name: study-{objective.name}-{seed}
+seed: 3
+objective: {name: llm_jepa}
+data:
+  path: out
+  sources:
+    - {type: nlrx, records: 5}
+    - {type: json, split: validation}
+  tokenizer: {vocab_size: 400}
+""")
+    return path
+
+
+def complaint(**changes) -> str:
+    with pytest.raises(UserError) as raised:
+        validate(DataConfig, DATA | changes, "data")
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_overrides_reach_nested_keys_list_entries_and_missing_sections(config):
+    values = load_yaml(config, ["seed=7", "data.sources.1.path=train.jsonl", "data.sources.0={type: nlrx, records: 9}",
+                                "train.learning_rate=1.5e-3", "data.views=[question, answer]", "data.workers="])
+    assert values["seed"] == 7 and values["train"] == {"learning_rate": 1.5e-3}
+    assert values["data"]["sources"] == [{"type": "nlrx", "records": 9},
+                                         {"type": "json", "split": "validation", "path": "train.jsonl"}]
+    data = validate(DataConfig, values["data"], "data")
+    assert data.views == ("question", "answer") and data.workers is None
+    assert data.sources[1].path == "train.jsonl" and data.sources[1].split == "validation"
+
+
+def test_an_override_value_may_hold_equals_signs(config):
+    assert load_yaml(config, ["data.path=a=b"])["data"]["path"] == "a=b"
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("seed", "write key=value"), ("=3", "write key=value"),
+    ("data.sources.2.path=x", "'2' is no entry of that list, which has 2 (counted from 0)"),
+    ("data.sources.path=x", "'path' is no entry of that list"),
+    ("data.sources.-1.path=x", "'-1' is no entry of that list"),
+    ("data.sources.².path=x", "'²' is no entry of that list"),
+    ("seed.x=1", "seed is a single value, it has no keys below it"),
+    ("seed=[1", "seed: cannot read the value '[1' as YAML"),
+    ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),  # a date to YAML, and an impossible one
+])
+def test_an_override_that_cannot_be_read_says_why(config, override, expected):
+    with pytest.raises(UserError) as raised:
+        load_yaml(config, [override])
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_placeholders_in_the_name_take_values_after_the_overrides(config):
+    assert load_yaml(config)["name"] == "study-llm_jepa-3"
+    assert load_yaml(config, ["objective.name=next_token", "seed=4"])["name"] == "study-next_token-4"
+
+
+@pytest.mark.parametrize("name", ["x-{objective.nme}", "x-{data}", "x-{seed.x}"])
+def test_a_placeholder_of_no_single_value_is_an_error(config, name):
+    with pytest.raises(UserError, match="names no single value"):
+        load_yaml(config, [f"name={name!r}"])
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"name: \xff\n", "is not valid YAML"), (b"name: [", "is not valid YAML"), (b"name: 2024-13-45", "is not valid YAML"),
+    (b"- name\n", "no mapping"), (b"", "no mapping"), (b"\x00", "is not valid YAML"),
+    (b"name: x\nobjectve: {}\n", "unknown key 'objectve' in "), (b"1: x\n", "unknown key '1' in "),
+])
+def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, expected):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_yaml(path)
+    assert expected in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfname: x\n")
+    assert load_yaml(path) == {"name": "x"}
+
+
+@pytest.mark.parametrize("changes, unknown, nearest", [
+    ({"sequence_lenght": 3}, "data.sequence_lenght", "data.sequence_length"),
+    ({"tokenizer": {"vocab": 3}}, "data.tokenizer.vocab", "data.tokenizer.vocab_size"),
+    ({"sources": [{"type": "nlrx", "records": 5}, {"type": "nlrx", "record": 5, "records": 1}]},
+     "data.sources.1.record", "data.sources.0.records"),
+    ({"sources": [{"type": "json", "pth": "x"}]}, "data.sources.0.pth", "data.sources.0.path"),
+    ({"on_malfromed": "drop"}, "data.on_malfromed", "data.on_malformed"),
+])
+def test_an_unknown_key_names_the_nearest_known_one(changes, unknown, nearest):
+    assert complaint(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
+
+
+def test_an_unknown_section_names_the_nearest_known_one(config):
+    with pytest.raises(UserError, match=r"unknown key 'chekpoint' in .*; the nearest known one is 'checkpoint'"):
+        load_yaml(config, ["chekpoint.every=3"])
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"sequence_length": "long"}, "data.sequence_length: "), ({"sequence_length": 3}, "data.sequence_length: "),
+    ({"validation_fraction": 1.0}, "data.validation_fraction: "), ({"workers": 0}, "data.workers: "),
+    ({"lm_views": "first"}, "data.lm_views: "), ({"on_malformed": "skip"}, "data.on_malformed: "),
+    ({"path": 3}, "data.path: "), ({"path": None}, "data.path: "), ({"views": ["text"]}, "data.views"),
+    ({"views": ["text", "text"]}, "two different names"),
+    ({"sources": [{"type": "parquet"}]}, "data.sources.0: "), ({"sources": [{"records": 5}]}, "data.sources.0: "),
+    ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
+    ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
+    ({"sources": [{"type": "nlrx", "records": 5, "split": "dev"}]}, "data.sources.0.split: "),
+    ({"sources": {"0": {}}}, "data.sources: "),
+    ({"tokenizer": {}}, "data.tokenizer: give exactly one"),
+    ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "data.tokenizer: give exactly one"),
+    ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
+])
+def test_a_value_that_cannot_be_meant_names_its_key(changes, expected):
+    assert expected in complaint(**changes)
+
+
+def test_only_settings_that_change_shards_count_as_another_preparation():
+    base = validate(DataConfig, DATA).preparation()
+    for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
+        assert validate(DataConfig, DATA | same).preparation() == base
+    for other in ({"sequence_length": 64}, {"views": ["a", "b"]}, {"validation_fraction": 0.1}, {"tokenizer": {"vocab_size": 401}},
+                  {"sources": [{"type": "nlrx", "records": 5, "seed": 1}]}, {"on_malformed": "drop"}):
+        assert validate(DataConfig, DATA | other).preparation() != base
+
+
+def test_the_data_sections_in_the_repository_are_valid():
+    configs = sorted((CHECKOUT / "configs").glob("*.yaml"))
+    assert configs
+    for path in configs:
+        validate(DataConfig, load_yaml(path)["data"], "data")
+
+
+def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, mistake, tmp_path):
+    assert "No such file" in mistake(tmp_path / "absent.yaml")
+    assert mistake(config, "data.tokenizer.vocab_sise=3") == (
+        "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'")
+    config.write_text("name: x\n")
+    assert "no `data` section" in mistake(config)

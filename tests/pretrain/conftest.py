@@ -1,0 +1,79 @@
+"""Corpora and a small model for the tests of pretrain."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.config import DataConfig
+from data_prep.files import write_json
+from data_prep.pipeline import prepare
+from data_prep.shards import FORMAT, MANIFEST, write_shard
+from data_prep.tokenizer import Tokenizer
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Specials
+from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+
+SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A corpus as the pipeline leaves it: 400 training and 40 validation records of the embedded grammar."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(DataConfig(path=str(folder), tokenizer={"vocab_size": 512}, sequence_length=128, workers=1, sources=[
+        {"type": "nlrx", "split": "train", "records": 400}, {"type": "nlrx", "split": "validation", "records": 40}]), say=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(prepared) -> Corpus:
+    return Corpus(prepared, "train")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared) -> Tokenizer:
+    return Tokenizer.load(prepared / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def specials(tokenizer) -> Specials:
+    return special_ids(tokenizer, 512)
+
+
+@pytest.fixture(scope="session")
+def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]:
+    """Writes records of (context, target) tokens as a corpus, in shards of `shard_records`."""
+
+    def write(records: list[tuple[list[int], list[int]]], shard_records: int = 10**9) -> Corpus:
+        folder = tmp_path_factory.mktemp("corpus")
+        shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
+        parts = [records[first : first + shard_records] for first in range(0, len(records), shard_records)]
+        shards = [write_shard(folder / f"train-{index:05d}.arrow", {"text": [context for context, _ in part], "code": [target for _, target in part]},
+                              tokenizer.vocab_size) for index, part in enumerate(parts)]
+        write_json(folder / MANIFEST, {
+            "format": FORMAT, "views": ["text", "code"], "tokenizer": {"sha256": tokenizer.fingerprint},
+            "splits": {"train": {"positions_needed": max(shard["positions_needed"] for shard in shards), "shards": shards}}})
+        return Corpus(folder, "train")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer) -> Callable[..., LanguageModel]:
+    """A small Llama with k predictor tokens, its random weights enlarged: tiny ones hide what attention does."""
+
+    def make(predictor_tokens: int, enlarge: float = 10.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+        torch.manual_seed(seed)
+        causal_lm = random_causal_lm(shape_config("llama", SHAPE, tokenizer, 256), "sdpa", torch.float32)
+        model = LanguageModel(causal_lm, predictor_tokens, "sdpa")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(enlarge)
+        return model.to(dtype)
+
+    return make

@@ -1,0 +1,186 @@
+"""The loader: every record once an epoch, resumable anywhere from three integers, the same rows for any number of ranks."""
+
+import json
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pretrain.data.layout import make_layout
+from pretrain.data.loader import Loader, Rows, plan_rows
+from pretrain.data.order import BLOCK, WINDOW_BLOCKS
+
+ROW = 512
+LARGE = 2 * BLOCK * WINDOW_BLOCKS + 3000
+"""Records that fill three windows of the order."""
+
+
+@pytest.fixture(scope="session")
+def large(write_corpus):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 12, (LARGE, 2)).tolist()
+    tokens = rng.integers(5, 512, 24).tolist()
+    return write_corpus([(tokens[:context], tokens[context : context + target]) for context, target in lengths], shard_records=50_000)
+
+
+@pytest.fixture(scope="session")
+def layout(specials):
+    return make_layout("joint", specials, pairs=True, predictor_tokens=1)
+
+
+def same(one: Rows, other: Rows) -> bool:
+    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Rows))
+
+
+def content(rows: Rows) -> list[list[tuple[int, int, bool]]]:
+    """Per row, its records with their starts and pair flags."""
+    out = [[] for _ in range(rows.count)]
+    for record, row, start, paired in zip(rows.records, rows.row, rows.start, rows.paired, strict=True):
+        out[row].append((int(record), int(start), bool(paired)))
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 300])
+def test_every_record_comes_once_an_epoch(size, write_corpus, layout):
+    rng = np.random.default_rng(size)
+    corpus = write_corpus([([5] * int(context), [6] * int(target)) for context, target in rng.integers(1, 20, (size, 2))])
+    loader = Loader(corpus, layout, 64, seed=1, epochs=3)
+    epochs = [[] for _ in range(3)]
+    while not loader.exhausted:
+        epoch = loader.epoch
+        epochs[epoch] += loader.next_rows(1).records.tolist()
+    assert [sorted(records) for records in epochs] == [list(range(size))] * 3
+    assert size < 7 or epochs[0] != epochs[1] != epochs[2]
+
+
+def test_every_record_of_many_windows_comes_once_an_epoch(large, layout):
+    loader = Loader(large, layout, ROW, seed=1, epochs=2)
+    assert loader.order.windows == 3
+    records = []
+    while not loader.exhausted:
+        records.append(loader.next_rows(64).records)
+    counts = np.bincount(np.concatenate(records), minlength=LARGE)
+    assert counts.shape == (LARGE,) and (counts == 2).all()
+
+
+def test_rows_hold_their_records_one_behind_the_other(large, layout):
+    rows = Loader(large, layout, ROW, seed=1).next_rows(200)
+    positions = rows.segment_lengths.sum(axis=1)
+    np.testing.assert_array_equal(rows.lengths, large.lengths(rows.records))
+    np.testing.assert_array_equal(rows.segment_lengths, layout.segment_lengths(rows.lengths, rows.paired))
+    for row in range(rows.count):
+        members = np.flatnonzero(rows.row == row)
+        assert rows.start[members].tolist() == [0, *np.cumsum(positions[members])[:-1]]
+        assert positions[members].sum() <= ROW
+    assert rows.pairs_per_row().tolist() == [int(rows.paired[rows.row == row].sum()) for row in range(rows.count)]
+
+
+def test_a_state_of_three_integers_resumes_anywhere(large, layout):
+    """Mid-window, on the edges of windows and of epochs, from the state as a checkpoint holds it."""
+    loader = Loader(large, layout, ROW, seed=2, dropout=0.25)
+    states, stream = [], []
+    while loader.epoch < 2:
+        states.append(loader.state())
+        stream.append(loader.next_rows(1))
+    edges = [number for number, (before, after) in enumerate(pairwise(states), 1) if before["window"] != after["window"]]
+    assert len(edges) == 5 and all(states[edge]["row"] == 0 for edge in edges)
+    for first in [0, 1, 17, len(states) // 3, *edges, *(edge - 1 for edge in edges), len(states) - 20]:
+        state = json.loads(json.dumps(states[first]))
+        assert sorted(state) == ["epoch", "row", "window"] and all(type(value) is int for value in state.values())
+        resumed = Loader(large, layout, ROW, seed=2, dropout=0.25)
+        resumed.load_state(state)
+        count = min(20, len(stream) - first)
+        assert same(resumed.next_rows(count), Rows.join(stream[first : first + count], count))
+        if first + count < len(states):
+            assert resumed.state() == states[first + count]
+
+
+def test_a_used_loader_goes_back(corpus, layout):
+    loader = Loader(corpus, layout, 128, seed=2)
+    first = loader.next_rows(50)
+    loader.next_rows(500)
+    loader.load_state({"epoch": 0, "window": 0, "row": 0})
+    assert same(loader.next_rows(50), first)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, layout):
+    """Rank r takes the r-th part of each micro step, as training does."""
+    micro_step_rows, steps = 8, 3
+    whole = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
+    per_rank = micro_step_rows // ranks
+    planned = [Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps) for _ in range(ranks)]
+    for step in range(steps):
+        union = []
+        for rank, rows in enumerate(planned):
+            first = (step * ranks + rank) * per_rank
+            part = rows.select(first, first + per_rank)
+            assert part.count == per_rank
+            assert part.pairs_per_row().sum() == part.paired.sum()
+            union += content(part)
+        assert union == content(whole)[step * micro_step_rows : (step + 1) * micro_step_rows]
+
+
+def test_the_stream_does_not_depend_on_how_many_rows_are_asked_for(corpus, layout):
+    """Even where a call spans several epochs."""
+    def stream(count):
+        loader = Loader(corpus, layout, 128, seed=4)
+        return [row for _ in range(1260 // count) for row in content(loader.next_rows(count))]
+
+    assert stream(1) == stream(7) == stream(630)
+
+
+def flags(loader: Loader, epoch: int) -> np.ndarray:
+    """The pair flag of each record in an epoch."""
+    loader.load_state({"epoch": epoch, "window": 0, "row": 0})
+    out = np.zeros(len(loader.corpus), bool)
+    while loader.epoch == epoch:
+        rows = loader.next_rows(1)
+        out[rows.records] = rows.paired
+    return out
+
+
+def test_dropout_is_drawn_by_seed_epoch_and_record(large, layout, specials):
+    share = 0.3
+    one = flags(Loader(large, layout, ROW, seed=1, dropout=share), 0)
+    assert abs(1 - one.mean() - share) < 0.005
+    np.testing.assert_array_equal(one, flags(Loader(large, make_layout("independent", specials, pairs=True), 256, seed=1, dropout=share), 0))
+    more = flags(Loader(large, layout, ROW, seed=1, dropout=0.5), 0)
+    assert not (more & ~one).any(), "a larger share leaves out those of a smaller one, and more"
+    for other in (flags(Loader(large, layout, ROW, seed=2, dropout=share), 0), flags(Loader(large, layout, ROW, seed=1, dropout=share), 1)):
+        independent = share**2 + (1 - share) ** 2
+        assert abs((one == other).mean() - independent) < 0.01
+
+
+def test_no_dropout_pairs_every_record_and_no_pairs_none(corpus, layout, specials):
+    assert Loader(corpus, layout, 128, seed=1).next_rows(30).paired.all()
+    assert not Loader(corpus, make_layout("joint", specials, pairs=False), 128, seed=1).next_rows(30).paired.any()
+
+
+def test_dropout_frees_space_for_other_records(corpus, layout):
+    """Pair segments are left out before packing, so that the same rows carry more records."""
+    records = len(Loader(corpus, layout, 128, seed=1).next_rows(30).records)
+    assert len(Loader(corpus, layout, 128, seed=1, dropout=0.9).next_rows(30).records) > 1.15 * records
+
+
+def test_the_last_rows_of_the_last_epoch_are_empty(corpus, layout):
+    loader = Loader(corpus, layout, 128, seed=1, epochs=1)
+    rows = loader.next_rows(10_000)
+    assert rows.count == 10_000 and loader.exhausted
+    assert sorted(rows.records.tolist()) == list(range(len(corpus)))
+    last = int(rows.row.max())
+    empty = rows.select(last + 1, last + 9)
+    assert empty.count == 8 and len(empty.records) == 0 and empty.pairs_per_row().tolist() == [0] * 8
+    with pytest.raises(ValueError, match="exhausted"):
+        loader.next_rows(1)
+
+
+def test_long_records_do_not_come_first(large, layout):
+    """Packing goes from long to short; the stream must not."""
+    loader = Loader(large, layout, ROW, seed=1)
+    window = Rows.join([loader.next_rows(1) for _ in range(800)], 800)
+    half = window.row < 400
+    assert abs(window.lengths[half].mean() - window.lengths[~half].mean()) < 0.3
+    packed = plan_rows(large, window.records, layout, ROW, window.paired)
+    assert packed.lengths[packed.row < 200].mean() > packed.lengths[packed.row >= packed.count - 200].mean() + 1

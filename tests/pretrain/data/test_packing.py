@@ -1,0 +1,80 @@
+"""Packing: nothing lost, nothing over length, best-fit decreasing, and rows that are full on the corpora it is for."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.nlrx_grammar import generate
+from pretrain.data.layout import make_layout
+from pretrain.data.packing import pack
+
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "nl-rx-synth"
+ROW = 512
+
+
+def fills(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return np.bincount(rows, weights=lengths).astype(int)
+
+
+def naive_best_fit_decreasing(lengths: np.ndarray, row_length: int) -> list[int]:
+    """The fills of the rows: the longest record first, into the fullest row that has room."""
+    rows: list[int] = []
+    for length in sorted(lengths.tolist(), reverse=True):
+        fitting = [row for row, fill in enumerate(rows) if fill + length <= row_length]
+        if fitting:
+            rows[max(fitting, key=lambda row: rows[row])] += length
+        else:
+            rows.append(length)
+    return rows
+
+
+CASES = {
+    "none": [], "one": [1], "one full row": [64], "all full": [64] * 5, "all ones": [1] * 130, "pairs that fit exactly": [40, 24] * 9,
+    "nothing fits together": [33] * 7, **{f"uniform {seed}": np.random.default_rng(seed).integers(1, 65, 300) for seed in range(3)},
+    "short": np.random.default_rng(3).integers(1, 9, 300), "skewed": np.minimum(np.random.default_rng(4).geometric(0.06, 300), 64)}
+
+
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+def test_it_is_best_fit_decreasing_and_keeps_every_record_within_a_row(lengths):
+    lengths = np.array(lengths, np.int64)
+    rows = pack(lengths, 64)
+    assert rows.shape == lengths.shape
+    filled = fills(rows, lengths)
+    assert (filled <= 64).all() and (filled > 0).all(), "rows are numbered without gaps"
+    assert filled.sum() == lengths.sum()
+    assert sorted(filled.tolist()) == sorted(naive_best_fit_decreasing(lengths, 64))
+
+
+def test_rows_are_numbered_in_the_order_of_opening_the_same_every_time():
+    assert pack(np.array([3, 5, 8, 5, 2, 3]), 8).tolist() == [2, 1, 0, 2, 3, 1]
+    lengths = np.random.default_rng(0).integers(1, 64, 500)
+    np.testing.assert_array_equal(pack(lengths, 64), pack(lengths.copy(), 64))
+
+
+def test_too_long_a_record_is_an_error():
+    with pytest.raises(ValueError, match="65 positions does not fit a row of 64"):
+        pack(np.array([3, 65, 2]), 64)
+
+
+def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
+    """Of rows of 512 in the joint layout with one predictor token."""
+    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    lengths = np.array([[len(tokens) for tokens in tokenizer.encode_batch(list(view))] for view in zip(*texts, strict=True)]).T
+    positions = layout.segment_lengths(lengths, np.ones(len(texts), bool)).sum(axis=1)
+    rows = pack(positions, ROW)
+    return float(positions.sum() / ((rows.max() + 1) * ROW))
+
+
+def test_rows_of_the_generated_corpus_are_full(tokenizer, specials):
+    assert share_filled([generate(0, "train", index) for index in range(3000)], tokenizer, specials) > 0.97
+
+
+def test_rows_of_nl_rx_synth_are_full(tokenizer, specials):
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent")
+    with (DATA / "train.jsonl").open(encoding="utf-8") as lines:
+        messages = [{message["role"]: message["content"] for message in json.loads(line)["messages"]} for line in itertools.islice(lines, 4000)]
+    assert share_filled([(message["user"], message["assistant"]) for message in messages], tokenizer, specials) > 0.97

@@ -1,0 +1,110 @@
+"""The evaluation job on a real run: beside the training, by hand, with finetuning, and from the export alone."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_prep.nlrx_grammar import generate
+from pretrain.run_folder import PINS
+from tests.launching import call, deepspeed_command, tiny_config, write_config
+
+STEPS = 20
+
+
+def write_pairs(path, split, rows):
+    pairs = (generate(0, split, index) for index in range(rows))
+    path.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run whose checkpoints are evaluated in the background on its own validation pairs."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    pairs = write_pairs(folder / "pairs.jsonl", "validation", 60)
+    values = tiny_config(folder, train__steps=STEPS, train__micro_batch_rows=4, objective__distance="cosine", objective__predictor_tokens=2,
+                         checkpoint={"every": 10, "keep": 1}, monitor__validate_every=10,
+                         evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]})
+    config = write_config(folder, values)
+    call(["python", "-m", "data_prep", str(config)])
+    call(deepspeed_command(2, "launcher/run.py", config))
+    return folder / "runs" / "run"
+
+
+@pytest.fixture(scope="module")
+def background(run_dir):
+    """The results once the background jobs have taken all requests, though retention wanted to remove step 10."""
+    deadline = time.monotonic() + 120
+    while list((run_dir / "checkpoints" / PINS).iterdir()):
+        assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()
+        time.sleep(0.2)
+    return read_lines(run_dir / "evaluation" / "results.jsonl")
+
+
+@pytest.fixture(scope="module")
+def by_hand(run_dir, background):
+    """nl_rx by the command, finetuned on 200 rows and scored on 30."""
+    train, test = write_pairs(run_dir / "train.jsonl", "finetune", 200), write_pairs(run_dir / "test.jsonl", "test", 30)
+    command = ["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={train}", f"task.test={test}",
+               "task.finetune={steps: 3}"]
+    return [call(command), call(command)]
+
+
+def test_every_checkpoint_asked_for_is_evaluated_once(background):
+    assert [(result["task"], result["step"]) for result in background] == [("loss", 10), ("loss", 20)]
+
+
+def test_the_export_alone_gives_the_losses_that_validation_saw(run_dir, background):
+    validation = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "validation/loss/lm" in line}
+    for result in background:
+        assert result["rows"] == 60
+        for name, value in result["metrics"].items():
+            tag = f"validation/loss/{name}" if name in ("lm", "jepa") else f"validation/embedding/{name}"
+            assert value == pytest.approx(validation[result["step"]][tag], rel=1e-4), tag
+
+
+def test_the_export_loads_with_transformers_alone(run_dir, background):
+    folder = run_dir / "export" / "step-00000020"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("lines with a vowel")["input_ids"]]])
+    assert model(ids).logits.isfinite().all()
+    assert json.loads((folder / "jepa.json").read_text())["objective"]["predictor_tokens"] == 2
+    assert (folder / "jepa.safetensors").exists()
+
+
+def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
+    result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
+    assert (result["task"], result["step"], result["rows"], result["finetune"]) == ("nl_rx", 20, 30, {"steps": 3})
+    assert set(result["metrics"]) == {"exact", "prefix", "contains", "stopped"}
+    assert result["pretrain_seed"] == result["finetune_seed"] == 3
+    answers = read_lines(run_dir / "evaluation" / "answers" / "nl_rx-step-00000020.jsonl")
+    assert [(row["context"], row["target"]) for row in answers] == [generate(0, "test", index) for index in range(30)]
+    finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
+    assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
+    assert (run_dir / "tensorboard" / "evaluation").exists()
+
+
+def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_hand):
+    assert "is evaluated already" in by_hand[1].stdout
+    assert len(read_lines(run_dir / "evaluation" / "results.jsonl")) == 3
+    assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
+
+
+def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path):
+    for words, expected in {
+        ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
+        ("--task", "nl_rex"): "Input should be 'nl_rx' or 'loss'",
+        ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
+        ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
+        ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",
+    }.items():
+        done = call(["python", "launcher/evaluate.py", str(run_dir), *words], check=False)
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)

@@ -1,0 +1,108 @@
+"""The model around a Hugging Face one: its vocabulary, its shape, and predictor tokens outside both."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import train
+from pretrain.data.batch import assemble
+from pretrain.data.layout import make_layout
+from pretrain.data.loader import plan_rows
+from pretrain.models.language_model import VOCABULARY_MULTIPLE, padded_vocabulary, pretrained_causal_lm, shape_config, special_ids
+from pretrain.objectives.next_token import next_token_sum
+
+SHAPE = {"hidden_size": 32, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def batch(corpus, specials):
+    layout = make_layout("joint", specials, pairs=True, predictor_tokens=3)
+    rows = plan_rows(corpus, np.arange(5), layout, 128, np.ones(5, bool))
+    return assemble(rows, corpus, layout, specials, 128, 5)
+
+
+@pytest.mark.parametrize(("pieces", "padded"), [(300, 320), (320, 320), (321, 384)])
+def test_the_vocabulary_is_rounded_up(pieces, padded, tmp_path):
+    texts = [f"some text {number} with words to merge: {'ab' * (number % 7)}" for number in range(300)]
+    tokenizer = train(texts, pieces, tmp_path)
+    assert tokenizer.vocab_size == pieces
+    assert padded_vocabulary(tokenizer) == padded and padded % VOCABULARY_MULTIPLE == 0
+    config = shape_config("llama", SHAPE, tokenizer, 64)
+    assert config.vocab_size == padded
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    specials = special_ids(tokenizer, padded)
+    assert len({specials.pad, specials.bos, specials.eos, specials.sep}) == 4
+    assert specials.predictor == padded
+
+
+def test_an_unknown_shape_key_is_named(tokenizer):
+    with pytest.raises(UserError, match=r"model\.shape: llama has no option 'hidden_sizes'"):
+        shape_config("llama", SHAPE | {"hidden_sizes": 3}, tokenizer, 64)
+
+
+def test_a_shape_key_that_the_tokenizer_sets_is_refused(tokenizer):
+    with pytest.raises(UserError, match="vocab_size comes from the tokenizer"):
+        shape_config("llama", SHAPE | {"vocab_size": 1000}, tokenizer, 64)
+
+
+def test_too_few_positions_for_the_rows_are_refused(tokenizer):
+    with pytest.raises(UserError, match=r"data\.sequence_length is 64, but the model shape allows 32"):
+        shape_config("llama", SHAPE | {"max_position_embeddings": 32}, tokenizer, 64)
+    assert shape_config("llama", SHAPE, tokenizer, 64).max_position_embeddings == 64
+
+
+def test_a_folder_that_holds_no_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot load {tmp_path}"):
+        pretrained_causal_lm(str(tmp_path), "sdpa", torch.float32)
+
+
+def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_model(batch, make_model, tokenizer):
+    model = make_model(3)
+    hidden = model(batch)
+    logits = model.logits(hidden[batch.label_index])
+    assert logits.shape[1] == model.vocabulary == padded_vocabulary(tokenizer)
+    assert batch.token_ids.max() == model.vocabulary + 2, "the test needs predictor tokens"
+    next_token_sum(hidden, batch, model.logits).backward()
+    assert not model.predictor.weight.grad.any()
+    assert model.predictor.weight is not model.causal_lm.lm_head.weight
+    assert not any(name.endswith("predictor.weight") for name, _ in model.causal_lm.named_parameters())
+
+
+def test_predictor_tokens_have_their_own_embeddings_and_no_word_lends_them_its(batch, make_model):
+    model = make_model(3)
+    with torch.no_grad():
+        before = model(batch)
+        model.causal_lm.get_input_embeddings().weight[-1] += 10.0  # the row to which ids beyond the vocabulary are clamped
+        assert not (batch.token_ids == model.vocabulary - 1).any()
+        assert torch.equal(model(batch), before)
+        model.predictor.weight[2] += 1.0
+        changed = (model(batch) != before).any(dim=1)
+    last_of_three = (batch.token_ids == model.vocabulary + 2).flatten()
+    assert torch.equal(changed, last_of_three), "the last predictor token is seen by itself alone"
+
+
+def test_every_parameter_has_a_gradient_even_without_predictor_tokens_in_the_rows(batch, corpus, specials, make_model):
+    """ZeRO-3 waits for every module in every pass."""
+    layout = make_layout("joint", specials, pairs=False)
+    rows = plan_rows(corpus, np.arange(5), layout, 128, np.zeros(5, bool))
+    plain = assemble(rows, corpus, layout, specials, 128, 0)
+    model = make_model(3)
+    next_token_sum(model(plain), plain, model.logits).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not model.predictor.weight.grad.any()
+
+
+def test_padding_changes_nothing(corpus, specials, make_model):
+    """The same records in a longer row."""
+    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    model, hidden = make_model(1), []
+    for length in (128, 200):
+        rows = plan_rows(corpus, np.arange(2), layout, length, np.ones(2, bool))
+        batch = assemble(rows, corpus, layout, specials, length, 2)
+        assert rows.count == 1
+        with torch.no_grad():
+            states = model(batch)
+        assert states.isfinite().all()
+        hidden.append(states[: int(rows.segment_lengths.sum())])
+    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,81 @@
+"""The embedding monitors on embeddings whose answer is known."""
+
+import pytest
+import torch
+
+from pretrain.objectives.monitors import effective_rank, embedding_monitors, has_collapsed
+from pretrain.objectives.pool import Pool
+
+
+def pool(prediction: torch.Tensor, target: torch.Tensor, key: list[int] | None = None, valid: list[bool] | None = None) -> Pool:
+    size = len(prediction)
+    return Pool(prediction, target, torch.tensor(key or list(range(size))), torch.tensor(valid or [True] * size), slice(0, size))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 32])
+def test_the_effective_rank_of_n_equal_directions_is_n(n):
+    axes = torch.cat([torch.eye(n), -torch.eye(n)])  # centred already
+    assert effective_rank(3 * axes + 100).item() == pytest.approx(n, rel=1e-4)
+    rotation = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))[0]
+    assert effective_rank(axes @ rotation).item() == pytest.approx(n, rel=1e-4)
+
+
+def test_the_effective_rank_of_one_line_is_one():
+    line = torch.outer(torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.arange(1.0, 21.0))
+    assert effective_rank(line + 5).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_effective_rank_weighs_directions_by_their_share():
+    """Singular values 3 : 1, so exp of the entropy of (3/4, 1/4)."""
+    values = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
+    assert effective_rank(values).item() == pytest.approx(4 / 3**0.75, rel=1e-5)
+
+
+def test_the_effective_rank_of_equal_embeddings_is_one_and_finite():
+    assert effective_rank(torch.ones(10, 4)).item() == 1
+
+
+def test_the_smaller_effective_rank_counts():
+    spread = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    line = torch.outer(spread[:, 0], torch.ones(8))
+    for one, other in ((spread, line), (line, spread)):
+        assert embedding_monitors(pool(one, other))["effective_rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_cosines_of_pairs_and_of_strangers():
+    monitors = embedding_monitors(pool(torch.eye(3), torch.eye(3)))
+    assert monitors["paired_cosine"] == 1 and monitors["shuffled_cosine"] == 0 and monitors["retrieval_at_1"] == 1
+    with_equal = embedding_monitors(pool(torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]]), key=[1, 1, 2]))
+    assert with_equal["shuffled_cosine"] == 0, "equal targets are no strangers"
+
+
+def test_padding_is_left_out():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    padded = embedding_monitors(pool(torch.cat([prediction, torch.full((3, 4), 1e6)]), torch.cat([target, torch.full((3, 4), 1e6)]),
+                                     list(range(6)) + [0] * 3, [True] * 6 + [False] * 3))
+    assert padded == pytest.approx(embedding_monitors(pool(prediction, target)))
+
+
+def test_collapse_is_seen_where_the_loss_looks_like_success():
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(16, generator=generator)
+    collapsed = direction + 0.02 * torch.randn(2, 100, 16, generator=generator)
+    monitors = embedding_monitors(pool(collapsed[0], collapsed[1]))
+    assert monitors["paired_cosine"] > 0.99
+    assert has_collapsed(monitors)
+    target = torch.randn(100, 16, generator=generator)
+    healthy = embedding_monitors(pool(target + 0.1 * torch.randn(100, 16, generator=generator), target))
+    assert not has_collapsed(healthy) and healthy["retrieval_at_1"] > 0.9
+
+
+def test_untrained_unrelated_embeddings_count_as_collapsed():
+    generator = torch.Generator().manual_seed(0)
+    assert has_collapsed(embedding_monitors(pool(torch.randn(100, 16, generator=generator), torch.randn(100, 16, generator=generator))))
+
+
+def test_too_few_pairs_give_no_verdict():
+    assert embedding_monitors(pool(torch.ones(1, 4), torch.ones(1, 4))) == {}
+    assert not has_collapsed({})
+    same = embedding_monitors(pool(torch.eye(2), torch.eye(2), key=[7, 7]))
+    assert "shuffled_cosine" not in same and not has_collapsed(same)

@@ -1,0 +1,71 @@
+"""Invariant 2: losses and gradients depend on the global batch alone. And a rank's NaN leaves a step out on all ranks."""
+
+import json
+import math
+
+import pytest
+
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+
+WORKER = ROOT / "tests/pretrain/training/several_runs.py"
+FIXED_POOL = {"pool8": ["r1-m8", "r2-m4"], "pool4": ["r1-m4", "r2-m2"]}
+
+
+def metrics(folder, name):
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every split of 8 rows over ranks and micro batches, with both distances: two launches in all."""
+    folder = tmp_path_factory.mktemp("global-batch")
+    configs: dict[int, list] = {1: [], 2: []}
+    for distance in ("cosine", "info_nce"):
+        for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2)):
+            values = tiny_config(folder, name=f"{distance}-r{ranks}-m{micro}", train__micro_batch_rows=micro,
+                                 objective__distance=distance, objective__dropout=0.3, monitor__tensorboard=False)
+            configs[ranks].append(str(write_config(folder, values)))
+    nan = write_config(folder, tiny_config(folder, name="nan", objective__distance="cosine", train__steps=5))
+    configs[2].append(f"nan:{nan}")
+    call(["python", "-m", "data_prep", configs[1][0]])
+    for ranks, paths in configs.items():
+        call(deepspeed_command(ranks, WORKER, *paths))
+    return folder
+
+
+def assert_same_losses(folder, first, second):
+    pairs = list(zip(metrics(folder, first), metrics(folder, second), strict=True))
+    assert len(pairs) == 4
+    for one, other in pairs:
+        for tag in ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm", "records", "tokens", "positions"):
+            assert one[tag] == pytest.approx(other[tag], rel=1e-5), (tag, one["step"], first, second)
+
+
+@pytest.mark.parametrize("split", ["r1-m4", "r2-m4", "r2-m2"])
+def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(folder, split):
+    assert_same_losses(folder, "cosine-r1-m8", f"cosine-{split}")
+
+
+@pytest.mark.parametrize("pool", FIXED_POOL)
+def test_a_contrastive_term_depends_on_the_rows_of_a_micro_step_not_on_their_ranks(folder, pool):
+    one_rank, two_ranks = FIXED_POOL[pool]
+    assert_same_losses(folder, f"info_nce-{one_rank}", f"info_nce-{two_ranks}")
+
+
+def test_a_contrastive_term_sees_the_negatives_of_all_ranks(folder):
+    wide, narrow = (metrics(folder, f"info_nce-{name}")[0]["loss/jepa"] for name in ("r2-m4", "r2-m2"))
+    assert wide > narrow  # twice the negatives: a larger loss from the same weights
+
+
+def test_first_loss_is_that_of_a_guess_over_the_vocabulary_on_any_number_of_ranks(folder):
+    one, two = (metrics(folder, f"cosine-r{ranks}-m4")[0]["loss/lm"] for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    # logits of a normed hidden state have variance D * std^2 (here 32 * 0.2^2), which costs half of it
+    assert one == pytest.approx(math.log(448) + 32 * 0.2**2 / 2, abs=0.35)
+
+
+def test_a_nan_of_one_rank_leaves_the_step_out_on_all_and_is_counted(folder):
+    lines = metrics(folder, "nan")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
+    assert lines[2]["loss/jepa"] is None and math.isfinite(lines[2]["loss/lm"])
+    assert all(math.isfinite(line["loss/total"]) for line in lines if line["step"] != 3)

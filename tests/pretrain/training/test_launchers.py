@@ -1,0 +1,92 @@
+"""The same run under deepspeed, torchrun and srun's variables; and what a user's mistakes end in."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.training.main import main
+from tests.launching import ROOT, call, deepspeed_command, environment, free_port, tiny_config, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launchers")
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    return folder
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
+    paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("deepspeed", "torchrun", "srun")}
+    call(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
+    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
+          "launcher/run.py", str(paths["torchrun"])])
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [subprocess.Popen([sys.executable, "launcher/run.py", str(paths["srun"])], cwd=ROOT,
+                              env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert losses(folder, "deepspeed") == losses(folder, "torchrun") == losses(folder, "srun")
+    assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
+
+
+MISTAKES = {
+    "unknown key": ({"objective__wieght": 1}, "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'"),
+    "two budgets": ({"train__epochs": 2}, "the budget is exactly one of"),
+    "option that cannot act": ({"objective__distance": "cosine", "objective__temperature": 0.1}, "temperature acts on distance info_nce only"),
+    "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
+    "unknown DeepSpeed key": ({"deepspeed": {"zero_optimization": {"stge": 3}}}, "deepspeed: zero_optimization.stge"),
+    "evaluation between checkpoints": ({"evaluation": {"every": 30, "tasks": [{"name": "nl_rx"}]}, "checkpoint": {"every": 20}},
+                                       "must be a multiple of checkpoint.every"),
+    "batch that does not divide": ({"train__micro_batch_rows": 3}, "(8) must be a multiple of train.micro_batch_rows x ranks (3 x 1)"),
+    "no corpus": ({"data__path": "nowhere"}, "there is no prepared corpus in nowhere"),
+    "row too short": ({"data__sequence_length": 16}, "data.sequence_length is 16, too short for the records"),
+    "model too short": ({"model__shape__max_position_embeddings": 64}, "the model shape allows 64 positions"),
+    "unknown shape key": ({"model__shape__hiden_size": 64}, "llama has no option 'hiden_size'"),
+    "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
+    "no such start": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
+    changes, expected = MISTAKES[mistake]
+    values = tiny_config(folder, output_dir=str(tmp_path))
+    values |= changes if "model" in changes else tiny_config(folder, output_dir=str(tmp_path), **changes)
+    run_main(write_config(tmp_path, values), monkeypatch)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], lines
+
+
+def run_main(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+
+
+def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):
+    corpora = {name: tmp_path / name for name in ("first", "second")}
+    for seed, path in enumerate(corpora.values()):
+        values = tiny_config(tmp_path, data__path=str(path), data__sources=[{"type": "nlrx", "records": 300, "seed": seed}])
+        call(["python", "-m", "data_prep", str(write_config(tmp_path, values))])
+    shard = next(corpora["first"].glob("train-*.arrow"))
+    (corpora["second"] / shard.name).write_bytes(shard.read_bytes())
+    run_main(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora["second"]))), monkeypatch)
+    assert "is damaged or of another run" in capsys.readouterr().err
+    for file in (corpora["second"] / "tokenizer").iterdir():
+        (corpora["first"] / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    run_main(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora["first"]))), monkeypatch)
+    assert "is not the tokenizer that the shards were made with" in capsys.readouterr().err
+
+
+def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
+    path = write_config(folder, tiny_config(folder, name="mistaken", data__sequence_length=16))
+    done = call(deepspeed_command(2, "launcher/run.py", path), check=False)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("error: data.sequence_length is 16") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,134 @@
+"""Invariants 3 and 4: a run that is stopped, killed and finds its newest checkpoint damaged ends with the same bits."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.run_folder import list_steps, read_status, step_name
+from pretrain.training.checkpoint import check
+from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+
+STEPS = 60
+
+
+def last_step(run_dir) -> int:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def equal(one, other) -> bool:
+    """Bitwise equality of nested state."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other or type(one).__module__.startswith("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """An undisturbed run, and one that is stopped by a signal to one rank, goes on, is killed, damaged, and goes on."""
+    folder = tmp_path_factory.mktemp("survival")
+    commands, runs = {}, {}
+    for name in ("undisturbed", "disturbed"):
+        values = tiny_config(folder, name=name, train__steps=STEPS, train__micro_batch_rows=2, checkpoint={"every": 10, "keep": 3},
+                             monitor__log_every=3, monitor__validate_every=15)
+        commands[name] = deepspeed_command(2, "launcher/run.py", write_config(folder, values))
+        runs[name] = folder / "runs" / name
+    call(["python", "-m", "data_prep", str(folder / "undisturbed.yaml")])
+    call(commands["undisturbed"])
+
+    run_dir = runs["disturbed"]
+    running = Running(commands["disturbed"], folder / "stopped.log")
+    running.wait_until(lambda: last_step(run_dir) >= 6, "step 6")
+    running.ranks()[1].send_signal(signal.SIGTERM)
+    running.end()
+    stopped = {"status": read_status(run_dir), "steps": list_steps(run_dir / "checkpoints")}
+
+    running = Running(commands["disturbed"], folder / "killed.log")
+    running.wait_until(lambda: (list_steps(run_dir / "checkpoints") or [0])[-1] >= 30 and last_step(run_dir) >= 33, "step 33")
+    running.kill()
+    newest = list_steps(run_dir / "checkpoints")[-1]
+    shard = next((run_dir / "checkpoints" / step_name(newest)).glob("*rank_1*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    resumed = call(commands["disturbed"])
+    return {"runs": runs, "stopped": stopped, "newest": newest, "resumed": resumed.stdout, "commands": commands}
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story):
+    status = story["stopped"]["status"]
+    assert status["status"] == "resumable" and 6 <= status["step"] < STEPS
+    assert status["step"] in story["stopped"]["steps"]
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(story):
+    before = max(step for step in range(0, story["newest"], 10))
+    assert f"{step_name(story['newest'])} is damaged" in story["resumed"]
+    assert f"going on from step {before}" in story["resumed"]
+    assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()
+
+
+def test_the_end_state_is_bitwise_that_of_an_undisturbed_run(story):
+    one, other = (run / "checkpoints" / step_name(STEPS) for run in story["runs"].values())
+    files = sorted(path.name for path in one.glob("*.pt"))
+    assert files == sorted(path.name for path in other.glob("*.pt")) and len(files) == 4
+    for file in files:
+        first, second = (torch.load(folder / file, weights_only=False) for folder in (one, other))
+        for state in (first, second):
+            state.get("progress", {}).pop("seconds", None)
+        assert equal(first, second), file
+
+
+def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):
+    tables = []
+    for run in story["runs"].values():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        tables.append([{tag: value for tag, value in line.items() if tag != "seconds" and "throughput" not in tag} for line in lines])
+        events = EventAccumulator(str(run / "tensorboard" / "train"))
+        events.Reload()
+        logged = [line["step"] for line in lines if "loss/jepa" in line]
+        assert [event.step for event in events.Scalars("loss/jepa")] == logged
+        assert [event.step for event in events.Scalars("loss/lm")] == logged == sorted(set(logged))
+    assert tables[0] == [line for line in tables[1] if line["step"] in {line["step"] for line in tables[0]}]
+
+
+def test_a_finished_run_says_so_and_does_nothing(story):
+    assert "is finished already" in call(story["commands"]["disturbed"]).stdout
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "flip"])
+def test_every_damage_to_every_file_is_detected(story, tmp_path, damage):
+    source = story["runs"]["undisturbed"] / "checkpoints" / step_name(STEPS)
+    assert check(source) is None
+    for path in source.iterdir():
+        copy = tmp_path / path.name
+        shutil.copytree(source, copy)
+        file = copy / path.name
+        content = file.read_bytes()
+        match damage:
+            case "truncate":
+                file.write_bytes(content[:-1])
+            case "empty":
+                file.write_bytes(b"")
+            case "delete":
+                file.unlink()
+            case "flip":
+                middle = len(content) // 2
+                file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert check(copy), (damage, path.name)
+
+
+def test_checkpoints_are_kept_as_many_as_asked_and_latest_names_the_newest(story):
+    folder = story["runs"]["undisturbed"] / "checkpoints"
+    assert list_steps(folder) == [40, 50, 60]
+    assert (folder / "latest").read_text().strip() == step_name(60)
+    assert not list(folder.glob(".step-*"))

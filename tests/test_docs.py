@@ -1,0 +1,12 @@
+"""The documentation says what the code does."""
+
+import importlib.util
+
+from tests.launching import ROOT
+
+
+def test_the_configuration_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run: python docs/make_configuration.py"
