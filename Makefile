@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml requirements.lock
 	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/4] installing torch (the largest part: 200 MB for CPU alone, 3 GB where the package carries CUDA)"
-	@$(VENV)/bin/pip install --disable-pip-version-check --quiet --progress-bar=on -c requirements.lock torch
+	@$(VENV)/bin/pip install --disable-pip-version-check -c requirements.lock torch
 	@echo "[3/4] installing the other packages, pinned in requirements.lock"
-	@$(VENV)/bin/pip install --disable-pip-version-check --quiet --progress-bar=on -r requirements.lock
+	@$(VENV)/bin/pip install --disable-pip-version-check -r requirements.lock
 	@echo "[4/4] installing this project into $(VENV)"
 	@$(VENV)/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@

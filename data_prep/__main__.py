@@ -3,7 +3,7 @@
 import argparse
 
 from data_prep.config import DataConfig, load_yaml, validate
-from data_prep.errors import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error
 from data_prep.pipeline import prepare
 
 

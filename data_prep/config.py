@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 
 SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train", "deepspeed", "checkpoint",
             "evaluation", "monitor")

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.config import DataConfig, JsonSource
-from data_prep.errors import UserError
+from data_prep.console import UserError, print_now
 from data_prep.files import sha256_file, sync_file, write_json
 from data_prep.shards import FORMAT, MANIFEST, positions_needed, read_manifest, write_shard
 from data_prep.sources import Reader, Unit, open_source
@@ -42,7 +42,7 @@ REASONS = {
 }
 
 
-def prepare(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+def prepare(config: DataConfig, say: Callable[[str], None] = print_now) -> dict[str, Any]:
     """Prepare the corpus of `config` unless it stands already; return its manifest.
 
     Raises UserError for anything the user can mend; what was finished by then is kept for the next run.

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.files import atomic_path, sha256_file
 
 FORMAT = 1

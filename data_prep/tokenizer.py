@@ -24,7 +24,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.errors import exit_on_user_error
+from data_prep.console import exit_on_user_error
 from pretrain.config import load_config
 
 CONFIG = "configs/demo.yaml"
@@ -21,7 +21,7 @@ def main() -> None:
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     steps = {
         "preparing the corpus": [sys.executable, "-m", "data_prep", CONFIG, *overrides],
-        f"pretraining on {RANKS} processes": [deepspeed, "--num_gpus", str(RANKS), "launcher/run.py", CONFIG, *overrides],
+        f"pretraining on {RANKS} processes": [deepspeed, "--num_gpus", str(RANKS), "--log_level", "warning", "launcher/run.py", CONFIG, *overrides],
         "evaluating the last checkpoint": [sys.executable, "launcher/evaluate.py", str(run_dir)],
     }
     started = time.perf_counter()

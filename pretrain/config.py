@@ -7,7 +7,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.config import DataConfig, Section, load_yaml, validate
-from data_prep.errors import UserError
+from data_prep.console import UserError
 
 COMPUTED_BY_THE_PROJECT = {
     "train_batch_size": "train.global_batch_rows",

@@ -1,6 +1,7 @@
 """The documentation says what the code does."""
 
 import importlib.util
+import tomllib
 
 from tests.launching import ROOT
 
@@ -10,3 +11,10 @@ def test_the_configuration_page_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run: python docs/make_configuration.py"
+
+
+def test_the_lock_file_holds_the_versions_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = (ROOT / "requirements.lock").read_text().splitlines()
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        assert requirement.lower() in [line.lower() for line in locked]

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from data_prep.config import JsonSource
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.sources.record import Record
 
 UNIT_BYTES = 8 << 20

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.shards import open_shard, read_manifest
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.ragged import ranges

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.models.export import write_export
 from pretrain.run_folder import MODEL, step_name

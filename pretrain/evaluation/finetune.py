@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from data_prep.config import DataConfig, validate
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.evaluation.pairs import prepare_pairs

@@ -28,7 +28,7 @@ def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answe
     prompts = [[tokenizer.bos_id, *ids, tokenizer.sep_id] for ids in tokenizer.encode_batch(contexts)]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in a batch
     answers: dict[int, Answer] = {}
-    for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=1):
+    for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=1, disable=None):
         members = by_length[first : first + BATCH]
         longest = len(prompts[members[-1]])
         ids = torch.full((len(members), longest), tokenizer.pad_id)

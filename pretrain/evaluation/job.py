@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.config import apply_overrides, validate
-from data_prep.errors import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error
 from pretrain.config import RunConfig, TaskConfig, load_config
 from pretrain.evaluation.results import print_summary
 from pretrain.run_folder import PINS, list_steps, step_name
@@ -22,8 +22,11 @@ def main() -> None:
                         help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
     parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
     arguments = parser.parse_intermixed_args()
+    if int(os.environ.get("RANK", 0)):
+        return  # started on several processes: one evaluates
     exit_on_user_error(lambda: _evaluate(arguments))
 
 

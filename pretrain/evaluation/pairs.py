@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from data_prep.config import DataConfig, JsonSource
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.files import sha256_file, write_text
 from data_prep.nlrx_grammar import generate
 from data_prep.pipeline import prepare

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials

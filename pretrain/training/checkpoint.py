@@ -21,7 +21,7 @@ import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.files import write_json, write_text
 from pretrain.config import RunConfig, dump_config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
-MAY_CHANGE = ("checkpoint", "evaluation", "monitor", "output_dir", "deepspeed")
-"""Sections that may differ when a run goes on; the others decide what it computes."""
+DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length")
+"""What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
 
 
 def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> None:
@@ -44,10 +44,10 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> Non
 def _check_same_run(config: RunConfig, run_dir: Path, data: dict[str, Any]) -> None:
     before = yaml.safe_load((run_dir / "config.yaml").read_text())
     now = yaml.safe_load(dump_config(config))
-    changed = [key for section in before.keys() | now.keys() if section not in MAY_CHANGE
-               for key in _differences(before.get(section), now.get(section), section)]
+    changed = [key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section)]
+    changed = sorted(key for key in changed if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING))
     if changed:
-        raise UserError(f"{run_dir} holds a run with another {', '.join(sorted(changed)[:5])}; choose another `name`, or remove that folder")
+        raise UserError(f"{run_dir} holds a run with another {', '.join(changed[:5])}; choose another `name`, or remove that folder")
     environment = json.loads((run_dir / "environment.json").read_text()) if (run_dir / "environment.json").exists() else {"data": data}
     for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch

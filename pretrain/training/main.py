@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from data_prep.errors import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
 

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 
-from data_prep.errors import UserError
+from data_prep.console import UserError, print_now
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, Specials, make_layout
@@ -24,7 +24,7 @@ from pretrain.training.validation import Validation
 
 def set_up(config: RunConfig, world: World) -> Trainer | None:
     """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError."""
-    say = print if world.is_main else lambda *_: None
+    say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: _check(config, corpus))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import DataConfig, load_yaml, validate
-from data_prep.errors import UserError
+from data_prep.console import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DATA = {"path": "out", "sources": [{"type": "nlrx", "records": 5}], "tokenizer": {"vocab_size": 400}}

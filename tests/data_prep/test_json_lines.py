@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import JsonSource
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.sources.json_lines import UNIT_BYTES, JsonLines
 
 VIEWS = ("text", "code")

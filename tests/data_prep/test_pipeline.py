@@ -21,7 +21,7 @@ import sentencepiece
 import tokenizers
 
 from data_prep.config import DataConfig, NlrxSource, validate
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.pipeline import prepare
 from data_prep.shards import open_shard

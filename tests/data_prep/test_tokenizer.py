@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer, take_over, train
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

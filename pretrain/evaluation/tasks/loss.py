@@ -2,7 +2,7 @@
 
 import torch
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import make_layout
 from pretrain.evaluation.pairs import prepare_pairs

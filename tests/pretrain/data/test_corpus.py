@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import train
 from pretrain.data.corpus import Corpus

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.errors import UserError
+from data_prep.console import UserError
 from data_prep.tokenizer import train
 from pretrain.data.batch import assemble
 from pretrain.data.layout import make_layout

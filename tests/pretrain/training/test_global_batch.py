@@ -27,9 +27,12 @@ def folder(tmp_path_factory):
             configs[ranks].append(str(write_config(folder, values)))
     nan = write_config(folder, tiny_config(folder, name="nan", objective__distance="cosine", train__steps=5))
     configs[2].append(f"nan:{nan}")
+    collapsing = tiny_config(folder, name="collapse", objective__distance="cosine", objective__weight=20.0, train__steps=40,
+                             train__learning_rate=1e-2, monitor={"log_every": 20, "validate_every": 20, "validation_records": 60})
+    configs[1].append(str(write_config(folder, collapsing)))
     call(["python", "-m", "data_prep", configs[1][0]])
-    for ranks, paths in configs.items():
-        call(deepspeed_command(ranks, WORKER, *paths))
+    logs = {ranks: call(deepspeed_command(ranks, WORKER, *paths)).stdout for ranks, paths in configs.items()}
+    (folder / "one-rank.log").write_text(logs[1])
     return folder
 
 
@@ -69,3 +72,9 @@ def test_a_nan_of_one_rank_leaves_the_step_out_on_all_and_is_counted(folder):
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
     assert lines[2]["loss/jepa"] is None and math.isfinite(lines[2]["loss/lm"])
     assert all(math.isfinite(line["loss/total"]) for line in lines if line["step"] != 3)
+
+
+def test_a_collapse_of_the_published_term_is_told_in_words(folder):
+    last = metrics(folder, "collapse")[-1]
+    assert last["validation/embedding/paired_cosine"] - last["validation/embedding/shuffled_cosine"] < 0.1
+    assert "WARNING: the embeddings have collapsed" in (folder / "one-rank.log").read_text()

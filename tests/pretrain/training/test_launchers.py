@@ -70,6 +70,12 @@ def run_main(path, monkeypatch):
     assert ended.value.code == 2
 
 
+def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    run_main(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), checkpoint={"resume": "never"})), monkeypatch)
+    assert "checkpoint.resume is never" in capsys.readouterr().err
+
+
 def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):
     corpora = {name: tmp_path / name for name in ("first", "second")}
     for seed, path in enumerate(corpora.values()):

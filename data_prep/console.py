@@ -1,4 +1,4 @@
-"""How a mistake of the user ends: one line, exit code 2."""
+"""What commands print, and how a mistake of the user ends: one line, exit code 2."""
 
 import sys
 from collections.abc import Callable
@@ -9,6 +9,11 @@ class UserError(Exception):
 
     The message says what is wrong, where (file, line or key), and what to do.
     """
+
+
+def print_now(text: str) -> None:
+    """Print without delay, so that the lines of several processes keep their order in a log."""
+    print(text, flush=True)
 
 
 def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] = lambda: False) -> None:
