@@ -1,12 +1,13 @@
 """Files that are either whole or absent: written beside their place, flushed to disk, then renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -21,6 +22,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Lock a file until it is closed or the process ends, however it ends; None where another process holds it."""
+    file = open(path, "wb")  # noqa: SIM115 (open as long as the lock)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ The folder `data.path` ends up with `manifest.json`, `tokenizer/` and one shard 
 manifest stands, `.partial/` holds a report per finished unit; a run that finds them goes on with the rest.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from data_prep.config import DataConfig, JsonSource
 from data_prep.console import UserError, print_now
-from data_prep.files import sha256_file, sync_file, write_json
+from data_prep.files import sha256_file, sync_file, try_lock, write_json
 from data_prep.shards import FORMAT, MANIFEST, positions_needed, read_manifest, write_shard
 from data_prep.sources import Reader, Unit, open_source
 from data_prep.sources.record import Record
@@ -84,11 +83,10 @@ def _prepare(config: DataConfig, folder: Path, say: Callable[[str], None]) -> di
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {folder}; wait for it, or choose another data.path") from None
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise UserError(f"another process is preparing {folder}; wait for it, or choose another data.path")
+    with lock:
         yield
 
 

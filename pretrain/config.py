@@ -211,6 +211,11 @@ class RunConfig(Section):
         """Where everything of the run is written."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def predictor_tokens(self) -> int:
+        """k, which rests without pairs."""
+        return self.objective.predictor_tokens if self.objective.has_pairs else 0
+
     def resting_keys(self) -> list[str]:
         """Objective keys that were set but do not act, because next_token has no pairs."""
         if self.objective.has_pairs:

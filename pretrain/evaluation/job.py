@@ -1,17 +1,19 @@
 """The evaluation command. Light until it holds the lock, so that a waiting job costs next to nothing."""
 
 import argparse
-import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.config import apply_overrides, validate
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error, print_now
+from data_prep.files import try_lock
 from pretrain.config import RunConfig, TaskConfig, load_config
 from pretrain.evaluation.results import print_summary
 from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 
 def main() -> None:
@@ -37,7 +39,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = load_config(run_dir / "config.yaml", [word for word in arguments.overrides if not word.startswith("task.")])
     tasks = choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
     with _one_at_a_time(run_dir):
-        steps = _pending(run_dir) if arguments.pending else [_step(run_dir, arguments.checkpoint)]
+        if not arguments.pending:
+            ask_for_evaluation(run_dir, step := _step(run_dir, arguments.checkpoint))
+        steps = evaluations_asked_for(run_dir) if arguments.pending else [step]
         if steps:
             _evaluate_steps(config, run_dir, tasks, steps)
     if not arguments.pending:
@@ -61,11 +65,6 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     return tasks
 
 
-def _pending(run_dir: Path) -> list[int]:
-    pins = run_dir / "checkpoints" / PINS
-    return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]
-
-
 def _step(run_dir: Path, wanted: str) -> int:
     steps = list_steps(run_dir / "checkpoints")
     if not steps:
@@ -81,12 +80,14 @@ def _step(run_dir: Path, wanted: str) -> int:
 def _one_at_a_time(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's evaluations; wait for a job that runs, for instance in the background."""
     (run_dir / "evaluation").mkdir(exist_ok=True)
-    with open(run_dir / "evaluation" / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another evaluation of {run_dir} to end, its log may be {run_dir / 'evaluation' / 'log.txt'}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    path = run_dir / "evaluation" / ".lock"
+    lock = try_lock(path)
+    if lock is None:
+        print_now(f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}")
+    while lock is None:
+        time.sleep(1)
+        lock = try_lock(path)
+    with lock:
         yield
 
 
@@ -99,6 +100,12 @@ def _evaluate_steps(config: RunConfig, run_dir: Path, tasks: list[TaskConfig], s
 
     disable_progress_bar()
 
+    failed = None
     for step in steps:
-        evaluate_checkpoint(config, run_dir, tasks, step)
+        try:
+            evaluate_checkpoint(config, run_dir, tasks, step)
+        except UserError as error:  # the other checkpoints are evaluated all the same
+            failed = error
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
+    if failed:
+        raise failed

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.run_folder import PINS, step_name
+from pretrain.run_folder import PINS, list_steps, step_name
 
 OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT",
                    "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -18,18 +18,26 @@ def single_process_environment() -> dict[str, str]:
         name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in OF_THE_LAUNCHER)}
 
 
-def start_evaluation(run_dir: Path, step: int) -> None:
-    """Ask for the evaluation of a checkpoint and start the job in the background.
-
-    The pin keeps the checkpoint from being removed, and is the request: whichever job runs next takes it, so nothing is lost when a
-    job dies. The job is no child of this rank, because launchers end a rank's children with it; jobs run one at a time.
-    """
+def ask_for_evaluation(run_dir: Path, step: int) -> None:
+    """Pin a checkpoint, before it stands: it is not removed until a job has evaluated it, so no kill loses the request."""
     pins = run_dir / "checkpoints" / PINS
-    pins.mkdir(exist_ok=True)
+    pins.mkdir(parents=True, exist_ok=True)
     (pins / step_name(step)).touch()
+
+
+def evaluations_asked_for(run_dir: Path) -> list[int]:
+    """Steps whose checkpoints stand and are pinned."""
+    pins = run_dir / "checkpoints" / PINS
+    return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]
+
+
+def start_evaluations(run_dir: Path) -> None:
+    """Start a job in the background that takes all requests; jobs of a run wait for each other.
+
+    It is no child of this rank, because launchers end a rank's children with it.
+    """
     evaluation = run_dir / "evaluation"
     evaluation.mkdir(exist_ok=True)
-    print(f"evaluating step {step} in the background, log in {evaluation / 'log.txt'}", flush=True)
     with open(evaluation / "log.txt", "a") as log:
         subprocess.run(["setsid", "--fork", "nice", sys.executable, "-m", "pretrain.evaluation", str(run_dir), "--pending"],
                        stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=single_process_environment(), check=False)

@@ -122,7 +122,7 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, s
             shutil.rmtree(folder / f"damaged-{checkpoint.name}", ignore_errors=True)
             os.replace(checkpoint, folder / f"damaged-{checkpoint.name}")
         world.barrier()
-    if steps:
+    if steps or any(folder.glob("damaged-*")):
         raise UserError(f"every checkpoint in {folder} is damaged; to start over, remove that folder or choose another `name`")
     return None
 

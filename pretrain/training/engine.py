@@ -44,12 +44,11 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     torch.manual_seed(config.seed)
     attention = resolve_attention(config.model.attention, world.device)
-    predictor_tokens = config.objective.predictor_tokens if config.objective.has_pairs else 0
     if config.model.init_from is None:
         shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
-        model = LanguageModel(random_causal_lm(shape, attention, dtype), predictor_tokens, attention)
+        model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:
-        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), predictor_tokens, attention)
+        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
         _check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
     model = model.to(dtype)

@@ -3,7 +3,7 @@
 import signal
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import deepspeed
 import torch
@@ -17,7 +17,7 @@ from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
 from pretrain.run_folder import write_status
 from pretrain.training import checkpoint
-from pretrain.training.background import start_evaluation
+from pretrain.training.background import ask_for_evaluation, start_evaluations
 from pretrain.training.distributed import World
 from pretrain.training.metrics import Metrics
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
@@ -55,6 +55,8 @@ class Trainer:
     validation: Validation | None
     metrics: Metrics | None = None
     """On rank 0 only."""
+    lock: IO[bytes] | None = None
+    """Of the run directory, held by rank 0."""
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
     collapsed: bool = False
@@ -183,13 +185,17 @@ class Trainer:
     def _save(self) -> None:
         if self.metrics:
             self.metrics.flush()
-        step = self.progress.step
+        step, folder = self.progress.step, self.config.run_dir
+        evaluating = self.world.is_main and self.config.evaluation.every and self._due(self.config.evaluation.every)
+        if evaluating:
+            ask_for_evaluation(folder, step)
         state = {"progress": self.progress.state(), "loader": self.loader.state(), "collapsed": self.collapsed}
-        checkpoint.save(self.engine, self.config.run_dir / "checkpoints", step, state, self.config.checkpoint.keep, self.world)
+        checkpoint.save(self.engine, folder / "checkpoints", step, state, self.config.checkpoint.keep, self.world)
         if self.world.is_main:
-            write_status(self.config.run_dir, "running", step)
-            if self.config.evaluation.every and self._due(self.config.evaluation.every):
-                start_evaluation(self.config.run_dir, step)
+            write_status(folder, "running", step)
+        if evaluating:
+            self._say(f"evaluating step {step} in the background, log in {folder / 'evaluation' / 'log.txt'}")
+            start_evaluations(folder)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""

@@ -3,8 +3,11 @@
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import IO
 
 from data_prep.console import UserError, print_now
+from data_prep.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, Specials, make_layout
@@ -13,6 +16,7 @@ from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.objectives import make_objective
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.training import checkpoint
+from pretrain.training.background import evaluations_asked_for, start_evaluations
 from pretrain.training.describe import describe_run
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
@@ -28,6 +32,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: _check(config, corpus))
+    lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
     world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
@@ -43,7 +48,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     specials = special_ids(corpus.tokenizer, model.vocabulary)
     layout = _layout(config, specials, pairs=config.objective.has_pairs)
     trainer = Trainer(
-        config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop,
+        config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop, lock=lock,
         loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
                       dropout=config.objective.dropout, epochs=config.train.epochs),
         throughput=_throughput(config, model, world),
@@ -55,7 +60,18 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
         _write_skeleton(config, model, corpus)
         trainer.metrics = Metrics(config.run_dir, trainer.progress.step, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
+        if evaluations_asked_for(config.run_dir):  # by a run or a job that was killed
+            start_evaluations(config.run_dir)
     return trainer
+
+
+def _claim(run_dir: Path) -> IO[bytes]:
+    """Keep a second run out of the folder, as long as this process lives."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(run_dir / ".lock")
+    if lock is None:
+        raise UserError(f"another run is going on in {run_dir}; wait for it, or choose another `name`")
+    return lock
 
 
 def _check(config: RunConfig, corpus: Corpus) -> None:
@@ -70,19 +86,10 @@ def _check(config: RunConfig, corpus: Corpus) -> None:
                         "choose another `name`, or remove that folder")
     if config.checkpoint.resume == "must" and not steps:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
-    if config.checkpoint.resume != "never" and not steps and (config.run_dir / "checkpoints").exists() and list(
-            (config.run_dir / "checkpoints").glob("damaged-*")):
-        raise UserError(f"every checkpoint in {config.run_dir / 'checkpoints'} is damaged; "
-                        "to start over, remove that folder or choose another `name`")
-
-
-def predictor_tokens(config: RunConfig) -> int:
-    """k, which rests without pairs."""
-    return config.objective.predictor_tokens if config.objective.has_pairs else 0
 
 
 def _layout(config: RunConfig, specials: Specials, pairs: bool) -> Layout:
-    return make_layout(config.objective.layout, specials, pairs=pairs, predictor_tokens=predictor_tokens(config), lm_views=config.data.lm_views)
+    return make_layout(config.objective.layout, specials, pairs=pairs, predictor_tokens=config.predictor_tokens, lm_views=config.data.lm_views)
 
 
 def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: World) -> Validation | None:
