@@ -186,7 +186,8 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        mistakes = error.errors()  # a misspelt key often is a missing one too: the spelling comes first
+        first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
         key = ".".join([where] * bool(where) + [str(part) for part in first["loc"] if part not in ("nlrx", "json")])
         if first["type"] == "extra_forbidden":
             raise UserError(_unknown_key(key, [f"{where}.{known}" if where else known for known in known_keys(model)])) from None

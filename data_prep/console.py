@@ -24,6 +24,11 @@ def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] =
     try:
         main()
     except UserError as error:
-        if not silent():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error, silent())
         sys.exit(2)
+
+
+def report(error: UserError, silent: bool = False) -> None:
+    """The one line of a mistake, on standard error."""
+    if not silent:
+        print(f"error: {error}", file=sys.stderr, flush=True)

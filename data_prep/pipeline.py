@@ -64,6 +64,7 @@ def _prepare(config: DataConfig, folder: Path, say: Callable[[str], None]) -> di
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _check_same_settings(manifest["settings"], settings, folder)
+        _check_still_there(manifest, folder)
         _remove_leftovers(folder)
         say(f"{folder} is prepared already, nothing to do: {_summary(manifest)}")
         return manifest
@@ -76,6 +77,8 @@ def _prepare(config: DataConfig, folder: Path, say: Callable[[str], None]) -> di
     write_json(folder / MANIFEST, manifest)
     _remove_leftovers(folder)
     say(f"prepared {folder}: {_summary(manifest)}")
+    if config.validation_fraction and "validation" not in manifest["splits"]:
+        say("note: data.validation_fraction held no record back, so nothing will be validated: there are too few records")
     for reason, drop in manifest["dropped"].items():
         say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {', '.join(drop['first'])}")
     return manifest
@@ -110,6 +113,17 @@ def _check_same_settings(stored: dict[str, Any], wanted: dict[str, Any], folder:
     before, now = stored["files"], wanted["files"]
     changed = changed or [f"content of {file}" for file in before | now if before.get(file) != now.get(file)]
     raise UserError(f"{folder} was prepared with another {' and '.join(changed)}; choose another data.path, or remove that folder to prepare it anew")
+
+
+def _check_still_there(manifest: dict[str, Any], folder: Path) -> None:
+    """Every shard with its size, and the tokenizer; what is inside the shards is checked when they are opened."""
+    for entry in manifest["splits"].values():
+        for shard in entry["shards"]:
+            path = folder / shard["file"]
+            if not path.exists() or path.stat().st_size != shard["bytes"]:
+                raise UserError(f"the shard {path} is missing or damaged; remove the folder {folder} and prepare the corpus again")
+    if not (folder / "tokenizer").exists() or Tokenizer.load(folder / "tokenizer").fingerprint != manifest["tokenizer"]["sha256"]:
+        raise UserError(f"{folder / 'tokenizer'} is not the tokenizer of these shards; remove the folder {folder} and prepare the corpus again")
 
 
 def _resume_or_restart(folder: Path, settings: dict[str, Any], say: Callable[[str], None]) -> None:

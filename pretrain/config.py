@@ -1,12 +1,13 @@
 """The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.config import DataConfig, Section, load_yaml, validate
+from data_prep.config import DataConfig, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 
 COMPUTED_BY_THE_PROJECT = {
@@ -21,6 +22,11 @@ COMPUTED_BY_THE_PROJECT = {
     "steps_per_print": "monitor.log_every",
     "tensorboard": "monitor.tensorboard",
 }
+DEFAULT_DECAY_FRACTION = 0.2
+PASSED_THROUGH = ("activation_checkpointing", "aio", "communication_data_type", "comms_logger", "compile", "data_types", "dump_state",
+                  "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
+                  "sparse_gradients", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_optimization")
+"""Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
 RESTING_WITHOUT_PAIRS = ("weight", "predictor_tokens", "distance", "temperature", "dropout")
 
 
@@ -110,7 +116,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if sum(budget is not None for budget in (self.steps, self.tokens, self.records, self.epochs)) != 1:
-            raise ValueError("the budget is exactly one of steps, tokens, records and epochs")
+            raise ValueError("the budget is exactly one of steps, tokens, records and epochs; unset one with train.KEY=null")
+        if self.schedule == "warmup_stable_decay" and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1:
+            raise ValueError("warmup_fraction and decay_fraction together exceed the run")
         if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
             raise ValueError("decay_fraction acts on the schedule warmup_stable_decay only; leave it out")
         return self
@@ -140,6 +148,21 @@ class TaskConfig(Section):
     finetune: dict[str, Any] | None = None
     """Keys of `train` that a finetuning on the task's train split sets over those of the run; null evaluates the
     checkpoint as it is."""
+
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> "TaskConfig":
+        if self.name == "loss" and (self.finetune is not None or self.train is not None):
+            raise ValueError("the task loss trains nothing: leave out train and finetune")
+        if self.name == "loss" and self.test is None:
+            raise ValueError("the task loss needs a file of pairs: test")
+        if self.test is not None and self.finetune is not None and self.train is None:
+            raise ValueError("finetune needs rows to train on that belong to test: give train too")
+        for key in self.finetune or {}:
+            if key not in TrainConfig.model_fields:
+                nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
+                raise ValueError(f"finetune: unknown key {key!r} of train; the nearest known one is {nearest!r}")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -174,9 +197,9 @@ class MonitorConfig(Section):
 class RunConfig(Section):
     """One run."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$")
+    name: str = Field(min_length=1, pattern=r"^\w[\w.+-]*$")
     """Name of the run; `{dotted.key}` inside stands for the value of a key."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the initial weights, the order of the records and loss dropout."""
     output_dir: str = "runs"
     """The run directory is output_dir/name."""
@@ -196,6 +219,11 @@ class RunConfig(Section):
         for key in value:
             if key in COMPUTED_BY_THE_PROJECT:
                 raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
+            if key not in PASSED_THROUGH:
+                raise ValueError(f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}")
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
+            raise ValueError("zero_optimization is a mapping of options, with stage 1, 2 or 3 (default)")
         return value
 
     @model_validator(mode="after")
@@ -225,10 +253,12 @@ class RunConfig(Section):
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read, override and check the configuration of a run. Raises UserError naming the key."""
-    values = load_yaml(path, overrides)
+    of_the_shape = [override for override in overrides if override.startswith("model.shape.")]
+    values = load_yaml(path, [override for override in overrides if override not in of_the_shape])
     shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
     if isinstance(shape, str):
         values["model"]["shape"] = _read_shape(Path(path).parent / shape)
+    apply_overrides(values, of_the_shape)
     return validate(RunConfig, values)
 
 
@@ -236,7 +266,7 @@ def _read_shape(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"model.shape: cannot read {path}: {error.strerror}") from None
+        raise UserError(f"model.shape: cannot read {path}, which is relative to the configuration: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise UserError(f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -1,7 +1,6 @@
 """Starting the project's commands as its users do: real processes, real launchers."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import yaml
+
+from pretrain.training.background import single_process_environment
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
@@ -56,7 +57,7 @@ def write_config(folder: Path, config: dict) -> Path:
 
 def environment(**more: str) -> dict[str, str]:
     """One thread a rank, on CPU, and no trace of a launcher around the tests."""
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    return single_process_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
 def free_port() -> int:

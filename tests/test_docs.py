@@ -1,6 +1,7 @@
 """The documentation says what the code does."""
 
 import importlib.util
+import re
 import tomllib
 
 from tests.launching import ROOT
@@ -18,3 +19,11 @@ def test_the_lock_file_holds_the_versions_of_pyproject():
     locked = (ROOT / "requirements.lock").read_text().splitlines()
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
         assert requirement.lower() in [line.lower() for line in locked]
+
+
+def test_no_page_has_a_gap_or_a_dead_link():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        assert not re.search(r"@[A-Z0-9]+@", text), page
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), (page, target)

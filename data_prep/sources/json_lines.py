@@ -87,13 +87,16 @@ class _NoText(Exception):
 
 
 def _text(value: dict[str, Any], column: str) -> str:
-    """The text of a column; empty where it is absent or null. `messages.ROLE` is that role's first message."""
+    """The text of a column; empty where it is absent or null. `messages.ROLE` is that role's only message."""
     if column.startswith("messages."):
         role = column.removeprefix("messages.")
         messages = value.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise _NoText("`messages` is no list of objects")
-        text = next((message.get("content") for message in messages if message.get("role") == role), None)
+        texts = [message.get("content") for message in messages if message.get("role") == role]
+        if len(texts) > 1:
+            raise _NoText(f"`messages` has {len(texts)} turns of the {role}, a view holds one")
+        text = texts[0] if texts else None
     else:
         text = value.get(column)
     if text is None:

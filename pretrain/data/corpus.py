@@ -26,7 +26,8 @@ class Corpus:
         entry = self.manifest["splits"][split]
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; prepare the corpus again")
+            raise UserError(f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; "
+                            f"remove the folder {folder} and prepare the corpus again")
         self.positions_needed: int = entry["positions_needed"]
         self._shards = [open_shard(self.folder, shard, self.manifest["views"]) for shard in entry["shards"]]
         self._first = np.cumsum([0] + [shard["records"] for shard in entry["shards"]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.config import DataConfig, validate
+from data_prep.config import DataConfig, JsonSource, validate
 from data_prep.console import UserError
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config
@@ -19,13 +19,13 @@ from pretrain.training.background import single_process_environment
 BUDGETS = ("steps", "tokens", "records", "epochs")
 
 
-def finetune(config: RunConfig, settings: dict[str, Any], export: Path, train_file: Path, folder: Path, name: str) -> Path:
-    """Finetune `export` on the pairs of `train_file`; return the run directory, whose newest checkpoint is the result.
+def finetune(config: RunConfig, settings: dict[str, Any], export: Path, pairs: JsonSource, folder: Path, name: str) -> Path:
+    """Finetune `export` on `pairs`; return the run directory, whose newest checkpoint is the result.
 
-    `settings` are keys of `train` that replace those of the pretraining run `config`. Deterministic; goes on where an interrupted one stopped.
+    `settings` are keys of `train` that replace those of the pretraining run `config`; an interrupted finetuning starts over.
     Raises UserError where the run fails.
     """
-    data = prepare_pairs(config, train_file, folder)
+    data = prepare_pairs(config, pairs, folder)
     run = _run_config(config, settings, data, export, folder / "finetune", name)
     path = folder / "finetune" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)

@@ -3,7 +3,8 @@
 import argparse
 import os
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,11 +40,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = load_config(run_dir / "config.yaml", [word for word in arguments.overrides if not word.startswith("task.")])
     tasks = choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
     with _one_at_a_time(run_dir):
-        if not arguments.pending:
-            ask_for_evaluation(run_dir, step := _step(run_dir, arguments.checkpoint))
-        steps = evaluations_asked_for(run_dir) if arguments.pending else [step]
-        if steps:
-            _evaluate_steps(config, run_dir, tasks, steps)
+        asked_for = evaluations_asked_for(run_dir)
+        steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
+        for step in set(steps) - set(asked_for):
+            ask_for_evaluation(run_dir, step)  # so that it is not removed meanwhile
+        done = asked_for if arguments.pending else set(steps) - set(asked_for)
+        _evaluate_steps(arguments, config, tasks, steps, done)
     if not arguments.pending:
         print_summary(run_dir)
 
@@ -52,17 +54,17 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     """The tasks of the configuration, or those named; `task.KEY=VALUE` sets a key of the one named."""
     tasks = config.evaluation.tasks
     if names:
-        known = {task.name: task for task in tasks}
-        tasks = [known.get(name) or validate(TaskConfig, {"name": name}, "task") for name in names]
-    if not tasks:
+        known = {task.name: task.model_dump(exclude_none=True) for task in tasks}
+        chosen = [known.get(name, {"name": name}) for name in names]
+    else:
+        chosen = [task.model_dump(exclude_none=True) for task in tasks]
+    if not chosen:
         raise UserError("the run names no evaluation.tasks: choose one with --task NAME")
     if overrides:
-        if len(tasks) != 1:
-            raise UserError(f"{overrides[0]} addresses one task, but there are {len(tasks)}: choose it with --task NAME")
-        values = {"task": tasks[0].model_dump(exclude_none=True)}
-        apply_overrides(values, overrides)
-        tasks = [validate(TaskConfig, values["task"], "task")]
-    return tasks
+        if len(chosen) != 1:
+            raise UserError(f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME")
+        apply_overrides({"task": chosen[0]}, overrides)
+    return [validate(TaskConfig, values, "task") for values in chosen]
 
 
 def _step(run_dir: Path, wanted: str) -> int:
@@ -91,21 +93,28 @@ def _one_at_a_time(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _evaluate_steps(config: RunConfig, run_dir: Path, tasks: list[TaskConfig], steps: list[int]) -> None:
+def _evaluate_steps(arguments: argparse.Namespace, config: RunConfig, tasks: list[TaskConfig], steps: list[int], done: Collection[int]) -> None:
+    """Evaluate all tasks on all steps, whatever happens to some; take back the requests of the steps in `done`."""
+    if not steps:
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar
 
-    from pretrain.evaluation.checkpoint_evaluation import evaluate_checkpoint
+    from pretrain.evaluation.task_evaluation import evaluate_task
 
     disable_progress_bar()
 
-    failed = None
+    failures: list[Exception] = []
     for step in steps:
-        try:
-            evaluate_checkpoint(config, run_dir, tasks, step)
-        except UserError as error:  # the other checkpoints are evaluated all the same
-            failed = error
-        (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
-    if failed:
-        raise failed
+        for task in tasks:
+            try:
+                evaluate_task(config, arguments.run_dir, task, step, arguments.overrides)
+            except Exception as error:
+                failures.append(error)
+                if not isinstance(error, UserError):
+                    traceback.print_exception(error)
+        if step in done:
+            (arguments.run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
+    if failures:
+        raise failures[0]

@@ -1,5 +1,6 @@
 """The rows of a task: pairs of texts from a JSON lines file, or from the embedded grammar."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,41 +18,45 @@ GRAMMAR_ROWS = 1000
 GRAMMAR_SEED = 0
 
 
-def read_pairs(path: str | Path, views: tuple[str, str], key: str, rows: int | None = None) -> list[tuple[str, str]]:
+def task_source(config: RunConfig, path: str | Path) -> JsonSource:
+    """A task's file, read like the run's own JSON source: by the columns that its `views` name, where it does."""
+    views = next((source.views for source in config.data.sources if isinstance(source, JsonSource)), None)
+    return JsonSource(type="json", path=str(path), views=views)
+
+
+def read_pairs(source: JsonSource, views: tuple[str, str], key: str, rows: int | None = None) -> list[tuple[str, str]]:
     """The (context, target) texts of a file, the first `rows`. Raises UserError for a row that is no pair."""
-    source = JsonLines(JsonSource(type="json", path=str(path)), views, key)
+    reader = JsonLines(source, views, key)
     pairs = []
-    for record in source.read(0, sys.maxsize):
+    for record in reader.read(0, sys.maxsize):
         if rows is not None and len(pairs) == rows:
             break
         if record.views is None or not all(record.views):
-            problem = record.problem or f"{views[0]!r} or {views[1]!r} is missing or empty"
-            raise UserError(f"{source.where(0, record.position)}: {problem}")
+            problem = record.problem or f"{' or '.join((source.views or dict(zip(views, views, strict=True))).values())} is missing or empty"
+            raise UserError(f"{reader.where(0, record.position)}: {problem}")
         pairs.append(record.views)
     if not pairs:
-        raise UserError(f"{path} ({key}) holds no rows")
+        raise UserError(f"{source.path} ({key}) holds no rows")
     return pairs
 
 
-def prepare_pairs(config: RunConfig, path: str | Path, folder: Path) -> DataConfig:
+def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
     """Shards of a file of pairs below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
     try:
-        name = sha256_file(Path(path))[:16]
+        name = hashlib.sha256(f"{source}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    data = DataConfig(
-        path=str(folder / "data" / name), views=config.data.views, sources=[{"type": "json", "path": str(path)}],
-        tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length,
-    )
+        raise UserError(f"cannot read {source.path}: {error.strerror}") from None
+    data = DataConfig(path=str(folder / "data" / name), views=config.data.views, sources=[source],
+                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length)
     prepare(data)
     return data
 
 
-def grammar_file(folder: Path, split: str, views: tuple[str, str], rows: int = GRAMMAR_ROWS) -> Path:
+def grammar_source(folder: Path, split: str, views: tuple[str, str], rows: int = GRAMMAR_ROWS) -> JsonSource:
     """Rows of the embedded NL-RX grammar as a file. Splits share no target with each other or with pretraining."""
     path = folder / f"{split}-{rows}.jsonl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         pairs = (generate(GRAMMAR_SEED, split, index) for index in range(rows))
         write_text(path, "".join(json.dumps(dict(zip(views, pair, strict=True))) + "\n" for pair in pairs))
-    return path
+    return JsonSource(type="json", path=str(path))

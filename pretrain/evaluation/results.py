@@ -1,22 +1,25 @@
 """evaluation/results.jsonl, and the closing table."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.files import write_text
 from pretrain.run_folder import read_metrics, read_status
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """All results of a run, in the order in which they came."""
+    """All results of a run, in the order in which they came; without a line that a kill cut off."""
     path = run_dir / "evaluation" / "results.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
 
 
 def append_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Add a result: one line, and a TensorBoard point per metric under evaluation/<task>/<metric>."""
-    with open(run_dir / "evaluation" / "results.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    lines = [*read_results(run_dir), result]
+    write_text(run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     from pretrain.training.metrics import open_tensorboard
 
     writer = open_tensorboard(run_dir / "tensorboard" / "evaluation")
@@ -44,7 +47,8 @@ def print_summary(run_dir: Path) -> None:
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
         _print_table(rows)
-    print(f"\ncurves: tensorboard --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
+    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
+    print(f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
           "        then open the page it names; Custom Scalars shows both loss terms in one chart", flush=True)
 
 

@@ -6,11 +6,15 @@ Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layou
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from data_prep.console import UserError
+
 
 def resolve_attention(setting: str, device: torch.device) -> str:
     """The kernel for `auto`: FlexAttention on CUDA; SDPA on CPU, where FlexAttention has no backward pass."""
     if setting == "auto":
         return "flex_attention" if device.type == "cuda" else "sdpa"
+    if setting == "flex_attention" and device.type == "cpu":
+        raise UserError("model.attention: flex_attention has no backward pass on CPU; leave it at auto")
     return setting
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
@@ -39,7 +40,15 @@ def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, seque
             raise UserError(f"model.shape: {key} comes from the tokenizer; leave it out")
         if key not in known:
             raise UserError(f"model.shape: {family} has no option {key!r}")
-    config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
+    try:
+        config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
+    except Exception as error:  # its validation raises kinds of its own
+        raise UserError(f"model.shape: {family} cannot be built so: {' '.join(str(error).split())[:300]}") from None
+    if config.hidden_act not in ACT2FN:
+        raise UserError(f"model.shape: transformers knows no hidden_act {config.hidden_act!r}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(f"model.shape: num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
+                        f"({config.num_key_value_heads})")
     if config.max_position_embeddings < sequence_length:
         raise UserError(f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions")
     return config

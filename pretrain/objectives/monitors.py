@@ -6,17 +6,18 @@ import torch.nn.functional as F
 from pretrain.objectives.pool import Pool
 
 COLLAPSE_MARGIN = 0.1
+COLLAPSE_LEVEL = 0.5
 
 
 def embedding_monitors(pool: Pool) -> dict[str, float]:
-    """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs.
+    """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs or embeddings that are not finite.
 
     paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with all different targets.
     retrieval_at_1: share of predictions whose nearest target is their own or equal to it. effective_rank: of
     predictions and targets, the smaller.
     """
     prediction, target, key = pool.prediction[pool.valid], pool.target[pool.valid], pool.key[pool.valid]
-    if len(key) < 2:
+    if len(key) < 2 or not (prediction.isfinite().all() and target.isfinite().all()):
         return {}
     similarity = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T
     different = key[:, None] != key[None, :]
@@ -42,5 +43,7 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def has_collapsed(monitors: dict[str, float]) -> bool:
-    """Whether unrelated views are as close as a pair: the embedding says nothing about its text."""
-    return "shuffled_cosine" in monitors and monitors["paired_cosine"] - monitors["shuffled_cosine"] < COLLAPSE_MARGIN
+    """Whether unrelated views are close, and as close as a pair: the embedding says nothing about its text."""
+    if "shuffled_cosine" not in monitors or monitors["shuffled_cosine"] < COLLAPSE_LEVEL:
+        return False
+    return monitors["paired_cosine"] - monitors["shuffled_cosine"] < COLLAPSE_MARGIN

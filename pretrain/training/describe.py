@@ -15,7 +15,7 @@ from data_prep.files import write_json, write_text
 from pretrain.config import RunConfig, dump_config
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
-DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length")
+DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
 
 

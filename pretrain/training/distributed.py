@@ -85,8 +85,12 @@ def init_world() -> World:
         _share_cores()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False,
-                               timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False,
+                                   timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        raise UserError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+                        "if another job has that port, give the launcher another one: --master_port") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
 
 

@@ -41,11 +41,13 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     settings = engine_settings(config, world.size)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     _check_zero_options(settings)
+    shape = None
+    if config.model.init_from is None:
+        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     torch.manual_seed(config.seed)
     attention = resolve_attention(config.model.attention, world.device)
-    if config.model.init_from is None:
-        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
+    if shape is not None:
         model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:
         model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error, report
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
 
@@ -41,8 +41,13 @@ def run(config: RunConfig) -> None:
         if trainer is None:
             return
         status = trainer.train()
+    except UserError as error:
+        if world.size > 1:  # at once: gloo aborts a process that is torn down after its peers
+            report(error, silent=_another_process_speaks())
+            os._exit(2)
+        raise
     except Exception as error:
-        if world.is_main and config.run_dir.exists() and not isinstance(error, UserError):
+        if world.is_main and config.run_dir.exists():
             write_status(config.run_dir, "failed", read_status(config.run_dir).get("step", 0), f"{type(error).__name__}: {error}")
         raise
     if world.is_main:

@@ -3,9 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from pretrain.config import TrainConfig
-
-DEFAULT_DECAY_FRACTION = 0.2
+from pretrain.config import DEFAULT_DECAY_FRACTION, TrainConfig
 
 
 @dataclass

@@ -37,6 +37,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
         say(f"{config.run_dir} is finished already")
+        _resume_evaluations(config, world)
         return None
     stop = StopRequest()
     if config.resting_keys():
@@ -55,20 +56,30 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
         validation=_validation(config, corpus, specials, world),
     )
     say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
+    if trainer.validation is None:
+        say("note: the corpus has no validation split, so nothing is validated")
     _resume(trainer, say)
     if world.is_main:
         _write_skeleton(config, model, corpus)
         trainer.metrics = Metrics(config.run_dir, trainer.progress.step, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
-        if evaluations_asked_for(config.run_dir):  # by a run or a job that was killed
-            start_evaluations(config.run_dir)
+    _resume_evaluations(config, world)
     return trainer
+
+
+def _resume_evaluations(config: RunConfig, world: World) -> None:
+    """Start the evaluations that a killed run or job left to do."""
+    if world.is_main and evaluations_asked_for(config.run_dir):
+        start_evaluations(config.run_dir)
 
 
 def _claim(run_dir: Path) -> IO[bytes]:
     """Keep a second run out of the folder, as long as this process lives."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = try_lock(run_dir / ".lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(run_dir / ".lock")
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir} (output_dir/name): {error.strerror}") from None
     if lock is None:
         raise UserError(f"another run is going on in {run_dir}; wait for it, or choose another `name`")
     return lock
@@ -80,6 +91,10 @@ def _check(config: RunConfig, corpus: Corpus) -> None:
     if corpus.positions_needed > length:
         raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path}: the longest needs "
                         f"{corpus.positions_needed} positions; raise it, or prepare the corpus again with this length, which drops and counts them")
+    for task in config.evaluation.tasks:
+        for key, path in (("train", task.train), ("test", task.test)):
+            if path is not None and not Path(path).is_file():
+                raise UserError(f"evaluation.tasks: there is no file {path} ({key} of {task.name})")
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "

@@ -94,11 +94,16 @@ def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
     assert read_one(tmp_path, line) == (views, 1, "")
 
 
-def test_messages_give_the_first_user_and_assistant_message_and_leave_the_system_out(tmp_path):
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
-                {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
+def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(tmp_path):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert read_one(tmp_path, {"messages": messages}).views == ("q", "a")
     assert read_one(tmp_path, {"messages": messages[:2]}).views == ("q", "")
+
+
+def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    record = read_one(tmp_path, {"messages": messages})
+    assert record.views is None and "2 turns of the user" in record.problem
     assert read_one(tmp_path, {"messages": []}).views == ("", "")
 
 

@@ -1,11 +1,12 @@
 """loss: both losses of the objective, and the embedding monitors, on a file of pairs."""
 
+import json
+
 import torch
 
-from data_prep.console import UserError
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import make_layout
-from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.pairs import prepare_pairs, task_source
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_language_model
@@ -19,12 +20,8 @@ from pretrain.training.validation import Validation
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Compute the losses from the export alone, as validation does from the training state."""
-    if run.task.test is None:
-        raise UserError("the task loss needs a file of pairs: task.test=FILE")
-    if run.task.finetune is not None or run.task.train is not None:
-        raise UserError("the task loss trains nothing: leave out train and finetune")
     config = run.config
-    corpus = Corpus(prepare_pairs(config, run.task.test, run.folder).path, "train")
+    corpus = Corpus(prepare_pairs(config, task_source(config, run.task.test), run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, resolve_attention(config.model.attention, device))
     specials = special_ids(tokenizer, model.vocabulary)
@@ -32,6 +29,8 @@ def evaluate(run: TaskRun) -> TaskResult:
     layout = make_layout(config.objective.layout, specials, pairs=True, predictor_tokens=k, lm_views=config.data.lm_views)
     world = World(0, 1, device)
     records = min(len(corpus), run.task.rows or len(corpus))
-    validation = Validation(corpus, layout, specials, config.data.sequence_length, records, config.train.micro_batch_rows, world)
+    ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
+    rows = config.train.micro_batch_rows * ranks  # a contrastive term's pools are those of the training
+    validation = Validation(corpus, layout, specials, config.data.sequence_length, records, rows, world)
     module = TrainingModule(model, make_objective(config.objective), Gather(world.all_gather, 0)).to(device)
     return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module).items()})

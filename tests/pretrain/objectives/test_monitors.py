@@ -69,9 +69,9 @@ def test_collapse_is_seen_where_the_loss_looks_like_success():
     assert not has_collapsed(healthy) and healthy["retrieval_at_1"] > 0.9
 
 
-def test_untrained_unrelated_embeddings_count_as_collapsed():
+def test_untrained_embeddings_that_point_everywhere_are_not_collapsed():
     generator = torch.Generator().manual_seed(0)
-    assert has_collapsed(embedding_monitors(pool(torch.randn(100, 16, generator=generator), torch.randn(100, 16, generator=generator))))
+    assert not has_collapsed(embedding_monitors(pool(torch.randn(100, 16, generator=generator), torch.randn(100, 16, generator=generator))))
 
 
 def test_too_few_pairs_give_no_verdict():
@@ -79,3 +79,9 @@ def test_too_few_pairs_give_no_verdict():
     assert not has_collapsed({})
     same = embedding_monitors(pool(torch.eye(2), torch.eye(2), key=[7, 7]))
     assert "shuffled_cosine" not in same and not has_collapsed(same)
+
+
+def test_embeddings_that_are_not_finite_give_no_monitors_instead_of_an_error():
+    spoiled = torch.randn(10, 4)
+    spoiled[3, 1] = torch.nan
+    assert embedding_monitors(pool(spoiled, torch.randn(10, 4))) == {}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pretrain.training.main import main
 from tests.launching import ROOT, call, deepspeed_command, environment, free_port, tiny_config, write_config
@@ -48,6 +49,17 @@ MISTAKES = {
     "row too short": ({"data__sequence_length": 16}, "data.sequence_length is 16, too short for the records"),
     "model too short": ({"model__shape__max_position_embeddings": 64}, "the model shape allows 64 positions"),
     "unknown shape key": ({"model__shape__hiden_size": 64}, "llama has no option 'hiden_size'"),
+    "shape that cannot be": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built so"),
+    "heads that do not divide": ({"model__shape__num_key_value_heads": 3, "model__shape__num_attention_heads": 4},
+                                 "must be a multiple of num_key_value_heads"),
+    "unknown activation": ({"model__shape__hidden_act": "nonsense"}, "transformers knows no hidden_act 'nonsense'"),
+    "misspelt DeepSpeed key": ({"deepspeed": {"zero_optimisation": {}}}, "the nearest known one is 'zero_optimization'"),
+    "misspelt finetune key": ({"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
+                              "nearest known one is 'learning_rate'"),
+    "finetuning without its rows": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}}, "give train too"),
+    "missing task file": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}}, "there is no file nowhere (test of nl_rx)"),
+    "name that is no folder": ({"name": ".."}, "name: String should match pattern"),
+    "output that is no folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
     "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
     "no such start": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
 }
@@ -57,8 +69,10 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
     changes, expected = MISTAKES[mistake]
     values = tiny_config(folder, output_dir=str(tmp_path))
-    values |= changes if "model" in changes else tiny_config(folder, output_dir=str(tmp_path), **changes)
-    run_main(write_config(tmp_path, values), monkeypatch)
+    values |= changes if "model" in changes else tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    run_main(path, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], lines
 
@@ -74,6 +88,13 @@ def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkey
     (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
     run_main(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), checkpoint={"resume": "never"})), monkeypatch)
     assert "checkpoint.resume is never" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
+    finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
+    call(["python", "launcher/run.py", str(finished)])
+    run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
+    assert "holds a run with another seed" in capsys.readouterr().err
 
 
 def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):

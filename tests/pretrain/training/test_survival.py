@@ -1,6 +1,7 @@
 """Invariants 3 and 4: a run that is stopped, killed and finds its newest checkpoint damaged ends with the same bits."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -52,16 +53,25 @@ def story(tmp_path_factory):
     running.end()
     stopped = {"status": read_status(run_dir), "steps": list_steps(run_dir / "checkpoints")}
 
+    running = Running(commands["disturbed"], folder / "interrupted.log")
+    running.wait_until(lambda: last_step(run_dir) >= stopped["status"]["step"] + 4, "some more steps")
+    os.killpg(running.process.pid, signal.SIGINT)  # what Ctrl-C does: the launcher passes it on to ranks that have it already
+    running.end()
+    interrupted = read_status(run_dir)
+
     running = Running(commands["disturbed"], folder / "killed.log")
-    running.wait_until(lambda: (list_steps(run_dir / "checkpoints") or [0])[-1] >= 30 and last_step(run_dir) >= 33, "step 33")
+    saving = run_dir / "checkpoints" / f".{step_name(40)}.tmp"
+    running.wait_until(lambda: saving.exists(), "the saving of step 40")
     running.kill()
+    kept = {step: check(run_dir / "checkpoints" / step_name(step)) for step in list_steps(run_dir / "checkpoints")}
     newest = list_steps(run_dir / "checkpoints")[-1]
     shard = next((run_dir / "checkpoints" / step_name(newest)).glob("*rank_1*optim_states.pt"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     resumed = call(commands["disturbed"])
-    return {"runs": runs, "stopped": stopped, "newest": newest, "resumed": resumed.stdout, "commands": commands}
+    return {"runs": runs, "stopped": stopped, "interrupted": interrupted, "kept": kept,
+            "newest": newest, "resumed": resumed.stdout, "commands": commands}
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story):
@@ -70,8 +80,16 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story
     assert status["step"] in story["stopped"]["steps"]
 
 
+def test_ctrl_c_saves_and_stops(story):
+    assert story["interrupted"]["status"] == "resumable" and story["interrupted"]["step"] > story["stopped"]["status"]["step"]
+
+
+def test_a_kill_while_saving_leaves_whole_checkpoints_only(story):
+    assert len(story["kept"]) >= 2 and set(story["kept"].values()) == {None}
+
+
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(story):
-    before = max(step for step in range(0, story["newest"], 10))
+    before = sorted(story["kept"])[-2]
     assert f"{step_name(story['newest'])} is damaged" in story["resumed"]
     assert f"going on from step {before}" in story["resumed"]
     assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()

@@ -1,0 +1,40 @@
+"""Batched generation gives each context its own answer, as one by one."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data_prep.console import UserError
+from data_prep.nlrx_grammar import generate
+from data_prep.tokenizer import Tokenizer, train
+from pretrain.evaluation.generate import answer
+from pretrain.models.language_model import shape_config
+from tests.launching import TINY
+
+CONTEXTS = [generate(0, "test", index)[0] for index in range(12)]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = train(CONTEXTS * 5, 330, folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape_config("llama", TINY | {"initializer_range": 0.6}, tokenizer, 96))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_batched_answers_equal_those_one_by_one_in_the_order_of_the_contexts(export):
+    together = answer(export, CONTEXTS, 12)
+    assert together == [answer(export, [context], 12)[0] for context in CONTEXTS]
+    assert len({text for text, _ in together}) > 6
+
+
+def test_an_answer_holds_no_padding_or_special_ids(export):
+    assert Tokenizer.load(export).vocab_size < AutoModelForCausalLM.from_pretrained(export).config.vocab_size
+    answer(export, CONTEXTS, 40)  # a padded id would have no text
+
+
+def test_a_context_without_room_for_an_answer_is_an_error(export):
+    with pytest.raises(UserError, match="leaves no room for an answer"):
+        answer(export, ["number " * 200], 12)

@@ -1,0 +1,8 @@
+"""Every option of the configuration reaches what it is for."""
+
+from tests.launching import call
+
+
+def test_options_reach_what_they_are_for():
+    done = call(["python", "-m", "pytest", "-q", "tests/pretrain/training/wiring_checks.py"], check=False)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-6000:]

@@ -1,0 +1,71 @@
+"""Every option of the configuration reaches what it is for. Run by test_wiring.py in a process of its own: engines leave traces."""
+
+import deepspeed
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_prep.tokenizer import Tokenizer
+from pretrain.config import load_config
+from pretrain.data.layout import make_layout
+from pretrain.models.language_model import random_causal_lm, shape_config
+from pretrain.training.background import single_process_environment
+from pretrain.training.distributed import init_world
+from pretrain.training.schedule import learning_rate
+from pretrain.training.setup import set_up
+from tests.launching import call, tiny_config, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wiring")
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
+    torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
+    start = random_causal_lm(shape_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
+    start.save_pretrained(folder / "start")
+    return folder
+
+
+def trainer_of(folder, name, **changes):
+    return set_up(load_config(write_config(folder, tiny_config(folder, name=name, monitor__tensorboard=False, **changes))), init_world())
+
+
+def test_optimizer_schedule_and_precision(folder):
+    trainer = trainer_of(folder, "optimizer", train__weight_decay=0.3, train__betas=[0.8, 0.9], train__gradient_clipping=0.7,
+                         train__precision="bf16", train__steps=2)
+    groups = trainer.engine.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+    shapes = [len(parameter.ds_shape) for parameter in trainer.engine.module.parameters()]
+    assert sorted(set(shapes)) == [1, 2]
+    assert trainer.engine.gradient_clipping() == 0.7
+    assert {parameter.dtype for parameter in trainer.engine.module.parameters()} == {torch.bfloat16}
+    assert trainer.engine.optimizer.fp32_partitioned_groups_flat[0].dtype == torch.float32
+    trainer.engine.optimizer.param_groups[1]["lr"] = 9.0
+    trainer.train()
+    assert {group["lr"] for group in groups} == {learning_rate(1.0, trainer.config.train)}
+
+
+def test_layout_labels_dropout_and_budget(folder):
+    trainer = trainer_of(folder, "layout", objective__layout="independent", objective__predictor_tokens=2, objective__dropout=0.25,
+                         data__lm_views="last", train__steps=None, train__epochs=3)
+    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairs=True, predictor_tokens=2, lm_views="last")
+    assert (trainer.loader.dropout, trainer.loader.epochs, trainer.loader.seed) == (0.25, 3, 3)
+    assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
+
+
+def test_init_from_starts_from_those_weights(folder):
+    trainer = trainer_of(folder, "started", model={"init_from": str(folder / "start")}, objective={"name": "next_token"})
+    loaded = load_file(folder / "start" / "model.safetensors")
+    for name, parameter in trainer.engine.module.model.causal_lm.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            assert torch.equal(parameter, loaded[name]), name
+
+
+def test_a_job_beside_a_rank_is_no_rank(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKING", "kept")
+    environment = single_process_environment()
+    assert environment["RANKING"] == "kept"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(environment)
