@@ -1,6 +1,7 @@
 """Starting the project's commands as its users do: real processes, real launchers."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -56,8 +57,9 @@ def write_config(folder: Path, config: dict) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank, on CPU, and no trace of a launcher around the tests."""
-    return single_process_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    """One thread a rank, on CPU, this interpreter as `python`, and no trace of a launcher around the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return single_process_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path} | more
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.nlrx_grammar import generate
@@ -89,6 +90,9 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     assert [(row["context"], row["target"]) for row in answers] == [generate(0, "test", index) for index in range(30)]
     finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
     assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
+    config = yaml.safe_load((run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "config.yaml").read_text())
+    assert config["model"]["init_from"] == str(run_dir / "export" / "step-00000020")
+    assert config["data"]["lm_views"] == "last" and config["objective"]["name"] == "next_token"
     assert (run_dir / "tensorboard" / "evaluation").exists()
 
 
