@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -64,6 +63,5 @@ def load_predictor(model: LanguageModel, folder: str | Path) -> None:
     if model.predictor is None or not path.exists():
         return
     weight = load_file(path)[PREDICTOR_KEY]
-    with deepspeed.zero.GatheredParameters(model.predictor.weight, modifier_rank=0):
-        if weight.shape == model.predictor.weight.shape:
-            model.predictor.weight.data.copy_(weight)
+    if weight.shape == model.predictor.weight.shape:
+        model.predictor.weight.data.copy_(weight)

@@ -3,7 +3,7 @@
 import deepspeed
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
     start = random_causal_lm(shape_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
     start.save_pretrained(folder / "start")
+    save_file({"predictor.weight": torch.randn(1, 32)}, folder / "start" / "jepa.safetensors")
     return folder
 
 
@@ -55,11 +56,14 @@ def test_layout_labels_dropout_and_budget(folder):
 
 
 def test_init_from_starts_from_those_weights(folder):
-    trainer = trainer_of(folder, "started", model={"init_from": str(folder / "start")}, objective={"name": "next_token"})
+    trainer = trainer_of(folder, "started", model={"init_from": str(folder / "start")})
     loaded = load_file(folder / "start" / "model.safetensors")
     for name, parameter in trainer.engine.module.model.causal_lm.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
             assert torch.equal(parameter, loaded[name]), name
+    predictor = trainer.engine.module.model.predictor.weight
+    with deepspeed.zero.GatheredParameters(predictor):
+        assert torch.equal(predictor, load_file(folder / "start" / "jepa.safetensors")["predictor.weight"])
 
 
 def test_a_job_beside_a_rank_is_no_rank(monkeypatch):
