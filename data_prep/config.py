@@ -20,6 +20,7 @@ SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train",
             "evaluation", "monitor")
 
 Split = Literal["train", "validation", "test"]
+MOST_VIEWS = 8
 
 
 class Section(BaseModel):
@@ -80,8 +81,11 @@ class DataConfig(Section):
     """Folder of the prepared shards."""
     sources: list[Source] = []
     """Where records come from, see below."""
-    views: tuple[str, str] = ("text", "code")
-    """The views of a record: the context (a question, a description) and the target (its answer)."""
+    views: tuple[str, ...] = Field(default=("text", "code"), min_length=1)
+    """The views of a record, at most 8: the context (a question, a description) and the target (its answer); one for plain
+    documents; several for groups of paraphrases, where each is the context of the next."""
+    missing_views: Literal["drop", "keep"] = "drop"
+    """A record that lacks some of its views is dropped and counted, or kept with those that it has: one is a plain document."""
     tokenizer: TokenizerConfig
     """Trained or taken over, see below."""
     sequence_length: int = Field(default=512, ge=8)
@@ -98,9 +102,13 @@ class DataConfig(Section):
     """Processes of the preparation; default: one per core."""
 
     @model_validator(mode="after")
-    def _two_views(self) -> "DataConfig":
-        if len(set(self.views)) < 2:
-            raise ValueError(f"views are {list(self.views)}: give two different names")
+    def _views_differ(self) -> "DataConfig":
+        if len(set(self.views)) < len(self.views):
+            raise ValueError(f"views are {list(self.views)}: give each a name of its own")
+        if len(self.views) > MOST_VIEWS:
+            raise ValueError(f"views are {len(self.views)}, at most {MOST_VIEWS} are possible")
+        if len(self.views) == 1 and self.missing_views == "keep":
+            raise ValueError("missing_views acts on records of several views; leave it out")
         return self
 
     def preparation(self) -> dict[str, Any]:
@@ -188,9 +196,17 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
     except ValidationError as error:
         mistakes = error.errors()  # a misspelt key often is a missing one too: the spelling comes first
         first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
-        key = ".".join([where] * bool(where) + [str(part) for part in first["loc"] if part not in ("nlrx", "json")])
+        tags = union_tags(model)
+        key = ".".join([where] * bool(where) + [str(part) for part in first["loc"] if part not in tags])
         if first["type"] == "extra_forbidden":
-            raise UserError(_unknown_key(key, [f"{where}.{known}" if where else known for known in known_keys(model)])) from None
+            known = [f"{where}.{known}" if where else known for known in known_keys(model)]
+            if _with_list_index(key) in known:
+                chosen = next(part for part in reversed(first["loc"]) if part in tags)
+                raise UserError(f"{key} has no effect with {chosen}: leave it out") from None
+            raise UserError(_unknown_key(key, known)) from None
+        if first["type"] == "union_tag_invalid":
+            tag = first["ctx"]
+            raise UserError(f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}") from None
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
         raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given}") from None
@@ -218,9 +234,24 @@ def subsections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str
     return []
 
 
+def union_tags(model: type[BaseModel]) -> set[str]:
+    """The values that choose among sections, as `nlrx` and `json` do among sources; pydantic puts them into the path of a mistake."""
+    tags: set[str] = set()
+    for field in model.model_fields.values():
+        for section, _ in subsections(field.annotation, ""):
+            chooser = section.model_fields.get("type") or section.model_fields.get("name")
+            if chooser and typing.get_origin(chooser.annotation) is Literal:
+                tags |= set(typing.get_args(chooser.annotation))
+            tags |= union_tags(section)
+    return tags
+
+
+def _with_list_index(key: str) -> str:
+    return re.sub(r"\.\d+\b", ".0", key)
+
+
 def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
-    pattern = re.sub(r"\.\d+\b", ".0", key)
-    nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(_with_list_index(key), known, n=1, cutoff=0.0)
     return f"unknown key {key!r}{f' in {where}' if where else ''}" + (f"; the nearest known one is {nearest[0]!r}" if nearest else "")
 
 

@@ -36,7 +36,7 @@ EXAMPLES = 5
 REASONS = {
     "malformed": "the line is no record",
     "empty": "no view holds text",
-    "one_sided": "a view holds no text",
+    "one_sided": "a view holds no text; data.missing_views: keep takes the others",
     "too_long": "the record does not fit a row of data.sequence_length in every layout",
 }
 
@@ -180,16 +180,16 @@ def _sample(config: DataConfig, readers: list[Reader], units: list[Unit]) -> Ite
         for record in reader.read(unit.start, unit.stop):
             if record.views is None and config.on_malformed == "fail":
                 raise _malformed(reader, unit, record)
-            if record.views is None or not all(record.views) or _split(config, unit, record.views) != "train":
+            if record.views is None or _lacking(config, record.views) or _split(config, unit, record.views) != "train":
                 left_out = left_out or reader.where(unit.start, record.position)
                 continue
-            yield from record.views
+            yield from filter(str.strip, record.views)
             characters += sum(map(len, record.views))
         if characters > SAMPLE_CHARACTERS:
             return
     if not characters:
         found = f"(the first that is none: {left_out})" if left_out else "(the sources hold no line)"
-        raise UserError(f"no record to train a tokenizer on: none of split train has text in both {' and '.join(config.views)} "
+        raise UserError(f"no record to train a tokenizer on: none of split train has text in {' and '.join(config.views)} "
                         f"{found}; check data.views and the columns and splits of the sources")
 
 
@@ -197,7 +197,8 @@ def _split(config: DataConfig, unit: Unit, views: tuple[str, ...]) -> str:
     """The split of a record: its source's, but for the held-out share of the training records, drawn by the target."""
     split = config.sources[unit.source].split
     if split == "train" and config.validation_fraction:
-        draw = int.from_bytes(hashlib.sha256(views[-1].encode()).digest()[:8]) / 2**64
+        target = next(view for view in reversed(views) if view.strip())
+        draw = int.from_bytes(hashlib.sha256(target.encode()).digest()[:8]) / 2**64
         return "validation" if draw < config.validation_fraction else "train"
     return split
 
@@ -258,11 +259,12 @@ def _run_unit(serialized: str, index: int, unit: Unit) -> None:
             if config.on_malformed == "fail":
                 raise _malformed(reader, unit, record)
             drop("malformed", record.position)
-        elif not all(map(str.strip, record.views)):
-            drop("one_sided" if any(map(str.strip, record.views)) else "empty", record.position)
+        elif reason := _lacking(config, record.views):
+            drop(reason, record.position)
         else:
             kept.append(record)
-    tokens = [tokenizer.encode_batch([record.views[view] for record in kept]) for view in range(len(config.views))]
+    tokens = [tokenizer.encode_batch([record.views[view] if record.views[view].strip() else "" for record in kept])
+              for view in range(len(config.views))]
     lengths = np.array([[len(ids) for ids in view] for view in tokens]).reshape(len(config.views), -1).T
     fits = positions_needed(lengths) <= config.sequence_length
     members: dict[str, list[int]] = {}
@@ -279,6 +281,14 @@ def _run_unit(serialized: str, index: int, unit: Unit) -> None:
         for split, rows in members.items()
     }
     write_json(folder / ".partial" / f"unit-{index:05d}.json", {"shards": shards, "dropped": dropped})
+
+
+def _lacking(config: DataConfig, views: tuple[str, ...]) -> str:
+    """The reason to drop a record for the views that hold no text; empty to keep it."""
+    present = [bool(view.strip()) for view in views]
+    if not any(present):
+        return "empty"
+    return "" if all(present) or config.missing_views == "keep" else "one_sided"
 
 
 def _malformed(reader: Reader, unit: Unit, record: Record) -> UserError:
@@ -303,6 +313,7 @@ def _manifest(config: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer
         "settings": settings,
         "splits": {split: {
             "records": sum(shard["records"] for shard in shards),
+            "incomplete": sum(shard["incomplete"] for shard in shards),
             "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in config.views},
             "longest": {view: max(shard["longest"][view] for shard in shards) for view in config.views},
             "positions_needed": max(shard["positions_needed"] for shard in shards),

@@ -17,18 +17,19 @@ import pyarrow.ipc
 from data_prep.console import UserError
 from data_prep.files import atomic_path, sha256_file
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-ROW_OVERHEAD = 16
-"""Special and predictor tokens a layout may add to a record's views; see `positions_needed`."""
+MOST_PREDICTOR_TOKENS = 12
 
 
 def positions_needed(lengths: np.ndarray) -> np.ndarray:
-    """Positions that a record needs in the most demanding layout, (N,) from view lengths (N, 2).
+    """Positions that a record needs where each view predicts the next with appended predictor tokens, (N,) from view lengths (N, views).
 
-    The joint layout holds the context once and the target twice; specials and predictor tokens stay within ROW_OVERHEAD.
+    The joint layout holds every view once and all but the first a second time, an end token with each, and the predictor tokens of all but the last.
     """
-    return lengths[:, 0] + 2 * lengths[:, 1] + ROW_OVERHEAD
+    present = (lengths > 0).sum(axis=1)
+    first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
+    return 2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class ViewColumn:
 
 
 def write_shard(path: Path, views: dict[str, list[list[int]]], vocab_size: int) -> dict[str, Any]:
-    """Write the records of one shard atomically; return its manifest entry."""
+    """Write the records of one shard atomically; return its manifest entry. A view without tokens is one that the record lacks: null."""
     dtype = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
-    columns = {view: pa.array(records, pa.list_(dtype)) for view, records in views.items()}
+    columns = {view: pa.array([tokens or None for tokens in records], pa.list_(dtype)) for view, records in views.items()}
     batch = pa.record_batch(columns)
     with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -50,6 +51,7 @@ def write_shard(path: Path, views: dict[str, list[list[int]]], vocab_size: int) 
     return {
         "file": path.name,
         "records": len(lengths),
+        "incomplete": int((lengths == 0).any(axis=1).sum()),
         "tokens": {view: int(total) for view, total in zip(views, lengths.sum(axis=0), strict=True)},
         "longest": {view: int(longest) for view, longest in zip(views, lengths.max(axis=0), strict=True)},
         "positions_needed": int(positions_needed(lengths).max()),

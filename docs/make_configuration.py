@@ -33,11 +33,15 @@ def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel]
     found = [(model, prefix)]
     for name, field in model.model_fields.items():
         found += [pair for below, path in data_config.subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _section(model: type[BaseModel], prefix: str) -> str:
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
+    for key in ("type", "name"):
+        choices = typing.get_args(_annotation(model, key))
+        if len(choices) == 1:  # one of several sections, chosen by this key
+            title += f", {key}: {choices[0]}"
     lines = [f"\n## {title}\n\n{_one_line(model.__doc__)}\n", "| key | type | default | |", "|---|---|---|---|"]
     notes = _attribute_docstrings(model)
     for name, field in model.model_fields.items():
@@ -47,9 +51,18 @@ def _section(model: type[BaseModel], prefix: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _annotation(model: type[BaseModel], key: str) -> object:
+    return model.model_fields[key].annotation if key in model.model_fields else None
+
+
 def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    if model is BaseModel:
+        return {}
+    inherited: dict[str, str] = {}
+    for base in model.__bases__:
+        inherited |= _attribute_docstrings(base)
     body = ast.parse(inspect.getsource(model)).body[0].body
-    return {before.target.id: node.value.value for before, node in itertools.pairwise(body)
+    return inherited | {before.target.id: node.value.value for before, node in itertools.pairwise(body)
             if isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
 
 
@@ -58,7 +71,7 @@ def _type(annotation: object) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(part) for part in arguments if part is not type(None))
+        return " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not type(None)))
     if origin is typing.Annotated:
         return _type(arguments[0])
     if origin in (list, tuple):

@@ -2,13 +2,14 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data_prep.config import DataConfig, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
+from pretrain.objectives import objective_configs
 
 COMPUTED_BY_THE_PROJECT = {
     "train_batch_size": "train.global_batch_rows",
@@ -27,7 +28,6 @@ PASSED_THROUGH = ("activation_checkpointing", "aio", "communication_data_type", 
                   "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
                   "sparse_gradients", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_optimization")
 """Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
-RESTING_WITHOUT_PAIRS = ("weight", "predictor_tokens", "distance", "temperature", "dropout")
 
 
 class ModelConfig(Section):
@@ -52,34 +52,7 @@ class ModelConfig(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """What is minimised: next-token loss, plus weight times the auxiliary term."""
-
-    name: Literal["next_token", "llm_jepa"]
-    """next_token: the language-model loss alone; the other keys but layout rest."""
-    layout: Literal["joint", "independent"] = "joint"
-    """joint: the target follows the context, as in [BOS context SEP][target EOS]. independent: two documents."""
-    weight: float = Field(default=1.0, gt=0)
-    """lambda, the weight of the JEPA term."""
-    predictor_tokens: int = Field(default=1, ge=0, le=12)
-    """k: predictor tokens behind the context; 0 reads the context's own last token."""
-    distance: Literal["cosine", "info_nce"] = "cosine"
-    """cosine: the paper's 1 - cos. info_nce: contrastive, against all targets of the micro step over all ranks."""
-    temperature: float | None = Field(default=None, gt=0)
-    """Of info_nce; default 0.07."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Loss dropout: the share of records that sit out the JEPA term in an epoch."""
-
-    @model_validator(mode="after")
-    def _can_act(self) -> "ObjectiveConfig":
-        if self.temperature is not None and self.distance != "info_nce":
-            raise ValueError("temperature acts on distance info_nce only; leave it out")
-        return self
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether the objective has a term on pairs of views."""
-        return self.name != "next_token"
+ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007 (made at run time)
 
 
 class TrainConfig(Section):
@@ -205,7 +178,8 @@ class RunConfig(Section):
     """The run directory is output_dir/name."""
     data: DataConfig
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: ObjectiveSection
+    """What is minimised, see below; the name chooses."""
     train: TrainConfig
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed; keys that the project computes are refused."""
@@ -239,16 +213,12 @@ class RunConfig(Section):
         """Where everything of the run is written."""
         return Path(self.output_dir) / self.name
 
-    @property
-    def predictor_tokens(self) -> int:
-        """k, which rests without pairs."""
-        return self.objective.predictor_tokens if self.objective.has_pairs else 0
+    _resting: list[str] = PrivateAttr(default_factory=list)
 
+    @property
     def resting_keys(self) -> list[str]:
-        """Objective keys that were set but do not act, because next_token has no pairs."""
-        if self.objective.has_pairs:
-            return []
-        return [key for key in RESTING_WITHOUT_PAIRS if key in self.objective.model_fields_set]
+        """Keys of `objective` that were set, but do not act with next_token."""
+        return self._resting
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -259,7 +229,22 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     if isinstance(shape, str):
         values["model"]["shape"] = _read_shape(Path(path).parent / shape)
     apply_overrides(values, of_the_shape)
-    return validate(RunConfig, values)
+    resting = _take_out_resting(values.get("objective"))
+    config = validate(RunConfig, values)
+    config._resting = resting
+    return config
+
+
+def _take_out_resting(objective: Any) -> list[str]:
+    """With next_token, the keys of other objectives rest, so that the twin of a run is that one override; return them."""
+    if not isinstance(objective, dict) or objective.get("name") != "next_token":
+        return []
+    configs = objective_configs()
+    others = {key for config in configs.values() for key in config.model_fields} - set(configs["next_token"].model_fields)
+    resting = [key for key in objective if key in others]
+    for key in resting:
+        del objective[key]
+    return resting
 
 
 def _read_shape(path: Path) -> Any:
@@ -273,5 +258,4 @@ def _read_shape(path: Path) -> Any:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back; unset and resting options stay out."""
-    resting = {} if config.objective.has_pairs else {"objective": set(RESTING_WITHOUT_PAIRS)}
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True, exclude=resting), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -1,14 +1,17 @@
-"""LLM-JEPA the slow, obvious way: every encoding is a forward pass of its own, unpadded, one record at a time.
+"""The objectives the slow, obvious way: every encoding is a forward pass of its own, unpadded, one record at a time.
 
 Independent of the project: token lists are built here from the bare views, the model is the plain Hugging Face one under
 its own causal mask, and sums are Python loops. What the packed single forward computes must equal this.
 """
 
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+View = list[int]
 
 
 class Losses(NamedTuple):
@@ -23,62 +26,125 @@ class Ids(NamedTuple):
     sep: int
 
 
-def hidden_states(causal_lm, tokens: list[int], appended: torch.Tensor | None = None) -> torch.Tensor:
-    """Last-layer hidden states (L, D) of one sequence, with embeddings (k, D) appended to those of its tokens."""
-    embedded = causal_lm.get_input_embeddings()(torch.tensor(tokens))
-    if appended is not None:
-        embedded = torch.cat([embedded, appended])
-    return causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
+class Pair(NamedTuple):
+    """Embeddings (D,), and what the pair is: its target's tokens, its record, and whether a view predicts the next one."""
+
+    prediction: torch.Tensor
+    target: torch.Tensor
+    content: View
+    record: int
+    forward: bool
 
 
-def cross_entropies(causal_lm, tokens: list[int], first_target: int) -> list[torch.Tensor]:
-    """-log p of the tokens from `first_target` on, each given those before it."""
-    log_p = causal_lm.lm_head(hidden_states(causal_lm, tokens)).log_softmax(dim=-1)
-    return [-log_p[place - 1, tokens[place]] for place in range(first_target, len(tokens))]
+@dataclass
+class Reference:
+    """A plain model and how records are read. `predictor` (k, D), or None for k = 0."""
+
+    causal_lm: torch.nn.Module
+    predictor: torch.Tensor | None
+    ids: Ids
+    layout: str
+    lm_views: str = "all"
+    distance: str = "cosine"
+    direction: str = "forward"
+    placement: str = "append"
+    temperature: float = math.nan
+    stop_gradient: bool = False
+    weight: float = 1.0
+    scale: float = 1.0
+    """What the family multiplies its input embeddings by, Gemma 2's sqrt(D)."""
+    softcap: float | None = None
+    cross_entropies: list[torch.Tensor] = field(default_factory=list)
+
+    def hidden_states(self, tokens: View, predictor_at: int | None = None) -> torch.Tensor:
+        """Last-layer hidden states (L, D) of one sequence, with the predictor tokens put in at a place."""
+        embedded = self.causal_lm.get_input_embeddings()(torch.tensor(tokens))
+        if predictor_at is not None and self.predictor is not None:
+            embedded = torch.cat([embedded[:predictor_at], self.predictor * self.scale, embedded[predictor_at:]])
+        return self.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
+
+    def read(self, tokens: View, first_target: int) -> None:
+        """Add -log p of the tokens from `first_target` on, each given those before it."""
+        logits = self.causal_lm.lm_head(self.hidden_states(tokens))
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        log_p = logits.log_softmax(dim=-1)
+        self.cross_entropies += [-log_p[place - 1, tokens[place]] for place in range(first_target, len(tokens))]
+
+    def documents(self, views: list[View]) -> list[tuple[View, int]]:
+        """The texts of the language-model stream, each with the place of its first label; views that are empty are not there."""
+        views = [view for view in views if view]
+        bos, eos, sep = self.ids
+        if self.layout == "joint":
+            tokens, last = [bos], 1
+            for view in views:
+                last = len(tokens)
+                tokens += [*view, sep]
+            return [([*tokens[:-1], eos], 1 if self.lm_views == "all" else last)]
+        texts = [[bos, *view, eos] for view in views]
+        return [(text, 1 if self.lm_views == "all" or number == len(texts) - 1 else len(text)) for number, text in enumerate(texts)]
+
+    def alone(self, views: list[View], number: int) -> View:
+        """A view as it is encoded on its own."""
+        bos, eos, sep = self.ids
+        if self.layout == "joint":
+            return [*views[number], eos] if number else [bos, *views[number], sep]
+        return [bos, *views[number], eos]
+
+    def predict(self, views: list[View], number: int) -> torch.Tensor:
+        tokens = self.alone(views, number)
+        if self.placement == "prepend":
+            return self.hidden_states(tokens, predictor_at=1 if tokens[0] == self.ids.bos else 0)[-1]
+        return self.hidden_states(tokens, predictor_at=len(tokens))[-1]
+
+    def pairs(self, record: int, views: list[View]) -> list[Pair]:
+        views = [view for view in views if view]
+        pairs = []
+        for number in range(len(views) - 1):
+            edges = {"forward": [(number, number + 1)], "backward": [(number + 1, number)]}
+            for source, target in edges.get(self.direction) or edges["forward"] + edges["backward"]:
+                embedding = self.hidden_states(self.alone(views, target))[-1]
+                embedding = embedding.detach() if self.stop_gradient else embedding
+                pairs.append(Pair(self.predict(views, source), embedding, views[target], record, source < target))
+        return pairs
+
+    def distances(self, pairs: list[Pair]) -> list[torch.Tensor]:
+        match self.distance:
+            case "cosine":
+                return [1 - (pair.prediction @ pair.target) / (pair.prediction.norm() * pair.target.norm()) for pair in pairs]
+            case "l2":
+                return [((pair.prediction - pair.target) ** 2).sum().sqrt() for pair in pairs]
+            case "mse":
+                return [((pair.prediction - pair.target) ** 2).sum() / len(pair.target) for pair in pairs]
+            case "info_nce":
+                return info_nce(pairs, self.temperature)
+
+    def losses(self, records: list[tuple[View, ...]], paired: list[bool] | None = None) -> Losses:
+        """Both terms of the records, and the loss; records that are not `paired` sit out the second term."""
+        self.cross_entropies, pairs = [], []
+        for number, views in enumerate(records):
+            for tokens, first_target in self.documents(views):
+                self.read(tokens, first_target)
+            if paired is None or paired[number]:
+                pairs += self.pairs(number, views)
+        distances = self.distances(pairs)
+        lm = sum(self.cross_entropies) / len(self.cross_entropies)
+        jepa = sum(distances) / len(distances) if distances else torch.zeros(())
+        return Losses(lm + self.weight * jepa, lm, jepa)
 
 
-def lm_cross_entropies(causal_lm, context: list[int], target: list[int], ids: Ids, layout: str, lm_views: str) -> list[torch.Tensor]:
-    """The next-token losses of one record: one joint sequence, or a document for each view."""
-    if layout == "joint":
-        before = [ids.bos, *context, ids.sep]
-        return cross_entropies(causal_lm, [*before, *target, ids.eos], 1 if lm_views == "all" else len(before))
-    of_target = cross_entropies(causal_lm, [ids.bos, *target, ids.eos], 1)
-    return (cross_entropies(causal_lm, [ids.bos, *context, ids.eos], 1) if lm_views == "all" else []) + of_target
-
-
-def encode_pair(causal_lm, predictor, context: list[int], target: list[int], ids: Ids, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The predicted and the actual embedding of the target, (D,) each. `predictor` (k, D), or None for k = 0."""
-    before = [ids.bos, *context, ids.sep if layout == "joint" else ids.eos]
-    alone = [*target, ids.eos] if layout == "joint" else [ids.bos, *target, ids.eos]
-    return hidden_states(causal_lm, before, predictor)[-1], hidden_states(causal_lm, alone)[-1]
-
-
-def info_nce(pairs: list[tuple[torch.Tensor, torch.Tensor]], contents: list, temperature: float) -> list[torch.Tensor]:
-    """-log softmax of each pair's own target among it and all different ones; `contents` tells targets apart."""
+def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:
+    """-log softmax of each pair's own target among it and those of other records, of other content and the same direction."""
     losses = []
-    for i, (prediction, own) in enumerate(pairs):
-        own_logit = F.cosine_similarity(prediction, own, dim=0) / temperature
-        logits = [own_logit]
-        for j, (_, other) in enumerate(pairs):
-            if contents[j] != contents[i]:
-                logits.append(F.cosine_similarity(prediction, other, dim=0) / temperature)
+    for pair in pairs:
+        own_logit = F.cosine_similarity(pair.prediction, pair.target, dim=0) / temperature
+        others = [other for other in pairs if other.content != pair.content and other.record != pair.record and other.forward == pair.forward]
+        logits = [own_logit] + [F.cosine_similarity(pair.prediction, other.target, dim=0) / temperature for other in others]
         losses.append(torch.stack(logits).logsumexp(dim=0) - own_logit)
     return losses
 
 
-def reference_losses(causal_lm, predictor, records: list[tuple[list[int], list[int]]], ids: Ids, *, layout: str, lm_views: str = "all",
-                     distance: str = "cosine", temperature: float = math.nan, weight: float = 1.0, paired: list[bool] | None = None) -> Losses:
-    """Both terms of records of (context, target) tokens, and the loss; records that are not `paired` sit out the second term."""
-    lm, pairs, contents = [], [], []
-    for number, (context, target) in enumerate(records):
-        lm += lm_cross_entropies(causal_lm, context, target, ids, layout, lm_views)
-        if paired is None or paired[number]:
-            pairs.append(encode_pair(causal_lm, predictor, context, target, ids, layout))
-            contents.append(target)
-    if distance == "cosine":
-        distances = [1 - F.cosine_similarity(prediction, target, dim=0) for prediction, target in pairs]
-    else:
-        distances = info_nce(pairs, contents, temperature)
-    lm_mean = sum(lm) / len(lm)
-    jepa_mean = sum(distances) / len(distances) if distances else torch.zeros(())
-    return Losses(lm_mean + weight * jepa_mean, lm_mean, jepa_mean)
+def tube_distance(hidden: torch.Tensor, stretches: list[tuple[int, int]]) -> torch.Tensor:
+    """1 - cos between the step over the first stretch and the sum of those over the others, in one document (L, D)."""
+    first, *others = [hidden[end] - hidden[begin] for begin, end in stretches]
+    return 1 - F.cosine_similarity(first, sum(others), dim=0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_prep.config import JsonSource, NlrxSource, Source
+from data_prep.console import UserError
 from data_prep.sources.json_lines import JsonLines
 from data_prep.sources.nlrx import Nlrx
 from data_prep.sources.record import Record
@@ -40,6 +41,8 @@ def open_source(source: Source, views: tuple[str, ...], name: str) -> Reader:
     """Open a source; `name` is its dotted key, for messages. Raises UserError where it cannot be read."""
     match source:
         case NlrxSource():
+            if len(views) != 2:
+                raise UserError(f"{name}: the grammar makes pairs, but data.views are {list(views)}: give two")
             return Nlrx(source)
         case JsonSource():
             return JsonLines(source, views, name)

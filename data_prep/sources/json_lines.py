@@ -75,7 +75,7 @@ class JsonLines:
     def _columns(self, value: dict[str, Any]) -> list[str]:
         if self.columns is not None:
             return self.columns
-        return self._message_columns if "messages" in value else list(self.views)
+        return self._message_columns if "messages" in value and len(self.views) > 1 else list(self.views)
 
     @cached_property
     def _message_columns(self) -> list[str]:

@@ -1,19 +1,21 @@
 """The tensors of one micro batch, laid out by array operations over all of its records at once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import TARGET, Layout, Specials
+from pretrain.data.layout import Layout, Segment, Specials
 from pretrain.data.loader import Rows
 from pretrain.data.ragged import mix, ranges, run_sums
+from pretrain.data.spans import STRETCHES, draw_spans
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of L positions, M next-token labels, P pairs.
+    """B rows of L positions, M next-token labels, P pairs, S spans.
 
     Indices are into the flattened (B * L) positions. The pair arrays are padded with index 0 and `pair_valid` False to
     the same P on every rank, so that embeddings can be gathered.
@@ -35,23 +37,47 @@ class Batch:
     """(P,) where the target's embedding is read."""
     pair_key: torch.Tensor
     """(P,) hash of the target's tokens: equal keys are equal targets."""
+    pair_record: torch.Tensor
+    """(P,) number of the record: pairs of one record are not strangers to each other."""
+    pair_direction: torch.Tensor
+    """(P,) FORWARD or BACKWARD."""
     pair_valid: torch.Tensor
     """(P,) False for the padding of the gather."""
+    span_index: torch.Tensor
+    """(S, 3, 2) three stretches (from, to) of each span; see pretrain/data/spans.py."""
+    seed: torch.Tensor
+    """A random number of the micro step, on the host: the same on every rank, and for any number of them."""
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`."""
-        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+        """A copy on `device`, but for the seed."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self) if field.name != "seed"}
+        return Batch(**moved, seed=self.seed)
 
 
-def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, pairs_padded: int) -> Batch:
-    """Fill the rows with the tokens of their records."""
+def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, *,
+                  micro_batch_rows: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """The micro batches of one rank. Rank r's share of micro step a is the r-th part of its rows.
+
+    So a micro step holds the same rows on any number of ranks. `rows.count` is a multiple of micro_batch_rows * ranks.
+    """
+    per_row = np.bincount(rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count).astype(np.int64)
+    padded = per_row.reshape(-1, ranks, micro_batch_rows).sum(axis=2).max(axis=1)
+    for micro_step, pairs in enumerate(padded):
+        together = rows.select(micro_step * ranks * micro_batch_rows, (micro_step + 1) * ranks * micro_batch_rows)
+        seed = int(together.draws.sum(dtype=np.uint64) >> np.uint64(1))
+        mine = together.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows)
+        yield assemble(mine, corpus, layout, specials, row_length, int(pairs), seed)
+
+
+def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, pairs_padded: int, seed: int = 0) -> Batch:
+    """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`."""
     size = rows.count * row_length
     ids = np.full(size, specials.pad, np.int64)
     positions = np.zeros(size, np.int64)
     visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
     label_index: list[np.ndarray] = []
-    read_out: dict[int, np.ndarray] = {}
-    keys = np.zeros(0, np.uint64)
+    keys = np.zeros(rows.segment_lengths.shape, np.uint64)  # of the contents, where they are targets of pairs
+    targets = {pair.target for pair in layout.read_outs}
 
     lengths = rows.segment_lengths
     in_row = rows.start[:, None] + np.cumsum(lengths, axis=1) - lengths
@@ -64,7 +90,7 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
         base, length = in_batch[present, index], lengths[present, index]
         for offset, token in enumerate(segment.prefix):
             ids[base + offset] = token
-        for offset, token in enumerate(segment.suffix):
+        for offset, token in enumerate(_suffixes(segment, layout, rows.lengths[present])):
             ids[base + length - len(segment.suffix) + offset] = token
         inner = length - len(segment.prefix) - len(segment.suffix)
         if segment.view is None:
@@ -76,28 +102,46 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
         positions[everywhere] = ranges(first_position[present, index], length)
         visible_until[everywhere] = np.repeat(subtree_end[present, index], length)
         if segment.lm_from is not None:
-            label_index.append(ranges(base + segment.lm_from, length - segment.lm_from) - 1)
-        if layout.read_outs and index in layout.read_outs:
-            read_out[index] = (in_batch[:, index] + lengths[:, index] - 1)[rows.paired]
-        if layout.read_outs and index == layout.read_outs[1]:
-            assert segment.view == TARGET
-            keys = _content_keys(tokens, inner)[rows.paired[present]]
+            labelled = layout.labelled(segment, rows.lengths[present])
+            label_index.append(ranges((base + segment.lm_from)[labelled], (length - segment.lm_from)[labelled]) - 1)
+        if index in targets:
+            keys[present, index] = _content_keys(tokens, inner)
 
-    labels = np.concatenate(label_index) if label_index else np.zeros(0, np.int64)
-    prediction, target = (read_out[index] for index in layout.read_outs) if layout.read_outs else (np.zeros(0, np.int64),) * 2
-    valid = np.arange(pairs_padded) < len(prediction)
+    labels = np.concatenate([np.zeros(0, np.int64), *label_index])
     shape = (rows.count, row_length)
+    spans = draw_spans(layout, in_batch, lengths, rows.draws) if layout.spans else np.zeros((0, STRETCHES, 2), np.int64)
     return Batch(
         token_ids=torch.from_numpy(ids.reshape(shape)),
         positions=torch.from_numpy(positions.reshape(shape)),
         visible_until=torch.from_numpy(visible_until.reshape(shape)),
         label_index=torch.from_numpy(labels),
         label_ids=torch.from_numpy(ids[labels + 1]),
-        prediction_index=torch.from_numpy(_padded(prediction, pairs_padded)),
-        target_index=torch.from_numpy(_padded(target, pairs_padded)),
-        pair_key=torch.from_numpy(_padded(keys.view(np.int64), pairs_padded)),
-        pair_valid=torch.from_numpy(valid),
+        **_pairs(rows, layout, in_batch + lengths - 1, keys, pairs_padded),
+        span_index=torch.from_numpy(spans),
+        seed=torch.tensor(seed),
     )
+
+
+def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray) -> list[np.ndarray]:
+    """Each closing token of a segment in the records (N, views) that have it, (N,) each."""
+    if segment.last_suffix is None:
+        return [np.full(len(lengths), token) for token in segment.suffix]
+    last = layout.is_last(segment, lengths)
+    return [np.where(last, at_last, token) for token, at_last in zip(segment.suffix, segment.last_suffix, strict=True)]
+
+
+def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, keys: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+    """The pair fields of a batch, padded to `size`, from the last positions and content keys of all segments (N, segments)."""
+    present = layout.pairs(rows.segment_lengths, rows.paired)
+    record, number = np.nonzero(present)
+    prediction, target, direction = np.array([(pair.prediction, pair.target, pair.direction) for pair in layout.read_outs],
+                                             np.int64).reshape(-1, 3)[number].T
+    fields = {
+        "prediction_index": ends[record, prediction], "target_index": ends[record, target],
+        "pair_key": keys[record, target].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
+    }
+    valid = np.arange(size) < len(record)
+    return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {"pair_valid": torch.from_numpy(valid)}
 
 
 def _first_positions(layout: Layout, lengths: np.ndarray) -> np.ndarray:

@@ -9,16 +9,17 @@ segment ends. Query q sees key p exactly if p <= q < visible_until[p].
                                    \\- [PRED x k]                          [BOS target EOS]
                  [target EOS], alone
 
-The embedding of the context is read at the last predictor token (k = 0: at the end of the context segment), the
-embedding of the target at the end token of the target encoded on its own (LLM-JEPA, arXiv 2509.14252, section 3).
-All knowledge of views, predictor tokens and read-outs lives here.
+The embedding of a view is the hidden state of its last token, encoded on its own; a prediction is that of the last
+predictor token behind it (k = 0: the embedding itself), or of the view's last token with the predictor tokens before it
+(LLM-JEPA, arXiv 2509.14252, section 3). With more views than two, each predicts the next. Views are counted among those that
+a record has: one that lacks its second view is a plain document.
+All knowledge of views, predictor tokens, direction and read-outs lives here.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-
-CONTEXT, TARGET = 0, 1
 
 
 @dataclass(frozen=True)
@@ -39,52 +40,159 @@ class Segment:
     view: int | None
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    last_suffix: tuple[int, ...] | None = None
+    """Instead of `suffix`, and as long, where the record has no further view; None: the same."""
     parent: int | None = None
     lm_from: int | None = None
     """The first of its tokens that is a next-token target, predicted at the position before it; None: no token is."""
+    lm_if_last: bool = False
+    """Labelled only where the record has no further view."""
+    needs: int = 0
+    """Present only in records that have this view."""
     pair_only: bool = False
     """Present only in records that take part in the pair loss."""
 
 
+FORWARD, BACKWARD = 0, 1
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """A pair: the segments whose last tokens are the prediction and the target."""
+
+    prediction: int
+    target: int
+    direction: int
+    """FORWARD or BACKWARD; pairs of one direction have targets of one kind."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which view predicts which, and how."""
+
+    predictor_tokens: int = 0
+    placement: Literal["append", "prepend"] = "append"
+    direction: Literal["forward", "backward", "both"] = "forward"
+
+    @property
+    def prepended(self) -> bool:
+        """Whether the predictor tokens stand before the view."""
+        return self.placement == "prepend" and self.predictor_tokens > 0
+
+    def edges(self, views: int) -> list[tuple[int, int]]:
+        """(predicting, predicted) views."""
+        forward = [(view, view + 1) for view in range(views - 1)]
+        return forward * (self.direction != "backward") + [(after, before) for before, after in forward] * (self.direction != "forward")
+
+
+SpanForm = Literal["three_points", "sub_span", "views"]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Segments in depth-first order, and the two whose last tokens are read out (None: no pair loss)."""
+    """Segments in depth-first order, the pairs that are read out, and the documents of the language-model stream."""
 
     segments: tuple[Segment, ...]
     predictor_tokens: int = 0
-    read_outs: tuple[int, int] | None = None
+    read_outs: tuple[ReadOut, ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+    """Segments that follow each other as one text, in the row too."""
+    spans: SpanForm | None = None
+    """How spans are drawn from the documents, see pretrain/data/spans.py; None: none are."""
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Tokens of every segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 where absent."""
         columns = []
         for segment in self.segments:
             inner = self.predictor_tokens if segment.view is None else lengths[:, segment.view]
-            column = np.broadcast_to(inner + len(segment.prefix) + len(segment.suffix), len(lengths))
-            columns.append(column * paired if segment.pair_only else column)
+            present = (lengths[:, segment.needs] > 0) & (paired if segment.pair_only else True)
+            columns.append((inner + len(segment.prefix) + len(segment.suffix)) * present)
         return np.stack(columns, axis=1).astype(np.int64)
 
-    def lm_targets(self, segment_lengths: np.ndarray) -> np.ndarray:
-        """Next-token targets of each record: (N, segments) -> (N,)."""
-        return sum((segment_lengths[:, index] - segment.lm_from for index, segment in enumerate(self.segments)
-                    if segment.lm_from is not None), np.zeros(len(segment_lengths), np.int64))
+    def positions(self, lengths: np.ndarray) -> np.ndarray:
+        """Positions of each record with all that the layout may add: view lengths (N, views) -> (N,)."""
+        return self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
+
+    def labelled(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
+        """Which records have next-token targets in a segment that has them (lm_from) and is present: view lengths (N, views) -> (N,)."""
+        return self.is_last(segment, lengths) if segment.lm_if_last else np.ones(len(lengths), bool)
+
+    def is_last(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
+        """Which records have no view after the segment's: view lengths (N, views) -> (N,)."""
+        after = segment.view + 1
+        return lengths[:, after] == 0 if after < lengths.shape[1] else np.ones(len(lengths), bool)
+
+    def lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
+        """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
+        total = np.zeros(len(lengths), np.int64)
+        for index, segment in enumerate(self.segments):
+            if segment.lm_from is not None:
+                counted = self.labelled(segment, lengths) & (segment_lengths[:, index] > 0)
+                total[counted] += segment_lengths[counted, index] - segment.lm_from
+        return total
+
+    def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
+        """Which read-outs each record has: (N, segments), (N,) -> (N, read-outs)."""
+        columns = [paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0) for pair in self.read_outs]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(paired), 0), bool)
+
+    def document_lengths(self, segment_lengths: np.ndarray) -> np.ndarray:
+        """Tokens of each document, 0 where absent: (N, segments) -> (N, documents)."""
+        return np.stack([segment_lengths[:, list(document)].sum(axis=1) for document in self.documents], axis=1)
+
+    def span_counts(self, segment_lengths: np.ndarray) -> np.ndarray:
+        """Spans drawn from each record: (N, segments) -> (N,)."""
+        if self.spans is None:
+            return np.zeros(len(segment_lengths), np.int64)
+        if self.spans == "views":
+            return (segment_lengths[:, self.documents[0][1]] > 0).astype(np.int64)
+        return (self.document_lengths(segment_lengths) > 2).sum(axis=1)
 
 
-def make_layout(kind: str, specials: Specials, *, pairs: bool, predictor_tokens: int = 0, lm_views: str = "all") -> Layout:
-    """The `joint` or `independent` layout.
+def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairing | None = None, spans: SpanForm | None = None,
+                lm_views: str = "all") -> Layout:
+    """The `joint` layout (one text of all views) or the `independent` one (a text of each).
 
-    `pairs=False` leaves out everything but the language-model stream. `lm_views="last"` labels the target view only
-    (the answer and its end token).
+    Without `pairing` it is the language-model stream alone. `lm_views="last"` labels the last view of a record only (the answer
+    and its end token).
     """
     bos, eos, sep = (specials.bos,), (specials.eos,), (specials.sep,)
-    context_from = 1 if lm_views == "all" else None
-    predictor = [Segment(None, parent=0, pair_only=True)] if pairs and predictor_tokens else []
+    edges = pairing.edges(views) if pairing else []
+    segments: list[Segment] = []
+    documents: list[tuple[int, ...]] = []
+    alone: dict[int, int] = {}  # view -> the segment that encodes it on its own
+    predicting: dict[int, int] = {}  # view -> the segment whose last token predicts
     if kind == "joint":
-        segments = [Segment(CONTEXT, bos, sep, lm_from=context_from), Segment(TARGET, (), eos, parent=0, lm_from=0), *predictor]
-        if pairs:
-            segments.append(Segment(TARGET, (), eos, pair_only=True))
-    elif kind == "independent":
-        segments = [Segment(CONTEXT, bos, eos, lm_from=context_from), *predictor, Segment(TARGET, bos, eos, lm_from=1)]
-    else:
+        for view in range(views):
+            segments.append(Segment(view, () if view else bos, sep, eos, parent=view - 1 if view else None,
+                                    lm_from=0 if view else 1, lm_if_last=lm_views == "last", needs=view))
+        documents.append(tuple(range(views)))
+        alone[0] = 0
+    elif kind != "independent":
         raise ValueError(f"unknown layout {kind!r}: joint or independent")
-    prediction = segments.index(predictor[0]) if predictor else 0
-    return Layout(tuple(segments), predictor_tokens if pairs else 0, (prediction, len(segments) - 1) if pairs else None)
+    for view in range(views):
+        partners = [target for source, target in edges if source == view]
+        if kind == "independent":
+            alone[view] = len(segments)
+            documents.append((len(segments),))
+            segments.append(Segment(view, bos, eos, lm_from=1, lm_if_last=lm_views == "last", needs=view))
+        elif view and (any(target == view for _, target in edges) or (partners and not pairing.prepended)):
+            alone[view] = len(segments)
+            segments.append(Segment(view, (), eos, needs=view, pair_only=True))
+        if partners:
+            needs = min(max(view, partner) for partner in partners)
+            like = segments[alone[view]] if view in alone else Segment(view, (), eos)
+            segments += _prediction(pairing, like, alone.get(view), needs, len(segments))
+            predicting[view] = len(segments) - 1 if pairing.predictor_tokens else alone[view]
+    read_outs = [ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges]
+    return Layout(tuple(segments), pairing.predictor_tokens if pairing else 0, tuple(read_outs), tuple(documents), spans)
+
+
+def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, first: int) -> list[Segment]:
+    """The segments that make a prediction from a view, to be numbered from `first` on; `view` is its encoding, which stands at `place`."""
+    if not pairing.predictor_tokens:
+        return []
+    if pairing.prepended:  # to a copy: the language model must not see predictor tokens
+        return [Segment(None, view.prefix, needs=needs, pair_only=True),
+                Segment(view.view, (), view.suffix, parent=first, needs=needs, pair_only=True)]
+    return [Segment(None, parent=place, needs=needs, pair_only=True)]

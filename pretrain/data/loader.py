@@ -28,8 +28,10 @@ class Rows:
     """(N,) its first position in the row."""
     paired: np.ndarray
     """(N,) whether it takes part in the pair loss."""
+    draws: np.ndarray
+    """(N,) uint64: its random number in this epoch."""
     lengths: np.ndarray
-    """(N, views) its tokens."""
+    """(N, views) its tokens, by view among those that it has."""
     segment_lengths: np.ndarray
     """(N, segments) its positions, by segment of the layout."""
 
@@ -38,7 +40,7 @@ class Rows:
         low, high = np.searchsorted(self.row, [first, stop])
         part = slice(low, high)
         return Rows(stop - first, self.records[part], self.row[part] - first, self.start[part], self.paired[part],
-                    self.lengths[part], self.segment_lengths[part])
+                    self.draws[part], self.lengths[part], self.segment_lengths[part])
 
     @staticmethod
     def join(parts: list["Rows"], count: int) -> "Rows":
@@ -47,15 +49,25 @@ class Rows:
         return Rows(count, np.concatenate([part.records for part in parts]),
                     np.concatenate([part.row + offset for part, offset in zip(parts, first, strict=False)]),
                     *(np.concatenate([getattr(part, name) for part in parts])
-                      for name in ("start", "paired", "lengths", "segment_lengths")))
-
-    def pairs_per_row(self) -> np.ndarray:
-        """Pairs in each row, (count,)."""
-        return np.bincount(self.row[self.paired], minlength=self.count)
+                      for name in ("start", "paired", "draws", "lengths", "segment_lengths")))
 
 
-def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray) -> Rows:
-    """Pack records (N,) with their pair flags (N,) into as few rows as best-fit finds."""
+def counts(rows: Rows, layout: Layout) -> dict[str, int]:
+    """What the terms of a loss are normalised by, counted over the rows: next-token `targets`, `pairs`, and `spans`."""
+    return {
+        "targets": int(layout.lm_targets(rows.lengths, rows.segment_lengths).sum()),
+        "pairs": int(layout.pairs(rows.segment_lengths, rows.paired).sum()),
+        "spans": int(layout.span_counts(rows.segment_lengths).sum()),
+    }
+
+
+def draw(records: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """A random number of each record and epoch, whatever came before it: (N,) -> (N,) uint64."""
+    return mix(records.astype(np.uint64) ^ mix(np.uint64([seed]))[0] ^ mix(mix(np.uint64([epoch])))[0])
+
+
+def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, draws: np.ndarray) -> Rows:
+    """Pack records (N,) with their pair flags (N,) and random numbers (N,) into as few rows as best-fit finds."""
     lengths = corpus.lengths(records)
     segment_lengths = layout.segment_lengths(lengths, paired)
     positions = segment_lengths.sum(axis=1)
@@ -65,7 +77,8 @@ def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: i
     ends = np.cumsum(positions)
     row_begins = np.searchsorted(row, row)  # the first record of the same row
     start = ends - positions - (ends - positions)[row_begins]
-    return Rows(int(row[-1]) + 1 if len(row) else 0, records[by_row], row, start, paired[by_row], lengths[by_row], segment_lengths[by_row])
+    return Rows(int(row[-1]) + 1 if len(row) else 0, records[by_row], row, start, paired[by_row], draws[by_row], lengths[by_row],
+                segment_lengths[by_row])
 
 
 class Loader:
@@ -122,16 +135,12 @@ class Loader:
     def _plan(self) -> Rows:
         if self._planned != (self.epoch, self.window):
             records = self.order.window(self.epoch, self.window)
-            rows = plan_rows(self.corpus, records, self.layout, self.row_length, self._paired(records))
+            draws = draw(records, self.seed, self.epoch)
+            paired = (draws >= np.uint64(self.dropout * 2**64)) & bool(self.layout.read_outs)
+            rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, draws)
             self._rows = _shuffled(rows, np.random.default_rng([self.seed, self.epoch, self.window, 1]))
             self._planned = (self.epoch, self.window)
         return self._rows
-
-    def _paired(self, records: np.ndarray) -> np.ndarray:
-        if self.layout.read_outs is None:
-            return np.zeros(len(records), bool)
-        epoch_key = mix(np.uint64([self.seed]))[0] ^ mix(mix(np.uint64([self.epoch])))[0]
-        return mix(records.astype(np.uint64) ^ epoch_key) >= np.uint64(self.dropout * 2**64)
 
 
 def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
@@ -139,4 +148,4 @@ def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
     place = rng.permutation(rows.count)
     by_row = np.argsort(place[rows.row], kind="stable")
     return Rows(rows.count, *(getattr(rows, name)[by_row] if name != "row" else place[rows.row][by_row]
-                              for name in ("records", "row", "start", "paired", "lengths", "segment_lengths")))
+                              for name in ("records", "row", "start", "paired", "draws", "lengths", "segment_lengths")))

@@ -12,6 +12,7 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
 from pretrain.models.attention import visibility_mask
+from pretrain.models.head import Head
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this before the model is built; it is never resized."""
@@ -65,6 +66,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.causal_lm, self.attention = causal_lm, attention
         config = causal_lm.config
+        causal_lm.lm_head = Head(causal_lm.lm_head, getattr(config, "final_logit_softcapping", None))
         self.vocabulary, self.width = config.vocab_size, config.hidden_size
         self.predictor = nn.Embedding(predictor_tokens, self.width) if predictor_tokens else None
         if self.predictor is not None:
@@ -81,8 +83,12 @@ class LanguageModel(nn.Module):
         return hidden.flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output head: (M, D) -> (M, V)."""
-        return self.causal_lm.lm_head(hidden)
+        """Next-token logits: (M, D) -> (M, V)."""
+        return self.causal_lm.lm_head.capped(self.causal_lm.lm_head(hidden))
+
+    def cross_entropy(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
+        return self.causal_lm.lm_head(hidden, label_ids)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         embedded = self.causal_lm.get_input_embeddings()(token_ids.clamp(max=self.vocabulary - 1))

@@ -1,21 +1,20 @@
-"""What is minimised. An objective is a pure function of hidden states and batch that returns sums, never means.
+"""What is minimised: one file per objective, found by the name of the file.
 
-Normalisation is done in one place, `total_loss`: each term's sum over all ranks and micro batches of a step, by its count
-over the same.
+An objective is a pure function of hidden states and batch that returns sums, never means. Normalisation is done in one place,
+`total_loss`: each term's sum over all ranks and micro batches of a step, by its count over the same.
 """
 
-from pretrain.config import ObjectiveConfig
-from pretrain.objectives.base import Objective, Output, total_loss
-from pretrain.objectives.llm_jepa import LlmJepa
-from pretrain.objectives.next_token import NextToken
+import importlib
+import pkgutil
+from functools import cache
 
-__all__ = ["Objective", "Output", "make_objective", "total_loss"]
+from pretrain.objectives.base import Objective, ObjectiveConfig, Output, total_loss
+
+__all__ = ["Objective", "ObjectiveConfig", "Output", "objective_configs", "total_loss"]
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective of a configuration."""
-    match config.name:
-        case "next_token":
-            return NextToken()
-        case "llm_jepa":
-            return LlmJepa(config.weight, config.distance, config.temperature)
+@cache
+def objective_configs() -> dict[str, type[ObjectiveConfig]]:
+    """The configuration section of each objective, by name: the class `Config` of the file `NAME.py` in this folder."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return {module.__name__.rsplit(".", 1)[1]: module.Config for module in modules if hasattr(module, "Config")}

@@ -12,23 +12,24 @@ COLLAPSE_LEVEL = 0.5
 def embedding_monitors(pool: Pool) -> dict[str, float]:
     """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs or embeddings that are not finite.
 
-    paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with all different targets.
-    retrieval_at_1: share of predictions whose nearest target is their own or equal to it. effective_rank: of
-    predictions and targets, the smaller.
+    paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with those of strangers: other records, other
+    texts, the same direction. retrieval_at_1: share of predictions to which no stranger's target is nearer than their own.
+    effective_rank: of predictions and targets, the smaller.
     """
-    prediction, target, key = pool.prediction[pool.valid], pool.target[pool.valid], pool.key[pool.valid]
-    if len(key) < 2 or not (prediction.isfinite().all() and target.isfinite().all()):
+    prediction, target = pool.prediction[pool.valid], pool.target[pool.valid]
+    if len(prediction) < 2 or not (prediction.isfinite().all() and target.isfinite().all()):
         return {}
     similarity = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T
-    different = key[:, None] != key[None, :]
-    nearest = similarity.argmax(dim=1)
+    strangers = pool.strangers()[pool.valid][:, pool.valid]
+    paired = similarity.diagonal()
+    nearest_stranger = similarity.masked_fill(~strangers, float("-inf")).amax(dim=1)
     monitors = {
-        "paired_cosine": similarity.diagonal().mean(),
+        "paired_cosine": paired.mean(),
         "effective_rank": torch.minimum(effective_rank(prediction), effective_rank(target)),
-        "retrieval_at_1": (key[nearest] == key).float().mean(),
+        "retrieval_at_1": (paired > nearest_stranger).float().mean(),
     }
-    if different.any():
-        monitors["shuffled_cosine"] = similarity[different].mean()
+    if strangers.any():
+        monitors["shuffled_cosine"] = similarity[strangers].mean()
     return {name: value.item() for name, value in monitors.items()}
 
 

@@ -1,7 +1,7 @@
-"""The pairs of a micro step over all ranks: what contrastive terms and embedding monitors look at."""
+"""The pairs of a micro step over all ranks: what contrastive terms, regularizers and embedding monitors look at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,14 +26,43 @@ class Pool:
     """(Q, D) fp32."""
     key: torch.Tensor
     """(Q,) equal keys are equal targets."""
+    record: torch.Tensor
+    """(Q,) number of the record."""
+    direction: torch.Tensor
+    """(Q,) FORWARD or BACKWARD."""
     valid: torch.Tensor
     """(Q,) False for padding."""
     own: slice
     """The pairs of this rank."""
 
+    def with_fixed_targets(self) -> "Pool":
+        """The same without a gradient into the targets."""
+        return replace(self, target=self.target.detach())
+
     def detached(self) -> "Pool":
         """The same without a graph."""
-        return Pool(self.prediction.detach(), self.target.detach(), self.key, self.valid, self.own)
+        return replace(self, prediction=self.prediction.detach(), target=self.target.detach())
+
+    def strangers(self) -> torch.Tensor:
+        """Whose target is another thing than whose: (Q, Q), row i true at the valid pairs of other records with other targets of the same kind."""
+        other = (self.key[:, None] != self.key) & (self.record[:, None] != self.record)
+        return other & (self.direction[:, None] == self.direction) & self.valid
+
+    @staticmethod
+    def join(pools: list["Pool"]) -> "Pool":
+        """Several pools as one, without an own slice."""
+        joined = {name: torch.cat([getattr(pool, name) for pool in pools])
+                  for name in ("prediction", "target", "key", "record", "direction", "valid")}
+        return Pool(**joined, own=slice(0, 0))
+
+
+def own_share(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The value of this rank's share of a loss over the pool, with the gradient of the whole of it.
+
+    This rank's embeddings act on the losses of other ranks' pairs too. Each rank computes the whole loss with its own slice
+    attached: summed over ranks, the gradients of the slices are the gradient of the loss.
+    """
+    return share.detach() + (whole - whole.detach())
 
 
 def read_out(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,16 +71,12 @@ def read_out(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Te
 
 
 def gather_pool(prediction: torch.Tensor, target: torch.Tensor, batch: Batch, gather: Gather) -> Pool:
-    """Put the pairs of all ranks together; gradients flow into this rank's own slice.
-
-    A loss over the whole pool on every rank then needs no communication in the backward pass: summed over ranks, the
-    gradients of the slices are the gradient of the loss.
-    """
+    """Put the pairs of all ranks together; gradients flow into this rank's own slice."""
     size = len(prediction)
     own = slice(gather.rank * size, (gather.rank + 1) * size)
-
-    def attach(mine: torch.Tensor) -> torch.Tensor:
-        everyone = gather.all_gather(mine.detach())
-        return torch.cat([everyone[: own.start], mine, everyone[own.stop :]])
-
-    return Pool(attach(prediction), attach(target), gather.all_gather(batch.pair_key), gather.all_gather(batch.pair_valid), own)
+    mine = torch.cat([prediction, target], dim=1)
+    everyone = gather.all_gather(mine.detach())
+    predictions, targets = torch.cat([everyone[: own.start], mine, everyone[own.stop :]]).chunk(2, dim=1)
+    key, record, direction, valid = gather.all_gather(
+        torch.stack([batch.pair_key, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)).unbind(dim=1)
+    return Pool(predictions, targets, key, record, direction, valid.bool(), own)

@@ -30,7 +30,7 @@ class TrainingModule(nn.Module):
 
     def forward(self, batch: Batch, with_pool: bool = False) -> Output:
         """The terms of a micro batch."""
-        return self.objective(self.model(batch), batch, self.model.logits, self.gather, with_pool=with_pool)
+        return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
 def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World) -> deepspeed.DeepSpeedEngine:
@@ -39,6 +39,7 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     Raises UserError where batch sizes do not divide or the model does not fit the corpus.
     """
     settings = engine_settings(config, world.size)
+    predictor_tokens = config.objective.pairing.predictor_tokens if config.objective.pairing else 0
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     _check_zero_options(settings)
     shape = None
@@ -48,9 +49,9 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     torch.manual_seed(config.seed)
     attention = resolve_attention(config.model.attention, world.device)
     if shape is not None:
-        model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
+        model = LanguageModel(random_causal_lm(shape, attention, dtype), predictor_tokens, attention)
     else:
-        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
+        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), predictor_tokens, attention)
         _check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
     model = model.to(dtype)

@@ -9,10 +9,10 @@ import deepspeed
 import torch
 
 from pretrain.config import RunConfig
-from pretrain.data.batch import Batch, assemble
+from pretrain.data.batch import micro_batches
 from pretrain.data.layout import Specials
-from pretrain.data.loader import Loader, Rows
-from pretrain.objectives import Output, total_loss
+from pretrain.data.loader import Loader, Rows, counts
+from pretrain.objectives import Objective, Output, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
 from pretrain.run_folder import write_status
@@ -58,7 +58,7 @@ class Trainer:
     engine: deepspeed.DeepSpeedEngine
     loader: Loader
     specials: Specials
-    weights: dict[str, float]
+    objective: Objective
     throughput: Throughput
     validation: Validation | None
     metrics: Metrics | None = None
@@ -75,18 +75,19 @@ class Trainer:
         while self.fraction < 1 and not stopping:
             started = time.perf_counter()
             rows = self.loader.next_rows(self.config.train.global_batch_rows)
-            counts = {"lm": int(self.loader.layout.lm_targets(rows.segment_lengths).sum()), "jepa": int(rows.paired.sum())}
+            units = counts(rows, self.loader.layout)
+            divisors = {term: units[unit] for term, unit in self.objective.units.items()}
             self._count(rows)
             self._set_learning_rate()
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
 
-            sums, pool = self._accumulate(rows, counts, with_pool=logging)
-            losses, stopping = self._agree(sums, counts)
+            sums, pool = self._accumulate(rows, divisors, with_pool=logging)
+            losses, stopping = self._agree(sums, divisors)
             updated = self._update(losses)
             seconds = time.perf_counter() - started
             self.progress.seconds += seconds
-            self.throughput.add(rows, counts["lm"], seconds)
+            self.throughput.add(rows, units["targets"], seconds)
 
             values = self._values(losses) if logging or not updated else {}
             if logging:
@@ -105,6 +106,12 @@ class Trainer:
         """Share of the budget that is consumed."""
         return consumed_fraction(self.progress, self.config.train, len(self.loader.corpus))
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term at this step."""
+        factor = self.config.objective.factor(self.fraction)
+        return {term: weight if term == "lm" else weight * factor for term, weight in self.objective.weights.items()}
+
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0
 
@@ -118,16 +125,18 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
-    def _accumulate(self, rows: Rows, counts: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
+    def _accumulate(self, rows: Rows, divisors: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
         """Forward and backward over this rank's micro batches; each term's sum over them, and the last pool.
 
-        `counts` is what each term is normalised by: target tokens and pairs of the whole global batch.
+        `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch.
         """
         sums: dict[str, torch.Tensor] = {}
         output = Output({}, None)
-        for batch in self._micro_batches(rows):
+        loader, weights = self.loader, self.weights
+        for batch in micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
+                                   micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size):
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
-            loss = total_loss(output.terms, counts, self.weights, self.world.size)
+            loss = total_loss(output.terms, divisors, weights, self.world.size)
             # a term that is not finite makes the whole gradient NaN, on every rank: DeepSpeed then leaves the step out
             loss = loss * torch.where(loss.isfinite(), 1.0, float("nan"))
             self.engine.backward(loss, scale_wrt_gas=False)
@@ -138,22 +147,11 @@ class Trainer:
             self.engine.step()
         return sums, output.pool and output.pool.detached()
 
-    def _micro_batches(self, rows: Rows):
-        """Rank r's share of micro step a is the r-th part of its rows, so a micro step holds the same rows on any number of ranks."""
-        size, ranks = self.config.train.micro_batch_rows, self.world.size
-        pairs = rows.pairs_per_row().reshape(-1, ranks, size).sum(axis=2).max(axis=1)
-        for micro_step, padded in enumerate(pairs):
-            first = (micro_step * ranks + self.world.rank) * size
-            yield self._assemble(rows.select(first, first + size), int(padded))
-
-    def _assemble(self, rows: Rows, pairs_padded: int) -> Batch:
-        return assemble(rows, self.loader.corpus, self.loader.layout, self.specials, self.loader.row_length, pairs_padded)
-
-    def _agree(self, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> tuple[dict[str, float], bool]:
+    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int]) -> tuple[dict[str, float], bool]:
         """Each term over the global batch, and whether any rank was asked to stop: the one synchronisation of a step."""
         stop = torch.tensor(float(self.stop.received is not None), device=self.world.device)
         *totals, stops = self.world.sum([*sums.values(), stop])
-        return {name: total / max(1, counts[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0
+        return {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0
 
     def _update(self, losses: dict[str, float]) -> bool:
         """Take the optimizer step; count and report it where DeepSpeed left it out."""
@@ -171,7 +169,8 @@ class Trainer:
         return {f"embedding/{name}": value for name, value in (embedding_monitors(pool) if pool else {}).items()}
 
     def _values(self, losses: dict[str, float]) -> dict[str, float]:
-        total = sum(self.weights[name] * value for name, value in losses.items())
+        weights = self.weights
+        total = sum(weights[name] * value for name, value in losses.items())
         return {"loss/total": total} | {f"loss/{name}": value for name, value in losses.items()} | {
             "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
             "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
@@ -179,10 +178,10 @@ class Trainer:
         }
 
     def _validate(self) -> dict[str, float]:
-        values = self.validation.run(self.engine)
+        values = self.validation.run(self.engine, self.objective.units)
         self._say(validation_line(self.progress, values))
         monitors = {name.removeprefix("validation/embedding/"): value for name, value in values.items()}
-        was, self.collapsed = self.collapsed, "jepa" in self.weights and has_collapsed(monitors)
+        was, self.collapsed = self.collapsed, self.config.objective.pairing is not None and has_collapsed(monitors)
         if self.collapsed and not was:
             self._say(collapse_warning(monitors))
         return values

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from data_prep.console import UserError, print_now
 from data_prep.files import try_lock
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Specials, make_layout
+from pretrain.data.layout import Specials
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
-from pretrain.objectives import make_objective
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.training import checkpoint
 from pretrain.training.background import evaluations_asked_for, start_evaluations
@@ -24,6 +25,8 @@ from pretrain.training.loop import StopRequest, Trainer
 from pretrain.training.metrics import Metrics
 from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
+
+LENGTHS_AT_ONCE = 1 << 20
 
 
 def set_up(config: RunConfig, world: World) -> Trainer | None:
@@ -40,18 +43,18 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
         _resume_evaluations(config, world)
         return None
     stop = StopRequest()
-    if config.resting_keys():
-        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys())}")
+    if config.resting_keys:
+        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
 
-    objective = make_objective(config.objective)
+    objective = config.objective.build()
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
-    layout = _layout(config, specials, pairs=config.objective.has_pairs)
+    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
     trainer = Trainer(
-        config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop, lock=lock,
+        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop, lock=lock,
         loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
-                      dropout=config.objective.dropout, epochs=config.train.epochs),
+                      dropout=config.objective.record_dropout, epochs=config.train.epochs),
         throughput=_throughput(config, model, world),
         validation=_validation(config, corpus, specials, world),
     )
@@ -87,10 +90,8 @@ def _claim(run_dir: Path) -> IO[bytes]:
 
 def _check(config: RunConfig, corpus: Corpus) -> None:
     """Mistakes that can be seen before a model is built."""
-    length = config.data.sequence_length
-    if corpus.positions_needed > length:
-        raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path}: the longest needs "
-                        f"{corpus.positions_needed} positions; raise it, or prepare the corpus again with this length, which drops and counts them")
+    _check_views(config, corpus)
+    _check_lengths(config, corpus)
     for task in config.evaluation.tasks:
         for key, path in (("train", task.train), ("test", task.test)):
             if path is not None and not Path(path).is_file():
@@ -103,17 +104,41 @@ def _check(config: RunConfig, corpus: Corpus) -> None:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
 
 
-def _layout(config: RunConfig, specials: Specials, pairs: bool) -> Layout:
-    return make_layout(config.objective.layout, specials, pairs=pairs, predictor_tokens=config.predictor_tokens, lm_views=config.data.lm_views)
+def _check_views(config: RunConfig, corpus: Corpus) -> None:
+    if corpus.views == 1 and config.objective.pairing is not None:
+        raise UserError(f"objective.{'regularizers' if config.objective.spans else 'name'} needs pairs of views, but the records of "
+                        f"{config.data.path} have one: choose next_token or semantic_tube without regularizers, or prepare several data.views")
+    if config.objective.spans == "views" and (corpus.views == 1 or config.objective.layout != "joint"):
+        raise UserError("objective.form: views needs two views in one text: several data.views and objective.layout=joint")
+
+
+def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
+    """No record may be longer than a row, with all copies that the objective and the validation want."""
+    length, specials = config.data.sequence_length, Specials(0, 0, 0, 0, 0)  # only their number counts
+
+    def longest(split: Corpus, validating: bool) -> int:
+        layout = config.objective.make_layout(specials, split.views, config.data.lm_views, validating=validating)
+        bound = layout.positions(split.longest).max()
+        if bound <= length:
+            return bound
+        parts = (np.arange(start, min(start + LENGTHS_AT_ONCE, len(split))) for start in range(0, len(split), LENGTHS_AT_ONCE))
+        return max(layout.positions(split.lengths(part)).max() for part in parts)
+
+    needed = longest(corpus, validating=False)
+    if "validation" in corpus.manifest["splits"]:
+        needed = max(needed, longest(Corpus(config.data.path, "validation"), validating=True))
+    if needed > length:
+        raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: the longest needs "
+                        f"{needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, which drops and counts them")
 
 
 def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: World) -> Validation | None:
     if "validation" not in corpus.manifest["splits"]:
         return None
     held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
-    # with pairs whatever the objective: the monitors are there for next_token too
-    return Validation(held_out, _layout(config, specials, pairs=True), specials, config.data.sequence_length,
-                      config.monitor.validation_records, config.train.micro_batch_rows, world)
+    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
+    return Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
+                      config.train.micro_batch_rows, world)
 
 
 def _throughput(config: RunConfig, model: LanguageModel, world: World) -> Throughput:

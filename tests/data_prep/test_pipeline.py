@@ -215,7 +215,7 @@ def test_a_second_run_touches_nothing(corpus, undisturbed, run):
 def test_a_run_tells_what_it_dropped(corpus, undisturbed):
     said = (corpus.parent / "said").read_text().splitlines()
     first = [f"{corpus.parent / f'{index}.jsonl'}:4" for index in range(5)]
-    assert f"dropped 8 records as one_sided (a view holds no text), the first: {', '.join(first)}" in said
+    assert f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {', '.join(first)}" in said
     assert said[-5].startswith(f"prepared {undisturbed}: train ")
 
 
@@ -411,7 +411,7 @@ def test_a_generated_source_has_the_size_asked_for(records):
     ([{"text": "a", "code": "b"}], {"sequence_length": 8}, r"1 too_long \(.*a\.jsonl:1\)"),
     ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1\)"),
     ([], {}, "no record is left: the sources hold no line"),
-    ([{"question": "a", "answer": "b"}], {"tokenizer": {"vocab_size": 400}}, r"has text in both text and code .*a\.jsonl:1\); check data\.views"),
+    ([{"question": "a", "answer": "b"}], {"tokenizer": {"vocab_size": 400}}, r"has text in text and code .*a\.jsonl:1\); check data\.views"),
     ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
     ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
 ])

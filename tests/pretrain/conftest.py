@@ -46,17 +46,20 @@ def specials(tokenizer) -> Specials:
 
 @pytest.fixture(scope="session")
 def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]:
-    """Writes records of (context, target) tokens as a corpus, in shards of `shard_records`."""
+    """Writes records of as many token lists as they have views, empty for one that they lack, as a corpus in shards of `shard_records`."""
 
-    def write(records: list[tuple[list[int], list[int]]], shard_records: int = 10**9) -> Corpus:
+    def write(records: list[tuple[list[int], ...]], shard_records: int = 10**9) -> Corpus:
         folder = tmp_path_factory.mktemp("corpus")
         shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
         parts = [records[first : first + shard_records] for first in range(0, len(records), shard_records)]
-        shards = [write_shard(folder / f"train-{index:05d}.arrow", {"text": [context for context, _ in part], "code": [target for _, target in part]},
+        views = [f"view{number}" for number in range(len(records[0]))]
+        shards = [write_shard(folder / f"train-{index:05d}.arrow", {view: [record[number] for record in part] for number, view in enumerate(views)},
                               tokenizer.vocab_size) for index, part in enumerate(parts)]
         write_json(folder / MANIFEST, {
-            "format": FORMAT, "views": ["text", "code"], "tokenizer": {"sha256": tokenizer.fingerprint},
-            "splits": {"train": {"positions_needed": max(shard["positions_needed"] for shard in shards), "shards": shards}}})
+            "format": FORMAT, "views": views, "tokenizer": {"sha256": tokenizer.fingerprint},
+            "splits": {"train": {
+                "incomplete": sum(shard["incomplete"] for shard in shards),
+                "longest": {view: max(shard["longest"][view] for shard in shards) for view in views}, "shards": shards}}})
         return Corpus(folder, "train")
 
     return write

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import Layout, make_layout
-from pretrain.data.loader import Loader, Rows, plan_rows
+from pretrain.data.layout import Layout, Pairing, make_layout
+from pretrain.data.loader import Loader, Rows, counts
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
-from tests.reference import Ids, reference_losses
+from tests.planning import plan
+from tests.reference import Ids, Reference
 
 TOLERANCE = 1e-5
 MUTANT_IN_LOSSES, MUTANT_IN_GRADIENTS = 1e-3, 0.5
@@ -43,8 +44,8 @@ class Packed(NamedTuple):
 
 
 def packed(corpus, specials, layout: Layout, paired: np.ndarray) -> Packed:
-    rows = plan_rows(corpus, np.arange(len(corpus)), layout, ROW, paired)
-    batch = assemble(rows, corpus, layout, specials, ROW, int(rows.paired.sum()) + 2)
+    rows = plan(corpus, np.arange(len(corpus)), layout, ROW, paired)
+    batch = assemble(rows, corpus, layout, specials, ROW, counts(rows, layout)["pairs"] + 2)
     assert 1 < rows.count < len(corpus), "the test needs several rows with several records"
     return Packed(rows, batch, layout)
 
@@ -61,16 +62,20 @@ def gradients(model: LanguageModel, loss: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def one_forward(model: LanguageModel, packed: Packed, objective) -> Result:
-    counts = {"lm": int(packed.layout.lm_targets(packed.rows.segment_lengths).sum()), "jepa": int(packed.rows.paired.sum())}
-    terms = objective(model(packed.batch), packed.batch, model.logits, ALONE).terms
-    loss = total_loss(terms, counts, objective.weights, ranks=1)
-    losses = {"total": loss.item()} | {name: value.item() / counts[name] for name, value in terms.items()}
+    units = counts(packed.rows, packed.layout)
+    divisors = {term: units[unit] for term, unit in objective.units.items()}
+    terms = objective(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
+    loss = total_loss(terms, divisors, objective.weights, ranks=1)
+    losses = {"total": loss.item()} | {name: value.item() / divisors[name] for name, value in terms.items()}
     return Result(losses, gradients(model, loss))
 
 
 def separate_forwards(model: LanguageModel, records, specials, **settings) -> Result:
     predictor = None if model.predictor is None else model.predictor.weight
-    losses = reference_losses(model.causal_lm, predictor, records, Ids(specials.bos, specials.eos, specials.sep), **settings)
+    paired = settings.pop("paired", None)
+    reference = Reference(model.causal_lm, predictor, Ids(specials.bos, specials.eos, specials.sep), weight=WEIGHT, temperature=TEMPERATURE,
+                          softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None), **settings)
+    losses = reference.losses(records, paired)
     return Result({name: value.item() for name, value in losses._asdict().items()}, gradients(model, losses.total))
 
 
@@ -90,27 +95,62 @@ def error(result: Result, expected: Result) -> float:
 def test_losses_and_gradients_equal_separate_forwards(kind, k, distance, lm_views, make_model, write_corpus, specials):
     records = random_records(seed=k)
     model = make_model(k)
-    layout = make_layout(kind, specials, pairs=True, predictor_tokens=k, lm_views=lm_views)
+    layout = make_layout(kind, specials, pairing=Pairing(k), lm_views=lm_views)
     result = one_forward(model, packed(write_corpus(records), specials, layout, np.ones(len(records), bool)),
-                         LlmJepa(WEIGHT, distance, TEMPERATURE if distance == "info_nce" else None))
-    expected = separate_forwards(model, records, specials, layout=kind, lm_views=lm_views, distance=distance, temperature=TEMPERATURE, weight=WEIGHT)
+                         jepa(distance))
+    expected = separate_forwards(model, records, specials, layout=kind, lm_views=lm_views, distance=distance)
     assert set(expected.gradients) == {name for name, _ in model.named_parameters()}
     assert error(result, expected) < TOLERANCE
+
+
+def jepa(distance: str, **settings) -> LlmJepa:
+    return LlmJepa(WEIGHT, distance, temperature=TEMPERATURE if distance == "info_nce" else None, **settings)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "mse", "info_nce"])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_every_distance_and_direction(kind, distance, direction, make_model, write_corpus, specials):
+    check_equality(make_model(2), random_records(seed=11), kind, distance, write_corpus, specials, pairing=Pairing(2, "append", direction))
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("placement", ["append", "prepend"])
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_more_views_than_two_and_prepended_predictor_tokens(kind, k, placement, direction, make_model, write_corpus, specials):
+    records = [(*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)]
+    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # a view is missing, two are
+    check_equality(make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
+def test_a_stopped_gradient_leaves_the_loss_and_changes_the_gradient(distance, make_model, write_corpus, specials):
+    check_equality(make_model(1), random_records(seed=14), "joint", distance, write_corpus, specials, pairing=Pairing(1), stop_gradient=True)
+
+
+def check_equality(model, records, kind, distance, write_corpus, specials, *, pairing: Pairing, stop_gradient: bool = False) -> None:
+    layout = make_layout(kind, specials, views=len(records[0]), pairing=pairing)
+    corpus = write_corpus(records)
+    result = one_forward(model, packed(corpus, specials, layout, np.ones(len(records), bool)), jepa(distance, stop_gradient=stop_gradient))
+    settings = {"layout": kind, "distance": distance, "direction": pairing.direction, "placement": pairing.placement}
+    assert error(result, separate_forwards(model, records, specials, stop_gradient=stop_gradient, **settings)) < TOLERANCE
+    if stop_gradient:
+        assert error(result, separate_forwards(model, records, specials, **settings)) > MUTANT_IN_GRADIENTS / 5
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 def test_records_that_dropout_leaves_out_take_no_part_in_the_pair_term(kind, distance, make_model, corpus, specials):
     model = make_model(2)
-    layout = make_layout(kind, specials, pairs=True, predictor_tokens=2)
+    layout = make_layout(kind, specials, pairing=Pairing(2))
     loader = Loader(corpus, layout, 128, seed=3, dropout=0.5)
     rows = loader.next_rows(5)
     batch = assemble(rows, corpus, layout, specials, 128, int(rows.paired.sum()))
     assert 3 < rows.paired.sum() < len(rows.records) - 3
-    result = one_forward(model, Packed(rows, batch, layout), LlmJepa(WEIGHT, distance, TEMPERATURE if distance == "info_nce" else None))
+    result = one_forward(model, Packed(rows, batch, layout), jepa(distance))
     records = [tuple(corpus.tokens(np.array([record]), view).tolist() for view in (0, 1)) for record in rows.records]
-    expected = separate_forwards(model, records, specials, layout=kind, distance=distance, temperature=TEMPERATURE, weight=WEIGHT,
-                                 paired=rows.paired.tolist())
+    expected = separate_forwards(model, records, specials, layout=kind, distance=distance, paired=rows.paired.tolist())
     assert error(result, expected) < TOLERANCE
 
 
@@ -119,7 +159,7 @@ def test_records_that_dropout_leaves_out_take_no_part_in_the_pair_term(kind, dis
 def test_next_token_is_the_language_model_term_alone(kind, lm_views, make_model, write_corpus, specials):
     records = random_records(seed=5)
     model = make_model(0)
-    layout = make_layout(kind, specials, pairs=False, lm_views=lm_views)
+    layout = make_layout(kind, specials, lm_views=lm_views)
     result = one_forward(model, packed(write_corpus(records), specials, layout, np.zeros(len(records), bool)), NextToken())
     expected = separate_forwards(model, records, specials, layout=kind, lm_views=lm_views, paired=[False] * len(records))
     assert result.losses.keys() == {"total", "lm"}
@@ -160,12 +200,12 @@ def positions_run_through_the_row(packed: Packed, batch: Batch) -> None:
 
 
 def predictor_tokens_start_at_position_0(packed: Packed, batch: Batch) -> None:
-    for place in segments(packed, batch, packed.layout.read_outs[0]):
+    for place in segments(packed, batch, packed.layout.read_outs[0].prediction):
         place.positions[:] = torch.arange(place.end - place.begin)
 
 
 def the_next_record_sees_the_lone_target(packed: Packed, batch: Batch) -> None:
-    for place in segments(packed, batch, packed.layout.read_outs[1]):
+    for place in segments(packed, batch, packed.layout.read_outs[0].target):
         place.visible_until[:] = ROW
 
 
@@ -196,11 +236,11 @@ MUTANTS = [("joint", positions_run_through_the_row), ("joint", predictor_tokens_
 def test_a_wrong_position_or_mask_breaks_the_equality(kind, mutant, distance, make_model, write_corpus, specials):
     records = random_records(seed=7)
     model = make_model(1)
-    right = packed(write_corpus(records), specials, make_layout(kind, specials, pairs=True, predictor_tokens=1), np.ones(len(records), bool))
+    right = packed(write_corpus(records), specials, make_layout(kind, specials, pairing=Pairing(1)), np.ones(len(records), bool))
     wrong = right._replace(batch=replace(right.batch, positions=right.batch.positions.clone(), visible_until=right.batch.visible_until.clone()))
     mutant(wrong, wrong.batch)
-    objective = LlmJepa(WEIGHT, distance, TEMPERATURE if distance == "info_nce" else None)
-    expected = separate_forwards(model, records, specials, layout=kind, distance=distance, temperature=TEMPERATURE, weight=WEIGHT)
+    objective = jepa(distance)
+    expected = separate_forwards(model, records, specials, layout=kind, distance=distance)
     assert error(one_forward(model, right, objective), expected) < TOLERANCE
     result = one_forward(model, wrong, objective)
     assert error(result, expected) > MUTANT_IN_GRADIENTS

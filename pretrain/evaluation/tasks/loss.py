@@ -5,13 +5,11 @@ import json
 import torch
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import make_layout
 from pretrain.evaluation.pairs import prepare_pairs, task_source
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import special_ids
-from pretrain.objectives import make_objective
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
 from pretrain.training.engine import TrainingModule
@@ -25,12 +23,12 @@ def evaluate(run: TaskRun) -> TaskResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, resolve_attention(config.model.attention, device))
     specials = special_ids(tokenizer, model.vocabulary)
-    k = 0 if model.predictor is None else model.predictor.num_embeddings
-    layout = make_layout(config.objective.layout, specials, pairs=True, predictor_tokens=k, lm_views=config.data.lm_views)
+    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
     world = World(0, 1, device)
     records = min(len(corpus), run.task.rows or len(corpus))
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
     rows = config.train.micro_batch_rows * ranks  # a contrastive term's pools are those of the training
     validation = Validation(corpus, layout, specials, config.data.sequence_length, records, rows, world)
-    module = TrainingModule(model, make_objective(config.objective), Gather(world.all_gather, 0)).to(device)
-    return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module).items()})
+    objective = config.objective.build()
+    module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
+    return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module, objective.units).items()})

@@ -2,15 +2,17 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import CONTEXT, TARGET, Layout, Segment, make_layout
-from pretrain.data.loader import Rows, plan_rows
+from pretrain.data.layout import Layout, Pairing, Segment, make_layout
+from pretrain.data.loader import Rows, counts
 from pretrain.models.attention import visibility_mask
+from tests.planning import plan
 
 ROW = 64
 
@@ -33,21 +35,55 @@ class Node:
         return [] if self.parent is None else [self.parent, *self.parent.ancestors()]
 
 
-def record_tree(kind: str, context: list[int], target: list[int], k: int, paired: bool, lm_views: str,
-                s) -> tuple[list[Node], Node | None, Node | None]:
-    """The segments of a record in row order, and those whose last tokens are the prediction and the target."""
-    context_labels = [False] + [lm_views == "all"] * (len(context) + 1)
-    predictor = [s.predictor + i for i in range(k)]
-    if kind == "joint":
-        first = Node([s.bos, *context, s.sep], labelled=context_labels)
-        answer = Node([*target, s.eos], first, [True] * (len(target) + 1))
-        pred, alone = Node(predictor, first), Node([*target, s.eos])
-        nodes = [first, answer] + ([pred] if k and paired else []) + ([alone] if paired else [])
-    else:
-        first = Node([s.bos, *context, s.eos], labelled=context_labels)
-        pred, alone = Node(predictor, first), Node([s.bos, *target, s.eos], labelled=[False] + [True] * (len(target) + 1))
-        nodes = [first] + ([pred] if k and paired else []) + [alone]
-    return nodes, (pred if k else first) if paired else None, alone if paired else None
+class Case(NamedTuple):
+    """A layout, and what its records are."""
+
+    kind: str
+    k: int
+    lm_views: str = "all"
+    direction: str = "forward"
+    placement: str = "append"
+    views: int = 2
+    incomplete: bool = False
+
+
+def record_tree(case: Case, views: list[list[int]], paired: bool, s) -> tuple[list[Node], list[tuple[Node, Node, int]]]:
+    """The segments of a record in row order, and its pairs: nodes whose last tokens are prediction and target, and the target's view."""
+    numbers = [number for number, view in enumerate(views) if view]
+    views = [views[number] for number in numbers]
+    edges = [(one, one + 1) for one in range(len(views) - 1)] if case.direction != "backward" else []
+    edges += [(one + 1, one) for one in range(len(views) - 1)] if case.direction != "forward" else []
+    edges = edges if paired else []
+    sources, targets = {source for source, _ in edges}, {target for _, target in edges}
+    predictor = [s.predictor + i for i in range(case.k)]
+    nodes, alone, predicting = [], {}, {}
+    joint, last = case.kind == "joint", len(views) - 1
+    for number, view in enumerate(views):
+        labelled = case.lm_views == "all" or number == last
+        if joint:
+            tokens = [s.bos] * (number == 0) + view + [s.eos if number == last else s.sep]
+            nodes.append(Node(tokens, nodes[-1] if nodes else None, [labelled and token != s.bos for token in tokens]))
+    if joint:
+        alone[0] = nodes[0]
+    for number, view in enumerate(views):
+        if not joint:
+            labelled = case.lm_views == "all" or number == last
+            alone[number] = Node([s.bos, *view, s.eos], labelled=[False] + [labelled] * (len(view) + 1))
+            nodes.append(alone[number])
+        elif number and (number in targets or (number in sources and not (case.k and case.placement == "prepend"))):
+            alone[number] = Node([*view, s.eos])
+            nodes.append(alone[number])
+        if number in sources and not case.k:
+            predicting[number] = alone[number]
+        elif number in sources and case.placement == "append":
+            predicting[number] = Node(predictor, alone[number])
+            nodes.append(predicting[number])
+        elif number in sources:
+            first = [s.bos] if number == 0 or not joint else []
+            before = Node([*first, *predictor])
+            predicting[number] = Node([*view, s.sep if joint and number == 0 else s.eos], before)
+            nodes += [before, predicting[number]]
+    return nodes, [(predicting[source], alone[target], numbers[target]) for source, target in edges]
 
 
 @dataclass
@@ -58,18 +94,18 @@ class Expected:
     """(B, L, L) may query (second) see key (last)?"""
     labels: dict[int, int] = field(default_factory=dict)
     """Place in the batch -> the token it predicts."""
-    read_outs: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    """Places of prediction and target, and the target's tokens, by record."""
+    read_outs: list[tuple[int, int, tuple[int, ...], int]] = field(default_factory=list)
+    """Places of prediction and target, the target's tokens, and the record, of each pair."""
 
 
-def build(rows: Rows, records, kind: str, k: int, lm_views: str, specials) -> Expected:
+def build(rows: Rows, records, case: Case, specials) -> Expected:
     """Token by token, record after record."""
     size = rows.count * ROW
     owner: list[tuple[int, Node, int] | None] = [None] * size  # record, segment, place in it
     out = Expected(np.full(size, specials.pad), np.zeros(size, int), np.zeros((rows.count, ROW, ROW), bool))
     next_free = [0] * rows.count
     for number, (record, row, paired) in enumerate(zip(rows.records, rows.row, rows.paired, strict=True)):
-        nodes, prediction, target = record_tree(kind, *records[record], k, paired, lm_views, specials)
+        nodes, pairs = record_tree(case, list(records[record]), paired, specials)
         last = {}
         for node in nodes:
             for place, token in enumerate(node.tokens):
@@ -79,8 +115,8 @@ def build(rows: Rows, records, kind: str, k: int, lm_views: str, specials) -> Ex
                 if node.labelled[place]:
                     out.labels[at - 1] = token
                 last[id(node)] = at
-        if paired:
-            out.read_outs.append((last[id(prediction)], last[id(target)], tuple(records[record][1])))
+        for prediction, target, view in pairs:
+            out.read_outs.append((last[id(prediction)], last[id(target)], tuple(records[record][view]), int(record)))
     for query in range(size):
         for key in range(query // ROW * ROW, query // ROW * ROW + ROW):
             out.visible[query // ROW, query % ROW, key % ROW] = query == key or sees(owner[query], owner[key])
@@ -95,28 +131,39 @@ def sees(query, key) -> bool:
     return any(key[1] is ancestor for ancestor in query[1].ancestors())
 
 
-def some_records(seed: int) -> list[tuple[list[int], list[int]]]:
+def some_records(seed: int, views: int = 2, incomplete: bool = False) -> list[tuple[list[int], ...]]:
     rng = random.Random(seed)
-    records = [([rng.randrange(5, 512) for _ in range(rng.randint(1, 12))], [rng.randrange(5, 512) for _ in range(rng.randint(1, 8))])
-               for _ in range(11)]
-    for number, target in ((5, records[2][1]), (6, records[2][1][::-1]), (8, [*records[2][1], 7])):
-        records[number] = (records[number][0], target)
+    records = [tuple([rng.randrange(5, 512) for _ in range(rng.randint(1, 10 - 2 * views + place % 2))] for place in range(views)) for _ in range(11)]
+    for number, target in ((5, records[2][-1]), (6, records[2][-1][::-1] + [9]), (8, [*records[2][-1], 7])):
+        records[number] = (*records[number][:-1], target)
+    if incomplete:  # each view alone, a hole in the middle, the first one missing
+        lacking = {0: {1, 2}, 1: {0, 2}, 3: {0, 1}, 4: {1}, 7: {0}, 9: {2}}
+        records = [tuple([] if view in lacking.get(number, ()) else tokens for view, tokens in enumerate(record))
+                   for number, record in enumerate(records)]
+        records = [record if any(record) else (*record[:-1], [11, 12]) for record in records]
     return records
 
 
-CASES = [(kind, k, lm_views) for kind in ("joint", "independent") for k in (0, 1, 3) for lm_views in ("all", "last")]
+CASES = [Case(kind, k, lm_views) for kind in ("joint", "independent") for k in (0, 1, 3) for lm_views in ("all", "last")]
+CASES += [Case(kind, k, "all", direction, placement, views)
+          for kind in ("joint", "independent") for direction in ("forward", "backward", "both")
+          for k, placement in ((0, "append"), (2, "append"), (2, "prepend")) for views in (2, 3)]
+CASES += [Case(kind, 1, lm_views, direction, placement, views, incomplete=True) for kind in ("joint", "independent") for lm_views in ("all", "last")
+          for direction in ("forward", "both") for placement in ("append", "prepend") for views in (2, 3)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request, write_corpus, specials) -> tuple[Batch, Expected, str]:
-    kind, k, lm_views = request.param
-    records = some_records(k)
+    case: Case = request.param
+    records = some_records(case.k, case.views, case.incomplete)
     corpus = write_corpus(records, shard_records=4)
-    layout = make_layout(kind, specials, pairs=True, predictor_tokens=k, lm_views=lm_views)
+    layout = make_layout(case.kind, specials, views=case.views, pairing=Pairing(case.k, case.placement, case.direction), lm_views=case.lm_views)
     paired = np.array([record % 3 != 1 for record in range(len(records))])
-    rows = plan_rows(corpus, np.arange(len(records)), layout, ROW, paired)
+    rows = plan(corpus, np.arange(len(records)), layout, ROW, paired)
     rows = Rows.join([rows], rows.count + 1)  # an empty row at the end
-    return assemble(rows, corpus, layout, specials, ROW, int(paired.sum()) + 2), build(rows, records, kind, k, lm_views, specials), lm_views
+    expected = build(rows, records, case, specials)
+    assert counts(rows, layout) == {"targets": len(expected.labels), "pairs": len(expected.read_outs), "spans": 0}
+    return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case.lm_views
 
 
 def test_tokens_and_positions(case):
@@ -148,16 +195,23 @@ def test_read_outs_and_the_padding_of_the_gather(case):
     pairs = int(batch.pair_valid.sum())
     assert batch.pair_valid.tolist() == [True] * pairs + [False] * 2
     found = zip(batch.prediction_index[:pairs].tolist(), batch.target_index[:pairs].tolist(), strict=True)
-    assert list(found) == [read_out[:2] for read_out in expected.read_outs]
+    assert sorted(found) == sorted(read_out[:2] for read_out in expected.read_outs)
     assert batch.prediction_index[pairs:].tolist() == batch.target_index[pairs:].tolist() == [0, 0]
 
 
-def test_keys_are_equal_exactly_where_targets_are(case):
+def test_keys_are_equal_exactly_where_targets_are_and_records_are_named(case):
     batch, expected, _ = case
-    keys = batch.pair_key[batch.pair_valid].tolist()
-    contents = [content for *_, content in expected.read_outs]
-    assert len(set(contents)) < len(contents), "the test needs a target that occurs twice"
+    valid = batch.pair_valid
+    found = sorted(zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_key[valid].tolist(),
+                       batch.pair_record[valid].tolist(), strict=True))
+    by_place = sorted(expected.read_outs)
+    assert [record for *_, record in found] == [record for *_, record in by_place]
+    keys, contents = [key for _, _, key, _ in found], [content for _, _, content, _ in by_place]
     assert [[one == other for other in keys] for one in keys] == [[one == other for other in contents] for one in contents]
+
+
+def test_some_target_occurs_twice():
+    assert some_records(0)[5][-1] == some_records(0)[2][-1]
 
 
 def test_the_mask_is_that_of_the_tree(case):
@@ -173,9 +227,9 @@ def test_keys_do_not_depend_on_layout_or_place(write_corpus, specials):
     records = some_records(0)
     keys = []
     for kind, row_length in (("joint", 64), ("joint", 200), ("independent", 90)):
-        layout = make_layout(kind, specials, pairs=True, predictor_tokens=1)
+        layout = make_layout(kind, specials, pairing=Pairing(1))
         corpus = write_corpus(records)
-        rows = plan_rows(corpus, np.arange(len(records)), layout, row_length, np.ones(len(records), bool))
+        rows = plan(corpus, np.arange(len(records)), layout, row_length, np.ones(len(records), bool))
         batch = assemble(rows, corpus, layout, specials, row_length, len(records))
         keys.append(dict(zip(rows.records.tolist(), batch.pair_key.tolist(), strict=True)))
     assert keys[0] == keys[1] == keys[2]
@@ -183,10 +237,10 @@ def test_keys_do_not_depend_on_layout_or_place(write_corpus, specials):
 
 def test_a_segment_sees_its_parents_parents(write_corpus, specials):
     """A deeper tree than any layout of today: 0 - 1 - 2, and 0 - 3."""
-    layout = Layout((Segment(CONTEXT, (specials.bos,)), Segment(TARGET, parent=0), Segment(CONTEXT, (), (specials.eos,), parent=1),
-                     Segment(TARGET, (), (specials.eos,), parent=0)))
+    layout = Layout((Segment(0, (specials.bos,)), Segment(1, parent=0), Segment(0, (), (specials.eos,), parent=1),
+                     Segment(1, (), (specials.eos,), parent=0)))
     corpus = write_corpus([([11, 12], [21, 22])])
-    rows = plan_rows(corpus, np.zeros(1, np.int64), layout, 12, np.zeros(1, bool))
+    rows = plan(corpus, np.zeros(1, np.int64), layout, 12, np.zeros(1, bool))
     batch = assemble(rows, corpus, layout, specials, 12, 0)
     assert batch.token_ids[0].tolist() == [2, 11, 12, 21, 22, 11, 12, 3, 21, 22, 3, 0]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 0]
@@ -200,8 +254,8 @@ def test_a_segment_sees_its_parents_parents(write_corpus, specials):
 
 def test_a_batch_of_empty_rows_is_padding_alone(write_corpus, specials):
     corpus = write_corpus(some_records(0))
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
-    rows = plan_rows(corpus, np.arange(3), layout, ROW, np.ones(3, bool))
+    layout = make_layout("joint", specials, pairing=Pairing(1))
+    rows = plan(corpus, np.arange(3), layout, ROW, np.ones(3, bool))
     batch = assemble(Rows.join([rows], rows.count + 2).select(rows.count, rows.count + 2), corpus, layout, specials, ROW, 4)
     assert batch.token_ids.shape == (2, ROW) and (batch.token_ids == specials.pad).all()
     assert len(batch.label_index) == 0 and not batch.pair_valid.any()

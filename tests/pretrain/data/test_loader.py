@@ -6,10 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
-from pretrain.data.layout import make_layout
-from pretrain.data.loader import Loader, Rows, plan_rows
+from pretrain.data.batch import micro_batches
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.loader import Loader, Rows
 from pretrain.data.order import BLOCK, WINDOW_BLOCKS
+from tests.planning import plan
 
 ROW = 512
 LARGE = 2 * BLOCK * WINDOW_BLOCKS + 3000
@@ -26,7 +29,7 @@ def large(write_corpus):
 
 @pytest.fixture(scope="session")
 def layout(specials):
-    return make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    return make_layout("joint", specials, pairing=Pairing(1))
 
 
 def same(one: Rows, other: Rows) -> bool:
@@ -73,7 +76,6 @@ def test_rows_hold_their_records_one_behind_the_other(large, layout):
         members = np.flatnonzero(rows.row == row)
         assert rows.start[members].tolist() == [0, *np.cumsum(positions[members])[:-1]]
         assert positions[members].sum() <= ROW
-    assert rows.pairs_per_row().tolist() == [int(rows.paired[rows.row == row].sum()) for row in range(rows.count)]
 
 
 def test_a_state_of_three_integers_resumes_anywhere(large, layout):
@@ -105,21 +107,22 @@ def test_a_used_loader_goes_back(corpus, layout):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, layout):
-    """Rank r takes the r-th part of each micro step, as training does."""
+def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, layout, specials):
+    """Rank r takes the r-th part of each micro step; the pair arrays are as long on all, and the seed is the same."""
     micro_step_rows, steps = 8, 3
-    whole = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
-    per_rank = micro_step_rows // ranks
-    planned = [Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps) for _ in range(ranks)]
+    rows = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
+    [whole] = micro_batches(rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows * steps, rank=0, ranks=1)
+    by_rank = [list(micro_batches(rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows // ranks, rank=rank, ranks=ranks))
+               for rank in range(ranks)]
+    assert torch.equal(torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), whole.token_ids)
+    assert torch.equal(torch.cat([batches[step].pair_key[batches[step].pair_valid] for step in range(steps) for batches in by_rank]), whole.pair_key)
     for step in range(steps):
-        union = []
-        for rank, rows in enumerate(planned):
-            first = (step * ranks + rank) * per_rank
-            part = rows.select(first, first + per_rank)
-            assert part.count == per_rank
-            assert part.pairs_per_row().sum() == part.paired.sum()
-            union += content(part)
-        assert union == content(whole)[step * micro_step_rows : (step + 1) * micro_step_rows]
+        of_step = [batches[step] for batches in by_rank]
+        assert len({len(batch.pair_valid) for batch in of_step}) == 1 and any(batch.pair_valid.all() for batch in of_step)
+        assert len({batch.seed.item() for batch in of_step}) == 1
+    assert len({batch.seed.item() for batch in by_rank[0]}) == steps
+    assert [batch.seed.item() for batch in by_rank[0]] == [batch.seed.item() for batch in micro_batches(
+        rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows, rank=0, ranks=1)]
 
 
 def test_the_stream_does_not_depend_on_how_many_rows_are_asked_for(corpus, layout):
@@ -145,7 +148,7 @@ def test_dropout_is_drawn_by_seed_epoch_and_record(large, layout, specials):
     share = 0.3
     one = flags(Loader(large, layout, ROW, seed=1, dropout=share), 0)
     assert abs(1 - one.mean() - share) < 0.005
-    np.testing.assert_array_equal(one, flags(Loader(large, make_layout("independent", specials, pairs=True), 256, seed=1, dropout=share), 0))
+    np.testing.assert_array_equal(one, flags(Loader(large, make_layout("independent", specials, pairing=Pairing(0)), 256, seed=1, dropout=share), 0))
     more = flags(Loader(large, layout, ROW, seed=1, dropout=0.5), 0)
     assert not (more & ~one).any(), "a larger share leaves out those of a smaller one, and more"
     for other in (flags(Loader(large, layout, ROW, seed=2, dropout=share), 0), flags(Loader(large, layout, ROW, seed=1, dropout=share), 1)):
@@ -155,7 +158,7 @@ def test_dropout_is_drawn_by_seed_epoch_and_record(large, layout, specials):
 
 def test_no_dropout_pairs_every_record_and_no_pairs_none(corpus, layout, specials):
     assert Loader(corpus, layout, 128, seed=1).next_rows(30).paired.all()
-    assert not Loader(corpus, make_layout("joint", specials, pairs=False), 128, seed=1).next_rows(30).paired.any()
+    assert not Loader(corpus, make_layout("joint", specials), 128, seed=1).next_rows(30).paired.any()
 
 
 def test_dropout_frees_space_for_other_records(corpus, layout):
@@ -171,7 +174,7 @@ def test_the_last_rows_of_the_last_epoch_are_empty(corpus, layout):
     assert sorted(rows.records.tolist()) == list(range(len(corpus)))
     last = int(rows.row.max())
     empty = rows.select(last + 1, last + 9)
-    assert empty.count == 8 and len(empty.records) == 0 and empty.pairs_per_row().tolist() == [0] * 8
+    assert empty.count == 8 and len(empty.records) == 0
     with pytest.raises(ValueError, match="exhausted"):
         loader.next_rows(1)
 
@@ -182,5 +185,5 @@ def test_long_records_do_not_come_first(large, layout):
     window = Rows.join([loader.next_rows(1) for _ in range(800)], 800)
     half = window.row < 400
     assert abs(window.lengths[half].mean() - window.lengths[~half].mean()) < 0.3
-    packed = plan_rows(large, window.records, layout, ROW, window.paired)
+    packed = plan(large, window.records, layout, ROW, window.paired)
     assert packed.lengths[packed.row < 200].mean() > packed.lengths[packed.row >= packed.count - 200].mean() + 1

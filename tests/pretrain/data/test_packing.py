@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.nlrx_grammar import generate
-from pretrain.data.layout import make_layout
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.packing import pack
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "nl-rx-synth"
@@ -61,7 +61,7 @@ def test_too_long_a_record_is_an_error():
 
 def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
     """Of rows of 512 in the joint layout with one predictor token."""
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    layout = make_layout("joint", specials, pairing=Pairing(1))
     lengths = np.array([[len(tokens) for tokens in tokenizer.encode_batch(list(view))] for view in zip(*texts, strict=True)]).T
     positions = layout.segment_lengths(lengths, np.ones(len(texts), bool)).sum(axis=1)
     rows = pack(positions, ROW)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 from pretrain.data.batch import assemble
-from pretrain.data.layout import make_layout
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
 from pretrain.models.attention import resolve_attention, visibility_mask
 
@@ -18,7 +18,7 @@ BLOCK = 128
 @pytest.fixture(scope="module", params=["joint", "independent"])
 def visible_until(request, corpus, specials) -> torch.Tensor:
     """Real rows, and an empty one."""
-    layout = make_layout(request.param, specials, pairs=True, predictor_tokens=2)
+    layout = make_layout(request.param, specials, pairing=Pairing(2))
     rows = Loader(corpus, layout, LENGTH, seed=0, dropout=0.3).next_rows(3)
     return assemble(Rows.join([rows], 4), corpus, layout, specials, LENGTH, int(rows.paired.sum())).visible_until
 

@@ -7,18 +7,18 @@ import torch
 from data_prep.console import UserError
 from data_prep.tokenizer import train
 from pretrain.data.batch import assemble
-from pretrain.data.layout import make_layout
-from pretrain.data.loader import plan_rows
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import VOCABULARY_MULTIPLE, padded_vocabulary, pretrained_causal_lm, shape_config, special_ids
 from pretrain.objectives.next_token import next_token_sum
+from tests.planning import plan
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def batch(corpus, specials):
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=3)
-    rows = plan_rows(corpus, np.arange(5), layout, 128, np.ones(5, bool))
+    layout = make_layout("joint", specials, pairing=Pairing(3))
+    rows = plan(corpus, np.arange(5), layout, 128, np.ones(5, bool))
     return assemble(rows, corpus, layout, specials, 128, 5)
 
 
@@ -63,7 +63,7 @@ def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_m
     logits = model.logits(hidden[batch.label_index])
     assert logits.shape[1] == model.vocabulary == padded_vocabulary(tokenizer)
     assert batch.token_ids.max() == model.vocabulary + 2, "the test needs predictor tokens"
-    next_token_sum(hidden, batch, model.logits).backward()
+    next_token_sum(hidden, batch, model.cross_entropy).backward()
     assert not model.predictor.weight.grad.any()
     assert model.predictor.weight is not model.causal_lm.lm_head.weight
     assert not any(name.endswith("predictor.weight") for name, _ in model.causal_lm.named_parameters())
@@ -84,21 +84,21 @@ def test_predictor_tokens_have_their_own_embeddings_and_no_word_lends_them_its(b
 
 def test_every_parameter_has_a_gradient_even_without_predictor_tokens_in_the_rows(batch, corpus, specials, make_model):
     """ZeRO-3 waits for every module in every pass."""
-    layout = make_layout("joint", specials, pairs=False)
-    rows = plan_rows(corpus, np.arange(5), layout, 128, np.zeros(5, bool))
+    layout = make_layout("joint", specials)
+    rows = plan(corpus, np.arange(5), layout, 128, np.zeros(5, bool))
     plain = assemble(rows, corpus, layout, specials, 128, 0)
     model = make_model(3)
-    next_token_sum(model(plain), plain, model.logits).backward()
+    next_token_sum(model(plain), plain, model.cross_entropy).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert not model.predictor.weight.grad.any()
 
 
 def test_padding_changes_nothing(corpus, specials, make_model):
     """The same records in a longer row."""
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    layout = make_layout("joint", specials, pairing=Pairing(1))
     model, hidden = make_model(1), []
     for length in (128, 200):
-        rows = plan_rows(corpus, np.arange(2), layout, length, np.ones(2, bool))
+        rows = plan(corpus, np.arange(2), layout, length, np.ones(2, bool))
         batch = assemble(rows, corpus, layout, specials, length, 2)
         assert rows.count == 1
         with torch.no_grad():

@@ -9,7 +9,8 @@ from pretrain.objectives.pool import Pool
 
 def pool(prediction: torch.Tensor, target: torch.Tensor, key: list[int] | None = None, valid: list[bool] | None = None) -> Pool:
     size = len(prediction)
-    return Pool(prediction, target, torch.tensor(key or list(range(size))), torch.tensor(valid or [True] * size), slice(0, size))
+    return Pool(prediction, target, torch.tensor(key or list(range(size))), torch.arange(size), torch.zeros(size, dtype=torch.int64),
+                torch.tensor(valid or [True] * size), slice(0, size))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 32])

@@ -5,11 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.config import ObjectiveConfig
 from pretrain.data.batch import Batch, assemble
-from pretrain.data.layout import make_layout
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
-from pretrain.objectives import make_objective, total_loss
+from pretrain.objectives import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken, next_token_sum
 from pretrain.objectives.pool import Gather
@@ -19,7 +18,7 @@ ALONE = Gather(all_gather=lambda mine: mine, rank=0)
 
 @pytest.fixture(scope="module")
 def batch(corpus, specials) -> Batch:
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = Loader(corpus, layout, 128, seed=0).next_rows(3)
     return assemble(rows, corpus, layout, specials, 128, int(rows.paired.sum()))
 
@@ -31,30 +30,30 @@ def test_it_equals_the_cross_entropy_of_full_logits(batch, make_model):
         labels = torch.full((batch.token_ids.numel(),), -100)
         labels[batch.label_index] = batch.label_ids
         full = F.cross_entropy(model.logits(hidden), labels, ignore_index=-100, reduction="sum")
-        torch.testing.assert_close(next_token_sum(hidden, batch, model.logits), full, rtol=1e-6, atol=0)
+        torch.testing.assert_close(next_token_sum(hidden, batch, model.cross_entropy), full, rtol=1e-6, atol=0)
 
 
 def test_the_head_sees_labelled_positions_alone(batch, make_model):
     model, seen = make_model(1), []
 
-    def head(hidden):
+    def cross_entropy(hidden, label_ids):
         seen.append(hidden)
-        return model.logits(hidden)
+        return model.cross_entropy(hidden, label_ids)
 
     with torch.no_grad():
-        NextToken()(model(batch), batch, head, ALONE)
+        NextToken()(model(batch), batch, cross_entropy, ALONE)
     assert [len(hidden) for hidden in seen] == [len(batch.label_index)]
 
 
 def test_rows_without_a_label_have_loss_0_and_gradient_0(corpus, specials, make_model):
     """So that a rank whose rows are empty can do the same work as the others."""
-    layout = make_layout("joint", specials, pairs=True, predictor_tokens=1)
+    layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = Loader(corpus, layout, 128, seed=0).next_rows(1)
     empty = assemble(Rows.join([rows], 3).select(1, 3), corpus, layout, specials, 128, 2)
     model = make_model(1)
     for distance in ("cosine", "info_nce"):
         objective = LlmJepa(1.0, distance)
-        terms = objective(model(empty), empty, model.logits, ALONE).terms
+        terms = objective(model(empty), empty, model.cross_entropy, ALONE).terms
         assert [value.item() for value in terms.values()] == [0, 0]
         model.zero_grad()
         total_loss(terms, {"lm": 0, "jepa": 0}, objective.weights, ranks=2).backward()
@@ -67,8 +66,8 @@ def test_a_pool_is_gathered_where_asked_for(batch, make_model):
     with torch.no_grad():
         hidden = model(batch)
         for objective, always in ((NextToken(), False), (LlmJepa(1.0, "cosine"), False), (LlmJepa(1.0, "info_nce"), True)):
-            assert (objective(hidden, batch, model.logits, ALONE).pool is not None) == always
-            pool = objective(hidden, batch, model.logits, ALONE, with_pool=True).pool
+            assert (objective(hidden, batch, model.cross_entropy, ALONE).pool is not None) == always
+            pool = objective(hidden, batch, model.cross_entropy, ALONE, with_pool=True).pool
             torch.testing.assert_close(pool.prediction, hidden[batch.prediction_index])
             torch.testing.assert_close(pool.target, hidden[batch.target_index])
 
@@ -78,9 +77,3 @@ def test_each_term_is_normalised_by_its_own_global_count():
     assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=1).item() == 6 / 12 + 0.5 * 4 / 8
     assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=4).item() == 4 * (6 / 12 + 0.5 * 4 / 8)
     assert np.isfinite(total_loss({"lm": torch.tensor(0.0)}, {"lm": 0}, {"lm": 1.0}, ranks=1).item())
-
-
-def test_a_configuration_names_its_objective():
-    assert isinstance(make_objective(ObjectiveConfig(name="next_token")), NextToken)
-    jepa = make_objective(ObjectiveConfig(name="llm_jepa", weight=0.3, distance="info_nce", temperature=0.2))
-    assert (jepa.weights, jepa.distance, jepa.temperature) == ({"lm": 1.0, "jepa": 0.3}, "info_nce", 0.2)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
-from pretrain.data.layout import make_layout
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import random_causal_lm, shape_config
 from pretrain.training.background import single_process_environment
 from pretrain.training.distributed import init_world
@@ -50,7 +50,7 @@ def test_optimizer_schedule_and_precision(folder):
 def test_layout_labels_dropout_and_budget(folder):
     trainer = trainer_of(folder, "layout", objective__layout="independent", objective__predictor_tokens=2, objective__dropout=0.25,
                          data__lm_views="last", train__steps=None, train__epochs=3)
-    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairs=True, predictor_tokens=2, lm_views="last")
+    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairing=Pairing(2), lm_views="last")
     assert (trainer.loader.dropout, trainer.loader.epochs, trainer.loader.seed) == (0.25, 3, 3)
     assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
 

@@ -1,0 +1,111 @@
+"""Objectives side by side on NL-RX-SYNTH: LM loss, exact match, and what the embeddings tell apart.
+
+    python benchmarks/arms.py --train train.jsonl --test test.jsonl [--jobs 2] [--seeds 1 2 3] [--arms NAME ...]
+
+Every arm is a run of configs/nlrx_synth.yaml with the same records in the same order of windows, 4 epochs, one process and one
+thread. A line per run goes to --results; runs that have theirs are skipped, so the command can be stopped and started again. At the
+end it prints the table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "nlrx_synth.yaml"
+EPOCHS = 4
+RETRIEVAL_ROWS = 1000
+PAIR_ROWS, PLAIN_ROWS = 12, 8
+"""Rows of a step: 70 records or so, with copies of the targets and without."""
+ARMS = {
+    "next_token": "{name: next_token}",
+    "cosine": "{name: llm_jepa, weight: 0.5}",
+    "l2": "{name: llm_jepa, distance: l2, weight: 0.05}",
+    "info_nce": "{name: llm_jepa, distance: info_nce, weight: 0.1}",
+    "cosine + vicreg": "{name: llm_jepa, weight: 0.5, regularizers: [{name: vicreg, weight: 0.1}]}",
+    "cosine + sigreg": "{name: llm_jepa, weight: 0.5, regularizers: [{name: sigreg, weight: 0.02}]}",
+    "semantic_tube": "{name: semantic_tube, weight: 0.02}",
+    "cosine + coding rate": "{name: llm_jepa, weight: 0.5, regularizers: [{name: coding_rate, weight: 0.5}]}",
+}
+COLUMNS = {"LM loss": "lm", "exact": "exact", "paired cosine": "paired_cosine", "shuffled": "shuffled_cosine", "retrieval@1": "retrieval_at_1",
+           "effective rank": "effective_rank"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", required=True, help="NL-RX-SYNTH training rows, JSON lines")
+    parser.add_argument("--test", required=True, help="test rows")
+    parser.add_argument("--work", default="runs/arms", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.jsonl")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="NAME", help="names of arms, or objectives as YAML")
+    arguments = parser.parse_args()
+    data = [f"data.path={arguments.work}/data", f"data.sources.0.path={arguments.train}"]
+    call("-m", "data_prep", CONFIG, *data)
+    lock = Lock()
+    todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms if (arm, seed) not in done(arguments.results)]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for result in [pool.submit(run, arm, seed, arguments, data, lock) for arm, seed in todo]:
+            result.result()
+    print(table(read(arguments.results)))
+
+
+def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], lock: Lock) -> None:
+    """Train and evaluate one arm with one seed; append its line."""
+    objective = ARMS.get(arm, arm)
+    rows = PLAIN_ROWS if "llm_jepa" not in objective else PAIR_ROWS
+    name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}")
+    folder = Path(arguments.work) / name
+    call("launcher/run.py", CONFIG, *data, f"name={name}", f"output_dir={arguments.work}", f"seed={seed}", f"objective={objective}",
+         f"train.epochs={EPOCHS}", f"train.global_batch_rows={rows}", f"train.micro_batch_rows={rows}",
+         "checkpoint.every=1000000", "monitor.tensorboard=false")
+    call("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
+    call("launcher/evaluate.py", folder, "--task", "loss", f"task.test={arguments.test}", f"task.rows={RETRIEVAL_ROWS}")
+    evaluated = {line["task"]: line["metrics"] for line in read(folder / "evaluation" / "results.jsonl")}
+    last = read(folder / "metrics.jsonl")[-1]
+    line = {"arm": arm, "objective": objective, "seed": seed, "steps": last["step"], "records": last["records"], "seconds": round(last["seconds"])}
+    with lock, open(arguments.results, "a", encoding="utf-8") as results:
+        results.write(json.dumps(line | evaluated["loss"] | evaluated["nl_rx"]) + "\n")
+    print(f"{arm}, seed {seed}: exact {evaluated['nl_rx']['exact']:.4f}, retrieval@1 {evaluated['loss']['retrieval_at_1']:.3f}", flush=True)
+
+
+def call(*command: object) -> None:
+    """A command of the project, on one thread; what it prints is shown where it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def done(results: Path) -> set[tuple[str, int]]:
+    return {(line["arm"], line["seed"]) for line in read(results)}
+
+
+def table(lines: list[dict]) -> str:
+    """Mean and standard deviation over seeds, in Markdown."""
+    rows = ["| objective | seeds | " + " | ".join(COLUMNS) + " |", "|---|" * 2 + "---|" * len(COLUMNS)]
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        mine = [line for line in lines if line["arm"] == arm]
+        rows.append(f"| {arm} | {len(mine)} | " + " | ".join(spread([line[key] for line in mine]) for key in COLUMNS.values()) + " |")
+    return "\n".join(rows)
+
+
+def spread(values: list[float]) -> str:
+    digits = 1 if max(values) >= 10 else 3
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Spans of documents for Semantic Tube Prediction (arXiv 2602.22617): where two differences of hidden states are taken.
+
+A document has positions 0 to n, of which 0 is its first token (BOS). Each form yields three stretches (from, to) per document; the
+loss compares the step over the first with the sum of the steps over the other two:
+
+    three_points    s < r < t at random: (r, t) with (s, r)                          the paper's form
+    sub_span        0 <= a < b <= n at random, not (0, n): (a, b) with (0, a), (b, n)  the form of the released code
+    views           ends of the first and of the second view, e and f: (e, f) with (0, e)
+"""
+
+import numpy as np
+
+from pretrain.data.layout import Layout
+from pretrain.data.ragged import mix
+
+STRETCHES = 3
+
+
+def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The stretches of all documents that have them, as (S, 3, 2) positions.
+
+    `starts` (N, segments) are the positions of the segments, `draws` (N,) uint64 a random number per record.
+    """
+    found = [np.zeros((0, STRETCHES, 2), np.int64)]
+    for index, document in enumerate(layout.documents):
+        lengths = segment_lengths[:, list(document)]
+        if layout.spans == "views":
+            if len(document) > 1:
+                members = np.flatnonzero(lengths[:, 1])
+                found.append(_views(lengths[members]) + starts[members, document[0]][:, None, None])
+            continue
+        last = lengths.sum(axis=1) - 1
+        members = np.flatnonzero(last > 1)
+        random = mix(draws[members] + np.uint64(index))
+        form = _three_points if layout.spans == "three_points" else _sub_span
+        found.append(form(last[members], random) + starts[members, document[0]][:, None, None])
+    return np.concatenate(found)
+
+
+def _three_points(last: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Three different positions of 0 to `last`, every choice as likely: (N,), (N,) -> (N, 3, 2)."""
+    points = np.empty((len(last), 3), np.int64)
+    for place in range(3):
+        point = _below(last + 1 - place, random, place)
+        taken = np.sort(points[:, :place], axis=1)
+        for column in range(place):  # skip those taken, the smallest first
+            point += point >= taken[:, column]
+        points[:, place] = point
+    s, r, t = np.sort(points, axis=1).T
+    return _stretches(r, t, s, r, r, r)
+
+
+def _sub_span(last: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Two different positions of 0 to `last`, but not both ends, every choice as likely: (N,), (N,) -> (N, 3, 2)."""
+    whole = last * (last - 1) // 2  # the number of (0, last) in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
+    number = _below(last * (last + 1) // 2 - 1, random, 0)
+    number += number >= whole
+    b = ((1 + np.sqrt(8.0 * number + 1)) // 2).astype(np.int64)
+    a = number - b * (b - 1) // 2
+    zero = np.zeros_like(a)
+    return _stretches(a, b, zero, a, b, last)
+
+
+def _views(lengths: np.ndarray) -> np.ndarray:
+    first = lengths[:, 0] - 1
+    second = first + lengths[:, 1]
+    return _stretches(first, second, np.zeros_like(first), first, first, first)
+
+
+def _stretches(*ends: np.ndarray) -> np.ndarray:
+    return np.stack(ends, axis=1).reshape(-1, STRETCHES, 2)
+
+
+def _below(limit: np.ndarray, random: np.ndarray, number: int) -> np.ndarray:
+    """The `number`-th uniform integer below `limit` that a random number gives: (N,), (N,) uint64 -> (N,)."""
+    return (mix(random ^ mix(np.uint64([number]))[0]) % limit.astype(np.uint64)).astype(np.int64)

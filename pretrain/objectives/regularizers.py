@@ -1,0 +1,127 @@
+"""Regularizers against collapse: they ask the embeddings of a micro step, predictions and targets apart, to spread out.
+
+Each is a loss of the pool of pairs over all ranks, times the number of pairs, so that it is divided by pairs like the term beside it.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from data_prep.config import Section
+from pretrain.objectives.pool import Pool, own_share
+
+SIGREG_POINTS = 17
+SIGREG_RANGE = 3.0
+VICREG_EPSILON = 1e-4
+
+
+class RegularizerConfig(Section):
+    """A regularizer and its weight."""
+
+    name: str
+    weight: float = Field(gt=0)
+    """Its weight in the loss."""
+
+    def build(self) -> "Regularizer":
+        """The regularizer."""
+        raise NotImplementedError
+
+
+class VicregConfig(RegularizerConfig):
+    """VICReg's variance and covariance terms (Bardes, Ponce and LeCun, arXiv 2105.04906, equations 1 to 4)."""
+
+    name: Literal["vicreg"]
+    """Standard deviations of at least 1, and no correlation between components."""
+    covariance: float = Field(default=0.04, ge=0)
+    """Weight of the covariance term against the variance term; the paper's 1 / 25."""
+
+    def build(self) -> "Regularizer":
+        return Regularizer("vicreg", self.weight, lambda embeddings, valid, seed: vicreg(embeddings, valid, self.covariance))
+
+
+class SigregConfig(RegularizerConfig):
+    """SIGReg (Balestriero and LeCun, arXiv 2511.08544): embeddings like a standard normal distribution, seen along random directions."""
+
+    name: Literal["sigreg"]
+    """The Epps-Pulley statistic of random projections."""
+    projections: int = Field(default=256, gt=0)
+    """Random directions, drawn anew in every micro step."""
+
+    def build(self) -> "Regularizer":
+        return Regularizer("sigreg", self.weight, lambda embeddings, valid, seed: sigreg(embeddings, valid, self.projections, seed))
+
+
+class CodingRateConfig(RegularizerConfig):
+    """The coding rate of unit embeddings (Ma et al., IEEE TPAMI 2007; Yu et al., arXiv 2006.08558, equation 1): volume instead of negatives."""
+
+    name: Literal["coding_rate"]
+    """How far the volume that the embeddings span is below the largest possible."""
+    precision: float = Field(default=0.05, gt=0)
+    """epsilon^2, the squared distortion up to which embeddings count as equal."""
+
+    def build(self) -> "Regularizer":
+        return Regularizer("coding_rate", self.weight, lambda embeddings, valid, seed: coding_rate_gap(embeddings, valid, self.precision))
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Embeddings (Q, D), which of them are valid (Q,), the seed of the micro step -> scalar."""
+
+
+class Regularizer:
+    """A loss of the embeddings of a pool, summed over predictions and targets."""
+
+    def __init__(self, name: str, weight: float, loss: Loss):
+        self.name, self.weight, self.loss = name, weight, loss
+
+    def __call__(self, pool: Pool, seed: torch.Tensor) -> torch.Tensor:
+        """This rank's share: the loss of the pool times this rank's pairs."""
+        loss = self.loss(pool.prediction, pool.valid, seed) + self.loss(pool.target, pool.valid, seed)
+        return own_share(loss * pool.valid.sum(), loss * pool.valid[pool.own].sum())
+
+
+def vicreg(embeddings: torch.Tensor, valid: torch.Tensor, covariance: float) -> torch.Tensor:
+    """Hinge on the standard deviation of each component plus `covariance` times the squared covariances: (Q, D), (Q,) -> scalar."""
+    count = valid.sum()
+    kept = valid[:, None].to(embeddings.dtype)
+    centred = (embeddings - (embeddings * kept).sum(dim=0) / count.clamp(min=1)) * kept
+    matrix = centred.T @ centred / (count - 1).clamp(min=1)
+    variances = matrix.diagonal()
+    hinge = F.relu(1 - (variances + VICREG_EPSILON).sqrt()).mean()
+    correlation = (matrix.square().sum() - variances.square().sum()) / len(matrix)
+    return torch.where(count > 1, hinge + covariance * correlation, 0.0)
+
+
+def sigreg(embeddings: torch.Tensor, valid: torch.Tensor, projections: int, seed: torch.Tensor) -> torch.Tensor:
+    """The mean Epps-Pulley statistic over random directions, (Q, D), (Q,) -> scalar.
+
+    Per direction: the number of embeddings times the integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi being the empirical
+    characteristic function, by the trapezoidal rule on 0 to 3, doubled for the negative half (arXiv 2511.08544, section 4).
+    """
+    generator = torch.Generator().manual_seed(int(seed))
+    directions = F.normalize(torch.randn(embeddings.shape[1], projections, generator=generator), dim=0).to(embeddings.device, non_blocking=True)
+    points = torch.linspace(0, SIGREG_RANGE, SIGREG_POINTS, device=embeddings.device)
+    step = SIGREG_RANGE / (SIGREG_POINTS - 1)
+    normal = (-points.square() / 2).exp()
+    weights = 2 * step * normal * torch.where((points == 0) | (points == SIGREG_RANGE), 0.5, 1.0)
+    angles = (embeddings @ directions)[:, :, None] * points
+    kept, count = valid[:, None, None].to(embeddings.dtype), valid.sum()
+    real, imaginary = ((part * kept).sum(dim=0) / count.clamp(min=1) for part in (angles.cos(), angles.sin()))
+    return (((real - normal).square() + imaginary.square()) @ weights).mean() * count
+
+
+def coding_rate_gap(embeddings: torch.Tensor, valid: torch.Tensor, precision: float) -> torch.Tensor:
+    """The largest coding rate of as many unit vectors less that of the embeddings, in nats per embedding: (Q, D), (Q,) -> scalar.
+
+    The rate of Z is 1/2 logdet(I + D / (N epsilon^2) Z Z^T); it is largest where min(N, D) directions share the vectors evenly.
+    """
+    unit = F.normalize(embeddings, dim=-1) * valid[:, None]
+    pairs, width = unit.shape
+    gram = unit @ unit.T if pairs <= width else unit.T @ unit  # the same determinant
+    count = valid.sum().clamp(min=1)
+    factor, _ = torch.linalg.cholesky_ex(torch.eye(len(gram), device=gram.device) + width / (count * precision) * gram)
+    directions = count.clamp(max=width)
+    largest = directions * torch.log1p(width / (directions * precision)) / 2
+    return (largest - factor.diagonal().log().sum()) / count

@@ -1,0 +1,98 @@
+"""Spans: inside one document, as their form says, every choice as likely, and the same wherever the record is packed."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pretrain.data.batch import assemble
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.loader import Loader, counts, draw
+from pretrain.data.spans import draw_spans
+
+DOCUMENT = 6
+"""Positions of the document whose choices are counted: 0 to 5."""
+DRAWS = 40_000
+
+
+def of_one_document(form: str, specials) -> np.ndarray:
+    """Many draws from a document of two views at position 100: (DRAWS, 3, 2), counted from its start."""
+    layout = make_layout("joint", specials, spans=form)
+    lengths = np.tile([[DOCUMENT - 2, 2]], (DRAWS, 1))
+    starts = np.tile([[100, 100 + DOCUMENT - 2]], (DRAWS, 1))
+    return draw_spans(layout, starts, lengths, draw(np.arange(DRAWS), seed=1, epoch=2)) - 100
+
+
+def assert_uniform(found: list[tuple], choices: set[tuple]) -> None:
+    counted = Counter(found)
+    assert set(counted) == choices
+    expected = DRAWS / len(choices)
+    chi_square = sum((count - expected) ** 2 / expected for count in counted.values())
+    assert chi_square < len(choices) + 5 * (2 * len(choices)) ** 0.5
+
+
+def test_three_points_are_any_three_in_order(specials):
+    stretches = of_one_document("three_points", specials)
+    (r, t), (s, r_again), (nothing, as_much) = stretches.transpose(1, 2, 0)
+    assert (r == r_again).all() and (nothing == as_much).all()
+    assert_uniform(list(zip(s.tolist(), r.tolist(), t.tolist(), strict=True)),
+                   {(s, r, t) for t in range(DOCUMENT) for r in range(t) for s in range(r)})
+
+
+def test_a_sub_span_is_any_but_the_whole_against_what_is_left(specials):
+    stretches = of_one_document("sub_span", specials)
+    (a, b), (zero, a_again), (b_again, last) = stretches.transpose(1, 2, 0)
+    assert (a == a_again).all() and (b == b_again).all() and (zero == 0).all() and (last == DOCUMENT - 1).all()
+    assert_uniform(list(zip(a.tolist(), b.tolist(), strict=True)),
+                   {(a, b) for b in range(DOCUMENT) for a in range(b)} - {(0, DOCUMENT - 1)})
+
+
+def test_the_form_of_views_runs_to_the_end_of_each(specials):
+    stretches = of_one_document("views", specials)
+    assert (stretches == [[3, 5], [0, 3], [3, 3]]).all()
+
+
+@pytest.mark.parametrize("form", ["three_points", "sub_span", "views"])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+@pytest.mark.parametrize("pairing", [None, Pairing(2)])
+def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pairing, corpus, specials):
+    if (kind, form) == ("independent", "views"):
+        pytest.skip("no document has two views")
+    layout = make_layout(kind, specials, pairing=pairing, spans=form)
+    rows = Loader(corpus, layout, 128, seed=5, dropout=0.4).next_rows(20)
+    batch = assemble(rows, corpus, layout, specials, 128, 1000)
+    spans = batch.span_index.numpy()
+    documents = len(rows.records) * (1 if kind == "joint" else 2)
+    assert len(spans) == documents == counts(rows, layout)["spans"]
+    tokens = batch.token_ids.flatten().numpy()
+    within = np.cumsum(tokens == specials.bos)  # a document begins with BOS, a lone target of the joint layout does not matter: it ends the record
+    inside = spans.reshape(documents, -1)
+    assert (within[inside] == within[inside[:, :1]]).all()
+    assert len(set(within[inside[:, 0]])) == documents
+    assert (tokens[inside] < specials.predictor).all()
+
+
+def test_a_view_that_is_missing_leaves_a_document_of_its_own(write_corpus, specials):
+    corpus = write_corpus([([11, 12, 13], [21, 22]), ([], [31, 32]), ([41], [])])
+    for form, spans in (("three_points", 3), ("sub_span", 3), ("views", 1)):
+        layout = make_layout("joint", specials, spans=form)
+        rows = Loader(corpus, layout, 32, seed=0).next_rows(1)
+        assert counts(rows, layout)["spans"] == len(assemble(rows, corpus, layout, specials, 32, 0).span_index) == spans
+
+
+def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_next_epoch(corpus, specials):
+    layout = make_layout("joint", specials, spans="sub_span")
+
+    def relative(epoch: int, row_length: int) -> dict[int, list]:
+        loader = Loader(corpus, layout, row_length, seed=5)
+        loader.load_state({"epoch": epoch, "window": 0, "row": 0})
+        rows = loader.next_rows(40 if row_length == 128 else 20)
+        spans = assemble(rows, corpus, layout, specials, row_length, 0).span_index.numpy()
+        starts = rows.row * row_length + rows.start
+        return {record: (span - start).tolist() for record, span, start in zip(rows.records.tolist(), spans, starts, strict=True)}
+
+    one, other, later = relative(0, 128), relative(0, 256), relative(1, 256)
+    common = one.keys() & other.keys()
+    assert len(common) > 20 and all(one[record] == other[record] for record in common)
+    again = other.keys() & later.keys()
+    assert len(again) > 20 and sum(other[record] != later[record] for record in again) > len(again) / 2

@@ -1,0 +1,133 @@
+"""Objectives by name, the schedule of their weight, regularizers against slow references, and Semantic Tube Prediction."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.config import validate
+from data_prep.console import UserError
+from pretrain.config import load_config
+from pretrain.data.batch import assemble
+from pretrain.data.layout import make_layout
+from pretrain.data.loader import Loader
+from pretrain.objectives import objective_configs
+from pretrain.objectives.auxiliary import AuxiliaryConfig
+from pretrain.objectives.pool import Gather
+from pretrain.objectives.regularizers import sigreg, vicreg
+from pretrain.objectives.semantic_tube import SemanticTube
+from tests.launching import ROOT
+from tests.reference import tube_distance
+
+ALONE = Gather(all_gather=lambda mine: mine, rank=0)
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def test_objectives_are_found_by_the_names_of_their_files():
+    assert set(objective_configs()) == {"next_token", "llm_jepa", "semantic_tube"}
+
+
+@pytest.mark.parametrize("overrides, terms", [
+    (["objective.name=next_token"], {"lm": 1.0}),
+    (["objective.distance=cosine", "objective.weight=2"], {"lm": 1.0, "jepa": 2.0}),
+    (["objective={name: semantic_tube, weight: 0.02}"], {"lm": 1.0, "jepa": 0.02}),
+    (["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"], {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2}),
+])
+def test_a_configuration_builds_its_objective(overrides, terms):
+    objective = load_config(DEMO, overrides).objective.build()
+    assert objective.weights == terms and objective.units.keys() == terms.keys()
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    (["objective.name=llm_jepo"], "objective.name: 'llm_jepo' is none of 'llm_jepa', 'next_token', 'semantic_tube'"),
+    (["objective={name: semantic_tube, distance: l2}"], "objective.distance has no effect with semantic_tube: leave it out"),
+    (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
+    (["objective.distance=l2", "objective.temperature=0.1"], "objective: temperature acts on distance info_nce only; leave it out"),
+    (["objective.predictor_tokens=0", "objective.predictor_placement=prepend"], "objective: predictor_placement acts on predictor tokens"),
+    (["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"], "objective.regularizers.0.projections has no effect with vicreg"),
+    (["objective.regularizers=[{name: vicreg, weight: 1}, {name: vicreg, weight: 2}]"], "objective.regularizers: a regularizer is named twice"),
+    (["objective.weight_schedule=[[0.5, 1], [0.2, 0]]"], "objective.weight_schedule: give points (fraction, factor) with rising fractions"),
+    (["objective.weight_schedule=[[0, 0], [1, 0]]"], "objective.weight_schedule: factors are not negative, and one at least is above 0"),
+])
+def test_what_cannot_act_is_an_error(overrides, expected):
+    with pytest.raises(UserError) as raised:
+        load_config(DEMO, overrides)
+    assert str(raised.value).startswith(expected)
+
+
+def test_with_next_token_the_keys_of_the_others_rest_and_misspelt_ones_do_not():
+    config = load_config(DEMO, ["objective.name=next_token", "objective.form=views"])
+    assert sorted(config.resting_keys) == ["distance", "form", "predictor_tokens", "weight"]
+    with pytest.raises(UserError, match=r"unknown key 'objective\.wieght'"):
+        load_config(DEMO, ["objective.name=next_token", "objective.wieght=3"])
+
+
+def test_the_weight_follows_its_broken_line():
+    config = validate(AuxiliaryConfig, {"name": "any", "weight_schedule": [[0.1, 0.0], [0.2, 1.0], [0.6, 1.0], [0.8, 0.25]]})
+    places = {0.0: 0, 0.1: 0, 0.15: 0.5, 0.2: 1, 0.4: 1, 0.7: 0.625, 0.8: 0.25, 1.0: 0.25}
+    assert {fraction: pytest.approx(config.factor(fraction)) for fraction in places} == places
+    assert validate(AuxiliaryConfig, {"name": "any"}).factor(0.3) == 1
+
+
+def test_vicreg_equals_its_definition():
+    embeddings = torch.randn(20, 6, dtype=torch.float64) * torch.tensor([0.3, 1, 2, 0.1, 1, 0.7])
+    valid = torch.arange(20) < 15
+    rows = embeddings[:15].numpy()
+    covariance = np.cov(rows.T)
+    hinge = np.mean([max(0, 1 - math.sqrt(variance + 1e-4)) for variance in np.diag(covariance)])
+    correlation = sum(covariance[i, j] ** 2 for i in range(6) for j in range(6) if i != j) / 6
+    assert vicreg(embeddings, valid, covariance=0.3).item() == pytest.approx(hinge + 0.3 * correlation, rel=1e-6)
+
+
+def test_sigreg_equals_the_epps_pulley_integral_along_its_directions():
+    """By numerical integration on a fine grid; the directions are drawn from the seed alone."""
+    embeddings, valid = torch.randn(40, 5) * 0.6 + 0.3, torch.arange(40) < 33
+    directions = torch.randn(5, 8, generator=torch.Generator().manual_seed(9))
+    directions /= directions.norm(dim=0)
+    points = torch.linspace(-3, 3, 4001)
+    statistics = []
+    for projected in (embeddings[:33] @ directions).T:
+        phi = torch.exp(1j * points[:, None] * projected).mean(dim=1)
+        window = torch.exp(-points**2 / 2)
+        statistics.append(33 * torch.trapezoid((phi - window).abs() ** 2 * window, points))
+    assert sigreg(embeddings, valid, 8, torch.tensor(9)).item() == pytest.approx(sum(statistics).item() / 8, rel=0.02)
+
+
+def test_sigreg_tells_a_normal_cloud_from_a_collapsed_one():
+    generator, valid = torch.Generator().manual_seed(0), torch.ones(500, dtype=torch.bool)
+    normal = torch.randn(500, 16, generator=generator)
+    line = torch.outer(normal[:, 0], torch.ones(16) / 4)
+    values = [sigreg(cloud, valid, 64, torch.tensor(1)).item() for cloud in (normal, line, torch.zeros(500, 16), normal + 2)]
+    assert values[0] < 2 < 10 * values[0] < min(values[1:])
+
+
+@pytest.mark.parametrize("regularizer", [lambda pool, valid: vicreg(pool, valid, 0.04), lambda pool, valid: sigreg(pool, valid, 4, torch.tensor(0))])
+@pytest.mark.parametrize("valid", [0, 1])
+def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid):
+    embeddings = torch.randn(3, 4, requires_grad=True)
+    regularizer(embeddings, torch.arange(3) < valid).backward()
+    assert embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["three_points", "sub_span", "views"])
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, form, corpus, specials, make_model):
+    if (kind, form) == ("independent", "views"):
+        pytest.skip("no document has two views")
+    model, layout = make_model(0), make_layout(kind, specials, spans=form)
+    rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
+    batch = assemble(rows, corpus, layout, specials, 128, 0)
+    packed = SemanticTube(0.02)(model(batch), batch, model.cross_entropy, ALONE).terms["jepa"]
+    expected = []
+    tokens = batch.token_ids.flatten().tolist()
+    for span in batch.span_index.tolist():
+        begin = max(place for place in range(min(map(min, span)) + 1) if tokens[place] == specials.bos)
+        end = tokens.index(specials.eos, begin)
+        hidden = model.causal_lm.model(torch.tensor([tokens[begin : end + 1]]), use_cache=False).last_hidden_state[0]
+        expected.append(tube_distance(hidden, [(one - begin, other - begin) for one, other in span]))
+    wanted = torch.autograd.grad(sum(expected), list(model.causal_lm.model.parameters()))
+    assert packed.item() == pytest.approx(sum(expected).item(), rel=1e-5)
+    found = torch.autograd.grad(packed, list(model.causal_lm.model.parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7
