@@ -22,7 +22,7 @@ from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
 from pretrain.training.loop import StopRequest, Trainer
 from pretrain.training.metrics import Metrics
-from pretrain.training.throughput import Throughput
+from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 
 
@@ -31,7 +31,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
-    world.agree(lambda: _check(config, corpus))
+    world.agree(lambda: check(config, corpus))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
     world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
     checkpoints = config.run_dir / "checkpoints"
@@ -47,12 +47,12 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
-    layout = _layout(config, specials, pairs=config.objective.has_pairs)
+    layout = run_layout(config, specials, pairs=config.objective.has_pairs)
     trainer = Trainer(
         config=config, world=world, engine=engine, specials=specials, weights=dict(objective.weights), stop=stop, lock=lock,
         loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
                       dropout=config.objective.dropout, epochs=config.train.epochs),
-        throughput=_throughput(config, model, world),
+        throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
     say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
@@ -85,10 +85,10 @@ def _claim(run_dir: Path) -> IO[bytes]:
     return lock
 
 
-def _check(config: RunConfig, corpus: Corpus) -> None:
-    """Mistakes that can be seen before a model is built."""
+def check(config: RunConfig, corpus: Corpus | None) -> None:
+    """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
     length = config.data.sequence_length
-    if corpus.positions_needed > length:
+    if corpus is not None and corpus.positions_needed > length:
         raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path}: the longest needs "
                         f"{corpus.positions_needed} positions; raise it, or prepare the corpus again with this length, which drops and counts them")
     for task in config.evaluation.tasks:
@@ -103,7 +103,8 @@ def _check(config: RunConfig, corpus: Corpus) -> None:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
 
 
-def _layout(config: RunConfig, specials: Specials, pairs: bool) -> Layout:
+def run_layout(config: RunConfig, specials: Specials, pairs: bool) -> Layout:
+    """The layout of the run's records, with or without what only the pair loss needs."""
     return make_layout(config.objective.layout, specials, pairs=pairs, predictor_tokens=config.predictor_tokens, lm_views=config.data.lm_views)
 
 
@@ -112,14 +113,8 @@ def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: Wo
         return None
     held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
     # with pairs whatever the objective: the monitors are there for next_token too
-    return Validation(held_out, _layout(config, specials, pairs=True), specials, config.data.sequence_length,
+    return Validation(held_out, run_layout(config, specials, pairs=True), specials, config.data.sequence_length,
                       config.monitor.validation_records, config.train.micro_batch_rows, world)
-
-
-def _throughput(config: RunConfig, model: LanguageModel, world: World) -> Throughput:
-    head = model.vocabulary * model.width
-    embeddings = head * (1 if model.causal_lm.config.tie_word_embeddings else 2)
-    return Throughput(parameter_count(model) - embeddings, head, world.size, config.data.sequence_length)
 
 
 def _resume(trainer: Trainer, say: Callable[[str], None]) -> None:
