@@ -213,6 +213,11 @@ class RunConfig(Section):
         """Where everything of the run is written."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def predictor_tokens(self) -> int:
+        """k; 0 without pairs."""
+        return self.objective.pairing.predictor_tokens if self.objective.pairing else 0
+
     _resting: list[str] = PrivateAttr(default_factory=list)
 
     @property

@@ -26,9 +26,8 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> Non
     """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    data = {"corpus": manifest["splits"], "tokenizer": manifest["tokenizer"]}
     if (run_dir / "config.yaml").exists():
-        _check_same_run(config, run_dir, data)
+        check_same_run(config, manifest)
     write_text(run_dir / "config.yaml", dump_config(config))
     write_json(run_dir / "environment.json", {
         "python": platform.python_version(),
@@ -37,11 +36,17 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> Non
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads_per_rank": torch.get_num_threads(),
-        "data": data,
+        "data": _data(manifest),
     })
 
 
-def _check_same_run(config: RunConfig, run_dir: Path, data: dict[str, Any]) -> None:
+def _data(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {"corpus": manifest["splits"], "tokenizer": manifest["tokenizer"]}
+
+
+def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
+    """Raises UserError where the run folder, which exists, holds a run with other settings, another corpus or tokenizer."""
+    run_dir, data = config.run_dir, _data(manifest)
     before = yaml.safe_load((run_dir / "config.yaml").read_text())
     now = yaml.safe_load(dump_config(config))
     changed = [key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section)]

@@ -39,9 +39,8 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     Raises UserError where batch sizes do not divide or the model does not fit the corpus.
     """
     settings = engine_settings(config, world.size)
-    predictor_tokens = config.objective.pairing.predictor_tokens if config.objective.pairing else 0
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    _check_zero_options(settings)
+    check_zero_options(settings)
     shape = None
     if config.model.init_from is None:
         shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
@@ -49,10 +48,10 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     torch.manual_seed(config.seed)
     attention = resolve_attention(config.model.attention, world.device)
     if shape is not None:
-        model = LanguageModel(random_causal_lm(shape, attention, dtype), predictor_tokens, attention)
+        model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:
-        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), predictor_tokens, attention)
-        _check_fits(config, model, tokenizer)
+        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
+        check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
     model = model.to(dtype)
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
@@ -86,7 +85,8 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-def _check_zero_options(settings: dict[str, Any]) -> None:
+def check_zero_options(settings: dict[str, Any]) -> None:
+    """Raise UserError for an option of zero_optimization that DeepSpeed does not know."""
     try:
         DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValidationError as error:
@@ -95,7 +95,8 @@ def _check_zero_options(settings: dict[str, Any]) -> None:
         raise UserError(f"deepspeed: {key}: {first['msg']}") from None
 
 
-def _check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the model of model.init_from is too small for the corpus."""
     if model.vocabulary < tokenizer.vocab_size:
         raise UserError(f"model.init_from has {model.vocabulary} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
                         "prepare it with data.tokenizer.path set to that folder")

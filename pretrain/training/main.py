@@ -1,4 +1,4 @@
-"""The training command: `run.py CONFIG [key=value ...]`. Light, so that a mistake in the configuration shows at once."""
+"""The training command: `run.py CONFIG [key=value ...] [--dry-run]`. Light, so that a mistake in the configuration shows at once."""
 
 import argparse
 import os
@@ -14,19 +14,29 @@ STOPPED = 75
 
 
 def main() -> None:
-    """Parse the command line and train."""
+    """Parse the command line; train, or with --dry-run print what training would take."""
     parser = argparse.ArgumentParser(
         description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one.")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, batch, FLOPs, steps and memory of the run, and start nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
-    arguments = parser.parse_args()
-    exit_on_user_error(lambda: run(load_config(arguments.config, arguments.overrides)), silent=_another_process_speaks)
+    arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
+    action = plan if arguments.dry_run else run
+    exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=_another_process_speaks)
 
 
 def _another_process_speaks() -> bool:
     """Every rank meets the same mistake; one on each node reports it."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) != 0
+
+
+def plan(config: RunConfig) -> None:
+    """Print what the run would take."""
+    _quiet()
+    from pretrain.training.dry_run import dry_run
+
+    dry_run(config)
 
 
 def run(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
 from pretrain.training.loop import StopRequest, Trainer
 from pretrain.training.metrics import Metrics
-from pretrain.training.throughput import Throughput
+from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 
 LENGTHS_AT_ONCE = 1 << 20
@@ -34,7 +34,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
-    world.agree(lambda: _check(config, corpus))
+    world.agree(lambda: check(config, corpus))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
     world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
     checkpoints = config.run_dir / "checkpoints"
@@ -55,7 +55,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
         config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop, lock=lock,
         loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
                       dropout=config.objective.record_dropout, epochs=config.train.epochs),
-        throughput=_throughput(config, model, world),
+        throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
     say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
@@ -88,10 +88,11 @@ def _claim(run_dir: Path) -> IO[bytes]:
     return lock
 
 
-def _check(config: RunConfig, corpus: Corpus) -> None:
-    """Mistakes that can be seen before a model is built."""
-    _check_views(config, corpus)
-    _check_lengths(config, corpus)
+def check(config: RunConfig, corpus: Corpus | None) -> None:
+    """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
+    if corpus is not None:
+        _check_views(config, corpus)
+        _check_lengths(config, corpus)
     for task in config.evaluation.tasks:
         for key, path in (("train", task.train), ("test", task.test)):
             if path is not None and not Path(path).is_file():
@@ -139,12 +140,6 @@ def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: Wo
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
     return Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
                       config.train.micro_batch_rows, world)
-
-
-def _throughput(config: RunConfig, model: LanguageModel, world: World) -> Throughput:
-    head = model.vocabulary * model.width
-    embeddings = head * (1 if model.causal_lm.config.tie_word_embeddings else 2)
-    return Throughput(parameter_count(model) - embeddings, head, world.size, config.data.sequence_length)
 
 
 def _resume(trainer: Trainer, say: Callable[[str], None]) -> None:

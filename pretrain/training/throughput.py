@@ -1,24 +1,66 @@
-"""How fast it goes, counted on real tokens."""
+"""What a model computes, and how fast it goes, counted on real tokens."""
+
+from dataclasses import dataclass
 
 import torch
 
 from pretrain.data.loader import Rows
+from pretrain.models.language_model import LanguageModel
+from pretrain.training.engine import parameter_count
 
 PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 """Dense bf16 peak of a device, from its maker's data sheet. Other devices get no MFU rather than an invented one."""
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, by what they compute."""
+
+    layers: int
+    """The final norm included."""
+    embedding: int
+    head: int
+    """The output head; the embedding itself where they are tied."""
+    tied: bool
+    predictor: int
+    """The embedding of the predictor tokens."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, a tied one once."""
+        return self.layers + self.embedding + (0 if self.tied else self.head) + self.predictor
+
+    def flops(self, positions: float, targets: float) -> tuple[float, float]:
+        """FLOPs of layers and of output head, forward and backward, for positions computed and next-token targets.
+
+        6 per position and parameter of the layers, and per target and parameter of the head (Kaplan et al., arXiv
+        2001.08361, section 2.1). Attention scores are not counted, padding neither.
+        """
+        return 6 * self.layers * positions, 6 * self.head * targets
+
+
+def count_parameters(model: LanguageModel) -> Parameters:
+    """The parameters of a model, partitioned, whole or on the meta device."""
+    embedding = model.vocabulary * model.width
+    tied = bool(model.causal_lm.config.tie_word_embeddings)
+    predictor = 0 if model.predictor is None else parameter_count(model.predictor)
+    layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)
+    return Parameters(layers, embedding, embedding, tied, predictor)
+
+
+def peak_flops() -> float | None:
+    """The dense bf16 peak of this device in FLOP/s; None where it is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for device, peak in PEAK_BF16_FLOPS.items() if device in name), None)
+
+
 class Throughput:
-    """Rates of the steps since the last report, validation and checkpoints not counted in.
+    """Rates of the steps since the last report, validation and checkpoints not counted in. MFU counts `Parameters.flops`."""
 
-    MFU counts 6 FLOPs per position and parameter of the layers, and per next-token target and parameter of the output
-    head (Kaplan et al., arXiv 2001.08361, section 2.1); attention scores are not counted, padding neither.
-    """
-
-    def __init__(self, layer_parameters: int, head_parameters: int, ranks: int, row_length: int):
-        self.layer_parameters, self.head_parameters, self.row_length = layer_parameters, head_parameters, row_length
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = next((peak * ranks for device, peak in PEAK_BF16_FLOPS.items() if device in name), None)
+    def __init__(self, parameters: Parameters, ranks: int, row_length: int):
+        self.parameters, self.row_length = parameters, row_length
+        peak = peak_flops()
+        self.peak = None if peak is None else peak * ranks
         self._reset()
 
     def _reset(self) -> None:
@@ -42,7 +84,6 @@ class Throughput:
             "throughput/padding_fraction": 1 - self.positions / self.slots,
         }
         if self.peak is not None:
-            flops = 6 * (self.layer_parameters * self.positions + self.head_parameters * self.targets)
-            values["throughput/mfu"] = flops / self.seconds / self.peak
+            values["throughput/mfu"] = sum(self.parameters.flops(self.positions, self.targets)) / self.seconds / self.peak
         self._reset()
         return values

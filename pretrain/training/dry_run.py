@@ -1,0 +1,320 @@
+"""What a run would take: parameters, batch, FLOPs, steps and memory, from configuration and lengths alone.
+
+Nothing is built but the model on the meta device, which holds shapes and no values; no process group, no run folder.
+"""
+
+import math
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from transformers import AutoModelForCausalLM
+
+from data_prep.console import UserError
+from data_prep.shards import MANIFEST
+from data_prep.tokenizer import Tokenizer, take_over
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Layout, make_layout
+from pretrain.data.loader import Loader, counts
+from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+from pretrain.training.describe import check_same_run
+from pretrain.training.engine import check_fits, check_zero_options, engine_settings
+from pretrain.training.memory import ITEM_BYTES, activations, layer_widths, model_states
+from pretrain.training.schedule import Progress, consumed_fraction
+from pretrain.training.setup import check
+from pretrain.training.throughput import Parameters, count_parameters, peak_flops
+
+RANKS = (1, 8, 64)
+"""Numbers of ranks that are compared where no launcher gives one, as far as the global batch divides among them."""
+SHARE_OF_PEAK = 0.4
+"""Of a device's bf16 peak, in the estimate of days; what large runs reach."""
+Table = list[tuple[str, ...]]
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print the plan on rank 0. Raises the UserErrors of a real start, but a corpus that is not prepared is none."""
+    rank, ranks = _launched()
+    if rank:
+        return
+    settings = engine_settings(config, ranks or 1)
+    corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
+    _check_start(config, corpus)
+    check_zero_options(settings)
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
+    model = _model_of_shapes(config, tokenizer)
+    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
+    plan = Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
+
+    if config.resting_keys:
+        print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
+    if corpus is None:
+        print(f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
+              "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG")
+    tables = [_parameter_table(plan), _corpus_table(corpus) if corpus else [], _step_table(plan), _budget_table(plan), _states_table(plan),
+              _activation_table(plan)]
+    for table in filter(None, tables):
+        _print_table(table)
+    print("\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
+          "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.", flush=True)
+
+
+def _launched() -> tuple[int, int | None]:
+    """This process's rank and the number of ranks; None where no launcher started it."""
+    environment = os.environ
+    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        return int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+    return int(environment.get("RANK", 0)), int(environment["WORLD_SIZE"]) if "WORLD_SIZE" in environment else None
+
+
+def _check_start(config: RunConfig, corpus: Corpus | None) -> None:
+    """What a real start would refuse in corpus, files and run folder."""
+    check(config, corpus)
+    if corpus and "validation" in corpus.manifest["splits"]:
+        Corpus(config.data.path, "validation")
+    if corpus and config.run_dir.exists():
+        check_same_run(config, corpus.manifest)
+    existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to")
+
+
+def _future_tokenizer(config: RunConfig) -> Tokenizer | SimpleNamespace:
+    """The tokenizer that a preparation would make, or, where it would train one, its size and special ids."""
+    if config.data.tokenizer.path is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            return take_over(Path(config.data.tokenizer.path), Path(folder))
+    return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
+
+
+def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer | SimpleNamespace) -> LanguageModel:
+    attention = "eager"  # nothing is computed, and every family has it
+    if config.model.init_from is None:
+        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
+        with torch.device("meta"):
+            return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(config.model.init_from, device_map="meta", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.init_from: cannot load {config.model.init_from}: {' '.join(str(error).split())[:300]}") from None
+    with torch.device("meta"):
+        model = LanguageModel(causal_lm, config.predictor_tokens, attention)
+    check_fits(config, model, tokenizer)
+    return model
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the records of a step become in one layout, over all ranks. Means, so not whole numbers."""
+
+    positions: float
+    targets: float
+    """Next-token targets."""
+    predictor: float
+    """Predictor tokens."""
+    visible: float
+    """Keys that queries see, itself included, summed over the positions."""
+
+    def flops(self, parameters: Parameters, model: LanguageModel) -> dict[str, float]:
+        """By part; attention scores take 12 per layer, width of the query heads and visible key (2 products, forward and backward)."""
+        layers, head = parameters.flops(self.positions, self.targets)
+        return {"layers": layers, "output head": head, "attention scores": 12 * self.visible * sum(layer.queries for layer in layer_widths(model))}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A global batch, as planned or, without a corpus, at most."""
+
+    stream: Stream
+    planned: int = 0
+    """Steps that were planned for these means."""
+    records: float = 0
+    tokens: float = 0
+    """Of the corpus."""
+    pairs: float = 0
+    without_pairs: Stream | None = None
+    """The same records under objective.name=next_token; None where the run itself is that."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is printed follows from this."""
+
+    config: RunConfig
+    corpus: Corpus | None
+    model: LanguageModel
+    """On the meta device."""
+    parameters: Parameters
+    step: Step
+    zero: DeepSpeedZeroConfig
+    ranks: int | None
+    """As launched; None where no launcher tells."""
+
+    @property
+    def rank_counts(self) -> list[int]:
+        """The numbers of ranks to show: that of the launcher, or those that the global batch divides among."""
+        if self.ranks is not None:
+            return [self.ranks]
+        most = self.config.train.global_batch_rows // self.config.train.micro_batch_rows
+        return sorted({ranks for ranks in RANKS if most % ranks == 0} | ({most} if most < max(RANKS) else set()))
+
+    @property
+    def flops(self) -> float:
+        """Of a step."""
+        return sum(self.step.stream.flops(self.parameters, self.model).values())
+
+
+def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
+    """Means over the steps of the loader's first window of records."""
+    specials, objective = special_ids(tokenizer, model.vocabulary), config.objective
+    layout = objective.make_layout(specials, corpus.views, config.data.lm_views)
+    plain = make_layout(objective.layout, specials, views=corpus.views, lm_views=config.data.lm_views)
+    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=objective.record_dropout)
+    sums: Counter[str] = Counter()
+    stream, without_pairs = Counter(), Counter()
+    while loader.epoch == loader.window == 0:
+        rows = loader.next_rows(config.train.global_batch_rows)
+        sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=counts(rows, layout)["pairs"])
+        stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
+        without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
+    steps = sums.pop("steps")
+    mean, plain_mean = (Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs))
+    return Step(mean, steps, **{name: total / steps for name, total in sums.items()}, without_pairs=plain_mean if layout.read_outs else None)
+
+
+def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
+    """The fields of a Stream, summed over records with views (N, views) and segments (N, segments)."""
+    predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
+    return {"positions": int(segment_lengths.sum()), "targets": int(layout.lm_targets(lengths, segment_lengths).sum()),
+            "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
+            "visible": _visible(layout, segment_lengths)}
+
+
+def _visible(layout: Layout, lengths: np.ndarray) -> int:
+    """Visible keys over all queries of records with segments (N, segments): a token sees its own up to itself, and all above."""
+    above = np.zeros_like(lengths)
+    for index, segment in enumerate(layout.segments):
+        if segment.parent is not None:
+            above[:, index] = above[:, segment.parent] + lengths[:, segment.parent]
+    return int((lengths * (lengths + 1) // 2 + lengths * above).sum())
+
+
+def _largest_step(config: RunConfig) -> Step:
+    """Rows full of one record each, every position a target."""
+    rows, length = config.train.global_batch_rows, config.data.sequence_length
+    return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
+
+
+def _parameter_table(plan: Plan) -> Table:
+    size = plan.parameters
+    embedding = f"embedding, {plan.model.vocabulary:,} x {plan.model.width:,}" + ", is the output head too" * size.tied
+    head = [] if size.tied else [("output head", f"{size.head:,}")]
+    predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
+    return [("parameters", ""), (embedding, f"{size.embedding:,}"), *head, ("layers", f"{size.layers:,}"), *predictor, ("total", f"{size.total:,}")]
+
+
+def _corpus_table(corpus: Corpus) -> Table:
+    rows: Table = [("corpus", "records", "tokens")]
+    for split, entry in corpus.manifest["splits"].items():
+        tokens = sum(sum(shard["tokens"].values()) for shard in entry["shards"])
+        rows.append((split, f"{sum(shard['records'] for shard in entry['shards']):,}", f"{tokens:,}"))
+    return rows
+
+
+def _step_table(plan: Plan) -> Table:
+    train, step, stream, plain = plan.config.train, plan.step, plan.step.stream, plan.step.without_pairs
+    title = f"a step, mean of {step.planned:,}" if step.planned else "a step, at most"
+    rows: Table = [(title, plan.config.objective.name, *(("next_token", "more") if plain else ())), ("rows", f"{train.global_batch_rows:,}")]
+    for ranks in plan.rank_counts:
+        rows.append((f"micro steps of each of {ranks:,} rank{'s' * (ranks > 1)}", f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}"))
+    if step.planned:
+        rows += [("records", f"{step.records:,.0f}"), ("corpus tokens", f"{step.tokens:,.0f}")]
+    rows.append(_compared("positions", stream.positions, plain and plain.positions, ",.0f"))
+    if plain:
+        parts = {"predictor tokens": stream.predictor, "copies of a view": stream.positions - plain.positions - stream.predictor}
+        rows += [(f"  {name}", f"{count:,.0f}") for name, count in parts.items() if count > 0.5]
+    if step.planned:
+        rows.append(("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}"))
+    rows.append(_compared("next-token targets", stream.targets, plain and plain.targets, ",.0f"))
+    if plain:
+        rows.append(("pairs", f"{step.pairs:,.0f}"))
+    flops = stream.flops(plan.parameters, plan.model)
+    plain_flops = plain.flops(plan.parameters, plan.model) if plain else {}
+    rows += [_compared(f"FLOPs, {part}", value, plain_flops.get(part), ".3g") for part, value in flops.items()]
+    return [*rows, _compared("FLOPs", sum(flops.values()), sum(plain_flops.values()), ".3g")]
+
+
+def _compared(name: str, value: float, plain: float | None, form: str) -> tuple[str, ...]:
+    return (name, f"{value:{form}}", *((f"{plain:{form}}", f"{value / plain - 1:.1%}") if plain else ()))
+
+
+def _budget_table(plan: Plan) -> Table:
+    train, step, corpus = plan.config.train, plan.step, plan.corpus
+    name, budget = next((name, value) for name in ("steps", "tokens", "records", "epochs") if (value := getattr(train, name)) is not None)
+    rows: Table = [("the run", ""), (f"train.{name}", f"{budget:,}")]
+    if corpus is None and name in ("records", "epochs"):
+        return [*rows, ("steps", "unknown")]
+    # without a corpus a full row holds at most as many tokens as positions
+    one = Progress(1, step.records, step.tokens) if corpus else Progress(1, tokens=step.stream.positions)
+    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, len(corpus) if corpus else 0))
+    if train.steps is None:
+        rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
+    if corpus:
+        rows += [("corpus tokens in all", f"{steps * step.tokens:,.0f}"), ("epochs", f"{steps * step.records / len(corpus):,.2f}")]
+    rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{steps * plan.flops:.3g}"))
+    peak = peak_flops()
+    if peak is not None and train.precision == "bf16":
+        speed = SHARE_OF_PEAK * peak * (plan.ranks or 1)
+        rows.append((f"days at {speed:.3g} FLOP/s, {SHARE_OF_PEAK:.0%} of {plan.ranks or 1:,} such device{'s' * ((plan.ranks or 1) > 1)}",
+                     f"{steps * plan.flops / speed / 86400:,.2f}"))
+    return rows
+
+
+def _states_table(plan: Plan) -> Table:
+    """No ZeRO takes the same on any number of ranks, and on one rank its stages are equal."""
+    precision, configured = plan.config.train.precision, int(plan.zero.stage)
+    small = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.numel() <= plan.zero.param_persistence_threshold)
+    cases = [(0, 1)] + [(stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))]
+    states = {case: model_states(plan.parameters.total, small, precision, *case) for case in cases}
+    unit, scale = _unit(plan)
+    rows: Table = [(f"model states of a rank in {precision}, {unit}", "ranks", "parameters", "gradients", "optimizer", "together", "within the step")]
+    for (stage, ranks), held in states.items():
+        name = "no ZeRO" if stage == 0 else f"ZeRO {stage}" + ", as configured" * (stage == configured)
+        numbers = (held.parameters, held.gradients, held.optimizer, held.held, held.in_step)
+        rows.append((name, "any" if stage == 0 else f"{ranks:,}", *(f"{number / scale:,.2f}" for number in numbers)))
+    return rows
+
+
+def _activation_table(plan: Plan) -> Table:
+    train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
+    targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
+    kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets)
+    rows = [("activations of the layers", kept.layers, kept.checkpointed_layers), ("logits of the targets", kept.logits, kept.logits),
+            ("reduce_bucket_size of gradients", item * zero.reduce_bucket_size, item * zero.reduce_bucket_size)]
+    if int(zero.stage) == 3:
+        gathered = item * min(plan.parameters.total, zero.max_live_parameters)
+        rows.append(("gathered parameters, at most", gathered, gathered))
+    rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    unit, scale = _unit(plan)
+    return [(f"beside them, {unit}", "as it is", "with activation checkpointing"),
+            *((name, f"{whole / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, whole, checkpointed in rows)]
+
+
+def _unit(plan: Plan) -> tuple[str, int]:
+    """Of all memory: GiB from about 100 million parameters on."""
+    return ("GiB", 2**30) if plan.parameters.total >= 10**8 else ("MiB", 2**20)
+
+
+def _print_table(rows: Table) -> None:
+    """The first column to the left, the others to the right; rows may leave out their last columns."""
+    columns = max(map(len, rows))
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    print("\n" + lines[0] + "\n" + "-" * (sum(widths) + 2 * (columns - 1)) + "\n" + "\n".join(lines[1:]))
