@@ -53,7 +53,6 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
         model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
         _check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
-    model = model.to(dtype)
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     decay = [parameter for parameter in module.parameters() if len(_shape(parameter)) >= 2]
     rest = [parameter for parameter in module.parameters() if len(_shape(parameter)) < 2]

@@ -72,3 +72,12 @@ def test_each_weight_has_the_spread_of_the_familys_own_initialisation(folder, to
     assert state["predictor.weight"].numel() >= LARGE
     assert state["predictor.weight"].std() == pytest.approx(words.std().item(), rel=0.15)
     assert words.std() == pytest.approx(config.hidden_size**-0.5 if family == "openelm" else 0.02, rel=0.05)
+
+
+def test_rotary_frequencies_are_not_rounded_in_bf16(folder, tokenizer):
+    """Rounded ones would turn distant positions by whole radians, and the export would not know of it."""
+    state = initial(folder, "gemma2-bf16-r1")
+    assert {value.dtype for name, value in state.items() if name.endswith("weight")} == {torch.bfloat16}
+    _, _, buffers = plain(tokenizer, "gemma2")
+    for name in ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"):
+        assert torch.equal(state[f"causal_lm.{name}"], buffers[name]), name
