@@ -14,7 +14,7 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.config import Family
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
-from pretrain.models.attention import SLIDING, attention_mask
+from pretrain.models.attention import FULL, SLIDING, attention_mask
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this before the model is built; it is never resized."""
@@ -66,7 +66,10 @@ def _check_shape(family: str, config: PretrainedConfig) -> None:
         raise UserError(f"model.shape: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")
     if config.rope_parameters["rope_type"] not in ROPE_TYPES:
         raise UserError(f"model.shape: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
-    if SLIDING in (getattr(config, "layer_types", None) or ()) and (config.sliding_window or 0) < 1:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {FULL, SLIDING}:
+        raise UserError(f"model.shape: layer_types are {FULL} and {SLIDING}, not {', '.join(sorted(kinds - {FULL, SLIDING}))}")
+    if SLIDING in kinds and (config.sliding_window or 0) < 1:
         raise UserError(f"model.shape: {family} has layers of sliding attention: sliding_window must be positive")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("model.shape: use_bidirectional_attention lets a token see the one that it predicts; leave it out")

@@ -72,6 +72,7 @@ def test_every_family_has_a_tiny_shape():
     ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
     ("gemma2", {"hidden_activation": "nonsense"}, "transformers knows no hidden_activation 'nonsense'"),
     ("gemma2", {"sliding_window": None}, "sliding_window must be positive"),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types are full_attention and sliding_attention, not chunked"),
     ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 cannot be built so"),
     ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the one that it predicts"),
     ("olmo2", {"intermediate": 3}, "olmo2 has no option 'intermediate'"),
