@@ -30,18 +30,21 @@ PASSED_THROUGH = ("activation_checkpointing", "aio", "communication_data_type", 
 """Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
 
 
+Family = Literal["llama", "gemma2", "olmo2", "openelm"]
+
+
 class ModelConfig(Section):
     """What is trained."""
 
-    family: Literal["llama"] | None = None
-    """Model family of transformers."""
+    family: Family | None = None
+    """Llama 3, Gemma 2, OLMo 2 or OpenELM."""
     shape: dict[str, Any] | None = None
     """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
     configuration. The vocabulary and the special tokens come from the corpus."""
     init_from: str | None = None
     """An export or another local Hugging Face folder to start from, instead of random weights."""
-    attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
-    """auto: FlexAttention on CUDA, SDPA with the visibility mask on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    """auto: FlexAttention on CUDA; on CPU SDPA with the visibility mask, for gemma2, which caps attention scores, eager."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 

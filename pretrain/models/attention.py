@@ -1,32 +1,72 @@
 """The visibility rule as the mask that an attention kernel wants.
 
-Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layout.py).
+Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layout.py); in a layer with a sliding window,
+only if their positions differ by less than the window, too. The window counts position ids, not places in the row:
+other segments of the record may stand between a segment and the one it goes on from.
+
+Gemma 2 caps its attention scores, which SDPA cannot. Its eager kernel, like that of every family, *adds* the mask to the
+scores: a boolean one would mask nothing.
 """
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PretrainedConfig
 
 from data_prep.console import UserError
 
+Mask = torch.Tensor | BlockMask
+FULL, SLIDING = "full_attention", "sliding_attention"
 
-def resolve_attention(setting: str, device: torch.device) -> str:
-    """The kernel for `auto`: FlexAttention on CUDA; SDPA on CPU, where FlexAttention has no backward pass."""
+
+def resolve_attention(setting: str, device: torch.device, config: PretrainedConfig) -> str:
+    """The kernel for `auto`: FlexAttention on CUDA; on CPU, where it has no backward pass, SDPA, or for Gemma 2 eager.
+
+    Raises UserError for a kernel that the device or the family cannot use.
+    """
+    capped = config.model_type == "gemma2"
     if setting == "auto":
-        return "flex_attention" if device.type == "cuda" else "sdpa"
+        setting = "flex_attention" if device.type == "cuda" else "eager" if capped else "sdpa"
     if setting == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention: flex_attention has no backward pass on CPU; leave it at auto")
+    if setting == "flex_attention" and config.attention_dropout:
+        raise UserError("model.attention: flex_attention has no attention_dropout; set that to 0 in the model's shape, "
+                        f"or model.attention to {'eager' if capped else 'sdpa'}")
+    if setting == "sdpa" and capped:
+        raise UserError("model.attention: sdpa cannot cap attention scores, as gemma2 does; leave it at auto")
     return setting
 
 
-def visibility_mask(visible_until: torch.Tensor, attention: str) -> torch.Tensor | BlockMask:
-    """(B, L) -> a boolean (B, 1, L, L) mask, True where the query may look, or FlexAttention's block mask."""
-    rows, length = visible_until.shape
-    if attention == "flex_attention":
-        def visible(row, head, query, key):
-            return (key <= query) & (query < visible_until[row, key])
+def attention_mask(visible_until: torch.Tensor, positions: torch.Tensor, attention: str, config: PretrainedConfig,
+                   dtype: torch.dtype) -> Mask | dict[str, Mask]:
+    """What a model of `config` takes as its attention_mask: one mask, or one by kind of layer.
 
-        return create_block_mask(visible, rows, None, length, length, device=visible_until.device.type,
-                                 _compile=visible_until.is_cuda)  # compiled, it never builds the dense mask
-    query = torch.arange(length, device=visible_until.device)[:, None]
-    key = torch.arange(length, device=visible_until.device)[None, :]
-    return ((key <= query) & (query < visible_until[:, None, :]))[:, None]
+    `visible_until` and `positions` are (B, L), `dtype` is that of the attention scores.
+    """
+    full = visibility_mask(visible_until, attention, dtype=dtype)
+    if getattr(config, "layer_types", None) is None:
+        return full
+    return {FULL: full, SLIDING: visibility_mask(visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype)}
+
+
+def visibility_mask(visible_until: torch.Tensor, attention: str, *, positions: torch.Tensor | None = None, window: int | None = None,
+                    dtype: torch.dtype = torch.float32) -> Mask:
+    """(B, L) -> the (B, 1, L, L) mask of a kernel: of `window` positions where that is given.
+
+    sdpa: boolean, True where the query may look. eager: 0 there and the smallest finite number elsewhere, to be added.
+    flex_attention: a block mask.
+    """
+    rows, length = visible_until.shape
+    device = visible_until.device
+
+    def visible(row, head, query, key):
+        seen = (key <= query) & (query < visible_until[row, key])
+        return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
+
+    if attention == "flex_attention":
+        # compiled, it never builds the dense mask
+        return create_block_mask(visible, rows, None, length, length, device=device.type, _compile=visible_until.is_cuda)
+    place = torch.arange(length, device=device)
+    mask = visible(torch.arange(rows, device=device)[:, None, None], None, place[:, None], place)[:, None]
+    if attention == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)

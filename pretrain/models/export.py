@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.files import write_json
 from data_prep.tokenizer import Tokenizer
+from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel
 
 PREDICTOR_KEY = "predictor.weight"
@@ -47,8 +48,9 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
     os.replace(temporary, folder)
 
 
-def load_language_model(folder: Path, attention: str) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of an export, in fp32, whole, on CPU."""
+def load_language_model(folder: Path, setting: str, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of an export, in fp32, whole, on CPU; with the attention kernel of `setting` for `device`."""
+    attention = resolve_attention(setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
     causal_lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True)
     path = folder / "jepa.safetensors"
     predictor_tokens = len(load_file(path)[PREDICTOR_KEY]) if path.exists() else 0

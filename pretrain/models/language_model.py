@@ -1,21 +1,27 @@
 """A causal language model from transformers, opened up: hidden states of packed rows, and the head apart."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 
+import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
+from pretrain.config import Family
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
-from pretrain.models.attention import visibility_mask
+from pretrain.models.attention import FULL, SLIDING, attention_mask
 from pretrain.models.head import Head
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this before the model is built; it is never resized."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies depend on the configuration alone. The others of transformers look at the longest position of
+the batch: packed rows would not equal separate sequences."""
 
 
 def padded_vocabulary(tokenizer: Tokenizer) -> int:
@@ -45,14 +51,46 @@ def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, seque
         config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
     except Exception as error:  # its validation raises kinds of its own
         raise UserError(f"model.shape: {family} cannot be built so: {' '.join(str(error).split())[:300]}") from None
-    if config.hidden_act not in ACT2FN:
-        raise UserError(f"model.shape: transformers knows no hidden_act {config.hidden_act!r}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(f"model.shape: num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
-                        f"({config.num_key_value_heads})")
+    _check_shape(family, config)
     if config.max_position_embeddings < sequence_length:
         raise UserError(f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions")
     return config
+
+
+def _check_shape(family: str, config: PretrainedConfig) -> None:
+    """What the configuration class lets pass, though no model, or no causal one of packed rows, can be built from it."""
+    for name in ("hidden_act", "hidden_activation"):
+        if getattr(config, name, "silu") not in ACT2FN:
+            raise UserError(f"model.shape: transformers knows no {name} {getattr(config, name)!r}")
+    heads, key_value_heads = (getattr(config, name, 1) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads % key_value_heads:
+        raise UserError(f"model.shape: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")
+    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+        raise UserError(f"model.shape: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {FULL, SLIDING}:
+        raise UserError(f"model.shape: layer_types are {FULL} and {SLIDING}, not {', '.join(sorted(kinds - {FULL, SLIDING}))}")
+    if SLIDING in kinds and (config.sliding_window or 0) < 1:
+        raise UserError(f"model.shape: {family} has layers of sliding attention: sliding_window must be positive")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError("model.shape: use_bidirectional_attention lets a token see the one that it predicts; leave it out")
+
+
+class PredictorEmbedding(nn.Embedding):
+    """Embeddings (k, D) of the predictor tokens, initialised and scaled like the family's word embeddings.
+
+    Gemma multiplies its word embeddings by sqrt(D) on the way in; without the same factor predictor tokens would be
+    drowned by them, and learn more slowly.
+    """
+
+    def __init__(self, tokens: int, config: PretrainedConfig, words: nn.Embedding):
+        super().__init__(tokens, config.hidden_size, dtype=words.weight.dtype)
+        self.scale = getattr(words, "scalar_embed_scale", 1.0)
+        nn.init.normal_(self.weight, std=config.initializer_range)
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        """(...) in 0 to k - 1 -> (..., D)."""
+        return super().forward(index) * self.scale
 
 
 class LanguageModel(nn.Module):
@@ -68,15 +106,15 @@ class LanguageModel(nn.Module):
         config = causal_lm.config
         causal_lm.lm_head = Head(causal_lm.lm_head, getattr(config, "final_logit_softcapping", None))
         self.vocabulary, self.width = config.vocab_size, config.hidden_size
-        self.predictor = nn.Embedding(predictor_tokens, self.width) if predictor_tokens else None
-        if self.predictor is not None:
-            nn.init.normal_(self.predictor.weight, std=config.initializer_range)
+        words = causal_lm.get_input_embeddings()
+        self.predictor = PredictorEmbedding(predictor_tokens, config, words) if predictor_tokens else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Last-layer hidden states after the final norm, (B * L, D)."""
+        embedded = self._embed(batch.token_ids)
         hidden = self.causal_lm.model(
-            inputs_embeds=self._embed(batch.token_ids),
-            attention_mask=visibility_mask(batch.visible_until, self.attention),
+            inputs_embeds=embedded,
+            attention_mask=attention_mask(batch.visible_until, batch.positions, self.attention, self.causal_lm.config, embedded.dtype),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
@@ -106,6 +144,17 @@ def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtyp
     number of ranks.
     """
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def pretrained_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of a local Hugging Face folder. Raises UserError where it does not load, or holds an unknown family."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.init_from: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+    if config.model_type not in get_args(Family):
+        raise UserError(f"model.init_from: {folder} holds a model of the family {config.model_type!r}; known ones: {', '.join(get_args(Family))}")
+    return config
 
 
 def pretrained_causal_lm(folder: str, attention: str, dtype: torch.dtype) -> nn.Module:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from transformers import AutoModelForCausalLM
 
 from data_prep.console import UserError
 from data_prep.shards import MANIFEST
@@ -23,7 +22,7 @@ from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import Loader, counts
-from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+from pretrain.models.language_model import LanguageModel, pretrained_config, random_causal_lm, shape_config, special_ids
 from pretrain.training.describe import check_same_run
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings
 from pretrain.training.memory import ITEM_BYTES, activations, layer_widths, model_states
@@ -100,12 +99,9 @@ def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer | SimpleNamespace) 
         shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(config.model.init_from, device_map="meta", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.init_from: cannot load {config.model.init_from}: {' '.join(str(error).split())[:300]}") from None
+    shape = pretrained_config(config.model.init_from)
     with torch.device("meta"):
-        model = LanguageModel(causal_lm, config.predictor_tokens, attention)
+        model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     check_fits(config, model, tokenizer)
     return model
 

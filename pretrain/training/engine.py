@@ -15,7 +15,7 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
-from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, random_causal_lm, shape_config
+from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, pretrained_config, random_causal_lm, shape_config
 from pretrain.objectives import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
@@ -41,19 +41,18 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     settings = engine_settings(config, world.size)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings)
-    shape = None
-    if config.model.init_from is None:
-        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
+    from_scratch = config.model.init_from is None
+    shape = (shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length) if from_scratch
+             else pretrained_config(config.model.init_from))
+    attention = resolve_attention(config.model.attention, world.device, shape)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     torch.manual_seed(config.seed)
-    attention = resolve_attention(config.model.attention, world.device)
-    if shape is not None:
+    if from_scratch:
         model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:
         model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
         check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
-    model = model.to(dtype)
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     decay = [parameter for parameter in module.parameters() if len(_shape(parameter)) >= 2]
     rest = [parameter for parameter in module.parameters() if len(_shape(parameter)) < 2]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data_prep.config import DataConfig
 from data_prep.files import write_json
@@ -14,10 +15,11 @@ from data_prep.shards import FORMAT, MANIFEST, write_shard
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Specials
+from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+from tests.launching import ROOT
 
-SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "tie_word_embeddings": True}
+SHAPES = ROOT / "configs" / "models"
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +69,19 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer) -> Callable[..., LanguageModel]:
-    """A small Llama with k predictor tokens, its random weights enlarged: tiny ones hide what attention does."""
+    """A small model of a family with k predictor tokens, its random weights enlarged: tiny ones hide what attention does."""
 
-    def make(predictor_tokens: int, enlarge: float = 10.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+    def make(predictor_tokens: int, spread: float = 0.2, dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "llama") -> LanguageModel:
         torch.manual_seed(seed)
-        causal_lm = random_causal_lm(shape_config("llama", SHAPE, tokenizer, 256), "sdpa", torch.float32)
-        model = LanguageModel(causal_lm, predictor_tokens, "sdpa")
+        config = shape_config(family, yaml.safe_load((SHAPES / f"{family}_tiny.yaml").read_text()), tokenizer, 256)
+        attention = resolve_attention("auto", torch.device("cpu"), config)
+        model = LanguageModel(random_causal_lm(config, attention, torch.float32), predictor_tokens, attention)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(enlarge)
+                    parameter.mul_(spread / model.causal_lm.config.initializer_range)
+                elif "q_norm" in name or "k_norm" in name:
+                    parameter.fill_(2.0)  # normed queries and keys do not feel larger matrices
         return model.to(dtype)
 
     return make

@@ -7,7 +7,6 @@ import torch
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.pairs import prepare_pairs, task_source
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
-from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.pool import Gather
@@ -21,7 +20,7 @@ def evaluate(run: TaskRun) -> TaskResult:
     config = run.config
     corpus = Corpus(prepare_pairs(config, task_source(config, run.task.test), run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_language_model(run.export, resolve_attention(config.model.attention, device))
+    model, tokenizer = load_language_model(run.export, config.model.attention, device)
     specials = special_ids(tokenizer, model.vocabulary)
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
     world = World(0, 1, device)

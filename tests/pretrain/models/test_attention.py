@@ -5,22 +5,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention
+from transformers import AutoConfig
 
+import pretrain.models.openelm  # noqa: F401  registers the family
+from data_prep.console import UserError
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
-from pretrain.models.attention import resolve_attention, visibility_mask
+from pretrain.models.attention import attention_mask, resolve_attention, visibility_mask
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTH = 384
 BLOCK = 128
+WINDOW = 7
 
 
 @pytest.fixture(scope="module", params=["joint", "independent"])
-def visible_until(request, corpus, specials) -> torch.Tensor:
+def batch(request, corpus, specials):
     """Real rows, and an empty one."""
     layout = make_layout(request.param, specials, pairing=Pairing(2))
     rows = Loader(corpus, layout, LENGTH, seed=0, dropout=0.3).next_rows(3)
-    return assemble(Rows.join([rows], 4), corpus, layout, specials, LENGTH, int(rows.paired.sum())).visible_until
+    return assemble(Rows.join([rows], 4), corpus, layout, specials, LENGTH, int(rows.paired.sum()))
+
+
+@pytest.fixture(scope="module")
+def visible_until(batch) -> torch.Tensor:
+    return batch.visible_until
+
+
+@pytest.fixture(scope="module")
+def window(batch) -> dict:
+    return {"positions": batch.positions, "window": WINDOW}
 
 
 def test_the_boolean_mask_is_the_rule_read_literally(visible_until):
@@ -34,9 +49,33 @@ def test_the_boolean_mask_is_the_rule_read_literally(visible_until):
     assert mask.any(dim=-1).all(), "a query that sees nothing makes softmax undefined"
 
 
-def test_flex_attention_has_the_same_mask(visible_until):
-    dense = visibility_mask(visible_until, "sdpa")
-    block_mask = visibility_mask(visible_until, "flex_attention")
+def test_a_window_counts_positions_within_the_record(batch, visible_until, window):
+    mask = visibility_mask(visible_until, "sdpa", **window)
+    until, positions = visible_until.numpy(), batch.positions.numpy()
+    for row in range(4):
+        for query in range(0, LENGTH, 7):
+            expected = [key <= query < until[row, key] and positions[row, query] - positions[row, key] < WINDOW for key in range(LENGTH)]
+            np.testing.assert_array_equal(mask[row, 0, query], expected)
+    assert mask.diagonal(dim1=2, dim2=3).all(), "every query sees itself"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_the_mask_that_is_added_is_finite_and_hides_the_same(sliding, dtype, visible_until, window):
+    where = window if sliding else {}
+    added = visibility_mask(visible_until, "eager", dtype=dtype, **where)
+    assert added.dtype == dtype and added.isfinite().all()
+    assert torch.equal(added == 0, visibility_mask(visible_until, "sdpa", **where))
+    scores = torch.randn(added.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = (scores + added).softmax(dim=-1)
+    assert weights.isfinite().all() and not weights[added != 0].any()
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_flex_attention_has_the_same_mask(sliding, visible_until, window):
+    where = window if sliding else {}
+    dense = visibility_mask(visible_until, "sdpa", **where)
+    block_mask = visibility_mask(visible_until, "flex_attention", **where)
     assert torch.equal(flex_attention.create_mask(block_mask.mask_mod, 4, 1, LENGTH, LENGTH, device="cpu"), dense)
     tiles = dense.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(dim=5).any(dim=3)
     assert torch.equal(block_mask.to_dense().bool(), tiles), "a block is skipped exactly where nothing in it is visible"
@@ -56,7 +95,37 @@ def test_flex_attention_has_the_same_output(visible_until, monkeypatch):
     assert (sdpa - causal).abs().max() > 0.1, "the mask must matter"
 
 
-def test_auto_is_what_the_device_can_differentiate():
-    assert resolve_attention("auto", torch.device("cpu")) == "sdpa"
-    assert resolve_attention("auto", torch.device("cuda")) == "flex_attention"
-    assert resolve_attention("sdpa", torch.device("cuda")) == "sdpa"
+def config_of(family, **changes):
+    return AutoConfig.for_model(family, **changes)
+
+
+def test_gemma_takes_a_mask_for_each_kind_of_layer(batch, visible_until):
+    masks = attention_mask(visible_until, batch.positions, "eager", config_of("gemma2", sliding_window=WINDOW), torch.float32)
+    assert masks.keys() == {"full_attention", "sliding_attention"}
+    assert torch.equal(masks["full_attention"], visibility_mask(visible_until, "eager"))
+    assert torch.equal(masks["sliding_attention"], visibility_mask(visible_until, "eager", positions=batch.positions, window=WINDOW))
+    for family in ("llama", "olmo2", "openelm"):
+        assert torch.equal(attention_mask(visible_until, batch.positions, "sdpa", config_of(family), torch.float32),
+                           visibility_mask(visible_until, "sdpa"))
+
+
+@pytest.mark.parametrize(("family", "on_cpu"), [("llama", "sdpa"), ("gemma2", "eager"), ("olmo2", "sdpa"), ("openelm", "sdpa")])
+def test_auto_is_what_the_device_can_differentiate_and_the_family_can_use(family, on_cpu):
+    config = config_of(family)
+    assert resolve_attention("auto", CPU, config) == on_cpu
+    assert resolve_attention("auto", CUDA, config) == "flex_attention"
+    assert resolve_attention("eager", CPU, config) == resolve_attention("eager", CUDA, config) == "eager"
+    if family != "gemma2":
+        assert resolve_attention("sdpa", CUDA, config) == "sdpa"
+
+
+@pytest.mark.parametrize(("setting", "device", "config", "message"), [
+    ("flex_attention", CPU, config_of("llama"), "no backward pass on CPU"),
+    ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
+    ("sdpa", CUDA, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
+    ("auto", CUDA, config_of("llama", attention_dropout=0.1), "flex_attention has no attention_dropout; .* or model.attention to sdpa"),
+    ("auto", CUDA, config_of("gemma2", attention_dropout=0.1), "flex_attention has no attention_dropout; .* or model.attention to eager"),
+])
+def test_a_kernel_that_cannot_work_is_refused(setting, device, config, message):
+    with pytest.raises(UserError, match=message):
+        resolve_attention(setting, device, config)

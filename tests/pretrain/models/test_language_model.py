@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from data_prep.console import UserError
 from data_prep.tokenizer import train
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.models.language_model import VOCABULARY_MULTIPLE, padded_vocabulary, pretrained_causal_lm, shape_config, special_ids
+from pretrain.models.language_model import (
+    VOCABULARY_MULTIPLE,
+    padded_vocabulary,
+    pretrained_causal_lm,
+    pretrained_config,
+    shape_config,
+    special_ids,
+)
 from pretrain.objectives.next_token import next_token_sum
 from tests.planning import plan
 
@@ -55,6 +63,13 @@ def test_too_few_positions_for_the_rows_are_refused(tokenizer):
 def test_a_folder_that_holds_no_model_is_named(tmp_path):
     with pytest.raises(UserError, match=f"cannot load {tmp_path}"):
         pretrained_causal_lm(str(tmp_path), "sdpa", torch.float32)
+
+
+def test_a_start_from_an_unknown_family_is_refused(tmp_path):
+    """Its layers might need other masks."""
+    AutoConfig.for_model("mistral").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"a model of the family 'mistral'; known ones: llama, gemma2, olmo2, openelm"):
+        pretrained_config(tmp_path)
 
 
 def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_model(batch, make_model, tokenizer):

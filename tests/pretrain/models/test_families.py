@@ -1,0 +1,202 @@
+"""Packed rows of every family equal separate unpadded forwards of the plain model, and would not if the mask were wrong."""
+
+import random
+import shutil
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pretrain.models.attention import attention_mask, visibility_mask
+from pretrain.models.export import load_language_model, write_export
+from pretrain.models.language_model import LanguageModel
+
+FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
+KERNELS = [("gemma2", "eager"), *((family, kernel) for family in ("llama", "olmo2", "openelm") for kernel in ("sdpa", "eager"))]
+TOLERANCE, MUTANT = 1e-5, 0.1
+ROW, K = 80, 2
+GEMMA_SCALE = 48**0.5
+"""Gemma multiplies embeddings by the square root of their width, 48 in the tiny shape."""
+
+
+class Packed(NamedTuple):
+    """Rows as in a Batch, and for each sequence that they hold: its tokens, and the (row, place) of each."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    visible_until: torch.Tensor
+    sequences: list[tuple[list[int], list[tuple[int, int]]]]
+
+
+@pytest.fixture(scope="module")
+def packed() -> Packed:
+    """Rows of records [context] -- [target] and [predictor tokens], and [target] alone, with views longer than the window of 6."""
+    rng = random.Random(0)
+    ids, positions, until = torch.zeros(2, ROW, dtype=torch.long), torch.zeros(2, ROW, dtype=torch.long), torch.arange(1, ROW + 1).repeat(2, 1)
+    sequences = []
+    for row in range(2):
+        begin = 0
+        for c, t in ((9, 8), (3, 11), (12, 2)):
+            context, target = ([rng.randrange(5, 500) for _ in range(length)] for length in (c, t))
+            predictors = [512 + index for index in range(K)]
+            end = begin + c + t + K + t
+            places = [(row, place) for place in range(begin, end)]
+            ids[row, begin:end] = torch.tensor(context + target + predictors + target)
+            positions[row, begin:end] = torch.tensor([*range(c + t), *range(c, c + K), *range(t)])
+            until[row, begin : begin + c] = begin + c + t + K
+            until[row, begin + c : begin + c + t] = begin + c + t
+            until[row, begin + c + t : begin + c + t + K] = begin + c + t + K
+            until[row, begin + c + t + K : end] = end
+            sequences += [(context + target, places[: c + t]), (context + predictors, places[:c] + places[c + t : c + t + K]),
+                          (target, places[c + t + K :])]
+            begin = end
+    return Packed(ids, positions, until, sequences)
+
+
+def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
+    """The plain model on every sequence alone, under its own causal mask: (2, ROW, D), padding left at zero."""
+    scale = GEMMA_SCALE if model.causal_lm.config.model_type == "gemma2" else 1.0
+    predictors, words = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
+    states = torch.zeros(2, ROW, model.width)
+    for tokens, places in packed.sequences:
+        embedded = torch.stack([predictors[token - 512] if token >= 512 else words(torch.tensor(token)) for token in tokens])
+        hidden = model.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
+        for state, (row, place) in zip(hidden, places, strict=True):
+            states[row, place] = state
+    return states
+
+
+def states_under(model: LanguageModel, packed: Packed, mask) -> torch.Tensor:
+    return model.causal_lm.model(inputs_embeds=model._embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions,
+                                 use_cache=False).last_hidden_state
+
+
+def error(states: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of a hidden state, padding aside; states are about one."""
+    told = expected.any(dim=-1)
+    assert 0.5 < expected[told].std() < 2 and not told.all()
+    return (states - expected)[told].abs().max().item()
+
+
+def with_kernel(model: LanguageModel, kernel: str) -> LanguageModel:
+    model.causal_lm.set_attn_implementation(kernel)
+    model.attention = kernel
+    return model
+
+
+@pytest.mark.parametrize(("family", "kernel"), KERNELS)
+@torch.no_grad()
+def test_packed_rows_equal_separate_unpadded_forwards(family, kernel, packed, make_model):
+    model = with_kernel(make_model(K, family=family), kernel)
+    states = model(packed).view(2, ROW, -1)
+    assert error(states, separate_states(model, packed)) < TOLERANCE
+    assert states.isfinite().all(), "padding sees itself"
+
+
+def masks(model, packed, positions=None):
+    return attention_mask(packed.visible_until, packed.positions if positions is None else positions, "eager", model.causal_lm.config, torch.float32)
+
+
+def window_by_row_index(model, packed):
+    return masks(model, packed, torch.arange(ROW).expand(2, -1))
+
+
+def window_ignored(model, packed):
+    return dict.fromkeys(("full_attention", "sliding_attention"), visibility_mask(packed.visible_until, "eager"))
+
+
+def window_everywhere(model, packed):
+    return dict.fromkeys(("full_attention", "sliding_attention"), masks(model, packed)["sliding_attention"])
+
+
+def window_off_by_one(model, packed):
+    sliding = visibility_mask(packed.visible_until, "eager", positions=packed.positions, window=model.causal_lm.config.sliding_window + 1)
+    return masks(model, packed) | {"sliding_attention": sliding}
+
+
+def boolean_masks(model, packed):
+    return {kind: mask == 0 for kind, mask in masks(model, packed).items()}
+
+
+def one_mask(model, packed):
+    """Not a dictionary: transformers takes it for both kinds."""
+    return visibility_mask(packed.visible_until, "eager")
+
+
+@pytest.mark.parametrize("mutant", [window_by_row_index, window_ignored, window_everywhere, window_off_by_one, boolean_masks, one_mask])
+@torch.no_grad()
+def test_a_wrong_mask_for_gemma_breaks_the_equality(mutant, packed, make_model):
+    model = make_model(K, family="gemma2")
+    expected = separate_states(model, packed)
+    assert error(states_under(model, packed, masks(model, packed)), expected) < TOLERANCE
+    assert error(states_under(model, packed, mutant(model, packed)), expected) > MUTANT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_boolean_mask_for_an_eager_kernel_breaks_the_equality(family, packed, make_model):
+    model = with_kernel(make_model(K, family=family), "eager")
+    right = masks(model, packed)
+    wrong = {kind: mask == 0 for kind, mask in right.items()} if isinstance(right, dict) else right == 0
+    assert error(states_under(model, packed, wrong), separate_states(model, packed)) > MUTANT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_flex_attention_gives_the_same_states(family, packed, make_model, monkeypatch):
+    """Its forward pass on CPU without compilation; for Gemma with both masks and the cap of the scores."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    model = make_model(K, family=family)
+    expected = separate_states(model, packed)
+    with torch.compiler.set_stance("force_eager"):
+        states = with_kernel(model, "flex_attention")(packed).view(2, ROW, -1)
+    assert error(states, expected) < TOLERANCE
+    if family == "gemma2":
+        model.causal_lm.config.attn_logit_softcapping = None
+        for layer in model.causal_lm.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        with torch.compiler.set_stance("force_eager"):
+            assert error(model(packed).view(2, ROW, -1), expected) > 1e-3, "the cap must matter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_model(family, packed, make_model):
+    model = make_model(K, family=family)
+    logits = model.logits(model(packed)).view(2, ROW, -1)
+    tokens, places = packed.sequences[0]
+    rows, columns = zip(*places, strict=True)
+    expected = model.causal_lm(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits[rows, columns], expected, rtol=1e-4, atol=1e-4)
+    if family == "gemma2":
+        raw = model.causal_lm.lm_head(model(packed)).view(2, ROW, -1)[rows, columns]
+        torch.testing.assert_close(expected, 30 * torch.tanh(raw / 30), rtol=1e-4, atol=1e-4)
+        assert (raw - expected).abs().max() > 0.01, "the cap must matter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_predictor_tokens_come_in_on_the_scale_of_words(family, make_model):
+    model = make_model(12, spread=0.02, family=family)
+    embedded = model._embed(torch.tensor([[*range(5, 500), *range(512, 524)]]))[0]
+    assert embedded[495:].std() == pytest.approx(embedded[:495].std().item(), rel=0.1)
+    if family == "gemma2":
+        torch.testing.assert_close(embedded[495:], GEMMA_SCALE * model.predictor.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_export_loads_in_transformers_with_the_same_logits(family, packed, make_model, tokenizer, prepared, tmp_path):
+    model = make_model(K, family=family).eval()
+    skeleton, folder = tmp_path / "model", tmp_path / "export"
+    shutil.copytree(prepared / "tokenizer", skeleton)
+    model.causal_lm.config.save_pretrained(skeleton)
+    write_export(folder, skeleton, model.state_dict(), {"step": 1})
+    tokens = torch.tensor([packed.sequences[0][0]])
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(loaded(tokens).logits, model.causal_lm(tokens).logits, rtol=1e-5, atol=1e-5)
+    whole, _ = load_language_model(folder, "auto", torch.device("cpu"))
+    assert torch.equal(whole(packed), model(packed))
+    assert AutoTokenizer.from_pretrained(folder)("some text")["input_ids"] == tokenizer.encode_batch(["some text"])[0]

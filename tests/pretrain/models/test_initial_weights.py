@@ -1,0 +1,83 @@
+"""Every family starts from its own initialisation, which ZeRO-3 neither loses nor makes depend on the number of ranks."""
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pretrain.models.language_model import random_causal_lm, shape_config
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+
+WORKER = ROOT / "tests/pretrain/models/initial_weights.py"
+FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
+LARGE = 500
+"""Numbers from which a spread is measured to 3%."""
+
+
+def shape(family):
+    return yaml.safe_load((ROOT / "configs/models" / f"{family}_tiny.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(prepared, tmp_path_factory):
+    """Each family on one rank and on two, and one in bf16."""
+    folder = tmp_path_factory.mktemp("initial-weights")
+    for ranks, more in ((1, [("gemma2", "bf16")]), (2, [])):
+        configs = [write_config(folder, tiny_config(
+            folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), model={"family": family, "shape": shape(family)},
+            objective__predictor_tokens=12, train__precision=precision)) for family, precision in (*((family, "fp32") for family in FAMILIES), *more)]
+        call(["python", str(WORKER), *map(str, configs)] if ranks == 1 else deepspeed_command(ranks, WORKER, *configs))
+    return folder
+
+
+def initial(folder, name, rank=0):
+    return load_file(folder / "runs" / name / f"initial-{rank}.safetensors")
+
+
+def plain(tokenizer, family):
+    """What transformers makes of the family without DeepSpeed: parameters and buffers."""
+    torch.manual_seed(9)
+    config = shape_config(family, shape(family), tokenizer, 128)
+    model = random_causal_lm(config, "eager", torch.float32)
+    return config, {name: value.detach() for name, value in model.named_parameters()}, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_weights_are_the_same_on_every_rank_of_any_number(folder, family):
+    one = initial(folder, f"{family}-fp32-r1")
+    for rank in (0, 1):
+        other = initial(folder, f"{family}-fp32-r2", rank)
+        assert other.keys() == one.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_weight_has_the_spread_of_the_familys_own_initialisation(folder, tokenizer, family):
+    state = initial(folder, f"{family}-fp32-r1")
+    config, parameters, buffers = plain(tokenizer, family)
+    assert state.keys() == {f"causal_lm.{name}" for name in (*parameters, *buffers)} | {"predictor.weight"}
+    for name, expected in parameters.items():
+        started = state[f"causal_lm.{name}"]
+        assert started.shape == expected.shape
+        if expected.unique().numel() == 1:
+            assert torch.equal(started, expected), f"{name}: a norm starts at one, Gemma's, to which one is added, at zero"
+        else:
+            assert expected.numel() >= LARGE
+            assert started.std() == pytest.approx(expected.std().item(), rel=0.15) and abs(started.mean()) < 0.15 * expected.std(), name
+            assert not torch.equal(started, expected)
+    for name, expected in buffers.items():
+        assert torch.equal(state[f"causal_lm.{name}"], expected), name
+    words = parameters["model.embed_tokens.weight"]
+    assert state["predictor.weight"].numel() >= LARGE
+    assert state["predictor.weight"].std() == pytest.approx(words.std().item(), rel=0.15)
+    assert words.std() == pytest.approx(config.hidden_size**-0.5 if family == "openelm" else 0.02, rel=0.05)
+
+
+def test_rotary_frequencies_are_not_rounded_in_bf16(folder, tokenizer):
+    """Rounded ones would turn distant positions by whole radians, and the export would not know of it."""
+    state = initial(folder, "gemma2-bf16-r1")
+    assert {value.dtype for name, value in state.items() if name.endswith("weight")} == {torch.bfloat16}
+    _, _, buffers = plain(tokenizer, "gemma2")
+    for name in ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"):
+        assert torch.equal(state[f"causal_lm.{name}"], buffers[name]), name

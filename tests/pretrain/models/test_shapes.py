@@ -1,0 +1,87 @@
+"""The published shapes, and what a shape may not be."""
+
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import pretrain.models.openelm  # noqa: F401  registers the family
+from data_prep.console import UserError
+from pretrain.config import Family
+from pretrain.models.language_model import shape_config
+from tests.launching import ROOT
+
+FOLDER = ROOT / "configs" / "models"
+PUBLISHED = {
+    "llama_1b": (128256, 1_235_814_400),
+    "llama_3b": (128256, 3_212_749_824),
+    "llama_8b": (128256, 8_030_261_248),
+    "gemma2_2b": (256000, 2_614_341_888),
+    "olmo2_1b": (100352, 1_484_916_736),
+    "olmo2_7b": (100352, 7_298_617_344),
+    "openelm_270m": (32000, 271_527_168),
+    "openelm_1b": (32000, 1_079_891_456),
+}
+"""Vocabulary and parameters of the models that their makers published."""
+THETA = {"llama": 500_000.0, "gemma2": 10_000.0, "olmo2": 500_000.0, "openelm": 10_000.0}
+
+
+def read(name):
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def family_of(name):
+    return name.split("_")[0]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shape_has_the_published_number_of_parameters(name):
+    vocabulary, parameters = PUBLISHED[name]
+    config = AutoConfig.for_model(family_of(name), vocab_size=vocabulary, **read(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_shape_has_the_published_rotary_embedding(name):
+    rope = read(name)["rope_parameters"]
+    assert rope["rope_theta"] == THETA[family_of(name)]
+    if family_of(name) == "llama":  # Llama 3.1 stretches low frequencies by 8, Llama 3.2 by 32
+        assert rope == {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0 if name == "llama_8b" else 32.0, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_every_file_is_a_shape_of_its_family(name, tokenizer):
+    config = shape_config(family_of(name), read(name), tokenizer, 256)
+    assert config.model_type == family_of(name) and config.vocab_size == 512
+    for key, value in read(name).items():
+        assert getattr(config, key) == value
+
+
+def test_every_family_has_a_tiny_shape():
+    assert {family_of(path.stem) for path in FOLDER.glob("*_tiny.yaml")} == set(get_args(Family))
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is one of default, linear, llama3, yarn, not dynamic"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "llama cannot be built so"),
+    ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+    ("gemma2", {"hidden_activation": "nonsense"}, "transformers knows no hidden_activation 'nonsense'"),
+    ("gemma2", {"sliding_window": None}, "sliding_window must be positive"),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types are full_attention and sliding_attention, not chunked"),
+    ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 cannot be built so"),
+    ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the one that it predicts"),
+    ("olmo2", {"intermediate": 3}, "olmo2 has no option 'intermediate'"),
+    ("openelm", {"num_attention_heads": 4}, "openelm has no option 'num_attention_heads'"),
+    ("openelm", {"initializer_range": 0.1}, "openelm has no option 'initializer_range'"),
+    ("openelm", {"qkv_multipliers": [0.5]}, "qkv_multipliers must be two positive numbers"),
+    ("openelm", {"head_dim": 7}, "openelm cannot be built so"),
+    ("openelm", {"vocab_size": 7}, "vocab_size comes from the tokenizer"),
+])
+def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
+    with pytest.raises(UserError, match=message):
+        shape_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
