@@ -22,10 +22,12 @@ COMPUTED_BY_THE_PROJECT = {
     "fp16": "train.precision",
     "steps_per_print": "monitor.log_every",
     "tensorboard": "monitor.tensorboard",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "compile": "train.compile",
 }
 DEFAULT_DECAY_FRACTION = 0.2
-PASSED_THROUGH = ("activation_checkpointing", "aio", "communication_data_type", "comms_logger", "compile", "data_types", "dump_state",
-                  "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
+PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types", "dump_state", "flops_profiler",
+                  "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
                   "sparse_gradients", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_optimization")
 """Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
 
@@ -88,6 +90,10 @@ class TrainConfig(Section):
     """Largest global L2 norm of the gradient."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; master weights and optimizer state are fp32 in any case."""
+    activation_checkpointing: bool = False
+    """Keep the input of each transformer layer only, and compute the layer again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile of the transformer layers. Takes a C++ compiler, and time at every start."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -125,6 +131,10 @@ class TaskConfig(Section):
     """Keys of `train` that a finetuning on the task's train split sets over those of the run; null evaluates the
     checkpoint as it is."""
 
+    def check_views(self, views: tuple[str, ...]) -> None:
+        """Raise ValueError where the task cannot be put on records of these views."""
+        if self.name == "nl_rx" and len(views) != 2:
+            raise ValueError(f"evaluation.tasks: nl_rx writes the second of two views for the first, but data.views are {list(views)}")
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "TaskConfig":
@@ -166,6 +176,9 @@ class MonitorConfig(Section):
     """Steps between validations; the last step is always validated. Without a validation split there are none."""
     validation_records: int = Field(default=1000, gt=1)
     """Records of a validation: the first ones of the validation split, always the same."""
+    gradients_every: int = Field(default=0, ge=0)
+    """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
+    One takes as long as a step for each term."""
     tensorboard: bool = True
     """Whether to write TensorBoard files beside metrics.jsonl."""
 
@@ -204,11 +217,24 @@ class RunConfig(Section):
         return value
 
     @model_validator(mode="after")
+    def _tasks_have_their_views(self) -> "RunConfig":
+        for task in self.evaluation.tasks:
+            task.check_views(self.data.views)
+        return self
+
+    @model_validator(mode="after")
     def _evaluations_have_checkpoints(self) -> "RunConfig":
         if self.evaluation.every % self.checkpoint.every:
             raise ValueError(f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every ({self.checkpoint.every})")
         if self.evaluation.every and not self.evaluation.tasks:
             raise ValueError("evaluation.every is set, but evaluation.tasks is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _can_measure_gradients(self) -> "RunConfig":
+        if self.monitor.gradients_every and self.train.compile and self.deepspeed.get("zero_optimization", {}).get("stage", 3) == 3:
+            raise ValueError("monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
+                             "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2")
         return self
 
     @property

@@ -73,9 +73,9 @@ def deepspeed_command(ranks: int, script: str | Path, *arguments: str | Path) ->
             str(script), *map(str, arguments)]
 
 
-def call(command: list[str], check: bool = True, **more: str) -> subprocess.CompletedProcess:
+def call(command: list[str], check: bool = True, timeout: float = TIMEOUT, **more: str) -> subprocess.CompletedProcess:
     """Run a command to its end; with `check`, fail showing what it printed."""
-    done = subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
     assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done
 

@@ -64,7 +64,13 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
         if len(chosen) != 1:
             raise UserError(f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME")
         apply_overrides({"task": chosen[0]}, overrides)
-    return [validate(TaskConfig, values, "task") for values in chosen]
+    tasks = [validate(TaskConfig, values, "task") for values in chosen]
+    for task in tasks:
+        try:
+            task.check_views(config.data.views)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return tasks
 
 
 def _step(run_dir: Path, wanted: str) -> int:

@@ -46,7 +46,7 @@ def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataCo
         name = hashlib.sha256(f"{source}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None
-    data = DataConfig(path=str(folder / "data" / name), views=config.data.views, sources=[source],
+    data = DataConfig(path=str(folder / "data" / name), views=config.data.views, missing_views=config.data.missing_views, sources=[source],
                       tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length)
     prepare(data)
     return data

@@ -46,7 +46,14 @@ class Config(AuxiliaryConfig):
             raise ValueError("temperature acts on distance info_nce only; leave it out")
         if self.predictor_placement == "prepend" and not self.predictor_tokens:
             raise ValueError("predictor_placement acts on predictor tokens, but predictor_tokens is 0; leave it out")
+        if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
+            raise ValueError("direction acts with predictor tokens, info_nce or stop_gradient; here the term is the same both ways: leave it out")
         return self
+
+    @property
+    def _is_symmetric(self) -> bool:
+        """Whether prediction and target could be exchanged."""
+        return self.predictor_tokens == 0 and self.distance != "info_nce" and not self.stop_gradient
 
     @property
     def pairing(self) -> Pairing:

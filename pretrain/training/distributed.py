@@ -46,6 +46,16 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over the ranks: (...) of every rank -> this rank's part of the flat sum, (ceil(numel / ranks),), zeros behind its end."""
+        part = -(-tensor.numel() // self.size)
+        flat = torch.nn.functional.pad(tensor.flatten(), (0, part * self.size - tensor.numel()))
+        if self.size == 1:
+            return flat
+        mine = flat.new_empty(part)
+        dist.reduce_scatter_tensor(mine, flat)
+        return mine
+
     def gather_objects(self, value: Any) -> list[Any]:
         """A small Python value of every rank, on every rank."""
         if self.size == 1:

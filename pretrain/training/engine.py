@@ -19,6 +19,7 @@ from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, 
 from pretrain.objectives import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
+from pretrain.training.layers import compile_layers, recompute_layers
 
 
 class TrainingModule(nn.Module):
@@ -53,6 +54,10 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
         model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
         check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
+    if config.train.activation_checkpointing:
+        recompute_layers(model)
+    if config.train.compile:
+        compile_layers(model, settings["zero_optimization"]["stage"])
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     decay = [parameter for parameter in module.parameters() if len(_shape(parameter)) >= 2]
     rest = [parameter for parameter in module.parameters() if len(_shape(parameter)) < 2]
@@ -60,6 +65,9 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
                                   lr=config.train.learning_rate, betas=config.train.betas)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
+    if config.monitor.gradients_every and any(hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()):
+        raise UserError("monitor.gradients_every cannot look into modules that ZeRO stage 3 gathers whole, as it does mixtures of experts: "
+                        "leave it at 0, or set deepspeed.zero_optimization.stage to 1 or 2")
     return engine
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -9,7 +10,7 @@ import deepspeed
 import torch
 
 from pretrain.config import RunConfig
-from pretrain.data.batch import micro_batches
+from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Specials
 from pretrain.data.loader import Loader, Rows, counts
 from pretrain.objectives import Objective, Output, total_loss
@@ -19,6 +20,7 @@ from pretrain.run_folder import write_status
 from pretrain.training import checkpoint
 from pretrain.training.background import ask_for_evaluation, start_evaluations
 from pretrain.training.distributed import World
+from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.metrics import Metrics
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
 from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
@@ -81,15 +83,16 @@ class Trainer:
             self._set_learning_rate()
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
+            gradients, aside = self._gradients(rows, divisors)
 
             sums, pool = self._accumulate(rows, divisors, with_pool=logging)
             losses, stopping = self._agree(sums, divisors)
             updated = self._update(losses)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started - aside
             self.progress.seconds += seconds
             self.throughput.add(rows, units["targets"], seconds)
 
-            values = self._values(losses) if logging or not updated else {}
+            values = gradients | (self._values(losses) if logging or not updated else {})
             if logging:
                 values |= self._diagnose(pool) | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
@@ -132,9 +135,8 @@ class Trainer:
         """
         sums: dict[str, torch.Tensor] = {}
         output = Output({}, None)
-        loader, weights = self.loader, self.weights
-        for batch in micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
-                                   micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size):
+        weights = self.weights
+        for batch in self._micro_batches(rows):
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
             loss = total_loss(output.terms, divisors, weights, self.world.size)
             # a term that is not finite makes the whole gradient NaN, on every rank: DeepSpeed then leaves the step out
@@ -146,6 +148,20 @@ class Trainer:
                 break
             self.engine.step()
         return sums, output.pool and output.pool.detached()
+
+    def _gradients(self, rows: Rows, divisors: dict[str, int]) -> tuple[dict[str, float], float]:
+        """The terms' gradients on the steps that measure them, and the seconds that took."""
+        every = self.config.monitor.gradients_every
+        if not every or not self._due(every):
+            return {}, 0.0
+        started = time.perf_counter()
+        values = gradient_diagnostics(self.engine.module, list(self._micro_batches(rows)), divisors, self.weights, self.world)
+        return values, time.perf_counter() - started
+
+    def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
+        loader = self.loader
+        return micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
+                             micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size)
 
     def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int]) -> tuple[dict[str, float], bool]:
         """Each term over the global batch, and whether any rank was asked to stop: the one synchronisation of a step."""

@@ -45,6 +45,7 @@ def test_a_configuration_builds_its_objective(overrides, terms):
     (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
     (["objective.distance=l2", "objective.temperature=0.1"], "objective: temperature acts on distance info_nce only; leave it out"),
     (["objective.predictor_tokens=0", "objective.predictor_placement=prepend"], "objective: predictor_placement acts on predictor tokens"),
+    (["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"], "objective: direction acts with predictor tokens, info_nce or"),
     (["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"], "objective.regularizers.0.projections has no effect with vicreg"),
     (["objective.regularizers=[{name: vicreg, weight: 1}, {name: vicreg, weight: 2}]"], "objective.regularizers: a regularizer is named twice"),
     (["objective.weight_schedule=[[0.5, 1], [0.2, 0]]"], "objective.weight_schedule: give points (fraction, factor) with rising fractions"),

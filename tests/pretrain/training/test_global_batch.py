@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import yaml
 
 from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
 
@@ -15,44 +16,68 @@ def metrics(folder, name):
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+JEPA = {"name": "llm_jepa", "weight": 0.5}
+SPREAD = [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")]
+SUMS = {"cosine": JEPA | {"dropout": 0.3}, "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
+        "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"}}
+"""Objectives that are sums over their pairs or spans."""
+POOLED = {"info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3}, "regularized": JEPA | {"distance": "mse", "regularizers": SPREAD}}
+"""Objectives that look at all pairs of a micro step together."""
+FAMILIES = ("gemma2", "olmo2", "openelm")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every split of 8 rows over ranks and micro batches, with both distances: two launches in all."""
+    """Splits of 8 rows over ranks and micro batches: two launches in all."""
     folder = tmp_path_factory.mktemp("global-batch")
     configs: dict[int, list] = {1: [], 2: []}
-    for distance in ("cosine", "info_nce"):
+
+    def add(name: str, prefix: str = "", ranks: int = 1, micro: int = 8, **changes) -> None:
+        values = tiny_config(folder, name=name, train__micro_batch_rows=micro, monitor__tensorboard=False, **changes)
+        configs[ranks].append(prefix + str(write_config(folder, values)))
+
+    for name, objective in (SUMS | POOLED).items():
         for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2)):
-            values = tiny_config(folder, name=f"{distance}-r{ranks}-m{micro}", train__micro_batch_rows=micro,
-                                 objective__distance=distance, objective__dropout=0.3, monitor__tensorboard=False)
-            configs[ranks].append(str(write_config(folder, values)))
-    nan = write_config(folder, tiny_config(folder, name="nan", objective__distance="cosine", train__steps=5))
-    configs[2].append(f"nan:{nan}")
-    collapsing = tiny_config(folder, name="collapse", objective__distance="cosine", objective__weight=20.0, train__steps=40,
-                             train__learning_rate=1e-2, monitor={"log_every": 20, "validate_every": 20, "validation_records": 60})
-    configs[1].append(str(write_config(folder, collapsing)))
+            add(f"{name}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=objective)
+    for family in FAMILIES:
+        shape = yaml.safe_load((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
+        for ranks, micro in ((1, 8), (2, 2)):
+            add(f"{family}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=SUMS["cosine"], model={"family": family, "shape": shape})
+    add("nan", "nan:", ranks=2, micro=4, objective__distance="cosine", train__steps=5)
+    add("collapse", objective__distance="cosine", objective__weight=20.0, train__steps=40, train__learning_rate=1e-2,
+        monitor={"log_every": 20, "validate_every": 20, "validation_records": 60})
     call(["python", "-m", "data_prep", configs[1][0]])
     logs = {ranks: call(deepspeed_command(ranks, WORKER, *paths)).stdout for ranks, paths in configs.items()}
     (folder / "one-rank.log").write_text(logs[1])
     return folder
 
 
-def assert_same_losses(folder, first, second):
+def assert_same_losses(folder, first, second, rel=1e-5):
     pairs = list(zip(metrics(folder, first), metrics(folder, second), strict=True))
     assert len(pairs) == 4
     for one, other in pairs:
-        for tag in ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm", "records", "tokens", "positions"):
-            assert one[tag] == pytest.approx(other[tag], rel=1e-5), (tag, one["step"], first, second)
+        tags = [tag for tag in one if tag.startswith("loss/")] + ["optimizer/grad_norm", "records", "tokens", "positions"]
+        assert len(tags) >= 7
+        for tag in tags:
+            assert one[tag] == pytest.approx(other[tag], rel=rel), (tag, one["step"], first, second)
 
 
 @pytest.mark.parametrize("split", ["r1-m4", "r2-m4", "r2-m2"])
-def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(folder, split):
-    assert_same_losses(folder, "cosine-r1-m8", f"cosine-{split}")
+@pytest.mark.parametrize("objective", SUMS)
+def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(folder, objective, split):
+    assert_same_losses(folder, f"{objective}-r1-m8", f"{objective}-{split}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nor_do_they_in_any_family(folder, family):
+    assert_same_losses(folder, f"{family}-r1-m8", f"{family}-r2-m2")
 
 
 @pytest.mark.parametrize("pool", FIXED_POOL)
-def test_a_contrastive_term_depends_on_the_rows_of_a_micro_step_not_on_their_ranks(folder, pool):
+@pytest.mark.parametrize("objective", POOLED)
+def test_a_pooled_term_depends_on_the_rows_of_a_micro_step_not_on_their_ranks(folder, objective, pool):
     one_rank, two_ranks = FIXED_POOL[pool]
-    assert_same_losses(folder, f"info_nce-{one_rank}", f"info_nce-{two_ranks}")
+    assert_same_losses(folder, f"{objective}-{one_rank}", f"{objective}-{two_ranks}")
 
 
 def test_a_contrastive_term_sees_the_negatives_of_all_ranks(folder):

@@ -6,12 +6,12 @@ import shutil
 import signal
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
 from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.training.same_state import assert_same_checkpoints
 
 STEPS = 60
 
@@ -20,17 +20,6 @@ def last_step(run_dir) -> int:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-
-
-def equal(one, other) -> bool:
-    """Bitwise equality of nested state."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other or type(one).__module__.startswith("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +85,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(story):
 
 
 def test_the_end_state_is_bitwise_that_of_an_undisturbed_run(story):
-    one, other = (run / "checkpoints" / step_name(STEPS) for run in story["runs"].values())
-    files = sorted(path.name for path in one.glob("*.pt"))
-    assert files == sorted(path.name for path in other.glob("*.pt")) and len(files) == 4
-    for file in files:
-        first, second = (torch.load(folder / file, weights_only=False) for folder in (one, other))
-        for state in (first, second):
-            state.get("progress", {}).pop("seconds", None)
-        assert equal(first, second), file
+    assert_same_checkpoints(*(run / "checkpoints" / step_name(STEPS) for run in story["runs"].values()))
 
 
 def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):

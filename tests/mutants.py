@@ -1,0 +1,22 @@
+"""Tests of tests: a check passes on the project as it is, and fails where a mistake is put in."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+def passes_but_not_with(mutant: Mutant, check: Callable[[], None], because: str) -> None:
+    """`check` raises AssertionError with the words `because`, once `mutant` has patched the project, and not before."""
+    check()
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch)
+        fails(check, because)
+
+
+def fails(check: Callable[[], None], because: str) -> None:
+    """The check raises AssertionError for that reason."""
+    with pytest.raises(AssertionError, match=re.escape(because)):
+        check()

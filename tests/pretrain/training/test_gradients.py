@@ -1,0 +1,136 @@
+"""The gradients of the loss terms: what they are against a plain process, and that measuring them leaves the training alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.config import load_config
+from pretrain.data.batch import assemble
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import Loader
+from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+from pretrain.objectives.pool import Gather
+from pretrain.run_folder import step_name
+from pretrain.training.checkpoint import consolidate
+from pretrain.training.engine import TrainingModule
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.training.same_state import assert_same_checkpoints
+
+WORKER = ROOT / "tests/pretrain/training/several_runs.py"
+PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+RUNS = {  # ranks, rows of a micro batch (of 8 a step), changes
+    "r1-m8": (1, 8, {}),
+    "r1-m4": (1, 4, {}),
+    "r2-m4": (2, 4, {"deepspeed": PARTITIONED, "objective__distance": "info_nce"}),
+    "r2-m2": (2, 2, {"deepspeed": PARTITIONED}),
+    "stage1": (2, 2, {"deepspeed": {"zero_optimization": {"stage": 1}}}),
+    "stage2": (2, 2, {"deepspeed": {"zero_optimization": {"stage": 2}}}),
+    "recomputed": (2, 2, {"deepspeed": PARTITIONED, "train__activation_checkpointing": True}),
+    "bf16": (2, 2, {"train__precision": "bf16"}),
+    "dropout": (2, 2, {"model__shape__attention_dropout": 0.2}),
+}
+IN_FP32 = ["r1-m8", "r1-m4", "r2-m4", "r2-m2", "stage1", "stage2", "recomputed"]
+
+
+def metrics(folder, name) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of four steps that measure the third one, each beside one that never does: two launches in all."""
+    folder = tmp_path_factory.mktemp("gradients")
+    paths: dict[int, list[str]] = {1: [], 2: []}
+
+    def add(name, ranks, micro, prefix="", **changes):
+        values = tiny_config(folder, **{"name": name, "train__micro_batch_rows": micro, "objective__distance": "cosine", "checkpoint": {"every": 2},
+                                        "monitor__tensorboard": name == "r1-m8"} | changes)
+        paths[ranks].append(prefix + str(write_config(folder, values)))
+
+    for name, (ranks, micro, changes) in RUNS.items():
+        add(name, ranks, micro, monitor__gradients_every=3, **changes)
+        add(f"{name}-without", ranks, micro, **changes)
+    for weight in (0.5, 1.0):
+        add(f"weight-{weight}", 2, 4, train__steps=1, objective__weight=weight, monitor__gradients_every=1)
+    add("nan-in-training", 2, 4, prefix="nan:", monitor__gradients_every=4)
+    add("nan-in-diagnostics", 2, 4, prefix="nan:", monitor__gradients_every=3)
+    call(["python", "-m", "data_prep", paths[1][0]])
+    for ranks, files in paths.items():
+        call(deepspeed_command(ranks, WORKER, *files))
+    return folder
+
+
+def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
+    """Each weighted term's whole gradient at the third step, by torch.autograd.grad, from the weights after the second."""
+    config = load_config(folder / f"{name}.yaml")
+    corpus = Corpus(config.data.path, "train")
+    shape = shape_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
+    model = LanguageModel(random_causal_lm(shape, "sdpa", torch.float32), config.predictor_tokens, "sdpa")
+    left = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
+    assert set(left.missing_keys) <= {"causal_lm.lm_head.weight"} and not left.unexpected_keys
+    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
+    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
+    rows = [loader.next_rows(8) for _ in range(3)][-1]
+    batch = assemble(rows, corpus, layout, specials, config.data.sequence_length, int(rows.paired.sum()))
+    objective = config.objective.build()
+    terms = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))(batch).terms
+    counts = {"lm": len(batch.label_ids), "jepa": int(batch.pair_valid.sum())}
+    return {term: torch.cat([gradient.flatten() for gradient in torch.autograd.grad(
+        objective.weights[term] * value / counts[term], list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)])
+        for term, value in terms.items()}
+
+
+@pytest.mark.parametrize("name", IN_FP32)
+def test_norms_and_cosines_are_those_of_a_plain_process(folder, name):
+    measured = metrics(folder, name)[2]
+    plain = plain_gradients(folder, name)
+    for term, gradient in plain.items():
+        assert measured[f"gradient/norm/{term}"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    assert measured["gradient/cosine/jepa"] == pytest.approx(torch.cosine_similarity(plain["lm"], plain["jepa"], dim=0).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [*IN_FP32, "dropout"])
+def test_together_they_are_the_gradient_of_the_step(folder, name):
+    """Of the very dropout masks, too."""
+    step = metrics(folder, name)[2]
+    lm, jepa = step["gradient/norm/lm"], step["gradient/norm/jepa"]
+    assert lm**2 + jepa**2 + 2 * lm * jepa * step["gradient/cosine/jepa"] == pytest.approx(step["optimizer/grad_norm"] ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_is_bitwise_what_it_is_without(folder, name):
+    lines = [[{tag: value for tag, value in line.items() if tag != "seconds" and not tag.startswith(("throughput/", "gradient/"))}
+              for line in metrics(folder, run)] for run in (name, f"{name}-without")]
+    assert len(lines[0]) == 4 and lines[0] == lines[1]
+    assert_same_checkpoints(*(folder / "runs" / run / "checkpoints" / step_name(4) for run in (name, f"{name}-without")))
+
+
+def test_the_tags_stand_in_metrics_and_tensorboard_on_that_step_only(folder):
+    tags = {"gradient/norm/lm", "gradient/norm/jepa", "gradient/cosine/jepa"}
+    assert [{tag for tag in line if tag.startswith("gradient/")} for line in metrics(folder, "r1-m8")] == [set(), set(), tags, set()]
+    events = EventAccumulator(str(folder / "runs" / "r1-m8" / "tensorboard" / "train"))
+    events.Reload()
+    assert {tag: [event.step for event in events.Scalars(tag)] for tag in tags} == {tag: [3] for tag in tags}
+
+
+def test_twice_the_weight_is_twice_the_norm_in_the_same_direction(folder):
+    once, twice = (metrics(folder, f"weight-{weight}")[0] for weight in (0.5, 1.0))
+    assert twice["gradient/norm/jepa"] == pytest.approx(2 * once["gradient/norm/jepa"], rel=1e-6)
+    for tag in ("gradient/norm/lm", "gradient/cosine/jepa"):
+        assert twice[tag] == pytest.approx(once[tag], rel=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out_as_ever(folder):
+    lines = metrics(folder, "nan-in-training")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1]
+    assert all(math.isfinite(value) for tag, value in lines[3].items() if tag.startswith("gradient/"))
+
+
+def test_diagnostics_that_are_not_finite_leave_no_step_out(folder):
+    lines = metrics(folder, "nan-in-diagnostics")
+    assert lines[2]["gradient/norm/lm"] is None and lines[3]["skipped_steps"] == 0
+    assert [line["loss/total"] for line in lines] == pytest.approx([line["loss/total"] for line in metrics(folder, "r1-m8")], rel=1e-5)

@@ -1,0 +1,107 @@
+"""Layers that are computed again or compiled: the same losses, fewer activations, no compilation at each step."""
+
+import json
+
+import pytest
+import torch
+
+from pretrain.data.batch import Batch, assemble
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.loader import Loader
+from pretrain.training.layers import compile_layers, recompute_layers
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+
+WORKER = ROOT / "tests/pretrain/training/several_runs.py"
+PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+REPLICATED = {"zero_optimization": {"stage": 1}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layers")
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    call(deepspeed_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True)))
+    return folder
+
+
+def config_of(folder, name: str, **changes) -> str:
+    """Six steps of two micro batches, with a validation in their midst."""
+    return str(write_config(folder, tiny_config(folder, **{"name": name, "train__steps": 6, "train__micro_batch_rows": 2, "deepspeed": PARTITIONED,
+                                                           "monitor__validate_every": 3, "monitor__tensorboard": False} | changes)))
+
+
+def assert_same_losses(folder, one: str, other: str, tolerance: float) -> None:
+    tables = [[json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()] for name in (one, other)]
+    assert len(tables[0]) == 6
+    for first, second in zip(*tables, strict=True):
+        for tag in [tag for tag in first if "loss/" in tag or tag == "optimizer/grad_norm"]:
+            assert second[tag] == pytest.approx(first[tag], rel=tolerance), (first["step"], tag)
+
+
+def test_recomputed_layers_give_the_same_losses_and_gradient_norms(folder):
+    assert_same_losses(folder, "plain", "recomputed", 1e-6)
+
+
+@pytest.fixture(scope="module")
+def batches(corpus, specials) -> list[Batch]:
+    """Micro batches of the same shape, with other numbers of labels and pairs."""
+    layout = make_layout("joint", specials, pairing=Pairing(1))
+    loader = Loader(corpus, layout, 128, 0, dropout=0.3, epochs=None)
+    rows = [loader.next_rows(4) for _ in range(3)]
+    made = [assemble(each, corpus, layout, specials, 128, int(each.paired.sum())) for each in rows]
+    assert len({len(batch.label_index) for batch in made}) == len({len(batch.pair_valid) for batch in made}) == 3
+    return made
+
+
+def kept_bytes(model, batch: Batch) -> int:
+    """Bytes of the activations that a forward pass keeps for the backward pass: parameters are not counted, storages once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(batch)
+    hidden.sum().backward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_recomputed_layers_keep_fewer_activations(make_model, batches):
+    model = make_model(1).train()
+    before = kept_bytes(model, batches[0])
+    gradients = [parameter.grad.clone() for parameter in model.causal_lm.model.parameters()]
+    model.zero_grad()
+    recompute_layers(model)
+    inputs_of_layers = 2 * batches[0].token_ids.numel() * model.width * 4  # which checkpointing holds by itself
+    assert kept_bytes(model, batches[0]) + inputs_of_layers < before / 4
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(model.causal_lm.model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
+    runs = {
+        "compiled": {"train__compile": True},
+        "compiled-recomputed": {"train__compile": True, "train__activation_checkpointing": True},
+        "compiled-replicated": {"train__compile": True, "deepspeed": REPLICATED, "monitor__gradients_every": 3},
+    }
+    replicated = config_of(folder, "replicated", deepspeed=REPLICATED, monitor__gradients_every=3)
+    call(deepspeed_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
+    assert_same_losses(folder, "plain", "compiled", 1e-4)
+    assert_same_losses(folder, "plain", "compiled-recomputed", 1e-4)
+    assert_same_losses(folder, "replicated", "compiled-replicated", 1e-4)
+
+
+@pytest.mark.slow
+def test_all_layers_share_a_graph_without_breaks(make_model, batches):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(1).train()
+    compile_layers(model, zero_stage=1)
+    for batch in batches:
+        model(batch).sum().backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

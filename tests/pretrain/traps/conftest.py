@@ -1,0 +1,86 @@
+"""Corpora prepared inside the test process, so that a mutant of the preparation is felt, and their records as one batch."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tokenizers
+
+from data_prep import pipeline
+from data_prep.config import DataConfig
+from pretrain.data import batch as batches
+from pretrain.data.batch import Batch
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Layout, Pairing, Specials, make_layout
+from pretrain.data.loader import Rows
+from tests.planning import plan
+
+ROW = 128
+
+
+class InThisProcess(Executor):
+    """Does at once what it is given, where a pool of processes would not see a mutant."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def submit(self, function, /, *arguments) -> Future:
+        future: Future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+@pytest.fixture
+def prepare_here(tmp_path_factory, monkeypatch) -> Callable[..., Corpus]:
+    """The corpus of (context, target) texts, tokenized by a trained tokenizer or that of a folder."""
+    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", InThisProcess)
+
+    def prepare(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
+        folder = tmp_path_factory.mktemp("prepared-here")
+        lines = folder / "pairs.jsonl"
+        lines.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in records))
+        pipeline.prepare(DataConfig(
+            path=str(folder / "corpus"), sources=[{"type": "json", "path": str(lines)}], sequence_length=sequence_length,
+            tokenizer={"path": str(tokenizer)} if tokenizer else {"vocab_size": 320}), say=lambda line: None)
+        return Corpus(folder / "corpus", "train")
+
+    return prepare
+
+
+@pytest.fixture
+def one_special_tokenizer(tmp_path) -> Path:
+    """A Hugging Face folder as many models have it: one token is BOS, EOS and pad, and the tokenizer puts BOS before every text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    end = "<|endoftext|>"
+    tokenizer.add_special_tokens([end])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)))
+    return tmp_path
+
+
+class Packed(NamedTuple):
+    rows: Rows
+    batch: Batch
+    layout: Layout
+
+
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., Packed]:
+    """All records of a corpus as the micro batch of one rank, and `empty_rows` behind them."""
+    def pack(corpus: Corpus, specials: Specials, kind: str = "joint", pairing: Pairing | None = None, *, lm_views: str = "all",
+             empty_rows: int = 0) -> Packed:
+        layout = make_layout(kind, specials, pairing=pairing, lm_views=lm_views)
+        rows = plan(corpus, np.arange(len(corpus)), layout, ROW, np.full(len(corpus), pairing is not None))
+        rows = Rows.join([rows], rows.count + empty_rows)
+        [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=rows.count, rank=0, ranks=1)
+        return Packed(rows, batch, layout)
+
+    return pack

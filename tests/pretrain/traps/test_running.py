@@ -1,0 +1,254 @@
+"""Traps of whole runs, seen on real ranks: one process alone, and two as on two nodes of a device each. See trapped_runs.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from data_prep import pipeline
+from data_prep.console import UserError
+from data_prep.nlrx_grammar import generate
+from data_prep.shards import read_manifest
+from pretrain.config import load_config
+from pretrain.data.layout import Pairing, Specials, make_layout
+from pretrain.data.loader import Loader
+from pretrain.run_folder import list_steps, step_name
+from pretrain.training.checkpoint import check, consolidate
+from pretrain.training.distributed import World
+from pretrain.training.setup import set_up
+from tests.launching import ROOT, TIMEOUT, call, environment, free_port, tiny_config, write_config
+from tests.mutants import fails, passes_but_not_with
+
+WORKER = ROOT / "tests/pretrain/traps/trapped_runs.py"
+STEPS = 3
+RUNS = {
+    "plain": {"train__micro_batch_rows": 8},
+    "accumulated": {"train__micro_batch_rows": 2},
+    "bf16": {"train__precision": "bf16", "train__learning_rate": 1e-4, "train__warmup_fraction": 0.0, "train__final_rate": 1.0},
+    "dropout": {"objective__dropout": 0.3},
+}
+ALONE = [("launcher-needed", "launcher_needed", "plain"), ("plain", "", "plain"), ("accumulated", "", "accumulated"),
+         ("per-micro-batch", "pairs_of_a_micro_batch", "accumulated"), ("bf16", "", "bf16"), ("no-master", "no_master_weights", "bf16"),
+         ("unmeasured", "losses_alone", "plain"), ("dropout", "", "dropout"), ("resumed", "stopped", "plain"), ("resumed", "", "plain"),
+         ("deleted", "stopped+deleted_at_start", "plain"), ("deleted", "deleted_at_start", "plain")]
+"""Name, changes and settings of the runs of one process, in their order: `launcher_needed` shows in a process that had no run before."""
+TOGETHER = [("two-ranks", "", "dropout"), ("dropout-per-rank", "dropout_in_the_loss", "dropout"), ("saved-by-rank-0", "saved_by_rank_0", ""),
+            ("tokenizing", "tokenized_at_start", ""), ("two-writers", "device_0_is_rank_0", "")]
+"""Those of two ranks; `device_0_is_rank_0` ends both."""
+NO_GPU = 'raise RuntimeError("no CUDA GPUs are available")\n'
+TOKENIZING_ON_A_GPU = """
+from data_prep.tokenizer import Tokenizer
+whole = Tokenizer.encode_batch
+def encode_batch(self, texts):
+    import torch
+    return torch.tensor(whole(self, texts)).cuda().tolist()
+Tokenizer.encode_batch = encode_batch
+"""
+
+
+def write_sources(folder: Path) -> list[dict]:
+    sources = []
+    for split, rows in (("train", 500), ("validation", 40)):
+        path = folder / f"{split}.jsonl"
+        pairs = (generate(0, split, index) for index in range(rows))
+        path.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+        sources.append({"type": "json", "split": split, "path": str(path)})
+    return sources
+
+
+class Prepared(NamedTuple):
+    folder: Path
+    done: dict[str, subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="module")
+def prepared_without_torch(tmp_path_factory) -> Prepared:
+    """The corpus, prepared where torch cannot be imported, and, as `mutant`, with a tokenizer that wants it. The sources are removed."""
+    folder, done = tmp_path_factory.mktemp("running"), {}
+    sources = write_sources(folder)
+    for name, more in (("corpus", {}), ("mutant", {"sitecustomize.py": TOKENIZING_ON_A_GPU})):
+        modules = folder / f"{name}-modules"
+        modules.mkdir()
+        for file, content in ({"torch.py": NO_GPU} | more).items():
+            (modules / file).write_text(content)
+        config = write_config(folder, tiny_config(folder, name=name, data__sources=sources, data__path=str(folder / name)))
+        done[name] = call(["python", "-m", "data_prep", str(config)], check=False, PYTHONPATH=f"{modules}:{ROOT}")
+    for source in sources:
+        Path(source["path"]).unlink()
+    return Prepared(folder, done)
+
+
+def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
+    """The runs as arguments of the worker."""
+    words = []
+    for name, changes, settings in runs:
+        values = tiny_config(folder, name=name, objective__distance="cosine", train__steps=STEPS, monitor__tensorboard=False,
+                             **RUNS.get(settings, {}))
+        words.append(f"{changes}:{write_config(folder, values)}")
+    return words
+
+
+@pytest.fixture(scope="module")
+def folder(prepared_without_torch) -> Path:
+    """All runs, one process beside two ranks."""
+    folder = prepared_without_torch.folder
+    two_nodes = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    together = written(folder, TOGETHER)
+    places = {"alone": (written(folder, ALONE), {}), **{f"rank-{rank}": (together, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)}}
+    processes = []
+    for place, (words, variables) in places.items():
+        with open(folder / f"{place}.log", "w") as output:
+            processes.append(subprocess.Popen([sys.executable, str(WORKER), *words], cwd=ROOT, env=environment(**variables),
+                                              stdout=output, stderr=subprocess.STDOUT))
+    try:
+        for process in processes:
+            process.wait(TIMEOUT)
+    finally:
+        for process in processes:
+            process.kill()
+    for place, process, code in zip(places, processes, (0, 2, 2), strict=True):  # 2: device_0_is_rank_0 is a mistake of the user's
+        assert process.returncode == code, (folder / f"{place}.log").read_text()[-4000:]
+    return folder
+
+
+def metrics(folder: Path, name: str) -> list[dict]:
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ended(folder: Path, name: str, rank: int = 0) -> dict:
+    path = folder / f"{name}.rank{rank}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def same(one: list[dict], other: list[dict], tags: tuple[str, ...]) -> bool:
+    return [[line[tag] for tag in tags] for line in one] == [pytest.approx([line[tag] for tag in tags], rel=1e-4) for line in other]
+
+
+def test_trap_04_the_pair_loss_is_normalised_over_accumulation(folder):
+    def check_against_a_single_micro_batch(name):
+        whole, parts = metrics(folder, "plain"), metrics(folder, name)
+        assert len(whole) == len(parts) == STEPS
+        assert same(whole, parts, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), "accumulation changes the gradient"
+
+    check_against_a_single_micro_batch("accumulated")
+    fails(lambda: check_against_a_single_micro_batch("per-micro-batch"), "accumulation changes the gradient")
+
+
+def moments(state) -> list[torch.Tensor]:
+    """All first and second moments in the nested state of an optimizer."""
+    if isinstance(state, dict):
+        return [tensor for key, value in state.items() for tensor in ([value] if key in ("exp_avg", "exp_avg_sq") else moments(value))]
+    return [tensor for part in state for tensor in moments(part)] if isinstance(state, list | tuple) else []
+
+
+def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
+    def check_what_bf16_would_round_away(name):
+        checkpoint = folder / "runs" / name / "checkpoints" / step_name(STEPS)
+        norms = {key: value for key, value in consolidate(checkpoint).items() if "norm" in key}
+        assert norms and all(((value.double() - 1).abs() > 1e-5).any() for value in norms.values()), "small updates of weights near 1 are lost"
+        [shard] = checkpoint.glob("*optim_states.pt")
+        found = moments(torch.load(shard, weights_only=False))
+        assert found and all((tensor.float() != tensor.bfloat16().float()).any() for tensor in found), "moments are rounded"
+
+    check_what_bf16_would_round_away("bf16")
+    fails(lambda: check_what_bf16_would_round_away("no-master"), "small updates of weights near 1 are lost")
+
+
+def test_trap_11_a_collapse_is_measured(folder):
+    def check_measures(name):
+        last = metrics(folder, name)[-1]
+        for prefix in ("embedding/", "validation/embedding/"):
+            measures = {prefix + measure for measure in ("paired_cosine", "shuffled_cosine", "effective_rank", "retrieval_at_1")}
+            assert measures <= last.keys(), "a loss alone is shown"
+
+    check_measures("plain")
+    fails(lambda: check_measures("unmeasured"), "a loss alone is shown")
+
+
+def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(prepare_here, tmp_path):
+    texts = [(f"number {number}", f"[{number}]") for number in range(30)]
+    long = [("0123456789" * 9, "[0-9]"), ("a long one", "0123456789" * 4)]
+    corpora = []
+
+    def check_every_record_fits_or_is_counted():
+        corpus = prepare_here([*texts, *long], sequence_length=96)
+        corpora.append(corpus)
+        dropped = read_manifest(corpus.folder)["dropped"]
+        assert dropped.get("too_long", {}).get("count") == len(long), "records are too long for a row"
+        layout = make_layout("joint", Specials(0, 1, 2, 3, 400), pairing=Pairing(12))
+        rows = Loader(corpus, layout, 96, seed=0, epochs=1).next_rows(len(texts))
+        assert sorted(rows.records) == list(range(len(texts)))
+
+    def let_through(patch):
+        patch.setattr(pipeline, "positions_needed", lambda lengths: lengths[:, 0] * 0)
+
+    passes_but_not_with(let_through, check_every_record_fits_or_is_counted, "records are too long for a row")
+    right, overfull = corpora
+    hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
+    for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
+        values = tiny_config(tmp_path, name=name, data__path=str(corpus.folder), data__sequence_length=length)
+        values["objective"] |= objective
+        with pytest.raises(UserError, match="too short for the records"):
+            set_up(load_config(write_config(tmp_path, values)), World(0, 1, torch.device("cpu")))
+
+
+def test_trap_14_the_records_that_sit_out_do_not_depend_on_ranks(folder):
+    def check_against_one_rank(name):
+        one, two = metrics(folder, "dropout"), metrics(folder, name)
+        assert len(one) == len(two) == STEPS
+        assert same(one, two, ("records", "loss/jepa")), "ranks draw for themselves"
+        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], "the space of what sits out is not used"
+
+    check_against_one_rank("two-ranks")
+    fails(lambda: check_against_one_rank("dropout-per-rank"), "ranks draw for themselves")
+
+
+def test_trap_15_a_start_goes_on_with_what_it_finds(folder):
+    def check_the_second_start(name):
+        assert ended(folder, name)["ended"] == "finished"
+        assert [line["step"] for line in metrics(folder, name)] == [1, 2, 3]
+        assert list_steps(folder / "runs" / name / "checkpoints") == [2, 3], "the first start is lost"
+
+    check_the_second_start("resumed")
+    fails(lambda: check_the_second_start("deleted"), "the first start is lost")
+
+
+def test_trap_16_one_rank_of_all_nodes_writes_and_all_save(folder):
+    def check_the_run_of_two_nodes(name):
+        steps = [line["step"] for line in metrics(folder, name)]
+        assert steps == [1, 2, 3], "the ranks do not agree on who writes"
+        checkpoint = folder / "runs" / name / "checkpoints" / step_name(STEPS)
+        assert len(list(checkpoint.glob("*optim_states.pt"))) == 2, "a rank's shard is missing"
+        assert check(checkpoint) is None and ended(folder, name, rank=1)["ended"] == "finished"
+
+    check_the_run_of_two_nodes("two-ranks")
+    assert ["step      1" in (folder / f"rank-{rank}.log").read_text() for rank in range(2)] == [True, False]
+    fails(lambda: check_the_run_of_two_nodes("two-writers"), "the ranks do not agree on who writes")
+    fails(lambda: check_the_run_of_two_nodes("saved-by-rank-0"), "a rank's shard is missing")
+
+
+def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(folder, prepared_without_torch):
+    def check_the_preparation(name):
+        assert prepared_without_torch.done[name].returncode == 0, "tokenizing needs a GPU"
+
+    def check_the_run_of_one_process(name):
+        assert ended(folder, name)["ended"] == "finished", "one process alone cannot train"
+
+    check_the_preparation("corpus")
+    fails(lambda: check_the_preparation("mutant"), "tokenizing needs a GPU")
+    check_the_run_of_one_process("plain")
+    fails(lambda: check_the_run_of_one_process("launcher-needed"), "one process alone cannot train")
+
+
+def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
+    """Nor could it: the sources were removed before."""
+    def check_texts(name):
+        assert [ended(folder, name, rank)["tokenized"] for rank in (0, 1)] == [0, 0], "a rank tokenizes"
+
+    check_texts("two-ranks")
+    fails(lambda: check_texts("tokenizing"), "a rank tokenizes")

@@ -1,0 +1,203 @@
+"""Traps that waste time and memory: each check fails on a mutant that brings its trap back."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.data import loader as loading
+from pretrain.data.batch import micro_batches
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.loader import Loader, Rows, counts
+from pretrain.models import language_model
+from pretrain.models.attention import visibility_mask
+from pretrain.objectives import auxiliary, total_loss
+from pretrain.objectives.llm_jepa import LlmJepa
+from pretrain.objectives.pool import Gather
+from pretrain.training.throughput import Throughput
+from tests.mutants import passes_but_not_with
+
+ALONE = Gather(all_gather=lambda mine: mine, rank=0)
+SYNCS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select,
+         torch.ops.aten.is_nonzero, torch.ops.aten.unique_dim, torch.ops.aten._unique2, torch.ops.aten.repeat_interleave}
+"""Operators whose result the host waits for."""
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that make the host wait, and the rows of outputs that are `width` wide."""
+
+    def __init__(self, width: int = 0):
+        super().__init__()
+        self.width, self.syncs, self.rows = width, 0, 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        masks = [index for index in arguments[1] if index is not None and index.dtype == torch.bool] if _indexes(operator) else []
+        self.syncs += operator.overloadpacket in SYNCS or bool(masks)
+        output = operator(*arguments, **(options or {}))
+        if isinstance(output, torch.Tensor) and output.dim() > 1 and output.shape[-1] == self.width:
+            self.rows = max(self.rows, output.numel() // self.width)
+        return output
+
+
+def _indexes(operator) -> bool:
+    return operator.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+def loaded(corpus, specials, row_length: int, rows: int, lm_views: str = "all"):
+    """Rows as a run gets them, their micro batch, and their layout."""
+    layout = make_layout("joint", specials, pairing=Pairing(1), lm_views=lm_views)
+    chosen = Loader(corpus, layout, row_length, seed=0).next_rows(rows)
+    [batch] = micro_batches(chosen, corpus, layout, specials, row_length, micro_batch_rows=rows, rank=0, ranks=1)
+    return chosen, batch, layout
+
+
+def test_trap_19_rows_are_full(corpus, specials):
+    def check_padding():
+        _, batch, _ = loaded(corpus, specials, 512, 8)
+        assert (batch.token_ids == specials.pad).float().mean() < 0.05, "rows are padded"
+
+    def a_record_a_row(patch):
+        patch.setattr(loading, "pack", lambda positions, row_length: np.arange(len(positions)))
+
+    passes_but_not_with(a_record_a_row, check_padding, "rows are padded")
+
+
+class MaskSeen(Exception):
+    """Ends a forward pass where the first layer gets its mask."""
+
+
+def mask_of_the_first_layer(model, batch) -> torch.Tensor | BlockMask:
+    """What attention is handed by the model's forward pass."""
+    def stop(module, arguments, options):
+        raise MaskSeen(options["attention_mask"])
+
+    hook = model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(batch)
+    except MaskSeen as seen:
+        return seen.args[0]
+    finally:
+        hook.remove()
+
+
+def held_bytes(mask: torch.Tensor | BlockMask) -> int:
+    tensors = [mask] if isinstance(mask, torch.Tensor) else [part for part in mask.as_tuple() if isinstance(part, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_trap_20_no_mask_is_dense_in_fp32(corpus, specials, make_model):
+    length = 2048
+    model = make_model(1)
+    _, batch, _ = loaded(corpus, specials, length, 2)
+
+    def check_the_masks():
+        for attention, bytes_per_entry in (("sdpa", 1), ("flex_attention", 0.01)):
+            model.attention = model.causal_lm.config._attn_implementation = attention
+            held = held_bytes(mask_of_the_first_layer(model, batch))
+            assert held <= bytes_per_entry * 2 * length**2, f"the mask for {attention} takes {held:,} bytes"
+
+    def additive(patch):
+        patch.setattr(language_model, "visibility_mask", lambda visible_until, attention: torch.where(
+            visibility_mask(visible_until, "sdpa"), 0.0, float("-inf")))
+
+    def dense(patch):
+        patch.setattr(language_model, "visibility_mask", lambda visible_until, attention: visibility_mask(visible_until, "sdpa"))
+
+    with torch.no_grad():
+        passes_but_not_with(additive, check_the_masks, "the mask for sdpa takes")
+        passes_but_not_with(dense, check_the_masks, "the mask for flex_attention takes")
+
+
+def test_trap_21_logits_are_those_of_labels_alone(corpus, specials, make_model):
+    model = make_model(1)
+    _, batch, _ = loaded(corpus, specials, 128, 3, lm_views="last")
+
+    def check_rows_of_logits():
+        with Operators(width=model.vocabulary) as operators:
+            terms = LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ALONE).terms
+            torch.autograd.grad(terms["lm"], model.causal_lm.get_input_embeddings().weight)
+        assert operators.rows == len(batch.label_index) < batch.token_ids.numel() / 2, f"{operators.rows} rows of logits"
+
+    def labels_of_minus_100(patch):
+        def everywhere(hidden, batch, cross_entropy):
+            labels = torch.full((len(hidden),), -100).index_put((batch.label_index,), batch.label_ids)
+            return F.cross_entropy(model.logits(hidden), labels, ignore_index=-100, reduction="sum")
+
+        patch.setattr(auxiliary, "next_token_sum", everywhere)
+
+    passes_but_not_with(labels_of_minus_100, check_rows_of_logits, f"{batch.token_ids.numel()} rows of logits")
+
+
+def test_trap_22_hidden_states_of_the_last_layer_alone_are_kept(corpus, specials, make_model):
+    model = make_model(1)
+    _, batch, _ = loaded(corpus, specials, 128, 2)
+    decoder = model.causal_lm.model
+
+    def check_what_is_alive_at_the_end():
+        """Without a graph, which keeps what it needs."""
+        states, alive = [], []
+        hooks = [layer.register_forward_hook(lambda module, arguments, output: states.append(
+            weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))) for layer in decoder.layers]
+        hooks.append(decoder.norm.register_forward_pre_hook(lambda module, arguments: alive.extend(state() is not None for state in states)))
+        with torch.no_grad():
+            model(batch)
+        for hook in hooks:
+            hook.remove()
+        assert alive == [False] * (len(decoder.layers) - 1) + [True], "hidden states of earlier layers are kept"
+
+    def all_of_them(patch):
+        whole = decoder.forward
+        patch.setattr(decoder, "forward", lambda **inputs: whole(**inputs, output_hidden_states=True))
+
+    passes_but_not_with(all_of_them, check_what_is_alive_at_the_end, "hidden states of earlier layers are kept")
+
+
+@pytest.mark.parametrize("distance", ["cosine", "info_nce"])
+def test_trap_23_the_host_does_not_wait_for_the_device_at_every_record(distance, corpus, specials, make_model):
+    model, objective = make_model(1), LlmJepa(1.0, distance)
+    steps = [loaded(corpus, specials, 256, rows) for rows in (1, 4)]
+    assert len(steps[1][0].records) > len(steps[0][0].records) + 10
+
+    def check_syncs_of_a_micro_step():
+        for rows, batch, layout in steps:
+            units = counts(rows, layout)
+            with Operators() as operators:
+                terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
+                total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, objective.weights, ranks=1).backward()
+            assert operators.syncs == 0, f"{operators.syncs} syncs for {len(rows.records)} records"
+
+    def a_loop_over_records(patch):
+        def one_by_one(hidden, batch):
+            return tuple(torch.stack([hidden[place.item()].float() for place in index]) for index in (batch.prediction_index, batch.target_index))
+
+        patch.setattr(auxiliary, "read_out", one_by_one)
+
+    records = len(steps[0][0].records)
+    passes_but_not_with(a_loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records")
+
+
+def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
+    rows, batch, layout = loaded(corpus, specials, 512, 3)
+    tokens = int((batch.token_ids != specials.pad).sum())
+
+    def check_flops_are_those_of_tokens_and_labels():
+        for padded in (rows, Rows.join([rows], 30)):
+            throughput = Throughput(layer_parameters=1000, head_parameters=50, ranks=1, row_length=512)
+            throughput.peak = 1.0  # so that the MFU of one second is the count
+            throughput.add(padded, counts(padded, layout)["targets"], seconds=1.0)
+            assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), "padding is counted"
+
+    def a_profiler(patch):
+        whole = Throughput.add
+
+        def add(self, rows, targets, seconds):
+            whole(self, rows, targets, seconds)
+            self.positions = self.slots
+
+        patch.setattr(Throughput, "add", add)
+
+    passes_but_not_with(a_profiler, check_flops_are_those_of_tokens_and_labels, "padding is counted")

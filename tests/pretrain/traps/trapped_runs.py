@@ -1,0 +1,139 @@
+"""Runs one after another in the same ranks, some with a trap brought back: `trapped_runs.py [CHANGE+...:]CONFIG ...`.
+
+How each ended, and how many texts it tokenized, stands beside its configuration in NAME.rankR.json; of two starts of a run, the second.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from deepspeed import DeepSpeedEngine
+
+from data_prep.tokenizer import Tokenizer
+from pretrain.config import load_config
+from pretrain.data.corpus import Corpus
+from pretrain.objectives import llm_jepa
+from pretrain.training import distributed, engine, loop, setup, validation
+from pretrain.training.main import run
+
+RANK = int(os.environ.get("SLURM_PROCID", 0))
+DROPOUT = 0.3
+STOP_AT = 2
+
+
+def stopped(patch: pytest.MonkeyPatch) -> None:
+    """No trap: the run is asked to stop in its second step."""
+    whole = loop.Trainer._count
+
+    def count(self, rows):
+        whole(self, rows)
+        if self.progress.step == STOP_AT:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(loop.Trainer, "_count", count)
+
+
+def pairs_of_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    """Trap 4: the pair loss is a mean over a micro batch, of which a step has four."""
+    whole = loop.total_loss
+    patch.setattr(loop, "total_loss", lambda terms, counts, weights, ranks: whole(terms, counts | {"jepa": counts["jepa"] / 4}, weights, ranks))
+
+
+def no_master_weights(patch: pytest.MonkeyPatch) -> None:
+    """Trap 5."""
+    whole, bf16 = engine.engine_settings, {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    patch.setattr(engine, "engine_settings", lambda config, ranks: whole(config, ranks) | {"bf16": bf16})
+
+
+def losses_alone(patch: pytest.MonkeyPatch) -> None:
+    """Trap 11: nothing is measured but losses."""
+    for module in (loop, validation):
+        patch.setattr(module, "embedding_monitors", lambda pool: {})
+
+
+def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
+    """Trap 14: every rank draws on its own, after packing."""
+    whole, generator = loop.micro_batches, torch.Generator().manual_seed(RANK)
+
+    def micro_batches(*arguments, **options):
+        for batch in whole(*arguments, **options):
+            yield replace(batch, pair_valid=batch.pair_valid & (torch.rand(len(batch.pair_valid), generator=generator) >= DROPOUT))
+
+    patch.setattr(loop, "micro_batches", micro_batches)
+    patch.setattr(llm_jepa.Config, "record_dropout", property(lambda self: 0.0))
+
+
+def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
+    """Trap 15."""
+    whole = setup.set_up
+
+    def set_up(config, world):
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        return whole(config, world)
+
+    patch.setattr(setup, "set_up", set_up)
+
+
+def device_0_is_rank_0(patch: pytest.MonkeyPatch) -> None:
+    """Trap 16: each node has a process that writes."""
+    patch.setattr(distributed.World, "is_main", property(lambda self: os.environ["LOCAL_RANK"] == "0"))
+
+
+def saved_by_rank_0(patch: pytest.MonkeyPatch) -> None:
+    """Trap 16: the shards of other ranks stay in their memory."""
+    if RANK:
+        patch.setattr(DeepSpeedEngine, "_save_zero_checkpoint", lambda self, *arguments, **options: None)
+
+
+def launcher_needed(patch: pytest.MonkeyPatch) -> None:
+    """Trap 17: a process that no launcher started."""
+    patch.setattr(distributed, "init_world", lambda: distributed.World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu")))
+
+
+def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
+    """Trap 24."""
+    class Texts(Corpus):
+        def __init__(self, folder, split):
+            super().__init__(folder, split)
+            self.tokenizer.encode_batch([self.tokenizer.decode(self.tokens(np.array([record]), 0)) for record in range(len(self))])
+
+    patch.setattr(setup, "Corpus", Texts)
+
+
+def tokenized_texts(patch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are tokenized from here on."""
+    whole, seen = Tokenizer.encode_batch, []
+
+    def encode_batch(self, texts):
+        seen.extend(texts)
+        return whole(self, texts)
+
+    patch.setattr(Tokenizer, "encode_batch", encode_batch)
+    return seen
+
+
+def main() -> None:
+    for word in sys.argv[1:]:
+        changes, _, path = word.rpartition(":")
+        with pytest.MonkeyPatch.context() as patch:
+            for change in filter(None, changes.split("+")):
+                globals()[change](patch)
+            texts, ended = tokenized_texts(patch), "finished"
+            try:
+                run(load_config(path))
+            except SystemExit as end:
+                ended = f"exit code {end.code}"
+            except Exception as error:
+                ended = repr(error)
+        Path(path).with_suffix(f".rank{RANK}.json").write_text(json.dumps({"ended": ended, "tokenized": len(texts)}))
+
+
+if __name__ == "__main__":
+    main()
