@@ -34,6 +34,8 @@ def folder(tmp_path_factory):
     configs = [tiny_config(folder, name=f"family-{family}", model={"family": family, "shape": f"{family}_tiny.yaml"}, **settings)
                for family in FAMILIES]
     configs += [tiny_config(folder, name=f"objective-{name}", objective=objective, **settings) for name, objective in OBJECTIVES.items()]
+    for config in configs:
+        config["data"]["sequence_length"] = 192 if "prepended" in config["name"] else 128  # a copy of both views needs room
     configs += [on_other_views(folder, "paraphrases", PARAPHRASES, OBJECTIVES["info_nce"], settings),
                 on_other_views(folder, "documents", DOCUMENTS, OBJECTIVES["sub_span"], settings)]
     for family in FAMILIES:

@@ -18,7 +18,7 @@ from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
-from pretrain.training.throughput import Throughput
+from pretrain.training.throughput import Parameters, Throughput
 from tests.mutants import passes_but_not_with
 
 ALONE = Gather(all_gather=lambda mine: mine, rank=0)
@@ -101,11 +101,11 @@ def test_trap_20_no_mask_is_dense_in_fp32(corpus, specials, make_model):
             assert held <= bytes_per_entry * 2 * length**2, f"the mask for {attention} takes {held:,} bytes"
 
     def additive(patch):
-        patch.setattr(language_model, "visibility_mask", lambda visible_until, attention: torch.where(
+        patch.setattr(language_model, "attention_mask", lambda visible_until, *others: torch.where(
             visibility_mask(visible_until, "sdpa"), 0.0, float("-inf")))
 
     def dense(patch):
-        patch.setattr(language_model, "visibility_mask", lambda visible_until, attention: visibility_mask(visible_until, "sdpa"))
+        patch.setattr(language_model, "attention_mask", lambda visible_until, *others: visibility_mask(visible_until, "sdpa"))
 
     with torch.no_grad():
         passes_but_not_with(additive, check_the_masks, "the mask for sdpa takes")
@@ -186,7 +186,7 @@ def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
 
     def check_flops_are_those_of_tokens_and_labels():
         for padded in (rows, Rows.join([rows], 30)):
-            throughput = Throughput(layer_parameters=1000, head_parameters=50, ranks=1, row_length=512)
+            throughput = Throughput(Parameters(layers=1000, embedding=50, head=50, tied=True, predictor=7), ranks=1, row_length=512)
             throughput.peak = 1.0  # so that the MFU of one second is the count
             throughput.add(padded, counts(padded, layout)["targets"], seconds=1.0)
             assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), "padding is counted"
