@@ -1,4 +1,4 @@
-"""The evaluation command. Light until it holds the lock, so that a waiting job costs next to nothing."""
+"""The evaluation command. It loads no model before it holds the lock, so that a waiting job costs little."""
 
 import argparse
 import os

@@ -299,7 +299,8 @@ def _activation_table(plan: Plan) -> Table:
         rows.append(("gathered parameters, at most", gathered, gathered))
     rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     unit, scale = _unit(plan)
-    return [(f"beside them, {unit}", "as it is", "with activation checkpointing"),
+    recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
+    return [(f"beside them, {unit}", "as it is" if train.activation_checkpointing else "as configured", recomputed),
             *((name, f"{whole / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, whole, checkpointed in rows)]
 
 

@@ -15,7 +15,7 @@ from pretrain.data.loader import Loader
 from pretrain.objectives import objective_configs
 from pretrain.objectives.auxiliary import AuxiliaryConfig
 from pretrain.objectives.pool import Gather
-from pretrain.objectives.regularizers import sigreg, vicreg
+from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
 from pretrain.objectives.semantic_tube import SemanticTube
 from tests.launching import ROOT
 from tests.reference import tube_distance
@@ -103,7 +103,26 @@ def test_sigreg_tells_a_normal_cloud_from_a_collapsed_one():
     assert values[0] < 2 < 10 * values[0] < min(values[1:])
 
 
-@pytest.mark.parametrize("regularizer", [lambda pool, valid: vicreg(pool, valid, 0.04), lambda pool, valid: sigreg(pool, valid, 4, torch.tensor(0))])
+@pytest.mark.parametrize(("count", "width"), [(12, 5), (5, 12), (6, 6)])
+def test_the_coding_rate_gap_is_that_of_the_definition(count, width):
+    embeddings, valid = torch.randn(count + 3, width, dtype=torch.float64), torch.arange(count + 3) < count
+    unit = embeddings[:count] / embeddings[:count].norm(dim=1, keepdim=True)
+
+    def rate(rows: torch.Tensor) -> torch.Tensor:
+        return torch.logdet(torch.eye(width) + width / (count * 0.1) * rows.T @ rows) / 2
+
+    axes = torch.eye(max(count, width), width, dtype=torch.float64)
+    evenly = torch.stack([axes[number % min(count, width)] for number in range(count)])
+    even = count % min(count, width) == 0  # the bound can be reached
+    gap = coding_rate_gap(embeddings.float(), valid, 0.1).item()
+    bound = min(count, width) * math.log1p(width / (min(count, width) * 0.1)) / 2
+    assert gap == pytest.approx((bound - rate(unit).item()) / count, rel=1e-4)
+    assert not even or coding_rate_gap(evenly.float(), torch.ones(count, dtype=torch.bool), 0.1).item() == pytest.approx(0, abs=1e-6)
+    assert coding_rate_gap(torch.ones(count, width), torch.ones(count, dtype=torch.bool), 0.1).item() > gap > 0
+
+
+@pytest.mark.parametrize("regularizer", [lambda pool, valid: vicreg(pool, valid, 0.04), lambda pool, valid: sigreg(pool, valid, 4, torch.tensor(0)),
+                                         lambda pool, valid: coding_rate_gap(pool, valid, 0.05)])
 @pytest.mark.parametrize("valid", [0, 1])
 def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid):
     embeddings = torch.randn(3, 4, requires_grad=True)
