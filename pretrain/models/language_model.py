@@ -14,7 +14,7 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.config import Family
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
-from pretrain.models.attention import FULL, SLIDING, attention_mask
+from pretrain.models.attention import FULL, SLIDING, Mask, attention_mask
 from pretrain.models.head import Head
 
 VOCABULARY_MULTIPLE = 64
@@ -111,14 +111,17 @@ class LanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Last-layer hidden states after the final norm, (B * L, D)."""
-        embedded = self._embed(batch.token_ids)
         hidden = self.causal_lm.model(
-            inputs_embeds=embedded,
-            attention_mask=attention_mask(batch.visible_until, batch.positions, self.attention, self.causal_lm.config, embedded.dtype),
+            inputs_embeds=self._embed(batch.token_ids),
+            attention_mask=self.mask(batch),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
         return hidden.flatten(0, 1)
+
+    def mask(self, batch: Batch) -> Mask | dict[str, Mask]:
+        """What each token may see, as the model's attention wants it."""
+        return attention_mask(batch.visible_until, batch.positions, self.attention, self.causal_lm.config, self.causal_lm.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (M, D) -> (M, V)."""

@@ -1,0 +1,191 @@
+"""Steps of the ways of cost_arms.py on the project's engine: timed, and their memory measured."""
+
+import argparse
+import ctypes
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+from cost_arms import BASELINE, PREDICTOR_TOKENS, Arm, combine, make_arms
+
+from pretrain.config import RunConfig, load_config
+from pretrain.data.batch import micro_batches
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Specials
+from pretrain.data.loader import Rows, counts, draw
+from pretrain.models.language_model import special_ids
+from pretrain.objectives import total_loss
+from pretrain.training.distributed import World
+from pretrain.training.engine import build_engine
+
+WEIGHTS = {"lm": 1.0, "jepa": 1.0}
+UNITS = {"lm": "targets", "jepa": "pairs"}
+SETTLING_STEPS = {"cpu": 0, "cuda": 2}
+"""Untimed steps after a change of way: DeepSpeed prefetches partitioned parameters in the order of the step before."""
+
+
+@dataclass
+class Measured:
+    """What is found out about a way."""
+
+    rows: list[Rows]
+    """Of a step, by pass."""
+    row_lengths: list[int]
+    targets: int
+    micro_steps: int
+    losses: dict[str, float] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    """Of a step, by round."""
+    processor_seconds: dict[int, float] = field(default_factory=dict)
+    """The same as time on processors, summed over ranks and their threads."""
+    peak_memory: float | None = None
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a step computes, padding not counted."""
+        return sum(int(rows.segment_lengths.sum()) for rows in self.rows)
+
+    @property
+    def slots(self) -> int:
+        """Positions of a step with padding."""
+        return sum(rows.count * length for rows, length in zip(self.rows, self.row_lengths, strict=True))
+
+
+@dataclass
+class Bench:
+    """The ways, the engines that they run on, and what has been measured."""
+
+    config: RunConfig
+    world: World
+    corpus: Corpus
+    specials: Specials
+    arms: dict[str, Arm]
+    engines: dict[int, deepspeed.DeepSpeedEngine]
+    """By number of predictor tokens: the baseline's model has none."""
+    kernel: str
+    records: np.ndarray
+    draws: np.ndarray
+    micro_slots: int
+    measured: dict[str, Measured]
+
+    @staticmethod
+    def build(arguments: argparse.Namespace, config: RunConfig, world: World) -> "Bench":
+        """Models with the same weights, and the records of a step."""
+        corpus = Corpus(config.data.path, "train")
+        plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
+        engines = {tokens: build_engine(one, corpus.tokenizer, one.objective.build(), world)
+                   for tokens, one in ((0, plain), (PREDICTOR_TOKENS, config))}
+        for engine in engines.values():
+            for group in engine.optimizer.param_groups:
+                group["lr"] = 0.0
+        model = engines[0].module.model
+        specials = special_ids(corpus.tokenizer, model.vocabulary)
+        arms = {name: arm for name, arm in make_arms(specials).items() if name == BASELINE or name in arguments.arms}
+        records = np.arange(arguments.records)
+        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw(records, config.seed, 0),
+                      arguments.micro_slots, {})
+        bench.measured = {name: bench.count(arm) for name, arm in bench.arms.items()}
+        return bench
+
+    def plan(self, arm: Arm) -> tuple[list[Rows], list[int]]:
+        """The rows of a step and their lengths, by pass."""
+        paired = self.draws >= np.uint64(arm.dropout * 2**64)
+        return map(list, zip(*(one.plan(self.corpus, self.records, self.config.data.sequence_length, paired & bool(one.layout.read_outs), self.draws)
+                               for one in arm.passes), strict=True))
+
+    def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
+        """The rows with empty ones, so that they divide into equal micro batches of all ranks; and the number of micro steps."""
+        slots = sum(one.count * length for one, length in zip(rows, lengths, strict=True))
+        micro_steps = -(-slots // (self.micro_slots * self.world.size))
+        while len(rows) > 1 and len(self.records) % (micro_steps * self.world.size):  # a row a record: no empty ones
+            micro_steps += 1
+        unit = micro_steps * self.world.size
+        return [Rows.join([one], -(-one.count // unit) * unit) for one in rows], micro_steps
+
+    def count(self, arm: Arm) -> Measured:
+        """What a step of a way holds."""
+        rows, lengths = self.plan(arm)
+        rows, micro_steps = self.split(rows, lengths)
+        return Measured(rows, lengths, counts(rows[0], arm.passes[0].layout)["targets"], micro_steps)
+
+    def step(self, name: str) -> dict[str, float]:
+        """One optimizer step, from the plan of its rows on; return the losses."""
+        arm = self.arms[name]
+        engine = self.engines[arm.predictor_tokens]
+        rows, lengths = self.plan(arm)
+        rows, micro_steps = self.split(rows, lengths)
+        units = counts(rows[0], arm.passes[0].layout) | {"pairs": counts(rows[-1], arm.passes[-1].layout)["pairs"]}
+        streams = [micro_batches(part, self.corpus, one.layout, self.specials, length, micro_batch_rows=part.count // (micro_steps * self.world.size),
+                                 rank=self.world.rank, ranks=self.world.size)
+                   for one, part, length in zip(arm.passes, rows, lengths, strict=True)]
+        sums: dict[str, torch.Tensor] = {}
+        for micro_step, batches in enumerate(zip(*streams, strict=True)):
+            engine.set_gradient_accumulation_boundary(micro_step == micro_steps - 1)
+            terms: dict[str, torch.Tensor] = {}
+            for one, batch in zip(arm.passes, batches, strict=True):
+                engine.module.objective = one.read
+                terms |= engine(one.prepare(batch.to(self.world.device), engine.module.model, self.kernel)).terms
+            terms = combine(terms)
+            engine.backward(total_loss(terms, {term: units[UNITS[term]] for term in terms}, WEIGHTS, self.world.size), scale_wrt_gas=False)
+            engine.step()
+            for term, value in terms.items():
+                sums[term] = sums.get(term, 0) + value.detach()
+        totals = self.world.sum(list(sums.values()))
+        return {term: total / units[UNITS[term]] for term, total in zip(sums, totals, strict=True)}
+
+    def time(self, name: str, number: int, steps: int) -> None:
+        """Note the seconds of a step in this round: the mean of as many as take about as long as `steps` of the baseline."""
+        measured = self.measured[name]
+        steps = max(1, round(steps * self.measured[BASELINE].slots / measured.slots))
+        for _ in range(SETTLING_STEPS[self.world.device.type]):
+            self.step(name)
+        self._wait()
+        started, busy = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self.step(name)
+        self._wait()
+        measured.seconds[number] = (time.perf_counter() - started) / steps
+        measured.processor_seconds[number] = self._total(time.process_time() - busy) / steps
+
+    def peak_memory(self, name: str) -> float | None:
+        """Bytes that a step needs at its peak above what was held before it, summed over ranks; keeps the losses."""
+        before = held_memory(self.world.device)
+        self.measured[name].losses = self.step(name)
+        peak = peak_memory(self.world.device)
+        return None if before is None or peak is None else self._total(peak - before)
+
+    def _total(self, value: float) -> float:
+        """The sum over ranks."""
+        return self.world.sum([torch.tensor(float(value), device=self.world.device)])[0]
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.world.barrier()
+
+
+def held_memory(device: torch.device) -> int | None:
+    """Bytes held now, from where on a peak is measured: of tensors on CUDA, else of the process; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the memory that the way before has freed would hide what this one needs
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (proc(5))
+    except (OSError, AttributeError):
+        return None
+    return _status_bytes("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The largest number of bytes held since `held_memory`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int | None:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else None

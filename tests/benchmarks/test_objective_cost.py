@@ -1,0 +1,48 @@
+"""The ways that the benchmark times compute the same thing, and it says what it should."""
+
+import json
+import math
+
+import pytest
+
+from tests.launching import ROOT, call
+
+PACKED = ["next_token_packed", "joint_packed", "joint_dropout_0.75", "next_token_independent_packed", "independent_packed"]
+SEPARATE = ["two_passes_additive_mask", "three_passes_longest", "three_passes_512"]
+RECORDS = 12
+
+
+@pytest.fixture(scope="module")
+def result():
+    done = call(["python", str(ROOT / "benchmarks" / "objective_cost.py"), "--rounds", "1", "--steps", "1", "--records", str(RECORDS)])
+    return json.loads(done.stdout)
+
+
+def test_every_way_reports_its_figures(result):
+    assert result["ranks"] == 2 and result["threads_per_rank"] == 1 and result["records_per_step"] == RECORDS
+    assert list(result["arms"]) == PACKED + SEPARATE
+    for name, arm in result["arms"].items():
+        assert arm["records_per_second"] > 0 and arm["peak_memory_bytes"] > 0, name
+        assert arm["slots_per_record"] >= arm["positions_per_record"] > 0, name
+        for ratio in ("records_per_second", "time", "time_over_positions", "time_over_slots"):
+            spread = arm["to_baseline"][ratio]
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"], name
+    assert result["arms"]["next_token_packed"]["to_baseline"]["positions"] == 1.0
+    assert result["arms"]["three_passes_512"]["slots_per_record"] == 3 * 512
+    assert set(result["records_per_second_of_joint_packed_over"]) == set(SEPARATE)
+    assert all({"measured", "met"} < set(target) for target in result["targets"].values()) and len(result["targets"]) == 5
+
+
+def test_every_way_takes_the_same_records(result):
+    assert {arm["records"]["count"] for arm in result["arms"].values()} == {RECORDS}
+    assert len({arm["records"]["sha256"] for arm in result["arms"].values()}) == 1
+
+
+def test_every_way_has_the_same_losses(result):
+    losses = {name: arm["losses_at_start"] for name, arm in result["arms"].items()}
+    independent = {"next_token_independent_packed", "independent_packed"}  # another text: two documents
+    for group in (independent, set(losses) - independent):
+        lm = [losses[name]["lm"] for name in group]
+        assert max(lm) - min(lm) < 1e-4 and not math.isnan(lm[0])
+    jepa = [losses[name]["jepa"] for name in ["joint_packed", *SEPARATE]]
+    assert max(jepa) - min(jepa) < 1e-4 and 0.01 < jepa[0] < 1.99
