@@ -94,9 +94,11 @@ def done(results: Path) -> set[tuple[str, int]]:
 
 def table(lines: list[dict]) -> str:
     """Mean and standard deviation over seeds, in Markdown."""
-    rows = ["| objective | seeds | " + " | ".join(COLUMNS) + " |", "|---|" * 2 + "---|" * len(COLUMNS)]
-    for arm in dict.fromkeys(line["arm"] for line in lines):
+    rows = ["| objective | seeds | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (2 + len(COLUMNS))]
+    for arm in dict.fromkeys([*ARMS, *(line["arm"] for line in lines)]):
         mine = [line for line in lines if line["arm"] == arm]
+        if not mine:
+            continue
         rows.append(f"| {arm} | {len(mine)} | " + " | ".join(spread([line[key] for line in mine]) for key in COLUMNS.values()) + " |")
     return "\n".join(rows)
 
