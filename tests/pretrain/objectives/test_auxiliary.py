@@ -130,11 +130,9 @@ def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid):
     assert embeddings.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["three_points", "sub_span", "views"])
-@pytest.mark.parametrize("kind", ["joint", "independent"])
+@pytest.mark.parametrize(("kind", "form"), [("joint", "three_points"), ("joint", "sub_span"), ("joint", "views"),
+                                            ("independent", "three_points"), ("independent", "sub_span")])
 def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, form, corpus, specials, make_model):
-    if (kind, form) == ("independent", "views"):
-        pytest.skip("no document has two views")
     model, layout = make_model(0), make_layout(kind, specials, spans=form)
     rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
     batch = assemble(rows, corpus, layout, specials, 128, 0)
