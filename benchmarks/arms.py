@@ -60,8 +60,8 @@ def main() -> None:
 def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], lock: Lock) -> None:
     """Train and evaluate one arm with one seed; append its line."""
     objective = ARMS.get(arm, arm)
-    rows = PLAIN_ROWS if "llm_jepa" not in objective else PAIR_ROWS
-    name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}")
+    rows = PAIR_ROWS if "llm_jepa" in objective or "regularizers" in objective else PLAIN_ROWS
+    name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}").strip("-")
     folder = Path(arguments.work) / name
     call("launcher/run.py", CONFIG, *data, f"name={name}", f"output_dir={arguments.work}", f"seed={seed}", f"objective={objective}",
          f"train.epochs={EPOCHS}", f"train.global_batch_rows={rows}", f"train.micro_batch_rows={rows}",

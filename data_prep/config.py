@@ -26,7 +26,7 @@ MOST_VIEWS = 8
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class NlrxSource(Section):
@@ -89,7 +89,8 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig
     """Trained or taken over, see below."""
     sequence_length: int = Field(default=512, ge=8)
-    """Positions in a packed row. Records that cannot fit one in any layout are dropped and counted."""
+    """Positions in a packed row. Records that do not fit one where each view predicts the next are dropped and counted; prepended
+    predictor tokens and `direction: both` may need more, which the start of a run tells."""
     lm_views: Literal["all", "last"] = "all"
     """Which views take next-token labels: every one, or only the last (the answer)."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -37,7 +37,7 @@ REASONS = {
     "malformed": "the line is no record",
     "empty": "no view holds text",
     "one_sided": "a view holds no text; data.missing_views: keep takes the others",
-    "too_long": "the record does not fit a row of data.sequence_length in every layout",
+    "too_long": "the record does not fit a row of data.sequence_length with the copies of its views",
 }
 
 
@@ -190,7 +190,8 @@ def _sample(config: DataConfig, readers: list[Reader], units: list[Unit]) -> Ite
     if not characters:
         found = f"(the first that is none: {left_out})" if left_out else "(the sources hold no line)"
         raise UserError(f"no record to train a tokenizer on: none of split train has text in {' and '.join(config.views)} "
-                        f"{found}; check data.views and the columns and splits of the sources")
+                        f"{found}; check data.views and the columns and splits of the sources"
+                        + (", and whether data.validation_fraction leaves any" if config.validation_fraction else ""))
 
 
 def _split(config: DataConfig, unit: Unit, views: tuple[str, ...]) -> str:

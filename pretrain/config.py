@@ -26,9 +26,9 @@ COMPUTED_BY_THE_PROJECT = {
     "compile": "train.compile",
 }
 DEFAULT_DECAY_FRACTION = 0.2
-PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types", "dump_state", "flops_profiler",
-                  "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
-                  "sparse_gradients", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_optimization")
+PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types", "dump_state", "flops_profiler", "memory_breakdown",
+                  "seq_parallel_communication_data_type", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+                  "zero_optimization")
 """Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
 
 
@@ -99,6 +99,8 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         if sum(budget is not None for budget in (self.steps, self.tokens, self.records, self.epochs)) != 1:
             raise ValueError("the budget is exactly one of steps, tokens, records and epochs; unset one with train.KEY=null")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
         if self.schedule == "warmup_stable_decay" and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1:
             raise ValueError("warmup_fraction and decay_fraction together exceed the run")
         if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":

@@ -30,10 +30,10 @@ def write_status(run_dir: Path, status: str, step: int, reason: str = "") -> Non
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """The last written status; empty where none is."""
+    """The last written status; empty where none is, or none that can be read."""
     try:
         return json.loads((run_dir / "status.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return {}
 
 

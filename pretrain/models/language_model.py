@@ -41,7 +41,7 @@ def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, seque
     """
     computed = {"vocab_size": padded_vocabulary(tokenizer), "pad_token_id": tokenizer.pad_id,
                 "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    known = AutoConfig.for_model(family).to_dict()
+    known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()  # without what is no shape
     for key in shape:
         if key in computed:
             raise UserError(f"model.shape: {key} comes from the tokenizer; leave it out")
@@ -62,6 +62,11 @@ def _check_shape(family: str, config: PretrainedConfig) -> None:
     for name in ("hidden_act", "hidden_activation"):
         if getattr(config, name, "silu") not in ACT2FN:
             raise UserError(f"model.shape: transformers knows no {name} {getattr(config, name)!r}")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"model.shape: {name} must be positive, not {getattr(config, name)}")
+    if not 0 <= config.attention_dropout < 1:
+        raise UserError(f"model.shape: attention_dropout is a share below 1, not {config.attention_dropout}")
     heads, key_value_heads = (getattr(config, name, 1) for name in ("num_attention_heads", "num_key_value_heads"))
     if heads % key_value_heads:
         raise UserError(f"model.shape: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")

@@ -7,13 +7,14 @@ from pretrain.objectives.pool import Pool
 
 COLLAPSE_MARGIN = 0.1
 COLLAPSE_LEVEL = 0.5
+NEARLY_EQUAL, HARDLY_ANY = 0.95, 0.1
 
 
 def embedding_monitors(pool: Pool) -> dict[str, float]:
     """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs or embeddings that are not finite.
 
     paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with those of strangers: other records, other
-    texts, the same direction. retrieval_at_1: share of predictions to which no stranger's target is nearer than their own.
+    texts, the same direction. retrieval_at_1: share of predictions that are nearer to their own target than to any stranger's.
     effective_rank: of predictions and targets, the smaller.
     """
     prediction, target = pool.prediction[pool.valid], pool.target[pool.valid]
@@ -44,7 +45,8 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def has_collapsed(monitors: dict[str, float]) -> bool:
-    """Whether unrelated views are close, and as close as a pair: the embedding says nothing about its text."""
-    if "shuffled_cosine" not in monitors or monitors["shuffled_cosine"] < COLLAPSE_LEVEL:
+    """Whether a low loss says nothing: hardly any prediction finds its target, though pairs are close, or unrelated views as close as pairs."""
+    if "shuffled_cosine" not in monitors or monitors["retrieval_at_1"] > HARDLY_ANY:
         return False
-    return monitors["paired_cosine"] - monitors["shuffled_cosine"] < COLLAPSE_MARGIN
+    paired, shuffled = monitors["paired_cosine"], monitors["shuffled_cosine"]
+    return paired > NEARLY_EQUAL or (shuffled > COLLAPSE_LEVEL and paired - shuffled < COLLAPSE_MARGIN)

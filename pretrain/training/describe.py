@@ -17,6 +17,8 @@ from pretrain.config import RunConfig, dump_config
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
+NOT_DECIDING = ("train.activation_checkpointing", "train.compile")
+"""Of these: the ways to compute the same."""
 
 
 def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> None:
@@ -50,7 +52,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
     before = yaml.safe_load((run_dir / "config.yaml").read_text())
     now = yaml.safe_load(dump_config(config))
     changed = [key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section)]
-    changed = sorted(key for key in changed if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING))
+    changed = sorted(key for key in changed if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING)
     if changed:
         raise UserError(f"{run_dir} holds a run with another {', '.join(changed[:5])}; choose another `name`, or remove that folder")
     environment = json.loads((run_dir / "environment.json").read_text()) if (run_dir / "environment.json").exists() else {"data": data}

@@ -22,6 +22,7 @@ from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import Loader, counts
+from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, pretrained_config, random_causal_lm, shape_config, special_ids
 from pretrain.training.describe import check_same_run
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings
@@ -97,6 +98,7 @@ def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer | SimpleNamespace) 
     attention = "eager"  # nothing is computed, and every family has it
     if config.model.init_from is None:
         shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
+        resolve_attention(config.model.attention, torch.device("cuda"), shape)  # refuses what no device can do
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     shape = pretrained_config(config.model.init_from)
@@ -172,11 +174,13 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     specials, objective = special_ids(tokenizer, model.vocabulary), config.objective
     layout = objective.make_layout(specials, corpus.views, config.data.lm_views)
     plain = make_layout(objective.layout, specials, views=corpus.views, lm_views=config.data.lm_views)
-    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=objective.record_dropout)
+    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=objective.record_dropout, epochs=config.train.epochs)
     sums: Counter[str] = Counter()
     stream, without_pairs = Counter(), Counter()
     while loader.epoch == loader.window == 0:
         rows = loader.next_rows(config.train.global_batch_rows)
+        if loader.exhausted and sums["steps"]:
+            break  # the last step of a run is not full
         sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=counts(rows, layout)["pairs"])
         stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
         without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))

@@ -96,6 +96,8 @@ class Trainer:
             if logging:
                 values |= self._diagnose(pool) | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
+                if not self.validation:
+                    self._watch_for_collapse(values, "embedding/")
             if self.validation and (last or self._due(self.config.monitor.validate_every)):
                 values |= self._validate()
             if self.metrics and values:
@@ -196,11 +198,15 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         values = self.validation.run(self.engine, self.objective.units)
         self._say(validation_line(self.progress, values))
-        monitors = {name.removeprefix("validation/embedding/"): value for name, value in values.items()}
+        self._watch_for_collapse(values, "validation/embedding/")
+        return values
+
+    def _watch_for_collapse(self, values: dict[str, float], prefix: str) -> None:
+        """Warn when the embeddings of the monitors under a prefix of tags have collapsed since the last look."""
+        monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
         was, self.collapsed = self.collapsed, self.config.objective.pairing is not None and has_collapsed(monitors)
         if self.collapsed and not was:
             self._say(collapse_warning(monitors))
-        return values
 
     def _counters(self) -> dict[str, float]:
         return self.progress.state() | {"epoch": self.progress.records / len(self.loader.corpus)}

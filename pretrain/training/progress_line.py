@@ -30,7 +30,7 @@ def collapse_warning(monitors: dict[str, float]) -> str:
     """Collapse in words, because its loss curve reads as success."""
     return (f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, unrelated views "
             f"{monitors['shuffled_cosine']:.4f}, and a view finds its partner in {monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa "
-            "says nothing then: the model maps everything to one direction. Distances without negatives invite that; info_nce has negatives, "
+            "says nothing then: the model maps everything to few directions. Distances without negatives invite that; info_nce has negatives, "
             "and objective.regularizers work against it")
 
 

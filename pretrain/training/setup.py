@@ -92,6 +92,7 @@ def check(config: RunConfig, corpus: Corpus | None) -> None:
     """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
     if corpus is not None:
         _check_views(config, corpus)
+        _check_pairs(config, corpus)
         _check_lengths(config, corpus)
     for task in config.evaluation.tasks:
         for key, path in (("train", task.train), ("test", task.test)):
@@ -106,11 +107,29 @@ def check(config: RunConfig, corpus: Corpus | None) -> None:
 
 
 def _check_views(config: RunConfig, corpus: Corpus) -> None:
+    if tuple(corpus.manifest["views"]) != config.data.views:
+        raise UserError(f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with {corpus.manifest['views']}: "
+                        "set them so, or prepare another data.path")
+    prepared_size = corpus.manifest["settings"]["data"]["tokenizer"]["vocab_size"]
+    if config.data.tokenizer.vocab_size not in (None, prepared_size):
+        raise UserError(f"data.tokenizer.vocab_size is {config.data.tokenizer.vocab_size}, but {config.data.path} was prepared with {prepared_size}: "
+                        "set it so, or prepare another data.path")
     if corpus.views == 1 and config.objective.pairing is not None:
         raise UserError(f"objective.{'regularizers' if config.objective.spans else 'name'} needs pairs of views, but the records of "
                         f"{config.data.path} have one: choose next_token or semantic_tube without regularizers, or prepare several data.views")
     if config.objective.spans == "views" and (corpus.views == 1 or config.objective.layout != "joint"):
         raise UserError("objective.form: views needs two views in one text: several data.views and objective.layout=joint")
+
+
+def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
+    """There must be something for the term to look at among the first records."""
+    lengths = corpus.lengths(np.arange(min(len(corpus), LENGTHS_AT_ONCE)))
+    layout = config.objective.make_layout(Specials(0, 0, 0, 0, 0), corpus.views, config.data.lm_views)
+    everyone = np.ones(len(lengths), bool)
+    segment_lengths = layout.segment_lengths(lengths, everyone)
+    if (layout.read_outs and not layout.pairs(segment_lengths, everyone).any()) or (layout.spans and not layout.span_counts(segment_lengths).any()):
+        raise UserError(f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
+                        "choose next_token, or look at data.views and the columns of the sources")
 
 
 def _check_lengths(config: RunConfig, corpus: Corpus) -> None:

@@ -58,6 +58,23 @@ def test_no_tensor_holds_more_logits_than_stated():
     assert largest(5 * VOCABULARY) == weight > 5 * VOCABULARY
 
 
+def test_the_forward_pass_keeps_no_logits_of_its_chunks():
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+
+    def kept(most_logits: int) -> int:
+        tensors: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            tensors[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            Head(layer, None, most_logits)(hidden, labels)
+        return sum(tensors.values())
+
+    assert kept(10**6) > LABELS * VOCABULARY > kept(5 * VOCABULARY)
+
+
 def test_without_a_label_the_loss_is_0_and_the_weight_has_a_gradient():
     layer = linear()
     Head(layer, None)(torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64)).backward()

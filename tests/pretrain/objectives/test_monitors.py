@@ -86,3 +86,14 @@ def test_embeddings_that_are_not_finite_give_no_monitors_instead_of_an_error():
     spoiled = torch.randn(10, 4)
     spoiled[3, 1] = torch.nan
     assert embedding_monitors(pool(spoiled, torch.randn(10, 4))) == {}
+
+
+def test_equal_embeddings_find_no_partner():
+    same = torch.ones(6, 4)
+    assert embedding_monitors(pool(same, same))["retrieval_at_1"] == 0
+
+
+def test_a_collapse_to_a_few_directions_is_told_too():
+    """A prototype's cosine with a variance hinge: pairs at 0.999, strangers at 0.002, and a retrieval of 0.006."""
+    assert has_collapsed({"paired_cosine": 0.999, "shuffled_cosine": 0.002, "retrieval_at_1": 0.006, "effective_rank": 4.5})
+    assert not has_collapsed({"paired_cosine": 0.979, "shuffled_cosine": 0.003, "retrieval_at_1": 1.0, "effective_rank": 184.0})

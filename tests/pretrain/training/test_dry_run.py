@@ -72,7 +72,9 @@ def test_the_plan_of_a_step_is_what_the_loader_and_the_mask_give(folder, plan):
     loader = Loader(corpus, layout, 128, config.seed, dropout=0.25)
     planned = int(next(name for name in rows if name.startswith("a step, mean of")).split()[-1])
     batches = [loader.next_rows(8) for _ in range(planned)]
-    assert loader.epoch == 1, "the first window of this corpus is an epoch"
+    assert planned > 10 and loader.epoch == 0
+    loader.next_rows(8)
+    assert loader.epoch == 1, "the last, partial step of the epoch is left out"
     visible = targets = 0
     for batch in batches:
         tensors = assemble(batch, corpus, layout, specials, 128, len(batch.records))

@@ -1,5 +1,7 @@
 """Every option of the configuration reaches what it is for. Run by test_wiring.py in a process of its own: engines leave traces."""
 
+import json
+
 import deepspeed
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_layout_labels_dropout_and_budget(folder):
     assert trainer.loader.layout == make_layout("independent", trainer.specials, pairing=Pairing(2), lm_views="last")
     assert (trainer.loader.dropout, trainer.loader.epochs, trainer.loader.seed) == (0.25, 3, 3)
     assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
+
+
+def test_the_weight_schedule_weighs_the_loss_that_is_trained(folder):
+    trainer = trainer_of(folder, "scheduled", objective__weight_schedule=[[0.25, 0.2], [1.0, 1.0]])
+    assert [trainer.weights["jepa"], trainer.weights["lm"]] == [0.5 * 0.2, 1.0]
+    trainer.train()
+    lines = [json.loads(line) for line in (folder / "runs" / "scheduled" / "metrics.jsonl").read_text().splitlines()]
+    for line, factor in zip(lines, (0.2, 0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0), strict=True):
+        assert line["loss/total"] == pytest.approx(line["loss/lm"] + 0.5 * factor * line["loss/jepa"], rel=1e-5)
+
+
+def test_layers_are_recomputed_and_compiled_where_the_configuration_says_so(folder):
+    plain, changed = trainer_of(folder, "plain"), trainer_of(folder, "changed", train__activation_checkpointing=True, train__compile=True)
+    for trainer, wanted in ((plain, False), (changed, True)):
+        model = trainer.engine.module.model.causal_lm
+        assert model.is_gradient_checkpointing == wanted
+        assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") == wanted for layer in model.model.layers)
 
 
 def test_init_from_starts_from_those_weights(folder):
