@@ -192,6 +192,7 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
     hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
     for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
         values = tiny_config(tmp_path, name=name, data__path=str(corpus.folder), data__sequence_length=length)
+        values["data"]["tokenizer"] = {"vocab_size": 320}
         values["objective"] |= objective
         with pytest.raises(UserError, match="too short for the records"):
             set_up(load_config(write_config(tmp_path, values)), World(0, 1, torch.device("cpu")))
