@@ -1,5 +1,6 @@
 """What objectives with a second term share: its weight, the weight's schedule, and regularizers beside it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated
@@ -56,7 +57,7 @@ class AuxiliaryConfig(ObjectiveConfig):
         return self.weight_schedule[-1][1]
 
 
-class AuxiliaryObjective:
+class AuxiliaryObjective(ABC):
     """The language-model loss, one auxiliary term `jepa`, and regularizers."""
 
     pooled = False
@@ -67,9 +68,9 @@ class AuxiliaryObjective:
         self.weights: Mapping[str, float] = {"lm": 1.0, "jepa": weight} | {one.name: one.weight for one in regularizers}
         self.units: Mapping[str, str] = {"lm": "targets", "jepa": unit} | {one.name: "pairs" for one in regularizers}
 
+    @abstractmethod
     def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
         """This rank's sum of the auxiliary term: hidden (B * L, D), its read-outs (P, D) each, and the pool where `pooled`."""
-        raise NotImplementedError
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
         prediction, target = read_out(hidden, batch)

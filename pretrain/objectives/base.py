@@ -1,5 +1,6 @@
 """The interface of objectives, and the one place that normalises."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
@@ -71,9 +72,9 @@ class ObjectiveConfig(Section):
         """What the weights of all terms but the language model's are multiplied by, at a consumed fraction of the budget."""
         return 1.0
 
+    @abstractmethod
     def build(self) -> Objective:
         """The objective."""
-        raise NotImplementedError
 
 
 def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Each is a loss of the pool of pairs over all ranks, times the number of pairs, so that it is divided by pairs like the term beside it.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,9 +26,9 @@ class RegularizerConfig(Section):
     weight: float = Field(gt=0)
     """Its weight in the loss."""
 
+    @abstractmethod
     def build(self) -> "Regularizer":
         """The regularizer."""
-        raise NotImplementedError
 
 
 class VicregConfig(RegularizerConfig):

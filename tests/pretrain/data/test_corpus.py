@@ -21,7 +21,7 @@ def shard_of(folder):
     return next(folder.glob("train-*.arrow"))
 
 
-def refuses(folder, *names):
+def assert_refused(folder, *names):
     with pytest.raises(UserError) as raised:
         Corpus(folder, "train")
     for name in names:
@@ -56,28 +56,28 @@ def test_a_flipped_bit_is_found(copy, share):
     content = bytearray(shard.read_bytes())
     content[int(share * (len(content) - 1))] ^= 4
     shard.write_bytes(content)
-    refuses(copy, shard, "damaged")
+    assert_refused(copy, shard, "damaged")
 
 
 def test_a_truncated_shard_is_found(copy):
     shard = shard_of(copy)
     shard.write_bytes(shard.read_bytes()[:-1])
-    refuses(copy, shard, "damaged")
+    assert_refused(copy, shard, "damaged")
 
 
 def test_a_missing_shard_is_found(copy):
     shard = shard_of(copy)
     shard.unlink()
-    refuses(copy, shard, "missing")
+    assert_refused(copy, shard, "missing")
 
 
 def test_the_tokenizer_of_another_run_is_found(copy):
     shutil.rmtree(copy / "tokenizer")
     train(["another text, and one more of them"] * 20, 300, copy / "tokenizer")
-    refuses(copy, copy / "tokenizer", "prepare the corpus again")
+    assert_refused(copy, copy / "tokenizer", "prepare the corpus again")
 
 
 def test_a_folder_without_a_corpus_and_an_absent_split_are_named(prepared, tmp_path):
-    refuses(tmp_path, tmp_path, "prepare it first")
+    assert_refused(tmp_path, tmp_path, "prepare it first")
     with pytest.raises(UserError, match=r"no test split \(it has train, validation\)"):
         Corpus(prepared, "test")

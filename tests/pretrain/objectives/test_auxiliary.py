@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.config import validate
 from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
@@ -14,7 +13,6 @@ from pretrain.data.layout import make_layout
 from pretrain.data.loader import Loader
 from pretrain.models.head import Head
 from pretrain.objectives import objective_configs, total_loss
-from pretrain.objectives.auxiliary import AuxiliaryConfig
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
 from pretrain.objectives.semantic_tube import SemanticTube
@@ -67,10 +65,10 @@ def test_with_next_token_the_keys_of_the_others_rest_and_misspelt_ones_do_not():
 
 
 def test_the_weight_follows_its_broken_line():
-    config = validate(AuxiliaryConfig, {"name": "any", "weight_schedule": [[0.1, 0.0], [0.2, 1.0], [0.6, 1.0], [0.8, 0.25]]})
+    config = load_config(DEMO, ["objective.weight_schedule=[[0.1, 0], [0.2, 1], [0.6, 1], [0.8, 0.25]]"]).objective
     places = {0.0: 0, 0.1: 0, 0.15: 0.5, 0.2: 1, 0.4: 1, 0.7: 0.625, 0.8: 0.25, 1.0: 0.25}
     assert {fraction: pytest.approx(config.factor(fraction)) for fraction in places} == places
-    assert validate(AuxiliaryConfig, {"name": "any"}).factor(0.3) == 1
+    assert load_config(DEMO).objective.factor(0.3) == 1
 
 
 def test_vicreg_equals_its_definition():

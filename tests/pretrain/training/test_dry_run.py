@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
@@ -17,7 +16,7 @@ from pretrain.models.language_model import special_ids
 from pretrain.training.main import main
 from pretrain.training.memory import activations
 from tests.launching import call, deepspeed_command, tiny_config, write_config
-from tests.pretrain.training.test_launchers import MISTAKES
+from tests.pretrain.training.test_launchers import MISTAKES, write_mistake
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
 """Large enough that its model states outweigh everything else."""
@@ -178,11 +177,7 @@ def test_a_tokenizer_that_is_taken_over_gives_the_vocabulary(folder, plan):
 
 @pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if mistake != "no corpus"])
 def test_mistakes_are_those_of_a_real_start(folder, tmp_path, monkeypatch, capsys, mistake):
-    changes, expected = MISTAKES[mistake]
-    values = tiny_config(folder, output_dir=str(tmp_path))
-    values |= changes if "model" in changes else tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path, expected = write_mistake(folder, tmp_path, mistake)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -68,13 +68,19 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
+def write_mistake(folder, tmp_path, mistake):
+    """A configuration with that mistake, and what the error line says of it."""
     changes, expected = MISTAKES[mistake]
     values = tiny_config(folder, output_dir=str(tmp_path))
     values |= changes if "model" in changes else tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
+    return path, expected
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
+    path, expected = write_mistake(folder, tmp_path, mistake)
     run_main(path, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], lines
