@@ -86,7 +86,7 @@ class Bench:
         specials = special_ids(corpus.tokenizer, model.vocabulary)
         arms = {name: arm for name, arm in make_arms(specials).items() if name == BASELINE or name in arguments.arms}
         records = np.arange(arguments.records)
-        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw(records, config.seed, 0),
+        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw(records, config.seed, np.zeros_like(records)),
                       arguments.micro_slots, {})
         bench.measured = {name: bench.count(arm) for name, arm in bench.arms.items()}
         return bench

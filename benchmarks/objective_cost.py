@@ -97,6 +97,7 @@ def run_values(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> dic
     return {
         "name": "cost", "seed": SEED, "output_dir": str(folder),
         "data": {"path": str(folder / "corpus"), "sequence_length": arguments.row_length, "tokenizer": {"vocab_size": 512}, "workers": 1,
+                 "deduplicate": "none",
                  "sources": [{"type": "nlrx", "records": max(CORPUS_RECORDS, arguments.records)}]},
         "model": {"family": "llama", "shape": yaml.safe_load(arguments.model.read_text())},
         "objective": {"name": "llm_jepa", "predictor_tokens": PREDICTOR_TOKENS, "distance": "cosine"},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.console import UserError
 
@@ -29,30 +29,101 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class NlrxSource(Section):
-    """Pairs drawn from the embedded NL-RX grammar."""
+class AnySource(Section):
+    """What all sources have in common."""
+
+    split: Split = "train"
+    weight: float = Field(default=1.0, gt=0)
+    """How often each of its records comes in an epoch; 0.5: every second epoch, 2: twice. Only for split train."""
+    views: dict[str, str] | str | None = None
+    """View -> column, `messages.ROLE` (the only message of that role), or a template over columns such as `{name}: {summary}`
+    (a doubled brace is a brace; a view is absent where one of its columns is). Views of `data.views` that it leaves out are absent
+    in all records of this source. Or one column that holds a list of texts, which become the views in order; a longer list becomes
+    several records."""
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _a_mapping_or_a_column(cls, views: Any) -> Any:
+        texts = [*views, *views.values()] if isinstance(views, dict) else [] if views is None else [views]
+        if not all(isinstance(text, str) and text for text in texts) or views == {}:
+            raise ValueError("give a mapping of views to columns, or the name of a column of lists of texts")
+        return views
+
+    @model_validator(mode="after")
+    def _weight_acts(self) -> "AnySource":
+        if self.weight != 1 and self.split != "train":
+            raise ValueError(f"weight acts on sources of split train only; leave it out beside split: {self.split}")
+        return self
+
+
+class FileSource(AnySource):
+    """A source of files."""
+
+    path: str | None = None
+    """A file, a folder (all such files below it, by name, but for hidden ones), or a glob. May be left open in a shared configuration
+    and given on the command line."""
+
+
+class NlrxSource(AnySource):
+    """Pairs drawn from the embedded NL-RX grammar. Columns: text, code; by default the first view and the last."""
 
     type: Literal["nlrx"]
-    split: Split = "train"
     records: int = Field(gt=0)
     """Number of records generated."""
     seed: int = 0
     """Seed of the generator; the same seed and index always give the same record."""
 
 
-class JsonSource(Section):
-    """JSON lines: one object a line, with named columns or a `messages` list."""
+class JsonSource(FileSource):
+    """JSON lines (.json, .jsonl, .ndjson; plain, .gz or .zst): one object a line. By default a view is the column of its name, or, where
+    a line has `messages`, the user's message is the first view and the assistant's the last."""
 
     type: Literal["json"]
-    split: Split = "train"
-    path: str | None = None
-    """The file. May be left open in a shared configuration and given on the command line."""
-    views: dict[str, str] | None = None
-    """View -> column, or `messages.ROLE`. Default: the column of the view's name, or, where a line has
-    `messages`, the user's message for the first view and the assistant's for the last."""
 
 
-Source = Annotated[NlrxSource | JsonSource, Field(discriminator="type")]
+class ParquetSource(FileSource):
+    """Parquet files (.parquet). Columns become views as those of JSON lines do."""
+
+    type: Literal["parquet"]
+
+
+class HubSource(AnySource):
+    """A data set of the Hugging Face hub, streamed, or of a local folder. Columns become views as those of JSON lines do."""
+
+    type: Literal["hub"]
+    path: str
+    """Name on the hub, such as `owner/name`, or a local folder of data files."""
+    config: str | None = None
+    """The data set's configuration, where it has several."""
+    hub_split: str = "train"
+    """The data set's own split that is read."""
+    revision: str | None = None
+    """Branch, tag or commit; a commit keeps the data as they are."""
+
+
+class TextSource(FileSource):
+    """Plain documents (plain, .gz or .zst). Column: text; by default the last view."""
+
+    type: Literal["text"]
+    separator: str | None = Field(default=None, max_length=1000)
+    """Lines that equal it stand between the documents of a file; an empty one stands for blank lines. Default: a file is one document."""
+
+    @field_validator("separator")
+    @classmethod
+    def _one_line(cls, separator: str | None) -> str | None:
+        if separator is not None and (set("\r\n") & set(separator) or separator.isspace()):
+            raise ValueError("a separator is the text of one line; an empty one stands for blank lines")
+        return separator
+
+
+class PythonSource(FileSource):
+    """Functions with docstrings of a tree of Python files (.py). Columns: docstring and code (the function without it), by default the
+    first view and the last; name, signature, module. A top-level package is held out for validation as a whole."""
+
+    type: Literal["python"]
+
+
+Source = Annotated[NlrxSource | JsonSource | ParquetSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
 
 
 class TokenizerConfig(Section):
@@ -74,6 +145,32 @@ class TokenizerConfig(Section):
         return self
 
 
+class FiltersConfig(Section):
+    """Records left out by their text. A view with a NUL character always drops its record."""
+
+    min_characters: int = Field(default=0, ge=0)
+    """A record with a shorter view is dropped; a view that it lacks does not count."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """A record with a longer view is dropped, before it is tokenized."""
+    forbidden: str | None = None
+    """A regular expression (of Python's `re`): a record is dropped where it matches anywhere in a view."""
+
+    @model_validator(mode="after")
+    def _can_pass(self) -> "FiltersConfig":
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(f"max_characters ({self.max_characters}) is below min_characters ({self.min_characters}): no record would be left")
+        return self
+
+    @field_validator("forbidden")
+    @classmethod
+    def _is_an_expression(cls, forbidden: str | None) -> str | None:
+        try:
+            re.compile(forbidden or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{forbidden!r} is no regular expression: {error}") from None
+        return forbidden
+
+
 class DataConfig(Section):
     """The corpus: where it comes from, and the shards it becomes."""
 
@@ -88,6 +185,8 @@ class DataConfig(Section):
     """A record that lacks some of its views is dropped and counted, or kept with those that it has: one is a plain document."""
     tokenizer: TokenizerConfig
     """Trained or taken over, see below."""
+    filters: FiltersConfig = FiltersConfig()
+    """Records left out by their text, see below."""
     sequence_length: int = Field(default=512, ge=8)
     """Positions in a packed row. Records that do not fit one where each view predicts the next are dropped and counted; prepended
     predictor tokens and `direction: both` may need more, which the start of a run tells."""
@@ -99,8 +198,16 @@ class DataConfig(Section):
     on_malformed: Literal["fail", "drop"] = "fail"
     """A line that is no record (not JSON, not UTF-8, a view that is no text) stops the preparation, or is
     dropped and counted."""
+    deduplicate: Literal["exact", "near", "none"] = "exact"
+    """Of records whose views are all the same one is kept, wherever they stand (exact), of those that are nearly the same, too (near, which
+    takes the extra `near-duplicates`), or all (none). A record of a test or validation source is kept before one for training."""
+    near_threshold: float | None = Field(default=None, gt=0, lt=1)
+    """Similarity from which on records are nearly the same; default 0.8."""
+    decontaminate: bool = True
+    """Training records that stand in the test files of `evaluation.tasks` are dropped: by their context, or a long shared stretch of it, never by
+    a common target."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes of the preparation; default: one per core."""
+    """Processes of the preparation; default: one per core. Under mpirun or srun the ranks do the work."""
 
     @model_validator(mode="after")
     def _views_differ(self) -> "DataConfig":
@@ -108,13 +215,28 @@ class DataConfig(Section):
             raise ValueError(f"views are {list(self.views)}: give each a name of its own")
         if len(self.views) > MOST_VIEWS:
             raise ValueError(f"views are {len(self.views)}, at most {MOST_VIEWS} are possible")
+        if self.near_threshold is not None and self.deduplicate != "near":
+            raise ValueError("near_threshold acts with deduplicate: near only; leave it out")
         if len(self.views) == 1 and self.missing_views == "keep":
             raise ValueError("missing_views acts on records of several views; leave it out")
         return self
 
     def preparation(self) -> dict[str, Any]:
         """The settings that determine the shards: two equal values mean equal shards."""
-        return self.model_dump(mode="json", exclude={"path", "lm_views", "workers"})
+        return self.model_dump(mode="json", exclude={"path": True, "lm_views": True, "workers": True, "sources": {"__all__": {"weight"}}})
+
+
+def task_source(data: DataConfig, path: str | Path) -> JsonSource:
+    """A file of an evaluation task, read like the corpus' own JSON source: by the columns that its `views` name, where it does."""
+    views = next((source.views for source in data.sources if isinstance(source, JsonSource)), None)
+    return JsonSource(type="json", path=str(path), views=views)
+
+
+def evaluation_tests(data: DataConfig, evaluation: Any) -> list[JsonSource]:
+    """The test files that the `evaluation` section of a configuration names."""
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    named = [task["test"] for task in tasks or [] if isinstance(task, dict) and isinstance(task.get("test"), str)]
+    return [task_source(data, path) for path in dict.fromkeys(named)]
 
 
 def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:

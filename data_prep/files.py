@@ -46,6 +46,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The value of a file of `write_json`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's bytes, so that a rename never puts an empty file in place of a whole one."""
     with open(path, "rb") as file:

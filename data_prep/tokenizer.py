@@ -5,13 +5,12 @@ for `Tokenizer.load`:
 
     tokenizer.json          Hugging Face format, for `tokenizers` and AutoTokenizer
     tokenizer_config.json   names pad, bos, eos and sep; makes AutoTokenizer read their literals as plain text
-    tokenizer.model         only where the tokenizer is a sentencepiece model; ids then come from it, because on one
-                            thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents, and are equal
+    tokenizer.model         only where the tokenizer is a sentencepiece model whose ids are equal on every text; they then come from
+                            it, because on one thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents
 
 Neither torch nor transformers is imported, so worker processes start fast.
 """
 
-import base64
 import hashlib
 import io
 import json
@@ -24,19 +23,15 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from data_prep.console import UserError
+from data_prep.console import UserError, print_now
+from data_prep.sentencepiece_json import ESCAPES, NORMAL, SCORE_STEPS, SPACE, TABLE, USER_DEFINED, added_token, convert, normalizer
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sentencepiece.set_min_log_level(2)  # else building a normaliser prints to stderr
 
 LITERALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
-SPACE = "\u2581"  # how sentencepiece writes a blank inside pieces
-# Sentencepiece cannot tell a U+2581 in the text from a blank, so it is escaped by U+241B, which escapes itself too.
-ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
-# Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
-# and only exact sums make both choose the same among equally likely segmentations (long runs of one character).
-SCORE_STEPS = 32
+LARGEST_VOCABULARY = 2**24
 SENTENCE = r"[^\n]{1,1000}"  # sentencepiece drops training sentences above 4192 bytes without a word
 ODD_TEXTS = [
     "", " ", "  two  blanks ", "\ttab\nline\r\n\n end \n", "a\0b\x01\x7f\x85\xa0", "1234567890 3.14 \u0663\u00bd",
@@ -46,14 +41,13 @@ ODD_TEXTS = [
     *(character * count for character in " a-0(\n\u00e9\u2581\U0001f44d" for count in (2, 3, 7, 40)),
     *("".join(map(chr, random.Random(i).choices(range(*block), k=20))) for i in range(30) for block in (
         (32, 127), (0, 0x300), (0x2c0, 0x380), (0x2000, 0x2c00), (0x3000, 0xd800), (0xe000, 0x20000)))]
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
-UNIGRAM, BPE = 1, 2  # its model types
 
 
 class Tokenizer:
     """A tokenizer read from its folder; pickles as the folder's path and is read again on unpickling.
 
     pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
+    special_ids: the set of these.
     vocab_size: all ids are below it, specials included; not padded to a multiple.
     fingerprint: sha256 (hex) over all that determines the ids.
     """
@@ -68,7 +62,7 @@ class Tokenizer:
             raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
                             "make the folder with `train` or `take_over`")
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = ids.values()
-        self._special_ids = set(ids.values())
+        self.special_ids = frozenset(ids.values())
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
         self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
 
@@ -103,8 +97,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special ids are skipped. Of ids which are no valid UTF-8, the bad bytes become U+FFFD."""
-        ids = [int(i) for i in ids if int(i) not in self._special_ids]
+        ids = [int(i) for i in ids if int(i) not in self.special_ids]
         return (self._sentencepiece or self._tokenizers).decode(ids)
+
+    def piece(self, token_id: int) -> str:
+        """How the vocabulary writes a token: with U+2581 for a blank, or with letters for bytes, as its kind does."""
+        return self._sentencepiece.id_to_piece(token_id) if self._sentencepiece else self._tokenizers.id_to_token(token_id)
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str = "bpe") -> Tokenizer:
@@ -116,28 +114,31 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
     """
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"tokenizer model_type is {model_type!r}; give 'bpe' or 'unigram'")
+    if vocab_size > LARGEST_VOCABULARY:  # sentencepiece would take minutes to say so, or never end
+        raise UserError(f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it")
     sample = []  # doubles as the text on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
-    return _write_sentencepiece(proto, Path(folder), ODD_TEXTS + sample, f"{folder}: the new tokenizer")
+    return _write_sentencepiece(proto, Path(folder), ODD_TEXTS + sample, f"{folder}: the new tokenizer", print_now)
 
 
-def take_over(path: Path, folder: Path) -> Tokenizer:
+def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
     """Adopts a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
 
     Ids stay as they are. Of pad, bos, eos and sep those it lacks, shares (pad = eos) or would encode text to are
-    appended as new special tokens. Raises UserError where `path` is none of these or cannot be kept exactly.
+    appended as new special tokens. Where `tokenizers` reads a sentencepiece model otherwise on some texts, its ids count, and one line says so,
+    so that exported models agree with the preparation. Raises UserError where `path` is none of these or cannot be kept exactly.
     """
     source, folder = _find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
         raise UserError(f"{folder}: the tokenizer would be taken over into its own folder; choose another one")
     if source.suffix == ".json":
-        return _take_over_json(source, folder)
+        return _take_over_json(source, folder, say, with_model=Path(path).is_dir())
     _open_sentencepiece(source)  # names what is wrong with it, which parsing does not
     proto, odd_texts = _parse_proto(source.read_bytes()), list(ODD_TEXTS)
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     odd_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
     odd_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
-    return _write_sentencepiece(proto, folder, odd_texts, str(source))
+    return _write_sentencepiece(proto, folder, odd_texts, str(source), say)
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]):
@@ -157,8 +158,9 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model, model_type=model_type, vocab_size=vocab_size,
-            normalizer=_normalizer(ESCAPES, escape_whitespaces=True), byte_fallback=True, split_digits=True,
+            sentence_iterator=sentences(), model_writer=model, model_type=model_type,
+            vocab_size=max(vocab_size, len(LITERALS) + 1),  # it tells no number to one who gives fewer
+            normalizer=normalizer(ESCAPES, escape_whitespaces=True), byte_fallback=True, split_digits=True,
             allow_whitespace_only_pieces=True, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=LITERALS["pad"],
             bos_piece=LITERALS["bos"], eos_piece=LITERALS["eos"], control_symbols=LITERALS["sep"],
             required_chars="<>/0123456789ABCDEFxpadunkse",  # all of reserved pieces, see `_unigram_json`
@@ -172,7 +174,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
     if model_type == "unigram":
         for piece in proto.pieces:
             piece.score = round(piece.score * SCORE_STEPS) / SCORE_STEPS
-    undo = _normalizer([(b, a) for a, b in ESCAPES], escape_whitespaces=False)
+    undo = normalizer([(b, a) for a, b in ESCAPES], escape_whitespaces=False)
     proto.denormalizer_spec.ParseFromString(undo.serialized_normalizer_spec())
     return proto
 
@@ -189,77 +191,27 @@ def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> st
     return "tokenizer training: sentencepiece says " + " ".join(message.split())
 
 
-def _write_sentencepiece(proto, folder: Path, texts: list[str], where: str) -> Tokenizer:
-    content = proto.SerializeToString()
+def _write_sentencepiece(proto, folder: Path, texts: list[str], where: str, say: Callable[[str], None]) -> Tokenizer:
+    content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    spec = _convert(proto, where)
+    spec = convert(proto, where)
     ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id()}
     declared = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    config = _give_specials(spec, declared, where)
+    config = _give_specials(spec, declared, where, say)
+    differing = []
+    if spec["normalizer"]["normalizers"][0]["type"] == TABLE:
+        # `tokenizers` looks up whole graphemes of up to 5 bytes, sentencepiece the longest key at each place.
+        ours = _open_tokenizers(spec, where).normalizer
+        texts = [text for text in texts if ours.normalize_str(text) == model.normalize(text)]
+        differing.append("letters with combining marks, which it normalises")
+    if spec["model"]["type"] == "Unigram" and any(piece.score * SCORE_STEPS % 1 for piece in proto.pieces):
+        differing.append("choices between segmentations that are equally likely but for rounding")
+    if differing:
+        content = None
+        say(f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
+            + " and in ".join(differing))
     _check(spec, lambda batch: model.encode(batch, num_threads=1), texts, where)
     return _write(folder, spec, config, content)
-
-
-def _convert(proto, where: str) -> dict:
-    """A sentencepiece model as the content of a tokenizer.json, with equal ids."""
-    rules, trained = proto.normalizer_spec, proto.trainer_spec
-    if (trained.model_type not in (UNIGRAM, BPE) or any(piece.type == UNUSED for piece in proto.pieces)
-            or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix):
-        raise UserError(f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
-                        "supported; train a new tokenizer")
-    escaped, normalizers = False, []
-    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
-        escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
-    if escaped:
-        normalizers += [_replace(old, new) for old, new in ESCAPES]
-    elif rules.precompiled_charsmap:
-        table = base64.b64encode(rules.precompiled_charsmap).decode()
-        normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
-    if rules.remove_extra_whitespaces:
-        normalizers += [_replace(rf"\A +|[ {SPACE}]+\z", "", "Regex"), _replace(" {2,}", " ", "Regex")]
-    if rules.add_dummy_prefix:
-        normalizers.append({"type": "Prepend", "prepend": SPACE})
-    normalizers.append(_replace(" ", SPACE))
-
-    decoders = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if rules.add_dummy_prefix:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    if escaped:
-        decoders += [_replace(new, old) for old, new in reversed(ESCAPES)]
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [_added_token(i, p.piece, p.type != USER_DEFINED) for i, p in enumerate(proto.pieces)
-                         if p.type in (UNKNOWN, CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": None,
-        "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto)}
-
-
-def _bpe_json(proto) -> dict:
-    # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
-    # merges that is every split of every piece, in the order of the scores.
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    merges = [(-score, rank, cut, piece[:cut], piece[cut:]) for rank, (piece, score) in enumerate(scores.items())
-              for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
-    return {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN), "fuse_unk": True,
-            "byte_fallback": proto.trainer_spec.byte_fallback, "ignore_merges": False,
-            "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
-            "merges": [[left, right] for *_, left, right in sorted(merges)]}
-
-
-def _unigram_json(proto) -> dict:
-    # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
-    # a very low score they always lose to single characters, as these all are pieces (`required_chars`).
-    low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
-    return {"type": "Unigram", "unk_id": [piece.type for piece in proto.pieces].index(UNKNOWN),
-            "byte_fallback": proto.trainer_spec.byte_fallback,
-            "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces]}
-
-
-def _normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool):
-    return sentencepiece.SentencePieceNormalizer(
-        norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces)
 
 
 def _parse_proto(content: bytes):
@@ -276,7 +228,7 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
                         "give one, or a tokenizer.json") from None
 
 
-def _take_over_json(source: Path, folder: Path) -> Tokenizer:
+def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
     # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
     spec = _read_json(source) | {"truncation": None, "padding": None, "post_processor": None}
     original, declared = _open_tokenizers(spec, source), {}
@@ -288,15 +240,25 @@ def _take_over_json(source: Path, folder: Path) -> Tokenizer:
         low = min(score for _, score in spec["model"]["vocab"]) - 1000
         specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
         spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
-    config = _give_specials(spec, declared, str(source))
+    config = _give_specials(spec, declared, str(source), say)
     mine = [token["content"] for token in spec["added_tokens"]]
     _check(spec, lambda batch: _encode_tokenizers(original, batch),
            [text for text in ODD_TEXTS if not any(literal in text for literal in mine)], str(source))
-    return _write(folder, spec, config)
+    return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
 
 
-def _give_specials(spec: dict, declared: dict[str, str], where: str) -> dict:
-    """Content of tokenizer_config.json; special tokens which are missing are appended to `spec`."""
+def _model_beside(source: Path, spec: dict) -> bytes | None:
+    """The sentencepiece model in the folder of a tokenizer.json, as `train` leaves it, where it gives the same ids: it is faster."""
+    path = source.with_name("tokenizer.model")
+    if not path.exists():
+        return None
+    model, texts = _open_sentencepiece(path), [text for text in ODD_TEXTS if text]
+    same = model.encode(texts, num_threads=1) == _encode_tokenizers(_open_tokenizers(spec, source), texts)
+    return path.read_bytes() if same else None
+
+
+def _give_specials(spec: dict, declared: dict[str, str], where: str, say: Callable[[str], None]) -> dict:
+    """Content of tokenizer_config.json; special tokens which are missing or clash are appended to `spec`, a line said of each clash."""
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
@@ -315,7 +277,11 @@ def _give_specials(spec: dict, declared: dict[str, str], where: str) -> dict:
             while literal in vocab:
                 literal = f"<|{literal[1:-1]}|>"
             chosen[name], vocab[literal] = literal, 1 + max(vocab.values())
-            spec["added_tokens"].append(_added_token(vocab[literal], literal, special=True))
+            spec["added_tokens"].append(added_token(vocab[literal], literal, special=True))
+        if declared.get(name, chosen[name]) != chosen[name]:
+            shared = [other for other in LITERALS if other != name and chosen.get(other) == declared[name]]
+            why = f"is its {shared[0]} token too" if shared else "is no special token that text never becomes"
+            say(f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} stands for {name} instead")
 
     tokenizer = _open_tokenizers(spec, where)
     for token in spec["added_tokens"]:
@@ -387,13 +353,3 @@ def _read_json(path: Path) -> dict:
 
 def _content(token: str | dict | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _replace(old: str, new: str, kind: str = "String") -> dict:
-    return {"type": "Replace", "pattern": {kind: old}, "content": new}
-
-
-def _added_token(token_id: int, content: str, special: bool) -> dict:
-    # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
-    return {"id": token_id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": SPACE in content, "special": special}

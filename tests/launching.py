@@ -28,7 +28,7 @@ def tiny_config(folder: Path, **changes) -> dict:
     config = {
         "name": "run", "seed": 3, "output_dir": str(folder / "runs"),
         "data": {
-            "path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 400}, "workers": 1,
+            "path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 400}, "workers": 1, "deduplicate": "none",
             "sources": [{"type": "nlrx", "split": "train", "records": 600}, {"type": "nlrx", "split": "validation", "records": 60}],
         },
         "model": {"family": "llama", "shape": dict(TINY)},

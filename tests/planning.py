@@ -8,4 +8,4 @@ from pretrain.data.loader import Rows, draw, plan_rows
 
 
 def plan(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray) -> Rows:
-    return plan_rows(corpus, records, layout, row_length, paired, draw(records, seed=0, epoch=0))
+    return plan_rows(corpus, records, layout, row_length, paired, draw(records, 0, np.zeros_like(records)))

@@ -4,24 +4,36 @@ from collections.abc import Iterator
 
 from data_prep.config import NlrxSource
 from data_prep.nlrx_grammar import generate
-from data_prep.sources.record import Record
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import check_columns, first_and_last, make_mapping
 
-UNIT_RECORDS = 4096
+PIECE_RECORDS = 4096
+BYTES = 160
+"""Of a record as a line of JSON, about."""
+COLUMNS = ("text", "code")
 
 
 class Nlrx:
     """Records 0 to `records` of a split; index-addressable, so that any worker makes any of them."""
 
-    def __init__(self, source: NlrxSource):
+    def __init__(self, source: NlrxSource, views: tuple[str, ...], name: str):
         self.source = source
+        self.mapping = make_mapping(source, views, name, first_and_last(views, *COLUMNS))
+        check_columns(self.mapping, COLUMNS, "the grammar", name)
+        self.supplies = self.mapping.supplies
 
-    def units(self) -> list[tuple[int, int]]:
+    def pieces(self) -> list[Piece]:
         total = self.source.records
-        return [(start, min(start + UNIT_RECORDS, total)) for start in range(0, total, UNIT_RECORDS)]
+        bounds = [(start, min(start + PIECE_RECORDS, total)) for start in range(0, total, PIECE_RECORDS)]
+        return [Piece(f"nlrx:{self.source.split}", start, stop, (stop - start) * BYTES) for start, stop in bounds]
 
-    def read(self, start: int, stop: int) -> Iterator[Record]:
-        for index in range(start, stop):
-            yield Record(generate(self.source.seed, self.source.split, index), index - start)
+    def read(self, piece: Piece) -> Iterator[Record]:
+        for index in range(piece.start, piece.stop):
+            row = dict(zip(COLUMNS, generate(self.source.seed, self.source.split, index), strict=True))
+            yield from self.mapping.records(row, index - piece.start + 1)
 
-    def where(self, start: int, position: int) -> str:
-        return f"nlrx:{self.source.split}:{start + position}"
+    def count(self, piece: Piece) -> int:
+        return 0  # the place follows from the piece
+
+    def place(self, piece: Piece, position: int, before: int) -> str:
+        return f"{piece.path}:{piece.start + position - 1}"

@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from data_prep.ragged import ranges
+from data_prep.shards import Contents
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, Segment, Specials
 from pretrain.data.loader import Rows
-from pretrain.data.ragged import mix, ranges, run_sums
 from pretrain.data.spans import STRETCHES, draw_spans
 
 
@@ -48,6 +49,10 @@ class Batch:
     seed: torch.Tensor
     """A random number of the micro step, on the host: the same on every rank, and for any number of them."""
 
+    def pinned(self) -> "Batch":
+        """A copy in pinned memory, from which copies to a CUDA device run beside the computation."""
+        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, but for the seed."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self) if field.name != "seed"}
@@ -62,83 +67,91 @@ def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials
     """
     per_row = np.bincount(rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count).astype(np.int64)
     padded = per_row.reshape(-1, ranks, micro_batch_rows).sum(axis=2).max(axis=1)
-    for micro_step, pairs in enumerate(padded):
-        together = rows.select(micro_step * ranks * micro_batch_rows, (micro_step + 1) * ranks * micro_batch_rows)
+    steps = [rows.select(first, first + ranks * micro_batch_rows) for first in range(0, rows.count, ranks * micro_batch_rows)]
+    mine = [step.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows) for step in steps]
+    ends = np.cumsum([len(each.records) for each in mine])
+    contents = corpus.read(np.concatenate([each.records for each in mine]))  # of all micro steps at once: fewer, larger reads of each shard
+    for together, each, pairs, end in zip(steps, mine, padded, ends, strict=True):
         seed = int(together.draws.sum(dtype=np.uint64) >> np.uint64(1))
-        mine = together.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows)
-        yield assemble(mine, corpus, layout, specials, row_length, int(pairs), seed)
+        yield assemble(each, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(each.records), end))
 
 
-def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, pairs_padded: int, seed: int = 0) -> Batch:
-    """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`."""
-    size = rows.count * row_length
-    ids = np.full(size, specials.pad, np.int64)
-    positions = np.zeros(size, np.int64)
-    visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
-    label_index: list[np.ndarray] = []
-    keys = np.zeros(rows.segment_lengths.shape, np.uint64)  # of the contents, where they are targets of pairs
-    targets = {pair.target for pair in layout.read_outs}
+def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, pairs_padded: int, seed: int = 0,
+             contents: Contents | None = None) -> Batch:
+    """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`.
 
-    lengths = rows.segment_lengths
+    `contents` are the tokens, where they have been read already. In a record that goes on in the next one, the next one's first token
+    stands in place of the end token: it is no end, and every token of the document is a target.
+    """
+    contents = contents or corpus.read(rows.records)
+    lengths, size = rows.segment_lengths, rows.count * row_length
     in_row = rows.start[:, None] + np.cumsum(lengths, axis=1) - lengths
     in_batch = rows.row[:, None] * row_length + in_row
-    first_position = _first_positions(layout, lengths)
-    subtree_end = in_row + _subtree_lengths(layout, lengths)
-
+    ids = np.full(size, specials.pad, np.int64)
+    label_index: list[np.ndarray] = []
     for index, segment in enumerate(layout.segments):
         present = np.flatnonzero(lengths[:, index])
         base, length = in_batch[present, index], lengths[present, index]
         for offset, token in enumerate(segment.prefix):
             ids[base + offset] = token
-        for offset, token in enumerate(_suffixes(segment, layout, rows.lengths[present])):
+        for offset, token in enumerate(_suffixes(segment, layout, rows.lengths[present], contents.closing[present])):
             ids[base + length - len(segment.suffix) + offset] = token
         inner = length - len(segment.prefix) - len(segment.suffix)
         if segment.view is None:
             tokens = specials.predictor + ranges(np.zeros_like(inner), inner)
         else:
-            tokens = corpus.tokens(rows.records[present], segment.view)
+            tokens = contents.tokens[ranges(contents.starts[present, segment.view], inner)]
         ids[ranges(base + len(segment.prefix), inner)] = tokens
-        everywhere = ranges(base, length)
-        positions[everywhere] = ranges(first_position[present, index], length)
-        visible_until[everywhere] = np.repeat(subtree_end[present, index], length)
         if segment.lm_from is not None:
             labelled = layout.labelled(segment, rows.lengths[present])
             label_index.append(ranges((base + segment.lm_from)[labelled], (length - segment.lm_from)[labelled]) - 1)
-        if index in targets:
-            keys[present, index] = _content_keys(tokens, inner)
 
     labels = np.concatenate([np.zeros(0, np.int64), *label_index])
-    shape = (rows.count, row_length)
+    positions, visible_until = _places(rows, layout, in_row, row_length)
     spans = draw_spans(layout, in_batch, lengths, rows.draws) if layout.spans else np.zeros((0, STRETCHES, 2), np.int64)
     return Batch(
-        token_ids=torch.from_numpy(ids.reshape(shape)),
-        positions=torch.from_numpy(positions.reshape(shape)),
-        visible_until=torch.from_numpy(visible_until.reshape(shape)),
+        token_ids=torch.from_numpy(ids).view(rows.count, row_length),
+        positions=torch.from_numpy(positions).view(rows.count, row_length),
+        visible_until=torch.from_numpy(visible_until).view(rows.count, row_length),
         label_index=torch.from_numpy(labels),
         label_ids=torch.from_numpy(ids[labels + 1]),
-        **_pairs(rows, layout, in_batch + lengths - 1, keys, pairs_padded),
+        **_pairs(rows, layout, in_batch + lengths - 1, contents.hashes, pairs_padded),
         span_index=torch.from_numpy(spans),
         seed=torch.tensor(seed),
     )
 
 
-def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray) -> list[np.ndarray]:
-    """Each closing token of a segment in the records (N, views) that have it, (N,) each."""
-    if segment.last_suffix is None:
-        return [np.full(len(lengths), token) for token in segment.suffix]
+def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position within its encoding and end of visibility of every position, (B * L,) both, from the starts of the segments (N, segments)."""
+    lengths = rows.segment_lengths
+    positions = np.zeros(rows.count * row_length, np.int64)
+    visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
+    # segments stand one behind the other, in every record
+    everywhere = ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
+    positions[everywhere] = ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
+    visible_until[everywhere] = np.repeat((in_row + _subtree_lengths(layout, lengths)).ravel(), lengths.ravel())
+    return positions, visible_until
+
+
+def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray, closing: np.ndarray) -> list[np.ndarray]:
+    """Each closing token of a segment in the records (N, views) that have it, (N,) each; `closing` (N,) takes the place of the last, or is -1."""
+    if not segment.suffix:
+        return []
     last = layout.is_last(segment, lengths)
-    return [np.where(last, at_last, token) for token, at_last in zip(segment.suffix, segment.last_suffix, strict=True)]
+    *before, end = (np.where(last, at_last, token) for token, at_last in zip(segment.suffix, segment.last_suffix or segment.suffix, strict=True))
+    return [*before, np.where(last & (closing >= 0), closing, end)]
 
 
-def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, keys: np.ndarray, size: int) -> dict[str, torch.Tensor]:
-    """The pair fields of a batch, padded to `size`, from the last positions and content keys of all segments (N, segments)."""
+def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+    """The pair fields of a batch, padded to `size`, from the last positions of all segments (N, segments) and hashes of the views (N, views)."""
     present = layout.pairs(rows.segment_lengths, rows.paired)
     record, number = np.nonzero(present)
     prediction, target, direction = np.array([(pair.prediction, pair.target, pair.direction) for pair in layout.read_outs],
                                              np.int64).reshape(-1, 3)[number].T
+    view = np.array([-1 if segment.view is None else segment.view for segment in layout.segments])[target]
     fields = {
         "prediction_index": ends[record, prediction], "target_index": ends[record, target],
-        "pair_key": keys[record, target].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
+        "pair_key": hashes[record, view].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
     }
     valid = np.arange(size) < len(record)
     return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {"pair_valid": torch.from_numpy(valid)}
@@ -161,12 +174,6 @@ def _subtree_lengths(layout: Layout, lengths: np.ndarray) -> np.ndarray:
         if parent is not None:
             subtree[:, parent] += subtree[:, index]
     return subtree
-
-
-def _content_keys(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each run of tokens: (sum of lengths,), (N,) -> (N,)."""
-    place = ranges(np.zeros_like(lengths), lengths).astype(np.uint64)
-    return run_sums(mix(tokens.astype(np.uint64) ^ (place << np.uint64(32))), lengths) ^ mix(lengths.astype(np.uint64))
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:

@@ -1,13 +1,28 @@
 """A split of a prepared corpus, memory-mapped and addressed by record number."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.config import Source
 from data_prep.console import UserError
-from data_prep.shards import open_shard, read_manifest
+from data_prep.shards import Contents, Parts, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
-from pretrain.data.ragged import ranges
+
+OPEN_SHARDS = 256
+"""Kept mapped at a time: a process may have 65,530 maps and, while one is made, 1,024 open files. A window of the order reads about 64."""
+
+
+class SourceRecords(NamedTuple):
+    """A source of the split: its records are those from `first` on."""
+
+    number: int
+    """Its place in data.sources."""
+    first: int
+    records: int
 
 
 class Corpus:
@@ -15,8 +30,8 @@ class Corpus:
 
     The views of a record are counted among those that it has: view 1 is its second, whichever of `data.views` that is.
 
-    Opening verifies every shard's size and checksum and that the tokenizer is the one they were made with;
-    a UserError names what does not fit.
+    Opening reads the manifest and the tokenizer alone. Shards are mapped when they are needed, and each record is verified when its
+    lengths or tokens are read; a UserError names what does not fit.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -30,11 +45,14 @@ class Corpus:
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
             raise UserError(f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; "
                             f"remove the folder {folder} and prepare the corpus again")
+        self.entry = entry
+        """What the manifest says of the split."""
         self.longest = np.array([[entry["longest"][view] for view in self.manifest["views"]]])
         """Bounds on the tokens of each view, (1, views)."""
         self._complete = entry["incomplete"] == 0
-        self._shards = [open_shard(self.folder, shard, self.manifest["views"]) for shard in entry["shards"]]
         self._first = np.cumsum([0] + [shard["records"] for shard in entry["shards"]])
+        where, shards, views = self.folder, entry["shards"], self.manifest["views"]
+        self._shard = lru_cache(OPEN_SHARDS)(lambda number: open_shard(where, shards[number], views))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -44,38 +62,65 @@ class Corpus:
         """Number of views of a record."""
         return len(self.manifest["views"])
 
+    @property
+    def sources(self) -> list[SourceRecords]:
+        """The sources of the split, in their order."""
+        numbers = np.array([shard["source"] for shard in self.entry["shards"]])
+        begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+        bounds = self._first[[*begins, len(numbers)]].tolist()
+        return [SourceRecords(int(numbers[begin]), first, stop - first) for begin, first, stop in zip(begins, bounds[:-1], bounds[1:], strict=True)]
+
     def lengths(self, records: np.ndarray) -> np.ndarray:
         """Tokens of each view: record numbers (N,) -> (N, views); 0 behind the last that a record has."""
-        lengths = self._column_lengths(records)
+        if not len(records):
+            return np.zeros((0, self.views), np.int64)
+        order, parts = self._parts(records)
+        lengths = np.empty((len(records), self.views), np.int64)
+        lengths[order] = row_lengths(parts)
         return lengths if self._complete else np.take_along_axis(lengths, _present_first(lengths), axis=1)
 
+    def read(self, records: np.ndarray) -> Contents:
+        """The tokens of records (N,), verified. Views are counted among those that each has."""
+        if not len(records):
+            none = np.zeros((0, self.views), np.int64)
+            return Contents(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
+        order, parts = self._parts(records)
+        found = read_rows(parts)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        rows = back[:, None]
+        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[back]
+        return Contents(found.tokens, *(values[rows, columns] for values in (found.starts, found.lengths, found.hashes)), found.closing[back])
+
     def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
-        """The tokens of one view of the records (N,), which all have it, concatenated in their order."""
-        lengths = self._column_lengths(records)
-        columns = np.full(len(records), view) if self._complete else _present_first(lengths)[:, view]
-        lengths = lengths[np.arange(len(records)), columns]
-        out = np.empty(lengths.sum(), np.int64)
-        starts = np.cumsum(lengths) - lengths
-        for members, local, shard in self._by_shard(records):
-            for column in np.unique(columns[members]):
-                of_column = columns[members] == column
-                mine, begin = members[of_column], shard[column].offsets[local[of_column]]
-                out[ranges(starts[mine], lengths[mine])] = shard[column].values[ranges(begin, lengths[mine])]
-        return out
+        """The tokens of one view of the records (N,), concatenated in their order."""
+        return self.read(records).view(view)
 
-    def _column_lengths(self, records: np.ndarray) -> np.ndarray:
-        out = np.empty((len(records), self.views), np.int64)
-        for members, local, shard in self._by_shard(records):
-            for view, column in enumerate(shard):
-                out[members, view] = column.offsets[local + 1] - column.offsets[local]
-        return out
+    def by_view(self, record: int) -> dict[str, np.ndarray]:
+        """The token ids of one record by the names of data.views, none for a view that it lacks."""
+        contents = read_rows(self._parts(np.array([record]))[1])
+        return {view: contents.view(number) for number, view in enumerate(self.manifest["views"])}
 
-    def _by_shard(self, records: np.ndarray):
-        """Yield, per shard that holds any of them: indices into `records`, their rows in the shard, the shard."""
+    def _parts(self, records: np.ndarray) -> tuple[np.ndarray, Parts]:
+        """The records in the order of their shards, (N,) indices, and their rows by shard."""
         shard_of = np.searchsorted(self._first, records, side="right") - 1
-        for shard in np.unique(shard_of):
-            members = np.flatnonzero(shard_of == shard)
-            yield members, records[members] - self._first[shard], self._shards[shard]
+        order = np.argsort(shard_of, kind="stable")
+        ordered = shard_of[order]
+        begins = np.flatnonzero(np.diff(ordered, prepend=-1))
+        rows = np.split(records[order] - self._first[ordered], begins[1:])
+        return order, [(self._shard(number), of_shard) for number, of_shard in zip(ordered[begins].tolist(), rows, strict=True)]
+
+
+def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> list[float]:
+    """How often a record of each source comes in an epoch: as data.sources of the run say or, without any, as the corpus was prepared.
+
+    Raises UserError where the run has another number of sources.
+    """
+    prepared = [source["weight"] for source in manifest["sources"]]
+    if sources and len(sources) != len(prepared):
+        raise UserError(f"data.sources are {len(sources)}, but the corpus was prepared from {len(prepared)}: name those, or none, "
+                        "or prepare another data.path")
+    return [source.weight for source in sources] or prepared
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:

@@ -4,15 +4,17 @@ Every rank plans the same rows from lengths alone, so it knows the counts of the
 communication; it reads the tokens of its own rows only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.data.corpus import Corpus
+from data_prep.console import UserError
+from data_prep.ragged import mix
+from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout
 from pretrain.data.order import Order
 from pretrain.data.packing import pack
-from pretrain.data.ragged import mix
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Rows:
     paired: np.ndarray
     """(N,) whether it takes part in the pair loss."""
     draws: np.ndarray
-    """(N,) uint64: its random number in this epoch."""
+    """(N,) uint64: its random number in this pass over its source."""
     lengths: np.ndarray
     """(N, views) its tokens, by view among those that it has."""
     segment_lengths: np.ndarray
@@ -61,9 +63,9 @@ def counts(rows: Rows, layout: Layout) -> dict[str, int]:
     }
 
 
-def draw(records: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """A random number of each record and epoch, whatever came before it: (N,) -> (N,) uint64."""
-    return mix(records.astype(np.uint64) ^ mix(np.uint64([seed]))[0] ^ mix(mix(np.uint64([epoch])))[0])
+def draw(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
+    """A random number of each record and pass over its source, whatever came before it: (N,), (N,) -> (N,) uint64."""
+    return mix(records.astype(np.uint64) ^ mix(np.uint64([seed])) ^ mix(mix(passes)))
 
 
 def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, draws: np.ndarray) -> Rows:
@@ -84,17 +86,28 @@ def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: i
 class Loader:
     """An endless or `epochs` long stream of rows, resumable anywhere.
 
-    `dropout` is the share of records that take no part in the pair loss in an epoch, drawn by seed, epoch and record;
-    the space of their extra segments goes to other records.
+    `weights` says for each of the corpus' sources how often its records come in an epoch, by default what the manifest says.
+    `dropout` is the share of records that take no part in the pair loss in a pass over them, drawn by seed, pass and record;
+    the space of their extra segments goes to other records. Raises UserError where the epochs hold no record.
     """
 
-    def __init__(self, corpus: Corpus, layout: Layout, row_length: int, seed: int, *, dropout: float = 0.0, epochs: int | None = None):
+    def __init__(self, corpus: Corpus, layout: Layout, row_length: int, seed: int, *, weights: Sequence[float] | None = None,
+                 dropout: float = 0.0, epochs: int | None = None):
         self.corpus, self.layout, self.row_length = corpus, layout, row_length
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
-        self.order = Order(len(corpus), seed)
+        weights = source_weights(corpus.manifest) if weights is None else weights
+        self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
+        if self.order.until(epochs or 1000) == 0:
+            raise UserError(f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} hold no record: "
+                            "raise data.sources.N.weight of its sources")
         self.epoch = self.window = self.row = 0
         self._planned: tuple[int, int] | None = None
         self._rows: Rows
+
+    @property
+    def records(self) -> int:
+        """Records given out in all epochs; 0 where the stream is endless."""
+        return self.order.until(self.epochs) if self.epochs else 0
 
     def state(self) -> dict[str, int]:
         """Where the stream stands; the same on every rank and for any number of them."""
@@ -128,14 +141,14 @@ class Loader:
     def _next_window(self) -> None:
         self.row = 0
         self.window += 1
-        if self.window == self.order.windows:
+        if self.window == self.order.windows(self.epoch):
             self.window = 0
             self.epoch += 1
 
     def _plan(self) -> Rows:
         if self._planned != (self.epoch, self.window):
-            records = self.order.window(self.epoch, self.window)
-            draws = draw(records, self.seed, self.epoch)
+            records, passes = self.order.window(self.epoch, self.window)
+            draws = draw(records, self.seed, passes)
             paired = (draws >= np.uint64(self.dropout * 2**64)) & bool(self.layout.read_outs)
             rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, draws)
             self._rows = _shuffled(rows, np.random.default_rng([self.seed, self.epoch, self.window, 1]))

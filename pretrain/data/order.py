@@ -1,51 +1,102 @@
 """Which record comes when: a pure function of seed and epoch, whatever the number of ranks.
 
-Records are read in blocks of consecutive ones. The blocks are permuted by a keyed bijection that is evaluated
-where needed, never stored; the records of a window of blocks are then shuffled together. Memory is bounded by a
-window, reads are near-sequential, and any position of the order is reached at once.
+Each source has an endless order of its own. A pass over its records takes blocks of consecutive ones, permuted by a keyed bijection
+that is evaluated where needed, never stored; the records are numbered from a place that is drawn anew for each pass, so that the
+remainder behind the last whole block differs. An epoch of a mixture takes `weight` passes of each source, and each of its windows holds
+every source in proportion and is shuffled. Memory is bounded by a window, reads are near-sequential, and any position is reached at once.
 """
+
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
-from pretrain.data.ragged import mix
+from data_prep.ragged import mix
 
 BLOCK = 1024
-WINDOW_BLOCKS = 64
+WINDOW = 64 * BLOCK
 ROUNDS = 6
 
 
-class Order:
-    """The order of `records` records in each epoch, given window by window."""
+class SourceOrder:
+    """The endless order of one source of `records` records: each comes once in every pass."""
 
-    def __init__(self, records: int, seed: int):
+    def __init__(self, records: int, key: int):
         if records <= 0:
             raise ValueError("an order needs at least one record")
-        self.records, self.seed = records, seed
-        self.blocks = -(-records // BLOCK)
-        self.windows = -(-self.blocks // WINDOW_BLOCKS)
+        self.records = records
+        self.blocks = records // BLOCK
+        self._key = mix(np.uint64([key]))
 
-    def window(self, epoch: int, window: int) -> np.ndarray:
-        """The record numbers of one window of an epoch, (M,), M at most BLOCK * WINDOW_BLOCKS.
+    def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The records at positions start to stop of the order, and the pass of each, (M,) both."""
+        passes, place = np.divmod(np.arange(start, stop), self.records)
+        block = place // BLOCK
+        begins = np.flatnonzero(np.diff(passes * (self.blocks + 1) + block, prepend=-1))  # of runs within a block of a pass
+        key = mix(self._key + mix(passes[begins]))
+        moved, whole = block[begins], block[begins] < self.blocks
+        moved[whole] = _permute(moved[whole], self.blocks, key[whole])
+        first = moved * BLOCK + (mix(key) % np.uint64(self.records)).astype(np.int64)
+        lengths = np.diff(begins, append=len(place))
+        return (np.repeat(first, lengths) + place % BLOCK) % self.records, passes
 
-        The windows 0 to `windows` of an epoch hold every record exactly once.
-        """
-        places = np.arange(window * WINDOW_BLOCKS, min((window + 1) * WINDOW_BLOCKS, self.blocks))
-        blocks = self._permute(places, epoch)
-        records = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        records = records[records < self.records]
-        return np.random.default_rng([self.seed, epoch, window]).permutation(records)
 
-    def _permute(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        """A bijection of the block numbers: a Feistel network on the next even power of two, walked until in range."""
-        half = max(1, -(-(self.blocks - 1).bit_length() // 2))
-        mask = np.uint64((1 << half) - 1)
-        keys = mix(np.arange(ROUNDS, dtype=np.uint64) + mix(np.uint64([self.seed]))[0] + mix(mix(np.uint64([epoch])))[0])
-        out = places.astype(np.uint64)
-        outside = np.ones(len(out), bool)
-        while outside.any():
-            left, right = out[outside] >> np.uint64(half), out[outside] & mask
-            for key in keys:
-                left, right = right, left ^ (mix(right ^ key) & mask)
-            out[outside] = (left << np.uint64(half)) | right
-            outside = out >= self.blocks
-        return out.astype(np.int64)
+def _permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """A bijection of the numbers below `size` for each key: a Feistel network on the next even power of two, walked until in range."""
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    mask = np.uint64((1 << half) - 1)
+    out = places.astype(np.uint64)
+    outside = np.arange(len(out))
+    while len(outside):
+        left, right, key = out[outside] >> np.uint64(half), out[outside] & mask, keys[outside]
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(turn))) & mask)
+        out[outside] = (left << np.uint64(half)) | right
+        outside = outside[out[outside] >= size]
+    return out.astype(np.int64)
+
+
+class Order:
+    """The order of a mixture of sources in each epoch, given window by window.
+
+    A source is (first record, records, weight): each of its records comes `weight` times in an epoch. Epoch e takes the positions from
+    floor(e * weight * records) on of the source's endless order: after any number of epochs, its records have come equally often, but
+    for one time.
+    """
+
+    def __init__(self, sources: Sequence[tuple[int, int, float]], seed: int):
+        self.seed = seed
+        self._first = [first for first, _, _ in sources]
+        self._orders = [SourceOrder(records, hash_of(seed, number)) for number, (_, records, _) in enumerate(sources)]
+        self._shares = [Fraction(str(weight)) * records for _, records, weight in sources]
+
+    @property
+    def epoch_records(self) -> float:
+        """Records of an epoch, on average."""
+        return float(sum(self._shares))
+
+    def until(self, epochs: int) -> int:
+        """Records of the first `epochs` epochs."""
+        return sum(int(epochs * share) for share in self._shares)
+
+    def windows(self, epoch: int) -> int:
+        """Number of windows of an epoch, of at most WINDOW records and one for each source."""
+        return max(1, -(-(self.until(epoch + 1) - self.until(epoch)) // WINDOW))
+
+    def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """The records of one window of an epoch, and the pass over its source that each belongs to, (M,) both."""
+        windows = self.windows(epoch)
+        taken = []
+        for first, order, share in zip(self._first, self._orders, self._shares, strict=True):
+            begin, end = int(epoch * share), int((epoch + 1) * share)
+            start, stop = (begin + (end - begin) * part // windows for part in (window, window + 1))
+            records, passes = order.take(start, stop)
+            taken.append((records + first, passes))
+        records, passes = (np.concatenate(column) for column in zip(*taken, strict=True))
+        shuffled = np.random.default_rng([self.seed, epoch, window]).permutation(len(records))
+        return records[shuffled], passes[shuffled]
+
+
+def hash_of(seed: int, number: int) -> int:
+    """A key of one source."""
+    return int((mix(np.uint64([seed])) + mix(mix(np.uint64([number]))))[0])

@@ -11,24 +11,33 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a record of {lengths.max()} positions does not fit a row of {row_length}")
-    row_of = np.empty(len(lengths), np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
     has_room = 0  # bit f: some row has f free positions
     opened = 0
-    order = np.argsort(-lengths, kind="stable")
-    for record, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = has_room >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with_room[free].pop()
-            if not rows_with_room[free]:
-                has_room ^= 1 << free
-        else:
-            free, row = row_length, opened
-            opened += 1
-        row_of[record] = row
-        left = free - length
-        if left:
-            rows_with_room[left].append(row)
-            has_room |= 1 << left
-    return row_of
+    row_of: list[int] = []  # in the order of placing
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:  # all that the fullest rows take at once: a row that took one is the fullest, as long as it has room
+            fitting = has_room >> length
+            free = length + (fitting & -fitting).bit_length() - 1 if fitting else row_length
+            each = free // length if length else count
+            needed = -(-count // each)
+            if fitting:
+                rows = rows_with_room[free][-needed:][::-1]
+                del rows_with_room[free][-needed:]
+                if not rows_with_room[free]:
+                    has_room ^= 1 << free
+            else:
+                rows = list(range(opened, opened + needed))
+                opened += needed
+            placed = min(count, each * len(rows))
+            row_of += rows if each == 1 else [row for row in rows for _ in range(each)][:placed]
+            last = placed - each * (len(rows) - 1)
+            for left, these in ((free - each * length, rows[:-1]), (free - last * length, rows[-1:])):
+                if left and these:
+                    rows_with_room[left] += these
+                    has_room |= 1 << left
+            count -= placed
+    out = np.empty(len(lengths), np.int64)
+    out[np.argsort(-lengths, kind="stable")] = row_of
+    return out

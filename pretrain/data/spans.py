@@ -10,8 +10,8 @@ loss compares the step over the first with the sum of the steps over the other t
 
 import numpy as np
 
+from data_prep.ragged import mix
 from pretrain.data.layout import Layout
-from pretrain.data.ragged import mix
 
 STRETCHES = 3
 

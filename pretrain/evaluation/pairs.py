@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 from data_prep.config import DataConfig, JsonSource
@@ -18,36 +17,32 @@ GRAMMAR_ROWS = 1000
 GRAMMAR_SEED = 0
 
 
-def task_source(config: RunConfig, path: str | Path) -> JsonSource:
-    """A task's file, read like the run's own JSON source: by the columns that its `views` name, where it does."""
-    views = next((source.views for source in config.data.sources if isinstance(source, JsonSource)), None)
-    return JsonSource(type="json", path=str(path), views=views)
-
-
 def read_pairs(source: JsonSource, views: tuple[str, str], key: str, rows: int | None = None) -> list[tuple[str, str]]:
     """The (context, target) texts of a file, the first `rows`. Raises UserError for a row that is no pair."""
     reader = JsonLines(source, views, key)
-    pairs = []
-    for record in reader.read(0, sys.maxsize):
-        if rows is not None and len(pairs) == rows:
-            break
-        if record.views is None or not all(record.views):
-            problem = record.problem or f"{' or '.join((source.views or dict(zip(views, views, strict=True))).values())} is missing or empty"
-            raise UserError(f"{reader.where(0, record.position)}: {problem}")
-        pairs.append(record.views)
+    pairs, before = [], {}
+    for piece in reader.pieces():
+        for record in reader.read(piece):
+            if len(pairs) == rows:
+                return pairs
+            if record.views is None or not all(record.views):
+                problem = record.problem or f"{' or '.join(reader.mapping.columns)} is missing or empty"
+                raise UserError(f"{reader.place(piece, record.position, before.get(piece.path, 0))}: {problem}")
+            pairs.append(record.views)
+        before[piece.path] = before.get(piece.path, 0) + reader.count(piece)
     if not pairs:
         raise UserError(f"{source.path} ({key}) holds no rows")
     return pairs
 
 
 def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
-    """Shards of a file of pairs below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
+    """Shards of all pairs of a file below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
     try:
         name = hashlib.sha256(f"{source}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None
     data = DataConfig(path=str(folder / "data" / name), views=config.data.views, missing_views=config.data.missing_views, sources=[source],
-                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length)
+                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length, deduplicate="none")
     prepare(data)
     return data
 

@@ -1,5 +1,6 @@
 """What ran: config.yaml and environment.json, and whether a run that goes on is still the same."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -13,6 +14,7 @@ import yaml
 from data_prep.console import UserError
 from data_prep.files import write_json, write_text
 from pretrain.config import RunConfig, dump_config
+from pretrain.data.corpus import source_weights
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
@@ -38,17 +40,19 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> Non
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads_per_rank": torch.get_num_threads(),
-        "data": _data(manifest),
+        "data": _data(config, manifest),
     })
 
 
-def _data(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"corpus": manifest["splits"], "tokenizer": manifest["tokenizer"]}
+def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    corpus = {split: {"records": entry["records"], "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()}
+              for split, entry in manifest["splits"].items()}
+    return {"corpus": corpus, "tokenizer": manifest["tokenizer"], "weights": source_weights(manifest, config.data.sources)}
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
     """Raises UserError where the run folder, which exists, holds a run with other settings, another corpus or tokenizer."""
-    run_dir, data = config.run_dir, _data(manifest)
+    run_dir, data = config.run_dir, _data(config, manifest)
     before = yaml.safe_load((run_dir / "config.yaml").read_text())
     now = yaml.safe_load(dump_config(config))
     changed = [key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section)]
@@ -60,6 +64,9 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
         if environment["data"][part] != data[part]:
             raise UserError(f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
                             "point data.path to those, or choose another `name`")
+    if environment["data"]["weights"] != data["weights"]:
+        raise UserError(f"the weights of data.sources are {data['weights']}, but {run_dir} was started with {environment['data']['weights']}: "
+                        "set them so, or choose another `name`")
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from data_prep.console import UserError
+from data_prep.console import UserError, print_now
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer, take_over
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
-from pretrain.data.loader import Loader, counts
+from pretrain.data.loader import counts
+from pretrain.data.order import Order
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, pretrained_config, random_causal_lm, shape_config, special_ids
 from pretrain.training.describe import check_same_run
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings
 from pretrain.training.memory import ITEM_BYTES, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
-from pretrain.training.setup import check
+from pretrain.training.setup import check, make_loader
 from pretrain.training.throughput import Parameters, count_parameters, peak_flops
 
 RANKS = (1, 8, 64)
@@ -76,7 +77,7 @@ def _launched() -> tuple[int, int | None]:
 
 def _check_start(config: RunConfig, corpus: Corpus | None) -> None:
     """What a real start would refuse in corpus, files and run folder."""
-    check(config, corpus)
+    check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     if corpus and config.run_dir.exists():
@@ -139,6 +140,8 @@ class Step:
     pairs: float = 0
     without_pairs: Stream | None = None
     """The same records under objective.name=next_token; None where the run itself is that."""
+    order: Order | None = None
+    """Of the records; None without a corpus."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     specials, objective = special_ids(tokenizer, model.vocabulary), config.objective
     layout = objective.make_layout(specials, corpus.views, config.data.lm_views)
     plain = make_layout(objective.layout, specials, views=corpus.views, lm_views=config.data.lm_views)
-    loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=objective.record_dropout, epochs=config.train.epochs)
+    loader = make_loader(config, corpus, layout)
     sums: Counter[str] = Counter()
     stream, without_pairs = Counter(), Counter()
     while loader.epoch == loader.window == 0:
@@ -186,7 +189,8 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
         without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
     mean, plain_mean = (Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs))
-    return Step(mean, steps, **{name: total / steps for name, total in sums.items()}, without_pairs=plain_mean if layout.read_outs else None)
+    return Step(mean, steps, **{name: total / steps for name, total in sums.items()}, without_pairs=plain_mean if layout.read_outs else None,
+                order=loader.order)
 
 
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
@@ -263,11 +267,11 @@ def _budget_table(plan: Plan) -> Table:
         return [*rows, ("steps", "unknown")]
     # without a corpus a full row holds at most as many tokens as positions
     one = Progress(1, step.records, step.tokens) if corpus else Progress(1, tokens=step.stream.positions)
-    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, len(corpus) if corpus else 0))
+    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, step.order.until(train.epochs) if train.epochs else 0))
     if train.steps is None:
         rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
     if corpus:
-        rows += [("corpus tokens in all", f"{steps * step.tokens:,.0f}"), ("epochs", f"{steps * step.records / len(corpus):,.2f}")]
+        rows += [("corpus tokens in all", f"{steps * step.tokens:,.0f}"), ("epochs", f"{steps * step.records / step.order.epoch_records:,.2f}")]
     rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{steps * plan.flops:.3g}"))
     peak = peak_flops()
     if peak is not None and train.precision == "bf16":

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -12,7 +12,8 @@ import torch
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Specials
-from pretrain.data.loader import Loader, Rows, counts
+from pretrain.data.loader import Loader, Rows
+from pretrain.data.prefetch import Prefetch
 from pretrain.objectives import Objective, Output, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
@@ -72,25 +73,29 @@ class Trainer:
     collapsed: bool = False
 
     def train(self) -> str:
-        """Train until the budget is used up or a signal comes; return the final status."""
-        stopping = False
+        """Train until the budget is used up or a signal comes; return the final status. Raises UserError, on all ranks, for a damaged shard."""
+        with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
+            return self._train(data)
+
+    def _train(self, data: Prefetch) -> str:
+        stopping, data_failed = False, True  # not known yet
         while self.fraction < 1 and not stopping:
+            step = self.world.agree(data.next) if data_failed else data.next()
+            data.take_waited()
             started = time.perf_counter()
-            rows = self.loader.next_rows(self.config.train.global_batch_rows)
-            units = counts(rows, self.loader.layout)
-            divisors = {term: units[unit] for term, unit in self.objective.units.items()}
-            self._count(rows)
+            divisors = {term: step.counts[unit] for term, unit in self.objective.units.items()}
+            self._count(step.rows)
             self._set_learning_rate()
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
-            gradients, aside = self._gradients(rows, divisors)
+            gradients, aside = self._gradients(step.batches, divisors)
 
-            sums, pool = self._accumulate(rows, divisors, with_pool=logging)
-            losses, stopping = self._agree(sums, divisors)
+            sums, pool = self._accumulate(step.batches, divisors, with_pool=logging)
+            losses, stopping, data_failed = self._agree(sums, divisors, data.failed())
             updated = self._update(losses)
             seconds = time.perf_counter() - started - aside
             self.progress.seconds += seconds
-            self.throughput.add(rows, units["targets"], seconds)
+            self.throughput.add(step.rows, step.counts["targets"], seconds, data.take_waited())
 
             values = gradients | (self._values(losses) if logging or not updated else {})
             if logging:
@@ -102,14 +107,14 @@ class Trainer:
                 values |= self._validate()
             if self.metrics and values:
                 self.metrics.write(self._counters(), values)
-            if last or stopping or self._due(self.config.checkpoint.every):
-                self._save()
+            if last or stopping or data_failed or self._due(self.config.checkpoint.every):
+                self._save(step.state)
         return "resumable" if self.fraction < 1 else "finished"
 
     @property
     def fraction(self) -> float:
         """Share of the budget that is consumed."""
-        return consumed_fraction(self.progress, self.config.train, len(self.loader.corpus))
+        return consumed_fraction(self.progress, self.config.train, self.loader.records)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -130,7 +135,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
-    def _accumulate(self, rows: Rows, divisors: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
+    def _accumulate(self, batches: Sequence[Batch], divisors: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
         """Forward and backward over this rank's micro batches; each term's sum over them, and the last pool.
 
         `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch.
@@ -138,7 +143,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         output = Output({}, None)
         weights = self.weights
-        for batch in self._micro_batches(rows):
+        for batch in batches:
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
             loss = total_loss(output.terms, divisors, weights, self.world.size)
             # a term that is not finite makes the whole gradient NaN, on every rank: DeepSpeed then leaves the step out
@@ -151,13 +156,13 @@ class Trainer:
             self.engine.step()
         return sums, output.pool and output.pool.detached()
 
-    def _gradients(self, rows: Rows, divisors: dict[str, int]) -> tuple[dict[str, float], float]:
+    def _gradients(self, batches: Sequence[Batch], divisors: dict[str, int]) -> tuple[dict[str, float], float]:
         """The terms' gradients on the steps that measure them, and the seconds that took."""
         every = self.config.monitor.gradients_every
         if not every or not self._due(every):
             return {}, 0.0
         started = time.perf_counter()
-        values = gradient_diagnostics(self.engine.module, list(self._micro_batches(rows)), divisors, self.weights, self.world)
+        values = gradient_diagnostics(self.engine.module, batches, divisors, self.weights, self.world)
         return values, time.perf_counter() - started
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
@@ -165,11 +170,14 @@ class Trainer:
         return micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
                              micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size)
 
-    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int]) -> tuple[dict[str, float], bool]:
-        """Each term over the global batch, and whether any rank was asked to stop: the one synchronisation of a step."""
-        stop = torch.tensor(float(self.stop.received is not None), device=self.world.device)
-        *totals, stops = self.world.sum([*sums.values(), stop])
-        return {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0
+    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> tuple[dict[str, float], bool, bool]:
+        """Each term over the global batch, and whether any rank was asked to stop or has no data for the next step.
+
+        The one synchronisation of a step.
+        """
+        flags = torch.tensor([self.stop.received is not None, data_failed], device=self.world.device)
+        *totals, stops, failures = self.world.sum([*sums.values(), *flags])
+        return {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0, failures > 0
 
     def _update(self, losses: dict[str, float]) -> bool:
         """Take the optimizer step; count and report it where DeepSpeed left it out."""
@@ -209,16 +217,16 @@ class Trainer:
             self._say(collapse_warning(monitors))
 
     def _counters(self) -> dict[str, float]:
-        return self.progress.state() | {"epoch": self.progress.records / len(self.loader.corpus)}
+        return self.progress.state() | {"epoch": self.progress.records / self.loader.order.epoch_records}
 
-    def _save(self) -> None:
+    def _save(self, loader_state: dict[str, int]) -> None:
         if self.metrics:
             self.metrics.flush()
         step, folder = self.progress.step, self.config.run_dir
         evaluating = self.world.is_main and self.config.evaluation.every and self._due(self.config.evaluation.every)
         if evaluating:
             ask_for_evaluation(folder, step)
-        state = {"progress": self.progress.state(), "loader": self.loader.state(), "collapsed": self.collapsed}
+        state = {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed}
         checkpoint.save(self.engine, folder / "checkpoints", step, state, self.config.checkpoint.keep, self.world)
         if self.world.is_main:
             write_status(folder, "running", step)

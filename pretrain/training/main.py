@@ -45,13 +45,15 @@ def run(config: RunConfig) -> None:
     from pretrain.training.distributed import init_world
     from pretrain.training.setup import set_up
 
-    world = init_world()
+    world, trainer = init_world(), None
     try:
         trainer = set_up(config, world)
         if trainer is None:
             return
         status = trainer.train()
     except UserError as error:
+        if trainer and world.is_main:
+            write_status(config.run_dir, "failed", trainer.progress.step, str(error))
         if world.size > 1:  # at once: gloo aborts a process that is torn down after its peers
             report(error, silent=_another_process_speaks())
             os._exit(2)

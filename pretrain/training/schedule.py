@@ -26,13 +26,13 @@ class Progress:
         return asdict(self)
 
 
-def consumed_fraction(progress: Progress, train: TrainConfig, corpus_records: int) -> float:
-    """Share of the budget that is used up; the run ends at 1."""
+def consumed_fraction(progress: Progress, train: TrainConfig, epochs_records: int) -> float:
+    """Share of the budget that is used up; the run ends at 1. `epochs_records` are those of train.epochs epochs."""
     if train.steps is not None:
         return progress.step / train.steps
     if train.tokens is not None:
         return progress.tokens / train.tokens
-    budget = train.records if train.records is not None else train.epochs * corpus_records
+    budget = train.records if train.records is not None else epochs_records
     return progress.records / budget
 
 

@@ -1,8 +1,9 @@
 """From a configuration to a Trainer: cheap checks first, the model last."""
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from data_prep.console import UserError, print_now
 from data_prep.files import try_lock
+from data_prep.shards import positions_needed
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Specials
+from pretrain.data.corpus import Corpus, source_weights
+from pretrain.data.layout import Layout, Specials
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
@@ -26,7 +28,7 @@ from pretrain.training.metrics import Metrics
 from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 
-LENGTHS_AT_ONCE = 1 << 20
+LENGTHS_AT_ONCE = 1 << 18
 
 
 def set_up(config: RunConfig, world: World) -> Trainer | None:
@@ -34,7 +36,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
-    world.agree(lambda: check(config, corpus))
+    world.agree(lambda: check(config, corpus, say))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
     world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
     checkpoints = config.run_dir / "checkpoints"
@@ -53,8 +55,7 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
     trainer = Trainer(
         config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop, lock=lock,
-        loader=Loader(corpus, layout, config.data.sequence_length, config.seed,
-                      dropout=config.objective.record_dropout, epochs=config.train.epochs),
+        loader=world.agree(lambda: make_loader(config, corpus, layout)),
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
@@ -88,12 +89,19 @@ def _claim(run_dir: Path) -> IO[bytes]:
     return lock
 
 
-def check(config: RunConfig, corpus: Corpus | None) -> None:
+def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
+    """The loader of the training split. Raises UserError for weights that leave no record."""
+    return Loader(corpus, layout, config.data.sequence_length, config.seed, weights=source_weights(corpus.manifest, config.data.sources),
+                  dropout=config.objective.record_dropout, epochs=config.train.epochs)
+
+
+def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:
     """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
     if corpus is not None:
         _check_views(config, corpus)
+        corpus.read(np.array([0, len(corpus) - 1]))  # a corpus without its shards shows at once
         _check_pairs(config, corpus)
-        _check_lengths(config, corpus)
+        _check_lengths(config, corpus, say)
     for task in config.evaluation.tasks:
         for key, path in (("train", task.train), ("test", task.test)):
             if path is not None and not Path(path).is_file():
@@ -122,27 +130,38 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
 
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
-    """There must be something for the term to look at among the first records."""
-    lengths = corpus.lengths(np.arange(min(len(corpus), LENGTHS_AT_ONCE)))
+    """There must be something for the term to look at."""
     layout = config.objective.make_layout(Specials(0, 0, 0, 0, 0), corpus.views, config.data.lm_views)
-    everyone = np.ones(len(lengths), bool)
-    segment_lengths = layout.segment_lengths(lengths, everyone)
-    if (layout.read_outs and not layout.pairs(segment_lengths, everyone).any()) or (layout.spans and not layout.span_counts(segment_lengths).any()):
-        raise UserError(f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
-                        "choose next_token, or look at data.views and the columns of the sources")
+    if corpus.entry["incomplete"] < len(corpus):
+        return  # some record has all views
+    for lengths in _all_lengths(corpus):
+        everyone = np.ones(len(lengths), bool)
+        segment_lengths = layout.segment_lengths(lengths, everyone)
+        pairs, spans = layout.pairs(segment_lengths, everyone), layout.span_counts(segment_lengths)
+        if (pairs.any() or not layout.read_outs) and (spans.any() or not layout.spans):
+            return
+    raise UserError(f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
+                    "choose next_token, or look at data.views and the columns of the sources")
 
 
-def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
+def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
+    """The lengths of all records, (n, views) at a time."""
+    for start in range(0, len(corpus), LENGTHS_AT_ONCE):
+        yield corpus.lengths(np.arange(start, min(start + LENGTHS_AT_ONCE, len(corpus))))
+
+
+def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
     """No record may be longer than a row, with all copies that the objective and the validation want."""
     length, specials = config.data.sequence_length, Specials(0, 0, 0, 0, 0)  # only their number counts
 
     def longest(split: Corpus, validating: bool) -> int:
         layout = config.objective.make_layout(specials, split.views, config.data.lm_views, validating=validating)
-        bound = layout.positions(split.longest).max()
+        bound = min(layout.positions(split.longest).max(), _bound_of_preparation(split, layout))
         if bound <= length:
             return bound
-        parts = (np.arange(start, min(start + LENGTHS_AT_ONCE, len(split))) for start in range(0, len(split), LENGTHS_AT_ONCE))
-        return max(layout.positions(split.lengths(part)).max() for part in parts)
+        if len(split) > LENGTHS_AT_ONCE:
+            say(f"note: reading the lengths of {len(split):,} records: the manifest does not tell whether all fit data.sequence_length={length}")
+        return max(layout.positions(lengths).max() for lengths in _all_lengths(split))
 
     needed = longest(corpus, validating=False)
     if "validation" in corpus.manifest["splits"]:
@@ -152,13 +171,26 @@ def _check_lengths(config: RunConfig, corpus: Corpus) -> None:
                         f"{needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, which drops and counts them")
 
 
+def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
+    """What no record of the corpus exceeds, from `positions_needed` of the manifest; infinite for a layout that may need more than that counts.
+
+    Both are linear in the lengths, for each number of views present: so it is enough to compare them at ones, and far along each view.
+    """
+    shapes = np.concatenate([(np.ones((count + 1, corpus.views)) + np.eye(count + 1, corpus.views, -1) * 10**6) * (np.arange(corpus.views) < count)
+                             for count in range(1, corpus.views + 1)]).astype(np.int64)
+    if (layout.positions(shapes) > positions_needed(shapes)).any():
+        return math.inf
+    pieces = corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0  # documents are cut to fit it
+    return max(corpus.entry["positions_needed"], pieces)
+
+
 def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: World) -> Validation | None:
     if "validation" not in corpus.manifest["splits"]:
         return None
     held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
-    return Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
-                      config.train.micro_batch_rows, world)
+    return world.agree(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
+                                          config.train.micro_batch_rows, world))
 
 
 def _resume(trainer: Trainer, say: Callable[[str], None]) -> None:

@@ -65,16 +65,17 @@ class Throughput:
 
     def _reset(self) -> None:
         self.records = self.tokens = self.positions = self.targets = self.slots = 0
-        self.seconds = 0.0
+        self.seconds = self.waited = 0.0
 
-    def add(self, rows: Rows, targets: int, seconds: float) -> None:
-        """Count a step: its global batch, the next-token targets in it, and the time it took."""
+    def add(self, rows: Rows, targets: int, seconds: float, waited: float = 0.0) -> None:
+        """Count a step: its global batch, the next-token targets in it, the time it took, and how much of that went on waiting for data."""
         self.records += len(rows.records)
         self.tokens += int(rows.lengths.sum())
         self.positions += int(rows.segment_lengths.sum())
         self.targets += targets
         self.slots += rows.count * self.row_length
         self.seconds += seconds
+        self.waited += waited
 
     def take(self) -> dict[str, float]:
         """The rates by metric tag, counted anew from here on."""
@@ -82,6 +83,7 @@ class Throughput:
             "throughput/tokens_per_second": self.tokens / self.seconds,
             "throughput/records_per_second": self.records / self.seconds,
             "throughput/padding_fraction": 1 - self.positions / self.slots,
+            "throughput/data_wait_fraction": self.waited / self.seconds,
         }
         if self.peak is not None:
             values["throughput/mfu"] = sum(self.parameters.flops(self.positions, self.targets)) / self.seconds / self.peak

@@ -24,7 +24,7 @@ class Validation:
 
     def __init__(self, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, records: int, micro_batch_rows: int, world: World):
         numbers = np.arange(min(records, len(corpus)))
-        rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw(numbers, seed=0, epoch=0))
+        rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw(numbers, 0, np.zeros_like(numbers)))
         per_micro_step = micro_batch_rows * world.size
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world

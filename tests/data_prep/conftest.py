@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.sources import files
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe"]
 
@@ -64,3 +66,12 @@ def mistake(run) -> Callable[..., str]:
         assert "Traceback" not in done.stdout
         return lines[0].removeprefix("error: ")
     return mistake
+
+
+@pytest.fixture
+def cut_small(monkeypatch) -> Callable[..., None]:
+    """Let plain files be cut into pieces of so many bytes, and be read in blocks of so many."""
+    def cut(piece: int, block: int = files.BLOCK) -> None:
+        monkeypatch.setattr(files, "piece_length", lambda total: piece)
+        monkeypatch.setattr(files, "BLOCK", block)
+    return cut

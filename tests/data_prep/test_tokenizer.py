@@ -1,8 +1,10 @@
 """Tokenizers: lossless, equal ids through every library, four specials which text never reaches."""
 
 import json
+import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import tokenizers
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer, take_over, train
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 WORDS = ["SELECT", "name", "FROM", "users", "WHERE", "lines", "with", "a", "vowel", "or", "the", "string", "'dog'",
          "[a-z]*", "(\\b)", "count", "=", "AND", "id"]
 LITERALS = "<s></s> <pad><sep> <unk> a<s>b <0x41> <|pad|>"
@@ -129,6 +132,18 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_is_the_same_in_every_process(model_type, tmp_path):
+    code = ("import sys; from pathlib import Path; from data_prep.tokenizer import train; from tests.data_prep.test_tokenizer import corpus; "
+            f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)")
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed}) for seed in ("1", "2")]
+    found = [process.communicate(timeout=120)[0] for process in running]
+    assert found[0] == found[1] == train(corpus(), 360, tmp_path / "here", model_type).fingerprint + "\n"
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+
+
 def test_pickles(trained):
     copy = pickle.loads(pickle.dumps(trained))
     assert copy.encode_batch(ODD) == trained.encode_batch(ODD)
@@ -141,13 +156,22 @@ def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
     assert taken.encode_batch(ODD) == trained.encode_batch(ODD)
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
         assert getattr(taken, field) == getattr(trained, field)
+    assert (taken.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), "the model is the faster one"
+
+
+def test_a_model_that_is_not_that_of_the_folder_is_left(trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "other")
+    train(corpus(), 361, tmp_path / "larger", "bpe")
+    shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
+    taken = take_over(folder, tmp_path / "taken")
+    assert taken.encode_batch(ODD) == trained.encode_batch(ODD) and not (taken.folder / "tokenizer.model").exists()
 
 
 def foreign(folder: Path, **options) -> Path:
     """A BPE model by sentencepiece's defaults: no pad, no sep, a blank before the text, runs of blanks collapsed."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_prefix=str(folder / "foreign"), vocab_size=360, byte_fallback=True,
-        model_type="bpe", minloglevel=2, **options)
+        sentence_iterator=iter(corpus()), model_prefix=str(folder / "foreign"), byte_fallback=True, minloglevel=2,
+        **{"model_type": "bpe", "vocab_size": 360} | options)
     return folder / "foreign.model"
 
 
@@ -161,6 +185,25 @@ def test_taking_over_a_foreign_model(tmp_path):
     check_specials(taken, ODD)
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
+                         ids=["nmt_nfkc", "unknown characters"])
+def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, tmp_path, capsys):
+    path = foreign(tmp_path, **options, model_type=model_type)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    taken = take_over(path, tmp_path / "taken")
+    texts = corpus() + [LITERALS, "\uff26\uff35\uff2c\uff2c \u2460 \ufb01t", "Fu\u00dfg\u00e4nger \u65e5\u672c", "  a \t b\n"]
+    found = taken.encode_batch(texts)
+    assert found == auto_ids(taken.folder, texts)
+    for ids, theirs in zip(found, model.encode(texts), strict=True):
+        assert ids == theirs or (model_type == "unigram" and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, theirs))))
+    assert taken.encode_batch(ODD + random_unicode(50_000)) == auto_ids(taken.folder, ODD + random_unicode(50_000))
+    said = capsys.readouterr().out
+    assert ("letters with combining marks" in said) == (not options) and ("equally likely" in said) == (model_type == "unigram")
+    assert said.count("\n") == bool(said)
+    check_specials(taken, ODD)
+
+
 def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
     # A symbol splits the text, and `tokenizers` puts the dummy blank before every part.
     path = foreign(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
@@ -169,13 +212,16 @@ def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
     assert not (tmp_path / "taken").exists()
 
 
-def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path):
+def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = {"pad_token": {"content": "</s>"}, "eos_token": "</s>", "bos_token": "</s>"}
     source = write_json(tmp_path / "source", spec, config)
     taken = take_over(source, tmp_path / "taken")
     assert taken.eos_id == 3
     assert (taken.pad_id, taken.bos_id) == (0, 2)  # special tokens of these names exist, though undeclared
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
+        for name, literal in (("pad", "<pad>"), ("bos", "<s>"))]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
     taken = take_over(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
     assert (taken.eos_id, taken.pad_id, taken.bos_id, taken.sep_id, taken.vocab_size) == (3, 380, 381, 382, 383)
@@ -198,7 +244,7 @@ def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
     assert taken.encode_batch(ODD) == Tokenizer.load(bpe_folder).encode_batch(ODD) == auto_ids(taken.folder, ODD)
 
 
-def test_special_which_text_reaches_is_replaced(tmp_path):
+def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
     vocab = {"[UNK]": 0, "[PAD]": 1, "dog": 2, "[CLS]": 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -207,6 +253,7 @@ def test_special_which_text_reaches_is_replaced(tmp_path):
     taken = take_over(source, tmp_path / "taken")
     assert taken.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
     assert (taken.pad_id, taken.vocab_size) == (4, 8)
+    assert "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n" in capsys.readouterr().out
 
 
 def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
@@ -217,11 +264,13 @@ def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
         return str(caught.value)
 
     for model_type in ("bpe", "unigram"):
-        for size, word in ((90_000, "too large"), (10, "too small")):
+        for size, word in ((90_000, "too large"), (10, "too small"), (1, "too small"), (10**7, "too large")):
             text = message(train, corpus(), size, tmp_path / "new", model_type)
-            assert word in text and str(size) in text
-            limit = int("".join(c for c in text.replace(str(size), "") if c.isdigit()))
+            assert word in text and f"vocab_size {size} " in text
+            limit = int("".join(c for c in text.replace(f"vocab_size {size} ", "") if c.isdigit()))
             assert train(corpus(), limit, tmp_path / f"{model_type}{size}", model_type).vocab_size == limit
+        for size in (10**9, 2**31, 2**40):
+            assert f"vocab_size {size} is too large" in message(train, corpus(), size, tmp_path / "new", model_type)
     for empty in ([], [""], ["  ", "\n"], ["\0"]):
         assert "holds no text" in message(train, empty, 400, tmp_path / "new")
     assert "wordpiece" in message(train, corpus(), 400, tmp_path / "new", "wordpiece")
@@ -246,6 +295,5 @@ def test_an_error_of_the_texts_comes_through(tmp_path):
 
 def test_imports_neither_torch_nor_transformers():
     code = "import sys, data_prep.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -1,9 +1,10 @@
 """Corpora and a small model for the tests of pretrain."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,7 +27,7 @@ SHAPES = ROOT / "configs" / "models"
 def prepared(tmp_path_factory) -> Path:
     """A corpus as the pipeline leaves it: 400 training and 40 validation records of the embedded grammar."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(DataConfig(path=str(folder), tokenizer={"vocab_size": 512}, sequence_length=128, workers=1, sources=[
+    prepare(DataConfig(path=str(folder), tokenizer={"vocab_size": 512}, sequence_length=128, workers=1, deduplicate="none", sources=[
         {"type": "nlrx", "split": "train", "records": 400}, {"type": "nlrx", "split": "validation", "records": 40}]), say=lambda _: None)
     return folder
 
@@ -46,22 +47,44 @@ def specials(tokenizer) -> Specials:
     return special_ids(tokenizer, 512)
 
 
+def arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as write_shard takes a view."""
+    return np.array([token for tokens in records for token in tokens], np.int64), np.array([len(tokens) for tokens in records], np.int64)
+
+
+def split_entry(shards: list[dict]) -> dict:
+    """What the manifest says of a split of these shards."""
+    totals = {key: sum(shard[key] for shard in shards) for key in ("records", "incomplete", "continued")}
+    views = shards[0]["longest"]
+    return totals | {"longest": {view: max(shard["longest"][view] for shard in shards) for view in views},
+                     "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in views},
+                     "positions_needed": max(shard["positions_needed"] for shard in shards), "shards": shards}
+
+
 @pytest.fixture(scope="session")
 def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]:
-    """Writes records of as many token lists as they have views, empty for one that they lack, as a corpus in shards of `shard_records`."""
+    """Writes records of as many token lists as they have views, empty for one that they lack, as a corpus in shards of `shard_records`.
 
-    def write(records: list[tuple[list[int], ...]], shard_records: int = 10**9) -> Corpus:
+    `continues` tells the pieces of documents that go on; `sources` are the numbers of records of each, and their weights.
+    """
+
+    def write(records: list[tuple[list[int], ...]], shard_records: int = 10**9, continues: Sequence[bool] = (),
+              sources: Sequence[tuple[int, float]] = ()) -> Corpus:
         folder = tmp_path_factory.mktemp("corpus")
         shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
-        parts = [records[first : first + shard_records] for first in range(0, len(records), shard_records)]
+        sources = sources or [(len(records), 1.0)]
         views = [f"view{number}" for number in range(len(records[0]))]
-        shards = [write_shard(folder / f"train-{index:05d}.arrow", {view: [record[number] for record in part] for number, view in enumerate(views)},
-                              tokenizer.vocab_size) for index, part in enumerate(parts)]
+        shards, begin = [], 0
+        for number, (count, _) in enumerate(sources):
+            for first in range(begin, begin + count, shard_records):
+                part = slice(first, min(first + shard_records, begin + count))
+                columns = {view: arrays([record[place] for record in records[part]]) for place, view in enumerate(views)}
+                goes_on = np.array(continues or [False] * len(records))[part]
+                shards.append(write_shard(folder / f"train-{len(shards):05d}.arrow", number, columns, goes_on, tokenizer.vocab_size))
+            begin += count
         write_json(folder / MANIFEST, {
             "format": FORMAT, "views": views, "tokenizer": {"sha256": tokenizer.fingerprint},
-            "splits": {"train": {
-                "incomplete": sum(shard["incomplete"] for shard in shards),
-                "longest": {view: max(shard["longest"][view] for shard in shards) for view in views}, "shards": shards}}})
+            "sources": [{"weight": weight} for _, weight in sources], "settings": {"data": {}}, "splits": {"train": split_entry(shards)}})
         return Corpus(folder, "train")
 
     return write

@@ -8,12 +8,13 @@ import json
 import shutil
 from collections.abc import Sequence
 
+from data_prep.config import task_source
 from data_prep.files import write_text
 from data_prep.tokenizer import Tokenizer
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import Answer, answer
-from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source, read_pairs, task_source
+from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source, read_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 from pretrain.run_folder import list_steps, step_name
 
@@ -22,14 +23,14 @@ def evaluate(run: TaskRun) -> TaskResult:
     """Finetune on the train rows where the task says so, answer the test rows, score."""
     views, task = run.config.data.views, run.task
     if task.test is not None:
-        test = task_source(run.config, task.test)
+        test = task_source(run.config.data, task.test)
     else:
         test = grammar_source(run.folder / "data", "test", views, task.rows or GRAMMAR_ROWS)
     pairs = read_pairs(test, views, "task.test", task.rows)
     model = run.export
     name = f"{task.name}-{step_name(run.step)}"
     if task.finetune is not None:
-        train = task_source(run.config, task.train) if task.train is not None else grammar_source(run.folder / "data", "finetune", views)
+        train = task_source(run.config.data, task.train) if task.train is not None else grammar_source(run.folder / "data", "finetune", views)
         run_dir = finetune(run.config, task.finetune, run.export, train, run.folder, name)
         model = export_checkpoint(run_dir, list_steps(run_dir / "checkpoints")[-1])
     tokenizer = Tokenizer.load(model)

@@ -1,15 +1,20 @@
 """The corpus: every token as it was written, and damage of any kind named before training."""
 
+import json
 import re
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
 import pytest
 
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import train
-from pretrain.data.corpus import Corpus
+from pretrain.data.corpus import Corpus, source_weights
 
 
 @pytest.fixture
@@ -23,10 +28,17 @@ def shard_of(folder):
 
 def assert_refused(folder, *names):
     with pytest.raises(UserError) as raised:
-        Corpus(folder, "train")
+        read_all(folder)
     for name in names:
         assert re.search(re.escape(str(name)), str(raised.value)), raised.value
     assert "\n" not in str(raised.value)
+
+
+def read_all(folder) -> list[list]:
+    corpus = Corpus(folder, "train")
+    every = np.arange(len(corpus))
+    contents = corpus.read(every)
+    return [corpus.lengths(every).tolist(), *(contents.view(view).tolist() for view in range(corpus.views)), contents.closing.tolist()]
 
 
 def test_it_holds_the_views_of_every_record(corpus, tokenizer):
@@ -50,13 +62,91 @@ def test_records_come_in_the_order_asked_for_whatever_their_shards(write_corpus)
             assert corpus.tokens(asked, view).tolist() == [token for record in asked for token in records[record][view]]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_a_flipped_bit_is_found(copy, share):
-    shard = shard_of(copy)
-    content = bytearray(shard.read_bytes())
-    content[int(share * (len(content) - 1))] ^= 4
-    shard.write_bytes(content)
-    assert_refused(copy, shard, "damaged")
+MIXED = [([11, 12, 13], [21, 22]), ([31, 32], []), ([33], []), ([], [41, 42]), ([51], [61, 62, 63]), *(([n, n + 1], [n + 2]) for n in range(5, 60))]
+CONTINUES = [False, True, False, False, False, *[False] * 55]
+
+
+def test_no_flipped_bit_ever_changes_what_is_read(write_corpus):
+    """Each byte of a shard in turn, in one of its bits: it is refused by name and in one line, or nothing that is read depends on it."""
+    corpus = write_corpus(MIXED, continues=CONTINUES)
+    [shard] = corpus.folder.glob("train-*.arrow")
+    undamaged, content = read_all(corpus.folder), shard.read_bytes()
+    batch = pa.ipc.open_file(shard).get_batch(0)
+    used = [buffer.to_pybytes() for column in batch.columns for buffer in column.buffers() if buffer is not None]
+    refused = Counter()
+    for place in range(len(content)):
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            assert read_all(corpus.folder) == undamaged, place
+        except UserError as error:
+            assert str(shard) in str(error) and "\n" not in str(error)
+            refused["counted from 0" in str(error)] += 1
+    bits_of_records = sum(len(buffer) for buffer in used) - 2 * 7 - 8  # but for the bits behind the last record
+    assert refused[True] >= bits_of_records and refused[False] > 50
+
+
+@pytest.mark.parametrize("mutant", ["token", "length", "flag", "closing", "order", "swapped views"])
+def test_every_part_of_a_record_is_protected(write_corpus, mutant):
+    """A record that another writer changed, and left its checksum as it was."""
+    corpus = write_corpus(MIXED, continues=CONTINUES)
+    [shard] = corpus.folder.glob("train-*.arrow")
+    rows = pa.ipc.open_file(shard).read_all().to_pylist()
+    match mutant:
+        case "token":
+            rows[0]["view1"] = [21, 23]
+        case "length":
+            rows[0]["view0"], rows[1]["view0"] = [11, 12], [13, 31, 32]
+        case "flag":
+            rows[4]["continues"] = True
+        case "closing":
+            rows[2]["view0"], rows[2]["checksum"] = rows[5]["view0"][:1], 0
+        case "order":
+            rows[0]["view0"] = [12, 11, 13]
+        case "swapped views":
+            rows[3]["view0"], rows[3]["view1"] = rows[3]["view1"], None
+    schema = pa.ipc.open_file(shard).schema
+    with pa.ipc.new_file(str(shard), schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    entry = manifest["splits"]["train"]["shards"][0]
+    entry["bytes"] = shard.stat().st_size
+    for view in ("view0", "view1"):
+        entry["tokens"][view] = sum(len(row[view] or ()) for row in rows)
+    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+    row = {"token": 0, "length": 0, "flag": 4, "closing": 1, "order": 0, "swapped views": 3}[mutant]
+    assert_refused(corpus.folder, shard, f"row {row}, counted from 0")
+
+
+def test_a_document_that_goes_on_ends_with_the_first_token_of_its_next_piece(write_corpus):
+    pieces = [([], [7, 8]), ([], [9]), ([], [10, 11]), ([5], [6]), ([12], []), ([13], [])]
+    corpus = write_corpus(pieces, continues=[True, True, False, False, True, False])
+    assert corpus.read(np.arange(6)).closing.tolist() == [9, 10, -1, -1, 13, -1]
+    assert corpus.read(np.array([4, 1, 5, 0])).closing.tolist() == [13, 10, -1, 9]
+    assert [shard["continued"] for shard in corpus.entry["shards"]] == [3] and corpus.entry["positions_needed"] == 1 + 2 * 1 + 4 + 12
+
+
+def test_the_last_record_of_a_shard_cannot_go_on(write_corpus):
+    with pytest.raises(ValueError, match="cannot go on"):
+        write_corpus([([7], []), ([8], [])], shard_records=1, continues=[True, False])
+
+
+def test_only_so_many_shards_are_mapped_at_a_time(write_corpus, monkeypatch):
+    monkeypatch.setattr("pretrain.data.corpus.OPEN_SHARDS", 3)
+    corpus = write_corpus([([number], [number + 1]) for number in range(5, 45)], shard_records=1)
+
+    def mapped() -> int:
+        return len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(corpus.folder) in line})
+
+    assert mapped() == 0, "opening a corpus reads no shard"
+    for first in range(0, 40, 5):
+        assert corpus.tokens(np.arange(first, first + 5), 0).tolist() == list(range(first + 5, first + 10))
+        assert mapped() <= 3
+    assert mapped() == 3
+
+
+def test_the_sources_are_runs_of_records(write_corpus):
+    corpus = write_corpus([([5], [6])] * 20, shard_records=3, sources=[(7, 1.0), (1, 0.5), (12, 2.0)])
+    assert corpus.sources == [(0, 0, 7), (1, 7, 1), (2, 8, 12)] and source_weights(corpus.manifest) == [1.0, 0.5, 2.0]
 
 
 def test_a_truncated_shard_is_found(copy):

@@ -1,21 +1,28 @@
 """The loader: every record once an epoch, resumable anywhere from three integers, the same rows for any number of ranks."""
 
 import json
+from collections import Counter
 from dataclasses import fields
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from data_prep.config import NlrxSource
+from data_prep.console import UserError
 from pretrain.data.batch import micro_batches
+from pretrain.data.corpus import source_weights
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
-from pretrain.data.order import BLOCK, WINDOW_BLOCKS
+from pretrain.data.order import WINDOW, Order
 from tests.planning import plan
 
 ROW = 512
-LARGE = 2 * BLOCK * WINDOW_BLOCKS + 3000
+LARGE = 2 * WINDOW + 3000
 """Records that fill three windows of the order."""
 
 
@@ -59,7 +66,7 @@ def test_every_record_comes_once_an_epoch(size, write_corpus, layout):
 
 def test_every_record_of_many_windows_comes_once_an_epoch(large, layout):
     loader = Loader(large, layout, ROW, seed=1, epochs=2)
-    assert loader.order.windows == 3
+    assert loader.order.windows(0) == 3
     records = []
     while not loader.exhausted:
         records.append(loader.next_rows(64).records)
@@ -187,3 +194,70 @@ def test_long_records_do_not_come_first(large, layout):
     assert abs(window.lengths[half].mean() - window.lengths[~half].mean()) < 0.3
     packed = plan(large, window.records, layout, ROW, window.paired)
     assert packed.lengths[packed.row < 200].mean() > packed.lengths[packed.row >= packed.count - 200].mean() + 1
+
+
+def test_another_number_of_weights_is_refused(write_corpus):
+    corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
+    with pytest.raises(UserError, match=r"data.sources are 1, but the corpus was prepared from 2"):
+        source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=3.0)])
+    assert source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=weight) for weight in (3.0, 4.0)]) == [3.0, 4.0]
+    assert source_weights(corpus.manifest) == [1.0, 2.0]
+
+
+def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
+    corpus = write_corpus([([5], [6])] * 4)
+    with pytest.raises(UserError, match="hold no record"):
+        Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=2)
+    loader = Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=3)
+    assert loader.records == 1 and len(loader.next_rows(5).records) == 1 and loader.exhausted
+
+
+def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
+    corpus = write_corpus([([5], [6])] * 50)
+    rows = Loader(corpus, layout, 64, seed=1, weights=[3.0], epochs=1).next_rows(60)
+    assert len(rows.records) == 150 and len(set(rows.draws.tolist())) == 150
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sources=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.5, 1.0, 1.3, 2.0])), min_size=1, max_size=3),
+       seed=st.integers(0, 1000), cuts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
+       dropout=st.sampled_from([0.0, 0.4]), longest=st.integers(1, 20), epochs=st.integers(1, 3))
+def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(write_corpus, layout, specials, sources, seed, cuts, dropout, longest, epochs):
+    """Runs of some steps on some ranks, each a fresh loader from the state as a checkpoint holds it; then one run to the end."""
+    total, rng = sum(records for records, _ in sources), np.random.default_rng(seed)
+    records = [tuple([int(5 + number % 500)] * int(length) for length in rng.integers(1, longest + 1, 2)) for number in range(total)]
+    corpus = write_corpus(records, shard_records=25, sources=sources)
+    weights = [weight for _, weight in sources]
+    if Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed).until(epochs) == 0:
+        return
+
+    def fresh(state: dict | None) -> Loader:
+        loader = Loader(corpus, layout, 128, seed, weights=weights, dropout=dropout, epochs=epochs)
+        if state:
+            loader.load_state(json.loads(json.dumps(state)))
+        return loader
+
+    state, taken, read = None, [], []
+    for steps, ranks in [*cuts, (10**6, 2)]:
+        loader = fresh(state)
+        while steps and not loader.exhausted:
+            rows = loader.next_rows(6)
+            taken += list(zip(rows.records.tolist(), rows.paired.tolist(), strict=True))
+            for rank in range(ranks):
+                for batch in micro_batches(rows, corpus, layout, specials, 128, micro_batch_rows=6 // ranks, rank=rank, ranks=ranks):
+                    read += batch.token_ids[batch.token_ids != specials.pad].tolist()
+            steps -= 1
+        state = loader.state()
+    undisturbed = fresh(None).next_rows(10_000)
+    assert taken == list(zip(undisturbed.records.tolist(), undisturbed.paired.tolist(), strict=True))
+    times = np.bincount(undisturbed.records, minlength=total)
+    for source in corpus.sources:
+        of_source = times[source.first : source.first + source.records]
+        assert of_source.max() - of_source.min() <= 1
+        assert of_source.sum() == epochs * Fraction(str(weights[source.number])) * source.records // 1
+    expected = Counter()
+    for record, paired in taken:
+        for view, copies in ((0, 1), (1, 2 if paired else 1)):
+            expected[records[record][view][0]] += copies * len(records[record][view])
+    found = Counter(token for token in read if token >= 5)
+    assert found - Counter({specials.predictor: len(read)}) == expected

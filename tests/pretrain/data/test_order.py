@@ -1,54 +1,72 @@
-"""The order: a permutation of the records, a pure function of seed and epoch, as cheap for a billion as for one."""
+"""The order: every record once a pass, sources by weight, a pure function of seed and epoch, as cheap for a trillion as for one."""
 
 import time
 import tracemalloc
+from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pretrain.data.order import BLOCK, WINDOW_BLOCKS, Order
+from pretrain.data.order import BLOCK, WINDOW, Order, SourceOrder
 
-WINDOW = BLOCK * WINDOW_BLOCKS
 SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW + 3 * BLOCK + 1]
 
 
+def one_source(records: int, seed: int) -> Order:
+    return Order([(0, records, 1.0)], seed)
+
+
 def whole_epoch(order: Order, epoch: int) -> np.ndarray:
-    return np.concatenate([order.window(epoch, window) for window in range(order.windows)])
+    return np.concatenate([order.window(epoch, window)[0] for window in range(order.windows(epoch))])
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_epoch_holds_every_record_exactly_once(size):
-    order = Order(size, seed=5)
+    order = one_source(size, seed=5)
     for epoch in (0, 1, 1000):
         np.testing.assert_array_equal(np.sort(whole_epoch(order, epoch)), np.arange(size))
+        assert all((order.window(epoch, window)[1] == epoch).all() for window in range(order.windows(epoch)))
 
 
 @pytest.mark.parametrize("size", [100, BLOCK + 1, WINDOW + 1, 4 * WINDOW])
 def test_seeds_and_epochs_differ_and_repeat(size):
-    orders = [whole_epoch(Order(size, seed), epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    orders = [whole_epoch(one_source(size, seed), epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one != other).mean() > 0.9
-    np.testing.assert_array_equal(orders[4], whole_epoch(Order(size, 1), 1))
+    np.testing.assert_array_equal(orders[4], whole_epoch(one_source(size, 1), 1))
 
 
 def test_a_window_is_shuffled_and_reads_few_blocks():
-    order = Order(20 * WINDOW, seed=0)
-    for window in range(order.windows):
-        records = order.window(0, window)
-        assert len(records) == WINDOW and len(np.unique(records // BLOCK)) == WINDOW_BLOCKS
+    order = one_source(20 * WINDOW, seed=0)
+    blocks = WINDOW // BLOCK
+    for window in range(order.windows(0)):
+        records, _ = order.window(0, window)
+        assert len(records) == WINDOW and len(np.unique(records // BLOCK)) <= 2 * blocks
+        assert len(np.flatnonzero(np.diff(np.sort(records)) > 1)) <= blocks, "reads are of whole blocks"
         assert abs(np.corrcoef(records, np.arange(WINDOW))[0, 1]) < 0.02
-    first_blocks = np.unique(order.window(0, 0) // BLOCK)
-    assert np.diff(first_blocks).max() > 1, "a window is a sample of the corpus, not its beginning"
+    first_blocks = np.unique(order.window(0, 0)[0] // BLOCK)
+    assert np.diff(first_blocks).max() > 2, "a window is a sample of the corpus, not its beginning"
 
 
-def test_a_billion_records_cost_one_window():
-    records = 10**9
-    order = Order(records, seed=1)
-    order.window(0, 0)
+def test_the_remainder_behind_the_whole_blocks_differs_between_passes():
+    size = 3 * BLOCK + 100
+    order = SourceOrder(size, key=1)
+    last = [set(order.take((number + 1) * size - 100, (number + 1) * size)[0].tolist()) for number in range(20)]
+    assert len(set.union(*last)) > 800
+
+
+@pytest.mark.parametrize("records", [10**9, 10**12])
+def test_a_billion_records_cost_one_window(records):
+    one_source(records, seed=1).window(0, 0)
     tracemalloc.start()
     begin = time.perf_counter()
-    windows = [order.window(3, window) for window in (0, order.windows // 2, order.windows - 1)]
+    order = one_source(records, seed=1)
+    windows = [order.window(3, window)[0] for window in (0, order.windows(3) // 2, order.windows(3) - 1)]
     seconds = time.perf_counter() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -61,4 +79,56 @@ def test_a_billion_records_cost_one_window():
 
 def test_no_records_have_no_order():
     with pytest.raises(ValueError, match="at least one record"):
-        Order(0, seed=0)
+        one_source(0, seed=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(records=st.integers(1, 3 * BLOCK + 50), key=st.integers(0, 2**63), cuts=st.lists(st.integers(0, 10**4), max_size=6))
+def test_any_cut_of_the_endless_order_gives_the_same_records(records, key, cuts):
+    order = SourceOrder(records, key)
+    stop = 2 * records + records // 3
+    whole, passes = order.take(0, stop)
+    np.testing.assert_array_equal(passes, np.arange(stop) // records)
+    for number in (0, 1):
+        np.testing.assert_array_equal(np.sort(whole[passes == number]), np.arange(records))
+    edges = [0, *sorted(min(cut, stop) for cut in cuts), stop]
+    parts = [order.take(low, high)[0] for low, high in pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+WEIGHTS = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 7.5])
+
+
+@settings(deadline=None, max_examples=60)
+@given(sources=st.lists(st.tuples(st.integers(1, 300), WEIGHTS), min_size=1, max_size=4), seed=st.integers(0, 100), epochs=st.integers(1, 7))
+def test_a_mixture_takes_every_record_by_its_weight(sources, seed, epochs):
+    firsts = np.cumsum([0] + [records for records, _ in sources]).tolist()
+    order = Order([(first, records, weight) for first, (records, weight) in zip(firsts, sources, strict=False)], seed)
+    count = Counter(record for epoch in range(epochs) for record in whole_epoch(order, epoch).tolist())
+    assert sum(count.values()) == order.until(epochs)
+    for first, (records, weight) in zip(firsts, sources, strict=False):
+        times = [count[record] for record in range(first, first + records)]
+        assert max(times) - min(times) <= 1
+        assert sum(times) == epochs * Fraction(str(weight)) * records // 1
+
+
+def test_each_window_holds_every_source_in_proportion():
+    sizes, weights = (3 * WINDOW, 5000, 40_000), (1.0, 4.0, 0.5)
+    firsts = (0, sizes[0], sizes[0] + sizes[1])
+    order = Order(list(zip(firsts, sizes, weights, strict=True)), seed=3)
+    assert order.epoch_records == sum(size * weight for size, weight in zip(sizes, weights, strict=True))
+    for epoch in (0, 1):
+        for window in range(order.windows(epoch)):
+            records, _ = order.window(epoch, window)
+            assert len(records) <= WINDOW + len(sizes)
+            of_source = np.bincount(np.searchsorted(firsts, records, side="right") - 1)
+            expected = [size * weight / order.windows(epoch) for size, weight in zip(sizes, weights, strict=True)]
+            assert np.abs(of_source - expected).max() <= 1
+            third = np.searchsorted(firsts, records[: len(records) // 3], side="right") - 1
+            assert np.abs(np.bincount(third) - of_source / 3).max() < 500, "the sources are mixed within the window"
+
+
+def test_a_record_that_comes_twice_in_an_epoch_is_in_another_pass():
+    order = Order([(0, 100, 2.0)], seed=0)
+    records, passes = order.window(0, 0)
+    assert sorted(zip(records.tolist(), passes.tolist(), strict=True)) == [(record, number) for record in range(100) for number in (0, 1)]

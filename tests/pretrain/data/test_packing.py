@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.nlrx_grammar import generate
 from pretrain.data.layout import Pairing, make_layout
@@ -46,6 +48,28 @@ def test_it_is_best_fit_decreasing_and_keeps_every_record_within_a_row(lengths):
     assert (filled <= 64).all() and (filled > 0).all(), "rows are numbered without gaps"
     assert filled.sum() == lengths.sum()
     assert sorted(filled.tolist()) == sorted(naive_best_fit_decreasing(lengths, 64))
+
+
+def one_by_one(lengths: list[int], row_length: int) -> list[int]:
+    """The row of each record: the last one of the rows with the least room that suffices, among those that came to that room."""
+    order = sorted(range(len(lengths)), key=lambda record: -lengths[record])
+    room: dict[int, list[int]] = {}  # free positions -> rows, in the order in which they came to it
+    row_of, opened = {}, 0
+    for record in order:
+        fitting = [free for free, rows in room.items() if rows and free >= lengths[record]]
+        free, row = (min(fitting), room[min(fitting)].pop()) if fitting else (row_length, opened)
+        opened += not fitting
+        row_of[record] = row
+        if free > lengths[record]:
+            room.setdefault(free - lengths[record], []).append(row)
+    return [row_of[record] for record in range(len(lengths))]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 40).flatmap(lambda row: st.tuples(st.just(row), st.lists(st.integers(1, row), max_size=80))))
+def test_any_lengths_go_where_they_would_one_by_one(case):
+    row_length, lengths = case
+    assert pack(np.array(lengths, np.int64), row_length).tolist() == one_by_one(lengths, row_length)
 
 
 def test_rows_are_numbered_in_the_order_of_opening_the_same_every_time():

@@ -86,8 +86,8 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatc
     assert len(lines) == 1 and expected in lines[0], lines
 
 
-def run_main(path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["run.py", str(path)])
+def run_main(path, monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), *options])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -104,6 +104,13 @@ def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
     call(["python", "launcher/run.py", str(finished)])
     run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
     assert "holds a run with another seed" in capsys.readouterr().err
+    values = tiny_config(folder, name="finished", train__steps=1)
+    values["data"]["sources"][0]["weight"] = 2.0
+    run_main(write_config(folder, values), monkeypatch, "--dry-run")  # the process above holds the lock of the folder
+    assert "the weights of data.sources are [2.0, 1.0], but" in capsys.readouterr().err
+    del values["data"]["sources"][1]
+    run_main(write_config(folder, values), monkeypatch, "--dry-run")
+    assert "data.sources are 1, but the corpus was prepared from 2" in capsys.readouterr().err
 
 
 def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_prep import pipeline
 from data_prep.config import DataConfig
+from data_prep.pipeline import prepare
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
 from pretrain.data.corpus import Corpus
@@ -22,33 +21,20 @@ from tests.planning import plan
 ROW = 128
 
 
-class InThisProcess(Executor):
-    """Does at once what it is given, where a pool of processes would not see a mutant."""
-
-    def __init__(self, *arguments, **options):
-        pass
-
-    def submit(self, function, /, *arguments) -> Future:
-        future: Future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
 @pytest.fixture
-def prepare_here(tmp_path_factory, monkeypatch) -> Callable[..., Corpus]:
-    """The corpus of (context, target) texts, tokenized by a trained tokenizer or that of a folder."""
-    monkeypatch.setattr(pipeline, "ProcessPoolExecutor", InThisProcess)
+def prepare_here(tmp_path_factory) -> Callable[..., Corpus]:
+    """The corpus of (context, target) texts, tokenized by a trained tokenizer or that of a folder; one worker is this process."""
 
-    def prepare(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
+    def corpus_of(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
         folder = tmp_path_factory.mktemp("prepared-here")
         lines = folder / "pairs.jsonl"
         lines.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in records))
-        pipeline.prepare(DataConfig(
-            path=str(folder / "corpus"), sources=[{"type": "json", "path": str(lines)}], sequence_length=sequence_length,
+        prepare(DataConfig(
+            path=str(folder / "corpus"), sources=[{"type": "json", "path": str(lines)}], sequence_length=sequence_length, workers=1,
             tokenizer={"path": str(tokenizer)} if tokenizer else {"vocab_size": 320}), say=lambda line: None)
         return Corpus(folder / "corpus", "train")
 
-    return prepare
+    return corpus_of
 
 
 @pytest.fixture

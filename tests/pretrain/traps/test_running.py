@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data_prep import pipeline
+from data_prep import encode
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
@@ -185,7 +185,7 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
         assert sorted(rows.records) == list(range(len(texts)))
 
     def let_through(patch):
-        patch.setattr(pipeline, "positions_needed", lambda lengths: lengths[:, 0] * 0)
+        patch.setattr(encode, "positions_needed", lambda lengths: lengths[:, 0] * 0)
 
     passes_but_not_with(let_through, check_every_record_fits_or_is_counted, "records are too long for a row")
     right, overfull = corpora

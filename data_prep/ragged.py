@@ -6,13 +6,15 @@ import numpy as np
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenate `arange(start, start + length)` over all runs: (N,), (N,) -> (sum of lengths,)."""
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    out = np.repeat(starts - (ends - lengths), lengths)
+    out += np.arange(len(out))
+    return out
 
 
 def run_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sum of each run of the concatenated `values`, in the values' type: (sum of lengths,), (N,) -> (N,)."""
-    totals = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype)])
+    totals = np.zeros(len(values) + 1, values.dtype)
+    np.cumsum(values, dtype=values.dtype, out=totals[1:])
     ends = np.cumsum(lengths)
     return totals[ends] - totals[ends - lengths]
 
@@ -20,7 +22,11 @@ def run_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def mix(values: np.ndarray) -> np.ndarray:
     """SplitMix64 of unsigned 64-bit integers: a well-spread hash without state (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = values.astype(np.uint64)
+        z += np.uint64(0x9E3779B97F4A7C15)
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        return z

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pretrain.data.ragged import mix, ranges, run_sums
+from data_prep.ragged import mix, ranges, run_sums
 
 RUNS = [[], [0], [3], [0, 0], [2, 0, 5, 1, 0], [0, 4], *(np.random.default_rng(seed).integers(0, 9, 40).tolist() for seed in range(3))]
 

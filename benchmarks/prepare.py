@@ -1,0 +1,149 @@
+"""How fast a corpus is prepared: all phases together, against the tokenizer alone on the same text.
+
+    python benchmarks/prepare.py [--megabytes 48] [--rounds 3] > prepare.json
+
+The text is the docstring/function pairs of Python's own library, repeated with a number in each, as JSON lines. The tokenizer, BPE of 8,192
+pieces, is trained before the clock runs and taken over. `raw` is sentencepiece's batch encoding of the same texts, on one thread, without
+reading, writing or anything else. Every way is timed once a round, and ratios are taken within a round: what slows the machine down for
+a while slows all of them down. One JSON object goes to stdout, progress to stderr.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import sentencepiece
+
+from data_prep.config import DataConfig, PythonSource, validate
+from data_prep.pipeline import prepare
+from data_prep.sources import open_source
+from data_prep.tokenizer import train
+
+VIEWS = ("docstring", "code")
+VOCABULARY = 8192
+BATCH = 2000
+"""Texts that sentencepiece gets at once."""
+WORKERS = (1, 2)
+OVER_RAW_TARGET = 0.85
+"""Of raw encoding times workers: at least this."""
+SPEEDUP_TARGET = 1.8
+"""From one worker to two: at least this."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=48, help="text to prepare")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = write_corpus(folder / "pairs.jsonl", round(arguments.megabytes * 1e6))
+        texts = read_texts(folder / "pairs.jsonl")
+        train(iter(texts[:20_000]), VOCABULARY, folder / "tokenizer")
+        records = len(texts) // 2
+        say(f"{size / 1e6:.0f} MB of text in {records:,} records")
+        rounds = [measure_round(folder, number, arguments.rounds) for number in range(1, arguments.rounds + 1)]
+    print(json.dumps(report(rounds, size, records), indent=2))
+
+
+def write_corpus(path: Path, wanted: int) -> int:
+    """Write JSON lines of pairs with `wanted` bytes of text or a little more; return how many it is."""
+    reader = open_source(PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), VIEWS, "the standard library")
+    pairs = [record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views]
+    size = copy = 0
+    with open(path, "w", encoding="utf-8") as file:
+        while size < wanted:
+            for docstring, code in pairs:
+                row = {"docstring": docstring, "code": f"{code}\n# {copy}"}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                size += sum(len(text.encode()) for text in row.values())
+                if size >= wanted:
+                    break
+            copy += 1
+    return size
+
+
+def read_texts(path: Path) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return [text for line in file for text in json.loads(line).values()]
+
+
+def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
+    """Seconds of each way."""
+    seconds = {}
+    for workers in WORKERS:
+        seconds[f"raw_{workers}"] = raw_seconds(folder, workers)
+        data = validate(DataConfig, {
+            "path": str(folder / f"corpus-{workers}-{number}"), "views": list(VIEWS), "workers": workers, "sequence_length": 4096,
+            "tokenizer": {"path": str(folder / "tokenizer" / "tokenizer.model")}, "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}]})
+        seconds[f"prepare_{workers}"] = timed(lambda data=data: prepare(data, say=lambda line: None))
+    say(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
+    return seconds
+
+
+def raw_seconds(folder: Path, workers: int) -> float:
+    """Seconds that so many processes take to encode the texts, which they have read before."""
+    context = multiprocessing.get_context("spawn")
+    ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
+    processes = [context.Process(target=encode_share, args=(folder, share, workers, ready, go)) for share in range(workers)]
+    for process in processes:
+        process.start()
+    ready.wait()
+    started = time.perf_counter()
+    go.wait()
+    for process in processes:
+        process.join()
+    return time.perf_counter() - started
+
+
+def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier) -> None:
+    """Every `of`-th text, in batches."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
+    texts = read_texts(folder / "pairs.jsonl")[share::of]
+    ready.wait()
+    go.wait()
+    for start in range(0, len(texts), BATCH):
+        processor.encode(texts[start:start + BATCH], num_threads=1)
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
+    """Medians over the rounds, of ratios within a round."""
+    over_raw = {workers: statistics.median(one["raw_1"] / workers / one[f"prepare_{workers}"] for one in rounds) for workers in WORKERS}
+    speedup = {way: statistics.median(one[f"{way}_1"] / one[f"{way}_2"] for one in rounds) for way in ("prepare", "raw")}
+    seconds = {way: statistics.median(one[way] for one in rounds) for way in rounds[0]}
+    return {
+        "text_megabytes": round(size / 1e6, 1), "records": records, "rounds": len(rounds),
+        "megabytes_per_second": {way: round(size / 1e6 / value, 2) for way, value in seconds.items()},
+        "prepare_over_raw_times_workers": {str(workers): round(ratio, 3) for workers, ratio in over_raw.items()},
+        "speedup_of_2_workers": {way: round(ratio, 2) for way, ratio in speedup.items()},
+        "targets": {
+            **{f"prepare over raw times workers, {workers}": target(ratio, OVER_RAW_TARGET) for workers, ratio in over_raw.items()},
+            "speedup of 2 workers": target(speedup["prepare"], SPEEDUP_TARGET),
+        },
+    }
+
+
+def target(measured: float, at_least: float) -> dict[str, float | bool]:
+    return {"measured": round(measured, 3), "at_least": at_least, "met": measured >= at_least}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Who does the work: the processes of this machine, or the ranks of an MPI job.
+
+A crew runs the tasks of one phase after the other. A task is a function of the module that it stands in, with plain arguments; what it
+makes goes into files that are whole or absent, so any process may do any task, and a task that was done stays done. It returns the number
+of records that it went through. A task that ends in a UserError does not keep the others from being done; one in an OSError does.
+"""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from data_prep.console import UserError
+from data_prep.progress import Progress
+
+Result = TypeVar("Result")
+Failure = UserError | OSError
+"""What a task may end in. After an OSError, a full disk most likely, no other task is begun."""
+
+
+WAIT = 0.02
+"""Seconds between looks at the mailbox; MPI's own waiting would keep a core busy."""
+
+
+class Task(NamedTuple):
+    """One call of a phase's function."""
+
+    arguments: tuple
+    size: int
+    """Bytes of input, for the progress."""
+
+
+class Crew(Protocol):
+    """Processes that prepare one corpus together."""
+
+    is_main: bool
+    description: str
+
+    def once(self, action: Callable[[], Result]) -> Result:
+        """Do something in the main process alone; every process gets the result, or raises its UserError."""
+
+    def everywhere(self, action: Callable[[], Result]) -> Result:
+        """Do something in every process that called this; all of them raise the UserError of any."""
+
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+        """Do all tasks. Raises the first UserError when the others are done."""
+
+    def close(self) -> None:
+        """Let the processes go."""
+
+
+class Local:
+    """Processes of this machine, started when there is more than one task."""
+
+    is_main = True
+
+    def __init__(self, workers: int | None):
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.description = "1 process" if self.workers == 1 else f"{self.workers} processes"
+        self.pool: ProcessPoolExecutor | None = None
+
+    def once(self, action: Callable[[], Result]) -> Result:
+        return action()
+
+    everywhere = once
+
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+        errors: dict[int, UserError] = {}
+        with progress:
+            for number, outcome in self._outcomes(function, tasks):
+                records = 0
+                try:
+                    records = outcome()
+                except UserError as error:
+                    errors[number] = error
+                except BrokenProcessPool:
+                    raise UserError("a worker process of the preparation was killed (out of memory?); "
+                                    "start the same command again, or with a smaller data.workers") from None
+                progress.update(tasks[number].size, records)
+        _raise_first(errors)
+
+    def _outcomes(self, function: Callable[..., int], tasks: Sequence[Task]) -> Iterator[tuple[int, Callable[[], int]]]:
+        """The number of each task, and what gives or raises its outcome, as they are done."""
+        if min(self.workers, len(tasks)) <= 1:
+            for number, task in enumerate(tasks):
+                yield number, partial(function, *task.arguments)
+            return
+        if self.pool is None:
+            # forkserver: the workers start from a clean process that has imported all they need
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data_prep.encode"])
+            self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
+        running = {self.pool.submit(function, *task.arguments): number for number, task in enumerate(tasks)}
+        for done in as_completed(running):
+            yield running[done], done.result
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this worker die with the process that prepares: it would write on without the lock, and then wait forever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Mpi:
+    """The ranks of an MPI job, which see the same files. Rank r does the tasks r, r + ranks, ..."""
+
+    def __init__(self, communicator: Any):
+        self.communicator = communicator
+        self.rank, self.ranks = communicator.Get_rank(), communicator.Get_size()
+        self.is_main = self.rank == 0
+        self.description = f"{self.ranks} MPI ranks"
+
+    def once(self, action: Callable[[], Result]) -> Result:
+        outcome = self._outcome(action) if self.is_main else None
+        return self._share(outcome)
+
+    def everywhere(self, action: Callable[[], Result]) -> Result:
+        result, error = self._outcome(action)
+        if self.is_main:
+            errors = [error, *(self._receive(rank) for rank in range(1, self.ranks))]
+        else:
+            self.communicator.send(error, 0)
+        self._share((None, next((error for error in errors if error), None)) if self.is_main else None)
+        return result
+
+    def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+        errors: dict[int, Failure] = {}
+        finished = 0
+
+        def note(number: int, records: int, error: Failure | None) -> None:
+            nonlocal finished
+            finished += 1
+            progress.update(tasks[number].size, records)
+            if error:
+                errors[number] = error
+
+        with progress if self.is_main else nullcontext():
+            full = None
+            for number in range(self.rank, len(tasks), self.ranks):
+                records, error = self._outcome(lambda: function(*tasks[number].arguments)) if full is None else (0, full)  # noqa: B023
+                full = error if isinstance(error, OSError) else None
+                if not self.is_main:
+                    self.communicator.send((number, records or 0, error), 0)
+                    continue
+                note(number, records or 0, error)
+                while self.communicator.iprobe():
+                    note(*self.communicator.recv())
+            while self.is_main and finished < len(tasks):
+                note(*self._receive())
+        self.once(lambda: _raise_first(errors))
+
+    def close(self) -> None:
+        pass
+
+    def guard(self, main: Callable[[], None]) -> None:
+        """Run `main` in every rank. Of a UserError, which all ranks raise, the main one speaks; any other error ends them all, as the others
+        would wait for this one forever.
+        """
+        try:
+            main()
+        except SystemExit:
+            raise
+        except UserError:
+            if self.is_main:
+                raise
+            sys.exit(2)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            self.communicator.Abort(1)
+
+    @staticmethod
+    def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Failure | None]:
+        try:
+            return action(), None
+        except (UserError, OSError) as error:
+            return None, error
+
+    def _share(self, outcome: tuple[Any, Failure | None] | None) -> Any:
+        """The outcome of rank 0, in every rank."""
+        if self.is_main:
+            for rank in range(1, self.ranks):
+                self.communicator.send(outcome, rank)
+        else:
+            outcome = self._receive(0)
+        result, error = outcome
+        if error:
+            raise error
+        return result
+
+    def _receive(self, rank: int | None = None) -> Any:
+        source = {} if rank is None else {"source": rank}
+        while not self.communicator.iprobe(**source):
+            time.sleep(WAIT)
+        return self.communicator.recv(**source)
+
+
+def _raise_first(errors: dict[int, UserError | OSError]) -> None:
+    if not errors:
+        return
+    first = errors[min(errors)]
+    if isinstance(first, OSError):
+        raise first
+    others = len(errors) - 1
+    raise UserError(f"{first}{f' ({others:,} more unit' + 's' * (others > 1) + ' failed)' if others else ''}") from None
+
+
+def mpi_crew() -> Mpi | None:
+    """The ranks that mpirun or srun started together with this process; None without them. Raises UserError."""
+    sizes = [os.environ[name] for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS") if name in os.environ]
+    expected = max([int(size) for size in sizes if size.isdecimal()], default=1 + ("PMIX_RANK" in os.environ))
+    if expected == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"started by mpirun or srun, but mpi4py finds no MPI library ({' '.join(str(error).split())}); "
+                        "install one, such as the package mpich: pip install 'jepa-pretrain[mpi]'") from None
+    size = MPI.COMM_WORLD.Get_size()
+    if size < expected and sizes:
+        raise UserError(f"{expected} processes were started together, but MPI sees {size}: its library is not that of the launcher; "
+                        "start with the mpirun of the library, or with srun --mpi=pmi2 or --mpi=pmix")
+    return Mpi(MPI.COMM_WORLD) if size > 1 else None

@@ -1,0 +1,171 @@
+"""The second pass over a unit: its remaining records become tokens, and shards of them.
+
+A pair that does not fit a row is dropped. A plain document that does not is cut into records that do: none of its tokens is lost, and
+`continues` says of each but the last that the document goes on in the next. Leaves a shard per split and, last, a report below
+`.partial/shards`.
+"""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.console import UserError
+from data_prep.files import read_json, write_json
+from data_prep.ragged import ranges
+from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
+from data_prep.selection import duplicates
+from data_prep.selection.drops import Drops, excerpt
+from data_prep.shards import positions_needed, write_shard
+from data_prep.sources.record import Record
+from data_prep.tokenizer import Tokenizer
+from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
+
+STRETCH = 1 << 20
+"""Characters that the tokenizer gets at once: its memory grows with them. A longer text is cut behind a line or a blank."""
+CLOSING = 2
+"""Positions of a plain document besides its tokens: the first and the end token."""
+
+
+def shard_report(job: Job, number: int) -> Path:
+    """Where the report of a unit stands once its shards do."""
+    return job.partial / "shards" / f"{number:06d}.json"
+
+
+def duplicate_files(job: Job) -> dict[str, list[Path]]:
+    """The files that list duplicates, by the reason for which they are dropped."""
+    return {reason: sorted((job.partial / reason).glob("*.npy")) for reason in ("duplicate", "near_duplicate")}
+
+
+def left_out(job: Job, number: int) -> dict[int, str]:
+    """Ordinal -> reason of the records of a unit that are dropped; "" where the scan has counted them."""
+    out = dict.fromkeys(np.load(dropped_file(job, number)).tolist(), "")
+    for reason, files in duplicate_files(job).items():
+        out |= {ordinal: reason for ordinal in duplicates.dropped(files, number).tolist() if ordinal not in out}
+    return out
+
+
+def kept_records(job: Job, reader, number: int, unit: Unit, drops: Drops | None = None) -> Iterator[tuple[int, Record]]:
+    """The records of a scanned unit that nothing speaks against, each with the number of its piece; duplicates are counted in `drops`.
+
+    Raises UserError where the unit has other records than the scan saw.
+    """
+    out = left_out(job, number)
+    ordinal = -1
+    for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
+        reason = out.get(ordinal)
+        if reason is None and record.views is not None:
+            yield piece, record
+        elif reason and drops is not None:
+            drops.add(reason, piece, record.position, excerpt(record.views))
+    if ordinal + 1 != read_json(scan_report(job, number))["records"]:
+        raise UserError(f"{unit.pieces[0].path} changed while it was prepared; start again when nothing writes to it")
+
+
+def encode_unit(serialized: str, number: int, unit: Unit) -> int:
+    """Tokenize one unit and write its shards; the number of records that it keeps."""
+    job, readers = open_job(serialized)
+    encoder = _Encoder(job, unit, open_tokenizer(job.data.path))
+    for piece, record in kept_records(job, readers[unit.source], number, unit, encoder.drops):
+        encoder.add(piece, record)
+    shards = encoder.finish(number)
+    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "shards": shards})
+    return encoder.kept
+
+
+class _Encoder:
+    """The records of a unit that are tokenized together, and the tokens so far."""
+
+    def __init__(self, job: Job, unit: Unit, tokenizer: Tokenizer):
+        self.job, self.unit, self.tokenizer = job, unit, tokenizer
+        self.drops = Drops()
+        self.split_of = job.splitter(unit.source)
+        self.batch: list[tuple[int, Record]] = []
+        self.characters = self.kept = 0
+        self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
+        """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other."""
+
+    def add(self, piece: int, record: Record) -> None:
+        self.batch.append((piece, record))
+        self.characters += sum(map(len, record.views))
+        if self.characters >= BATCH_CHARACTERS:
+            self._encode()
+
+    def _encode(self) -> None:
+        if not self.batch:
+            return
+        columns = [self._tokens([record.views[view] for _, record in self.batch]) for view in range(len(self.job.data.views))]
+        lengths = np.stack([lengths for _, lengths in columns], axis=1)
+        fits = self._fitting(lengths)
+        splits = np.array([self.split_of(record) for _, record in self.batch])
+        for split in sorted(set(splits[fits])):
+            members = np.flatnonzero(fits & (splits == split))
+            tokens = []
+            for values, of_view in columns:
+                starts = np.cumsum(of_view) - of_view
+                tokens.append(values[ranges(starts[members], of_view[members])])
+            self.parts.setdefault(str(split), []).append((tokens, *_cut(lengths[members], self.job.data.sequence_length)))
+            self.kept += len(members)
+        self.batch, self.characters = [], 0
+
+    def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of some texts, concatenated, and how many each has; none where there is but blank."""
+        stretches = [_stretches(text) if text and not text.isspace() else [] for text in texts]
+        encoded = self.tokenizer.encode_batch([stretch for of_text in stretches for stretch in of_text])
+        of_stretch = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_stretch.sum()))
+        text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in stretches])
+        return values, np.bincount(text_of, of_stretch, minlength=len(texts)).astype(np.int64)
+
+    def _fitting(self, lengths: np.ndarray) -> np.ndarray:
+        """Which records are kept: (N, views) -> (N,). The others are counted."""
+        views = (lengths > 0).sum(axis=1)
+        needed = positions_needed(lengths)
+        fits = (views == 1) | ((views > 1) & (needed <= self.job.data.sequence_length))
+        for row in np.flatnonzero(~fits):
+            piece, record = self.batch[row]
+            if views[row]:
+                self.drops.add("too_long", piece, record.position, f"needs data.sequence_length={needed[row]}: {excerpt(record.views)}")
+            else:
+                self.drops.add("empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.views)}")
+        return fits
+
+    def finish(self, number: int) -> dict[str, dict]:
+        """Write the shards; their entries by split."""
+        self._encode()
+        shards = {}
+        for split, parts in sorted(self.parts.items()):
+            tokens, lengths, continues = zip(*parts, strict=True)
+            together = np.concatenate(lengths)
+            views = {name: (np.concatenate([part[view] for part in tokens]), together[:, view]) for view, name in enumerate(self.job.data.views)}
+            shards[split] = write_shard(Path(self.job.data.path) / f"{split}-{number:05d}.arrow", self.unit.source, views,
+                                        np.concatenate(continues), self.tokenizer.vocab_size)
+        return shards
+
+
+def _stretches(text: str) -> list[str]:
+    """A text, in parts that the tokenizer can take: cut behind a line break, else a blank, else anywhere."""
+    if len(text) <= STRETCH:
+        return [text]
+    parts, begin = [], 0
+    while len(text) - begin > STRETCH:
+        end = begin + STRETCH
+        cut = text.rfind("\n", begin, end) + 1 or text.rfind(" ", begin, end) or end
+        cut = cut if cut > begin else end
+        parts.append(text[begin:cut])
+        begin = cut
+    return [*parts, text[begin:]]
+
+
+def _cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Plain documents that exceed a row, as several records: (N, views) -> lengths (M, views), and whether each goes on (M,)."""
+    room = sequence_length - CLOSING
+    total = lengths.sum(axis=1)
+    plain = (lengths > 0).sum(axis=1) == 1
+    records = np.where(plain, -(-total // room), 1)
+    of = np.repeat(np.arange(len(lengths)), records)
+    place = ranges(np.zeros_like(records), records)
+    last = place == records[of] - 1
+    length = np.where(last, total[of] - place * room, room)
+    return np.where(plain[of, None], np.where(lengths[of] > 0, length[:, None], 0), lengths[of]), ~last

@@ -1,0 +1,69 @@
+"""The files that a corpus is made from: whether they are still those that it was made from."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError
+from data_prep.files import read_json, sha256_file, write_json
+from data_prep.sources import Reader
+from data_prep.units import Job
+
+Stamps = dict[str, list[int]]
+"""Of each file, its size in bytes and when it was last modified, in nanoseconds."""
+MODIFIED = ".modified.json"
+"""The stamps of the files of a finished corpus: where they stay, no checksum needs to be computed."""
+
+
+def stamps(job: Job, readers: list[Reader]) -> Stamps:
+    """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
+    paths = {piece.path for reader in readers for piece in reader.pieces()} | {source.path for source in job.tests}
+    if job.data.tokenizer.path is not None:
+        given = Path(job.data.tokenizer.path)
+        inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
+        paths |= set(map(str, inside if given.is_dir() else [given]))
+    found = {}
+    for path in sorted(paths):
+        file = Path(path)
+        if file.is_file():  # a data set of the hub is none; a tokenizer that is not there is named when it is taken over
+            found[path] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return found
+
+
+def groups(files: Stamps, enough: int) -> list[list[str]]:
+    """The files in groups of at least `enough` bytes."""
+    found: list[list[str]] = [[]]
+    size = 0
+    for path, (of_file, _) in files.items():
+        found[-1].append(path)
+        size += of_file
+        if size >= enough:
+            found.append([])
+            size = 0
+    return [group for group in found if group]
+
+
+def write_checksums(out: Path, paths: list[str]) -> int:
+    """A task: the SHA-256 of some files, into a file."""
+    write_json(out, {path: sha256_file(Path(path)) for path in paths})
+    return 0
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """What `write_checksums` left in a folder."""
+    return {path: checksum for file in sorted(folder.glob("*.json")) for path, checksum in read_json(file).items()}
+
+
+def check_same(stored: dict[str, Any], data: dict[str, Any], now: Stamps, folder: Path) -> None:
+    """Raise UserError where a corpus was made from other settings or files; `stored` are those of its manifest."""
+    changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
+    if not changed:
+        trusted = read_json(folder / MODIFIED) if (folder / MODIFIED).exists() else {}
+        changed = [f"content of {path}" for path in sorted(stored["files"] | now)
+                   if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))]
+    if changed:
+        raise UserError(f"{folder} was prepared with another {' and '.join(changed[:3])}; "
+                        "choose another data.path, or remove that folder to prepare it anew")
+
+
+def _same(path: str, stored: dict[str, Any] | None, now: list[int] | None) -> bool:
+    return stored is not None and now is not None and stored["bytes"] == now[0] and sha256_file(Path(path)) == stored["sha256"]

@@ -1,0 +1,160 @@
+"""The first pass over a unit: which of its records are fit for the corpus, and what they are recognised by.
+
+Leaves, below `.partial/scan`, the ordinals of the records that are dropped for what they are, the fingerprints of the others by which
+duplicates are found across the whole corpus, and, last, a report with counts and examples.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import DataConfig, JsonSource
+from data_prep.console import UserError
+from data_prep.files import atomic_path, write_json
+from data_prep.selection import duplicates, near_duplicates
+from data_prep.selection.contamination import Contamination
+from data_prep.selection.drops import Drops, excerpt
+from data_prep.selection.filters import why_filtered
+from data_prep.sources import open_source
+from data_prep.sources.record import Record
+from data_prep.units import Job, Unit, malformed, open_job, positions_before, read_unit
+
+BATCH_CHARACTERS = 1 << 20
+
+
+def scan_report(job: Job, number: int) -> Path:
+    """Where the report of a unit stands once it was scanned."""
+    return job.partial / "scan" / f"{number:06d}.json"
+
+
+def dropped_file(job: Job, number: int) -> Path:
+    """The ordinals of a unit's records that the scan dropped."""
+    return scan_report(job, number).with_suffix(".dropped.npy")
+
+
+def fingerprint_file(job: Job, number: int, kind: str) -> Path:
+    """What a unit's records are recognised by: `exact`, or for near-duplicates `signatures` and `bands`."""
+    return scan_report(job, number).with_suffix(f".{kind}.npy")
+
+
+def scan_unit(serialized: str, number: int, unit: Unit) -> int:
+    """Scan one unit; the number of its records. Raises UserError for a malformed one where that is an error."""
+    job, readers = open_job(serialized)
+    reader, config = readers[unit.source], job.data
+    scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
+    lacks = lacking(config, reader.supplies)
+    ordinal = -1
+    for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
+        if record.views is None:
+            if record.reason == "malformed" and config.on_malformed == "fail":
+                raise malformed(reader, unit.pieces[piece], record)
+            scan.drop(record.reason, ordinal, piece, record, record.problem)
+        elif reason := lacks(record.views) or why_filtered(record.views, config.filters):
+            scan.drop(reason, ordinal, piece, record, excerpt(record.views))
+        else:
+            scan.keep(ordinal, piece, record)
+    scan.finish(number)
+    records = ordinal + 1
+    write_json(scan_report(job, number), {
+        "records": records, "positions": [reader.count(piece) for piece in unit.pieces], "dropped": scan.drops.by_reason})
+    return records
+
+
+class _Scan:
+    """The records of a unit that are looked at together, and what was found so far."""
+
+    def __init__(self, job: Job, unit: Unit, contamination: Contamination | None):
+        self.job, self.unit, self.contamination = job, unit, contamination
+        self.drops = Drops()
+        self.dropped: list[int] = []
+        self.batch: list[tuple[int, int, Record]] = []
+        self.split_of = job.splitter(unit.source)
+        self.characters = 0
+        self.ordinals: list[int] = []
+        self.ranks: list[int] = []
+        self.fingerprints: list[np.ndarray] = []
+        self.sketches: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def drop(self, reason: str, ordinal: int, piece: int, record: Record, note: str) -> None:
+        self.drops.add(reason, piece, record.position, note)
+        self.dropped.append(ordinal)
+
+    def keep(self, ordinal: int, piece: int, record: Record) -> None:
+        self.batch.append((ordinal, piece, record))
+        self.characters += sum(map(len, record.views))
+        if self.characters >= BATCH_CHARACTERS:
+            self._look()
+
+    def _look(self) -> None:
+        """Leave out what is contaminated, and note what the others are recognised by."""
+        found = self.contamination.find([record.views for _, _, record in self.batch]) if self.contamination else [""] * len(self.batch)
+        kept = []
+        for (ordinal, piece, record), where in zip(self.batch, found, strict=True):
+            if where:
+                self.drop("contaminated", ordinal, piece, record, where)
+            else:
+                kept.append(record)
+                self.ordinals.append(ordinal)
+                self.ranks.append(duplicates.PREFERENCE.index(self.split_of(record)))
+        if kept and self.job.data.deduplicate != "none":
+            views = [record.views for record in kept]
+            self.fingerprints.append(duplicates.fingerprints(views))
+            if self.job.data.deduplicate == "near":
+                self.sketches.append(near_duplicates.sketch(views, self.job.near_threshold))
+        self.batch, self.characters = [], 0
+
+    def finish(self, number: int) -> None:
+        """Write all but the report."""
+        self._look()
+        with atomic_path(dropped_file(self.job, number)) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.sort(np.array(self.dropped, np.uint32)))
+        if self.job.data.deduplicate == "none":
+            return
+        ordinals, ranks = np.array(self.ordinals, np.uint32), np.array(self.ranks, np.uint8)
+        fingerprints = np.concatenate([np.empty((0, 2), np.uint64), *self.fingerprints])
+        duplicates.write_fingerprints(fingerprint_file(self.job, number, "exact"), fingerprints, ordinals, ranks)
+        if self.job.data.deduplicate == "near":
+            views, bands = len(self.job.data.views), near_duplicates.bands_of(self.job.near_threshold)
+            nothing = np.empty((0, views, near_duplicates.HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
+            signatures, keys = (np.concatenate(parts) for parts in zip(nothing, *self.sketches, strict=True))
+            near_duplicates.write_sketches(fingerprint_file(self.job, number, "signatures"), fingerprint_file(self.job, number, "bands"),
+                                           signatures, keys, ordinals, ranks)
+
+
+def lacking(config: DataConfig, supplies: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
+    """What gives the reason to drop a record for the views that hold no text, of those that its source fills; empty to keep it."""
+    supplied = [view for view, fills in enumerate(supplies) if fills]
+    keeps_some = config.missing_views == "keep"
+
+    def reason(views: tuple[str, ...]) -> str:
+        present = [view for view in supplied if views[view] and not views[view].isspace()]
+        if len(present) == len(supplied):
+            return ""
+        return "" if present and keeps_some else "one_sided" if present else "empty"
+    return reason
+
+
+@cache
+def contamination(serialized: str) -> Contamination | None:
+    """The contexts of the test files, read once in a process; None where there are none."""
+    job, _ = open_job(serialized)
+    contexts = [context for source in job.tests for context in _contexts(source, job.data.views)]
+    return Contamination(contexts) if contexts else None
+
+
+def _contexts(source: JsonSource, views: tuple[str, ...]) -> list[str]:
+    """The contexts of a test file: all views of a row but the last. Raises UserError for a row that is no record."""
+    reader = open_source(source, views, "evaluation.tasks")
+    contexts = []
+    for piece in reader.pieces():
+        for record in reader.read(piece):
+            if record.views is None:
+                place = reader.place(piece, record.position, positions_before(reader, piece))
+                raise UserError(f"{place}: {record.problem}; mend the line, or keep what stands in test files with data.decontaminate=false")
+            contexts += [view for view in record.views[:-1] or record.views if view.strip()]
+    if not contexts:
+        raise UserError(f"{source.path} (evaluation.tasks) has no context to keep out of training: none of its rows has text in "
+                        f"{' or '.join(views[:-1] or views)}; look at the columns, or set data.decontaminate=false")
+    return contexts

@@ -1,0 +1,108 @@
+"""A sentencepiece model as the content of a tokenizer.json."""
+
+import base64
+import re
+
+import sentencepiece
+
+from data_prep.console import UserError
+
+SPACE = "\u2581"  # how sentencepiece writes a blank inside pieces
+# Sentencepiece cannot tell a U+2581 in the text from a blank, so it is escaped by U+241B, which escapes itself too.
+ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
+# Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
+# and only exact sums make both choose the same among equally likely segmentations (long runs of one character).
+SCORE_STEPS = 32
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
+UNIGRAM, BPE = 1, 2  # its model types
+TABLE = "Precompiled"  # the type of a normaliser that replaces by a table
+
+
+def convert(proto, where: str) -> dict:
+    """The tokenizer.json of a sentencepiece model (a ModelProto).
+
+    Ids are equal where both normalise a text alike (see TABLE) and sums of scores are exact.
+    Raises UserError for a model of a kind that a tokenizer.json cannot hold.
+    """
+    rules, trained = proto.normalizer_spec, proto.trainer_spec
+    if (trained.model_type not in (UNIGRAM, BPE) or any(piece.type == UNUSED for piece in proto.pieces)
+            or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix):
+        raise UserError(f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
+                        "supported; train a new tokenizer")
+    escaped, normalizers = False, []
+    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
+        escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
+    if escaped:
+        normalizers += [_replace(old, new) for old, new in ESCAPES]
+    elif rules.precompiled_charsmap:
+        table = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": TABLE, "precompiled_charsmap": table})
+    if rules.remove_extra_whitespaces:
+        normalizers += [_replace(rf"\A +|[ {SPACE}]+\z", "", "Regex"), _replace(" {2,}", " ", "Regex")]
+    if rules.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append(_replace(" ", SPACE))
+
+    decoders = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if rules.add_dummy_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    if escaped:
+        decoders += [_replace(new, old) for old, new in reversed(ESCAPES)]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [added_token(i, p.piece, p.type != USER_DEFINED) for i, p in enumerate(proto.pieces)
+                         if p.type in (UNKNOWN, CONTROL, USER_DEFINED)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": _splits(proto),
+        "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto)}
+
+
+def _bpe_json(proto) -> dict:
+    # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
+    # merges that is every split of every piece, in the order of the scores.
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
+    merges = [(-score, rank, cut, piece[:cut], piece[cut:]) for rank, (piece, score) in enumerate(scores.items())
+              for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
+    return {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN), "fuse_unk": True,
+            "byte_fallback": proto.trainer_spec.byte_fallback, "ignore_merges": False,
+            "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
+            "merges": [[left, right] for *_, left, right in sorted(merges)]}
+
+
+def _unigram_json(proto) -> dict:
+    # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
+    # a very low score they always lose to single characters, where these all are pieces.
+    low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
+    return {"type": "Unigram", "unk_id": [piece.type for piece in proto.pieces].index(UNKNOWN),
+            "byte_fallback": proto.trainer_spec.byte_fallback,
+            "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces]}
+
+
+def _splits(proto) -> dict | None:
+    # That low score only helps where the characters of a reserved piece are pieces: `tokenizers` scores an unknown one lower still.
+    # The text is cut at one that is none, so that no reserved piece is ever found whole.
+    if proto.trainer_spec.model_type == BPE:
+        return None
+    known = {char for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED) for char in piece.piece}
+    reserved = [piece.piece for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED)]
+    cuts = {min(unknown) for unknown in (set(piece) - known for piece in reserved) if unknown}
+    pattern = {"Regex": "|".join(map(re.escape, sorted(cuts)))}
+    return {"type": "Split", "pattern": pattern, "behavior": "Contiguous", "invert": False} if cuts else None
+
+
+def normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool) -> sentencepiece.SentencePieceNormalizer:
+    """One that replaces by these rules and changes nothing else."""
+    return sentencepiece.SentencePieceNormalizer(
+        norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces)
+
+
+def _replace(old: str, new: str, kind: str = "String") -> dict:
+    return {"type": "Replace", "pattern": {kind: old}, "content": new}
+
+
+def added_token(token_id: int, content: str, special: bool) -> dict:
+    """An entry of added_tokens."""
+    # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
+    return {"id": token_id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": SPACE in content, "special": special}

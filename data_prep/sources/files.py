@@ -1,0 +1,195 @@
+"""Files of a source: which they are, how they are cut, and how their lines are read in bounded memory."""
+
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from data_prep.config import FileSource
+from data_prep.console import UserError
+from data_prep.sources.record import Piece
+
+BLOCK = 1 << 20
+"""Bytes read at a time."""
+LONGEST_LINE = 16 << 20
+SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
+PIECES = 256
+"""About so many are a source of plain files cut into."""
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+
+
+class Damaged(Exception):
+    """A compressed file that cannot be read to its end; the message is one line."""
+
+
+def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
+    """The files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    path, key = source.path, f"{name}.path"
+    if path is None:
+        raise UserError(f"{key} is not set: give the file on the command line, {key}=FILE")
+    if os.path.isdir(path):
+        found = _below(path, suffixes, follow_links)
+        if not found:
+            raise UserError(f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else ""))
+    elif os.path.lexists(path) or not glob.has_magic(path):
+        found = [path]
+    else:
+        matches = glob.glob(path, recursive=True)
+        found = [file for match in matches for file in (_below(match, suffixes, follow_links) if os.path.isdir(match) else [match])]
+        if not found:
+            raise UserError(f"no file matches {path} ({key}); check the pattern")
+    for file in found:
+        _check_readable(file, key)
+    return sorted(set(found))
+
+
+def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool) -> list[str]:
+    """Files below a folder but for hidden ones; where links to folders are followed, each folder comes once."""
+    def fail(error: OSError) -> None:
+        raise cannot_read(error.filename, error)
+
+    found, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
+        folders.sort()
+        below = [os.path.join(parent, name) for name in folders if not name.startswith(".")]
+        below = [path for path in below if follow_links or not os.path.islink(path)]
+        folders[:] = [os.path.basename(path) for path in below if (real := os.path.realpath(path)) not in seen and not seen.add(real)]
+        found += [os.path.join(parent, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+    return found
+
+
+def _check_readable(file: str, key: str) -> None:
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of the file {file!r} ({key}) is not UTF-8; rename it") from None
+    try:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{file} ({key}) is no file")
+        with open(file, "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({key}): {error.strerror}") from None
+
+
+def cannot_read(path: str, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {' '.join(str(error.strerror or error).split())}")
+
+
+def codec_of(path: str) -> str | None:
+    return CODECS.get(Path(path).suffix)
+
+
+@contextmanager
+def opened(piece: Piece) -> Iterator[BinaryIO | pa.CompressedInputStream]:
+    """The file of a piece at its first byte, unpacked where its name ends in .gz or .zst. Raises UserError where it cannot be read."""
+    codec = codec_of(piece.path)
+    try:
+        with pa.CompressedInputStream(pa.OSFile(piece.path), codec) if codec else open(piece.path, "rb", buffering=0) as file:
+            if size_of(piece.path) < piece.stop:
+                raise UserError(f"{piece.path} has become shorter while it was prepared; start the same command again")
+            yield file
+    except OSError as error:
+        raise cannot_read(piece.path, error) from None
+
+
+def reads_of(file: BinaryIO | pa.CompressedInputStream, path: str) -> Callable[[], bytes]:
+    """What gives the next block of an opened file, empty at the end. Raises Damaged for what cannot be unpacked."""
+    if codec_of(path) is None:
+        return lambda: file.read(BLOCK)
+    if not os.path.getsize(path):
+        def empty() -> bytes:
+            raise Damaged("the compressed file is empty, so it was not written to its end: replace it")
+        return empty
+
+    def read() -> bytes:
+        try:
+            return file.read(BLOCK)
+        except OSError as error:
+            raise Damaged(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
+                          "replace it") from None
+    return read
+
+
+def byte_pieces(files: list[str]) -> list[Piece]:
+    """Byte ranges of plain files, and compressed ones as a whole; the ranges grow with the whole size."""
+    sizes = {path: size_of(path) for path in files}
+    length = piece_length(sum(size for path, size in sizes.items() if codec_of(path) is None))
+    pieces = []
+    for path, size in sizes.items():
+        step = size if codec_of(path) else length
+        cuts = [*range(0, size, step), size] if size else [0, 0] if codec_of(path) else []
+        pieces += [Piece(path, start, stop, stop - start) for start, stop in pairwise(cuts)]
+    return pieces
+
+
+def size_of(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise cannot_read(path, error) from None
+
+
+def piece_length(total: int) -> int:
+    """A power of two between 4 and 64 MiB, so that `total` bytes make about 256 pieces."""
+    return min(max(1 << max(total // PIECES - 1, 0).bit_length(), SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def skip_to_line(file: BinaryIO, start: int) -> int:
+    """Move to the first line that starts at or behind byte `start`, and return where that is."""
+    if start:
+        file.seek(start - 1)  # the newline of the line before may be the byte before
+        at = start - 1
+        while block := file.read(BLOCK):
+            found = block.find(b"\n") + 1
+            if found:
+                at += found
+                break
+            at += len(block)
+        file.seek(at)
+        return at
+    return 0
+
+
+def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[bytes | None]:
+    """The lines that start in the next `length` bytes, without newline; None for one of more than 16 MiB. The file stands at a line."""
+    held, too_long = b"", False  # the line at hand
+    while (length > 0 or held or too_long) and (block := read()):
+        if length < len(block):  # the last line of the piece may reach beyond it, and ends here
+            end = block.find(b"\n", max(length - 1, 0)) + 1
+            block = block[:end] or block
+        length -= len(block)
+        found: list[bytes | None] = block.split(b"\n")
+        if too_long or len(held) + len(found[0]) > LONGEST_LINE:
+            found[0] = None
+        else:
+            found[0] = held + found[0]
+        last = found.pop()
+        yield from found
+        held, too_long = last or b"", last is None
+    if too_long:
+        yield None
+    elif held:
+        yield held
+
+
+def count_lines(piece: Piece) -> int:
+    """Lines that start in a byte range of a plain file."""
+    with opened(piece) as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+        found, remaining = int(piece.start == 0), piece.stop - max(piece.start - 1, 0) - 1
+        while remaining > 0 and (block := file.read(min(remaining, BLOCK))):
+            found += block.count(b"\n")
+            remaining -= len(block)
+    return found
+
+
+def is_whole(piece: Piece) -> bool:
+    return codec_of(piece.path) is not None or (piece.start == 0 and piece.stop == size_of(piece.path))

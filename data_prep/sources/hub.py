@@ -1,0 +1,67 @@
+"""Data sets of the Hugging Face hub, streamed, or local folders that the `datasets` library reads."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.config import HubSource
+from data_prep.console import UserError
+from data_prep.sources.files import LARGEST_PIECE
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import column_mapping
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+class Hub:
+    """A streamed data set; its shards, which are its files, are the pieces."""
+
+    def __init__(self, source: HubSource, views: tuple[str, ...], name: str):
+        self.title = f"hub:{source.path}:{source.hub_split}"
+        if source.path.startswith((".", "/")) and not Path(source.path).exists():
+            raise UserError(f"there is no folder {source.path} ({name}.path)")
+        with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+            self.rows = stream(source)
+            columns = self.rows.column_names or list(next(iter(self.rows), {}))
+        self.mapping = column_mapping(source, views, columns, self.title, name)
+        self.supplies = self.mapping.supplies
+        if self.rows.column_names:
+            self.rows = self.rows.select_columns(list(self.mapping.columns))
+
+    def pieces(self) -> list[Piece]:
+        known, shards = self.rows.info.dataset_size or self.rows.info.download_size or 0, self.rows.num_shards
+        return [Piece(self.title, shard, shard + 1, known // shards or LARGEST_PIECE) for shard in range(shards)]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        with told(f"cannot read shard {piece.start} of {self.title}"):
+            for position, row in enumerate(self.rows.shard(self.rows.num_shards, piece.start), start=1):
+                yield from self.mapping.records(row, position)
+
+    def count(self, piece: Piece) -> int:
+        return 0  # rows are counted within their shard
+
+    def place(self, piece: Piece, position: int, before: int) -> str:
+        return f"{piece.path}:shard {piece.start}:{position}"
+
+
+def stream(source: HubSource) -> "IterableDataset":
+    """The rows of one split. Imports `datasets`, which takes more than a second."""
+    import datasets
+
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in one line
+    return datasets.load_dataset(source.path, source.config, split=source.hub_split, revision=source.revision, streaming=True)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Any error of the library as one line: the kinds that it raises have no common base."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}") from None

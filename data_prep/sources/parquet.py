@@ -1,0 +1,102 @@
+"""Parquet files, cut into row groups."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.config import ParquetSource
+from data_prep.console import UserError
+from data_prep.sources import files
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import column_mapping
+
+BATCH_ROWS = 1024
+
+
+class Parquet:
+    """Files of rows; small row groups share a piece."""
+
+    def __init__(self, source: ParquetSource, views: tuple[str, ...], name: str):
+        self.files = files.find_files(source, name, (".parquet",))
+        self.mappings = {}
+        self.sizes: dict[str, list[int]] = {}
+        """Bytes on disk of the row groups of each file."""
+        for path in self.files:
+            with opened(path) as file:
+                self.mappings[path] = column_mapping(source, views, file.schema_arrow.names, path, name)
+                groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+                self.sizes[path] = [sum(group.column(index).total_compressed_size for index in range(group.num_columns)) for group in groups]
+        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+
+    def pieces(self) -> list[Piece]:
+        smallest = files.piece_length(sum(map(sum, self.sizes.values())))
+        pieces = []
+        for path, sizes in self.sizes.items():
+            start, total = 0, 0
+            for stop, size in enumerate(sizes, start=1):
+                total += size
+                if total >= smallest or stop == len(sizes):
+                    pieces.append(Piece(path, start, stop, total))
+                    start, total = stop, 0
+        return pieces
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        mapping, before = self.mappings[piece.path], 0
+        with opened(piece.path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False):
+                names = batch.schema.names
+                for position, row in enumerate(zip(*map(_values, batch.columns), strict=True), start=before + 1):
+                    yield from mapping.records(dict(zip(names, row, strict=True)), position)
+                before += batch.num_rows
+
+    def count(self, piece: Piece) -> int:
+        if piece.stop - piece.start == len(self.sizes[piece.path]):
+            return 0
+        with opened(piece.path) as file:
+            return sum(file.metadata.row_group(group).num_rows for group in range(piece.start, piece.stop))
+
+    def place(self, piece: Piece, position: int, before: int) -> str:
+        return f"{piece.path}:{before + position}"
+
+
+@contextmanager
+def opened(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file. Raises UserError where it cannot be read."""
+    try:
+        status = os.stat(path)
+        with pq.ParquetFile(path, metadata=_metadata(path, status.st_size, status.st_mtime_ns)) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise files.cannot_read(path, error) from None
+        raise UserError(f"{path} is no Parquet file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None
+
+
+@lru_cache(maxsize=4)
+def _metadata(path: str, size: int, changed: int) -> pq.FileMetaData:
+    """The footer of a file, which takes long where there are thousands of row groups."""
+    return pq.read_metadata(path)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The values of a column as Python has them; text that is not UTF-8 stays bytes."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.to_pylist()
+    try:
+        return column.to_numpy(zero_copy_only=False).tolist()
+    except (UnicodeDecodeError, pa.ArrowException):
+        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return value and value.decode()
+    except UnicodeDecodeError:
+        return value

@@ -1,0 +1,178 @@
+"""From the columns of a row to the views of a record: named columns, roles of `messages`, templates, lists of texts."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.config import AnySource
+from data_prep.console import UserError
+from data_prep.sources.record import Record
+
+Row = dict[str, Any]
+Getter = Callable[[Row], str | None]
+"""The text of a view, None where the row lacks it. Raises NoText."""
+
+TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[^{}]+")
+
+
+class NoText(Exception):
+    """A view that holds something other than text; the message is one line that names the column."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How the rows of one source become records."""
+
+    supplies: tuple[bool, ...]
+    columns: tuple[str, ...]
+    """The columns that it reads."""
+    records: Callable[[Row, int], Iterable[Record]]
+    """The records of the row at a position, nearly always one; the one malformed record of a row of which a view is no text."""
+
+
+def make_mapping(source: AnySource, views: tuple[str, ...], name: str, default: dict[str, str]) -> Mapping:
+    """The mapping that a source gives, or `default`. Raises UserError, with the dotted `name` of the source, for what cannot be meant."""
+    if isinstance(source.views, str):
+        return Mapping((True,) * len(views), (source.views,), _records_of_list(source.views, len(views)))
+    chosen = default if source.views is None else source.views
+    if not set(chosen) <= set(views):
+        raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}")
+    getters, columns = [], {}
+    for view in views:
+        getter, reads = _getter(chosen[view], f"{name}.views.{view}") if view in chosen else (_absent, [])
+        getters.append(getter)
+        columns |= dict.fromkeys(reads)
+    return Mapping(tuple(view in chosen for view in views), tuple(columns), _record_of(getters))
+
+
+def first_and_last(views: tuple[str, ...], first: str, last: str) -> dict[str, str]:
+    """The default of a source of pairs: its context is the first view, its target the last."""
+    return {views[0]: first} | {views[-1]: last}
+
+
+def chat_columns(views: tuple[str, ...]) -> dict[str, str]:
+    """The default where rows have `messages`."""
+    return {view: view for view in views} | first_and_last(views, "messages.user", "messages.assistant")
+
+
+def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> Mapping:
+    """The mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
+    chat = "messages" in columns and len(views) > 1
+    mapping = make_mapping(source, views, name, chat_columns(views) if chat else {view: view for view in views})
+    check_columns(mapping, columns, where, name)
+    return mapping
+
+
+def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str) -> None:
+    """Raises UserError for a mapping that reads a column which `where` does not have."""
+    known = list(known)
+    for column in mapping.columns:
+        if column not in known:
+            shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+            raise UserError(f"{where} has no column {column!r}, only {shown or 'none'}; name its columns in {name}.views")
+
+
+def _getter(given: str, key: str) -> tuple[Getter, list[str]]:
+    """What reads one view, and the columns that it reads."""
+    if "{" not in given and "}" not in given:
+        return _column(given)
+    parts = list(TEMPLATE.finditer(given))
+    if "".join(part[0] for part in parts) != given:
+        raise UserError(f"{key}: cannot read the template {given!r}: write {{column}}, and a doubled brace for a brace")
+    named = [part[1] for part in parts if part[1]]
+    if not named:
+        raise UserError(f"{key}: the template {given!r} names no column, so all records would be the same")
+    read = [_column(column) for column in named]
+    getters = iter(read)
+    pieces = [next(getters)[0] if part[1] else part[0][:1] if part[0] in ("{{", "}}") else part[0] for part in parts]
+    return _template(pieces), [column for _, columns in read for column in columns]
+
+
+def _column(column: str) -> tuple[Getter, list[str]]:
+    if column.startswith("messages."):
+        return _role(column.removeprefix("messages."), column), ["messages"]
+
+    def get(row: Row) -> str | None:
+        text = row.get(column)
+        return text if text.__class__ is str and text.isascii() else _checked(text, column)
+    return get, [column]
+
+
+def _role(role: str, column: str) -> Getter:
+    def get(row: Row) -> str | None:
+        messages = row.get("messages")
+        if messages is None:
+            return None
+        text, turns = None, 0
+        try:
+            for message in messages:
+                if message.get("role") == role:
+                    text = message.get("content")
+                    turns += 1
+        except (TypeError, AttributeError):
+            raise NoText("`messages` is no list of objects") from None
+        if turns > 1:
+            raise NoText(f"`messages` has {turns} turns of the {role}, a view holds one")
+        return text if text.__class__ is str and text.isascii() else _checked(text, column)
+    return get
+
+
+def _template(parts: list[str | Getter]) -> Getter:
+    def get(row: Row) -> str | None:
+        texts = []
+        for part in parts:
+            text = part if isinstance(part, str) else part(row)
+            if text is None:
+                return None
+            texts.append(text)
+        return "".join(texts)
+    return get
+
+
+def _absent(row: Row) -> None:
+    return None
+
+
+def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
+    new = tuple.__new__  # a third of the time of `Record(...)`
+
+    def records(row: Row, position: int) -> tuple[Record]:
+        views = []
+        try:
+            for getter in getters:
+                views.append(getter(row) or "")
+        except NoText as problem:
+            return (Record(None, position, str(problem)),)
+        return (new(Record, (tuple(views), position, "", "malformed", "")),)
+    return records
+
+
+def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Record]]:
+    def records(row: Row, position: int) -> list[Record]:
+        found = row.get(column)
+        try:
+            if not isinstance(found, list | None):
+                raise NoText(f"{column!r} holds {_kind(found)}, not a list of texts")
+            texts = [text for entry in found or () if (text := _checked(entry, column)) and text.strip()]
+        except NoText as problem:
+            return [Record(None, position, str(problem))]
+        texts += [""] * (-len(texts) % views or views * (not texts))
+        return [Record(tuple(texts[start:start + views]), position) for start in range(0, len(texts), views)]
+    return records
+
+
+def _checked(text: Any, column: str) -> str | None:
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise NoText(f"{column!r} holds {_kind(text)}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise NoText(f"{column!r} holds half a surrogate pair, which is no text") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    return "bytes that are not UTF-8" if isinstance(value, bytes) else f"a value of type {type(value).__name__}"

@@ -1,0 +1,78 @@
+"""Records and their tokens as text for a terminal."""
+
+import unicodedata
+
+import numpy as np
+
+from data_prep.tokenizer import Tokenizer
+
+ID_GAP = 2
+"""Blanks between two pieces."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that a terminal would not show, or would act on, written as an escape."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def columns(text: str) -> int:
+    """Columns of a printable text on a terminal."""
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def padded(text: str, width: int) -> str:
+    """The text with blanks up to `width` columns."""
+    return text + " " * (width - columns(text))
+
+
+def shortened(text: str, room: int) -> str:
+    """The text, or its beginning and its end with an ellipsis between, in at most `room` columns."""
+    if columns(text) <= room:
+        return text
+    tail = _fitting(text[::-1], (room - 1) // 3)[::-1]
+    return _fitting(text, room - 1 - columns(tail)) + "…" + tail
+
+
+def _fitting(text: str, room: int) -> str:
+    while columns(text) > room:
+        text = text[: max(room, 0)] if len(text) > room else text[:-1]
+    return text
+
+
+def show_record(tokenizer: Tokenizer, number: int, views: dict[str, np.ndarray], width: int) -> str:
+    """A record, view by view: its text, then its pieces over their ids, in lines of at most `width` columns.
+
+    `views` are token ids by name; a view without tokens is one that the record lacks.
+    """
+    total = sum(len(ids) for ids in views.values())
+    lines = [f"record {number}: {total:,} tokens"]
+    for name, ids in views.items():
+        if not len(ids):
+            lines.append(f"  {name}: null, the record lacks it")
+            continue
+        text = tokenizer.decode(ids)
+        lines.append(f"  {name}: {len(ids):,} tokens, {len(text):,} characters, {len(text) / len(ids):.2f} characters a token")
+        lines += [f"    {line}" for line in _wrapped(printable(text), width - 4)]
+        lines += [f"    {line}" for line in _pieces(tokenizer, ids, width - 4)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = []
+    while text:
+        lines.append(_fitting(text, width))
+        text = text[len(lines[-1]) :]
+    return lines
+
+
+def _pieces(tokenizer: Tokenizer, ids: np.ndarray, width: int) -> list[str]:
+    """Pieces over their ids, in columns."""
+    lines, above, below = [], "", ""
+    for token in ids.tolist():
+        piece = printable(tokenizer.piece(token))
+        room = max(columns(piece), len(str(token)))
+        if below and len(below) + room > width:
+            lines += [above.rstrip(), below.rstrip()]
+            above = below = ""
+        above, below = above + padded(piece, room + ID_GAP), below + padded(str(token), room + ID_GAP)
+    return [*lines, above.rstrip(), below.rstrip()]

@@ -1,0 +1,110 @@
+"""Units of work: runs of consecutive pieces of one source, which do not depend on who does them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from data_prep.config import DataConfig, JsonSource
+from data_prep.console import UserError
+from data_prep.selection.near_duplicates import THRESHOLD
+from data_prep.sources import Reader, open_source
+from data_prep.sources.files import piece_length
+from data_prep.sources.record import Piece, Record
+from data_prep.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some pieces of a source."""
+
+    source: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(piece.size for piece in self.pieces)
+
+
+class Job(BaseModel):
+    """What is prepared, in a form that goes to other processes."""
+
+    data: DataConfig
+    tests: tuple[JsonSource, ...]
+    """Test files of evaluation tasks, whose contexts training must not see."""
+
+    def open_readers(self) -> list[Reader]:
+        """The sources. Raises UserError where one cannot be read."""
+        return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(self.data.sources)]
+
+    @property
+    def partial(self) -> Path:
+        """Where an unfinished preparation keeps what it has."""
+        return Path(self.data.path) / ".partial"
+
+    @property
+    def near_threshold(self) -> float:
+        """Likeness from which on records are near-duplicates."""
+        return self.data.near_threshold or THRESHOLD
+
+    def splitter(self, source: int) -> Callable[[Record], str]:
+        """What gives the split of a record: its source's, but for the held-out share of the training records, drawn by the target or the group."""
+        split, fraction = self.data.sources[source].split, self.data.validation_fraction
+        if split != "train" or not fraction:
+            return lambda record: split
+
+        def drawn(record: Record) -> str:
+            by = record.group or next(view for view in reversed(record.views) if view.strip())
+            draw = int.from_bytes(hashlib.sha256(by.encode()).digest()[:8]) / 2**64
+            return "validation" if draw < fraction else "train"
+        return drawn
+
+
+def make_units(readers: Sequence[Reader]) -> list[Unit]:
+    """All units, in the order of the sources. The more there is to read, the larger they are."""
+    units = []
+    for source, reader in enumerate(readers):
+        pieces = reader.pieces()
+        enough = piece_length(sum(piece.size for piece in pieces))
+        begin = size = 0
+        for end, piece in enumerate(pieces, start=1):
+            size += piece.size
+            if size >= enough or end == len(pieces):
+                units.append(Unit(source, tuple(pieces[begin:end])))
+                begin, size = end, 0
+    return units
+
+
+@cache
+def open_job(serialized: str) -> tuple[Job, list[Reader]]:
+    """A job and its readers, opened once in a process."""
+    job = Job.model_validate_json(serialized)
+    return job, job.open_readers()
+
+
+@cache
+def open_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer of a corpus, opened once in a process."""
+    return Tokenizer.load(Path(folder) / "tokenizer")
+
+
+def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
+    """The records of a unit, each with the number of its piece."""
+    for number, piece in enumerate(unit.pieces):
+        for record in reader.read(piece):
+            yield number, record
+
+
+def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
+    """The error of a line that is no record."""
+    return UserError(f"{reader.place(piece, record.position, positions_before(reader, piece))}: {record.problem}; "
+                     "mend the line, or drop such lines with data.on_malformed=drop")
+
+
+def positions_before(reader: Reader, piece: Piece) -> int:
+    """Positions in the pieces of the same file that come before one. Reads them, so ask seldom."""
+    return sum(reader.count(earlier) for earlier in reader.pieces() if earlier.path == piece.path and earlier.start < piece.start)

@@ -1,0 +1,54 @@
+"""How full packed rows are, by their length: really packed, on a sample of a corpus."""
+
+import numpy as np
+
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Pairing, Specials, make_layout
+from pretrain.data.order import BLOCK, WINDOW
+from pretrain.data.packing import pack
+
+SAMPLE_BLOCKS = 192
+"""Blocks of records that are looked at: three windows of the order of training."""
+ROW_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+GAIN = 0.001
+"""Where every record fits, rows that are twice as long and not so much fuller end the table."""
+
+
+def efficiency(corpus: Corpus) -> list[str]:
+    """A line a row length: the share of its positions that hold tokens, and of the records that do not fit, joint and independent, k = 1."""
+    records = sample(len(corpus))
+    lengths = corpus.lengths(records)
+    layouts = [make_layout(kind, Specials(0, 1, 2, 3, 4), views=corpus.views, pairing=Pairing(1) if corpus.views > 1 else None)
+               for kind in ("joint", "independent")]
+    part = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
+    lines = [f"  share of positions that are not padding, and of records that do not fit a row ({len(records):,} of {len(corpus):,} records{part})",
+             f"  {'row length':>10}  {'joint, k = 1':>23}  {'independent, k = 1':>23}"]
+    before = 0.0
+    for row_length in ROW_LENGTHS:
+        found = [fullness(layout.positions(lengths), row_length) for layout in layouts]
+        shares = [f"  {full:>7.1%} {f'{beyond:.1%} too long' if beyond else '':>15}" for full, beyond in found]
+        lines.append(f"  {row_length:>10,}{''.join(shares)}".rstrip())
+        least = min(full for full, _ in found)
+        if least < before + GAIN and not any(beyond for _, beyond in found):
+            break
+        before = least
+    return lines
+
+
+def sample(records: int) -> np.ndarray:
+    """Numbers of at most SAMPLE_BLOCKS whole blocks of records, spread evenly over all, the blocks in random order as in training: (N,)."""
+    blocks = -(-records // BLOCK)
+    chosen = np.linspace(0, blocks - 1, min(blocks, SAMPLE_BLOCKS)).astype(np.int64)
+    numbers = (np.random.default_rng(0).permutation(chosen)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    return numbers[numbers < records]
+
+
+def fullness(positions: np.ndarray, row_length: int) -> tuple[float, float]:
+    """The share of real tokens in rows packed window by window, and that of records longer than a row: positions of the records (N,)."""
+    fits = positions <= row_length
+    rows = 0
+    for first in range(0, len(positions), WINDOW):
+        part = positions[first : first + WINDOW]
+        part = part[part <= row_length]
+        rows += int(pack(part, row_length).max()) + 1 if len(part) else 0
+    return float(positions[fits].sum() / (rows * row_length)) if rows else 0.0, float(1 - fits.mean())

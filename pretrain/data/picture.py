@@ -1,0 +1,226 @@
+"""A packed row as a text to look at: segments, labels, who sees whom and read-outs, all read from the assembled batch."""
+
+import bisect
+import itertools
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.tools.show import columns, padded, printable, shortened
+from pretrain.data.batch import Batch, assemble
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Layout, Pairing, Specials, make_layout
+from pretrain.data.loader import Rows, plan_rows
+
+WINDOW = 4096
+"""Records that are packed together for the picture."""
+OWN, ALL, NOTHING, PARTLY = "◣", "■", "·", "?"
+MARGIN = 10
+"""Columns before a strip or a matrix."""
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The positions [start, stop) of a row that hold one segment of a record."""
+
+    number: int
+    """In the row, from 0."""
+    record: int
+    name: str
+    """The view that it holds, or `pred`."""
+    start: int
+    stop: int
+
+
+def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_length: int, width: int) -> str:
+    """The row that holds `record`, packed with the records after it, in lines of at most `width` columns (at least 80).
+
+    `kind` is joint or independent. Raises ValueError where the record does not fit a row of `row_length`.
+    """
+    tokenizer = corpus.tokenizer
+    specials = Specials(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, tokenizer.vocab_size)
+    pairing = Pairing(predictor_tokens) if corpus.views > 1 else None
+    layout = make_layout(kind, specials, views=corpus.views, pairing=pairing)
+    rows = _row_of(corpus, record, layout, row_length)
+    batch = assemble(rows, corpus, layout, specials, row_length, int(layout.pairs(rows.segment_lengths, rows.paired).sum()))
+    segments = _segments(corpus, layout, rows)
+    used = segments[-1].stop
+    head = (f"A row of {row_length:,} positions, {kind} layout" + (f", k = {predictor_tokens}" if pairing else "")
+            + f": {len(rows.records)} records, {len(segments)} segments, {used:,} tokens, "
+            f"{row_length - used:,} padding ({1 - used / row_length:.1%})")
+    return "\n\n".join([
+        textwrap.fill(head, width),
+        *_strips(batch, segments, used, width),
+        "\n".join(_table(corpus, batch, segments, width)),
+        "\n".join(_matrix(batch, segments, width)),
+        "\n".join(_read_outs(corpus, batch, segments)),
+    ])
+
+
+def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Rows:
+    """The row that best-fit packing gives `record` among the records from it on, in the order of their numbers."""
+    records = np.arange(record, min(record + WINDOW, len(corpus)))
+    needed = layout.positions(corpus.lengths(records))
+    if needed[0] > row_length:
+        raise ValueError(f"record {record} needs {needed[0]:,} positions in this layout, the row has {row_length:,}")
+    records = records[needed <= row_length]
+    paired = np.full(len(records), bool(layout.read_outs))
+    rows = plan_rows(corpus, records, layout, row_length, paired, np.zeros(len(records), np.uint64))
+    row = int(rows.row[rows.records == record][0])
+    return rows.select(row, row + 1)
+
+
+def _segments(corpus: Corpus, layout: Layout, rows: Rows) -> list[_Segment]:
+    segments: list[_Segment] = []
+    for record, first, lengths in zip(rows.records.tolist(), rows.start.tolist(), rows.segment_lengths.tolist(), strict=True):
+        views = [view for view, ids in corpus.by_view(record).items() if len(ids)]
+        stops = first + np.cumsum(lengths)
+        for segment, length, stop in zip(layout.segments, lengths, stops.tolist(), strict=True):
+            if length:
+                name = "pred" if segment.view is None else views[segment.view]
+                segments.append(_Segment(len(segments), record, name, stop - length, stop))
+    return segments
+
+
+def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> list[str]:
+    """The row from left to right, a column a position, cut into strips of whole tens."""
+    length = batch.token_ids.shape[1]
+    shown = length if length <= used + 10 else used + 10  # padding looks the same to the end of the row
+    valid = batch.pair_valid
+    lines = {"place": _numbers(np.arange(shown)), "segment": [" "] * shown, "position": _numbers(batch.positions[0, :shown].numpy(), segments),
+             "label": [" "] * shown, "read-out": [" "] * shown}
+    for segment in segments:
+        lines["segment"][segment.start : segment.stop] = _box(f"{segment.number} {segment.name}", segment.stop - segment.start)
+    lines["segment"][used:] = "░" * (shown - used)
+    lines["position"][used:] = " " * (shown - used)
+    for index, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True):
+        lines["label"][index + 1] = "•" if label == batch.token_ids[0, index + 1] else PARTLY
+    for index in batch.prediction_index[valid].tolist():
+        lines["read-out"][index] = "P"
+    for index in batch.target_index[valid].tolist():
+        lines["read-out"][index] = "T" if lines["read-out"][index] == " " else "B"
+    step = (width - MARGIN) // 10 * 10
+    strips = ["\n".join(f"{name:<{MARGIN}}{''.join(line[first : first + step])}".rstrip() for name, line in lines.items())
+              for first in range(0, shown, step)]
+    return [*strips, textwrap.fill("place: in the row; position: the id that the model gets; • learned as a next token; read out as P prediction, "
+                                   "T target, B both; ░ padding", width)]
+
+
+def _box(label: str, length: int) -> list[str]:
+    """The label in a bracket of `length` columns, as far as it has room."""
+    if length == 1:
+        return ["◆"]
+    room = length - 2
+    text = next((short for short in (label, label.split()[0]) if len(short) <= room), "")
+    return list("├" + text.ljust(room, "─") + "┤")
+
+
+def _numbers(values: np.ndarray, segments: list[_Segment] = ()) -> list[str]:
+    """A dot a value; multiples of ten, and the first of each segment, are written out where they have room."""
+    out = ["·"] * len(values)
+    starts = {segment.start: segment.stop for segment in segments}
+    free, stop = 0, len(values)
+    for place, value in enumerate(values.tolist()):
+        stop = starts.get(place, stop)
+        if (value % 10 == 0 and place >= free) or place in starts:
+            text = str(value)
+            if place + len(text) <= stop:
+                out[place : place + len(text)] = text
+                free = place + len(text) + 1
+            elif place in starts:
+                out[place] = "…"
+    return out
+
+
+def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -> list[str]:
+    """A line a segment."""
+    names = max(4, *(columns(segment.name) for segment in segments))
+    places = max(8, 2 * len(str(batch.token_ids.shape[1])) + 1)
+    head = f"{'#':>4} {'record':>8}  {padded('view', names)} {'place':>{places}} {'position':>{places}} {'tokens':>6} {'labels':>6}  "
+    lines = [head + "content"]
+    record_before = None
+    for segment in segments:
+        part = slice(segment.start, segment.stop)
+        positions = batch.positions[0, part].tolist()
+        consecutive = positions == list(range(positions[0], positions[0] + len(positions)))
+        labels = int(((batch.label_index + 1 >= segment.start) & (batch.label_index + 1 < segment.stop)).sum())
+        line = (f"{segment.number:>4} {segment.record if segment.record != record_before else '':>8}  {padded(segment.name, names)} "
+                f"{f'{segment.start}–{segment.stop - 1}':>{places}} {f'{positions[0]}–{positions[-1]}' if consecutive else PARTLY:>{places}} "
+                f"{len(positions):>6} {labels or '–':>6}  ")
+        lines.append(line + shortened(_content(corpus, batch.token_ids[0, part].tolist()), width - len(head)))
+        record_before = segment.record
+    return lines
+
+
+def _content(corpus: Corpus, ids: list[int]) -> str:
+    """The text of a segment, its special and predictor tokens by their names."""
+    tokenizer, parts = corpus.tokenizer, []
+    for special, run in itertools.groupby(ids, lambda token: token if token in tokenizer.special_ids or token >= tokenizer.vocab_size else -1):
+        if special == -1:
+            parts.append(printable(tokenizer.decode(run)))
+        else:
+            parts += [tokenizer.piece(token) if token < tokenizer.vocab_size else f"<pred {token - tokenizer.vocab_size}>" for token in run]
+    return " ".join(parts)
+
+
+def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
+    """Which segment sees which: as many records side by side as have room, and what holds between all others."""
+    starts, stops = np.array([(segment.start, segment.stop) for segment in segments]).T
+    counts = _visible_pairs(batch.visible_until[0].numpy(), starts, stops)
+    record = np.array([segment.record for segment in segments])
+    strange = int(counts[record[:, None] != record].sum())
+    own = (stops - starts) * (stops - starts + 1) // 2
+    cell = len(str(len(segments) - 1)) + 1
+    room = max(1, (width - MARGIN) // cell)
+    lines = [textwrap.fill(f"who sees whom (lines look, columns are seen): {ALL} all of it; {OWN} itself, up to the token that looks; "
+                           f"{NOTHING} nothing; {PARTLY} a part", width)]
+    for group in _groups(record, room):
+        lines.append(" " * MARGIN + "".join(f"{number:>{cell}}" for number in group))
+        for query in group:
+            signs = [_sign(counts[query, key], own[query] if query == key else (stops - starts)[[query, key]].prod(), query == key) for key in group]
+            lines.append(f"{query:>{MARGIN - 1}} " + "".join(f"{sign:>{cell}}" for sign in signs))
+    lines.append("between records: " + ("no token sees a token of another record" if not strange else f"{strange} TOKENS SEE ONE OF ANOTHER RECORD"))
+    return lines
+
+
+def _visible_pairs(visible_until: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """How many (query, key) tokens with p <= q < visible_until[p] lie in each two segments: (L,), (S,), (S,) -> (S, S) by query and key."""
+    keys = np.arange(len(visible_until))
+    # of each query segment (S, 1) and key (1, L): the tokens of the segment from the key on and below where its visibility ends
+    seen = np.minimum(stops[:, None], visible_until) - np.maximum(starts[:, None], keys)
+    return np.stack([np.maximum(0, seen[:, start:stop]).sum(axis=1) for start, stop in zip(starts, stops, strict=True)], axis=1)
+
+
+def _sign(count: int, possible: int, own: bool) -> str:
+    if not count:
+        return NOTHING
+    if count != possible:
+        return PARTLY
+    return OWN if own else ALL
+
+
+def _groups(record: np.ndarray, room: int) -> list[range]:
+    """Segments of consecutive records, at most `room` a group where one record alone has no more."""
+    bounds = [*np.flatnonzero(np.diff(record, prepend=-1)).tolist(), len(record)]
+    groups, first = [], 0
+    for stop, after in zip(bounds[1:], [*bounds[2:], None], strict=True):
+        if after is None or after - first > room:
+            groups.append(range(first, stop))
+            first = stop
+    return groups
+
+
+def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[str]:
+    """A line a pair."""
+    valid = batch.pair_valid
+    pairs = zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_record[valid].tolist(), strict=True)
+    starts = [segment.start for segment in segments]
+
+    def place(index: int) -> str:
+        segment = segments[bisect.bisect_right(starts, index) - 1]
+        token = _content(corpus, [int(batch.token_ids[0, index])])
+        return f"{token} at {index} (end of {segment.number} {segment.name})" if index == segment.stop - 1 else f"{token} at {index} ({PARTLY})"
+
+    lines = [f"  record {record}: {place(prediction)}  ──▶  {place(target)}" for prediction, target, record in pairs]
+    return ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]

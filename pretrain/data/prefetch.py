@@ -1,0 +1,75 @@
+"""The data of the next steps, made by a thread of its own while a step is computed."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.data.batch import Batch
+from pretrain.data.loader import Loader, Rows, counts
+
+AHEAD = 2
+"""Steps that wait at most."""
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step trains on: rows and counts of the whole global batch, and the micro batches of this rank."""
+
+    rows: Rows
+    counts: dict[str, int]
+    """See `counts` of pretrain/data/loader.py."""
+    batches: list[Batch]
+    state: dict[str, int]
+    """Of the loader once the step is done."""
+
+
+class Prefetch:
+    """The steps of a loader in order, `count` rows each; a context manager that ends the thread.
+
+    On CUDA the batches stand in pinned memory. Until the end the loader belongs to the thread.
+    """
+
+    def __init__(self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device):
+        self._loader, self._count, self._micro_batches = loader, count, micro_batches
+        self._pin = device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, "prefetch", torch.cuda.set_device if self._pin else None, (device,) if self._pin else ())
+        self._steps: deque[Future[StepData | None]] = deque(self._thread.submit(self._make) for _ in range(AHEAD))
+        self._waited = 0.0
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def failed(self) -> bool:
+        """Wait until the next step stands; tell whether making it has failed."""
+        started = time.perf_counter()
+        failed = self._steps[0].exception() is not None
+        self._waited += time.perf_counter() - started
+        return failed
+
+    def next(self) -> StepData:
+        """The next step. Raises what the thread raised, and ValueError behind the end of the loader's epochs."""
+        self.failed()
+        step = self._steps.popleft().result()
+        if step is None:
+            raise ValueError("the loader is exhausted")
+        self._steps.append(self._thread.submit(self._make))
+        return step
+
+    def take_waited(self) -> float:
+        """Seconds that were spent waiting for data since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _make(self) -> StepData | None:
+        if self._loader.exhausted:
+            return None
+        rows = self._loader.next_rows(self._count)
+        batches = [batch.pinned() if self._pin else batch for batch in self._micro_batches(rows)]
+        return StepData(rows, counts(rows, self._loader.layout), batches, self._loader.state())

@@ -1,0 +1,28 @@
+"""The benchmark of the loader says what it should."""
+
+import json
+
+import pytest
+
+from tests.launching import ROOT, call
+
+
+@pytest.fixture(scope="module")
+def result():
+    done = call(["python", str(ROOT / "benchmarks" / "loader.py"), "--rounds", "1", "--tokens", "200000", "--demo-steps", "0"])
+    return json.loads(done.stdout)
+
+
+def test_it_reports_rates_beside_those_of_a_plain_read(result):
+    assert result["records"].keys() == {"500", "26"}
+    for name, rates in result["records"].items():
+        assert rates["tokens_per_second"]["median"] == pytest.approx(int(name) * rates["records_per_second"], rel=0.01)
+        assert 0 < rates["of_plain_read"]["median"] < 1
+        assert rates["bytes_per_second"] > 2 * rates["tokens_per_second"]["median"]
+
+
+def test_the_start_on_a_billion_records_is_within_its_bounds(result):
+    start = result["start_up_of_a_billion_records"]
+    assert start["records"] == 10**9 and start["shards"] == 10_000
+    assert 0 < start["bytes"] <= start["bytes_with_the_first_step"] < 300e6
+    assert {"measured", "at_most", "met"} == set(result["targets"]["start-up seconds"])

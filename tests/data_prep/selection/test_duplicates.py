@@ -1,0 +1,93 @@
+"""Exact duplicates, against a dictionary over the whole corpus."""
+
+import hashlib
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.selection.duplicates import PART_ROWS, PREFERENCE, dropped, equals, fingerprints, parts_needed, resolve, write_fingerprints
+
+Corpus = list[list[tuple[tuple[str, ...], int, int]]]  # of each unit: views, ordinal, rank of the split
+VIEWS = st.tuples(st.sampled_from(["", "a", "b", "ab", "ä", "\ud800"]), st.sampled_from(["", "b", "a", "c"]))
+CORPORA = st.lists(st.lists(st.tuples(VIEWS, st.integers(1, 3), st.integers(0, 2)), max_size=12).map(
+    lambda rows: [(views, ordinal, rank) for (views, _, rank), ordinal in zip(rows, itertools.accumulate(gap for _, gap, _ in rows), strict=True)]
+), max_size=5)
+
+
+def by_dictionary(corpus: Corpus) -> list[list[int]]:
+    """Of each unit the ordinals to drop, in one walk over all records in the order of preference."""
+    seen, drops = {}, [[] for _ in corpus]
+    records = [(rank, unit, ordinal, views) for unit, rows in enumerate(corpus) for views, ordinal, rank in rows]
+    for _, unit, ordinal, views in sorted(records, key=lambda record: record[:3]):
+        if seen.setdefault(views, (unit, ordinal)) != (unit, ordinal):
+            drops[unit].append(ordinal)
+    return [sorted(drop) for drop in drops]
+
+
+def on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = None) -> list[list[int]]:
+    paths = [folder / f"unit-{unit}.npy" for unit in range(len(corpus))]
+    for path, rows in zip(paths, corpus, strict=True):
+        write_fingerprints(path, fingerprints([views for views, _, _ in rows]), np.array([ordinal for _, ordinal, _ in rows], int),
+                           np.array([rank for _, _, rank in rows], int))
+    outs = [folder / f"part-{part}-of-{parts}.npy" for part in range(parts)]
+    for part in order or range(parts):
+        resolve(paths, part, parts, outs[part])
+    return [dropped(outs, unit).tolist() for unit in range(len(corpus))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(CORPORA, st.sampled_from([1, 2, 3, 7]))
+def test_the_same_records_are_dropped_as_by_a_dictionary(corpus, parts):
+    with tempfile.TemporaryDirectory() as folder:
+        assert on_disk(corpus, Path(folder), parts) == by_dictionary(corpus)
+
+
+def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
+    rng = np.random.default_rng(0)
+    corpus = [[((f"text {number % 700}", f"code {number % 11}"), ordinal, int(rank)) for ordinal, (number, rank) in
+               enumerate(zip(rng.integers(0, 5000, 2000), rng.choice(3, 2000), strict=True))] for _ in range(5)]
+    expected = by_dictionary(corpus)
+    assert sum(map(len, expected)) > 3000
+    assert on_disk(corpus, tmp_path, 4, [2, 0, 3, 1]) == expected
+    assert on_disk(corpus, tmp_path, 1) == expected
+
+
+def test_the_earlier_split_stays_then_the_earlier_unit_then_the_earlier_record(tmp_path):
+    train, validation, test = (PREFERENCE.index(split) for split in ("train", "validation", "test"))
+    one = ("q", "a")
+    assert on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]
+    assert on_disk([[(one, 3, train), (one, 9, train)], [(one, 0, train)]], tmp_path, 2) == [[9], [0]]
+
+
+def test_views_are_told_apart_and_so_are_records_of_more_views():
+    texts = [("ab", ""), ("a", "b"), ("", "ab"), ("ab",), ("a", "b", ""), ("a;", "b"), ("a", ";b"), ("1,1;ab",), (), ("\0", "\0"), ("\0\0", "")]
+    assert len(np.unique(fingerprints(texts), axis=0)) == len(texts)
+    digest = hashlib.blake2b(b"1,1;ab", digest_size=16).digest()  # the same on any machine
+    assert fingerprints([("a", "b")] * 2).tolist() == [[int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]] * 2
+    assert fingerprints([]).shape == (0, 2)
+
+
+def test_fingerprints_equal_in_one_half_are_not_equal(tmp_path):
+    rows = np.array([[7, 1], [7, 2], [8, 1], [7, 1], [2**64 - 1, 0], [2**64 - 1, 0], [0, 0], [0, 0]], np.uint64)
+    write_fingerprints(tmp_path / "unit.npy", rows, np.arange(8), np.full(8, 2))
+    for parts in (1, 2, 3):
+        for part in range(parts):
+            resolve([tmp_path / "unit.npy"], part, parts, tmp_path / f"out-{part}.npy")
+        assert dropped([tmp_path / f"out-{part}.npy" for part in range(parts)], 0).tolist() == [3, 5, 7]
+    assert equals([tmp_path / "unit.npy"], 0, 1).sizes.tolist() == [2, 2, 2]
+
+
+def test_empty_units_and_no_units(tmp_path):
+    assert on_disk([[], [(("a",), 0, 2)], []], tmp_path, 2) == [[], [], []]
+    resolve([], 0, 1, tmp_path / "out.npy")
+    assert dropped([tmp_path / "out.npy"], 0).tolist() == [] == dropped([], 3).tolist()
+
+
+@pytest.mark.parametrize("rows, parts", [(0, 1), (1, 1), (PART_ROWS, 1), (PART_ROWS + 1, 2), (10**9, 250)])
+def test_a_part_stays_small_however_large_the_corpus(rows, parts):
+    assert parts_needed(rows) == parts

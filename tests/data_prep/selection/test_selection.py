@@ -1,0 +1,167 @@
+"""Which records a corpus keeps: duplicates, records of the tests, and what filters leave out."""
+
+import json
+import random
+
+import pytest
+
+from data_prep.config import JsonSource, evaluation_tests
+from data_prep.console import UserError
+from data_prep.tokenizer import Tokenizer
+from tests.preparing import data, json_source, quiet, split_rows
+
+
+def texts_of(folder, split: str = "train") -> list[tuple[str, str]]:
+    decode = Tokenizer.load(folder / "tokenizer").decode
+    return [(decode(text), decode(code)) for text, code in split_rows(folder, split)]
+
+
+def pair(row: dict[str, str]) -> tuple[str, str]:
+    return row["text"], row["code"]
+
+
+@pytest.fixture
+def with_duplicates(lines_file, pairs, tmp_path) -> list[list[dict]]:
+    """Rows of three files, with many rows twice or more, within a file and across files."""
+    rng = random.Random(0)
+    rows = pairs(200)
+    files = [rng.choices(rows, k=150) for _ in range(3)]
+    for number, of_file in enumerate(files):
+        lines_file(tmp_path / f"{number}.jsonl", of_file)
+    return files
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicates, tmp_path, workers):
+    sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
+    manifest = quiet(data(tmp_path / "out", *sources, sequence_length=512, workers=workers))
+    every = [pair(row) for of_file in with_duplicates for row in of_file]
+    assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
+    assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
+    seen = set()
+    places = [f"{tmp_path / f'{number}.jsonl'}:{line}" for number, of_file in enumerate(with_duplicates)
+              for line, row in enumerate(of_file, 1) if pair(row) in seen or seen.add(pair(row))]
+    assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
+
+
+def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_duplicates, tmp_path):
+    sources = [json_source(tmp_path / f"{number}.jsonl", split=split) for number, split in enumerate(("train", "validation", "test"))]
+    quiet(data(tmp_path / "out", *sources, sequence_length=512))
+    train, validation, test = ([pair(row) for row in of_file] for of_file in with_duplicates)
+    unique = dict.fromkeys
+    assert texts_of(tmp_path / "out", "test") == list(unique(test))
+    assert texts_of(tmp_path / "out", "validation") == [row for row in unique(validation) if row not in test]
+    assert texts_of(tmp_path / "out") == [row for row in unique(train) if row not in test and row not in validation]
+
+
+def test_all_records_stay_where_that_is_asked_for(with_duplicates, tmp_path):
+    manifest = quiet(data(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none"))
+    assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
+
+
+def test_records_that_differ_in_one_view_are_no_duplicates(lines_file, tmp_path):
+    rows = [{"text": "a b", "code": "c d"}, {"text": "a b", "code": "d e"}, {"text": "b c", "code": "c d"}, {"text": "a", "code": "b c d"},
+            {"text": "a b", "code": "c d"}]
+    quiet(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}))
+    assert texts_of(tmp_path / "out") == [pair(row) for row in rows[:4]]
+
+
+LEAK = "how many of the dogs in the town of that name were sorted by the size of their größe at the end of the year"
+
+
+@pytest.fixture
+def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[JsonSource], list[dict]]:
+    """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
+    test = pairs(30, seed=7)
+    clean = [{"text": f"what is {row['text']} number {number}", "code": test[number % 30]["code"] if number % 5 else row["code"]}
+             for number, row in enumerate(pairs(100))]  # most have the target of a test row
+    leaked = [{"text": test[3]["text"].upper() + " ?!", "code": "another answer"}, {"text": test[4]["text"], "code": test[4]["code"]},
+              {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"}, {"text": "of", "code": f"what they asked, {LEAK}"}]
+    path = lines_file(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
+    source = json_source(lines_file(tmp_path / "train.jsonl", clean + leaked))
+    return source, [JsonSource(type="json", path=str(path))], clean
+
+
+def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
+    source, tests, clean = leaky
+    manifest = quiet(data(tmp_path / "out", source, sequence_length=512), tests)
+    assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
+    dropped = manifest["dropped"]["contaminated"]
+    assert dropped["count"] == 4 and all("the test context" in place for place in dropped["first"])
+    assert [place.partition(": ")[0] for place in dropped["first"]] == [f"{tmp_path / 'train.jsonl'}:{line}" for line in (101, 102, 103, 104)]
+    assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
+
+
+def test_contaminated_records_stay_where_that_is_asked_for_and_in_test_sources(leaky, tmp_path):
+    source, tests, clean = leaky
+    quiet(data(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
+    assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
+    tokenizer = {"path": str(tmp_path / "kept" / "tokenizer")}
+    quiet(data(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests)
+    assert len(texts_of(tmp_path / "test", "test")) == len(clean) + 4
+
+
+def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, run, mistake):
+    source, tests, clean = leaky
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"name": "x", "data": {
+        "path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 340}, "sequence_length": 512, "workers": 1},
+        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0].path}]}}))
+    done = run(config)
+    assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
+    assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
+    assert "was prepared with another data.decontaminate" in mistake(config, "data.decontaminate=false")
+    (tmp_path / "test.jsonl").write_text('{"text": 3}\n')
+    assert mistake(config).startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
+    (tmp_path / "test.jsonl").unlink()
+    assert str(tmp_path / "test.jsonl") in mistake(config) and "evaluation.tasks" in mistake(config)
+
+
+def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
+    config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
+    tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"}]}
+    assert evaluation_tests(config, tasks) == [JsonSource(type="json", path="b.jsonl", views={"text": "question", "code": "sql"})]
+    assert evaluation_tests(config, None) == evaluation_tests(config, {}) == []
+
+
+def test_filters_drop_and_count(lines_file, tmp_path):
+    rows = [{"text": "long enough", "code": "also long"}, {"text": "no", "code": "long enough"}, {"text": "nul \0 inside", "code": "long enough"},
+            {"text": "far too long " * 9, "code": "long enough"}, {"text": "http://spam", "code": "long enough"}]
+    filters = {"min_characters": 3, "max_characters": 50, "forbidden": "https?://"}
+    manifest = quiet(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), filters=filters, tokenizer={"vocab_size": 300}))
+    assert texts_of(tmp_path / "out") == [pair(rows[0])]
+    assert {reason: [place.partition(": ")[0][-1] for place in drop["first"]] for reason, drop in manifest["dropped"].items()} == {
+        "nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert all(f"1 as `{reason}`" in summary for reason in manifest["dropped"])
+
+
+def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_path):
+    source, tests, clean = leaky
+    quiet(data(tmp_path / "out", source, sequence_length=512), tests)
+    quiet(data(tmp_path / "clean", json_source(lines_file(tmp_path / "clean.jsonl", clean)), sequence_length=512))
+    model = "tokenizer/tokenizer.json"
+    assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "clean" / model).read_bytes()
+
+
+def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
+    with pytest.raises(UserError, match=r"b\.jsonl \(evaluation\.tasks\) has no context"):
+        quiet(data(tmp_path / "out", source), [JsonSource(type="json", path=str(lines_file(tmp_path / "b.jsonl", [{"question": "a"}])))])
+
+
+def test_near_duplicates_go_where_that_is_asked_for(lines_file, tmp_path):
+    rng = random.Random(3)
+    words = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "size"]
+    long = [" ".join(rng.choices(words, k=120)) for _ in range(20)]
+    rows = [{"text": text, "code": text[::-1]} for text in long]
+    near = [{"text": text.replace(" ", "  ").upper(), "code": text[::-1]} for text in long[5:10]]
+    sources = [json_source(lines_file(tmp_path / f"{name}.jsonl", of_file)) for name, of_file in (("first", rows), ("near", [*near, rows[3]]))]
+    settings = {"sequence_length": 4096, "deduplicate": "near"}
+    manifest = quiet(data(tmp_path / "out", *sources, **settings))
+    assert texts_of(tmp_path / "out") == [pair(row) for row in rows]
+    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"duplicate": 1, "near_duplicate": 5}
+    quiet(data(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
+    assert len(texts_of(tmp_path / "strict")) >= len(rows)
+    with pytest.raises(UserError, match="near_threshold acts with deduplicate: near only"):
+        data(tmp_path / "x", *sources, near_threshold=0.9)

@@ -1,0 +1,59 @@
+"""Sources as the pipeline reads them: all records with their places, and files packed as their names say."""
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from data_prep.config import DataConfig, validate
+from data_prep.sources import open_source
+from data_prep.sources.record import Reader
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+VIEWS = ("text", "code")
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data are not at {SHARED}")
+
+
+def opened(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
+    """A source as a configuration gives it."""
+    source |= {"path": str(source["path"])} if "path" in source else {}
+    config = validate(DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
+    return open_source(config.sources[0], names, "data.sources.0")
+
+
+def located(reader: Reader) -> list[tuple]:
+    """(views or (reason, problem), place) of every record."""
+    found, before = [], {}
+    for piece in reader.pieces():
+        for record in reader.read(piece):
+            assert record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
+            place = reader.place(piece, record.position, before.get(piece.path, 0))
+            found.append((record.views if record.views is not None else (record.reason, record.problem), place))
+        before[piece.path] = before.get(piece.path, 0) + reader.count(piece)
+    return found
+
+
+def texts(reader: Reader) -> list[tuple[str, ...]]:
+    """The views of every record, all of which are good."""
+    records = [record for piece in reader.pieces() for record in reader.read(piece)]
+    assert all(record.views is not None for record in records), records
+    return [record.views for record in records]
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write a file, packed as its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed(content, path.suffix))
+    return path
+
+
+def packed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content)
+    if suffix == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    return content

@@ -1,0 +1,244 @@
+"""JSON lines: every line once whatever the cuts, what is a record, and why a line is none."""
+
+import itertools
+import json
+import resource
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from data_prep.console import UserError
+from data_prep.sources import files
+from data_prep.sources.record import Record
+from tests.data_prep.sources.reading import SHARED, VIEWS, located, needs_shared, opened, packed, texts, write
+
+AWKWARD = (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
+           b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}')
+GOOD = b'{"text": "a", "code": "b"}\n'
+
+
+def reader(path: Path, views=None, names: tuple[str, ...] = VIEWS):
+    return opened(names, type="json", path=path, views=views)
+
+
+def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Record:
+    path = tmp_path / "one.jsonl"
+    path.write_bytes(line if isinstance(line, bytes) else json.dumps(line).encode())
+    source = reader(path, views, names)
+    (piece,) = source.pieces()
+    (record,) = source.read(piece)
+    return record
+
+
+def obvious(path: Path, content: bytes) -> list[tuple]:
+    """The records of a whole file, the slow way."""
+    expected = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            value = json.loads(line.decode().lstrip("\ufeff"))
+            views = (value.get("text", ""), value.get("code", "")) if isinstance(value, dict) else ("malformed", "a JSON list, not an object")
+            expected.append((views, f"{path}:{number}"))
+    return expected
+
+
+@pytest.mark.parametrize("content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""])
+def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, cut_small):
+    path = write(tmp_path / "lines.jsonl", content)
+    for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK)):
+        cut_small(length, block)
+        assert located(reader(path)) == obvious(path, content), (length, block)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_packed_files_read_like_plain_ones(tmp_path, suffix):
+    path = write(tmp_path / f"lines.jsonl{suffix}", AWKWARD)
+    assert located(reader(path)) == obvious(path, AWKWARD)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_of_several_members_is_read_whole(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"".join(packed(json.dumps({"text": str(part), "code": "c"}).encode() + b"\n", suffix) for part in range(5)))
+    assert texts(reader(path)) == [(str(part), "c") for part in range(5)]
+
+
+@pytest.mark.parametrize("total, length", [(0, 4 << 20), (1, 4 << 20), (1 << 30, 4 << 20), ((1 << 30) + 1, 4 << 20), ((1 << 30) + 256, 8 << 20),
+                                           (2 << 30, 8 << 20), (10 << 30, 64 << 20), (1 << 40, 64 << 20)])
+def test_pieces_grow_with_the_corpus(total, length):
+    assert files.piece_length(total) == length
+
+
+def test_pieces_cover_large_files_without_overlap(tmp_path):
+    sizes = {"a.jsonl": (12 << 20) + 5, "b.json": 0, "c.ndjson": 1 << 20, "d.jsonl": 17}
+    for name, size in sizes.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)  # sparse: only its size is asked for
+    pieces = reader(tmp_path).pieces()
+    assert [Path(piece.path).name for piece in pieces] == ["a.jsonl"] * 4 + ["c.ndjson", "d.jsonl"]
+    assert all(piece.size == piece.stop - piece.start > 0 for piece in pieces)
+    for path, group in itertools.groupby(pieces, key=lambda piece: piece.path):
+        bounds = [(piece.start, piece.stop) for piece in group]
+        assert bounds[0][0] == 0 and bounds[-1][1] == sizes[Path(path).name]
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
+
+
+def test_folders_and_globs_give_their_files_by_name(tmp_path):
+    for number, name in enumerate(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"]):
+        write(tmp_path / "data" / name, json.dumps({"text": name, "code": str(number)}).encode())
+    for name in ("notes.txt", ".hidden.jsonl", ".git/x.jsonl", "a.jsonl.bak"):
+        write(tmp_path / "data" / name, b"no record")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")  # a loop
+    write(tmp_path / "elsewhere" / "y.jsonl", b'{"text": "linked", "code": "9"}')
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    names = sorted(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"])
+    assert [text for text, _ in texts(reader(tmp_path / "data"))] == [*names, "linked"]
+    assert [text for text, _ in texts(reader(tmp_path / "data" / "*.ndjson"))] == ["a.ndjson"]
+    assert [text for text, _ in texts(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
+    assert len(texts(reader(tmp_path / "d*" / "c" / "**"))) == 2
+    literal = write(tmp_path / "x[1].jsonl", GOOD)
+    assert texts(reader(literal)) == [("a", "b")]
+
+
+@pytest.mark.parametrize("line, problem", [
+    (b'{"text": "a", "code": "b"', "not JSON"), (b"text,code", "not JSON"), (b'{"text": "a\x00", "code": "b"}', "not JSON"),
+    (b'{"text": "a", "code": "b"}\x00', "not JSON"), (b"[" * 200_000 + b"]" * 200_000, "not JSON"), (b'{"a":' * 100_000 + b"1", "not JSON"),
+    (b'{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}", "not JSON"), (b"\x00", "not JSON"), (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+    (b'{"text": "a", "code": "b"} {}', "not JSON (Extra data"), (b"{'text': 'a'}", "not JSON"), (b'{"text": "a\tb", "code": "c"}', "not JSON"),
+    (b'{"text": "\xff", "code": "b"}', "not UTF-8 (invalid start byte at byte 10 of the line)"), (b"\x1f\x8b\x08\x00", "not UTF-8"),
+    (b'{"text": "\xe2\x82', "not UTF-8 (unexpected end of data at byte 10 of the line)"), ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+    (b"[]", "a JSON list, not an object"), (b'"text"', "a JSON str, not an object"), (b"null", "a JSON NoneType, not an object"),
+    (b"NaN", "a JSON float, not an object"), (b'{"text": NaN, "code": "b"}', "'text' holds a value of type float, not text"),
+    (b'{"text": 3, "code": "b"}', "'text' holds a value of type int, not text"),
+    (b'{"text": "a", "code": ["b"]}', "'code' holds a value of type list, not text"),
+    (b'{"text": "a", "code": false}', "'code' holds a value of type bool, not text"),
+    (b'{"text": "\\ud83d", "code": "b"}', "'text' holds half a surrogate pair"),
+    (b'{"text": "a", "code": "\\udc4d\\ud83d"}', "'code' holds half a surrogate pair"),
+    (b'{"messages": "hello"}', "`messages` is no list of objects"), (b'{"messages": ["hello"]}', "`messages` is no list of objects"),
+    (b'{"messages": 3}', "`messages` is no list of objects"), (b'{"messages": {"role": "user"}}', "`messages` is no list of objects"),
+    (b'{"messages": [{"role": "user", "content": [{"text": "a"}]}]}', "'messages.user' holds a value of type list, not text"),
+])
+def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
+    record = read_one(tmp_path, line)
+    assert record.views is None and record.reason == "malformed" and record.position == 1
+    assert problem in record.problem and "\n" not in record.problem and len(record.problem) < 200
+
+
+@pytest.mark.parametrize("line, views", [
+    ({"text": "a", "code": "b", "other": [1, {}]}, ("a", "b")), (b'{"text": "a", "code": "b", "other": [NaN, -Infinity]}', ("a", "b")),
+    ({"text": "a\0b\n\r", "code": "\u2028 \ufeff"}, ("a\0b\n\r", "\u2028 \ufeff")),
+    ({"text": "a"}, ("a", "")), ({"text": "a", "code": None}, ("a", "")), ({}, ("", "")), ({"text": " ", "code": ""}, (" ", "")),
+    (b'{"text": "\\ud83d\\udc4d", "code": "b"}', ("\U0001f44d", "b")), (b' \t{"text": "a", "code": "b"} \t\r\n', ("a", "b")),
+    (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n', ("a", "b")), ({"messages": None, "code": "c"}, ("", "")),
+])
+def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
+    assert read_one(tmp_path, line) == (views, 1, "", "malformed", "")
+
+
+def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(tmp_path):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert read_one(tmp_path, {"messages": messages}).views == ("q", "a")
+    assert read_one(tmp_path, {"messages": messages[:2]}).views == ("q", "")
+    assert read_one(tmp_path, {"messages": messages, "m": "between"}, names=("x", "m", "y")).views == ("q", "between", "a")
+
+
+def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
+    messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    record = read_one(tmp_path, {"messages": messages})
+    assert record.views is None and "2 turns of the user" in record.problem
+    assert read_one(tmp_path, {"messages": []}).views == ("", "")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path, suffix):
+    longest = GOOD[:-1].replace(b"a", b"a" * (files.LONGEST_LINE - len(GOOD) + 2))
+    assert len(longest) == files.LONGEST_LINE
+    path = write(tmp_path / f"long{suffix}", GOOD + longest + b"\n" + longest.replace(b"aa", b"aaa", 1) + b"\n" + GOOD + b"x" * (200 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = located(reader(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10  # KiB; lines of 16 MiB are kept, one of 200 is not
+    assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
+    long = ("malformed", "a line of more than 16 MiB")
+    assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
+        ("a", "b"), files.LONGEST_LINE - len(GOOD) + 2, long, ("a", "b"), long]
+
+
+@cache
+def lines_of(count: int) -> bytes:
+    return b"".join(b'{"text": "line %d", "code": "%d"}\n' % (number, number * 7919 % 1000003) for number in range(1, count + 1))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data[:-9], lambda data: data[:12], lambda data: data[:3],
+    lambda data: b"", lambda data: b'{"text": "plain", "code": "after all"}\n', lambda data: data + b"trailing garbage",
+    lambda data: b"\0" * 100, lambda data: data + data[:len(data) // 2],
+])
+def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path, suffix, damage):
+    rows = 40_000
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(damage(packed(lines_of(rows), suffix)))
+    *good, (problem, place) = located(reader(path))
+    assert all(views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003)) and at == f"{path}:{number}"
+               for number, (views, at) in enumerate(good, start=1))
+    assert problem[0] == "malformed" and "the compressed file is" in problem[1] and "replace it" in problem[1]
+    assert place == f"{path}:{len(good) + 1}"
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
+def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
+    data = bytearray(packed(lines_of(50_000), ".gz"))
+    data[int(where * len(data))] ^= 0x10
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(data)
+    assert any(isinstance(problem, tuple) and problem[0] == "malformed" for problem, _ in located(reader(path)))
+
+
+def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
+    for path, expected in [
+        (tmp_path / "absent.jsonl", r"cannot read .*absent\.jsonl \(data\.sources\.0\.path\): No such file"),
+        (tmp_path, r"\(data\.sources\.0\.path\) holds no file that ends in \.json, "),
+        (tmp_path / "*.jsonl", r"no file matches .*\*\.jsonl \(data\.sources\.0\.path\); check the pattern"),
+        ("/dev/null", r"/dev/null \(data\.sources\.0\.path\) is no file"), (tmp_path / ("x" * 300), "File name too long"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            reader(path)
+    with pytest.raises(UserError, match=r"data\.sources\.0\.path is not set: .*data\.sources\.0\.path=FILE"):
+        opened(type="json")
+    (tmp_path / "broken.jsonl").symlink_to(tmp_path / "absent")
+    for path in (tmp_path, tmp_path / "broken.jsonl"):
+        with pytest.raises(UserError, match=r"cannot read .*broken\.jsonl \(data\.sources\.0\.path\): No such file"):
+            reader(path)
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a\udcff.jsonl").write_bytes(GOOD)
+    with pytest.raises(UserError, match=r"is not UTF-8; rename it") as raised:
+        reader(tmp_path)
+    str(raised.value).encode()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffix):
+    path = write(tmp_path / f"a.jsonl{suffix}", GOOD * 100)
+    source = reader(path)
+    (piece,) = source.pieces()
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"a\.jsonl.* has become shorter"):
+        list(source.read(piece))
+    path.unlink()
+    for read in (lambda: list(source.read(piece)), source.pieces):
+        with pytest.raises(UserError, match=r"cannot read .*a\.jsonl.*: .*No such file"):
+            read()
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["nl-rx-synth/train.jsonl", "gsm8k/test.jsonl", "geography/train.jsonl"])
+def test_real_files_cut_small_read_like_json_loads(name, cut_small):
+    path, expected = SHARED / name, []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        row = json.loads(line)
+        said = {message["role"]: message["content"] for message in row.get("messages", ())}
+        expected.append(((said["user"], said["assistant"]) if said else (row["text"], row["code"]), f"{path}:{number}"))
+    cut_small(9973, 4096)
+    assert located(reader(path)) == expected

@@ -1,0 +1,147 @@
+"""Parquet: every row once against pandas, only the columns that are needed, and damage that names the file."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.console import UserError
+from tests.data_prep.sources.reading import SHARED, located, needs_shared, opened, texts
+
+ROWS = {"text": [f"größe {row}" if row % 7 else None for row in range(3000)], "code": [f"code {row}" for row in range(3000)],
+        "number": list(range(3000)), "tags": [[f"t{row}", None, "x"][:row % 4] for row in range(3000)]}
+
+
+def reader(path, views=None, names=("text", "code")):
+    return opened(names, type="parquet", path=path, views=views)
+
+
+def write(path, rows=ROWS, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(rows if isinstance(rows, pa.Table) else pa.table(rows), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 100}, {"row_group_size": 1}, {"compression": "zstd", "row_group_size": 777},
+                                     {"use_dictionary": False, "compression": "none"}])
+@pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
+def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, cut_small):
+    rows = {column: values[:1000] for column, values in ROWS.items()}
+    path = write(tmp_path / "a.parquet", rows, **options)
+    frame = pd.read_parquet(path)
+    cut_small(smallest)
+    source = reader(path)
+    assert located(source) == [((text or "", code), f"{path}:{row}") for row, (text, code) in
+                               enumerate(zip(frame["text"].fillna(""), frame["code"], strict=True), start=1)]
+    groups = pq.ParquetFile(path).num_row_groups
+    pieces = source.pieces()
+    assert pieces[-1].stop == groups and all(piece.size >= smallest for piece in pieces[:-1])
+    assert len(pieces) == groups if smallest == 1 else len(pieces) < 100
+
+
+def test_folders_and_globs_give_their_files_by_name(tmp_path):
+    for name in ("b", "a", "c/d"):
+        write(tmp_path / f"{name}.parquet", {"text": [name], "code": ["x"]})
+    write(tmp_path / "empty.parquet", pa.table({"text": pa.array([], pa.string()), "code": pa.array([], pa.string())}))
+    assert [text for text, _ in texts(reader(tmp_path))] == ["a", "b", "c/d"]
+    assert [text for text, _ in texts(reader(tmp_path / "[ab].parquet"))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+def test_text_of_any_type_is_text(tmp_path, kind):
+    path = write(tmp_path / "a.parquet", pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}))
+    assert texts(reader(path)) == [("a", "x"), ("", "x"), ("größe", "x"), ("", "x")]
+
+
+def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
+    said = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
+    path = write(tmp_path / "a.parquet", {"messages": said, "many": [["a", "b", "c"]] * 4 + [None]})
+    assert texts(reader(path)) == [(f"q{row}", f"a{row}") for row in range(5)]
+    assert texts(reader(path, "many")) == [("a", "b"), ("c", "")] * 4 + [("", "")]
+    assert texts(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
+
+
+def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    for views, column in [({"text": "texts"}, "texts"), ({"text": "{text} {missing}"}, "missing"), ("list", "list"),
+                          ({"text": "messages.user"}, "messages")]:
+        with pytest.raises(UserError, match=rf"a\.parquet has no column '{column}', only text, code, number, tags; .*data\.sources\.0\.views"):
+            reader(path, views)
+    with pytest.raises(UserError, match=r"has no column 'question', only text"):
+        reader(path, names=("question", "code"))
+    write(tmp_path / "b.parquet", {"text": ["other"]})  # one file of several
+    with pytest.raises(UserError, match=r"b\.parquet has no column 'code', only text"):
+        reader(tmp_path)
+
+
+def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    assert located(reader(path, {"code": "number"}))[41] == (("malformed", "'number' holds a value of type int, not text"), f"{path}:42")
+    assert located(reader(path, {"code": "tags"}))[1] == (("malformed", "'tags' holds a value of type list, not text"), f"{path}:2")
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32))
+    bad = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
+    path = write(tmp_path / "bad.parquet", pa.table({"text": bad, "code": pa.array(["x", "y", "z"])}))
+    assert located(reader(path)) == [(("a", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+                                     (("c", "z"), f"{path}:3")]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: b"text,code\na,b\n",
+    lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
+])
+def test_a_damaged_file_names_itself(tmp_path, damage):
+    path = write(tmp_path / "a.parquet")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged \(.*\); replace it") as raised:
+        reader(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip"])
+def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
+    path = write(tmp_path / "a.parquet", compression=compression)
+    data = bytearray(path.read_bytes())
+    data[2000:2600] = bytes(600)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+        texts(reader(path, {"text": "text", "code": "code"}))
+
+
+def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
+    path = write(tmp_path / "a.parquet")
+    source = reader(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet: .*No such file"):
+        list(source.read(source.pieces()[0]))
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet \(data\.sources\.0\.path\): No such file"):
+        reader(path)
+    with pytest.raises(UserError, match=r"holds no file that ends in \.parquet"):
+        reader(tmp_path)
+
+
+def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
+    rows = 60_000
+    table = pa.table({"text": [f"t{row}" for row in range(rows)], "code": ["c"] * rows,
+                      "wide": pa.array(["x" * 2000 + str(row) for row in range(rows)])})
+    path = write(tmp_path / "a.parquet", table, compression="none", use_dictionary=["code"])
+    del table
+    before = pa.total_allocated_bytes()
+    source = reader(path)
+    most = 0
+    for piece in source.pieces():
+        for record in source.read(piece):
+            if record.position % 5000 == 0:
+                most = max(most, pa.total_allocated_bytes() - before)
+    assert record.position == rows and most < 20 << 20 < path.stat().st_size
+
+
+@needs_shared
+def test_real_rows_read_like_their_json(tmp_path, cut_small):
+    rows = [json.loads(line) for line in (SHARED / "nl-rx-synth" / "test.jsonl").read_text().splitlines()]
+    path = write(tmp_path / "a.parquet", pa.Table.from_pylist(rows), row_group_size=123)
+    expected = texts(opened(type="json", path=SHARED / "nl-rx-synth" / "test.jsonl"))
+    cut_small(1)
+    assert texts(reader(path)) == expected

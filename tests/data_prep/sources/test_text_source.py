@@ -1,0 +1,153 @@
+"""Plain documents: the same whatever the cuts, against a split of the whole file; what is no document says so."""
+
+import random
+import re
+
+import pytest
+
+from data_prep.console import UserError
+from data_prep.sources import files, text
+from tests.data_prep.sources.reading import SHARED, located, needs_shared, opened, texts, write
+
+END = "<|endoftext|>"
+
+
+def reader(path, separator=None, names=("text", "code"), **more):
+    return opened(names, type="text", path=path, separator=separator, **more)
+
+
+def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
+    """First line and text of each document: the lines of the whole file between those that separate."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    documents, held, start = [], [], 1
+    for number, line in enumerate([*lines, None], start=1):
+        ends = line is None or line.removesuffix(b"\r") == separator.encode() if separator else line is None or not line.strip()
+        if not ends:
+            held.append(line + b"\n" * (number < len(lines)))
+            continue
+        document = re.sub(rb"\r?\n\Z", b"", b"".join(held)).decode()
+        if document.strip():
+            documents.append((start, document))
+        held, start = [], number + 1
+    return documents
+
+
+def found(path, separator: str) -> list[tuple[int, str]]:
+    return [(int(place.removeprefix(f"{path}:")), views[1]) for views, place in located(reader(path, separator))]
+
+
+def odd_text(rng: random.Random, separator: str) -> bytes:
+    lines = ["", " \t", "\f", "  ", "a", "größe 👍", "x" * 40, separator, separator, f" {separator}", f"{separator}.", "\r", "end\r",
+             "\u2028", "\0", "\ufeff"]
+    parts = [rng.choice(lines) + rng.choice(["\n", "\n", "\n", "\r\n"]) for _ in range(rng.randint(0, 30))]
+    return "".join([*parts, rng.choice(["", "last", separator, "last\r", "\r"])]).encode()
+
+
+@pytest.mark.parametrize("separator", ["", END, "-", "größe 👍"])
+def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, cut_small):
+    rng = random.Random(separator)
+    for trial in range(150):
+        content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + odd_text(rng, separator)
+        path = write(tmp_path / "a.txt", content)
+        expected = obvious(content, separator)
+        for _ in range(4):
+            length, block = rng.randint(1, len(content) + 2), rng.choice([3, 5, 64, files.BLOCK])
+            cut_small(length, block)
+            assert found(path, separator) == expected, (trial, length, block, content)
+
+
+@pytest.mark.parametrize("width", [4095, 4096, 4097, 4098, 4099, 9000])
+def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, cut_small):
+    content = b"first\n" + b" " * width + b"\nsecond\n\nthird"
+    path = write(tmp_path / "a.txt", content)
+    expected = [(1, "first"), (3, "second"), (5, "third")] if width <= 4096 else [(1, f"first\n{' ' * width}\nsecond"), (5, "third")]
+    for length in (1, 6, 7, 1000, width + 6, width + 7, width + 8, width + 15):
+        cut_small(max(length, 50), 700)
+        assert found(path, "") == expected, length
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("separator", ["", END])
+def test_packed_files_read_like_plain_ones(tmp_path, suffix, separator):
+    content = b"".join(odd_text(random.Random(seed), END) for seed in range(20))
+    path = write(tmp_path / f"a.txt{suffix}", content)
+    assert found(path, separator) == obvious(content, separator)
+
+
+@pytest.mark.parametrize("content, document", [
+    (b"one\n\ntwo\n", "one\n\ntwo"), (b"one", "one"),
+    (b"\n\n a \r\n\r\n", "\n\n a \r\n"), (b"\xef\xbb\xbfx\n", "x"), (b"a\r", "a\r"), (b"a\0b", "a\0b"),
+])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_is_a_document(tmp_path, content, document, suffix):
+    path = write(tmp_path / f"a.md{suffix}", content)
+    assert located(reader(path)) == [(("", document), f"{path}:1")]
+
+
+def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
+    for name in ("b.txt", "a/c", "a/b.md.gz", "z.rst.zst"):
+        write(tmp_path / name, name.encode())
+    for name in ("empty.txt", "blank.txt"):
+        write(tmp_path / name, b" \n" * (name == "blank.txt"))
+    write(tmp_path / ".hidden", b"x")
+    source = reader(tmp_path, names=("only",))
+    assert texts(source) == [("a/b.md.gz",), ("a/c",), ("b.txt",), ("z.rst.zst",)] and source.supplies == (True,)
+
+
+def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
+    path = write(tmp_path / "a.txt", b"x")
+    assert reader(path).supplies == (False, True)
+    assert texts(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
+    with pytest.raises(UserError, match=r"a text source has no column 'body', only text; name its columns in data\.sources\.0\.views"):
+        reader(path, views={"text": "{body}"})
+
+
+@pytest.mark.parametrize("content, separator, expected", [
+    (b"good\n\nb\xffd\n\ngood", "", {1: "good", 3: "not UTF-8 (invalid start byte at byte 1 of the document)", 5: "good"}),
+    (b"good\n\nok\nbad \xe2\x82\n\ngood", "", {1: "good", 4: "not UTF-8 (unexpected end of data at byte 7 of the document)", 6: "good"}),
+    (b"a\n<|endoftext|>\n\xed\xa0\xbd\n<|endoftext|>\nb", END,
+     {1: "a", 3: "not UTF-8 (invalid continuation byte at byte 0 of the document)", 5: "b"}),
+    ("größe".encode("latin-1"), None, {1: "not UTF-8 (invalid start byte at byte 2 of the document)"}),
+    ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
+])
+def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, content, separator, expected):
+    path = write(tmp_path / "a.txt", content)
+    shown = {int(place.removeprefix(f"{path}:")): views[1] for views, place in located(reader(path, separator))}
+    assert shown == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("separator", [None, END])
+def test_a_document_that_is_too_long_is_refused_and_costs_no_other(tmp_path, suffix, separator, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
+    long = ("malformed", "a document of more than 3 MiB; cut it with `separator`")
+    for size in (3 << 20, (3 << 20) + 1, 9 << 20):
+        whole = b"x" * (size - 5) + b"\nwxyz"
+        content = whole if separator is None else b"a\n<|endoftext|>\r\n" + whole + b"\r\n<|endoftext|>\nb\n"
+        path = write(tmp_path / f"a.txt{suffix}", content)
+        middle = (("", whole.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
+        around = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
+        assert located(reader(path, separator)) == [*around[0], middle, *around[1]]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("separator", [None, "", END])
+@pytest.mark.parametrize("cut", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
+def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut):
+    between = "\n" + (separator or "") + "\n"
+    documents = [f"document {number}" for number in range(80_000)]
+    path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
+    path.write_bytes(cut(path.read_bytes()))
+    *good, (problem, _) = located(reader(path, separator))
+    assert [views[1] for views, _ in good] == documents[:len(good)]
+    assert problem[0] == "malformed" and "the compressed file is" in problem[1]
+    assert bool(good) == (separator is not None and path.stat().st_size > 100)
+
+
+@needs_shared
+@pytest.mark.parametrize("separator", ["", "======"])
+def test_real_manuals_cut_small_read_like_the_whole(separator, cut_small):
+    path = SHARED / "text" / "sqlite3-doc.txt"
+    expected = obvious(path.read_bytes(), separator)
+    cut_small(77_777, 1 << 16)
+    assert found(path, separator) == expected

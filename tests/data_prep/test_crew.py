@@ -1,0 +1,93 @@
+"""Ranks under a real mpirun: shared results, shared errors, and no rank that waits for one that is gone."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.console import UserError
+from data_prep.crew import Local, Task
+from data_prep.progress import Progress
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
+
+
+def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
+    command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("crew_checks.py"), folder, check]
+    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, timeout=60)
+
+
+@needs_mpi
+def test_ranks_share_the_tasks_and_what_one_of_them_found(tmp_path):
+    done = ranks(tmp_path, "good")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0", "1": "1", "2": "0"}
+
+
+@needs_mpi
+def test_a_bad_unit_is_one_line_and_the_others_are_done(tmp_path):
+    done = ranks(tmp_path, "bad")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error: unit 3 is bad (1 more unit failed)"]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "4", "6", "7"}
+
+
+@needs_mpi
+def test_a_full_disk_ends_all_ranks_before_their_next_task(tmp_path):
+    done = ranks(tmp_path, "full")
+    assert done.returncode != 0 and "No space left on device" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+@needs_mpi
+def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path):
+    done = ranks(tmp_path, "of_one_rank")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error: rank 1 sees no file"]
+
+
+@needs_mpi
+def test_a_crash_of_one_rank_ends_the_others(tmp_path):
+    done = ranks(tmp_path, "crash")
+    assert done.returncode != 0 and "a mistake of ours" in done.stderr
+
+
+def test_processes_that_mpi_does_not_know_of_are_noticed(command, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("name: x")
+    arguments, environment = command(config)
+    done = subprocess.run(arguments, env=environment | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "2 processes were started together, but MPI sees 1" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def fail_at_odd_numbers(number: int) -> int:
+    if number % 2:
+        raise UserError(f"unit {number} is bad")
+    return 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_of_this_machine_do_the_other_units_too(workers):
+    progress = Progress("working", 7, print)
+    crew = Local(workers)
+    with pytest.raises(UserError, match=r"unit 1 is bad \(2 more units failed\)"):
+        crew.run(fail_at_odd_numbers, [Task((number,), 1) for number in range(7)], progress)
+    crew.close()
+    assert (progress.done, progress.records) == (7, 4)
+
+
+def test_a_log_gets_a_line_with_the_time_left(monkeypatch):
+    said = []
+    monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0)
+    progress = Progress("tokenizing", 4_000_000, said.append)
+    progress.started -= 10
+    with progress:
+        progress.update(1_000_000, 500)
+        progress.update(3_000_000, 500)
+    assert said == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]

@@ -1,0 +1,105 @@
+"""Plain documents: beside pairs, and longer than a row."""
+
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+
+from data_prep import encode
+from data_prep.tokenizer import Tokenizer
+from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
+
+WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe", "犬", "🐕"]
+
+
+def words(count: int, seed: int) -> str:
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice("    \n") for _ in range(count)).strip()
+
+
+@pytest.fixture
+def documents(tmp_path) -> list[str]:
+    texts = [words(count, seed) for seed, count in enumerate([5, 2000, 300, 1, 40, 700])]
+    (tmp_path / "documents.txt").write_text("\n==\n".join(texts), encoding="utf-8")
+    return texts
+
+
+def text_source(folder, **settings) -> dict:
+    return {"type": "text", "path": str(folder / "documents.txt"), "separator": "=="} | settings
+
+
+def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents, tmp_path):
+    manifest = quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"]))
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
+    (entry,) = manifest["splits"]["train"]["shards"]
+    table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
+    found, document = [], []
+    for tokens, continues in zip(table["text"].to_pylist(), table["continues"].to_pylist(), strict=True):
+        assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, "a part that leaves a row half empty"
+        document += tokens
+        if not continues:
+            found.append(document)
+            document = []
+    assert found == [tokenizer.encode_batch([text])[0] for text in documents] and document == []
+    assert manifest["splits"]["train"]["continued"] == sum(table["continues"].to_pylist()) == len(table) - len(documents)
+    assert manifest["dropped"] == {}
+
+
+def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
+    quiet(data(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    tokenizer = Tokenizer.load(tmp_path / "first" / "tokenizer")
+    prefixes = [documents[1][:length] for length in range(1, 1000)]
+    tokens = [len(ids) for ids in tokenizer.encode_batch(prefixes)]
+    for count, expected in ((SEQUENCE_LENGTH - 2, [SEQUENCE_LENGTH - 2]), (SEQUENCE_LENGTH - 1, [SEQUENCE_LENGTH - 2, 1])):
+        (tmp_path / "documents.txt").write_text(prefixes[tokens.index(count)])
+        out = tmp_path / str(count)
+        quiet(data(out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
+        assert [len(tokens) for tokens, in split_rows(out, views=("text",))] == expected
+
+
+def test_plain_documents_stand_beside_pairs(documents, tmp_path, lines_file, pairs):
+    source = json_source(lines_file(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
+    manifest = quiet(data(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
+    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, "of the source of pairs alone"
+    first, second = manifest["splits"]["train"]["shards"]
+    assert (first["source"], second["source"], first["incomplete"]) == (0, 1, 0)
+    decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
+    assert [(decode(text), decode(code)) for text, code in shard_rows(tmp_path / "out", first)] == [tuple(row.values()) for row in pairs(50)]
+    assert all(text is None for text, _ in shard_rows(tmp_path / "out", second))
+    joined = "".join(decode(code) for _, code in shard_rows(tmp_path / "out", second))
+    assert joined == "".join(documents) and second["incomplete"] == second["records"]
+
+
+def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing(tmp_path, monkeypatch):
+    (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
+    source = text_source(tmp_path)
+    quiet(data(tmp_path / "whole", source, views=["text"]))
+    monkeypatch.setattr(encode, "STRETCH", 1000)
+    calls = []
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts))
+    quiet(data(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")}))
+    assert 500 < max(calls) <= 1000
+    assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
+
+
+def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
+    quiet(data(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    monkeypatch.setattr(encode, "STRETCH", 1000)
+    (tmp_path / "documents.txt").write_text("犬" * 2500, encoding="utf-8")
+    quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
+    decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
+    assert decode([token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]) == "犬" * 2500
+
+
+def test_a_list_of_paraphrases_becomes_the_views(tmp_path, lines_file):
+    rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
+    source = json_source(lines_file(tmp_path / "a.jsonl", rows), views="phrases")
+    manifest = quiet(data(tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}))
+    decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
+    texts = [tuple(decode(tokens) if tokens else None for tokens in row) for row in split_rows(tmp_path / "out", views=("one", "two", "three"))]
+    assert texts == [("a b", "b c", "c d"), ("d e", None, None), ("e f", "f g", "g h"), ("h a", "a c", None)]
+    assert manifest["sources"] == [{"weight": 1.0, "records": 4, "kept": 4, "tokens": sum(manifest["splits"]["train"]["tokens"].values())}]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest

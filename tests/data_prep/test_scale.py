@@ -1,0 +1,102 @@
+"""Two million records under mpirun, and twenty kills: the same bytes. Takes some 15 minutes."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.config import PythonSource
+from data_prep.sources import open_source
+from tests.processes import contents, kill_all
+
+pytestmark = pytest.mark.slow
+CHECKOUT = Path(__file__).resolve().parents[2]
+SHARED = CHECKOUT.parent / "shared" / "data"
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+RECORDS = 2_000_000
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> Path:
+    """The configuration of two million records: definitions, functions, and documents, shuffled copies with a number, one in twenty without."""
+    if not (SHARED / "wordnet").exists():
+        pytest.skip("needs ../shared/data")
+    folder = tmp_path_factory.mktemp("big")
+    rng = random.Random(0)
+    synsets = [json.loads(line) for line in (SHARED / "wordnet" / "synsets.jsonl").read_text().splitlines()]
+    pairs = [(synset["gloss"], ", ".join(synset["words"])) for synset in synsets]
+    reader = open_source(PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), ("text", "code"), "source")
+    pairs += [record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views]
+    documents = (SHARED / "text" / "sqlite3-doc.txt").read_text()
+    (folder / "documents.txt").write_text(documents)
+    wanted = RECORDS - documents.count("\n\n")
+    written = copy = 0
+    while written < wanted:
+        rng.shuffle(pairs)
+        with open(folder / f"pairs-{copy:02d}.jsonl", "w") as file:
+            for text, code in pairs[: wanted - written]:
+                file.write(json.dumps({"text": text, "code": code if rng.random() < 0.05 else f"{code} #{copy}"}) + "\n")
+                written += 1
+        copy += 1
+    config = folder / "run.yaml"
+    config.write_text(json.dumps({"name": "big", "data": {
+        "path": str(folder / "out"), "tokenizer": {"vocab_size": 8000}, "sequence_length": 1024, "validation_fraction": 0.01, "workers": 2,
+        "sources": [{"type": "json", "path": str(folder / "pairs-*.jsonl")},
+                    {"type": "text", "path": str(folder / "documents.txt"), "separator": ""}]}}))
+    return config
+
+
+def prepare(config: Path, out: Path, ranks: int) -> subprocess.Popen:
+    command = [MPIRUN, "-n", ranks, sys.executable, "-m", "data_prep", config, f"data.path={out}"]
+    return subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def by_one_rank(big) -> tuple[Path, float]:
+    """Prepared by one process, and the seconds it took."""
+    started = time.monotonic()
+    process = prepare(big, big.parent / "one", 1)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return big.parent / "one", time.monotonic() - started
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_writes_the_same_bytes(big, by_one_rank, ranks, tmp_path):
+    process = prepare(big, tmp_path / "out", ranks)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert f"in {ranks} MPI ranks" in said
+    assert contents(tmp_path / "out") == contents(by_one_rank[0])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert sum(source["records"] for source in manifest["sources"]) >= RECORDS
+    assert manifest["dropped"]["duplicate"]["count"] > 10_000
+
+
+def test_kills_at_random_times_leave_the_same_bytes(big, by_one_rank, tmp_path):
+    rng = random.Random(1)
+    _, seconds = by_one_rank
+    killed = 0
+    for _ in range(KILLS):
+        process = prepare(big, tmp_path / "out", 2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(1, seconds / 8))
+        kill_all(process)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed > KILLS // 2, "most kills came too late"
+    process = prepare(big, tmp_path / "out", 2)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert contents(tmp_path / "out") == contents(by_one_rank[0])

@@ -1,0 +1,38 @@
+"""Small corpora, prepared in this process, and a plain reader of their shards."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+
+from data_prep.config import DataConfig, validate
+from data_prep.pipeline import prepare
+
+SEQUENCE_LENGTH = 128
+VOCAB_SIZE = 340
+
+
+def data(path: Path, *sources: dict, **settings) -> DataConfig:
+    return validate(DataConfig, {"path": str(path), "sources": list(sources), "tokenizer": {"vocab_size": VOCAB_SIZE},
+                                 "sequence_length": SEQUENCE_LENGTH, "workers": 1} | settings, "data")
+
+
+def json_source(path: Path, **settings) -> dict:
+    return {"type": "json", "path": str(path)} | settings
+
+
+def quiet(config: DataConfig, tests=()) -> dict:
+    return prepare(config, tests, say=lambda line: None)
+
+
+def shard_rows(folder: Path, entry: dict, views: tuple[str, ...] = ("text", "code")) -> list[tuple]:
+    """The token lists of the rows of a shard, None for a view that a row lacks."""
+    table = pa.ipc.open_file(folder / entry["file"]).read_all()
+    return list(zip(*(table[view].to_pylist() for view in views), strict=True))
+
+
+def split_rows(folder: Path, split: str = "train", views: tuple[str, ...] = ("text", "code")) -> list[tuple]:
+    """The rows of a split, over all of its shards."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return [row for entry in manifest["splits"].get(split, {"shards": []})["shards"] for row in shard_rows(folder, entry, views)]

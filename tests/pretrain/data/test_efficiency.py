@@ -1,0 +1,51 @@
+"""How full packed rows are: against the loader's own rows, and on a sample that covers the corpus."""
+
+import re
+
+import numpy as np
+import pytest
+
+from pretrain.data import efficiency as module
+from pretrain.data.efficiency import efficiency, sample
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.order import BLOCK
+from tests.planning import plan
+from tests.pretrain.data.test_batch import some_records
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_shares_are_those_of_planned_rows(views, write_corpus, specials):
+    rng = np.random.default_rng(views)
+    records = [tuple(rng.integers(5, 512, size).tolist() for size in rng.integers(1, 90, views)) for _ in range(300)]
+    corpus = write_corpus(records, shard_records=70)
+    lines = efficiency(corpus)
+    found = {int(line.split()[0].replace(",", "")): re.findall(r"([\d.]+)%(?: +([\d.]+)% too long)?", line) for line in lines[2:]}
+    assert list(found)[:2] == [128, 256]
+    for row_length, shares in found.items():
+        for kind, (full, beyond) in zip(("joint", "independent"), shares, strict=True):
+            layout = make_layout(kind, specials, views=views, pairing=Pairing(1) if views > 1 else None)
+            numbers = np.arange(len(records))
+            fits = layout.positions(corpus.lengths(numbers)) <= row_length
+            rows = plan(corpus, numbers[fits], layout, row_length, np.full(fits.sum(), views > 1))
+            assert float(full) == pytest.approx(100 * rows.segment_lengths.sum() / (rows.count * row_length), abs=0.051)
+            assert float(beyond or 0) == pytest.approx(100 * (1 - fits.mean()), abs=0.051)
+
+
+def test_rows_that_hold_no_record(write_corpus):
+    lines = efficiency(write_corpus([(list(range(5, 400)), list(range(5, 400)))]))
+    assert lines[2].split() == ["128", "0.0%", "100.0%", "too", "long", "0.0%", "100.0%", "too", "long"]
+
+
+@pytest.mark.parametrize("records", [1, BLOCK - 1, BLOCK, 5 * BLOCK + 7, 10**9 + 3])
+def test_the_sample_covers_the_corpus_and_is_bounded(records):
+    numbers = sample(records)
+    assert len(np.unique(numbers)) == len(numbers) == min(records, len(numbers)) <= 200_000
+    assert numbers.min() == 0 and numbers.max() == records - 1
+    if records <= module.SAMPLE_BLOCKS * BLOCK:
+        assert len(numbers) == records
+    else:
+        assert np.diff(np.unique(numbers // BLOCK)).max() <= -(-records // BLOCK) / (module.SAMPLE_BLOCKS - 1) + 1
+
+
+def test_records_that_lack_views(write_corpus):
+    assert len(efficiency(write_corpus(some_records(1, views=3, incomplete=True)))) > 3

@@ -1,0 +1,153 @@
+"""Prefetching: the same steps as without, state of what was taken alone, errors as they are, and a thread that ends."""
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.console import UserError
+from pretrain.data.batch import Batch, micro_batches
+from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.loader import Loader, counts
+from pretrain.data.prefetch import AHEAD, Prefetch
+from tests.launching import environment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def loader(corpus, specials) -> Loader:
+    return Loader(corpus, make_layout("joint", specials, pairing=Pairing(1)), 128, seed=5, dropout=0.3, epochs=2)
+
+
+def batches_of(loader: Loader, specials):
+    return lambda rows: micro_batches(rows, loader.corpus, loader.layout, specials, 128, micro_batch_rows=2, rank=1, ranks=2)
+
+
+def prefetch_threads() -> int:
+    return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for field in fields(Batch):
+        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def test_steps_are_those_of_the_loader_and_so_is_the_state_after_each(loader, specials, corpus):
+    plain = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
+    with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
+        while not plain.exhausted:
+            rows, step = plain.next_rows(8), steps.next()
+            np.testing.assert_array_equal(step.rows.records, rows.records)
+            assert step.state == plain.state() and step.counts == counts(rows, plain.layout)
+            expected = list(batches_of(plain, specials)(rows))
+            assert len(step.batches) == len(expected) == 2
+            for one, other in zip(step.batches, expected, strict=True):
+                assert_same(one, other)
+        with pytest.raises(ValueError, match="exhausted"):
+            steps.next()
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_had_not_taken(loader, specials, corpus):
+    with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
+        taken = [steps.next() for _ in range(3)]
+        following = steps.next()
+    assert loader.state() != taken[-1].state, "the thread is ahead"
+    resumed = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
+    resumed.load_state(taken[-1].state)
+    with Prefetch(resumed, 8, batches_of(resumed, specials), CPU) as steps:
+        again = steps.next()
+    np.testing.assert_array_equal(again.rows.records, following.rows.records)
+    assert_same(again.batches[0], following.batches[0])
+
+
+def test_no_more_steps_than_agreed_wait(loader, specials):
+    made = []
+
+    def counted(rows):
+        made.append(rows)
+        return batches_of(loader, specials)(rows)
+
+    with Prefetch(loader, 8, counted, CPU) as steps:
+        for taken in (0, 1, 2):
+            deadline = time.monotonic() + 20
+            while len(made) < taken + AHEAD and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            assert len(made) == taken + AHEAD
+            steps.next()
+
+
+def test_an_error_comes_out_at_its_step_as_it_is_and_is_known_before(loader, specials):
+    number = count(1)
+
+    def damaged(rows):
+        if next(number) == 3:
+            raise UserError("the shard x is damaged")
+        return batches_of(loader, specials)(rows)
+
+    with Prefetch(loader, 8, damaged, CPU) as steps:
+        assert not steps.failed() and steps.next() and not steps.failed() and steps.next()
+        assert steps.failed()
+        with pytest.raises(UserError, match=r"^the shard x is damaged$"):
+            steps.next()
+
+
+def test_the_time_waited_for_data_is_counted(loader, specials):
+    def slow(rows):
+        time.sleep(0.2)
+        return batches_of(loader, specials)(rows)
+
+    with Prefetch(loader, 8, slow, CPU) as steps:
+        steps.next()
+        assert steps.take_waited() >= 0.2
+        time.sleep(0.6)
+        steps.next()
+        assert steps.take_waited() < 0.1
+
+
+def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):
+    before = prefetch_threads()
+    with pytest.raises(KeyError), Prefetch(loader, 8, batches_of(loader, specials), CPU):
+        assert prefetch_threads() == before + 1
+        raise KeyError
+    assert prefetch_threads() == before
+
+
+@pytest.mark.parametrize("end", ["raise RuntimeError", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"])
+def test_a_process_ends_that_never_left_it(end, tmp_path):
+    """Where nothing is tidied up: the thread holds up no exit."""
+    code = f"""
+import os, signal, sys, time, types
+import torch
+from pretrain.data.prefetch import Prefetch
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+class Endless:
+    exhausted = False
+    def next_rows(self, count):
+        time.sleep(0.1)
+        raise ValueError
+steps = Prefetch(Endless(), 1, list, torch.device("cpu"))
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, capture_output=True)
+    assert done.returncode == (1 if "raise" in end else 3), done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+def test_on_cuda_batches_are_pinned(loader, specials):
+    device = torch.device("cuda:0")
+    with Prefetch(loader, 8, batches_of(loader, specials), device) as steps:
+        [batch, _] = steps.next().batches
+    plain = next(iter(batches_of(loader, specials)(Loader(loader.corpus, loader.layout, 128, seed=5, dropout=0.3).next_rows(8))))
+    assert batch.token_ids.is_pinned() and batch.pair_valid.is_pinned()
+    assert_same(batch, plain)
+    moved = batch.to(device)
+    torch.cuda.synchronize()
+    assert torch.equal(moved.token_ids.cpu(), plain.token_ids)

@@ -1,0 +1,111 @@
+"""`python -m data_prep inspect` and `stats` as a user runs them, and their mistakes; records decoded with their pieces."""
+
+import itertools
+import re
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.console import exit_on_user_error
+from data_prep.tokenizer import Tokenizer
+from data_prep.tools.show import columns, printable, shortened, show_record
+
+
+@pytest.fixture
+def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """A command's exit code, output and error."""
+    def tell(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
+        code = 0
+        try:
+            exit_on_user_error(main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return tell
+
+
+def pieces(text: str) -> tuple[list[str], list[int]]:
+    """The pieces and ids that stand over each other in a record's lines."""
+    found: tuple[list[str], list[int]] = ([], [])
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    for above, below in itertools.pairwise(lines):
+        if re.fullmatch(r"[\d ]+", below) and not re.fullmatch(r"[\d ]+", above):
+            starts = [match.start() for match in re.finditer(r"\d+", below)]
+            found[0].extend(above[start:stop].strip() for start, stop in zip(starts, [*starts[1:], None], strict=True))
+            found[1].extend(map(int, below.split()))
+    return found
+
+
+def test_inspect(prepared, corpus, tell):
+    code, out, error = tell("inspect", prepared, "2", "--record", "5", "--row-length", "256", "--predictor-tokens", "2")
+    assert (code, error) == (0, "")
+    first, second, row = re.split(r"\n\n(?=record|A row)", out, maxsplit=2)
+    for number, shown in ((5, first), (6, second)):
+        record = corpus.by_view(number)
+        assert shown.startswith(f"record {number}: {sum(map(len, record.values()))} tokens\n")
+        assert pieces(shown)[1] == [token for ids in record.values() for token in ids.tolist()]
+        assert pieces(shown)[0] == [corpus.tokenizer.piece(token) for token in pieces(shown)[1]]
+        for view, ids in record.items():
+            assert f"  {view}: {len(ids)} tokens" in shown and corpus.tokenizer.decode(ids)[:60] in shown
+    assert row.startswith("A row of 256 positions, joint layout, k = 2") and "\n   0  " in row and " 5  text" in row
+
+
+def test_inspect_another_split_in_the_other_layout(prepared, tell):
+    code, out, _ = tell("inspect", prepared, "--split", "validation", "--layout", "independent")
+    assert code == 0 and out.count("\nrecord ") == 2 and "A row of 128 positions, independent layout, k = 1" in out
+    assert out.splitlines()[0].startswith("record 0: ")
+
+
+def test_stats(prepared, tell):
+    code, out, _ = tell("stats", prepared)
+    assert code == 0 and "train: 400 records" in out and "validation: 40 records" in out
+    assert out.count("row length") == 2 and out.count("records by tokens") == 4
+
+
+@pytest.mark.parametrize(("arguments", "because"), [
+    (["inspect", "PATH", "--split", "test"], "has no test split"),
+    (["inspect", "PATH", "--record", "400"], "--record 400: train holds the records 0 to 399"),
+    (["inspect", "PATH", "--record", "-1"], "--record -1"),
+    (["inspect", "PATH", "-1"], ""),
+    (["inspect", "PATH", "--row-length", "9"], "positions in this layout, the row has 9; give another --record or --row-length"),
+    (["inspect", "PATH", "--predictor-tokens", "-1"], "cannot be negative"),
+    (["inspect", "elsewhere"], "there is no prepared corpus in elsewhere"),
+    (["stats", "elsewhere"], "there is no prepared corpus in elsewhere"),
+    (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
+    (["verify"], "the following arguments are required: path"),
+    (["verification"], "cannot read the configuration verification"),
+])
+def test_mistakes(arguments, because, prepared, tell):
+    code, _, error = tell(*[prepared if argument == "PATH" else argument for argument in arguments])
+    assert code == 2 and because in error and "Traceback" not in error
+
+
+def test_odd_text_is_shown_in_columns(prepared, tokenizer):
+    text = "a\x1b[31m\n\u202e日本語 \u200b" * 9
+    ids = tokenizer.encode_batch([text])[0]
+    shown = show_record(tokenizer, 3, {"text": np.array(ids), "code": np.array([])}, 80)
+    assert all(char.isprintable() for line in shown.splitlines() for char in line)
+    assert max(map(columns, shown.splitlines())) <= 80
+    assert "code: null, the record lacks it" in shown and printable(text)[:30] in shown
+
+
+@pytest.mark.parametrize("text", ["", "abc", "日本語のテキスト" * 3, "e\u0301" * 30, "x" * 100])
+@pytest.mark.parametrize("room", [1, 2, 5, 24])
+def test_shortened(text, room):
+    short = shortened(text, room)
+    assert columns(short) <= room
+    if columns(text) <= room:
+        assert short == text
+    else:
+        head, _, tail = short.partition("…")
+        assert text.startswith(head) and text.endswith(tail) and "…" in short
+
+
+def test_pieces(prepared):
+    tokenizer = Tokenizer.load(prepared / "tokenizer")
+    assert "".join(map(tokenizer.piece, tokenizer.encode_batch(["a b"])[0])).replace("\u2581", " ") == "a b"
+    assert tokenizer.piece(tokenizer.bos_id) == "<s>" and tokenizer.piece(tokenizer.eos_id) == "</s>"

@@ -1,0 +1,92 @@
+"""What is read at the start of a run: nothing that grows with the records, where the manifest knows; and epochs of a mixture."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_prep.console import UserError
+from pretrain.config import RunConfig, load_config
+from pretrain.data.corpus import Corpus
+from pretrain.run_folder import read_status
+from pretrain.training import setup
+from pretrain.training.setup import check
+from tests.launching import call, tiny_config, write_config
+
+PLAIN, PREPENDED = {"name": "next_token"}, {"name": "llm_jepa", "distance": "cosine", "predictor_placement": "prepend"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(corpus: Corpus, **changes) -> RunConfig:
+        values = tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[], data__views=["view0", "view1"],
+                             data__tokenizer={"vocab_size": 512}, **changes)
+        return load_config(write_config(tmp_path, values))
+    return make
+
+
+@pytest.fixture
+def small_corpus(write_corpus):
+    """Forty pairs, of which the longest needs 2 * 20 - 10 + 4 + 12 positions, then a document in pieces that fill rows of 48."""
+    def make() -> Corpus:
+        rng = np.random.default_rng(0)
+        pairs = [tuple(rng.integers(5, 500, length).tolist() for length in lengths) for lengths in rng.integers(1, 11, (39, 2))]
+        document = [([7] * 46, []), ([8] * 46, []), ([9], [])]
+        corpus = write_corpus([*pairs, ([5] * 10, [6] * 10), *document, ([5], [6])], continues=[False] * 40 + [True, True, False, False])
+        manifest = json.loads((corpus.folder / "manifest.json").read_text())
+        manifest["settings"]["data"] |= {"sequence_length": 48, "tokenizer": {"vocab_size": 512}}
+        (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+        return Corpus(corpus.folder, "train")
+    return make
+
+
+@pytest.mark.parametrize(("length", "objective", "needed"), [
+    (48, PLAIN, None), (48, PREPENDED, None), (47, PLAIN, 48), (46, {"name": "llm_jepa", "distance": "cosine"}, 48)])
+def test_rows_that_are_too_short_are_refused_by_what_the_longest_record_needs(config, small_corpus, length, objective, needed):
+    corpus = small_corpus()
+    chosen = config(corpus, data__sequence_length=length, objective=objective)
+    if needed is None:
+        check(chosen, corpus, pytest.fail if objective is PLAIN else print)
+    else:
+        with pytest.raises(UserError, match=rf"data.sequence_length is {length}, too short .*the longest needs {needed} positions"):
+            check(chosen, corpus, print)
+
+
+def test_lengths_are_read_only_where_the_manifest_does_not_know_and_that_is_said(config, small_corpus, monkeypatch):
+    monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
+    corpus, said = small_corpus(), []
+    check(config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}), corpus, said.append)
+    assert said == []
+    check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, said.append)
+    assert said == ["note: reading the lengths of 44 records: the manifest does not tell whether all fit data.sequence_length=48"]
+
+
+def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_are_none(config, write_corpus, monkeypatch):
+    monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
+    objective = {"name": "llm_jepa", "distance": "cosine"}
+    for records, pairs in (([([5], [])] * 50 + [([5], [6])], True), ([([5], [])] * 50, False)):
+        corpus = write_corpus(records)
+        corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
+        if pairs:
+            check(config(corpus, objective=objective), corpus, print)
+        else:
+            with pytest.raises(UserError, match=r"no record of .* has two views"):
+                check(config(corpus, objective=objective), corpus, print)
+
+
+def test_epochs_are_those_of_the_mixture(tmp_path):
+    """In the budget, in the metrics, and in what a dry run expects."""
+    sources = [{"type": "nlrx", "records": 80, "weight": 1.5}, {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5}]
+    values = tiny_config(tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__tensorboard=False)
+    path = str(write_config(tmp_path, values))
+    call(["python", "-m", "data_prep", path])
+    printed = call(["python", "launcher/run.py", path, "--dry-run"]).stdout.splitlines()
+    rows = {line.split("  ")[0]: line.split()[-1] for line in printed if "  " in line}
+    assert rows["train.epochs"] == "2"
+    call(["python", "launcher/run.py", path])
+    run = tmp_path / "runs" / "run"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert read_status(run)["status"] == "finished" and last["records"] == 2 * 120 + 41
+    assert last["epoch"] == pytest.approx(281 / (120 + 20.5))
+    assert 0 <= last["throughput/data_wait_fraction"] <= 1
+    assert int(rows["steps, about"]) == pytest.approx(last["step"], abs=1)
