@@ -57,11 +57,14 @@ def main() -> None:
 def write_corpus(path: Path, wanted: int) -> int:
     """Write JSON lines of pairs with `wanted` bytes of text or a little more; return how many it is."""
     reader = open_source(PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), VIEWS, "the standard library")
-    pairs = [record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views]
+    mined = (record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views)
+    pairs: list[tuple[str, ...]] = []
     size = copy = 0
     with open(path, "w", encoding="utf-8") as file:
         while size < wanted:
-            for docstring, code in pairs:
+            for docstring, code in pairs if copy else mined:
+                if not copy:
+                    pairs.append((docstring, code))
                 row = {"docstring": docstring, "code": f"{code}\n# {copy}"}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 size += sum(len(text.encode()) for text in row.values())

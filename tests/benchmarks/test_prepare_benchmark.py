@@ -1,0 +1,17 @@
+"""The benchmark of the preparation runs, and reports what it promises."""
+
+import json
+
+from tests.launching import ROOT, call
+
+
+def test_it_reports_the_preparation_beside_the_tokenizer_alone():
+    done = call(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
+    result = json.loads(done.stdout)
+    assert 1 <= result["text_megabytes"] < 1.2 and result["records"] > 500 and result["rounds"] == 1
+    assert result["megabytes_per_second"].keys() == {"raw_1", "prepare_1", "raw_2", "prepare_2"}
+    rates = result["megabytes_per_second"]
+    for workers in ("1", "2"):
+        ratio = result["prepare_over_raw_times_workers"][workers]
+        assert 0 < ratio < 1.2 and abs(ratio - rates[f"prepare_{workers}"] / rates["raw_1"] / int(workers)) < 0.02
+    assert {target["met"] for target in result["targets"].values()} <= {True, False}
