@@ -177,7 +177,7 @@ class MonitorConfig(Section):
     validate_every: int = Field(default=100, gt=0)
     """Steps between validations; the last step is always validated. Without a validation split there are none."""
     validation_records: int = Field(default=1000, gt=1)
-    """Records of a validation: the first ones of the validation split, always the same."""
+    """Records of a validation: spread evenly over the validation split, always the same."""
     gradients_every: int = Field(default=0, ge=0)
     """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
     One takes as long as a step for each term."""

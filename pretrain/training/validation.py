@@ -16,14 +16,15 @@ from pretrain.training.distributed import World
 
 
 class Validation:
-    """The first records of the validation split, packed once and divided over the ranks.
+    """Records spread evenly over the validation split, so that each source has its share, packed once and divided over the ranks.
 
     Micro steps are those of training, so a contrastive term has pools of the training's kind; the monitors look at all
     pairs together.
     """
 
     def __init__(self, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, records: int, micro_batch_rows: int, world: World):
-        numbers = np.arange(min(records, len(corpus)))
+        count = min(records, len(corpus))
+        numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
         rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw(numbers, 0, np.zeros_like(numbers)))
         per_micro_step = micro_batch_rows * world.size
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
