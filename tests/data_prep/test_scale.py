@@ -39,12 +39,11 @@ def big(tmp_path_factory) -> Path:
     pairs += [record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views]
     documents = (SHARED / "text" / "sqlite3-doc.txt").read_text()
     (folder / "documents.txt").write_text(documents)
-    wanted = RECORDS - documents.count("\n\n")
     written = copy = 0
-    while written < wanted:
+    while written < RECORDS:
         rng.shuffle(pairs)
         with open(folder / f"pairs-{copy:02d}.jsonl", "w") as file:
-            for text, code in pairs[: wanted - written]:
+            for text, code in pairs[: RECORDS - written]:
                 file.write(json.dumps({"text": text, "code": code if rng.random() < 0.05 else f"{code} #{copy}"}) + "\n")
                 written += 1
         copy += 1
