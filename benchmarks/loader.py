@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.start_up:
         return start_up(arguments.start_up)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train([text for index in range(2000) for text in generate(0, "train", index)], VOCABULARY, folder / "tokenizer")
@@ -199,7 +199,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
         port = str(probe.getsockname()[1])
     run = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--no_local_rank", "launcher/run.py"]
     for command in ([sys.executable, "-m", "data_prep"], run):
-        subprocess.run([*command, *demo], cwd=ROOT, stdout=sys.stderr, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+        subprocess.run([*command, *demo], cwd=ROOT, stdout=sys.stderr, check=True)
     config = load_config(ROOT / demo[0], overrides)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "throughput/data_wait_fraction" in line and line["step"] > 1]

@@ -9,43 +9,25 @@ down for a while slows all of them down. One JSON object goes to stdout, progres
 """
 
 import argparse
-import hashlib
-import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import numpy as np
 import torch
 import yaml
-from cost_arms import ARMS, BASELINE, PREDICTOR_TOKENS
-from cost_bench import Bench, Measured
+from cost_arms import ARMS, PREDICTOR_TOKENS
 
-from data_prep.console import print_now
 from data_prep.pipeline import prepare
 from pretrain.config import load_config
-from pretrain.training.distributed import init_world
-from pretrain.training.engine import parameter_count
-from pretrain.training.throughput import Throughput, count_parameters
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "configs" / "models"
 CORPUS_RECORDS = 4096
 SEED = 1
-ROUNDS_APART = {"three_passes_512": 3}
-"""A step of this one takes longer than a round of all others, and its ratio needs no three digits: every third round has it."""
-ONE_FORWARD = ("joint_packed", "independent_packed", "joint_dropout_0.75")
-TOKEN_TARGET = 1.05
-"""Of these, time per record against the baseline, over the same ratio of positions: at most this."""
-SPEEDUP_TARGETS = {"three_passes_512": 30.0, "three_passes_longest": 2.2}
-"""Records per second of joint_packed over those of a published way: at least this."""
 
 
 def main() -> None:
@@ -55,7 +37,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if on_gpu else 2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of the baseline in a round; slower ways take fewer")
-    parser.add_argument("--records", type=int, default=2048 if on_gpu else 320, help="records of an optimizer step, over all ranks")
+    parser.add_argument("--records", type=int, default=2048 if on_gpu else 640, help="records of an optimizer step, over all ranks")
     parser.add_argument("--row-length", type=int, default=4096 if on_gpu else 128, help="positions of a packed row")
     parser.add_argument("--micro-slots", type=int, default=16384,
                         help="positions and padding that a rank takes at most in a micro step, all passes together")
@@ -67,6 +49,8 @@ def main() -> None:
     if arguments.records % arguments.ranks:
         parser.error("--records must be a multiple of --ranks")
     if arguments.folder:
+        from cost_report import run_rank  # imports DeepSpeed, which says on stdout what it thinks of the machine
+
         run_rank(arguments)
     else:
         start_ranks(arguments, on_gpu)
@@ -104,105 +88,6 @@ def run_values(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> dic
         "train": {"steps": 1, "learning_rate": 1e-3, "precision": "bf16" if on_gpu else "fp32",
                   "global_batch_rows": arguments.ranks, "micro_batch_rows": 1},
     }
-
-
-def run_rank(arguments: argparse.Namespace) -> None:
-    """Time all ways on this rank; rank 0 writes the result."""
-    world = init_world()
-    say = print_now if world.is_main else lambda text: None
-    bench = Bench.build(arguments, load_config(arguments.folder / "config.yaml"), world)
-    for engine in bench.engines.values():  # the optimizer's state and the gradient buffers come with the first step
-        bench.step(next(name for name, arm in bench.arms.items() if bench.engines[arm.predictor_tokens] is engine))
-    for name, measured in bench.measured.items():
-        measured.peak_memory = bench.peak_memory(name)
-        say(f"{name}: losses {measured.losses}, {measured.micro_steps} micro steps")
-    names = list(bench.arms)
-    for number in range(arguments.rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            if number % ROUNDS_APART.get(name, 1) == 0:
-                bench.time(name, number, arguments.steps)
-                say(f"round {number + 1} of {arguments.rounds}: {name} {bench.measured[name].seconds[number]:.2f} s a step")
-    if world.is_main:
-        (arguments.folder / "result.json").write_text(json.dumps(report(bench, arguments), indent=1))
-    world.barrier()
-
-
-def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JSON object."""
-    records, lengths = len(bench.records), bench.corpus.lengths(bench.records)
-    arms = {name: describe(bench, name) for name in bench.arms}
-    speedups = {}
-    if "joint_packed" in arms:
-        speedups = {name: spread(time_ratios(bench.measured[name], bench.measured["joint_packed"]))
-                    for name, arm in bench.arms.items() if len(arm.passes) > 1}
-    return {
-        "device": torch.cuda.get_device_name() if bench.world.device.type == "cuda" else "cpu",
-        "ranks": bench.world.size, "threads_per_rank": torch.get_num_threads(), "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-        "precision": bench.config.train.precision, "zero_stage": 3, "model": arguments.model.name,
-        "parameters": parameter_count(bench.engines[0].module), "row_length": arguments.row_length, "records_per_step": records,
-        "context_tokens_per_record": round(float(lengths[:, 0].mean()), 2), "target_tokens_per_record": round(float(lengths[:, 1].mean()), 2),
-        "rounds": arguments.rounds, "baseline": BASELINE, "arms": arms,
-        "records_per_second_of_joint_packed_over": speedups,
-        "targets": {
-            **{f"time_over_positions of {name}": goal(arms[name]["to_baseline"]["time_over_positions"]["median"], most=TOKEN_TARGET)
-               for name in ONE_FORWARD if name in arms},
-            **{f"joint_packed over {name}": goal(speedups[name]["median"], least=least) for name, least in SPEEDUP_TARGETS.items()
-               if name in speedups},
-        },
-    }
-
-
-def describe(bench: Bench, name: str) -> dict[str, Any]:
-    """What was measured of a way, and its ratios to the baseline of the same rounds."""
-    measured, baseline, records = bench.measured[name], bench.measured[BASELINE], len(bench.records)
-    times = time_ratios(measured, baseline)
-    positions = measured.positions / baseline.positions
-    numbers = [np.sort(rows.records) for rows in measured.rows]
-    assert all(np.array_equal(numbers[0], others) for others in numbers)
-    return {
-        "records_per_second": round(records / statistics.median(measured.seconds.values()), 2),
-        "seconds_per_step": spread(measured.seconds.values()),
-        "processor_seconds_per_step": spread(measured.processor_seconds.values()),
-        "peak_memory_bytes": measured.peak_memory,
-        "micro_steps": measured.micro_steps,
-        "positions_per_record": round(measured.positions / records, 2),
-        "slots_per_record": round(measured.slots / records, 2),
-        **({"mfu": mfu} if (mfu := model_flops_utilisation(bench, measured)) is not None else {}),
-        "losses_at_start": measured.losses,
-        "records": {"count": len(numbers[0]), "sha256": hashlib.sha256(numbers[0].tobytes()).hexdigest()},
-        "to_baseline": {
-            "records_per_second": spread([1 / ratio for ratio in times]),
-            "time": spread(times),
-            "positions": round(positions, 4),
-            "slots": round(measured.slots / baseline.slots, 4),
-            "time_over_positions": spread([ratio / positions for ratio in times]),
-            "time_over_slots": spread([ratio * baseline.slots / measured.slots for ratio in times]),
-        },
-    }
-
-
-def model_flops_utilisation(bench: Bench, measured: Measured) -> float | None:
-    """By the formula of training; None where the peak of the device is not known."""
-    throughput = Throughput(count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length)
-    for number, rows in enumerate(measured.rows):  # targets and time belong to all passes together
-        throughput.add(rows, 0 if number else measured.targets, 0.0 if number else statistics.median(measured.seconds.values()))
-    return throughput.take().get("throughput/mfu")
-
-
-def time_ratios(measured: Measured, other: Measured) -> list[float]:
-    """Time of one way over that of another, by round."""
-    return [seconds / other.seconds[number] for number, seconds in measured.seconds.items()]
-
-
-def spread(values: Collection[float]) -> dict[str, float]:
-    """Median, smallest and largest over the rounds."""
-    return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
-
-
-def goal(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
-    """A figure beside what it should be."""
-    return {"measured": value, **({"at_most": most} if least == 0 else {"at_least": least}), "met": least <= value <= most}
 
 
 if __name__ == "__main__":

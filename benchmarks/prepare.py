@@ -1,6 +1,6 @@
 """How fast a corpus is prepared: all phases together, against the tokenizer alone on the same text.
 
-    python benchmarks/prepare.py [--megabytes 48] [--rounds 3] > prepare.json
+    python benchmarks/prepare.py [--megabytes 128] [--rounds 3] > prepare.json
 
 The text is the docstring/function pairs of Python's own library, repeated with a number in each, as JSON lines. The tokenizer, BPE of 8,192
 pieces, is trained before the clock runs and taken over. `raw` is sentencepiece's batch encoding of the same texts, on one thread, without
@@ -40,7 +40,7 @@ SPEEDUP_TARGET = 1.8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, default=48, help="text to prepare")
+    parser.add_argument("--megabytes", type=float, default=128, help="text to prepare")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

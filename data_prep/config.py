@@ -232,11 +232,19 @@ def task_source(data: DataConfig, path: str | Path) -> JsonSource:
     return JsonSource(type="json", path=str(path), views=views)
 
 
-def evaluation_tests(data: DataConfig, evaluation: Any) -> list[JsonSource]:
+def evaluation_tests(data: DataConfig, evaluation: Any) -> list[str]:
     """The test files that the `evaluation` section of a configuration names."""
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     named = [task["test"] for task in tasks or [] if isinstance(task, dict) and isinstance(task.get("test"), str)]
-    return [task_source(data, path) for path in dict.fromkeys(named)]
+    return list(dict.fromkeys(named))
+
+
+def readings(data: DataConfig, path: str) -> list[JsonSource]:
+    """A test file, read as its task does, and by the columns of every other source: its questions may stand in any of them."""
+    mappings = [source.views for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource)]
+    others = [JsonSource(type="json", path=path, views=views) for views in [*mappings, None]]
+    first = task_source(data, path)
+    return [first, *(other for number, other in enumerate(others) if other not in [first, *others[:number]])]
 
 
 def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:

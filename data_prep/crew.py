@@ -7,6 +7,7 @@ of records that it went through. A task that ends in a UserError does not keep t
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_prep.console import UserError
+from data_prep.console import INTERRUPTED, UserError
 from data_prep.progress import Progress
 
 Result = TypeVar("Result")
@@ -74,17 +75,22 @@ class Local:
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
         errors: dict[int, UserError] = {}
-        with progress:
-            for number, outcome in self._outcomes(function, tasks):
-                records = 0
-                try:
-                    records = outcome()
-                except UserError as error:
-                    errors[number] = error
-                except BrokenProcessPool:
-                    raise UserError("a worker process of the preparation was killed (out of memory?); "
-                                    "start the same command again, or with a smaller data.workers") from None
-                progress.update(tasks[number].size, records)
+        try:
+            with progress:
+                for number, outcome in self._outcomes(function, tasks):
+                    records = 0
+                    try:
+                        records = outcome()
+                    except UserError as error:
+                        errors[number] = error
+                    progress.update(tasks[number].size, records)
+        except BrokenProcessPool:
+            raise UserError("a worker process of the preparation was killed (out of memory?); "
+                            "start the same command again, or with a smaller data.workers") from None
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():  # what they were doing is done anew the next time
+                worker.terminate()
+            raise
         _raise_first(errors)
 
     def _outcomes(self, function: Callable[..., int], tasks: Sequence[Task]) -> Iterator[tuple[int, Callable[[], int]]]:
@@ -97,7 +103,7 @@ class Local:
             # forkserver: the workers start from a clean process that has imported all they need
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_prep.encode"])
-            self.pool = ProcessPoolExecutor(self.workers, context, initializer=_end_with_parent)
+            self.pool = ProcessPoolExecutor(self.workers, context, initializer=end_with_parent)
         running = {self.pool.submit(function, *task.arguments): number for number, task in enumerate(tasks)}
         for done in as_completed(running):
             yield running[done], done.result
@@ -107,8 +113,10 @@ class Local:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Let this worker die with the process that prepares: it would write on without the lock, and then wait forever."""
+def end_with_parent() -> None:
+    """Let this worker die with the process that started it: it would write on without the lock, and then wait forever. Ctrl-C is for that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -178,6 +186,8 @@ class Mpi:
             if self.is_main:
                 raise
             sys.exit(2)
+        except KeyboardInterrupt:
+            self.communicator.Abort(INTERRUPTED)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()

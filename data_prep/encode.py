@@ -24,6 +24,8 @@ from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
 STRETCH = 1 << 20
 """Characters that the tokenizer gets at once: its memory grows with them. A longer text is cut behind a line or a blank."""
+SHARD_TOKENS = 1 << 25
+"""With so many a shard is full: what a unit keeps in memory is bounded, however large a compressed file or a row group is."""
 CLOSING = 2
 """Positions of a plain document besides its tokens: the first and the end token."""
 
@@ -66,25 +68,29 @@ def kept_records(job: Job, reader, number: int, unit: Unit, drops: Drops | None 
 def encode_unit(serialized: str, number: int, unit: Unit) -> int:
     """Tokenize one unit and write its shards; the number of records that it keeps."""
     job, readers = open_job(serialized)
-    encoder = _Encoder(job, unit, open_tokenizer(job.data.path))
+    encoder = _Encoder(job, number, unit, open_tokenizer(job.data.path))
     for piece, record in kept_records(job, readers[unit.source], number, unit, encoder.drops):
         encoder.add(piece, record)
-    shards = encoder.finish(number)
-    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "shards": shards})
+    encoder.finish()
+    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "shards": dict(sorted(encoder.shards.items()))})
     return encoder.kept
 
 
 class _Encoder:
     """The records of a unit that are tokenized together, and the tokens so far."""
 
-    def __init__(self, job: Job, unit: Unit, tokenizer: Tokenizer):
-        self.job, self.unit, self.tokenizer = job, unit, tokenizer
+    def __init__(self, job: Job, number: int, unit: Unit, tokenizer: Tokenizer):
+        self.job, self.number, self.unit, self.tokenizer = job, number, unit, tokenizer
         self.drops = Drops()
         self.split_of = job.splitter(unit.source)
         self.batch: list[tuple[int, Record]] = []
         self.characters = self.kept = 0
+        self.cuts: bool | None = None
+        """Whether the tokens of a text are those of its parts; None: not known yet. With a blank put before every text they are not."""
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
-        """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other."""
+        """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other, since the last shard."""
+        self.shards: dict[str, list[dict]] = {}
+        """Manifest entries of the shards, by split."""
 
     def add(self, piece: int, record: Record) -> None:
         self.batch.append((piece, record))
@@ -105,18 +111,31 @@ class _Encoder:
             for values, of_view in columns:
                 starts = np.cumsum(of_view) - of_view
                 tokens.append(values[ranges(starts[members], of_view[members])])
-            self.parts.setdefault(str(split), []).append((tokens, *_cut(lengths[members], self.job.data.sequence_length)))
+            parts = self.parts.setdefault(str(split), [])
+            parts.append((tokens, *_cut(lengths[members], self.job.data.sequence_length)))
             self.kept += len(members)
+            if sum(len(values) for tokens, *_ in parts for values in tokens) >= SHARD_TOKENS:
+                self._write(str(split))
         self.batch, self.characters = [], 0
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of some texts, concatenated, and how many each has; none where there is but blank."""
-        stretches = [_stretches(text) if text and not text.isspace() else [] for text in texts]
+        stretches = [self._stretches(text) if text and not text.isspace() else [] for text in texts]
         encoded = self.tokenizer.encode_batch([stretch for of_text in stretches for stretch in of_text])
         of_stretch = np.fromiter(map(len, encoded), np.int64, len(encoded))
         values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_stretch.sum()))
         text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in stretches])
         return values, np.bincount(text_of, of_stretch, minlength=len(texts)).astype(np.int64)
+
+    def _stretches(self, text: str) -> list[str]:
+        """A long text in parts that the tokenizer can take, unless it makes something else of a part than of the whole."""
+        if len(text) <= STRETCH:
+            return [text]
+        if self.cuts is None:
+            parts = ["a word\n", "and another \n\n", " of more"]
+            whole, *apart = self.tokenizer.encode_batch(["".join(parts), *parts])
+            self.cuts = whole == [token for part in apart for token in part]
+        return _stretches(text) if self.cuts else [text]
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
         """Which records are kept: (N, views) -> (N,). The others are counted."""
@@ -131,23 +150,24 @@ class _Encoder:
                 self.drops.add("empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.views)}")
         return fits
 
-    def finish(self, number: int) -> dict[str, dict]:
-        """Write the shards; their entries by split."""
+    def finish(self) -> None:
+        """Write what is left."""
         self._encode()
-        shards = {}
-        for split, parts in sorted(self.parts.items()):
-            tokens, lengths, continues = zip(*parts, strict=True)
-            together = np.concatenate(lengths)
-            views = {name: (np.concatenate([part[view] for part in tokens]), together[:, view]) for view, name in enumerate(self.job.data.views)}
-            shards[split] = write_shard(Path(self.job.data.path) / f"{split}-{number:05d}.arrow", self.unit.source, views,
-                                        np.concatenate(continues), self.tokenizer.vocab_size)
-        return shards
+        for split in sorted(self.parts):
+            self._write(split)
+
+    def _write(self, split: str) -> None:
+        """Make a shard of what was encoded of a split."""
+        tokens, lengths, continues = zip(*self.parts.pop(split), strict=True)
+        together = np.concatenate(lengths)
+        views = {name: (np.concatenate([part[view] for part in tokens]), together[:, view]) for view, name in enumerate(self.job.data.views)}
+        shards = self.shards.setdefault(split, [])
+        path = Path(self.job.data.path) / f"{split}-{self.number:05d}{f'.{len(shards):03d}' if shards else ''}.arrow"
+        shards.append(write_shard(path, self.unit.source, views, np.concatenate(continues), self.tokenizer.vocab_size))
 
 
 def _stretches(text: str) -> list[str]:
-    """A text, in parts that the tokenizer can take: cut behind a line break, else a blank, else anywhere."""
-    if len(text) <= STRETCH:
-        return [text]
+    """A text, in parts: cut behind a line break, else a blank, else anywhere."""
     parts, begin = [], 0
     while len(text) - begin > STRETCH:
         end = begin + STRETCH

@@ -51,6 +51,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_json_or_nothing(path: Path) -> Any:
+    """The value of a file of `write_json`; None where there is none, or it is not whole."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's bytes, so that a rename never puts an empty file in place of a whole one."""
     with open(path, "rb") as file:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import HubSource
 from data_prep.console import UserError
-from data_prep.files import read_json, sha256_file, write_json
+from data_prep.files import read_json, read_json_or_nothing, sha256_file, write_json
 from data_prep.sources import Reader
 from data_prep.units import Job
 
@@ -16,7 +17,10 @@ MODIFIED = ".modified.json"
 
 def stamps(job: Job, readers: list[Reader]) -> Stamps:
     """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
-    paths = {piece.path for reader in readers for piece in reader.pieces()} | {source.path for source in job.tests}
+    paths = {piece.path for reader in readers for piece in reader.pieces()} | set(job.tests)
+    for source in job.data.sources:
+        if isinstance(source, HubSource):  # a local folder; what the hub has is held by `revision`
+            paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
     if job.data.tokenizer.path is not None:
         given = Path(job.data.tokenizer.path)
         inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
@@ -57,7 +61,7 @@ def check_same(stored: dict[str, Any], data: dict[str, Any], now: Stamps, folder
     """Raise UserError where a corpus was made from other settings or files; `stored` are those of its manifest."""
     changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
     if not changed:
-        trusted = read_json(folder / MODIFIED) if (folder / MODIFIED).exists() else {}
+        trusted = read_json_or_nothing(folder / MODIFIED) or {}
         changed = [f"content of {path}" for path in sorted(stored["files"] | now)
                    if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))]
     if changed:

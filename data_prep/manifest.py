@@ -21,8 +21,8 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
     reports = [read_json(shard_report(job, number)) for number in range(len(units))]
     splits: dict[str, list[dict]] = {}
     for report in reports:
-        for split, shard in report["shards"].items():
-            splits.setdefault(split, []).append(shard)
+        for split, shards in report["shards"].items():
+            splits.setdefault(split, []).extend(shards)
     dropped = _dropped(readers, units, scans, reports)
     if not splits:
         raise UserError(f"no record is left: {_reasons(dropped)}")
@@ -31,7 +31,8 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
         mine = [number for number, unit in enumerate(units) if unit.source == source]
         sources.append({"weight": config.weight, "records": sum(scans[number]["records"] for number in mine),
                         "kept": sum(reports[number]["kept"] for number in mine),
-                        "tokens": sum(sum(shard["tokens"].values()) for number in mine for shard in reports[number]["shards"].values())})
+                        "tokens": sum(sum(shard["tokens"].values())
+                                      for number in mine for shards in reports[number]["shards"].values() for shard in shards)})
     return {
         "format": FORMAT,
         "views": list(job.data.views),

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO
 
 from data_prep import inputs
-from data_prep.config import DataConfig, JsonSource
+from data_prep.config import DataConfig
 from data_prep.console import UserError, print_now
 from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
-from data_prep.files import read_json, sync_file, try_lock, write_json, write_text
+from data_prep.files import read_json, read_json_or_nothing, sync_file, try_lock, write_json, write_text
 from data_prep.manifest import Manifest, build_manifest, check_left, one_line, summary, why_dropped
 from data_prep.progress import Progress
 from data_prep.scan import contamination, fingerprint_file, scan_report, scan_unit
@@ -40,7 +40,7 @@ SAMPLE_OF_UNIT = 200_000
 SUMMARY = "summary.md"
 
 
-def prepare(config: DataConfig, tests: Sequence[JsonSource] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
+def prepare(config: DataConfig, tests: Sequence[str] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
     """Prepare the corpus of `config` unless it stands already; return its manifest.
 
     `tests` are files that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
@@ -52,6 +52,8 @@ def prepare(config: DataConfig, tests: Sequence[JsonSource] = (), say: Callable[
     job = Job(data=config, tests=tuple(tests) if config.decontaminate else ())
     try:
         return _Preparation(job, crew, say if crew.is_main else lambda text: None).run()
+    except BrokenPipeError:  # of what is said, not of the corpus
+        raise
     except OSError as error:
         raise UserError(f"cannot write the corpus to {config.path}: {error.strerror or error}"
                         f"{f' ({error.filename})' if error.filename else ''}") from None
@@ -98,6 +100,9 @@ class _Preparation:
     def _standing(self) -> Manifest | None:
         """The manifest of a corpus that was prepared before. Raises UserError where it was made from other settings or files."""
         contamination(self.serialized)  # names a test file that cannot be read before all else
+        if self.job.data.decontaminate:
+            self.say(f"kept out of training: the questions of {', '.join(self.job.tests)}" if self.job.tests else
+                     "note: evaluation.tasks names no test file, so no record is dropped for standing in one")
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = read_manifest(self.folder)
@@ -112,7 +117,7 @@ class _Preparation:
         stamps = inputs.stamps(self.job, self.readers)
         settings = {"data": self.job.data.preparation(), "files": stamps}
         partial, stored = self.job.partial, self.job.partial / "settings.json"
-        if stored.exists() and read_json(stored) == settings:
+        if read_json_or_nothing(stored) == settings:
             self.say(f"going on with an interrupted preparation: {len(list((partial / 'shards').glob('*.json'))):,} units are done")
         else:
             if stored.exists():

@@ -29,6 +29,8 @@ from data_prep.ragged import mix, ranges, run_sums
 
 FORMAT = 3
 MANIFEST = "manifest.json"
+KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict, "dropped": dict}
+"""What the manifest holds."""
 CONTINUES, CHECKSUM = "continues", "checksum"
 MOST_PREDICTOR_TOKENS = 12
 
@@ -47,10 +49,12 @@ def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.n
     """Write the N records of one shard atomically; return its manifest entry.
 
     Each of `views` is its tokens, concatenated, and the lengths (N,), 0 where a record lacks the view. `source` is the number of the
-    source, `continues` (N,) tells which records go on in the next one. Raises ValueError where the last is one of those.
+    source, `continues` (N,) tells which records go on in the next one. Raises ValueError where the last is one of those, and for 2**31 tokens.
     """
     if len(continues) and continues[-1]:
         raise ValueError("the last record of a shard cannot go on in the next")
+    if any(len(tokens) >= 2**31 for tokens, _ in views.values()):
+        raise ValueError("more tokens than the offsets of Arrow's lists can count")
     continues = np.asarray(continues, bool)
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     tokens = [np.asarray(tokens, dtype) for tokens, _ in views.values()]
@@ -314,4 +318,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(f"{folder / MANIFEST} has format {found!r}, this version reads {FORMAT}; prepare the corpus again")
+    lacks = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if lacks:
+        raise UserError(f"{folder / MANIFEST} is damaged, it has no {' and no '.join(lacks)}; remove the folder and prepare the corpus again")
     return manifest

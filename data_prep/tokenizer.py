@@ -6,7 +6,8 @@ for `Tokenizer.load`:
     tokenizer.json          Hugging Face format, for `tokenizers` and AutoTokenizer
     tokenizer_config.json   names pad, bos, eos and sep; makes AutoTokenizer read their literals as plain text
     tokenizer.model         only where the tokenizer is a sentencepiece model whose ids are equal on every text; they then come from
-                            it, because on one thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents
+                            it, because on one thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents; most BPE ones
+                            are several times as fast once more (data_prep/word_cache.py)
 
 Neither torch nor transformers is imported, so worker processes start fast.
 """
@@ -25,6 +26,7 @@ import tokenizers
 
 from data_prep.console import UserError, print_now
 from data_prep.sentencepiece_json import ESCAPES, NORMAL, SCORE_STEPS, SPACE, TABLE, USER_DEFINED, added_token, convert, normalizer
+from data_prep.word_cache import WordCache, can_cut
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,7 +51,7 @@ class Tokenizer:
     pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
     special_ids: the set of these.
     vocab_size: all ids are below it, specials included; not padded to a multiple.
-    fingerprint: sha256 (hex) over all that determines the ids.
+    fingerprint: sha256 (hex) over all that determines the ids, here and in exported models.
     """
 
     def __init__(self, folder: Path):
@@ -68,9 +70,10 @@ class Tokenizer:
 
         model_path = self.folder / "tokenizer.model"
         self._sentencepiece = _open_sentencepiece(model_path) if model_path.exists() else None
+        self._words = WordCache(self._sentencepiece) if self._sentencepiece and can_cut(spec) else None
         self._tokenizers = None if self._sentencepiece else _open_tokenizers(spec, self.folder / "tokenizer.json")
-        source = model_path if self._sentencepiece else self.folder / "tokenizer.json"
-        self.fingerprint = hashlib.sha256(source.read_bytes() + json.dumps(ids).encode()).hexdigest()
+        model = model_path.read_bytes() if self._sentencepiece else b""
+        self.fingerprint = hashlib.sha256((self.folder / "tokenizer.json").read_bytes() + model + json.dumps(ids).encode()).hexdigest()
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -86,6 +89,8 @@ class Tokenizer:
         Runs on one thread. Raises UserError for a text with a lone surrogate, which has no UTF-8 form.
         """
         try:
+            if self._words:
+                return self._words.encode(texts)
             if self._sentencepiece:
                 return self._sentencepiece.encode(texts, num_threads=1)
             return _encode_tokenizers(self._tokenizers, texts)
@@ -313,7 +318,7 @@ def _write(folder: Path, spec: dict, config: dict, model: bytes | None = None) -
     if model is not None:
         (folder / "tokenizer.model").write_bytes(model)
     for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     return Tokenizer.load(folder)
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from data_prep.config import DataConfig, JsonSource
+from data_prep.config import DataConfig
 from data_prep.console import UserError
 from data_prep.selection.near_duplicates import THRESHOLD
 from data_prep.sources import Reader, open_source
 from data_prep.sources.files import piece_length
 from data_prep.sources.record import Piece, Record
 from data_prep.tokenizer import Tokenizer
+
+COUNTED_BYTES = 256 << 20
+"""Of a malformed line in the first so many bytes of a file, the number is counted."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Job(BaseModel):
     """What is prepared, in a form that goes to other processes."""
 
     data: DataConfig
-    tests: tuple[JsonSource, ...]
+    tests: tuple[str, ...]
     """Test files of evaluation tasks, whose contexts training must not see."""
 
     def open_readers(self) -> list[Reader]:
@@ -101,8 +104,11 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
-    return UserError(f"{reader.place(piece, record.position, positions_before(reader, piece))}: {record.problem}; "
-                     "mend the line, or drop such lines with data.on_malformed=drop")
+    if piece.start <= COUNTED_BYTES:
+        place = reader.place(piece, record.position, positions_before(reader, piece))
+    else:  # a unit far inside of a file would read all that is before it
+        place = f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"
+    return UserError(f"{place}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
 
 
 def positions_before(reader: Reader, piece: Piece) -> int:

@@ -1,13 +1,15 @@
 """Files of a source: which they are, how they are cut, and how their lines are read in bounded memory."""
 
 import glob
+import gzip
+import itertools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -17,11 +19,18 @@ from data_prep.sources.record import Piece
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
+SMALL_BLOCK = 1 << 16
+"""The same where what stands before damage is lost with its block."""
 LONGEST_LINE = 16 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
 PIECES = 256
 """About so many are a source of plain files cut into."""
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+OPEN: dict[str | None, Callable[[str], Any]] = {
+    None: lambda path: open(path, "rb", buffering=0),  # noqa: SIM115
+    ".gz": gzip.open,
+    ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
+}
+"""By suffix. Python's gzip gives what stands before damage; Arrow's reader loses the block."""
 
 
 class Damaged(Exception):
@@ -47,6 +56,14 @@ def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_
     for file in found:
         _check_readable(file, key)
     return sorted(set(found))
+
+
+def fixed_part(path: str) -> Path:
+    """The folder that all files of a glob stand below; a path that is no glob, as it is."""
+    parts = Path(path).parts
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return Path(path)
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
 
 
 def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool) -> list[str]:
@@ -83,15 +100,15 @@ def cannot_read(path: str, error: OSError) -> UserError:
 
 
 def codec_of(path: str) -> str | None:
-    return CODECS.get(Path(path).suffix)
+    """The suffix of a compressed file."""
+    return suffix if (suffix := Path(path).suffix) in OPEN else None
 
 
 @contextmanager
-def opened(piece: Piece) -> Iterator[BinaryIO | pa.CompressedInputStream]:
+def opened(piece: Piece) -> Iterator[BinaryIO]:
     """The file of a piece at its first byte, unpacked where its name ends in .gz or .zst. Raises UserError where it cannot be read."""
-    codec = codec_of(piece.path)
     try:
-        with pa.CompressedInputStream(pa.OSFile(piece.path), codec) if codec else open(piece.path, "rb", buffering=0) as file:
+        with OPEN[codec_of(piece.path)](piece.path) as file:
             if size_of(piece.path) < piece.stop:
                 raise UserError(f"{piece.path} has become shorter while it was prepared; start the same command again")
             yield file
@@ -99,7 +116,7 @@ def opened(piece: Piece) -> Iterator[BinaryIO | pa.CompressedInputStream]:
         raise cannot_read(piece.path, error) from None
 
 
-def reads_of(file: BinaryIO | pa.CompressedInputStream, path: str) -> Callable[[], bytes]:
+def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
     """What gives the next block of an opened file, empty at the end. Raises Damaged for what cannot be unpacked."""
     if codec_of(path) is None:
         return lambda: file.read(BLOCK)
@@ -108,10 +125,12 @@ def reads_of(file: BinaryIO | pa.CompressedInputStream, path: str) -> Callable[[
             raise Damaged("the compressed file is empty, so it was not written to its end: replace it")
         return empty
 
+    read_some, size = (file.read1, BLOCK) if isinstance(file, gzip.GzipFile) else (file.read, SMALL_BLOCK)
+
     def read() -> bytes:
         try:
-            return file.read(BLOCK)
-        except OSError as error:
+            return read_some(size)
+        except (OSError, EOFError, zlib.error) as error:
             raise Damaged(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
                           "replace it") from None
     return read
@@ -125,7 +144,7 @@ def byte_pieces(files: list[str]) -> list[Piece]:
     for path, size in sizes.items():
         step = size if codec_of(path) else length
         cuts = [*range(0, size, step), size] if size else [0, 0] if codec_of(path) else []
-        pieces += [Piece(path, start, stop, stop - start) for start, stop in pairwise(cuts)]
+        pieces += [Piece(path, start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
     return pieces
 
 

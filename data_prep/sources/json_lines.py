@@ -9,7 +9,7 @@ from data_prep.sources import files
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import chat_columns, make_mapping
 
-SUFFIXES = tuple(kind + packed for kind in (".json", ".jsonl", ".ndjson") for packed in ("", *files.CODECS))
+SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
 DECODER = json.JSONDecoder()
 BOM = "\ufeff"
 
@@ -56,7 +56,7 @@ class JsonLines:
             return [Record(None, number, f"not JSON ({error})")]
         if not isinstance(value, dict):
             return [Record(None, number, f"a JSON {type(value).__name__}, not an object")]
-        mapping = self.chat if "messages" in value else self.mapping
+        mapping = self.chat if value.get("messages") is not None else self.mapping
         return mapping.records(value, number)
 
 

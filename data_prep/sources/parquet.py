@@ -69,7 +69,7 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file. Raises UserError where it cannot be read."""
     try:
         status = os.stat(path)
-        with pq.ParquetFile(path, metadata=_metadata(path, status.st_size, status.st_mtime_ns)) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True, metadata=_metadata(path, status.st_size, status.st_mtime_ns)) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:

@@ -23,7 +23,7 @@ class PythonCode:
     """The functions and methods of a tree that have a docstring and a body besides; a file is a piece."""
 
     def __init__(self, source: PythonSource, views: tuple[str, ...], name: str):
-        self.root = Path(source.path or "")
+        self.root = files.fixed_part(source.path or "")
         self.files = sorted(files.find_files(source, name, (".py",), follow_links=False), key=lambda path: Path(path).parts)
         self.mapping = make_mapping(source, views, name, first_and_last(views, "docstring", "code"))
         check_columns(self.mapping, COLUMNS, "a python source", name)

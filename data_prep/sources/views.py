@@ -123,8 +123,8 @@ def _template(parts: list[str | Getter]) -> Getter:
         texts = []
         for part in parts:
             text = part if isinstance(part, str) else part(row)
-            if text is None:
-                return None
+            if text is None or (text is not part and not text.strip()):
+                return None  # what is put together around nothing is nothing
             texts.append(text)
         return "".join(texts)
     return get

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from data_prep.config import validate
 from data_prep.console import UserError
+from data_prep.crew import end_with_parent
 from data_prep.files import sha256_file
 from data_prep.shards import CHECKSUM, CONTINUES, MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
 from data_prep.tokenizer import Tokenizer
@@ -56,9 +58,14 @@ class _Tokenizer(BaseModel):
     vocab_size: int = Count
 
 
+class _Source(BaseModel):
+    tokens: int = Count
+
+
 class _Manifest(BaseModel):
     views: list[str] = Field(min_length=1)
     tokenizer: _Tokenizer
+    sources: list[_Source]
     splits: dict[str, _Split] = Field(min_length=1)
 
 
@@ -104,6 +111,14 @@ def _remedy(folder: Path) -> str:
 def _in_manifest(manifest: _Manifest) -> Iterator[str]:
     """What does not fit together within the manifest."""
     files: set[str] = set()
+    by_source = [0] * len(manifest.sources)
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        if shard.source >= len(by_source):
+            yield f"{MANIFEST}: {shard.file} is of source {shard.source}, of {len(by_source)}"
+        else:
+            by_source[shard.source] += sum(shard.tokens.values())
+    for number, tokens in enumerate(by_source):
+        yield from _differs(f"{MANIFEST}: sources.{number}.tokens", manifest.sources[number].tokens, tokens)
     for name, split in manifest.splits.items():
         where = f"{MANIFEST}: splits.{name}"
         for shard in split.shards:
@@ -112,7 +127,7 @@ def _in_manifest(manifest: _Manifest) -> Iterator[str]:
             files.add(shard.file)
             if not set(shard.tokens) == set(shard.longest) == set(manifest.views):
                 yield f"{where}: {shard.file} has views {sorted({*shard.tokens, *shard.longest})}, the corpus {sorted(manifest.views)}"
-        places = [(shard.source, len(shard.file), shard.file) for shard in split.shards]
+        places = [(shard.source, [int(part) for part in re.findall(r"\d+", shard.file)]) for shard in split.shards]
         if places != sorted(places):
             yield f"{where}.shards: they do not stand in the order in which they were written, by source and file"
         for key, combine in (("records", sum), ("incomplete", sum), ("continued", sum), ("positions_needed", max)):
@@ -148,7 +163,7 @@ def _look_at_shards(folder: Path, manifest: _Manifest, shards: list[_Shard], spe
 
 
 def _in_processes(look: Callable[[_Shard], list[str]], shards: list[_Shard], workers: int) -> Iterator[list[str]]:
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), initializer=end_with_parent) as pool:
         try:
             yield from pool.map(look, shards)
         except BrokenProcessPool:

@@ -6,6 +6,7 @@ import random
 import pyarrow as pa
 import pyarrow.ipc
 import pytest
+import tokenizers
 
 from data_prep import encode
 from data_prep.tokenizer import Tokenizer
@@ -92,6 +93,18 @@ def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
     quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
     assert decode([token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]) == "犬" * 2500
+
+
+def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, monkeypatch):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3}, [("▁", "a")], byte_fallback=False))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "documents.txt").write_text("a ab b " * 200)
+    monkeypatch.setattr(encode, "STRETCH", 100)
+    settings = {"views": ["text"], "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
+    quiet(data(tmp_path / "out", text_source(tmp_path), **settings))
+    tokens = [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]
+    assert tokens == tokenizer.encode("a ab b " * 200).ids
 
 
 def test_a_list_of_paraphrases_becomes_the_views(tmp_path, lines_file):

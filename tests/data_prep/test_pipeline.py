@@ -3,8 +3,10 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +21,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from data_prep import encode, units
 from data_prep.config import NlrxSource
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
@@ -26,7 +29,8 @@ from data_prep.pipeline import prepare
 from data_prep.shards import open_shard
 from data_prep.sources.nlrx import PIECE_RECORDS, Nlrx
 from data_prep.tokenizer import Tokenizer
-from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, data, json_source, quiet, shard_rows
+from data_prep.tools.verify import verify
+from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, data, json_source, quiet, shard_rows, split_rows
 from tests.processes import contents, processes_of_session, wait_for
 
 FILES = 8
@@ -226,7 +230,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturb
         wait_for(lambda process=process: not processes_of_session(process.pid))
         assert all(shard.read_bytes() == (undisturbed / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
         for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
-            for file in [report, *(tmp_path / shard["file"] for shard in json.loads(report.read_text()).get("shards", {}).values())]:
+            shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
+            for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
                 assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made again"
     assert killed >= len(moments) - 2, "the last ones may have come too late, the others not"
     (tmp_path / ".log").unlink()
@@ -271,6 +276,62 @@ def test_a_killed_worker_is_one_clear_line(busy):
     _, said = busy.communicate(timeout=60)
     assert busy.returncode == 2
     assert said.startswith("error: a worker process of the preparation was killed") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
+def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
+    (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
+    _, said = busy.communicate(timeout=20)
+    assert (busy.returncode, said) == (130, "interrupted\n")
+    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
+
+
+@pytest.mark.parametrize("changed, message", [
+    (lambda content: content.replace(b"}\n{", b"} {", 1), "a.jsonl changed while it was prepared; start again when nothing writes to it"),
+    (lambda content: content.replace(b"SELECT", b"select", 1), "a file of the sources changed while the corpus was prepared"),
+    (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
+])
+def test_a_file_that_is_written_meanwhile_is_found_out(lines_file, pairs, tmp_path, changed, message):
+    path = lines_file(tmp_path / "a.jsonl", pairs(300))
+
+    def change(line: str) -> None:
+        if line.startswith("tokenizing"):
+            path.write_bytes(changed(path.read_bytes()))
+
+    with pytest.raises(UserError, match=message):
+        prepare(data(tmp_path / "out", json_source(path)), say=change)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_unit_with_much_text_makes_several_shards(lines_file, pairs, tmp_path, monkeypatch):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(400)))
+    other = json_source(lines_file(tmp_path / "b.jsonl", pairs(100, seed=1)))
+    settings = {"validation_fraction": 0.2}
+    quiet(data(tmp_path / "whole", source, other, **settings))
+    monkeypatch.setattr(encode, "SHARD_TOKENS", 1500)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 2000)
+    manifest = quiet(data(tmp_path / "cut", source, other, **settings))
+    files = [entry["file"] for entry in manifest["splits"]["train"]["shards"]]
+    assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"] and files[-1].startswith("train-00001.")
+    for split in ("train", "validation"):
+        assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
+        assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
+    said = []
+    verify(tmp_path / "cut", said.append, workers=1)
+    assert said[-1].endswith("all sound")
+
+
+def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(lines_file, pairs, tmp_path, monkeypatch, cut_small):
+    path = lines_file(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
+    cut_small(2000)
+    message = r"a\.jsonl:301: a JSON int, not an object"
+    for counted in (units.COUNTED_BYTES, 2000):
+        monkeypatch.setattr(units, "COUNTED_BYTES", counted)
+        with pytest.raises(UserError, match=message) as raised:
+            quiet(data(tmp_path / str(counted), json_source(path)))
+        message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
+    line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
+    assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
 
 
 def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):
@@ -320,6 +381,18 @@ def test_a_prepared_folder_refuses_other_settings_and_other_content(lines_file, 
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl; choose"):
         quiet(data(tmp_path / "trained", source))
     assert contents(tmp_path / "trained") == before
+
+
+def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_only_time(lines_file, pairs, tmp_path):
+    (tmp_path / "set").mkdir()
+    path = lines_file(tmp_path / "set" / "a.jsonl", pairs(100))
+    config = data(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
+    quiet(config)
+    (tmp_path / "out" / ".modified.json").write_text('{"half')
+    assert quiet(config)["splits"]["train"]["records"] == 100
+    lines_file(path, pairs(101))
+    with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl"):
+        quiet(config)
 
 
 def test_two_runs_do_not_prepare_one_folder_at_once(corpus, mistake, tmp_path):

@@ -129,6 +129,10 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
     for path in first.folder.iterdir():
         assert path.read_bytes() == (second.folder / path.name).read_bytes()
     assert train(corpus(), 361, tmp_path / "c", model_type).fingerprint != first.fingerprint
+    spec = tmp_path / "c" / "tokenizer.json"  # which exported models read, beside the model that the preparation reads
+    before = Tokenizer.load(tmp_path / "c").fingerprint
+    spec.write_text(spec.read_text().replace('"the"', '"teh"').replace('"\\u2581a"', '"x"') + " ")
+    assert Tokenizer.load(tmp_path / "c").fingerprint != before
     assert capfd.readouterr() == ("", "")
 
 

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from data_prep.config import JsonSource, evaluation_tests
+from data_prep.config import JsonSource, evaluation_tests, readings
 from data_prep.console import UserError
+from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from tests.preparing import data, json_source, quiet, split_rows
 
@@ -70,7 +71,7 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 
 @pytest.fixture
-def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[JsonSource], list[dict]]:
+def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[str], list[dict]]:
     """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [{"text": f"what is {row['text']} number {number}", "code": test[number % 30]["code"] if number % 5 else row["code"]}
@@ -79,7 +80,7 @@ def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[JsonSource], list[dic
               {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"}, {"text": "of", "code": f"what they asked, {LEAK}"}]
     path = lines_file(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
     source = json_source(lines_file(tmp_path / "train.jsonl", clean + leaked))
-    return source, [JsonSource(type="json", path=str(path))], clean
+    return source, [str(path)], clean
 
 
 def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
@@ -106,7 +107,7 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"name": "x", "data": {
         "path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 340}, "sequence_length": 512, "workers": 1},
-        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0].path}]}}))
+        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0]}]}}))
     done = run(config)
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
@@ -120,8 +121,38 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
 def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
     config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"}]}
-    assert evaluation_tests(config, tasks) == [JsonSource(type="json", path="b.jsonl", views={"text": "question", "code": "sql"})]
-    assert evaluation_tests(config, None) == evaluation_tests(config, {}) == []
+    assert evaluation_tests(config, tasks) == ["b.jsonl"] and evaluation_tests(config, None) == evaluation_tests(config, {}) == []
+    mappings = {"text": "question", "code": "sql"}, None
+    assert readings(config, "b.jsonl") == [JsonSource(type="json", path="b.jsonl", views=views) for views in mappings]
+
+
+@pytest.mark.parametrize("mappings", [[None, {"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}],
+                                      [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}]])
+def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lines_file, tmp_path):
+    test = [{"schema": f"CREATE TABLE t{number} (a INT)", "question": row["text"], "sql": "SELECT COUNT(*) FROM dogs WHERE town = 1"}
+            for number, row in enumerate(pairs(20, seed=3))]
+    rows = [{"schema": "s", "question": row["text"], "sql": row["code"], "text": row["text"], "code": row["code"]} for row in pairs(60)]
+    common = rows[0] | {"question": "how many dogs are there in that town", "sql": test[0]["sql"]}
+    sources = [json_source(lines_file(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views) for views in mappings if views]
+    if None in mappings:
+        sources.insert(0, json_source(lines_file(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
+    said = []
+    manifest = prepare(data(tmp_path / "out", *sources, sequence_length=512, deduplicate="none"),
+                       [str(lines_file(tmp_path / "test.jsonl", test))], say=said.append)
+    # the row with the question of a test is found in each mapping; one with a test's answer in none
+    found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
+    assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
+    assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
+    assert f"kept out of training: the questions of {tmp_path / 'test.jsonl'}" in said
+
+
+def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, lines_file, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
+    note = "note: evaluation.tasks names no test file, so no record is dropped for standing in one"
+    for decontaminate in (True, False):
+        said = []
+        prepare(data(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
+        assert (note in said) == decontaminate
 
 
 def test_filters_drop_and_count(lines_file, tmp_path):
@@ -147,7 +178,7 @@ def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_pat
 def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
     with pytest.raises(UserError, match=r"b\.jsonl \(evaluation\.tasks\) has no context"):
-        quiet(data(tmp_path / "out", source), [JsonSource(type="json", path=str(lines_file(tmp_path / "b.jsonl", [{"question": "a"}])))])
+        quiet(data(tmp_path / "out", source), [str(lines_file(tmp_path / "b.jsonl", [{"question": "a"}]))])
 
 
 def test_near_duplicates_go_where_that_is_asked_for(lines_file, tmp_path):

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import random
 import resource
+import zlib
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.console import UserError
@@ -129,7 +132,7 @@ def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
     ({"text": "a\0b\n\r", "code": "\u2028 \ufeff"}, ("a\0b\n\r", "\u2028 \ufeff")),
     ({"text": "a"}, ("a", "")), ({"text": "a", "code": None}, ("a", "")), ({}, ("", "")), ({"text": " ", "code": ""}, (" ", "")),
     (b'{"text": "\\ud83d\\udc4d", "code": "b"}', ("\U0001f44d", "b")), (b' \t{"text": "a", "code": "b"} \t\r\n', ("a", "b")),
-    (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n', ("a", "b")), ({"messages": None, "code": "c"}, ("", "")),
+    (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n', ("a", "b")), ({"messages": None, "code": "c"}, ("", "c")),
 ])
 def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
     assert read_one(tmp_path, line) == (views, 1, "", "malformed", "")
@@ -192,6 +195,28 @@ def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
     assert any(isinstance(problem, tuple) and problem[0] == "malformed" for problem, _ in located(reader(path)))
+
+
+def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
+    rows = [{"text": f"{number}", "code": random.Random(number).randbytes(100).hex()} for number in range(20_000)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    content = packed(b"".join(lines), ".gz")
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(content[:int(0.7 * len(content))])
+    unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
+    whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
+    *good, (problem, _) = located(reader(path))
+    assert problem[0] == "malformed" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
+
+
+def test_zeros_behind_a_gz_file_are_no_damage(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(packed(GOOD * 3, ".gz") + bytes(512))
+    assert texts(reader(path)) == [("a", "b")] * 3
+
+
+def test_null_messages_are_no_chat(tmp_path):
+    assert read_one(tmp_path, {"text": "a", "code": "b", "messages": None}).views == ("a", "b")
 
 
 def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):

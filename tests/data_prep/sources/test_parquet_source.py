@@ -110,6 +110,16 @@ def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
         texts(reader(path, {"text": "text", "code": "code"}))
 
 
+def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
+    rows = pa.table({view: [f"{view} {number}" for number in range(500)] for view in ("text", "code")})
+    path = write(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"text 77")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+        texts(reader(path))
+
+
 def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
     path = write(tmp_path / "a.parquet")
     source = reader(path)

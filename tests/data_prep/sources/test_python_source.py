@@ -150,3 +150,11 @@ def test_a_tree_that_is_not_there_is_named(tmp_path):
         reader(tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*absent \(data\.sources\.0\.path\): No such file"):
         reader(tmp_path / "absent")
+
+
+def test_the_package_of_a_file_of_a_glob_is_counted_from_its_fixed_part(tmp_path):
+    for name in ("src/a/x.py", "src/a/deep/y.py", "src/b/x.py"):
+        write(tmp_path / name, b'def f():\n    "Doc."\n    return 1\n')
+    for pattern in ("src/**/*.py", "src/*", "src/*/"):
+        source = reader(f"{tmp_path}/{pattern}")
+        assert [record.group for piece in source.pieces() for record in source.read(piece)] == ["a", "a", "b"]

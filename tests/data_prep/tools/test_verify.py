@@ -1,6 +1,7 @@
 """Damaged corpora: each fault is named in a line, with exit code 2, and never a traceback."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +38,12 @@ def write(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[tuple[int, 
         splits[split] = {key: sum(entry[key] for entry in entries) for key in ("records", "incomplete", "continued")} | {
             key: {view: combine(entry[key][view] for entry in entries) for view in VIEWS} for key, combine in (("tokens", sum), ("longest", max))
         } | {"positions_needed": max(entry["positions_needed"] for entry in entries), "shards": entries}
+    every = [entry for split in splits.values() for entry in split["shards"]]
+    weights = weights or [1.0] * (1 + max(entry["source"] for entry in every))
+    tokens = [sum(sum(entry["tokens"].values()) for entry in every if entry["source"] == number) for number in range(len(weights))]
     write_json(folder / MANIFEST, {"format": FORMAT, "views": VIEWS, "settings": {"data": {"sources": list(sources)}},
-                                   "sources": [{"weight": weight} for weight in weights], "splits": splits, "dropped": {},
+                                   "splits": splits, "dropped": {},
+                                   "sources": [{"weight": weight, "tokens": of} for weight, of in zip(weights, tokens, strict=True)],
                                    "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}})
 
 
@@ -296,3 +301,13 @@ def test_any_flipped_byte(tokenizer, tmp_path, verdict):
         named = {int(line[6:11]) for line in said if line.startswith("train-")}
         assert code == 2
         assert named == set(range(len(content))) if not acknowledged else carrying <= named
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, its shards have \d+"),
+    (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
+])
+def test_the_sources_of_the_manifest_are_those_of_its_shards(folder, verdict, change, said):
+    edit(folder, change)
+    code, lines, _ = verdict(folder)
+    assert code == 2 and re.search(said, "\n".join(lines))

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,11 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.console import exit_on_user_error
+from data_prep.files import write_json
+from data_prep.shards import FORMAT, MANIFEST
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.show import columns, printable, shortened, show_record
+from tests.launching import ROOT
 
 
 @pytest.fixture
@@ -109,3 +113,17 @@ def test_pieces(prepared):
     tokenizer = Tokenizer.load(prepared / "tokenizer")
     assert "".join(map(tokenizer.piece, tokenizer.encode_batch(["a b"])[0])).replace("\u2581", " ") == "a b"
     assert tokenizer.piece(tokenizer.bos_id) == "<s>" and tokenizer.piece(tokenizer.eos_id) == "</s>"
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
+    done = subprocess.run(f"{sys.executable} -m data_prep inspect {prepared} 200 | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.startswith("record 0: ") and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "stats"])
+@pytest.mark.parametrize("left", [{}, {"views": ["text"], "splits": []}])
+def test_a_manifest_with_nothing_in_it_is_one_line(tmp_path, tell, command, left):
+    write_json(tmp_path / MANIFEST, {"format": FORMAT} | left)
+    code, _, error = tell(command, tmp_path)
+    assert code == 2 and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ") and error.count("\n") == 1
