@@ -42,7 +42,7 @@ def prepare_corpus(crew: Crew | None) -> None:
     if "data" not in values:
         raise UserError(f"{given.config} has no `data` section")
     data = validate(DataConfig, values["data"], "data")
-    prepare(data, evaluation_tests(data, values.get("evaluation")), crew=crew)
+    prepare(data, evaluation_tests(values.get("evaluation")), crew=crew)
 
 
 def run_verify(parser: argparse.ArgumentParser, arguments: list[str]) -> None:

@@ -21,6 +21,8 @@ SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train",
 
 Split = Literal["train", "validation", "test"]
 MOST_VIEWS = 8
+COLUMNS_OF_SHARDS = CONTINUES, CHECKSUM = "continues", "checksum"
+"""Beside the views."""
 
 
 class Section(BaseModel):
@@ -209,6 +211,15 @@ class DataConfig(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes of the preparation; default: one per core. Under mpirun or srun the ranks do the work."""
 
+    @field_validator("views")
+    @classmethod
+    def _views_are_names(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        for view in views:
+            if not re.fullmatch(r"[^\W\d]\w*", view) or view in COLUMNS_OF_SHARDS:
+                raise ValueError(f"{view!r} cannot be the name of a view: letters, digits and underscores make one, "
+                                 f"and {' and '.join(COLUMNS_OF_SHARDS)} are columns that every shard has")
+        return views
+
     @model_validator(mode="after")
     def _views_differ(self) -> "DataConfig":
         if len(set(self.views)) < len(self.views):
@@ -232,11 +243,27 @@ def task_source(data: DataConfig, path: str | Path) -> JsonSource:
     return JsonSource(type="json", path=str(path), views=views)
 
 
-def evaluation_tests(data: DataConfig, evaluation: Any) -> list[str]:
-    """The test files that the `evaluation` section of a configuration names."""
-    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
-    named = [task["test"] for task in tasks or [] if isinstance(task, dict) and isinstance(task.get("test"), str)]
-    return list(dict.fromkeys(named))
+class TaskFiles(Section):
+    """A task of the evaluation, as far as the preparation looks at it; training checks the rest (pretrain/config.py)."""
+
+    name: str
+    train: str | None = None
+    test: str | None = None
+    rows: Any = None
+    finetune: Any = None
+
+
+class EvaluationFiles(Section):
+    """The `evaluation` section, as far as the preparation looks at it."""
+
+    every: Any = 0
+    tasks: list[TaskFiles] = []
+
+
+def evaluation_tests(evaluation: Any) -> list[str]:
+    """The test files that the `evaluation` section of a configuration names. Raises UserError for one that is misspelt."""
+    tasks = validate(EvaluationFiles, evaluation, "evaluation").tasks if evaluation is not None else []
+    return list(dict.fromkeys(task.test for task in tasks if task.test is not None))
 
 
 def readings(data: DataConfig, path: str) -> list[JsonSource]:

@@ -10,6 +10,7 @@ The folder `data.path` ends up with `manifest.json`, `summary.md`, `tokenizer/` 
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ SAMPLE_CHARACTERS = 20_000_000
 """Text read to train a tokenizer; more changes no piece worth having."""
 SAMPLE_OF_UNIT = 200_000
 """Characters of it that come from one unit, at least."""
+TRIED_TEXTS = 2000
+"""Of the corpus, on which a tokenizer that is taken over is tried."""
 SUMMARY = "summary.md"
 
 
@@ -83,11 +86,14 @@ class _Preparation:
 
     def _make(self) -> Manifest:
         self.units, self.stamps = self.crew.once(self._begin)
+        if self.job.data.tokenizer.path is not None:
+            self.crew.once(self._make_tokenizer)  # before the long scan: it may be no tokenizer
         self._each_unit("scanning", scan_unit, scan_report)
         self.crew.once(lambda: check_left(self.job, self.readers, self.units))
         self._checksums()
         self._find_duplicates()
         self.crew.once(self._make_tokenizer)
+        self.crew.once(self._try_tokenizer)
         self._each_unit("tokenizing", encode_unit, shard_report)
         return self.crew.once(self._finish)
 
@@ -118,7 +124,8 @@ class _Preparation:
         settings = {"data": self.job.data.preparation(), "files": stamps}
         partial, stored = self.job.partial, self.job.partial / "settings.json"
         if read_json_or_nothing(stored) == settings:
-            self.say(f"going on with an interrupted preparation: {len(list((partial / 'shards').glob('*.json'))):,} units are done")
+            scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
+            self.say(f"going on with an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
         else:
             if stored.exists():
                 self.say("the interrupted preparation had other settings: starting afresh")
@@ -178,10 +185,30 @@ class _Preparation:
         else:
             kind = wanted.model_type or "bpe"
             self.say(f"training a sentencepiece {kind} tokenizer of {wanted.vocab_size:,} pieces")
-            train(self._sample(), wanted.vocab_size, temporary, kind)
+            texts = self._sample()
+            first = next(texts, None)
+            if first is None:
+                raise UserError("no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
+                                + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
+                                + why_dropped(self.job, self.readers, self.units))
+            train(itertools.chain([first], texts), wanted.vocab_size, temporary, kind)
         for file in temporary.iterdir():
             sync_file(file)
         os.replace(temporary, final)
+
+    def _try_tokenizer(self) -> None:
+        """Say so where a tokenizer that was taken over loses some of the text."""
+        if self.job.data.tokenizer.path is None:
+            return
+        tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        texts = list(itertools.islice(self._sample(), TRIED_TEXTS))
+        decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
+        lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
+        if lost:
+            first = next((at for at, (one, other) in enumerate(zip(*lost[0], strict=False)) if one != other), 0)
+            text, back = (repr(text[max(0, first - 20):first + 20]) for text in lost[0])
+            self.say(f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not give back {len(lost):,} of {len(texts):,} texts; "
+                     f"of the first, {text} becomes {back}")
 
     def _sample(self) -> Iterator[str]:
         """Text of the training split for the tokenizer: the beginnings of units that are spread over the corpus."""
@@ -199,10 +226,6 @@ class _Preparation:
             characters += of_unit
             if characters >= SAMPLE_CHARACTERS:
                 return
-        if not characters:
-            raise UserError("no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
-                            + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
-                            + why_dropped(self.job, self.readers, self.units))
 
     def _finish(self) -> Manifest:
         if inputs.stamps(self.job, self.readers) != self.stamps:
@@ -218,6 +241,9 @@ class _Preparation:
         self.say(f"prepared {self.folder}: {one_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say("note: data.validation_fraction held no record back, so nothing will be validated: there are too few records")
+        for number, source in enumerate(manifest["sources"]):
+            if source["records"] and not source["kept"]:
+                self.say(f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}")
         for reason, drop in manifest["dropped"].items():
             self.say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}")
         return manifest

@@ -48,7 +48,7 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     ordinal = -1
     for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
         if record.views is None:
-            if record.reason == "malformed" and config.on_malformed == "fail":
+            if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
                 raise malformed(reader, unit.pieces[piece], record)
             scan.drop(record.reason, ordinal, piece, record, record.problem)
         elif reason := lacks(record.views) or why_filtered(record.views, config.filters):

@@ -23,15 +23,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from data_prep.config import CHECKSUM, CONTINUES
 from data_prep.console import UserError
 from data_prep.files import atomic_path, sha256_file
 from data_prep.ragged import mix, ranges, run_sums
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict, "dropped": dict}
-"""What the manifest holds."""
-CONTINUES, CHECKSUM = "continues", "checksum"
+KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict}
+"""What readers of the manifest look for."""
 MOST_PREDICTOR_TOKENS = 12
 
 

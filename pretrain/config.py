@@ -94,6 +94,11 @@ class TrainConfig(Section):
     """Keep the input of each transformer layer only, and compute the layer again in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile of the transformer layers. Takes a C++ compiler, and time at every start."""
+    on_spike: Literal["warn", "skip", "rewind"] = "warn"
+    """What follows a step whose total loss stands far above those before it: a warning, no update, or an end of the run, of which
+    the next start goes on from the checkpoint before, and leaves out the records of that step and the one before it."""
+    spike_score: float = Field(default=10.0, gt=0)
+    """How far that is, in standard deviations estimated from the last 100 steps by their median absolute deviation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -115,6 +120,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=3, gt=0)
     """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that this divides are kept for good."""
+    background: bool = True
+    """Write on a thread of its own, from a copy of the state in host memory, while training goes on."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: go on from the newest good checkpoint, if there is one. must: an error without one. never: an error with one."""
 
@@ -181,6 +190,8 @@ class MonitorConfig(Section):
     gradients_every: int = Field(default=0, ge=0)
     """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
     One takes as long as a step for each term."""
+    hang_seconds: float = Field(default=600.0, ge=10)
+    """A run of which no rank has moved for so long, after its first step, ends, and says which rank is missing."""
     tensorboard: bool = True
     """Whether to write TensorBoard files beside metrics.jsonl."""
 

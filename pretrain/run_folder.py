@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_prep.console import print_now
 from data_prep.files import write_json
 
 MODEL = "model"
@@ -25,8 +26,11 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def write_status(run_dir: Path, status: str, step: int, reason: str = "") -> None:
-    """status.json: running, resumable, finished or failed."""
-    write_json(run_dir / "status.json", {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    """status.json: running, resumable, finished or failed. Where it cannot be written, on a full disk, a line says so."""
+    try:
+        write_json(run_dir / "status.json", {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    except OSError as error:
+        print_now(f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}): the run is {status} at step {step}")
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class JsonLines:
                     elif line and not line.isspace():
                         yield from self._records(line, number)
             except files.Damaged as problem:
-                yield Record(None, number + 1, str(problem))
+                yield Record(None, number + 1, str(problem), "damaged")
 
     def count(self, piece: Piece) -> int:
         return 0 if files.is_whole(piece) else files.count_lines(piece)

@@ -50,9 +50,9 @@ class Text:
     def place(self, piece: Piece, position: int, before: int) -> str:
         return f"{piece.path}:{before + position}"
 
-    def _records(self, line: int, document: bytes | str) -> list[Record]:
-        if isinstance(document, str):
-            return [Record(None, line, document)]
+    def _records(self, line: int, document: bytes | str | files.Damaged) -> list[Record]:
+        if not isinstance(document, bytes):
+            return [Record(None, line, str(document), "malformed" if isinstance(document, str) else "damaged")]
         try:
             text = document.decode()
         except UnicodeDecodeError as error:
@@ -82,7 +82,7 @@ class Splitter:
         if begin == 0:
             self._start(0)
 
-    def documents(self) -> Iterator[tuple[int, bytes | str]]:
+    def documents(self) -> Iterator[tuple[int, bytes | str | files.Damaged]]:
         """The line of each document, from 1 at the first line of the piece, and its bytes or why there are none."""
         try:
             while block := self.read():
@@ -98,7 +98,7 @@ class Splitter:
                     return
                 self._move_on()
         except files.Damaged as problem:
-            yield self.line, str(problem)
+            yield self.line, problem
             return
         if self.separators is not None and self.separators.fullmatch(self.data + b"\n"):
             self.data = self.data[:1]

@@ -58,10 +58,15 @@ def chat_columns(views: tuple[str, ...]) -> dict[str, str]:
 
 def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> Mapping:
     """The mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
-    chat = "messages" in columns and len(views) > 1
-    mapping = make_mapping(source, views, name, chat_columns(views) if chat else {view: view for view in views})
+    by_name = {view: view for view in views}
+    chat = "messages" in columns and len(views) > 1 and source.views is None
+    mapping = make_mapping(source, views, name, chat_columns(views) if chat else by_name)
     check_columns(mapping, columns, where, name)
-    return mapping
+    if not chat or not set(views) <= set(columns):
+        return mapping
+    plain = make_mapping(source, views, name, by_name)  # of the rows without messages
+    return Mapping(plain.supplies, tuple(dict.fromkeys(mapping.columns + plain.columns)),
+                   lambda row, position: (plain if row.get("messages") is None else mapping).records(row, position))
 
 
 def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str) -> None:

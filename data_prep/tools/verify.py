@@ -17,11 +17,11 @@ import pyarrow.ipc
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
-from data_prep.config import validate
+from data_prep.config import CHECKSUM, CONTINUES, validate
 from data_prep.console import UserError
 from data_prep.crew import end_with_parent
 from data_prep.files import sha256_file
-from data_prep.shards import CHECKSUM, CONTINUES, MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
+from data_prep.shards import MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
 from data_prep.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 2**21

@@ -114,13 +114,20 @@ class Corpus:
 def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> list[float]:
     """How often a record of each source comes in an epoch: as data.sources of the run say or, without any, as the corpus was prepared.
 
-    Raises UserError where the run has another number of sources.
+    Raises UserError where the run has other sources. One whose path is left open is the corpus' own.
     """
     prepared = [source["weight"] for source in manifest["sources"]]
     if sources and len(sources) != len(prepared):
         raise UserError(f"data.sources are {len(sources)}, but the corpus was prepared from {len(prepared)}: name those, or none, "
                         "or prepare another data.path")
-    return [source.weight for source in sources] or prepared
+    if not sources:
+        return prepared
+    for number, (source, before) in enumerate(zip(sources, manifest["settings"]["data"]["sources"], strict=True)):
+        now = source.model_dump(mode="json", include={"type", "split", "path"}, exclude_none=True)
+        if differing := [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]:
+            raise UserError(f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
+                            "name those, or none, or prepare another data.path")
+    return [source.weight for source in sources]
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:

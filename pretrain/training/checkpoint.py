@@ -1,10 +1,10 @@
 """Checkpoints: complete or absent, verified before they are loaded.
 
-    checkpoints/step-00000100/    DeepSpeed's shards, and manifest.json with the size and SHA-256 of each
-    checkpoints/latest            the name of the newest good one
-    checkpoints/damaged-...       set aside, never loaded
+    checkpoints/step-00000100/    DeepSpeed's shards, random states, and manifest.json with the size and SHA-256 of each, ranks and counters
+    checkpoints/latest            the name of the newest good one, for people; the folders themselves decide
+    checkpoints/damaged-...       set aside with the reason in damage.txt, never loaded
 
-A checkpoint is written to a hidden folder and renamed once every rank's files are on disk, so whatever kills the
+A checkpoint is written to a hidden folder (saving.py) and renamed once every rank's files are on disk, so whatever kills the
 run leaves either all of it or nothing. DeepSpeed's shards are pickles: they are loaded from run folders only.
 """
 
@@ -13,7 +13,10 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +28,43 @@ from data_prep.console import UserError
 from data_prep.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.distributed import World
+from pretrain.training.random_state import restore_random_state
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+REASON = "damage.txt"
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, state: dict[str, Any], keep: int, world: World) -> None:
-    """Save engine and `state` on all ranks together; remove all but the newest `keep`."""
-    name = step_name(step)
-    temporary = folder / f".{name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    engine.save_checkpoint(str(folder), tag=temporary.name, client_state=state | {"rng": torch.get_rng_state()}, save_latest=False)
-    world.barrier()
-    files = sorted(path.name for path in temporary.iterdir())
-    mine = {file: _describe(temporary / file) for file in files[world.rank :: world.size]}
-    described = world.gather_objects(mine)
-    if world.is_main:
-        entries = {file: entry for part in described for file, entry in part.items()}
-        write_text(temporary / MANIFEST, _sealed({"step": step, "ranks": world.size, "files": entries}))
-        sync_folder(temporary)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-        sync_folder(folder)
-        write_text(folder / LATEST, name + "\n")
-        _retain(folder, keep)
-    world.barrier()
+def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files: dict[str, Any]) -> None:
+    """Declare the files of a hidden folder, which are on disk, the checkpoint of a step. Raises OSError."""
+    folder, name = temporary.parent, step_name(step)
+    write_text(temporary / MANIFEST, _sealed({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}))
+    sync_folder(temporary)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.replace(temporary, folder / name)
+    sync_folder(folder)
+    write_text(folder / LATEST, name + "\n")
 
 
-def _retain(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and the pinned ones; a removal that is cut short leaves no visible checkpoint."""
+def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
+    """Remove all but the newest `keep`, those of multiples of `keep_every` and the pinned ones; return what could not be removed.
+
+    A removal that is cut short leaves no visible checkpoint.
+    """
+    failed = []
     for old in list_steps(folder)[:-keep]:
-        if not (folder / PINS / step_name(old)).exists():
-            os.replace(folder / step_name(old), folder / f".{step_name(old)}.tmp")
+        if (keep_every is None or old % keep_every) and not (folder / PINS / step_name(old)).exists():
+            try:
+                os.replace(folder / step_name(old), folder / f".{step_name(old)}.tmp")
+            except OSError as error:
+                failed.append(f"{step_name(old)} ({error.strerror})")
     for hidden in folder.glob(".step-*.tmp"):
         shutil.rmtree(hidden, ignore_errors=True)
+    return failed
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
+    """The entry of a file in the manifest; the file is on disk then."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -93,48 +93,113 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST} lists no files"
     for file, entry in files[part::parts]:
         path = checkpoint / file
-        if not path.exists():
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                return f"{file} has {size} bytes instead of {entry['bytes']}"
+            if sha256_file(path) != entry["sha256"]:
+                return f"the content of {file} has changed"
+        except FileNotFoundError:
             return f"{file} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{file} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256_file(path) != entry["sha256"]:
-            return f"the content of {file} has changed"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
     return None
 
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Load the newest good checkpoint; return its `state`, None where there is no checkpoint.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that every rank has found whole."""
 
-    A damaged one is set aside, and the one before it is used. Raises UserError where all are damaged, or the
-    checkpoint is of another number of ranks.
+    path: Path
+    ranks: int
+    """Of the run that wrote it."""
+    state: dict[str, Any]
+
+    def shards_for(self, ranks: int) -> Path:
+        """The folder that an engine on so many ranks loads from."""
+        return self.path if ranks == self.ranks else self.path.with_name(f".{self.path.name}.universal.tmp")
+
+
+def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Found | None:
+    """The newest good checkpoint; None where there is none. On all ranks together.
+
+    A damaged one is set aside, and the one before it is used. Raises UserError where all are damaged.
     """
-    steps = list_steps(folder)
+    steps = world.gather_objects(list_steps(folder))[0]
     for step in reversed(steps):
         checkpoint = folder / step_name(step)
         problems = [found for found in world.gather_objects(check(checkpoint, world.rank, world.size)) if found]
         if not problems:
-            state = _load(engine, checkpoint, world)
             if world.is_main:
-                write_text(folder / LATEST, checkpoint.name + "\n")
-            return state
+                _repair_latest(folder, checkpoint.name, say)
+            manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+            return Found(checkpoint, manifest["ranks"], manifest["state"])
         say(f"WARNING: the checkpoint {checkpoint} is damaged: {problems[0]}; it is set aside as damaged-{checkpoint.name}")
         if world.is_main:
-            shutil.rmtree(folder / f"damaged-{checkpoint.name}", ignore_errors=True)
-            os.replace(checkpoint, folder / f"damaged-{checkpoint.name}")
+            _set_aside(checkpoint, problems[0])
         world.barrier()
     if steps or any(folder.glob("damaged-*")):
         raise UserError(f"every checkpoint in {folder} is damaged; to start over, remove that folder or choose another `name`")
     return None
 
 
-def _load(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> dict[str, Any]:
-    ranks = json.loads((checkpoint / MANIFEST).read_text())["ranks"]
-    if ranks != world.size:
-        raise UserError(f"{checkpoint} was written by {ranks} ranks, this run has {world.size}: start it with {ranks}")
-    path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    assert path is not None, f"DeepSpeed did not load {checkpoint}"
-    torch.set_rng_state(state["rng"])
-    return state
+def _set_aside(checkpoint: Path, problem: str) -> None:
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    with contextlib.suppress(OSError):  # a note for people
+        write_text(aside / REASON, problem + "\n")
+
+
+def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
+    try:
+        named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        named = ""
+    if named != name:
+        say(f"note: {folder / LATEST} named {named[:40] or 'nothing'!r}; the newest good checkpoint is {name}")
+        with contextlib.suppress(OSError):
+            write_text(folder / LATEST, name + "\n")
+
+
+def make_universal(found: Found, world: World, say: Callable[[str], None]) -> None:
+    """Bring a checkpoint of another number of ranks into DeepSpeed's universal format, beside it, on rank 0. Raises UserError."""
+    target = found.shards_for(world.size)
+    if target == found.path:
+        return
+    say(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it")
+    world.agree(lambda: _convert(found.path, target) if world.is_main else None)
+
+
+def _convert(checkpoint: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint), "--output_folder", str(target),
+               "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(target, ignore_errors=True)
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+        raise UserError(f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); make room on that disk, or start with "
+                        "as many ranks as wrote it")
+
+
+def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
+    """Load a checkpoint that was found good, and converted where it had to be, into an engine on all ranks."""
+    shards = found.shards_for(world.size)
+    optimizer = engine.optimizer.optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    path, _ = engine.load_checkpoint(str(shards.parent), tag=shards.name)
+    assert path is not None, f"DeepSpeed did not load {shards}"
+    if shards != found.path:
+        # DeepSpeed 0.19.8 gives all groups the weight decay of the first, and all of them one counter of steps, which each then advances
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group |= setting
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
+    restore_random_state(found.path, world.rank)
+    world.barrier()
+    if world.is_main and shards != found.path:
+        shutil.rmtree(shards, ignore_errors=True)
 
 
 def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -19,19 +19,20 @@ from pretrain.data.corpus import source_weights
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
-NOT_DECIDING = ("train.activation_checkpointing", "train.compile")
-"""Of these: the ways to compute the same."""
+NOT_DECIDING = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
+"""Of these: the ways to compute the same, and the answers to what may come."""
+SILENT = ("name", "output_dir")
+"""Where the run is: a folder may move."""
 
 
-def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> None:
-    """Write config.yaml and environment.json.
+def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> list[str]:
+    """Write config.yaml and environment.json; return what has changed since the run was started, a line a key.
 
     Raises UserError where the folder holds another run: other settings, another corpus or tokenizer.
     """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / "config.yaml").exists():
-        check_same_run(config, manifest)
+    changes = check_same_run(config, manifest, ranks) if (run_dir / "config.yaml").exists() else []
     write_text(run_dir / "config.yaml", dump_config(config))
     write_json(run_dir / "environment.json", {
         "python": platform.python_version(),
@@ -42,6 +43,7 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> Non
         "threads_per_rank": torch.get_num_threads(),
         "data": _data(config, manifest),
     })
+    return changes
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -50,15 +52,19 @@ def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"corpus": corpus, "tokenizer": manifest["tokenizer"], "weights": source_weights(manifest, config.data.sources)}
 
 
-def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
-    """Raises UserError where the run folder, which exists, holds a run with other settings, another corpus or tokenizer."""
+def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:
+    """What of the configuration differs from that of the run folder, which exists, and may: a line a key. `ranks` is None before a start.
+
+    Raises UserError where the folder holds a run with settings that decide what is computed, another corpus or tokenizer.
+    """
     run_dir, data = config.run_dir, _data(config, manifest)
     before = yaml.safe_load((run_dir / "config.yaml").read_text())
     now = yaml.safe_load(dump_config(config))
-    changed = [key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section)]
-    changed = sorted(key for key in changed if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING)
+    differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))
+    changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING]
     if changed:
-        raise UserError(f"{run_dir} holds a run with another {', '.join(changed[:5])}; choose another `name`, or remove that folder")
+        told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
+        raise UserError(f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder")
     environment = json.loads((run_dir / "environment.json").read_text()) if (run_dir / "environment.json").exists() else {"data": data}
     for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
@@ -67,6 +73,20 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any]) -> None:
     if environment["data"]["weights"] != data["weights"]:
         raise UserError(f"the weights of data.sources are {data['weights']}, but {run_dir} was started with {environment['data']['weights']}: "
                         "set them so, or choose another `name`")
+    accepted = [f"{key} is {_at(now, key)}, it was {_at(before, key)}" for key in differing if key.split(".")[0] not in SILENT]
+    ranks_before = environment.get("ranks", ranks or 1)
+    ranks = ranks or ranks_before
+    rows, rows_before = ranks * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
+    if rows != rows_before:
+        accepted.append(f"a micro step has {rows} rows on {ranks} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
+                        "each other (info_nce, regularizers) sees other ones")
+    return accepted
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -16,6 +16,7 @@ from data_prep.console import UserError
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""As long as the slowest start takes; what hangs later is found by watchdog.py."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None
+    """Where the ranks leave each other notes outside of collectives; None for a single rank."""
 
     @property
     def is_main(self) -> bool:
@@ -95,13 +98,17 @@ def init_world() -> World:
         _share_cores()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    notes, backend = None, accelerator.communication_backend_name()
     try:
-        deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False,
-                                   timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        if not dist.is_initialized():
+            store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+            dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+            notes = dist.PrefixStore("notes", store) if size > 1 else None
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
         raise UserError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
                         "if another job has that port, give the launcher another one: --master_port") from None
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), notes)
 
 
 def _environment_from_slurm() -> None:

@@ -46,7 +46,7 @@ def dry_run(config: RunConfig) -> None:
         return
     settings = engine_settings(config, ranks or 1)
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
-    _check_start(config, corpus)
+    _check_start(config, corpus, ranks)
     check_zero_options(settings)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
@@ -75,13 +75,13 @@ def _launched() -> tuple[int, int | None]:
     return int(environment.get("RANK", 0)), int(environment["WORLD_SIZE"]) if "WORLD_SIZE" in environment else None
 
 
-def _check_start(config: RunConfig, corpus: Corpus | None) -> None:
+def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
     """What a real start would refuse in corpus, files and run folder."""
     check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
     if corpus and config.run_dir.exists():
-        check_same_run(config, corpus.manifest)
+        check_same_run(config, corpus.manifest, ranks)
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to")

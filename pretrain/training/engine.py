@@ -20,6 +20,7 @@ from pretrain.objectives import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
 from pretrain.training.layers import compile_layers, recompute_layers
+from pretrain.training.random_state import seed_all
 
 
 class TrainingModule(nn.Module):
@@ -34,12 +35,12 @@ class TrainingModule(nn.Module):
         return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
-def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World) -> deepspeed.DeepSpeedEngine:
-    """Build the model, partitioned from the start, and its optimizer.
+def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, universal: bool = False) -> deepspeed.DeepSpeedEngine:
+    """Build the model, partitioned from the start, and its optimizer; `universal`: to load a checkpoint of another number of ranks.
 
     Raises UserError where batch sizes do not divide or the model does not fit the corpus.
     """
-    settings = engine_settings(config, world.size)
+    settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings)
     from_scratch = config.model.init_from is None
@@ -47,7 +48,7 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
              else pretrained_config(config.model.init_from))
     attention = resolve_attention(config.model.attention, world.device, shape)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
-    torch.manual_seed(config.seed)
+    seed_all(config.seed)
     if from_scratch:
         model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:

@@ -1,55 +1,52 @@
 """The training loop."""
 
-import signal
+import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 import deepspeed
 import torch
 
+from data_prep.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Specials
 from pretrain.data.loader import Loader, Rows
-from pretrain.data.prefetch import Prefetch
-from pretrain.objectives import Objective, Output, total_loss
+from pretrain.data.prefetch import Prefetch, StepData
+from pretrain.objectives import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
-from pretrain.run_folder import write_status
-from pretrain.training import checkpoint
+from pretrain.run_folder import list_steps, write_status
 from pretrain.training.background import ask_for_evaluation, start_evaluations
 from pretrain.training.distributed import World
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.metrics import Metrics
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
+from pretrain.training.saving import Saver
 from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
+from pretrain.training.spikes import SpikeRule, left_out, rewind
+from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
+from pretrain.training.watchdog import Watchdog
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1. A second signal ends the process at once, but not within GRACE seconds:
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a step, from its one synchronisation."""
 
-    launchers pass a signal on that their ranks have had already from the terminal or the scheduler.
-    """
-
-    GRACE = 10.0
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self.since = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            if time.monotonic() - self.since < self.GRACE:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received, self.since = signal.Signals(number), time.monotonic()
+    losses: dict[str, float]
+    """Each term over the global batch."""
+    stopping: bool
+    """Some rank was asked to stop."""
+    data_failed: bool
+    """Some rank has no data for the next step."""
+    saving: bool
+    """Some rank still writes a checkpoint."""
 
 
 @dataclass
@@ -71,45 +68,110 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
     collapsed: bool = False
+    spikes: SpikeRule = field(default_factory=SpikeRule)
+    owed: dict[str, float] | None = None
+    """The values of the last step, whose validation a signal has cut short: the next start makes it up."""
+    reason: str = ""
+    """Why the run has stopped before its end."""
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved)
+        self.left_out = left_out(self.config.run_dir)
+        self.watchdog = None
+        if self.world.store is not None:
+            self.watchdog = Watchdog(self.world.store, self.world.rank, self.world.size, self.config.monitor.hang_seconds, self._hung)
 
     def train(self) -> str:
-        """Train until the budget is used up or a signal comes; return the final status. Raises UserError, on all ranks, for a damaged shard."""
-        with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
-            return self._train(data)
+        """Train until the budget is used up or a signal comes; return the final status.
+
+        Raises UserError, on all ranks, for a damaged shard, and where the last checkpoint cannot be written.
+        """
+        try:
+            with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
+                status = self._train(data)
+            with self._patient():
+                self.saver.finish()
+        finally:
+            self.saver.close()
+            if self.watchdog:
+                self.watchdog.close()
+        if self.saver.problem and not self.reason.startswith("rewinding"):
+            steps = list_steps(self.config.run_dir / "checkpoints")
+            raise UserError(f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
+                            + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning"))
+        return status
 
     def _train(self, data: Prefetch) -> str:
-        stopping, data_failed = False, True  # not known yet
+        stopping, data_failed = self._asked_to_stop(), True  # of the data it is not known yet
+        if stopping:
+            self.reason = self._stopped_by()
+            return "resumable"
+        if self.owed is not None:
+            stopping = not self._finish_step(self.owed, validating=True)
         while self.fraction < 1 and not stopping:
             step = self.world.agree(data.next) if data_failed else data.next()
             data.take_waited()
             started = time.perf_counter()
-            divisors = {term: step.counts[unit] for term, unit in self.objective.units.items()}
             self._count(step.rows)
             self._set_learning_rate()
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
-            gradients, aside = self._gradients(step.batches, divisors)
+            divisors = {term: step.counts[unit] for term, unit in self.objective.units.items()}
+            gradients, aside = self._gradients(step, divisors)
 
-            sums, pool = self._accumulate(step.batches, divisors, with_pool=logging)
-            losses, stopping, data_failed = self._agree(sums, divisors, data.failed())
-            updated = self._update(losses)
+            agreed, pool, score, void = self._compute(step, divisors, data, with_pool=logging)
+            updated = self._update(agreed.losses, void)
+            stopping, data_failed = agreed.stopping, agreed.data_failed
             seconds = time.perf_counter() - started - aside
             self.progress.seconds += seconds
             self.throughput.add(step.rows, step.counts["targets"], seconds, data.take_waited())
+            if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
+                return "resumable"
+            if self.saver.open and not agreed.saving:
+                with self._patient():
+                    self.saver.finish()
 
-            values = gradients | (self._values(losses) if logging or not updated else {})
+            values = gradients | (self._values(agreed.losses, score) if logging or not updated else {})
             if logging:
                 values |= self._diagnose(pool) | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
                 if not self.validation:
                     self._watch_for_collapse(values, "embedding/")
-            if self.validation and (last or self._due(self.config.monitor.validate_every)):
-                values |= self._validate()
-            if self.metrics and values:
-                self.metrics.write(self._counters(), values)
+            validating = bool(self.validation) and (last or self._due(self.config.monitor.validate_every))
+            stopping |= not self._finish_step(values, validating)
             if last or stopping or data_failed or self._due(self.config.checkpoint.every):
                 self._save(step.state)
+        self.reason = self._stopped_by() if self.fraction < 1 else ""
         return "resumable" if self.fraction < 1 else "finished"
+
+    def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
+        """Validate where it is time to, and write down the step; False where a signal cut the validation short, which is then owed."""
+        found = self._validate() if validating else {}
+        self.owed = values if found is None else None
+        if self.metrics and found is not None and values | found:
+            self.metrics.write(self._counters(), values | found)
+        return found is not None
+
+    def _moved(self) -> None:
+        if self.watchdog:
+            self.watchdog.moved(self.progress.step)
+
+    def _patient(self) -> AbstractContextManager:
+        return self.watchdog.patient() if self.watchdog else nullcontext()
+
+    def _hung(self, line: str) -> None:
+        """The last words of a run that hangs."""
+        print(f"error: {line}; the run ends here, start the same command again", file=sys.stderr, flush=True)
+        steps = list_steps(self.config.run_dir / "checkpoints")
+        write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was, for all ranks."""
+        self._moved()
+        return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
+
+    def _stopped_by(self) -> str:
+        return f"stopped by {self.stop.received.name if self.stop.received else 'a signal to another rank'}"
 
     @property
     def fraction(self) -> float:
@@ -135,34 +197,52 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
-    def _accumulate(self, batches: Sequence[Batch], divisors: dict[str, int], with_pool: bool) -> tuple[dict[str, torch.Tensor], Pool | None]:
-        """Forward and backward over this rank's micro batches; each term's sum over them, and the last pool.
+    def _compute(self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool) -> tuple[Agreed, Pool | None, float, bool]:
+        """Forward and backward over this rank's micro batches: what all ranks agree on, the last pool, the spike score of the loss, and
+        whether the step is left out.
 
-        `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch.
+        `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch. The ranks agree before the
+        last backward pass, which makes the gradient of a step that is to be left out NaN on all of them: DeepSpeed then makes no update.
         """
         sums: dict[str, torch.Tensor] = {}
-        output = Output({}, None)
         weights = self.weights
-        for batch in batches:
+        for number, batch in enumerate(step.batches, start=1):
+            self._moved()
             output = self.engine(batch.to(self.world.device), with_pool=with_pool)
             loss = total_loss(output.terms, divisors, weights, self.world.size)
-            # a term that is not finite makes the whole gradient NaN, on every rank: DeepSpeed then leaves the step out
-            loss = loss * torch.where(loss.isfinite(), 1.0, float("nan"))
-            self.engine.backward(loss, scale_wrt_gas=False)
             for name, value in output.terms.items():
                 sums[name] = sums.get(name, 0) + value.detach()
-            if self.engine.is_gradient_accumulation_boundary():
-                break
-            self.engine.step()
-        return sums, output.pool and output.pool.detached()
+            if number < len(step.batches):
+                self.engine.backward(loss, scale_wrt_gas=False)
+                self.engine.step()
+        agreed = self._agree(sums, divisors, data.failed())
+        score, void = self._judge(agreed.losses)
+        self.engine.backward(loss * (torch.nan if void else 1.0), scale_wrt_gas=False)
+        if self.watchdog:
+            self.watchdog.started()
+        return agreed, output.pool and output.pool.detached(), score, void
 
-    def _gradients(self, batches: Sequence[Batch], divisors: dict[str, int]) -> tuple[dict[str, float], float]:
+    def _judge(self, losses: dict[str, float]) -> tuple[float, bool]:
+        """The spike score of the losses of a step, and whether it is to be left out."""
+        total, train = self._total(losses), self.config.train
+        if not math.isfinite(total) or self.progress.step in self.left_out:
+            return 0.0, True
+        score = self.spikes.score(total)
+        self.spikes.add(total)
+        if score > train.spike_score:
+            self._say(f"WARNING: the loss of step {self.progress.step} is a spike: {total:.4f}, {score:.1f} standard deviations above the last ones")
+        return score, score > train.spike_score and train.on_spike != "warn"
+
+    def _total(self, losses: dict[str, float]) -> float:
+        return sum(self.weights[name] * value for name, value in losses.items())
+
+    def _gradients(self, step: StepData, divisors: dict[str, int]) -> tuple[dict[str, float], float]:
         """The terms' gradients on the steps that measure them, and the seconds that took."""
         every = self.config.monitor.gradients_every
         if not every or not self._due(every):
             return {}, 0.0
         started = time.perf_counter()
-        values = gradient_diagnostics(self.engine.module, batches, divisors, self.weights, self.world)
+        values = gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world)
         return values, time.perf_counter() - started
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
@@ -170,41 +250,55 @@ class Trainer:
         return micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
                              micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size)
 
-    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> tuple[dict[str, float], bool, bool]:
-        """Each term over the global batch, and whether any rank was asked to stop or has no data for the next step.
+    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> Agreed:
+        """Bring together what the ranks know. The one synchronisation of a step."""
+        flags = torch.tensor([self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device)
+        *totals, stops, failures, writers = self.world.sum([*sums.values(), *flags])
+        losses = {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}
+        return Agreed(losses, stops > 0, failures > 0, writers > 0)
 
-        The one synchronisation of a step.
-        """
-        flags = torch.tensor([self.stop.received is not None, data_failed], device=self.world.device)
-        *totals, stops, failures = self.world.sum([*sums.values(), *flags])
-        return {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}, stops > 0, failures > 0
-
-    def _update(self, losses: dict[str, float]) -> bool:
-        """Take the optimizer step; count and report it where DeepSpeed left it out."""
+    def _update(self, losses: dict[str, float], void: bool) -> bool:
+        """Take the optimizer step; count and report it where none was made."""
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         updated = self.engine.skipped_steps == skipped_before
         if not updated:
             self.progress.skipped_steps += 1
-            culprits = [name for name, value in losses.items() if not abs(value) < float("inf")] or ["the gradient"]
-            self._say(f"WARNING: step {self.progress.step} made no update: {' and '.join(culprits)} was not finite on some rank "
-                      f"({self.progress.skipped_steps} such steps so far)")
+            culprits = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
+            why = (f"{culprits} was not finite on some rank" if culprits else "its records are left out since a rewind"
+                   if self.progress.step in self.left_out else "its loss is a spike" if void else "the gradient was not finite on some rank")
+            self._say(f"WARNING: step {self.progress.step} made no update: {why} ({self.progress.skipped_steps} such steps so far)")
         return updated
+
+    def _rewind(self, score: float) -> bool:
+        """Let the next start go back to before this step; False where that is not possible, and the step is just left out."""
+        self.saver.finish()
+        step = self.progress.step
+        to = self.world.gather_objects(rewind(self.config.run_dir, step, score) if self.world.is_main else None)[0]
+        if to is None:
+            self._say(f"WARNING: step {step} is a spike (score {score:.1f}), but no checkpoint is left to go back to: it is left out")
+            return False
+        self.reason = (f"rewinding: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
+                       f"and leaves out steps {step - 1} and {step}")
+        self._say(f"WARNING: {self.reason}")
+        return True
 
     def _diagnose(self, pool: Pool | None) -> dict[str, float]:
         return {f"embedding/{name}": value for name, value in (embedding_monitors(pool) if pool else {}).items()}
 
-    def _values(self, losses: dict[str, float]) -> dict[str, float]:
-        weights = self.weights
-        total = sum(weights[name] * value for name, value in losses.items())
-        return {"loss/total": total} | {f"loss/{name}": value for name, value in losses.items()} | {
+    def _values(self, losses: dict[str, float], score: float) -> dict[str, float]:
+        return {"loss/total": self._total(losses), "loss/spike_score": score} | {f"loss/{name}": value for name, value in losses.items()} | {
             "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
             "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
             "optimizer/skipped_steps": self.progress.skipped_steps,
+            "throughput/checkpoint_seconds": self.saver.take_seconds(),
+            "checkpoint/failed": self.saver.failed,
         }
 
-    def _validate(self) -> dict[str, float]:
-        values = self.validation.run(self.engine, self.objective.units)
+    def _validate(self) -> dict[str, float] | None:
+        values = self.validation.run(self.engine, self.objective.units, self._asked_to_stop)
+        if values is None:
+            return None
         self._say(validation_line(self.progress, values))
         self._watch_for_collapse(values, "validation/embedding/")
         return values
@@ -222,23 +316,39 @@ class Trainer:
     def _save(self, loader_state: dict[str, int]) -> None:
         if self.metrics:
             self.metrics.flush()
-        step, folder = self.progress.step, self.config.run_dir
-        evaluating = self.world.is_main and self.config.evaluation.every and self._due(self.config.evaluation.every)
-        if evaluating:
-            ask_for_evaluation(folder, step)
-        state = {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed}
-        checkpoint.save(self.engine, folder / "checkpoints", step, state, self.config.checkpoint.keep, self.world)
+        step = self.progress.step
+        if self._evaluating(step) and self.world.is_main:
+            with self._going_on(f"evaluation of step {step}"):
+                ask_for_evaluation(self.config.run_dir, step)
+        with self._patient():
+            self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
+                                    "losses": self.spikes.losses, "owed": self.owed})
+
+    def _saved(self, step: int) -> None:
+        """A checkpoint stands."""
         if self.world.is_main:
-            write_status(folder, "running", step)
-        if evaluating:
-            self._say(f"evaluating step {step} in the background, log in {folder / 'evaluation' / 'log.txt'}")
-            start_evaluations(folder)
+            write_status(self.config.run_dir, "running", step)
+            if self._evaluating(step):
+                self._say(f"evaluating step {step} in the background, log in {self.config.run_dir / 'evaluation' / 'log.txt'}")
+                with self._going_on(f"evaluation of step {step}"):
+                    start_evaluations(self.config.run_dir)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """A full disk ends what is not essential, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"WARNING: no {what}: {error.strerror or error}")
+
+    def _evaluating(self, step: int) -> bool:
+        return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
-        self.collapsed = state["collapsed"]
+        self.collapsed, self.spikes.losses, self.owed = state["collapsed"], state["losses"], state["owed"]
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

@@ -8,6 +8,7 @@ import warnings
 from data_prep.console import UserError, exit_on_user_error, report
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
+from pretrain.training.stop import StopRequest
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL); launchers may lose it, status.json does not."""
@@ -41,13 +42,14 @@ def plan(config: RunConfig) -> None:
 
 def run(config: RunConfig) -> None:
     """Train as the configuration says; ends the process with STOPPED where a signal came first."""
+    stop = StopRequest()  # from here on a signal is kept until all ranks can agree on it
     _quiet()
     from pretrain.training.distributed import init_world
     from pretrain.training.setup import set_up
 
     world, trainer = init_world(), None
     try:
-        trainer = set_up(config, world)
+        trainer = set_up(config, world, stop)
         if trainer is None:
             return
         status = trainer.train()
@@ -64,8 +66,7 @@ def run(config: RunConfig) -> None:
         raise
     if world.is_main:
         trainer.metrics.close()
-        reason = "" if status == "finished" else f"stopped by {trainer.stop.received.name if trainer.stop.received else 'a signal to another rank'}"
-        write_status(config.run_dir, status, trainer.progress.step, reason)
+        write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
         print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
     world.barrier()
     if status == "resumable":

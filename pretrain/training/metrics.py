@@ -1,17 +1,23 @@
 """metrics.jsonl and TensorBoard, whole after any number of restarts."""
 
+import contextlib
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
+from data_prep.console import print_now
 from data_prep.files import write_text
+
+NEWLINE = b"\n"
 
 
 class Metrics:
     """metrics.jsonl and TensorBoard, written by rank 0 of the training run only.
 
-    A run that goes on from `step` takes back what was written after it, so that no step is doubled or lost.
+    A run that goes on from `step` takes back what was written after it, so that no step is doubled or lost. What a full disk does not take
+    is kept, and written when there is room.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -19,35 +25,80 @@ class Metrics:
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in lines))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        self._writer = None
-        if tensorboard:
-            self._writer = open_tensorboard(run_dir / "tensorboard" / "train", purge_step=step + 1)
-            self._writer.add_custom_scalars({"loss": {
-                "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
-                "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
-            }})
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._unwritten = b""
+        self._folder = run_dir / "tensorboard" / "train" if tensorboard else None
+        self._writer: Any = None
+        self._unflushed: list[tuple[int, dict[str, float]]] = []
+        if self._folder is not None:
+            self._open(step + 1)
 
     def write(self, progress: dict[str, float], values: dict[str, float]) -> None:
         """Record the values of a step, with the progress counters beside them; in JSON, what is not finite is null."""
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._file.write(json.dumps(progress | finite) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, int(progress["step"]))
+        self._unwritten += (json.dumps(progress | finite) + "\n").encode()
+        self._flush_lines()
+        if self._folder is not None:
+            self._unflushed.append((int(progress["step"]), values))
+            self._add(self._unflushed[-1:])
 
     def flush(self) -> None:
-        """Bring everything to disk; called before a checkpoint is declared good."""
-        self._file.flush()
-        if self._writer is not None:
-            self._writer.flush()
+        """Bring everything to disk; called before a checkpoint is begun."""
+        self._flush_lines()
+        if self._folder is not None:
+            self._flush_events()
 
     def close(self) -> None:
         """Flush and close."""
+        self.flush()
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    def _flush_lines(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+        except OSError as error:
+            print_now(f"WARNING: cannot write metrics.jsonl ({error.strerror}); {self._unwritten.count(NEWLINE)} lines are kept until there is room")
+
+    def _open(self, step: int) -> None:
+        self._writer = open_tensorboard(self._folder, purge_step=step)
+        _silence_threads()
+        self._writer.add_custom_scalars({"loss": {
+            "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
+            "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
+        }})
+
+    def _add(self, entries: list[tuple[int, dict[str, float]]]) -> None:
+        try:
+            if self._writer is None:  # the one before is lost with what it had not written
+                entries = self._unflushed
+                self._open(entries[0][0])
+            for step, values in entries:
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
+        except OSError:
+            self._writer = None
+
+    def _flush_events(self) -> None:
+        if self._writer is None and self._unflushed:
+            self._add(self._unflushed)
+        try:
+            if self._writer is not None:
+                self._writer.flush()
+                self._unflushed.clear()
+        except OSError as error:
+            self._writer = None
+            print_now(f"WARNING: cannot write {self._folder} ({error.strerror}); {len(self._unflushed)} steps are kept until there is room")
+
+
+def _silence_threads() -> None:
+    """The thread that writes events hands an error on to the next call; nobody needs its traceback besides."""
+    tell = threading.excepthook
+    if tell is threading.__excepthook__:
+        threading.excepthook = lambda error: None if type(error.thread).__name__ == "_AsyncWriterThread" else tell(error)
 
 
 def open_tensorboard(folder: Path, **options: Any):

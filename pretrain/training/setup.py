@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.console import UserError, print_now
-from data_prep.files import try_lock
+from data_prep.files import sha256_file, try_lock
 from data_prep.shards import positions_needed
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
@@ -23,33 +23,38 @@ from pretrain.training.background import evaluations_asked_for, start_evaluation
 from pretrain.training.describe import describe_run
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
-from pretrain.training.loop import StopRequest, Trainer
+from pretrain.training.loop import Trainer
 from pretrain.training.metrics import Metrics
+from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 
 LENGTHS_AT_ONCE = 1 << 18
 
 
-def set_up(config: RunConfig, world: World) -> Trainer | None:
+def set_up(config: RunConfig, world: World, stop: StopRequest) -> Trainer | None:
     """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError."""
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
-    world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None)
+    for change in world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None) or ():
+        say(f"note: going on with a change: {change}")
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
         say(f"{config.run_dir} is finished already")
         _resume_evaluations(config, world)
         return None
-    stop = StopRequest()
     if config.resting_keys:
         say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
 
+    found = checkpoint.find_newest(checkpoints, world, say)
+    universal = found is not None and found.ranks != world.size
+    if universal:
+        checkpoint.make_universal(found, world, say)
     objective = config.objective.build()
-    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world))
+    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
@@ -62,7 +67,10 @@ def set_up(config: RunConfig, world: World) -> Trainer | None:
     say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
     if trainer.validation is None:
         say("note: the corpus has no validation split, so nothing is validated")
-    _resume(trainer, say)
+    if found:
+        checkpoint.load(engine, found, world)
+        trainer.resume(found.state)
+        say(f"going on from step {trainer.progress.step}")
     if world.is_main:
         _write_skeleton(config, model, corpus)
         trainer.metrics = Metrics(config.run_dir, trainer.progress.step, config.monitor.tensorboard)
@@ -102,6 +110,8 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         corpus.read(np.array([0, len(corpus) - 1]))  # a corpus without its shards shows at once
         _check_pairs(config, corpus)
         _check_lengths(config, corpus, say)
+    if corpus is not None and config.data.decontaminate:
+        _check_compared(config, corpus, say)
     for task in config.evaluation.tasks:
         for key, path in (("train", task.train), ("test", task.test)):
             if path is not None and not Path(path).is_file():
@@ -112,6 +122,16 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
                         "choose another `name`, or remove that folder")
     if config.checkpoint.resume == "must" and not steps:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
+
+
+def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
+    """Warn of test files that the preparation did not keep out of training."""
+    settings = corpus.manifest["settings"]
+    known = {file["sha256"] for file in settings.get("files", {}).values()} if settings["data"].get("decontaminate", True) else set()
+    for task in config.evaluation.tasks:
+        if task.test is not None and Path(task.test).is_file() and sha256_file(Path(task.test)) not in known:
+            say(f"WARNING: {config.data.path} was prepared without a look at {task.test} (task {task.name}): its questions may stand in the training "
+                "data; prepare another data.path with this configuration, or set data.decontaminate=false")
 
 
 def _check_views(config: RunConfig, corpus: Corpus) -> None:
@@ -191,13 +211,6 @@ def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: Wo
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
     return world.agree(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
                                           config.train.micro_batch_rows, world))
-
-
-def _resume(trainer: Trainer, say: Callable[[str], None]) -> None:
-    state = checkpoint.load_newest(trainer.engine, trainer.config.run_dir / "checkpoints", trainer.world, say)
-    if state:
-        trainer.resume(state)
-        say(f"going on from step {trainer.progress.step}")
 
 
 def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:

@@ -1,6 +1,6 @@
 """Validation: both losses and the embedding monitors on the same unseen records every time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import deepspeed
 import numpy as np
@@ -33,13 +33,19 @@ class Validation:
         self._batches = list(micro_batches(rows, corpus, layout, specials, row_length,
                                            micro_batch_rows=micro_batch_rows, rank=world.rank, ranks=world.size))
 
-    def run(self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str]) -> dict[str, float]:
-        """Validate on all ranks; the values by metric tag. `units` says what each term of the objective is divided by."""
+    def run(self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Validate on all ranks; the values by metric tag. `units` says what each term of the objective is divided by.
+
+        None where `stop`, which is asked before each batch and gives all ranks the same answer, says so.
+        """
         engine.eval()
         sums: dict[str, torch.Tensor] = {}
         pools = []
         with torch.no_grad():
             for batch in self._batches:
+                if stop():
+                    engine.train()
+                    return None
                 output = engine(batch.to(self.world.device), with_pool=True)
                 pools.append(output.pool)
                 for name, value in output.terms.items():

@@ -531,3 +531,37 @@ def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "mark").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
     assert (tmp_path / "mark").exists(), "the mark would not have shown"
+
+
+@pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
+def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
+    with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
+        data(tmp_path, views=[name, "code"])
+
+
+def test_a_source_of_which_nothing_is_kept_is_told(lines_file, pairs, tmp_path):
+    sources = [json_source(lines_file(tmp_path / "a.jsonl", pairs(50))),
+               json_source(lines_file(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
+    said = []
+    prepare(data(tmp_path / "out", *sources), say=said.append)
+    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
+
+
+def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(lines_file, pairs, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
+    for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        if normalizer:
+            tokenizer.normalizer = normalizer
+        tokenizer.train_from_iterator(["select all"] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.save(str(tmp_path / f"{name}.json"))
+        said = []
+        prepare(data(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
+        warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
+        assert len(warned) == (name == "lower") and all("does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned)
+    said = []
+    with pytest.raises(UserError, match="no tokenizer there"):
+        prepare(data(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
+    assert not any(line.startswith("scanning") for line in said)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from data_prep.config import JsonSource, evaluation_tests, readings
+from data_prep.config import EvaluationFiles, JsonSource, TaskFiles, evaluation_tests, readings
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
@@ -121,9 +121,25 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
 def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
     config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"}]}
-    assert evaluation_tests(config, tasks) == ["b.jsonl"] and evaluation_tests(config, None) == evaluation_tests(config, {}) == []
+    assert evaluation_tests(tasks) == ["b.jsonl"] and evaluation_tests(None) == evaluation_tests({}) == []
     mappings = {"text": "question", "code": "sql"}, None
     assert readings(config, "b.jsonl") == [JsonSource(type="json", path="b.jsonl", views=views) for views in mappings]
+
+
+@pytest.mark.parametrize("evaluation, message", [
+    ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'evaluation.tasks.0.tests'"), ({"task": []}, "unknown key 'evaluation.task'"),
+    ({"tasks": {"name": "loss"}}, "evaluation.tasks"), (["b.jsonl"], "evaluation"),
+])
+def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(evaluation, message):
+    with pytest.raises(UserError, match=message):
+        evaluation_tests(evaluation)
+
+
+def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
+    from pretrain.config import EvaluationConfig, TaskConfig
+
+    for one, other in ((EvaluationFiles, EvaluationConfig), (TaskFiles, TaskConfig)):
+        assert one.model_fields.keys() == other.model_fields.keys()
 
 
 @pytest.mark.parametrize("mappings", [[None, {"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}],

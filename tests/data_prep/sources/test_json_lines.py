@@ -184,7 +184,7 @@ def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path
     *good, (problem, place) = located(reader(path))
     assert all(views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003)) and at == f"{path}:{number}"
                for number, (views, at) in enumerate(good, start=1))
-    assert problem[0] == "malformed" and "the compressed file is" in problem[1] and "replace it" in problem[1]
+    assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
     assert place == f"{path}:{len(good) + 1}"
 
 
@@ -194,7 +194,7 @@ def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
-    assert any(isinstance(problem, tuple) and problem[0] == "malformed" for problem, _ in located(reader(path)))
+    assert any(isinstance(problem, tuple) and problem[0] == "damaged" for problem, _ in located(reader(path)))
 
 
 def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
@@ -206,7 +206,7 @@ def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path)
     unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
     whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
     *good, (problem, _) = located(reader(path))
-    assert problem[0] == "malformed" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
+    assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
 
 
 def test_zeros_behind_a_gz_file_are_no_damage(tmp_path):

@@ -110,6 +110,12 @@ def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
         texts(reader(path, {"text": "text", "code": "code"}))
 
 
+def test_rows_with_and_without_messages_stand_beside_each_other(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = pa.table({"messages": [said, None], "text": [None, "t"], "code": ["not this", "c"]})
+    assert texts(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
+
+
 def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
     rows = pa.table({view: [f"{view} {number}" for number in range(500)] for view in ("text", "code")})
     path = write(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False, write_page_checksum=True)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.config import NlrxSource
+from data_prep.config import JsonSource, NlrxSource
 from data_prep.console import UserError
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import source_weights
@@ -200,8 +200,19 @@ def test_another_number_of_weights_is_refused(write_corpus):
     corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
     with pytest.raises(UserError, match=r"data.sources are 1, but the corpus was prepared from 2"):
         source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=3.0)])
-    assert source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=weight) for weight in (3.0, 4.0)]) == [3.0, 4.0]
     assert source_weights(corpus.manifest) == [1.0, 2.0]
+
+
+def test_weights_belong_to_the_sources_that_the_corpus_was_made_of(write_corpus):
+    corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
+    sources = [NlrxSource(type="nlrx", records=1, weight=3.0), JsonSource(type="json", path="a.jsonl", weight=4.0)]
+    corpus.manifest["settings"]["data"]["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in sources]
+    assert source_weights(corpus.manifest, sources) == [3.0, 4.0]
+    assert source_weights(corpus.manifest, [sources[0], JsonSource(type="json", weight=5.0)]) == [3.0, 5.0]
+    with pytest.raises(UserError, match=r"data.sources.0 is json train a.jsonl, but the corpus was prepared with type nlrx"):
+        source_weights(corpus.manifest, sources[::-1])
+    with pytest.raises(UserError, match=r"data.sources.1 is json train b.jsonl, but the corpus was prepared with path a.jsonl there"):
+        source_weights(corpus.manifest, [sources[0], JsonSource(type="json", path="b.jsonl")])
 
 
 def test_weights_that_leave_no_record_are_refused(write_corpus, layout):

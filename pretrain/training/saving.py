@@ -1,0 +1,197 @@
+"""Saving a run: a copy of the state on the training thread, the files on a thread of their own, the rename when all ranks have written.
+
+A save that fails, on a full disk above all, ends the save and not the run: the checkpoints before it stay, and the next one is tried.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from pretrain.config import CheckpointConfig
+from pretrain.run_folder import list_steps, step_name
+from pretrain.training import checkpoint
+from pretrain.training.distributed import World
+from pretrain.training.random_state import file_name, random_state
+
+BYTES_PER_PARAMETER = 12
+"""Weights and two moments in fp32: what the first checkpoint takes at least."""
+SPARE = 1.1
+"""Room that a checkpoint wants on the disk, over what the one before it took."""
+
+Written = tuple[dict[str, Any], str | None]
+"""The manifest entries of a rank's files, and why they are not all there."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One that goes on."""
+
+    step: int
+    temporary: Path
+    state: dict[str, Any]
+    written: Future[Written]
+
+
+class Saver:
+    """Saves an engine on all ranks together, one checkpoint at a time."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, config: CheckpointConfig, world: World, say: Callable[[str], None],
+                 saved: Callable[[int], None]):
+        self._engine, self._folder, self._config, self._world, self._say, self._saved = engine, folder, config, world, say, saved
+        self._collector = engine.checkpoint_engine = _Collector()
+        engine._copy_recovery_script = lambda folder: None  # a script beside the shards, and a write that only rank 0 could fail in
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
+        self._seconds = 0.0
+        self.failed = 0
+        """Saves that came to nothing."""
+        self.problem: str | None = None
+        """Why the last one did."""
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank writes at the moment."""
+        return self._save is not None and not self._save.written.done()
+
+    @property
+    def open(self) -> bool:
+        """Whether a save has been begun that is not finished."""
+        return self._save is not None
+
+    def take_seconds(self) -> float:
+        """What saving has cost the training thread since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Take a copy of everything, and write it in the background if the configuration says so. `state` is plain JSON."""
+        self.finish()
+        started = time.perf_counter()
+        temporary = self._folder / f".{step_name(step)}.tmp"
+        problem = self._world.gather_objects(self._make_room(temporary) if self._world.is_main else None)[0]
+        if problem:
+            self._fail(step, temporary, problem)
+        else:
+            self._engine.save_checkpoint(str(self._folder), tag=temporary.name, save_latest=False)
+            files = self._collector.take() | {temporary / file_name(self._world.rank): random_state()}
+            self._save = _Save(step, temporary, state, self._thread.submit(_write, files))
+        self._seconds += time.perf_counter() - started
+        if not self._config.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until all ranks have written, and declare the checkpoint good. On all ranks together."""
+        if self._save is None:
+            return
+        started = time.perf_counter()
+        save, self._save = self._save, None
+        written = self._world.gather_objects(save.written.result())
+        problem = next((problem for _, problem in written if problem), None)
+        if problem is None and self._world.is_main:
+            problem = self._publish(save, {file: entry for entries, _ in written for file, entry in entries.items()})
+        problem = self._world.gather_objects(problem)[0]
+        if problem:
+            self._fail(save.step, save.temporary, problem)
+        else:
+            self.problem = None
+            self._saved(save.step)
+        self._seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._thread.shutdown()
+
+    def _publish(self, save: _Save, files: dict[str, Any]) -> str | None:
+        try:
+            checkpoint.publish(save.temporary, save.step, self._world.size, save.state, files)
+        except OSError as error:
+            return _line(error)
+        if kept := checkpoint.retain(self._folder, self._config.keep, self._config.keep_every):
+            self._say(f"WARNING: old checkpoints cannot be removed: {', '.join(kept)}")
+        return None
+
+    def _fail(self, step: int, temporary: Path, problem: str) -> None:
+        if self._world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.failed += 1
+        self.problem = problem
+        self._say(f"WARNING: the checkpoint of step {step} was not written: {problem}; the run goes on, "
+                  f"{self._folder} keeps what was saved before")
+
+    def _make_room(self, temporary: Path) -> str | None:
+        """Why there is no room for another checkpoint; None where there is, and an empty folder for it."""
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(self._folder).free
+            needed = self._size()
+        except OSError as error:
+            return _line(error)
+        return f"the disk has {free / 1e6:,.1f} MB free, a checkpoint needs {needed / 1e6:,.1f} MB: make room" if free < needed else None
+
+    def _size(self) -> float:
+        newest = list_steps(self._folder)[-1:]
+        before = sum(path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir())
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self._engine.module.parameters())
+        return SPARE * (before or BYTES_PER_PARAMETER * parameters)
+
+
+class _Collector(TorchCheckpointEngine):
+    """What DeepSpeed saves its shards with: keeps copies, which go to disk later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, Any] = {}
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._files[Path(path)] = _copied(state_dict, {})
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def take(self) -> dict[Path, Any]:
+        """What was saved since the last call."""
+        files, self._files = self._files, {}
+        return files
+
+
+def _copied(value: Any, seen: dict[int, torch.Tensor]) -> Any:
+    """A copy on the host that no later step changes; a tensor that stands in several places is copied once."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.detach().to("cpu", copy=True)
+        return seen[id(value)]
+    if isinstance(value, dict):
+        return type(value)((key, _copied(entry, seen)) for key, entry in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_copied(entry, seen) for entry in value)
+    return copy.deepcopy(value)
+
+
+def _write(files: dict[Path, Any]) -> Written:
+    """Bring the files of this rank to disk."""
+    entries = {}
+    for path in list(files):
+        try:
+            with open(path, "wb") as file:
+                torch.save(files.pop(path), file)
+            entries[path.name] = checkpoint.described(path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a write that fails
+            return {}, _line(error)
+    return entries, None
+
+
+def _line(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]

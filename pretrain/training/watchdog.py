@@ -1,0 +1,127 @@
+"""A run that hangs ends, and its log names the rank, host and step that is missing.
+
+A rank that is stopped, dead on another node, or lost in a loop leaves the others waiting in a collective, silently, for as long as its timeout
+is, which must suit the slowest start. So every rank has a thread that notes in the ranks' common store how far it is, and looks there once its
+own training thread has not moved for too long.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+BEAT = 2.0
+"""Seconds between two notes."""
+SILENT = 5
+"""Beats without a note: the rank does not run, or cannot be reached."""
+ANSWER = 10.0
+"""Seconds that the store has to answer in."""
+SLOW = 1800.0
+"""Seconds that the first step may take, or a save."""
+HUNG = 70
+"""Exit code."""
+
+
+@dataclass
+class Beat:
+    """How far a rank is."""
+
+    rank: int
+    host: str
+    beats: int = 0
+    moves: int = 0
+    """Times that its training thread has said so."""
+    step: int = 0
+
+
+class Watchdog:
+    """The thread of one rank; `end` is called with the line that names who is missing, on the rank that finds out first, and the process ends."""
+
+    def __init__(self, store: dist.Store, rank: int, ranks: int, seconds: float, end: Callable[[str], None]):
+        self._store, self._ranks, self._seconds, self._end = store.clone(), ranks, seconds, end
+        self._mine = Beat(rank, socket.gethostname())
+        self._limit = SLOW
+        self._stop = threading.Event()
+        self._calls = ThreadPoolExecutor(1, "store")
+        self._note()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def moved(self, step: int) -> None:
+        """The training thread works at this step."""
+        self._mine.step = step
+        self._mine.moves += 1
+
+    def started(self) -> None:
+        """The first step is done: from here on a step takes what it takes."""
+        self._limit = self._seconds
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """What may take as long as the start did."""
+        limit, self._limit = self._limit, SLOW
+        try:
+            yield
+        finally:
+            self._mine.moves += 1
+            self._limit = limit
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._stop.set()
+
+    def _watch(self) -> None:
+        moves, since, before = -1, 0.0, None
+        while not self._stop.wait(BEAT):
+            if self._mine.moves != moves:
+                moves, since, before = self._mine.moves, time.monotonic(), None
+            self._mine.beats += 1
+            waited = time.monotonic() - since
+            try:
+                self._note()
+                if waited > self._limit - SILENT * BEAT and before is None:
+                    before = self._beats()
+                missing = self._missing(before, self._beats()) if waited > self._limit else ""
+            except (NoAnswer, RuntimeError):
+                missing = "rank 0, or the launcher, which keep the ranks' common store, do not answer" if waited > self._limit else ""
+            if missing and self._mine.moves == moves and not self._stop.is_set():
+                self._tell(missing, waited)
+
+    def _note(self) -> None:
+        self._ask(lambda: self._store.set(f"beat/{self._mine.rank}", json.dumps(asdict(self._mine))))
+
+    def _missing(self, before: list[Beat], now: list[Beat]) -> str:
+        """Who the others wait for, from what the ranks noted SILENT beats ago and what they have noted since."""
+        silent = [beat for beat, earlier in zip(now, before, strict=True) if beat.beats == earlier.beats]
+        behind = [beat for beat in now if beat.step == min(other.step for other in now)]
+        late = silent or (behind if len(behind) < len(now) else [])
+        if not late:
+            return f"all {len(now)} ranks wait in step {self._mine.step}"
+        named = ", ".join(f"rank {beat.rank} on {beat.host} at step {beat.step}" for beat in late[:8])
+        return f"{named}{' and others' if len(late) > 8 else ''} {'without a sign of life' if silent else 'not going on'}"
+
+    def _beats(self) -> list[Beat]:
+        keys = [f"beat/{rank}" for rank in range(self._ranks)]
+        return [Beat(**json.loads(value)) for value in self._ask(lambda: self._store.multi_get(keys))]
+
+    def _ask(self, call: Callable):
+        return self._calls.submit(call).result(ANSWER)
+
+    def _tell(self, missing: str, waited: float) -> None:
+        """End this process; the first rank to come here says why."""
+        try:
+            first = self._ask(lambda: self._store.add("hung", 1)) == 1
+        except (NoAnswer, RuntimeError):
+            first = True
+        if first:
+            self._end(f"the run hangs since {waited:.0f} s: {missing}")
+        else:
+            time.sleep(BEAT)  # so that its line is there before the launcher sees a process end
+        os._exit(HUNG)

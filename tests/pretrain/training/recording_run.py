@@ -1,0 +1,19 @@
+"""A run whose rank 0 writes down the records of each step that it takes: `recording_run.py CONFIG`."""
+
+import json
+
+import pretrain.training.setup
+from pretrain.training.loop import Trainer
+from pretrain.training.main import main
+
+
+class Recording(Trainer):
+    def _count(self, rows):
+        super()._count(rows)
+        if self.world.is_main:
+            with open(self.config.run_dir.parent / f"{self.config.name}.records", "a") as file:
+                file.write(json.dumps({"step": self.progress.step, "records": sorted(rows.records.tolist())}) + "\n")
+
+
+pretrain.training.setup.Trainer = Recording
+main()

@@ -1,0 +1,68 @@
+"""A run goes on with another number of ranks: the same records in the same order, the same losses, the optimizer state kept."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.run_folder import list_steps, read_status
+from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+
+STEPS = 24
+ROWS = 8
+CHAIN = (1, 2, 4, 1)
+"""Ranks of one start after the other."""
+
+
+def metrics(folder: Path, name: str) -> list[dict]:
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> dict:
+    """A run on two ranks from start to end, and one whose starts have other numbers of ranks, all with the same rows per micro step."""
+    folder = tmp_path_factory.mktemp("elastic")
+    values = tiny_config(folder, train__steps=STEPS, train__global_batch_rows=ROWS, checkpoint={"every": 50}, monitor__log_every=1)
+    fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
+    call(["python", "-m", "data_prep", str(fixed)])
+    call(deepspeed_command(2, "launcher/run.py", fixed))
+    stops, logs = [], []
+    for number, ranks in enumerate(CHAIN):
+        config = write_config(folder, values | {"name": "elastic", "train": values["train"] | {"micro_batch_rows": ROWS // ranks}})
+        running = Running(deepspeed_command(ranks, "launcher/run.py", config), folder / f"{number}.log")
+        if number < len(CHAIN) - 1:
+            running.wait_until(lambda number=number: len(metrics(folder, "elastic")) >= 5 * (number + 1), "five more steps")
+            running.ranks()[-1].send_signal(signal.SIGTERM)
+        running.end()
+        logs.append(running.log.read_text())
+        stops.append(read_status(folder / "runs" / "elastic")["step"])
+    return {"folder": folder, "stops": stops, "logs": logs}
+
+
+def test_the_losses_are_those_of_the_run_that_was_not_stopped(story):
+    fixed, elastic = (metrics(story["folder"], name) for name in ("fixed", "elastic"))
+    assert [line["step"] for line in elastic] == [line["step"] for line in fixed] == list(range(1, STEPS + 1))
+    assert story["stops"][-1] == STEPS and sorted(set(story["stops"])) == story["stops"]
+    for tag in ("loss/lm", "loss/jepa", "optimizer/grad_norm"):
+        one, other = (np.array([line[tag] for line in lines]) for lines in (fixed, elastic))
+        first = [stop for stop in story["stops"][:-1]]  # counted from 0: the first step of the next start
+        np.testing.assert_allclose(other[first], one[first], rtol=1e-5)
+        np.testing.assert_allclose(other, one, rtol=1e-4)
+
+
+def test_the_same_records_come_in_the_same_order(story):
+    fixed, elastic = (metrics(story["folder"], name) for name in ("fixed", "elastic"))
+    for tag in ("records", "tokens", "positions", "optimizer/lr", "epoch"):
+        assert [line[tag] for line in elastic] == [line[tag] for line in fixed]
+
+
+def test_each_change_is_told_and_nothing_of_it_is_left(story):
+    for before, now, log in zip(CHAIN, CHAIN[1:], story["logs"][1:], strict=False):
+        assert f"was written by {before} rank{'s' * (before > 1)}, this run has {now}: converting it" in log
+        assert f"note: going on with a change: train.micro_batch_rows is {ROWS // now}, it was {ROWS // before}" in log
+        assert "a micro step has" not in log and "Traceback" not in log
+    checkpoints = story["folder"] / "runs" / "elastic" / "checkpoints"
+    assert not list(checkpoints.glob(".*")) and list_steps(checkpoints)[-1] == STEPS

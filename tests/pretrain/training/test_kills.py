@@ -1,0 +1,163 @@
+"""Fifty kills and a hundred damages: what is left at the end is bit for bit what an undisturbed run leaves."""
+
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pretrain.run_folder import list_steps, read_status, step_name
+from pretrain.training.checkpoint import check
+from tests.launching import ROOT, Running, call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.training.same_state import assert_same_checkpoints
+
+RECORDING = ROOT / "tests" / "pretrain" / "training" / "recording_run.py"
+KILLS, EPOCHS, RECORDS = 50, 8, 600
+MOMENTS = ("start-up", "mid-step", "mid-save", "mid-rename", "mid-evaluation")
+pytestmark = pytest.mark.slow
+
+
+def runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Path, list[str]]]:
+    """Folders and commands of runs that differ in nothing but their names; their corpus is prepared."""
+    found = {}
+    for name in names:
+        values = tiny_config(folder, name=name, train__steps=None, train__epochs=EPOCHS, train__micro_batch_rows=2, monitor__log_every=1,
+                             monitor__validate_every=50, **changes)
+        found[name] = folder / "runs" / name, deepspeed_command(2, RECORDING, write_config(folder, values))
+    call(["python", "-m", "data_prep", str(folder / f"{names[0]}.yaml")])
+    return found
+
+
+def evaluating(run_dir: Path) -> list[psutil.Process]:
+    """The processes of the evaluation job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "pretrain.evaluation" in process.cmdline() and str(run_dir) in process.cmdline():
+                found.append(process)
+    return found
+
+
+def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> None:
+    """Until the moment, or the end of the run."""
+    checkpoints = run_dir / "checkpoints"
+    steps = len(list_steps(checkpoints))
+    newest = (list_steps(checkpoints) or [0])[-1]
+    if moment == "start-up":
+        time.sleep(rng.uniform(0, 15))
+        return
+    happens = {
+        "mid-step": lambda: (list_steps(checkpoints) or [0])[-1] > newest,
+        "mid-save": lambda: any(checkpoints.glob(".step-*.tmp/*.pt")),
+        "mid-rename": lambda: any(checkpoints.glob(".step-*.tmp/manifest.json")) or len(list_steps(checkpoints)) != steps,
+        "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluating(run_dir),
+    }[moment]
+    deadline = time.monotonic() + 90
+    while not happens() and running.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if moment == "mid-step":
+        time.sleep(rng.uniform(0, 0.5))
+
+
+def test_fifty_kills_change_nothing(tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("a", "bc", "dog", "truck")))
+    found = runs(tmp_path, ("undisturbed", "killed"), checkpoint={"every": 2, "keep": 2},
+                 evaluation={"every": 20, "tasks": [{"name": "loss", "test": str(pairs)}]})
+    (calm, command), (run_dir, killed_command) = found.values()
+    call(command, timeout=1200)
+    rng, kills, started = random.Random(4), Counter(), time.monotonic()
+    while kills.total() < KILLS:
+        moment = MOMENTS[kills.total() % len(MOMENTS)]
+        running = Running(killed_command, tmp_path / "killed.log")
+        wait(running, moment, run_dir, rng)
+        assert "every checkpoint" not in running.log.read_text() and "damaged" not in running.log.read_text()
+        ranks = running.ranks() if running.process.poll() is None else []
+        if ranks:
+            rng.choice(ranks).kill()
+            kills[moment] += 1
+            if moment == "mid-evaluation":
+                for job in evaluating(run_dir):
+                    with contextlib.suppress(psutil.Error):
+                        job.kill()
+            time.sleep(rng.uniform(0, 1))
+        elif moment == "start-up":
+            kills[moment] += 1  # the launcher itself
+        running.kill()
+        with capsys.disabled():
+            step = (list_steps(run_dir / "checkpoints") or [0])[-1]
+            print(f"{time.monotonic() - started:6.0f} s  kill {kills.total():2} {moment:14} newest checkpoint {step}", flush=True)
+        if read_status(run_dir).get("status") == "finished":
+            break
+    last = call(killed_command, timeout=1200)
+    assert read_status(run_dir)["status"] == "finished", last.stdout[-2000:]
+    assert kills.total() == KILLS, f"the run was over after {kills}"
+    newest = list_steps(calm / "checkpoints")[-1]
+    assert_same_checkpoints(*(folder / "checkpoints" / step_name(newest) for folder in (calm, run_dir)))
+    assert_every_record_once_an_epoch(tmp_path / "runs" / "killed.records", newest)
+    tables = [[{tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
+               for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (calm, run_dir)]
+    assert tables[0] == tables[1]
+    deadline = time.monotonic() + 300
+    while any((run_dir / "checkpoints" / "pins").iterdir()) and time.monotonic() < deadline:
+        time.sleep(1)  # the evaluation job takes what is left
+    evaluated = [{path.name for path in (folder / "evaluation").glob("step-*")} for folder in (calm, run_dir)]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == newest // 20
+
+
+def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
+    """By what rank 0 wrote down: a step that was made again took the same records."""
+    taken: dict[int, list[int]] = {}
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        assert taken.setdefault(entry["step"], entry["records"]) == entry["records"]
+    assert sorted(taken) == list(range(1, steps + 1))
+    counts = Counter(record for step in range(1, steps + 1) for record in taken[step])
+    assert counts == dict.fromkeys(range(RECORDS), EPOCHS)
+
+
+def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
+    found = runs(tmp_path, ("run",), checkpoint={"every": 5, "keep": 3})
+    run_dir, command = found["run"]
+    call(command, timeout=600)
+    newest, before = list_steps(run_dir / "checkpoints")[-1], list_steps(run_dir / "checkpoints")[-2]
+    whole = run_dir / "checkpoints" / step_name(newest)
+    rng, damages = random.Random(5), []
+    files = sorted(path.name for path in whole.iterdir())
+    for number in range(100):
+        damages.append((files[number % len(files)], ("truncate", "empty", "delete", "flip")[(number // len(files)) % 4], rng.random()))
+    for file, damage, place in damages:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        spoil(copy / file, damage, place)
+        assert check(copy), (file, damage)
+    for number, (file, damage, place) in enumerate(rng.sample(damages, 5)):
+        (run_dir / "status.json").unlink()
+        kept = tmp_path / f"kept-{number}"
+        shutil.copytree(whole, kept)
+        spoil(whole / file, damage, place)
+        done = call(command, timeout=600)
+        assert f"{step_name(newest)} is damaged: " in done.stdout and f"going on from step {before}" in done.stdout
+        aside = whole.with_name(f"damaged-{whole.name}")
+        assert file in (aside / "damage.txt").read_text()
+        assert_same_checkpoints(kept, whole)
+
+
+def spoil(path: Path, damage: str, place: float) -> None:
+    content = path.read_bytes()
+    match damage:
+        case "truncate":
+            path.write_bytes(content[:int(place * (len(content) - 1))])
+        case "empty":
+            path.write_bytes(b"")
+        case "delete":
+            path.unlink()
+        case "flip":
+            at = int(place * len(content))
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(8 * place)]) + content[at + 1:])
