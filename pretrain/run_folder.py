@@ -25,10 +25,14 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
-def write_status(run_dir: Path, status: str, step: int, reason: str = "") -> None:
-    """status.json: running, resumable, finished or failed. Where it cannot be written, on a full disk, a line says so."""
+def write_status(run_dir: Path, status: str, step: int, reason: str = "", again: bool = True) -> None:
+    """status.json: running, resumable, finished or failed; `again` is false where a start cannot go on before something is mended.
+
+    Where it cannot be written, on a full disk, a line says so.
+    """
+    values = {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
-        write_json(run_dir / "status.json", {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        write_json(run_dir / "status.json", values | ({} if again else {"again": False}))
     except OSError as error:
         print_now(f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}): the run is {status} at step {step}")
 

@@ -123,7 +123,7 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
     if not sources:
         return prepared
     for number, (source, before) in enumerate(zip(sources, manifest["settings"]["data"]["sources"], strict=True)):
-        now = source.model_dump(mode="json", include={"type", "split", "path"}, exclude_none=True)
+        now = {key: getattr(source, key) for key in ("type", "split", "path") if getattr(source, key, None) is not None}
         if differing := [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]:
             raise UserError(f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
                             "name those, or none, or prepare another data.path")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from pretrain.run_folder import PINS, list_steps, step_name
 
+SUPERVISED = "JEPA_SUPERVISED"
+"""Environment variable by which launcher/supervise.py knows the processes of a run, which it ends with the run."""
 OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                   "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-"""Environment variables, or their beginnings, that would make the job believe it is a rank of the run."""
+                   "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", SUPERVISED)
+"""Environment variables, or their beginnings, that would make the job, or others, believe it is a process of the run."""
 
 
 def single_process_environment() -> dict[str, str]:
-    """This process's environment without the launcher's variables."""
+    """This process's environment without the variables of launchers and of supervise.py."""
     return {name: value for name, value in os.environ.items() if not any(
         name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in OF_THE_LAUNCHER)}
 

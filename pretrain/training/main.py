@@ -47,7 +47,11 @@ def run(config: RunConfig) -> None:
     from pretrain.training.distributed import init_world
     from pretrain.training.setup import set_up
 
-    world, trainer = init_world(), None
+    try:
+        world, trainer = init_world(), None
+    except UserError as error:  # the ranks cannot meet: no mistake of the configuration, another start may succeed
+        report(error, silent=_another_process_speaks())
+        sys.exit(1)
     try:
         trainer = set_up(config, world, stop)
         if trainer is None:
@@ -55,7 +59,7 @@ def run(config: RunConfig) -> None:
         status = trainer.train()
     except UserError as error:
         if trainer and world.is_main:
-            write_status(config.run_dir, "failed", trainer.progress.step, str(error))
+            write_status(config.run_dir, "failed", trainer.progress.step, str(error), again=False)
         if world.size > 1:  # at once: gloo aborts a process that is torn down after its peers
             report(error, silent=_another_process_speaks())
             os._exit(2)

@@ -209,7 +209,7 @@ def test_weights_belong_to_the_sources_that_the_corpus_was_made_of(write_corpus)
     corpus.manifest["settings"]["data"]["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in sources]
     assert source_weights(corpus.manifest, sources) == [3.0, 4.0]
     assert source_weights(corpus.manifest, [sources[0], JsonSource(type="json", weight=5.0)]) == [3.0, 5.0]
-    with pytest.raises(UserError, match=r"data.sources.0 is json train a.jsonl, but the corpus was prepared with type nlrx"):
+    with pytest.raises(UserError, match=r"data.sources.0 is json train a.jsonl, but the corpus was prepared with type nlrx and path None there"):
         source_weights(corpus.manifest, sources[::-1])
     with pytest.raises(UserError, match=r"data.sources.1 is json train b.jsonl, but the corpus was prepared with path a.jsonl there"):
         source_weights(corpus.manifest, [sources[0], JsonSource(type="json", path="b.jsonl")])

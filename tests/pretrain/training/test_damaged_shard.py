@@ -58,6 +58,7 @@ def test_all_ranks_end_and_one_says_in_a_line_which_row_it_is(damaged):
 def test_the_steps_before_are_kept_and_the_run_goes_on_once_the_shard_is_mended(damaged):
     run, status = damaged["run"], read_status(damaged["run"])
     assert status["status"] == "failed" and "is damaged" in status["reason"] and status["step"] == STEP - 1
+    assert status["again"] is False  # another start would meet the same
     assert list_steps(run / "checkpoints") == [STEP - 1]
     damaged["shard"].write_bytes(damaged["whole"])
     assert f"going on from step {STEP - 1}" in call(damaged["command"]).stdout

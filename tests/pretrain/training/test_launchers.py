@@ -1,6 +1,7 @@
 """The same run under deepspeed, torchrun and srun's variables; and what a user's mistakes end in."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,12 @@ def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
     done = call(deepspeed_command(2, "launcher/run.py", path), check=False)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: data.sequence_length is 16") == 1 and "Traceback" not in done.stderr
+
+
+def test_ranks_that_cannot_meet_end_in_one_line_and_exit_code_1_for_another_start_may_succeed(folder):
+    path = write_config(folder, tiny_config(folder, name="alone"))
+    with socket.create_server(("", 0)) as taken:
+        done = call(["python", "launcher/run.py", str(path)], check=False, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot meet at 127.0.0.1:")]

@@ -1,0 +1,368 @@
+"""Runs that start again by themselves: a stand-in for run.py that does what a test tells it, and the real one on two ranks."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.console import UserError
+from launcher.supervise import main, runs_the_script
+from pretrain.run_folder import list_steps, read_status, write_status
+from pretrain.training.background import SUPERVISED
+from tests.launching import ROOT, Running, call, deepspeed_command, environment, tiny_config, write_config
+from tests.processes import kill_all, wait_for
+
+PYTHON = sys.executable
+RUN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from pretrain.run_folder import list_steps, step_name, write_status
+
+folder = Path(__file__).parent
+run_dir = folder / "runs" / "run"
+rank = int(os.environ.get("RANK", 0))
+saving = 0.3  # seconds
+
+def status(name, step=0, reason="", again=True):
+    write_status(run_dir, name, step, reason, again)
+
+def save(step):
+    (run_dir / "checkpoints" / step_name(step)).mkdir(parents=True)
+    status("running", step)
+
+def note(name, text=""):
+    (folder / f"{name}.tmp{rank}").write_text(str(text) or str(os.getpid()))
+    (folder / f"{name}.tmp{rank}").rename(folder / name)
+
+def save_and_stop(number, frame):
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_DFL)  # as the ranks do where a second one comes late
+    note(f"signal-{rank}", signal.Signals(number).name)
+    time.sleep(saving)
+    if rank == 0:
+        step = max(list_steps(run_dir / "checkpoints"), default=0) + 1
+        save(step)
+        status("resumable", step)
+    sys.exit(75)
+
+def heed():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, save_and_stop)
+
+run_dir.mkdir(parents=True, exist_ok=True)
+start = len(list(folder.glob(f"start-*-{rank}"))) + 1
+note(f"start-{start}-{rank}")
+"""
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+ranks = [subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], env=os.environ | {"RANK": str(rank)}) for rank in range(2)]
+
+def kill(*_):
+    for rank in ranks:
+        rank.kill()
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, kill)
+signal.signal(signal.SIGINT, kill)
+while any(rank.poll() is None for rank in ranks):
+    if any(rank.poll() for rank in ranks):
+        if all(rank.poll() == 75 for rank in ranks):
+            break
+        if any(rank.poll() not in (None, 0, 75) for rank in ranks):
+            kill()
+    time.sleep(0.05)
+sys.exit(max(rank.poll() for rank in ranks))
+"""
+
+
+class Supervised:
+    """supervise.py over a stand-in: `body` is what every start of run.py does, on one rank or, under a launcher, on two."""
+
+    def __init__(self, folder: Path, body: str, *options: str, ranks: int = 1, launcher: str = LAUNCHER):
+        self.folder, self.run_dir, self.log = folder, folder / "runs" / "run", folder / "log.txt"
+        config = write_config(folder, tiny_config(folder))
+        (folder / "run.py").write_text(RUN + body)
+        (folder / "launch.py").write_text(launcher)
+        command = [PYTHON, "launcher/supervise.py", *options, "--", PYTHON, *[str(folder / "launch.py")] * (ranks > 1),
+                   str(folder / "run.py"), str(config)]
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+
+    def noted(self, name: str) -> str:
+        """What a start has left under that name, waited for."""
+        wait_for((self.folder / name).exists, 30)
+        return (self.folder / name).read_text()
+
+    def starts(self) -> int:
+        return len(list(self.folder.glob("start-*-0")))
+
+    def end(self) -> int:
+        """The exit code, and nothing may be left."""
+        code = self.process.wait(60)
+        assert not marked(self.folder), self.said()
+        return code
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Living processes of commands that were supervised, and that have this folder in their command line."""
+    return [process for process in psutil.process_iter(["cmdline", "environ"])
+            if SUPERVISED in (process.info["environ"] or {}) and str(folder) in shlex.join(process.info["cmdline"] or [])]
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    started = []
+
+    def start(body: str, *options: str, **more) -> Supervised:
+        started.append(Supervised(tmp_path / str(len(started)), body, *options, **more))
+        return started[-1]
+
+    yield start
+    for one in started:
+        kill_all(one.process)
+    for process in marked(tmp_path):
+        process.kill()
+
+
+def test_it_starts_again_after_crashes_with_progress_and_ends_with_the_run(supervised):
+    run = supervised("""
+if start == 4:
+    status("finished", 40)
+else:
+    save(10 * start)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    assert run.end() == 0 and run.starts() == 4
+    assert [f"starting again in 1 s from step {step}" in run.said() for step in (10, 20, 30)] == [True] * 3
+    assert "start 1 ended after" in run.said() and "SIGKILL, status.json says running at step 10" in run.said()
+
+
+def test_two_crashes_without_a_checkpoint_between_them_are_the_end(supervised):
+    run = supervised("""
+if start == 1:
+    save(10)
+status("failed", 10, "RuntimeError: no such thing")
+sys.exit(1)
+""")
+    assert run.end() == 1 and run.starts() == 2
+    assert ("supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; the last time: exit code 1, "
+            "status.json says failed at step 10 (RuntimeError: no such thing).") in run.said()
+
+
+def test_the_pause_doubles_while_there_is_no_progress_and_is_short_again_after_it(supervised):
+    run = supervised("""
+if start == 3:
+    save(10)
+sys.exit(1)
+""", "--crashes", "3")
+    assert run.end() == 1 and run.starts() == 5
+    pauses = [line.split(" in ")[1] for line in run.said().splitlines() if "starting again" in line]
+    assert pauses == ["1 s from step 0", "2 s from step 0", "1 s from step 10", "2 s from step 10"]
+
+
+def test_a_mistake_that_must_be_mended_first_is_not_tried_again(supervised):
+    bodies = ["status('failed', 3, 'the disk is full', again=False)\nsys.exit(1)", "print('error: no corpus')\nsys.exit(2)"]
+    for run in [supervised(body) for body in bodies]:
+        assert run.end() == 2 and run.starts() == 1
+
+
+def test_a_status_of_an_earlier_start_does_not_count_but_a_run_may_be_finished_already(supervised, tmp_path):
+    for folder in "01":
+        (tmp_path / folder / "runs" / "run").mkdir(parents=True)
+        write_status(tmp_path / folder / "runs" / "run", "finished", 5)
+    crashing, finished = supervised("sys.exit(1)"), supervised("print('is finished already')")
+    assert crashing.end() == 1 and crashing.starts() == 2 and "nothing written to status.json" in crashing.said()
+    assert finished.end() == 0 and finished.starts() == 1
+
+
+def test_ranks_that_somebody_else_has_stopped_start_again_at_once(supervised):
+    run = supervised("""
+heed()
+if start == 2:
+    status("finished", 1)
+else:
+    note("ready")
+    time.sleep(60)
+""")
+    os.kill(int(run.noted("ready")), signal.SIGTERM)
+    assert run.end() == 0 and run.starts() == 2
+    assert "starting again in 0 s from step 1" in run.said()
+
+
+def test_a_signal_reaches_all_ranks_past_the_launcher(supervised):
+    passed_on = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT", signal.SIGUSR1: "SIGUSR1", signal.SIGHUP: "SIGTERM"}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the tests run under nohup
+        del passed_on[signal.SIGHUP]
+    runs = {number: supervised("heed()\nnote(f'ready-{rank}')\ntime.sleep(60)", ranks=2) for number in passed_on}
+    for number, run in runs.items():
+        assert {os.getsid(int(run.noted(f"ready-{rank}"))) for rank in range(2)} == {psutil.Process(run.process.pid).children()[0].pid}
+        run.process.send_signal(number)  # Ctrl-C at a terminal reaches no more than this process
+        run.process.send_signal(number)  # a repetition
+    for number, run in runs.items():
+        assert run.end() == 75 and run.starts() == 1
+        assert run.noted("signal-0") == run.noted("signal-1") == passed_on[number]
+        assert read_status(run.run_dir)["status"] == "resumable"
+        assert f"ending with exit code 75 after {number.name}" in run.said()
+
+
+def test_what_a_rank_has_started_gets_no_signal_and_is_ended_with_it(supervised):
+    run = supervised("""
+heed()
+saving, parent = 1, os.getpid()
+if os.fork() == 0:  # its command line is that of the rank
+    def told(*_):
+        if os.getppid() == parent:
+            note("told-too-early")
+        os._exit(0)
+    signal.signal(signal.SIGTERM, told)
+    time.sleep(60)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(folder)], start_new_session=True)
+note("ready")
+time.sleep(60)
+""")
+    run.noted("ready")
+    assert len(marked(run.folder)) == 3
+    run.process.terminate()
+    assert run.end() == 75 and not (run.folder / "told-too-early").exists()
+
+
+def test_ranks_that_save_outlive_a_launcher_that_had_the_signal_too(supervised):
+    run = supervised("heed()\nsaving = 7\nnote(f'ready-{rank}')\ntime.sleep(60)", ranks=2)
+    run.noted("ready-0"), run.noted("ready-1")
+    launcher = psutil.Process(run.process.pid).children()[0]
+    run.process.terminate()
+    run.noted("signal-0"), run.noted("signal-1")
+    launcher.kill()
+    assert run.end() == 75 and read_status(run.run_dir)["status"] == "resumable"
+
+
+def test_a_signal_before_there_is_a_rank_ends_the_launcher(supervised):
+    run = supervised("", ranks=2, launcher="import time; print('waiting', flush=True); time.sleep(60)")
+    wait_for(lambda: "\nwaiting\n" in run.said(), 30)
+    begun = time.monotonic()
+    run.process.terminate()
+    assert run.end() == 128 + signal.SIGTERM and time.monotonic() - begun < 3
+
+
+def test_a_second_signal_ends_everything_at_once(supervised):
+    run = supervised("for n in (15, 2): signal.signal(n, signal.SIG_IGN)\nnote(f'ready-{rank}')\ntime.sleep(60)", ranks=2)
+    run.noted("ready-0"), run.noted("ready-1")
+    run.process.terminate()
+    time.sleep(1)
+    assert run.process.poll() is None
+    time.sleep(9.5)
+    begun = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 128 + signal.SIGINT and time.monotonic() - begun < 3 and run.starts() == 1
+
+
+def test_a_signal_in_the_pause_ends_it(supervised):
+    run = supervised("sys.exit(1)", "--crashes", "9")
+    wait_for(lambda: "starting again in 4 s" in run.said(), 40)
+    begun = time.monotonic()
+    run.process.terminate()
+    assert run.end() == 128 + signal.SIGTERM and time.monotonic() - begun < 2 and run.starts() == 3
+
+
+def test_ranks_of_a_launcher_that_was_killed_end_before_the_next_start_and_leave_no_zombie(supervised):
+    run = supervised("""
+if start == 1:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note(f"ready-{rank}")
+    time.sleep(60)
+others = subprocess.run(["ps", "-eo", "pid"], capture_output=True, text=True).stdout.split()
+note(f"left-{rank}", [pid for pid in ((folder / f"ready-{rank}").read_text() for rank in range(2)) if pid in others])
+time.sleep(1)
+if rank == 0:
+    status("finished", 1)
+""", ranks=2)
+    orphans = [int(run.noted(f"ready-{rank}")) for rank in range(2)]
+    psutil.Process(run.process.pid).children()[0].kill()
+    wait_for(lambda: all(psutil.Process(pid).ppid() == run.process.pid for pid in orphans), 4)
+    assert run.noted("left-0") == run.noted("left-1") == "[]"
+    assert not [child for child in psutil.Process(run.process.pid).children() if child.status() == psutil.STATUS_ZOMBIE]
+    assert run.end() == 0 and not any(psutil.pid_exists(pid) for pid in orphans)
+
+
+def test_an_evaluation_in_the_background_outlives_the_rank_and_the_supervision(supervised, tmp_path):
+    run = supervised("""
+from pretrain.training import background
+(folder / "nice").write_text(f"#!/bin/sh\\necho $$ > {folder}/evaluating\\nexec sleep 30\\n")
+(folder / "nice").chmod(0o755)
+os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"  # in place of the evaluation itself: `setsid --fork nice python ...`
+background.start_evaluations(run_dir)
+while not (folder / "evaluating").exists() or not (folder / "evaluating").read_text():
+    time.sleep(0.05)
+status("finished", 1)
+""")
+    assert run.end() == 0
+    job = psutil.Process(int(run.noted("evaluating")))
+    assert job.is_running() and job.name() == "sleep"
+    job.kill()
+
+
+@pytest.mark.parametrize(("command", "expected"), [
+    (["deepspeed", "launcher/train.py", "{config}"], "has no run.py in it"),
+    ([], "has no run.py in it"),
+    (["deepspeed", "launcher/run.py"], "no configuration stands behind launcher/run.py"),
+    (["python", "launcher/run.py", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
+    (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts nothing"),
+])
+def test_a_mistake_is_told_before_anything_is_started(tmp_path, monkeypatch, command, expected):
+    config = write_config(tmp_path, tiny_config(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["supervise.py", "--", *[word.format(config=config) for word in command]])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main()
+
+
+def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
+    config = write_config(tmp_path, tiny_config(tmp_path))
+    done = call([PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: cannot start no-such-launcher: No such file or directory\n")
+
+
+@pytest.mark.parametrize(("line", "runs"), [
+    ("python3.11 -u launcher/run.py --local_rank=0 a.yaml", True),
+    ("/usr/bin/python -W ignore -X dev launcher/run.py a.yaml", True),
+    ("python bin/deepspeed --num_gpus 2 launcher/run.py a.yaml", False),
+    ("python -u -m deepspeed.launcher.launch --master_port=1 launcher/run.py a.yaml", False),
+    ("mpirun -n 2 python launcher/run.py a.yaml", False),
+    ("srun launcher/run.py a.yaml", False),
+    ("python -c pass launcher/run.py", False),
+    ("", False),
+])
+def test_a_rank_is_known_by_its_command_line(line, runs):
+    assert runs_the_script(line.split()) == runs
+
+
+def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
+    path = write_config(tmp_path, tiny_config(tmp_path, train__steps=60, checkpoint={"every": 5, "keep": 2}))
+    call(["python", "-m", "data_prep", str(path)])
+    checkpoints = tmp_path / "runs" / "run" / "checkpoints"
+    command = [PYTHON, "launcher/supervise.py", "--", *deepspeed_command(2, "launcher/run.py", path)]
+
+    running = Running(command, tmp_path / "first.log")
+    running.wait_until(lambda: len(list_steps(checkpoints)) > 0, "a checkpoint")
+    killed = running.ranks()
+    killed[1].kill()
+    running.wait_until(lambda: "going on from step" in running.log.read_text(), "the second start")
+    assert not any(rank.is_running() for rank in killed)
+    running.wait_until(lambda: "step" in running.log.read_text().split("going on from step")[1].split("\n", 1)[1], "a step")
+    running.process.terminate()
+    assert running.end() == 75 and not marked(tmp_path)
+    status = read_status(tmp_path / "runs" / "run")
+    assert status["status"] == "resumable" and status["reason"] == "stopped by SIGTERM" and list_steps(checkpoints)[-1] == status["step"]
+
+    running = Running(command, tmp_path / "second.log")
+    assert running.end() == 0 and not marked(tmp_path)
+    assert f"going on from step {status['step']}" in running.log.read_text() and read_status(tmp_path / "runs" / "run")["status"] == "finished"
