@@ -29,7 +29,7 @@ import psutil
 
 from data_prep.console import UserError, exit_on_user_error, print_now
 from pretrain.config import load_config
-from pretrain.run_folder import list_steps, read_status
+from pretrain.run_folder import REWINDING, list_steps, read_status
 from pretrain.training.background import SUPERVISED
 from pretrain.training.main import STOPPED
 
@@ -208,8 +208,9 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
             return _last(code, stop)
 
         step = max(list_steps(run_dir / "checkpoints"), default=0)
-        in_a_row, pause = (1, FIRST_PAUSE) if step > reached else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
-        reached = max(step, reached)
+        went_back = status.get("reason", "").startswith(REWINDING)  # which the run itself does three times at most
+        in_a_row, pause = (1, FIRST_PAUSE) if step > reached or went_back else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
+        reached = step if went_back else max(step, reached)
         if in_a_row >= crashes:
             _say(f"giving up: ended {in_a_row} times in a row with no checkpoint later than step {reached}; the last time: {ended}. "
                  f"What went wrong stands in the output above; checkpoints and status.json are in {run_dir}")

@@ -10,6 +10,8 @@ from data_prep.files import write_json
 
 MODEL = "model"
 """Folder of the run's model configuration and tokenizer: an export without weights."""
+REWINDING = "rewinding"
+"""How the reason of a run begins that has ended to go back to an earlier checkpoint."""
 PINS = "pins"
 """Folder of empty files named like checkpoints: each asks for an evaluation and keeps its checkpoint until then."""
 

@@ -20,7 +20,7 @@ from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
-from pretrain.run_folder import list_steps, write_status
+from pretrain.run_folder import REWINDING, list_steps, write_status
 from pretrain.training.background import ask_for_evaluation, start_evaluations
 from pretrain.training.distributed import World
 from pretrain.training.gradients import gradient_diagnostics
@@ -89,13 +89,15 @@ class Trainer:
         try:
             with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
                 status = self._train(data)
-            with self._patient():
-                self.saver.finish()
+            self._finish_save()
+        except UserError:  # which all ranks raise together
+            self._finish_save()
+            raise
         finally:
             self.saver.close()
             if self.watchdog:
                 self.watchdog.close()
-        if self.saver.problem and not self.reason.startswith("rewinding"):
+        if self.saver.problem and not self.reason.startswith(REWINDING):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
                             + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning"))
@@ -128,8 +130,7 @@ class Trainer:
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
             if self.saver.open and not agreed.saving:
-                with self._patient():
-                    self.saver.finish()
+                self._finish_save()
 
             values = gradients | (self._values(agreed.losses, score) if logging or not updated else {})
             if logging:
@@ -278,7 +279,7 @@ class Trainer:
         if to is None:
             self._say(f"WARNING: step {step} is a spike (score {score:.1f}), but no checkpoint is left to go back to: it is left out")
             return False
-        self.reason = (f"rewinding: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
+        self.reason = (f"{REWINDING}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
                        f"and leaves out steps {step - 1} and {step}")
         self._say(f"WARNING: {self.reason}")
         return True
@@ -323,6 +324,10 @@ class Trainer:
         with self._patient():
             self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
                                     "losses": self.spikes.losses, "owed": self.owed})
+
+    def _finish_save(self) -> None:
+        with self._patient():
+            self.saver.finish()
 
     def _saved(self, step: int) -> None:
         """A checkpoint stands."""
