@@ -38,8 +38,8 @@ SAMPLE_CHARACTERS = 20_000_000
 """Text read to train a tokenizer; more changes no piece worth having."""
 SAMPLE_OF_UNIT = 200_000
 """Characters of it that come from one unit, at least."""
-TRIED_TEXTS = 2000
-"""Of the corpus, on which a tokenizer that is taken over is tried."""
+TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
+"""Of the corpus, and of each text, on which a tokenizer that is taken over is tried."""
 SUMMARY = "summary.md"
 
 
@@ -201,7 +201,7 @@ class _Preparation:
         if self.job.data.tokenizer.path is None:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
-        texts = list(itertools.islice(self._sample(), TRIED_TEXTS))
+        texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
         lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
         if lost:

@@ -140,7 +140,7 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
     path.write_bytes(cut(path.read_bytes()))
     *good, (problem, _) = located(reader(path, separator))
     assert [views[1] for views, _ in good] == documents[:len(good)]
-    assert problem[0] == "malformed" and "the compressed file is" in problem[1]
+    assert problem[0] == "damaged" and "the compressed file is" in problem[1]
     assert bool(good) == (separator is not None and path.stat().st_size > 100)
 
 
