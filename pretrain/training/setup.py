@@ -32,8 +32,11 @@ from pretrain.training.validation import Validation
 LENGTHS_AT_ONCE = 1 << 18
 
 
-def set_up(config: RunConfig, world: World, stop: StopRequest) -> Trainer | None:
-    """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError."""
+def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> Trainer | None:
+    """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError.
+
+    `stop` may have been set by a signal before; without it signals count from here on.
+    """
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
@@ -59,7 +62,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest) -> Trainer | None
     specials = special_ids(corpus.tokenizer, model.vocabulary)
     layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
     trainer = Trainer(
-        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop, lock=lock,
+        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop or StopRequest(), lock=lock,
         loader=world.agree(lambda: make_loader(config, corpus, layout)),
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),

@@ -17,7 +17,7 @@ from tests.launching import ROOT, Running, call, deepspeed_command, tiny_config,
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 RECORDING = ROOT / "tests" / "pretrain" / "training" / "recording_run.py"
-KILLS, EPOCHS, RECORDS = 50, 8, 600
+KILLS, EPOCHS, RECORDS = 50, 20, 600
 MOMENTS = ("start-up", "mid-step", "mid-save", "mid-rename", "mid-evaluation")
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("a", "bc", "dog", "truck")))
     found = runs(tmp_path, ("undisturbed", "killed"), checkpoint={"every": 2, "keep": 2},
-                 evaluation={"every": 20, "tasks": [{"name": "loss", "test": str(pairs)}]})
+                 evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]})
     (calm, command), (run_dir, killed_command) = found.values()
     call(command, timeout=1200)
     rng, kills, started = random.Random(4), Counter(), time.monotonic()
@@ -103,11 +103,17 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     tables = [[{tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
                for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (calm, run_dir)]
     assert tables[0] == tables[1]
-    deadline = time.monotonic() + 300
-    while any((run_dir / "checkpoints" / "pins").iterdir()) and time.monotonic() < deadline:
-        time.sleep(1)  # the evaluation job takes what is left
-    evaluated = [{path.name for path in (folder / "evaluation").glob("step-*")} for folder in (calm, run_dir)]
-    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == newest // 20
+    expected = [("loss", step) for step in range(40, newest + 1, 40)]
+    assert evaluated(calm) == evaluated(run_dir) == expected
+
+
+def evaluated(run_dir: Path) -> list[tuple[str, int]]:
+    """Tasks and steps of the evaluations, once the job has taken all that it was asked for."""
+    deadline = time.monotonic() + 600
+    while any((run_dir / "checkpoints" / "pins").iterdir()):
+        assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()[-2000:]
+        time.sleep(1)
+    return sorted((line["task"], line["step"]) for line in map(json.loads, (run_dir / "evaluation" / "results.jsonl").read_text().splitlines()))
 
 
 def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
