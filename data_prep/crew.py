@@ -27,6 +27,8 @@ Failure = UserError | OSError
 """What a task may end in. After an OSError, a full disk most likely, no other task is begun."""
 
 
+TOLD = 0.5
+"""Seconds that the launcher gets to pass on what a rank has said before it ends them all."""
 WAIT = 0.02
 """Seconds between looks at the mailbox; MPI's own waiting would keep a core busy."""
 
@@ -191,6 +193,7 @@ class Mpi:
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
+            time.sleep(TOLD)
             self.communicator.Abort(1)
 
     @staticmethod

@@ -71,6 +71,7 @@ def run(config: RunConfig) -> None:
     if world.is_main:
         trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
+        trainer.lock.close()
         print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
     world.barrier()
     if status == "resumable":

@@ -246,7 +246,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturb
 @pytest.fixture
 def busy(corpus, undisturbed, command, tmp_path):
     """A preparation with many units before it, two workers, and a first unit behind it."""
-    sources = [json_source(corpus.parent / "0.jsonl")] * 200
+    large = tmp_path.parent / f"{tmp_path.name}.jsonl"
+    large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
+    sources = [json_source(large)] * 100
     tokenizer = undisturbed / "tokenizer"
     arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
                                      f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")

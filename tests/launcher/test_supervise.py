@@ -345,6 +345,7 @@ def test_a_rank_is_known_by_its_command_line(line, runs):
     assert runs_the_script(line.split()) == runs
 
 
+@pytest.mark.slow
 def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=60, checkpoint={"every": 5, "keep": 2}))
     call(["python", "-m", "data_prep", str(path)])

@@ -14,6 +14,7 @@ STEPS = 24
 ROWS = 8
 CHAIN = (1, 2, 4, 1)
 """Ranks of one start after the other."""
+pytestmark = pytest.mark.slow
 
 
 def metrics(folder: Path, name: str) -> list[dict]:

@@ -87,7 +87,7 @@ def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
     words = []
     for name, changes, settings in runs:
         values = tiny_config(folder, name=name, objective__distance="cosine", train__steps=STEPS, monitor__tensorboard=False,
-                             **RUNS.get(settings, {}))
+                             data__sources=[], **RUNS.get(settings, {}))
         words.append(f"{changes}:{write_config(folder, values)}")
     return words
 

@@ -74,9 +74,9 @@ def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
     """Trap 15."""
     whole = setup.set_up
 
-    def set_up(config, world):
+    def set_up(config, world, stop):
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        return whole(config, world)
+        return whole(config, world, stop)
 
     patch.setattr(setup, "set_up", set_up)
 
