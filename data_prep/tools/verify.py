@@ -30,26 +30,23 @@ Count = Field(ge=0, strict=True)
 """A number in the manifest that counts something."""
 
 
-class _Shard(BaseModel):
-    file: str = Field(pattern=r"^[^/]+\.arrow$")
-    source: int = Count
+class _Counts(BaseModel):
     records: int = Count
     incomplete: int = Count
     continued: int = Count
     tokens: dict[str, int]
     longest: dict[str, int]
     positions_needed: int = Count
+
+
+class _Shard(_Counts):
+    file: str = Field(pattern=r"^[^/]+\.arrow$")
+    source: int = Count
     bytes: int = Count
     sha256: str
 
 
-class _Split(BaseModel):
-    records: int = Count
-    incomplete: int = Count
-    continued: int = Count
-    tokens: dict[str, int]
-    longest: dict[str, int]
-    positions_needed: int = Count
+class _Split(_Counts):
     shards: list[_Shard] = Field(min_length=1)
 
 

@@ -142,8 +142,10 @@ class Trainer:
             stopping |= not self._finish_step(values, validating)
             if last or stopping or data_failed or self._due(self.config.checkpoint.every):
                 self._save(step.state)
-        self.reason = self._stopped_by() if self.fraction < 1 else ""
-        return "resumable" if self.fraction < 1 else "finished"
+        if self.fraction < 1 or self.owed is not None:
+            self.reason = self._stopped_by()
+            return "resumable"
+        return "finished"
 
     def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
         """Validate where it is time to, and write down the step; False where a signal cut the validation short, which is then owed."""
