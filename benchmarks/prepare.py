@@ -22,7 +22,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_prep.config import DataConfig, PythonSource, validate
+from data_prep.config import DataConfig, PythonSource
+from data_prep.config_file import validate
 from data_prep.pipeline import prepare
 from data_prep.sources import open_source
 from data_prep.tokenizer import train

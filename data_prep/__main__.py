@@ -10,7 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from data_prep.config import DataConfig, evaluation_tests, load_yaml, validate
+from data_prep.config import DataConfig, evaluation_tests
+from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.crew import Crew, mpi_crew
 from data_prep.pipeline import prepare

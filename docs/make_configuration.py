@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from data_prep import config as data_config
+from data_prep.config_file import subsections
 from pretrain import config as run_config
 
 HEADER = """# Configuration
@@ -32,7 +32,7 @@ def page() -> str:
 def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel], str]]:
     found = [(model, prefix)]
     for name, field in model.model_fields.items():
-        found += [pair for below, path in data_config.subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
+        found += [pair for below, path in subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
     return list(dict.fromkeys(found))
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from data_prep.config import DataConfig, Section, apply_overrides, load_yaml, validate
+from data_prep.config import DataConfig
+from data_prep.config_file import Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.objectives import objective_configs
 

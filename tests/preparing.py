@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
-from data_prep.config import DataConfig, validate
+from data_prep.config import DataConfig
+from data_prep.config_file import validate
 from data_prep.pipeline import prepare
 
 SEQUENCE_LENGTH = 128

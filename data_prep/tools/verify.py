@@ -17,7 +17,8 @@ import pyarrow.ipc
 from pydantic import BaseModel, Field
 from tqdm import tqdm
 
-from data_prep.config import CHECKSUM, CONTINUES, validate
+from data_prep.config import CHECKSUM, CONTINUES
+from data_prep.config_file import validate
 from data_prep.console import UserError
 from data_prep.crew import end_with_parent
 from data_prep.files import sha256_file

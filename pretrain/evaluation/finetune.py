@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.config import DataConfig, JsonSource, validate
+from data_prep.config import DataConfig, JsonSource
+from data_prep.config_file import validate
 from data_prep.console import UserError
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.config import apply_overrides, validate
+from data_prep.config_file import apply_overrides, validate
 from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.files import try_lock
 from pretrain.config import RunConfig, TaskConfig, load_config

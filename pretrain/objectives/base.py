@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from data_prep.config import Section
+from data_prep.config_file import Section
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Layout, Pairing, SpanForm, Specials, make_layout
 from pretrain.objectives.pool import Gather, Pool

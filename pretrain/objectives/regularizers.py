@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from data_prep.config import Section
+from data_prep.config_file import Section
 from pretrain.objectives.pool import Pool, own_share
 
 SIGREG_POINTS = 17

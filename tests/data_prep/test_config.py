@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import DataConfig, load_yaml, validate
+from data_prep.config import DataConfig
+from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,7 @@ def by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[boo
     return [contaminated(views) for views in batch]
 
 
-def check(contexts: list[str], batch: list[tuple[str, ...]]) -> list[str]:
+def assert_as_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[str]:
     found = Contamination(contexts).find(batch)
     assert [bool(line) for line in found] == by_substrings(contexts, batch)
     assert not any("\n" in line for line in found)
@@ -52,7 +52,7 @@ def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, rec
             return rng.choice(["", text(6)]) + test[start:start + rng.choice([80, 90, 100, 110, 400])] + rng.choice(["", text(6)])
         return rng.choice(["", text(3), text(60), rng.choice([*tests, ""]).upper()])
 
-    check(tests, [tuple(view() for _ in range(rng.randint(1, 4))) for _ in range(records)])
+    assert_as_by_substrings(tests, [tuple(view() for _ in range(rng.randint(1, 4))) for _ in range(records)])
 
 
 @pytest.mark.parametrize("around", range(9))
@@ -68,7 +68,7 @@ def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
 
 def test_a_stretch_does_not_run_over_the_border_of_views_or_records():
     context = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=80))
-    assert check([context], [(context[:40], context[40:]), (context[:30],), (context[30:],)]) == [""] * 3
+    assert assert_as_by_substrings([context], [(context[:40], context[40:]), (context[:30],), (context[30:],)]) == [""] * 3
     assert Contamination([context[:60], context[60:]]).find([("q", context)]) == [""]
 
 
@@ -127,5 +127,5 @@ def test_of_public_splits_the_verbatim_leaks_go_and_the_templates_stay(name, rec
         pytest.skip("the public sets are not in ../shared/data")
     train, test = ([tuple(message["content"] for message in json.loads(line)["messages"][1:]) for line in (DATA / name / f"{split}.jsonl").open()]
                    for split in ("train", "test"))
-    found = check([context for context, _ in test], train)
+    found = assert_as_by_substrings([context for context, _ in test], train)
     assert (len(train), sum(map(bool, found))) == (records, contaminated)

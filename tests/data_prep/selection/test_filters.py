@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_prep.config import FiltersConfig, validate
+from data_prep.config import FiltersConfig
+from data_prep.config_file import validate
 from data_prep.console import UserError
 from data_prep.selection.filters import why_filtered
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_prep.config import DataConfig, validate
+from data_prep.config import DataConfig
+from data_prep.config_file import validate
 from data_prep.sources import open_source
 from data_prep.sources.record import Reader
 

@@ -30,4 +30,5 @@ def assert_same_checkpoints(one: Path, other: Path) -> None:
     first, second = (json.loads((folder / "manifest.json").read_text())["state"] for folder in (one, other))
     for state in (first, second):
         state["progress"].pop("seconds")
+        state.pop("owed")  # a validation that is made up changes no checkpoint
     assert first == second

@@ -160,11 +160,16 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
     running.ranks()[0].send_signal(signal.SIGTERM)
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], running.log.read_text()
-    call(deepspeed_command(2, SPOILED, "none", path))
+    running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "cut3.log")
+    running.wait_until(lambda: "step      8" in running.log.read_text(), "the last step, which is validated too")
+    running.ranks()[1].send_signal(signal.SIGTERM)
+    running.end()
+    assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints")[-1] == 8, running.log.read_text()
+    assert "finished at step 8" in call(deepspeed_command(2, SPOILED, "none", path)).stdout
     assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("straight", "cut")))
     tables = [[{tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
                for line in metrics(folder / "runs" / name)] for name in ("straight", "cut")]
-    assert tables[0] == tables[1] and "validation/loss/lm" in tables[1][3]
+    assert tables[0] == tables[1] and all("validation/loss/lm" in tables[1][step - 1] for step in (4, 8))
 
 
 def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_asked(folder):
