@@ -102,9 +102,10 @@ class Running:
         children = psutil.Process(self.process.pid).children(recursive=True)
         found = {}
         for child in children:
-            rank = next((word.split("=")[1] for word in child.cmdline() if word.startswith("--local_rank=")), None)
-            if rank is not None:
-                found[int(rank)] = child
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                rank = next((word.split("=")[1] for word in child.cmdline() if word.startswith("--local_rank=")), None)
+                if rank is not None:
+                    found[int(rank)] = child
         return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
