@@ -1,0 +1,12 @@
+"""Nodes for tests of what several machines do together."""
+
+import pytest
+
+from tests.cluster.nodes import cluster
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """Two nodes and a control host; see tests/cluster/nodes.py."""
+    with cluster(tmp_path_factory.mktemp("nodes")) as hosts:
+        yield hosts
