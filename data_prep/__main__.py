@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.config import DataConfig, evaluation_tests
 from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError, exit_on_user_error, print_now
-from data_prep.crew import Crew, mpi_crew
+from data_prep.crew import Crew, Mpi, find_mpi
 from data_prep.pipeline import prepare
 from data_prep.shards import read_manifest
 from data_prep.tools.show import show_record
@@ -27,7 +27,8 @@ def main() -> None:
         parser = argparse.ArgumentParser(prog=f"python -m data_prep {sys.argv[1]}", description=tool.__doc__)
         parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
         tool(parser, sys.argv[2:])
-    elif crew := mpi_crew():
+    elif communicator := find_mpi():
+        crew = Mpi(communicator)
         crew.guard(lambda: prepare_corpus(crew))
     else:
         prepare_corpus(None)

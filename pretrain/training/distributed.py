@@ -1,9 +1,10 @@
 """Ranks: who this process is, and the few collectives that bookkeeping needs."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,10 +14,18 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data_prep.console import UserError
+from data_prep.crew import find_mpi, started_together
+from pretrain.training.notes import Notes
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """As long as the slowest start takes; what hangs later is found by watchdog.py."""
+MPI_PORT = 29500
+"""Where ranks of mpirun meet, unless MASTER_PORT says otherwise."""
+
+
+class CannotMeet(UserError):
+    """The ranks have not found each other; another start may succeed."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,10 @@ class World:
     rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = None
-    """Where the ranks leave each other notes outside of collectives; None for a single rank."""
+    notes: Notes | None = None
+    """What the ranks leave each other outside of collectives; None for a single rank."""
+    hosts: tuple[str, ...] = ()
+    """Of each rank."""
 
     @property
     def is_main(self) -> bool:
@@ -86,16 +97,11 @@ class World:
 
 
 def init_world() -> World:
-    """Join the ranks that the launcher started: deepspeed, torchrun, srun, or a single plain process."""
-    _environment_from_slurm()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ["MASTER_PORT"] = "0"  # alone: any free port
+    """Join the ranks that the launcher started: deepspeed, torchrun, mpirun, srun, or a single plain process. Raises UserError."""
+    environment_of_the_launcher()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
-        _share_cores()
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     notes, backend = None, accelerator.communication_backend_name()
@@ -103,29 +109,47 @@ def init_world() -> World:
         if not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
             dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-            notes = dist.PrefixStore("notes", store) if size > 1 else None
+            notes = Notes(dist.PrefixStore("notes", store)) if size > 1 else None
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
-        raise UserError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+        raise CannotMeet(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
                         "if another job has that port, give the launcher another one: --master_port") from None
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), notes)
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), notes)
+    world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.hosts.count(world.hosts[world.rank])))
+    return world
 
 
-def _environment_from_slurm() -> None:
-    """srun without MPI: take rank and rendezvous from Slurm's variables."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_NNODES", 1)) > 1:
-        nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+def environment_of_the_launcher() -> None:
+    """Rank, ranks and rendezvous as torch wants them, from what the launcher has set. Raises UserError where it has started several runs."""
+    started = started_together()
+    if "RANK" not in os.environ:
+        if started > 1 and started == int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+            _environment_from_slurm(started)
+        elif find_mpi() is not None:
+            _environment_from_mpi()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if int(os.environ["WORLD_SIZE"]) < started:
+        raise UserError(f"mpirun or srun started {started} processes, each of which would be a run of its own, with "
+                        f"{os.environ['WORLD_SIZE']} rank(s): start run.py itself under mpirun or srun, or the other launcher once for all nodes")
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = "0"  # alone: any free port
+
+
+def _environment_from_slurm(tasks: int) -> None:
+    """srun without MPI."""
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks), "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+    if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+        nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
         os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    os.environ.setdefault("MASTER_PORT", str(20000 + (7 * job + step) % 10000))  # steps of a job may share a node
 
 
-def _share_cores() -> None:
-    """On CPU, give each rank of this node its part of the cores, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+def _environment_from_mpi() -> None:
+    """mpirun, or srun with PMIx."""
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    deepspeed.comm.mpi_discovery(distributed_port=MPI_PORT, verbose=False)
+    os.environ |= given

@@ -26,6 +26,7 @@ from pretrain.data.order import Order
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, pretrained_config, random_causal_lm, shape_config, special_ids
 from pretrain.training.describe import check_same_run
+from pretrain.training.distributed import environment_of_the_launcher
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings
 from pretrain.training.memory import ITEM_BYTES, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
@@ -69,10 +70,10 @@ def dry_run(config: RunConfig) -> None:
 
 def _launched() -> tuple[int, int | None]:
     """This process's rank and the number of ranks; None where no launcher started it."""
-    environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        return int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-    return int(environment.get("RANK", 0)), int(environment["WORLD_SIZE"]) if "WORLD_SIZE" in environment else None
+    told = "WORLD_SIZE" in os.environ
+    environment_of_the_launcher()
+    ranks = int(os.environ["WORLD_SIZE"])
+    return int(os.environ["RANK"]), ranks if told or ranks > 1 else None
 
 
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:

@@ -3,9 +3,10 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import deepspeed
@@ -73,13 +74,15 @@ class Trainer:
     """The values of the last step, whose validation a signal has cut short: the next start makes it up."""
     reason: str = ""
     """Why the run has stopped before its end."""
+    last_words: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
+    """Says on the console why this process ends, on any rank."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved)
         self.left_out = left_out(self.config.run_dir)
         self.watchdog = None
-        if self.world.store is not None:
-            self.watchdog = Watchdog(self.world.store, self.world.rank, self.world.size, self.config.monitor.hang_seconds, self._hung)
+        if self.world.notes is not None:
+            self.watchdog = Watchdog(self.world.notes, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
 
     def train(self) -> str:
         """Train until the budget is used up or a signal comes; return the final status.
@@ -164,7 +167,7 @@ class Trainer:
 
     def _hung(self, line: str) -> None:
         """The last words of a run that hangs."""
-        print(f"error: {line}; the run ends here, start the same command again", file=sys.stderr, flush=True)
+        self.last_words(f"error: {line}; the run ends here, start the same command again")
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 

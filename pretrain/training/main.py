@@ -4,11 +4,16 @@ import argparse
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.console import UserError, exit_on_user_error, report
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
+from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from pretrain.training.distributed import World
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL); launchers may lose it, status.json does not."""
@@ -29,7 +34,8 @@ def main() -> None:
 
 def _another_process_speaks() -> bool:
     """Every rank meets the same mistake; one on each node reports it."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) != 0
+    local_ranks = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return any(int(os.environ.get(name) or 0) for name in local_ranks)
 
 
 def plan(config: RunConfig) -> None:
@@ -44,30 +50,46 @@ def run(config: RunConfig) -> None:
     """Train as the configuration says; ends the process with STOPPED where a signal came first."""
     stop = StopRequest()  # from here on a signal is kept until all ranks can agree on it
     _quiet()
-    from pretrain.training.distributed import init_world
-    from pretrain.training.setup import set_up
+    from pretrain.training.distributed import CannotMeet, init_world
 
     try:
-        world, trainer = init_world(), None
-    except UserError as error:  # the ranks cannot meet: no mistake of the configuration, another start may succeed
+        world = init_world()
+    except CannotMeet as error:  # no mistake of the configuration, another start may succeed
         report(error, silent=_another_process_speaks())
         sys.exit(1)
+    try:
+        log = world.agree(lambda: RankLog(config.run_dir, world.rank))
+    except UserError as error:
+        _end(world, error)
+    with log:
+        _train(config, world, stop, log)
+
+
+def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -> None:
+    from pretrain.training.first_error import tell_first_error
+    from pretrain.training.setup import set_up
+
+    trainer = None
     try:
         trainer = set_up(config, world, stop)
         if trainer is None:
             return
+        trainer.last_words = log.last_words
         status = trainer.train()
     except UserError as error:
         if trainer and world.is_main:
             write_status(config.run_dir, "failed", trainer.progress.step, str(error), again=False)
-        if world.size > 1:  # at once: gloo aborts a process that is torn down after its peers
-            report(error, silent=_another_process_speaks())
-            os._exit(2)
-        raise
+        _end(world, error)
     except Exception as error:
-        if world.is_main and config.run_dir.exists():
-            write_status(config.run_dir, "failed", read_status(config.run_dir).get("step", 0), f"{type(error).__name__}: {error}")
-        raise
+        step = trainer.progress.step if trainer else read_status(config.run_dir).get("step", 0)
+        if world.size == 1:
+            write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
+            raise
+        log.write_traceback(error)
+        line = tell_first_error(world, error, step, log.last_words)
+        if line is not None:
+            write_status(config.run_dir, "failed", step, line)
+        os._exit(1)
     if world.is_main:
         trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
@@ -76,6 +98,14 @@ def run(config: RunConfig) -> None:
     world.barrier()
     if status == "resumable":
         sys.exit(STOPPED)
+
+
+def _end(world: "World", error: UserError) -> NoReturn:
+    """End in the line of a mistake that all ranks have met, and exit code 2."""
+    report(error, silent=not world.is_main)
+    if world.size > 1:
+        os._exit(2)  # at once: gloo aborts a process that is torn down after its peers
+    sys.exit(2)
 
 
 def _quiet() -> None:

@@ -5,25 +5,25 @@ is, which must suit the slowest start. So every rank has a thread that notes in 
 own training thread has not moved for too long.
 """
 
-import json
+import contextlib
 import os
-import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch.distributed as dist
+from pretrain.training import guard
+from pretrain.training.notes import Notes, Unreachable
 
-BEAT = 2.0
+BEAT = 1.0
 """Seconds between two notes."""
-SILENT = 5
+SILENT = 10
 """Beats without a note: the rank does not run, or cannot be reached."""
-ANSWER = 10.0
-"""Seconds that the store has to answer in."""
+PATIENCE = 15.0
+"""Seconds that a rank which does not run is left beyond those in which the others end."""
 SLOW = 1800.0
 """Seconds that the first step may take, or a save."""
 HUNG = 70
@@ -42,15 +42,25 @@ class Beat:
     step: int = 0
 
 
+def beats(notes: Notes, hosts: tuple[str, ...]) -> list[Beat]:
+    """The last beat of each rank, of none where there was none. Raises Unreachable."""
+    found = notes.get([_key(rank) for rank in range(len(hosts))])
+    return [Beat(**values) if values else Beat(rank, hosts[rank]) for rank, values in enumerate(found)]
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
 class Watchdog:
     """The thread of one rank; `end` is called with the line that names who is missing, on the rank that finds out first, and the process ends."""
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, seconds: float, end: Callable[[str], None]):
-        self._store, self._ranks, self._seconds, self._end = store.clone(), ranks, seconds, end
-        self._mine = Beat(rank, socket.gethostname())
+    def __init__(self, notes: Notes, rank: int, hosts: tuple[str, ...], seconds: float, end: Callable[[str], None]):
+        self._notes, self._hosts, self._seconds, self._end = notes, hosts, seconds, end
+        self._mine = Beat(rank, hosts[rank])
         self._limit = SLOW
         self._stop = threading.Event()
-        self._calls = ThreadPoolExecutor(1, "store")
+        self._guard = subprocess.Popen([sys.executable, "-S", guard.__file__, str(os.getpid())], stdin=subprocess.PIPE, text=True, bufsize=1)
         self._note()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -76,9 +86,11 @@ class Watchdog:
     def close(self) -> None:
         """Watch no more."""
         self._stop.set()
+        self._guard.kill()
+        self._guard.wait()
 
     def _watch(self) -> None:
-        moves, since, before = -1, 0.0, None
+        moves, since, before, asked = -1, 0.0, None, 0.0
         while not self._stop.wait(BEAT):
             if self._mine.moves != moves:
                 moves, since, before = self._mine.moves, time.monotonic(), None
@@ -87,15 +99,18 @@ class Watchdog:
             try:
                 self._note()
                 if waited > self._limit - SILENT * BEAT and before is None:
-                    before = self._beats()
-                missing = self._missing(before, self._beats()) if waited > self._limit else ""
-            except (NoAnswer, RuntimeError):
+                    before, asked = self._beats(), waited
+                late = waited > self._limit and waited - asked >= (SILENT - 1) * BEAT
+                missing = self._missing(before, self._beats()) if late else ""
+            except Unreachable:
                 missing = "rank 0, or the launcher, which keep the ranks' common store, do not answer" if waited > self._limit else ""
             if missing and self._mine.moves == moves and not self._stop.is_set():
                 self._tell(missing, waited)
 
     def _note(self) -> None:
-        self._ask(lambda: self._store.set(f"beat/{self._mine.rank}", json.dumps(asdict(self._mine))))
+        with contextlib.suppress(OSError, ValueError):  # the guard was killed, or has been let go
+            print(self._limit + PATIENCE, file=self._guard.stdin)
+        self._notes.put(_key(self._mine.rank), asdict(self._mine))
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
         """Who the others wait for, from what the ranks noted SILENT beats ago and what they have noted since."""
@@ -108,17 +123,13 @@ class Watchdog:
         return f"{named}{' and others' if len(late) > 8 else ''} {'without a sign of life' if silent else 'not going on'}"
 
     def _beats(self) -> list[Beat]:
-        keys = [f"beat/{rank}" for rank in range(self._ranks)]
-        return [Beat(**json.loads(value)) for value in self._ask(lambda: self._store.multi_get(keys))]
-
-    def _ask(self, call: Callable):
-        return self._calls.submit(call).result(ANSWER)
+        return beats(self._notes, self._hosts)
 
     def _tell(self, missing: str, waited: float) -> None:
         """End this process; the first rank to come here says why."""
         try:
-            first = self._ask(lambda: self._store.add("hung", 1)) == 1
-        except (NoAnswer, RuntimeError):
+            first = self._notes.count("hung") == 1
+        except Unreachable:
             first = True
         if first:
             self._end(f"the run hangs since {waited:.0f} s: {missing}")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from data_prep.console import UserError, exit_on_user_error
-from data_prep.crew import Mpi, Task, mpi_crew
+from data_prep.crew import Mpi, Task, find_mpi
 from data_prep.progress import Progress
 
 FOLDER = Path(sys.argv[1])
@@ -54,6 +54,6 @@ def crash() -> None:
 CHECKS = {"good": good, "bad": lambda: run(work, 8), "full": lambda: run(full, 8), "of_one_rank": of_one_rank, "crash": crash}
 
 if __name__ == "__main__":
-    crew = mpi_crew()
-    assert isinstance(crew, Mpi) and crew.ranks == 2
+    crew = Mpi(find_mpi())
+    assert crew.ranks == 2
     exit_on_user_error(lambda: crew.guard(CHECKS[sys.argv[2]]))

@@ -45,7 +45,12 @@ def evaluating(run_dir: Path) -> list[psutil.Process]:
 
 def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> None:
     """Until the moment, or the end of the run."""
-    checkpoints = run_dir / "checkpoints"
+    checkpoints, begun = run_dir / "checkpoints", time.time()
+    def appears(file: str) -> bool:  # and is not what the kill before left behind
+        with contextlib.suppress(FileNotFoundError):
+            return any(path.stat().st_mtime > begun for path in checkpoints.glob(f".step-*.tmp/{file}"))
+        return False
+
     steps = len(list_steps(checkpoints))
     newest = (list_steps(checkpoints) or [0])[-1]
     if moment == "start-up":
@@ -53,8 +58,8 @@ def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> No
         return
     happens = {
         "mid-step": lambda: (list_steps(checkpoints) or [0])[-1] > newest,
-        "mid-save": lambda: any(checkpoints.glob(".step-*.tmp/*.pt")),
-        "mid-rename": lambda: any(checkpoints.glob(".step-*.tmp/manifest.json")) or len(list_steps(checkpoints)) != steps,
+        "mid-save": lambda: appears("*.pt"),
+        "mid-rename": lambda: appears("manifest.json") or len(list_steps(checkpoints)) != steps,
         "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluating(run_dir),
     }[moment]
     deadline = time.monotonic() + 90

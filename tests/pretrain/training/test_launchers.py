@@ -29,7 +29,8 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     call(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
     call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
           "launcher/run.py", str(paths["torchrun"])])
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, "launcher/run.py", str(paths["srun"])], cwd=ROOT,
                               env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]

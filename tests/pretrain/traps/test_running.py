@@ -96,7 +96,8 @@ def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
 def folder(prepared_without_torch) -> Path:
     """All runs, one process beside two ranks."""
     folder = prepared_without_torch.folder
-    two_nodes = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    two_nodes = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(free_port())}
     together = written(folder, TOGETHER)
     places = {"alone": (written(folder, ALONE), {}), **{f"rank-{rank}": (together, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)}}
     processes = []

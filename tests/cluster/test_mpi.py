@@ -1,0 +1,80 @@
+"""The same run under mpirun, and under DeepSpeed's launchers for MPICH and Open MPI; and a job that would split into several runs."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.run_folder import read_metrics
+from tests.launching import call, deepspeed_command, free_port, tiny_config, write_config
+
+RUN = "launcher/run.py"
+ONE_MACHINE = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A corpus, a hostfile, and the run under DeepSpeed's own launcher."""
+    folder = tmp_path_factory.mktemp("mpi")
+    (folder / "hostfile").write_text("localhost slots=2\n")
+    path = config(folder, "plain")
+    call(["python", "-m", "data_prep", str(path)])
+    call(deepspeed_command(2, RUN, path))
+    return folder
+
+
+def config(folder: Path, name: str) -> Path:
+    return write_config(folder, tiny_config(folder, name=name, train__steps=2))
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [line["loss/total"] for line in read_metrics(folder / "runs" / name)]
+
+
+def deepspeed(folder: Path, launcher: str, *arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(folder / "hostfile"), *ONE_MACHINE, "--master_port", str(free_port()),
+            "--launcher", launcher, *arguments]
+
+
+@pytest.fixture(scope="module")
+def open_mpi(tmp_path_factory) -> dict[str, str]:
+    """Environment variables by which mpirun is Open MPI's, and mpi4py takes its library."""
+    mpirun, library = shutil.which("mpirun.openmpi"), next(Path("/usr/lib").glob("*/libmpi.so.40"), None)
+    if mpirun is None or library is None or shutil.which("ompi_info") is None:
+        pytest.skip("takes the Debian package openmpi-bin")
+    folder = tmp_path_factory.mktemp("openmpi")
+    (folder / "mpirun").symlink_to(mpirun)
+    return {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", "MPI4PY_MPIABI": "openmpi", "MPI4PY_LIBMPI": str(library),
+            "OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def test_mpirun_gives_the_same_run(folder):
+    call(["mpirun", "-n", "2", "python", RUN, str(config(folder, "mpirun"))], MASTER_PORT=str(free_port()))
+    assert losses(folder, "mpirun") == losses(folder, "plain")
+
+
+def test_deepspeed_with_mpich_gives_the_same_run(folder):
+    call([*deepspeed(folder, "mpich"), RUN, str(config(folder, "mpich"))])
+    assert losses(folder, "mpich") == losses(folder, "plain")
+
+
+def test_deepspeed_with_open_mpi_gives_the_same_run(folder, open_mpi):
+    call([*deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"), RUN, str(config(folder, "openmpi"))], **open_mpi)
+    assert losses(folder, "openmpi") == losses(folder, "plain")
+
+
+SPLITTING = {
+    "mpirun of another library": (["python"], "2 processes were started together, but MPI sees 1: its library is not that of the launcher"),
+    "a launcher in each process": (["torchrun", "--standalone", "--nproc-per-node", "1"],
+                                   "mpirun or srun started 2 processes, each of which would be a run of its own"),
+}
+
+
+@pytest.mark.parametrize("how", SPLITTING)
+def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, how):
+    command, message = SPLITTING[how]
+    library = {name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")}  # Open MPI's, under the mpirun of MPICH
+    done = call(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
+    assert done.returncode and f"error: {message}" in " ".join(done.stderr.split()), done.stderr[-2000:]
+    assert not losses(folder, "split")

@@ -1,0 +1,159 @@
+"""The same run on two nodes over pdsh as on one machine; and what follows when a node dies, is cut off, or a rank stands still."""
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pretrain.run_folder import list_steps, read_metrics, read_status
+from tests.cluster.nodes import Cluster
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+
+RUN = ROOT / "launcher" / "run.py"
+FORWARDED = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+HANG = 20
+"""monitor.hang_seconds."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, nodes) -> Path:
+    """Where the launcher is started: hostfile and `.deepspeed_env` stand there."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in FORWARDED.items()))
+    return folder
+
+
+def over_pdsh(config: Path) -> list[str | Path]:
+    return [Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", RUN, config]
+
+
+def losses(run_dir: Path) -> list[dict[str, float]]:
+    return [{tag: value for tag, value in line.items() if tag.startswith(("loss", "validation", "optimizer"))} for line in read_metrics(run_dir)]
+
+
+def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
+    paths = {name: write_config(folder, tiny_config(folder, name=name, data__path=str(folder / f"corpus-{name}"), monitor__validate_every=2))
+             for name in ("one", "two")}
+    call(["python", "-m", "data_prep", str(paths["one"])])
+    mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",
+              "-genv", "UCX_TLS", "tcp"]  # two nodes on one machine have no memory in common, though they look so
+    (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
+    done = nodes.on_ctl([*mpirun, "python", "-m", "data_prep", paths["two"]], cwd=ROOT)
+    assert "2 MPI ranks" in done.stdout
+    shards = [sorted((path.name, path.read_bytes()) for path in (folder / f"corpus-{name}").rglob("*.arrow")) for name in paths]
+    assert shards[0] == shards[1]
+
+    call(deepspeed_command(2, RUN, paths["one"]))
+    done = nodes.on_ctl(over_pdsh(paths["two"]), cwd=folder)
+    assert "finished at step 4" in done.stdout
+    one, two = (folder / "runs" / name for name in paths)
+    assert losses(one) == losses(two) and losses(one)
+    assert re.search(r"--- .* on n2, ", (two / "logs" / "rank-00001.log").read_text())
+    assert "finished at step 4" in (two / "logs" / "rank-00000.log").read_text()
+
+
+class Run:
+    """A run on both nodes that would take long, watched from the control host."""
+
+    def __init__(self, nodes: Cluster, folder: Path, name: str):
+        values = tiny_config(folder, name=name, data__path=str(folder / "corpus-two"), train__steps=100_000, checkpoint={"every": 4},
+                             monitor={"log_every": 1, "hang_seconds": HANG, "tensorboard": False, "validate_every": 10**6})
+        self.path, self.run_dir, self.log = write_config(folder, values), folder / "runs" / name, folder / f"{name}.log"
+        self.nodes, self.folder = nodes, folder
+
+    def start(self) -> None:
+        """Start it, and wait until it has made a step of its own."""
+        steps, begun = len(read_metrics(self.run_dir)), time.monotonic()
+        self.process = self.nodes.start_on_ctl(over_pdsh(self.path), self.log, cwd=self.folder)
+        while len(read_metrics(self.run_dir)) <= steps or not list_steps(self.run_dir / "checkpoints"):
+            assert self.process.poll() is None and time.monotonic() < begun + 180, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process that trains."""
+        return next(process for process in psutil.process_iter(["cmdline", "environ"]) if str(self.path) in (process.info["cmdline"] or ())
+                    and "--local_rank=0" in process.info["cmdline"] and process.info["environ"].get("RANK") == str(rank))
+
+    def ends(self, seconds: float) -> str:
+        """What the command has printed, once it has ended, with an error."""
+        code = self.process.wait(seconds)
+        assert code not in (0, None)
+        return self.log.read_text()
+
+    def goes_on(self) -> None:
+        """The next start resumes; then a signal to one rank stops it."""
+        saved = list_steps(self.run_dir / "checkpoints")[-1]
+        self.start()
+        assert f"going on from step {saved}" in self.log.read_text()
+        self.rank(1).send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        assert read_status(self.run_dir)["status"] == "resumable"
+        steps = [line["step"] for line in read_metrics(self.run_dir)]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder):
+    run = Run(nodes, folder, "killed")
+    run.start()
+    run.rank(1).kill()
+    printed = run.ends(45)
+    assert re.search(r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", printed)
+    assert "rank 1 on n2" in read_status(run.run_dir)["reason"]
+    run.goes_on()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_named_and_the_next_start_resumes(nodes, folder):
+    run = Run(nodes, folder, "dead")
+    run.start()
+    nodes.kill_node("n2")
+    printed = run.ends(45)
+    nodes.start_node("n2")
+    assert re.search(r"n1: error: without a sign of life: rank 1 on n2 at step \d+", printed)
+    run.goes_on()
+
+
+@pytest.mark.slow
+def test_a_node_that_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder):
+    run = Run(nodes, folder, "cut")
+    run.start()
+    nodes.cut("n2")
+    printed = run.ends(HANG + 45)
+    nodes.mend("n2")
+    assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", printed)
+    run.goes_on()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named_and_killed_and_the_next_start_resumes(nodes, folder):
+    run = Run(nodes, folder, "stopped")
+    run.start()
+    stopped = run.rank(1)
+    stopped.suspend()
+    printed = run.ends(HANG + 45)
+    assert re.search(r"n1: error: the run hangs since \d+ s: rank 1 on n2 at step \d+ without a sign of life", printed)
+    assert not stopped.is_running()
+    run.goes_on()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder):
+    run = Run(nodes, folder, "spoiled")
+    run.start()
+    run.rank(1).send_signal(signal.SIGTERM)
+    run.process.wait(60)
+    spoiler = folder / "sitecustomize.py"
+    spoiler.write_text("import os\nif os.environ.get('RANK') == '1':\n    import pretrain.data.batch as batch\n"
+                       "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n    batch.Batch.to = broken\n")
+    try:
+        nodes.on_ctl(over_pdsh(run.path), cwd=folder, check=False)
+        done = nodes.on_ctl(over_pdsh(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
+    finally:
+        spoiler.unlink()
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+    assert "error: the first to fail was rank 1 on n2" in errors[-1] and "ZeroDivisionError: a planted mistake" in errors[-1]
