@@ -13,7 +13,8 @@ from pathlib import Path
 from data_prep.config import DataConfig, evaluation_tests
 from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError, exit_on_user_error, print_now
-from data_prep.crew import Crew, Mpi, find_mpi
+from data_prep.crew import Crew, Mpi
+from data_prep.launched import another_process_speaks, find_mpi
 from data_prep.pipeline import prepare
 from data_prep.shards import read_manifest
 from data_prep.tools.show import show_record
@@ -97,4 +98,4 @@ TOOLS = {"verify": run_verify, "inspect": run_inspect, "stats": run_stats}
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(main, silent=another_process_speaks)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data_prep.console import UserError
-from data_prep.crew import find_mpi, started_together
+from data_prep.launched import find_mpi, started_together
 from pretrain.training.notes import Notes
 
 Result = TypeVar("Result")

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.console import UserError, exit_on_user_error, report
+from data_prep.launched import another_process_speaks
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
 from pretrain.training.rank_log import RankLog
@@ -29,13 +30,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
     arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
     action = plan if arguments.dry_run else run
-    exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=_another_process_speaks)
-
-
-def _another_process_speaks() -> bool:
-    """Every rank meets the same mistake; one on each node reports it."""
-    local_ranks = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-    return any(int(os.environ.get(name) or 0) for name in local_ranks)
+    exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=another_process_speaks)
 
 
 def plan(config: RunConfig) -> None:
@@ -55,7 +50,7 @@ def run(config: RunConfig) -> None:
     try:
         world = init_world()
     except CannotMeet as error:  # no mistake of the configuration, another start may succeed
-        report(error, silent=_another_process_speaks())
+        report(error, silent=another_process_speaks())
         sys.exit(1)
     try:
         log = world.agree(lambda: RankLog(config.run_dir, world.rank))

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from data_prep.console import UserError, exit_on_user_error
-from data_prep.crew import Mpi, Task, find_mpi
+from data_prep.crew import Mpi, Task
+from data_prep.launched import find_mpi
 from data_prep.progress import Progress
 
 FOLDER = Path(sys.argv[1])

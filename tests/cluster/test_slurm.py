@@ -1,0 +1,149 @@
+"""The project under a real Slurm of one node: preparation, ranks without MPI, and jobs that queue themselves again."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.evaluation.results import read_results
+from pretrain.run_folder import list_steps, read_metrics, read_status
+from tests.cluster.slurm import running_cluster, why_not
+from tests.launching import ROOT, call, free_port, tiny_config, write_config
+from tests.processes import contents
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+SCRIPTS = ROOT / "launcher" / "slurm"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    return folder
+
+
+def losses(folder: Path, name: str) -> list[tuple]:
+    return [(line["step"], line["loss/total"]) for line in read_metrics(folder / "runs" / name)]
+
+
+def test_preparation_under_srun_writes_the_same_bytes(cluster, folder, tmp_path):
+    log = tmp_path / "log"
+    shared = write_config(tmp_path, tiny_config(tmp_path, data__path=str(tmp_path / "shared")))
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "prepare.sbatch", shared)
+    assert cluster.end_of(job, log)["JobState"] == "COMPLETED", log.read_text()
+    assert "in 2 MPI ranks" in log.read_text()
+    assert contents(tmp_path / "shared") == contents(folder / "corpus")
+
+
+def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_path):
+    log = tmp_path / "log"
+    config = write_config(tmp_path, tiny_config(tmp_path))
+    job = cluster.submit(log, "--ntasks=2", "--export=ALL,SLURM_MPI_TYPE=none", SCRIPTS / "prepare.sbatch", config)
+    assert cluster.end_of(job, log)["ExitCode"] == "2:0"
+    assert log.read_text().count("error: 2 processes were started together, but MPI sees 1") == 1, log.read_text()
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_torchrun(cluster, folder):
+    paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("torchrun", "srun", "deepspeed")}
+    binaries, hosts = Path(sys.executable).parent, folder / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    call([str(binaries / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(paths["torchrun"])])
+    cluster.call("srun", "--ntasks=2", "python", "launcher/run.py", paths["srun"])
+    cluster.call(binaries / "deepspeed", "--hostfile", hosts, "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher", "slurm",
+                 "launcher/run.py", paths["deepspeed"])
+    assert len(losses(folder, "torchrun")) == 2
+    assert losses(folder, "srun") == losses(folder, "deepspeed") == losses(folder, "torchrun")
+    assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
+
+
+STAND_IN = """
+import os, signal, sys, time
+from pathlib import Path
+
+rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+how = os.environ["HOW"].split()[start]
+print(f"rank {rank} of start {start + 1}: {how}", flush=True)
+if how == "wait":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    Path(f"waiting-{rank}").touch()
+    time.sleep(600)
+time.sleep(0.5 * rank)
+if how == "progress" and rank == 0:
+    checkpoints = Path("runs/run/checkpoints")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (checkpoints / "latest").write_text(f"step-{start:08d}")
+if how in ("progress", "crash") and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit({"stopped": 75, "mistake": 2}.get(how, 0))
+"""
+"""In the place of run.py: HOW says what each start of a job ends in; `progress` is a crash with a new checkpoint before it."""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder to submit jobs from, with the stand-in."""
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "run.py").write_text(STAND_IN)
+    write_config(tmp_path, tiny_config(tmp_path, output_dir="runs"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("ends", "starts", "code"), [
+    (["stopped", "crash", "mistake", "finished"], 3, "2:0"),
+    pytest.param(["stopped", "stopped", "stopped", "stopped", "finished"], 5, "0:0", marks=pytest.mark.slow),
+    pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
+])
+def test_a_job_is_queued_again_when_that_helps(cluster, project, ends, starts, code):
+    log = project / "log"
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends))
+    ended = cluster.end_of(job, log)
+    assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
+    assert ("giving up" in log.read_text()) == (code == "137:0")
+
+
+def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(cluster, project):
+    log = project / "log"
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
+    assert cluster.end_of(job, log)["ExitCode"] == "2:0"
+    assert log.read_text().startswith("error: unknown key 'sed' in run.yaml") and log.read_text().count("\n") == 1, log.read_text()
+
+
+@pytest.mark.slow
+def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
+    log = project / "log"
+    job = cluster.submit(log, "--ntasks=2", "--time=00:02:00", "--signal=USR1@60", SCRIPTS / "pretrain.sbatch", "run.yaml", folder=project,
+                         HOW="wait finished")
+    ended = cluster.end_of(job, log, seconds=400)
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
+    assert {path.name for path in project.glob("waiting-*")} == {"waiting-0", "waiting-1"}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_is_done(cluster, folder):
+    changes = {"train__steps": 150, "evaluation": {"tasks": [{"name": "nl_rx", "test": str(folder / "test.jsonl")}]}}
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": f"lines having {word}", "code": f".*{word}.*"}) + "\n" for word in ("one", "two")))
+    whole, stopped = (write_config(folder, tiny_config(folder, name=name, **changes)) for name in ("whole", "stopped"))
+    run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped)
+    evaluation = cluster.submit(folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir)
+    cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", 120, log)
+    cluster.call("scancel", "--signal=USR1", job)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", 120, log)
+    assert read_status(run_dir)["status"] == "resumable" and 5 < list_steps(run_dir / "checkpoints")[-1] < 150
+    assert cluster.job(evaluation)["JobState"] == "PENDING"
+    ended = cluster.end_of(job, log)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+
+    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
+    assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: the run saves and stops" in log.read_text()
+    assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
+    cluster.end_of(evaluation, folder / "evaluation.log")
+    assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (folder / "evaluation.log").read_text()
