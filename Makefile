@@ -1,12 +1,15 @@
 # make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides
 # make test    the tests; ARGS is passed to pytest
 # make setup   the environment alone, in .venv; the other two call it
+# make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
+# make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
+PACKAGES := $(VENV)/.packages
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
@@ -15,7 +18,7 @@ test: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.lock
+$(PACKAGES): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments; install them: apt install python3-venv" >&2; exit 2; }
 	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
@@ -24,9 +27,19 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(VENV)/bin/pip install --disable-pip-version-check -c requirements.lock torch
 	@echo "[3/4] installing the other packages, pinned in requirements.lock"
 	@$(VENV)/bin/pip install --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(STAMP): $(PACKAGES) pyproject.toml
 	@echo "[4/4] installing this project into $(VENV)"
 	@$(VENV)/bin/pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@
+
+image:
+	BASE=$(BASE) docker/build.sh
+
+demo-nodes: image
+	ARGS="$(ARGS)" JEPA_IMAGE=$$(docker image inspect --format '{{.Id}}' jepa-pretrain) \
+	docker compose -f docker/compose.yaml up --exit-code-from node1
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,5 +1,6 @@
-"""`make demo`: the main job end to end on two local processes. Arguments are overrides of configs/demo.yaml."""
+"""`make demo`: the main job end to end on two local processes, or on the nodes of a hostfile. Other arguments are overrides of configs/demo.yaml."""
 
+import argparse
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep.console import exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error
 from pretrain.config import load_config
 
 CONFIG = "configs/demo.yaml"
@@ -23,14 +24,22 @@ def _free_port() -> int:
 
 def main() -> None:
     os.chdir(Path(__file__).parent.parent)
-    overrides = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hostfile", help="nodes to train on, started through pdsh; all must see this folder and its runs folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    overrides, nodes = arguments.overrides, ["--num_gpus", str(RANKS)]
+    if arguments.hostfile:
+        if not Path(arguments.hostfile).is_file():
+            raise UserError(f"--hostfile: there is no file {arguments.hostfile}")
+        nodes = ["--hostfile", arguments.hostfile, "--launcher", "pdsh"]
     run_dir = load_config(CONFIG, overrides).run_dir
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = str(Path(sys.executable).parent / "deepspeed")
     steps = {
         "preparing the corpus": [sys.executable, "-m", "data_prep", CONFIG, *overrides],
-        f"pretraining on {RANKS} processes": [deepspeed, "--num_gpus", str(RANKS), "--master_port", str(_free_port()), "--log_level", "warning",
-                                                "launcher/run.py", CONFIG, *overrides],
+        f"pretraining on {arguments.hostfile or f'{RANKS} processes'}": [
+            deepspeed, *nodes, "--master_port", str(_free_port()), "--log_level", "warning", "launcher/run.py", CONFIG, *overrides],
         "evaluating the last checkpoint": [sys.executable, "launcher/evaluate.py", str(run_dir)],
     }
     started = time.perf_counter()

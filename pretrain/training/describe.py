@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import yaml
 
 from data_prep.console import UserError
-from data_prep.files import write_json, write_text
+from data_prep.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.corpus import source_weights
 
+PROJECT = Path(__file__).parents[2]
+LOCK = PROJECT / "requirements.lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
@@ -37,9 +40,13 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> lis
     write_json(run_dir / "environment.json", {
         "python": platform.python_version(),
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "revision": _git_revision(),
+        "revision": _revision(),
+        "requirements": sha256_file(LOCK) if LOCK.exists() else None,
+        "image": os.environ.get("JEPA_IMAGE") or None,
         "ranks": ranks,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads_per_rank": torch.get_num_threads(),
         "data": _data(config, manifest),
     })
@@ -95,10 +102,12 @@ def _differences(before: Any, now: Any, key: str) -> list[str]:
     return [] if before == now else [key]
 
 
-def _git_revision() -> str | None:
+def _revision() -> str | None:
+    """Of the working tree; of an image, which has none, what it was built from."""
+    if not (PROJECT / ".git").exists():
+        return os.environ.get("JEPA_REVISION") or None
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True, check=True)
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=PROJECT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

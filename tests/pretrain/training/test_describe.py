@@ -1,0 +1,37 @@
+"""What a run records of itself, so that someone else can repeat it."""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+
+from pretrain.config import load_config
+from pretrain.training import describe
+from tests.launching import ROOT, tiny_config, write_config
+
+
+def recorded(tmp_path, write_corpus) -> dict:
+    corpus = write_corpus([([5, 6], [7])] * 4)
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[])))
+    describe.describe_run(config, corpus.manifest, 2)
+    return json.loads((config.run_dir / "environment.json").read_text())
+
+
+def test_a_working_tree_tells_its_revision_and_its_lock_file(tmp_path, write_corpus, monkeypatch):
+    monkeypatch.setenv("JEPA_REVISION", "of an image")
+    monkeypatch.setenv("JEPA_IMAGE", "")
+    environment = recorded(tmp_path, write_corpus)
+    if (ROOT / ".git").exists():
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+        assert environment["revision"] == (found.stdout.strip() or None)
+    assert environment["requirements"] == hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
+    assert environment["packages"]["torch"] == importlib.metadata.version("torch")
+    assert environment["image"] is None and environment["ranks"] == 2 and environment["cpu_capability"]
+
+
+def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path, write_corpus, monkeypatch):
+    monkeypatch.setattr(describe, "PROJECT", tmp_path)
+    monkeypatch.setenv("JEPA_REVISION", "0123abc")
+    monkeypatch.setenv("JEPA_IMAGE", "sha256:4567")
+    environment = recorded(tmp_path, write_corpus)
+    assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
