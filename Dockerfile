@@ -1,6 +1,9 @@
 # The environment of requirements.lock, the project in /app, and what nodes need to find each other (docker/entrypoint.sh).
 # docker/build.sh fills in the arguments. torch 2.13.0 as pip finds it is built for CUDA 13.0 and brings its libraries; the base adds nvcc, and
 # must offer Python 3.11 or newer. debian:bookworm-slim or python:3.12-slim do for CPU.
+# No operator of DeepSpeed is built in advance, for a start uses none: the optimizer is torch's, and the one that DeepSpeed itself would compile
+# on CPU is left out (pretrain/training/distributed.py). tests/cluster/test_container.py sees to it. What options ask for (offloading to NVMe, quantized
+# communication) is compiled for the very processor and GPU that it meets, -march=native, and would fail on others: nvcc, g++ and libaio-dev are there.
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
@@ -11,7 +14,7 @@ FROM ${BASE}
 RUN apt-get update \
     && if ! command -v python3; then set -- python3-dev python3-venv; fi \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        "$@" ca-certificates g++ make openssh-client openssh-server pdsh procps \
+        "$@" ca-certificates g++ libaio-dev make openssh-client openssh-server pdsh procps \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
     && useradd --uid 10001 --create-home --shell /bin/bash jepa \
     && install --directory --owner jepa --group jepa /app/runs /cluster

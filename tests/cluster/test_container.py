@@ -4,11 +4,14 @@
 """
 
 import importlib.util
+import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
+import tarfile
 import threading
 import time
 from contextlib import closing
@@ -19,7 +22,8 @@ import yaml
 from tests.launching import ROOT
 
 DOCKER = ROOT / "docker"
-SHORT = "train.epochs=null train.steps=20 train.warmup_fraction=0 checkpoint.every=10 evaluation={every: 0, tasks: []} monitor.validate_every=10"
+SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: loss}]' monitor.log_every=1 "
+         "monitor.validate_every=4")
 
 
 @pytest.mark.parametrize(("linter", "files"), [("hadolint", [ROOT / "Dockerfile"]), ("shellcheck", sorted(DOCKER.glob("*.sh")))])
@@ -105,3 +109,64 @@ def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_un
             assert health.problem(tmp_path, tmp_path / "sshd.pid") == expected
             greeter.join()
     assert "sshd does not answer" in health.problem(tmp_path, tmp_path / "sshd.pid")
+
+
+def docker(*arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(["docker", *arguments], env=os.environ | more, capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"docker {arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The id of an image built from the working tree."""
+    if "JEPA_TEST_BASE" not in os.environ:
+        pytest.skip("an image is built where JEPA_TEST_BASE names its base, JEPA_TEST_BUILD more options of docker build")
+    if not shutil.which("docker") or docker("info", check=False).returncode:
+        pytest.skip("there is no Docker engine")
+    built = subprocess.run([DOCKER / "build.sh", *shlex.split(os.environ.get("JEPA_TEST_BUILD", ""))],
+                           env=os.environ | {"BASE": os.environ["JEPA_TEST_BASE"]}, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    return built.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def volume() -> str:
+    name = f"jepatest-{os.getpid()}"
+    yield name
+    docker("volume", "rm", "--force", name)
+
+
+@pytest.mark.slow
+def test_the_image_runs_the_demo_and_tests_as_a_user_without_rights(image, volume):
+    labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image).stdout)
+    assert labels["org.opencontainers.image.base.name"] == os.environ["JEPA_TEST_BASE"]
+    docker("run", "--rm", "--init", "--env", f"JEPA_IMAGE={image}", "--volume", f"{volume}:/app/runs", image, "make", "demo", f"ARGS={SHORT}")
+    read = docker("run", "--rm", "--volume", f"{volume}:/app/runs", image, "sh", "-c", "id -u; cat runs/demo-llm_jepa/environment.json")
+    user, recorded = read.stdout.split("\n", 1)
+    environment = json.loads(recorded)
+    assert user == "10001" and environment["image"] == image and environment["revision"] == labels["org.opencontainers.image.revision"]
+    docker("run", "--rm", "--init", image, "make", "test", "ARGS=tests/data_prep/test_shards.py tests/data_prep/test_ragged.py")
+
+
+def key_files(compose: list[str], service: str) -> set[str]:
+    """What stands in the folder of keys of a container that has ended."""
+    container = subprocess.run([*compose, "ps", "--all", "--quiet", service], capture_output=True, text=True, check=True).stdout.strip()
+    archive = subprocess.run(["docker", "cp", f"{container}:/home/jepa/.ssh", "-"], capture_output=True, check=True).stdout
+    return set(tarfile.open(fileobj=io.BytesIO(archive)).getnames())
+
+
+@pytest.mark.slow
+def test_two_nodes_train_and_the_launcher_alone_has_a_key(image):
+    command = [*compose(), "--project-name", "jepatest"]
+    try:
+        done = subprocess.run([*command, "up", "--exit-code-from", "node1"], env=os.environ | {"ARGS": SHORT, "JEPA_IMAGE": image},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert ".ssh/launcher" in key_files(command, "node1")
+        assert key_files(command, "node2") == {".ssh", ".ssh/host", ".ssh/host.pub"}
+        volumes = ["--volume", "jepatest_runs:/app/runs", "--volume", "jepatest_cluster:/cluster"]
+        shared = docker("run", "--rm", *volumes, image, "sh", "-c", "cat runs/demo-llm_jepa/environment.json; ! grep -rl PRIVATE /cluster")
+        assert json.loads(shared.stdout)["ranks"] == 2 and json.loads(shared.stdout)["image"] == image
+    finally:
+        subprocess.run([*command, "down", "--volumes"], capture_output=True)
