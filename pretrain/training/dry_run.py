@@ -28,7 +28,7 @@ from pretrain.models.language_model import LanguageModel, pretrained_config, ran
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import environment_of_the_launcher
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings
-from pretrain.training.memory import ITEM_BYTES, activations, layer_widths, model_states
+from pretrain.training.memory import ITEM_BYTES, ModelStates, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
 from pretrain.training.setup import check, make_loader
 from pretrain.training.throughput import Parameters, count_parameters, peak_flops
@@ -45,15 +45,8 @@ def dry_run(config: RunConfig) -> None:
     rank, ranks = _launched()
     if rank:
         return
-    settings = engine_settings(config, ranks or 1)
-    corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
-    _check_start(config, corpus, ranks)
-    check_zero_options(settings)
-    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
-    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
-    model = _model_of_shapes(config, tokenizer)
-    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
-    plan = Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
+    plan = make_plan(config, ranks)
+    corpus = plan.corpus
 
     if config.resting_keys:
         print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
@@ -66,6 +59,19 @@ def dry_run(config: RunConfig) -> None:
         _print_table(table)
     print("\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
           "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.", flush=True)
+
+
+def make_plan(config: RunConfig, ranks: int | None) -> "Plan":
+    """What follows from the configuration and the corpus, if one is prepared. Raises the UserErrors of a real start on so many ranks."""
+    settings = engine_settings(config, ranks or 1)
+    corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
+    _check_start(config, corpus, ranks)
+    check_zero_options(settings)
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
+    model = _model_of_shapes(config, tokenizer)
+    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
+    return Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
 
 
 def _launched() -> tuple[int, int | None]:
@@ -285,9 +291,8 @@ def _budget_table(plan: Plan) -> Table:
 def _states_table(plan: Plan) -> Table:
     """No ZeRO takes the same on any number of ranks, and on one rank its stages are equal."""
     precision, configured = plan.config.train.precision, int(plan.zero.stage)
-    small = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.numel() <= plan.zero.param_persistence_threshold)
     cases = [(0, 1)] + [(stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))]
-    states = {case: model_states(plan.parameters.total, small, precision, *case) for case in cases}
+    states = {case: states_of_rank(plan, *case) for case in cases}
     unit, scale = _unit(plan)
     rows: Table = [(f"model states of a rank in {precision}, {unit}", "ranks", "parameters", "gradients", "optimizer", "together", "within the step")]
     for (stage, ranks), held in states.items():
@@ -297,7 +302,14 @@ def _states_table(plan: Plan) -> Table:
     return rows
 
 
-def _activation_table(plan: Plan) -> Table:
+def states_of_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
+    """The model states of the plan under a ZeRO stage on so many ranks."""
+    small = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.numel() <= plan.zero.param_persistence_threshold)
+    return model_states(plan.parameters.total, small, plan.config.train.precision, stage, ranks)
+
+
+def beside_states(plan: Plan) -> list[tuple[str, float, float]]:
+    """What a rank holds beside the model states within a step: name, bytes, and bytes with activation checkpointing."""
     train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
     kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets)
@@ -306,6 +318,11 @@ def _activation_table(plan: Plan) -> Table:
     if int(zero.stage) == 3:
         gathered = item * min(plan.parameters.total, zero.max_live_parameters)
         rows.append(("gathered parameters, at most", gathered, gathered))
+    return rows
+
+
+def _activation_table(plan: Plan) -> Table:
+    train, rows = plan.config.train, beside_states(plan)
     rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     unit, scale = _unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
