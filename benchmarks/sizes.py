@@ -1,0 +1,81 @@
+"""What fits on a GPU: the lowest ZeRO stage and the largest micro batch of each model shape. Estimates, not measurements.
+
+    python benchmarks/sizes.py > sizes.json
+
+The estimates are those of `--dry-run`: model states, activations with checkpointing, logits, buffers; bf16, rows of 4,096 positions or as many as the
+family allows. 90% of a GPU's memory counts. Offloading moves the optimizer's 12 bytes a parameter to the host. One JSON object goes to
+stdout, a table to stderr.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scaling_model import USABLE, rank_bytes
+
+ROOT = Path(__file__).parent.parent
+VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm": 32_000}
+"""Of the published models."""
+ROWS = (64, 32, 16, 8, 4, 2, 1)
+MEMORY = (80, 141)
+"""GB."""
+RANKS = (1, 8, 64)
+
+
+def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    result = []
+    for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
+        plan = plan_of(path)
+        if plan.parameters.total < 10**8:
+            continue  # for tests and the demo
+        sizes = [{"memory_gb": memory, "ranks": ranks} | choice(plan, memory, ranks) for memory in MEMORY for ranks in RANKS]
+        result.append({"shape": path.stem, "parameters": plan.parameters.total, "positions_of_a_row": plan.config.data.sequence_length,
+                       "sizes": sizes})
+        print(line(result[-1]), file=sys.stderr, flush=True)
+    print(json.dumps({"kind": "estimate, not a measurement", "precision": "bf16", "usable": USABLE, "shapes": result}, indent=1))
+
+
+def plan_of(path: Path) -> Any:
+    """The plan of a run of that shape without a corpus."""
+    from pretrain.config import RunConfig
+    from pretrain.training.dry_run import make_plan
+
+    family, shape = path.stem.split("_")[0], yaml.safe_load(path.read_text())
+    length = min(4096, shape.get("max_position_embeddings", 4096))
+    return make_plan(RunConfig(**{
+        "name": "sizes", "data": {"path": "no-corpus", "sources": [{"type": "nlrx", "records": 1}], "sequence_length": length,
+                                  "tokenizer": {"vocab_size": VOCABULARIES[family]}},
+        "model": {"family": family, "shape": shape}, "objective": {"name": "llm_jepa"},
+        "train": {"steps": 1, "learning_rate": 1e-4, "global_batch_rows": 1, "micro_batch_rows": 1, "precision": "bf16",
+                  "activation_checkpointing": True}}), None)
+
+
+def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
+    """The lowest stage in which a row fits, without offloading if possible, and the rows that fit then."""
+    for offload in (False, True):
+        for stage in (1, 2, 3) if ranks > 1 else (3,):
+            for rows in ROWS:
+                train = plan.config.train.model_copy(update={"micro_batch_rows": rows, "global_batch_rows": rows})
+                sized = replace(plan, config=plan.config.model_copy(update={"train": train}))
+                needed = rank_bytes(sized, stage, ranks) - (12 * plan.parameters.total / ranks if offload else 0)
+                if needed <= USABLE * memory * 1e9:
+                    return {"stage": stage, "offload_optimizer": offload, "micro_batch_rows": rows, "bytes": needed}
+    return {"stage": None}
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = []
+    for size in entry["sizes"]:
+        stage = "offload" if size.get("offload_optimizer") else f"ZeRO {size['stage']}" if size["ranks"] > 1 else "any"
+        cells.append("no" if size["stage"] is None else f"{stage}, {size['micro_batch_rows']}")
+    return f"| {entry['shape']} | {entry['parameters'] / 1e9:.2f} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
