@@ -5,8 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from data_prep.console import UserError
 from data_prep.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.data.corpus import source_weights
+from pretrain.revision import ROOT, revision
 
-PROJECT = Path(__file__).parents[2]
-LOCK = PROJECT / "requirements.lock"
+LOCK = ROOT / "requirements.lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
@@ -40,7 +38,7 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> lis
     write_json(run_dir / "environment.json", {
         "python": platform.python_version(),
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "revision": _revision(),
+        "revision": revision(),
         "requirements": sha256_file(LOCK) if LOCK.exists() else None,
         "image": os.environ.get("JEPA_IMAGE") or None,
         "ranks": ranks,
@@ -100,14 +98,3 @@ def _differences(before: Any, now: Any, key: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         return [found for part in before.keys() | now.keys() for found in _differences(before.get(part), now.get(part), f"{key}.{part}")]
     return [] if before == now else [key]
-
-
-def _revision() -> str | None:
-    """Of the working tree; of an image, which has none, what it was built from."""
-    if not (PROJECT / ".git").exists():
-        return os.environ.get("JEPA_REVISION") or None
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=PROJECT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

@@ -144,8 +144,13 @@ def _environment_from_slurm(tasks: int) -> None:
     if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
         nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
         os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(slurm_port()))
+
+
+def slurm_port() -> int:
+    """Where the ranks of a Slurm job meet, unless MASTER_PORT says otherwise: another port for each step, as they may share a node."""
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    os.environ.setdefault("MASTER_PORT", str(20000 + (7 * job + step) % 10000))  # steps of a job may share a node
+    return 20000 + (7 * job + step) % 10000
 
 
 def _environment_from_mpi() -> None:

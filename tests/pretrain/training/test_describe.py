@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import subprocess
 
+from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
 from tests.launching import ROOT, tiny_config, write_config
@@ -30,7 +31,7 @@ def test_a_working_tree_tells_its_revision_and_its_lock_file(tmp_path, write_cor
 
 
 def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path, write_corpus, monkeypatch):
-    monkeypatch.setattr(describe, "PROJECT", tmp_path)
+    monkeypatch.setattr(revision, "ROOT", tmp_path)
     monkeypatch.setenv("JEPA_REVISION", "0123abc")
     monkeypatch.setenv("JEPA_IMAGE", "sha256:4567")
     environment = recorded(tmp_path, write_corpus)

@@ -1,0 +1,226 @@
+"""One diagnosis: asks the nodes in the order in which answers are needed, and puts what they say before the checks."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from data_prep.console import UserError
+from pretrain.cluster import checks_nodes, checks_run, environment, facts, network, sharing
+from pretrain.cluster.findings import Finding
+from pretrain.cluster.needs import Needs, needs_of
+from pretrain.cluster.reach import HELLO_SECONDS, Crew, local_command, srun_command, ssh_command
+from pretrain.run_folder import list_steps
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
+FACT_SECONDS = 30.0
+"""That a node has for one group of facts: a file system that hangs takes longer."""
+PINGS = 5
+STREAM_SECONDS, NETWORK_SECONDS = 0.3, 60.0
+"""Of one bandwidth at most, and of all together."""
+REDUCE_SECONDS = 120.0
+HERE = "this machine"
+TELL_ERRORS = {"corpus", "run_folder", "devices"}
+"""Groups of facts whose checks know what an error means."""
+PORT = 29500
+"""DeepSpeed's, where no other is given."""
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Diagnosis:
+    """Findings and measurements of a run's nodes. Raises UserError for a configuration that cannot be read."""
+
+    def __init__(self, crew: Crew, config: str, overrides: list[str], port: int | None):
+        self.crew = crew
+        self.findings: list[Finding] = []
+        self.measurements: dict[str, list[dict[str, Any]]] = {"all_reduce": [], "pairs": []}
+        with ThreadPoolExecutor(1) as pool:
+            reached = pool.submit(crew.ask, "time", HELLO_SECONDS)  # while this process imports
+            self.config = _load(config, overrides)
+            reached.result()
+            say("looking at the nodes, and planning the run")
+            looked = pool.submit(self._look)
+            self.needs = self._plan()
+            looked.result()
+        if crew.nodes:
+            self._check_facts()
+            say("connecting all pairs")
+            can_meet = self._check_network(port)
+            self._check_all_reduce(can_meet)
+        self.findings = checks_nodes.check_reached(crew.nodes, crew.lost) + self.findings
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Ranks of each node that answers."""
+        return {host.name: host.slots for host in self.crew.hosts if host.name in self.crew.nodes}
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the ranks will be on GPUs."""
+        return any(fact["accelerator"] == "cuda" for fact in self.facts["devices"].values())
+
+    def _plan(self) -> Needs | None:
+        try:
+            needs = needs_of(self.config, sum(host.slots for host in self.crew.hosts))
+        except UserError as error:
+            self.findings.append(Finding("configuration", "fail", str(error), "change the configuration, the corpus or the hostfile"))
+            return None
+        self.findings.append(Finding("configuration", "ok", f"{needs.parameters:,} parameters"))
+        return needs
+
+    def _look(self) -> None:
+        """Ask for all that is so on the nodes."""
+        self.ours = environment.mattering(os.environ)
+        values = {}
+        if self.crew.command is ssh_command:
+            values = environment.forwarded(os.environ, facts.devices()["accelerator"] == "cuda") | environment.read_env_files()
+        self.theirs = self.crew.ask("environment", FACT_SECONDS, lambda node: {"values": values, "asked": list(self.ours)})
+        self.facts = {topic: self._fact(topic) for topic in facts.TOPICS}
+        self.offsets = self._clocks()
+        self.notes = self._leave_notes()
+
+    def _fact(self, topic: str) -> dict[str, Any]:
+        settings = _settings(self.config, topic)
+        return self.crew.ask("fact", FACT_SECONDS, lambda node: {"topic": topic, "settings": settings})
+
+    def _clocks(self) -> dict[str, float]:
+        """Seconds by which each node is ahead of this machine, from the shortest of a few round trips."""
+        best: dict[str, tuple[float, float]] = {}
+
+        def ask(node: str) -> None:
+            for _ in range(PINGS):
+                before = time.time()
+                answer = self.crew.ask("time", FACT_SECONDS, nodes=[node])
+                after = time.time()
+                if node in answer:
+                    trip = after - before
+                    best[node] = min(best.get(node, (trip, 0.0)), (trip, answer[node] - (before + after) / 2), key=lambda one: one[0])
+
+        for node in self.crew.nodes:
+            ask(node)
+        return {node: offset for node, (_, offset) in best.items()}
+
+    def _leave_notes(self) -> dict[str, Any]:
+        """Files of every node and of this machine in the run folder, and who sees whose."""
+        folder, token = str(sharing.nearest_folder(str(self.config.run_dir))), secrets.token_hex(4)
+        try:
+            left = self.crew.ask("leave_note", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "author": node})
+            left[HERE] = sharing.leave_note(folder, token, HERE)
+            authors = [author for author, answer in left.items() if "error" not in answer]
+            seen = self.crew.ask("see_notes", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "authors": authors})
+            return {"seen": seen, "authors": authors, "here": HERE, "seen_here": sharing.see_notes(folder, token, authors), "folder": folder}
+        finally:
+            self.crew.ask("remove_notes", FACT_SECONDS, lambda node: {"folder": folder, "token": token})
+            sharing.remove_notes(folder, token)
+
+    def _check_facts(self) -> None:
+        seen, slots, config = {topic: _answered(by_node, self.crew) for topic, by_node in self.facts.items()}, self.slots, self.config
+        for topic in seen.keys() - TELL_ERRORS:
+            self.findings += [Finding(topic.replace("_", " "), "fail", fact["error"], "look at that node", (node,))
+                              for node, fact in seen[topic].items() if "error" in fact]
+            seen[topic] = {node: fact for node, fact in seen[topic].items() if "error" not in fact}
+
+        def here(topic: str) -> dict[str, Any]:
+            return facts.TOPICS[topic](**_settings(config, topic))
+
+        self.findings += checks_nodes.check_python(seen["python_and_system"], here("python_and_system"))
+        self.findings += checks_nodes.check_packages(seen["packages"])
+        self.findings += checks_nodes.check_code(seen["code"], here("code"))
+        self.findings += checks_run.check_corpus(seen["corpus"], here("corpus"), config.data.path)
+        existing = len(list_steps(config.run_dir / "checkpoints"))
+        self.findings += checks_run.check_run_folder(seen["run_folder"], self.needs, existing)
+        if len(self.crew.hosts) > 1:
+            self.findings += checks_run.check_shared(**self.notes)
+        self.findings += checks_nodes.check_clock(self.offsets)
+        self.findings += checks_nodes.check_shared_memory(seen["memory"], slots, self.cuda)
+        self.findings += checks_nodes.check_devices(seen["devices"], slots)
+        if self.needs:
+            self.findings += checks_nodes.check_memory(seen["memory"], seen["devices"], slots, self.needs)
+        self.findings += checks_nodes.check_extensions(seen["extensions"], self.cuda, config.train.compile)
+        if self.crew.command is ssh_command:
+            faults = [f"{path}: {fault}" for path in environment.env_files() for fault in environment.faults_of(path)]
+            self.findings += checks_run.check_environment(self.ours, self.theirs, environment.DECIDING, faults)
+
+    def _check_network(self, port: int | None) -> bool:
+        """Whether the ranks can meet."""
+        found, first = [], self.crew.nodes[0]
+        self.address, self.port = self._rendezvous(first, port)
+        held = self.crew.ask("hold_port", FACT_SECONDS, lambda node: {"port": self.port}, [first]).get(first, {"error": "no answer"})
+        tried = {}
+        if "error" not in held:
+            if self.address:
+                tried = self.crew.ask("connect", FACT_SECONDS, lambda node: {"host": self.address, "port": self.port}, self.crew.nodes[1:])
+            self.crew.ask("release_port", FACT_SECONDS, lambda node: {"port": self.port}, [first])
+        found += checks_run.check_rendezvous(first, self.address, self.port, held, tried)
+        if len(self.crew.nodes) > 1:
+            names = _answered(self.facts["addresses"], self.crew)
+            found += checks_run.check_names(names, self.cuda, all("GLOO_SOCKET_IFNAME" in values for values in self.theirs.values()))
+            self._measure_pairs()
+            found += checks_run.check_pairs(self.measurements["pairs"])
+        self.findings += found
+        return all(finding.level != "fail" for finding in found)
+
+    def _rendezvous(self, first: str, port: int | None) -> tuple[str | None, int]:
+        """Where the ranks will meet, as their launcher chooses it."""
+        if self.crew.command is local_command:
+            return "127.0.0.1", port or PORT
+        if self.crew.command is srun_command:
+            from pretrain.training.distributed import slurm_port
+
+            return first, port or slurm_port()
+        return self.facts["addresses"][first].get("first"), port or PORT
+
+    def _measure_pairs(self) -> None:
+        """One after the other in both directions, and pairs without a common node at the same time."""
+        ports = self.crew.ask("serve", FACT_SECONDS)
+        rounds = network.rounds(list(ports))
+        seconds = min(STREAM_SECONDS, NETWORK_SECONDS / 2 / len(rounds))
+        for pairs in rounds:
+            for target in (dict(pairs), {other: one for one, other in pairs}):
+                ends = dict(target)
+                answers = self.crew.ask("measure", FACT_SECONDS, lambda node, ends=ends: {
+                    "host": ends[node], "port": ports[ends[node]], "seconds": seconds}, ends)
+                self.measurements["pairs"] += [{"from": node, "to": ends[node]} | answer for node, answer in answers.items()]
+
+    def _check_all_reduce(self, can_meet: bool) -> None:
+        if not can_meet or self.needs is None:
+            why = "the ranks could not meet" if self.needs else "the configuration cannot be planned"
+            self.findings.append(Finding("all-reduce", "warn", f"not tried: {why}", "mend what is shown above, and ask again"))
+            return
+        slots, bucket = self.slots, self.needs.bucket
+        first_rank, world = {}, 0
+        for node, ranks in slots.items():
+            first_rank[node], world = world, world + ranks
+        say(f"an all-reduce over {world} ranks")
+        answers = self.crew.ask("all_reduce", REDUCE_SECONDS + 10, lambda node: {
+            "ranks": list(range(first_rank[node], first_rank[node] + slots[node])), "world": world, "address": self.address, "port": self.port,
+            "bucket": bucket, "precision": self.needs.precision, "cuda": self.cuda, "seconds": REDUCE_SECONDS})
+        self.measurements["all_reduce"] = next((answer["measured"] for answer in answers.values() if answer.get("measured")), [])
+        self.findings += checks_run.check_all_reduce(answers, self.measurements["all_reduce"], bucket)
+
+
+def _load(config: str, overrides: list[str]) -> RunConfig:
+    from pretrain.config import load_config  # imports torch: seconds, in which the agents start
+
+    return load_config(config, overrides)
+
+
+def _settings(config: RunConfig, topic: str) -> dict[str, Any]:
+    """What a group of facts must be told."""
+    return {"corpus": {"data": config.data.path}, "run_folder": {"run_dir": str(config.run_dir)}}.get(topic, {})
+
+
+def _answered(by_node: Mapping[str, Any], crew: Crew) -> dict[str, Any]:
+    """Of the nodes that still answer."""
+    return {node: by_node[node] for node in crew.nodes}

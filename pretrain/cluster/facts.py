@@ -1,0 +1,175 @@
+"""What is so on this node. Plain values; what cannot be found out says so under `error`."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pretrain.cluster.sharing import nearest_folder
+from pretrain.revision import ROOT, revision, source_hashes
+
+MANIFEST = "manifest.json"
+COMPILERS = ("ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas")
+"""Processes that a build of an extension consists of."""
+GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version")
+SECONDS = 20.0
+"""That nvidia-smi has."""
+
+
+def python_and_system() -> dict[str, Any]:
+    """Versions of Python and of what lies below it."""
+    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "libc": " ".join(platform.libc_ver())}
+
+
+def packages() -> dict[str, Any]:
+    """`installed` and `locked` versions by package, and those that the project `requires`. A lock file that is not there locks nothing."""
+    locked, required = {}, []
+    with contextlib.suppress(FileNotFoundError):
+        lines = (ROOT / "requirements.lock").read_text().splitlines()
+        locked = {_same_name(name): version.strip() for name, equals, version in (line.partition("==") for line in lines)
+                  if equals and not name.startswith("#")}
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        required = [_same_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
+    installed = {}
+    for name in locked:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return {"installed": installed, "locked": locked, "required": required}
+
+
+def _same_name(name: str) -> str:
+    """PyYAML, pyyaml and py_yaml are one package."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def code() -> dict[str, Any]:
+    """The project's revision and the hash of each of its Python files."""
+    return {"revision": revision(), "files": source_hashes()}
+
+
+def corpus(data: str) -> dict[str, Any]:
+    """Hashes of the manifest and of the tokenizer's files, and the shards that the manifest lists and that are not there."""
+    folder = Path(data)
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        tokenizer = hashlib.sha256()
+        for path in sorted((folder / "tokenizer").iterdir()):
+            tokenizer.update(path.name.encode() + b"\0" + path.read_bytes())
+        present = set(os.listdir(folder))
+        listed = [shard["file"] for split in json.loads(content)["splits"].values() for shard in split["shards"]]
+    except FileNotFoundError as error:
+        return {"error": f"there is no {error.filename}"}
+    except (OSError, ValueError, KeyError) as error:
+        return {"error": f"cannot read it: {error}"}
+    return {"manifest": hashlib.sha256(content).hexdigest()[:12], "tokenizer": tokenizer.hexdigest()[:12],
+            "missing": [name for name in listed if name not in present]}
+
+
+def run_folder(run_dir: str) -> dict[str, Any]:
+    """Whether the run folder can be written, the free bytes there, and whether a run holds its lock."""
+    folder = nearest_folder(run_dir)
+    trial = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
+    found: dict[str, Any] = {"folder": str(folder), "free": shutil.disk_usage(folder).free, "locked": _is_locked(Path(run_dir) / ".lock")}
+    try:
+        with open(trial, "wb") as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+    except OSError as error:
+        found["error"] = error.strerror
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+    return found
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def memory() -> dict[str, Any]:
+    """Bytes of host memory that processes here may take in all, those that are free of it, and /dev/shm; cores too."""
+    host = psutil.virtual_memory()
+    total, available = host.total, host.available
+    with contextlib.suppress(OSError, ValueError):  # a container's bound
+        bound = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        total, available = min(total, bound), min(available, bound - used)
+    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    return {"total": total, "available": available, "cores": len(os.sched_getaffinity(0)),
+            "shm_total": shm.total if shm else 0, "shm_free": shm.free if shm else 0}
+
+
+def devices() -> dict[str, Any]:
+    """The GPUs that ranks may use, and the accelerator that DeepSpeed takes by DS_ACCELERATOR or finds."""
+    found: dict[str, Any] = {"gpus": []}
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+            found["gpus"] = [_gpu(line) for line in listed.splitlines() if line.strip()]
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stdout", None) or str(error)
+            found["error"] = f"nvidia-smi: {output.strip().splitlines()[-1]}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]
+    return found | {"accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu")}
+
+
+def _gpu(line: str) -> dict[str, Any]:
+    name, total, used, driver = (field.strip() for field in line.split(","))
+    return {"name": name, "memory": int(total) * 2**20, "used": int(used) * 2**20, "driver": driver}
+
+
+def extensions() -> dict[str, Any]:
+    """Where DeepSpeed's compiled ops lie, which there are, `locks` with their age in seconds, and what could compile."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(root) if root else cache / "torch_extensions"
+    locks = [path for pattern in ("*/lock", "*/*/lock") for path in folder.glob(pattern)]
+    now = time.time()
+    return {
+        "folder": str(folder),
+        "ops": sorted({path.stem for pattern in ("*/*.so", "*/*/*.so") for path in folder.glob(pattern)}),
+        "locks": [{"path": str(path), "age": now - path.stat().st_mtime} for path in locks],
+        "compiling": any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])),
+        "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
+    }
+
+
+def addresses() -> dict[str, Any]:
+    """The first address of `hostname -I`, where DeepSpeed lets the ranks meet if this is the first node, and what the host's own name means here."""
+    listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=SECONDS).stdout.split()
+    name = socket.gethostname()
+    try:
+        own = socket.gethostbyname(name)
+    except OSError:
+        own = None
+    return {"first": listed[0] if listed else None, "name": name, "own": own}
+
+
+TOPICS: dict[str, Callable[..., dict[str, Any]]] = {
+    "python_and_system": python_and_system, "packages": packages, "code": code, "corpus": corpus, "run_folder": run_folder, "memory": memory,
+    "devices": devices, "extensions": extensions, "addresses": addresses,
+}

@@ -1,0 +1,58 @@
+"""What the run needs of its nodes, from the plan behind `run.py --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
+PROCESS_BYTES = {"cuda": 2**30, "cpu": 600 * 2**20}
+"""Of a rank before it holds anything: CUDA's context and NCCL's buffers in GPU memory; Python with its libraries in host memory."""
+CHECKPOINT_BYTES = 12
+"""Of a parameter: weights and two moments in fp32."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, but where it says otherwise."""
+
+    parameters: int
+    """Their number."""
+    rank_memory: dict[str, float]
+    """Of a rank, by accelerator, cpu or cuda."""
+    offloads: bool
+    """DeepSpeed moves part of that to the host or to disk."""
+    bucket: int
+    """Gradients that are reduced at once."""
+    precision: str
+    checkpoint: float
+    """One of them, at least."""
+    checkpoints: int
+    """How many stand in the run folder at most, the one that is being written included."""
+
+
+def needs_of(config: RunConfig, ranks: int) -> Needs:
+    """What a start on so many ranks takes. Raises the UserErrors of that start."""
+    from pretrain.training.dry_run import beside_states, make_plan, states_of_rank  # torch and DeepSpeed: seconds, which only this needs
+    from pretrain.training.memory import ITEM_BYTES
+
+    plan = make_plan(config, ranks)
+    states = states_of_rank(plan, int(plan.zero.stage), ranks)
+    beside = {name: checkpointed if config.train.activation_checkpointing else whole for name, whole, checkpointed in beside_states(plan)}
+    item = ITEM_BYTES[config.train.precision]
+    bucket = item * min(plan.zero.reduce_bucket_size, plan.parameters.total)
+    whole_bucket = item * plan.zero.reduce_bucket_size
+    held = {"cuda": max(states.held + sum(beside.values()), states.in_step)}
+    held["cpu"] = max(states.held + sum(beside.values()) - whole_bucket + bucket, states.in_step)  # pages that are never touched take no memory
+    kept_for_good = config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
+    return Needs(
+        parameters=plan.parameters.total,
+        rank_memory={device: PROCESS_BYTES[device] + held[device] for device in held},
+        offloads=plan.zero.offload_optimizer is not None or plan.zero.offload_param is not None,
+        bucket=int(bucket),
+        precision=config.train.precision,
+        checkpoint=CHECKPOINT_BYTES * plan.parameters.total,
+        checkpoints=config.checkpoint.keep + 1 + kept_for_good,
+    )

@@ -1,0 +1,289 @@
+"""The doctor finds what is wrong with nodes before a run starts, and has nothing to say of a healthy pair."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.console import UserError
+from data_prep.pipeline import prepare
+from pretrain.cluster import checks_nodes, checks_run, environment, network
+from pretrain.cluster.findings import Finding
+from pretrain.cluster.hosts import Host, read_hostfile, slurm_hosts
+from pretrain.cluster.needs import Needs
+from pretrain.config import load_config
+from tests.cluster.nodes import NODES, Cluster
+from tests.launching import ROOT, call, free_port, tiny_config, write_config
+
+DOCTOR = ROOT / "launcher" / "doctor.py"
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A tiny run with its corpus, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("doctor")
+    path = write_config(folder, tiny_config(folder, train__global_batch_rows=12, train__micro_batch_rows=2))
+    (folder / "runs").mkdir()
+    (folder / "extensions").mkdir()
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text("")
+    (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    prepare(load_config(path).data, say=lambda line: None)
+    return path
+
+
+@pytest.fixture
+def doctor(nodes: Cluster, config: Path) -> Callable[..., tuple[int, dict]]:
+    """Calls the command on the control host, in the run's folder; its exit code and what it printed."""
+
+    def doctor(*arguments: str, hostfile: str = "hosts", **more: str) -> tuple[int, dict]:
+        folder = config.parent
+        (folder / ".deepspeed_env").unlink(missing_ok=True)
+        (folder / "prepared_env").exists() and shutil.copy(folder / "prepared_env", folder / ".deepspeed_env")
+        done = nodes.on_ctl([sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments], check=False, cwd=folder,
+                            PYTHONPATH=f"{ROOT}{os.pathsep}{folder / 'site'}", HOME=str(folder), TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
+                            **more)
+        assert done.returncode in (0, 1), done.stderr
+        assert not [name for name in os.listdir(folder) + os.listdir(folder / "runs") if name.startswith(".doctor")]
+        return done.returncode, json.loads(done.stdout)
+
+    return doctor
+
+
+@pytest.fixture
+def undone():
+    """Calls what is put there when the test ends."""
+    actions: list[Callable[[], object]] = []
+    yield actions
+    for action in reversed(actions):
+        action()
+
+
+def plant(nodes: Cluster, node: str, original: Path, changed: Path, undone: list) -> None:
+    """Let one node alone see another file or folder in the place of the original."""
+    nodes.on_node(node, ["mount", "--bind", changed, original])
+    undone.append(lambda: nodes.on_node(node, ["umount", original]))
+
+
+def plant_tmpfs(nodes: Cluster, node: str, folder: Path, size: str, undone: list) -> None:
+    nodes.on_node(node, ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder])
+    undone.append(lambda: nodes.on_node(node, ["umount", folder]))
+
+
+def drop(nodes: Cluster, node: str, *rule: str, undone: list) -> None:
+    """Let a node's firewall drop what comes in and fits the rule."""
+    nodes.on_node(node, ["iptables", "-A", "INPUT", *rule, "-j", "DROP"])
+    undone.append(lambda: nodes.on_node(node, ["iptables", "-D", "INPUT", *rule, "-j", "DROP"]))
+
+
+def expect(report: dict, check: str, level: str, node: str | None, seen: str) -> None:
+    """A finding says so, of this node alone, and what to do."""
+    found = [one for one in report["findings"] if one["check"] == check and one["level"] == level and one["nodes"] == ([node] if node else [])
+             and re.search(seen, one["seen"])]
+    assert found and all(one["remedy"] for one in found), (check, level, node, seen, [one for one in report["findings"] if one["level"] != "ok"])
+
+
+def changed_copy(path: Path, folder: Path, old: bytes, new: bytes) -> Path:
+    copy = folder / path.name
+    assert old in path.read_bytes()
+    copy.write_bytes(path.read_bytes().replace(old, new, 1))
+    return copy
+
+
+def test_a_healthy_pair_passes(doctor, nodes, config):
+    code, report = doctor("--write-env")
+    assert code == 0 and report["counts"]["fail"] == 0 == report["counts"]["warn"], [one for one in report["findings"] if one["level"] != "ok"]
+    assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"]} == {("n1", "n2"), ("n2", "n1")}
+    assert all(pair["bytes_per_second"] > 1e6 and 0 < pair["latency_seconds"] < 1 for pair in report["measurements"]["pairs"])
+    sizes = [one["bytes"] for one in report["measurements"]["all_reduce"]]
+    assert sizes == sorted(sizes) and len(sizes) > 1 and all(one["ranks"] == 2 and one["seconds"] > 0 for one in report["measurements"]["all_reduce"])
+    written = (config.parent / ".deepspeed_env").read_text().splitlines()
+    assert "DS_ACCELERATOR=cpu" in written and "OMP_NUM_THREADS=1" in written
+    for node in NODES:
+        assert "pretrain.cluster" not in nodes.on_node(node, ["ps", "axww"]).stdout
+
+
+def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, undone):
+    folder = config.parent
+    tqdm = importlib.metadata.distribution("tqdm")
+    metadata = Path(tqdm.locate_file(next(file for file in tqdm.files if file.name == "METADATA")))
+    plant(nodes, "n2", metadata, changed_copy(metadata, tmp_path, f"Version: {tqdm.version}".encode(), b"Version: 1.2.3"), undone)
+    source = ROOT / "pretrain" / "objectives" / "base.py"
+    plant(nodes, "n2", source, changed_copy(source, tmp_path, b"\n", b"  \n"), undone)
+    manifest = folder / "corpus" / "manifest.json"
+    plant(nodes, "n2", manifest, changed_copy(manifest, tmp_path, b'"records": 600', b'"records": 601'), undone)
+    tokenizer = folder / "corpus" / "tokenizer" / "tokenizer.json"
+    plant(nodes, "n2", tokenizer, changed_copy(tokenizer, tmp_path, b"\n", b" \n"), undone)
+    shifted = tmp_path / "sitecustomize.py"
+    shifted.write_text("import time\ntrue_time = time.time\ntime.time = lambda: true_time() - 100\n")
+    plant(nodes, "n2", folder / "site" / "sitecustomize.py", shifted, undone)
+    plant_tmpfs(nodes, "n2", folder / "runs", "64k", undone)
+    plant_tmpfs(nodes, "n2", Path("/dev/shm"), "8m", undone)
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 7200,) * 2)
+    plant(nodes, "n2", folder / "extensions", lock.parent.parent, undone)
+    (folder / "prepared_env").write_text(f"DS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR={folder / 'extensions'}\n# threads\nGLOO_SOCKET_IFNAME=eth0\n")
+    undone.append((folder / "prepared_env").unlink)
+
+    code, report = doctor()
+    assert code == 1
+    expect(report, "packages", "fail", "n2", rf"tqdm 1\.2\.3 instead of {tqdm.version}")
+    expect(report, "code", "fail", "n2", "pretrain/objectives/base.py")
+    expect(report, "data manifest", "fail", "n2", "SHA-256")
+    expect(report, "tokenizer", "fail", "n2", "SHA-256")
+    expect(report, "clock", "fail", "n2", r"(100|99)\.\d s behind")
+    expect(report, "shared run folder", "fail", "n2", "not the folder")
+    expect(report, "free space", "fail", "n2", "free in")
+    expect(report, "shared memory", "warn", "n2", "8 MiB free")
+    expect(report, "compiled ops", "warn", "n2", r"cpu_adam/lock is 1\d\d min old")
+    expect(report, "environment", "fail", None, "threads")
+    assert any(one["check"] == "environment" and one["level"] == "warn" and "OMP_NUM_THREADS=1" in one["seen"] for one in report["findings"])
+    assert not [one for one in report["findings"] if one["nodes"] == ["n1"] and one["level"] != "ok"]
+
+
+def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, undone):
+    if shutil.which("iptables") is None:
+        pytest.skip("a blocked port takes the Debian package iptables")
+    folder = config.parent
+    (folder / "three").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
+    nodes.on_node("n2", ["mount", "--bind", folder / "runs", folder / "runs"])
+    undone.append(lambda: nodes.on_node("n2", ["umount", folder / "runs"]))
+    nodes.on_node("n2", ["mount", "-o", "remount,bind,ro", folder / "runs"])
+    drop(nodes, "n1", "-p", "tcp", "--dport", "29500", undone=undone)
+    drop(nodes, "n2", "-p", "tcp", "--syn", "--source", "10.77.0.2", undone=undone)
+    code, report = doctor("--write-env", "model.shape.hidden_size=16384", "model.shape.intermediate_size=65536", "model.shape.num_hidden_layers=64",
+                          hostfile="three")
+    assert code == 1
+    expect(report, "reached", "fail", "n3", "n3")
+    expect(report, "run folder", "fail", "n2", "Read-only")
+    expect(report, "rendezvous", "fail", "n2", "29500: no answer")
+    expect(report, "network", "fail", "n1", "cannot connect to n2")
+    for node in NODES:
+        expect(report, "memory", "fail", node, "a rank needs about")
+    expect(report, "all-reduce", "warn", None, "not tried")
+    assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"] if "error" not in pair} == {("n2", "n1")}
+
+
+@pytest.mark.slow
+def test_a_taken_port_and_nodes_that_die_are_found(doctor, nodes, undone):
+    taken = nodes.start_on_node("n1", [sys.executable, "-m", "http.server", "29500"])
+    undone.append(lambda: (taken.kill(), taken.wait()))
+    nodes.cut("n2")
+    undone.append(lambda: nodes.mend("n2"))
+    code, report = doctor("--write-env")
+    assert code == 1 and report["seconds"] < 90
+    expect(report, "reached", "fail", "n2", "timed out|No route")
+    expect(report, "rendezvous", "fail", "n1", "port 29500 is taken")
+    nodes.mend("n2")
+    nodes.kill_node("n2")
+    undone.append(lambda: nodes.start_node("n2"))
+    code, report = doctor("--write-env", "--master_port", str(free_port()))
+    assert code == 1
+    expect(report, "reached", "fail", "n2", "refused")
+    assert next(one for one in report["findings"] if one["check"] == "all-reduce")["level"] == "ok"
+
+
+def test_this_machine_alone_and_mistakes(config, tmp_path):
+    port = str(free_port())
+    command = [sys.executable, DOCTOR, config, "--master_port", port]
+    done = call(command, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE)
+    done = call([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read the hostfile")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"), ("n1 slots=1\nn1 slots=1\n", "twice"), ("# none\n", "names no host")])
+def test_a_wrong_hostfile_is_told_by_line(tmp_path, text, message):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_hostfile(str(tmp_path / "hosts"))
+
+
+def test_hostfiles_and_slurm_give_nodes_and_slots(tmp_path, monkeypatch):
+    (tmp_path / "hosts").write_text("# nodes\nn1 slots=8\n\n  n2   slots=4\n")
+    assert read_hostfile(str(tmp_path / "hosts")) == [Host("n1", 8), Host("n2", 4)]
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    assert slurm_hosts() == []
+
+
+def test_all_pairs_meet_once_and_no_node_twice_in_a_round():
+    for count in range(1, 8):
+        nodes = [f"n{number}" for number in range(count)]
+        rounds = network.rounds(nodes)
+        pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
+        assert len(set(pairs)) == len(pairs) == count * (count - 1) // 2
+        assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
+
+
+def test_deepspeed_forwards_what_we_think():
+    spec = importlib.util.find_spec("deepspeed")
+    runner = (Path(spec.origin).parent / "launcher" / "runner.py").read_text()
+    assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(environment.FORWARDED)
+
+
+def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    (tmp_path / ".deepspeed_env").write_text('A=1\n\n# B=2\nexport C=3\nD="4"\nnonsense\n')
+    path, = environment.env_files()
+    assert [fault.split(" ")[1].rstrip(":") for fault in environment.faults_of(path)] == ["2", "3", "4", "5", "6"]
+    (tmp_path / ".deepspeed_env").write_text("A=1\nOMP_NUM_THREADS=7\n")
+    environment.write_env_file({"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret", "HF_HOME": "/data", "PS1": "$", "NCCL_DEBUG": 'a"b'})
+    assert (tmp_path / ".deepspeed_env").read_text() == "A=1\nOMP_NUM_THREADS=1\nHF_HOME=/data\n"
+
+
+def levels(findings: list[Finding]) -> list[tuple[str, tuple[str, ...]]]:
+    assert all(finding.remedy for finding in findings if finding.level != "ok")
+    return [(finding.level, finding.nodes) for finding in findings]
+
+
+def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1") -> dict:
+    return {"accelerator": "cuda", "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count}
+
+
+def test_what_gpus_lack_is_told():
+    slots = {"n1": 2, "n2": 2}
+    check = checks_nodes.check_devices
+    assert levels(check({"n1": gpu_facts(), "n2": gpu_facts()}, slots)) == [("ok", ())]
+    assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(count=1)}, slots)) == [("fail", ("n2",))]
+    assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(used=20 * GIB)}, slots)) == [("warn", ("n2",))]
+    assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(driver="560.1")}, slots)) == [("fail", ("n2",))]
+    assert levels(check({"n1": gpu_facts(), "n2": {"accelerator": "cpu", "gpus": []}}, slots)) == [("fail", ("n2",))]
+    shm = {"n1": {"shm_free": 8 * GIB}, "n2": {"shm_free": 60 * 2**20}}
+    assert levels(checks_nodes.check_shared_memory(shm, slots, cuda=True)) == [("fail", ("n2",))]
+    lock = {"locks": [{"path": "x/lock", "age": 3600}], "compiling": False, "compiler": "c++", "ops": []}
+    assert levels(checks_nodes.check_extensions({"n1": lock}, cuda=True, compiles=False)) == [("fail", ("n1",))]
+    assert levels(checks_nodes.check_extensions({"n1": lock | {"locks": [], "compiler": None}}, cuda=True, compiles=True)) == [("fail", ("n1",))]
+
+
+@pytest.mark.parametrize(("gib", "level"), [(60, "ok"), (75, "warn"), (90, "fail")])
+def test_memory_of_a_rank_is_compared_with_its_gpu(gib, level):
+    needs = Needs(10**9, {"cuda": gib * GIB, "cpu": 0}, False, 0, "bf16", 0, 4)
+    found = checks_nodes.check_memory({"n1": {"available": 0}}, {"n1": gpu_facts()}, {"n1": 2}, needs)
+    assert [finding.level for finding in found] == [level]
+
+
+def test_a_slow_pair_and_a_name_that_means_the_loopback_are_told():
+    pair = {"latency_seconds": 1e-4, "bytes_per_second": 1e9}
+    pairs = [{"from": one, "to": other} | pair for one in "abc" for other in "abc" if one != other]
+    assert levels(checks_run.check_pairs(pairs)) == [("ok", ())]
+    pairs[3] |= {"bytes_per_second": 1e8}
+    found = checks_run.check_pairs(pairs)
+    assert levels(found) == [("warn", ())] and f"{pairs[3]['from']} -> {pairs[3]['to']}" in found[0].seen
+    facts = {"n1": {"first": "10.0.0.1", "own": "127.0.1.1"}, "n2": {"first": "10.0.0.2", "own": "10.0.0.2"}}
+    assert levels(checks_run.check_names(facts, cuda=False, chosen=False)) == [("fail", ("n1",))]
+    assert levels(checks_run.check_names(facts, cuda=False, chosen=True)) == [("ok", ())]
