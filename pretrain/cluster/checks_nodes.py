@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.cluster.findings import Finding, listed, size
 from pretrain.cluster.needs import Needs
+from pretrain.cluster.reach import LOST
 
 Facts = Mapping[str, dict[str, Any]]
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0
@@ -29,6 +30,8 @@ def check_reached(nodes: list[str], lost: Mapping[str, str]) -> list[Finding]:
 def _remedy_of(reason: str, node: str) -> str:
     if "No module named" in reason:
         return f"make the environment and the project of this machine available under the same paths on {node}"
+    if reason.startswith(LOST):
+        return f"look at {node}: it died, or its network did, while it was asked"
     if "answer" in reason and "`time`" not in reason:
         return f"look at {node}: a file system that hangs, or a machine at its limit; umount or remount it, or leave the node out of the hostfile"
     if "cd:" in reason or "not found" in reason or "No such file" in reason:
@@ -61,7 +64,8 @@ def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
 def check_packages(facts: Facts) -> list[Finding]:
     """The versions of requirements.lock, and the same everywhere."""
     found: list[Finding] = []
-    common = _common({node: fact["installed"] for node, fact in facts.items()})
+    locked = next(fact["locked"] for fact in facts.values())
+    common = _common([fact["installed"] for fact in facts.values()], locked)
     install = "pip install -r requirements.lock, in the environment of that node"
     for node, fact in facts.items():
         installed = fact["installed"]
@@ -73,19 +77,20 @@ def check_packages(facts: Facts) -> list[Finding]:
             found.append(Finding("packages", "fail", listed(other), install, (node,)))
         if missing:
             found.append(Finding("packages", "fail", f"{listed(missing)} not installed", install, (node,)))
-    locked = next((fact["locked"] for fact in facts.values()), {})
     unlike = [f"{name} {version}, locked is {locked[name]}"
-              for name, version in common.items() if version.split("+")[0] != locked[name].split("+")[0]]
+              for name, version in common.items() if version.split("+")[0] != locked[name]]
     if unlike:
         found.append(Finding("packages", "warn", f"on all nodes: {listed(unlike)}",
                              "pip install -r requirements.lock, or try the run on a few steps first"))
     return found or [Finding("packages", "ok", f"{len(common)} as in requirements.lock" if locked else "no requirements.lock to compare with")]
 
 
-def _common(values: Mapping[str, dict[str, str]]) -> dict[str, str]:
-    """What most nodes have of each; where as many have one as another, the first node decides."""
-    names = {name for one in values.values() for name in one}
-    counted = {name: Counter(one.get(name) for one in values.values()).most_common(1)[0][0] for name in sorted(names)}
+def _common(installed: list[dict[str, str]], locked: dict[str, str]) -> dict[str, str]:
+    """The version of each package that nodes should have: the locked one, where any node has it, or else what most have."""
+    counted = {}
+    for name in sorted({name for one in installed for name in one}):
+        counts = Counter(one.get(name) for one in installed)
+        counted[name] = next((version for version in counts if version and version.split("+")[0] == locked[name]), counts.most_common(1)[0][0])
     return {name: version for name, version in counted.items() if version is not None}
 
 
@@ -128,8 +133,8 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
 
 def check_devices(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     """One kind of device, as many as slots, and none in use."""
-    found = [Finding("devices", "fail", fact["error"], "mend the driver: nvidia-smi must work there", (node,)) for node, fact in facts.items()
-             if "error" in fact]
+    found = [Finding("devices", "fail", fact["driver_fault"], "mend the driver: nvidia-smi must work there", (node,))
+             for node, fact in facts.items() if "driver_fault" in fact]
     accelerators = {node: fact["accelerator"] for node, fact in facts.items()}
     if len(set(accelerators.values())) > 1:
         return found + check_alike("devices", accelerators, None, "DeepSpeed takes", "set DS_ACCELERATOR alike, or leave nodes without GPUs out")
@@ -172,9 +177,9 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
 def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], needs: Needs) -> list[Finding]:
     """What a rank needs against what its node has for each."""
     found, least = [], float("inf")
-    for node, fact in facts.items():
+    for node in facts.keys() & devices.keys():
         cuda = devices[node]["accelerator"] == "cuda" and devices[node]["gpus"]
-        room = min(gpu["memory"] for gpu in devices[node]["gpus"]) if cuda else fact["available"] / slots[node]
+        room = min(gpu["memory"] for gpu in devices[node]["gpus"]) if cuda else facts[node]["available"] / slots[node]
         need = needs.rank_memory["cuda" if cuda else "cpu"]
         what = "of its GPU" if cuda else f"of host memory for each of {slots[node]} ranks"
         least = min(least, room)

@@ -15,11 +15,11 @@ Pairs = list[dict[str, Any]]
 
 def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]:
     """The same manifest, tokenizer and shards everywhere. Every node may have a copy of its own."""
-    found = [Finding("corpus", "fail", fact["error"], f"prepare or mount the corpus there: python -m data_prep CONFIG makes {data}", (node,))
-             for node, fact in facts.items() if "error" in fact]
+    found = [Finding("corpus", "fail", fact["unreadable"], f"prepare or mount the corpus there: python -m data_prep CONFIG makes {data}", (node,))
+             for node, fact in facts.items() if "unreadable" in fact]
     found += [Finding("corpus", "fail", f"the manifest lists shards that are not there: {listed(fact['missing'])}",
                       f"copy {data} again, whole", (node,)) for node, fact in facts.items() if fact.get("missing")]
-    there = {node: fact for node, fact in facts.items() if "error" not in fact}
+    there = {node: fact for node, fact in facts.items() if "unreadable" not in fact}
     alike = []
     for part, word in (("manifest", "data manifest"), ("tokenizer", "tokenizer")):
         alike += check_alike(word, {node: fact[part] for node, fact in there.items()}, here.get(part), "it has SHA-256",
@@ -31,21 +31,21 @@ def check_run_folder(facts: Facts, needs: Needs | None, existing: int) -> list[F
     """Writable, not taken by another run, and with room for what the run keeps; `existing` checkpoints stand there already."""
     found = []
     for node, fact in facts.items():
-        if "error" in fact:
-            found.append(Finding("run folder", "fail", f"cannot write to {fact['folder']}: {fact['error']}",
+        if "unwritable" in fact:
+            found.append(Finding("run folder", "fail", f"cannot write to {fact['folder']}: {fact['unwritable']}",
                                  "mount it writable for this user, or choose another output_dir", (node,)))
-    if locked := tuple(node for node, fact in facts.items() if fact.get("locked")):
+    if locked := tuple(node for node, fact in facts.items() if fact["locked"]):
         found.append(Finding("run folder", "fail", "another run holds its lock", "wait for that run or end it, or choose another `name`", locked))
     if needs:
         missing = max(1, needs.checkpoints - existing) * needs.checkpoint
         for node, fact in facts.items():
-            free = fact.get("free", 0)
-            if "error" not in fact and free < missing:
+            free = fact["free"]
+            if "unwritable" not in fact and free < missing:
                 level = "fail" if free < min(missing, 2 * needs.checkpoint) else "warn"
                 seen = f"{size(free)} free in {fact['folder']}, {needs.checkpoints} checkpoints take {size(missing)} or more"
                 found.append(Finding("free space", level, seen, "make room, lower checkpoint.keep, or choose another output_dir", (node,)))
         if not any(item.check == "free space" for item in found):
-            found.append(Finding("free space", "ok", f"{size(min(fact.get('free', 0) for fact in facts.values()))} free, "
+            found.append(Finding("free space", "ok", f"{size(min(fact['free'] for fact in facts.values()))} free, "
                                  f"{needs.checkpoints} checkpoints take about {size(missing)}"))
     if not any(item.check == "run folder" for item in found):
         found.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
@@ -89,11 +89,17 @@ def check_environment(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str,
     return found or [Finding("environment", "ok", f"{len(ours)} variables of this shell that matter are the same on all nodes")]
 
 
+def check_launcher(pdsh: str | None) -> list[Finding]:
+    """What DeepSpeed starts the nodes with stands on this machine."""
+    return [] if pdsh else [Finding("launcher", "fail", "pdsh is not installed on this machine",
+                                    "apt install pdsh, or give deepspeed another --launcher")]
+
+
 def check_names(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
     """A node's own name does not mean its loopback, which gloo would tell the others to connect to; `chosen`: GLOO_SOCKET_IFNAME is set."""
     wrong = tuple(node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127."))
     if not wrong or chosen:
-        return [Finding("host names", "ok", f"ranks meet at {next(iter(facts.values()))['first']}")]
+        return [Finding("host names", "ok", "GLOO_SOCKET_IFNAME decides" if chosen else "each node's own name means an address that others can reach")]
     return [Finding("host names", "warn" if cuda else "fail", "its own name means no address that others can reach: gloo gives them that one",
                     "correct /etc/hosts, or set GLOO_SOCKET_IFNAME in .deepspeed_env to the interface between the nodes", wrong)]
 

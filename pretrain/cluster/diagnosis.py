@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import shutil
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,6 @@ STREAM_SECONDS, NETWORK_SECONDS = 0.3, 60.0
 """Of one bandwidth at most, and of all together."""
 REDUCE_SECONDS = 120.0
 HERE = "this machine"
-TELL_ERRORS = {"corpus", "run_folder", "devices"}
-"""Groups of facts whose checks know what an error means."""
 PORT = 29500
 """DeepSpeed's, where no other is given."""
 
@@ -53,6 +52,8 @@ class Diagnosis:
             looked = pool.submit(self._look)
             self.needs = self._plan()
             looked.result()
+        self.seen = {topic: self._seen(topic) for topic in facts.TOPICS}
+        """The facts of the nodes that could find them out, by topic and node."""
         if crew.nodes:
             self._check_facts()
             say("connecting all pairs")
@@ -68,7 +69,7 @@ class Diagnosis:
     @property
     def cuda(self) -> bool:
         """Whether the ranks will be on GPUs."""
-        return any(fact["accelerator"] == "cuda" for fact in self.facts["devices"].values())
+        return any(fact["accelerator"] == "cuda" for fact in self.seen["devices"].values())
 
     def _plan(self) -> Needs | None:
         try:
@@ -97,18 +98,12 @@ class Diagnosis:
     def _clocks(self) -> dict[str, float]:
         """Seconds by which each node is ahead of this machine, from the shortest of a few round trips."""
         best: dict[str, tuple[float, float]] = {}
-
-        def ask(node: str) -> None:
-            for _ in range(PINGS):
-                before = time.time()
-                answer = self.crew.ask("time", FACT_SECONDS, nodes=[node])
-                after = time.time()
-                if node in answer:
-                    trip = after - before
-                    best[node] = min(best.get(node, (trip, 0.0)), (trip, answer[node] - (before + after) / 2), key=lambda one: one[0])
-
-        for node in self.crew.nodes:
-            ask(node)
+        for node in self.crew.nodes * PINGS:
+            before = time.time()
+            answer = self.crew.ask("time", FACT_SECONDS, nodes=[node])
+            after = time.time()
+            if node in answer:
+                best[node] = min(best.get(node, (math.inf, 0.0)), (after - before, answer[node] - (before + after) / 2))
         return {node: offset for node, (_, offset) in best.items()}
 
     def _leave_notes(self) -> dict[str, Any]:
@@ -124,33 +119,43 @@ class Diagnosis:
             self.crew.ask("remove_notes", FACT_SECONDS, lambda node: {"folder": folder, "token": token})
             sharing.remove_notes(folder, token)
 
+    def _seen(self, topic: str) -> dict[str, dict[str, Any]]:
+        seen = {}
+        for node in self.crew.nodes:
+            fact = self.facts[topic][node]
+            if "error" in fact:
+                self.findings.append(Finding(topic.replace("_", " "), "fail", fact["error"], "look at that node: this should not happen", (node,)))
+            else:
+                seen[node] = fact
+        return seen
+
     def _check_facts(self) -> None:
-        seen, slots, config = {topic: _answered(by_node, self.crew) for topic, by_node in self.facts.items()}, self.slots, self.config
-        for topic in seen.keys() - TELL_ERRORS:
-            self.findings += [Finding(topic.replace("_", " "), "fail", fact["error"], "look at that node", (node,))
-                              for node, fact in seen[topic].items() if "error" in fact]
-            seen[topic] = {node: fact for node, fact in seen[topic].items() if "error" not in fact}
+        config, slots, needs, several = self.config, self.slots, self.needs, len(self.crew.hosts) > 1
+        existing = len(list_steps(config.run_dir / "checkpoints"))
 
         def here(topic: str) -> dict[str, Any]:
             return facts.TOPICS[topic](**_settings(config, topic))
 
-        self.findings += checks_nodes.check_python(seen["python_and_system"], here("python_and_system"))
-        self.findings += checks_nodes.check_packages(seen["packages"])
-        self.findings += checks_nodes.check_code(seen["code"], here("code"))
-        self.findings += checks_run.check_corpus(seen["corpus"], here("corpus"), config.data.path)
-        existing = len(list_steps(config.run_dir / "checkpoints"))
-        self.findings += checks_run.check_run_folder(seen["run_folder"], self.needs, existing)
-        if len(self.crew.hosts) > 1:
-            self.findings += checks_run.check_shared(**self.notes)
+        checks = {
+            "python_and_system": lambda seen: checks_nodes.check_python(seen, here("python_and_system")),
+            "packages": checks_nodes.check_packages,
+            "code": lambda seen: checks_nodes.check_code(seen, here("code")),
+            "corpus": lambda seen: checks_run.check_corpus(seen, here("corpus"), config.data.path),
+            "run_folder": lambda seen: checks_run.check_run_folder(seen, needs, existing)
+            + (checks_run.check_shared(**self.notes) if several else []),
+            "devices": lambda seen: checks_nodes.check_devices(seen, slots),
+            "memory": lambda seen: checks_nodes.check_shared_memory(seen, slots, self.cuda)
+            + (checks_nodes.check_memory(seen, self.seen["devices"], slots, needs) if needs else []),
+            "extensions": lambda seen: checks_nodes.check_extensions(seen, self.cuda, config.train.compile),
+        }
+        for topic, check in checks.items():
+            if self.seen[topic]:
+                self.findings += check(self.seen[topic])
         self.findings += checks_nodes.check_clock(self.offsets)
-        self.findings += checks_nodes.check_shared_memory(seen["memory"], slots, self.cuda)
-        self.findings += checks_nodes.check_devices(seen["devices"], slots)
-        if self.needs:
-            self.findings += checks_nodes.check_memory(seen["memory"], seen["devices"], slots, self.needs)
-        self.findings += checks_nodes.check_extensions(seen["extensions"], self.cuda, config.train.compile)
         if self.crew.command is ssh_command:
             faults = [f"{path}: {fault}" for path in environment.env_files() for fault in environment.faults_of(path)]
             self.findings += checks_run.check_environment(self.ours, self.theirs, environment.DECIDING, faults)
+            self.findings += checks_run.check_launcher(shutil.which("pdsh"))
 
     def _check_network(self, port: int | None) -> bool:
         """Whether the ranks can meet."""
@@ -164,8 +169,8 @@ class Diagnosis:
             self.crew.ask("release_port", FACT_SECONDS, lambda node: {"port": self.port}, [first])
         found += checks_run.check_rendezvous(first, self.address, self.port, held, tried)
         if len(self.crew.nodes) > 1:
-            names = _answered(self.facts["addresses"], self.crew)
-            found += checks_run.check_names(names, self.cuda, all("GLOO_SOCKET_IFNAME" in values for values in self.theirs.values()))
+            chosen = all("GLOO_SOCKET_IFNAME" in values for values in self.theirs.values())
+            found += checks_run.check_names(self.seen["addresses"], self.cuda, chosen)
             self._measure_pairs()
             found += checks_run.check_pairs(self.measurements["pairs"])
         self.findings += found
@@ -179,7 +184,7 @@ class Diagnosis:
             from pretrain.training.distributed import slurm_port
 
             return first, port or slurm_port()
-        return self.facts["addresses"][first].get("first"), port or PORT
+        return self.seen["addresses"].get(first, {}).get("first"), port or PORT
 
     def _measure_pairs(self) -> None:
         """One after the other in both directions, and pairs without a common node at the same time."""
@@ -219,8 +224,3 @@ def _load(config: str, overrides: list[str]) -> RunConfig:
 def _settings(config: RunConfig, topic: str) -> dict[str, Any]:
     """What a group of facts must be told."""
     return {"corpus": {"data": config.data.path}, "run_folder": {"run_dir": str(config.run_dir)}}.get(topic, {})
-
-
-def _answered(by_node: Mapping[str, Any], crew: Crew) -> dict[str, Any]:
-    """Of the nodes that still answer."""
-    return {node: by_node[node] for node in crew.nodes}

@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 
-from data_prep.console import exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error
 from pretrain.cluster import environment, facts
 from pretrain.cluster.diagnosis import Diagnosis, say
 from pretrain.cluster.findings import as_json, count, table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
-from pretrain.cluster.reach import Crew, local_command, project_on_path, srun_command, ssh_command
+from pretrain.cluster.reach import Crew, local_command, srun_command, ssh_command
 
 CPU_SLOTS = 2
 """Ranks on this machine alone, where it has no GPU and no hostfile says how many."""
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Diagnose, print, and return the exit code."""
     started = time.monotonic()
     hosts, command = _nodes(arguments.hostfile)
+    if arguments.write_env and command is not ssh_command:
+        raise UserError("--write-env concerns the nodes of a hostfile: give --hostfile, or leave it out")
     if arguments.write_env:
         path, left_out = environment.write_env_file(os.environ)
         say(f"wrote {path}" + (f", without {', '.join(left_out)}: DeepSpeed cannot hand on such values" if left_out else ""))
@@ -61,5 +63,4 @@ def _nodes(hostfile: str | None) -> tuple[list[Host], Callable[[Host], list[str]
     hosts = read_hostfile(hostfile) if hostfile else slurm_hosts()
     if hosts and [host.name for host in hosts] != [LOCAL]:
         return hosts, ssh_command if hostfile else srun_command
-    project_on_path()
     return hosts or [Host(LOCAL, len(facts.devices()["gpus"]) or CPU_SLOTS)], local_command

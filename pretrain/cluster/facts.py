@@ -1,4 +1,4 @@
-"""What is so on this node. Plain values; what cannot be found out says so under `error`."""
+"""What is so on this node, in plain values. A node that fails to find out answers with `error` instead."""
 
 import contextlib
 import fcntl
@@ -40,7 +40,7 @@ def packages() -> dict[str, Any]:
     locked, required = {}, []
     with contextlib.suppress(FileNotFoundError):
         lines = (ROOT / "requirements.lock").read_text().splitlines()
-        locked = {_same_name(name): version.strip() for name, equals, version in (line.partition("==") for line in lines)
+        locked = {_same_name(name): version.strip().split("+")[0] for name, equals, version in (line.partition("==") for line in lines)
                   if equals and not name.startswith("#")}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         required = [_same_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
@@ -72,9 +72,9 @@ def corpus(data: str) -> dict[str, Any]:
         present = set(os.listdir(folder))
         listed = [shard["file"] for split in json.loads(content)["splits"].values() for shard in split["shards"]]
     except FileNotFoundError as error:
-        return {"error": f"there is no {error.filename}"}
+        return {"unreadable": f"there is no {error.filename}"}
     except (OSError, ValueError, KeyError) as error:
-        return {"error": f"cannot read it: {error}"}
+        return {"unreadable": f"cannot read it: {error}"}
     return {"manifest": hashlib.sha256(content).hexdigest()[:12], "tokenizer": tokenizer.hexdigest()[:12],
             "missing": [name for name in listed if name not in present]}
 
@@ -89,7 +89,7 @@ def run_folder(run_dir: str) -> dict[str, Any]:
             file.write(bytes(4096))
             os.fsync(file.fileno())
     except OSError as error:
-        found["error"] = error.strerror
+        found["unwritable"] = error.strerror
     finally:
         with contextlib.suppress(OSError):
             trial.unlink(missing_ok=True)
@@ -108,16 +108,13 @@ def _is_locked(path: Path) -> bool:
 
 
 def memory() -> dict[str, Any]:
-    """Bytes of host memory that processes here may take in all, those that are free of it, and /dev/shm; cores too."""
-    host = psutil.virtual_memory()
-    total, available = host.total, host.available
+    """Free bytes of host memory, within the bound of a container, and of /dev/shm."""
+    available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # a container's bound
         bound = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        total, available = min(total, bound), min(available, bound - used)
-    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
-    return {"total": total, "available": available, "cores": len(os.sched_getaffinity(0)),
-            "shm_total": shm.total if shm else 0, "shm_free": shm.free if shm else 0}
+        available = min(available, bound - used)
+    return {"available": available, "shm_free": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0}
 
 
 def devices() -> dict[str, Any]:
@@ -130,7 +127,7 @@ def devices() -> dict[str, Any]:
             found["gpus"] = [_gpu(line) for line in listed.splitlines() if line.strip()]
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             output = getattr(error, "stdout", None) or str(error)
-            found["error"] = f"nvidia-smi: {output.strip().splitlines()[-1]}"
+            found["driver_fault"] = f"nvidia-smi: {output.strip().splitlines()[-1]}"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]

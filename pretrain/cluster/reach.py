@@ -15,7 +15,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from pretrain.cluster.hosts import Host
@@ -23,6 +22,8 @@ from pretrain.cluster.hosts import Host
 MODULE = "pretrain.cluster.agent"
 HELLO_SECONDS = 30.0
 """That a node has to start Python and answer in; ssh gives up connecting after a third of it."""
+LOST = "the connection was lost"
+"""How the reason of a node begins that answered first."""
 
 
 class NoAnswer(Exception):
@@ -54,7 +55,9 @@ class Agent:
                 raise NoAnswer(f"no answer to `{what}` within {seconds:.0f} s") from None
             if answer is None:
                 self._errors.join(2)
-                raise NoAnswer(self._said[-1] if self._said else f"the agent ended with exit code {self._process.wait()}")
+                if self._number > 1 and not self._said:
+                    raise NoAnswer(f"{LOST} (exit code {self._process.wait()})")
+                raise NoAnswer(self._said[-1] if self._said else f"no answer: exit code {self._process.wait()}")
             if answer.get("id") == self._number:
                 return answer["result"]
 
@@ -130,11 +133,3 @@ def ssh_command(host: Host) -> list[str]:
 def srun_command(host: Host) -> list[str]:
     """An agent as a step of the Slurm allocation, which hands on this folder and all environment variables."""
     return ["srun", "--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--unbuffered", sys.executable, "-m", MODULE]
-
-
-def project_on_path() -> None:
-    """Let local agents find the project where only the script's own folder leads to it."""
-    root = str(Path(__file__).parents[2])
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if root not in paths:
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])

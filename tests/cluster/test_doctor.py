@@ -277,6 +277,24 @@ def test_memory_of_a_rank_is_compared_with_its_gpu(gib, level):
     assert [finding.level for finding in found] == [level]
 
 
+def test_the_node_that_differs_from_the_lock_file_is_named():
+    facts = {"n1": {"installed": {"tqdm": "1"}}, "n2": {"installed": {"tqdm": "2+cpu"}}}
+    common = {"locked": {"tqdm": "2"}, "required": ["tqdm", "torch"]}
+    found = checks_nodes.check_packages({node: fact | common for node, fact in facts.items()})
+    assert levels(found) == [("fail", ("n1",)), ("fail", ("n1",)), ("fail", ("n2",))]
+    assert "tqdm 1 instead of 2+cpu" in found[0].seen and "torch" in found[1].seen
+    assert levels(checks_nodes.check_packages({"n1": {"installed": {"tqdm": "3"}, "locked": {"tqdm": "2"}, "required": []}})) == [("warn", ())]
+
+
+def test_a_run_folder_that_is_taken_or_full_is_told():
+    needs = Needs(10, {}, False, 0, "fp32", checkpoint=GIB, checkpoints=4)
+    fact = {"folder": "runs", "free": 100 * GIB, "locked": False}
+    assert levels(checks_run.check_run_folder({"n1": fact}, needs, 0)) == [("ok", ()), ("ok", ())]
+    assert levels(checks_run.check_run_folder({"n1": fact | {"locked": True}}, needs, 0)) == [("fail", ("n1",)), ("ok", ())]
+    assert [levels(checks_run.check_run_folder({"n1": fact | {"free": gib * GIB}}, needs, existing))[1][0] for gib, existing in
+            ((1, 0), (3, 0), (3, 1))] == ["fail", "warn", "ok"]
+
+
 def test_a_slow_pair_and_a_name_that_means_the_loopback_are_told():
     pair = {"latency_seconds": 1e-4, "bytes_per_second": 1e9}
     pairs = [{"from": one, "to": other} | pair for one in "abc" for other in "abc" if one != other]
