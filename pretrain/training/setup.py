@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.console import UserError, print_now
 from data_prep.files import sha256_file, try_lock
 from data_prep.shards import positions_needed
+from pretrain.cluster.environment import mattering
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout, Specials
@@ -39,6 +40,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     """
     say = print_now if world.is_main else lambda text: None
     engine_settings(config, world.size)
+    _check_same_environment(world, say)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
@@ -86,6 +88,15 @@ def _resume_evaluations(config: RunConfig, world: World) -> None:
     """Start the evaluations that a killed run or job left to do."""
     if world.is_main and evaluations_asked_for(config.run_dir):
         start_evaluations(config.run_dir)
+
+
+def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
+    """Warn of variables that did not reach all ranks, or not as they are."""
+    values = world.gather_objects(mattering(os.environ))
+    for name in sorted({name for one in values for name in one.keys() | values[0].keys() if one.get(name) != values[0].get(name)}):
+        rank = next(rank for rank, one in enumerate(values) if one.get(name) != values[0].get(name))
+        say(f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "
+            f"{world.hosts[rank]}: write it into .deepspeed_env where the launcher is started, or into the environment of all nodes")
 
 
 def _claim(run_dir: Path) -> IO[bytes]:

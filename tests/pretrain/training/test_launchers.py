@@ -32,8 +32,11 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(free_port())}
     ranks = [subprocess.Popen([sys.executable, "launcher/run.py", str(paths["srun"])], cwd=ROOT,
-                              env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))) for rank in range(2)]
+                              env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **{"NCCL_DEBUG": "WARN"} if rank else {}))
+             for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
+    log = (folder / "runs" / "srun" / "logs" / "rank-00000.log").read_text()
+    assert "WARNING: NCCL_DEBUG is None for rank 0" in log and "and 'WARN' for rank 1" in log
     assert losses(folder, "deepspeed") == losses(folder, "torchrun") == losses(folder, "srun")
     assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
 
