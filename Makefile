@@ -3,6 +3,7 @@
 # make setup   the environment alone, in .venv; the other two call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
 # make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
+# (make hands variables of its command line on to what it runs, by their names)
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,11 +36,10 @@ $(STAMP): $(PACKAGES) pyproject.toml
 	@touch $@
 
 image:
-	BASE=$(BASE) docker/build.sh
+	docker/build.sh
 
 demo-nodes: image
-	ARGS="$(ARGS)" JEPA_IMAGE=$$(docker image inspect --format '{{.Id}}' jepa-pretrain) \
-	docker compose -f docker/compose.yaml up --exit-code-from node1
+	JEPA_IMAGE=$$(docker image inspect --format '{{.Id}}' jepa-pretrain) docker compose -f docker/compose.yaml up --exit-code-from node1
 
 clean:
 	rm -rf $(VENV) runs

@@ -19,7 +19,7 @@ from contextlib import closing
 import pytest
 import yaml
 
-from tests.launching import ROOT
+from tests.launching import ROOT, call, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
 SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: loss}]' monitor.log_every=1 "
@@ -111,6 +111,15 @@ def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_un
     assert "sshd does not answer" in health.problem(tmp_path, tmp_path / "sshd.pid")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [{}, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}])
+def test_a_start_compiles_no_operator_of_deepspeed(tmp_path, zero):
+    path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, deepspeed={"zero_optimization": zero}))
+    call(["python", "-m", "data_prep", str(path)])
+    call(["python", "launcher/run.py", str(path)], TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert not (tmp_path / "extensions").exists()
+
+
 def docker(*arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
     done = subprocess.run(["docker", *arguments], env=os.environ | more, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"docker {arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -141,7 +150,8 @@ def volume() -> str:
 def test_the_image_runs_the_demo_and_tests_as_a_user_without_rights(image, volume):
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image).stdout)
     assert labels["org.opencontainers.image.base.name"] == os.environ["JEPA_TEST_BASE"]
-    docker("run", "--rm", "--init", "--env", f"JEPA_IMAGE={image}", "--volume", f"{volume}:/app/runs", image, "make", "demo", f"ARGS={SHORT}")
+    docker("run", "--rm", "--init", "--env", f"JEPA_IMAGE={image}", "--volume", f"{volume}:/app/runs", image,
+           "sh", "-c", f'make demo ARGS="{SHORT}" && ! ls ~/.cache/torch_extensions')
     read = docker("run", "--rm", "--volume", f"{volume}:/app/runs", image, "sh", "-c", "id -u; cat runs/demo-llm_jepa/environment.json")
     user, recorded = read.stdout.split("\n", 1)
     environment = json.loads(recorded)
