@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, 
 
 def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
     """Measure a step on one process, alone and beside another one, and on two; predict the latter from the former."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         configs = {run: _config(folder, run, steps, ranks, shape) for run, ranks in (("alone", 1), ("beside", 1), ("besides", 1), ("two", 2))}
@@ -46,7 +48,7 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
         predicted[how] = {"compute_seconds": seconds, "communication_seconds": communication, "seconds": seconds + communication,
                           "predicted_over_measured": (seconds + communication) / two}
     return {"parameters": plan.parameters.total, "positions_of_a_micro_step": work.tokens, "threads_of_a_rank": 1,
-            "cores": len(os.sched_getaffinity(0)), "links": {name: vars(link) for name, link in links.items()},
+            "cores": len(os.sched_getaffinity(0)), "load_average_before": round(load, 2), "links": {name: vars(link) for name, link in links.items()},
             "measured_step_seconds": {"1 process": alone, "1 process beside another": beside, "2 processes, ZeRO-3": two},
             "predicted_2_processes": predicted}
 
@@ -68,7 +70,8 @@ def _start(config: Path, ranks: int) -> subprocess.Popen:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(port)]
-    return subprocess.Popen([*launcher, "launcher/run.py", str(config)], cwd=ROOT, env=_environment(), stdout=sys.stderr)
+    return subprocess.Popen([*(launcher if ranks > 1 else [sys.executable]), "launcher/run.py", str(config)], cwd=ROOT, env=_environment(),
+                            stdout=sys.stderr)
 
 
 def _steps(folder: Path, running: list[subprocess.Popen], names: list[str]) -> float:
@@ -116,6 +119,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     times: dict[str, list[tuple[float, float]]] = {"all_gather": [], "reduce_scatter": []}
