@@ -131,11 +131,14 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
     return found or [Finding("shared memory", "ok", f"/dev/shm has at least {size(min(fact['shm_free'] for fact in facts.values()))} free")]
 
 
-def check_devices(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
-    """One kind of device, as many as slots, and none in use."""
+def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = None) -> list[Finding]:
+    """One kind of device, as many as slots, and none in use; `chosen` is DS_ACCELERATOR of this shell."""
     found = [Finding("devices", "fail", fact["driver_fault"], "mend the driver: nvidia-smi must work there", (node,))
              for node, fact in facts.items() if "driver_fault" in fact]
     accelerators = {node: fact["accelerator"] for node, fact in facts.items()}
+    if other := tuple(node for node, accelerator in accelerators.items() if chosen and accelerator != chosen):
+        return [*found, Finding("devices", "fail", f"DeepSpeed takes {accelerators[other[0]]}, DS_ACCELERATOR is {chosen} here",
+                                "write DS_ACCELERATOR to .deepspeed_env (--write-env does), or unset it here", other)]
     if len(set(accelerators.values())) > 1:
         return found + check_alike("devices", accelerators, None, "DeepSpeed takes", "set DS_ACCELERATOR alike, or leave nodes without GPUs out")
     if set(accelerators.values()) != {"cuda"}:

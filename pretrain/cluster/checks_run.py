@@ -72,9 +72,11 @@ def check_shared(seen: Mapping[str, list[str]], authors: list[str], here: str, s
     return found or [Finding("shared run folder", "ok", "every node sees the files of the others")]
 
 
-def check_environment(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]], deciding: tuple[str, ...], faults: list[str],
-                      ) -> list[Finding]:
-    """Variables of this shell arrive at the nodes; `faults` are lines of .deepspeed_env that DeepSpeed cannot read."""
+def check_environment(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]], faults: list[str]) -> list[Finding]:
+    """Variables of this shell arrive at the nodes; `faults` are lines of .deepspeed_env that DeepSpeed cannot read.
+
+    One that does not arrive is a warning: whether ranks take the wrong device or network without it, the other checks try.
+    """
     found = []
     if faults:
         found.append(Finding("environment", "fail", listed(faults), "write KEY=VALUE lines only, without blank lines, comments and export"))
@@ -84,7 +86,7 @@ def check_environment(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str,
             if values.get(name) != value:
                 there.setdefault(f"{values[name]} there" if name in values else "not set there", []).append(node)
         for state, nodes in there.items():
-            found.append(Finding("environment", "fail" if name in deciding else "warn", f"{name}={value} here, {state}",
+            found.append(Finding("environment", "warn", f"{name}={value} here, {state}",
                                  "write it to .deepspeed_env (--write-env does), or unset it here", tuple(nodes)))
     return found or [Finding("environment", "ok", f"{len(ours)} variables of this shell that matter are the same on all nodes")]
 
@@ -99,7 +101,7 @@ def check_names(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
     """A node's own name does not mean its loopback, which gloo would tell the others to connect to; `chosen`: GLOO_SOCKET_IFNAME is set."""
     wrong = tuple(node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127."))
     if not wrong or chosen:
-        return [Finding("host names", "ok", "GLOO_SOCKET_IFNAME decides" if chosen else "each node's own name means an address that others can reach")]
+        return [Finding("host names", "ok", "GLOO_SOCKET_IFNAME decides" if chosen else "no node takes its own name for its loopback")]
     return [Finding("host names", "warn" if cuda else "fail", "its own name means no address that others can reach: gloo gives them that one",
                     "correct /etc/hosts, or set GLOO_SOCKET_IFNAME in .deepspeed_env to the interface between the nodes", wrong)]
 

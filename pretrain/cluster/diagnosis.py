@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.console import UserError
 from pretrain.cluster import checks_nodes, checks_run, environment, facts, network, sharing
-from pretrain.cluster.findings import Finding
+from pretrain.cluster.findings import Finding, merged
 from pretrain.cluster.needs import Needs, needs_of
 from pretrain.cluster.reach import HELLO_SECONDS, Crew, local_command, srun_command, ssh_command
 from pretrain.run_folder import list_steps
@@ -38,28 +38,33 @@ def say(text: str) -> None:
 
 
 class Diagnosis:
-    """Findings and measurements of a run's nodes. Raises UserError for a configuration that cannot be read."""
+    """Findings and measurements of a run's nodes."""
 
-    def __init__(self, crew: Crew, config: str, overrides: list[str], port: int | None):
+    def __init__(self, crew: Crew):
         self.crew = crew
         self.findings: list[Finding] = []
         self.measurements: dict[str, list[dict[str, Any]]] = {"all_reduce": [], "pairs": []}
-        with ThreadPoolExecutor(1) as pool:
-            reached = pool.submit(crew.ask, "time", HELLO_SECONDS)  # while this process imports
+
+    def diagnose(self, config: str, overrides: list[str], port: int | None) -> None:
+        """Ask for everything. Raises UserError for a configuration that cannot be read."""
+        pool = ThreadPoolExecutor(1)
+        try:
+            reached = pool.submit(self.crew.ask, "time", HELLO_SECONDS)  # while this process imports
             self.config = _load(config, overrides)
             reached.result()
             say("looking at the nodes, and planning the run")
             looked = pool.submit(self._look)
             self.needs = self._plan()
             looked.result()
+        finally:
+            pool.shutdown(wait=False)  # after a mistake, nobody waits for a node that does not answer
         self.seen = {topic: self._seen(topic) for topic in facts.TOPICS}
-        """The facts of the nodes that could find them out, by topic and node."""
-        if crew.nodes:
+        if self.crew.nodes:
             self._check_facts()
             say("connecting all pairs")
             can_meet = self._check_network(port)
             self._check_all_reduce(can_meet)
-        self.findings = checks_nodes.check_reached(crew.nodes, crew.lost) + self.findings
+        self.findings = merged(checks_nodes.check_reached(self.crew.nodes, self.crew.lost) + self.findings)
 
     @property
     def slots(self) -> dict[str, int]:
@@ -120,6 +125,7 @@ class Diagnosis:
             sharing.remove_notes(folder, token)
 
     def _seen(self, topic: str) -> dict[str, dict[str, Any]]:
+        """The facts of the nodes that could find them out."""
         seen = {}
         for node in self.crew.nodes:
             fact = self.facts[topic][node]
@@ -143,7 +149,7 @@ class Diagnosis:
             "corpus": lambda seen: checks_run.check_corpus(seen, here("corpus"), config.data.path),
             "run_folder": lambda seen: checks_run.check_run_folder(seen, needs, existing)
             + (checks_run.check_shared(**self.notes) if several else []),
-            "devices": lambda seen: checks_nodes.check_devices(seen, slots),
+            "devices": lambda seen: checks_nodes.check_devices(seen, slots, os.environ.get("DS_ACCELERATOR")),
             "memory": lambda seen: checks_nodes.check_shared_memory(seen, slots, self.cuda)
             + (checks_nodes.check_memory(seen, self.seen["devices"], slots, needs) if needs else []),
             "extensions": lambda seen: checks_nodes.check_extensions(seen, self.cuda, config.train.compile),
@@ -154,7 +160,7 @@ class Diagnosis:
         self.findings += checks_nodes.check_clock(self.offsets)
         if self.crew.command is ssh_command:
             faults = [f"{path}: {fault}" for path in environment.env_files() for fault in environment.faults_of(path)]
-            self.findings += checks_run.check_environment(self.ours, self.theirs, environment.DECIDING, faults)
+            self.findings += checks_run.check_environment(self.ours, self.theirs, faults)
             self.findings += checks_run.check_launcher(shutil.which("pdsh"))
 
     def _check_network(self, port: int | None) -> bool:

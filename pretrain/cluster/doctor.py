@@ -43,8 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"wrote {path}" + (f", without {', '.join(left_out)}: DeepSpeed cannot hand on such values" if left_out else ""))
     say(f"asking {', '.join(host.name for host in hosts)}")
     crew = Crew(hosts, command)
+    diagnosis = Diagnosis(crew)
     try:
-        diagnosis = Diagnosis(crew, arguments.config, arguments.overrides, arguments.master_port)
+        diagnosis.diagnose(arguments.config, arguments.overrides, arguments.master_port)
     finally:
         crew.close()
     counts = count(diagnosis.findings)

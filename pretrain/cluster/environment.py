@@ -19,8 +19,6 @@ MATTERING = ("DS_ACCELERATOR", "DEEPSPEED_", "OMP_", "MKL_", "KMP_", "GLOO_", "N
 """Variables, or their beginnings, that change how ranks compute, meet or find things."""
 NOT_MATTERING = ("CUDA_VISIBLE_DEVICES",)
 """Set for each rank by the launcher."""
-DECIDING = ("DS_ACCELERATOR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LD_LIBRARY_PATH", "LD_PRELOAD")
-"""Of these: without them, ranks take another device or network, or do not start."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 

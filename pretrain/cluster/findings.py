@@ -1,7 +1,7 @@
 """What a check says, and how it is shown."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Level = Literal["ok", "warn", "fail"]
@@ -22,6 +22,14 @@ class Finding:
     """What to do; of warn and fail alone."""
     nodes: tuple[str, ...] = ()
     """Where; empty where it concerns the run as a whole."""
+
+
+def merged(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that say the same of several nodes as one, where the first of them stood."""
+    nodes: dict[Finding, list[str]] = {}
+    for finding in findings:
+        nodes.setdefault(replace(finding, nodes=()), []).extend(finding.nodes)
+    return [replace(finding, nodes=tuple(where)) for finding, where in nodes.items()]
 
 
 def table(findings: Iterable[Finding]) -> str:

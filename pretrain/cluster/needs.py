@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
-PROCESS_BYTES = {"cuda": 2**30, "cpu": 600 * 2**20}
+PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 """Of a rank before it holds anything: CUDA's context and NCCL's buffers in GPU memory; Python with its libraries in host memory."""
 CHECKPOINT_BYTES = 12
 """Of a parameter: weights and two moments in fp32."""

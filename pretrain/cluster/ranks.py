@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-MEETING = timedelta(seconds=40)
+MEETING = timedelta(seconds=60)
 """In which all ranks must have imported torch and met, and a collective must end."""
 SMALL = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
 """Bytes that are reduced beside the bucket, as far as they are smaller."""

@@ -20,8 +20,10 @@ from typing import Any
 from pretrain.cluster.hosts import Host
 
 MODULE = "pretrain.cluster.agent"
-HELLO_SECONDS = 30.0
-"""That a node has to start Python and answer in; ssh gives up connecting after a third of it."""
+HELLO_SECONDS = 60.0
+"""That a node has to start Python and answer in, from a file system that may be slow."""
+CONNECT_SECONDS = 10
+"""That ssh has to connect in."""
 LOST = "the connection was lost"
 """How the reason of a node begins that answered first."""
 
@@ -104,7 +106,8 @@ class Crew:
 
     def close(self) -> None:
         """End all agents."""
-        list(self._pool.map(Agent.close, self._agents.values()))
+        with ThreadPoolExecutor(max(1, len(self._agents))) as pool:  # the other one may be waiting for answers, which this ends
+            list(pool.map(Agent.close, self._agents.values()))
         self._pool.shutdown()
 
     def _ask(self, node: str, what: str, seconds: float, arguments: dict[str, Any]) -> Any:
@@ -126,7 +129,7 @@ def ssh_command(host: Host) -> list[str]:
     folder = os.getcwd()
     python_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     start = shlex.join(["exec", "env", f"PYTHONPATH={python_path}", sys.executable, "-m", MODULE])
-    bounds = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={HELLO_SECONDS / 3:.0f}"]
+    bounds = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     return ["ssh", *options, *bounds, host.name, f"cd {shlex.quote(folder)} && {start}"]
 
 

@@ -87,7 +87,7 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
     check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
-    if corpus and config.run_dir.exists():
+    if corpus and (config.run_dir / "config.yaml").exists():  # a start that was killed early leaves a folder without one
         check_same_run(config, corpus.manifest, ranks)
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
