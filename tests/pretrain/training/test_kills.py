@@ -43,8 +43,8 @@ def evaluating(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
-def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> None:
-    """Until the moment, or the end of the run."""
+def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> bool:
+    """Until the moment, or the end of the run; whether the moment came."""
     checkpoints, begun = run_dir / "checkpoints", time.time()
     def appears(file: str) -> bool:  # and is not what the kill before left behind
         with contextlib.suppress(FileNotFoundError):
@@ -55,18 +55,20 @@ def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> No
     newest = (list_steps(checkpoints) or [0])[-1]
     if moment == "start-up":
         time.sleep(rng.uniform(0, 15))
-        return
+        return True
     happens = {
         "mid-step": lambda: (list_steps(checkpoints) or [0])[-1] > newest,
         "mid-save": lambda: appears("*.pt"),
         "mid-rename": lambda: appears("manifest.json") or len(list_steps(checkpoints)) != steps,
         "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluating(run_dir),
     }[moment]
-    deadline = time.monotonic() + 90
-    while not happens() and running.process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not (came := bool(happens())) and running.process.poll() is None:
+        assert time.monotonic() < deadline, running.log.read_text()[-2000:]
         time.sleep(0.001)
     if moment == "mid-step":
         time.sleep(rng.uniform(0, 0.5))
+    return came
 
 
 def test_fifty_kills_change_nothing(tmp_path, capsys):
@@ -80,10 +82,10 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     while kills.total() < KILLS:
         moment = MOMENTS[kills.total() % len(MOMENTS)]
         running = Running(killed_command, tmp_path / "killed.log")
-        wait(running, moment, run_dir, rng)
+        came = wait(running, moment, run_dir, rng)
         assert "every checkpoint" not in running.log.read_text() and "damaged" not in running.log.read_text()
         ranks = running.ranks() if running.process.poll() is None else []
-        if ranks:
+        if ranks and came:
             rng.choice(ranks).kill()
             kills[moment] += 1
             if moment == "mid-evaluation":
