@@ -5,10 +5,13 @@ import importlib.metadata
 import json
 import subprocess
 
+import pytest
+
 from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
-from tests.launching import ROOT, tiny_config, write_config
+from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.training.same_state import assert_same_checkpoints
 
 
 def recorded(tmp_path, write_corpus) -> dict:
@@ -36,3 +39,16 @@ def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path,
     monkeypatch.setenv("JEPA_IMAGE", "sha256:4567")
     environment = recorded(tmp_path, write_corpus)
     assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
+    first, again = tmp_path / "runs" / "run", tmp_path / "runs" / "again"
+    path = write_config(tmp_path, tiny_config(tmp_path))
+    call(["python", "-m", "data_prep", path])
+    call(deepspeed_command(2, "launcher/run.py", path))
+    changes = [f"data.path={tmp_path / 'second'}", "name=again"]
+    call(["python", "-m", "data_prep", first / "config.yaml", *changes])
+    call(deepspeed_command(2, "launcher/run.py", first / "config.yaml", *changes))
+    assert (first / "environment.json").read_bytes() == (again / "environment.json").read_bytes()
+    assert_same_checkpoints(*(run / "checkpoints" / "step-00000004" for run in (first, again)))
