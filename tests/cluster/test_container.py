@@ -22,7 +22,7 @@ import yaml
 from tests.launching import ROOT, call, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
-SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: loss}]' monitor.log_every=1 "
+SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 "
          "monitor.validate_every=4")
 
 
