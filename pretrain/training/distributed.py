@@ -103,7 +103,7 @@ def init_world() -> World:
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
     else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]) if accelerator.device_count() > 1 else 0)  # Slurm may show each rank its own alone
     notes, backend = None, accelerator.communication_backend_name()
     try:
         if not dist.is_initialized():
@@ -134,7 +134,7 @@ def environment_of_the_launcher() -> None:
     if int(os.environ["WORLD_SIZE"]) < started:
         raise UserError(f"mpirun or srun started {started} processes, each of which would be a run of its own, with "
                         f"{os.environ['WORLD_SIZE']} rank(s): start run.py itself under mpirun or srun, or the other launcher once for all nodes")
-    if os.environ["WORLD_SIZE"] == "1":
+    if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         os.environ["MASTER_PORT"] = "0"  # alone: any free port
 
 

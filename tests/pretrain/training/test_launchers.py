@@ -24,6 +24,12 @@ def losses(folder: Path, name: str) -> list[float]:
     return [json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_torchrun_starts_a_single_rank(folder):
+    path = write_config(folder, tiny_config(folder, name="single", train__steps=1))
+    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "1", "--master-port", str(free_port()), "launcher/run.py", str(path)])
+    assert len(losses(folder, "single")) == 1
+
+
 def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("deepspeed", "torchrun", "srun")}
     call(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
