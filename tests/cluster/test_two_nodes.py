@@ -21,10 +21,11 @@ HANG = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, nodes) -> Path:
-    """Where the launcher is started: hostfile and `.deepspeed_env` stand there."""
+    """Where the launcher is started: hostfile, `.deepspeed_env`, and a corpus that one machine has prepared."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in FORWARDED.items()))
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder, name="one", monitor__validate_every=2)))])
     return folder
 
 
@@ -37,15 +38,14 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
-    paths = {name: write_config(folder, tiny_config(folder, name=name, data__path=str(folder / f"corpus-{name}"), monitor__validate_every=2))
-             for name in ("one", "two")}
-    call(["python", "-m", "data_prep", str(paths["one"])])
+    paths = {"one": folder / "one.yaml",
+             "two": write_config(folder, tiny_config(folder, name="two", data__path=str(folder / "corpus-two"), monitor__validate_every=2))}
     mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",
               "-genv", "UCX_TLS", "tcp"]  # two nodes on one machine have no memory in common, though they look so
     (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
     done = nodes.on_ctl([*mpirun, "python", "-m", "data_prep", paths["two"]], cwd=ROOT)
     assert "2 MPI ranks" in done.stdout
-    shards = [sorted((path.name, path.read_bytes()) for path in (folder / f"corpus-{name}").rglob("*.arrow")) for name in paths]
+    shards = [sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow")) for corpus in (folder / "corpus", folder / "corpus-two")]
     assert shards[0] == shards[1]
 
     call(deepspeed_command(2, RUN, paths["one"]))
@@ -61,7 +61,7 @@ class Run:
     """A run on both nodes that would take long, watched from the control host."""
 
     def __init__(self, nodes: Cluster, folder: Path, name: str):
-        values = tiny_config(folder, name=name, data__path=str(folder / "corpus-two"), train__steps=100_000, checkpoint={"every": 4},
+        values = tiny_config(folder, name=name, train__steps=100_000, checkpoint={"every": 4},
                              monitor={"log_every": 1, "hang_seconds": HANG, "tensorboard": False, "validate_every": 10**6})
         self.path, self.run_dir, self.log = write_config(folder, values), folder / "runs" / name, folder / f"{name}.log"
         self.nodes, self.folder = nodes, folder
