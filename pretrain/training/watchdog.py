@@ -60,7 +60,8 @@ class Watchdog:
         self._mine = Beat(rank, hosts[rank])
         self._limit = SLOW
         self._stop = threading.Event()
-        self._guard = subprocess.Popen([sys.executable, "-S", guard.__file__, str(os.getpid())], stdin=subprocess.PIPE, text=True, bufsize=1)
+        self._guard = subprocess.Popen([sys.executable, "-S", guard.__file__, str(os.getpid())], stdin=subprocess.PIPE)
+        os.set_blocking(self._guard.stdin.fileno(), False)
         self._note()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -71,7 +72,9 @@ class Watchdog:
 
     def started(self) -> None:
         """The first step is done: from here on a step takes what it takes."""
-        self._limit = self._seconds
+        if self._limit != self._seconds:
+            self._limit = self._seconds
+            self._show_life()
 
     @contextmanager
     def patient(self) -> Iterator[None]:
@@ -82,6 +85,7 @@ class Watchdog:
         finally:
             self._mine.moves += 1
             self._limit = limit
+            self._show_life()
 
     def close(self) -> None:
         """Watch no more."""
@@ -107,9 +111,13 @@ class Watchdog:
             if missing and self._mine.moves == moves and not self._stop.is_set():
                 self._tell(missing, waited)
 
+    def _show_life(self) -> None:
+        """Tell the guard, and for how long it may hear nothing now."""
+        with contextlib.suppress(OSError):  # the guard has ended
+            os.write(self._guard.stdin.fileno(), b"%f\n" % (self._limit + PATIENCE))
+
     def _note(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the guard was killed, or has been let go
-            print(self._limit + PATIENCE, file=self._guard.stdin)
+        self._show_life()
         self._notes.put(_key(self._mine.rank), asdict(self._mine))
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
