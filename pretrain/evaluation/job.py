@@ -54,7 +54,7 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     """The tasks of the configuration, or those named; `task.KEY=VALUE` sets a key of the one named."""
     tasks = config.evaluation.tasks
     if names:
-        known = {task.name: task.model_dump(exclude_none=True) for task in tasks}
+        known = {task.title: task.model_dump(exclude_none=True) for task in tasks}
         chosen = [known.get(name, {"name": name}) for name in names]
     else:
         chosen = [task.model_dump(exclude_none=True) for task in tasks]
