@@ -16,7 +16,8 @@ from pretrain.data.corpus import Corpus
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import Answer, answer
-from pretrain.evaluation.pairs import GRAMMAR_ROWS, OwnColumns, Row, grammar_source, read_rows, write_views
+from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source
+from pretrain.evaluation.rows import OwnColumns, Row, read_rows, write_views
 from pretrain.evaluation.tasks.task_run import TaskRun
 from pretrain.run_folder import list_steps
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.config import JsonSource
 from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.pairs import Row, read_rows
+from pretrain.evaluation.rows import Row, read_rows
 
 DATA = Path(os.environ.get("JEPA_TEST_DATA", "/nonexistent"))
 VIEWS = ("text", "code")

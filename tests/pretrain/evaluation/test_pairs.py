@@ -9,7 +9,8 @@ from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.pairs import prepare_pairs, read_rows
+from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.rows import read_rows
 from pretrain.run_folder import MODEL
 from tests.launching import tiny_config, write_config
 
