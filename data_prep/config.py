@@ -239,6 +239,7 @@ class TaskFiles(Section):
     train: Any = None
     test: str | TaskSource | None = None
     databases: Any = None
+    harness: Any = None
     rows: Any = None
     finetune: Any = None
 

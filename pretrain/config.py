@@ -136,10 +136,11 @@ GENERATIVE = ("nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", 
 class TaskConfig(Section):
     """A downstream task of the evaluation job, see docs/evaluation.md."""
 
-    name: Literal["nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag", "retrieval", "geometry", "loss"]
+    name: Literal["nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag", "retrieval", "geometry", "loss",
+                  "lm_eval"]
     """nl_rx: write the regex for a description. gsm8k: the final answer of a problem. spider: write SQL, scored by its results. rotten_tomatoes,
     yelp: labels. nq_open: short answers. hellaswag: choose an ending. retrieval: find the other view. geometry: how the embeddings of the
-    views lie to each other. loss: both losses."""
+    views lie to each other. loss: both losses. lm_eval: tasks of the Language Model Evaluation Harness."""
     label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$")
     """What results and tables call the task; default its name. Tells two tasks of one name apart."""
     train: str | TaskSource | None = None
@@ -148,6 +149,8 @@ class TaskConfig(Section):
     grammar."""
     databases: str | None = None
     """Of spider: a folder of SQLite files, DB.sqlite or DB/DB.sqlite by the database's name, or one file for all rows."""
+    harness: list[str] | None = Field(default=None, min_length=1)
+    """Of lm_eval: the harness' names of its tasks, or YAML files of tasks."""
     rows: int | None = Field(default=None, gt=0)
     """Test rows used, the first ones; default all (1,000 of the embedded grammar)."""
     finetune: dict[str, Any] | None = None
@@ -171,8 +174,13 @@ class TaskConfig(Section):
     def _has_what_it_needs(self) -> "TaskConfig":
         if self.name not in GENERATIVE and (self.finetune is not None or self.train is not None):
             raise ValueError(f"the task {self.name} trains nothing: leave out train and finetune")
-        if self.name != "nl_rx" and self.test is None:
+        if self.name not in ("nl_rx", "lm_eval") and self.test is None:
             raise ValueError(f"the task {self.name} needs rows: test")
+        if self.name == "lm_eval" and self.test is not None:
+            raise ValueError("the task lm_eval brings its own rows: leave out test")
+        if (self.name == "lm_eval") != (self.harness is not None):
+            raise ValueError("the task lm_eval needs harness, a list of the harness' tasks" if self.name == "lm_eval" else
+                             f"harness acts on the task lm_eval only, not on {self.name}: leave it out")
         if self.name == "loss" and isinstance(self.test, HubSource):
             raise ValueError("the task loss reads a file of pairs: give test a path")
         if (self.name == "spider") != (self.databases is not None):

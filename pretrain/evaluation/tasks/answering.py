@@ -93,7 +93,7 @@ def in_corpus(path: str, texts: list[str]) -> list[bool]:
         return [False] * len(texts)
     corpus = Corpus(path, "train")
     encoded = corpus.tokenizer.encode_batch(texts)
-    wanted = view_hashes(np.array([token for ids in encoded for token in ids], np.int64), np.array([len(ids) for ids in encoded], np.int64))
+    wanted = view_hashes(np.array([token for ids in encoded for token in ids], np.uint32), np.array([len(ids) for ids in encoded], np.int64))
     found = np.zeros(len(texts), bool)
     for first in range(0, len(corpus), READ_AT_A_TIME):
         hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes

@@ -11,6 +11,7 @@ from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.evaluation.rows import read_rows
+from pretrain.evaluation.tasks import answering
 from pretrain.run_folder import MODEL
 from tests.launching import tiny_config, write_config
 
@@ -49,3 +50,10 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
     assert [row.views for row in read_rows(hub, views, "task.test")] == [("e", "f")]
     with pytest.raises(UserError, match=r"cannot read the data set .* split validation"):
         read_rows(hub.model_copy(update={"hub_split": "validation"}), views, "task.test")
+
+
+def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "READ_AT_A_TIME", 37)
+    trained = [corpus.tokenizer.decode(corpus.by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
+    assert answering.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]
+    assert answering.in_corpus(str(tmp_path), trained) == [False] * 3
