@@ -9,6 +9,9 @@ from typing import Any
 from data_prep.files import write_text
 from pretrain.run_folder import read_metrics, read_status
 
+TABLE_COLUMNS = 6
+"""Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
+
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """All results of a run, in the order in which they came; without a line that a kill cut off."""
@@ -42,7 +45,7 @@ def print_summary(run_dir: Path) -> None:
     _print_table(rows)
     for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
         results = [result for result in read_results(run_dir) if result["task"] == task]
-        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
         rows = [[task, "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]

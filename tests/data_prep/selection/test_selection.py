@@ -122,7 +122,9 @@ def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
     config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"}]}
     assert evaluation_tests(tasks) == ["b.jsonl"] and evaluation_tests(None) == evaluation_tests({}) == []
-    mappings = {"text": "question", "code": "sql"}, None
+    tasks = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
+    assert evaluation_tests({"tasks": tasks}) == ["c.jsonl"] and evaluation_tests({"tasks": tasks[1:]}) == []
+    mappings = {"text": "question", "code": "sql"}, None, {"text": "question"}, {"text": "ctx"}
     assert readings(config, "b.jsonl") == [JsonSource(type="json", path="b.jsonl", views=views) for views in mappings]
 
 
@@ -194,7 +196,14 @@ def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_pat
 def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
     with pytest.raises(UserError, match=r"b\.jsonl \(evaluation\.tasks\) has no context"):
-        quiet(data(tmp_path / "out", source), [str(lines_file(tmp_path / "b.jsonl", [{"question": "a"}]))])
+        quiet(data(tmp_path / "out", source), [str(lines_file(tmp_path / "b.jsonl", [{"q": "a"}]))])
+
+
+@pytest.mark.parametrize("columns", [{"question": LEAK, "answer": ["a", "b"]}, {"ctx": LEAK, "endings": ["a", "b"], "label": "1"}])
+def test_test_files_in_the_form_of_public_data_sets_are_kept_out(columns, lines_file, pairs, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", [*pairs(60), {"text": LEAK, "code": "another answer"}]))
+    manifest = quiet(data(tmp_path / "out", source, sequence_length=512), [str(lines_file(tmp_path / "b.jsonl", [columns]))])
+    assert manifest["dropped"]["contaminated"]["count"] == 1
 
 
 def test_near_duplicates_go_where_that_is_asked_for(lines_file, tmp_path):

@@ -1,8 +1,10 @@
 """The evaluation job on a real run: beside the training, by hand, with finetuning, and from the export alone."""
 
 import json
+import sqlite3
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -84,7 +86,8 @@ def test_the_export_loads_with_transformers_alone(run_dir, background):
 def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
     assert (result["task"], result["step"], result["rows"], result["finetune"]) == ("nl_rx", 20, 30, {"steps": 3})
-    assert set(result["metrics"]) == {"exact", "prefix", "contains", "stopped"}
+    assert {"exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "undecided"} <= set(result["metrics"])
+    assert result["counts"]["unseen"] == 30  # the grammar's splits share no target
     assert result["pretrain_seed"] == result["finetune_seed"] == 3
     answers = read_lines(run_dir / "evaluation" / "answers" / "nl_rx-step-00000020.jsonl")
     assert [(row["context"], row["target"]) for row in answers] == [generate(0, "test", index) for index in range(30)]
@@ -102,10 +105,66 @@ def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_
     assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
 
 
+def tasks_of_every_kind(folder):
+    """Small files of the forms that the public data sets have, and settings of tasks on them."""
+    connection = sqlite3.connect(folder / "shop.sqlite")
+    connection.execute("CREATE TABLE t (a)")
+    connection.executemany("INSERT INTO t VALUES (?)", [(1,), (2,)])
+    connection.commit()
+    connection.close()
+    rows = {
+        "gsm8k": [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(6)],
+        "spider": [{"db_id": "shop", "question": f"above {number}", "query": f"SELECT a FROM t WHERE a > {number}"} for number in range(6)],
+        "rotten_tomatoes": [{"text": f"lines {number}", "label": number % 2} for number in range(6)],
+        "nq_open": [{"question": f"who {number}", "answer": ["one", "two"]} for number in range(6)],
+        "hellaswag": [{"ctx": f"a man {number}", "endings": ["runs", "walks", "sits", "sleeps"], "label": str(number % 4)} for number in range(6)],
+    }
+    tasks = []
+    for name, of_task in rows.items():
+        (folder / name).mkdir()
+        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task))
+        tasks.append({"name": name, "test": str(folder / name / "test.jsonl")} | ({"databases": str(folder)} if name == "spider" else {}))
+    tasks[0]["test"] = {"type": "hub", "path": str(folder / "gsm8k"), "hub_split": "test"}
+    tasks[2] |= {"train": tasks[2]["test"], "finetune": {"steps": 2}}
+    pairs = write_pairs(folder / "pairs.jsonl", "validation", 40)
+    return [*tasks, {"name": "retrieval", "test": str(pairs)}, {"name": "geometry", "label": "shape", "test": str(pairs), "rows": 30}]
+
+
+def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by_hand, tmp_path):
+    tasks = tasks_of_every_kind(tmp_path)
+    done = call(["python", "launcher/evaluate.py", str(run_dir), f"evaluation.tasks={json.dumps(tasks)}"])
+    results = {result["task"]: result for result in read_lines(run_dir / "evaluation" / "results.jsonl")[-len(tasks):]}
+    assert list(results) == [task.get("label", task["name"]) for task in tasks]
+    assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {"retrieval": 40, "shape": 30}
+    for task, result in results.items():
+        rates = {name: value for name, value in result["metrics"].items() if task != "shape"}
+        assert result["metrics"] and all(0 <= value <= 1 for value in rates.values()), (task, result)
+    assert results["spider"]["counts"] == {"failed_gold": 0, "missing_database": 0, "empty_results": 4, "unseen": 6}
+    assert results["rotten_tomatoes"]["counts"] == {"labels": 2} and results["rotten_tomatoes"]["finetune"] == {"steps": 2}
+    assert len(read_lines(run_dir / "evaluation" / "answers" / "gsm8k-step-00000020.jsonl")) == 6
+    assert "recall_at_1" in done.stdout and "effective_rank_context" in done.stdout
+    tables = done.stdout[done.stdout.rindex("\ntraining "):]
+    assert max(map(len, tables.splitlines()[:-2])) <= 150, "the closing tables are readable"
+
+
+def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, background, tmp_path):
+    pairs = write_pairs(tmp_path / "mine.jsonl", "test", 5)
+    export = run_dir / "export" / "step-00000020"
+    done = call(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])
+    arrays = np.load(export / "embeddings" / "mine.npz")
+    assert {name: array.shape for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (5, 32))
+    assert "embeddings/mine.npz" in done.stdout
+
+
 def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path):
     for words, expected in {
         ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
-        ("--task", "nl_rex"): "Input should be 'nl_rx' or 'loss'",
+        ("--task", "nl_rex"): "Input should be 'nl_rx', 'gsm8k'",
+        ("--task", "gsm8k"): "the task gsm8k needs rows: test",
+        ("--task", "spider", "task.test=x"): "needs databases",
+        ("--task", "loss", "task.test=x", "task.databases=y"): "databases act on the task spider only",
+        ("--task", "geometry", "task.test=x", "task.finetune={epochs: 1}"): "trains nothing",
+        ("--embed", "x"): "is no export",
         ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
         ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",
