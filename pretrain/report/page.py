@@ -43,7 +43,7 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
 
 
 def _amount(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value < 1e8 else f"{value:.3g}"
+    return "–" if value is None else f"{value:,.0f}" if value < 1e8 else f"{value:.2e}".replace("e+", "e")
 
 
 def markdown(summaries: Summaries) -> str:

@@ -29,12 +29,13 @@ LABELLED = 8
 WIDTH = 11.6
 """Inches; the page scales it."""
 NAMES = {"tokens": "corpus tokens", "flops": "training FLOPs", "seconds": "training seconds"}
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _counter = itertools.count()
 
 plt.rcParams.update({
     "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": GRID, "axes.labelcolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": GRID, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0, "axes.unicode_minus": True, "lines.linewidth": 1.8,
+    "grid.color": GRID, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.8,
     "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.constrained_layout.use": True, "text.parse_math": False,
 })
 
@@ -141,7 +142,7 @@ def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
 def _label_amount(axis: Axes, what: str, largest: float) -> None:
     """Ticks without powers of ten, which go into the label."""
     power = 3 * int(np.floor(np.log10(max(largest, 1)) / 3)) if largest >= 10_000 else 0
-    unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(power, f" (10^{power})")
+    unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(power, f" (10{str(power).translate(SUPERSCRIPTS)})")
     axis.set_xlabel(NAMES[what] + unit)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:,.6g}"))

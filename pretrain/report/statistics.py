@@ -6,6 +6,7 @@ baseline.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -114,6 +115,12 @@ def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
 
 def detectable_difference(sd: float, seeds: int, alpha: float) -> float:
     """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80 %, for differences of this standard deviation."""
+    return _detectable_effect(seeds, alpha) * sd
+
+
+@lru_cache
+def _detectable_effect(seeds: int, alpha: float) -> float:
+    """The same in standard deviations."""
     bound, quantiles = t.ppf(1 - alpha / 2, seeds - 1), (np.arange(QUANTILES) + 0.5) / QUANTILES
     seen = bound * np.sqrt(chi2.ppf(quantiles, seeds - 1) / (seeds - 1))  # over the sd that a sample may show; scipy's nct is NaN for few seeds
 
@@ -123,4 +130,4 @@ def detectable_difference(sd: float, seeds: int, alpha: float) -> float:
     high = bound
     while missing(high) < 0:
         high *= 2
-    return float(brentq(missing, 0, high) * sd / np.sqrt(seeds))
+    return float(brentq(missing, 0, high) / np.sqrt(seeds))

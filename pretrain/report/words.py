@@ -27,8 +27,12 @@ def number(value: float | None, sign: bool = False) -> str:
 
 
 def spread_text(value: Spread | None) -> str:
-    """Mean ± standard deviation."""
-    return "–" if value is None else number(value.mean) + (f" ± {number(value.sd)}" if value.sd is not None else "")
+    """Mean ± standard deviation, with as many decimals."""
+    if value is None:
+        return "–"
+    mean = number(value.mean)
+    decimals = len(mean.partition(".")[2]) if "e" not in mean else 4
+    return mean + (f" ± {value.sd:,.{decimals}f}" if value.sd is not None else "")
 
 
 def p_text(p: float | None) -> str:
@@ -47,7 +51,8 @@ def headline(all_arms: Summaries) -> str:
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
     by_verdict = {kind: [name for name, test in tests.items() if test.verdict == kind] for kind in get_args(Verdict)}
-    parts = [f"{listed(names)} {word if len(names) == 1 else word[:-1]}" for word in ("helps", "hurts") if (names := by_verdict[word])]
+    parts = [f"{listed([f'{name} ({number(tests[name].mean, True)})' for name in names])} {word if len(names) == 1 else word[:-1]}"
+             for word in ("helps", "hurts") if (names := by_verdict[word])]
     if names := by_verdict["no difference found"]:
         parts.append(f"for {listed(names)} no difference was found")
     if names := by_verdict["no verdict"]:
