@@ -22,7 +22,7 @@ def columns(summaries: Summaries) -> list[str]:
     """Heads of the table by arm."""
     corrected = " (Holm)" if len(summaries.tests) > 1 else ""
     base = summaries.comparison.baseline
-    compared = [f"difference to {base}", f"95 % interval{corrected}", f"p{corrected}", "verdict"] if base else []
+    compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
     costs = ["FLOPs a token", "seconds a token"] if base else []
     return ["arm", "seeds", str(summaries.comparison.metric), *compared, "validation/loss/lm", "tokens", "FLOPs", "seconds", *costs]
 

@@ -35,11 +35,11 @@ class Paired:
     corrected_p: float | None = None
     """By Holm, for all arms that were tested."""
     level: float | None = None
-    """Confidence level of the interval: 95 % after the correction."""
+    """Confidence level of the interval: 95% after the correction."""
     low: float | None = None
     high: float | None = None
     detectable: float | None = None
-    """The smallest true difference that a test of this many seeds, differences of this spread and this many arms finds with 80 % power."""
+    """The smallest true difference that a test of this many seeds, differences of this spread and this many arms finds with 80% power."""
     reason: str = ""
     """Why there is no verdict."""
 
@@ -114,7 +114,7 @@ def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
 
 
 def detectable_difference(sd: float, seeds: int, alpha: float) -> float:
-    """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80 %, for differences of this standard deviation."""
+    """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80%, for differences of this standard deviation."""
     return _detectable_effect(seeds, alpha) * sd
 
 

@@ -75,7 +75,7 @@ def verdict(all_arms: Summaries, name: str) -> str:
     paired = f"over {len(test.seeds)} seeds"
     if test.p is None:
         return f"{name}: no difference found to {baseline} in {metric}: {test.reason} ({len(test.seeds)})."
-    numbers = (f"{number(test.mean, True)} {paired}, 95 % interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
+    numbers = (f"{number(test.mean, True)} {paired}, 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
                + (f" after correction for {len(all_arms.tests)} arms" if len(all_arms.tests) > 1 else ""))
     if test.verdict == "no difference found":
         return (f"{name}: no difference found to {baseline} in {metric} ({numbers}). With these seeds and this spread, only a true difference of "
@@ -120,11 +120,12 @@ def _missing(all_arms: Summaries) -> list[str]:
 
 
 def _collapses(all_arms: Summaries) -> list[str]:
-    return [f"The embeddings of {arm.arm.name} have collapsed ({_seeds(arm.collapsed)}): unrelated views lie as close as pairs, so its low JEPA loss "
-            "says nothing about what was learned." for arm in all_arms.arms.values() if arm.collapsed]
+    names = [f"{arm.arm.name} ({_numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
+    return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low JEPA "
+            "loss says nothing there."] if names else []
 
 
-def _seeds(seeds: list[int]) -> str:
+def _numbered(seeds: list[int]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 

@@ -108,7 +108,7 @@ def test_the_page_stands_alone_and_shows_everything(reported):
 def test_a_verdict_has_its_numbers(altered):
     study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
     text, page = sections(study)
-    assert "better helps: nl\\_rx/exact" in text.replace("_", "\\_") and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95 % interval" in text
+    assert "better helps: nl\\_rx/exact" in text.replace("_", "\\_") and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
     assert table(text)["better"]["verdict"] == "helps" and "few" in text
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
