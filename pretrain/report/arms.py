@@ -96,7 +96,7 @@ def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Co
             raise UserError(f"no run has the metric {metric}; there are {_known_metrics(runs)}")
         origin = f"named on the command line; the study planned {planned}"
     else:
-        metric, origin = planned, f"chosen in {STUDY}, before the runs"
+        metric, origin = planned, f"chosen in {STUDY}"
     return _comparison(title, arms, baseline or named, metric, origin, matched_by)
 
 

@@ -121,8 +121,8 @@ def _missing(all_arms: Summaries) -> list[str]:
 
 def _collapses(all_arms: Summaries) -> list[str]:
     names = [f"{arm.arm.name} ({_numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
-    return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low JEPA "
-            "loss says nothing there."] if names else []
+    return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
+            "JEPA loss says nothing there."] if names else []
 
 
 def _numbered(seeds: list[int]) -> str:

@@ -91,7 +91,7 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
         assert row["seconds"] == f"{np.mean([line['seconds'] for line in lines]):,.0f}"
         assert row["validation/loss/lm"].startswith(f"{np.mean([line['validation/loss/lm'] for line in lines]):.4f} ± ")
     assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it computes copies of the targets
-    assert "study.json, before the runs" in printed
+    assert "Metric: chosen in study.json" in printed
 
 
 def test_the_page_stands_alone_and_shows_everything(reported):
