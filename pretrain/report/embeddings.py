@@ -37,21 +37,30 @@ class Picture:
 
 
 def picture(run: Run) -> Picture:
-    """The pairs of the run's last export. Raises UserError where something needed is missing."""
-    written = run.folder / "evaluation" / "embeddings.npz"
-    names, first, second = _read(written) if written.exists() else _compute(run)
-    return project(names, first, second)
+    """The pairs of the run's last export. Raises UserError where something needed is missing.
+
+    Unseen records of the run's corpus; where that is not here, a file that `launcher/evaluate.py EXPORT --embed FILE` has left in the export.
+    """
+    try:
+        return project(*_compute(run))
+    except UserError:
+        files = sorted((run.folder / "export").glob("step-*/embeddings/*.npz"))
+        if not files:
+            raise
+        return project(*_read(files[-1]))
 
 
 def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
-    """The first two arrays of a file of embeddings, named after the views, (n, D) each."""
+    """A prediction (`A_to_B`) and its target (`B`), or without predictions the first two views: (n, D) each, n rows that are finite in both."""
     try:
         with np.load(path) as arrays:
-            names = tuple(arrays.files[:2])
-            first, second = (arrays[name][:PAIRS] for name in names)
+            predictions = [name for name in arrays.files if name.partition("_to_")[2] in arrays.files]
+            names = (predictions[0], predictions[0].partition("_to_")[2]) if predictions else tuple(arrays.files[:2])
+            first, second = (arrays[name] for name in names)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read two arrays of embeddings from {path}: {error}") from None
-    return names, first, second
+    finite = np.flatnonzero(np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1))[:PAIRS]
+    return names, first[finite], second[finite]
 
 
 @torch.no_grad()

@@ -56,6 +56,8 @@ def markdown(summaries: Summaries) -> str:
     lines += [f"| {' | '.join(map(_plain, row(summaries, summary)))} |" for summary in summaries.arms.values()]
     lines += ["", f"Mean ± standard deviation over seeds. Metric: {_plain(summaries.comparison.metric_origin)}."]
     remarks = [*words.costs(summaries).values(), *words.cautions(summaries)]
+    if summaries.no_flops:
+        remarks.append(f"FLOPs are not counted: {summaries.no_flops}.")
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
     return "\n".join(lines) + "\n"

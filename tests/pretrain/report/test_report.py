@@ -113,6 +113,23 @@ def test_a_verdict_has_its_numbers(altered):
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
 
+def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
+    study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
+    random = np.random.default_rng(0)
+    for folder in study.glob("arm*"):
+        config = folder / "config.yaml"
+        config.write_text(re.sub(r"path: .*corpus", "path: nowhere", config.read_text()))
+        (folder / "export" / "step-00000006" / "embeddings").mkdir(parents=True)
+        arrays = {name: random.normal(size=(20, 8)).astype(np.float32) for name in ("text", "code", "text_to_code")}
+        arrays["text_to_code"][3] = np.nan
+        np.savez(folder / "export" / "step-00000006" / "embeddings" / "pairs.npz", **arrays)
+    text, page = sections(study)
+    assert "Blue circles: text_to_code. Orange triangles: code." in page and "No picture of" not in page
+    assert "FLOPs are not counted" in page and "nowhere is not here" in page
+    assert {row["FLOPs"] for row in table(text).values()} == {"–"}
+    check_alone(page)
+
+
 def test_several_arms_are_corrected_and_said_so(altered):
     study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
                      "c": {1: 0.5, 2: 0.49, 3: 0.512}})
