@@ -12,6 +12,7 @@ STUDY = "study.json"
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
 """Sections that do not make an arm: they change nothing of what is trained."""
 ABSENT = "none"
+LONGEST_VALUE = 30
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,20 @@ def group(runs: list[Run]) -> list[Arm]:
 
 
 def _names(firsts: list[Run]) -> list[str]:
-    """The objective, and what tells an arm from others of the same objective."""
-    names = []
+    """The objective, and what tells an arm from others of the same objective; no name twice."""
+    names: list[str] = []
     for run in firsts:
         twins = [flatten(other.config) for other in firsts if other.objective == run.objective]
         mine = flatten(run.config)
-        words = [f"{key.removeprefix('objective.')}={mine[key]}" for key in differing(twins) if key in mine]
-        names.append(" ".join([run.objective, *words]))
+        words = [f"{key.removeprefix('objective.')}={brief(mine[key])}" for key in differing(twins) if key in mine]
+        name = " ".join([run.objective, *words])
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
+
+
+def brief(value: str) -> str:
+    """The beginning of a long value."""
+    return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
 
 
 def differing(settings: list[dict[str, str]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from pretrain.report.arms import differing, flatten
+from pretrain.report.arms import ABSENT, brief, differing, flatten
 from pretrain.report.statistics import POWER, Paired, Verdict
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 
@@ -169,7 +169,7 @@ def _differences(all_arms: Summaries) -> list[str]:
     found = []
     besides = [key for key in differing(settings) if not key.startswith("objective.")]
     if besides:
-        told = [f"{key} ({', '.join(dict.fromkeys(values.get(key, 'none') for values in settings))})" for key in besides]
+        told = [f"{key} ({', '.join(dict.fromkeys(brief(values.get(key, ABSENT)) for values in settings))})" for key in besides]
         found.append(f"Besides the objective, arms differ in {listed(told)}.")
     environments = [run.environment for run in comparison.runs if run.environment]
     read = {str([environment.get("data", {}).get(part) for part in ("corpus", "tokenizer")]) for environment in environments}

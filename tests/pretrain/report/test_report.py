@@ -210,6 +210,16 @@ def test_run_directories_become_arms_by_what_differs(study, tmp_path):
     assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
 
 
+def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
+    for number, folder in enumerate(("one", "two", "three")):
+        copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
+        config = tmp_path / folder / "config.yaml"
+        config.write_text(re.sub(r"path: .*corpus", f"path: {'long/' * 20}{number}", config.read_text()))
+    baseline = "llm_jepa data.path=long/long/long/long/long/long/…"
+    names = list(read_comparison(sorted(tmp_path.iterdir()), baseline, None).arms)
+    assert len(set(names)) == 3 and max(map(len, names)) < 60
+
+
 def test_a_run_alone_is_shown_without_a_verdict(study):
     text, _ = sections(study / "runs" / "llm_jepa-seed1", page=False)
     assert "No verdict: there is one arm, llm_jepa" in text and list(table(text)) == ["llm_jepa"]
