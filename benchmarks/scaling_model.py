@@ -230,9 +230,9 @@ def main() -> None:
     cluster = Cluster(Link(*arguments.within) if arguments.within else within, Link(*arguments.between) if arguments.between else between,
                       arguments.ranks_per_node or per_node, arguments.tree)
     from pretrain.config import load_config
-    from pretrain.training.dry_run import make_plan
+    from pretrain.training.dry_run import checked_plan
 
-    result = predict(make_plan(load_config(arguments.config, arguments.overrides), None), cluster, arguments)
+    result = predict(checked_plan(load_config(arguments.config, arguments.overrides), None), cluster, arguments)
     print(table(result), file=sys.stderr)
     print(json.dumps(result, indent=1))
 

@@ -43,11 +43,11 @@ def main() -> None:
 def plan_of(path: Path) -> Any:
     """The plan of a run of that shape without a corpus."""
     from pretrain.config import RunConfig
-    from pretrain.training.dry_run import make_plan
+    from pretrain.training.dry_run import checked_plan
 
     family, shape = path.stem.split("_")[0], yaml.safe_load(path.read_text())
     length = min(4096, shape.get("max_position_embeddings", 4096))
-    return make_plan(RunConfig(**{
+    return checked_plan(RunConfig(**{
         "name": "sizes", "data": {"path": "no-corpus", "sources": [{"type": "nlrx", "records": 1}], "sequence_length": length,
                                   "tokenizer": {"vocab_size": VOCABULARIES[family]}},
         "model": {"family": family, "shape": shape}, "objective": {"name": "llm_jepa"},

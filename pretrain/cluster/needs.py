@@ -35,10 +35,10 @@ class Needs:
 
 def needs_of(config: RunConfig, ranks: int) -> Needs:
     """What a start on so many ranks takes. Raises the UserErrors of that start."""
-    from pretrain.training.dry_run import beside_states, make_plan, states_of_rank  # torch and DeepSpeed: seconds, which only this needs
+    from pretrain.training.dry_run import beside_states, checked_plan, states_of_rank  # torch and DeepSpeed: seconds, which only this needs
     from pretrain.training.memory import ITEM_BYTES
 
-    plan = make_plan(config, ranks)
+    plan = checked_plan(config, ranks)
     states = states_of_rank(plan, int(plan.zero.stage), ranks)
     beside = {name: checkpointed if config.train.activation_checkpointing else whole for name, whole, checkpointed in beside_states(plan)}
     item = ITEM_BYTES[config.train.precision]

@@ -45,7 +45,7 @@ def dry_run(config: RunConfig) -> None:
     rank, ranks = _launched()
     if rank:
         return
-    plan = make_plan(config, ranks)
+    plan = checked_plan(config, ranks)
     corpus = plan.corpus
 
     if config.resting_keys:
@@ -61,11 +61,17 @@ def dry_run(config: RunConfig) -> None:
           "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.", flush=True)
 
 
-def make_plan(config: RunConfig, ranks: int | None) -> "Plan":
-    """What follows from the configuration and the corpus, if one is prepared. Raises the UserErrors of a real start on so many ranks."""
-    settings = engine_settings(config, ranks or 1)
+def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
+    """What the run would take, with the corpus if one is prepared. Raises the UserErrors of a real start on so many ranks."""
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
+    engine_settings(config, ranks or 1)
     _check_start(config, corpus, ranks)
+    return make_plan(config, corpus, ranks)
+
+
+def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
+    """What the run would take; with a corpus, means over the steps of its first window. Raises UserError."""
+    settings = engine_settings(config, ranks or 1)
     check_zero_options(settings)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)

@@ -1,0 +1,1 @@
+"""The report: arms compared with a baseline, over seeds, on one page."""

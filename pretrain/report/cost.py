@@ -1,0 +1,41 @@
+"""FLOPs of a run, as the dry run counts them."""
+
+from dataclasses import dataclass
+
+from data_prep.console import UserError
+from data_prep.tokenizer import Tokenizer
+from pretrain.config import RunConfig, load_config
+from pretrain.data.corpus import Corpus
+from pretrain.report.runs import Run
+from pretrain.run_folder import MODEL
+from pretrain.training.dry_run import make_plan
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of an arm, forward and backward."""
+
+    per_token: float
+    """Of the corpus: copies and predictor tokens are what makes it dearer, not tokens of their own."""
+    term: float | None
+    """What the pair term multiplies the FLOPs of the same records by; None without one."""
+    parameters: int
+
+
+def count_flops(run: Run) -> Flops:
+    """Plan the run's steps from the lengths of its corpus, as it did itself. Raises UserError where something needed is missing."""
+    config = load_config(run.folder / "config.yaml")
+    plan = make_plan(config, open_corpus(run, config, "train"))
+    plain = plan.step.without_pairs and sum(plan.step.without_pairs.flops(plan.parameters, plan.model).values())
+    return Flops(plan.flops / plan.step.tokens, plain and plan.flops / plain, plan.parameters.total)
+
+
+def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
+    """The corpus of a run, if it still stands where the run read it, and is the same. Raises UserError."""
+    folder = next((folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()), None)
+    if folder is None:
+        raise UserError(f"the corpus {config.data.path} is not here")
+    corpus = Corpus(folder, split)
+    if (run.folder / MODEL).is_dir() and Tokenizer.load(run.folder / MODEL).fingerprint != corpus.tokenizer.fingerprint:
+        raise UserError(f"{folder} holds the corpus of another run: its tokenizer is another one")
+    return corpus

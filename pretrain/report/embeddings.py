@@ -1,0 +1,106 @@
+"""Where the two views of unseen records lie in embedding space, in two dimensions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep.console import UserError
+from pretrain.config import load_config
+from pretrain.data.batch import micro_batches
+from pretrain.data.loader import Rows, draw, plan_rows
+from pretrain.models.export import load_language_model
+from pretrain.models.language_model import special_ids
+from pretrain.objectives.pool import read_out
+from pretrain.report.cost import open_corpus
+from pretrain.report.runs import Run
+from pretrain.run_folder import list_steps, step_name
+
+PAIRS = 150
+ROWS = 4
+"""Packed rows of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pairs in the plane."""
+
+    names: tuple[str, str]
+    """Of the two embeddings that are joined."""
+    first: np.ndarray
+    """(n, 2)."""
+    second: np.ndarray
+    """(n, 2); row i belongs to row i of `first`."""
+    explained: float
+    """Share of the variance that the plane shows."""
+
+
+def picture(run: Run) -> Picture:
+    """The pairs of the run's last export. Raises UserError where something needed is missing.
+
+    Unseen records of the run's corpus; where that is not here, a file that `launcher/evaluate.py EXPORT --embed FILE` has left in the export.
+    """
+    try:
+        return project(*_compute(run))
+    except UserError:
+        files = sorted((run.folder / "export").glob("step-*/embeddings/*.npz"))
+        if not files:
+            raise
+        return project(*_read(files[-1]))
+
+
+def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
+    """A prediction (`A_to_B`) and its target (`B`), or without predictions the first two views: (n, D) each, n rows that are finite in both."""
+    try:
+        with np.load(path) as arrays:
+            predictions = [name for name in arrays.files if name.partition("_to_")[2] in arrays.files]
+            names = (predictions[0], predictions[0].partition("_to_")[2]) if predictions else tuple(arrays.files[:2])
+            first, second = (arrays[name] for name in names)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read two arrays of embeddings from {path}: {error}") from None
+    finite = np.flatnonzero(np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1))[:PAIRS]
+    return names, first[finite], second[finite]
+
+
+@torch.no_grad()
+def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
+    """Predictions and targets of records spread over the validation split, as the validation reads them out."""
+    config = load_config(run.folder / "config.yaml")
+    steps = list_steps(run.folder / "export")
+    if not steps:
+        raise UserError("no checkpoint is exported, launcher/evaluate.py RUN_DIR does it")
+    if len(config.data.views) < 2:
+        raise UserError("its records have one view")
+    corpus = open_corpus(run, config, "validation")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
+    model = model.to(device)
+    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
+    count = min(PAIRS, len(corpus))
+    numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
+    rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw(numbers, 0, np.zeros_like(numbers)))
+    rows = Rows.join([rows], -(-rows.count // ROWS) * ROWS)
+    predictions, targets = [], []
+    for batch in micro_batches(rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1):
+        batch = batch.to(device)
+        for found, read in zip((predictions, targets), read_out(model(batch), batch), strict=True):
+            found.append(read[batch.pair_valid].cpu().numpy())
+    return ("prediction", "target"), np.concatenate(predictions), np.concatenate(targets)
+
+
+def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> Picture:
+    """The plane of the two widest directions of (n, D) and (n, D) together, of embeddings brought to length 1. Raises UserError.
+
+    Only angles count in the cosine. The picture is not stretched: embeddings that all point the same way are one spot in it.
+    """
+    if len(first) < 3 or len(first) != len(second) or not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise UserError("there are fewer than three pairs of finite embeddings")
+    points = np.concatenate([first, second]).astype(np.float64)
+    points /= np.linalg.norm(points, axis=1, keepdims=True).clip(min=np.finfo(np.float64).tiny)
+    points -= points.mean(axis=0)
+    _, widths, directions = np.linalg.svd(points, full_matrices=False)
+    plane = points @ directions[:2].T
+    variance = (widths**2).sum()
+    return Picture(names, plane[: len(first)], plane[len(first):], float((widths[:2] ** 2).sum() / variance) if variance > 0 else 1.0)

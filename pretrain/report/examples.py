@@ -1,0 +1,88 @@
+"""Test rows on which the arms differ most, or all fail."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.report.arms import Comparison
+from pretrain.report.runs import Run
+from pretrain.run_folder import step_name
+
+EACH_KIND = 3
+FIELDS = {"context", "target", "answer", "stopped"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an arm wrote for a row."""
+
+    arm: str
+    text: str
+    """Of the arm's first seed that has answers."""
+    right: int
+    """Seeds that wrote exactly the target and stopped."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of the task."""
+
+    context: str
+    target: str
+    answers: list[Answer]
+
+    @property
+    def by_text(self) -> dict[str, list[Answer]]:
+        """Arms that wrote the same stand together; the target first."""
+        texts: dict[str, list[Answer]] = {}
+        for answer in sorted(self.answers, key=lambda answer: answer.text != self.target):
+            texts.setdefault(answer.text, []).append(answer)
+        return texts
+
+
+def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
+    """Rows by what is bad about them; the most telling first. Empty where no run has answers of the metric's task."""
+    written = {arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))] for arm in comparison.arms.values()}
+    written = {name: runs for name, runs in written.items() if runs}
+    if not written:
+        return {}
+    shared = set.intersection(*(set(rows) for runs in written.values() for rows in runs))
+    order = [key for key in next(iter(written.values()))[0] if key in shared]
+    examples = [Example(key[0], key[1], [_answer(name, [rows[key] for rows in runs]) for name, runs in written.items()]) for key in order]
+    kinds: dict[str, list[Example]] = {}
+    baseline = comparison.baseline
+    if baseline in written and len(written) > 1:
+        lead = {id(example): _lead(example, baseline) for example in examples}
+        by_lead = sorted(examples, key=lambda example: lead[id(example)])
+        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0][:EACH_KIND]
+        kinds[f"the other arms write the target, {baseline} does not"] = [one for one in reversed(by_lead) if lead[id(one)] > 0][:EACH_KIND]
+    kinds["nobody writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)][:EACH_KIND]
+    return {kind: chosen for kind, chosen in kinds.items() if chosen}
+
+
+def _lead(example: Example, baseline: str) -> float:
+    """Mean share of right seeds of the other arms, minus that of the baseline."""
+    shares = {answer.arm: answer.right / answer.seeds for answer in example.answers}
+    mine = shares.pop(baseline)
+    return sum(shares.values()) / len(shares) - mine
+
+
+def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
+    return Answer(name, rows[0]["answer"], sum(row["answer"] == row["target"] and row["stopped"] for row in rows), len(rows))
+
+
+def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The rows of a finished run's last answers, by context, target and how often that pair came before; empty where there are none."""
+    path = run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
+    if path is None or not path.is_file():
+        return {}
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row.keys() >= FIELDS:
+            again = 0
+            while (row["context"], row["target"], again) in rows:
+                again += 1
+            rows[row["context"], row["target"], again] = row
+    return rows

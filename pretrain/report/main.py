@@ -1,0 +1,51 @@
+"""The report command."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from data_prep.console import UserError, exit_on_user_error
+from data_prep.files import write_text
+
+
+def main() -> None:
+    """Parse the command line and write the report."""
+    parser = argparse.ArgumentParser(description="Compare runs: one HTML page and a Markdown table.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR|STUDY", help="run directories, or one study folder")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with; default: that of the study, or next_token")
+    parser.add_argument("--metric", metavar="TASK/NAME", help="what the verdict is about, such as nl_rx/exact or validation/loss/lm")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where report.html and REPORT.md go; default: the study, or beside the run")
+    arguments = parser.parse_args()
+    exit_on_user_error(lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from pretrain.report.arms import STUDY, read_comparison  # late, for these load torch and DeepSpeed
+
+    comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
+    from transformers.utils.logging import disable_progress_bar
+
+    from pretrain.report.page import html, markdown
+    from pretrain.report.summary import summarize
+
+    disable_progress_bar()
+    first = arguments.paths[0].resolve()
+    folder = arguments.output or (first if (first / STUDY).is_file() else first.parent)
+    _say("counting FLOPs")
+    summaries = summarize(comparison)
+    table, page = markdown(summaries), html(summaries, _say)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "REPORT.md", table)
+        write_text(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output") from None
+    print(table)
+    _say(f"the page: {folder / 'report.html'}")
+
+
+def _say(text: str) -> None:
+    """Beside the table, which alone goes to standard output."""
+    print(text, file=sys.stderr, flush=True)

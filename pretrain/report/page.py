@@ -1,0 +1,134 @@
+"""The page and the table, from what was found."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from data_prep.console import UserError
+from pretrain.report import plots, words
+from pretrain.report.curves import Band, metric_bands, tag_bands
+from pretrain.report.embeddings import Picture, picture
+from pretrain.report.examples import worst_examples
+from pretrain.report.summary import MONITORS, Summaries, Summary
+
+AMOUNTS = ("tokens", "flops", "seconds")
+ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                          lstrip_blocks=True)
+
+
+def columns(summaries: Summaries) -> list[str]:
+    """Heads of the table by arm."""
+    corrected = " (Holm)" if len(summaries.tests) > 1 else ""
+    base = summaries.comparison.baseline
+    compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
+    costs = ["FLOPs a token", "seconds a token"] if base else []
+    return ["arm", "seeds", str(summaries.comparison.metric), *compared, "validation/loss/lm", "tokens", "FLOPs", "seconds", *costs]
+
+
+def row(summaries: Summaries, summary: Summary) -> list[str]:
+    """The cells of an arm."""
+    test, baseline = summary.test, summaries.comparison.baseline
+    compared = []
+    if baseline:
+        is_base = summary.arm.name == baseline
+        compared = ["", "", "", "baseline"] if is_base else [words.number(test.mean, True), words.interval_text(test), words.p_text(test.corrected_p),
+                                                             test.verdict]
+    amounts = [found.mean if (found := summary.consumed(what)) else None for what in AMOUNTS]
+    ratio = summary.seconds_ratio
+    costs = [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"] if baseline else []
+    return [summary.arm.name, f"{len(summary.values)} of {summary.arm.planned}", words.spread_text(summary.metric), *compared,
+            words.spread_text(summary.losses.get("validation/loss/lm")), *map(_amount, amounts), *costs]
+
+
+def _amount(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value < 1e8 else f"{value:.2e}".replace("e+", "e")
+
+
+def markdown(summaries: Summaries) -> str:
+    """The table, the verdict above it, the cautions below."""
+    lines = [f"# {_plain(summaries.comparison.title)}", "", f"**{_plain(words.headline(summaries))}**", ""]
+    if len(summaries.tests) > 1:
+        lines += [*(f"- {_plain(words.verdict(summaries, name))}" for name in summaries.tests), ""]
+    heads = columns(summaries)
+    lines += [f"| {' | '.join(map(_plain, heads))} |", "|" + "---|" * len(heads)]
+    lines += [f"| {' | '.join(map(_plain, row(summaries, summary)))} |" for summary in summaries.arms.values()]
+    lines += ["", f"Mean ± standard deviation over seeds. Metric: {_plain(summaries.comparison.metric_origin)}."]
+    remarks = [*words.costs(summaries).values(), *words.cautions(summaries)]
+    if summaries.no_flops:
+        remarks.append(f"FLOPs are not counted: {summaries.no_flops}.")
+    if remarks:
+        lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for text, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    for letter in "\\|*`[]":
+        text = text.replace(letter, f"\\{letter}")
+    return text
+
+
+def html(summaries: Summaries, say: Callable[[str], None]) -> str:
+    """The whole page. `say` tells what takes time."""
+    comparison = summaries.comparison
+    say("computing embeddings")
+    pictures, no_picture = _pictures(summaries)
+    say("drawing")
+    return ENVIRONMENT.get_template("page.html.jinja").render(
+        comparison=comparison, words=words, summaries=summaries, heads=columns(summaries),
+        rows={name: row(summaries, one) for name, one in summaries.arms.items()},
+        legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
+        forest=Markup(plots.forest(summaries)), curves=_curves(summaries), diagnostics=Markup(_diagnostics(summaries)), monitors=MONITORS,
+        embeddings=Markup(plots.embeddings(pictures)) if pictures else "", pictures=pictures, no_picture=no_picture,
+        examples=worst_examples(comparison),
+    )
+
+
+def _dash(number: int) -> str:
+    style = plots.arm_style(number)[1]
+    return "" if style == "-" else " ".join(str(2 * length) for length in style[1])
+
+
+def _curves(summaries: Summaries) -> list[dict[str, Any]]:
+    """Title, remark and chart of each measure that some run has."""
+    metric = summaries.comparison.metric
+    measures = {
+        f"{metric}": ("Wherever a checkpoint was evaluated.", metric.name, lambda what: metric_bands(summaries, metric, what)),
+        "validation/loss/lm": ("Next-token loss on unseen records.", "nats a token", _bands_of(summaries, "validation/loss/lm")),
+        "loss/lm": ("Next-token loss of the training batches.", "nats a token", _bands_of(summaries, "loss/lm")),
+        "loss/jepa": ("The auxiliary term, unweighted. Each distance has units of its own: compare a curve with itself.", "units of its own",
+                      _bands_of(summaries, "loss/jepa")),
+    }
+    against = AMOUNTS if not summaries.no_flops else ("tokens", "seconds")
+    drawn = ({"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, against))}
+             for title, (remark, unit, bands) in measures.items())
+    return [one for one in drawn if one["svg"]]
+
+
+def _diagnostics(summaries: Summaries) -> str:
+    prefix = "validation/embedding/" if any(run.curve("validation/embedding/paired_cosine") for run in summaries.comparison.runs) else "embedding/"
+    titles = {"paired_cosine": ("cosine of a pair", "cosine"), "shuffled_cosine": ("cosine of unrelated views", "cosine"),
+              "retrieval_at_1": ("retrieval@1", "share of pairs"), "effective_rank": ("effective rank", "dimensions")}
+    return plots.diagnostics(summaries, {title: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()})
+
+
+def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]]:
+    return lambda what: tag_bands(summaries, tag, what)
+
+
+def _pictures(summaries: Summaries) -> tuple[dict[str, Picture], list[str]]:
+    """Of the first finished seed of each arm; and what is missing, and for which arms."""
+    pictures: dict[str, Picture] = {}
+    missing: dict[str, list[str]] = {}
+    for name, summary in summaries.arms.items():
+        if not summary.finished:
+            missing.setdefault("no run is finished", []).append(name)
+            continue
+        try:
+            pictures[name] = picture(summary.finished[0])
+        except UserError as error:
+            missing.setdefault(str(error), []).append(name)
+    return pictures, [f"{words.listed(names)}: {reason}" for reason, names in missing.items()]

@@ -1,0 +1,196 @@
+"""Charts as SVG that stands inside a page: its text is text, its colours are the page's variables, its ids are its own."""
+
+import io
+import itertools
+import re
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pretrain.report.curves import Band
+from pretrain.report.embeddings import Picture
+from pretrain.report.summary import Summaries
+
+INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
+"""Stand-ins for colours of the page; so are those of `_arm_color`."""
+VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", FIRST: "var(--arm1)", SECOND: "var(--arm2)"}
+HUES = 7
+"""Colours in the page beside the baseline's; the next arms take them again, with another dash."""
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+LABELLED = 8
+"""Arms up to which a chart names its lines at their ends."""
+WIDTH = 11.6
+"""Inches; the page scales it."""
+NAMES = {"tokens": "corpus tokens", "flops": "training FLOPs", "seconds": "training seconds"}
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+_counter = itertools.count()
+
+plt.rcParams.update({
+    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": GRID, "axes.labelcolor": INK,
+    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": GRID, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.8,
+    "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.constrained_layout.use": True, "text.parse_math": False,
+})
+
+
+def arm_style(number: int) -> tuple[str, object]:
+    """Colour (a stand-in) and dash of the arm of this number; 0 is the baseline."""
+    return f"#05{number:02x}00", DASHES[0] if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
+
+
+def arm_variable(number: int) -> str:
+    """The page's name of that colour."""
+    return "var(--arm0)" if number == 0 else f"var(--arm{(number - 1) % HUES + 1})"
+
+
+def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label: str, against: tuple[str, ...]) -> str:
+    """One measure against several amounts, side by side, with the same vertical axis; empty where no run has it."""
+    panels = {what: found for what in against if (found := bands(what))}
+    if not panels:
+        return ""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
+    for axis, (what, found) in zip(axes[0], panels.items(), strict=True):
+        _draw_bands(axis, summaries, found)
+        _label_amount(axis, what, max(float(band.x.max()) for band in found.values()))
+    _scale(axes[0][0], next(iter(panels.values())), label)
+    found = next(reversed(panels.values()))
+    if len(found) <= LABELLED:
+        figure.canvas.draw()
+        _name_lines(axes[0][-1], summaries, found)
+    return _svg(figure)
+
+
+def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str], dict[str, Band]]]]) -> str:
+    """Several measures against tokens, a panel each: title -> (unit, bands)."""
+    panels = {title: (unit, found) for title, (unit, bands) in tags.items() if (found := bands("tokens"))}
+    if not panels:
+        return ""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), squeeze=False)
+    for axis, (title, (unit, found)) in zip(axes[0], panels.items(), strict=True):
+        _draw_bands(axis, summaries, found)
+        _label_amount(axis, "tokens", max(float(band.x.max()) for band in found.values()))
+        axis.set_title(title)
+        axis.set_ylabel(unit)
+    return _svg(figure)
+
+
+def forest(summaries: Summaries) -> str:
+    """Each arm's difference to the baseline: the seeds, their mean and its interval. Empty without a difference."""
+    tests = {name: test for name, test in summaries.tests.items() if test.mean is not None}
+    if not tests:
+        return ""
+    figure, axis = plt.subplots(figsize=(WIDTH * 0.8, 0.75 + 0.42 * len(tests)))
+    numbers = {name: number for number, name in enumerate(summaries.arms)}
+    base = summaries.baseline.values
+    for row, (name, test) in enumerate(tests.items()):
+        color, _ = arm_style(numbers[name])
+        values = summaries.arms[name].values
+        if test.low is not None:
+            axis.plot([test.low, test.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
+        axis.plot([values[seed] - base[seed] for seed in test.seeds], [row] * len(test.seeds), "o", color=color, markersize=4.5)
+        axis.plot([test.mean], [row], marker="|", color=INK, markersize=15, markeredgewidth=2)
+    axis.axvline(0, color=INK, linewidth=1)
+    axis.set_yticks(range(len(tests)), list(tests))
+    axis.set_ylim(len(tests) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(f"difference to {summaries.comparison.baseline} in {summaries.comparison.metric}"
+                    + (" (to the right: better)" if summaries.comparison.metric.higher_is_better else " (to the left: better)"))
+    return _svg(figure)
+
+
+def embeddings(pictures: dict[str, Picture]) -> str:
+    """A panel an arm, all with the same scale."""
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    width = WIDTH * (columns if columns > 2 else 3) / 4 if columns < 4 else WIDTH
+    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.3)), squeeze=False)
+    reach = 1.05 * max(float(np.abs(np.concatenate([one.first, one.second])).max()) for one in pictures.values())
+    for axis in axes.flat[len(pictures):]:
+        axis.set_visible(False)
+    for axis, (name, one) in zip(axes.flat, pictures.items(), strict=False):
+        axis.plot(*np.stack([one.first, one.second], axis=1).transpose(2, 1, 0), color=INK, linewidth=0.5, alpha=0.3)
+        axis.plot(*one.first.T, "o", color=FIRST, markersize=3.2, markeredgewidth=0, alpha=0.85)
+        axis.plot(*one.second.T, "^", color=SECOND, markersize=3.4, markeredgewidth=0, alpha=0.85)
+        axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        axis.set_title(f"{name}\n{one.explained:.0%} of the variance", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.yaxis.set_major_locator(MaxNLocator(3))
+    return _svg(figure)
+
+
+def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
+    for number, name in enumerate(summaries.arms):
+        if (band := found.get(name)) is None:
+            continue
+        color, dash = arm_style(number)
+        many = len(band.x) > 12
+        if len(band.x) == 1:
+            axis.errorbar(band.x, band.mean, [band.mean - band.low, band.high - band.mean], color=color, marker="o", markersize=5, capsize=0,
+                          elinewidth=4, ecolor=matplotlib.colors.to_rgba(color, 0.35))
+        else:
+            axis.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(band.x, band.mean, color=color, linestyle=dash, marker=None if many else "o", markersize=3.5)
+
+
+def _label_amount(axis: Axes, what: str, largest: float) -> None:
+    """Ticks without powers of ten, which go into the label."""
+    power = 3 * int(np.floor(np.log10(max(largest, 1)) / 3)) if largest >= 10_000 else 0
+    unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(power, f" (10{str(power).translate(SUPERSCRIPTS)})")
+    axis.set_xlabel(NAMES[what] + unit)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:,.6g}"))
+    axis.set_xlim(left=0)
+
+
+def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
+    """Logarithmic for what falls over more than a factor of 5."""
+    low, high = min(float(band.low.min()) for band in found.values()), max(float(band.high.max()) for band in found.values())
+    logarithmic = low > 0 and high / low > 5
+    if logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel(label + (", log scale" if logarithmic else ""))
+
+
+def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
+    """The names of the arms to the right of the chart, at the heights of their ends as far as there is room."""
+    to_axes = axis.transAxes.inverted()
+    ends = {name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1] for name, band in found.items()}
+    order = sorted(ends, key=ends.get)
+    gap, heights = 0.085, []
+    for name in order:
+        heights.append(max(ends[name], heights[-1] + gap if heights else 0.0))
+    excess = max(0.0, heights[-1] - 1.0)
+    for place in range(len(heights) - 1, -1, -1):
+        ceiling = heights[place] - excess if place == len(heights) - 1 else min(heights[place], heights[place + 1] - gap)
+        heights[place] = ceiling
+    numbers = {name: number for number, name in enumerate(summaries.arms)}
+    for name, height in zip(order, heights, strict=True):
+        axis.text(1.03, height, name, transform=axis.transAxes, color=arm_style(numbers[name])[0], va="center", fontsize=9)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element: without declaration and metadata, which name addresses, with colours and ids of this page."""
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = written.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    for stand_in, variable in VARIABLES.items():
+        text = text.replace(stand_in, variable)
+    text = re.sub(r"#05([0-9a-f]{2})00", lambda found: arm_variable(int(found[1], 16)), text)
+    mine = f"c{next(_counter)}-"
+    text = re.sub(r'\bid="', f'id="{mine}', text)
+    text = re.sub(r"url\(#", f"url(#{mine}", text)
+    text = re.sub(r'href="#', f'href="#{mine}', text)
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)

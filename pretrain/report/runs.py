@@ -1,0 +1,152 @@
+"""What a run directory tells: its settings, its curves, and its scores."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from data_prep.console import UserError
+from data_prep.files import read_json_or_nothing
+from pretrain.config import dump_config, load_config
+from pretrain.evaluation.results import read_results
+from pretrain.run_folder import read_metrics, read_status
+
+VALIDATION = "validation"
+"""As a task: the metric is a tag of metrics.jsonl."""
+LOWER_IS_BETTER = ("loss", "lm", "jepa", "perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it was read."""
+
+    folder: Path
+    config: dict[str, Any]
+    """Plain values, with the defaults of this version where it reads them."""
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 0)
+
+    @property
+    def objective(self) -> str:
+        """The name of its objective."""
+        return self.config["objective"]["name"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has consumed its budget."""
+        return self.status.get("status") == "finished" and bool(self.metrics)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of metrics.jsonl: what it has consumed, and its last values."""
+        return self.metrics[-1] if self.metrics else {}
+
+    @property
+    def root(self) -> Path:
+        """The folder in which it was started, if the run directory still stands where it was written; paths of the configuration start there."""
+        written = Path(self.config.get("output_dir", "runs")) / self.config["name"]
+        folder = self.folder.resolve()
+        if written.is_absolute() or folder.parts[-len(written.parts):] != written.parts:
+            return Path()
+        return folder.parents[len(written.parts) - 1]
+
+    def curve(self, tag: str) -> list[tuple[int, float]]:
+        """(step, value) wherever metrics.jsonl has the tag."""
+        return [(line["step"], line[tag]) for line in self.metrics if line.get(tag) is not None]
+
+    def value(self, *tags: str) -> float | None:
+        """The last value of the first of the tags that the run has."""
+        return next((curve[-1][1] for curve in map(self.curve, tags) if curve), None)
+
+    def consumed(self, key: str, steps: Iterable[int]) -> np.ndarray:
+        """A counter of metrics.jsonl (`tokens`, `seconds`) at steps, on a straight line between the logged ones, which start at 0."""
+        lines = [{"step": 0, key: 0}, *self.metrics]
+        return np.interp(list(steps), [line["step"] for line in lines], [line[key] for line in lines])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run: of a task of evaluation/results.jsonl, or, for the task `validation`, a tag of metrics.jsonl."""
+
+    task: str
+    name: str
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        return f"{self.task}/{self.name}"
+
+    @staticmethod
+    def parse(text: str) -> "Metric":
+        """From TASK/NAME. Raises UserError."""
+        task, slash, name = text.partition("/")
+        if not (task and slash and name):
+            raise UserError(f"--metric {text}: write TASK/NAME, such as nl_rx/exact or validation/loss/lm")
+        return Metric(task, name, not any(part in LOWER_IS_BETTER for part in name.split("/")))
+
+    def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
+        """(step, value), ascending; several results of a step, from several finetuning seeds, as their mean. `settings` as of `common_settings`."""
+        if self.task == VALIDATION:
+            return run.curve(f"{self.task}/{self.name}")
+        found: dict[int, list[float]] = {}
+        for result in self.results(run):
+            if identity(result) == settings:
+                found.setdefault(result["step"], []).append(result["metrics"][self.name])
+        return [(step, float(np.mean(found[step]))) for step in sorted(found)]
+
+    def results(self, run: Run) -> list[dict[str, Any]]:
+        """The results of its task that have it."""
+        return [result for result in run.results if result["task"] == self.task and result["metrics"].get(self.name) is not None]
+
+    def final(self, run: Run, settings: str | None) -> float | None:
+        """The value at the last step of a finished run; None where it has none."""
+        curve = self.curve(run, settings) if run.finished else []
+        return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
+
+    def common_settings(self, runs: list[Run]) -> str | None:
+        """The settings under which most runs have it at their last step: only such results may be compared. None where no run has it."""
+        votes: dict[str, int] = {}
+        for run in runs:
+            for settings in {identity(result) for result in self.results(run) if result["step"] == run.last.get("step")}:
+                votes[settings] = votes.get(settings, 0) + 1
+        if not votes:
+            votes = {identity(result): 1 for run in runs for result in self.results(run)}
+        return max(votes, key=votes.get) if votes else None
+
+
+def identity(result: dict[str, Any]) -> str:
+    """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning."""
+    settings = result.get("settings") or {}
+    kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides")}
+    overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
+    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows")], sort_keys=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory."""
+    return (folder / "config.yaml").is_file()
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory, at any state of the run. Raises UserError for a configuration that is none."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(dump_config(load_config(path)))
+    except UserError:  # of another version, which is no reason not to compare what it wrote
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            config = None
+        if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):
+            raise UserError(f"{path} is no configuration of a run: it needs name and objective.name") from None
+    return Run(folder, config, read_json_or_nothing(folder / "environment.json") or {}, read_status(folder), read_metrics(folder),
+               read_results(folder))

@@ -1,0 +1,133 @@
+"""Paired tests over seeds, corrected for several arms, and what they could have seen.
+
+Student's paired t-test: an arm and the baseline share a seed, which decides the initial weights and the order of the records, so their
+difference has less spread than their values. Holm's correction (Scandinavian Journal of Statistics 6, 1979) for several arms against one
+baseline.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import chi2, norm, t
+
+ALPHA = 0.05
+"""Chance of calling any arm better or worse than the baseline, where none is."""
+POWER = 0.8
+QUANTILES = 10_000
+"""Of the standard deviation of a sample, in the sum that gives the power of a test."""
+Verdict = Literal["helps", "hurts", "no difference found", "no verdict"]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An arm against the baseline, over the seeds that both have."""
+
+    seeds: list[int]
+    mean: float | None
+    """Of the differences, arm minus baseline, one a seed; None without a seed in common."""
+    verdict: Verdict
+    sd: float | None = None
+    p: float | None = None
+    """Two-sided, of this arm alone."""
+    corrected_p: float | None = None
+    """By Holm, for all arms that were tested."""
+    level: float | None = None
+    """Confidence level of the interval: 95% after the correction."""
+    low: float | None = None
+    high: float | None = None
+    detectable: float | None = None
+    """The smallest true difference that a test of this many seeds, differences of this spread and this many arms finds with 80% power."""
+    reason: str = ""
+    """Why there is no verdict."""
+
+
+def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool) -> dict[str, Paired]:
+    """Test each arm against the baseline; all are values of the metric by seed."""
+    pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
+    found = {name: _untested(differences) for name, differences in pairs.items()}
+    tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if found[name] is None}
+    p_values = {name: p_value(differences) for name, differences in tested.items()}
+    for name, (corrected_p, alpha) in holm(p_values).items():
+        differences = tested[name]
+        low, high = interval(differences, alpha)
+        found[name] = Paired(
+            list(pairs[name]), float(differences.mean()), _verdict(differences.mean(), corrected_p, higher_is_better), float(differences.std(ddof=1)),
+            p_values[name], corrected_p, 1 - alpha, low, high,
+            detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
+    return found
+
+
+def _untested(differences: dict[int, float]) -> Paired | None:
+    """What can be said where no test is possible."""
+    seeds, values = list(differences), np.array(list(differences.values()))
+    if not seeds:
+        return Paired(seeds, None, "no verdict", reason="no seed has a value of both")
+    mean = float(values.mean())
+    if len(seeds) == 1:
+        return Paired(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
+    if not values.any():
+        return Paired(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
+    if np.ptp(values) <= 1e-12 * abs(mean):
+        return Paired(seeds, mean, "no verdict", 0.0, reason="the difference is the same in every seed, so its spread cannot be estimated")
+    return None
+
+
+def _verdict(mean: float, corrected_p: float, higher_is_better: bool) -> Verdict:
+    if corrected_p >= ALPHA:
+        return "no difference found"
+    return "helps" if (mean > 0) == higher_is_better else "hurts"
+
+
+def p_value(differences: np.ndarray) -> float:
+    """Two-sided p of the t-test that the mean of the differences (n,) is 0."""
+    return float(2 * t.sf(abs(differences.mean()) / _standard_error(differences), len(differences) - 1))
+
+
+def interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
+    """The confidence interval of the mean of differences (n,) at level 1 - alpha."""
+    half = t.ppf(1 - alpha / 2, len(differences) - 1) * _standard_error(differences)
+    return float(differences.mean() - half), float(differences.mean() + half)
+
+
+def _standard_error(differences: np.ndarray) -> float:
+    return float(differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """For each p its corrected value, and the alpha that its own interval takes.
+
+    The corrected p is below ALPHA where Holm's step-down procedure rejects, and then, and only then, the interval at level 1 - alpha leaves
+    out 0: the first p that is not rejected stops the procedure, and all above it are measured by its alpha.
+    """
+    result: dict[str, tuple[float, float]] = {}
+    ordered = sorted(p_values, key=p_values.get)
+    largest, factor = 0.0, len(ordered)
+    for rank, name in enumerate(ordered):
+        if largest < ALPHA:
+            factor = len(ordered) - rank
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        result[name] = (largest, ALPHA / factor)
+    return result
+
+
+def detectable_difference(sd: float, seeds: int, alpha: float) -> float:
+    """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80%, for differences of this standard deviation."""
+    return _detectable_effect(seeds, alpha) * sd
+
+
+@lru_cache
+def _detectable_effect(seeds: int, alpha: float) -> float:
+    """The same in standard deviations."""
+    bound, quantiles = t.ppf(1 - alpha / 2, seeds - 1), (np.arange(QUANTILES) + 0.5) / QUANTILES
+    seen = bound * np.sqrt(chi2.ppf(quantiles, seeds - 1) / (seeds - 1))  # over the sd that a sample may show; scipy's nct is NaN for few seeds
+
+    def missing(shift: float) -> float:
+        return float(np.mean(norm.sf(seen - shift) + norm.cdf(-seen - shift))) - POWER
+
+    high = bound
+    while missing(high) < 0:
+        high *= 2
+    return float(brentq(missing, 0, high) / np.sqrt(seeds))

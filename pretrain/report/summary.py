@@ -1,0 +1,146 @@
+"""Each arm in numbers: the metric and its test, what was consumed, what the term costs, and whether embeddings have collapsed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from data_prep.console import UserError
+from pretrain.objectives.monitors import has_collapsed
+from pretrain.report.arms import Arm, Comparison
+from pretrain.report.cost import Flops, count_flops
+from pretrain.report.runs import Run
+from pretrain.report.statistics import Paired, compare
+
+MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
+LOSSES = ("loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa")
+
+
+class Spread(NamedTuple):
+    """Values of several seeds."""
+
+    mean: float
+    sd: float | None
+    """None for one seed."""
+    low: float
+    high: float
+    seeds: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of the values that there are; None without any."""
+    found = np.array([value for value in values if value is not None], dtype=float)
+    if not len(found):
+        return None
+    return Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None, float(found.min()), float(found.max()), len(found))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm."""
+
+    arm: Arm
+    finished: list[Run]
+    values: dict[int, float]
+    """The metric at the end of each finished run, by seed."""
+    test: Paired | None
+    """Against the baseline; None for the baseline itself."""
+    flops: Flops | None
+    """None where they could not be counted."""
+    flops_ratio: float | None
+    """FLOPs of a corpus token, over those of the baseline."""
+    seconds_ratio: Spread | None
+    """Seconds of a corpus token, over those of the baseline with the same seed."""
+    losses: dict[str, Spread] = field(default_factory=dict)
+    monitors: dict[str, Spread] = field(default_factory=dict)
+    collapsed: list[int] = field(default_factory=list)
+    """Seeds whose embeddings have collapsed."""
+
+    @property
+    def metric(self) -> Spread | None:
+        return spread(self.values.values())
+
+    def consumed(self, what: str) -> Spread | None:
+        """`tokens`, `flops` or `seconds` of the finished runs."""
+        if what == "flops":
+            return spread(self.flops.per_token * run.last["tokens"] for run in self.finished) if self.flops else None
+        return spread(run.last[what] for run in self.finished)
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """All arms, the baseline first."""
+
+    comparison: Comparison
+    arms: dict[str, Summary]
+    settings: str | None
+    """Of the evaluations that are compared."""
+    no_flops: str
+    """Why FLOPs are not counted; empty where they are."""
+
+    @property
+    def baseline(self) -> Summary | None:
+        return self.arms.get(self.comparison.baseline)
+
+    @property
+    def tests(self) -> dict[str, Paired]:
+        """Of all arms but the baseline."""
+        return {name: summary.test for name, summary in self.arms.items() if summary.test}
+
+
+def summarize(comparison: Comparison) -> Summaries:
+    """Count, compare and test."""
+    settings = comparison.metric.common_settings(comparison.runs)
+    values = {name: {seed: value for seed, run in arm.runs.items() if (value := comparison.metric.final(run, settings)) is not None}
+              for name, arm in comparison.arms.items()}
+    tests = {}
+    if comparison.baseline is not None:
+        tests = compare({arm.name: values[arm.name] for arm in comparison.others}, values[comparison.baseline], comparison.metric.higher_is_better)
+    flops, problem = _all_flops(comparison)
+    of_baseline = comparison.arms.get(comparison.baseline)
+    arms = {}
+    for name, arm in comparison.arms.items():
+        finished = [run for run in arm.runs.values() if run.finished]
+        arms[name] = Summary(
+            arm, finished, values[name], tests.get(name), flops.get(name),
+            flops[name].per_token / flops[comparison.baseline].per_token if flops and comparison.baseline else None,
+            _seconds_ratio(arm, of_baseline) if of_baseline else None,
+            {tag: found for tag in LOSSES if (found := spread(run.value(tag) for run in finished))},
+            {tag: found for tag in MONITORS if (found := spread(monitor(run, tag) for run in finished))},
+            [run.seed for run in finished if _collapsed(run)],
+        )
+    return Summaries(comparison, arms, settings, problem)
+
+
+def _all_flops(comparison: Comparison) -> tuple[dict[str, Flops], str]:
+    """Of each arm; none at all, and why, where those of one arm cannot be counted."""
+    flops = {}
+    for arm in comparison.arms.values():
+        if arm.first is None:
+            return {}, f"the arm {arm.name} has no run yet"
+        try:
+            flops[arm.name] = count_flops(arm.first)
+        except UserError as error:
+            return {}, f"{arm.first.folder}: {error}"
+    return flops, ""
+
+
+def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
+    def seconds_per_token(run: Run) -> float:
+        return run.last["seconds"] / run.last["tokens"]
+
+    both = [(run, baseline.runs[seed]) for seed, run in arm.runs.items() if run.finished and seed in baseline.runs and baseline.runs[seed].finished]
+    return spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
+
+
+def monitor(run: Run, name: str) -> float | None:
+    """A diagnostic of the embeddings at the end: on the validation records, or, without those, on the last logged micro step."""
+    return run.value(f"validation/embedding/{name}", f"embedding/{name}")
+
+
+def _collapsed(run: Run) -> bool:
+    """Of a run that has a term on pairs; other embeddings were never asked to tell pairs apart."""
+    monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
+    has_term = run.objective == "llm_jepa" or bool(run.config["objective"].get("regularizers"))
+    return has_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)

@@ -1,0 +1,52 @@
+"""A real study of tiny runs: two arms, two seeds, trained and evaluated."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, call, tiny_config, write_config
+from tests.pretrain.report.tiny_study import ARMS, ROWS, SEEDS, copy_run, write_study
+
+EVALUATE = """
+import sys
+from pretrain.evaluation.job import main
+_, rows, *run_dirs = sys.argv
+for run_dir in run_dirs:
+    sys.argv = ["evaluate", run_dir, "--task", "nl_rx", f"task.rows={rows}"]
+    main()
+"""
+"""Several runs in one process, to save start-ups."""
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory) -> Path:
+    """The folder of the study, as launcher/study.py leaves it."""
+    folder = tmp_path_factory.mktemp("report") / "study"
+    configs = {(arm, seed): write_config(folder / "configs", tiny_config(
+        folder, **changes, name=f"{arm}-seed{seed}", seed=seed, train__steps=6, monitor__validate_every=3, monitor__tensorboard=False))
+        for arm, changes in ARMS.items() for seed in SEEDS}
+    call([sys.executable, "-m", "data_prep", str(next(iter(configs.values())))])
+    call([sys.executable, str(ROOT / "tests/pretrain/training/several_runs.py"), *map(str, configs.values())])
+    call([sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())])
+    write_study(folder, {arm: {seed: f"runs/{arm}-seed{seed}" for seed in SEEDS} for arm in ARMS})
+    return folder
+
+
+@pytest.fixture
+def altered(study, tmp_path) -> Callable[..., Path]:
+    """A study of copies of the runs, with these values of the metric: {arm: {seed: value}}. The arms beyond the baseline are the pair arm."""
+
+    numbers = itertools.count()
+
+    def alter(values: dict[str, dict[int, float]], name: str = "tiny") -> Path:
+        folder = tmp_path / f"study{next(numbers)}"
+        for number, seeds in enumerate(values.values()):
+            for seed, value in seeds.items():
+                copy_run(study / "runs" / f"{list(ARMS)[min(number, 1)]}-seed1", folder / f"arm{number}-{seed}", seed, value)
+        write_study(folder, {arm: {seed: f"arm{number}-{seed}" for seed in seeds} for number, (arm, seeds) in enumerate(values.items())}, name)
+        return folder
+
+    return alter

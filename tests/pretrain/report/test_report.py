@@ -1,0 +1,243 @@
+"""Reports of real runs: what they say, and that the page stands alone."""
+
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.console import UserError
+from pretrain.report.arms import read_comparison
+from pretrain.report.page import html, markdown
+from pretrain.report.summary import summarize
+from pretrain.run_folder import read_metrics
+from tests.launching import call
+from tests.pretrain.report.tiny_study import ROWS, SEEDS, change_lines, copy_run
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """The elements of a page; `open` is empty where all were closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.found, self.ids, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_alone(text: str) -> Page:
+    """The page is whole, and asks for nothing beside itself: no address, no script, no reference but into itself."""
+    page = Page(text)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.found}
+    references = [value for _, attributes in page.found for name, value in attributes.items() if name.endswith(("href", "src", "srcset"))]
+    references += re.findall(r"url\(([^)]*)\)", text)
+    assert references and all(reference.startswith("#") and reference[1:] in page.ids for reference in references)
+    assert "@import" not in text and not re.search(r"https?:", re.sub(r">[^<]*<", "><", text))
+    return page
+
+
+def sections(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
+    """The Markdown and the page of a report, without a process of its own."""
+    summaries = summarize(read_comparison([study], choices.get("baseline"), choices.get("metric")))
+    return markdown(summaries), html(summaries, lambda _: None) if page else ""
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    """The rows of the Markdown table by arm."""
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+@pytest.fixture(scope="module")
+def reported(study, tmp_path_factory) -> tuple[str, Path]:
+    """What the command prints and writes on the study."""
+    folder = tmp_path_factory.mktemp("output")
+    return call([sys.executable, "launcher/report.py", str(study), "--output", str(folder)]).stdout, folder
+
+
+def test_the_command_writes_a_table_and_a_page(study, reported):
+    printed, folder = reported
+    assert (folder / "REPORT.md").read_text() == printed.removesuffix("\n")
+    rows = table(printed)
+    assert list(rows) == ["next_token", "llm_jepa"] and rows["next_token"]["verdict"] == "baseline"
+    for arm, row in rows.items():
+        lines = [read_metrics(study / "runs" / f"{arm}-seed{seed}")[-1] for seed in SEEDS]
+        assert row["seeds"] == "2 of 2"
+        assert row["tokens"] == f"{np.mean([line['tokens'] for line in lines]):,.0f}"
+        assert row["seconds"] == f"{np.mean([line['seconds'] for line in lines]):,.0f}"
+        assert row["validation/loss/lm"].startswith(f"{np.mean([line['validation/loss/lm'] for line in lines]):.4f} ± ")
+    assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it computes copies of the targets
+    assert "Metric: chosen in study.json" in printed
+
+
+def test_the_page_stands_alone_and_shows_everything(reported):
+    text = (reported[1] / "report.html").read_text()
+    page = check_alone(text)
+    words = " ".join(page.text)
+    for expected in ("nl_rx/exact", "loss/jepa", "training FLOPs", "training seconds", "retrieval@1", "effective rank", "Blue circles: prediction",
+                     "nobody writes the target", "How each number was made", "finished"):
+        assert expected in words, expected
+    assert "No picture of" not in words and "FLOPs are not counted" not in words
+    assert sum(tag == "svg" for tag, _ in page.found) >= 8
+
+
+def test_a_verdict_has_its_numbers(altered):
+    study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
+    text, page = sections(study)
+    assert "better helps: nl\\_rx/exact" in text.replace("_", "\\_") and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
+    assert table(text)["better"]["verdict"] == "helps" and "few" in text
+    assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
+
+
+def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
+    study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
+    random = np.random.default_rng(0)
+    for folder in study.glob("arm*"):
+        config = folder / "config.yaml"
+        config.write_text(re.sub(r"path: .*corpus", "path: nowhere", config.read_text()))
+        (folder / "export" / "step-00000006" / "embeddings").mkdir(parents=True)
+        arrays = {name: random.normal(size=(20, 8)).astype(np.float32) for name in ("text", "code", "text_to_code")}
+        arrays["text_to_code"][3] = np.nan
+        np.savez(folder / "export" / "step-00000006" / "embeddings" / "pairs.npz", **arrays)
+    text, page = sections(study)
+    assert "Blue circles: text_to_code. Orange triangles: code." in page and "No picture of" not in page
+    assert "FLOPs are not counted" in page and "nowhere is not here" in page
+    assert {row["FLOPs"] for row in table(text).values()} == {"–"}
+    check_alone(page)
+
+
+def test_several_arms_are_corrected_and_said_so(altered):
+    study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
+                     "c": {1: 0.5, 2: 0.49, 3: 0.512}})
+    several, _ = sections(study, page=False)
+    rows = table(several)
+    assert rows["c"]["verdict"] == "hurts" and rows["b"]["verdict"] == "no difference found"
+    assert "3 arms are compared with one baseline" in several and "p (Holm)" in rows["a"]
+    assert "c (−0.1993) hurts" in several and "no difference was found" in several
+
+
+def test_ties_are_called_ties(altered):
+    same = {1: 0.70, 2: 0.69, 3: 0.71}
+    text, _ = sections(altered({"plain": same, "twin": same}), page=False)
+    assert "**twin: no difference found to plain" in text and "same values in every seed" in text
+    text, _ = sections(altered({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
+    assert "no difference found" in text and "would have been found with a chance of 80%" in text
+
+
+def test_one_seed_is_no_verdict(altered):
+    text, page = sections(altered({"plain": {1: 0.7}, "better": {1: 0.9}}))
+    assert "better: no verdict, because one seed tells nothing" in text and table(text)["better"]["verdict"] == "no verdict"
+    check_alone(page)
+
+
+def test_missing_and_unfinished_runs_are_told_and_not_counted(altered):
+    study = altered({"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}})
+    shutil.rmtree(study / "arm1-1")
+    (study / "arm1-2" / "status.json").write_text(json.dumps({"status": "running", "step": 3, "reason": ""}))
+    change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(step=3))
+    text, page = sections(study)
+    assert table(text)["other"]["seeds"] == "1 of 4" and "no verdict" in text
+    for expected in ("seed 1 is not there", "seed 2 is running at step 6", "seed 3 has no nl_rx/exact at its last step"):
+        assert expected in text and expected in page
+    check_alone(page)
+
+
+def test_nothing_yet_is_a_page_too(altered):
+    study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
+    for folder in ("arm0-1", "arm1-1"):
+        shutil.rmtree(study / folder)
+    text, page = sections(study)
+    assert "no verdict" in text and "0 of 1" in text and "No run has logged anything yet" in page
+
+
+def test_results_under_other_settings_do_not_count(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
+    change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
+
+
+def test_hostile_text_stays_text(altered):
+    hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ {{ 7 * 7 }} `x` [a](b)"
+    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
+    for path in study.glob("arm*/evaluation/answers/*.jsonl"):
+        change_lines(path, lambda line: line.update(answer=hostile, context=hostile, target=line["target"] + "</code></table>"))
+    text, page = sections(study)
+    assert len(table(text)) == 2 and "<script" not in text and "<img" not in text
+    found = check_alone(page)
+    assert hostile in "".join(found.text)
+
+
+def test_run_directories_become_arms_by_what_differs(study, tmp_path):
+    for arm in ("next_token", "llm_jepa"):
+        for seed in (1, 2, 3):
+            copy_run(study / "runs" / f"{arm}-seed1", tmp_path / f"{arm}{seed}", seed, 0.5 + 0.01 * seed)
+    paths = sorted(tmp_path.iterdir())
+    comparison = read_comparison(paths, None, None)
+    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2, 3], "llm_jepa": [1, 2, 3]}
+    assert comparison.baseline == "next_token" and "not chosen in advance" in comparison.metric_origin
+    assert "not chosen in advance" in markdown(summarize(comparison))
+    validation = read_comparison(paths, None, "validation/loss/lm")
+    assert not validation.metric.higher_is_better and len(summarize(validation).arms["llm_jepa"].values) == 3
+    other = read_comparison(paths, "llm_jepa", None)
+    assert list(other.arms) == ["llm_jepa", "next_token"]
+    config = tmp_path / "llm_jepa3" / "config.yaml"
+    config.write_text(config.read_text().replace("weight: 0.5", "weight: 0.25"))
+    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
+
+
+def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
+    for number, folder in enumerate(("one", "two", "three")):
+        copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
+        config = tmp_path / folder / "config.yaml"
+        config.write_text(re.sub(r"path: .*corpus", f"path: {'long/' * 20}{number}", config.read_text()))
+    baseline = "llm_jepa data.path=long/long/long/long/long/long/…"
+    names = list(read_comparison(sorted(tmp_path.iterdir()), baseline, None).arms)
+    assert len(set(names)) == 3 and max(map(len, names)) < 60
+
+
+def test_a_run_alone_is_shown_without_a_verdict(study):
+    text, _ = sections(study / "runs" / "llm_jepa-seed1", page=False)
+    assert "No verdict: there is one arm, llm_jepa" in text and list(table(text)) == ["llm_jepa"]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(study, tmp_path):
+    done = call([sys.executable, "launcher/report.py", str(tmp_path)], check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no run directory" in done.stderr
+    run = study / "runs" / "llm_jepa-seed1"
+    copy_run(run, tmp_path / "twin", 1, 0.5)
+    (tmp_path / "study.json").write_text("{}")
+    for paths, choices, expected in [
+        ([study], (None, "nl_rx/exakt"), "no run has the metric nl_rx/exakt; there are nl_rx/contains"),
+        ([study], (None, "exact"), "write TASK/NAME"),
+        ([study], ("nobody", None), "there is no arm 'nobody'"),
+        ([study, run], (None, None), "report on it alone"),
+        ([run, tmp_path / "twin"], (None, None), "the same arm with the same seed"),
+        ([tmp_path], (None, None), "is no study"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(expected)):
+            read_comparison(paths, *choices)

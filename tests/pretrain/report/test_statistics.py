@@ -1,0 +1,99 @@
+"""The test over seeds against formulas, brute force and simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pretrain.report.statistics import ALPHA, compare, detectable_difference, holm, interval, p_value
+
+BASELINE = {1: 0.70, 2: 0.69, 3: 0.71, 4: 0.70, 5: 0.68}
+
+
+def shifted(by):
+    return {seed: value + shift for (seed, value), shift in zip(BASELINE.items(), by, strict=True)}
+
+
+def test_one_arm_is_students_paired_test():
+    arm = shifted([0.03, 0.05, 0.01, 0.02, 0.04])
+    found = compare({"arm": arm}, BASELINE, higher_is_better=True)["arm"]
+    scipy = stats.ttest_rel(list(arm.values()), list(BASELINE.values()))
+    bounds = scipy.confidence_interval(0.95)
+    assert (found.p, found.corrected_p) == (pytest.approx(scipy.pvalue), pytest.approx(scipy.pvalue))
+    assert (found.low, found.high) == (pytest.approx(bounds.low), pytest.approx(bounds.high))
+    sd = math.sqrt(sum((shift - 0.03) ** 2 for shift in (0.03, 0.05, 0.01, 0.02, 0.04)) / 4)
+    assert found.mean == pytest.approx(0.03) and found.sd == pytest.approx(sd)
+    assert found.low == pytest.approx(0.03 - 2.776445 * sd / math.sqrt(5), rel=1e-5)  # the table's t for 4 degrees of freedom
+
+
+@pytest.mark.parametrize("sign, higher_is_better, verdict", [(1, True, "helps"), (1, False, "hurts"), (-1, True, "hurts"), (-1, False, "helps")])
+def test_better_is_what_the_metric_says(sign, higher_is_better, verdict):
+    arm = shifted([sign * shift for shift in (0.03, 0.031, 0.029, 0.03, 0.032)])
+    assert compare({"arm": arm}, BASELINE, higher_is_better)["arm"].verdict == verdict
+
+
+def test_pairing_finds_what_the_spread_of_the_values_hides():
+    baseline = {1: 0.1, 2: 0.5, 3: 0.9}
+    arm = {1: 0.12, 2: 0.521, 3: 0.919}
+    assert compare({"arm": arm}, baseline, True)["arm"].verdict == "helps"
+    assert stats.ttest_ind(list(arm.values()), list(baseline.values())).pvalue > 0.9
+
+
+def test_ties_and_too_little_are_no_verdict():
+    found = compare({"same": dict(BASELINE), "constant": {seed: value + 0.01 for seed, value in BASELINE.items()}, "one seed": {1: 0.9},
+                     "other seeds": {7: 0.9, 8: 0.9}, "noise": shifted([0.01, -0.01, 0.02, -0.02, 0.001])}, BASELINE, True)
+    assert found["same"].verdict == "no difference found" and found["same"].mean == 0 and "same values" in found["same"].reason
+    assert found["constant"].verdict == "no verdict" and "spread cannot be estimated" in found["constant"].reason
+    assert found["one seed"].verdict == "no verdict" and found["one seed"].mean == pytest.approx(0.2)
+    assert found["other seeds"].verdict == "no verdict" and found["other seeds"].mean is None
+    assert found["noise"].verdict == "no difference found" and found["noise"].low < 0 < found["noise"].high
+    assert found["noise"].corrected_p == found["noise"].p  # the only arm that could be tested
+
+
+def step_down(p_values):
+    """Holm's procedure as it is told: compare the smallest with alpha / m, the next with alpha / (m - 1), and stop at the first failure."""
+    rejected = set()
+    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
+        if p_values[name] >= ALPHA / (len(p_values) - rank):
+            break
+        rejected.add(name)
+    return rejected
+
+
+def test_holm_rejects_what_the_procedure_rejects_and_intervals_agree():
+    random = np.random.default_rng(0)
+    for arms in (1, 2, 3, 7):
+        for _ in range(200):
+            differences = {str(arm): random.normal(random.choice([0, 0.5, 2]), 1, 5) for arm in range(arms)}
+            p_values = {name: p_value(one) for name, one in differences.items()}
+            rejected = step_down(p_values)
+            for name, (corrected, alpha) in holm(p_values).items():
+                low, high = interval(differences[name], alpha)
+                assert (corrected < ALPHA) == (name in rejected) == (not low <= 0 <= high), (p_values, name)
+                assert corrected >= p_values[name] and alpha <= ALPHA
+
+
+def test_holm_on_a_worked_example():
+    corrected = {name: value for name, (value, _) in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}).items()}
+    assert corrected == {"d": pytest.approx(0.02), "a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06)}
+
+
+def test_without_an_effect_one_study_in_twenty_at_most_says_there_is_one():
+    random, studies = np.random.default_rng(1), 1000
+    for arms in (1, 4):
+        wrong = 0
+        for _ in range(studies):
+            baseline = dict(enumerate(random.normal(0.7, 0.02, 4)))
+            values = {str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()} for arm in range(arms)}
+            wrong += any(found.verdict != "no difference found" for found in compare(values, baseline, True).values())
+        assert wrong / studies < 0.07 and (arms > 1 or wrong / studies > 0.03), (arms, wrong)
+
+
+@pytest.mark.parametrize("seeds, tests", itertools.product((2, 3, 5, 10), (1, 4)))
+def test_the_detectable_difference_is_found_four_times_in_five(seeds, tests):
+    random, alpha = np.random.default_rng(2), ALPHA / tests
+    differences = random.normal(detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
+    t_values = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(seeds))
+    assert np.mean(np.abs(t_values) > stats.t.ppf(1 - alpha / 2, seeds - 1)) == pytest.approx(0.8, abs=0.01)

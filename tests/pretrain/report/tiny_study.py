@@ -1,0 +1,35 @@
+"""Studies of tiny runs, and copies of runs with other results."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+SEEDS = (1, 2)
+ARMS = {"next_token": {"objective": {"name": "next_token"}}, "llm_jepa": {"objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5}}}
+ROWS = 12
+
+
+def write_study(folder: Path, arms: dict[str, dict[int, str]], name: str = "tiny") -> None:
+    """study.json, of runs given relative to its folder."""
+    (folder / "study.json").write_text(json.dumps({
+        "name": name, "matched_by": "tokens", "baseline": next(iter(arms)), "metric": {"task": "nl_rx", "name": "exact", "higher_is_better": True},
+        "arms": {arm: {"overrides": {}, "runs": {str(seed): path for seed, path in runs.items()}} for arm, runs in arms.items()}}))
+
+
+def copy_run(source: Path, target: Path, seed: int, exact: float) -> None:
+    """A run as if it had that seed and result; without its weights."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", "export", "model", "logs", ".lock"))
+    config = yaml.safe_load((target / "config.yaml").read_text()) | {"seed": seed, "name": target.name}
+    (target / "config.yaml").write_text(yaml.safe_dump(config))
+    change_lines(target / "evaluation" / "results.jsonl", lambda line: line["metrics"].update(exact=exact))
+
+
+def change_lines(path: Path, change: Callable[[dict], None]) -> None:
+    """Change each line of a JSON lines file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        change(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
