@@ -87,9 +87,9 @@ def _steps(folder: Path, running: list[subprocess.Popen], names: list[str]) -> f
 
 def _plan(config: Path) -> Any:
     from pretrain.config import load_config
-    from pretrain.training.dry_run import make_plan
+    from pretrain.training.dry_run import checked_plan
 
-    return make_plan(load_config(config), 2)
+    return checked_plan(load_config(config), 2)
 
 
 def _call(command: list[str]) -> None:
