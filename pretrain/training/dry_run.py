@@ -45,15 +45,9 @@ def dry_run(config: RunConfig) -> None:
     rank, ranks = _launched()
     if rank:
         return
-    settings = engine_settings(config, ranks or 1)
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
     _check_start(config, corpus, ranks)
-    check_zero_options(settings)
-    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
-    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
-    model = _model_of_shapes(config, tokenizer)
-    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
-    plan = Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
+    plan = make_plan(config, corpus, ranks)
 
     if config.resting_keys:
         print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
@@ -66,6 +60,17 @@ def dry_run(config: RunConfig) -> None:
         _print_table(table)
     print("\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
           "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.", flush=True)
+
+
+def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
+    """What the run would take; with a corpus, means over the steps of its first window. Raises UserError."""
+    settings = engine_settings(config, ranks or 1)
+    check_zero_options(settings)
+    zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
+    tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
+    model = _model_of_shapes(config, tokenizer)
+    step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
+    return Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
 
 
 def _launched() -> tuple[int, int | None]:
