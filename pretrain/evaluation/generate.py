@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
+from pretrain.evaluation.helpers import share_rows
 
 BATCH = 128
 
@@ -22,6 +23,7 @@ class Answer(NamedTuple):
     """Whether it ended with the end token, rather than at the limit."""
 
 
+@share_rows
 def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 

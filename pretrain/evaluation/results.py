@@ -28,8 +28,14 @@ def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict
 
 def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:
     """Whether the result stands already."""
-    wanted = identity(task, step, overrides)
-    return any(wanted.items() <= result.items() for result in read_results(run_dir))
+    return step in evaluated_steps(run_dir, [task], overrides)
+
+
+def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Sequence[str] = ()) -> set[int]:
+    """The steps at which the result of each task stands."""
+    results = read_results(run_dir)
+    wanted = [{key: value for key, value in identity(task, 0, overrides).items() if key != "step"} for task in tasks]
+    return set.intersection(*({result["step"] for result in results if one.items() <= result.items()} for one in wanted))
 
 
 def append_result(run_dir: Path, result: dict[str, Any]) -> None:

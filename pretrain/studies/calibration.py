@@ -50,7 +50,8 @@ def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, pro
         log, path = log_of(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
         print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
         if study.config.slurm:
-            wait_for(submit(launcher / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path))
+            job = submit(launcher / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path)
+            wait_for(job, lambda: processes.stopped is not None)
         else:
             processes.train(launcher, study.config.launch, path, log)
         if not processes.stopped:

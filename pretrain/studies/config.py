@@ -98,7 +98,8 @@ class Study:
 
     def run_config(self, arm: str, seed: int, more: dict[str, Any] | None = None) -> RunConfig:
         """The configuration of a run: base, arm, then `more` dotted keys. Raises UserError naming the arm."""
-        changes = self.config.arms[arm] | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder)} | (more or {})
+        changes = self.config.arms[arm] | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder),
+                                             "checkpoint.resume": "auto"} | (more or {})
         try:
             return load_config(self.base, [as_override(key, value) for key, value in changes.items()])
         except UserError as error:

@@ -54,7 +54,8 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
         for note in arm.notes:
             print_now(f"{arm.name}: {note}")
     how = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
-    print_now(f"\n{len(matching.arms)} arms x {len(config.seeds)} seeds = {len(matching.arms) * len(config.seeds)} runs, {how}, in {study.folder}")
+    arms, seeds = len(matching.arms), len(config.seeds)
+    print_now(f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {how}, in {study.folder}")
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:

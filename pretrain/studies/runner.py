@@ -6,7 +6,7 @@ from pathlib import Path
 from data_prep.console import print_now
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config
-from pretrain.evaluation.results import is_evaluated
+from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import list_steps, read_status
 from pretrain.studies.processes import Processes
 from pretrain.studies.record import Record, Run
@@ -37,7 +37,8 @@ def is_trained(run: Run) -> bool:
 
 def is_done(run: Run) -> bool:
     """Whether a run is trained, and all its tasks evaluated at its last step."""
-    return is_trained(run) and all(is_evaluated(run.dir, task, list_steps(run.dir / "checkpoints")[-1]) for task in run.config.evaluation.tasks)
+    tasks = run.config.evaluation.tasks
+    return is_trained(run) and (not tasks or list_steps(run.dir / "checkpoints")[-1] in evaluated_steps(run.dir, tasks))
 
 
 def run_here(folder: Path, launcher: Path, launch: str, runs: list[Run], record: Record, processes: Processes) -> int:

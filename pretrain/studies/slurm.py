@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.console import UserError, print_now
@@ -42,9 +43,9 @@ def submit(script: Path, options: str, name: str, log: Path, argument: Path, mor
     return int(done.stdout.partition(";")[0])
 
 
-def wait_for(job: int) -> None:
-    """Return when a job has left the queue."""
-    while _is_queued(job):
+def wait_for(job: int, stopped: Callable[[], bool]) -> None:
+    """Return when a job has left the queue, or this process is asked to stop."""
+    while not stopped() and _is_queued(job):
         time.sleep(5)
 
 

@@ -9,7 +9,7 @@ from data_prep.nlrx_grammar import generate
 from pretrain.studies.config import load_study
 from tests.launching import call, tiny_config, write_config
 
-STEPS = 100
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     pairs = (generate(0, "test", index) for index in range(20))
     (folder / "pairs.jsonl").write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
     config = write_config(folder, tiny_config(
-        folder, name="base", train__steps=STEPS, train__global_batch_rows=16, train__micro_batch_rows=8, monitor__log_every=5,
+        folder, name="base", train__steps=STEPS, train__global_batch_rows=8, train__micro_batch_rows=4, monitor__log_every=5,
         evaluation={"tasks": [{"name": "loss", "test": str(folder / "pairs.jsonl")}]}))
     call(["python", "-m", "data_prep", str(config)])
     return folder

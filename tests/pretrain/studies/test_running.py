@@ -52,7 +52,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     path, study = write_study(), folder / "studies" / "two"
     plain, jepa = study / "plain-seed1", study / "jepa-seed1"
     shown = call([*STUDY, str(path), "--dry-run"]).stdout
-    assert "2 arms x 1 seeds = 2 runs, matched by tokens" in shown and not study.exists()
+    assert "2 arms x 1 seed = 2 runs, matched by tokens" in shown and not study.exists()
 
     first = start(path, folder / "first.log")
     first.wait_until(in_the_middle(jepa), "steps of the second run")
