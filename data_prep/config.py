@@ -234,6 +234,8 @@ class TaskFiles(Section):
     test: str | None = None
     rows: Any = None
     finetune: Any = None
+    finetune_objective: Any = None
+    finetune_lora: Any = None
 
 
 class EvaluationFiles(Section):

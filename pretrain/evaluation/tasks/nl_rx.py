@@ -5,18 +5,16 @@ paper reports). contains: the target stands in it. stopped: it ended with the en
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 
 from data_prep.config import task_source
 from data_prep.files import write_text
 from data_prep.tokenizer import Tokenizer
-from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import Answer, answer
 from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source, read_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
-from pretrain.run_folder import list_steps, step_name
+from pretrain.run_folder import step_name
 
 
 def evaluate(run: TaskRun) -> TaskResult:
@@ -31,14 +29,11 @@ def evaluate(run: TaskRun) -> TaskResult:
     name = f"{task.name}-{step_name(run.step)}"
     if task.finetune is not None:
         train = task_source(run.config.data, task.train) if task.train is not None else grammar_source(run.folder / "data", "finetune", views)
-        run_dir = finetune(run.config, task.finetune, run.export, train, run.folder, name)
-        model = export_checkpoint(run_dir, list_steps(run_dir / "checkpoints")[-1])
+        model = finetune(run.config, task, run.export, train, run.folder, name)
     tokenizer = Tokenizer.load(model)
     longest = max(map(len, tokenizer.encode_batch([target for _, target in pairs])))
     answers = answer(model, [context for context, _ in pairs], max_new_tokens=2 * longest + 1)
     _write_answers(run, name, pairs, answers)
-    if task.finetune is not None:
-        shutil.rmtree(run_dir / "checkpoints")  # the export holds the weights
     return TaskResult(len(pairs), score([target for _, target in pairs], answers))
 
 

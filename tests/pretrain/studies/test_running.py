@@ -55,9 +55,10 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     assert "2 arms x 1 seed = 2 runs, matched by tokens" in shown and not study.exists()
 
     first = start(path, folder / "first.log")
-    first.wait_until(in_the_middle(jepa), "steps of the second run")
+    first.wait_until((study / "configs").exists, "the first run")
     second = call([*STUDY, str(path)], check=False)
     assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), second.stderr
+    first.wait_until(in_the_middle(jepa), "steps of the second run")
     first.process.kill()
     wait_for(lambda: not processes_of(study), 60)
     assert read_status(jepa)["status"] == "resumable" and read_status(plain)["status"] == "finished"
