@@ -1,7 +1,6 @@
 """The `data` section of the configuration, and what the preparation reads of `evaluation`."""
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -220,18 +219,26 @@ class DataConfig(Section):
         return self.model_dump(mode="json", exclude={"path": True, "lm_views": True, "workers": True, "sources": {"__all__": {"weight"}}})
 
 
-def task_source(data: DataConfig, path: str | Path) -> JsonSource:
-    """A file of an evaluation task, read like the corpus' own JSON source: by the columns that its `views` name, where it does."""
+TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]
+"""Rows of an evaluation task."""
+
+
+def task_source(data: DataConfig, given: str | JsonSource | HubSource) -> JsonSource | HubSource:
+    """Rows of an evaluation task. A file alone is read like the corpus' own JSON source: by the columns that its `views` name, where it does."""
+    if not isinstance(given, str):
+        return given
     views = next((source.views for source in data.sources if isinstance(source, JsonSource)), None)
-    return JsonSource(type="json", path=str(path), views=views)
+    return JsonSource(type="json", path=given, views=views)
 
 
 class TaskFiles(Section):
     """A task of the evaluation, as far as the preparation looks at it; training checks the rest (pretrain/config.py)."""
 
     name: str
-    train: str | None = None
-    test: str | None = None
+    label: Any = None
+    train: Any = None
+    test: str | TaskSource | None = None
+    databases: Any = None
     rows: Any = None
     finetune: Any = None
     finetune_objective: Any = None
@@ -245,15 +252,21 @@ class EvaluationFiles(Section):
     tasks: list[TaskFiles] = []
 
 
+PUBLIC_CONTEXTS = ("question", "ctx")
+"""Columns of contexts in the test files of public data sets, which their tasks read whatever the views are called."""
+
+
 def evaluation_tests(evaluation: Any) -> list[str]:
-    """The test files that the `evaluation` section of a configuration names. Raises UserError for one that is misspelt."""
+    """The test files that the `evaluation` section of a configuration names; not those of the hub. Raises UserError for one that is misspelt."""
     tasks = validate(EvaluationFiles, evaluation, "evaluation").tasks if evaluation is not None else []
-    return list(dict.fromkeys(task.test for task in tasks if task.test is not None))
+    tests = [task.test.path if isinstance(task.test, JsonSource) else task.test for task in tasks]
+    return list(dict.fromkeys(test for test in tests if isinstance(test, str)))
 
 
 def readings(data: DataConfig, path: str) -> list[JsonSource]:
     """A test file, read as its task does, and by the columns of every other source: its questions may stand in any of them."""
     mappings = [source.views for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource)]
-    others = [JsonSource(type="json", path=path, views=views) for views in [*mappings, None]]
+    public = [{data.views[0]: column} for column in PUBLIC_CONTEXTS] if len(data.views) > 1 else []
+    others = [JsonSource(type="json", path=path, views=views) for views in [*mappings, None, *public]]
     first = task_source(data, path)
     return [first, *(other for number, other in enumerate(others) if other not in [first, *others[:number]])]

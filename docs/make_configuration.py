@@ -33,7 +33,10 @@ def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel]
     found = [(model, prefix)]
     for name, field in model.model_fields.items():
         found += [pair for below, path in subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
-    return list(dict.fromkeys(found))
+    first: dict[type[BaseModel], str] = {}  # a section that stands in several places is described where it comes first
+    for section, path in found:
+        first.setdefault(section, path)
+    return [(section, path) for section, path in dict.fromkeys(found) if first[section] == path]
 
 
 def _section(model: type[BaseModel], prefix: str) -> str:

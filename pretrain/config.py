@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.config_file import Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.objectives import objective_configs
@@ -142,14 +142,25 @@ class CheckpointConfig(Section):
     """auto: go on from the newest good checkpoint, if there is one. must: an error without one. never: an error with one."""
 
 
-class TaskConfig(Section):
-    """A downstream task of the evaluation job."""
+GENERATIVE = ("nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag")
+"""Tasks of pairs, which can be finetuned on; the others look at the checkpoint as it is."""
 
-    name: Literal["nl_rx", "loss"]
-    """nl_rx: write the target for a context, scored as text. loss: both losses on a file of pairs."""
-    train: str | None = None
-    test: str | None = None
-    """JSON lines of pairs. Without them `nl_rx` draws unseen pairs from the embedded grammar."""
+
+class TaskConfig(Section):
+    """A downstream task of the evaluation job, see docs/evaluation.md."""
+
+    name: Literal["nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag", "retrieval", "geometry", "loss"]
+    """nl_rx: write the regex for a description. gsm8k: the final answer of a problem. spider: write SQL, scored by its results. rotten_tomatoes,
+    yelp: labels. nq_open: short answers. hellaswag: choose an ending. retrieval: find the other view. geometry: how the embeddings of the
+    views lie to each other. loss: both losses."""
+    label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$")
+    """What results and tables call the task; default its name. Tells two tasks of one name apart."""
+    train: str | TaskSource | None = None
+    test: str | TaskSource | None = None
+    """A file of JSON lines, or a source of type json or hub as in data.sources. Without them `nl_rx` draws unseen pairs from the embedded
+    grammar."""
+    databases: str | None = None
+    """Of spider: a folder of SQLite files, DB.sqlite or DB/DB.sqlite by the database's name, or one file for all rows."""
     rows: int | None = Field(default=None, gt=0)
     """Test rows used, the first ones; default all (1,000 of the embedded grammar)."""
     finetune: dict[str, Any] | None = None
@@ -160,23 +171,39 @@ class TaskConfig(Section):
     finetune_lora: LoraConfig | None = None
     """Finetune adapters alone, instead of the whole model."""
 
+    @property
+    def title(self) -> str:
+        """What results and tables call it."""
+        return self.label or self.name
+
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError where the task cannot be put on records of these views."""
-        if self.name == "nl_rx" and len(views) != 2:
-            raise ValueError(f"evaluation.tasks: nl_rx writes the second of two views for the first, but data.views are {list(views)}")
+        if self.name in GENERATIVE and len(views) != 2:
+            raise ValueError(f"evaluation.tasks: {self.name} takes the second of two views for the answer to the first, "
+                             f"but data.views are {list(views)}")
+        if self.name in ("retrieval", "geometry") and len(views) < 2:
+            raise ValueError(f"evaluation.tasks: {self.name} compares two views, but data.views are {list(views)}")
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "TaskConfig":
-        if self.name == "loss" and (self.finetune is not None or self.train is not None):
-            raise ValueError("the task loss trains nothing: leave out train and finetune")
-        if self.name == "loss" and self.test is None:
-            raise ValueError("the task loss needs a file of pairs: test")
-        if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
-            raise ValueError("finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}")
+        if self.name not in GENERATIVE and (self.finetune is not None or self.train is not None):
+            raise ValueError(f"the task {self.name} trains nothing: leave out train and finetune")
+        if self.name != "nl_rx" and self.test is None:
+            raise ValueError(f"the task {self.name} needs rows: test")
+        if self.name == "loss" and isinstance(self.test, HubSource):
+            raise ValueError("the task loss reads a file of pairs: give test a path")
+        if (self.name == "spider") != (self.databases is not None):
+            raise ValueError("the task spider needs databases, a folder of SQLite files" if self.name == "spider" else
+                             f"databases act on the task spider only, not on {self.name}: leave them out")
         if self.test is not None and self.finetune is not None and self.train is None:
             raise ValueError("finetune needs rows to train on that belong to test: give train too")
+        if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
+            raise ValueError("finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}")
         if self.finetune_objective is not None:
             _check_objective(self.finetune_objective)
+        for source in (self.train, self.test):
+            if isinstance(source, JsonSource | HubSource) and (source.weight != 1 or source.split != "train"):
+                raise ValueError("weight and split are for data.sources: leave them out of a task's train and test")
         for key in self.finetune or {}:
             if key not in TrainConfig.model_fields:
                 nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
@@ -207,8 +234,8 @@ class EvaluationConfig(Section):
     @field_validator("tasks")
     @classmethod
     def _unique_names(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
-        if len({task.name for task in tasks}) < len(tasks):
-            raise ValueError("two tasks have the same name")
+        if len({task.title for task in tasks}) < len(tasks):
+            raise ValueError("two tasks have the same name: give one a label")
         return tasks
 
 

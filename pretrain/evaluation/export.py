@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from data_prep.console import UserError
+from data_prep.files import read_json
 from pretrain.config import load_config
-from pretrain.models.export import write_export
+from pretrain.models.export import PREDICTOR_KEY, write_export
+from pretrain.models.export_readme import readme
 from pretrain.models.lora import merge_adapters
 from pretrain.run_folder import MODEL, step_name
 from pretrain.training.checkpoint import consolidate
@@ -22,7 +24,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
     if config.model.lora:
         state = merge_adapters(state, config.model.lora)
     folder.parent.mkdir(exist_ok=True)
-    write_export(folder, run_dir / MODEL, state, {
+    jepa = {
         "run": config.name,
         "step": step,
         "seed": config.seed,
@@ -30,5 +32,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         "views": list(config.data.views),
         "lm_views": config.data.lm_views,
         "sequence_length": config.data.sequence_length,
-    })
+    }
+    family = read_json(run_dir / MODEL / "config.json")["model_type"]
+    write_export(folder, run_dir / MODEL, state, jepa, readme(jepa, family, len(state.get(PREDICTOR_KEY, ()))))
     return folder

@@ -5,12 +5,10 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
-from data_prep.tokenizer import Tokenizer
 from pretrain.evaluation.helpers import share_rows
+from pretrain.evaluation.inference import left_padded, load, prompts
 
 BATCH = 128
 
@@ -21,6 +19,8 @@ class Answer(NamedTuple):
     text: str
     stopped: bool
     """Whether it ended with the end token, rather than at the limit."""
+    fits: bool = True
+    """Whether the context left the model room for an answer; where not, the text is empty."""
 
 
 @share_rows
@@ -28,31 +28,25 @@ def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answe
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 
     An answer is made of text tokens and the end token; no other special or padding id of the vocabulary can be chosen.
-    Raises UserError for a context that leaves no room for an answer.
+    Raises UserError where not one context leaves room for an answer.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = Tokenizer.load(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device).eval()
-    prompts = [[tokenizer.bos_id, *ids, tokenizer.sep_id] for ids in tokenizer.encode_batch(contexts)]
+    model, tokenizer = load(folder)
+    rows = prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
-    if max(map(len, prompts)) >= limit:
-        raise UserError(f"a context of {max(map(len, prompts)) - 2} tokens leaves no room for an answer: the model has {limit} positions")
+    if min(map(len, rows)) >= limit:
+        raise UserError(f"a context of {min(map(len, rows)) - 2} tokens, the shortest, leaves no room for an answer: the model has {limit} positions")
     no_text = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *range(tokenizer.vocab_size, model.config.vocab_size)]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in a batch
-    answers: dict[int, Answer] = {}
-    for first in tqdm(range(0, len(prompts), BATCH), desc="generating", unit="batch", mininterval=1, disable=None):
+    by_length = sorted((place for place, row in enumerate(rows) if len(row) < limit), key=lambda place: len(rows[place]))  # little padding
+    answers = [Answer("", False, False)] * len(rows)
+    for first in tqdm(range(0, len(by_length), BATCH), desc="generating", unit="batch", mininterval=1, disable=None):
         members = by_length[first : first + BATCH]
-        longest = len(prompts[members[-1]])
-        ids = torch.full((len(members), longest), tokenizer.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(members):
-            ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, longest - len(prompts[index]) :] = 1
+        ids, mask = left_padded([rows[place] for place in members], tokenizer.pad_id)
+        longest = ids.shape[1]
         with torch.inference_mode():
-            output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
+            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
                                     max_new_tokens=min(max_new_tokens, limit - longest), suppress_tokens=no_text,
                                     eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-        for index, written in zip(members, output[:, longest:].tolist(), strict=True):
+        for place, written in zip(members, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
-            answers[index] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)
-    return [answers[index] for index in range(len(prompts))]
+            answers[place] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)
+    return answers

@@ -19,15 +19,20 @@ from pretrain.training.background import ask_for_evaluation, evaluations_asked_f
 def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("run_dir", type=Path, help="folder of the run, or with --embed an export")
     parser.add_argument("overrides", nargs="*", metavar="key=value",
                         help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
     parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
+    parser.add_argument("--embed", metavar="FILE", help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
     parser.add_argument("--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead")
     arguments = parser.parse_intermixed_args()
+    if arguments.embed is not None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            exit_on_user_error(lambda: _embed(arguments))
+        return
     exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
 
 
@@ -39,6 +44,14 @@ def _on_all_ranks(evaluate: Callable[[], None]) -> None:
     from pretrain.evaluation.helpers import with_helpers
 
     with_helpers(evaluate)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    if arguments.task or arguments.overrides or arguments.pending or arguments.checkpoint != "latest":
+        raise UserError("--embed takes an export and a file, and nothing else")
+    from pretrain.evaluation.embed import embed_file
+
+    embed_file(arguments.run_dir, arguments.embed)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -79,7 +92,7 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     """The tasks of the configuration, or those named; `task.KEY=VALUE` sets a key of the one named."""
     tasks = config.evaluation.tasks
     if names:
-        known = {task.name: task.model_dump(exclude_none=True) for task in tasks}
+        known = {task.title: task.model_dump(exclude_none=True) for task in tasks}
         chosen = [known.get(name, {"name": name}) for name in names]
     else:
         chosen = [task.model_dump(exclude_none=True) for task in tasks]

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import JsonSource
 from data_prep.files import sha256_file, write_text
 from pretrain.config import TaskConfig
 from pretrain.run_folder import read_metrics, read_status
+
+TABLE_COLUMNS = 6
+"""Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
@@ -20,10 +24,16 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
 def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What one result stands for: step, task, settings, files by their content, and overrides, among which may be a seed."""
-    return {"step": step, "task": task.name, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name"}) | {
-        "files": {path: sha256_file(Path(path)) for path in (task.train, task.test) if path is not None and Path(path).is_file()},
+    paths = [source.path if isinstance(source, JsonSource) else source for source in (task.train, task.test, task.databases)]
+    return {"step": step, "task": task.title, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
+        "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
         "overrides": [word for word in overrides if not word.startswith("task.")],
     }}
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or those below a folder."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] if path.is_file() else []
 
 
 def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:
@@ -64,7 +74,7 @@ def print_summary(run_dir: Path) -> None:
     print_table(rows)
     for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
         results = [result for result in read_results(run_dir) if result["task"] == task]
-        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
         rows = [[task, "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]

@@ -13,15 +13,15 @@ from pretrain.evaluation.tasks.task_run import TaskRun
 def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int, overrides: list[str]) -> None:
     """Export the checkpoint and run the task on it, unless the same was done: same step, settings, files and overrides."""
     if is_evaluated(run_dir, task, step, overrides):
-        print(f"{task.name} at step {step} is evaluated already", flush=True)
+        print(f"{task.title} at step {step} is evaluated already", flush=True)
         return
-    print(f"evaluating {task.name} at step {step}", flush=True)
+    print(f"evaluating {task.title} at step {step}", flush=True)
     started = time.perf_counter()
     result = TASKS[task.name](TaskRun(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     append_result(run_dir, identity(task, step, overrides) | {
         "pretrain_seed": load_config(run_dir / "config.yaml").seed,
         "finetune_seed": config.seed if task.finetune is not None else None,
-        "finetune": task.finetune, "rows": result.rows, "metrics": result.metrics,
+        "finetune": task.finetune, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
     })
-    print(f"{task.name} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()), flush=True)
+    print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()), flush=True)

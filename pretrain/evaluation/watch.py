@@ -90,7 +90,7 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
     while not (run_dir / "config.yaml").exists():
         time.sleep(POLL)
     config, tasks = read()
-    print_now(f"watching {run_dir}: {', '.join(task.name for task in tasks)} on "
+    print_now(f"watching {run_dir}: {', '.join(task.title for task in tasks)} on "
               + (f"the checkpoints of every {config.evaluation.every} steps" if config.evaluation.every else "every checkpoint"))
     watching, told = Watch(run_dir, read, overrides), ""
     threading.Thread(target=watching.keep_pinning, daemon=True).start()

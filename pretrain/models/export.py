@@ -3,6 +3,7 @@
     config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
     jepa.safetensors                                    the predictor embedding, `predictor.weight` (k, D); absent for k = 0
     jepa.json                                           objective, layout, special tokens, corpus settings
+    README.md                                           what it is, and the lines that embed a view
 
 From these both losses can be computed again.
 """
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.files import write_json
+from data_prep.files import write_json, write_text
 from data_prep.tokenizer import Tokenizer
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel
@@ -25,10 +26,10 @@ from pretrain.models.language_model import LanguageModel
 PREDICTOR_KEY = "predictor.weight"
 
 
-def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any]) -> None:
+def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], page: str = "") -> None:
     """Write an export, complete or absent.
 
-    `skeleton` holds config.json and the tokenizer; `state` is the fp32 state of a LanguageModel; `jepa` becomes jepa.json.
+    `skeleton` holds config.json and the tokenizer; `state` is the fp32 state of a LanguageModel; `jepa` becomes jepa.json, `page` README.md.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,6 +45,8 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
     if PREDICTOR_KEY in state:
         save_file({PREDICTOR_KEY: state[PREDICTOR_KEY].contiguous()}, temporary / "jepa.safetensors")
     write_json(temporary / "jepa.json", jepa)
+    if page:
+        write_text(temporary / "README.md", page)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

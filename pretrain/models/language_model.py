@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Last-layer hidden states after the final norm, (B * L, D)."""
         hidden = self.causal_lm.model(
-            inputs_embeds=self._embed(batch.token_ids),
+            inputs_embeds=self.embed(batch.token_ids),
             attention_mask=self.mask(batch),
             position_ids=batch.positions,
             use_cache=False,
@@ -136,7 +136,13 @@ class LanguageModel(nn.Module):
         """Sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
         return self.causal_lm.lm_head(hidden, label_ids)
 
-    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.causal_lm.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the first layer, for ids of the vocabulary and, beyond it, of predictor tokens: (B, L) -> (B, L, D)."""
         embedded = self.causal_lm.get_input_embeddings()(token_ids.clamp(max=self.vocabulary - 1))
         if self.predictor is None:
             return embedded

@@ -22,7 +22,7 @@ class MetricConfig(Section):
     """What the arms are compared by."""
 
     task: str
-    """Name of one of `evaluation.tasks` of the base configuration."""
+    """Name, or label, of one of `evaluation.tasks` of the base configuration."""
     name: str
     """The metric of that task, as results.jsonl names it."""
     higher_is_better: bool = True
@@ -121,7 +121,7 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     overrides = [f"base={os.path.abspath(word.removeprefix('base='))}" if word.startswith("base=") else word for word in overrides]
     config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
     study = Study(config, path.parent / config.base)
-    tasks = [task.name for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks]
+    tasks = [task.title for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks]
     if config.metric.task not in tasks:
         raise UserError(f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
                         f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it")

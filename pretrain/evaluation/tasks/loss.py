@@ -4,7 +4,6 @@ import json
 
 import torch
 
-from data_prep.config import task_source
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
@@ -19,7 +18,7 @@ from pretrain.training.validation import Validation
 def evaluate(run: TaskRun) -> TaskResult:
     """Compute the losses from the export alone, as validation does from the training state."""
     config = run.config
-    corpus = Corpus(prepare_pairs(config, task_source(config.data, run.task.test), run.folder).path, "train")
+    corpus = Corpus(prepare_pairs(config, run.test, run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, config.model.attention, device)
     specials = special_ids(tokenizer, model.vocabulary)

@@ -1,56 +1,61 @@
-"""nl_rx: write the target for a context, scored as text.
+"""nl_rx: write the regex for a description, scored as text and by what it matches.
 
-exact: the answer is the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA
-paper reports). contains: the target stands in it. stopped: it ended with the end token.
+exact: the answer is the target and ended with the end token. equal: it ended so and matches the same lines, by the project's own checker
+(pretrain/evaluation/regex_equality.py); an empty answer is equal to nothing, though some targets match the empty line alone.
+prefix: it starts with the target (what the LLM-JEPA paper reports). contains: the target stands in it. stopped: it ended with the end
+token. `_proper`: on targets that match some lines, but not every one. `_unseen`: on targets that stand neither in the training corpus
+nor in the task's train rows. undecided: share of answers that the checker could not decide within its limits, which count as not equal.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from data_prep.config import task_source
-from data_prep.files import write_text
-from data_prep.tokenizer import Tokenizer
-from pretrain.evaluation.finetune import finetune
-from pretrain.evaluation.generate import Answer, answer
-from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source, read_pairs
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.regex_equality import compare, is_proper
+from pretrain.evaluation.tasks.answering import model_of, read_test, unseen, without_room, write_answers
+from pretrain.evaluation.tasks.rates import rate, rate_of
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
-from pretrain.run_folder import step_name
+
+MOST_UNDECIDED = 50
+"""Comparisons given up, at some seconds each, after which the others are not tried."""
 
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Finetune on the train rows where the task says so, answer the test rows, score."""
-    views, task = run.config.data.views, run.task
-    if task.test is not None:
-        test = task_source(run.config.data, task.test)
-    else:
-        test = grammar_source(run.folder / "data", "test", views, task.rows or GRAMMAR_ROWS)
-    pairs = read_pairs(test, views, "task.test", task.rows)
-    model = run.export
-    name = f"{task.name}-{step_name(run.step)}"
-    if task.finetune is not None:
-        train = task_source(run.config.data, task.train) if task.train is not None else grammar_source(run.folder / "data", "finetune", views)
-        model = finetune(run.config, task, run.export, train, run.folder, name)
-    tokenizer = Tokenizer.load(model)
-    longest = max(map(len, tokenizer.encode_batch([target for _, target in pairs])))
-    answers = answer(model, [context for context, _ in pairs], max_new_tokens=2 * longest + 1)
-    _write_answers(run, name, pairs, answers)
-    return TaskResult(len(pairs), score([target for _, target in pairs], answers))
+    rows = read_test(run)
+    with model_of(run) as model:
+        answers = write_answers(run, model, rows)
+    metrics, counts = score([row.target for row in rows], answers, unseen(run, rows))
+    return TaskResult(len(rows), metrics, counts | without_room(answers))
 
 
-def score(targets: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
-    """Rates over all rows."""
+def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool]) -> tuple[dict[str, float], dict[str, int]]:
+    """Rates, and the rows behind those that are not over all of them. An exact answer is equal, even where the target is no regex."""
     rows = list(zip(targets, answers, strict=True))
+    exact = [answer.text == target and answer.stopped for target, answer in rows]
+    verdicts = _verdicts((target, answer.text) for target, answer in rows if answer.stopped and answer.text.strip() and answer.text != target)
+    same = [is_exact or verdicts.get((target, answer.text), False) for is_exact, (target, answer) in zip(exact, rows, strict=True)]
+    equal = [verdict is True for verdict in same]
+    kinds = {target: is_proper(target) for target in set(targets)}
+    proper = [kinds[target] is True for target in targets]
     return {
-        "exact": sum(answer.text == target and answer.stopped for target, answer in rows) / len(rows),
-        "prefix": sum(answer.text.startswith(target) for target, answer in rows) / len(rows),
-        "contains": sum(target in answer.text for target, answer in rows) / len(rows),
-        "stopped": sum(answer.stopped for _, answer in rows) / len(rows),
-    }
+        "exact": rate(exact),
+        "equal": rate(equal),
+        "prefix": rate(answer.text.startswith(target) for target, answer in rows),
+        "contains": rate(target in answer.text for target, answer in rows),
+        "stopped": rate(answer.stopped for _, answer in rows),
+        **rate_of("equal_unseen", equal, is_unseen),
+        **rate_of("exact_unseen", exact, is_unseen),
+        **rate_of("equal_proper", equal, proper),
+        **rate_of("exact_proper", exact, proper),
+        "undecided": rate(verdict is None for verdict in same),
+    }, {"proper": sum(proper), "unseen": sum(is_unseen)}
 
 
-def _write_answers(run: TaskRun, name: str, pairs: list[tuple[str, str]], answers: list[Answer]) -> None:
-    folder = run.folder / "answers"
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps({"context": context, "target": target, "answer": answer.text, "stopped": answer.stopped}, ensure_ascii=False)
-             for (context, target), answer in zip(pairs, answers, strict=True)]
-    write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+def _verdicts(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+    """Whether the two of each pair match the same lines; None: undecided."""
+    verdicts: dict[tuple[str, str], bool | None] = {}
+    undecided = 0
+    for pair in dict.fromkeys(pairs):
+        verdicts[pair] = compare(*pair).equal if undecided < MOST_UNDECIDED else None
+        undecided += verdicts[pair] is None
+    return verdicts

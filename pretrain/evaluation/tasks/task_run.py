@@ -1,9 +1,11 @@
 """What a task is given and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.config import HubSource, JsonSource, task_source
 from pretrain.config import RunConfig, TaskConfig
+from pretrain.run_folder import step_name
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,21 @@ class TaskRun:
     folder: Path
     """Where the task may write: the run's evaluation folder."""
 
+    @property
+    def name(self) -> str:
+        """Of what the task writes."""
+        return f"{self.task.title}-{step_name(self.step)}"
+
+    @property
+    def train(self) -> JsonSource | HubSource | None:
+        """The rows to finetune on, where the task gives any."""
+        return None if self.task.train is None else task_source(self.config.data, self.task.train)
+
+    @property
+    def test(self) -> JsonSource | HubSource | None:
+        """The rows to score, where the task gives any."""
+        return None if self.task.test is None else task_source(self.config.data, self.task.test)
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -27,3 +44,6 @@ class TaskResult:
     rows: int
     """Test rows."""
     metrics: dict[str, float]
+    """The most telling ones first, which the closing table shows."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows behind rates that are not over all rows, and rows that could not be scored as meant, which count as wrong."""

@@ -3,10 +3,14 @@
 import json
 import shutil
 
-from data_prep.config import JsonSource
+import pytest
+
+from data_prep.config import HubSource, JsonSource
+from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.pairs import prepare_pairs, read_pairs
+from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.rows import read_rows
 from pretrain.run_folder import MODEL
 from tests.launching import tiny_config, write_config
 
@@ -18,5 +22,30 @@ def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
     source = JsonSource(type="json", path=str(tmp_path / "test.jsonl"))
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
     assert len(Corpus(prepare_pairs(config, source, tmp_path / "evaluation").path, "train")) == 10
-    assert read_pairs(source, ("text", "code"), "test") == [tuple(row.values()) for row in rows]
-    assert len(read_pairs(source, ("text", "code"), "test", rows=4)) == 4
+    assert [row.views for row in read_rows(source, ("text", "code"), "test")] == [tuple(row.values()) for row in rows]
+    assert len(read_rows(source, ("text", "code"), "test", rows=4)) == 4
+
+
+def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
+    views = ("text", "code")
+    (tmp_path / "data").mkdir()
+    lines = [{"text": "a", "code": "b"}, {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+             {"question": "e", "answers": ["f", "g"]}]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+
+    def own(columns):
+        return (columns["question"], columns["answers"][0]) if "question" in columns else None
+
+    source = JsonSource(type="json", path=str(tmp_path / "data"))
+    found = read_rows(source, views, "task.test", own=own)
+    assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == ["f", "g"]
+    with pytest.raises(UserError, match=r"test.jsonl:3: text or code is missing or empty; the row has question, answers"):
+        read_rows(source, views, "task.test")
+    (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
+    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: IndexError"):
+        read_rows(source, views, "task.test", own=own)
+    (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
+    hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})
+    assert [row.views for row in read_rows(hub, views, "task.test")] == [("e", "f")]
+    with pytest.raises(UserError, match=r"cannot read the data set .* split validation"):
+        read_rows(hub.model_copy(update={"hub_split": "validation"}), views, "task.test")

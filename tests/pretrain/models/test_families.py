@@ -69,7 +69,7 @@ def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
 
 
 def states_under(model: LanguageModel, packed: Packed, mask) -> torch.Tensor:
-    return model.causal_lm.model(inputs_embeds=model._embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions,
+    return model.causal_lm.model(inputs_embeds=model.embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions,
                                  use_cache=False).last_hidden_state
 
 
@@ -180,7 +180,7 @@ def test_logits_are_those_of_the_plain_model(family, packed, make_model):
 @torch.no_grad()
 def test_predictor_tokens_come_in_on_the_scale_of_words(family, make_model):
     model = make_model(12, spread=0.02, family=family)
-    embedded = model._embed(torch.tensor([[*range(5, 500), *range(512, 524)]]))[0]
+    embedded = model.embed(torch.tensor([[*range(5, 500), *range(512, 524)]]))[0]
     assert embedded[495:].std() == pytest.approx(embedded[:495].std().item(), rel=0.1)
     if family == "gemma2":
         torch.testing.assert_close(embedded[495:], GEMMA_SCALE * model.predictor.weight)

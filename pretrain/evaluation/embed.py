@@ -1,0 +1,101 @@
+"""Embeddings of the views of rows, and their predictions of each other, from an export alone; as the objective reads them out in training."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep.config import JsonSource
+from data_prep.console import UserError, print_now
+from data_prep.files import atomic_path, read_json
+from pretrain.evaluation.rows import read_rows
+from pretrain.models.export import load_language_model
+from pretrain.models.forms import Form, pairing_of, view_form
+from pretrain.models.language_model import LanguageModel
+
+TOKENS = 16_384
+"""Of a batch, padding included."""
+
+
+class Embeddings(NamedTuple):
+    """Of N rows; a row that does not fit into the model's positions is NaN."""
+
+    views: dict[str, np.ndarray]
+    """(N, D) fp32 of each view, encoded on its own."""
+    predictions: dict[tuple[str, str], np.ndarray]
+    """(N, D) fp32 of each pair of a predicting and a predicted view; without predictor tokens that of the view itself."""
+
+
+def embed_file(export: Path, file: str) -> None:
+    """Write the embeddings of a file's rows to `embeddings/` in the export: an .npz of fp32 arrays (N, D), one a view, and `A_to_B` where predictor
+    tokens make the prediction of another view; row i of each is one record. Raises UserError.
+    """
+    if not (export / "jepa.json").exists():
+        raise UserError(f"{export} is no export: it holds no jepa.json; exports stand in the folder export of a run")
+    views = tuple(read_json(export / "jepa.json")["views"])
+    rows = read_rows(JsonSource(type="json", path=file), views, "--embed")
+    found = embed(export, [row.views for row in rows])
+    arrays = found.views | {f"{source}_to_{target}": array for (source, target), array in found.predictions.items()
+                            if array is not found.views[source]}
+    output = export / "embeddings" / f"{Path(file).stem}.npz"
+    output.parent.mkdir(exist_ok=True)
+    with atomic_path(output) as temporary, open(temporary, "wb") as sink:
+        np.savez(sink, **arrays)
+    for name, array in arrays.items():
+        print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
+    print_now(f"written to {output}")
+
+
+def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
+    """The embeddings of rows that have all views of the export."""
+    jepa = read_json(export / "jepa.json")
+    model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))  # an attention kernel that takes plain rows
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
+    names, pairing = jepa["views"], pairing_of(jepa)
+    tokens = [tokenizer.encode_batch(list(of_view)) for of_view in zip(*texts, strict=True)]
+
+    def encoded(view: int, front: list[int] = (), back: list[int] = ()) -> np.ndarray:
+        form: Form = view_form(jepa, view)
+        before, after = ([ids[name] for name in part] for part in form)
+        return encode(model, [[*before, *front, *row, *after, *back] for row in tokens[view]])
+
+    views = {name: encoded(number) for number, name in enumerate(names)}
+    predictor = list(range(model.vocabulary, model.vocabulary + (model.predictor.num_embeddings if model.predictor else 0)))
+    predictions: dict[tuple[str, str], np.ndarray] = {}
+    by_source: dict[int, np.ndarray] = {}
+    for source, target in pairing.edges(len(names)):
+        if source not in by_source:
+            where = {"front" if pairing.prepended else "back": predictor}
+            by_source[source] = encoded(source, **where) if predictor else views[names[source]]
+        predictions[names[source], names[target]] = by_source[source]
+    return Embeddings(views, predictions)
+
+
+def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
+    """The last hidden state of each row of token ids, (N, D) fp32; NaN for one that does not fit."""
+    found = np.full((len(rows), model.width), np.nan, np.float32)
+    limit = model.causal_lm.config.max_position_embeddings
+    for members in tqdm(list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None):
+        longest = max(len(rows[place]) for place in members)
+        ids = torch.tensor([rows[place] + [0] * (longest - len(rows[place])) for place in members])  # no token sees the padding behind it
+        last = torch.tensor([len(rows[place]) - 1 for place in members])
+        with torch.inference_mode():
+            hidden = model.causal_lm.model(inputs_embeds=model.embed(ids.to(model.device)), use_cache=False).last_hidden_state
+        found[members] = hidden[torch.arange(len(members)), last].float().cpu().numpy()
+    return found
+
+
+def _batches(lengths: list[int], limit: int) -> Iterator[list[int]]:
+    """The numbers of the rows that fit, in batches of similar length."""
+    batch: list[int] = []
+    for place in sorted((place for place in range(len(lengths)) if lengths[place] <= limit), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[place] > TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

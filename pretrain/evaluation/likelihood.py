@@ -1,0 +1,58 @@
+"""Log-likelihoods of given answers, in batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pretrain.evaluation.inference import left_padded, load, prompts
+
+TOKENS = 16_384
+"""Of a batch, padding included."""
+LOGITS = 2**28
+"""Of a batch: 1 GiB in fp32."""
+
+
+def log_likelihoods(folder: Path, contexts: list[str], options: list[list[str]]) -> list[list[float]]:
+    """log P(option and the end token | `[BOS context SEP]`) in nats, of each option of each context, by the model of an export.
+
+    The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
+    model's positions.
+    """
+    model, tokenizer = load(folder)
+    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, texts in zip(prompts(tokenizer, contexts), options, strict=True)
+            for ids in tokenizer.encode_batch(texts)]
+    found = [float("-inf")] * len(rows)
+    batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
+    for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
+        ids, mask = left_padded([rows[place][0] + rows[place][1] for place in members], tokenizer.pad_id)
+        lengths = torch.tensor([len(rows[place][1]) for place in members])
+        kept = int(lengths.max())
+        with torch.inference_mode():
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), position_ids=positions.to(model.device),
+                           use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -kept:].to(model.device), reduction="none").cpu()
+        inside = torch.arange(kept) >= kept - lengths[:, None]
+        for place, loss in zip(members, (losses * inside).sum(dim=1).tolist(), strict=True):
+            found[place] = -loss
+    values = iter(found)
+    return [[next(values) for _ in texts] for texts in options]
+
+
+def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocabulary: int) -> Iterator[list[int]]:
+    """The numbers of the rows that fit `limit` positions, in batches of similar length."""
+    length = [len(prompt) + len(option) for prompt, option in rows]
+    batch: list[int] = []
+    kept = 0
+    for place in sorted((place for place in range(len(rows)) if length[place] <= limit), key=length.__getitem__):
+        kept = max(kept, len(rows[place][1]) + 1)
+        size = len(batch) + 1
+        if batch and (size * length[place] > TOKENS or size * kept * vocabulary > LOGITS):
+            yield batch
+            batch, kept = [], len(rows[place][1]) + 1
+        batch.append(place)
+    if batch:
+        yield batch

@@ -1,0 +1,47 @@
+"""Which SQLite file the queries of a row are for."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError
+from pretrain.evaluation.rows import Row
+
+DATABASE = re.compile(r"For db_id:\[([^\]]+)\]")
+"""How the public LLM-JEPA data name the database in the context."""
+
+
+def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
+    """As Spider stands on the hub; the context names the database as the public LLM-JEPA data do."""
+    if {"db_id", "question", "query"} <= columns.keys():
+        return f"For db_id:[{columns['db_id']}]\n\n{columns['question']}", columns["query"]
+    return None
+
+
+def find_databases(rows: Sequence[Row], given: Path) -> list[Path | None]:
+    """The SQLite file of each row, None where there is none. Raises UserError where no row has one."""
+    if given.is_file():
+        return [given] * len(rows)
+    found = [_database(row, given) for row in rows]
+    if not any(found):
+        name = database_name(rows[0])
+        raise UserError(f"{given} (task.databases) holds no database of any row: " + (
+            f"the first needs {name}.sqlite or {name}/{name}.sqlite" if name else
+            "the rows name none, in a column db_id or as `For db_id:[NAME]` in the context; give one file for all rows"))
+    return found
+
+
+def database_name(row: Row) -> str | None:
+    """The name of a row's database; None where it has none that could be a file's."""
+    name = row.columns.get("db_id")
+    if name is None:
+        match = DATABASE.search(row.context)
+        name = match and match[1]
+    return name if isinstance(name, str) and Path(name).name == name else None  # no way out of the folder
+
+
+def _database(row: Row, folder: Path) -> Path | None:
+    name = database_name(row)
+    candidates = (folder / f"{name}.sqlite", folder / name / f"{name}.sqlite") if name else ()
+    return next((path for path in candidates if path.is_file()), None)

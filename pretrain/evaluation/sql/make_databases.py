@@ -1,0 +1,203 @@
+"""SQLite files for the schemas of Spider, filled so that its queries find something:
+
+    python -m pretrain.evaluation.sql.make_databases tables.json --queries train.jsonl test.jsonl --output databases
+
+Spider's own databases are the better choice where they are at hand; schemas and queries alone are easier to come by. Each query gives a row to the
+tables that it reads, with the values that it compares their columns with; the other values are drawn, always the same ones. Columns that a foreign
+key ties together draw from the same few values, so joins meet. Prints the queries that do not run and the share of those that give nothing.
+"""
+
+import argparse
+import json
+import random
+import re
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import JsonSource
+from data_prep.console import UserError, exit_on_user_error, print_now
+from pretrain.evaluation.rows import read_rows
+from pretrain.evaluation.sql.databases import database_name, own_columns
+from pretrain.evaluation.sql.execution import Runner, tokens
+
+FEWEST_ROWS, MOST_ROWS = 24, 60
+"""Of a table."""
+COMPARISONS = ("=", "!=", "<>", "<", ">", "<=", ">=", "like", "in", "between")
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
+Values = dict[tuple[str, str], list[Any]]
+"""(table, column) in lower case -> the values that one query compares it with."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make SQLite files for the schemas of Spider, filled so that its queries find something.")
+    parser.add_argument("tables", type=Path, help="tables.json of Spider")
+    parser.add_argument("--queries", type=Path, nargs="+", required=True, help="JSON lines of questions and queries, as the task spider reads them")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the files")
+    given = parser.parse_args()
+    exit_on_user_error(lambda: _run(given))
+
+
+def _run(given: argparse.Namespace) -> None:
+    queries: dict[str, list[str]] = defaultdict(list)
+    for path in given.queries:
+        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", own=own_columns):
+            queries[database_name(row) or ""].append(row.target)
+    try:
+        schemas = json.loads(given.tables.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {given.tables}: {error}") from None
+    make_databases(schemas, queries, given.output)
+    failed, empty = look_at(queries, given.output)
+    total = sum(map(len, queries.values()))
+    for line in failed:
+        print_now(f"does not run: {line}")
+    print_now(f"{len(schemas)} databases in {given.output}; of {total:,} queries {len(failed)} do not run, "
+              f"{empty:,} ({empty / total:.1%}) give nothing")
+
+
+def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]], folder: Path) -> None:
+    """Write DB.sqlite for each schema of tables.json; `queries` are those on each database."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for schema in schemas:
+        path = folder / f"{schema['db_id']}.sqlite"
+        path.unlink(missing_ok=True)
+        connection = sqlite3.connect(path)
+        with connection:
+            _Filler(schema, queries.get(schema["db_id"], [])).write(connection)
+        connection.close()
+
+
+def look_at(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
+    """The queries that do not run, with the reason, and how many of the others give no row."""
+    failed, empty = [], 0
+    with Runner() as runner:
+        for name, of_database in queries.items():
+            for query in of_database:
+                outcome = runner.run(folder / f"{name}.sqlite", query)
+                if outcome.rows is None:
+                    failed.append(f"{name}: {query} ({outcome.error})")
+                else:
+                    empty += not outcome.rows
+    return failed, empty
+
+
+class _Filler:
+    """The rows of one database."""
+
+    def __init__(self, schema: dict[str, Any], queries: Iterable[str]):
+        self.random = random.Random(schema["db_id"])
+        self.tables = schema["table_names_original"]
+        self.columns: dict[int, list[int]] = defaultdict(list)
+        self.names, self.types = schema["column_names_original"], schema["column_types"]
+        for number, (table, _) in enumerate(self.names):
+            if table >= 0:
+                self.columns[table].append(number)
+        self.primary = {number for key in schema["primary_keys"] for number in (key if isinstance(key, list) else [key])}
+        self.group = list(range(len(self.names)))  # columns tied by foreign keys have the same number
+        for first, second in schema["foreign_keys"]:
+            old, new = self.group[first], self.group[second]
+            self.group = [new if group == old else group for group in self.group]
+        columns_of = {table.lower(): {self.names[number][1].lower() for number in self.columns[place]} for place, table in enumerate(self.tables)}
+        self.found = [values for query in queries if (values := compared_values(query, columns_of))]
+        self.pools: dict[int, list[Any]] = defaultdict(list)
+        for number, (table, name) in enumerate(self.names):
+            if table >= 0:
+                known = [value for values in self.found for value in values.get((self.tables[table].lower(), name.lower()), [])]
+                pool = self.pools[self.group[number]]
+                pool += [value for value in dict.fromkeys(known) if value not in pool]
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        for table, name in enumerate(self.tables):
+            if name.lower() == "sqlite_sequence":
+                continue  # SQLite's own
+            kinds = {number: "NUMERIC" if self.types[number] == "number" else "TEXT" for number in self.columns[table]}
+            columns = ", ".join(f'"{self.names[number][1]}" {kind}' for number, kind in kinds.items())
+            connection.execute(f'CREATE TABLE "{name}" ({columns})')
+            marks = ", ".join("?" * len(self.columns[table]))
+            connection.executemany(f'INSERT INTO "{name}" VALUES ({marks})', self._rows(table))
+
+    def _rows(self, table: int) -> list[tuple]:
+        """Rows with the values of one query each, filled up, and drawn ones behind them."""
+        name = self.tables[table].lower()
+        wanted = []
+        for values in self.found:
+            mine = {column: choices for (of_table, column), choices in values.items() if of_table == name}
+            longest = max(map(len, mine.values()), default=0)
+            wanted += [{column: choices[place % len(choices)] for column, choices in mine.items()} for place in range(longest)]
+        wanted = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items(), key=str)) for row in wanted)]
+        self.random.shuffle(wanted)
+        count = min(max(FEWEST_ROWS, 2 * len(wanted)), MOST_ROWS)
+        wanted += [{}] * (count - len(wanted))
+        by_column = [self._column(number, [row.get(self.names[number][1].lower()) for row in wanted[:count]]) for number in self.columns[table]]
+        return list(zip(*by_column, strict=True))
+
+    def _column(self, number: int, wanted: list[Any]) -> list[Any]:
+        """Values of a column, those that are wanted in their places."""
+        pool = list(self.pools[self.group[number]])
+        tied = self.group.count(self.group[number]) > 1
+        if number in self.primary and sum(self.names[number][0] == self.names[other][0] for other in self.primary) == 1:
+            missing = [value for value in pool + self._made(number, len(wanted) + len(pool)) if value not in wanted]
+            seen: set[Any] = set()
+            return [value if value is not None and value not in seen and not seen.add(value) else missing.pop(0) for value in wanted]
+        pool += self._made(number, max(12 if not tied else FEWEST_ROWS, len(pool)) - len(pool) + 2)
+        if tied:
+            pool = pool[:max(1, len(pool) * 2 // 3)]  # some rows are pointed to twice or more, others by none
+        drawn = [pool[place % len(pool)] for place in range(len(wanted))]
+        self.random.shuffle(drawn)
+        return [value if value is not None else other for value, other in zip(wanted, drawn, strict=True)]
+
+    def _made(self, number: int, count: int) -> list[Any]:
+        """Values that no query names, the same ones for columns that are tied together."""
+        if self.types[self.group[number]] == "number" or self.types[number] == "number":
+            return list(range(1, count + 1))
+        kind = self.names[self.group[number]][1].lower()
+        if self.types[number] == "time" or "date" in kind:
+            return [f"{2000 + place % 20}-{1 + place % 12:02d}-{1 + place % 28:02d}" for place in range(count)]
+        return [f"{kind} {place}" for place in range(1, count + 1)]
+
+
+def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
+    """The values that a query compares the columns of its tables with: the literals themselves, and for `<` and `>` what lies beyond."""
+    words = tokens(query)
+    tables = {word: word for word in words if word in columns_of}
+    tables |= {words[place + 2]: words[place] for place in range(len(words) - 2) if words[place] in columns_of and words[place + 1] == "as"}
+    found: Values = defaultdict(list)
+    for place, word in enumerate(words):
+        after = words[place + 1:place + 16]
+        after = after[1:] if after[:1] == ["not"] else after
+        if not after or after[0] not in COMPARISONS:
+            continue
+        owner = tables.get(words[place - 2]) if place >= 2 and words[place - 1] == "." else None
+        owners = [owner] if owner else [table for table in dict.fromkeys(tables.values()) if word in columns_of[table]]
+        for value in _literals(after[1:], after[0]):
+            for table in owners:
+                if word in columns_of[table]:
+                    found[table, word].append(value)
+    return dict(found)
+
+
+def _literals(words: list[str], comparison: str) -> list[Any]:
+    """The literals right behind a comparison."""
+    found: list[Any] = []
+    joined = {"in": ("(", ","), "between": ("and",)}.get(comparison, ())
+    place = 0
+    while place < len(words):
+        word = words[place]
+        if word[0] in "'\"":
+            found.append(word[1:-1].replace("%", "") or "x")
+        elif NUMBER.fullmatch(number := "".join(words[place:place + (3 if words[place + 1:place + 2] == ["."] else 1)])):
+            value = float(number) if "." in number else int(number)
+            found += {"<": [value - 1], ">": [value + 1], "!=": [value, value + 1]}.get(comparison, [value])
+            place += number.count(".") * 2
+        elif word not in joined:
+            break
+        place += 1
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""gsm8k: write the solution of a problem, scored by its final answer: the number behind the last `####`.
+
+final: the answer ended with the end token, and its final number equals the target's. final_any: the same whether or not it ended. answered: it has
+a final number. A row whose target has none counts as wrong (failed_gold).
+"""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.tasks.answering import model_of, read_test, without_room, write_answers
+from pretrain.evaluation.tasks.rates import rate
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+
+FINAL = re.compile(r"\s*\$?\s*(-?)\s*\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
+    """As GSM8K stands on the hub."""
+    return (columns["question"], columns["answer"]) if {"question", "answer"} <= columns.keys() else None
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Finetune on the train rows where the task says so, answer the test rows, score."""
+    rows = read_test(run, own_columns)
+    with model_of(run, own_columns) as model:
+        answers = write_answers(run, model, rows)
+    metrics, counts = score([row.target for row in rows], answers)
+    return TaskResult(len(rows), metrics, counts | without_room(answers))
+
+
+def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, int]]:
+    """Rates over all rows, and how many targets have no final number."""
+    wanted, given = [final_number(target) for target in targets], [final_number(answer.text) for answer in answers]
+    right = [gold is not None and gold == number for gold, number in zip(wanted, given, strict=True)]
+    return {
+        "final": rate(hit and answer.stopped for hit, answer in zip(right, answers, strict=True)),
+        "final_any": rate(right),
+        "answered": rate(number is not None for number in given),
+        "stopped": rate(answer.stopped for answer in answers),
+    }, {"failed_gold": wanted.count(None)}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number behind the last `####`: 18, 18.0, $1,800 and -0.5 are numbers; None where none follows."""
+    _, mark, rest = text.rpartition("####")
+    found = FINAL.match(rest) if mark else None
+    return Decimal(found[1] + found[2].replace(",", "")) if found else None

@@ -1,0 +1,41 @@
+"""hellaswag: choose the ending of a text among four by likelihood.
+
+normalised: the right ending has the highest log-likelihood, the end token included, divided by its characters. likelihood: the highest one undivided.
+A tie is no choice. One of four is chance.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from data_prep.console import UserError
+from pretrain.evaluation.likelihood import log_likelihoods
+from pretrain.evaluation.tasks.answering import model_of, read_test
+from pretrain.evaluation.tasks.rates import rate, sole_best
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+
+
+def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
+    """As HellaSwag stands on the hub; its test split has no labels, so that its validation split is scored."""
+    return (columns["ctx"], columns["endings"][int(columns["label"])]) if {"ctx", "endings", "label"} <= columns.keys() else None
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Finetune on the right endings of the train rows where the task says so, weigh the endings of the test rows, score."""
+    rows = read_test(run, own_columns)
+    if any("endings" not in row.columns for row in rows):
+        raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label")
+    endings, labels = [row.columns["endings"] for row in rows], [int(row.columns["label"]) for row in rows]
+    with model_of(run, own_columns) as model:
+        likelihoods = log_likelihoods(model, [row.context for row in rows], endings)
+    too_long = sum(float("-inf") in values for values in likelihoods)
+    return TaskResult(len(rows), score(labels, endings, likelihoods), {"too_long": too_long} if too_long else {})
+
+
+def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Rates over all rows; `likelihoods` (rows, endings) are log-likelihoods."""
+    per_character = [[value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
+                     for values, texts in zip(likelihoods, endings, strict=True)]
+    return {
+        "normalised": rate(sole_best(values, label) for values, label in zip(per_character, labels, strict=True)),
+        "likelihood": rate(sole_best(values, label) for values, label in zip(likelihoods, labels, strict=True)),
+    }

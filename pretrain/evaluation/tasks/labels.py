@@ -1,0 +1,44 @@
+"""Tasks of labels: choose one of a few words for a text.
+
+likelihood: of all labels the target is the most likely answer, the end token included; a tie is no choice. generation: the written answer is
+the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA paper reports). majority: the share of the most common
+label, which a model reaches that looks at no text. The labels are the targets of the test rows and of the train rows.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from data_prep.console import UserError
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.likelihood import log_likelihoods
+from pretrain.evaluation.rows import OwnColumns
+from pretrain.evaluation.tasks.answering import model_of, read_test, read_train, without_room, write_answers
+from pretrain.evaluation.tasks.rates import rate, sole_best
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+
+MOST_LABELS = 50
+
+
+def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
+    """Finetune on the train rows where the task says so, weigh the labels for each test row, write an answer, score."""
+    rows = read_test(run, own)
+    targets = [row.target for row in rows]
+    labels = sorted({*targets, *(row.target for row in read_train(run, own))})
+    if len(labels) > MOST_LABELS:
+        raise UserError(f"{run.test.path} (task.test) has {len(labels)} different targets, but a task of labels takes at most "
+                        f"{MOST_LABELS}; look at the columns")
+    with model_of(run, own) as model:
+        answers = write_answers(run, model, rows)
+        likelihoods = log_likelihoods(model, [row.context for row in rows], [labels] * len(rows))
+    return TaskResult(len(rows), score(targets, labels, likelihoods, answers), {"labels": len(labels)} | without_room(answers))
+
+
+def score(targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]) -> dict[str, float]:
+    """Rates over all rows; `likelihoods` (rows, labels) are log-likelihoods."""
+    return {
+        "likelihood": rate(sole_best(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)),
+        "generation": rate(answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)),
+        "prefix": rate(answer.text.startswith(target) for target, answer in zip(targets, answers, strict=True)),
+        "stopped": rate(answer.stopped for answer in answers),
+        "majority": max(Counter(targets).values()) / len(targets),
+    }

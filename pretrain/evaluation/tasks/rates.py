@@ -1,0 +1,20 @@
+"""Shares of rows."""
+
+from collections.abc import Iterable, Sequence
+
+
+def rate(hits: Iterable[bool]) -> float:
+    """The share of hits."""
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
+def rate_of(name: str, hits: Sequence[bool], chosen: Sequence[bool]) -> dict[str, float]:
+    """The share of hits among the chosen rows, by its name; nothing where none is chosen."""
+    among = [hit for hit, is_chosen in zip(hits, chosen, strict=True) if is_chosen]
+    return {name: rate(among)} if among else {}
+
+
+def sole_best(values: Sequence[float], chosen: int) -> bool:
+    """Whether the chosen value is above all others: in a tie none is."""
+    return all(values[chosen] > value for place, value in enumerate(values) if place != chosen)

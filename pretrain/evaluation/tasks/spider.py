@@ -1,0 +1,78 @@
+"""spider: write the SQL for a question on a database, scored by what it gives there. Spider, or any set of questions and queries with SQLite files.
+
+execution: the answer ended with the end token and gives the same rows as the target, in the same order where the target orders them
+(pretrain/evaluation/sql/execution.py tells when rows are the same). A row counts as wrong where the answer fails or goes beyond the limits, and
+where the target does (failed_gold) or its database is missing (missing_database). execution_filled: on targets that give any row at all, for
+two queries that give nothing are easily the same. exact: the answer is the target but for white space, and case outside of quotes. runs: the
+answer ended and gives rows, or none, without an error. `_unseen`: on targets that stand neither in the task's train rows, compared like exact,
+nor token for token in the training corpus.
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.sql.databases import find_databases, own_columns
+from pretrain.evaluation.sql.execution import Runner, is_ordered, normal, same_rows
+from pretrain.evaluation.tasks.answering import model_of, read_test, unseen, without_room, write_answers
+from pretrain.evaluation.tasks.rates import rate, rate_of
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Finetune on the train rows where the task says so, answer the test rows, run answers and targets, score."""
+    rows = read_test(run, own_columns)
+    databases = find_databases(rows, Path(run.task.databases))
+    with model_of(run, own_columns) as model:
+        answers = write_answers(run, model, rows)
+    metrics, counts = score([row.target for row in rows], answers, databases, unseen(run, rows, own_columns, normal))
+    return TaskResult(len(rows), metrics, counts | without_room(answers))
+
+
+class Verdict(NamedTuple):
+    """What running a target and an answer came to."""
+
+    gold_runs: bool
+    gold_gives_rows: bool
+    runs: bool
+    right: bool
+
+
+def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence[Path | None],
+          is_unseen: Sequence[bool]) -> tuple[dict[str, float], dict[str, int]]:
+    """Rates, and counts of rows that could not be scored, of targets that give no row, and of unseen ones."""
+    rows = list(zip(targets, answers, databases, strict=True))
+    with Runner() as runner:
+        judge_once = cache(partial(judge, runner))
+        verdicts = [judge_once(database, target, answer.text if answer.stopped else None) for target, answer, database in tqdm(
+            rows, desc="running queries", unit="row", mininterval=1, disable=None)]
+    right = [verdict.right for verdict in verdicts]
+    exact = [answer.stopped and normal(answer.text) == normal(target) for target, answer, _ in rows]
+    return {
+        "execution": rate(right),
+        "exact": rate(exact),
+        **rate_of("execution_unseen", right, is_unseen),
+        **rate_of("exact_unseen", exact, is_unseen),
+        "runs": rate(verdict.runs for verdict in verdicts),
+        "stopped": rate(answer.stopped for answer in answers),
+        **rate_of("execution_filled", right, [verdict.gold_gives_rows for verdict in verdicts]),
+    }, {
+        "failed_gold": sum(database is not None and not verdict.gold_runs for verdict, database in zip(verdicts, databases, strict=True)),
+        "missing_database": sum(database is None for database in databases),
+        "empty_results": sum(verdict.gold_runs and not verdict.gold_gives_rows for verdict in verdicts),
+        "unseen": sum(is_unseen),
+    }
+
+
+def judge(runner: Runner, database: Path | None, target: str, answer: str | None) -> Verdict:
+    """Run a target and an answer, None for one that did not end, on a database, None where it is missing."""
+    if database is None:
+        return Verdict(False, False, False, False)
+    wanted = runner.run(database, target).rows
+    given = runner.run(database, answer).rows if answer is not None else None
+    right = wanted is not None and given is not None and same_rows(wanted, given, is_ordered(target))
+    return Verdict(wanted is not None, bool(wanted), given is not None, right)

@@ -1,0 +1,16 @@
+"""yelp: the stars of a review, see pretrain/evaluation/tasks/labels.py."""
+
+from typing import Any
+
+from pretrain.evaluation.tasks.labels import evaluate_labels
+from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
+
+
+def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
+    """As Yelp reviews stand on the hub, where the labels 0 to 4 mean 1 to 5 stars."""
+    return (columns["text"], str(int(columns["label"]) + 1)) if {"text", "label"} <= columns.keys() else None
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Label accuracy by likelihood and by generation."""
+    return evaluate_labels(run, own_columns)

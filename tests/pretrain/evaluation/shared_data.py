@@ -1,0 +1,39 @@
+"""Real data for tests, where a machine has them, and the three ways to answer that every score is tried on."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.config import JsonSource
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.rows import Row, read_rows
+
+DATA = Path(os.environ.get("JEPA_TEST_DATA", "/nonexistent"))
+VIEWS = ("text", "code")
+
+
+def real_rows(name, own=None, rows=None) -> list[Row]:
+    """Rows of a file of real data; skips the test where the machine has none."""
+    if not (DATA / name).exists():
+        pytest.skip(f"no real data: JEPA_TEST_DATA names no folder with {name}")
+    return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, own)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def gold(texts) -> list[Answer]:
+    return [Answer(text, True) for text in texts]
+
+
+def empty(texts) -> list[Answer]:
+    return [Answer("", True) for _ in texts]
+
+
+def shuffled(texts) -> list[str]:
+    """Every answer moved on by one row."""
+    return [*texts[1:], texts[0]]

@@ -1,0 +1,103 @@
+"""Tasks of written answers and of likelihoods: gold, empty and shuffled answers, on real data and on small files of their form."""
+
+import pytest
+
+from data_prep.config import JsonSource
+from data_prep.console import UserError
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.rows import read_rows
+from pretrain.evaluation.tasks import gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
+from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
+
+
+def rows_of(tmp_path, rows, own):
+    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", own=own)
+
+
+@pytest.mark.parametrize("text, number", [
+    ("so\n#### 18", "18"), ("#### 1,450,000", "1450000"), ("#### $18.00 a day", "18"), ("####-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
+    ("#### 1\nno\n#### 2", "2"), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
+def test_the_final_number_stands_behind_the_last_mark(text, number):
+    found = gsm8k.final_number(text)
+    assert found is None if number is None else found == gsm8k.Decimal(number)
+
+
+def check_gsm8k(targets):
+    metrics, counts = gsm8k.score(targets, gold(targets))
+    assert set(metrics.values()) == {1.0} and counts == {"failed_gold": 0}
+    assert gsm8k.score(targets, empty(targets))[0] == {"final": 0, "final_any": 0, "answered": 0, "stopped": 1}
+    finals = [target.split("####")[-1].strip().replace(",", "") for target in targets]
+    equal = sum(map(str.__eq__, finals, shuffled(finals))) / len(finals)
+    metrics, _ = gsm8k.score(targets, gold(shuffled(targets)))
+    assert metrics["final"] == metrics["final_any"] == pytest.approx(equal) and equal < 0.5
+
+
+def test_gsm8k_on_rows_as_the_hub_has_them(tmp_path):
+    rows = [{"question": f"{number} + 1?", "answer": f"That is {number + 1}.\n#### {number % 4 + 1:,}"} for number in range(9)]
+    found = rows_of(tmp_path, rows, gsm8k.own_columns)
+    assert found[3].views == ("3 + 1?", "That is 4.\n#### 4")
+    check_gsm8k([row.target for row in found])
+    assert gsm8k.score(["#### 18"], [Answer("#### 18 and on and on", False)])[0] == {"final": 0, "final_any": 1, "answered": 1, "stopped": 0}
+
+
+def test_gsm8k_on_its_test_rows():
+    check_gsm8k([row.target for row in real_rows("gsm8k/test.jsonl")])
+
+
+def check_labels(targets):
+    names = sorted(set(targets))
+    certain = [[0.0 if name == target else -9.0 for name in names] for target in targets]
+    undecided = [[-1.0] * len(names)] * len(targets)
+    metrics = labels.score(targets, names, certain, gold(targets))
+    assert metrics.pop("majority") <= 1 and set(metrics.values()) == {1}
+    metrics = labels.score(targets, names, undecided, empty(targets))
+    assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == 0
+    equal = sum(map(str.__eq__, targets, shuffled(targets))) / len(targets)
+    metrics = labels.score(targets, names, shuffled(certain), gold(shuffled(targets)))
+    assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == pytest.approx(equal)
+    return metrics["majority"]
+
+
+def test_labels_as_the_hub_has_them(tmp_path):
+    rows = [{"text": "fine", "label": 1}, {"text": "poor", "label": 0}, {"text": "great", "label": 1}]
+    found = rows_of(tmp_path, rows, rotten_tomatoes.own_columns)
+    assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels([row.target for row in found]) == 2 / 3
+    found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], yelp.own_columns)
+    assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels([row.target for row in found]) == 1 / 2
+
+
+def test_rotten_tomatoes_on_its_test_rows():
+    assert check_labels([row.target for row in real_rows("rotten_tomatoes/test.jsonl")]) == pytest.approx(0.5)
+
+
+def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path):
+    rows = [{"question": "who wrote it", "answer": ["The Beatles", "Lennon"]}, {"question": "which letter", "answer": ["A", "the letter a"]},
+            {"question": "when", "answer": ["June 5, 1998"]}, {"question": "when then", "answer": ["June 5, 1998"]}]
+    found = rows_of(tmp_path, rows, nq_open.own_columns)
+    assert found[0].views == ("who wrote it", "The Beatles")
+    right = [nq_open.right_answers(row) for row in found]
+    assert nq_open.score(right, gold([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
+    assert nq_open.score(right, gold([answers[-1].upper() + "." for answers in right]))["exact"] == 1
+    for nothing in ("", " ", "the", "."):
+        assert nq_open.score(right, gold([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
+    assert nq_open.score(right, gold(shuffled([answers[0] for answers in right])))["exact"] == 1 / 4
+    assert nq_open.score([["Lennon"]] * 2, [Answer("It was Lennon!", True), Answer("Lennon", False)]) == {"exact": 0, "contains": 1, "stopped": 1 / 2}
+
+
+def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
+    rows = [{"ctx": "A man", "endings": ["runs.", "is a very long way of saying it.", "c", "d"], "label": label} for label in ("0", "1", 2, "3", "3")]
+    found = rows_of(tmp_path, rows, hellaswag.own_columns)
+    assert [row.target for row in found] == ["runs.", "is a very long way of saying it.", "c", "d", "d"]
+    numbers, endings = [int(row.columns["label"]) for row in found], [row.columns["endings"] for row in found]
+    certain = [[-1.0 if place == number else -1000.0 for place in range(4)] for number in numbers]
+    assert hellaswag.score(numbers, endings, certain) == {"normalised": 1, "likelihood": 1}
+    assert hellaswag.score(numbers, [["same"] * 4] * 5, [[-3.0] * 4] * 5) == {"normalised": 0, "likelihood": 0}
+    assert hellaswag.score(numbers, endings, shuffled(certain)) == {"normalised": 1 / 5, "likelihood": 1 / 5}
+    assert hellaswag.score([1], endings[:1], [[-6.0, -20.0, -9.0, -9.0]]) == {"normalised": 1, "likelihood": 0}
+    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: ValueError"):
+        rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], hellaswag.own_columns)
+
+
+def test_spider_as_the_hub_has_it(tmp_path):
+    found = rows_of(tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], spider.own_columns)
+    assert found[0].views == ("For db_id:[shop]\n\nhow many", "SELECT 1")

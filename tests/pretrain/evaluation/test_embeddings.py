@@ -1,0 +1,117 @@
+"""Embeddings from an export alone are those that the objective reads out; retrieval and geometry say what they should of known embeddings."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.nlrx_grammar import generate
+from pretrain.data.batch import micro_batches
+from pretrain.data.layout import FORWARD
+from pretrain.data.loader import draw, plan_rows
+from pretrain.evaluation import embed as embed_module
+from pretrain.evaluation.embed import embed, embed_file
+from pretrain.evaluation.tasks import geometry, retrieval
+from pretrain.evaluation.tasks.embedded import Pairs
+from pretrain.models.export import write_export
+from pretrain.models.export_readme import readme
+from pretrain.models.forms import objective_of
+from pretrain.objectives.pool import read_out
+
+VIEWS = ("text", "code")
+OBJECTIVES = [
+    {"name": "next_token"}, {"name": "next_token", "layout": "independent"}, {"name": "llm_jepa", "predictor_tokens": 2, "direction": "both"},
+    {"name": "llm_jepa", "predictor_tokens": 1, "layout": "independent", "direction": "backward"},
+    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend"},
+    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend", "direction": "both", "layout": "independent"}]
+
+
+def write(folder, prepared, model, tokens, jepa, family):
+    """An export of a model, as the evaluation makes it."""
+    skeleton = folder / "skeleton"
+    model.causal_lm.config.save_pretrained(skeleton)
+    for file in (prepared / "tokenizer").iterdir():
+        (skeleton / file.name).write_bytes(file.read_bytes())
+    write_export(folder / "export", skeleton, model.state_dict(), jepa, readme(jepa, family, tokens))
+    return folder / "export"
+
+
+CASES = [("llama", objective) for objective in OBJECTIVES] + [(family, OBJECTIVES[2]) for family in ("gemma2", "olmo2", "openelm")]
+
+
+@pytest.mark.parametrize("family, objective", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
+def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
+        family, objective, prepared, corpus, specials, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_module, "TOKENS", 100)  # several batches
+    tokens = objective.get("predictor_tokens", 0)
+    model = make_model(tokens, family=family)
+    jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
+    export = write(tmp_path, prepared, model, tokens, jepa, family)
+    numbers = np.arange(8)
+    texts = [tuple(corpus.tokenizer.decode(part) for part in corpus.by_view(number).values()) for number in numbers]
+    found = embed(export, texts)
+    layout = objective_of(jepa).make_layout(specials, 2, "all", validating=True)
+    rows = plan_rows(corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw(numbers, 0, np.zeros_like(numbers)))
+    seen = 0
+    for batch in micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1):
+        with torch.no_grad():
+            prediction, target = read_out(model(batch), batch)
+        for place in batch.pair_valid.nonzero().flatten().tolist():
+            record = batch.pair_record[place]
+            source, goal = VIEWS if batch.pair_direction[place] == FORWARD else VIEWS[::-1]
+            np.testing.assert_allclose(found.predictions[source, goal][record], prediction[place], rtol=2e-4, atol=2e-4)
+            np.testing.assert_allclose(found.views[goal][record], target[place], rtol=2e-4, atol=2e-4)
+            seen += 1
+    assert seen == 8 * len(found.predictions)
+
+    page = (export / "README.md").read_text()
+    monkeypatch.chdir(export)
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    for number in range(3):
+        for name, vector in names["embed_record"](*texts[number]).items():
+            expected = found.views[name] if name in VIEWS else found.predictions[tuple(name.split("_to_"))]
+            np.testing.assert_allclose(vector, expected[number], rtol=2e-4, atol=2e-4)
+
+
+def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(prepared, make_model, tmp_path):
+    jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
+    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    pairs = [*(generate(0, "test", index) for index in range(5)), ("number " * 400, "[0-9]")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(VIEWS, pair, strict=True))) + "\n" for pair in pairs))
+    embed_file(export, str(tmp_path / "pairs.jsonl"))
+    arrays = np.load(export / "embeddings" / "pairs.npz")
+    assert {name: (array.shape[0], array.dtype) for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (6, np.float32))
+    assert np.isnan(arrays["text"]).any(axis=1).tolist() == [False] * 5 + [True] and not np.isnan(arrays["code"]).any()
+
+
+def pairs(prediction, target, key=None):
+    return Pairs(prediction, target, torch.arange(len(target)) if key is None else torch.tensor(key))
+
+
+def test_retrieval_finds_what_it_should():
+    torch.manual_seed(0)
+    target = torch.randn(3000, 16)
+    assert retrieval.score(pairs(2 * target, target)) == {"recall_at_1": 1, "recall_at_10": 1, "mrr": 1}
+    found = retrieval.score(pairs(target.roll(1, 0), target))
+    assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
+    same = torch.ones(3000, 16)
+    assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings find nothing
+    assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [1, 1, 3, 3]
+
+
+def test_geometry_tells_a_linear_image_from_noise_and_from_collapse():
+    torch.manual_seed(0)
+    context = torch.randn(400, 24)
+    linear, values = geometry.measure(pairs(context, context @ torch.randn(24, 24)))
+    assert linear["linear_residual"] < 1e-4 and linear["linear_residual_unseen"] < 1e-4 and len(values["map"]) == 24
+    noise, _ = geometry.measure(pairs(context, torch.randn(400, 24)))
+    assert noise["linear_residual"] > 0.9 and noise["linear_residual_unseen"] > 1 and abs(noise["shuffled_cosine"]) < 0.02
+    collapsed, _ = geometry.measure(pairs(1 + 1e-3 * torch.randn(400, 24), 1 + 1e-3 * torch.randn(400, 24)))
+    assert collapsed["linear_residual"] < 0.01 and collapsed["linear_residual_unseen"] > 0.95 and collapsed["shuffled_cosine"] > 0.99
+    equal, values = geometry.measure(pairs(context, context))
+    assert equal["paired_cosine"] == pytest.approx(1) and equal["difference_singular"] == 0 and math.isclose(values["map"][0], 1, rel_tol=1e-6)
+    assert 20 < equal["effective_rank_context"] <= 24
+    assert "shuffled_cosine" not in geometry.measure(pairs(context, context, [0] * 400))[0]

@@ -1,0 +1,56 @@
+"""Scores of the nl_rx task. Invariant 7: exact, prefix, contains and stopped are reported apart."""
+
+import time
+
+import pytest
+
+from data_prep.nlrx_grammar import generate
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.regex_equality import compare
+from pretrain.evaluation.tasks import nl_rx
+from pretrain.evaluation.tasks.nl_rx import score
+from tests.pretrain.evaluation.shared_data import empty, gold, real_rows, shuffled
+
+
+def test_each_rate_counts_what_it_says():
+    targets = [".*a.*"] * 6 + ["~(.*)", "(a)|(b)"]
+    answers = [Answer(".*a.*", True), Answer(".*a.*", False), Answer(".*a.*(b)", True), Answer("(.*a.*)", True), Answer("", False),
+               Answer("(.*a.*", True), Answer("~(.*)", True), Answer("(b)|(a)", True)]
+    metrics, counts = score(targets, answers, [True] * 2 + [False] * 6)
+    assert metrics == pytest.approx({
+        "exact": 2 / 8, "equal": 4 / 8, "prefix": 4 / 8, "contains": 6 / 8, "stopped": 6 / 8, "exact_unseen": 1 / 2, "equal_unseen": 1 / 2,
+        "exact_proper": 1 / 7, "equal_proper": 3 / 7, "undecided": 0})
+    assert counts == {"proper": 7, "unseen": 2}
+
+
+def targets_of(kind):
+    """Of the embedded grammar, or of the public NL-RX-SYNTH."""
+    if kind == "grammar":
+        return [generate(0, "test", index)[1] for index in range(150)]
+    return [row.target for row in real_rows("nl-rx-synth/test.jsonl", rows=1000)]
+
+
+@pytest.mark.parametrize("kind", ["grammar", "nl-rx-synth"])
+def test_gold_empty_and_shuffled_answers(kind):
+    targets = targets_of(kind)
+    new = [True] * len(targets)
+    metrics, _ = score(targets, gold(targets), new)
+    assert {name: value for name, value in metrics.items() if value != 1} == {"undecided": 0}
+    metrics, _ = score(targets, empty(targets), new)
+    assert {name: value for name, value in metrics.items() if value != 0} == {"stopped": 1}
+    moved = shuffled(targets)
+    metrics, _ = score(targets, gold(moved), new)
+    pairs = list(zip(targets, moved, strict=True))
+    assert metrics["exact"] == sum(target == answer for target, answer in pairs) / len(pairs)
+    assert metrics["equal"] == sum(compare(target, answer).equal is True for target, answer in pairs) / len(pairs)
+    assert metrics["exact"] < metrics["equal"] < 0.1  # many published targets denote the empty language
+
+
+def test_regexes_built_to_explode_are_undecided_in_bounded_time(monkeypatch):
+    monkeypatch.setattr(nl_rx, "MOST_UNDECIDED", 1)
+    exploding = [f"(.*a.{{20}})|(.*a{number}.{{20}})" for number in range(100)]
+    exploding += ["~((" * 200 + "a" + "))" * 200, "(((a{9}){9}){9}){9}", "(" * 100_000]
+    started = time.perf_counter()
+    metrics, _ = score([".*a.{20}"] * len(exploding), gold(exploding), [True] * len(exploding))
+    assert time.perf_counter() - started < 60  # one takes some seconds
+    assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9

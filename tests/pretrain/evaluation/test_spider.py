@@ -1,0 +1,203 @@
+"""The spider task: what counts as the same result, on real databases and on made ones, and queries that attack."""
+
+import json
+import random
+import sqlite3
+import time
+from collections import Counter, defaultdict
+
+import psutil
+import pytest
+
+from data_prep.console import UserError
+from pretrain.evaluation.generate import Answer
+from pretrain.evaluation.rows import Row
+from pretrain.evaluation.sql.databases import database_name, find_databases
+from pretrain.evaluation.sql.execution import Runner, is_ordered, normal, same_rows
+from pretrain.evaluation.sql.make_databases import look_at, make_databases
+from pretrain.evaluation.tasks.spider import score
+from tests.pretrain.evaluation.shared_data import DATA, empty, gold, real_rows, shuffled
+
+TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sql") / "with ?#%&.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE t (id INTEGER, name TEXT, share REAL)")
+    connection.executemany("INSERT INTO t VALUES (?, ?, ?)", TEN_ROWS)
+    connection.commit()
+    connection.close()
+    return path
+
+
+def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
+    assert same_rows([(1, "a"), (2, "b")], [(2.0, "b"), (1, "a")], ordered=False)
+    assert not same_rows([(1, "a"), (2, "b")], [(2, "b"), (1, "a")], ordered=True)
+    assert not same_rows([(1,), (1,)], [(1,)], ordered=False)
+    assert same_rows([(0.1 + 0.2, None)], [(0.3, None)], ordered=True) and not same_rows([(0.3,)], [(0.3001,)], ordered=True)
+    assert not same_rows([(1, 2)], [(2, 1)], ordered=False)  # columns have an order
+    assert not same_rows([("1",)], [(1,)], ordered=False) and not same_rows([], [(None,)], ordered=False)
+
+
+@pytest.mark.parametrize("query, ordered", [
+    ("SELECT a FROM t ORDER BY a", True), ("select a from t order  by a limit 1", True), ("SELECT a FROM (SELECT a FROM t ORDER BY a)", False),
+    ("SELECT 'ORDER BY' FROM t -- ORDER BY a", False), ("SELECT a, rank() OVER (ORDER BY b) FROM t", False),
+    ("WITH x AS (SELECT 1) SELECT * FROM x ORDER BY 1", True), ('SELECT "order by" FROM t /* ORDER BY a */', False)])
+def test_order_counts_where_the_query_itself_orders(query, ordered):
+    assert is_ordered(query) is ordered
+
+
+def test_a_query_is_normal_in_white_space_and_case_but_not_within_quotes():
+    assert normal("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normal("select count(*) from t where A = 'It''s A'")
+    assert normal("SELECT a FROM t WHERE a = 'x'") != normal("SELECT a FROM t WHERE a = 'X'")
+
+
+def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
+    target = "SELECT name, count(*) FROM t GROUP BY name"
+    answers = {"SELECT name, sum(1.0) FROM t GROUP BY 1 ORDER BY 2 DESC": True, "SELECT name FROM t": False, "SELEC": False, "": False, "-- x": False,
+               "SELECT count(*), name FROM t GROUP BY name": False, f"{target}; {target}": False, f"{target};": True}
+    for text, right in answers.items():
+        assert score([target], [Answer(text, True)], [database], [True])[0]["execution"] == right, text
+    assert score([target], [Answer(target, False)], [database], [True])[0]["execution"] == 0
+
+
+def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
+    targets = ["SELECT nothing FROM t", "SELECT id FROM t", "SELECT id FROM t", "SELECT id FROM t WHERE 0"]
+    metrics, counts = score(targets, gold(targets), [database, None, database, database], [False, True, True, False])
+    assert (metrics["execution"], metrics["exact"], metrics["execution_unseen"], metrics["execution_filled"]) == (0.5, 1, 0.5, 1)
+    assert counts == {"failed_gold": 1, "missing_database": 1, "empty_results": 1, "unseen": 2}
+
+
+def test_databases_are_found_by_the_name_in_the_row(tmp_path):
+    for path in ("a.sqlite", "b/b.sqlite"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    rows = [Row(("For db_id:[a]\n\nhow many", "SELECT 1"), {}), Row(("how many", "SELECT 1"), {"db_id": "b"}),
+            Row(("how many", "SELECT 1"), {"db_id": "../a"}), Row(("how many", "SELECT 1"), {})]
+    assert find_databases(rows, tmp_path) == [tmp_path / "a.sqlite", tmp_path / "b" / "b.sqlite", None, None]
+    assert find_databases(rows, tmp_path / "a.sqlite") == [tmp_path / "a.sqlite"] * 4
+    with pytest.raises(UserError, match=r"holds no database of any row: the first needs a.sqlite or a/a.sqlite"):
+        find_databases(rows, tmp_path / "none")
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+LONG_FUNCTION = "SELECT instr(hex(zeroblob(1000000)), hex(zeroblob(500000)) || 'x')"
+ATTACKS = {
+    "a write": ["DROP TABLE t", "DELETE FROM t", "INSERT INTO t VALUES (1, '', 0)", "CREATE TABLE u (a)", "UPDATE t SET id = 0", "VACUUM INTO 'x.db'",
+                "PRAGMA journal_mode = DELETE", "PRAGMA writable_schema = 1",
+                "BEGIN", "REINDEX", "SELECT 1; DROP TABLE t", "PRAGMA hard_heap_limit = 0"],
+    "another file": ["ATTACH 'other.sqlite' AS o", "SELECT load_extension('x.so')", "SELECT readfile('/etc/passwd')", "SELECT * FROM dbstat"],
+    "endless": [f"{ENDLESS} SELECT count(*) FROM n", "SELECT count(*) FROM " + ", ".join(f"t AS t{number}" for number in range(30)),
+                f"{ENDLESS} SELECT sum(i) FROM n", LONG_FUNCTION],
+    "memory": [f"{ENDLESS} SELECT group_concat(i) FROM n", "SELECT randomblob(2000000000)", "SELECT zeroblob(1000000000)",
+               "SELECT printf('%.*c', 2000000000, 'x')",
+               f"{ENDLESS} SELECT randomblob(4000000) FROM n", f"{ENDLESS} SELECT i FROM n ORDER BY -i", f"{ENDLESS} SELECT DISTINCT i FROM n",
+               "SELECT replace(hex(zeroblob(1000000)), '0', hex(zeroblob(1000000)))", f"{ENDLESS} SELECT i FROM n"],
+    "the parser": ["SELECT " + "(" * 5000 + "1" + ")" * 5000, "SELECT 1 " + "UNION SELECT 1 " * 3000, "SELECT '" + "x" * 10**6 + "'",
+                   "\0", "SELECT \ud800"],
+}
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_attacks_are_refused_or_cut_off_and_what_follows_runs(database, kind):
+    before, files = database.read_bytes(), set(database.parent.iterdir())
+    with Runner(seconds=0.5) as runner:
+        for query in ATTACKS[kind]:
+            started = time.process_time()
+            outcome = runner.run(database, query)
+            assert outcome.rows is None and outcome.error, query[:80]
+            if runner._process is not None:
+                worker = psutil.Process(runner._process.pid)
+                assert worker.memory_info().rss < 700 << 20, query[:80]
+            assert time.process_time() - started < 1
+            assert runner.run(database, "SELECT * FROM t").rows == TEN_ROWS, query[:80]
+    assert database.read_bytes() == before and set(database.parent.iterdir()) == files
+
+
+def test_a_query_takes_no_more_processor_time_than_it_may(database):
+    with Runner(seconds=0.5) as runner:
+        assert runner.run(database, "SELECT 1").rows == [(1,)]
+        worker = psutil.Process(runner._process.pid)
+        assert "interrupted" in runner.run(database, f"{ENDLESS} SELECT count(*) FROM n").error
+        assert worker.cpu_times().user < 2
+        assert "took longer" in runner.run(database, LONG_FUNCTION).error  # SQLite looks at no clock in there
+        assert not worker.is_running()
+
+
+SCHEMA = {
+    "db_id": "shop", "table_names_original": ["customer", "Orders", "sqlite_sequence"],
+    "column_names_original": [[-1, "*"], [0, "id"], [0, "Name"], [0, "city"], [1, "id"], [1, "customer_id"], [1, "price"], [1, "day of order"]],
+    "column_types": ["text", "number", "text", "text", "number", "number", "number", "time"], "primary_keys": [1, 4], "foreign_keys": [[5, 1]]}
+QUERIES = [
+    "SELECT count(*) FROM customer WHERE city = 'Ulm'",
+    "SELECT T2.price FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id WHERE T1.name = \"Ann\"",
+    "SELECT name FROM customer WHERE city = 'Bonn' OR city = 'Ulm' ORDER BY name", "SELECT id FROM orders WHERE price > 950.5",
+    "SELECT id FROM orders WHERE price < 3",
+    "SELECT name FROM customer WHERE name LIKE '%ob%' AND city IN ('Rome', 'Oslo')", "SELECT count(*) FROM orders WHERE price BETWEEN 40 AND 42",
+    "SELECT T1.name FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id GROUP BY T1.id HAVING count(*) > 1", "SELECT shoe FROM customer"]
+
+
+def test_made_databases_answer_the_queries_they_are_made_for(tmp_path):
+    make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
+    failed, empty_results = look_at({"shop": QUERIES}, tmp_path)
+    assert len(failed) == 1 and "no such column: shoe" in failed[0] and empty_results == 0
+    first = (tmp_path / "shop.sqlite").read_bytes()
+    connection = sqlite3.connect(tmp_path / "shop.sqlite")
+    assert connection.execute("SELECT count(*) FROM orders WHERE customer_id NOT IN (SELECT id FROM customer)").fetchone() == (0,)
+    assert connection.execute("SELECT count(*), count(DISTINCT id) FROM customer").fetchone()[0] >= 24
+    connection.close()
+    make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
+    assert (tmp_path / "shop.sqlite").read_bytes() == first
+
+
+def share_with_equal_results(targets, answers, databases):
+    """The same by sqlite3 directly, for queries that are harmless."""
+    equal = 0
+    for target, answer, database in zip(targets, answers, databases, strict=True):
+        connection = sqlite3.connect(database)
+        try:
+            results = [connection.execute(query).fetchall() for query in (target, answer)]
+            equal += results[0] == results[1] if "ORDER BY" in target.upper() and is_ordered(target) else Counter(results[0]) == Counter(results[1])
+        except sqlite3.Error:
+            pass
+        connection.close()
+    return equal / len(targets)
+
+
+def check_scores(targets, databases, failing):
+    new = [True] * len(targets)
+    metrics, counts = score(targets, gold(targets), databases, new)
+    assert counts["failed_gold"] == failing and counts["missing_database"] == 0
+    assert metrics["execution"] == pytest.approx(1 - failing / len(targets)) and metrics["execution_filled"] == metrics["exact"] == 1
+    metrics, _ = score(targets, empty(targets), databases, new)
+    assert metrics["execution"] == metrics["exact"] == metrics["runs"] == 0
+    moved = shuffled(targets)
+    metrics, _ = score(targets, gold(moved), databases, new)
+    assert metrics["execution"] == pytest.approx(share_with_equal_results(targets, moved, databases)) and metrics["execution"] < 0.5
+    return counts
+
+
+def test_gold_empty_and_shuffled_answers_on_a_small_set(tmp_path):
+    make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
+    check_scores(QUERIES, [tmp_path / "shop.sqlite"] * len(QUERIES), failing=1)
+
+
+def test_gold_empty_and_shuffled_answers_on_geography():
+    targets = [row.target for row in real_rows("geography/test.jsonl")]
+    check_scores(targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2)  # which name a table that is not theirs
+
+
+def test_gold_empty_and_shuffled_answers_on_spider(tmp_path):
+    rows = real_rows("spider/test.jsonl")
+    rows = random.Random(0).sample(rows, 300)
+    queries = defaultdict(list)
+    for row in rows:
+        queries[database_name(row)].append(row.target)
+    schemas = [schema for schema in json.loads((DATA / "spider" / "tables.json").read_text()) if schema["db_id"] in queries]
+    make_databases(schemas, queries, tmp_path)
+    failed, _ = look_at(queries, tmp_path)
+    databases = find_databases(rows, tmp_path)
+    counts = check_scores([row.target for row in rows], databases, failing=len(failed))
+    assert len(failed) <= 3 and counts["empty_results"] < 0.12 * len(rows)
