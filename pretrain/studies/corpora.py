@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_prep.config import evaluation_tests
 from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST
 from pretrain.config import RunConfig
@@ -41,7 +42,7 @@ def prepare_corpus(config: RunConfig) -> None:
 
 
 def _tests(config: RunConfig) -> list[str]:
-    return list(dict.fromkeys(task.test for task in config.evaluation.tasks if task.test is not None))
+    return evaluation_tests(config.evaluation.model_dump(mode="json", exclude_none=True))
 
 
 def _records(config: RunConfig) -> str:
