@@ -95,7 +95,7 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
     changed = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
     assert changed.returncode == 2 and "objective.weight (0.5, now 0.25)" in changed.stderr and changed.stderr.count("\n") == 1, changed.stderr
     less = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
-    assert "[" not in less.stdout.split("runs, matched by")[1].split("arm ")[0]
+    assert " done in " not in less.stdout and "its output" not in less.stdout
 
 
 @pytest.mark.slow
@@ -103,8 +103,6 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
     arms = {"plain": {"objective.name": "next_token"}, "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024}}
     path = write_study(name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873")
-    shown = call([*STUDY, str(path), "train.x=1"], check=False)
-    assert shown.returncode == 2
     call([*STUDY, str(path)], timeout=900)
     study = folder / "studies" / "seconds"
     record = json.loads((study / "study.json").read_text())
