@@ -242,6 +242,8 @@ class TaskFiles(Section):
     harness: Any = None
     rows: Any = None
     finetune: Any = None
+    finetune_objective: Any = None
+    finetune_lora: Any = None
 
 
 class EvaluationFiles(Section):

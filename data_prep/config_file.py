@@ -26,8 +26,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
-    """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML.
+def load_yaml(path: str | Path, overrides: list[str] = (), sections: typing.Sequence[str] = SECTIONS) -> dict[str, Any]:
+    """Read a configuration file of these top-level keys and apply `dotted.key=value` overrides, whose values are YAML.
 
     `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
     """
@@ -42,9 +42,9 @@ def load_yaml(path: str | Path, overrides: list[str] = ()) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no mapping of keys; it should start with `name:`")
     apply_overrides(config, overrides)
-    unknown = [key for key in config if key not in SECTIONS]
+    unknown = [key for key in config if key not in sections]
     if unknown:
-        raise UserError(_unknown_key(str(unknown[0]), SECTIONS, str(path)))
+        raise UserError(_unknown_key(str(unknown[0]), sections, str(path)))
     if isinstance(config.get("name"), str):
         config["name"] = re.sub(r"\{([\w.]+)\}", lambda found: str(_look_up(config, found[1])), config["name"])
     return config

@@ -36,6 +36,15 @@ PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types"
 Family = Literal["llama", "gemma2", "olmo2", "openelm"]
 
 
+class LoraConfig(Section):
+    """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685); beside them only the predictor tokens
+    are trained. Takes the extra `lora`. Exports hold the merged weights."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0)
+    """What an adapter adds is scaled by alpha / rank."""
+
+
 class ModelConfig(Section):
     """What is trained."""
 
@@ -46,6 +55,8 @@ class ModelConfig(Section):
     configuration. The vocabulary and the special tokens come from the corpus."""
     init_from: str | None = None
     """An export or another local Hugging Face folder to start from, instead of random weights."""
+    lora: LoraConfig | None = None
+    """Train adapters of the model of init_from, instead of all of it."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
     """auto: FlexAttention on CUDA; on CPU SDPA with the visibility mask, for gemma2, which caps attention scores, eager."""
 
@@ -55,6 +66,8 @@ class ModelConfig(Section):
             raise ValueError("give family and shape (random weights) or init_from (a folder to start from)")
         if self.init_from is not None and (self.family is not None or self.shape is not None):
             raise ValueError("family and shape come with the folder of init_from: leave them out")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora adapts a trained model: give init_from, or leave it out")
         return self
 
 
@@ -156,6 +169,10 @@ class TaskConfig(Section):
     finetune: dict[str, Any] | None = None
     """Keys of `train` that a finetuning on the task's train split sets over those of the run; null evaluates the
     checkpoint as it is."""
+    finetune_objective: dict[str, Any] | None = None
+    """What the finetuning minimises: keys of `objective`; default next_token."""
+    finetune_lora: LoraConfig | None = None
+    """Finetune adapters alone, instead of the whole model."""
 
     @property
     def title(self) -> str:
@@ -188,6 +205,10 @@ class TaskConfig(Section):
                              f"databases act on the task spider only, not on {self.name}: leave them out")
         if self.test is not None and self.finetune is not None and self.train is None:
             raise ValueError("finetune needs rows to train on that belong to test: give train too")
+        if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
+            raise ValueError("finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}")
+        if self.finetune_objective is not None:
+            _check_objective(self.finetune_objective)
         for source in (self.train, self.test):
             if isinstance(source, JsonSource | HubSource) and (source.weight != 1 or source.split != "train"):
                 raise ValueError("weight and split are for data.sources: leave them out of a task's train and test")
@@ -196,6 +217,18 @@ class TaskConfig(Section):
                 nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
                 raise ValueError(f"finetune: unknown key {key!r} of train; the nearest known one is {nearest!r}")
         return self
+
+
+class _Objective(Section):
+    objective: ObjectiveSection
+
+
+def _check_objective(values: dict[str, Any]) -> None:
+    """Raise ValueError for keys that are no objective."""
+    try:
+        validate(_Objective, {"objective": values})
+    except UserError as error:
+        raise ValueError(f"finetune_objective: {error}") from None
 
 
 class EvaluationConfig(Section):
@@ -281,6 +314,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _can_measure_gradients(self) -> "RunConfig":
+        if self.monitor.gradients_every and self.model.lora:
+            raise ValueError("monitor.gradients_every looks at the gradients of the whole model, which model.lora leaves out: leave out "
+                             "one of the two")
         if self.monitor.gradients_every and self.train.compile and self.deepspeed.get("zero_optimization", {}).get("stage", 3) == 3:
             raise ValueError("monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
                              "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2")

@@ -7,6 +7,7 @@ from data_prep.files import read_json
 from pretrain.config import load_config
 from pretrain.models.export import PREDICTOR_KEY, write_export
 from pretrain.models.export_readme import readme
+from pretrain.models.lora import merge_adapters
 from pretrain.run_folder import MODEL, step_name
 from pretrain.training.checkpoint import consolidate
 
@@ -20,6 +21,8 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         raise UserError(f"{run_dir / MODEL} is missing: without the model's configuration and tokenizer there is no export")
     config = load_config(run_dir / "config.yaml")
     state = consolidate(run_dir / "checkpoints" / step_name(step))
+    if config.model.lora:
+        state = merge_adapters(state, config.model.lora)
     folder.parent.mkdir(exist_ok=True)
     jepa = {
         "run": config.name,

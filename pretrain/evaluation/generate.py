@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep.console import UserError
+from pretrain.evaluation.helpers import share_rows
 from pretrain.evaluation.inference import left_padded, load, prompts
 
 BATCH = 128
@@ -22,6 +23,7 @@ class Answer(NamedTuple):
     """Whether the context left the model room for an answer; where not, the text is empty."""
 
 
+@share_rows
 def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 

@@ -2,17 +2,16 @@
 
 import argparse
 import os
-import time
-import traceback
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.config_file import apply_overrides, validate
-from data_prep.console import UserError, exit_on_user_error, print_now
-from data_prep.files import try_lock
+from data_prep.console import UserError, exit_on_user_error
+from data_prep.launched import started_together
 from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time
 from pretrain.evaluation.results import print_summary
+from pretrain.evaluation.watch import watch
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
@@ -28,13 +27,23 @@ def main() -> None:
     parser.add_argument("--embed", metavar="FILE", help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
+    parser.add_argument("--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead")
     arguments = parser.parse_intermixed_args()
-    if int(os.environ.get("RANK", 0)):
-        return  # started on several processes: one evaluates
     if arguments.embed is not None:
-        exit_on_user_error(lambda: _embed(arguments))
+        if int(os.environ.get("RANK", 0)) == 0:
+            exit_on_user_error(lambda: _embed(arguments))
         return
-    exit_on_user_error(lambda: _evaluate(arguments))
+    exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
+
+
+def _on_all_ranks(evaluate: Callable[[], None]) -> None:
+    """Evaluate on rank 0; the others help it to generate."""
+    if max(int(os.environ.get("WORLD_SIZE", 1)), started_together()) == 1:
+        evaluate()
+        return
+    from pretrain.evaluation.helpers import with_helpers
+
+    with_helpers(evaluate)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -47,19 +56,36 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     run_dir: Path = arguments.run_dir
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"{run_dir} is no run directory: it holds no config.yaml")
-    config = load_config(run_dir / "config.yaml", [word for word in arguments.overrides if not word.startswith("task.")])
-    tasks = choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
-    with _one_at_a_time(run_dir):
-        asked_for = evaluations_asked_for(run_dir)
-        steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
-        for step in set(steps) - set(asked_for):
-            ask_for_evaluation(run_dir, step)  # so that it is not removed meanwhile
-        done = asked_for if arguments.pending else set(steps) - set(asked_for)
-        _evaluate_steps(arguments, config, tasks, steps, done)
+    if arguments.watch:
+        if arguments.pending or arguments.checkpoint != "latest":
+            raise UserError("--watch takes every checkpoint: leave out --checkpoint and --pending")
+        watch(run_dir, lambda: _read(arguments), arguments.overrides)
+    else:
+        config, tasks = _read(arguments)
+        with one_at_a_time(run_dir):
+            asked_for = evaluations_asked_for(run_dir)
+            steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
+            for step in set(steps) - set(asked_for):
+                ask_for_evaluation(run_dir, step)  # so that it is not removed meanwhile
+            done = asked_for if arguments.pending else set(steps) - set(asked_for)
+            failures = []
+            for step in steps:
+                failures += evaluate_step(run_dir, config, tasks, step, arguments.overrides)
+                if step in done:
+                    (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
+        if failures:
+            raise failures[0]
     if not arguments.pending:
         print_summary(run_dir)
+
+
+def _read(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
+    """The configuration of the run, and the tasks that were chosen."""
+    path = arguments.run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{arguments.run_dir} is no run directory: it holds no config.yaml")
+    config = load_config(path, [word for word in arguments.overrides if not word.startswith("task.")])
+    return config, choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
@@ -94,45 +120,3 @@ def _step(run_dir: Path, wanted: str) -> int:
     if not wanted.isdigit() or int(wanted) not in steps:
         raise UserError(f"{run_dir} holds no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
     return int(wanted)
-
-
-@contextmanager
-def _one_at_a_time(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of the run's evaluations; wait for a job that runs, for instance in the background."""
-    (run_dir / "evaluation").mkdir(exist_ok=True)
-    path = run_dir / "evaluation" / ".lock"
-    lock = try_lock(path)
-    if lock is None:
-        print_now(f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}")
-    while lock is None:
-        time.sleep(1)
-        lock = try_lock(path)
-    with lock:
-        yield
-
-
-def _evaluate_steps(arguments: argparse.Namespace, config: RunConfig, tasks: list[TaskConfig], steps: list[int], done: Collection[int]) -> None:
-    """Evaluate all tasks on all steps, whatever happens to some; take back the requests of the steps in `done`."""
-    if not steps:
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils.logging import disable_progress_bar
-
-    from pretrain.evaluation.task_evaluation import evaluate_task
-
-    disable_progress_bar()
-
-    failures: list[Exception] = []
-    for step in steps:
-        for task in tasks:
-            try:
-                evaluate_task(config, arguments.run_dir, task, step, arguments.overrides)
-            except Exception as error:
-                failures.append(error)
-                if not isinstance(error, UserError):
-                    traceback.print_exception(error)
-        if step in done:
-            (arguments.run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
-    if failures:
-        raise failures[0]

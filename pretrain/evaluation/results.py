@@ -3,10 +3,13 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import write_text
+from data_prep.config import JsonSource
+from data_prep.files import sha256_file, write_text
+from pretrain.config import TaskConfig
 from pretrain.run_folder import read_metrics, read_status
 
 TABLE_COLUMNS = 6
@@ -17,6 +20,32 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """All results of a run, in the order in which they came; without a line that a kill cut off."""
     path = run_dir / "evaluation" / "results.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What one result stands for: step, task, settings, files by their content, and overrides, among which may be a seed."""
+    paths = [source.path if isinstance(source, JsonSource) else source for source in (task.train, task.test, task.databases)]
+    return {"step": step, "task": task.title, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
+        "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
+        "overrides": [word for word in overrides if not word.startswith("task.")],
+    }}
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or those below a folder."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:
+    """Whether the result stands already."""
+    return step in evaluated_steps(run_dir, [task], overrides)
+
+
+def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Sequence[str] = ()) -> set[int]:
+    """The steps at which the result of each task stands."""
+    results = read_results(run_dir)
+    wanted = [{key: value for key, value in identity(task, 0, overrides).items() if key != "step"} for task in tasks]
+    return set.intersection(*({result["step"] for result in results if one.items() <= result.items()} for one in wanted))
 
 
 def append_result(run_dir: Path, result: dict[str, Any]) -> None:
@@ -42,20 +71,21 @@ def print_summary(run_dir: Path) -> None:
         values = [line[tag] for line in metrics if line.get(tag) is not None]
         if values:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
-    _print_table(rows)
+    print_table(rows)
     for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
         results = [result for result in read_results(run_dir) if result["task"] == task]
         names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
         rows = [[task, "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
-        _print_table(rows)
+        print_table(rows)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
           "        then open the page it names; Custom Scalars shows both loss terms in one chart", flush=True)
 
 
-def _print_table(rows: list[list[str]]) -> None:
+def print_table(rows: list[list[str]]) -> None:
+    """The first row is the head; the first column goes to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     print("\n" + lines[0] + "\n" + "-" * len(lines[0]) + "\n" + "\n".join(lines[1:]), flush=True)

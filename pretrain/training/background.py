@@ -20,6 +20,11 @@ def single_process_environment() -> dict[str, str]:
         name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in OF_THE_LAUNCHER)}
 
 
+def tied(command: list[str], number: str) -> list[str]:
+    """A command that gets a signal (TERM, KILL) when the process that starts it dies, however that comes."""
+    return ["setpriv", "--pdeathsig", number, *command]
+
+
 def ask_for_evaluation(run_dir: Path, step: int) -> None:
     """Pin a checkpoint, before it stands: it is not removed until a job has evaluated it, so no kill loses the request."""
     pins = run_dir / "checkpoints" / PINS

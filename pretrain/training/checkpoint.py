@@ -49,18 +49,26 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
 def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
     """Remove all but the newest `keep`, those of multiples of `keep_every` and the pinned ones; return what could not be removed.
 
-    A removal that is cut short leaves no visible checkpoint.
+    A removal that is cut short leaves no visible checkpoint. One that is pinned, perhaps from another machine, while it is moved away comes back.
     """
     failed = []
+    pinned = _pins(folder)
     for old in list_steps(folder)[:-keep]:
-        if (keep_every is None or old % keep_every) and not (folder / PINS / step_name(old)).exists():
+        if (keep_every is None or old % keep_every) and step_name(old) not in pinned:
             try:
                 os.replace(folder / step_name(old), folder / f".{step_name(old)}.tmp")
+                if step_name(old) in _pins(folder):
+                    os.replace(folder / f".{step_name(old)}.tmp", folder / step_name(old))
             except OSError as error:
                 failed.append(f"{step_name(old)} ({error.strerror})")
     for hidden in folder.glob(".step-*.tmp"):
         shutil.rmtree(hidden, ignore_errors=True)
     return failed
+
+
+def _pins(folder: Path) -> set[str]:
+    """Checkpoints that wait for an evaluation. Read from the folder, which file systems of several machines do not answer from a cache."""
+    return {path.name for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
 
 
 def described(path: Path) -> dict[str, Any]:

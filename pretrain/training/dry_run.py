@@ -50,6 +50,8 @@ def dry_run(config: RunConfig) -> None:
 
     if config.resting_keys:
         print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
+    if config.model.lora:
+        print("note: what follows is for training the whole model; with model.lora gradients and optimizer states are those of the adapters alone")
     if corpus is None:
         print(f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
               "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG")

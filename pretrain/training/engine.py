@@ -16,6 +16,7 @@ from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
 from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, pretrained_config, random_causal_lm, shape_config
+from pretrain.models.lora import add_adapters
 from pretrain.objectives import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
@@ -55,14 +56,18 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
         model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
         check_fits(config, model, tokenizer)
         load_predictor(model, config.model.init_from)
+        if config.model.lora:
+            add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
         recompute_layers(model)
     if config.train.compile:
         compile_layers(model, settings["zero_optimization"]["stage"])
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
-    decay = [parameter for parameter in module.parameters() if len(_shape(parameter)) >= 2]
-    rest = [parameter for parameter in module.parameters() if len(_shape(parameter)) < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decay = [parameter for parameter in trained if len(_shape(parameter)) >= 2]
+    rest = [parameter for parameter in trained if len(_shape(parameter)) < 2]
+    groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
                                   lr=config.train.learning_rate, betas=config.train.betas)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive

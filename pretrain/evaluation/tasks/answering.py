@@ -1,7 +1,6 @@
 """What tasks of pairs have in common: finetune where asked, read the rows, write answers, tell which targets are new."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,11 @@ from data_prep.files import write_text
 from data_prep.shards import MANIFEST, view_hashes
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import Answer, answer
 from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source
 from pretrain.evaluation.rows import OwnColumns, Row, read_rows, write_views
 from pretrain.evaluation.tasks.task_run import TaskRun
-from pretrain.run_folder import list_steps
 
 READ_AT_A_TIME = 65_536
 """Records of the corpus."""
@@ -50,9 +47,7 @@ def model_of(run: TaskRun, own: OwnColumns | None = None) -> Iterator[Path]:
         train = run.train
     else:
         train = write_views(data / f"{run.task.title}-train.jsonl", views, (row.views for row in read_train(run, own)))
-    run_dir = finetune(run.config, run.task.finetune, run.export, train, run.folder, run.name)
-    yield export_checkpoint(run_dir, list_steps(run_dir / "checkpoints")[-1])
-    shutil.rmtree(run_dir / "checkpoints")  # the export holds the weights
+    yield finetune(run.config, run.task, run.export, train, run.folder, run.name)
 
 
 def write_answers(run: TaskRun, model: Path, rows: list[Row]) -> list[Answer]:

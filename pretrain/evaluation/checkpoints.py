@@ -1,0 +1,51 @@
+"""All tasks on one checkpoint, by one job at a time."""
+
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.console import UserError, print_now
+from data_prep.files import try_lock
+from pretrain.config import RunConfig, TaskConfig
+
+
+@contextmanager
+def one_at_a_time(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of the run's evaluations; wait for a job that has it, for instance one in the background.
+
+    It is a flock of evaluation/.lock, which ends with its process. Two machines keep each other out where their file system shares such
+    locks between machines: NFS does since version 3 with its lock service, Lustre when it is mounted with the option flock.
+    """
+    (run_dir / "evaluation").mkdir(exist_ok=True)
+    path = run_dir / "evaluation" / ".lock"
+    lock = try_lock(path)
+    if lock is None:
+        print_now(f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}")
+    while lock is None:
+        time.sleep(1)
+        lock = try_lock(path)
+    with lock:
+        yield
+
+
+def evaluate_step(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> list[Exception]:
+    """Evaluate all tasks on a checkpoint that is pinned, whatever happens to some; the lock is held."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils.logging import disable_progress_bar
+
+    from pretrain.evaluation.task_evaluation import evaluate_task
+
+    disable_progress_bar()
+    failures: list[Exception] = []
+    for task in tasks:
+        try:
+            evaluate_task(config, run_dir, task, step, overrides)
+        except Exception as error:
+            failures.append(error)
+            if not isinstance(error, UserError):
+                traceback.print_exception(error)
+    return failures

@@ -1,0 +1,74 @@
+"""Several processes for one evaluation: rank 0 does it, and shares the rows of what takes long with the others, a GPU each."""
+
+import functools
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_prep.console import UserError
+from pretrain.training.distributed import environment_of_the_launcher
+
+PATIENCE = timedelta(days=30)
+"""Helpers wait as long as rank 0 trains, scores, or waits for a checkpoint; where it dies, they notice at once."""
+
+
+def with_helpers(evaluate: Callable[[], None]) -> None:
+    """Join the ranks; evaluate on rank 0, and help on the others until that has ended."""
+    environment_of_the_launcher()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=PATIENCE)  # of Python objects alone
+    try:
+        if dist.get_rank() == 0:
+            evaluate()
+        else:
+            while (work := _broadcast(None)) is not None:
+                function, folder, rows, more = work
+                function(folder, rows, **more)
+    finally:
+        if dist.get_rank() == 0:
+            _broadcast(None)
+
+
+def share_rows(function: Callable[..., list]) -> Callable[..., list]:
+    """Decorates `function(folder, rows, **more)`, which returns an entry for each row: with helpers, each rank takes every n-th row.
+
+    Raises UserError, or RuntimeError with the message of the rank that failed.
+    """
+
+    @functools.wraps(function)
+    def shared(folder: Any, rows: list, **more: Any) -> list:
+        if not dist.is_initialized():
+            return function(folder, rows, **more)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        if rank == 0:
+            _broadcast((shared, folder, rows, more))
+        error, mine = None, []
+        try:
+            mine = function(folder, rows[rank::ranks], **more) if rows[rank::ranks] else []
+        except Exception as caught:
+            error = caught if isinstance(caught, UserError) else RuntimeError(f"rank {rank}: {type(caught).__name__}: {caught}")
+        found = [None] * ranks if rank == 0 else None
+        dist.gather_object((error, mine), found)
+        if rank:
+            return mine
+        errors = [problem for problem, _ in found if problem]
+        if errors:
+            raise errors[0]
+        entries = [None] * len(rows)
+        for number, (_, part) in enumerate(found):
+            entries[number::ranks] = part
+        return entries
+
+    return shared
+
+
+def _broadcast(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

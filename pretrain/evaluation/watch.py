@@ -1,0 +1,125 @@
+"""Following a run: each checkpoint is evaluated once, as it comes, from this machine or another one that sees the same files.
+
+What is done stands in results.jsonl alone, so a watch that is killed at any point goes on where it was when it is started again. Jobs that the
+run itself starts in the background may work beside it: the lock and results.jsonl share the work out.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.console import UserError, print_now, report
+from pretrain.config import RunConfig, TaskConfig
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time
+from pretrain.evaluation.results import evaluated_steps
+from pretrain.run_folder import PINS, list_steps, read_status, step_name
+from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
+
+POLL = 2.0
+"""Seconds between looks at the run directory."""
+ATTEMPTS = 2
+"""At a checkpoint that stands, and cannot be evaluated."""
+
+
+class Watch:
+    """One watch: a thread pins what comes, while the main one evaluates."""
+
+    def __init__(self, run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]):
+        self.run_dir, self.read, self.overrides = run_dir, read, overrides
+        self.settled: set[int] = set()
+        """Steps that are done, given up or not wanted."""
+        self.attempts: dict[int, int] = {}
+        self.ended = threading.Event()
+
+    def pin_new(self) -> None:
+        """Pin each wanted checkpoint that stands without its results.
+
+        The pin comes first, then the look whether the checkpoint still stands: retention looks for pins again when it has moved one away, and
+        puts it back (`retain` of training/checkpoint.py).
+        """
+        checkpoints = self.run_dir / "checkpoints"
+        pinned = evaluations_asked_for(self.run_dir)
+        new = [step for step in list_steps(checkpoints) if step not in self.settled and step not in pinned]
+        if not new:
+            return
+        config, tasks = self.read()
+        done = evaluated_steps(self.run_dir, tasks, self.overrides)
+        for step in new:
+            if step in done or (config.evaluation.every and step % config.evaluation.every):
+                self.settled.add(step)
+                continue
+            ask_for_evaluation(self.run_dir, step)
+            if step not in list_steps(checkpoints):
+                _pin(self.run_dir, step).unlink(missing_ok=True)  # gone, or on its way back
+
+    def keep_pinning(self) -> None:
+        """The thread."""
+        while not self.ended.wait(POLL):
+            with contextlib.suppress(OSError, UserError):  # which the main thread meets too
+                self.pin_new()
+
+    def pinned(self) -> list[int]:
+        """What is to be evaluated, whoever has pinned it: also what a killed watch has left."""
+        return [step for step in evaluations_asked_for(self.run_dir) if self.attempts.get(step, 0) < ATTEMPTS]
+
+    def take(self, step: int) -> None:
+        """Evaluate a pinned checkpoint, unless that has been done meanwhile; the pin goes when all is done or given up."""
+        config, tasks = self.read()
+        with one_at_a_time(self.run_dir):
+            if step not in evaluations_asked_for(self.run_dir):
+                return
+            failures = evaluate_step(self.run_dir, config, tasks, step, self.overrides)
+            self.attempts[step] = self.attempts.get(step, 0) + bool(failures)
+            if not failures or self.attempts[step] >= ATTEMPTS:
+                self.settled.add(step)
+                _pin(self.run_dir, step).unlink(missing_ok=True)
+        for failure in failures:
+            if isinstance(failure, UserError):
+                report(failure)
+
+
+def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]) -> None:
+    """Evaluate every checkpoint that evaluation.every divides (0: all of them) until the run is finished, or failed for good.
+
+    `read` gives the configuration and the tasks, once there is one. Raises UserError at the end where some evaluation failed.
+    """
+    if not (run_dir / "config.yaml").exists():
+        print_now(f"waiting for the run {run_dir} to start")
+    while not (run_dir / "config.yaml").exists():
+        time.sleep(POLL)
+    config, tasks = read()
+    print_now(f"watching {run_dir}: {', '.join(task.title for task in tasks)} on "
+              + (f"the checkpoints of every {config.evaluation.every} steps" if config.evaluation.every else "every checkpoint"))
+    watching, told = Watch(run_dir, read, overrides), ""
+    threading.Thread(target=watching.keep_pinning, daemon=True).start()
+    while True:
+        status = read_status(run_dir)  # before the look at the checkpoints: what a finished run has saved stands by then
+        watching.pin_new()
+        if todo := watching.pinned():
+            watching.take(todo[0])
+            continue
+        if status.get("status") == "finished" or (status.get("status") == "failed" and not status.get("again", True)):
+            break
+        if (line := _why_waiting(status)) != told:
+            told = line
+            print_now(line)
+        time.sleep(POLL)
+    watching.ended.set()
+    given_up = [step for step, count in watching.attempts.items() if count >= ATTEMPTS]
+    if given_up:
+        raise UserError(f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, given_up))}, for reasons that stand above")
+
+
+def _pin(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / PINS / step_name(step)
+
+
+def _why_waiting(status: dict) -> str:
+    match status.get("status"):
+        case "failed" | "resumable" as ended:
+            return (f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason given'}): waiting for it to go on; "
+                    "Ctrl-C ends the watch")
+        case _:
+            return "waiting for the next checkpoint"

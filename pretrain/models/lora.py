@@ -1,0 +1,37 @@
+"""Low-rank adapters around the linear maps of a model, by peft, and the model that they make together."""
+
+import torch
+from torch import nn
+
+from data_prep.console import UserError
+from pretrain.config import LoraConfig
+from pretrain.models.language_model import LanguageModel
+
+BASE, DOWN, UP = "base_layer", "lora_A.default", "lora_B.default"
+"""What peft calls the parts of an adapted map."""
+
+
+def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
+    """Put adapters around every linear map of the layers, and freeze all else but the predictor tokens. Raises UserError without peft."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("model.lora needs the package peft: pip install 'jepa-pretrain[lora]'") from None
+    transformer = model.causal_lm.model
+    maps = sorted({name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)})
+    model.causal_lm.requires_grad_(False)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=maps), transformer)
+
+
+def merge_adapters(state: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
+    """The state of an adapted LanguageModel as that of one without adapters: W + alpha / rank * B A."""
+    merged = {}
+    for key, value in state.items():
+        if f".{BASE}." in key:
+            name = key.replace(f".{BASE}.", ".")
+            if name.endswith(".weight"):
+                value = value + lora.alpha / lora.rank * state[key.replace(BASE, UP)] @ state[key.replace(BASE, DOWN)]
+            merged[name] = value
+        elif f".{DOWN}." not in key and f".{UP}." not in key:
+            merged[key] = value
+    return merged

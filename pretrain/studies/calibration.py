@@ -1,0 +1,60 @@
+"""How fast an arm is: a short run of it, started as its real runs are."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError, print_now
+from pretrain.run_folder import read_metrics
+from pretrain.studies.config import BUDGETS, Study
+from pretrain.studies.matching import Arm
+from pretrain.studies.processes import Processes
+from pretrain.studies.record import Record
+from pretrain.studies.runner import log_of, write_run_config
+from pretrain.studies.slurm import submit, wait_for
+
+STEPS, LEFT_OUT = 40, 10
+"""Steps of the run, and how many of the first ones the speed leaves out."""
+NEVER = 10**9
+
+
+def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
+    """The dotted keys that make a run of an arm its calibration, in a folder of its own."""
+    budgets = {f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None}
+    return arm.overrides | budgets | {
+        "train.steps": STEPS, "name": arm.name, "output_dir": folder, "evaluation": {},
+        "checkpoint": {"every": NEVER, "keep": 1}, "monitor.log_every": 1, "monitor.validate_every": NEVER, "monitor.tensorboard": False,
+        "monitor.gradients_every": 0,
+    }
+
+
+def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
+    """The speed that a finished calibration has measured; its checkpoint goes. Raises UserError where it has not come to its end."""
+    lines = read_metrics(run_dir)
+    if not lines or lines[-1]["step"] < STEPS:
+        raise UserError(f"the calibration of {arm.name} did not come to its end: look at {run_dir} and its log")
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    first, last = lines[LEFT_OUT - 1], lines[-1]
+    return {"overrides": arm.overrides, "steps": f"{LEFT_OUT + 1} to {STEPS}",
+            "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])}
+
+
+def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, processes: Processes) -> dict[str, float]:
+    """The tokens a second of each arm; those that were measured before, with the same settings, stay. Raises UserError."""
+    folder = study.folder / "calibration"
+    for arm in arms:
+        if record.calibration.get(arm.name, {}).get("overrides") == arm.overrides or processes.stopped:
+            continue
+        config = study.run_config(arm.name, study.config.seeds[0], calibration_changes(arm, str(folder)))
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        log, path = log_of(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
+        print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
+        if study.config.slurm:
+            job = submit(launcher / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path)
+            wait_for(job, lambda: processes.stopped is not None)
+        else:
+            processes.train(launcher, study.config.launch, path, log)
+        if not processes.stopped:
+            record.calibration[arm.name] = measured(arm, config.run_dir)
+            record.save()
+    return {name: found["tokens_per_second"] for name, found in record.calibration.items()}

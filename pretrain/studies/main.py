@@ -1,0 +1,87 @@
+"""The command of a study: check everything, match the arms, then run or submit."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError, exit_on_user_error, print_now
+from data_prep.files import try_lock
+from pretrain.studies.config import Study, load_study
+
+
+def main(launcher: Path) -> None:
+    """Parse the command line; `launcher` is the folder of the commands that the study starts."""
+    parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study, each with every seed; or go on with that.")
+    parser.add_argument("study", type=Path, help="YAML file of the study, such as those in configs/studies")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]")
+    parser.add_argument("--dry-run", action="store_true", help="print runs, budgets and FLOPs, and start nothing")
+    arguments = parser.parse_intermixed_args()
+    exit_on_user_error(lambda: _main(launcher, arguments))
+
+
+def _main(launcher: Path, arguments: argparse.Namespace) -> None:
+    study = load_study(arguments.study, arguments.overrides)
+    if arguments.dry_run:
+        _show(study)
+        return
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(study.folder / ".lock")
+    except OSError as error:
+        raise UserError(f"cannot write to {study.folder} (output_dir/name): {error.strerror}") from None
+    if lock is None:
+        raise UserError(f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
+                        "another name")
+    with lock:
+        sys.exit(_run(study, launcher, lock))
+
+
+def _show(study: Study) -> None:
+    from pretrain.studies.corpora import assign_corpora, is_prepared
+    from pretrain.studies.matching import Matching, make_base
+    from pretrain.studies.plan import print_plan
+    from pretrain.studies.record import Record
+
+    overrides, corpora = assign_corpora(study, make_base(study))
+    missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
+    if missing:
+        print_now(f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
+                  f"budgets and FLOPs follow from the corpus, and {', '.join(missing)} is not prepared yet: the start of the study does that, "
+                  f"or python -m data_prep {study.base}")
+        return
+    matching = Matching(study, overrides, print_now)
+    speeds = {arm: found["tokens_per_second"] for arm, found in Record(study.folder).calibration.items()}
+    print_plan(study, matching, speeds)
+
+
+def _run(study: Study, launcher: Path, lock: Any) -> int:
+    from pretrain.studies.calibration import calibrate
+    from pretrain.studies.corpora import assign_corpora, prepare_corpus
+    from pretrain.studies.matching import Matching, make_base
+    from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
+    from pretrain.studies.processes import Processes
+    from pretrain.studies.record import Record
+    from pretrain.studies.runner import STOPPED, run_here
+    from pretrain.studies.slurm import submit_runs
+
+    overrides, corpora = assign_corpora(study, make_base(study))
+    for corpus in corpora:
+        prepare_corpus(corpus)
+    record, processes = Record(study.folder), Processes(lock)
+    matching = Matching(study, overrides, print_now)
+    speeds = {}
+    if study.config.matched_by == "seconds":
+        speeds = calibrate(study, list(matching.arms.values()), record, launcher, processes)
+    if processes.stopped:
+        return STOPPED
+    runs = make_runs(study, matching, speeds)
+    check_runs(runs)
+    record.describe(study, {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()})
+    print_plan(study, matching, speeds)
+    if study.config.slurm:
+        return submit_runs(study.folder, launcher, study.config.slurm, runs, record)
+    code = run_here(study.folder, launcher, study.config.launch, runs, record, processes)
+    if code != STOPPED:
+        print_outcome(study, runs)
+    return code

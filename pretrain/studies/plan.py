@@ -1,0 +1,88 @@
+"""The runs of a study, its plan as a table, and what came out."""
+
+import statistics
+
+from data_prep.console import UserError, print_now
+from pretrain.data.corpus import Corpus
+from pretrain.evaluation.results import print_table, read_results
+from pretrain.run_folder import read_metrics
+from pretrain.studies.config import MetricConfig, Study
+from pretrain.studies.matching import Matching
+from pretrain.studies.record import Run
+from pretrain.studies.runner import is_done
+from pretrain.training.describe import check_same_run
+
+CLOSE = 0.05
+"""Difference in training seconds up to which a match by seconds has come true."""
+
+
+def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> list[Run]:
+    """All runs, seed by seed over all arms, so that a study that is not finished is balanced."""
+    runs = []
+    for seed in study.config.seeds:
+        for name, arm in matching.arms.items():
+            config = study.run_config(name, seed, matching.overrides(arm, speeds))
+            runs.append(Run(name, seed, config, arm.flops_per_token * matching.tokens(arm, speeds)))
+    return runs
+
+
+def check_runs(runs: list[Run]) -> None:
+    """Raise UserError where a run that exists was started with other settings than it has now."""
+    for run in runs:
+        if (run.dir / "config.yaml").exists():
+            try:
+                check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
+            except UserError as error:
+                raise UserError(f"arms.{run.arm} or its base has changed since it was started (new arms and seeds may come, arms that have runs "
+                                f"stay; give a changed one another name): {error}") from None
+
+
+def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
+    """Arms with their budgets, and what matching did. Without speeds that a budget needs, it stays open."""
+    config = study.config
+    rows = [["arm", "rows a step", "tokens a step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
+    unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
+    for arm in matching.arms.values():
+        cells = ["measured at the start"] + [""] * 3
+        if not unknown:
+            tokens, baseline = matching.tokens(arm, speeds), matching.baseline
+            flops, of_baseline = tokens * arm.flops_per_token, matching.tokens(baseline, speeds) * baseline.flops_per_token
+            cells = [f"{round(tokens / arm.tokens_per_step):,}", f"{tokens:,}", f"{flops:.3g}", f"{flops / of_baseline:.3f}"]
+        rows.append([arm.name, f"{arm.config.train.global_batch_rows:,}", f"{arm.tokens_per_step:,.0f}", *cells])
+    print_table(rows)
+    for arm in matching.arms.values():
+        for note in arm.notes:
+            print_now(f"{arm.name}: {note}")
+    how = "not matched" if config.matched_by == "none" else f"matched by {config.matched_by}"
+    arms, seeds = len(matching.arms), len(config.seeds)
+    print_now(f"\n{arms} arms x {seeds} seed{'s' * (seeds > 1)} = {arms * seeds} runs, {how}, in {study.folder}")
+
+
+def print_outcome(study: Study, runs: list[Run]) -> None:
+    """The metric of each arm over its seeds, and what the runs took."""
+    metric = study.config.metric
+    rows = [["arm", "runs", f"{metric.task} {metric.name}", "spread", "tokens", "training seconds"]]
+    seconds = {}
+    for arm in study.config.arms:
+        done = [run for run in runs if run.arm == arm and is_done(run)]
+        if not done:
+            rows.append([arm, "0", "", "", "", ""])
+            continue
+        last = [read_metrics(run.dir)[-1] for run in done]
+        values = [value for run in done if (value := _value(run, metric)) is not None]
+        if not values:
+            raise UserError(f"the task {metric.task} has no metric {metric.name!r}: set metric.name in the study file")
+        seconds[arm] = statistics.fmean(line["seconds"] for line in last)
+        rows.append([arm, str(len(done)), f"{statistics.fmean(values):.4f}", f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
+                     f"{statistics.fmean(line['tokens'] for line in last):,.0f}", f"{seconds[arm]:,.1f}"])
+    print_table(rows)
+    for arm, taken in seconds.items():
+        ratio = taken / seconds.get(study.config.baseline, taken)
+        if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
+            print_now(f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}: the machine's speed has changed since the "
+                      "calibration")
+
+
+def _value(run: Run, metric: MetricConfig) -> float | None:
+    found = [result["metrics"] for result in read_results(run.dir) if result["task"] == metric.task]
+    return found[-1].get(metric.name) if found else None

@@ -1,0 +1,92 @@
+"""The runs of a study here, one after another: what is finished is left alone, what was interrupted goes on, what fails is told and left."""
+
+import time
+from pathlib import Path
+
+from data_prep.console import print_now
+from data_prep.files import write_text
+from pretrain.config import RunConfig, dump_config
+from pretrain.evaluation.results import evaluated_steps
+from pretrain.run_folder import list_steps, read_status
+from pretrain.studies.processes import Processes
+from pretrain.studies.record import Record, Run
+from pretrain.training.progress_line import duration
+
+STOPPED = 75
+"""Exit code of a study that was stopped and can go on, as that of a run."""
+
+
+def write_run_config(folder: Path, config: RunConfig) -> Path:
+    """The configuration of a run as a file of the study's folder."""
+    path = folder / "configs" / f"{config.name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, dump_config(config))
+    return path
+
+
+def log_of(folder: Path, name: str) -> Path:
+    """Where a run's console goes."""
+    (folder / "logs").mkdir(exist_ok=True)
+    return folder / "logs" / f"{name}.log"
+
+
+def is_trained(run: Run) -> bool:
+    """Whether a run has come to its end."""
+    return read_status(run.dir).get("status") == "finished" and bool(list_steps(run.dir / "checkpoints"))
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run is trained, and all its tasks evaluated at its last step."""
+    tasks = run.config.evaluation.tasks
+    return is_trained(run) and (not tasks or list_steps(run.dir / "checkpoints")[-1] in evaluated_steps(run.dir, tasks))
+
+
+def run_here(folder: Path, launcher: Path, launch: str, runs: list[Run], record: Record, processes: Processes) -> int:
+    """Train and evaluate all runs in their order; the exit code of the study."""
+    failed = []
+    for number, run in enumerate(runs, 1):
+        if is_done(run):
+            continue
+        log = log_of(folder, run.name)
+        print_now(f"[{number}/{len(runs)}] {run.name}{_left(runs, record)}; its output: {log}")
+        started = time.monotonic()
+        problem = _train_and_evaluate(run, folder, launcher, launch, log, processes)
+        seconds = time.monotonic() - started
+        record.wall_seconds[run.name] = round(record.wall_seconds.get(run.name, 0) + seconds, 1)
+        record.save()
+        if processes.stopped:
+            print_now(f"stopped by {processes.stopped.name}; the same command goes on")
+            return STOPPED
+        if problem:
+            failed.append(run.name)
+            print_now(f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again")
+        else:
+            print_now(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
+    if failed:
+        print_now(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _train_and_evaluate(run: Run, folder: Path, launcher: Path, launch: str, log: Path, processes: Processes) -> str | None:
+    """None, or why the run is not done."""
+    if not is_trained(run):
+        code = processes.train(launcher, launch, write_run_config(folder, run.config), log)
+        if not is_trained(run):
+            status = read_status(run.dir)
+            return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
+    if not processes.stopped and not is_done(run):
+        code = processes.evaluate(launcher, run.dir, log)
+        if not is_done(run):
+            return f"the evaluation ended with exit code {code}"
+    return None
+
+
+def _left(runs: list[Run], record: Record) -> str:
+    """The time that is left, from what the runs that are done took for their FLOPs."""
+    done = [run for run in runs if is_done(run)]
+    known = [run for run in done if run.name in record.wall_seconds]
+    if not known:
+        return ""
+    left = sum(run.flops for run in runs if run not in done)
+    seconds = left * sum(record.wall_seconds[run.name] for run in known) / sum(run.flops for run in known)
+    return f", about {duration(seconds)} left for all"

@@ -1,0 +1,61 @@
+"""The runs of a study as jobs of Slurm: one for the training of a run, which queues itself again, and one behind it for its evaluation."""
+
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.console import UserError, print_now
+from pretrain.studies.config import SlurmConfig
+from pretrain.studies.record import Record, Run
+from pretrain.studies.runner import is_done, is_trained, log_of, write_run_config
+
+
+def submit_runs(folder: Path, launcher: Path, slurm: SlurmConfig, runs: list[Run], record: Record) -> int:
+    """Submit what is not done and not queued; 0."""
+    submitted = 0
+    for run in runs:
+        if is_done(run) or any(_is_queued(job) for job in record.jobs.get(run.name, [])):
+            continue
+        log, jobs = log_of(folder, run.name), []
+        if not is_trained(run):
+            jobs.append(submit(launcher / "slurm" / "pretrain.sbatch", slurm.train, run.name, log, write_run_config(folder, run.config)))
+        if run.config.evaluation.tasks:
+            behind = [f"--dependency=afterany:{jobs[0]}"] if jobs else []
+            jobs.append(submit(launcher / "slurm" / "evaluate.sbatch", slurm.evaluate, f"evaluate-{run.name}", log, run.dir, more=behind))
+        record.jobs[run.name] = jobs
+        record.save()
+        submitted += 1
+        print_now(f"{run.name}: job{'s' * (len(jobs) > 1)} {', '.join(map(str, jobs))}")
+    done = sum(map(is_done, runs))
+    print_now(f"{submitted} runs submitted, {done} of {len(runs)} done; the same command submits again what has failed, once it has left the queue")
+    return 0
+
+
+def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: list[str] = ()) -> int:
+    """The number of a new job. Raises UserError."""
+    if not Path("launcher/run.py").is_file():
+        raise UserError("jobs start in this folder, and launcher/run.py is not in it: start the study from the project's folder")
+    done = _call("sbatch", "--parsable", f"--job-name={name}", f"--output={log}", *more, *shlex.split(options), str(script), str(argument))
+    if done.returncode:
+        raise UserError(f"sbatch refused {name}: {' '.join(done.stderr.split())}; mend the options of slurm in the study file")
+    return int(done.stdout.partition(";")[0])
+
+
+def wait_for(job: int, stopped: Callable[[], bool]) -> None:
+    """Return when a job has left the queue, or this process is asked to stop."""
+    while not stopped() and _is_queued(job):
+        time.sleep(5)
+
+
+def _is_queued(job: int) -> bool:
+    """Whether a job waits or runs; Slurm forgets ended ones after a while."""
+    return bool(_call("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip())
+
+
+def _call(*command: str) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"cannot start {command[0]} ({error.strerror}): the study file has slurm, start it where Slurm is") from None

@@ -1,0 +1,107 @@
+"""Finetuning with adapters, and with an objective on pairs, as the evaluation does it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.config import LoraConfig, TaskConfig, load_config
+from pretrain.evaluation.export import export_checkpoint
+from pretrain.models.export import load_language_model
+from pretrain.models.lora import add_adapters, merge_adapters
+from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.evaluation.test_job import read_lines, write_pairs
+
+WITHOUT_PEFT = "there is no package peft (the extra lora)"
+LORA = LoraConfig(rank=2, alpha=8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
+def test_merged_weights_compute_what_the_adapted_model_does(make_model, family):
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    model, plain = make_model(1, family=family), make_model(1, family=family)
+    embeddings = torch.randn(2, 7, model.width)
+    before = model.causal_lm.model(inputs_embeds=embeddings).last_hidden_state
+    add_adapters(model, LORA)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "predictor.weight" in trained and len(trained) > 8
+    assert all("lora_" in name for name in trained - {"predictor.weight"})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    adapted = model.causal_lm.model(inputs_embeds=embeddings).last_hidden_state
+    merged = merge_adapters(model.state_dict(), LORA)
+    assert merged.keys() == plain.state_dict().keys()
+    plain.load_state_dict(merged)
+    assert (adapted - before).abs().max() > 0.1
+    assert torch.allclose(plain.causal_lm.model(inputs_embeds=embeddings).last_hidden_state, adapted, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A run of a few steps, and task files."""
+    folder = tmp_path_factory.mktemp("lora")
+    write_pairs(folder / "train.jsonl", "finetune", 200)
+    write_pairs(folder / "test.jsonl", "test", 20)
+    task = {"name": "nl_rx", "finetune": {"steps": 3}, "finetune_objective": {"name": "llm_jepa"}, "finetune_lora": {"rank": 2, "alpha": 8}}
+    config = write_config(folder, tiny_config(folder, evaluation={"tasks": [task]}))
+    call(["python", "-m", "data_prep", str(config)])
+    call(["python", "launcher/run.py", str(config)])
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(pretrained):
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    export = export_checkpoint(pretrained / "runs" / "run", 4)
+    config = write_config(pretrained, tiny_config(
+        pretrained, name="adapted", model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}}, train__steps=6, checkpoint={"every": 3}))
+    call(deepspeed_command(2, "launcher/run.py", config))
+    run_dir = pretrained / "runs" / "adapted"
+    result = export_checkpoint(run_dir, 6)
+    before, after = weights(export), weights(result)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if "proj" in key}
+    load_language_model(result, "auto", torch.device("cpu"))
+    last = read_lines(run_dir / "metrics.jsonl")[-1]
+
+    for path in (run_dir / "checkpoints" / "step-00000006").iterdir():
+        path.unlink()
+    (run_dir / "checkpoints" / "step-00000006").rmdir()
+    (run_dir / "status.json").unlink()
+    call(deepspeed_command(2, "launcher/run.py", config))
+    again = read_lines(run_dir / "metrics.jsonl")[-1]
+    assert again["step"] == 6 and again["loss/total"] == last["loss/total"]
+
+
+def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    run_dir = pretrained / "runs" / "run"
+    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={pretrained / 'train.jsonl'}",
+          f"task.test={pretrained / 'test.jsonl'}", "task.finetune={steps: 3}", "task.finetune_objective={name: llm_jepa, weight: 0.5}",
+          "task.finetune_lora={rank: 2, alpha: 8}"])
+    result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
+    assert result["settings"]["finetune_objective"] == {"name": "llm_jepa", "weight": 0.5}
+    assert result["settings"]["finetune_lora"] == {"rank": 2, "alpha": 8.0}
+    finetuned = run_dir / "evaluation" / "finetune" / "nl_rx-step-00000004"
+    config = load_config(finetuned / "config.yaml")
+    assert config.model.lora == LORA and config.objective.name == "llm_jepa" and config.data.lm_views == "last"
+    assert all("loss/jepa" in line for line in read_lines(finetuned / "metrics.jsonl"))
+    assert json.loads((finetuned / "export" / "step-00000003" / "jepa.json").read_text())["objective"]["weight"] == 0.5
+    assert not (finetuned / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"finetune_lora": {"rank": 2, "alpha": 4}}, "finetune_objective and finetune_lora act with finetune only"),
+    ({"finetune": {}, "finetune_objective": {"name": "llm_jepa", "weigth": 1}}, "nearest known one is 'objective.weight'"),
+    ({"finetune": {}, "finetune_lora": {"rank": 0, "alpha": 4}}, "greater than 0"),
+])
+def test_mistakes(changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        TaskConfig(name="nl_rx", **changes)

@@ -1,0 +1,120 @@
+"""`evaluate.py --watch`: every checkpoint once, whatever is killed; and several processes that answer together."""
+
+import json
+import random
+import threading
+import time
+
+import pytest
+
+from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training.background import ask_for_evaluation
+from pretrain.training.checkpoint import retain
+from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+from tests.pretrain.evaluation.test_job import read_lines, write_pairs
+
+STEPS, EVERY = 30, 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prepared corpus, and the configuration of a run that keeps its checkpoints."""
+    folder = tmp_path_factory.mktemp("watch")
+    pairs = write_pairs(folder / "pairs.jsonl", "test", 30)
+    write_config(folder, tiny_config(folder, train__steps=STEPS, checkpoint={"every": EVERY, "keep": 9},
+                                     evaluation={"tasks": [{"name": "loss", "test": str(pairs)}]}))
+    call(["python", "-m", "data_prep", str(folder / "run.yaml")])
+    return folder
+
+
+def start_watch(folder, number, *words):
+    return Running(["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words], folder / f"watch-{number}.log")
+
+
+def results(folder):
+    path = folder / "runs" / "run" / "evaluation" / "results.jsonl"
+    return [(result["task"], result["step"]) for result in read_lines(path)] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def watched(folder):
+    """The run with all evaluated by a watch that was killed twice: within an evaluation, and just behind a result."""
+    first = start_watch(folder, 1)
+    first.wait_until(lambda: f"waiting for the run {folder / 'runs' / 'run'} to start" in first.log.read_text(), "the wait")
+    call(["python", "launcher/run.py", str(folder / "run.yaml")])
+    first.wait_until(lambda: "evaluating loss at step 10" in first.log.read_text(), "an evaluation")
+    first.kill()
+    second = start_watch(folder, 2)
+    second.wait_until(lambda: results(folder), "a result")
+    second.kill()
+    last = start_watch(folder, 3)
+    assert last.end() == 0, last.log.read_text()
+    return folder / "runs" / "run"
+
+
+def test_a_watch_that_is_killed_repeats_and_loses_nothing(folder, watched):
+    assert results(folder) == [("loss", 10), ("loss", 20), ("loss", 30)]
+    assert not list((watched / "checkpoints" / PINS).iterdir())
+    assert "validation/embedding/retrieval_at_1" in (folder / "watch-3.log").read_text()
+
+
+def test_two_processes_answer_what_one_does(folder, watched):
+    answers, metrics = {}, {}
+    for name, command in {"one": ["python"], "two": deepspeed_command(2, "")[:-1]}.items():
+        test = write_pairs(folder / f"{name}.jsonl", "test", 25)
+        call([*command, "launcher/evaluate.py", str(watched), "--task", "nl_rx", f"task.test={test}"])
+        answers[name] = (watched / "evaluation" / "answers" / "nl_rx-step-00000030.jsonl").read_text()
+        metrics[name] = read_lines(watched / "evaluation" / "results.jsonl")[-1]["metrics"]
+    assert answers["one"] == answers["two"] and metrics["one"] == metrics["two"]
+    assert len(answers["one"].splitlines()) == 25 and results(folder)[-2:] == [("nl_rx", 30)] * 2
+
+
+def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path):
+    """The watch pins, and then looks. What it sees may be moved away for a moment, and comes back; what it does not see is gone for good."""
+    checkpoints, ended, stayed = tmp_path / "checkpoints", threading.Event(), []
+
+    def pin():
+        while not ended.is_set():
+            for step in list_steps(checkpoints)[:1]:
+                ask_for_evaluation(tmp_path, step)
+                stands = step in list_steps(checkpoints)
+                time.sleep(0.005)
+                stayed.append((stands, step in list_steps(checkpoints)))
+                (checkpoints / PINS / step_name(step)).unlink()
+
+    watch = threading.Thread(target=pin)
+    watch.start()
+    for step in range(1, 1000):
+        (checkpoints / step_name(step)).mkdir(parents=True)
+        retain(checkpoints, 1, None)
+    ended.set()
+    watch.join()
+    assert (True, True) in stayed and (True, False) not in stayed
+
+
+def test_mistakes_end_in_one_line(folder, watched):
+    done = call(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
+    assert done.returncode == 2 and done.stderr == "error: --watch takes every checkpoint: leave out --checkpoint and --pending\n"
+
+
+@pytest.mark.slow
+def test_kills_at_random_while_it_finetunes(folder, watched):
+    """Each result once, and each of them as an undisturbed evaluation has it."""
+    run_dir, draw = folder / "runs" / "run", random.Random(5)
+    train, test = write_pairs(folder / "train.jsonl", "finetune", 300), write_pairs(folder / "test.jsonl", "test", 20)
+    words = ["--task", "nl_rx", f"task.train={train}", f"task.test={test}", "task.finetune={steps: 40}"]
+    for number in range(8):
+        watch = start_watch(folder, f"random-{number}", *words)
+        time.sleep(draw.uniform(5, 60))
+        if watch.process.poll() is None:
+            watch.process.kill()  # and not what it has started: that must end by itself
+        watch.process.wait()
+    last = start_watch(folder, "random-last", *words)
+    last.process.wait(900)
+    found = [result for result in read_lines(run_dir / "evaluation" / "results.jsonl") if result["finetune"]]
+    assert sorted(result["step"] for result in found) == [10, 20, 30], last.log.read_text()
+    assert not list((run_dir / "checkpoints" / PINS).iterdir())
+    again = write_pairs(folder / "again.jsonl", "test", 20)
+    call(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"], timeout=600)
+    lines = read_lines(run_dir / "evaluation" / "results.jsonl")
+    assert json.dumps(lines[-1]["metrics"]) == json.dumps(next(result["metrics"] for result in found if result["step"] == 20))

@@ -1,0 +1,56 @@
+"""Study files: their mistakes, and the presets."""
+
+import pytest
+
+from data_prep.console import UserError
+from pretrain.studies.config import as_override, load_study
+from tests.launching import ROOT
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_loads_with_each_of_its_arms(preset):
+    study = load_study(preset, [])
+    assert study.config.name == preset.stem and len(study.config.seeds) >= 5
+    configs = {arm: study.run_config(arm, study.config.seeds[0]) for arm in study.config.arms}
+    assert len({config.objective.model_dump_json() for config in configs.values()}) == len(configs)
+    assert {config.train.model_dump_json() for config in configs.values()} == {study.run_config(study.config.baseline, 7).train.model_dump_json()}
+
+
+def test_the_grid_of_the_paper_is_whole():
+    arms = load_study(ROOT / "configs" / "studies" / "lambda_k_grid.yaml", []).config.arms
+    found = {(arm["objective"]["weight"], arm["objective"]["predictor_tokens"]) for arm in arms.values() if arm["objective"]["name"] == "llm_jepa"}
+    assert found == {(weight, k) for weight in (0.5, 1, 2, 4) for k in range(5)}
+
+
+def test_a_preset_is_put_on_another_configuration(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", ["base=base.yaml", "name=mine", "seeds=[1, 2]", "metric.task=loss"])
+    assert study.run_config("semantic_tube", 2).data.path == str(folder / "corpus")
+    assert str(study.folder) == "runs/mine"
+
+
+@pytest.mark.parametrize("value", [1e-05, "a: b", None, True, "1e5", {"name": "llm_jepa", "weight": 0.5}, [1, 2], "x" * 300])
+def test_values_of_arms_survive_the_way_through_the_command_line(value):
+    import yaml
+
+    key, _, text = as_override("a.b", value).partition("=")
+    assert key == "a.b" and yaml.safe_load(text) == value and "\n" not in text
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"sedes": [1]}, "nearest known one is 'seeds'"),
+    ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
+    ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
+    ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),
+    ({"metric": {"task": "nl_rx", "name": "exact"}}, "has the tasks loss"),
+    ({"arms": {"plain": {"objective.nmae": "next_token"}}}, "arms.plain: unknown key 'objective.nmae'"),
+    ({"arms": {"plain": {"seed": 3}}}, "seed is set by the study"),
+    ({"arms": {"plain": {"train.steps": 3}}}, "leave out train.steps, or set matched_by: none"),
+    ({"arms": {"plain/x": {}}}, "'plain/x' cannot name an arm"),
+    ({"base": "none.yaml"}, "none.yaml: No such file"),
+    ({"launch": "deepspeed", "slurm": {}}, "launch and slurm exclude each other"),
+])
+def test_mistakes_are_named(write_study, changes, expected):
+    with pytest.raises(UserError) as error:
+        load_study(write_study(**changes), [])
+    assert expected in str(error.value)

@@ -1,0 +1,92 @@
+"""What each arm gets: the same batch, and the same of what is matched."""
+
+import pytest
+
+from pretrain.data.corpus import Corpus
+from pretrain.data.layout import Specials
+from pretrain.studies.corpora import assign_corpora
+from pretrain.studies.matching import Matching, make_base
+from pretrain.studies.plan import make_runs
+from pretrain.training.setup import make_loader
+from tests.pretrain.studies.conftest import STEPS
+
+ARMS = {"plain": {"objective.name": "next_token"}, "jepa": {}, "dropout": {"objective.dropout": 0.5}, "wide": {"model.shape.hidden_size": 64}}
+
+
+def match(study):
+    return Matching(study, assign_corpora(study, make_base(study))[0], lambda line: None)
+
+
+def tokens_of_steps(config, whole_run=False):
+    """As the loader gives them out in the first epoch, or in all."""
+    corpus = Corpus(config.data.path, "train")
+    loader = make_loader(config, corpus, config.objective.make_layout(Specials(0, 2, 3, 4, 500), corpus.views, config.data.lm_views))
+    steps = []
+    while not loader.exhausted if whole_run else loader.epoch == 0:
+        steps.append(int(loader.next_rows(config.train.global_batch_rows).lengths.sum()))
+    return steps
+
+
+def test_steps_of_all_arms_hold_as_many_corpus_tokens(make_study):
+    matching = match(make_study(arms=ARMS))
+    assert matching.arms["jepa"].config.train.global_batch_rows == 8 and not matching.arms["jepa"].notes
+    assert matching.arms["plain"].config.train.global_batch_rows < 8
+    for arm in matching.arms.values():
+        steps = tokens_of_steps(arm.config)[:-1]
+        assert sum(steps) / len(steps) == pytest.approx(matching.base_step_tokens, rel=0.15), arm.name  # whole rows of micro steps of 4
+        assert arm.config.train.global_batch_rows == 2 * arm.config.train.micro_batch_rows
+    assert "rows a step instead of 8" in matching.arms["plain"].notes[0]
+
+
+def test_a_batch_that_cannot_be_matched_is_told(make_study):
+    matching = match(make_study(arms={"plain": {"objective.name": "next_token", "train.micro_batch_rows": 4}}))
+    assert "WARNING: a step holds" in matching.arms["plain"].notes[0]
+
+
+def test_budgets_by_tokens_are_those_of_the_base(make_study):
+    matching = match(make_study(arms=ARMS))
+    assert matching.base_tokens == pytest.approx((STEPS - 0.5) * matching.base_step_tokens, abs=1)
+    runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
+    assert [(run.seed, run.arm) for run in runs] == [(seed, arm) for seed in (5, 6) for arm in ARMS]
+    assert {run.config.train.tokens for run in runs} == {matching.base_tokens}
+    assert all(run.config.train.steps is None and run.dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
+
+
+def test_by_flops_what_is_cheaper_reads_more(make_study):
+    matching = match(make_study(arms=ARMS, matched_by="flops"))
+    runs = {run.arm: run for run in make_runs(matching.study, matching, {})}
+    assert runs["plain"].config.train.tokens == matching.base_tokens
+    assert runs["wide"].config.train.tokens < runs["jepa"].config.train.tokens < runs["dropout"].config.train.tokens < matching.base_tokens
+    for run in runs.values():
+        assert run.flops == pytest.approx(runs["plain"].flops, rel=1e-3)
+
+
+def test_by_seconds_the_faster_arm_reads_more(make_study):
+    matching = match(make_study(arms=ARMS, matched_by="seconds"))
+    speeds = {"plain": 1000.0, "jepa": 500.0, "dropout": 750.0, "wide": 100.0}
+    tokens = {run.arm: run.config.train.tokens for run in make_runs(matching.study, matching, speeds)}
+    assert tokens == {arm: round(matching.base_tokens * speed / 1000) for arm, speed in speeds.items()}
+
+
+def test_without_matching_each_arm_has_its_own(make_study):
+    arms = {"plain": {"objective.name": "next_token"}, "long": {"objective.name": "next_token", "train.steps": 4 * STEPS}}
+    matching = match(make_study(arms=arms, matched_by="none"))
+    runs = make_runs(matching.study, matching, {})
+    assert [(run.config.train.steps, run.config.train.global_batch_rows) for run in runs] == [(STEPS, 8), (4 * STEPS, 8)]
+    assert runs[1].flops == pytest.approx(4 * runs[0].flops, rel=0.01)
+
+
+def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):
+    (folder / "epochs.yaml").write_text((folder / "base.yaml").read_text().replace(f"steps: {STEPS}", "epochs: 2"))
+    matching = match(make_study(base="epochs.yaml"))
+    assert matching.base_tokens == sum(tokens_of_steps(matching.base, whole_run=True))
+
+
+def test_arms_with_other_records_get_a_corpus_beside_that_of_the_base(make_study, folder):
+    arms = {"plain": {}, "short": {"data.filters.min_characters": 40}, "again": {"data.filters.min_characters": 40, "objective.weight": 1},
+            "named": {"data.filters.min_characters": 50, "data.path": "elsewhere"}, "answers": {"data.lm_views": "last"}}
+    study = make_study(arms=arms)
+    overrides, corpora = assign_corpora(study, make_base(study))
+    assert overrides["plain"] == overrides["answers"] == overrides["named"] == {}
+    assert overrides["short"] == overrides["again"] and overrides["short"]["data.path"].startswith(f"{folder / 'corpus'}-")
+    assert [config.data.path for config in corpora] == [str(folder / "corpus"), overrides["short"]["data.path"], "elsewhere"]

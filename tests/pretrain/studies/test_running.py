@@ -1,0 +1,113 @@
+"""A study as its user starts it: killed, started again, changed; each run trained and evaluated once."""
+
+import json
+import signal
+
+import psutil
+import pytest
+
+from pretrain.run_folder import read_metrics, read_status
+from pretrain.studies.runner import STOPPED
+from tests.launching import Running, call
+from tests.pretrain.studies.conftest import STEPS
+from tests.processes import wait_for
+
+STUDY = ["python", "launcher/study.py"]
+
+
+@pytest.fixture
+def start():
+    """Starts a study in the background; what is left of it at the end of the test is killed."""
+    started = []
+
+    def run(path, log):
+        started.append(Running([*STUDY, str(path)], log))
+        return started[-1]
+
+    yield run
+    for running in started:
+        if running.process.poll() is None:
+            running.kill()
+
+
+def results(run_dir):
+    path = run_dir / "evaluation" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def in_the_middle(run_dir):
+    return lambda: len(read_metrics(run_dir)) > 2
+
+
+def processes_of(folder):
+    """Living processes that this study has started, and what these have."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_study, folder):
+    path, study = write_study(), folder / "studies" / "two"
+    plain, jepa = study / "plain-seed1", study / "jepa-seed1"
+    shown = call([*STUDY, str(path), "--dry-run"]).stdout
+    assert "2 arms x 1 seed = 2 runs, matched by tokens" in shown and not study.exists()
+
+    first = start(path, folder / "first.log")
+    first.wait_until((study / "configs").exists, "the first run")
+    second = call([*STUDY, str(path)], check=False)
+    assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), second.stderr
+    first.wait_until(in_the_middle(jepa), "steps of the second run")
+    first.process.kill()
+    wait_for(lambda: not processes_of(study), 60)
+    assert read_status(jepa)["status"] == "resumable" and read_status(plain)["status"] == "finished"
+    before, reached = (plain / "metrics.jsonl").read_bytes(), read_status(jepa)["step"]
+    assert 0 < reached < STEPS and len(results(plain)) == 1 and not results(jepa)
+
+    resumed = call([*STUDY, str(path)]).stdout
+    assert "plain-seed1 done" not in resumed and "[2/2] jepa-seed1 done" in resumed
+    assert f"going on from step {reached}" in (study / "logs" / "jepa-seed1.log").read_text()
+    assert (plain / "metrics.jsonl").read_bytes() == before
+    assert [len(results(run_dir)) for run_dir in (plain, jepa)] == [1, 1]
+    record = json.loads((study / "study.json").read_text())
+    assert {key: record[key] for key in ("name", "matched_by", "baseline", "metric")} == {
+        "name": "two", "matched_by": "tokens", "baseline": "plain", "metric": {"task": "loss", "name": "lm", "higher_is_better": False}}
+    assert {arm: (entry["overrides"], entry["runs"]) for arm, entry in record["arms"].items()} == {
+        "plain": ({"objective.name": "next_token"}, {"1": "plain-seed1"}), "jepa": ({}, {"1": "jepa-seed1"})}
+    tokens = [read_metrics(run_dir)[-1]["tokens"] for run_dir in (plain, jepa)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=1.5 / STEPS)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, folder):
+    arms = {"plain": {"objective.name": "next_token"}, "broken": {"model.attention": "flex_attention"}, "jepa": {}}
+    path, study = write_study(name="three", seeds=[1, 2], arms=arms), folder / "studies" / "three"
+    first = start(path, folder / "interrupted.log")
+    first.wait_until(in_the_middle(study / "plain-seed1"), "steps of the first run")
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
+    assert read_status(study / "plain-seed1")["status"] == "resumable" and not processes_of(study)
+
+    done = call([*STUDY, str(path)], check=False, timeout=600)
+    assert done.returncode == 1 and done.stdout.count(" FAILED: training ended with exit code") == 2, done.stdout
+    assert all(len(results(study / f"{arm}-seed{seed}")) == 1 for arm in ("plain", "jepa") for seed in (1, 2))
+    changed = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
+    assert changed.returncode == 2 and "objective.weight (0.5, now 0.25)" in changed.stderr and changed.stderr.count("\n") == 1, changed.stderr
+    less = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
+    assert " done in " not in less.stdout and "its output" not in less.stdout
+
+
+@pytest.mark.slow
+def test_matched_by_seconds_on_two_ranks(write_study, folder):
+    """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
+    arms = {"plain": {"objective.name": "next_token"}, "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024}}
+    path = write_study(name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873")
+    call([*STUDY, str(path)], timeout=900)
+    study = folder / "studies" / "seconds"
+    record = json.loads((study / "study.json").read_text())
+    speed = {arm: found["tokens_per_second"] for arm, found in record["calibration"].items()}
+    last = {arm: read_metrics(study / f"{arm}-seed1")[-1] for arm in arms}
+    assert speed["wide"] < speed["plain"]
+    assert last["wide"]["tokens"] / last["plain"]["tokens"] == pytest.approx(speed["wide"] / speed["plain"], rel=0.05)
+    print({arm: (line["tokens"], line["seconds"]) for arm, line in last.items()})
