@@ -51,6 +51,7 @@ def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_
     assert not (tmp_path / "corpus").exists()
 
 
+@pytest.mark.slow
 def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_torchrun(cluster, folder):
     paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("torchrun", "srun", "deepspeed")}
     binaries, hosts = Path(sys.executable).parent, folder / "hosts"

@@ -103,6 +103,7 @@ class Run:
         assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder):
     run = Run(nodes, folder, "killed")
     run.start()

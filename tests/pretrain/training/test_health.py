@@ -143,6 +143,7 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
         subprocess.run(["umount", "-l", small], check=True)
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
     settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
     straight = config(folder, "straight", **settings)
