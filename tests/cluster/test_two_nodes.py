@@ -115,23 +115,13 @@ def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_is_named_and_the_next_start_resumes(nodes, folder):
-    run = Run(nodes, folder, "dead")
+@pytest.mark.parametrize(("fail", "mend", "seconds"), [("kill_node", "start_node", 45), ("cut", "mend", HANG + 45)])
+def test_a_node_that_dies_or_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder, fail, mend, seconds):
+    run = Run(nodes, folder, fail)
     run.start()
-    nodes.kill_node("n2")
-    printed = run.ends(45)
-    nodes.start_node("n2")
-    assert re.search(r"n1: error: without a sign of life: rank 1 on n2 at step \d+", printed)
-    run.goes_on()
-
-
-@pytest.mark.slow
-def test_a_node_that_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder):
-    run = Run(nodes, folder, "cut")
-    run.start()
-    nodes.cut("n2")
-    printed = run.ends(HANG + 45)
-    nodes.mend("n2")
+    getattr(nodes, fail)("n2")
+    printed = run.ends(seconds)
+    getattr(nodes, mend)("n2")
     assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", printed)
     run.goes_on()
 
