@@ -9,12 +9,14 @@ run leaves either all of it or nothing. DeepSpeed's shards are pickles: they are
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +35,30 @@ from pretrain.training.random_state import restore_random_state
 MANIFEST = "manifest.json"
 LATEST = "latest"
 REASON = "damage.txt"
+SHOWN = 30.0
+"""Seconds in which a file that one node has written must show on another."""
 
 
 def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files: dict[str, Any]) -> None:
-    """Declare the files of a hidden folder, which are on disk, the checkpoint of a step. Raises OSError."""
+    """Declare the files of a hidden folder, which are on disk, the checkpoint of a step. Raises OSError, also where they are not all here."""
     folder, name = temporary.parent, step_name(step)
+    _wait_for(temporary, files)
     write_text(temporary / MANIFEST, _sealed({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}))
     sync_folder(temporary)
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
     sync_folder(folder)
-    write_text(folder / LATEST, name + "\n")
+    with contextlib.suppress(OSError):  # the next start mends it
+        write_text(folder / LATEST, name + "\n")
+
+
+def _wait_for(folder: Path, files: dict[str, Any]) -> None:
+    """Other nodes' files may take a while to show on a shared file system; where the folder is not shared they never do."""
+    deadline = time.monotonic() + SHOWN
+    while missing := [file for file, entry in files.items() if not (folder / file).exists() or (folder / file).stat().st_size != entry["bytes"]]:
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(errno.ENOENT, f"{missing[0]} of another rank does not show here: all nodes must share output_dir")
+        time.sleep(0.1)
 
 
 def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
@@ -63,6 +78,8 @@ def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
                 failed.append(f"{step_name(old)} ({error.strerror})")
     for hidden in folder.glob(".step-*.tmp"):
         shutil.rmtree(hidden, ignore_errors=True)
+        if hidden.exists():
+            failed.append(hidden.name)
     return failed
 
 
@@ -165,7 +182,7 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
     except OSError:
         named = ""
     if named != name:
-        say(f"note: {folder / LATEST} named {named[:40] or 'nothing'!r}; the newest good checkpoint is {name}")
+        say(f"note: {folder / LATEST} {f'named {named[:40]}' if named else 'was empty or missing'}; the newest good checkpoint is {name}")
         with contextlib.suppress(OSError):
             write_text(folder / LATEST, name + "\n")
 
@@ -182,13 +199,13 @@ def make_universal(found: Found, world: World, say: Callable[[str], None]) -> No
 def _convert(checkpoint: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint), "--output_folder", str(target),
-               "--num_extract_workers", "1", "--num_merge_workers", "1"]
+               "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]  # which DeepSpeed wants of stages 1 and 2
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(target, ignore_errors=True)
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
-        raise UserError(f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); make room on that disk, or start with "
-                        "as many ranks as wrote it")
+        raise UserError(f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with as many ranks as wrote "
+                        "it, or, where the disk is full, make room")
 
 
 def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
@@ -208,6 +225,7 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
     world.barrier()
     if world.is_main and shards != found.path:
         shutil.rmtree(shards, ignore_errors=True)
+        (shards.parent / "latest_universal").unlink(missing_ok=True)  # which DeepSpeed writes there
 
 
 def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
-DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.zero_optimization.stage")
+DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.communication_data_type",
+            "deepspeed.data_types", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.zero_quantized_gradients",
+            "deepspeed.zero_optimization.zero_quantized_weights")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
 NOT_DECIDING = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
 """Of these: the ways to compute the same, and the answers to what may come."""
@@ -63,14 +67,14 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     Raises UserError where the folder holds a run with settings that decide what is computed, another corpus or tokenizer.
     """
     run_dir, data = config.run_dir, _data(config, manifest)
-    before = yaml.safe_load((run_dir / "config.yaml").read_text())
-    now = yaml.safe_load(dump_config(config))
+    before = _with_stage(_read(run_dir / "config.yaml", yaml.safe_load))
+    now = _with_stage(yaml.safe_load(dump_config(config)))
     differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))
     changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING]
     if changed:
         told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
         raise UserError(f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder")
-    environment = json.loads((run_dir / "environment.json").read_text()) if (run_dir / "environment.json").exists() else {"data": data}
+    environment = _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
     for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
             raise UserError(f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
@@ -92,6 +96,23 @@ def _at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A file of the run folder. Raises UserError for one that is spoiled."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is spoiled: it says what the run is; bring it back from a copy, or choose another `name`")
+    return values
+
+
+def _with_stage(values: dict[str, Any]) -> dict[str, Any]:
+    """The default of the ZeRO stage written out, so that leaving it out is no change."""
+    deepspeed = values.get("deepspeed") or {}
+    return values | {"deepspeed": deepspeed | {"zero_optimization": {"stage": 3} | deepspeed.get("zero_optimization", {})}}
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -60,7 +60,8 @@ def tell_first_error(world: World, error: Exception, step: int, tell: Callable[[
     gone = [f"rank {beat.rank} on {beat.host} at step {beat.step}" for beat in silent if beat.rank not in failed]
     first = min(failures, key=lambda failure: (failure.peer_is_gone, failure.order))
     if gone and first.peer_is_gone:
-        line = f"error: without a sign of life: {', '.join(gone[:8])}{' and others' if len(gone) > 8 else ''}; the first to notice was {first}"
+        line = (f"error: without a sign of life: {', '.join(gone[:8])}{' and others' if len(gone) > 8 else ''}; "
+                f"the first to notice was rank {first.rank} on {first.host} at step {first.step}")
     else:
         tell(first.trace.rstrip())
         line = f"error: the first to fail was {first}"

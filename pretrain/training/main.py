@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,6 +13,9 @@ from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import StopRequest
+
+TOLD = 10.0
+"""Seconds in which mpirun ends the other ranks."""
 
 if TYPE_CHECKING:
     from pretrain.training.distributed import World
@@ -99,6 +103,10 @@ def _end(world: "World", error: UserError) -> NoReturn:
     """End in the line of a mistake that all ranks have met, and exit code 2."""
     report(error, silent=not world.is_main)
     if world.size > 1:
+        world.barrier()  # mpirun kills what is left when the first rank ends, before it has spoken, and with an exit code of its own
+        if (mpi := sys.modules.get("mpi4py.MPI")) and world.is_main:
+            mpi.COMM_WORLD.Abort(2)
+        time.sleep(TOLD if mpi else 0)
         os._exit(2)  # at once: gloo aborts a process that is torn down after its peers
     sys.exit(2)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Metrics:
     def flush(self) -> None:
         """Bring everything to disk; called before a checkpoint is begun."""
         self._flush_lines()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
         if self._folder is not None:
             self._flush_events()
 

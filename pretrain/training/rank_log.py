@@ -41,7 +41,8 @@ class RankLog:
             for descriptor in (1, 2):
                 os.dup2(self._file.fileno(), descriptor)
             sys.stdout = sys.stderr = _Tee(self._file)
-        self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n")
+        with contextlib.suppress(OSError):  # a full disk
+            self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 
+Result = TypeVar("Result")
 LENGTHS_AT_ONCE = 1 << 18
 
 
@@ -44,7 +45,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
-    for change in world.agree(lambda: describe_run(config, corpus.manifest, world.size) if world.is_main else None) or ():
+    for change in world.agree(lambda: _writing(config, lambda: describe_run(config, corpus.manifest, world.size)) if world.is_main else None) or ():
         say(f"note: going on with a change: {change}")
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
@@ -76,9 +77,10 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
         checkpoint.load(engine, found, world)
         trainer.resume(found.state)
         say(f"going on from step {trainer.progress.step}")
+    world.agree(lambda: _writing(config, lambda: _write_skeleton(config, model, corpus)) if world.is_main else None)
     if world.is_main:
-        _write_skeleton(config, model, corpus)
-        trainer.metrics = Metrics(config.run_dir, trainer.progress.step, config.monitor.tensorboard)
+        written = trainer.progress.step - (trainer.owed is not None)  # a step whose validation is owed is written when that is made up
+        trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
@@ -97,6 +99,14 @@ def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
         rank = next(rank for rank, one in enumerate(values) if one.get(name) != values[0].get(name))
         say(f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "
             f"{world.hosts[rank]}: write it into .deepspeed_env where the launcher is started, or into the environment of all nodes")
+
+
+def _writing(config: RunConfig, write: Callable[[], Result]) -> Result:
+    """Raises UserError where nothing can be written."""
+    try:
+        return write()
+    except OSError as error:
+        raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {error.strerror or error}") from None
 
 
 def _claim(run_dir: Path) -> IO[bytes]:

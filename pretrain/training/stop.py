@@ -27,4 +27,4 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received, self.since = signal.Signals(number), time.monotonic()
-        os.write(2, f"{self.received.name}: the run saves and stops; a second signal after {self.GRACE:.0f} s ends it at once\n".encode())
+        os.write(2, f"{self.received.name}: the run is to save and stop; a second signal after {self.GRACE:.0f} s ends it at once\n".encode())

@@ -153,6 +153,7 @@ def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, 
     assert not [one for one in report["findings"] if one["nodes"] == ["n1"] and one["level"] != "ok"]
 
 
+@pytest.mark.slow
 def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, undone):
     if shutil.which("iptables") is None:
         pytest.skip("a blocked port takes the Debian package iptables")

@@ -54,11 +54,13 @@ def test_mpirun_gives_the_same_run(folder):
     assert losses(folder, "mpirun") == losses(folder, "plain")
 
 
+@pytest.mark.slow
 def test_deepspeed_with_mpich_gives_the_same_run(folder):
     call([*deepspeed(folder, "mpich"), RUN, str(config(folder, "mpich"))])
     assert losses(folder, "mpich") == losses(folder, "plain")
 
 
+@pytest.mark.slow
 def test_deepspeed_with_open_mpi_gives_the_same_run(folder, open_mpi):
     call([*deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"), RUN, str(config(folder, "openmpi"))], **open_mpi)
     assert losses(folder, "openmpi") == losses(folder, "plain")

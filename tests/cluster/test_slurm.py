@@ -51,6 +51,7 @@ def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_
     assert not (tmp_path / "corpus").exists()
 
 
+@pytest.mark.slow
 def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_torchrun(cluster, folder):
     paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("torchrun", "srun", "deepspeed")}
     binaries, hosts = Path(sys.executable).parent, folder / "hosts"
@@ -143,7 +144,7 @@ def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_i
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
 
     call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
-    assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: the run saves and stops" in log.read_text()
+    assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: the run is to save and stop" in log.read_text()
     assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
     cluster.end_of(evaluation, folder / "evaluation.log")
     assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (folder / "evaluation.log").read_text()

@@ -25,12 +25,19 @@ def folder(tmp_path_factory, nodes) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in FORWARDED.items()))
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder, name="one", monitor__validate_every=2)))])
+    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
     return folder
 
 
-def over_pdsh(config: Path) -> list[str | Path]:
-    return [Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", RUN, config]
+def over_pdsh(config: Path, *overrides: str) -> list[str | Path]:
+    return [Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", RUN, config, *overrides]
+
+
+def demo(folder: Path, name: str) -> list[str | Path]:
+    """The demo's configuration, cut to a few steps."""
+    return [ROOT / "configs" / "demo.yaml", f"name={name}", f"output_dir={folder / 'runs'}", f"data.path={folder / f'corpus-{name}'}",
+            "data.sources.0.records=3000", "data.sources.1.records=100", "train.epochs=null", "train.steps=4", "monitor.log_every=1",
+            "monitor.validate_every=2", "evaluation.every=0"]
 
 
 def losses(run_dir: Path) -> list[dict[str, float]]:
@@ -38,20 +45,19 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
-    paths = {"one": folder / "one.yaml",
-             "two": write_config(folder, tiny_config(folder, name="two", data__path=str(folder / "corpus-two"), monitor__validate_every=2))}
+    call(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
     mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",
               "-genv", "UCX_TLS", "tcp"]  # two nodes on one machine have no memory in common, though they look so
     (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
-    done = nodes.on_ctl([*mpirun, "python", "-m", "data_prep", paths["two"]], cwd=ROOT)
+    done = nodes.on_ctl([*mpirun, "python", "-m", "data_prep", *demo(folder, "two")], cwd=ROOT)
     assert "2 MPI ranks" in done.stdout
-    shards = [sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow")) for corpus in (folder / "corpus", folder / "corpus-two")]
+    shards = [sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow")) for corpus in (folder / "corpus-one", folder / "corpus-two")]
     assert shards[0] == shards[1]
 
-    call(deepspeed_command(2, RUN, paths["one"]))
-    done = nodes.on_ctl(over_pdsh(paths["two"]), cwd=folder)
-    assert "finished at step 4" in done.stdout and "WARNING" not in done.stdout
-    one, two = (folder / "runs" / name for name in paths)
+    call(deepspeed_command(2, RUN, *demo(folder, "one")))
+    done = nodes.on_ctl(over_pdsh(*demo(folder, "two")), cwd=folder)
+    assert "finished at step 4" in done.stdout and "write it into .deepspeed_env" not in done.stdout
+    one, two = (folder / "runs" / name for name in ("one", "two"))
     assert losses(one) == losses(two) and losses(one)
     assert re.search(r"--- .* on n2, ", (two / "logs" / "rank-00001.log").read_text())
     assert "finished at step 4" in (two / "logs" / "rank-00000.log").read_text()
@@ -97,6 +103,7 @@ class Run:
         assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder):
     run = Run(nodes, folder, "killed")
     run.start()
@@ -108,23 +115,13 @@ def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_is_named_and_the_next_start_resumes(nodes, folder):
-    run = Run(nodes, folder, "dead")
+@pytest.mark.parametrize(("fail", "mend", "seconds"), [("kill_node", "start_node", 45), ("cut", "mend", HANG + 45)])
+def test_a_node_that_dies_or_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder, fail, mend, seconds):
+    run = Run(nodes, folder, fail)
     run.start()
-    nodes.kill_node("n2")
-    printed = run.ends(45)
-    nodes.start_node("n2")
-    assert re.search(r"n1: error: without a sign of life: rank 1 on n2 at step \d+", printed)
-    run.goes_on()
-
-
-@pytest.mark.slow
-def test_a_node_that_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder):
-    run = Run(nodes, folder, "cut")
-    run.start()
-    nodes.cut("n2")
-    printed = run.ends(HANG + 45)
-    nodes.mend("n2")
+    getattr(nodes, fail)("n2")
+    printed = run.ends(seconds)
+    getattr(nodes, mend)("n2")
     assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", printed)
     run.goes_on()
 

@@ -22,11 +22,12 @@ def metrics(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory) -> dict:
+@pytest.fixture(scope="module", params=[3, 2], ids=lambda stage: f"ZeRO {stage}")
+def story(tmp_path_factory, request) -> dict:
     """A run on two ranks from start to end, and one whose starts have other numbers of ranks, all with the same rows per micro step."""
     folder = tmp_path_factory.mktemp("elastic")
-    values = tiny_config(folder, train__steps=STEPS, train__global_batch_rows=ROWS, checkpoint={"every": 50}, monitor__log_every=1)
+    values = tiny_config(folder, train__steps=STEPS, train__global_batch_rows=ROWS, checkpoint={"every": 50}, monitor__log_every=1,
+                         deepspeed={"zero_optimization": {"stage": request.param}})
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
     call(["python", "-m", "data_prep", str(fixed)])
     call(deepspeed_command(2, "launcher/run.py", fixed))

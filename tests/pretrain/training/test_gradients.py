@@ -19,6 +19,7 @@ from pretrain.training.engine import TrainingModule
 from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
+pytestmark = pytest.mark.slow
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 RUNS = {  # ranks, rows of a micro batch (of 8 a step), changes

@@ -143,6 +143,7 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
         subprocess.run(["umount", "-l", small], check=True)
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
     settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
     straight = config(folder, "straight", **settings)
@@ -160,6 +161,9 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
     running.ranks()[0].send_signal(signal.SIGTERM)
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], running.log.read_text()
+    running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "killed.log")
+    running.wait_until(lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up")
+    running.kill()  # so that it is made up once more
     running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "cut3.log")
     running.wait_until(lambda: "step      8" in running.log.read_text(), "the last step, which is validated too")
     running.ranks()[1].send_signal(signal.SIGTERM)
@@ -190,7 +194,7 @@ def test_a_damaged_pointer_is_told_and_mended(folder):
         if content is not None:
             (checkpoints / "latest").write_text(content)
         done = call(["python", "launcher/run.py", str(path)], **environment())
-        assert "going on from step 2" in done.stdout and "latest named" in done.stdout
+        assert "going on from step 2" in done.stdout and ("latest named" in done.stdout or "latest was empty or missing" in done.stdout)
         assert (checkpoints / "latest").read_text() == step_name(4) + "\n"
         shutil.rmtree(checkpoints / step_name(4))
         (folder / "runs" / "pointer" / "status.json").unlink()

@@ -110,6 +110,18 @@ def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkey
     assert "checkpoint.resume is never" in capsys.readouterr().err
 
 
+def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp_path, monkeypatch, capsys):
+    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1))
+    call(["python", "launcher/run.py", str(path)])
+    values = tiny_config(folder, output_dir=str(tmp_path), train__steps=1, deepspeed={"zero_optimization": {"stage": 2}})
+    run_main(write_config(tmp_path, values), monkeypatch, "--dry-run")
+    assert "another deepspeed.zero_optimization.stage (3, now 2)" in capsys.readouterr().err
+    for file in ("environment.json", "config.yaml"):
+        (tmp_path / "run" / file).write_text("")
+        run_main(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1)), monkeypatch, "--dry-run")
+        assert f"{file} is spoiled" in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
     finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
     call(["python", "launcher/run.py", str(finished)])

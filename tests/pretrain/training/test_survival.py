@@ -29,7 +29,7 @@ def story(tmp_path_factory):
     commands, runs = {}, {}
     for name in ("undisturbed", "disturbed"):
         values = tiny_config(folder, name=name, train__steps=STEPS, train__micro_batch_rows=2, checkpoint={"every": 10, "keep": 3},
-                             monitor__log_every=3, monitor__validate_every=15)
+                             model__shape__attention_dropout=0.1, monitor__log_every=3, monitor__validate_every=15)
         commands[name] = deepspeed_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
     call(["python", "-m", "data_prep", str(folder / "undisturbed.yaml")])
