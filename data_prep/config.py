@@ -176,6 +176,9 @@ class DataConfig(Section):
     predictor tokens and `direction: both` may need more, which the start of a run tells."""
     lm_views: Literal["all", "last"] = "all"
     """Which views take next-token labels: every one, or only the last (the answer)."""
+    train_end_token: bool = True
+    """Whether the end token of a text is a next-token target. Without it a model does not learn to stop, which published figures of
+    LLM-JEPA suffer from: for comparison with those alone."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the training sources held out for validation, chosen by the target view's text, so that
     no target stands on both sides."""
@@ -216,7 +219,8 @@ class DataConfig(Section):
 
     def preparation(self) -> dict[str, Any]:
         """The settings that determine the shards: two equal values mean equal shards."""
-        return self.model_dump(mode="json", exclude={"path": True, "lm_views": True, "workers": True, "sources": {"__all__": {"weight"}}})
+        without_effect = dict.fromkeys(("path", "lm_views", "train_end_token", "workers"), True)
+        return self.model_dump(mode="json", exclude=without_effect | {"sources": {"__all__": {"weight"}}})
 
 
 TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]

@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.config_file import Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
+from pretrain.data.layout import Layout, Specials
 from pretrain.objectives import objective_configs
 
 COMPUTED_BY_THE_PROJECT = {
@@ -321,6 +322,10 @@ class RunConfig(Section):
             raise ValueError("monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
                              "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2")
         return self
+
+    def make_layout(self, specials: Specials, views: int, *, validating: bool = False) -> Layout:
+        """What a record of `views` views looks like in this run; `validating` as of ObjectiveConfig.make_layout."""
+        return self.objective.make_layout(specials, views, self.data.lm_views, self.data.train_end_token, validating=validating)
 
     @property
     def run_dir(self) -> Path:

@@ -103,8 +103,8 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
             tokens = contents.tokens[ranges(contents.starts[present, segment.view], inner)]
         ids[ranges(base + len(segment.prefix), inner)] = tokens
         if segment.lm_from is not None:
-            labelled = layout.labelled(segment, rows.lengths[present])
-            label_index.append(ranges((base + segment.lm_from)[labelled], (length - segment.lm_from)[labelled]) - 1)
+            targets = layout.segment_targets(segment, rows.lengths[present], length)
+            label_index.append(ranges(base + segment.lm_from, targets) - 1)
 
     labels = np.concatenate([np.zeros(0, np.int64), *label_index])
     positions, visible_until = _places(rows, layout, in_row, row_length)

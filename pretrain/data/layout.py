@@ -47,6 +47,8 @@ class Segment:
     """The first of its tokens that is a next-token target, predicted at the position before it; None: no token is."""
     lm_if_last: bool = False
     """Labelled only where the record has no further view."""
+    lm_end: bool = True
+    """Whether its last token is a target where that is the end of a text: in an independent segment, or where the record has no further view."""
     needs: int = 0
     """Present only in records that have this view."""
     pair_only: bool = False
@@ -113,9 +115,14 @@ class Layout:
         """Positions of each record with all that the layout may add: view lengths (N, views) -> (N,)."""
         return self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
 
-    def labelled(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
-        """Which records have next-token targets in a segment that has them (lm_from) and is present: view lengths (N, views) -> (N,)."""
-        return self.is_last(segment, lengths) if segment.lm_if_last else np.ones(len(lengths), bool)
+    def segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
+        """Next-token targets that each record has in a segment, from its first target on: (N, views), (N,) of this segment -> (N,)."""
+        if segment.lm_from is None:
+            return np.zeros(len(lengths), np.int64)
+        last = self.is_last(segment, lengths)
+        ends = last | (segment.last_suffix is None)
+        counts = np.maximum(segment_lengths - segment.lm_from - (ends & (not segment.lm_end)), 0)
+        return counts * last if segment.lm_if_last else counts
 
     def is_last(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
         """Which records have no view after the segment's: view lengths (N, views) -> (N,)."""
@@ -124,12 +131,8 @@ class Layout:
 
     def lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
-        total = np.zeros(len(lengths), np.int64)
-        for index, segment in enumerate(self.segments):
-            if segment.lm_from is not None:
-                counted = self.labelled(segment, lengths) & (segment_lengths[:, index] > 0)
-                total[counted] += segment_lengths[counted, index] - segment.lm_from
-        return total
+        columns = [self.segment_targets(segment, lengths, segment_lengths[:, index]) for index, segment in enumerate(self.segments)]
+        return np.sum(columns, axis=0, dtype=np.int64)
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Which read-outs each record has: (N, segments), (N,) -> (N, read-outs)."""
@@ -150,11 +153,11 @@ class Layout:
 
 
 def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairing | None = None, spans: SpanForm | None = None,
-                lm_views: str = "all") -> Layout:
+                lm_views: str = "all", train_end_token: bool = True) -> Layout:
     """The `joint` layout (one text of all views) or the `independent` one (a text of each).
 
     Without `pairing` it is the language-model stream alone. `lm_views="last"` labels the last view of a record only (the answer
-    and its end token).
+    and its end token). Without `train_end_token` the token that closes a text is no target.
     """
     bos, eos, sep = (specials.bos,), (specials.eos,), (specials.sep,)
     edges = pairing.edges(views) if pairing else []
@@ -165,7 +168,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
     if kind == "joint":
         for view in range(views):
             segments.append(Segment(view, () if view else bos, sep, eos, parent=view - 1 if view else None,
-                                    lm_from=0 if view else 1, lm_if_last=lm_views == "last", needs=view))
+                                    lm_from=0 if view else 1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
         documents.append(tuple(range(views)))
         alone[0] = 0
     elif kind != "independent":
@@ -175,7 +178,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
         if kind == "independent":
             alone[view] = len(segments)
             documents.append((len(segments),))
-            segments.append(Segment(view, bos, eos, lm_from=1, lm_if_last=lm_views == "last", needs=view))
+            segments.append(Segment(view, bos, eos, lm_from=1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
         elif view and (any(target == view for _, target in edges) or (partners and not pairing.prepended)):
             alone[view] = len(segments)
             segments.append(Segment(view, (), eos, needs=view, pair_only=True))

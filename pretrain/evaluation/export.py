@@ -31,6 +31,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         "objective": config.objective.model_dump(mode="json", exclude_none=True),
         "views": list(config.data.views),
         "lm_views": config.data.lm_views,
+        "train_end_token": config.data.train_end_token,
         "sequence_length": config.data.sequence_length,
     }
     family = read_json(run_dir / MODEL / "config.json")["model_type"]

@@ -61,12 +61,12 @@ class ObjectiveConfig(Section):
         """Share of the records that take no part in the pair term in an epoch."""
         return 0.0
 
-    def make_layout(self, specials: Specials, views: int, lm_views: str, *, validating: bool = False) -> Layout:
+    def make_layout(self, specials: Specials, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
         """What a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
         pairing = self.pairing
         if validating and pairing is None and views > 1:
             pairing = Pairing()
-        return make_layout(self.layout, specials, views=views, pairing=pairing, spans=self.spans, lm_views=lm_views)
+        return make_layout(self.layout, specials, views=views, pairing=pairing, spans=self.spans, lm_views=lm_views, train_end_token=train_end_token)
 
     def factor(self, fraction: float) -> float:
         """What the weights of all terms but the language model's are multiplied by, at a consumed fraction of the budget."""

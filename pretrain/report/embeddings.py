@@ -77,7 +77,7 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
     model = model.to(device)
     specials = special_ids(corpus.tokenizer, model.vocabulary)
-    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
+    layout = config.make_layout(specials, corpus.views, validating=True)
     count = min(PAIRS, len(corpus))
     numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
     rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw(numbers, 0, np.zeros_like(numbers)))

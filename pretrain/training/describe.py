@@ -20,7 +20,8 @@ from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
-DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.sequence_length", "deepspeed.communication_data_type",
+DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
+            "deepspeed.communication_data_type",
             "deepspeed.data_types", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.zero_quantized_gradients",
             "deepspeed.zero_optimization.zero_quantized_weights")
 """What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""

@@ -189,9 +189,9 @@ class Plan:
 
 def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
     """Means over the steps of the loader's first window of records."""
-    specials, objective = special_ids(tokenizer, model.vocabulary), config.objective
-    layout = objective.make_layout(specials, corpus.views, config.data.lm_views)
-    plain = make_layout(objective.layout, specials, views=corpus.views, lm_views=config.data.lm_views)
+    specials, data = special_ids(tokenizer, model.vocabulary), config.data
+    layout = config.make_layout(specials, corpus.views)
+    plain = make_layout(config.objective.layout, specials, views=corpus.views, lm_views=data.lm_views, train_end_token=data.train_end_token)
     loader = make_loader(config, corpus, layout)
     sums: Counter[str] = Counter()
     stream, without_pairs = Counter(), Counter()

@@ -63,7 +63,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
-    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
+    layout = config.make_layout(specials, corpus.views)
     trainer = Trainer(
         config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop or StopRequest(), lock=lock,
         loader=world.agree(lambda: make_loader(config, corpus, layout)),
@@ -175,7 +175,7 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
     """There must be something for the term to look at."""
-    layout = config.objective.make_layout(Specials(0, 0, 0, 0, 0), corpus.views, config.data.lm_views)
+    layout = config.make_layout(Specials(0, 0, 0, 0, 0), corpus.views)
     if corpus.entry["incomplete"] < len(corpus):
         return  # some record has all views
     for lengths in _all_lengths(corpus):
@@ -199,7 +199,7 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
     length, specials = config.data.sequence_length, Specials(0, 0, 0, 0, 0)  # only their number counts
 
     def longest(split: Corpus, validating: bool) -> int:
-        layout = config.objective.make_layout(specials, split.views, config.data.lm_views, validating=validating)
+        layout = config.make_layout(specials, split.views, validating=validating)
         bound = min(layout.positions(split.longest).max(), _bound_of_preparation(split, layout))
         if bound <= length:
             return bound
@@ -232,7 +232,7 @@ def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: Wo
     if "validation" not in corpus.manifest["splits"]:
         return None
     held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
-    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
+    layout = config.make_layout(specials, corpus.views, validating=True)
     return world.agree(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
                                           config.train.micro_batch_rows, world))
 

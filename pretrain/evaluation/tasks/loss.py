@@ -22,7 +22,7 @@ def evaluate(run: TaskRun) -> TaskResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, config.model.attention, device)
     specials = special_ids(tokenizer, model.vocabulary)
-    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views, validating=True)
+    layout = config.make_layout(specials, corpus.views, validating=True)
     world = World(0, 1, device)
     records = min(len(corpus), run.task.rows or len(corpus))
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]

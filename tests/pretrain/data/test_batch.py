@@ -45,6 +45,7 @@ class Case(NamedTuple):
     placement: str = "append"
     views: int = 2
     incomplete: bool = False
+    train_end_token: bool = True
 
 
 def record_tree(case: Case, views: list[list[int]], paired: bool, s) -> tuple[list[Node], list[tuple[Node, Node, int]]]:
@@ -62,13 +63,14 @@ def record_tree(case: Case, views: list[list[int]], paired: bool, s) -> tuple[li
         labelled = case.lm_views == "all" or number == last
         if joint:
             tokens = [s.bos] * (number == 0) + view + [s.eos if number == last else s.sep]
-            nodes.append(Node(tokens, nodes[-1] if nodes else None, [labelled and token != s.bos for token in tokens]))
+            no_target = {s.bos} if case.train_end_token else {s.bos, s.eos}
+            nodes.append(Node(tokens, nodes[-1] if nodes else None, [labelled and token not in no_target for token in tokens]))
     if joint:
         alone[0] = nodes[0]
     for number, view in enumerate(views):
         if not joint:
             labelled = case.lm_views == "all" or number == last
-            alone[number] = Node([s.bos, *view, s.eos], labelled=[False] + [labelled] * (len(view) + 1))
+            alone[number] = Node([s.bos, *view, s.eos], labelled=[False] + [labelled] * len(view) + [labelled and case.train_end_token])
             nodes.append(alone[number])
         elif number and (number in targets or (number in sources and not (case.k and case.placement == "prepend"))):
             alone[number] = Node([*view, s.eos])
@@ -150,20 +152,23 @@ CASES += [Case(kind, k, "all", direction, placement, views)
           for k, placement in ((0, "append"), (2, "append"), (2, "prepend")) for views in (2, 3)]
 CASES += [Case(kind, 1, lm_views, direction, placement, views, incomplete=True) for kind in ("joint", "independent") for lm_views in ("all", "last")
           for direction in ("forward", "both") for placement in ("append", "prepend") for views in (2, 3)]
+CASES += [Case(kind, 1, lm_views, views=views, incomplete=incomplete, train_end_token=False) for kind in ("joint", "independent")
+          for lm_views in ("all", "last") for views, incomplete in ((2, False), (3, True))]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
-def case(request, write_corpus, specials) -> tuple[Batch, Expected, str]:
+def case(request, write_corpus, specials) -> tuple[Batch, Expected, Case]:
     case: Case = request.param
     records = some_records(case.k, case.views, case.incomplete)
     corpus = write_corpus(records, shard_records=4)
-    layout = make_layout(case.kind, specials, views=case.views, pairing=Pairing(case.k, case.placement, case.direction), lm_views=case.lm_views)
+    layout = make_layout(case.kind, specials, views=case.views, pairing=Pairing(case.k, case.placement, case.direction), lm_views=case.lm_views,
+                         train_end_token=case.train_end_token)
     paired = np.array([record % 3 != 1 for record in range(len(records))])
     rows = plan(corpus, np.arange(len(records)), layout, ROW, paired)
     rows = Rows.join([rows], rows.count + 1)  # an empty row at the end
     expected = build(rows, records, case, specials)
     assert counts(rows, layout) == {"targets": len(expected.labels), "pairs": len(expected.read_outs), "spans": 0}
-    return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case.lm_views
+    return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case
 
 
 def test_tokens_and_positions(case):
@@ -179,15 +184,15 @@ def test_every_label_once_at_the_place_before_its_token(case):
 
 
 def test_the_end_token_is_a_label_and_what_no_one_writes_never_is(case, specials):
-    batch, _, lm_views = case
+    batch, _, of = case
     labels = batch.label_ids.tolist()
-    assert labels.count(specials.eos) >= 11
+    assert labels.count(specials.eos) >= 11 if of.train_end_token else specials.eos not in labels
     assert not {specials.bos, specials.pad} & set(labels)
     assert max(labels) < specials.predictor
     predicting = batch.token_ids.flatten()[batch.label_index]
     assert (predicting < specials.predictor).all() and (predicting != specials.pad).all()
-    if lm_views == "last":
-        assert labels.count(specials.eos) == 11 and specials.sep not in labels
+    if of.lm_views == "last":
+        assert labels.count(specials.eos) == 11 * of.train_end_token and specials.sep not in labels
 
 
 def test_read_outs_and_the_padding_of_the_gather(case):

@@ -20,7 +20,7 @@ def match(study):
 def tokens_of_steps(config, whole_run=False):
     """As the loader gives them out in the first epoch, or in all."""
     corpus = Corpus(config.data.path, "train")
-    loader = make_loader(config, corpus, config.objective.make_layout(Specials(0, 2, 3, 4, 500), corpus.views, config.data.lm_views))
+    loader = make_loader(config, corpus, config.make_layout(Specials(0, 2, 3, 4, 500), corpus.views))
     steps = []
     while not loader.exhausted if whole_run else loader.epoch == 0:
         steps.append(int(loader.next_rows(config.train.global_batch_rows).lengths.sum()))

@@ -73,7 +73,7 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     left = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
     assert set(left.missing_keys) <= {"causal_lm.lm_head.weight"} and not left.unexpected_keys
     specials = special_ids(corpus.tokenizer, model.vocabulary)
-    layout = config.objective.make_layout(specials, corpus.views, config.data.lm_views)
+    layout = config.make_layout(specials, corpus.views)
     loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
     rows = [loader.next_rows(8) for _ in range(3)][-1]
     batch = assemble(rows, corpus, layout, specials, config.data.sequence_length, int(rows.paired.sum()))

@@ -51,8 +51,9 @@ def test_optimizer_schedule_and_precision(folder):
 
 def test_layout_labels_dropout_and_budget(folder):
     trainer = trainer_of(folder, "layout", objective__layout="independent", objective__predictor_tokens=2, objective__dropout=0.25,
-                         data__lm_views="last", train__steps=None, train__epochs=3)
-    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairing=Pairing(2), lm_views="last")
+                         data__lm_views="last", data__train_end_token=False, train__steps=None, train__epochs=3)
+    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairing=Pairing(2), lm_views="last",
+                                                  train_end_token=False)
     assert (trainer.loader.dropout, trainer.loader.epochs, trainer.loader.seed) == (0.25, 3, 3)
     assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
 
