@@ -23,18 +23,23 @@ class Answer(NamedTuple):
     """Whether the context left the model room for an answer; where not, the text is empty."""
 
 
-@share_rows
 def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 
     An answer is made of text tokens and the end token; no other special or padding id of the vocabulary can be chosen.
     Raises UserError where not one context leaves room for an answer.
     """
+    answers = _answer(folder, contexts, max_new_tokens=max_new_tokens)
+    if not any(written.fits for written in answers):
+        raise UserError(f"not one of {len(contexts):,} contexts leaves room for an answer: the shortest takes all positions that the model has")
+    return answers
+
+
+@share_rows
+def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     model, tokenizer = load(folder)
     rows = prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
-    if min(map(len, rows)) >= limit:
-        raise UserError(f"a context of {min(map(len, rows)) - 2} tokens, the shortest, leaves no room for an answer: the model has {limit} positions")
     no_text = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *range(tokenizer.vocab_size, model.config.vocab_size)]
     by_length = sorted((place for place, row in enumerate(rows) if len(row) < limit), key=lambda place: len(rows[place]))  # little padding
     answers = [Answer("", False, False)] * len(rows)

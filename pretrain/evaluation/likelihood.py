@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from pretrain.evaluation.helpers import share_rows
 from pretrain.evaluation.inference import left_padded, load, prompts
 
 TOKENS = 16_384
@@ -15,15 +16,16 @@ LOGITS = 2**28
 """Of a batch: 1 GiB in fp32."""
 
 
-def log_likelihoods(folder: Path, contexts: list[str], options: list[list[str]]) -> list[list[float]]:
-    """log P(option and the end token | `[BOS context SEP]`) in nats, of each option of each context, by the model of an export.
+@share_rows
+def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
+    """log P(option and the end token | `[BOS context SEP]`) in nats, of each option of each (context, options), by the model of an export.
 
     The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
     model's positions.
     """
     model, tokenizer = load(folder)
-    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, texts in zip(prompts(tokenizer, contexts), options, strict=True)
-            for ids in tokenizer.encode_batch(texts)]
+    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, (_, options) in zip(prompts(tokenizer, [context for context, _ in questions]), questions,
+                                                                               strict=True) for ids in tokenizer.encode_batch(options)]
     found = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
     for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
@@ -39,7 +41,7 @@ def log_likelihoods(folder: Path, contexts: list[str], options: list[list[str]])
         for place, loss in zip(members, (losses * inside).sum(dim=1).tolist(), strict=True):
             found[place] = -loss
     values = iter(found)
-    return [[next(values) for _ in texts] for texts in options]
+    return [[next(values) for _ in options] for _, options in questions]
 
 
 def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocabulary: int) -> Iterator[list[int]]:

@@ -26,7 +26,7 @@ def evaluate(run: TaskRun) -> TaskResult:
         raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label")
     endings, labels = [row.columns["endings"] for row in rows], [int(row.columns["label"]) for row in rows]
     with model_of(run, own_columns) as model:
-        likelihoods = log_likelihoods(model, [row.context for row in rows], endings)
+        likelihoods = log_likelihoods(model, [(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
     too_long = sum(float("-inf") in values for values in likelihoods)
     return TaskResult(len(rows), score(labels, endings, likelihoods), {"too_long": too_long} if too_long else {})
 

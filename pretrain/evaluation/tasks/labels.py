@@ -29,7 +29,7 @@ def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
                         f"{MOST_LABELS}; look at the columns")
     with model_of(run, own) as model:
         answers = write_answers(run, model, rows)
-        likelihoods = log_likelihoods(model, [row.context for row in rows], [labels] * len(rows))
+        likelihoods = log_likelihoods(model, [(row.context, labels) for row in rows])
     return TaskResult(len(rows), score(targets, labels, likelihoods, answers), {"labels": len(labels)} | without_room(answers))
 
 

@@ -37,7 +37,7 @@ def test_an_answer_holds_no_padding_or_special_ids(export):
 
 def test_a_context_without_room_gets_no_answer_and_is_told_apart(export):
     assert answer(export, [CONTEXTS[0], "number " * 200], 12) == [*answer(export, CONTEXTS[:1], 12), ("", False, False)]
-    with pytest.raises(UserError, match="leaves no room for an answer"):
+    with pytest.raises(UserError, match="not one of 1 contexts leaves room for an answer"):
         answer(export, ["number " * 200], 12)
 
 

@@ -33,7 +33,7 @@ def export(request, tmp_path_factory):
 def test_likelihoods_are_those_of_one_unpadded_row(export, monkeypatch):
     monkeypatch.setattr(likelihood, "TOKENS", 150)  # several batches
     options = [[PAIRS[place][1], "", PAIRS[place - 1][1] * 2] for place in range(len(PAIRS))]
-    found = log_likelihoods(export, [context for context, _ in PAIRS], options)
+    found = log_likelihoods(export, [(context, texts) for (context, _), texts in zip(PAIRS, options, strict=True)])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval(), Tokenizer.load(export)
     for (context, _), texts, values in zip(PAIRS, options, found, strict=True):
         for text, value in zip(texts, values, strict=True):
@@ -46,5 +46,5 @@ def test_likelihoods_are_those_of_one_unpadded_row(export, monkeypatch):
 
 
 def test_an_answer_that_does_not_fit_is_impossible(export):
-    found = log_likelihoods(export, ["lines"], [["number " * 200, "[0-9]"]])
+    found = log_likelihoods(export, [("lines", ["number " * 200, "[0-9]"])])
     assert found[0][0] == float("-inf") and -1000 < found[0][1] < 0

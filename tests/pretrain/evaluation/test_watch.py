@@ -62,11 +62,11 @@ def test_two_processes_answer_what_one_does(folder, watched):
     answers, metrics = {}, {}
     for name, command in {"one": ["python"], "two": deepspeed_command(2, "")[:-1]}.items():
         test = write_pairs(folder / f"{name}.jsonl", "test", 25)
-        call([*command, "launcher/evaluate.py", str(watched), "--task", "nl_rx", f"task.test={test}"])
-        answers[name] = (watched / "evaluation" / "answers" / "nl_rx-step-00000030.jsonl").read_text()
+        call([*command, "launcher/evaluate.py", str(watched), "--task", "rotten_tomatoes", f"task.test={test}"])
+        answers[name] = (watched / "evaluation" / "answers" / "rotten_tomatoes-step-00000030.jsonl").read_text()
         metrics[name] = read_lines(watched / "evaluation" / "results.jsonl")[-1]["metrics"]
     assert answers["one"] == answers["two"] and metrics["one"] == metrics["two"]
-    assert len(answers["one"].splitlines()) == 25 and results(folder)[-2:] == [("nl_rx", 30)] * 2
+    assert len(answers["one"].splitlines()) == 25 and results(folder)[-2:] == [("rotten_tomatoes", 30)] * 2
 
 
 def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path):
