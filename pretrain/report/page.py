@@ -11,8 +11,11 @@ from pretrain.report import plots, words
 from pretrain.report.curves import Band, metric_bands, tag_bands
 from pretrain.report.embeddings import Picture, picture
 from pretrain.report.examples import worst_examples
-from pretrain.report.summary import MONITORS, Summaries, Summary
+from pretrain.report.overfitting import Overfitting, overfitting
+from pretrain.report.summary import MONITORS, Summaries, Summary, spread
 
+PAST = ["arm", "lowest validation loss", "trained times past it", "rise to the end", "metric there", "its change to the end"]
+"""Heads of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")
 ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                           lstrip_blocks=True)
@@ -42,6 +45,17 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
             words.spread_text(summary.losses.get("validation/loss/lm")), *map(_amount, amounts), *costs]
 
 
+def score_rows(summaries: Summaries) -> list[list[str]]:
+    """Each metric of each task, and its values by arm."""
+    return [[name, *(words.spread_text(values[arm]) for arm in summaries.arms)] for name, values in summaries.scores.items()]
+
+
+def past_rows(past: Overfitting) -> list[list[str]]:
+    """The cells of each arm under the heads PAST."""
+    return [[name, words.spread_text(spread(arm.lowest.values())), f"{arm.times.mean:.1f}", words.spread_text(spread(arm.rise.values())),
+             words.spread_text(spread(arm.metric.values())), words.spread_text(spread(arm.change.values()))] for name, arm in past.arms.items()]
+
+
 def _amount(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value < 1e8 else f"{value:.2e}".replace("e+", "e")
 
@@ -52,15 +66,23 @@ def markdown(summaries: Summaries) -> str:
     if len(summaries.tests) > 1:
         lines += [*(f"- {_plain(words.verdict(summaries, name))}" for name in summaries.tests), ""]
     heads = columns(summaries)
-    lines += [f"| {' | '.join(map(_plain, heads))} |", "|" + "---|" * len(heads)]
-    lines += [f"| {' | '.join(map(_plain, row(summaries, summary)))} |" for summary in summaries.arms.values()]
+    lines += _table(heads, [row(summaries, summary) for summary in summaries.arms.values()])
     lines += ["", f"Mean ± standard deviation over seeds. Metric: {_plain(summaries.comparison.metric_origin)}."]
     remarks = [*words.costs(summaries).values(), *words.cautions(summaries)]
     if summaries.no_flops:
         remarks.append(f"FLOPs are not counted: {summaries.no_flops}.")
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
+    if summaries.scores:
+        lines += ["", "## All scores", "", *_table(["metric", *summaries.arms], score_rows(summaries))]
+    if past := overfitting(summaries):
+        lines += ["", "## Past the best validation loss", "", *_table(PAST, past_rows(past)), ""]
+        lines += [f"- {_plain(sentence)}" for sentence in words.holding(summaries, past)]
     return "\n".join(lines) + "\n"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(map(_plain, heads))} |", "|" + "---|" * len(heads), *(f"| {' | '.join(map(_plain, cells))} |" for cells in rows)]
 
 
 def _plain(text: str) -> str:
@@ -77,13 +99,15 @@ def html(summaries: Summaries, say: Callable[[str], None]) -> str:
     say("computing embeddings")
     pictures, no_picture = _pictures(summaries)
     say("drawing")
+    past = overfitting(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison, words=words, summaries=summaries, heads=columns(summaries),
         rows={name: row(summaries, one) for name, one in summaries.arms.items()},
         legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
         forest=Markup(plots.forest(summaries)), curves=_curves(summaries), diagnostics=Markup(_diagnostics(summaries)), monitors=MONITORS,
         embeddings=Markup(plots.embeddings(pictures)) if pictures else "", pictures=pictures, no_picture=no_picture,
-        examples=worst_examples(comparison),
+        examples=worst_examples(comparison), scores=score_rows(summaries), score_heads=["metric", *summaries.arms],
+        past=past, past_heads=PAST, past_rows=past_rows(past) if past else [],
     )
 
 

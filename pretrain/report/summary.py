@@ -10,7 +10,7 @@ from data_prep.console import UserError
 from pretrain.objectives.monitors import has_collapsed
 from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import Flops, count_flops
-from pretrain.report.runs import Run
+from pretrain.report.runs import Metric, Run
 from pretrain.report.statistics import Paired, compare
 
 MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
@@ -78,6 +78,8 @@ class Summaries:
     """Of the evaluations that are compared."""
     no_flops: str
     """Why FLOPs are not counted; empty where they are."""
+    scores: dict[str, dict[str, Spread | None]]
+    """TASK/NAME of each metric of each task -> arm -> its values at the end of the finished runs."""
 
     @property
     def baseline(self) -> Summary | None:
@@ -110,7 +112,16 @@ def summarize(comparison: Comparison) -> Summaries:
             {tag: found for tag in MONITORS if (found := spread(monitor(run, tag) for run in finished))},
             [run.seed for run in finished if _collapsed(run)],
         )
-    return Summaries(comparison, arms, settings, problem)
+    return Summaries(comparison, arms, settings, problem, _scores(comparison))
+
+
+def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
+    names = dict.fromkeys((result["task"], name) for run in comparison.runs for result in run.results for name in result["metrics"])
+    scores = {}
+    for metric in (Metric(task, name, True) for task, name in names):
+        settings = metric.common_settings(comparison.runs)
+        scores[str(metric)] = {name: spread(metric.final(run, settings) for run in arm.runs.values()) for name, arm in comparison.arms.items()}
+    return scores
 
 
 def _all_flops(comparison: Comparison) -> tuple[dict[str, Flops], str]:

@@ -3,6 +3,7 @@
 from typing import get_args
 
 from pretrain.report.arms import ABSENT, brief, differing, flatten
+from pretrain.report.overfitting import Overfitting
 from pretrain.report.statistics import POWER, Paired, Verdict
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 
@@ -85,6 +86,28 @@ def verdict(all_arms: Summaries, name: str) -> str:
     return f"{name} {test.verdict}: {metric} is {number(means[0])} against {number(means[1])} of {baseline} ({numbers})."
 
 
+def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
+    """Which arm holds past the best validation loss, a sentence for each arm and measure."""
+    metric, baseline, sentences = all_arms.comparison.metric, all_arms.comparison.baseline, []
+    measures = [("validation/loss/lm", past.rises, {name: arm.rise for name, arm in past.arms.items()}),
+                (str(metric), past.changes, {name: arm.change for name, arm in past.arms.items()})]
+    for measure, tests, values in measures:
+        for name, test in tests.items():
+            if not test.seeds:
+                continue
+            mine, other = (number(sum(values[arm][seed] for seed in test.seeds) / len(test.seeds), True) for arm in (name, baseline))
+            told = {"helps": "holds better than", "hurts": "holds worse than", "no difference found": "no difference found to",
+                    "no verdict": "no verdict against"}[test.verdict]
+            numbers = f"{number(test.mean, True)} over {len(test.seeds)} seed{'s' * (len(test.seeds) > 1)}"
+            if test.p is not None:
+                numbers += f", 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
+            elif test.reason:
+                numbers += f"; {test.reason}"
+            subject = f"{name} {told}" if test.verdict in ("helps", "hurts") else f"{name}: {told}"
+            sentences.append(f"{subject} {baseline} in {measure} past the best validation loss: {mine} against {other} ({numbers}).")
+    return sentences
+
+
 def costs(all_arms: Summaries) -> dict[str, str]:
     """What each arm takes for the same corpus tokens, in a sentence."""
     sentences = {}
@@ -134,8 +157,8 @@ def _metric(all_arms: Summaries) -> list[str]:
     if not comparison.metric_origin.startswith("chosen"):
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
     if len(all_arms.tests) > 1:
-        found.append(f"{len(all_arms.tests)} arms are compared with one baseline: p and intervals are corrected for that (Holm). No other metric "
-                     "is tested; differences in the others are for looking only.")
+        found.append(f"{len(all_arms.tests)} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
+                     "metrics are not tested, but for what a section on overfitting says: their differences are for looking only.")
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
         found.append(f"{seeds} seeds are few: the test takes differences between seeds to be normally distributed, which so few cannot show.")

@@ -1,5 +1,6 @@
 """Reports of real runs: what they say, and that the page stands alone."""
 
+import itertools
 import json
 import re
 import shutil
@@ -66,8 +67,9 @@ def sections(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
 
 
 def table(text: str) -> dict[str, dict[str, str]]:
-    """The rows of the Markdown table by arm."""
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    """The rows of the first Markdown table, by arm; or of another part of the text."""
+    lines = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines()))
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
@@ -92,6 +94,12 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
         assert row["validation/loss/lm"].startswith(f"{np.mean([line['validation/loss/lm'] for line in lines]):.4f} ± ")
     assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it computes copies of the targets
     assert "Metric: chosen in study.json" in printed
+    scores = table(printed.partition("## All scores")[2])
+    for name in ("exact", "equal", "prefix", "contains", "stopped", "exact_unseen"):
+        for arm in rows:
+            values = [json.loads((study / "runs" / f"{arm}-seed{seed}" / "evaluation" / "results.jsonl").read_text())["metrics"][name]
+                      for seed in SEEDS]
+            assert scores[f"nl\\_rx/{name}" if f"nl\\_rx/{name}" in scores else f"nl_rx/{name}"][arm].startswith(f"{np.mean(values):.4f}")
 
 
 def test_the_page_stands_alone_and_shows_everything(reported):
@@ -190,6 +198,34 @@ def test_hostile_text_stays_text(altered):
     assert len(table(text)) == 2 and "<script" not in text and "<img" not in text
     found = check_alone(page)
     assert hostile in "".join(found.text)
+
+
+def test_which_arm_holds_past_the_best_validation_loss(altered):
+    plain = {1: 0.70, 2: 0.69, 3: 0.71}
+    study = altered({"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}})
+    at_best = {"arm0": {"loss": 0.5, "exact": 0.8}, "arm1": {"loss": 0.6, "exact": 0.71}, "arm2": {"loss": 0.5, "exact": 0.8}}
+    at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}  # validation loss by seed
+    for folder in study.glob("arm*"):
+        arm, seed = folder.name.split("-")
+        losses = {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]}
+        lines = [line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {}) for line in read_metrics(folder)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results = folder / "evaluation" / "results.jsonl"
+        last = json.loads(results.read_text())
+        before = last | {"step": 3, "metrics": {"exact": at_best[arm]["exact"]}}
+        results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
+    text, page = sections(study)
+    past = table(text.partition("## Past the best validation loss")[2])
+    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith("0.4200")
+    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith("−0.1000")
+    sentences = text.partition("## Past the best validation loss")[2]
+    assert ("steady holds better than plain in validation/loss/lm past the best validation loss: +0.0667 against +0.4200 "
+            "(−0.3533 over 3 seeds, 95% interval") in sentences
+    assert "alike: no difference found to plain in validation/loss/lm" in sentences
+    assert "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000" in sentences.replace("\\", "")
+    assert "Past the best validation loss" in page and "steady holds better than plain" in page
+    assert "Past the best" not in sections(altered({"plain": plain, "other": plain}), page=False)[0]
+    check_alone(page)
 
 
 def test_run_directories_become_arms_by_what_differs(study, tmp_path):

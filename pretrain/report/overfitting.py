@@ -1,0 +1,66 @@
+"""Past the best validation loss: how far it rises again, and what becomes of the metric meanwhile."""
+
+from dataclasses import dataclass
+
+from pretrain.report.runs import VALIDATION, Run
+from pretrain.report.statistics import Paired, compare
+from pretrain.report.summary import Spread, Summaries, spread
+
+LOSS = f"{VALIDATION}/loss/lm"
+RISE = 0.01
+"""Share of the lowest validation loss by which some arm must lie above it at the end, or there is nothing to tell."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """The finished runs of an arm; values by seed."""
+
+    lowest: dict[int, float]
+    """Validation loss."""
+    rise: dict[int, float]
+    """Of the validation loss, from its lowest value to the end."""
+    times: Spread
+    """Tokens of the whole run, over those at the lowest validation loss."""
+    metric: dict[int, float]
+    """At the evaluated checkpoint that is nearest to the lowest validation loss; of runs with several evaluated checkpoints."""
+    change: dict[int, float]
+    """Of the metric, from there to the end."""
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """All arms that have validation losses, and the tests of the others against the baseline."""
+
+    arms: dict[str, Past]
+    rises: dict[str, Paired]
+    """Lower is better."""
+    changes: dict[str, Paired]
+    """Of the metric; empty where no run was evaluated more than once."""
+
+
+def overfitting(summaries: Summaries) -> Overfitting | None:
+    """None where no arm has overfitted."""
+    arms = {name: past for name, summary in summaries.arms.items() if (past := _past(summaries, summary.finished))}
+    if not any(spread(past.rise.values()).mean > RISE * spread(past.lowest.values()).mean for past in arms.values()):
+        return None
+    baseline, better = summaries.comparison.baseline, summaries.comparison.metric.higher_is_better
+    others = {name: past for name, past in arms.items() if name != baseline} if baseline in arms else {}
+    changes = {name: past.change for name, past in others.items() if past.change}
+    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, arms[baseline].rise, False) if others else {},
+                       compare(changes, arms[baseline].change, better) if changes else {})
+
+
+def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
+    lowest: dict[int, float] = {}
+    rise, times, metric, change = (dict(lowest) for _ in range(4))
+    for run in runs:
+        if not (curve := run.curve(LOSS)):
+            continue
+        step, value = min(curve, key=lambda point: point[1])
+        lowest[run.seed], rise[run.seed] = value, curve[-1][1] - value
+        times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
+        scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
+        if len(scores) > 1:
+            metric[run.seed] = min(scores, key=lambda point: abs(point[0] - step))[1]
+            change[run.seed] = scores[-1][1] - metric[run.seed]
+    return Past(lowest, rise, spread(times.values()), metric, change) if lowest else None
