@@ -6,6 +6,8 @@ import pytest
 
 from tests.launching import ROOT, call
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def result():

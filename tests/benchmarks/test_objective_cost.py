@@ -7,6 +7,8 @@ import pytest
 
 from tests.launching import ROOT, call
 
+pytestmark = pytest.mark.slow
+
 PACKED = ["next_token_packed", "joint_packed", "joint_dropout_0.75", "next_token_independent_packed", "independent_packed"]
 SEPARATE = ["two_passes_additive_mask", "three_passes_longest", "three_passes_512"]
 RECORDS = 12

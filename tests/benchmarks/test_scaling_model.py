@@ -49,6 +49,7 @@ def test_times_that_rise_too_little_for_a_latency_give_a_bandwidth():
     assert fit([(1e6, 1e-4), (1e8, 2e-2)], 2).latency == 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
     command = ["python", "benchmarks/scaling_model.py", str(config), "--flops", "1e10", "--within", "1e9", "1e-5"]

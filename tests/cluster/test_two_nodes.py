@@ -44,6 +44,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
     return [{tag: value for tag, value in line.items() if tag.startswith(("loss", "validation", "optimizer"))} for line in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
     call(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
     mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",

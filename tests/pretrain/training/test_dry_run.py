@@ -114,6 +114,7 @@ def test_the_plan_is_the_run(folder, plan):
     assert json.loads((folder / "runs" / "done" / "status.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_model_states_are_what_deepspeed_holds(folder, plan):
     """Within 3%: batches, buckets and small buffers are not among model states."""
     cases = {"fp32-3": ("fp32", 3), "bf16-2": ("bf16", 2), "fp32-1": ("fp32", 1)}

@@ -183,6 +183,7 @@ def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_ask
     assert list_steps(folder) == [4, 8, 12] and all(check(folder / step_name(step)) is None for step in (4, 8, 12))
 
 
+@pytest.mark.slow
 def test_a_damaged_pointer_is_told_and_mended(folder):
     path = config(folder, "pointer", train__steps=4, checkpoint={"every": 2})
     call(["python", "launcher/run.py", str(path)])
