@@ -1,4 +1,4 @@
-"""Evaluate: `launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [task.test=FILE key=value ...]`,
+"""Evaluate: `launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [--watch] [task.test=FILE key=value ...]`,
 or embed: `launcher/evaluate.py EXPORT --embed FILE`.
 """
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from data_prep.console import UserError, print_now
 from data_prep.files import try_lock
 from pretrain.config import RunConfig, TaskConfig
+from pretrain.evaluation.results import evaluated_steps
+from pretrain.run_folder import PINS, step_name
 
 
 @contextmanager
@@ -29,6 +31,14 @@ def one_at_a_time(run_dir: Path) -> Iterator[None]:
         lock = try_lock(path)
     with lock:
         yield
+
+
+def release(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> None:
+    """Let a checkpoint go, when these tasks are done or given up; not where the run has asked for others, which its own job then finds."""
+    asked_for_by_run = config.evaluation.every and step % config.evaluation.every == 0
+    others = tasks != config.evaluation.tasks or overrides
+    if not (asked_for_by_run and others and step not in evaluated_steps(run_dir, config.evaluation.tasks)):
+        (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
 
 
 def evaluate_step(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> list[Exception]:

@@ -1,5 +1,7 @@
 """Greedy answers in batches, with a key/value cache."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,17 +43,25 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
     rows = prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
     no_text = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *range(tokenizer.vocab_size, model.config.vocab_size)]
-    by_length = sorted((place for place, row in enumerate(rows) if len(row) < limit), key=lambda place: len(rows[place]))  # little padding
     answers = [Answer("", False, False)] * len(rows)
-    for first in tqdm(range(0, len(by_length), BATCH), desc="generating", unit="batch", mininterval=1, disable=None):
-        members = by_length[first : first + BATCH]
+    batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
+    for room, members in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
         ids, mask = left_padded([rows[place] for place in members], tokenizer.pad_id)
         longest = ids.shape[1]
         with torch.inference_mode():
             output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                                    max_new_tokens=min(max_new_tokens, limit - longest), suppress_tokens=no_text,
+                                    max_new_tokens=room, suppress_tokens=no_text,
                                     eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
         for place, written in zip(members, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
             answers[place] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)
     return answers
+
+
+def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """Batches as their room in tokens and the numbers of their rows, which are of similar length: a long row shortens no other's answer."""
+    by_length = sorted((place for place in range(len(lengths)) if lengths[place] < limit), key=lengths.__getitem__)
+    for room, places in itertools.groupby(by_length, key=lambda place: min(max_new_tokens, limit - lengths[place])):
+        members = list(places)
+        for first in range(0, len(members), BATCH):
+            yield room, members[first : first + BATCH]

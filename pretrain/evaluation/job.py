@@ -9,10 +9,10 @@ from data_prep.config_file import apply_overrides, validate
 from data_prep.console import UserError, exit_on_user_error
 from data_prep.launched import started_together
 from pretrain.config import RunConfig, TaskConfig, load_config
-from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release
 from pretrain.evaluation.results import print_summary
 from pretrain.evaluation.watch import watch
-from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.run_folder import list_steps
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 
@@ -47,7 +47,7 @@ def _on_all_ranks(evaluate: Callable[[], None]) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    if arguments.task or arguments.overrides or arguments.pending or arguments.checkpoint != "latest":
+    if arguments.task or arguments.overrides or arguments.pending or arguments.watch or arguments.checkpoint != "latest":
         raise UserError("--embed takes an export and a file, and nothing else")
     from pretrain.evaluation.embed import embed_file
 
@@ -61,6 +61,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise UserError("--watch takes every checkpoint: leave out --checkpoint and --pending")
         watch(run_dir, lambda: _read(arguments), arguments.overrides)
     else:
+        if arguments.pending and arguments.checkpoint != "latest":
+            raise UserError("--pending takes the checkpoints that the run asked for: leave out --checkpoint")
         config, tasks = _read(arguments)
         with one_at_a_time(run_dir):
             asked_for = evaluations_asked_for(run_dir)
@@ -72,7 +74,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             for step in steps:
                 failures += evaluate_step(run_dir, config, tasks, step, arguments.overrides)
                 if step in done:
-                    (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
+                    release(run_dir, config, tasks, step, arguments.overrides)
         if failures:
             raise failures[0]
     if not arguments.pending:

@@ -23,7 +23,8 @@ def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataCo
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None
     data = DataConfig(path=str(folder / "data" / name), views=config.data.views, missing_views=config.data.missing_views, sources=[source],
-                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length, deduplicate="none")
+                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length,
+                      train_end_token=config.data.train_end_token, deduplicate="none")
     prepare(data)
     return data
 

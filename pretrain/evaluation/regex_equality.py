@@ -18,6 +18,8 @@ MOST_STATES = 20_000
 MOST_NODES = 100_000
 LONGEST = 1_000
 """Characters of an expression, with its counted repeats written out."""
+MOST_DIGITS = 6
+"""Of a bound of a counted repeat."""
 LAST = 0x10FFFF
 WORD = ((48, 57), (65, 90), (97, 122))
 START, WORDLIKE, OTHER = range(3)
@@ -113,8 +115,10 @@ class _Parser:
         while (character := self._next()) != "}":
             inside += character
         low, comma, high = inside.partition(",")
-        if not (low.isascii() and low.isdigit()) or (high and not (high.isascii() and high.isdigit())):
+        if not all(bound.isascii() and bound.isdigit() for bound in (low, high or "0")):
             raise Malformed(f"{{{inside}}}")
+        if max(len(low), len(high)) > MOST_DIGITS:
+            raise TooComplex(f"{{{inside[:20]}}}")
         bounds = int(low), (int(high) if high else None) if comma else int(low)
         if bounds[1] is not None and bounds[0] > bounds[1]:
             raise Malformed(f"{{{inside}}}")

@@ -1,5 +1,6 @@
 """evaluation/results.jsonl, and the closing table."""
 
+import glob
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import JsonSource
+from data_prep.console import UserError
 from data_prep.files import sha256_file, write_text
 from pretrain.config import TaskConfig
 from pretrain.run_folder import read_metrics, read_status
@@ -17,9 +19,12 @@ TABLE_COLUMNS = 6
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """All results of a run, in the order in which they came; without a line that a kill cut off."""
+    """All results of a run, in the order in which they came. Raises UserError for a file that somebody has spoiled: it is written as a whole."""
     path = run_dir / "evaluation" / "results.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again") from None
 
 
 def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -27,13 +32,14 @@ def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict
     paths = [source.path if isinstance(source, JsonSource) else source for source in (task.train, task.test, task.databases)]
     return {"step": step, "task": task.title, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
         "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
-        "overrides": [word for word in overrides if not word.startswith("task.")],
+        "overrides": sorted(word for word in overrides if not word.startswith("task.")),
     }}
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, or those below a folder."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    """A file, those below a folder, or those of a glob."""
+    found = path.rglob("*") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    return sorted(file for file in found if file.is_file())
 
 
 def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:

@@ -64,7 +64,10 @@ def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, 
 
 def _own_views(own: OwnColumns, columns: Columns, place: str) -> tuple[str, ...] | None:
     try:
-        return own(columns)
+        texts = own(columns)
+        if texts is not None and not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("a text that is empty, or none")
+        return texts
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{place}: not the columns of this data set: {type(error).__name__}: {error}") from None
 

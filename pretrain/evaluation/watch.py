@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.console import UserError, print_now, report
 from pretrain.config import RunConfig, TaskConfig
-from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, list_steps, read_status, step_name
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
@@ -29,7 +29,10 @@ class Watch:
     def __init__(self, run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]):
         self.run_dir, self.read, self.overrides = run_dir, read, overrides
         self.settled: set[int] = set()
-        """Steps that are done, given up or not wanted."""
+        """Steps that are done or given up."""
+        self.passed_over: set[int] = set()
+        """Steps that evaluation.every does not divide; the last of a finished run is wanted nevertheless."""
+        self.finished = False
         self.attempts: dict[int, int] = {}
         self.ended = threading.Event()
 
@@ -41,18 +44,23 @@ class Watch:
         """
         checkpoints = self.run_dir / "checkpoints"
         pinned = evaluations_asked_for(self.run_dir)
-        new = [step for step in list_steps(checkpoints) if step not in self.settled and step not in pinned]
+        steps = list_steps(checkpoints)
+        last = steps[-1:] if self.finished else []
+        new = [step for step in steps if step not in pinned and step not in self.settled and (step not in self.passed_over or step in last)]
         if not new:
             return
         config, tasks = self.read()
         done = evaluated_steps(self.run_dir, tasks, self.overrides)
         for step in new:
-            if step in done or (config.evaluation.every and step % config.evaluation.every):
+            if step in done:
                 self.settled.add(step)
+                continue
+            if config.evaluation.every and step % config.evaluation.every and step not in last:
+                self.passed_over.add(step)
                 continue
             ask_for_evaluation(self.run_dir, step)
             if step not in list_steps(checkpoints):
-                _pin(self.run_dir, step).unlink(missing_ok=True)  # gone, or on its way back
+                (checkpoints / PINS / step_name(step)).unlink(missing_ok=True)  # gone, or on its way back
 
     def keep_pinning(self) -> None:
         """The thread."""
@@ -62,7 +70,7 @@ class Watch:
 
     def pinned(self) -> list[int]:
         """What is to be evaluated, whoever has pinned it: also what a killed watch has left."""
-        return [step for step in evaluations_asked_for(self.run_dir) if self.attempts.get(step, 0) < ATTEMPTS]
+        return [step for step in evaluations_asked_for(self.run_dir) if step not in self.settled]
 
     def take(self, step: int) -> None:
         """Evaluate a pinned checkpoint, unless that has been done meanwhile; the pin goes when all is done or given up."""
@@ -74,14 +82,14 @@ class Watch:
             self.attempts[step] = self.attempts.get(step, 0) + bool(failures)
             if not failures or self.attempts[step] >= ATTEMPTS:
                 self.settled.add(step)
-                _pin(self.run_dir, step).unlink(missing_ok=True)
+                release(self.run_dir, config, tasks, step, self.overrides)
         for failure in failures:
             if isinstance(failure, UserError):
                 report(failure)
 
 
 def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]) -> None:
-    """Evaluate every checkpoint that evaluation.every divides (0: all of them) until the run is finished, or failed for good.
+    """Evaluate every checkpoint that evaluation.every divides (0: all of them), and the last, until the run is finished, or failed for good.
 
     `read` gives the configuration and the tasks, once there is one. Raises UserError at the end where some evaluation failed.
     """
@@ -91,16 +99,17 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
         time.sleep(POLL)
     config, tasks = read()
     print_now(f"watching {run_dir}: {', '.join(task.title for task in tasks)} on "
-              + (f"the checkpoints of every {config.evaluation.every} steps" if config.evaluation.every else "every checkpoint"))
+              + (f"the checkpoints of every {config.evaluation.every} steps and the last" if config.evaluation.every else "every checkpoint"))
     watching, told = Watch(run_dir, read, overrides), ""
     threading.Thread(target=watching.keep_pinning, daemon=True).start()
     while True:
         status = read_status(run_dir)  # before the look at the checkpoints: what a finished run has saved stands by then
+        watching.finished = status.get("status") == "finished"
         watching.pin_new()
         if todo := watching.pinned():
             watching.take(todo[0])
             continue
-        if status.get("status") == "finished" or (status.get("status") == "failed" and not status.get("again", True)):
+        if watching.finished or (status.get("status") == "failed" and not status.get("again", True)):
             break
         if (line := _why_waiting(status)) != told:
             told = line
@@ -110,10 +119,6 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
     given_up = [step for step, count in watching.attempts.items() if count >= ATTEMPTS]
     if given_up:
         raise UserError(f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, given_up))}, for reasons that stand above")
-
-
-def _pin(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / PINS / step_name(step)
 
 
 def _why_waiting(status: dict) -> str:

@@ -126,7 +126,8 @@ class Metric:
 def identity(result: dict[str, Any]) -> str:
     """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning."""
     settings = result.get("settings") or {}
-    kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides")}
+    kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
+            (isinstance(value, dict) and value.get("type") == "hub")}
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
     return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows")], sort_keys=True)
 

@@ -4,9 +4,9 @@ import statistics
 
 from data_prep.console import UserError, print_now
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.results import print_table, read_results
-from pretrain.run_folder import read_metrics
-from pretrain.studies.config import MetricConfig, Study
+from pretrain.evaluation.results import print_table
+from pretrain.report.runs import Metric, read_run
+from pretrain.studies.config import Study
 from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
 from pretrain.studies.runner import is_done
@@ -60,18 +60,20 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
     """The metric of each arm over its seeds, and what the runs took."""
-    metric = study.config.metric
-    rows = [["arm", "runs", f"{metric.task} {metric.name}", "spread", "tokens", "training seconds"]]
+    metric = Metric(study.config.metric.task, study.config.metric.name, study.config.metric.higher_is_better)
+    finished = {run.name: read_run(run.dir) for run in runs if is_done(run)}
+    settings = metric.common_settings(list(finished.values()))
+    rows = [["arm", "runs", str(metric), "spread", "tokens", "training seconds"]]
     seconds = {}
     for arm in study.config.arms:
-        done = [run for run in runs if run.arm == arm and is_done(run)]
+        done = [finished[run.name] for run in runs if run.arm == arm and run.name in finished]
         if not done:
             rows.append([arm, "0", "", "", "", ""])
             continue
-        last = [read_metrics(run.dir)[-1] for run in done]
-        values = [value for run in done if (value := _value(run, metric)) is not None]
+        last = [run.last for run in done]
+        values = [value for run in done if (value := metric.final(run, settings)) is not None]
         if not values:
-            raise UserError(f"the task {metric.task} has no metric {metric.name!r}: set metric.name in the study file")
+            raise UserError(f"the runs of {arm} have no {metric} at their last step: set metric in the study file")
         seconds[arm] = statistics.fmean(line["seconds"] for line in last)
         rows.append([arm, str(len(done)), f"{statistics.fmean(values):.4f}", f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
                      f"{statistics.fmean(line['tokens'] for line in last):,.0f}", f"{seconds[arm]:,.1f}"])
@@ -81,8 +83,3 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
         if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
             print_now(f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}: the machine's speed has changed since the "
                       "calibration")
-
-
-def _value(run: Run, metric: MetricConfig) -> float | None:
-    found = [result["metrics"] for result in read_results(run.dir) if result["task"] == metric.task]
-    return found[-1].get(metric.name) if found else None

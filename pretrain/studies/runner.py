@@ -19,7 +19,7 @@ STOPPED = 75
 def write_run_config(folder: Path, config: RunConfig) -> Path:
     """The configuration of a run as a file of the study's folder."""
     path = folder / "configs" / f"{config.name}.yaml"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_config(config))
     return path
 
@@ -75,6 +75,7 @@ def _train_and_evaluate(run: Run, folder: Path, launcher: Path, launch: str, log
             status = read_status(run.dir)
             return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
     if not processes.stopped and not is_done(run):
+        write_text(run.dir / "config.yaml", dump_config(run.config))  # the base may name other tasks since; all else is checked to be the same
         code = processes.evaluate(launcher, run.dir, log)
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"

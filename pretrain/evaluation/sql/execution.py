@@ -29,6 +29,8 @@ class Outcome(NamedTuple):
 
     rows: list[tuple] | None
     """None: nothing, see `error`."""
+    columns: int = 0
+    """Of a row, also where there is none."""
     error: str = ""
 
 
@@ -62,11 +64,12 @@ class Runner:
             timer.cancel()
         if not line.endswith("\n"):
             self._end()
-            return Outcome(None, f"took longer than {self._limits['seconds']:g} s, or ended the process")
+            return Outcome(None, error=f"took longer than {self._limits['seconds']:g} s, or ended the process")
         answer = json.loads(line)
         if "error" in answer:
-            return Outcome(None, answer["error"])
-        return Outcome([tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in row) for row in answer["rows"]])
+            return Outcome(None, error=answer["error"])
+        rows = [tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in row) for row in answer["rows"]]
+        return Outcome(rows, answer["columns"])
 
     def _end(self) -> None:
         if self._process is not None:
@@ -80,14 +83,17 @@ class Runner:
 def same_rows(first: list[tuple], second: list[tuple], ordered: bool) -> bool:
     """Whether two results are the same: as lists where `ordered`, else as multisets of rows.
 
-    The order of columns matters, their names do not. 1 equals 1.0, and floating-point numbers are compared in 9 significant digits.
+    The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
+    in 9 significant digits.
     """
-    first, second = ([tuple(map(_comparable, row)) for row in rows] for rows in (first, second))
+    inexact = {place for row in (*first, *second) for place, value in enumerate(row) if isinstance(value, float)}
+    first, second = ([tuple(_comparable(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
+                     for rows in (first, second))
     return first == second if ordered else Counter(first) == Counter(second)
 
 
 def _comparable(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    return float(f"{float(value):.{DIGITS}g}") if isinstance(value, int | float) else value
 
 
 def is_ordered(query: str) -> bool:

@@ -50,8 +50,8 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
     return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
 
 
-def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: int) -> list[tuple]:
-    """The rows of a query. Raises sqlite3.Error, TooLarge and what else SQLite's binding raises."""
+def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: int) -> tuple[list[tuple], int]:
+    """The rows of a query, and how many columns they have. Raises sqlite3.Error, TooLarge and what else SQLite's binding raises."""
     end = time.process_time() + seconds
     connection.set_progress_handler(lambda: time.process_time() > end, PERIOD)
     with contextlib.closing(connection.execute(query)) as cursor:
@@ -65,7 +65,7 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: i
                 raise TooLarge(f"more than {most_rows:,} rows")
             if size > MOST_BYTES:
                 raise TooLarge(f"more than {MOST_BYTES >> 20} MiB")
-    return rows
+        return rows, len(cursor.description)
 
 
 def answer(connections: dict[str, sqlite3.Connection], request: dict) -> str:
@@ -75,9 +75,9 @@ def answer(connections: dict[str, sqlite3.Connection], request: dict) -> str:
         if request["database"] not in connections:
             connections.clear()
             connections[request["database"]] = open_database(request["database"])
-        rows = run(connections[request["database"]], request["query"], request["seconds"], request["most_rows"])
+        rows, columns = run(connections[request["database"]], request["query"], request["seconds"], request["most_rows"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return json.dumps({"rows": rows}, default=lambda value: {"blob": value.hex()})
+        return json.dumps({"rows": rows, "columns": columns}, default=lambda value: {"blob": value.hex()})
     except MemoryError:
         return json.dumps({"error": "out of memory"})
     except Exception as error:

@@ -1,6 +1,7 @@
 """What tasks of pairs have in common: finetune where asked, read the rows, write answers, tell which targets are new."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import JsonSource
+from data_prep.console import print_now
 from data_prep.files import write_text
 from data_prep.shards import MANIFEST, view_hashes
 from data_prep.tokenizer import Tokenizer
@@ -68,12 +70,21 @@ def without_room(answers: list[Answer]) -> dict[str, int]:
     return {"too_long": count} if count else {}
 
 
-def unseen(run: TaskRun, rows: list[Row], own: OwnColumns | None = None, normal: Callable[[str], str] = str) -> list[bool]:
+def beyond_positions(likelihoods: list[list[float]]) -> dict[str, int]:
+    """How many rows have an option that does not fit into the model's positions, which makes them wrong; as `without_room`."""
+    count = sum(-math.inf in values for values in likelihoods)
+    return {"too_long": count} if count else {}
+
+
+def unseen(run: TaskRun, rows: list[Row], own: OwnColumns | None = None, normal: Callable[[str], str] = str) -> list[bool] | None:
     """Whether each row's target is new: in its `normal` form no target of the task's train rows, and token for token no view of a record
     in the training split of the corpus.
 
-    The whole split is read once. Where the corpus is no longer at data.path, the train rows alone count.
+    The whole split is read once. None, told in a line, where the corpus is not at data.path: nobody knows then.
     """
+    if not (Path(run.config.data.path) / MANIFEST).exists():
+        print_now(f"note: no corpus at {run.config.data.path} (data.path), seen from here: no metric on unseen targets")
+        return None
     known = {normal(row.target) for row in read_train(run, own)}
     if run.train is None and run.task.finetune is not None:
         known = {normal(row.target) for row in read_rows(grammar_source(run.folder / "data", "finetune", run.config.data.views),
@@ -83,9 +94,7 @@ def unseen(run: TaskRun, rows: list[Row], own: OwnColumns | None = None, normal:
 
 
 def in_corpus(path: str, texts: list[str]) -> list[bool]:
-    """Whether each text is a view of a record in the training split of a corpus, token for token; never where there is no corpus."""
-    if not (Path(path) / MANIFEST).exists():
-        return [False] * len(texts)
+    """Whether each text is a view of a record in the training split of a corpus, token for token."""
     corpus = Corpus(path, "train")
     encoded = corpus.tokenizer.encode_batch(texts)
     wanted = view_hashes(np.array([token for ids in encoded for token in ids], np.uint32), np.array([len(ids) for ids in encoded], np.int64))

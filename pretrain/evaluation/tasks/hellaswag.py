@@ -9,26 +9,28 @@ from typing import Any
 
 from data_prep.console import UserError
 from pretrain.evaluation.likelihood import log_likelihoods
-from pretrain.evaluation.tasks.answering import model_of, read_test
+from pretrain.evaluation.tasks.answering import beyond_positions, model_of, read_test
+from pretrain.evaluation.tasks.labels import in_range
 from pretrain.evaluation.tasks.rates import rate, sole_best
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
     """As HellaSwag stands on the hub; its test split has no labels, so that its validation split is scored."""
-    return (columns["ctx"], columns["endings"][int(columns["label"])]) if {"ctx", "endings", "label"} <= columns.keys() else None
+    if not {"ctx", "endings", "label"} <= columns.keys():
+        return None
+    return columns["ctx"], columns["endings"][in_range(columns["label"], len(columns["endings"]))]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Finetune on the right endings of the train rows where the task says so, weigh the endings of the test rows, score."""
     rows = read_test(run, own_columns)
-    if any("endings" not in row.columns for row in rows):
+    if not all({"endings", "label"} <= row.columns.keys() for row in rows):
         raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label")
     endings, labels = [row.columns["endings"] for row in rows], [int(row.columns["label"]) for row in rows]
     with model_of(run, own_columns) as model:
         likelihoods = log_likelihoods(model, [(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
-    too_long = sum(float("-inf") in values for values in likelihoods)
-    return TaskResult(len(rows), score(labels, endings, likelihoods), {"too_long": too_long} if too_long else {})
+    return TaskResult(len(rows), score(labels, endings, likelihoods), beyond_positions(likelihoods))
 
 
 def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:

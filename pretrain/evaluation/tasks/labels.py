@@ -7,16 +7,24 @@ label, which a model reaches that looks at no text. The labels are the targets o
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from data_prep.console import UserError
 from pretrain.evaluation.generate import Answer
 from pretrain.evaluation.likelihood import log_likelihoods
 from pretrain.evaluation.rows import OwnColumns
-from pretrain.evaluation.tasks.answering import model_of, read_test, read_train, without_room, write_answers
+from pretrain.evaluation.tasks.answering import beyond_positions, model_of, read_test, read_train, without_room, write_answers
 from pretrain.evaluation.tasks.rates import rate, sole_best
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
 MOST_LABELS = 50
+
+
+def in_range(label: Any, labels: int) -> int:
+    """A label of the hub as a number from 0. Raises ValueError for one that is none, as -1 is in splits without labels."""
+    if not 0 <= int(label) < labels:
+        raise ValueError(f"the label {label}, where labels are 0 to {labels - 1}")
+    return int(label)
 
 
 def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
@@ -30,7 +38,8 @@ def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
     with model_of(run, own) as model:
         answers = write_answers(run, model, rows)
         likelihoods = log_likelihoods(model, [(row.context, labels) for row in rows])
-    return TaskResult(len(rows), score(targets, labels, likelihoods, answers), {"labels": len(labels)} | without_room(answers))
+    counts = {"labels": len(labels)} | without_room(answers) | beyond_positions(likelihoods)
+    return TaskResult(len(rows), score(targets, labels, likelihoods, answers), counts)
 
 
 def score(targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def evaluate(run: TaskRun) -> TaskResult:
     return TaskResult(len(rows), metrics, counts | without_room(answers))
 
 
-def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool]) -> tuple[dict[str, float], dict[str, int]]:
+def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> tuple[dict[str, float], dict[str, int]]:
     """Rates, and the rows behind those that are not over all of them. An exact answer is equal, even where the target is no regex."""
     rows = list(zip(targets, answers, strict=True))
     exact = [answer.text == target and answer.stopped for target, answer in rows]
@@ -48,7 +48,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
         **rate_of("equal_proper", equal, proper),
         **rate_of("exact_proper", exact, proper),
         "undecided": rate(verdict is None for verdict in same),
-    }, {"proper": sum(proper), "unseen": sum(is_unseen)}
+    }, {"proper": sum(proper)} | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
 
 def _verdicts(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:

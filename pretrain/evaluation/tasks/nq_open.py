@@ -21,7 +21,11 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
     """As NQ-Open stands on the hub; the first of the right answers is trained on."""
-    return (columns["question"], columns["answer"][0]) if isinstance(columns.get("answer"), list) else None
+    if not isinstance(right := columns.get("answer"), list):
+        return None
+    if not all(isinstance(text, str) for text in right):
+        raise ValueError("an answer that is no text")
+    return columns["question"], right[0]
 
 
 def evaluate(run: TaskRun) -> TaskResult:

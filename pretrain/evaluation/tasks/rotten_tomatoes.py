@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pretrain.evaluation.tasks.labels import evaluate_labels
+from pretrain.evaluation.tasks.labels import evaluate_labels, in_range
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
 LABELS = ("Bad", "Good")
@@ -11,7 +11,7 @@ LABELS = ("Bad", "Good")
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
     """As Rotten Tomatoes stands on the hub."""
-    return (columns["text"], LABELS[columns["label"]]) if {"text", "label"} <= columns.keys() else None
+    return (columns["text"], LABELS[in_range(columns["label"], len(LABELS))]) if {"text", "label"} <= columns.keys() else None
 
 
 def evaluate(run: TaskRun) -> TaskResult:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pretrain.evaluation.generate import Answer
 from pretrain.evaluation.sql.databases import find_databases, own_columns
-from pretrain.evaluation.sql.execution import Runner, is_ordered, normal, same_rows
+from pretrain.evaluation.sql.execution import Outcome, Runner, is_ordered, normal, same_rows
 from pretrain.evaluation.tasks.answering import model_of, read_test, unseen, without_room, write_answers
 from pretrain.evaluation.tasks.rates import rate, rate_of
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence[Path | None],
-          is_unseen: Sequence[bool]) -> tuple[dict[str, float], dict[str, int]]:
+          is_unseen: Sequence[bool] | None) -> tuple[dict[str, float], dict[str, int]]:
     """Rates, and counts of rows that could not be scored, of targets that give no row, and of unseen ones."""
     rows = list(zip(targets, answers, databases, strict=True))
     with Runner() as runner:
@@ -64,15 +64,15 @@ def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence
         "failed_gold": sum(database is not None and not verdict.gold_runs for verdict, database in zip(verdicts, databases, strict=True)),
         "missing_database": sum(database is None for database in databases),
         "empty_results": sum(verdict.gold_runs and not verdict.gold_gives_rows for verdict in verdicts),
-        "unseen": sum(is_unseen),
-    }
+    } | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
 
 def judge(runner: Runner, database: Path | None, target: str, answer: str | None) -> Verdict:
     """Run a target and an answer, None for one that did not end, on a database, None where it is missing."""
     if database is None:
         return Verdict(False, False, False, False)
-    wanted = runner.run(database, target).rows
-    given = runner.run(database, answer).rows if answer is not None else None
-    right = wanted is not None and given is not None and same_rows(wanted, given, is_ordered(target))
-    return Verdict(wanted is not None, bool(wanted), given is not None, right)
+    wanted = runner.run(database, target)
+    given = runner.run(database, answer) if answer is not None else Outcome(None)
+    right = (wanted.rows is not None and given.rows is not None and wanted.columns == given.columns
+             and same_rows(wanted.rows, given.rows, is_ordered(target)))
+    return Verdict(wanted.rows is not None, bool(wanted.rows), given.rows is not None, right)

@@ -6,7 +6,7 @@ from data_prep.config import JsonSource
 from data_prep.console import UserError
 from pretrain.evaluation.generate import Answer
 from pretrain.evaluation.rows import read_rows
-from pretrain.evaluation.tasks import gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
+from pretrain.evaluation.tasks import answering, gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
 from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
 
 
@@ -16,7 +16,8 @@ def rows_of(tmp_path, rows, own):
 
 @pytest.mark.parametrize("text, number", [
     ("so\n#### 18", "18"), ("#### 1,450,000", "1450000"), ("#### $18.00 a day", "18"), ("####-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
-    ("#### 1\nno\n#### 2", "2"), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
+    ("#### 1\nno\n#### 2", "2"), ("#### +7 apples.", "7"), ("#### −7", "-7"), ("#### **18**", "18"), ("#### 1/2", None), ("#### 1e3", None),
+    ("#### 1 000", None), ("#### 18.5.3", None), ("#### 1,2,3", None), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
 def test_the_final_number_stands_behind_the_last_mark(text, number):
     found = gsm8k.final_number(text)
     assert found is None if number is None else found == gsm8k.Decimal(number)
@@ -64,6 +65,25 @@ def test_labels_as_the_hub_has_them(tmp_path):
     assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels([row.target for row in found]) == 2 / 3
     found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], yelp.own_columns)
     assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels([row.target for row in found]) == 1 / 2
+    for own, label in ((rotten_tomatoes.own_columns, -1), (rotten_tomatoes.own_columns, 2), (yelp.own_columns, 5)):
+        with pytest.raises(UserError, match=rf"test.jsonl:1: .*the label {label}, where labels are 0 to"):
+            rows_of(tmp_path, [{"text": "?", "label": label}], own)
+
+
+@pytest.mark.parametrize("own, row", [
+    (gsm8k.own_columns, {"question": "q", "answer": 5}), (gsm8k.own_columns, {"question": "q", "answer": ""}),
+    (nq_open.own_columns, {"question": "q", "answer": ["5", 5]}), (spider.own_columns, {"db_id": "a", "question": "q", "query": None}),
+    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", "b"], "label": -1})])
+def test_columns_that_hold_no_text_are_told_with_their_place(tmp_path, own, row):
+    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set"):
+        rows_of(tmp_path, [row], own)
+
+
+def test_what_does_not_fit_is_wrong_and_counted():
+    infinite = float("-inf")
+    assert hellaswag.score([0], [["a", "b"]], [[-5.0, infinite]]) == {"normalised": 0, "likelihood": 0}
+    assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold(["Good"]))["likelihood"] == 0
+    assert answering.beyond_positions([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and answering.beyond_positions([[-1.0]]) == {}
 
 
 def test_rotten_tomatoes_on_its_test_rows():

@@ -30,6 +30,15 @@ def test_batched_answers_equal_those_one_by_one_in_the_order_of_the_contexts(exp
     assert len({answer.text for answer in together}) > 6
 
 
+def test_a_long_context_shortens_no_other_answer(export):
+    short = answer(export, CONTEXTS, 12)
+    length, = Tokenizer.load(export).encode_batch(["number " * 60])
+    for room in (1, 5):
+        long = Tokenizer.load(export).decode(length[:94 - room])
+        assert len(Tokenizer.load(export).encode_batch([long])[0]) == 94 - room
+        assert answer(export, [*CONTEXTS, long], 12) == [*short, *answer(export, [long], 12)]
+
+
 def test_an_answer_holds_no_padding_or_special_ids(export):
     assert Tokenizer.load(export).vocab_size < AutoModelForCausalLM.from_pretrained(export).config.vocab_size
     answer(export, CONTEXTS, 40)  # a padded id would have no text

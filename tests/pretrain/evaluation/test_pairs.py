@@ -56,4 +56,3 @@ def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, t
     monkeypatch.setattr(answering, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
     assert answering.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]
-    assert answering.in_corpus(str(tmp_path), trained) == [False] * 3

@@ -38,6 +38,9 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
     assert not same_rows([(1,), (1,)], [(1,)], ordered=False)
     assert same_rows([(0.1 + 0.2, None)], [(0.3, None)], ordered=True) and not same_rows([(0.3,)], [(0.3001,)], ordered=True)
     assert not same_rows([(1, 2)], [(2, 1)], ordered=False)  # columns have an order
+    assert same_rows([(12345678901,)], [(12345678901.0,)], ordered=True)
+    assert same_rows([(123456789012.4,), (1,)], [(1,), (123456789012,)], ordered=False)
+    assert not same_rows([(12345678901,)], [(12345678902,)], ordered=True)  # whole numbers are exact
     assert not same_rows([("1",)], [(1,)], ordered=False) and not same_rows([], [(None,)], ordered=False)
 
 
@@ -61,6 +64,9 @@ def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
     for text, right in answers.items():
         assert score([target], [Answer(text, True)], [database], [True])[0]["execution"] == right, text
     assert score([target], [Answer(target, False)], [database], [True])[0]["execution"] == 0
+    nothing = ["SELECT id, name FROM t WHERE 0"]
+    for text, right in {"SELECT name, id FROM t WHERE 1 = 2": True, "SELECT 1 WHERE 0": False}.items():
+        assert score(nothing, [Answer(text, True)], [database], None)[0]["execution"] == right, text
 
 
 def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
@@ -68,6 +74,8 @@ def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
     metrics, counts = score(targets, gold(targets), [database, None, database, database], [False, True, True, False])
     assert (metrics["execution"], metrics["exact"], metrics["execution_unseen"], metrics["execution_filled"]) == (0.5, 1, 0.5, 1)
     assert counts == {"failed_gold": 1, "missing_database": 1, "empty_results": 1, "unseen": 2}
+    metrics, counts = score(targets, gold(targets), [database] * 4, None)
+    assert "unseen" not in counts and not any("unseen" in name for name in metrics)
 
 
 def test_databases_are_found_by_the_name_in_the_row(tmp_path):

@@ -7,6 +7,7 @@ from data_prep.console import UserError
 from pretrain.report.curves import join
 from pretrain.report.embeddings import project
 from pretrain.report.examples import Answer, Example
+from pretrain.report.runs import identity
 
 
 def test_seeds_at_the_same_steps_are_averaged_step_by_step():
@@ -40,6 +41,14 @@ def test_collapsed_embeddings_are_a_spot():
     for wrong in (np.ones((2, 4)), np.full((5, 4), np.nan)):
         with pytest.raises(UserError):
             project(("a", "b"), wrong, wrong)
+
+
+def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
+    def result(**test):
+        return identity({"settings": {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}, "rows": 10})
+
+    assert result(type="json", path="here") == result(type="json", path="there")
+    assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="a", hub_split="validation")
 
 
 def test_arms_that_wrote_the_same_stand_together():

@@ -91,6 +91,14 @@ def test_without_an_effect_one_study_in_twenty_at_most_says_there_is_one():
         assert wrong / studies < 0.07 and (arms > 1 or wrong / studies > 0.03), (arms, wrong)
 
 
+def test_what_several_arms_could_have_found_is_at_the_corrected_level():
+    random = np.random.default_rng(3)
+    baseline = dict(enumerate(random.normal(0.7, 0.02, 5)))
+    arms = {str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()} for arm in range(4)}
+    for name, found in compare(arms, baseline, True).items():
+        assert found.detectable == pytest.approx(detectable_difference(found.sd, 5, ALPHA / 4)), name
+
+
 @pytest.mark.parametrize("seeds, tests", itertools.product((2, 3, 5, 10), (1, 4)))
 def test_the_detectable_difference_is_found_four_times_in_five(seeds, tests):
     random, alpha = np.random.default_rng(2), ALPHA / tests

@@ -5,6 +5,7 @@ import signal
 
 import psutil
 import pytest
+import yaml
 
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.studies.runner import STOPPED
@@ -96,6 +97,13 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
     assert changed.returncode == 2 and "objective.weight (0.5, now 0.25)" in changed.stderr and changed.stderr.count("\n") == 1, changed.stderr
     less = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
     assert " done in " not in less.stdout and "its output" not in less.stdout
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    base["evaluation"]["tasks"].append(base["evaluation"]["tasks"][0] | {"label": "again"})
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    more = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))], timeout=600)
+    assert more.stdout.count(" done in ") == 4
+    for run_dir in (study / f"{arm}-seed{seed}" for arm in ("plain", "jepa") for seed in (1, 2)):
+        assert [result["task"] for result in results(run_dir)] == ["loss", "again"]
 
 
 @pytest.mark.slow

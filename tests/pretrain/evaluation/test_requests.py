@@ -1,0 +1,76 @@
+"""What is done and what is still asked for: the identity of a result, and the pins of checkpoints."""
+
+import pytest
+
+from data_prep.console import UserError
+from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.evaluation.checkpoints import release
+from pretrain.evaluation.results import append_result, identity, read_results
+from pretrain.evaluation.watch import Watch
+from pretrain.run_folder import PINS, step_name
+from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
+from tests.launching import tiny_config, write_config
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    """Of a run whose checkpoints of steps 10, 20 and 25 stand, and that evaluates every 20 steps."""
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, checkpoint={"every": 5}, evaluation={"every": 20, "tasks": [
+        {"name": "nl_rx"}, {"name": "gsm8k", "test": str(tmp_path / "test.jsonl")}]})))
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    for step in (10, 20, 25):
+        (config.run_dir / "checkpoints" / step_name(step)).mkdir(parents=True)
+    return config
+
+
+def finish(config: RunConfig, task: TaskConfig, step: int, overrides: tuple[str, ...] = ()) -> None:
+    (config.run_dir / "evaluation").mkdir(exist_ok=True)
+    append_result(config.run_dir, identity(task, step, overrides) | {"metrics": {"exact": 0.5}})
+
+
+@pytest.mark.parametrize("path", ["test.jsonl", "*.jsonl", "."])
+def test_another_content_of_the_files_is_another_result(tmp_path, path):
+    task = TaskConfig(name="gsm8k", test=str(tmp_path / path))
+    (tmp_path / "test.jsonl").write_text("1\n")
+    before = identity(task, 3)
+    assert identity(task, 3, ["b=2", "a=1"]) == identity(task, 3, ["a=1", "b=2"]) != before == identity(task, 3)
+    (tmp_path / "test.jsonl").write_text("2\n")
+    assert identity(task, 3) != before
+
+
+def test_a_spoiled_line_is_told(config):
+    finish(config, config.evaluation.tasks[0], 20)
+    path = config.run_dir / "evaluation" / "results.jsonl"
+    path.write_text(path.read_text() + '{"a": {"b": 1}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl is spoiled"):
+        read_results(config.run_dir)
+
+
+def test_what_the_run_asked_for_stays_asked_for_when_another_job_did_other_tasks(config):
+    run_dir, tasks = config.run_dir, config.evaluation.tasks
+    for step in (20, 25):
+        ask_for_evaluation(run_dir, step)
+    finish(config, tasks[0], 20)
+    for step in (20, 25):
+        release(run_dir, config, tasks[:1], step, [])
+    assert evaluations_asked_for(run_dir) == [20]  # gsm8k is not done; nobody but the job has asked for step 25
+    finish(config, tasks[1], 20, ["evaluation.every=20"])
+    release(run_dir, config, tasks, 20, ["evaluation.every=20"])
+    assert evaluations_asked_for(run_dir) == [20]  # under overrides it is another result
+    finish(config, tasks[1], 20)
+    release(run_dir, config, tasks[1:], 20, [])
+    assert evaluations_asked_for(run_dir) == []
+    ask_for_evaluation(run_dir, 20)
+    release(run_dir, config, tasks, 20, [])  # all were tried
+    assert not list((run_dir / "checkpoints" / PINS).iterdir())
+
+
+def test_a_watch_pins_what_the_run_evaluates_and_the_last_step_of_a_finished_run(config):
+    watch = Watch(config.run_dir, lambda: (config, config.evaluation.tasks), [])
+    watch.pin_new()
+    assert watch.pinned() == [20]
+    watch.finished = True
+    watch.pin_new()
+    assert watch.pinned() == [20, 25]
+    watch.settled.add(20)
+    assert watch.pinned() == [25]
