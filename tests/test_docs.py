@@ -22,7 +22,7 @@ def test_the_lock_file_holds_the_versions_of_pyproject():
 
 
 def test_no_page_has_a_gap_or_a_dead_link():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         assert not re.search(r"@[A-Z0-9]+@", text), page
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

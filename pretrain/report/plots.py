@@ -146,7 +146,7 @@ def _label_amount(axis: Axes, what: str, largest: float) -> None:
     axis.set_xlabel(NAMES[what] + unit)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:,.6g}"))
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.03 * max(largest, 1))
 
 
 def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
