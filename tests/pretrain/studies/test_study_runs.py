@@ -117,5 +117,7 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     speed = {arm: found["tokens_per_second"] for arm, found in record["calibration"].items()}
     last = {arm: read_metrics(study / f"{arm}-seed1")[-1] for arm in arms}
     assert speed["wide"] < speed["plain"]
-    assert last["wide"]["tokens"] / last["plain"]["tokens"] == pytest.approx(speed["wide"] / speed["plain"], rel=0.05)
-    print({arm: (line["tokens"], line["seconds"]) for arm, line in last.items()})
+    budget = {arm: record["arms"][arm]["matched"]["train.tokens"] for arm in arms}
+    assert budget["wide"] / budget["plain"] == pytest.approx(speed["wide"] / speed["plain"], rel=1e-3)
+    for arm, line in last.items():
+        assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]  # it ends with the step that reaches the budget
