@@ -75,6 +75,10 @@ class ModelConfig(Section):
 ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007 (made at run time)
 
 
+BUDGETS = ("steps", "tokens", "records", "epochs")
+"""Keys of `train`, of which a run has exactly one."""
+
+
 class TrainConfig(Section):
     """How long, in what batches, and with which optimizer."""
 
@@ -117,7 +121,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if sum(budget is not None for budget in (self.steps, self.tokens, self.records, self.epochs)) != 1:
+        if sum(getattr(self, budget) is not None for budget in BUDGETS) != 1:
             raise ValueError("the budget is exactly one of steps, tokens, records and epochs; unset one with train.KEY=null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")

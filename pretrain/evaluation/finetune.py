@@ -11,13 +11,11 @@ from data_prep.config import DataConfig, JsonSource
 from data_prep.config_file import validate
 from data_prep.console import UserError
 from data_prep.files import write_text
-from pretrain.config import RunConfig, TaskConfig, dump_config
+from pretrain.config import BUDGETS, RunConfig, TaskConfig, dump_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.run_folder import list_steps
 from pretrain.training.background import single_process_environment, tied
-
-BUDGETS = ("steps", "tokens", "records", "epochs")
 
 
 def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSource, folder: Path, name: str) -> Path:

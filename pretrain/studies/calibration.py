@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError, print_now
+from pretrain.config import BUDGETS
 from pretrain.run_folder import read_metrics
-from pretrain.studies.config import BUDGETS, Study
+from pretrain.studies.config import Study
 from pretrain.studies.matching import Arm
 from pretrain.studies.processes import Processes
 from pretrain.studies.record import Record

@@ -11,9 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import Section, load_yaml, validate
 from data_prep.console import UserError
-from pretrain.config import RunConfig, load_config
+from pretrain.config import BUDGETS, RunConfig, load_config
 
-BUDGETS = ("steps", "tokens", "records", "epochs")
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""
 

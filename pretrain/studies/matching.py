@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.console import UserError
-from pretrain.config import RunConfig, load_config
+from pretrain.config import BUDGETS, RunConfig, load_config
 from pretrain.data.corpus import Corpus, source_weights
-from pretrain.studies.config import BUDGETS, Study
+from pretrain.studies.config import Study
 from pretrain.training.dry_run import Plan, make_plan
 from pretrain.training.setup import check
 
-ROWS = ("train.global_batch_rows", "train.micro_batch_rows")
+ROWS = ("global_batch_rows", "micro_batch_rows")
 CLOSE = 0.05
 """Difference in tokens a step up to which batches count as equal."""
 
@@ -91,7 +91,9 @@ class Matching:
         study, notes = self.study, []
         plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
         if study.config.matched_by != "none":
-            rows = {} if set(ROWS) & set(study.config.arms[name]) else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
+            overrides = overrides | own_finetuning(plan.config)
+            given = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
+            rows = {} if given else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
             if rows:
                 before, overrides = plan, overrides | rows
                 plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
@@ -126,7 +128,16 @@ def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, i
     micro = max(1, round(train.micro_batch_rows * wanted / tokens))
     if micro == train.micro_batch_rows:
         return {}
-    return dict(zip(ROWS, (train.global_batch_rows // train.micro_batch_rows * micro, micro), strict=True))
+    return {"train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro, "train.micro_batch_rows": micro}
+
+
+def own_finetuning(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys that keep the finetunings of `config` as they are while the rows and the budget of its pretraining are matched."""
+    tasks = {index: task.finetune for index, task in enumerate(config.evaluation.tasks) if task.finetune is not None}
+    train = config.train.model_dump(exclude_none=True)
+    rows, budget = ({key: train[key] for key in keys if key in train} for keys in (ROWS, BUDGETS))
+    return {f"evaluation.tasks.{index}.finetune": rows | ({} if set(BUDGETS) & set(finetune) else budget) | finetune
+            for index, finetune in tasks.items()}
 
 
 def _change(before: Plan, now: Plan, wanted: float) -> str:

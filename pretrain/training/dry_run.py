@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from data_prep.console import UserError, print_now
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer, take_over
-from pretrain.config import RunConfig
+from pretrain.config import BUDGETS, RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import counts
@@ -276,7 +276,7 @@ def _compared(name: str, value: float, plain: float | None, form: str) -> tuple[
 
 def _budget_table(plan: Plan) -> Table:
     train, step, corpus = plan.config.train, plan.step, plan.corpus
-    name, budget = next((name, value) for name in ("steps", "tokens", "records", "epochs") if (value := getattr(train, name)) is not None)
+    name, budget = next((name, value) for name in BUDGETS if (value := getattr(train, name)) is not None)
     rows: Table = [("the run", ""), (f"train.{name}", f"{budget:,}")]
     if corpus is None and name in ("records", "epochs"):
         return [*rows, ("steps", "unknown")]

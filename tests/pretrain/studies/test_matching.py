@@ -1,6 +1,7 @@
 """What each arm gets: the same batch, and the same of what is matched."""
 
 import pytest
+import yaml
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Specials
@@ -74,6 +75,22 @@ def test_without_matching_each_arm_has_its_own(make_study):
     runs = make_runs(matching.study, matching, {})
     assert [(run.config.train.steps, run.config.train.global_batch_rows) for run in runs] == [(STEPS, 8), (4 * STEPS, 8)]
     assert runs[1].flops == pytest.approx(4 * runs[0].flops, rel=0.01)
+
+
+@pytest.mark.parametrize("given, wanted", [
+    ({"epochs": 2}, {"epochs": 2, "global_batch_rows": 8, "micro_batch_rows": 4}),
+    ({"global_batch_rows": 2}, {"steps": STEPS, "global_batch_rows": 2, "micro_batch_rows": 4}),
+])
+def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given, wanted):
+    base = yaml.safe_load((folder / "base.yaml").read_text())
+    pairs = str(folder / "pairs.jsonl")
+    task = {"name": "nl_rx", "test": pairs}
+    base["evaluation"]["tasks"] += [task | {"train": pairs, "finetune": given}, task | {"label": "before"}]
+    (folder / "finetuned.yaml").write_text(yaml.safe_dump(base))
+    matching = match(make_study(base="finetuned.yaml", arms=ARMS, matched_by="flops"))
+    assert matching.arms["plain"].config.train.global_batch_rows < 8
+    for run in make_runs(matching.study, matching, {}):
+        assert [task.finetune for task in run.config.evaluation.tasks] == [None, wanted, None], run.arm
 
 
 def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):
