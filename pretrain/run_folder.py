@@ -12,6 +12,8 @@ MODEL = "model"
 """Folder of the run's model configuration and tokenizer: an export without weights."""
 REWINDING = "rewinding"
 """How the reason of a run begins that has ended to go back to an earlier checkpoint."""
+REWINDS = "rewinds.json"
+"""Why and where to the run went back so far."""
 PINS = "pins"
 """Folder of empty files named like checkpoints: each asks for an evaluation and keeps its checkpoint until then."""
 
@@ -52,3 +54,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def rewinds(run_dir: Path) -> list[dict[str, Any]]:
+    """What the run went back for so far: step, score, the checkpoint `to`, and the steps `left_out`."""
+    path = run_dir / REWINDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

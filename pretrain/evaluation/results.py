@@ -12,14 +12,20 @@ from data_prep.config import JsonSource
 from data_prep.console import UserError
 from data_prep.files import sha256_file, write_text
 from pretrain.config import TaskConfig
-from pretrain.run_folder import read_metrics, read_status
+from pretrain.run_folder import read_metrics, read_status, rewinds
 
 TABLE_COLUMNS = 6
 """Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """All results of a run, in the order in which they came. Raises UserError for a file that somebody has spoiled: it is written as a whole."""
+    """All results of a run, in the order in which they came, without those of steps that the run has gone back behind since. Raises UserError."""
+    gone = rewinds(run_dir)
+    return [line for line in _read_all(run_dir) if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)):])]
+
+
+def _read_all(run_dir: Path) -> list[dict[str, Any]]:
+    """Raises UserError for a file that somebody has spoiled: it is written as a whole."""
     path = run_dir / "evaluation" / "results.jsonl"
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
@@ -56,7 +62,7 @@ def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Seque
 
 def append_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Add a result: one line, and a TensorBoard point per metric under evaluation/<task>/<metric>."""
-    lines = [*read_results(run_dir), result]
+    lines = [*_read_all(run_dir), result]
     write_text(run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     from pretrain.training.metrics import open_tensorboard
 

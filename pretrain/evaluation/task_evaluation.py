@@ -8,6 +8,7 @@ from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.results import append_result, identity, is_evaluated
 from pretrain.evaluation.tasks import TASKS
 from pretrain.evaluation.tasks.task_run import TaskRun
+from pretrain.run_folder import rewinds
 
 
 def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int, overrides: list[str]) -> None:
@@ -16,12 +17,14 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         print(f"{task.title} at step {step} is evaluated already", flush=True)
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
-    started = time.perf_counter()
+    started, gone_back = time.perf_counter(), len(rewinds(run_dir))
     result = TASKS[task.name](TaskRun(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     append_result(run_dir, identity(task, step, overrides) | {
         "pretrain_seed": load_config(run_dir / "config.yaml").seed,
         "finetune_seed": config.seed if task.finetune is not None else None,
-        "finetune": task.finetune, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
+        "finetune": task.finetune, "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
     })
-    print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()), flush=True)
+    counts = [f"{name} {count:,}" for name, count in result.counts.items() if count]
+    print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+          + (f"; of {result.rows:,} rows: {', '.join(counts)}" if counts else ""), flush=True)

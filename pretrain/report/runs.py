@@ -17,7 +17,12 @@ from pretrain.run_folder import read_metrics, read_status
 
 VALIDATION = "validation"
 """As a task: the metric is a tag of metrics.jsonl."""
-LOWER_IS_BETTER = ("loss", "lm", "jepa", "perplexity", "bits_per_byte")
+LOWER_IS_BETTER = ("loss", "lm", "jepa", "perplexity", "bits_per_byte", "linear_residual", "undecided")
+"""Names of metrics, or how they end behind a _ or /."""
+
+
+FINETUNING = ("finetune", "finetune_objective", "finetune_lora")
+"""Keys of a task."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,12 @@ class Run:
         return np.interp(list(steps), [line["step"] for line in lines], [line[key] for line in lines])
 
 
+def is_higher_better(metric: str) -> bool:
+    """Whether more of a metric is better, by its name: TASK_perplexity, loss/lm and linear_residual_unseen are losses."""
+    name = metric.removesuffix("_unseen").replace("/", "_")
+    return not any(f"_{name}".endswith(f"_{word}") for word in LOWER_IS_BETTER)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a run: of a task of evaluation/results.jsonl, or, for the task `validation`, a tag of metrics.jsonl."""
@@ -91,7 +102,7 @@ class Metric:
         task, slash, name = text.partition("/")
         if not (task and slash and name):
             raise UserError(f"--metric {text}: write TASK/NAME, such as nl_rx/exact or validation/loss/lm")
-        return Metric(task, name, not any(part in LOWER_IS_BETTER for part in name.split("/")))
+        return Metric(task, name, is_higher_better(name))
 
     def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
         """(step, value), ascending; several results of a step, from several finetuning seeds, as their mean. `settings` as of `common_settings`."""
@@ -99,7 +110,7 @@ class Metric:
             return run.curve(f"{self.task}/{self.name}")
         found: dict[int, list[float]] = {}
         for result in self.results(run):
-            if identity(result) == settings:
+            if identity(result, run.config) == settings:
                 found.setdefault(result["step"], []).append(result["metrics"][self.name])
         return [(step, float(np.mean(found[step]))) for step in sorted(found)]
 
@@ -116,16 +127,28 @@ class Metric:
         """The settings under which most runs have it at their last step: only such results may be compared. None where no run has it."""
         votes: dict[str, int] = {}
         for run in runs:
-            for settings in {identity(result) for result in self.results(run) if result["step"] == run.last.get("step")}:
+            for settings in {identity(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
-            votes = {identity(result): 1 for run in runs for result in self.results(run)}
+            votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
         return max(votes, key=votes.get) if votes else None
 
 
-def identity(result: dict[str, Any]) -> str:
-    """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning."""
-    settings = result.get("settings") or {}
+def finetunings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """How each task of a run's configuration finetunes, by its title."""
+    tasks = (config.get("evaluation") or {}).get("tasks") or []
+    return {task.get("label") or task["name"]: {key: task[key] for key in FINETUNING if task.get(key) is not None} for task in tasks}
+
+
+def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
+    """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning.
+
+    Nor how it finetunes, where that is what the run's configuration says: arms may differ in it.
+    """
+    settings = dict(result.get("settings") or {})
+    finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
+    if finetuning and finetuning == finetunings(config).get(result["task"]):
+        settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {"finetune": "as the configuration says"}
     kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
             (isinstance(value, dict) and value.get("type") == "hub")}
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]

@@ -51,7 +51,7 @@ class Summary:
     flops_ratio: float | None
     """FLOPs of a corpus token, over those of the baseline."""
     seconds_ratio: Spread | None
-    """Seconds of a corpus token, over those of the baseline with the same seed."""
+    """Seconds of a corpus token, over those of the baseline: the ratio of the means, and the extremes of single seeds."""
     losses: dict[str, Spread] = field(default_factory=dict)
     monitors: dict[str, Spread] = field(default_factory=dict)
     collapsed: list[int] = field(default_factory=list)
@@ -142,7 +142,8 @@ def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
         return run.last["seconds"] / run.last["tokens"]
 
     both = [(run, baseline.runs[seed]) for seed, run in arm.runs.items() if run.finished and seed in baseline.runs and baseline.runs[seed].finished]
-    return spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
+    ratios = spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
+    return ratios and ratios._replace(mean=sum(seconds_per_token(mine) for mine, _ in both) / sum(seconds_per_token(other) for _, other in both))
 
 
 def monitor(run: Run, name: str) -> float | None:

@@ -4,12 +4,14 @@ from typing import get_args
 
 from pretrain.report.arms import ABSENT, brief, differing, flatten
 from pretrain.report.overfitting import Overfitting
+from pretrain.report.runs import finetunings
 from pretrain.report.statistics import POWER, Paired, Verdict
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 
 CLOSE = 0.02
 """Difference in tokens, FLOPs or seconds up to which arms count as matched."""
-FEW_SEEDS = 5
+FEW_SEEDS = 6
+"""From here on a test of signs alone could find something: 2 of 2^6 outcomes are less than 5%."""
 UNEVEN = 1.25
 """Ratio of the seconds of two seeds of an arm from which these are no measure of it."""
 AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
@@ -161,7 +163,8 @@ def _metric(all_arms: Summaries) -> list[str]:
                      "metrics are not tested, but for what a section on overfitting says: their differences are for looking only.")
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
-        found.append(f"{seeds} seeds are few: the test takes differences between seeds to be normally distributed, which so few cannot show.")
+        found.append(f"{seeds} seeds are few: the test takes differences between seeds to be normally distributed, which so few cannot show. A test "
+                     f"without that, which asks only whether all seeds agree, needs {FEW_SEEDS}.")
     return found
 
 
@@ -188,7 +191,7 @@ def _matching(all_arms: Summaries) -> list[str]:
 def _differences(all_arms: Summaries) -> list[str]:
     comparison = all_arms.comparison
     firsts = [arm.first for arm in comparison.arms.values() if arm.first]
-    settings = [flatten(run.config) for run in firsts]
+    settings = [flatten(run.config) | flatten(finetunings(run.config), "finetuning of ") for run in firsts]
     found = []
     besides = [key for key in differing(settings) if not key.startswith("objective.")]
     if besides:

@@ -1,13 +1,14 @@
 """How fast an arm is: a short run of it, started as its real runs are."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError, print_now
-from pretrain.config import BUDGETS
+from pretrain.config import BUDGETS, RunConfig, dump_config
 from pretrain.run_folder import read_metrics
-from pretrain.studies.config import Study
+from pretrain.studies.config import Study, StudyConfig
 from pretrain.studies.matching import Arm
 from pretrain.studies.processes import Processes
 from pretrain.studies.record import Record
@@ -29,6 +30,12 @@ def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
     }
 
 
+def fingerprint(config: RunConfig, study: StudyConfig) -> str:
+    """A hash of all that a speed depends on and the study knows: the run's configuration, and how it is started."""
+    how = study.slurm.train if study.slurm else study.launch
+    return hashlib.sha256(f"{dump_config(config)}\n{how}".encode()).hexdigest()
+
+
 def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
     """The speed that a finished calibration has measured; its checkpoint goes. Raises UserError where it has not come to its end."""
     lines = read_metrics(run_dir)
@@ -36,7 +43,7 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
         raise UserError(f"the calibration of {arm.name} did not come to its end: look at {run_dir} and its log")
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     first, last = lines[LEFT_OUT - 1], lines[-1]
-    return {"overrides": arm.overrides, "steps": f"{LEFT_OUT + 1} to {STEPS}",
+    return {"steps": f"{LEFT_OUT + 1} to {STEPS}",
             "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])}
 
 
@@ -44,9 +51,10 @@ def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, pro
     """The tokens a second of each arm; those that were measured before, with the same settings, stay. Raises UserError."""
     folder = study.folder / "calibration"
     for arm in arms:
-        if record.calibration.get(arm.name, {}).get("overrides") == arm.overrides or processes.stopped:
-            continue
         config = study.run_config(arm.name, study.config.seeds[0], calibration_changes(arm, str(folder)))
+        started_as = fingerprint(config, study.config)
+        if record.calibration.get(arm.name, {}).get("started_as") == started_as or processes.stopped:
+            continue
         shutil.rmtree(config.run_dir, ignore_errors=True)
         log, path = log_of(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
         print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
@@ -56,6 +64,6 @@ def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, pro
         else:
             processes.train(launcher, study.config.launch, path, log)
         if not processes.stopped:
-            record.calibration[arm.name] = measured(arm, config.run_dir)
+            record.calibration[arm.name] = {"started_as": started_as} | measured(arm, config.run_dir)
             record.save()
     return {name: found["tokens_per_second"] for name, found in record.calibration.items()}

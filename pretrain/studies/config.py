@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config_file import Section, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.config import BUDGETS, RunConfig, load_config
+from pretrain.report.runs import is_higher_better
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""
@@ -24,7 +26,14 @@ class MetricConfig(Section):
     """Name, or label, of one of `evaluation.tasks` of the base configuration."""
     name: str
     """The metric of that task, as results.jsonl names it."""
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
+    """By default what its name tells: losses and perplexities no, all else yes."""
+
+    @model_validator(mode="after")
+    def _has_a_direction(self) -> "MetricConfig":
+        if self.higher_is_better is None:
+            self.higher_is_better = is_higher_better(self.name)
+        return self
 
 
 class SlurmConfig(Section):
@@ -74,6 +83,10 @@ class StudyConfig(Section):
             raise ValueError(f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed stands in seeds twice")
+        try:
+            shlex.split(self.launch)
+        except ValueError as error:
+            raise ValueError(f"launch is no command line: {error}") from None
         if self.launch and self.slurm:
             raise ValueError("launch and slurm exclude each other: under Slurm, srun starts the ranks")
         for arm, changes in self.arms.items():

@@ -91,7 +91,7 @@ class Matching:
         study, notes = self.study, []
         plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
         if study.config.matched_by != "none":
-            overrides = overrides | own_finetuning(plan.config)
+            overrides = overrides | finetuning_of_base(plan.config, self.base)
             given = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
             rows = {} if given else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
             if rows:
@@ -131,10 +131,10 @@ def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, i
     return {"train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro, "train.micro_batch_rows": micro}
 
 
-def own_finetuning(config: RunConfig) -> dict[str, Any]:
-    """Dotted keys that keep the finetunings of `config` as they are while the rows and the budget of its pretraining are matched."""
+def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
+    """Dotted keys that let finetunings of an arm take rows and budget from the base, where their task gives none, not from the matched arm."""
     tasks = {index: task.finetune for index, task in enumerate(config.evaluation.tasks) if task.finetune is not None}
-    train = config.train.model_dump(exclude_none=True)
+    train = base.train.model_dump(exclude_none=True)
     rows, budget = ({key: train[key] for key in keys if key in train} for keys in (ROWS, BUDGETS))
     return {f"evaluation.tasks.{index}.finetune": rows | ({} if set(BUDGETS) & set(finetune) else budget) | finetune
             for index, finetune in tasks.items()}

@@ -1,18 +1,16 @@
 """Loss spikes: found by a robust z-score, answered by a warning, by leaving the step out, or by going back to before it."""
 
-import json
+import shutil
 import statistics
 from pathlib import Path
-from typing import Any
 
 from data_prep.files import write_json
-from pretrain.run_folder import list_steps, step_name
+from pretrain.run_folder import REWINDS, list_steps, rewinds, step_name
 
 WINDOW, ENOUGH = 100, 20
 """Steps that a loss is compared with, and as many as that takes."""
 LEAST_SPREAD = 0.005
 """Of the median: a loss that hardly varies is not compared with its noise alone."""
-REWINDS = "rewinds.json"
 MOST_REWINDS = 3
 """Times that a run goes back to one checkpoint."""
 
@@ -40,12 +38,6 @@ class SpikeRule:
         self.losses = [*self.losses[1 - WINDOW:], loss]
 
 
-def rewinds(run_dir: Path) -> list[dict[str, Any]]:
-    """What the run went back for so far: step, score, the checkpoint `to`, and the steps `left_out`."""
-    path = run_dir / REWINDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
 def left_out(run_dir: Path) -> set[int]:
     """The steps whose records train nothing."""
     return {step for rewind in rewinds(run_dir) for step in rewind["left_out"]}
@@ -63,7 +55,10 @@ def rewind(run_dir: Path, step: int, score: float) -> int | None:
     if to is None or sum(one["to"] == to for one in before) >= MOST_REWINDS:
         return None
     write_json(run_dir / REWINDS, [*before, {"step": step, "score": score, "to": to, "left_out": culprits}])
-    for saved in list_steps(checkpoints):
-        if saved > to:
-            (checkpoints / step_name(saved)).rename(checkpoints / f".{step_name(saved)}.tmp")
+    for folder in (checkpoints, run_dir / "export"):
+        for saved in list_steps(folder):
+            if saved > to:
+                (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
+    for export in (run_dir / "export").glob(".*.tmp"):
+        shutil.rmtree(export, ignore_errors=True)
     return to

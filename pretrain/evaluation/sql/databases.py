@@ -10,6 +10,7 @@ from pretrain.evaluation.rows import Row
 
 DATABASE = re.compile(r"For db_id:\[([^\]]+)\]")
 """How the public LLM-JEPA data name the database in the context."""
+MAGIC = b"SQLite format 3\0"
 
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
@@ -20,16 +21,27 @@ def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def find_databases(rows: Sequence[Row], given: Path) -> list[Path | None]:
-    """The SQLite file of each row, None where there is none. Raises UserError where no row has one."""
-    if given.is_file():
-        return [given] * len(rows)
-    found = [_database(row, given) for row in rows]
+    """The SQLite file of each row, None where there is none. Raises UserError where no row has one, and for a file that cannot be read as it is."""
+    found = [given if given.is_file() else _database(row, given) for row in rows]
     if not any(found):
         name = database_name(rows[0])
         raise UserError(f"{given} (task.databases) holds no database of any row: " + (
             f"the first needs {name}.sqlite or {name}/{name}.sqlite" if name else
             "the rows name none, in a column db_id or as `For db_id:[NAME]` in the context; give one file for all rows"))
+    for path in {path for path in found if path}:
+        _check(path)
     return found
+
+
+def _check(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+    if start not in (MAGIC, b""):
+        raise UserError(f"{path} (task.databases) is no SQLite file: it begins with {start!r}")
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise UserError(f"{path} (task.databases) is read as it stands, without the changes in {log.name}: merge them, by "
+                        f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'")
 
 
 def database_name(row: Row) -> str | None:

@@ -14,7 +14,7 @@ from pretrain.evaluation.tasks.answering import model_of, read_test, without_roo
 from pretrain.evaluation.tasks.rates import rate
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
-FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d/^]|[.,eE]\d|\s+\d)")
+FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|[.,eExX]\d|\s*[-−+*/^]?\s*\d|/)")
 
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
@@ -44,7 +44,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, 
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last `####`: 18, +18.0, $1,800, **18** and -0.5 are numbers; None where none follows, or one goes on: 1/2, 1e3, 1 000."""
+    """The number behind the last `####`: 18, +18.0, $1,800, **18** and -0.5 are numbers; None where none follows, or it goes on: 1/2, 18-20."""
     _, mark, rest = text.rpartition("####")
     found = FINAL.match(rest) if mark else None
     return Decimal(found[1].replace("−", "-") + found[2].replace(",", "")) if found else None

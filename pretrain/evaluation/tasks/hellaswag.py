@@ -19,15 +19,26 @@ def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
     """As HellaSwag stands on the hub; its test split has no labels, so that its validation split is scored."""
     if not {"ctx", "endings", "label"} <= columns.keys():
         return None
-    return columns["ctx"], columns["endings"][in_range(columns["label"], len(columns["endings"]))]
+    endings, label = choices(columns)
+    return columns["ctx"], endings[label]
+
+
+def choices(columns: dict[str, Any]) -> tuple[list[str], int]:
+    """The endings of a row, and which is the right one. Raises KeyError, and ValueError for what is neither."""
+    endings = columns["endings"]
+    if not isinstance(endings, list) or not all(isinstance(text, str) and text for text in endings):
+        raise ValueError("endings that are no list of texts")
+    return endings, in_range(columns["label"], len(endings))
 
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Finetune on the right endings of the train rows where the task says so, weigh the endings of the test rows, score."""
     rows = read_test(run, own_columns)
-    if not all({"endings", "label"} <= row.columns.keys() for row in rows):
-        raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label")
-    endings, labels = [row.columns["endings"] for row in rows], [int(row.columns["label"]) for row in rows]
+    try:
+        found = [choices(row.columns) for row in rows]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label: {error}") from None
+    endings, labels = [texts for texts, _ in found], [label for _, label in found]
     with model_of(run, own_columns) as model:
         likelihoods = log_likelihoods(model, [(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
     return TaskResult(len(rows), score(labels, endings, likelihoods), beyond_positions(likelihoods))

@@ -5,6 +5,7 @@ the target and ended with the end token. prefix: it starts with the target (what
 label, which a model reaches that looks at no text. The labels are the targets of the test rows and of the train rows.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ MOST_LABELS = 50
 
 def in_range(label: Any, labels: int) -> int:
     """A label of the hub as a number from 0. Raises ValueError for one that is none, as -1 is in splits without labels."""
-    if not 0 <= int(label) < labels:
+    if not re.fullmatch(r"\d+", str(label)) or int(label) >= labels:
         raise ValueError(f"the label {label}, where labels are 0 to {labels - 1}")
     return int(label)
 

@@ -33,7 +33,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
     rows = list(zip(targets, answers, strict=True))
     exact = [answer.text == target and answer.stopped for target, answer in rows]
     verdicts = _verdicts((target, answer.text) for target, answer in rows if answer.stopped and answer.text.strip() and answer.text != target)
-    same = [is_exact or verdicts.get((target, answer.text), False) for is_exact, (target, answer) in zip(exact, rows, strict=True)]
+    same = [answer.stopped and (answer.text == target or verdicts.get((target, answer.text), False)) for target, answer in rows]
     equal = [verdict is True for verdict in same]
     kinds = {target: is_proper(target) for target in set(targets)}
     proper = [kinds[target] is True for target in targets]

@@ -38,7 +38,8 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def right_answers(row: Row) -> list[str]:
     """All that count, where the row stands as on the hub; else the target alone."""
-    return row.columns["answer"] if isinstance(row.columns.get("answer"), list) else [row.target]
+    found = row.columns.get("answer")
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else [row.target]
 
 
 def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[str, float]:

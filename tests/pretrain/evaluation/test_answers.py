@@ -5,7 +5,7 @@ import pytest
 from data_prep.config import JsonSource
 from data_prep.console import UserError
 from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.rows import read_rows
+from pretrain.evaluation.rows import Row, read_rows
 from pretrain.evaluation.tasks import answering, gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
 from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
 
@@ -17,7 +17,8 @@ def rows_of(tmp_path, rows, own):
 @pytest.mark.parametrize("text, number", [
     ("so\n#### 18", "18"), ("#### 1,450,000", "1450000"), ("#### $18.00 a day", "18"), ("####-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
     ("#### 1\nno\n#### 2", "2"), ("#### +7 apples.", "7"), ("#### −7", "-7"), ("#### **18**", "18"), ("#### 1/2", None), ("#### 1e3", None),
-    ("#### 1 000", None), ("#### 18.5.3", None), ("#### 1,2,3", None), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
+    ("#### 1 000", None), ("#### 18.5.3", None), ("#### 1,2,3", None), ("#### 18-20", None), ("#### 3*4", None), ("#### 1_000", None),
+    ("#### 0x12", None), ("#### 18 / 2", None), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
 def test_the_final_number_stands_behind_the_last_mark(text, number):
     found = gsm8k.final_number(text)
     assert found is None if number is None else found == gsm8k.Decimal(number)
@@ -53,6 +54,8 @@ def check_labels(targets):
     assert metrics.pop("majority") <= 1 and set(metrics.values()) == {1}
     metrics = labels.score(targets, names, undecided, empty(targets))
     assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == 0
+    metrics = labels.score(targets, names, certain, [Answer(target, False) for target in targets])
+    assert (metrics["generation"], metrics["prefix"], metrics["stopped"]) == (0, 1, 0)
     equal = sum(map(str.__eq__, targets, shuffled(targets))) / len(targets)
     metrics = labels.score(targets, names, shuffled(certain), gold(shuffled(targets)))
     assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == pytest.approx(equal)
@@ -65,7 +68,8 @@ def test_labels_as_the_hub_has_them(tmp_path):
     assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels([row.target for row in found]) == 2 / 3
     found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], yelp.own_columns)
     assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels([row.target for row in found]) == 1 / 2
-    for own, label in ((rotten_tomatoes.own_columns, -1), (rotten_tomatoes.own_columns, 2), (yelp.own_columns, 5)):
+    for own, label in ((rotten_tomatoes.own_columns, -1), (rotten_tomatoes.own_columns, 2), (yelp.own_columns, 5), (yelp.own_columns, 2.7),
+                       (yelp.own_columns, True)):
         with pytest.raises(UserError, match=rf"test.jsonl:1: .*the label {label}, where labels are 0 to"):
             rows_of(tmp_path, [{"text": "?", "label": label}], own)
 
@@ -73,7 +77,8 @@ def test_labels_as_the_hub_has_them(tmp_path):
 @pytest.mark.parametrize("own, row", [
     (gsm8k.own_columns, {"question": "q", "answer": 5}), (gsm8k.own_columns, {"question": "q", "answer": ""}),
     (nq_open.own_columns, {"question": "q", "answer": ["5", 5]}), (spider.own_columns, {"db_id": "a", "question": "q", "query": None}),
-    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", "b"], "label": -1})])
+    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", "b"], "label": -1}),
+    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", 2], "label": 0}), (hellaswag.own_columns, {"ctx": "c", "endings": "ab", "label": 0})])
 def test_columns_that_hold_no_text_are_told_with_their_place(tmp_path, own, row):
     with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set"):
         rows_of(tmp_path, [row], own)
@@ -98,6 +103,7 @@ def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path)
     right = [nq_open.right_answers(row) for row in found]
     assert nq_open.score(right, gold([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
     assert nq_open.score(right, gold([answers[-1].upper() + "." for answers in right]))["exact"] == 1
+    assert nq_open.right_answers(Row(("which", "one"), {"messages": [], "answer": [1, 2]})) == ["one"]
     for nothing in ("", " ", "the", "."):
         assert nq_open.score(right, gold([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
     assert nq_open.score(right, gold(shuffled([answers[0] for answers in right])))["exact"] == 1 / 4

@@ -105,6 +105,18 @@ def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_
     assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
 
 
+def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_dir, by_hand):
+    overlapping = run_dir / "overlapping.jsonl"
+    overlapping.write_text((run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10]))
+    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={overlapping}", f"task.test={run_dir / 'test.jsonl'}",
+          "task.finetune={steps: 2}"])
+    result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
+    assert (result["finetune"], result["counts"]["unseen"]) == ({"steps": 2}, 20)
+    finetuning = run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020"
+    assert [line["step"] for line in read_lines(finetuning / "metrics.jsonl")] == [1, 2]
+    assert [path.name for path in (finetuning / "export").iterdir()] == ["step-00000002"]
+
+
 def tasks_of_every_kind(folder):
     """Small files of the forms that the public data sets have, and settings of tasks on them."""
     connection = sqlite3.connect(folder / "shop.sqlite")

@@ -13,14 +13,14 @@ from tests.pretrain.evaluation.shared_data import empty, gold, real_rows, shuffl
 
 
 def test_each_rate_counts_what_it_says():
-    targets = [".*a.*"] * 6 + ["~(.*)", "(a)|(b)"]
+    targets = [".*a.*"] * 7 + ["~(.*)", "(a)|(b)"]
     answers = [Answer(".*a.*", True), Answer(".*a.*", False), Answer(".*a.*(b)", True), Answer("(.*a.*)", True), Answer("", False),
-               Answer("(.*a.*", True), Answer("~(.*)", True), Answer("(b)|(a)", True)]
-    metrics, counts = score(targets, answers, [True] * 2 + [False] * 6)
+               Answer("(.*a.*", True), Answer("(.*a.*)", False), Answer("~(.*)", True), Answer("(b)|(a)", True)]
+    metrics, counts = score(targets, answers, [True] * 2 + [False] * 7)
     assert metrics == pytest.approx({
-        "exact": 2 / 8, "equal": 4 / 8, "prefix": 4 / 8, "contains": 6 / 8, "stopped": 6 / 8, "exact_unseen": 1 / 2, "equal_unseen": 1 / 2,
-        "exact_proper": 1 / 7, "equal_proper": 3 / 7, "undecided": 0})
-    assert counts == {"proper": 7, "unseen": 2}
+        "exact": 2 / 9, "equal": 4 / 9, "prefix": 4 / 9, "contains": 7 / 9, "stopped": 6 / 9, "exact_unseen": 1 / 2, "equal_unseen": 1 / 2,
+        "exact_proper": 1 / 8, "equal_proper": 3 / 8, "undecided": 0})
+    assert counts == {"proper": 8, "unseen": 2}
 
 
 def targets_of(kind):
@@ -54,3 +54,4 @@ def test_regexes_built_to_explode_are_undecided_in_bounded_time(monkeypatch):
     metrics, _ = score([".*a.{20}"] * len(exploding), gold(exploding), [True] * len(exploding))
     assert time.perf_counter() - started < 60  # one takes some seconds
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
+    assert score(["(((a{9}){9}){9}){9}"], gold([""]), None)[1] == {"proper": 0}  # whether it is proper is undecided too

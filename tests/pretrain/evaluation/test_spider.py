@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sqlite3
 import time
 from collections import Counter, defaultdict
@@ -63,7 +64,8 @@ def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
                "SELECT count(*), name FROM t GROUP BY name": False, f"{target}; {target}": False, f"{target};": True}
     for text, right in answers.items():
         assert score([target], [Answer(text, True)], [database], [True])[0]["execution"] == right, text
-    assert score([target], [Answer(target, False)], [database], [True])[0]["execution"] == 0
+    endless = score([target], [Answer(target, False)], [database], [True])[0]
+    assert (endless["execution"], endless["exact"]) == (0, 0)
     nothing = ["SELECT id, name FROM t WHERE 0"]
     for text, right in {"SELECT name, id FROM t WHERE 1 = 2": True, "SELECT 1 WHERE 0": False}.items():
         assert score(nothing, [Answer(text, True)], [database], None)[0]["execution"] == right, text
@@ -88,6 +90,22 @@ def test_databases_are_found_by_the_name_in_the_row(tmp_path):
     assert find_databases(rows, tmp_path / "a.sqlite") == [tmp_path / "a.sqlite"] * 4
     with pytest.raises(UserError, match=r"holds no database of any row: the first needs a.sqlite or a/a.sqlite"):
         find_databases(rows, tmp_path / "none")
+
+
+def test_files_that_cannot_be_read_as_they_stand_are_refused(tmp_path, database):
+    row, pointer, logged = Row(("how many", "SELECT 1"), {}), tmp_path / "pointer.sqlite", tmp_path / "logged.sqlite"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"pointer.sqlite .* is no SQLite file"):
+        find_databases([row], pointer)
+    shutil.copy(database, logged)
+    connection = sqlite3.connect(logged)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE new (a)")
+    with pytest.raises(UserError, match=r"without the changes in logged.sqlite-wal: merge them"):
+        find_databases([row], logged)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert find_databases([row], logged) == [logged]
+    connection.close()
 
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"

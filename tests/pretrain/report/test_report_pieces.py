@@ -7,7 +7,7 @@ from data_prep.console import UserError
 from pretrain.report.curves import join
 from pretrain.report.embeddings import project
 from pretrain.report.examples import Answer, Example
-from pretrain.report.runs import identity
+from pretrain.report.runs import Metric, identity
 
 
 def test_seeds_at_the_same_steps_are_averaged_step_by_step():
@@ -45,10 +45,29 @@ def test_collapsed_embeddings_are_a_spot():
 
 def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
     def result(**test):
-        return identity({"settings": {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}, "rows": 10})
+        settings = {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}
+        return identity({"task": "a", "settings": settings, "rows": 10}, {})
 
     assert result(type="json", path="here") == result(type="json", path="there")
     assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="a", hub_split="validation")
+
+
+def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
+    def result(configured, evaluated):
+        return identity({"task": "a", "settings": evaluated, "rows": 10}, {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}})
+
+    two, lora = {"finetune": {"epochs": 2}}, {"finetune": {"epochs": 2}, "finetune_lora": {"rank": 8}}
+    assert result(two, two) == result(lora, lora)
+    assert len({result(two, two), result(two, lora), result(two, {}), result({}, two)}) == 4
+    assert result({}, {}) == result(two, {}), "none was finetuned"
+
+
+@pytest.mark.parametrize("metric, higher", [
+    ("nl_rx/exact", True), ("retrieval/mrr", True), ("validation/embedding/effective_rank", True), ("validation/loss/lm", False),
+    ("loss/jepa", False), ("lm_eval/wikitext_word_perplexity", False), ("lm_eval/wikitext_bits_per_byte", False),
+    ("geometry/linear_residual_unseen", False), ("nl_rx/undecided", False), ("lm_eval/film_acc_norm", True)])
+def test_less_of_a_loss_is_better(metric, higher):
+    assert Metric.parse(metric).higher_is_better == higher
 
 
 def test_arms_that_wrote_the_same_stand_together():

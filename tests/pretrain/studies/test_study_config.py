@@ -3,6 +3,7 @@
 import pytest
 
 from data_prep.console import UserError
+from pretrain.studies.calibration import fingerprint
 from pretrain.studies.config import as_override, load_study
 from tests.launching import ROOT
 
@@ -29,6 +30,21 @@ def test_a_preset_is_put_on_another_configuration(folder, monkeypatch):
     assert str(study.folder) == "runs/mine"
 
 
+def test_a_metric_has_the_direction_that_its_name_tells_or_the_one_given(make_study):
+    loss, given = {"task": "loss", "name": "lm"}, {"task": "loss", "name": "lm", "higher_is_better": True}
+    metrics = (loss, given, loss | {"name": "recall_at_1"})
+    assert [make_study(metric=metric).config.metric.higher_is_better for metric in metrics] == [False, True, True]
+
+
+def test_a_measured_speed_is_that_of_one_configuration_and_start(make_study):
+    def of(**changes):
+        study = make_study(**changes)
+        return fingerprint(study.run_config("jepa", 1), study.config)
+
+    assert of() == of()
+    assert len({of(), of(arms={"plain": {}, "jepa": {"objective.weight": 2}}), of(launch="deepspeed --num_gpus 2"), of(launch="deepspeed")}) == 4
+
+
 @pytest.mark.parametrize("value", [1e-05, "a: b", None, True, "1e5", {"name": "llm_jepa", "weight": 0.5}, [1, 2], "x" * 300])
 def test_values_of_arms_survive_the_way_through_the_command_line(value):
     import yaml
@@ -49,6 +65,7 @@ def test_values_of_arms_survive_the_way_through_the_command_line(value):
     ({"arms": {"plain/x": {}}}, "'plain/x' cannot name an arm"),
     ({"base": "none.yaml"}, "none.yaml: No such file"),
     ({"launch": "deepspeed", "slurm": {}}, "launch and slurm exclude each other"),
+    ({"launch": "deepspeed --num_gpus '8"}, "launch is no command line: No closing quotation"),
 ])
 def test_mistakes_are_named(write_study, changes, expected):
     with pytest.raises(UserError) as error:

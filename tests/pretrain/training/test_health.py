@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.evaluation.results import append_result, read_results
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from pretrain.training.spikes import ENOUGH, WINDOW, SpikeRule
+from pretrain.training.spikes import ENOUGH, WINDOW, SpikeRule, rewind
 from tests.launching import ROOT, Running, call, deepspeed_command, environment, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
@@ -96,6 +97,19 @@ def test_a_rewind_goes_back_and_leaves_the_records_out(spiked, folder):
     assert (skipped_of(run_dir)[28], skipped_of(run_dir)[29], skipped_of(run_dir)[36]) == (0, 1, 2)
     events = EventAccumulator(str(run_dir / "tensorboard" / "train")).Reload()
     assert {event.step: event.value for event in events.Scalars("optimizer/skipped_steps")}[36] == 2
+
+
+def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
+    for folder, step in (("checkpoints", 20), ("checkpoints", 30), ("export", 20), ("export", 30)):
+        (tmp_path / folder / step_name(step)).mkdir(parents=True)
+    (tmp_path / "evaluation").mkdir()
+    before = [{"step": step, "task": "a", "metrics": {"exact": 0.5}, "rewinds": 0} for step in (20, 30)]
+    for result in before:
+        append_result(tmp_path, result)
+    assert rewind(tmp_path, 31, 12.0) == 20
+    assert list_steps(tmp_path / "checkpoints") == list_steps(tmp_path / "export") == [20] and read_results(tmp_path) == before[:1]
+    append_result(tmp_path, again := before[1] | {"rewinds": 1})
+    assert read_results(tmp_path) == [before[0], again]
 
 
 def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
