@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from data_prep.console import UserError
 from pretrain.report.arms import read_comparison
@@ -187,6 +188,19 @@ def test_results_under_other_settings_do_not_count(altered):
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
     text, _ = sections(study, page=False)
     assert table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
+
+
+def test_arms_may_differ_in_what_they_finetune_by(altered):
+    study = altered({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
+    for arm, objective in enumerate(("next_token", "llm_jepa")):
+        finetuning = {"finetune": {"epochs": 1}, "finetune_objective": {"name": objective}}
+        for seed in (1, 2, 3):
+            run_dir = study / f"arm{arm}-{seed}"
+            config = yaml.safe_load((run_dir / "config.yaml").read_text()) | {"evaluation": {"tasks": [{"name": "nl_rx", "rows": ROWS} | finetuning]}}
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+            change_lines(run_dir / "evaluation" / "results.jsonl", lambda line, finetuning=finetuning: line["settings"].update(finetuning))
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["verdict"] == "helps" and "finetuning of nl_rx.finetune_objective.name (next_token, llm_jepa)" in text
 
 
 def test_hostile_text_stays_text(altered):
