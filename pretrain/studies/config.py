@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config_file import Section, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.config import BUDGETS, RunConfig, load_config
-from pretrain.report.runs import is_higher_better
+from pretrain.report.runs import Metric, is_higher_better
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""
@@ -107,6 +107,11 @@ class Study:
     def folder(self) -> Path:
         """Where everything of the study is written."""
         return Path(self.config.output_dir) / self.config.name
+
+    @property
+    def metric(self) -> Metric:
+        """What the arms are compared by."""
+        return Metric(**self.config.metric.model_dump())
 
     def run_config(self, arm: str, seed: int, more: dict[str, Any] | None = None) -> RunConfig:
         """The configuration of a run: base, arm, then `more` dotted keys. Raises UserError naming the arm."""

@@ -81,7 +81,7 @@ def _run(study: Study, launcher: Path, lock: Any) -> int:
     print_plan(study, matching, speeds)
     if study.config.slurm:
         return submit_runs(study.folder, launcher, study.config.slurm, runs, record)
-    code = run_here(study.folder, launcher, study.config.launch, runs, record, processes)
+    code = run_here(study, launcher, runs, record, processes)
     if code != STOPPED:
         print_outcome(study, runs)
     return code

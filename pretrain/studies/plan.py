@@ -5,7 +5,7 @@ import statistics
 from data_prep.console import UserError, print_now
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.results import print_table
-from pretrain.report.runs import Metric, read_run
+from pretrain.report.runs import read_run
 from pretrain.studies.config import Study
 from pretrain.studies.matching import Matching
 from pretrain.studies.record import Run
@@ -60,7 +60,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
     """The metric of each arm over its seeds, and what the runs took."""
-    metric = Metric(study.config.metric.task, study.config.metric.name, study.config.metric.higher_is_better)
+    metric = study.metric
     finished = {run.name: read_run(run.dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
     rows = [["arm", "runs", str(metric), "spread", "tokens", "training seconds"]]
@@ -72,10 +72,9 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
             continue
         last = [run.last for run in done]
         values = [value for run in done if (value := metric.final(run, settings)) is not None]
-        if not values:
-            raise UserError(f"the runs of {arm} have no {metric} at their last step: set metric in the study file")
         seconds[arm] = statistics.fmean(line["seconds"] for line in last)
-        rows.append([arm, str(len(done)), f"{statistics.fmean(values):.4f}", f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
+        mean = f"{statistics.fmean(values):.4f}" if values else ""
+        rows.append([arm, str(len(done)), mean, f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
                      f"{statistics.fmean(line['tokens'] for line in last):,.0f}", f"{seconds[arm]:,.1f}"])
     print_table(rows)
     for arm, taken in seconds.items():

@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
-from data_prep.console import print_now
+from data_prep.console import UserError, print_now
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config
 from pretrain.evaluation.results import evaluated_steps
+from pretrain.report.runs import read_run
 from pretrain.run_folder import list_steps, read_status
+from pretrain.studies.config import Study
 from pretrain.studies.processes import Processes
 from pretrain.studies.record import Record, Run
 from pretrain.training.progress_line import duration
@@ -41,16 +43,17 @@ def is_done(run: Run) -> bool:
     return is_trained(run) and (not tasks or list_steps(run.dir / "checkpoints")[-1] in evaluated_steps(run.dir, tasks))
 
 
-def run_here(folder: Path, launcher: Path, launch: str, runs: list[Run], record: Record, processes: Processes) -> int:
-    """Train and evaluate all runs in their order; the exit code of the study."""
-    failed = []
+def run_here(study: Study, launcher: Path, runs: list[Run], record: Record, processes: Processes) -> int:
+    """Train and evaluate all runs in their order; the exit code of the study. Raises UserError where a run lacks the study's metric."""
+    folder, failed = study.folder, []
     for number, run in enumerate(runs, 1):
         if is_done(run):
+            _check_metric(study, run)
             continue
         log = log_of(folder, run.name)
         print_now(f"[{number}/{len(runs)}] {run.name}{_left(runs, record)}; its output: {log}")
         started = time.monotonic()
-        problem = _train_and_evaluate(run, folder, launcher, launch, log, processes)
+        problem = _train_and_evaluate(run, study, launcher, log, processes)
         seconds = time.monotonic() - started
         record.wall_seconds[run.name] = round(record.wall_seconds.get(run.name, 0) + seconds, 1)
         record.save()
@@ -62,15 +65,16 @@ def run_here(folder: Path, launcher: Path, launch: str, runs: list[Run], record:
             print_now(f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again")
         else:
             print_now(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
+            _check_metric(study, run)
     if failed:
         print_now(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def _train_and_evaluate(run: Run, folder: Path, launcher: Path, launch: str, log: Path, processes: Processes) -> str | None:
+def _train_and_evaluate(run: Run, study: Study, launcher: Path, log: Path, processes: Processes) -> str | None:
     """None, or why the run is not done."""
     if not is_trained(run):
-        code = processes.train(launcher, launch, write_run_config(folder, run.config), log)
+        code = processes.train(launcher, study.config.launch, write_run_config(study.folder, run.config), log)
         if not is_trained(run):
             status = read_status(run.dir)
             return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
@@ -80,6 +84,14 @@ def _train_and_evaluate(run: Run, folder: Path, launcher: Path, launch: str, log
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"
     return None
+
+
+def _check_metric(study: Study, run: Run) -> None:
+    metric, found = study.metric, read_run(run.dir)
+    if metric.final(found, metric.common_settings([found])) is None:
+        names = dict.fromkeys(name for result in found.results if result["task"] == metric.task for name in result["metrics"])
+        raise UserError(f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
+                        "file: what has run stays")
 
 
 def _left(runs: list[Run], record: Record) -> str:

@@ -79,6 +79,9 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     tokens = [read_metrics(run_dir)[-1]["tokens"] for run_dir in (plain, jepa)]
     assert tokens[0] == pytest.approx(tokens[1], rel=1.5 / STEPS)
 
+    wrong = call([*STUDY, str(path), "metric.name=ml"], check=False)
+    assert wrong.returncode == 2 and "plain-seed1 has no loss/ml at its last step; loss gives lm, " in wrong.stderr, wrong.stderr
+
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, folder):
