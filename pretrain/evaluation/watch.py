@@ -14,7 +14,7 @@ from data_prep.console import UserError, print_now, report
 from pretrain.config import RunConfig, TaskConfig
 from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release
 from pretrain.evaluation.results import evaluated_steps
-from pretrain.run_folder import PINS, list_steps, read_status, step_name
+from pretrain.run_folder import PINS, list_steps, read_status, rewinds, step_name
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 POLL = 2.0
@@ -32,6 +32,7 @@ class Watch:
         """Steps that are done or given up."""
         self.passed_over: set[int] = set()
         """Steps that evaluation.every does not divide; the last of a finished run is wanted nevertheless."""
+        self.rewinds = 0
         self.finished = False
         self.attempts: dict[int, int] = {}
         self.ended = threading.Event()
@@ -42,6 +43,10 @@ class Watch:
         The pin comes first, then the look whether the checkpoint still stands: retention looks for pins again when it has moved one away, and
         puts it back (`retain` of training/checkpoint.py).
         """
+        gone_back = rewinds(self.run_dir)
+        for rewind in gone_back[self.rewinds:]:
+            self.settled = {step for step in self.settled if step <= rewind["to"]}
+        self.rewinds = len(gone_back)
         checkpoints = self.run_dir / "checkpoints"
         pinned = evaluations_asked_for(self.run_dir)
         steps = list_steps(checkpoints)
