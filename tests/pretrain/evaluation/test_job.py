@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.nlrx_grammar import generate
+from data_prep.tokenizer import Tokenizer
 from pretrain.run_folder import PINS
 from tests.launching import call, deepspeed_command, tiny_config, write_config
 
@@ -91,6 +92,10 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     assert result["pretrain_seed"] == result["finetune_seed"] == 3
     answers = read_lines(run_dir / "evaluation" / "answers" / "nl_rx-step-00000020.jsonl")
     assert [(row["context"], row["target"]) for row in answers] == [generate(0, "test", index) for index in range(30)]
+    tokenizer = Tokenizer.load(run_dir / "export" / "step-00000020")
+    longest = max(map(len, tokenizer.encode_batch([row["target"] for row in answers])))
+    endless = [len(ids) for ids in tokenizer.encode_batch([row["answer"] for row in answers if not row["stopped"]])]
+    assert 1.5 * longest < min(endless) <= max(endless) < 3 * longest, "about twice: encoded again, the text may come to other tokens"
     finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
     assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
     config = yaml.safe_load((run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "config.yaml").read_text())
