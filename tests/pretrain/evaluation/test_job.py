@@ -45,7 +45,7 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def background(run_dir):
     """The results once the background jobs have taken all requests, though retention wanted to remove step 10."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while list((run_dir / "checkpoints" / PINS).iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()
         time.sleep(0.2)

@@ -122,6 +122,12 @@ def test_a_verdict_has_its_numbers(altered):
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
 
+def test_less_is_better_where_the_study_says_so(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "less": {1: 0.5, 2: 0.51, 3: 0.52}})
+    change_lines(study / "study.json", lambda values: values["metric"].update(higher_is_better=False))
+    assert table(sections(study, page=False)[0])["less"]["verdict"] == "helps"
+
+
 def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
     study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
