@@ -49,7 +49,7 @@ def test_budgets_by_tokens_are_those_of_the_base(make_study):
     assert matching.base_tokens == pytest.approx((STEPS - 0.5) * matching.base_step_tokens, abs=1)
     runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm) for seed in (5, 6) for arm in ARMS]
-    assert {run.config.train.tokens for run in runs} == {matching.base_tokens}
+    assert {run.config.train.tokens for run in runs} == {matching.base_tokens} and all(run.config.seed == run.seed for run in runs)
     assert all(run.config.train.steps is None and run.dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
 
 
