@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from pretrain.config import load_config
+from pretrain.evaluation.watch import Watch
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.background import ask_for_evaluation
 from pretrain.training.checkpoint import retain
@@ -90,6 +92,18 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
     ended.set()
     watch.join()
     assert (True, True) in stayed and (True, False) not in stayed
+
+
+def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(folder, tmp_path):
+    config = load_config(folder / "run.yaml", ["evaluation.every=10"])
+    watch = Watch(tmp_path, lambda: (config, config.evaluation.tasks), [])
+    for step in (10, 15, 20, 25):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    watch.pin_new()
+    assert watch.pinned() == [10, 20]
+    watch.finished = True
+    watch.pin_new()
+    assert watch.pinned() == [10, 20, 25]
 
 
 def test_mistakes_end_in_one_line(folder, watched):
