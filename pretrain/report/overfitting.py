@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from pretrain.report.runs import VALIDATION, Run
 from pretrain.report.statistics import Paired, compare
 from pretrain.report.summary import Spread, Summaries, spread
@@ -22,7 +24,7 @@ class Past:
     times: Spread
     """Tokens of the whole run, over those at the lowest validation loss."""
     metric: dict[int, float]
-    """At the evaluated checkpoint that is nearest to the lowest validation loss; of runs with several evaluated checkpoints."""
+    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs with several of those."""
     change: dict[int, float]
     """Of the metric, from there to the end."""
 
@@ -61,6 +63,6 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
         times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
         scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
         if len(scores) > 1:
-            metric[run.seed] = min(scores, key=lambda point: abs(point[0] - step))[1]
+            metric[run.seed] = float(np.interp(step, *zip(*scores, strict=True)))
             change[run.seed] = scores[-1][1] - metric[run.seed]
     return Past(lowest, rise, spread(times.values()), metric, change) if lowest else None

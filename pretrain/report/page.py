@@ -14,7 +14,7 @@ from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
 from pretrain.report.summary import MONITORS, Summaries, Summary, spread
 
-PAST = ["arm", "lowest validation loss", "trained times past it", "rise to the end", "metric there", "its change to the end"]
+PAST = ["arm", "lowest validation loss", "trained times past it", "rise to the end", "metric there, interpolated", "its change to the end"]
 """Heads of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")
 ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
