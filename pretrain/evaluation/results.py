@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError
-from data_prep.files import sha256_file, write_text
+from data_prep.files import read_json_lines, sha256_file, write_text
 from pretrain.config import TaskConfig
 from pretrain.run_folder import read_metrics, read_status, rewinds
 
@@ -28,7 +28,7 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
     """Raises UserError for a file that somebody has spoiled: it is written as a whole."""
     path = run_dir / "evaluation" / "results.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return read_json_lines(path) if path.exists() else []
     except ValueError as error:
         raise UserError(f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again") from None
 

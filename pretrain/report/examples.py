@@ -1,9 +1,9 @@
 """Test rows on which the arms differ most, or all fail."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.files import read_json_lines
 from pretrain.report.arms import Comparison
 from pretrain.report.runs import Run
 from pretrain.run_folder import step_name
@@ -78,8 +78,7 @@ def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     if path is None or not path.is_file():
         return {}
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_json_lines(path):
         if row.keys() >= FIELDS:
             again = 0
             while (row["context"], row["target"], again) in rows:

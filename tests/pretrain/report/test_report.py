@@ -210,7 +210,7 @@ def test_arms_may_differ_in_what_they_finetune_by(altered):
 
 
 def test_hostile_text_stays_text(altered):
-    hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ {{ 7 * 7 }} `x` [a](b)"
+    hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ \u2028 \x85 {{ 7 * 7 }} `x` [a](b)"
     study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
     for path in study.glob("arm*/evaluation/answers/*.jsonl"):
         change_lines(path, lambda line: line.update(answer=hostile, context=hostile, target=line["target"] + "</code></table>"))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.files import read_json_lines
+
 SEEDS = (1, 2)
 ARMS = {"next_token": {"objective": {"name": "next_token"}}, "llm_jepa": {"objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5}}}
 ROWS = 12
@@ -29,7 +31,7 @@ def copy_run(source: Path, target: Path, seed: int, exact: float) -> None:
 
 def change_lines(path: Path, change: Callable[[dict], None]) -> None:
     """Change each line of a JSON lines file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_json_lines(path)
     for line in lines:
         change(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
