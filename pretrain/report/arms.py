@@ -24,6 +24,8 @@ class Arm:
     """By seed."""
     absent: dict[int, str]
     """Planned runs that are not there: the folder of each."""
+    flops_per_token: float | None = None
+    """As its study planned it."""
 
     @property
     def planned(self) -> int:
@@ -104,7 +106,7 @@ def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Co
 def _study_arm(folder: Path, name: str, arm: dict[str, Any]) -> Arm:
     paths = {int(seed): folder / path for seed, path in arm["runs"].items()}
     return Arm(name, {seed: read_run(path) for seed, path in sorted(paths.items()) if is_run(path)},
-               {seed: str(path) for seed, path in sorted(paths.items()) if not is_run(path)})
+               {seed: str(path) for seed, path in sorted(paths.items()) if not is_run(path)}, arm.get("flops_per_token"))
 
 
 def _comparison(title: str, arms: list[Arm], baseline: str | None, metric: Metric, origin: str, matched_by: str | None) -> Comparison:

@@ -1,7 +1,5 @@
 """FLOPs of a run, as the dry run counts them."""
 
-from dataclasses import dataclass
-
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig, load_config
@@ -11,23 +9,14 @@ from pretrain.run_folder import MODEL
 from pretrain.training.dry_run import make_plan
 
 
-@dataclass(frozen=True)
-class Flops:
-    """Of an arm, forward and backward."""
+def flops_per_token(run: Run) -> float:
+    """Forward and backward, for one token of the corpus: copies and predictor tokens make it dearer, and are no tokens of their own.
 
-    per_token: float
-    """Of the corpus: copies and predictor tokens are what makes it dearer, not tokens of their own."""
-    term: float | None
-    """What the pair term multiplies the FLOPs of the same records by; None without one."""
-    parameters: int
-
-
-def count_flops(run: Run) -> Flops:
-    """Plan the run's steps from the lengths of its corpus, as it did itself. Raises UserError where something needed is missing."""
+    Plans the run's steps from the lengths of its corpus, as it did itself. Raises UserError where something needed is missing.
+    """
     config = load_config(run.folder / "config.yaml")
     plan = make_plan(config, open_corpus(run, config, "train"))
-    plain = plan.step.without_pairs and sum(plan.step.without_pairs.flops(plan.parameters, plan.model).values())
-    return Flops(plan.flops / plan.step.tokens, plain and plan.flops / plain, plan.parameters.total)
+    return plan.flops / plan.step.tokens
 
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:

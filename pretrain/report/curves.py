@@ -39,7 +39,7 @@ def _bands(summaries: Summaries, curve, against: str) -> dict[str, Band]:
         if against == "flops":
             if summary.flops is None:
                 continue
-            factor = summary.flops.per_token
+            factor = summary.flops
         runs = [(run, points) for run in _shown(summary.arm) if (points := curve(run))]
         if runs:
             key = "seconds" if against == "seconds" else "tokens"

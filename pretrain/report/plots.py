@@ -23,7 +23,9 @@ INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", FIRST: "var(--arm1)", SECOND: "var(--arm2)"}
 HUES = 7
 """Colours in the page beside the baseline's; the next arms take them again, with another dash."""
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+DASHES = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+BASELINE_DASH = (0, (4, 3))
+"""An arm that differs little from the baseline shows between its strokes."""
 LABELLED = 8
 """Arms up to which a chart names its lines at their ends."""
 WIDTH = 11.6
@@ -42,7 +44,7 @@ plt.rcParams.update({
 
 def arm_style(number: int) -> tuple[str, object]:
     """Colour (a stand-in) and dash of the arm of this number; 0 is the baseline."""
-    return f"#05{number:02x}00", DASHES[0] if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
+    return f"#05{number:02x}00", BASELINE_DASH if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
 
 
 def arm_variable(number: int) -> str:
@@ -136,7 +138,7 @@ def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
                           elinewidth=4, ecolor=matplotlib.colors.to_rgba(color, 0.35))
         else:
             axis.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
-            axis.plot(band.x, band.mean, color=color, linestyle=dash, marker=None if many else "o", markersize=3.5)
+            axis.plot(band.x, band.mean, color=color, linestyle=dash, marker=None if many else "o", markersize=3.5, zorder=3 if number == 0 else 2)
 
 
 def _label_amount(axis: Axes, what: str, largest: float) -> None:

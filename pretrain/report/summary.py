@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.console import UserError
 from pretrain.objectives.monitors import has_collapsed
 from pretrain.report.arms import Arm, Comparison
-from pretrain.report.cost import Flops, count_flops
+from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run
 from pretrain.report.statistics import Paired, compare
 
@@ -46,8 +46,8 @@ class Summary:
     """The metric at the end of each finished run, by seed."""
     test: Paired | None
     """Against the baseline; None for the baseline itself."""
-    flops: Flops | None
-    """None where they could not be counted."""
+    flops: float | None
+    """Of a corpus token; None where they could not be counted."""
     flops_ratio: float | None
     """FLOPs of a corpus token, over those of the baseline."""
     seconds_ratio: Spread | None
@@ -64,7 +64,7 @@ class Summary:
     def consumed(self, what: str) -> Spread | None:
         """`tokens`, `flops` or `seconds` of the finished runs."""
         if what == "flops":
-            return spread(self.flops.per_token * run.last["tokens"] for run in self.finished) if self.flops else None
+            return spread(self.flops * run.last["tokens"] for run in self.finished) if self.flops else None
         return spread(run.last[what] for run in self.finished)
 
 
@@ -106,7 +106,7 @@ def summarize(comparison: Comparison) -> Summaries:
         finished = [run for run in arm.runs.values() if run.finished]
         arms[name] = Summary(
             arm, finished, values[name], tests.get(name), flops.get(name),
-            flops[name].per_token / flops[comparison.baseline].per_token if flops and comparison.baseline else None,
+            flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
             _seconds_ratio(arm, of_baseline) if of_baseline else None,
             {tag: found for tag in LOSSES if (found := spread(run.value(tag) for run in finished))},
             {tag: found for tag in MONITORS if (found := spread(monitor(run, tag) for run in finished))},
@@ -124,14 +124,17 @@ def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
     return scores
 
 
-def _all_flops(comparison: Comparison) -> tuple[dict[str, Flops], str]:
-    """Of each arm; none at all, and why, where those of one arm cannot be counted."""
+def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:
+    """Of a corpus token in each arm, as the study wrote them down or counted now; none at all, and why, where those of one arm are not known."""
     flops = {}
     for arm in comparison.arms.values():
+        if arm.flops_per_token is not None:
+            flops[arm.name] = arm.flops_per_token
+            continue
         if arm.first is None:
             return {}, f"the arm {arm.name} has no run yet"
         try:
-            flops[arm.name] = count_flops(arm.first)
+            flops[arm.name] = flops_per_token(arm.first)
         except UserError as error:
             return {}, f"{arm.first.folder}: {error}"
     return flops, ""

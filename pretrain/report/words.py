@@ -18,11 +18,11 @@ AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """Four decimals below 10, then four digits; a dash for none."""
+    """Four decimals from 0.0001 to 10, else four digits; a dash for none."""
     if value is None:
         return "–"
     plus = "+" if sign else ""
-    if value == 0 or 1e-3 <= abs(value) < 10:
+    if value == 0 or 1e-4 <= abs(value) < 10:
         text = f"{value:{plus}.4f}"
     else:
         text = f"{value:{plus},.0f}" if 1000 <= abs(value) < 1e6 else f"{value:{plus}.4g}"

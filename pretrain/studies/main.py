@@ -77,7 +77,8 @@ def _run(study: Study, launcher: Path, lock: Any) -> int:
         return STOPPED
     runs = make_runs(study, matching, speeds)
     check_runs(runs)
-    record.describe(study, {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()})
+    record.describe(study, {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
+                    {name: arm.flops_per_token for name, arm in matching.arms.items()})
     print_plan(study, matching, speeds)
     if study.config.slurm:
         return submit_runs(study.folder, launcher, study.config.slurm, runs, record)

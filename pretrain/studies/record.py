@@ -1,7 +1,8 @@
 """study.json: what a study is made of, for the report and for the next start.
 
     name, matched_by, baseline, metric    as in the study file
-    arms           ARM: {"overrides": as in the study file, "matched": what matching has set, "runs": {SEED: the run's folder in the study's}}
+    arms           ARM: {"overrides": as in the study file, "matched": what matching has set, "flops_per_token": of the corpus,
+                   "runs": {SEED: the run's folder in the study's}}
     calibration    ARM: the measured speed, where seconds are matched
     wall_seconds   RUN: how long it took here, all starts, its evaluation included
     jobs           RUN: the numbers of its training and evaluation, under Slurm
@@ -50,12 +51,13 @@ class Record:
         self.jobs: dict[str, list[int]] = before.get("jobs", {})
         self._study: dict[str, Any] = {key: value for key, value in before.items() if key in ("name", "matched_by", "baseline", "metric", "arms")}
 
-    def describe(self, study: Study, matched: dict[str, dict[str, Any]]) -> None:
+    def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
         """Write down what the study is now; `matched` are the dotted keys that matching has set for each arm."""
         config = study.config
         head = {"name": config.name, "matched_by": config.matched_by, "baseline": config.baseline, "metric": config.metric.model_dump()}
         self._study = head | {"arms": {
-            arm: {"overrides": overrides, "matched": matched[arm], "runs": {str(seed): run_name(arm, seed) for seed in config.seeds}}
+            arm: {"overrides": overrides, "matched": matched[arm], "flops_per_token": flops_per_token[arm],
+                  "runs": {str(seed): run_name(arm, seed) for seed in config.seeds}}
             for arm, overrides in config.arms.items()}}
         self.save()
 

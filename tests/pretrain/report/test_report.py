@@ -143,6 +143,12 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered
     assert "FLOPs are not counted" in page and "nowhere is not here" in page
     assert {row["FLOPs"] for row in table(text).values()} == {"–"}
     check_alone(page)
+    for arm, flops in (("plain", 2.0), ("other", 3.0)):
+        change_lines(study / "study.json", lambda values, arm=arm, flops=flops: values["arms"][arm].update(flops_per_token=flops))
+    rows = table(sections(study, page=False)[0])  # what the study wrote down needs no corpus
+    tokens = {arm: int(row["tokens"].replace(",", "")) for arm, row in rows.items()}
+    assert {arm: row["FLOPs"] for arm, row in rows.items()} == {"plain": f"{2 * tokens['plain']:,}", "other": f"{3 * tokens['other']:,}"}
+    assert rows["other"]["FLOPs a token"] == "× 1.50"
 
 
 def test_several_arms_are_corrected_and_said_so(altered):

@@ -7,6 +7,8 @@ import psutil
 import pytest
 import yaml
 
+from pretrain.report.cost import flops_per_token
+from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.studies.runner import STOPPED
 from tests.launching import Running, call
@@ -78,6 +80,8 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
         "plain": ({"objective.name": "next_token"}, {"1": "plain-seed1"}), "jepa": ({}, {"1": "jepa-seed1"})}
     tokens = [read_metrics(run_dir)[-1]["tokens"] for run_dir in (plain, jepa)]
     assert tokens[0] == pytest.approx(tokens[1], rel=1.5 / STEPS)
+    for arm, run_dir in (("plain", plain), ("jepa", jepa)):
+        assert record["arms"][arm]["flops_per_token"] == flops_per_token(read_run(run_dir))
 
     wrong = call([*STUDY, str(path), "metric.name=ml"], check=False)
     assert wrong.returncode == 2 and "plain-seed1 has no loss/ml at its last step; loss gives lm, " in wrong.stderr, wrong.stderr
