@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources import files
+from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, json_source
 
+FILES = 8
+"""JSON lines files of the fixture `corpus`."""
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe"]
 
@@ -66,6 +72,37 @@ def mistake(run) -> Callable[..., str]:
         assert "Traceback" not in done.stdout
         return lines[0].removeprefix("error: ")
     return mistake
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, lines_file, pairs) -> Path:
+    """A configuration of many units (a source is one at least), with every reason for dropping a record."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in range(FILES):
+        rows = pairs(400, seed=index)
+        rows[3] = {"text": "no code"}
+        rows[5] = {"text": "long", "code": "SELECT name " * 200}
+        rows[7 + index] = {"other": "column"}
+        lines_file(folder / f"{index}.jsonl", rows)
+        with open(folder / f"{index}.jsonl", "a", encoding="utf-8") as file:
+            file.write('\n{"text": 3, "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
+                       '{"role": "assistant", "content": "SELECT a dog"}]}')
+    sources = [json_source(folder / f"{index}.jsonl") for index in range(FILES)]
+    sources += [{"type": "nlrx", "records": 200, "seed": 5}, {"type": "nlrx", "records": 50, "split": "test"}]
+    path = folder / "run.yaml"
+    path.write_text(json.dumps({"name": "x", "data": {
+        "path": str(folder / "out"), "sources": sources, "tokenizer": {"vocab_size": VOCAB_SIZE}, "on_malformed": "drop",
+        "sequence_length": SEQUENCE_LENGTH, "validation_fraction": 0.1, "workers": 1}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus, run) -> Path:
+    """The corpus, prepared by one process."""
+    done = run(corpus)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (corpus.parent / "said").write_text(done.stdout)
+    return corpus.parent / "out"
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Ranks under a real mpirun: shared results, shared errors, and no rank that waits for one that is gone."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,9 @@ import pytest
 from data_prep.console import UserError
 from data_prep.crew import Local, Task
 from data_prep.progress import Progress
+from tests.data_prep.conftest import MPIRUN, needs_mpi
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
 
 
 def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:

@@ -1,71 +1,29 @@
-"""The preparation as a whole: right shards, the same for any number of processes and any interruption, nothing lost unseen."""
+"""The preparation as a whole: right shards, the same for any number of processes, nothing lost unseen."""
 
-import contextlib
-import fcntl
 import hashlib
-import itertools
 import json
 import os
-import re
-import resource
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas
-import psutil
 import pytest
 import sentencepiece
 import tokenizers
 
-from data_prep import encode, units
+from data_prep import encode
 from data_prep.config import NlrxSource
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
-from data_prep.pipeline import prepare
 from data_prep.shards import open_shard
 from data_prep.sources.nlrx import PIECE_RECORDS, Nlrx
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.verify import verify
-from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, data, json_source, quiet, shard_rows, split_rows
-from tests.processes import contents, processes_of_session, wait_for
-
-FILES = 8
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory, lines_file, pairs) -> Path:
-    """A configuration of many units (a source is one at least), with every reason for dropping a record."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(FILES):
-        rows = pairs(400, seed=index)
-        rows[3] = {"text": "no code"}
-        rows[5] = {"text": "long", "code": "SELECT name " * 200}
-        rows[7 + index] = {"other": "column"}
-        lines_file(folder / f"{index}.jsonl", rows)
-        with open(folder / f"{index}.jsonl", "a", encoding="utf-8") as file:
-            file.write('\n{"text": 3, "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
-                       '{"role": "assistant", "content": "SELECT a dog"}]}')
-    sources = [json_source(folder / f"{index}.jsonl") for index in range(FILES)]
-    sources += [{"type": "nlrx", "records": 200, "seed": 5}, {"type": "nlrx", "records": 50, "split": "test"}]
-    path = folder / "run.yaml"
-    path.write_text(json.dumps({"name": "x", "data": {
-        "path": str(folder / "out"), "sources": sources, "tokenizer": {"vocab_size": VOCAB_SIZE}, "on_malformed": "drop",
-        "sequence_length": SEQUENCE_LENGTH, "validation_fraction": 0.1, "workers": 1}}))
-    return path
-
-
-@pytest.fixture(scope="session")
-def undisturbed(corpus, run) -> Path:
-    """The corpus, prepared by one process."""
-    done = run(corpus)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    (corpus.parent / "said").write_text(done.stdout)
-    return corpus.parent / "out"
+from tests.data_prep.conftest import FILES
+from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
+from tests.processes import contents
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
@@ -159,35 +117,6 @@ def test_any_number_of_processes_writes_the_same_bytes(corpus, undisturbed, run,
     assert contents(tmp_path) == contents(undisturbed)
 
 
-@pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, undisturbed, command, run, tmp_path):
-    arguments, environment = command(corpus, f"data.path={tmp_path}")
-    with open(tmp_path / ".log", "w") as log:
-        process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment, start_new_session=True, stdout=log, stderr=log)
-    wait_for(lambda: len(list(tmp_path.glob(".partial/scan/*.json"))) > 1)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
-    ranks[-1].kill()
-    assert process.wait(timeout=60) != 0 and not psutil.wait_procs(ranks, timeout=10)[1], "ranks outlive one of them"
-    assert not (tmp_path / "manifest.json").exists()
-    (tmp_path / ".log").unlink()
-    done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
-    assert contents(tmp_path) == contents(undisturbed)
-    again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
-
-
-@pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
-def test_a_mistake_under_mpirun_is_one_line(corpus, command, lines_file, tmp_path):
-    bad = lines_file(tmp_path / "bad.jsonl", [3])
-    for sources, expected in (([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"), ([json_source("absent")], "cannot read absent")):
-        arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}")
-        done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and len(errors) == 1 and expected in errors[0] and "Traceback" not in done.stderr, done.stderr
-
-
 def test_a_second_run_touches_nothing(corpus, undisturbed, run):
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != ".lock"}
@@ -207,104 +136,6 @@ def test_a_run_tells_what_it_dropped(corpus, undisturbed):
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturbed, command, run, tmp_path):
-    units = FILES + 2
-    partial = tmp_path / ".partial"
-
-    def reports(phase: str) -> int:
-        return len(list((partial / phase).glob("[0-9]*[0-9].json")))
-
-    moments = [lambda: (partial / "settings.json").exists(), lambda: reports("scan") > 0, lambda: reports("scan") == units,
-               lambda: (partial / "duplicate" / "00000.npy").exists(), lambda: (partial / "tokenizer").exists(),
-               lambda: (tmp_path / "tokenizer").exists(), lambda: any(tmp_path.glob(".*.arrow.*.tmp")),
-               lambda: reports("shards") >= units // 2, lambda: reports("shards") >= units - 1, lambda: (tmp_path / "manifest.json").exists()]
-    killed, written = 0, {}
-    for moment in moments:
-        arguments, environment = command(corpus, f"data.path={tmp_path}")
-        with open(tmp_path / ".log", "w") as log:
-            process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=log, stderr=log)
-        wait_for(lambda process=process, moment=moment: moment() or process.poll() is not None)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        wait_for(lambda process=process: not processes_of_session(process.pid))
-        assert all(shard.read_bytes() == (undisturbed / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
-        for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
-            shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
-            for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
-                assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made again"
-    assert killed >= len(moments) - 2, "the last ones may have come too late, the others not"
-    (tmp_path / ".log").unlink()
-    (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"what a killed worker leaves")
-    done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(undisturbed)
-    shards = {file: at for file, at in written.items() if file.suffix == ".arrow"}
-    assert len(shards) >= units and all(file.stat().st_mtime_ns == at for file, at in shards.items())
-
-
-@pytest.fixture
-def busy(corpus, undisturbed, command, tmp_path):
-    """A preparation with many units before it, two workers, and a first unit behind it."""
-    large = tmp_path.parent / f"{tmp_path.name}.jsonl"
-    large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
-    sources = [json_source(large)] * 100
-    tokenizer = undisturbed / "tokenizer"
-    arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
-                                     f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
-    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)
-    yield process
-    for pid in processes_of_session(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    parents = processes_of_session(process.pid)
-    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]  # below the fork server
-
-
-def test_workers_end_with_the_process_that_prepares(busy):
-    assert workers_of(busy)
-    busy.kill()
-    busy.wait()
-    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
-
-
-def test_a_killed_worker_is_one_clear_line(busy):
-    os.kill(workers_of(busy)[0], signal.SIGKILL)
-    _, said = busy.communicate(timeout=60)
-    assert busy.returncode == 2
-    assert said.startswith("error: a worker process of the preparation was killed") and said.count("\n") == 1, said
-
-
-@pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
-def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
-    (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
-    _, said = busy.communicate(timeout=20)
-    assert (busy.returncode, said) == (130, "interrupted\n")
-    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
-
-
-@pytest.mark.parametrize("changed, message", [
-    (lambda content: content.replace(b"}\n{", b"} {", 1), "a.jsonl changed while it was prepared; start again when nothing writes to it"),
-    (lambda content: content.replace(b"SELECT", b"select", 1), "a file of the sources changed while the corpus was prepared"),
-    (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
-])
-def test_a_file_that_is_written_meanwhile_is_found_out(lines_file, pairs, tmp_path, changed, message):
-    path = lines_file(tmp_path / "a.jsonl", pairs(300))
-
-    def change(line: str) -> None:
-        if line.startswith("tokenizing"):
-            path.write_bytes(changed(path.read_bytes()))
-
-    with pytest.raises(UserError, match=message):
-        prepare(data(tmp_path / "out", json_source(path)), say=change)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
 def test_a_unit_with_much_text_makes_several_shards(lines_file, pairs, tmp_path, monkeypatch):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(400)))
     other = json_source(lines_file(tmp_path / "b.jsonl", pairs(100, seed=1)))
@@ -321,46 +152,6 @@ def test_a_unit_with_much_text_makes_several_shards(lines_file, pairs, tmp_path,
     said = []
     verify(tmp_path / "cut", said.append, workers=1)
     assert said[-1].endswith("all sound")
-
-
-def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(lines_file, pairs, tmp_path, monkeypatch, cut_small):
-    path = lines_file(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
-    cut_small(2000)
-    message = r"a\.jsonl:301: a JSON int, not an object"
-    for counted in (units.COUNTED_BYTES, 2000):
-        monkeypatch.setattr(units, "COUNTED_BYTES", counted)
-        with pytest.raises(UserError, match=message) as raised:
-            quiet(data(tmp_path / str(counted), json_source(path)))
-        message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
-    line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
-    assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
-
-
-def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):
-    good = json_source(lines_file(tmp_path / "good.jsonl", pairs(300)))
-    bad = json_source(lines_file(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": 3}]))
-    tokenizer = data(tmp_path / "first", good).tokenizer
-    quiet(data(tmp_path / "first", good))
-    taken = {"path": str(tmp_path / "first" / "tokenizer")}
-    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type int, not text; mend the line, or .*on_malformed=drop"):
-        quiet(data(tmp_path / "out", good, good, bad, tokenizer=taken))
-    assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
-    said = []
-    settings = {"tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10}, "sequence_length": 64}
-    prepare(data(tmp_path / "out", good, **settings), say=said.append)
-    assert "the interrupted preparation had other settings: starting afresh" in said
-    quiet(data(tmp_path / "fresh", good, **settings))
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-def test_remains_of_unknown_origin_are_neither_used_nor_removed(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(300)))
-    quiet(data(tmp_path / "out", source))
-    (tmp_path / "out" / "manifest.json").unlink()
-    before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"no manifest\.json that says what of; remove that folder"):
-        quiet(data(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
-    assert contents(tmp_path / "out") == before
 
 
 def test_a_prepared_folder_refuses_other_settings_and_other_content(lines_file, pairs, tmp_path):
@@ -395,12 +186,6 @@ def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_
     lines_file(path, pairs(101))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl"):
         quiet(config)
-
-
-def test_two_runs_do_not_prepare_one_folder_at_once(corpus, mistake, tmp_path):
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert mistake(corpus, f"data.path={tmp_path}").startswith(f"another process is preparing {tmp_path}; wait for it")
 
 
 def test_a_tokenizer_is_taken_over_with_its_ids(lines_file, pairs, undisturbed, tmp_path):
@@ -466,62 +251,6 @@ def test_a_generated_source_has_the_size_asked_for(records):
     assert source.place(pieces[-1], last.position, 0) == f"nlrx:train:{records - 1}"
 
 
-@pytest.mark.parametrize("rows, settings, expected", [
-    ([{"question": "a", "answer": "b"}], {}, r"no record is left: 1 empty \(no view holds text; the first: .*a\.jsonl:1: ''\); check data\.views"),
-    ([{"text": "a b"}, {"text": "  ", "code": "\n"}], {}, r"1 empty \(.*a\.jsonl:2: ''\); 1 one_sided \(.*a\.jsonl:1: 'a b'\)"),
-    ([{"text": "a", "code": "b"}], {"sequence_length": 8}, r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)"),
-    ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
-    ([], {}, "no record is left: the sources hold no line"),
-    ([{"question": "a", "answer": "b"}], {"tokenizer": {"vocab_size": 400}}, r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views"),
-    ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
-    ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
-])
-def test_a_corpus_of_which_nothing_is_left_is_an_error(lines_file, undisturbed, tmp_path, rows, settings, expected):
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
-    with pytest.raises(UserError, match=expected) as raised:
-        quiet(data(tmp_path / "out", source, **({"tokenizer": {"path": str(undisturbed / "tokenizer")}} | settings)))
-    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, undisturbed, mistake, lines_file, pairs, tmp_path):
-    def with_file(path, *more: str) -> str:
-        return mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more)
-
-    absent = tmp_path / "absent.jsonl"
-    assert with_file(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
-    assert with_file("").startswith("data.sources.0.path is not set")
-    assert "holds no file that ends in .json, " in with_file(tmp_path)
-    # Several units, so that a progress bar would show, and other workers are busy when one fails.
-    bad = lines_file(tmp_path / "bad.jsonl", pairs(9))
-    with bad.open("a") as file:
-        file.write('{"text": "a", "code"\n')
-    taken = f"data.tokenizer={{path: {undisturbed / 'tokenizer'}}}"
-    message = with_file(bad, taken, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
-    assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
-    good = lines_file(tmp_path / "good.jsonl", pairs(9))
-    assert with_file(good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}").startswith(
-        "nowhere: no tokenizer there")
-    assert "data.sources is empty" in with_file(bad, "data.sources=[]")
-
-
-def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, mistake, tmp_path):
-    (tmp_path / "file").touch()
-    assert "cannot write the corpus" in mistake(corpus, f"data.path={tmp_path / 'file'}")
-
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk would
-
-    message = mistake(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
-    assert message.startswith(f"cannot write the corpus to {tmp_path / 'out'}: ") and "File too large" in message
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_permission_is_one_clear_line(corpus, mistake, lines_file, pairs, tmp_path):
-    path = lines_file(tmp_path / "a.jsonl", pairs(3))
-    path.chmod(0)
-    assert "Permission denied" in mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}")
-
-
 def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     """A `torch` that leaves a mark stands first on the path, of the workers too."""
     (tmp_path / "torch").mkdir()
@@ -533,37 +262,3 @@ def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "mark").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
     assert (tmp_path / "mark").exists(), "the mark would not have shown"
-
-
-@pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
-def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
-    with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
-        data(tmp_path, views=[name, "code"])
-
-
-def test_a_source_of_which_nothing_is_kept_is_told(lines_file, pairs, tmp_path):
-    sources = [json_source(lines_file(tmp_path / "a.jsonl", pairs(50))),
-               json_source(lines_file(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
-    said = []
-    prepare(data(tmp_path / "out", *sources), say=said.append)
-    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
-
-
-def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
-    for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-        if normalizer:
-            tokenizer.normalizer = normalizer
-        tokenizer.train_from_iterator(["select all"] * 9, tokenizers.trainers.BpeTrainer(
-            vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-        tokenizer.save(str(tmp_path / f"{name}.json"))
-        said = []
-        prepare(data(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
-        warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
-        assert len(warned) == (name == "lower") and all("does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned)
-    said = []
-    with pytest.raises(UserError, match="no tokenizer there"):
-        prepare(data(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
-    assert not any(line.startswith("scanning") for line in said)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +15,12 @@ import pytest
 
 from data_prep.config import PythonSource
 from data_prep.sources import open_source
+from tests.data_prep.conftest import MPIRUN
 from tests.processes import contents, kill_all
 
 pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parents[2]
 SHARED = CHECKOUT.parent / "shared" / "data"
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 RECORDS = 2_000_000
 KILLS = 20
 

@@ -1,0 +1,151 @@
+"""Kills, Ctrl-C, dead workers and second starts: the preparation goes on to the same bytes, or says why not."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+
+import psutil
+import pytest
+
+from data_prep.console import UserError
+from data_prep.pipeline import prepare
+from tests.data_prep.conftest import FILES, MPIRUN, needs_mpi
+from tests.preparing import VOCAB_SIZE, data, json_source, quiet
+from tests.processes import contents, processes_of_session, wait_for
+
+
+@needs_mpi
+def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, undisturbed, command, run, tmp_path):
+    arguments, environment = command(corpus, f"data.path={tmp_path}")
+    with open(tmp_path / ".log", "w") as log:
+        process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment, start_new_session=True, stdout=log, stderr=log)
+    wait_for(lambda: len(list(tmp_path.glob(".partial/scan/*.json"))) > 1)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
+    ranks[-1].kill()
+    assert process.wait(timeout=60) != 0 and not psutil.wait_procs(ranks, timeout=10)[1], "ranks outlive one of them"
+    assert not (tmp_path / "manifest.json").exists()
+    (tmp_path / ".log").unlink()
+    done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
+    assert contents(tmp_path) == contents(undisturbed)
+    again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturbed, command, run, tmp_path):
+    units = FILES + 2
+    partial = tmp_path / ".partial"
+
+    def reports(phase: str) -> int:
+        return len(list((partial / phase).glob("[0-9]*[0-9].json")))
+
+    moments = [lambda: (partial / "settings.json").exists(), lambda: reports("scan") > 0, lambda: reports("scan") == units,
+               lambda: (partial / "duplicate" / "00000.npy").exists(), lambda: (partial / "tokenizer").exists(),
+               lambda: (tmp_path / "tokenizer").exists(), lambda: any(tmp_path.glob(".*.arrow.*.tmp")),
+               lambda: reports("shards") >= units // 2, lambda: reports("shards") >= units - 1, lambda: (tmp_path / "manifest.json").exists()]
+    killed, written = 0, {}
+    for moment in moments:
+        arguments, environment = command(corpus, f"data.path={tmp_path}")
+        with open(tmp_path / ".log", "w") as log:
+            process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=log, stderr=log)
+        wait_for(lambda process=process, moment=moment: moment() or process.poll() is not None)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        wait_for(lambda process=process: not processes_of_session(process.pid))
+        assert all(shard.read_bytes() == (undisturbed / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
+        for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
+            shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
+            for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
+                assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made again"
+    assert killed >= len(moments) - 2, "the last ones may have come too late, the others not"
+    (tmp_path / ".log").unlink()
+    (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"what a killed worker leaves")
+    done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path) == contents(undisturbed)
+    shards = {file: at for file, at in written.items() if file.suffix == ".arrow"}
+    assert len(shards) >= units and all(file.stat().st_mtime_ns == at for file, at in shards.items())
+
+
+@pytest.fixture
+def busy(corpus, undisturbed, command, tmp_path):
+    """A preparation with many units before it, two workers, and a first unit behind it."""
+    large = tmp_path.parent / f"{tmp_path.name}.jsonl"
+    large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
+    sources = [json_source(large)] * 100
+    tokenizer = undisturbed / "tokenizer"
+    arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
+                                     f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)
+    yield process
+    for pid in processes_of_session(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    parents = processes_of_session(process.pid)
+    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]  # below the fork server
+
+
+def test_workers_end_with_the_process_that_prepares(busy):
+    assert workers_of(busy)
+    busy.kill()
+    busy.wait()
+    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
+
+
+def test_a_killed_worker_is_one_clear_line(busy):
+    os.kill(workers_of(busy)[0], signal.SIGKILL)
+    _, said = busy.communicate(timeout=60)
+    assert busy.returncode == 2
+    assert said.startswith("error: a worker process of the preparation was killed") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
+def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
+    (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
+    _, said = busy.communicate(timeout=20)
+    assert (busy.returncode, said) == (130, "interrupted\n")
+    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
+
+
+def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):
+    good = json_source(lines_file(tmp_path / "good.jsonl", pairs(300)))
+    bad = json_source(lines_file(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": 3}]))
+    tokenizer = data(tmp_path / "first", good).tokenizer
+    quiet(data(tmp_path / "first", good))
+    taken = {"path": str(tmp_path / "first" / "tokenizer")}
+    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type int, not text; mend the line, or .*on_malformed=drop"):
+        quiet(data(tmp_path / "out", good, good, bad, tokenizer=taken))
+    assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
+    said = []
+    settings = {"tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10}, "sequence_length": 64}
+    prepare(data(tmp_path / "out", good, **settings), say=said.append)
+    assert "the interrupted preparation had other settings: starting afresh" in said
+    quiet(data(tmp_path / "fresh", good, **settings))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_remains_of_unknown_origin_are_neither_used_nor_removed(lines_file, pairs, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(300)))
+    quiet(data(tmp_path / "out", source))
+    (tmp_path / "out" / "manifest.json").unlink()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"no manifest\.json that says what of; remove that folder"):
+        quiet(data(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
+    assert contents(tmp_path / "out") == before
+
+
+def test_two_runs_do_not_prepare_one_folder_at_once(corpus, mistake, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert mistake(corpus, f"data.path={tmp_path}").startswith(f"another process is preparing {tmp_path}; wait for it")

@@ -1,0 +1,146 @@
+"""What a user gets wrong ends in one line that says where, or in a warning, and nothing is lost in silence."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+
+import pytest
+import tokenizers
+
+from data_prep import units
+from data_prep.console import UserError
+from data_prep.pipeline import prepare
+from tests.data_prep.conftest import MPIRUN, needs_mpi
+from tests.preparing import data, json_source, quiet
+
+
+def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, undisturbed, mistake, lines_file, pairs, tmp_path):
+    def with_file(path, *more: str) -> str:
+        return mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more)
+
+    absent = tmp_path / "absent.jsonl"
+    assert with_file(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
+    assert with_file("").startswith("data.sources.0.path is not set")
+    assert "holds no file that ends in .json, " in with_file(tmp_path)
+    # Several units, so that a progress bar would show, and other workers are busy when one fails.
+    bad = lines_file(tmp_path / "bad.jsonl", pairs(9))
+    with bad.open("a") as file:
+        file.write('{"text": "a", "code"\n')
+    taken = f"data.tokenizer={{path: {undisturbed / 'tokenizer'}}}"
+    message = with_file(bad, taken, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
+    assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
+    good = lines_file(tmp_path / "good.jsonl", pairs(9))
+    assert with_file(good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}").startswith(
+        "nowhere: no tokenizer there")
+    assert "data.sources is empty" in with_file(bad, "data.sources=[]")
+
+
+@needs_mpi
+def test_a_mistake_under_mpirun_is_one_line(corpus, command, lines_file, tmp_path):
+    bad = lines_file(tmp_path / "bad.jsonl", [3])
+    for sources, expected in (([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"), ([json_source("absent")], "cannot read absent")):
+        arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}")
+        done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and expected in errors[0] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("changed, message", [
+    (lambda content: content.replace(b"}\n{", b"} {", 1), "a.jsonl changed while it was prepared; start again when nothing writes to it"),
+    (lambda content: content.replace(b"SELECT", b"select", 1), "a file of the sources changed while the corpus was prepared"),
+    (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
+])
+def test_a_file_that_is_written_meanwhile_is_found_out(lines_file, pairs, tmp_path, changed, message):
+    path = lines_file(tmp_path / "a.jsonl", pairs(300))
+
+    def change(line: str) -> None:
+        if line.startswith("tokenizing"):
+            path.write_bytes(changed(path.read_bytes()))
+
+    with pytest.raises(UserError, match=message):
+        prepare(data(tmp_path / "out", json_source(path)), say=change)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(lines_file, pairs, tmp_path, monkeypatch, cut_small):
+    path = lines_file(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
+    cut_small(2000)
+    message = r"a\.jsonl:301: a JSON int, not an object"
+    for counted in (units.COUNTED_BYTES, 2000):
+        monkeypatch.setattr(units, "COUNTED_BYTES", counted)
+        with pytest.raises(UserError, match=message) as raised:
+            quiet(data(tmp_path / str(counted), json_source(path)))
+        message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
+    line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
+    assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
+
+
+@pytest.mark.parametrize("rows, settings, expected", [
+    ([{"question": "a", "answer": "b"}], {}, r"no record is left: 1 empty \(no view holds text; the first: .*a\.jsonl:1: ''\); check data\.views"),
+    ([{"text": "a b"}, {"text": "  ", "code": "\n"}], {}, r"1 empty \(.*a\.jsonl:2: ''\); 1 one_sided \(.*a\.jsonl:1: 'a b'\)"),
+    ([{"text": "a", "code": "b"}], {"sequence_length": 8}, r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)"),
+    ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
+    ([], {}, "no record is left: the sources hold no line"),
+    ([{"question": "a", "answer": "b"}], {"tokenizer": {"vocab_size": 400}}, r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views"),
+    ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
+    ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
+])
+def test_a_corpus_of_which_nothing_is_left_is_an_error(lines_file, undisturbed, tmp_path, rows, settings, expected):
+    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
+    with pytest.raises(UserError, match=expected) as raised:
+        quiet(data(tmp_path / "out", source, **({"tokenizer": {"path": str(undisturbed / "tokenizer")}} | settings)))
+    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, mistake, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write the corpus" in mistake(corpus, f"data.path={tmp_path / 'file'}")
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk would
+
+    message = mistake(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
+    assert message.startswith(f"cannot write the corpus to {tmp_path / 'out'}: ") and "File too large" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_permission_is_one_clear_line(corpus, mistake, lines_file, pairs, tmp_path):
+    path = lines_file(tmp_path / "a.jsonl", pairs(3))
+    path.chmod(0)
+    assert "Permission denied" in mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}")
+
+
+@pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
+def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
+    with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
+        data(tmp_path, views=[name, "code"])
+
+
+def test_a_source_of_which_nothing_is_kept_is_told(lines_file, pairs, tmp_path):
+    sources = [json_source(lines_file(tmp_path / "a.jsonl", pairs(50))),
+               json_source(lines_file(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
+    said = []
+    prepare(data(tmp_path / "out", *sources), say=said.append)
+    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
+
+
+def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(lines_file, pairs, tmp_path):
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
+    for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        if normalizer:
+            tokenizer.normalizer = normalizer
+        tokenizer.train_from_iterator(["select all"] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.save(str(tmp_path / f"{name}.json"))
+        said = []
+        prepare(data(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
+        warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
+        assert len(warned) == (name == "lower") and all("does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned)
+    said = []
+    with pytest.raises(UserError, match="no tokenizer there"):
+        prepare(data(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
+    assert not any(line.startswith("scanning") for line in said)
