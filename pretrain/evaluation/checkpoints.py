@@ -13,6 +13,9 @@ from pretrain.config import RunConfig, TaskConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name
 
+ATTEMPTS = 2
+"""At a checkpoint that stands, and cannot be evaluated."""
+
 
 @contextmanager
 def one_at_a_time(run_dir: Path) -> Iterator[None]:
@@ -39,6 +42,18 @@ def release(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int
     others = tasks != config.evaluation.tasks or overrides
     if not (asked_for_by_run and others and step not in evaluated_steps(run_dir, config.evaluation.tasks)):
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
+
+
+def settle(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool) -> bool:
+    """Release a checkpoint that is evaluated, or has failed ATTEMPTS times, whoever tried: the pin counts. Returns whether that is so."""
+    if failed:
+        pin = run_dir / "checkpoints" / PINS / step_name(step)
+        with open(pin, "ab") as file:
+            file.write(b"!")
+        if pin.stat().st_size < ATTEMPTS:
+            return False
+    release(run_dir, config, tasks, step, overrides)
+    return True
 
 
 def evaluate_step(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> list[Exception]:

@@ -9,7 +9,7 @@ from data_prep.config_file import apply_overrides, validate
 from data_prep.console import UserError, exit_on_user_error
 from data_prep.launched import started_together
 from pretrain.config import RunConfig, TaskConfig, load_config
-from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release, settle
 from pretrain.evaluation.results import print_summary
 from pretrain.evaluation.watch import watch
 from pretrain.run_folder import list_steps
@@ -69,11 +69,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
             for step in set(steps) - set(asked_for):
                 ask_for_evaluation(run_dir, step)  # so that it is not removed meanwhile
-            done = asked_for if arguments.pending else set(steps) - set(asked_for)
             failures = []
             for step in steps:
-                failures += evaluate_step(run_dir, config, tasks, step, arguments.overrides)
-                if step in done:
+                failed = evaluate_step(run_dir, config, tasks, step, arguments.overrides)
+                failures += failed
+                if arguments.pending:
+                    settle(run_dir, config, tasks, step, arguments.overrides, bool(failed))
+                elif step not in asked_for:
                     release(run_dir, config, tasks, step, arguments.overrides)
         if failures:
             raise failures[0]

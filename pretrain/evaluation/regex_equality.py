@@ -16,6 +16,8 @@ from typing import Any
 
 MOST_STATES = 20_000
 MOST_NODES = 100_000
+MOST_WORK = 4_000_000
+"""Operands that are looked at: a few seconds. A clock would decide otherwise on another machine."""
 LONGEST = 1_000
 """Characters of an expression, with its counted repeats written out."""
 MOST_DIGITS = 6
@@ -207,6 +209,7 @@ class _Machine:
     nodes: list[tuple] = field(default_factory=list)
     numbers: dict[tuple, int] = field(default_factory=dict)
     derivatives: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    work: int = 0
 
     def __post_init__(self) -> None:
         self.samples, self.masks = self._letters()
@@ -240,6 +243,11 @@ class _Machine:
                 raise TooComplex
             self.nodes.append(parts)
         return number
+
+    def _spend(self, operands: int) -> None:
+        self.work += operands
+        if self.work > MOST_WORK:
+            raise TooComplex
 
     def build(self, tree: tuple) -> int:
         """The node of a tree."""
@@ -288,6 +296,7 @@ class _Machine:
 
     def join(self, name: str, operands: list[int]) -> int:
         """Union or intersection: flat, sorted, without repetition, and its classes of characters as one."""
+        self._spend(sum(len(self.nodes[operand]) for operand in operands))
         absorbing, neutral = (self.all, self.nothing) if name == "union" else (self.nothing, self.all)
         members: set[int] = set()
         for operand in operands:
@@ -309,6 +318,7 @@ class _Machine:
     def matches_empty(self, node: int, before: int, after: int) -> bool:
         """Whether the node matches nothing at all between these two."""
         kind, *parts = self.nodes[node]
+        self._spend(1)
         match kind:
             case "class":
                 return False
@@ -332,6 +342,7 @@ class _Machine:
 
     def _derive(self, node: int, before: int, letter: int) -> int:
         kind, *parts = self.nodes[node]
+        self._spend(1)
         match kind:
             case "class":
                 return self.empty if parts[0] >> letter & 1 else self.nothing

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from data_prep.console import UserError, print_now, report
 from pretrain.config import RunConfig, TaskConfig
-from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release
+from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, settle
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, list_steps, read_status, rewinds, step_name
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 POLL = 2.0
 """Seconds between looks at the run directory."""
-ATTEMPTS = 2
-"""At a checkpoint that stands, and cannot be evaluated."""
+PAUSE = 60.0
+"""Seconds before another attempt at a checkpoint that could not be evaluated: memory may be free again by then."""
 
 
 class Watch:
@@ -34,7 +34,9 @@ class Watch:
         """Steps that evaluation.every does not divide; the last of a finished run is wanted nevertheless."""
         self.rewinds = 0
         self.finished = False
-        self.attempts: dict[int, int] = {}
+        self.given_up: set[int] = set()
+        self.not_before: dict[int, float] = {}
+        """When a step that failed is tried again, in seconds of time.monotonic()."""
         self.ended = threading.Event()
 
     def pin_new(self) -> None:
@@ -45,7 +47,9 @@ class Watch:
         """
         gone_back = rewinds(self.run_dir)
         for rewind in gone_back[self.rewinds:]:
-            self.settled = {step for step in self.settled if step <= rewind["to"]}
+            for steps in (self.settled, self.given_up):
+                steps.intersection_update({step for step in steps if step <= rewind["to"]})
+            self.not_before = {step: at for step, at in self.not_before.items() if step <= rewind["to"]}
         self.rewinds = len(gone_back)
         checkpoints = self.run_dir / "checkpoints"
         pinned = evaluations_asked_for(self.run_dir)
@@ -77,6 +81,10 @@ class Watch:
         """What is to be evaluated, whoever has pinned it: also what a killed watch has left."""
         return [step for step in evaluations_asked_for(self.run_dir) if step not in self.settled]
 
+    def ready(self) -> list[int]:
+        """The same without those that have just failed."""
+        return [step for step in self.pinned() if self.not_before.get(step, 0) <= time.monotonic()]
+
     def take(self, step: int) -> None:
         """Evaluate a pinned checkpoint, unless that has been done meanwhile; the pin goes when all is done or given up."""
         config, tasks = self.read()
@@ -84,13 +92,17 @@ class Watch:
             if step not in evaluations_asked_for(self.run_dir):
                 return
             failures = evaluate_step(self.run_dir, config, tasks, step, self.overrides)
-            self.attempts[step] = self.attempts.get(step, 0) + bool(failures)
-            if not failures or self.attempts[step] >= ATTEMPTS:
-                self.settled.add(step)
-                release(self.run_dir, config, tasks, step, self.overrides)
+            settled = settle(self.run_dir, config, tasks, step, self.overrides, bool(failures))
         for failure in failures:
             if isinstance(failure, UserError):
                 report(failure)
+        if settled:
+            self.settled.add(step)
+        else:
+            self.not_before[step] = time.monotonic() + PAUSE
+            print_now(f"step {step} could not be evaluated; trying again in {PAUSE:.0f} s")
+        if failures and settled:
+            self.given_up.add(step)
 
 
 def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]) -> None:
@@ -111,19 +123,19 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
         status = read_status(run_dir)  # before the look at the checkpoints: what a finished run has saved stands by then
         watching.finished = status.get("status") == "finished"
         watching.pin_new()
-        if todo := watching.pinned():
+        if todo := watching.ready():
             watching.take(todo[0])
             continue
-        if watching.finished or (status.get("status") == "failed" and not status.get("again", True)):
+        if not watching.pinned() and (watching.finished or (status.get("status") == "failed" and not status.get("again", True))):
             break
         if (line := _why_waiting(status)) != told:
             told = line
             print_now(line)
         time.sleep(POLL)
     watching.ended.set()
-    given_up = [step for step, count in watching.attempts.items() if count >= ATTEMPTS]
-    if given_up:
-        raise UserError(f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, given_up))}, for reasons that stand above")
+    if watching.given_up:
+        raise UserError(f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, sorted(watching.given_up)))}, for reasons that "
+                        "stand above")
 
 
 def _why_waiting(status: dict) -> str:

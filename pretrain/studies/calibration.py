@@ -7,8 +7,9 @@ from typing import Any
 
 from data_prep.console import UserError, print_now
 from pretrain.config import BUDGETS, RunConfig, dump_config
+from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
-from pretrain.studies.config import Study, StudyConfig
+from pretrain.studies.config import Study, StudyConfig, run_name
 from pretrain.studies.matching import Arm
 from pretrain.studies.processes import Processes
 from pretrain.studies.record import Record
@@ -48,12 +49,16 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
 
 
 def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, processes: Processes) -> dict[str, float]:
-    """The tokens a second of each arm; those that were measured before, with the same settings, stay. Raises UserError."""
+    """The tokens a second of each arm. Those that were measured before stay where the settings are the same, and where the arm has runs, whose
+    budgets follow from them. Raises UserError.
+    """
     folder = study.folder / "calibration"
     for arm in arms:
         config = study.run_config(arm.name, study.config.seeds[0], calibration_changes(arm, str(folder)))
         started_as = fingerprint(config, study.config)
-        if record.calibration.get(arm.name, {}).get("started_as") == started_as or processes.stopped:
+        known = record.calibration.get(arm.name, {})
+        has_runs = any(is_run(study.folder / run_name(arm.name, seed)) for seed in study.config.seeds)
+        if processes.stopped or (known and (has_runs or known.get("started_as") == started_as)):
             continue
         shutil.rmtree(config.run_dir, ignore_errors=True)
         log, path = log_of(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from data_prep.files import write_json
-from pretrain.run_folder import REWINDS, list_steps, rewinds, step_name
+from pretrain.run_folder import PINS, REWINDS, list_steps, rewinds, step_name
 
 WINDOW, ENOUGH = 100, 20
 """Steps that a loss is compared with, and as many as that takes."""
@@ -59,6 +59,7 @@ def rewind(run_dir: Path, step: int, score: float) -> int | None:
         for saved in list_steps(folder):
             if saved > to:
                 (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
+                (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)  # it is asked for anew when it is saved anew
     for export in (run_dir / "export").glob(".*.tmp"):
         shutil.rmtree(export, ignore_errors=True)
     return to

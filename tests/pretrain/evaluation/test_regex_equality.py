@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import string
 import time
 from pathlib import Path
 
@@ -140,6 +141,9 @@ def test_expressions_built_to_explode_are_undecided_in_bounded_time():
                        "~((a|b)*a(a|b){40})&~((b|a)*b.{40})"):
         assert compare(expression, expression + "b").equal is not True
     assert compare("(a|b)*a(a|b){25}", "(b|a)*a(b|a){25}b?").equal is not True
+    for letters in (string.ascii_lowercase[:16], string.ascii_letters):  # each letter somewhere: a state for each set of letters
+        everywhere = "&".join(f"(.*{letter}.*)" for letter in letters)
+        assert compare(everywhere, everywhere.replace("a", "!")).equal is None
     assert time.monotonic() - started < 60
 
 

@@ -12,6 +12,7 @@ from pretrain.evaluation.watch import Watch
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.background import ask_for_evaluation
 from pretrain.training.checkpoint import retain
+from pretrain.training.spikes import rewind
 from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
@@ -104,6 +105,47 @@ def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(
     watch.finished = True
     watch.pin_new()
     assert watch.pinned() == [10, 20, 25]
+
+
+def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path):
+    config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
+    watch, pins = Watch(tmp_path, lambda: (config, config.evaluation.tasks), []), tmp_path / "checkpoints" / PINS
+
+    def save(step: int) -> None:
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+        (tmp_path / "export" / step_name(step)).mkdir(parents=True)
+
+    for step in (10, 20, 30):
+        save(step)
+    watch.pin_new()
+    watch.take(20)
+    assert watch.pinned() == [10, 20, 30] and watch.ready() == [10, 30] and not watch.given_up
+    watch.take(30)
+    watch.take(30)  # as after the pause
+    assert watch.pinned() == [10, 20] and watch.given_up == {30} and not (pins / step_name(30)).exists()
+
+    assert rewind(tmp_path, 22, 12.0) == 20  # 30 is another one from here on, 20 is not
+    watch.pin_new()
+    assert watch.ready() == [10] and not watch.given_up
+    assert rewind(tmp_path, 18, 12.0) == 10
+    save(20)
+    watch.pin_new()
+    assert watch.ready() == [10, 20]
+    watch.take(20)
+    assert watch.pinned() == [10, 20], "the first failure of the new one"
+
+    (pins / step_name(10)).unlink()  # another job has evaluated it meanwhile, and retention has taken it away
+    (tmp_path / "checkpoints" / step_name(10)).rmdir()
+    watch.take(10)
+    assert not watch.given_up and watch.pinned() == [20]
+
+
+def test_what_the_run_asked_for_survives_one_failure(folder, watched):
+    ask_for_evaluation(watched, 20)
+    for still_there in (True, False):
+        done = call(["python", "launcher/evaluate.py", str(watched), "--pending", f"evaluation.tasks.0.test={folder / 'absent.jsonl'}"], check=False)
+        assert done.returncode == 2 and "absent.jsonl" in done.stderr
+        assert (watched / "checkpoints" / PINS / step_name(20)).exists() == still_there
 
 
 def test_mistakes_end_in_one_line(folder, watched):

@@ -128,3 +128,7 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     assert budget["wide"] / budget["plain"] == pytest.approx(speed["wide"] / speed["plain"], rel=1e-3)
     for arm, line in last.items():
         assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]  # it ends with the step that reaches the budget
+
+    record["calibration"]["wide"]["started_as"] = "other settings"  # or another version of the project: budgets of runs stay
+    (study / "study.json").write_text(json.dumps(record))
+    assert "measuring the speed" not in call([*STUDY, str(path)]).stdout

@@ -1,0 +1,16 @@
+"""The reports of docs/studies are what the project says of the records beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.report.arms import read_comparison
+from pretrain.report.page import markdown
+from pretrain.report.summary import summarize
+
+STUDIES = sorted(path.parent for path in (Path(__file__).resolve().parents[3] / "docs" / "studies").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_a_report_is_that_of_its_records(study):
+    assert markdown(summarize(read_comparison([study], None, None))) == (study / "REPORT.md").read_text(encoding="utf-8")
