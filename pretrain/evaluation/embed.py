@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
-from data_prep.config import JsonSource
+from data_prep.config import HubSource, JsonSource
+from data_prep.config_file import validate
 from data_prep.console import UserError, print_now
 from data_prep.files import atomic_path, read_json
+from pretrain.config import TaskConfig
 from pretrain.evaluation.rows import read_rows
 from pretrain.models.export import load_language_model
 from pretrain.models.forms import Form, pairing_of, view_form
@@ -30,23 +33,33 @@ class Embeddings(NamedTuple):
 
 
 def embed_file(export: Path, file: str) -> None:
-    """Write the embeddings of a file's rows to `embeddings/` in the export: an .npz of fp32 arrays (N, D), one a view, and `A_to_B` where predictor
-    tokens make the prediction of another view; row i of each is one record. Raises UserError.
+    """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export: an .npz of fp32 arrays (N, D),
+    one a view, and `A_to_B` where predictor tokens make the prediction of another view; row i of each is one record. Raises UserError.
     """
     if not (export / "jepa.json").exists():
         raise UserError(f"{export} is no export: it holds no jepa.json; exports stand in the folder export of a run")
     views = tuple(read_json(export / "jepa.json")["views"])
-    rows = read_rows(JsonSource(type="json", path=file), views, "--embed")
+    source = _source(file)
+    rows = read_rows(source, views, "--embed")
     found = embed(export, [row.views for row in rows])
     arrays = found.views | {f"{source}_to_{target}": array for (source, target), array in found.predictions.items()
                             if array is not found.views[source]}
-    output = export / "embeddings" / f"{Path(file).stem}.npz"
+    output = export / "embeddings" / f"{Path(source.path).stem}.npz"
     output.parent.mkdir(exist_ok=True)
     with atomic_path(output) as temporary, open(temporary, "wb") as sink:
         np.savez(sink, **arrays)
     for name, array in arrays.items():
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
     print_now(f"written to {output}")
+
+
+def _source(given: str) -> JsonSource | HubSource:
+    if not given.startswith("{"):
+        return JsonSource(type="json", path=given)
+    try:
+        return validate(TaskConfig, {"name": "retrieval", "test": yaml.safe_load(given)}, "--embed").test
+    except yaml.YAMLError:
+        raise UserError(f"--embed: {given} is no YAML") from None
 
 
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:

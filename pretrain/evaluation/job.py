@@ -24,7 +24,8 @@ def main() -> None:
                         help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
     parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
-    parser.add_argument("--embed", metavar="FILE", help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings")
+    parser.add_argument("--embed", metavar="FILE",
+                        help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings; or of a source as in task.test")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
     parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
     parser.add_argument("--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead")

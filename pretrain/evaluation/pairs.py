@@ -18,13 +18,14 @@ GRAMMAR_SEED = 0
 
 def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
     """Shards of all pairs of a file below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
+    settings = {"views": config.data.views, "missing_views": config.data.missing_views, "sources": [source],
+                "tokenizer": {"path": str(folder.parent / MODEL)}, "sequence_length": config.data.sequence_length,
+                "train_end_token": config.data.train_end_token, "deduplicate": "none", "decontaminate": False}
     try:
-        name = hashlib.sha256(f"{source}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{settings}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None
-    data = DataConfig(path=str(folder / "data" / name), views=config.data.views, missing_views=config.data.missing_views, sources=[source],
-                      tokenizer={"path": str(folder.parent / MODEL)}, sequence_length=config.data.sequence_length,
-                      train_end_token=config.data.train_end_token, deduplicate="none")
+    data = DataConfig(path=str(folder / "data" / name), **settings)
     prepare(data)
     return data
 

@@ -85,7 +85,7 @@ def print_summary(run_dir: Path) -> None:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     print_table(rows)
     for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
-        results = [result for result in read_results(run_dir) if result["task"] == task]
+        results = sorted((result for result in read_results(run_dir) if result["task"] == task), key=lambda result: result["step"])
         names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
         rows = [[task, "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",

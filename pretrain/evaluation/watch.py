@@ -111,7 +111,7 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
     `read` gives the configuration and the tasks, once there is one. Raises UserError at the end where some evaluation failed.
     """
     if not (run_dir / "config.yaml").exists():
-        print_now(f"waiting for the run {run_dir} to start")
+        print_now(f"waiting for the run {run_dir} to start" + ("" if run_dir.exists() else "; there is no such folder yet"))
     while not (run_dir / "config.yaml").exists():
         time.sleep(POLL)
     config, tasks = read()

@@ -100,6 +100,9 @@ def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Co
         origin = f"named on the command line; the study planned {planned}"
     else:
         metric, origin = planned, f"chosen in {STUDY}"
+        if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
+            raise UserError(f"{path}: no run has the metric {metric}; there are {_known_metrics(runs)}. Name one with --metric, or mend the study "
+                            "file and start it again: what has run stays")
     return _comparison(title, arms, baseline or named, metric, origin, matched_by)
 
 

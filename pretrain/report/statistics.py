@@ -47,7 +47,7 @@ class Paired:
 def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool) -> dict[str, Paired]:
     """Test each arm against the baseline; all are values of the metric by seed."""
     pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
-    found = {name: _untested(differences) for name, differences in pairs.items()}
+    found = {name: _untested(differences, baseline) for name, differences in pairs.items()}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if found[name] is None}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
     for name, (corrected_p, alpha) in holm(p_values).items():
@@ -60,7 +60,7 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
     return found
 
 
-def _untested(differences: dict[int, float]) -> Paired | None:
+def _untested(differences: dict[int, float], baseline: dict[int, float]) -> Paired | None:
     """What can be said where no test is possible."""
     seeds, values = list(differences), np.array(list(differences.values()))
     if not seeds:
@@ -68,6 +68,9 @@ def _untested(differences: dict[int, float]) -> Paired | None:
     mean = float(values.mean())
     if len(seeds) == 1:
         return Paired(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
+    if not values.any() and len(set(baseline.values())) == 1:
+        return Paired(seeds, 0.0, "no verdict", reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
+                      "every one: this metric cannot tell them apart, another one may (--metric)")
     if not values.any():
         return Paired(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
     if np.ptp(values) <= 1e-12 * abs(mean):

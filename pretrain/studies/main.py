@@ -62,7 +62,7 @@ def _run(study: Study, launcher: Path, lock: Any) -> int:
     from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
     from pretrain.studies.processes import Processes
     from pretrain.studies.record import Record
-    from pretrain.studies.runner import STOPPED, run_here
+    from pretrain.studies.runner import STOPPED, check_metric, is_done, run_here
     from pretrain.studies.slurm import submit_runs
 
     overrides, corpora = assign_corpora(study, make_base(study))
@@ -77,6 +77,8 @@ def _run(study: Study, launcher: Path, lock: Any) -> int:
         return STOPPED
     runs = make_runs(study, matching, speeds)
     check_runs(runs)
+    for run in filter(is_done, runs):
+        check_metric(study, run)
     record.describe(study, {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
                     {name: arm.flops_per_token for name, arm in matching.arms.items()})
     print_plan(study, matching, speeds)

@@ -43,12 +43,21 @@ def is_done(run: Run) -> bool:
     return is_trained(run) and (not tasks or list_steps(run.dir / "checkpoints")[-1] in evaluated_steps(run.dir, tasks))
 
 
+def check_metric(study: Study, run: Run) -> None:
+    """Raise UserError where a run that is done lacks the metric of the study."""
+    metric, found = study.metric, read_run(run.dir)
+    if metric.final(found, metric.common_settings([found])) is None:
+        names = dict.fromkeys(name for result in found.results if result["task"] == metric.task for name in result["metrics"])
+        raise UserError(f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
+                        "file: what has run stays")
+
+
 def run_here(study: Study, launcher: Path, runs: list[Run], record: Record, processes: Processes) -> int:
     """Train and evaluate all runs in their order; the exit code of the study. Raises UserError where a run lacks the study's metric."""
     folder, failed = study.folder, []
     for number, run in enumerate(runs, 1):
         if is_done(run):
-            _check_metric(study, run)
+            check_metric(study, run)
             continue
         log = log_of(folder, run.name)
         print_now(f"[{number}/{len(runs)}] {run.name}{_left(runs, record)}; its output: {log}")
@@ -65,7 +74,7 @@ def run_here(study: Study, launcher: Path, runs: list[Run], record: Record, proc
             print_now(f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again")
         else:
             print_now(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
-            _check_metric(study, run)
+            check_metric(study, run)
     if failed:
         print_now(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -84,14 +93,6 @@ def _train_and_evaluate(run: Run, study: Study, launcher: Path, log: Path, proce
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"
     return None
-
-
-def _check_metric(study: Study, run: Run) -> None:
-    metric, found = study.metric, read_run(run.dir)
-    if metric.final(found, metric.common_settings([found])) is None:
-        names = dict.fromkeys(name for result in found.results if result["task"] == metric.task for name in result["metrics"])
-        raise UserError(f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
-                        "file: what has run stays")
 
 
 def _left(runs: list[Run], record: Record) -> str:

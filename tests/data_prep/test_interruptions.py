@@ -82,8 +82,8 @@ def busy(corpus, undisturbed, command, tmp_path):
     tokenizer = undisturbed / "tokenizer"
     arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
                                      f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
-    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which tests in the background ignore
     wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)
     yield process
     for pid in processes_of_session(process.pid):

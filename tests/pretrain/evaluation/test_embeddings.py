@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import FORWARD
@@ -85,6 +86,15 @@ def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(pr
     arrays = np.load(export / "embeddings" / "pairs.npz")
     assert {name: (array.shape[0], array.dtype) for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (6, np.float32))
     assert np.isnan(arrays["text"]).any(axis=1).tolist() == [False] * 5 + [True] and not np.isnan(arrays["code"]).any()
+
+    (tmp_path / "mine.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace('"text"', '"question"').replace('"code"', '"regex"'))
+    with pytest.raises(UserError, match="name those of the views in --embed, as a source of data_prep"):
+        embed_file(export, str(tmp_path / "mine.jsonl"))
+    embed_file(export, f"{{type: json, path: {tmp_path / 'mine.jsonl'}, views: {{text: question, code: regex}}}}")
+    mine = np.load(export / "embeddings" / "mine.npz")
+    assert all(np.array_equal(mine[name], arrays[name], equal_nan=True) for name in arrays)
+    with pytest.raises(UserError, match=r"--embed\.test"):
+        embed_file(export, "{path: pairs.jsonl}")
 
 
 def pairs(prediction, target, key=None):

@@ -165,6 +165,9 @@ def test_ties_are_called_ties(altered):
     same = {1: 0.70, 2: 0.69, 3: 0.71}
     text, _ = sections(altered({"plain": same, "twin": same}), page=False)
     assert "**twin: no difference found to plain" in text and "same values in every seed" in text
+    zero = dict.fromkeys(same, 0.0)
+    text, _ = sections(altered({"plain": zero, "as bad": zero}), page=False)
+    assert "as bad: no verdict, because all runs have the same value, 0, as where no answer is right yet" in text and "(--metric)" in text
     text, _ = sections(altered({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
     assert "no difference found" in text and "would have been found with a chance of 80%" in text
 

@@ -85,6 +85,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
 
     wrong = call([*STUDY, str(path), "metric.name=ml"], check=False)
     assert wrong.returncode == 2 and "plain-seed1 has no loss/ml at its last step; loss gives lm, " in wrong.stderr, wrong.stderr
+    assert json.loads((study / "study.json").read_text()) == record
 
 
 @pytest.mark.slow
