@@ -16,7 +16,7 @@ from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
 from pretrain.training.engine import TrainingModule
-from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     add("nan-in-diagnostics", 2, 4, prefix="nan:", monitor__gradients_every=3)
     call(["python", "-m", "data_prep", paths[1][0]])
     for ranks, files in paths.items():
-        call(deepspeed_command(ranks, WORKER, *files))
+        call(ranks_command(ranks, WORKER, *files))
     return folder
 
 
