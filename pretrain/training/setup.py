@@ -18,6 +18,7 @@ from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout, Specials
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
+from pretrain.objectives.base import build_objective
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.training import checkpoint
 from pretrain.training.background import evaluations_asked_for, start_evaluations
@@ -59,7 +60,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     universal = found is not None and found.ranks != world.size
     if universal:
         checkpoint.make_universal(found, world, say)
-    objective = config.objective.build()
+    objective = build_objective(config.objective)
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
