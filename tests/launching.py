@@ -12,9 +12,9 @@ import psutil
 import yaml
 
 from pretrain.training.background import single_process_environment
+from tests.processes import TIMEOUT
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 240
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -113,7 +113,7 @@ class Running:
         for process in [*self.ranks(), *psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait(30)
+        self.process.wait(TIMEOUT)
 
     def end(self) -> int:
         """Wait for its own end."""
