@@ -20,6 +20,7 @@ from tests.launching import ROOT, Running, call, deepspeed_command, environment,
 from tests.processes import TIMEOUT, kill_all, wait_for
 
 PYTHON = sys.executable
+SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
 NEVER = 2.0 * TIMEOUT
 """Longer than a test waits: what ends within TIMEOUT has not ended because these seconds were over."""
 LIMITS = {"GRACE": NEVER, "LEFT": NEVER, "SAVING": NEVER, "UNKILLABLE": NEVER}
@@ -372,9 +373,11 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=60, checkpoint={"every": 5, "keep": 2}))
     call(["python", "-m", "data_prep", str(path)])
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    command = [PYTHON, "launcher/supervise.py", "--", *deepspeed_command(2, "launcher/run.py", path)]
+    supervised = [PYTHON, "launcher/supervise.py", "--"]
+    waiting = tmp_path / "run.py"
+    waiting.write_text(f"import runpy, sys\nsys.argv.insert(1, 'hold:30')\nrunpy.run_path({str(SPOILED)!r}, run_name='__main__')\n")
 
-    running = Running(command, tmp_path / "first.log")
+    running = Running([*supervised, *deepspeed_command(2, waiting, path)], tmp_path / "first.log")
     running.wait_until(lambda: len(list_steps(checkpoints)) > 0, "a checkpoint")
     killed = running.ranks()
     killed[1].kill()
@@ -386,6 +389,6 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     status = read_status(tmp_path / "runs" / "run")
     assert status["status"] == "resumable" and status["reason"] == "stopped by SIGTERM" and list_steps(checkpoints)[-1] == status["step"]
 
-    running = Running(command, tmp_path / "second.log")
+    running = Running([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
     assert running.end() == 0 and not marked(tmp_path)
     assert f"going on from step {status['step']}" in running.log.read_text() and read_status(tmp_path / "runs" / "run")["status"] == "finished"

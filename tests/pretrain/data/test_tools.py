@@ -16,6 +16,7 @@ from data_prep.shards import FORMAT, MANIFEST
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.show import columns, printable, shortened, show_record
 from tests.launching import ROOT
+from tests.processes import TIMEOUT
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_pieces(prepared):
 
 def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
     done = subprocess.run(f"{sys.executable} -m data_prep inspect {prepared} 200 | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+                          timeout=TIMEOUT)
     assert done.stdout.startswith("record 0: ") and done.stderr == ""
 
 

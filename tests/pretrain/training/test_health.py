@@ -171,7 +171,7 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
     run_dir = folder / "runs" / "cut"
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4]
     running = Running(deepspeed_command(2, SPOILED, "hold:0", path), folder / "cut2.log")
-    running.wait_until(lambda: running.log.read_text().count("waiting before the start") == 2, "its ranks")
+    running.wait_until(lambda: "waiting before the start" in running.log.read_text(), "the start")
     running.ranks()[0].send_signal(signal.SIGTERM)
     released(path, 0).touch()
     running.end()
