@@ -1,7 +1,8 @@
 # make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides
 # make test    the tests, in two processes; ARGS is passed to pytest
 # make test-all   the slow tests too, which take hours
-# make setup   the environment alone, in .venv; the other two call it
+# make check   lint and types (ruff, mypy)
+# make setup   the environment alone, in .venv; the others call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
 # make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
 # (make hands variables of its command line on to what it runs, by their names)
@@ -11,7 +12,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 PACKAGES := $(VENV)/.packages
 
-.PHONY: demo test test-all setup image demo-nodes clean
+.PHONY: demo test test-all check setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
@@ -20,6 +21,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow or not slow" --durations 20 $(ARGS)
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 setup: $(STAMP)
 

@@ -38,6 +38,7 @@ COLUMNS = {"LM loss": "lm", "exact": "exact", "paired cosine": "paired_cosine", 
 
 
 def main() -> None:
+    """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", required=True, help="NL-RX-SYNTH training rows, JSON lines")
     parser.add_argument("--test", required=True, help="test rows")
@@ -77,7 +78,7 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
 
 
 def call(*command: object) -> None:
-    """A command of the project, on one thread; what it prints is shown where it fails."""
+    """Run a command of the project on one thread; show what it prints if it fails."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -85,10 +86,12 @@ def call(*command: object) -> None:
 
 
 def read(path: Path) -> list[dict]:
+    """Return the lines of a JSON lines file, or nothing if it does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def done(results: Path) -> set[tuple[str, int]]:
+    """Return the arms and seeds that the results already hold."""
     return {(line["arm"], line["seed"]) for line in read(results)}
 
 
@@ -104,6 +107,7 @@ def table(lines: list[dict]) -> str:
 
 
 def spread(values: list[float]) -> str:
+    """Format a mean and, for several values, their standard deviation."""
     digits = 1 if max(values) >= 10 else 3
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

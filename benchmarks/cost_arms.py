@@ -6,7 +6,7 @@ row, as the public implementations of LLM-JEPA do (arXiv 2509.14252), and are gi
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pretrain.data.layout import FORWARD, Layout, Pairing, ReadOut, Specials, ma
 from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives.base import CrossEntropy, Objective, Output
+from pretrain.objectives.base import CrossEntropy, Output
 from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
@@ -35,6 +35,7 @@ class AllPositions:
     """The language-model loss with logits of every position, those without a label ignored in the cross-entropy."""
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+        """Return the sum of the cross-entropies."""
         labels = torch.full((len(hidden),), IGNORED, device=hidden.device)
         labels[batch.label_index] = batch.label_ids
         return Output({"lm": cross_entropy(hidden, labels)}, None)
@@ -47,6 +48,7 @@ class Embeddings:
         self.names = names
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+        """Return the embeddings of the named views."""
         index = {"prediction": batch.prediction_index, "target": batch.target_index}
         return Output({name: hidden[index[name][batch.pair_valid]].float() for name in self.names}, None)
 
@@ -63,7 +65,7 @@ class Pass:
     """One forward pass over the records of a step."""
 
     layout: Layout
-    read: Objective
+    read: Callable[..., Output]
     """What is taken from the hidden states."""
     mask: Literal["visibility", "causal", "additive"] = "visibility"
     """visibility: the project's. causal: none but the kernel's own, enough for one encoding a row. additive: dense, in the model's type."""
@@ -87,7 +89,7 @@ class Pass:
         if model.attention != attention:
             model.attention = attention
             model.causal_lm.set_attn_implementation(attention)
-        model.mask = MASKS[self.mask].__get__(model)
+        model.mask = MASKS[self.mask].__get__(model)  # type: ignore[method-assign]  # a way of its own for each pass
         if self.mask == "causal":  # transformers takes positions that start again, as those of padding, for packed documents
             return replace(batch, positions=torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(batch.token_ids))
         return batch
@@ -100,10 +102,11 @@ def _no_mask(model: LanguageModel, batch: Batch) -> None:
 def _additive_mask(model: LanguageModel, batch: Batch) -> torch.Tensor:
     dtype = model.causal_lm.dtype
     visible = visibility_mask(batch.visible_until, "sdpa")
+    assert isinstance(visible, torch.Tensor)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-MASKS: dict[str, Callable] = {"visibility": LanguageModel.mask, "causal": _no_mask, "additive": _additive_mask}
+MASKS: dict[str, Any] = {"visibility": LanguageModel.mask, "causal": _no_mask, "additive": _additive_mask}
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ def make_arms(specials: Specials) -> dict[str, Arm]:
     return dict(zip(ARMS, arms, strict=True))
 
 
-def _three_passes(text: Layout, read_text: Objective, separate: tuple[Layout, Layout], padded_to: int | Literal["longest"]) -> tuple[Pass, ...]:
+def _three_passes(
+    text: Layout, read_text: Callable[..., Output], separate: tuple[Layout, Layout], padded_to: int | Literal["longest"],
+) -> tuple[Pass, ...]:
     prediction, target = separate
     return (Pass(text, read_text, "causal", padded_to), Pass(prediction, Embeddings("prediction"), "causal", padded_to),
             Pass(target, Embeddings("target"), "causal", padded_to))

@@ -94,8 +94,9 @@ class Bench:
     def plan(self, arm: Arm) -> tuple[list[Rows], list[int]]:
         """The rows of a step and their lengths, by pass."""
         paired = self.draws >= np.uint64(arm.dropout * 2**64)
-        return map(list, zip(*(one.plan(self.corpus, self.records, self.config.data.sequence_length, paired & bool(one.layout.read_outs), self.draws)
-                               for one in arm.passes), strict=True))
+        length = self.config.data.sequence_length
+        planned = [one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.draws) for one in arm.passes]
+        return [rows for rows, _ in planned], [row_length for _, row_length in planned]
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
         """The rows with empty ones, so that they divide into equal micro batches of all ranks; and the number of micro steps."""

@@ -44,6 +44,7 @@ START_SECONDS, START_BYTES, STEP_SHARE = 1.0, 300e6, 0.01
 
 
 def main() -> None:
+    """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=8_000_000, help="of the corpora of which an epoch is timed")
@@ -123,7 +124,8 @@ def rate(work: Callable[[], int]) -> float:
 def write_corpus(folder: Path, context: int, target: int, records: int, shard_records: int, links: int = 1) -> None:
     """Records whose views have about so many tokens, as `links` times the same shards."""
     shutil.copytree(folder.parent / "tokenizer", folder / "tokenizer")
-    rng, shards = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    shards: list[dict[str, Any]] = []
     for first in range(0, records, shard_records):
         lengths = [rng.integers(mean - mean // 4, mean + mean // 4 + 1, min(shard_records, records - first)) for mean in (context, target)]
         views = {view: (rng.integers(5, VOCABULARY, of_view.sum()), of_view) for view, of_view in zip(VIEWS, lengths, strict=True)}
@@ -222,6 +224,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

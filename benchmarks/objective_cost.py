@@ -31,6 +31,7 @@ SEED = 1
 
 
 def main() -> None:
+    """Parse the command line, measure and print the result."""
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     large = MODELS / "llama_1b.yaml"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,7 +78,7 @@ def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
 
 
 def run_values(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """The configuration of a run, as far as the benchmark uses it."""
+    """Return the configuration of a run, as far as the benchmark uses it."""
     return {
         "name": "cost", "seed": SEED, "output_dir": str(folder),
         "data": {"path": str(folder / "corpus"), "sequence_length": arguments.row_length, "tokenizer": {"vocab_size": 512}, "workers": 1,

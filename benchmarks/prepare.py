@@ -9,6 +9,7 @@ a while slows all of them down. One JSON object goes to stdout, progress to stde
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import statistics
@@ -40,6 +41,7 @@ SPEEDUP_TARGET = 1.8
 
 
 def main() -> None:
+    """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=128, help="text to prepare")
     parser.add_argument("--rounds", type=int, default=3)
@@ -76,6 +78,7 @@ def write_corpus(path: Path, wanted: int) -> int:
 
 
 def read_texts(path: Path) -> list[str]:
+    """Return all texts of a JSON lines file."""
     with open(path, encoding="utf-8") as file:
         return [text for line in file for text in json.loads(line).values()]
 
@@ -88,7 +91,7 @@ def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
         data = validate(DataConfig, {
             "path": str(folder / f"corpus-{workers}-{number}"), "views": list(VIEWS), "workers": workers, "sequence_length": 4096,
             "tokenizer": {"path": str(folder / "tokenizer" / "tokenizer.model")}, "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}]})
-        seconds[f"prepare_{workers}"] = timed(lambda data=data: prepare(data, say=lambda line: None))
+        seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
     say(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
     return seconds
 
@@ -119,6 +122,7 @@ def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier)
 
 
 def timed(action: Callable[[], object]) -> float:
+    """Run an action and return the seconds that it takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
@@ -142,10 +146,12 @@ def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
 
 
 def target(measured: float, at_least: float) -> dict[str, float | bool]:
+    """Compare a measured ratio with its target."""
     return {"measured": round(measured, 3), "at_least": at_least, "met": measured >= at_least}
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

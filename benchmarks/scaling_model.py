@@ -59,6 +59,7 @@ class Cluster:
         nodes = -(-ranks // self.ranks_per_node)
         used = {"within": self.within} if ranks > nodes else {}
         used |= {"between": self.between} if nodes > 1 else {}
+        links = [link for link in used.values() if link is not None]
         for name, link in used.items():
             if link is None:
                 raise UserError(f"{ranks} ranks use the link {name} nodes, of which nothing is known: give --{name} BYTES_PER_SECOND SECONDS")
@@ -67,8 +68,8 @@ class Cluster:
             hops = (math.ceil(math.log2(here)), math.ceil(math.log2(nodes)))
         else:
             hops = (ranks - nodes, nodes - 1)
-        latency = sum(count * link.latency for count, link in zip(hops, (self.within, self.between), strict=True) if count)
-        return messages * latency + data * (ranks - 1) / ranks / min(link.bandwidth for link in used.values())
+        latency = sum(count * link.latency for count, link in zip(hops, (self.within, self.between), strict=True) if count and link)
+        return messages * latency + data * (ranks - 1) / ranks / min(link.bandwidth for link in links)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description="What a step would take on many GPUs: a model, not a measurement.")
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")

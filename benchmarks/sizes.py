@@ -27,6 +27,7 @@ RANKS = (1, 8, 64)
 
 
 def main() -> None:
+    """Print the choices for each model as JSON."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     result = []
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):

@@ -59,8 +59,11 @@ class NlrxSource(AnySource):
 
 
 class JsonSource(FileSource):
-    """JSON lines (.json, .jsonl, .ndjson; plain, .gz or .zst): one object a line. By default a view is the column of its name, or, where
-    a line has `messages`, the user's message is the first view and the assistant's the last."""
+    """JSON lines (.json, .jsonl, .ndjson; plain, .gz or .zst): one object a line.
+
+    By default a view is the column of its name. In a line that has `messages`, the user's message is the first view and
+    the assistant's the last.
+    """
 
     type: Literal["json"]
 
@@ -101,8 +104,11 @@ class TextSource(FileSource):
 
 
 class PythonSource(FileSource):
-    """Functions with docstrings of a tree of Python files (.py). Columns: docstring and code (the function without it), by default the
-    first view and the last; name, signature, module. A top-level package is held out for validation as a whole."""
+    """Functions with docstrings of a tree of Python files (.py).
+
+    Columns: docstring and code (the function without it), by default the first view and the last; name, signature, module.
+    A top-level package is held out for validation as a whole.
+    """
 
     type: Literal["python"]
 
@@ -229,10 +235,12 @@ TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]
 
 def task_source(data: DataConfig, given: str | JsonSource | HubSource) -> JsonSource | HubSource:
     """Rows of an evaluation task. A file alone is read like the corpus' own JSON source: by the columns that its `views` name, where it does."""
-    if not isinstance(given, str):
-        return given
+    return _file_source(data, given) if isinstance(given, str) else given
+
+
+def _file_source(data: DataConfig, path: str) -> JsonSource:
     views = next((source.views for source in data.sources if isinstance(source, JsonSource)), None)
-    return JsonSource(type="json", path=given, views=views)
+    return JsonSource(type="json", path=path, views=views)
 
 
 class TaskFiles(Section):
@@ -273,5 +281,5 @@ def readings(data: DataConfig, path: str) -> list[JsonSource]:
     mappings = [source.views for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource)]
     public = [{data.views[0]: column} for column in PUBLIC_CONTEXTS] if len(data.views) > 1 else []
     others = [JsonSource(type="json", path=path, views=views) for views in [*mappings, None, *public]]
-    first = task_source(data, path)
+    first = _file_source(data, path)
     return [first, *(other for number, other in enumerate(others) if other not in [first, *others[:number]])]

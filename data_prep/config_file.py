@@ -26,7 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def load_yaml(path: str | Path, overrides: list[str] = (), sections: typing.Sequence[str] = SECTIONS) -> dict[str, Any]:
+def load_yaml(path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] = SECTIONS) -> dict[str, Any]:
     """Read a configuration file of these top-level keys and apply `dotted.key=value` overrides, whose values are YAML.
 
     `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
@@ -50,7 +50,7 @@ def load_yaml(path: str | Path, overrides: list[str] = (), sections: typing.Sequ
     return config
 
 
-def apply_overrides(config: dict[str, Any], overrides: list[str]) -> None:
+def apply_overrides(config: dict[str, Any], overrides: typing.Sequence[str]) -> None:
     """Set each `dotted.key=value` in the plain values of a configuration. Raises UserError for one that cannot be read."""
     for override in overrides:
         _override(config, override)

@@ -42,6 +42,6 @@ def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] =
 
 
 def report(error: UserError, silent: bool = False) -> None:
-    """The one line of a mistake, on standard error."""
+    """Print the one line of an error on standard error."""
     if not silent:
         print(f"error: {error}", file=sys.stderr, flush=True)

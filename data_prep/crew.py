@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ WAIT = 0.02
 class Task(NamedTuple):
     """One call of a phase's function."""
 
-    arguments: tuple
+    arguments: tuple[Any, ...]
     size: int
     """Bytes of input, for the progress."""
 
@@ -71,11 +71,13 @@ class Local:
         self.pool: ProcessPoolExecutor | None = None
 
     def once(self, action: Callable[[], Result]) -> Result:
+        """Run `action`: there is only one process."""
         return action()
 
     everywhere = once
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+        """Run the tasks in worker processes. Raises the first UserError when the others are done."""
         errors: dict[int, UserError] = {}
         try:
             with progress:
@@ -111,6 +113,7 @@ class Local:
             yield running[done], done.result
 
     def close(self) -> None:
+        """Stop the worker processes."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
@@ -120,7 +123,9 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this is a worker
+        parent.join()
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -135,10 +140,14 @@ class Mpi:
         self.description = f"{self.ranks} MPI ranks"
 
     def once(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on rank 0 and share its result or error."""
         outcome = self._outcome(action) if self.is_main else None
-        return self._share(outcome)
+        result: Result = self._share(outcome)
+        return result
 
     def everywhere(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on every rank; raise the first error on all of them."""
+        result: Result
         result, error = self._outcome(action)
         if self.is_main:
             errors = [error, *(self._receive(rank) for rank in range(1, self.ranks))]
@@ -148,6 +157,7 @@ class Mpi:
         return result
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
+        """Run the tasks on all ranks. Raises the first UserError when the others are done."""
         errors: dict[int, Failure] = {}
         finished = 0
 
@@ -174,11 +184,14 @@ class Mpi:
         self.once(lambda: _raise_first(errors))
 
     def close(self) -> None:
+        """Do nothing: the launcher ends the ranks."""
         pass
 
     def guard(self, main: Callable[[], None]) -> None:
-        """Run `main` in every rank. Of a UserError, which all ranks raise, the main one speaks; any other error ends them all, as the others
-        would wait for this one forever.
+        """Run `main` on every rank.
+
+        All ranks raise a UserError, and the main one reports it. Any other error ends them all, because the others would wait
+        for this rank forever.
         """
         try:
             main()
@@ -197,7 +210,7 @@ class Mpi:
             self.communicator.Abort(1)
 
     @staticmethod
-    def _outcome(action: Callable[[], Result]) -> tuple[Result | None, Failure | None]:
+    def _outcome(action: Callable[[], Result]) -> tuple[Any, Failure | None]:
         try:
             return action(), None
         except (UserError, OSError) as error:
@@ -210,6 +223,7 @@ class Mpi:
                 self.communicator.send(outcome, rank)
         else:
             outcome = self._receive(0)
+        assert outcome is not None
         result, error = outcome
         if error:
             raise error
@@ -222,7 +236,7 @@ class Mpi:
         return self.communicator.recv(**source)
 
 
-def _raise_first(errors: dict[int, UserError | OSError]) -> None:
+def _raise_first(errors: Mapping[int, Failure]) -> None:
     if not errors:
         return
     first = errors[min(errors)]

@@ -8,6 +8,7 @@ A pair that does not fit a row is dropped. A plain document that does not is cut
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
 from data_prep.selection.drops import Drops, excerpt
 from data_prep.shards import positions_needed, write_shard
-from data_prep.sources.record import Record
+from data_prep.sources.record import Reader, Record
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
@@ -48,7 +49,7 @@ def left_out(job: Job, number: int) -> dict[int, str]:
     return out
 
 
-def kept_records(job: Job, reader, number: int, unit: Unit, drops: Drops | None = None) -> Iterator[tuple[int, Record]]:
+def kept_records(job: Job, reader: Reader, number: int, unit: Unit, drops: Drops | None = None) -> Iterator[tuple[int, Record]]:
     """The records of a scanned unit that nothing speaks against, each with the number of its piece; duplicates are counted in `drops`.
 
     Raises UserError where the unit has other records than the scan saw.
@@ -60,7 +61,7 @@ def kept_records(job: Job, reader, number: int, unit: Unit, drops: Drops | None 
         if reason is None and record.views is not None:
             yield piece, record
         elif reason and drops is not None:
-            drops.add(reason, piece, record.position, excerpt(record.views))
+            drops.add(reason, piece, record.position, excerpt(record.texts))
     if ordinal + 1 != read_json(scan_report(job, number))["records"]:
         raise UserError(f"{unit.pieces[0].path} changed while it was prepared; start again when nothing writes to it")
 
@@ -89,19 +90,19 @@ class _Encoder:
         """Whether the tokens of a text are those of its parts; None: not known yet. With a blank put before every text they are not."""
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
         """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other, since the last shard."""
-        self.shards: dict[str, list[dict]] = {}
+        self.shards: dict[str, list[dict[str, Any]]] = {}
         """Manifest entries of the shards, by split."""
 
     def add(self, piece: int, record: Record) -> None:
         self.batch.append((piece, record))
-        self.characters += sum(map(len, record.views))
+        self.characters += sum(map(len, record.texts))
         if self.characters >= BATCH_CHARACTERS:
             self._encode()
 
     def _encode(self) -> None:
         if not self.batch:
             return
-        columns = [self._tokens([record.views[view] for _, record in self.batch]) for view in range(len(self.job.data.views))]
+        columns = [self._tokens([record.texts[view] for _, record in self.batch]) for view in range(len(self.job.data.views))]
         lengths = np.stack([lengths for _, lengths in columns], axis=1)
         fits = self._fitting(lengths)
         splits = np.array([self.split_of(record) for _, record in self.batch])
@@ -141,13 +142,13 @@ class _Encoder:
         """Which records are kept: (N, views) -> (N,). The others are counted."""
         views = (lengths > 0).sum(axis=1)
         needed = positions_needed(lengths)
-        fits = (views == 1) | ((views > 1) & (needed <= self.job.data.sequence_length))
+        fits: np.ndarray = (views == 1) | ((views > 1) & (needed <= self.job.data.sequence_length))
         for row in np.flatnonzero(~fits):
             piece, record = self.batch[row]
             if views[row]:
-                self.drops.add("too_long", piece, record.position, f"needs data.sequence_length={needed[row]}: {excerpt(record.views)}")
+                self.drops.add("too_long", piece, record.position, f"needs data.sequence_length={needed[row]}: {excerpt(record.texts)}")
             else:
-                self.drops.add("empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.views)}")
+                self.drops.add("empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.texts)}")
         return fits
 
     def finish(self) -> None:

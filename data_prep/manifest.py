@@ -19,7 +19,7 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
     """The manifest of all units, from their reports. Raises UserError where no record is left."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     reports = [read_json(shard_report(job, number)) for number in range(len(units))]
-    splits: dict[str, list[dict]] = {}
+    splits: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         for split, shards in report["shards"].items():
             splits.setdefault(split, []).extend(shards)
@@ -44,7 +44,7 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
     }
 
 
-def _split_entry(job: Job, shards: list[dict]) -> dict[str, Any]:
+def _split_entry(job: Job, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: sum(shard[name] for shard in shards) for name in ("records", "incomplete", "continued")} | {
         "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in job.data.views},
         "longest": {view: max(shard["longest"][view] for shard in shards) for view in job.data.views},
@@ -53,7 +53,7 @@ def _split_entry(job: Job, shards: list[dict]) -> dict[str, Any]:
     }
 
 
-def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict], reports: list[dict]) -> dict[str, Any]:
+def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts and first examples by reason, in the order of REASONS; places are counted from the beginning of each file."""
     found: dict[str, dict[str, Any]] = {}
     before: dict[tuple[int, str], int] = {}

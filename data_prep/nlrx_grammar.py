@@ -383,3 +383,4 @@ def generate(seed: int, split: str, index: int) -> tuple[str, str]:
         target = (template.regex % tuple(literals)).replace("#", repeats)
         if split_of(target) == split:
             return description(_fill(template.form, iter(literals), repeats)), target
+    raise AssertionError("unreachable: the attempts do not end")

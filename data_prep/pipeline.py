@@ -183,6 +183,7 @@ class _Preparation:
             self.say(f"taking over the tokenizer {wanted.path}")
             take_over(Path(wanted.path), temporary, self.say)
         else:
+            assert wanted.vocab_size is not None  # it has this or a path
             kind = wanted.model_type or "bpe"
             self.say(f"training a sentencepiece {kind} tokenizer of {wanted.vocab_size:,} pieces")
             texts = self._sample()
@@ -219,8 +220,8 @@ class _Preparation:
             split_of = self.job.splitter(unit.source)
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":
-                    yield from filter(str.strip, record.views)
-                    of_unit += sum(map(len, record.views))
+                    yield from filter(str.strip, record.texts)
+                    of_unit += sum(map(len, record.texts))
                     if of_unit >= limit:
                         break
             characters += of_unit

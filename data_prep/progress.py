@@ -28,7 +28,7 @@ class Progress:
             self.bar.close()
 
     def update(self, size: int, records: int) -> None:
-        """A task over `size` bytes of input with so many records is done."""
+        """Count a finished task of `size` bytes of input and so many records."""
         self.done += size
         self.records += records
         seconds = max(1e-9, time.monotonic() - self.started)

@@ -16,7 +16,8 @@ def run_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     totals = np.zeros(len(values) + 1, values.dtype)
     np.cumsum(values, dtype=values.dtype, out=totals[1:])
     ends = np.cumsum(lengths)
-    return totals[ends] - totals[ends - lengths]
+    sums: np.ndarray = totals[ends] - totals[ends - lengths]
+    return sums
 
 
 def mix(values: np.ndarray) -> np.ndarray:

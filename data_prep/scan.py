@@ -83,13 +83,13 @@ class _Scan:
 
     def keep(self, ordinal: int, piece: int, record: Record) -> None:
         self.batch.append((ordinal, piece, record))
-        self.characters += sum(map(len, record.views))
+        self.characters += sum(map(len, record.texts))
         if self.characters >= BATCH_CHARACTERS:
             self._look()
 
     def _look(self) -> None:
         """Leave out what is contaminated, and note what the others are recognised by."""
-        found = self.contamination.find([record.views for _, _, record in self.batch]) if self.contamination else [""] * len(self.batch)
+        found = self.contamination.find([record.texts for _, _, record in self.batch]) if self.contamination else [""] * len(self.batch)
         kept = []
         for (ordinal, piece, record), where in zip(self.batch, found, strict=True):
             if where:
@@ -99,7 +99,7 @@ class _Scan:
                 self.ordinals.append(ordinal)
                 self.ranks.append(duplicates.PREFERENCE.index(self.split_of(record)))
         if kept and self.job.data.deduplicate != "none":
-            views = [record.views for record in kept]
+            views = [record.texts for record in kept]
             self.fingerprints.append(duplicates.fingerprints(views))
             if self.job.data.deduplicate == "near":
                 self.sketches.append(near_duplicates.sketch(views, self.job.near_threshold))
@@ -146,7 +146,8 @@ def contamination(serialized: str) -> Contamination | None:
 
 def _contexts(data: DataConfig, path: str) -> list[str]:
     """The contexts of a test file: all views of a row but the last. Raises UserError for a line that is no record."""
-    contexts, targets = [], set()
+    contexts: list[str] = []
+    targets: set[str] = set()
     for number, reading in enumerate(readings(data, path)):
         found, answers = _views(reading, data.views, malformed_fails=number == 0)
         contexts += [context for context in found if context not in targets]  # where pairs are trained in both directions, the first counts
@@ -160,7 +161,8 @@ def _contexts(data: DataConfig, path: str) -> list[str]:
 def _views(source: JsonSource, views: tuple[str, ...], malformed_fails: bool) -> tuple[list[str], set[str]]:
     """The contexts and the targets of a file."""
     reader = open_source(source, views, "evaluation.tasks")
-    contexts, targets = [], set()
+    contexts: list[str] = []
+    targets: set[str] = set()
     for piece in reader.pieces():
         for record in reader.read(piece):
             if record.views is not None:

@@ -2,10 +2,14 @@
 
 import base64
 import re
+from typing import Any
 
 import sentencepiece
 
 from data_prep.console import UserError
+
+ModelProto = Any
+"""A model as a protocol buffer; the class that sentencepiece generates for it has no types."""
 
 SPACE = "\u2581"  # how sentencepiece writes a blank inside pieces
 # Sentencepiece cannot tell a U+2581 in the text from a blank, so it is escaped by U+241B, which escapes itself too.
@@ -18,7 +22,7 @@ UNIGRAM, BPE = 1, 2  # its model types
 TABLE = "Precompiled"  # the type of a normaliser that replaces by a table
 
 
-def convert(proto, where: str) -> dict:
+def convert(proto: ModelProto, where: str) -> dict[str, Any]:
     """The tokenizer.json of a sentencepiece model (a ModelProto).
 
     Ids are equal where both normalise a text alike (see TABLE) and sums of scores are exact.
@@ -29,7 +33,8 @@ def convert(proto, where: str) -> dict:
             or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix):
         raise UserError(f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
                         "supported; train a new tokenizer")
-    escaped, normalizers = False, []
+    escaped = False
+    normalizers: list[dict[str, Any]] = []
     if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
         escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
     if escaped:
@@ -57,7 +62,7 @@ def convert(proto, where: str) -> dict:
         "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto)}
 
 
-def _bpe_json(proto) -> dict:
+def _bpe_json(proto: ModelProto) -> dict[str, Any]:
     # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
     # merges that is every split of every piece, in the order of the scores.
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
@@ -70,7 +75,7 @@ def _bpe_json(proto) -> dict:
             "merges": [[left, right] for *_, left, right in sorted(merges)]}
 
 
-def _unigram_json(proto) -> dict:
+def _unigram_json(proto: ModelProto) -> dict[str, Any]:
     # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
     # a very low score they always lose to single characters, where these all are pieces.
     low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
@@ -79,7 +84,7 @@ def _unigram_json(proto) -> dict:
             "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces]}
 
 
-def _splits(proto) -> dict | None:
+def _splits(proto: ModelProto) -> dict[str, Any] | None:
     # That low score only helps where the characters of a reserved piece are pieces: `tokenizers` scores an unknown one lower still.
     # The text is cut at one that is none, so that no reserved piece is ever found whole.
     if proto.trainer_spec.model_type == BPE:
@@ -97,11 +102,11 @@ def normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool) -> senten
         norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces)
 
 
-def _replace(old: str, new: str, kind: str = "String") -> dict:
+def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
     return {"type": "Replace", "pattern": {kind: old}, "content": new}
 
 
-def added_token(token_id: int, content: str, special: bool) -> dict:
+def added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
     """An entry of added_tokens."""
     # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
     return {"id": token_id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,

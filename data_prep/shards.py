@@ -42,7 +42,8 @@ def positions_needed(lengths: np.ndarray) -> np.ndarray:
     """
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
-    return 2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+    needed: np.ndarray = 2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+    return needed
 
 
 def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.ndarray]], continues: np.ndarray, vocab_size: int) -> dict[str, Any]:
@@ -108,14 +109,16 @@ def view_hashes(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     place = ranges(np.zeros_like(lengths), lengths).view(np.uint64)
     place <<= np.uint64(32)
     place ^= tokens
-    return run_sums(mix(place), lengths) ^ mix(lengths)
+    hashes: np.ndarray = run_sums(mix(place), lengths) ^ mix(lengths)
+    return hashes
 
 
 def record_checksums(hashes: np.ndarray, lengths: np.ndarray, closing: np.ndarray) -> np.ndarray:
     """Hashes and lengths of the views (N, views), the first token of the next row or -1 (N,) -> (N,) uint32."""
     numbered = mix(hashes ^ mix(np.arange(hashes.shape[1])))
     total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + mix(closing + 1)
-    return (total & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    low: np.ndarray = total & np.uint64(0xFFFFFFFF)
+    return low.astype(np.uint32)
 
 
 def _first_tokens(values: Sequence[np.ndarray], starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -180,7 +183,8 @@ class Contents:
 
     def view(self, view: int) -> np.ndarray:
         """The tokens of one view of all records, concatenated."""
-        return self.tokens[ranges(self.starts[:, view], self.lengths[:, view])]
+        tokens: np.ndarray = self.tokens[ranges(self.starts[:, view], self.lengths[:, view])]
+        return tokens
 
 
 def open_shard(folder: Path, entry: dict[str, Any], views: list[str]) -> Shard:
@@ -273,7 +277,8 @@ def _present(shard: Shard, rows: np.ndarray) -> np.ndarray:
 
 
 def _bits(bitmap: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return (bitmap[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 1
+    bits: np.ndarray = (bitmap[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 1
+    return bits
 
 
 def _closing(shard: Shard, rows: np.ndarray) -> np.ndarray:
@@ -310,6 +315,7 @@ def _remedy(path: Path) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared corpus. Raises UserError where there is none."""
+    manifest: dict[str, Any]
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,12 +20,24 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from data_prep.console import UserError, print_now
-from data_prep.sentencepiece_json import ESCAPES, NORMAL, SCORE_STEPS, SPACE, TABLE, USER_DEFINED, added_token, convert, normalizer
+from data_prep.sentencepiece_json import (
+    ESCAPES,
+    NORMAL,
+    SCORE_STEPS,
+    SPACE,
+    TABLE,
+    USER_DEFINED,
+    ModelProto,
+    added_token,
+    convert,
+    normalizer,
+)
 from data_prep.word_cache import WordCache, can_cut
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
@@ -58,13 +70,14 @@ class Tokenizer:
         self.folder = Path(folder).absolute()
         config = _read_json(self.folder / "tokenizer_config.json")
         spec = _read_json(self.folder / "tokenizer.json")
-        id_of = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        id_of: dict[str | None, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         ids = {name: id_of.get(_content(config.get(f"{name}_token"))) for name in LITERALS}
-        if None in ids.values() or len(set(ids.values())) < len(ids):
+        known = [token_id for token_id in ids.values() if token_id is not None]
+        if len(set(known)) < len(ids):
             raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
                             "make the folder with `train` or `take_over`")
-        self.pad_id, self.bos_id, self.eos_id, self.sep_id = ids.values()
-        self.special_ids = frozenset(ids.values())
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
+        self.special_ids = frozenset(known)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
         self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
 
@@ -80,7 +93,7 @@ class Tokenizer:
         """Reads a folder of `train` or `take_over`. Raises UserError where it is not one."""
         return cls(folder)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
         return Tokenizer, (self.folder,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -92,8 +105,8 @@ class Tokenizer:
             if self._words:
                 return self._words.encode(texts)
             if self._sentencepiece:
-                return self._sentencepiece.encode(texts, num_threads=1)
-            return _encode_tokenizers(self._tokenizers, texts)
+                return _encode_sentencepiece(self._sentencepiece, texts)
+            return _encode_tokenizers(self._own(), texts)
         except (TypeError, UnicodeEncodeError):
             bad = [text for text in texts if re.search("[\ud800-\udfff]", text)]
             if not bad:
@@ -102,12 +115,22 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special ids are skipped. Of ids which are no valid UTF-8, the bad bytes become U+FFFD."""
-        ids = [int(i) for i in ids if int(i) not in self.special_ids]
-        return (self._sentencepiece or self._tokenizers).decode(ids)
+        plain = [int(i) for i in ids if int(i) not in self.special_ids]
+        text: str = (self._sentencepiece or self._own()).decode(plain)
+        return text
 
     def piece(self, token_id: int) -> str:
         """How the vocabulary writes a token: with U+2581 for a blank, or with letters for bytes, as its kind does."""
-        return self._sentencepiece.id_to_piece(token_id) if self._sentencepiece else self._tokenizers.id_to_token(token_id)
+        if self._sentencepiece:
+            return str(self._sentencepiece.id_to_piece(token_id))
+        piece = self._own().id_to_token(token_id)
+        assert piece is not None
+        return piece
+
+    def _own(self) -> tokenizers.Tokenizer:
+        """Return the tokenizer of the `tokenizers` library, which there is if and only if there is no sentencepiece model."""
+        assert self._tokenizers is not None
+        return self._tokenizers
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str = "bpe") -> Tokenizer:
@@ -121,7 +144,7 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
         raise UserError(f"tokenizer model_type is {model_type!r}; give 'bpe' or 'unigram'")
     if vocab_size > LARGEST_VOCABULARY:  # sentencepiece would take minutes to say so, or never end
         raise UserError(f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it")
-    sample = []  # doubles as the text on which the conversion is checked
+    sample: list[str] = []  # doubles as the text on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
     return _write_sentencepiece(proto, Path(folder), ODD_TEXTS + sample, f"{folder}: the new tokenizer", print_now)
 
@@ -146,8 +169,8 @@ def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) 
     return _write_sentencepiece(proto, folder, odd_texts, str(source), say)
 
 
-def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]):
-    failure = []  # sentencepiece would turn an exception of `texts` into a RuntimeError of its own
+def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]) -> ModelProto:
+    failure: list[BaseException] = []  # sentencepiece would turn an exception of `texts` into a RuntimeError of its own
 
     def sentences() -> Iterator[str]:
         try:
@@ -196,7 +219,7 @@ def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> st
     return "tokenizer training: sentencepiece says " + " ".join(message.split())
 
 
-def _write_sentencepiece(proto, folder: Path, texts: list[str], where: str, say: Callable[[str], None]) -> Tokenizer:
+def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], where: str, say: Callable[[str], None]) -> Tokenizer:
     content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     spec = convert(proto, where)
@@ -215,14 +238,14 @@ def _write_sentencepiece(proto, folder: Path, texts: list[str], where: str, say:
         content = None
         say(f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
             + " and in ".join(differing))
-    _check(spec, lambda batch: model.encode(batch, num_threads=1), texts, where)
+    _check(spec, lambda batch: _encode_sentencepiece(model, batch), texts, where)
     return _write(folder, spec, config, content)
 
 
-def _parse_proto(content: bytes):
+def _parse_proto(content: bytes) -> ModelProto:
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which encoding does not
 
-    return sentencepiece_model_pb2.ModelProto.FromString(content)
+    return sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at run time
 
 
 def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -236,7 +259,8 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
     # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
     spec = _read_json(source) | {"truncation": None, "padding": None, "post_processor": None}
-    original, declared = _open_tokenizers(spec, source), {}
+    original = _open_tokenizers(spec, source)
+    declared: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (source.parent / name).exists():
             tokens = _read_json(source.parent / name)
@@ -252,17 +276,17 @@ def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with
     return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
 
 
-def _model_beside(source: Path, spec: dict) -> bytes | None:
+def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
     """The sentencepiece model in the folder of a tokenizer.json, as `train` leaves it, where it gives the same ids: it is faster."""
     path = source.with_name("tokenizer.model")
     if not path.exists():
         return None
     model, texts = _open_sentencepiece(path), [text for text in ODD_TEXTS if text]
-    same = model.encode(texts, num_threads=1) == _encode_tokenizers(_open_tokenizers(spec, source), texts)
+    same = _encode_sentencepiece(model, texts) == _encode_tokenizers(_open_tokenizers(spec, source), texts)
     return path.read_bytes() if same else None
 
 
-def _give_specials(spec: dict, declared: dict[str, str], where: str, say: Callable[[str], None]) -> dict:
+def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Content of tokenizer_config.json; special tokens which are missing or clash are appended to `spec`, a line said of each clash."""
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -271,12 +295,13 @@ def _give_specials(spec: dict, declared: dict[str, str], where: str, say: Callab
     if spec["model"].get("unk_id") is not None:
         unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
 
-    chosen = {}
+    chosen: dict[str, str] = {}
     for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
-        for literal in (LITERALS[name], declared.get(name)):  # the last one wins
-            free = literal in specials and literal not in (unknown, *chosen.values())
-            if free and not _in_text(tokenizer, literal):
-                chosen[name] = literal
+        for candidate in (LITERALS[name], declared.get(name)):  # the last one wins
+            if candidate is None or candidate not in specials or candidate in (unknown, *chosen.values()):
+                continue
+            if not _in_text(tokenizer, candidate):
+                chosen[name] = candidate
     for name, literal in LITERALS.items():
         if name not in chosen:
             while literal in vocab:
@@ -303,7 +328,7 @@ def _in_text(tokenizer: tokenizers.Tokenizer, literal: str) -> bool:
     return any(tokenizer.token_to_id(literal) in ids for ids in batch)
 
 
-def _check(spec: dict, reference: Callable[[list[str]], list[list[int]]], texts: list[str], where: str) -> None:
+def _check(spec: dict[str, Any], reference: Callable[[list[str]], list[list[int]]], texts: list[str], where: str) -> None:
     encoded = _encode_tokenizers(_open_tokenizers(spec, where), texts)
     for text, ids, expected in zip(texts, encoded, reference(texts), strict=True):
         if ids != expected:
@@ -311,7 +336,7 @@ def _check(spec: dict, reference: Callable[[list[str]], list[list[int]]], texts:
                             f"differs is {text[:80]!r}; give a tokenizer.json instead or train a new tokenizer")
 
 
-def _write(folder: Path, spec: dict, config: dict, model: bytes | None = None) -> Tokenizer:
+def _write(folder: Path, spec: dict[str, Any], config: dict[str, Any], model: bytes | None = None) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in ("tokenizer_config.json", "tokenizer.model"):
         (folder / stale).unlink(missing_ok=True)
@@ -322,7 +347,7 @@ def _write(folder: Path, spec: dict, config: dict, model: bytes | None = None) -
     return Tokenizer.load(folder)
 
 
-def _open_tokenizers(spec: dict, where) -> tokenizers.Tokenizer:
+def _open_tokenizers(spec: dict[str, Any], where: str | Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
@@ -330,6 +355,11 @@ def _open_tokenizers(spec: dict, where) -> tokenizers.Tokenizer:
                         "write it anew with save_pretrained") from None
     tokenizer.encode_special_tokens = True  # a literal of a special token is plain text
     return tokenizer
+
+
+def _encode_sentencepiece(model: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = model.encode(texts, num_threads=1)
+    return ids
 
 
 def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -346,7 +376,7 @@ def _find_tokenizer(path: Path) -> Path:
                     "or a folder with a tokenizer.json or one .model")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -356,5 +386,5 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _content(token: str | dict | None) -> str | None:
+def _content(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token

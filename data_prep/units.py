@@ -61,7 +61,7 @@ class Job(BaseModel):
             return lambda record: split
 
         def drawn(record: Record) -> str:
-            by = record.group or next(view for view in reversed(record.views) if view.strip())
+            by = record.group or next(view for view in reversed(record.texts) if view.strip())
             draw = int.from_bytes(hashlib.sha256(by.encode()).digest()[:8]) / 2**64
             return "validation" if draw < fraction else "train"
         return drawn

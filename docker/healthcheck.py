@@ -17,7 +17,7 @@ SILENT = 3600.0
 
 
 def problem(runs: Path, sshd_pid: Path) -> str | None:
-    """What is wrong, in one line; None where nothing is."""
+    """Return what is wrong, in one line; None if nothing is."""
     if not os.access(runs, os.W_OK):
         return f"user {os.getuid()} cannot write to {runs}: mount a volume there that belongs to that user"
     if sshd_pid.exists():

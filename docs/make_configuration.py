@@ -21,11 +21,12 @@ schema by `docs/make_configuration.py`.
 
 
 def main() -> None:
+    """Write configuration.md."""
     (Path(__file__).parent / "configuration.md").write_text(page(), encoding="utf-8")
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     return HEADER + "".join(_section(model, prefix) for model, prefix in _sections(run_config.RunConfig, ""))
 
 
@@ -64,9 +65,12 @@ def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
     inherited: dict[str, str] = {}
     for base in model.__bases__:
         inherited |= _attribute_docstrings(base)
-    body = ast.parse(inspect.getsource(model)).body[0].body
-    return inherited | {before.target.id: node.value.value for before, node in itertools.pairwise(body)
-            if isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    found = ast.parse(inspect.getsource(model)).body[0]
+    assert isinstance(found, ast.ClassDef)
+    for before, node in itertools.pairwise(found.body):
+        if isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            inherited[ast.unparse(before.target)] = str(node.value.value)
+    return inherited
 
 
 def _type(annotation: object) -> str:

@@ -16,13 +16,14 @@ RANKS = 2
 
 
 def _free_port() -> int:
-    """A port for the rendezvous, so that two jobs on a machine do not meet."""
+    """Return a port for the rendezvous, so that two jobs on a machine do not meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def main() -> None:
+    """Run the demo: prepare, train, evaluate and print the table."""
     os.chdir(Path(__file__).parent.parent)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hostfile", help="nodes to train on, started through pdsh; all must see this folder and its runs folder")

@@ -1,5 +1,7 @@
-"""Evaluate: `launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [--watch] [task.test=FILE key=value ...]`,
-or embed: `launcher/evaluate.py EXPORT --embed FILE`.
+"""Evaluate the checkpoints of a run, or embed texts with an export.
+
+launcher/evaluate.py RUN_DIR [--task NAME ...] [--checkpoint STEP|latest] [--watch] [task.test=FILE key=value ...]
+launcher/evaluate.py EXPORT --embed FILE
 """
 
 from pretrain.evaluation.job import main

@@ -219,7 +219,9 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         _say(f"starting again in {seconds:.0f} s from step {step}")
         stop.pause(seconds)
         if stop.received:
-            return _last(_exit_code(None, status, stop), stop)
+            code = _exit_code(None, status, stop)
+            assert code is not None  # a stop was asked for
+            return _last(code, stop)
 
 
 def _last(code: int, stop: Stop) -> int:
@@ -245,6 +247,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
+    """Parse the command line and supervise the command."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(
         usage="%(prog)s [-h] [--crashes N] -- COMMAND", description="Run a command of launcher/run.py, and start it again after a crash.")

@@ -1,6 +1,7 @@
 """The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -38,8 +39,10 @@ Family = Literal["llama", "gemma2", "olmo2", "openelm"]
 
 
 class LoraConfig(Section):
-    """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685); beside them only the predictor tokens
-    are trained. Takes the extra `lora`. Exports hold the merged weights."""
+    """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685).
+
+    Besides them only the predictor tokens are trained. Needs the extra `lora`. Exports hold the merged weights.
+    """
 
     rank: int = Field(gt=0)
     alpha: float = Field(gt=0)
@@ -349,7 +352,7 @@ class RunConfig(Section):
         return self._resting
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check the configuration of a run. Raises UserError naming the key."""
     of_the_shape = [override for override in overrides if override.startswith("model.shape.")]
     values = load_yaml(path, [override for override in overrides if override not in of_the_shape])

@@ -16,13 +16,14 @@ def test_the_configuration_page_is_up_to_date():
 
 def test_the_lock_file_holds_the_versions_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    locked = (ROOT / "requirements.lock").read_text().splitlines()
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
-        assert requirement.lower() in [line.lower() for line in locked]
+    locked = [line.lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["dev"], *extras["test"]]:
+        assert requirement.lower().replace("_", "-") in locked
 
 
 def test_no_page_has_a_gap_or_a_dead_link():
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         assert not re.search(r"@[A-Z0-9]+@", text), page
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -148,7 +148,8 @@ def _with_foreign_units(data: bytes) -> bytes:
     ends = np.flatnonzero(np.diff(foreign) > 1)
     starts, stops = foreign[np.append(0, ends + 1)].tolist(), (foreign[np.append(ends, -1)] + 1).tolist()
     replaced = _table_units(b"\0".join([data[start:stop] for start, stop in zip(starts, stops, strict=True)])).split(b"\1")
-    parts, before = [], 0
+    parts: list[bytes] = []
+    before = 0
     for start, stop, units in zip(starts, stops, replaced, strict=True):
         parts += (data[before:start], units)
         before = stop
@@ -164,7 +165,8 @@ def _table_units(data: bytes) -> bytes:
             _CODES[code] = int.from_bytes((_unit(chr(code)) if code else b"\1").ljust(3, b"\0") + b"\1", "little")
         values = _CODES[codes]
     several = values.view(np.uint8).reshape(-1, 4)[:, :3]
-    return several[several != 0].tobytes()
+    units: bytes = several[several != 0].tobytes()
+    return units
 
 
 @cache

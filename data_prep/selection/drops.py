@@ -38,6 +38,6 @@ class Drops:
 
 
 def excerpt(views: tuple[str, ...]) -> str:
-    """The beginning of a record, in one line."""
+    """Return the beginning of a record, in one line."""
     text = " | ".join(" ".join(view[: 2 * EXCERPT].split()) for view in views if view.strip())
     return repr(text if len(text) <= EXCERPT else text[: EXCERPT - 3] + "...")

@@ -7,7 +7,7 @@ from data_prep.config import FiltersConfig
 
 
 def why_filtered(views: tuple[str, ...], filters: FiltersConfig) -> str:
-    """The first reason to leave a record out, in this order, or "": `nul`, `too_short`, `too_many_characters`, `forbidden`.
+    """Return the first reason to leave a record out, in this order, or "": `nul`, `too_short`, `too_many_characters`, `forbidden`.
 
     `views` has "" for a view that the record lacks: no filter looks at it. Lengths are in characters (code points).
     """

@@ -19,6 +19,7 @@ import os
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,8 @@ _WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+|\S")
 _FACTORS = np.random.default_rng(128).integers(0, 2**64, (3, HASHES), dtype=np.uint64) | np.uint64(1)
 
 
-def minhash_library() -> type:
-    """rensa's MinHash. Raises UserError where the package is not installed."""
+def minhash_library() -> Any:
+    """Return rensa's MinHash class. Raises UserError where the package is not installed."""
     # A preparation has a process per core; read when rensa first makes its threads.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     try:

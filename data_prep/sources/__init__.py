@@ -4,6 +4,9 @@ A source is cut into pieces that do not depend on the number of workers. A piece
 text of each view, or the reason why there is none.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from data_prep.config import HubSource, JsonSource, NlrxSource, ParquetSource, PythonSource, Source, TextSource
 from data_prep.sources.hub import Hub
 from data_prep.sources.json_lines import JsonLines
@@ -13,7 +16,11 @@ from data_prep.sources.python_code import PythonCode
 from data_prep.sources.record import Reader
 from data_prep.sources.text import Text
 
-READERS = {HubSource: Hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet, PythonSource: PythonCode, TextSource: Text}
+__all__ = ["Reader", "open_source"]
+
+READERS: dict[type, Callable[[Any, tuple[str, ...], str], Reader]] = {
+    HubSource: Hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet, PythonSource: PythonCode, TextSource: Text,
+}
 
 
 def open_source(source: Source, views: tuple[str, ...], name: str) -> Reader:

@@ -76,9 +76,18 @@ def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool) -> list[s
         folders.sort()
         below = [os.path.join(parent, name) for name in folders if not name.startswith(".")]
         below = [path for path in below if follow_links or not os.path.islink(path)]
-        folders[:] = [os.path.basename(path) for path in below if (real := os.path.realpath(path)) not in seen and not seen.add(real)]
+        folders[:] = [os.path.basename(path) for path in _unseen(below, seen)]
         found += [os.path.join(parent, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
     return found
+
+
+def _unseen(folders: list[str], seen: set[str]) -> Iterator[str]:
+    """Yield the folders that are not among the resolved ones `seen`, and add them to it."""
+    for folder in folders:
+        resolved = os.path.realpath(folder)
+        if resolved not in seen:
+            seen.add(resolved)
+            yield folder
 
 
 def _check_readable(file: str, key: str) -> None:
@@ -96,6 +105,7 @@ def _check_readable(file: str, key: str) -> None:
 
 
 def cannot_read(path: str, error: OSError) -> UserError:
+    """Return the error for a file that cannot be read."""
     return UserError(f"cannot read {path}: {' '.join(str(error.strerror or error).split())}")
 
 
@@ -149,6 +159,7 @@ def byte_pieces(files: list[str]) -> list[Piece]:
 
 
 def size_of(path: str) -> int:
+    """Return the size of a file in bytes. Raises UserError if it cannot be read."""
     try:
         return os.path.getsize(path)
     except OSError as error:
@@ -184,11 +195,8 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
             end = block.find(b"\n", max(length - 1, 0)) + 1
             block = block[:end] or block
         length -= len(block)
-        found: list[bytes | None] = block.split(b"\n")
-        if too_long or len(held) + len(found[0]) > LONGEST_LINE:
-            found[0] = None
-        else:
-            found[0] = held + found[0]
+        first, *others = block.split(b"\n")
+        found: list[bytes | None] = [None if too_long or len(held) + len(first) > LONGEST_LINE else held + first, *others]
         last = found.pop()
         yield from found
         held, too_long = last or b"", last is None
@@ -211,4 +219,5 @@ def count_lines(piece: Piece) -> int:
 
 
 def is_whole(piece: Piece) -> bool:
+    """Return whether a piece is a complete file."""
     return codec_of(piece.path) is not None or (piece.start == 0 and piece.stop == size_of(piece.path))

@@ -32,23 +32,27 @@ class Hub:
             self.rows = self.rows.select_columns(list(self.mapping.columns))
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         known, shards = self.rows.info.dataset_size or self.rows.info.download_size or 0, self.rows.num_shards
         return [Piece(self.title, shard, shard + 1, known // shards or LARGEST_PIECE) for shard in range(shards)]
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         with told(f"cannot read shard {piece.start} of {self.title}"):
             for position, row in enumerate(self.rows.shard(self.rows.num_shards, piece.start), start=1):
                 yield from self.mapping.records(row, position)
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         return 0  # rows are counted within their shard
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:shard {piece.start}:{position}"
 
 
 def stream(source: HubSource) -> "IterableDataset":
-    """The rows of one split. Imports `datasets`, which takes more than a second."""
+    """Return the rows of one split. Imports `datasets`, which takes more than a second."""
     import datasets
 
     for library in ("datasets", "huggingface_hub"):

@@ -1,7 +1,7 @@
 """JSON lines: one object a line, with named columns or the `messages` form of chat data sets."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from data_prep.config import JsonSource
@@ -10,7 +10,7 @@ from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import chat_columns, make_mapping
 
 SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
-DECODER = json.JSONDecoder()
+SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
 BOM = "\ufeff"
 
 
@@ -24,9 +24,11 @@ class JsonLines:
         self.supplies = self.mapping.supplies
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         return files.byte_pieces(self.files)
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         number = 0
         with files.opened(piece) as file:
             read = files.reads_of(file, piece.path)
@@ -42,12 +44,14 @@ class JsonLines:
                 yield Record(None, number + 1, str(problem), "damaged")
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         return 0 if files.is_whole(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
-    def _records(self, line: bytes, number: int) -> list[Record]:
+    def _records(self, line: bytes, number: int) -> Iterable[Record]:
         try:
             value = parse(line)
         except UnicodeDecodeError as error:
@@ -61,10 +65,10 @@ class JsonLines:
 
 
 def parse(line: bytes) -> Any:
-    """The JSON value of a line. Raises ValueError (UnicodeDecodeError where it is not UTF-8) or RecursionError."""
+    """Return the JSON value of a line. Raises ValueError (UnicodeDecodeError where it is not UTF-8) or RecursionError."""
     text = line.decode().strip(" \t\r\n")
     try:
-        value, end = DECODER.scan_once(text, 0)  # `json.loads` without its detours
+        value, end = SCAN(text, 0)  # `json.loads` without its detours
         if end == len(text):
             return value
     except StopIteration:

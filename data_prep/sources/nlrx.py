@@ -23,17 +23,21 @@ class Nlrx:
         self.supplies = self.mapping.supplies
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         total = self.source.records
         bounds = [(start, min(start + PIECE_RECORDS, total)) for start in range(0, total, PIECE_RECORDS)]
         return [Piece(f"nlrx:{self.source.split}", start, stop, (stop - start) * BYTES) for start, stop in bounds]
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         for index in range(piece.start, piece.stop):
             row = dict(zip(COLUMNS, generate(self.source.seed, self.source.split, index), strict=True))
             yield from self.mapping.records(row, index - piece.start + 1)
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         return 0  # the place follows from the piece
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{piece.start + position - 1}"

@@ -34,6 +34,7 @@ class Parquet:
         self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         smallest = files.piece_length(sum(map(sum, self.sizes.values())))
         pieces = []
         for path, sizes in self.sizes.items():
@@ -46,6 +47,7 @@ class Parquet:
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         mapping, before = self.mappings[piece.path], 0
         with opened(piece.path) as file:
             for batch in file.iter_batches(BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False):
@@ -55,12 +57,14 @@ class Parquet:
                 before += batch.num_rows
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         if piece.stop - piece.start == len(self.sizes[piece.path]):
             return 0
         with opened(piece.path) as file:
             return sum(file.metadata.row_group(group).num_rows for group in range(piece.start, piece.stop))
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 
@@ -88,9 +92,11 @@ def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return column.to_pylist()
+        values: list[Any] = column.to_pylist()
+        return values
     try:
-        return column.to_numpy(zero_copy_only=False).tolist()
+        values = column.to_numpy(zero_copy_only=False).tolist()
+        return values
     except (UnicodeDecodeError, pa.ArrowException):
         return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
 

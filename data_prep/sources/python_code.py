@@ -30,10 +30,12 @@ class PythonCode:
         self.supplies = self.mapping.supplies
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items() if size]
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         module = self._module(piece.path)
         with files.opened(piece) as file:
             content = file.read(LARGEST_FILE + 1)
@@ -53,13 +55,15 @@ class PythonCode:
         text, functions = parse(content)
         lines = text.split("\n")
         signature = signature_of if "signature" in self.mapping.columns else lambda function: None  # it takes as long as parsing
-        return [(function.lineno, {"docstring": inspect.cleandoc(ast.get_docstring(function, clean=False)), "code": code_of(function, lines),
+        return [(function.lineno, {"docstring": inspect.cleandoc(ast.get_docstring(function, clean=False) or ""), "code": code_of(function, lines),
                                    "name": function.name, "signature": signature(function), "module": module}) for function in functions]
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{position}"
 
     def _module(self, path: str) -> tuple[str, ...]:

@@ -33,6 +33,12 @@ class Record(NamedTuple):
     group: str = ""
     """Records of one group are held out for validation together; empty: drawn by the target's text."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The views of a record that is known to have them."""
+        assert self.views is not None
+        return self.views
+
 
 class Reader(Protocol):
     """One source, opened."""

@@ -3,7 +3,7 @@
 import codecs
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data_prep.config import TextSource
 from data_prep.sources import files
@@ -29,12 +29,14 @@ class Text:
         self.supplies = self.mapping.supplies
 
     def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
         if self.separators is not None:
             return files.byte_pieces(self.files)
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items() if size or files.codec_of(path)]
 
     def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
         with files.opened(piece) as file:
             cut = self.separators is not None and files.codec_of(piece.path) is None
             start, stop = (piece.start, piece.stop) if cut else (0, sys.maxsize)
@@ -45,12 +47,14 @@ class Text:
                 yield from self._records(line, document)
 
     def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
         return 0 if files.is_whole(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
-    def _records(self, line: int, document: bytes | str | files.Damaged) -> list[Record]:
+    def _records(self, line: int, document: bytes | str | files.Damaged) -> Iterable[Record]:
         if not isinstance(document, bytes):
             return [Record(None, line, str(document), "malformed" if isinstance(document, str) else "damaged")]
         try:

@@ -38,7 +38,8 @@ def make_mapping(source: AnySource, views: tuple[str, ...], name: str, default: 
     chosen = default if source.views is None else source.views
     if not set(chosen) <= set(views):
         raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}")
-    getters, columns = [], {}
+    getters: list[Getter] = []
+    columns: dict[str, None] = {}
     for view in views:
         getter, reads = _getter(chosen[view], f"{name}.views.{view}") if view in chosen else (_absent, [])
         getters.append(getter)

@@ -97,8 +97,8 @@ def verify(folder: Path, say: Callable[[str], None], workers: int | None = None)
     if damaged or problems:
         raise UserError(f"{folder} is not sound: {damaged:,} of {len(shards):,} shards are damaged"
                         + f", and {len(problems):,} other faults" * bool(problems) + f", named above; {_remedy(folder)}")
-    records, tokens = (sum(value(split) for split in manifest.splits.values())
-                       for value in (lambda split: split.records, lambda split: sum(split.tokens.values())))
+    records = sum(split.records for split in manifest.splits.values())
+    tokens = sum(sum(split.tokens.values()) for split in manifest.splits.values())
     say(f"{len(shards):,} shards, {records:,} records, {tokens:,} tokens: all sound")
 
 
@@ -216,9 +216,9 @@ def _look_at_rows(batch: pa.RecordBatch, shard: _Shard, views: list[str], vocab_
     """Every record, and the counts of all."""
     lengths = np.stack([np.diff(batch.column(view).offsets.to_numpy()) for view in views], axis=1).astype(np.int64)
     present = np.stack([batch.column(view).is_valid().to_numpy(zero_copy_only=False) for view in views], axis=1)
-    continues = batch.column(CONTINUES).to_numpy(zero_copy_only=False)
+    continues: np.ndarray = batch.column(CONTINUES).to_numpy(zero_copy_only=False)
     faults: dict[str, np.ndarray] = {
-        "no view holds a token": ~present.any(axis=1),
+        "no view holds a token": np.array(~present.any(axis=1)),
         **{f"{view} is empty, but not null": present[:, v] & (lengths[:, v] == 0) for v, view in enumerate(views)},
         **{f"{view} is null, but holds tokens": ~present[:, v] & (lengths[:, v] > 0) for v, view in enumerate(views)},
         "it goes on in the next record, which is of other views": continues & np.append((present[:-1] != present[1:]).any(axis=1), True),

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.cluster.findings import Finding, listed, size
+from pretrain.cluster.findings import Finding, Level, listed, size
 from pretrain.cluster.needs import Needs
 from pretrain.cluster.reach import LOST
 
@@ -112,7 +112,7 @@ def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
     found = []
     for node, offset in offsets.items():
         if abs(offset) > SKEW_WARN:
-            level = "fail" if abs(offset) > SKEW_FAIL else "warn"
+            level: Level = "fail" if abs(offset) > SKEW_FAIL else "warn"
             found.append(Finding("clock", level, f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} this machine",
                                  "synchronise it: chronyc makestep, or systemctl restart systemd-timesyncd", (node,)))
     return found or [Finding("clock", "ok", f"within {max(map(abs, offsets.values()), default=0.0):.3f} s")]
@@ -124,7 +124,7 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
     for node, fact in facts.items():
         free, gpus = fact["shm_free"], cuda and slots[node] > 1
         if free < (SHM_GPU_WARN if gpus else SHM_CPU_WARN):
-            level = "fail" if gpus and free < SHM_GPU_FAIL else "warn"
+            level: Level = "fail" if gpus and free < SHM_GPU_FAIL else "warn"
             reason = "NCCL passes data between the GPUs of a node through it" if gpus else "processes of a preparation share data through it"
             found.append(Finding("shared memory", level, f"/dev/shm has {size(free)} free: {reason}",
                                  "enlarge it: mount -o remount,size=8G /dev/shm; in a container --shm-size=8g", (node,)))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.cluster.checks_nodes import Facts, check_alike
-from pretrain.cluster.findings import Finding, listed, size
+from pretrain.cluster.findings import Finding, Level, listed, size
 from pretrain.cluster.needs import Needs
 
 SLOW_PAIR = 0.5
@@ -41,7 +41,7 @@ def check_run_folder(facts: Facts, needs: Needs | None, existing: int) -> list[F
         for node, fact in facts.items():
             free = fact["free"]
             if "unwritable" not in fact and free < missing:
-                level = "fail" if free < min(missing, 2 * needs.checkpoint) else "warn"
+                level: Level = "fail" if free < min(missing, 2 * needs.checkpoint) else "warn"
                 seen = f"{size(free)} free in {fact['folder']}, {needs.checkpoints} checkpoints take {size(missing)} or more"
                 found.append(Finding("free space", level, seen, "make room, lower checkpoint.keep, or choose another output_dir", (node,)))
         if not any(item.check == "free space" for item in found):

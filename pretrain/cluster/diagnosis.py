@@ -197,8 +197,11 @@ class Diagnosis:
         for pairs in rounds:
             for target in (dict(pairs), {other: one for one, other in pairs}):
                 ends = dict(target)
-                answers = self.crew.ask("measure", FACT_SECONDS, lambda node, ends=ends: {
-                    "host": ends[node], "port": ports[ends[node]], "seconds": seconds}, ends)
+
+                def stream_to(node: str, ends: dict[str, str] = ends) -> dict[str, Any]:
+                    return {"host": ends[node], "port": ports[ends[node]], "seconds": seconds}
+
+                answers = self.crew.ask("measure", FACT_SECONDS, stream_to, ends)
                 self.measurements["pairs"] += [{"from": node, "to": ends[node]} | answer for node, answer in answers.items()]
 
     def _check_all_reduce(self, can_meet: bool) -> None:
@@ -206,14 +209,14 @@ class Diagnosis:
             why = "the ranks could not meet" if self.needs else "the configuration cannot be planned"
             self.findings.append(Finding("all-reduce", "warn", f"not tried: {why}", "mend what is shown above, and ask again"))
             return
-        slots, bucket = self.slots, self.needs.bucket
+        slots, bucket, precision = self.slots, self.needs.bucket, self.needs.precision
         first_rank, world = {}, 0
         for node, ranks in slots.items():
             first_rank[node], world = world, world + ranks
         say(f"an all-reduce over {world} ranks")
         answers = self.crew.ask("all_reduce", REDUCE_SECONDS + 10, lambda node: {
             "ranks": list(range(first_rank[node], first_rank[node] + slots[node])), "world": world, "address": self.address, "port": self.port,
-            "bucket": bucket, "precision": self.needs.precision, "cuda": self.cuda, "seconds": REDUCE_SECONDS})
+            "bucket": bucket, "precision": precision, "cuda": self.cuda, "seconds": REDUCE_SECONDS})
         self.measurements["all_reduce"] = next((answer["measured"] for answer in answers.values() if answer.get("measured")), [])
         self.findings += checks_run.check_all_reduce(answers, self.measurements["all_reduce"], bucket)
 

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _nodes(hostfile: str | None) -> tuple[list[Host], Callable[[Host], list[str]]]:
-    """The nodes, and how an agent is started on one."""
+    """Return the nodes, and how an agent is started on one."""
     hosts = read_hostfile(hostfile) if hostfile else slurm_hosts()
     if hosts and [host.name for host in hosts] != [LOCAL]:
         return hosts, ssh_command if hostfile else srun_command

@@ -30,7 +30,7 @@ class Needs:
 
 
 def needs_of(config: RunConfig, ranks: int) -> Needs:
-    """What a start on so many ranks takes. Raises the UserErrors of that start."""
+    """Return what a start on so many ranks takes. Raises the UserErrors of that start."""
     from pretrain.training.dry_run import beside_states, checked_plan, states_of_rank  # torch and DeepSpeed: seconds, which only this needs
     from pretrain.training.memory import ITEM_BYTES
 

@@ -122,6 +122,6 @@ def _owner(port: int) -> str:
     """Which process listens there, if that can be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
                 return f": {psutil.Process(connection.pid).name()}, process {connection.pid}"
     return ""

@@ -111,7 +111,7 @@ def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
 
 
 def _end_with_input() -> None:
-    """The agent has gone: nobody waits for this rank."""
+    """Exit when the agent has gone: nobody waits for this rank any more."""
     sys.stdin.read()
     os._exit(1)
 

@@ -40,16 +40,19 @@ class Agent:
         self._said: deque[str] = deque(maxlen=20)
         self._number = 0
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        requests, output, errors = self._process.stdin, self._process.stdout, self._process.stderr
+        assert requests is not None and output is not None and errors is not None
+        self._requests, self._output = requests, output
         threading.Thread(target=self._read, daemon=True).start()
-        self._errors = threading.Thread(target=lambda: self._said.extend(filter(None, map(str.strip, self._process.stderr))), daemon=True)
+        self._errors = threading.Thread(target=lambda: self._said.extend(filter(None, map(str.strip, errors))), daemon=True)
         self._errors.start()
 
     def call(self, what: str, seconds: float, arguments: dict[str, Any]) -> Any:
         """Ask for something, and wait for the answer. Raises NoAnswer."""
         self._number += 1
         with contextlib.suppress(OSError):  # one that has ended says why below
-            self._process.stdin.write(json.dumps({"id": self._number, "call": what, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
+            self._requests.write(json.dumps({"id": self._number, "call": what, "arguments": arguments}) + "\n")
+            self._requests.flush()
         while True:
             try:
                 answer = self._answers.get(timeout=seconds)
@@ -66,7 +69,7 @@ class Agent:
     def close(self) -> None:
         """End it."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._requests.close()
         try:
             self._process.wait(3)
         except subprocess.TimeoutExpired:
@@ -74,7 +77,7 @@ class Agent:
             self._process.wait()
 
     def _read(self) -> None:
-        for line in self._process.stdout:
+        for line in self._output:
             with contextlib.suppress(ValueError):  # what a login shell says
                 answer = json.loads(line)
                 if isinstance(answer, dict):

@@ -9,7 +9,7 @@ def _note(token: str, author: str) -> str:
 
 
 def nearest_folder(path: str) -> Path:
-    """The folder itself, or the nearest one above it that exists here."""
+    """Return the folder itself, or the nearest one above it that exists here."""
     absolute = Path(path).absolute()
     return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
 

@@ -94,8 +94,9 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
         base, length = in_batch[present, index], lengths[present, index]
         for offset, token in enumerate(segment.prefix):
             ids[base + offset] = token
-        for offset, token in enumerate(_suffixes(segment, layout, rows.lengths[present], contents.closing[present])):
-            ids[base + length - len(segment.suffix) + offset] = token
+        suffixes = _suffixes(segment, layout, rows.lengths[present], contents.closing[present])
+        for offset, closing in enumerate(suffixes):
+            ids[base + length - len(segment.suffix) + offset] = closing
         inner = length - len(segment.prefix) - len(segment.suffix)
         if segment.view is None:
             tokens = specials.predictor + ranges(np.zeros_like(inner), inner)

@@ -90,7 +90,8 @@ class Corpus:
         back[order] = np.arange(len(order))
         rows = back[:, None]
         columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[back]
-        return Contents(found.tokens, *(values[rows, columns] for values in (found.starts, found.lengths, found.hashes)), found.closing[back])
+        starts, lengths, hashes = (values[rows, columns] for values in (found.starts, found.lengths, found.hashes))
+        return Contents(found.tokens, starts, lengths, hashes, found.closing[back])
 
     def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
         """The tokens of one view of the records (N,), concatenated in their order."""

@@ -1,4 +1,4 @@
-"""What one record looks like inside the forward pass.
+r"""What one record looks like inside the forward pass.
 
 A layout is a tree of segments in depth-first order. A token sees its own segment up to itself, and all of the
 segments above it: so several encodings of a record share one row and one forward pass without seeing each other.
@@ -6,7 +6,7 @@ Depth-first order makes this one number per token, `visible_until`: the position
 segment ends. Query q sees key p exactly if p <= q < visible_until[p].
 
     joint        [BOS context SEP] -- [target EOS]          independent   [BOS context EOS] -- [PRED x k]
-                                   \\- [PRED x k]                          [BOS target EOS]
+                                   \- [PRED x k]                          [BOS target EOS]
                  [target EOS], alone
 
 The embedding of a view is the hidden state of its last token, encoded on its own; a prediction is that of the last
@@ -113,7 +113,8 @@ class Layout:
 
     def positions(self, lengths: np.ndarray) -> np.ndarray:
         """Positions of each record with all that the layout may add: view lengths (N, views) -> (N,)."""
-        return self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
+        total: np.ndarray = self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
+        return total
 
     def segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets that each record has in a segment, from its first target on: (N, views), (N,) of this segment -> (N,)."""
@@ -121,18 +122,25 @@ class Layout:
             return np.zeros(len(lengths), np.int64)
         last = self.is_last(segment, lengths)
         ends = last | (segment.last_suffix is None)
-        counts = np.maximum(segment_lengths - segment.lm_from - (ends & (not segment.lm_end)), 0)
-        return counts * last if segment.lm_if_last else counts
+        counts: np.ndarray = np.maximum(segment_lengths - segment.lm_from - (ends & (not segment.lm_end)), 0)
+        if segment.lm_if_last:
+            counts *= last
+        return counts
 
     def is_last(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
         """Which records have no view after the segment's: view lengths (N, views) -> (N,)."""
+        assert segment.view is not None
         after = segment.view + 1
-        return lengths[:, after] == 0 if after < lengths.shape[1] else np.ones(len(lengths), bool)
+        if after >= lengths.shape[1]:
+            return np.ones(len(lengths), bool)
+        absent: np.ndarray = lengths[:, after] == 0
+        return absent
 
     def lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
         columns = [self.segment_targets(segment, lengths, segment_lengths[:, index]) for index, segment in enumerate(self.segments)]
-        return np.sum(columns, axis=0, dtype=np.int64)
+        total: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
+        return total
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Which read-outs each record has: (N, segments), (N,) -> (N, read-outs)."""
@@ -148,8 +156,10 @@ class Layout:
         if self.spans is None:
             return np.zeros(len(segment_lengths), np.int64)
         if self.spans == "views":
-            return (segment_lengths[:, self.documents[0][1]] > 0).astype(np.int64)
-        return (self.document_lengths(segment_lengths) > 2).sum(axis=1)
+            of_second: np.ndarray = segment_lengths[:, self.documents[0][1]]
+            return (of_second > 0).astype(np.int64)
+        drawn: np.ndarray = (self.document_lengths(segment_lengths) > 2).sum(axis=1)
+        return drawn
 
 
 def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairing | None = None, spans: SpanForm | None = None,
@@ -161,6 +171,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
     """
     bos, eos, sep = (specials.bos,), (specials.eos,), (specials.sep,)
     edges = pairing.edges(views) if pairing else []
+    pairing = pairing or Pairing()
     segments: list[Segment] = []
     documents: list[tuple[int, ...]] = []
     alone: dict[int, int] = {}  # view -> the segment that encodes it on its own
@@ -188,7 +199,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
             segments += _prediction(pairing, like, alone.get(view), needs, len(segments))
             predicting[view] = len(segments) - 1 if pairing.predictor_tokens else alone[view]
     read_outs = [ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges]
-    return Layout(tuple(segments), pairing.predictor_tokens if pairing else 0, tuple(read_outs), tuple(documents), spans)
+    return Layout(tuple(segments), pairing.predictor_tokens, tuple(read_outs), tuple(documents), spans)
 
 
 def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, first: int) -> list[Segment]:

@@ -65,7 +65,7 @@ def counts(rows: Rows, layout: Layout) -> dict[str, int]:
 
 def draw(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
     """A random number of each record and pass over its source, whatever came before it: (N,), (N,) -> (N,) uint64."""
-    return mix(records.astype(np.uint64) ^ mix(np.uint64([seed])) ^ mix(mix(passes)))
+    return mix(records.astype(np.uint64) ^ mix(np.array([seed], np.uint64)) ^ mix(mix(passes)))
 
 
 def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, draws: np.ndarray) -> Rows:

@@ -26,7 +26,7 @@ class SourceOrder:
             raise ValueError("an order needs at least one record")
         self.records = records
         self.blocks = records // BLOCK
-        self._key = mix(np.uint64([key]))
+        self._key = mix(np.array([key], np.uint64))
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The records at positions start to stop of the order, and the pass of each, (M,) both."""
@@ -99,4 +99,5 @@ class Order:
 
 def hash_of(seed: int, number: int) -> int:
     """A key of one source."""
-    return int((mix(np.uint64([seed])) + mix(mix(np.uint64([number]))))[0])
+    seeds, numbers = np.array([seed], np.uint64), np.array([number], np.uint64)
+    return int((mix(seeds) + mix(mix(numbers)))[0])

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +117,7 @@ def _box(label: str, length: int) -> list[str]:
     return list("├" + text.ljust(room, "─") + "┤")
 
 
-def _numbers(values: np.ndarray, segments: list[_Segment] = ()) -> list[str]:
+def _numbers(values: np.ndarray, segments: Sequence[_Segment] = ()) -> list[str]:
     """A dot a value; multiples of ten, and the first of each segment, are written out where they have room."""
     out = ["·"] * len(values)
     starts = {segment.start: segment.stop for segment in segments}

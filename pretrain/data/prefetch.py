@@ -1,5 +1,6 @@
 """The data of the next steps, made by a thread of its own while a step is computed."""
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -36,7 +37,8 @@ class Prefetch:
     def __init__(self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device):
         self._loader, self._count, self._micro_batches = loader, count, micro_batches
         self._pin = device.type == "cuda"
-        self._thread = ThreadPoolExecutor(1, "prefetch", torch.cuda.set_device if self._pin else None, (device,) if self._pin else ())
+        prepare = functools.partial(torch.cuda.set_device, device) if self._pin else None
+        self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
         self._steps: deque[Future[StepData | None]] = deque(self._thread.submit(self._make) for _ in range(AHEAD))
         self._waited = 0.0
 
@@ -54,7 +56,7 @@ class Prefetch:
         return failed
 
     def next(self) -> StepData:
-        """The next step. Raises what the thread raised, and ValueError behind the end of the loader's epochs."""
+        """Return the next step. Raises what the thread raised, and ValueError after the end of the loader's epochs."""
         self.failed()
         step = self._steps.popleft().result()
         if step is None:

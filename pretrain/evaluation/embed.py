@@ -33,8 +33,10 @@ class Embeddings(NamedTuple):
 
 
 def embed_file(export: Path, file: str) -> None:
-    """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export: an .npz of fp32 arrays (N, D),
-    one a view, and `A_to_B` where predictor tokens make the prediction of another view; row i of each is one record. Raises UserError.
+    """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
+
+    The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` if predictor tokens predict another view.
+    Row i of each array belongs to record i. Raises UserError.
     """
     if not (export / "jepa.json").exists():
         raise UserError(f"{export} is no export: it holds no jepa.json; exports stand in the folder export of a run")
@@ -44,10 +46,11 @@ def embed_file(export: Path, file: str) -> None:
     found = embed(export, [row.views for row in rows])
     arrays = found.views | {f"{source}_to_{target}": array for (source, target), array in found.predictions.items()
                             if array is not found.views[source]}
+    assert source.path is not None  # or no row would have been read
     output = export / "embeddings" / f"{Path(source.path).stem}.npz"
     output.parent.mkdir(exist_ok=True)
     with atomic_path(output) as temporary, open(temporary, "wb") as sink:
-        np.savez(sink, **arrays)
+        np.savez(sink, **arrays)  # type: ignore[arg-type]  # the stubs take every keyword for allow_pickle
     for name, array in arrays.items():
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
     print_now(f"written to {output}")
@@ -57,9 +60,12 @@ def _source(given: str) -> JsonSource | HubSource:
     if not given.startswith("{"):
         return JsonSource(type="json", path=given)
     try:
-        return validate(TaskConfig, {"name": "retrieval", "test": yaml.safe_load(given)}, "--embed").test
+        values = yaml.safe_load(given)
     except yaml.YAMLError:
         raise UserError(f"--embed: {given} is no YAML") from None
+    source = validate(TaskConfig, {"name": "retrieval", "test": values}, "--embed").test
+    assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
+    return source
 
 
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
@@ -71,7 +77,7 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     names, pairing = jepa["views"], pairing_of(jepa)
     tokens = [tokenizer.encode_batch(list(of_view)) for of_view in zip(*texts, strict=True)]
 
-    def encoded(view: int, front: list[int] = (), back: list[int] = ()) -> np.ndarray:
+    def encoded(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
         form: Form = view_form(jepa, view)
         before, after = ([ids[name] for name in part] for part in form)
         return encode(model, [[*before, *front, *row, *after, *back] for row in tokens[view]])

@@ -43,6 +43,7 @@ def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSourc
 
 
 def _run_config(config: RunConfig, task: TaskConfig, data: DataConfig, export: Path, output_dir: Path, name: str) -> RunConfig:
+    assert task.finetune is not None
     train = config.train.model_dump(exclude_none=True)
     if any(budget in task.finetune for budget in BUDGETS):
         train = {key: value for key, value in train.items() if key not in BUDGETS}

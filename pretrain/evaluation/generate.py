@@ -49,9 +49,9 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
         ids, mask = left_padded([rows[place] for place in members], tokenizer.pad_id)
         longest = ids.shape[1]
         with torch.inference_mode():
-            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-                                    max_new_tokens=room, suppress_tokens=no_text,
-                                    eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+            output = model.generate(  # type: ignore[operator]  # which every causal language model has
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, max_new_tokens=room,
+                suppress_tokens=no_text, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
         for place, written in zip(members, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
             answers[place] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)

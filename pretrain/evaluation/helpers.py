@@ -4,13 +4,15 @@ import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from data_prep.console import UserError
 from pretrain.training.distributed import environment_of_the_launcher
+
+Entry = TypeVar("Entry")
 
 PATIENCE = timedelta(days=30)
 """Helpers wait as long as rank 0 trains, scores, or waits for a checkpoint; where it dies, they notice at once."""
@@ -35,32 +37,33 @@ def with_helpers(evaluate: Callable[[], None]) -> None:
     dist.destroy_process_group()  # gloo aborts a process that ends with a group whose other ranks have ended
 
 
-def share_rows(function: Callable[..., list]) -> Callable[..., list]:
+def share_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:
     """Decorates `function(folder, rows, **more)`, which returns an entry for each row: with helpers, each rank takes every n-th row.
 
     Raises UserError, or RuntimeError with the message of the rank that failed.
     """
 
     @functools.wraps(function)
-    def shared(folder: Any, rows: list, **more: Any) -> list:
+    def shared(folder: Any, rows: list[Any], **more: Any) -> list[Entry]:
         if not dist.is_initialized():
             return function(folder, rows, **more)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         if rank == 0:
             _broadcast((shared, folder, rows, more))
-        error, mine = None, []
+        error: Exception | None = None
+        mine: list[Entry] = []
         try:
             mine = function(folder, rows[rank::ranks], **more) if rows[rank::ranks] else []
         except Exception as caught:
             error = caught if isinstance(caught, UserError) else RuntimeError(f"rank {rank}: {type(caught).__name__}: {caught}")
-        found = [None] * ranks if rank == 0 else None
+        found: list[Any] | None = [None] * ranks if rank == 0 else None
         dist.gather_object((error, mine), found)
-        if rank:
+        if found is None:
             return mine
         errors = [problem for problem, _ in found if problem]
         if errors:
             raise errors[0]
-        entries = [None] * len(rows)
+        entries: list[Any] = [None] * len(rows)
         for number, (_, part) in enumerate(found):
             entries[number::ranks] = part
         return entries

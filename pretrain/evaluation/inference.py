@@ -14,7 +14,8 @@ def load(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_family_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.to(device).eval(), Tokenizer.load(folder)
+    model.to(device)  # type: ignore[arg-type]  # the wrapper around it hides that it is a method
+    return model.eval(), Tokenizer.load(folder)
 
 
 def prompts(tokenizer: Tokenizer, contexts: list[str]) -> list[list[int]]:

@@ -18,7 +18,7 @@ LOGITS = 2**28
 
 @share_rows
 def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
-    """log P(option and the end token | `[BOS context SEP]`) in nats, of each option of each (context, options), by the model of an export.
+    """Return log P(option and the end token | `[BOS context SEP]`) in nats, for each option of each (context, options).
 
     The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
     model's positions.
@@ -45,7 +45,7 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
 
 
 def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocabulary: int) -> Iterator[list[int]]:
-    """The numbers of the rows that fit `limit` positions, in batches of similar length."""
+    """Return the numbers of the rows that fit `limit` positions, in batches of similar length."""
     length = [len(prompt) + len(option) for prompt, option in rows]
     batch: list[int] = []
     kept = 0

@@ -21,6 +21,8 @@ def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataCo
     settings = {"views": config.data.views, "missing_views": config.data.missing_views, "sources": [source],
                 "tokenizer": {"path": str(folder.parent / MODEL)}, "sequence_length": config.data.sequence_length,
                 "train_end_token": config.data.train_end_token, "deduplicate": "none", "decontaminate": False}
+    if source.path is None:
+        raise UserError(f"a task's {source.type} source names no file: give its train or test a path")
     try:
         name = hashlib.sha256(f"{settings}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
     except OSError as error:
@@ -30,7 +32,7 @@ def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataCo
     return data
 
 
-def grammar_source(folder: Path, split: str, views: tuple[str, str], rows: int = GRAMMAR_ROWS) -> JsonSource:
+def grammar_source(folder: Path, split: str, views: tuple[str, ...], rows: int = GRAMMAR_ROWS) -> JsonSource:
     """Rows of the embedded NL-RX grammar as a file. Splits share no target with each other or with pretraining."""
     path = folder / f"{split}-{rows}.jsonl"
     if not path.exists():

@@ -10,6 +10,7 @@ finite automata" (1971). `\b` looks at the class of the character before, which 
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,8 @@ WORD = ((48, 57), (65, 90), (97, 122))
 START, WORDLIKE, OTHER = range(3)
 """What stands before a position; at its end, START stands for the end of the line."""
 Ranges = tuple[tuple[int, int], ...]
+Tree = tuple[Any, ...]
+"""An operator and its operands; a node has the same form."""
 
 
 class Malformed(ValueError):
@@ -72,28 +75,28 @@ class _Parser:
     def __init__(self, expression: str):
         self.text, self.at, self.size = expression, 0, 0
 
-    def parse(self) -> tuple:
+    def parse(self) -> Tree:
         tree = self._either()
         if self.at < len(self.text):
             raise Malformed(f"{self.text[self.at]!r} at {self.at}")
         return tree
 
-    def _either(self) -> tuple:
+    def _either(self) -> Tree:
         return self._chain("|", "union", lambda: self._chain("&", "intersection", self._sequence))
 
-    def _chain(self, operator: str, name: str, operand: Any) -> tuple:
+    def _chain(self, operator: str, name: str, operand: Callable[[], Tree]) -> Tree:
         operands = [operand()]
         while self._take(operator):
             operands.append(operand())
         return operands[0] if len(operands) == 1 else (name, *operands)
 
-    def _sequence(self) -> tuple:
+    def _sequence(self) -> Tree:
         parts = []
         while self.at < len(self.text) and self.text[self.at] not in "|&)":
             parts.append(self._repeated())
         return ("sequence", *parts)
 
-    def _repeated(self) -> tuple:
+    def _repeated(self) -> Tree:
         begun = self.size
         tree = self._negated()
         while self.at < len(self.text) and self.text[self.at] in "*+?{":
@@ -103,7 +106,7 @@ class _Parser:
             if high is None:
                 tree = ("sequence", *required, ("star", tree))
             else:
-                optional: tuple = ("sequence",)
+                optional: Tree = ("sequence",)
                 for _ in range(high - low):
                     optional = ("union", ("sequence",), ("sequence", tree, optional))
                 tree = ("sequence", *required, optional)
@@ -126,10 +129,10 @@ class _Parser:
             raise Malformed(f"{{{inside}}}")
         return bounds
 
-    def _negated(self) -> tuple:
+    def _negated(self) -> Tree:
         return ("not", self._negated()) if self._take("~") else self._atom()
 
-    def _atom(self) -> tuple:
+    def _atom(self) -> Tree:
         self._grow(1)
         character = self._next()
         if character == "(":
@@ -195,19 +198,20 @@ def _complement(ranges: list[tuple[int, int]]) -> Ranges:
     return (*found, (after, LAST)) if after <= LAST else tuple(found)
 
 
-def _classes(tree: tuple) -> set[Ranges]:
+def _classes(tree: Tree) -> set[Ranges]:
     if tree[0] == "class":
         return {tree[1]}
-    return set().union(*map(_classes, tree[1:])) if len(tree) > 1 else set()
+    found: set[Ranges] = set()
+    return found.union(*map(_classes, tree[1:]))
 
 
 @dataclass
 class _Machine:
     """Nodes in normal form for two trees. A node is a number; equal numbers are equal expressions, not always the other way round."""
 
-    trees: list[tuple]
-    nodes: list[tuple] = field(default_factory=list)
-    numbers: dict[tuple, int] = field(default_factory=dict)
+    trees: list[Tree]
+    nodes: list[Tree] = field(default_factory=list)
+    numbers: dict[Tree, int] = field(default_factory=dict)
     derivatives: dict[tuple[int, int, int], int] = field(default_factory=dict)
     work: int = 0
 
@@ -249,7 +253,7 @@ class _Machine:
         if self.work > MOST_WORK:
             raise TooComplex
 
-    def build(self, tree: tuple) -> int:
+    def build(self, tree: Tree) -> int:
         """The node of a tree."""
         name, *parts = tree
         if name == "class":

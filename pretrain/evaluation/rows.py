@@ -29,10 +29,12 @@ class Row(NamedTuple):
 
     @property
     def context(self) -> str:
+        """The first view."""
         return self.views[0]
 
     @property
     def target(self) -> str:
+        """The last view."""
         return self.views[-1]
 
 

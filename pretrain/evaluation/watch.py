@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data_prep.console import UserError, print_now, report
 from pretrain.config import RunConfig, TaskConfig
@@ -47,8 +48,8 @@ class Watch:
         """
         gone_back = rewinds(self.run_dir)
         for rewind in gone_back[self.rewinds:]:
-            for steps in (self.settled, self.given_up):
-                steps.intersection_update({step for step in steps if step <= rewind["to"]})
+            for known in (self.settled, self.given_up):
+                known.intersection_update({step for step in known if step <= rewind["to"]})
             self.not_before = {step: at for step, at in self.not_before.items() if step <= rewind["to"]}
         self.rewinds = len(gone_back)
         checkpoints = self.run_dir / "checkpoints"
@@ -138,7 +139,7 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
                         "stand above")
 
 
-def _why_waiting(status: dict) -> str:
+def _why_waiting(status: dict[str, Any]) -> str:
     match status.get("status"):
         case "failed" | "resumable" as ended:
             return (f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason given'}): waiting for it to go on; "

@@ -60,7 +60,10 @@ def visibility_mask(visible_until: torch.Tensor, attention: str, *, positions: t
 
     def visible(row, head, query, key):
         seen = (key <= query) & (query < visible_until[row, key])
-        return seen if window is None else seen & (positions[row, query] - positions[row, key] < window)
+        if window is None:
+            return seen
+        assert positions is not None
+        return seen & (positions[row, query] - positions[row, key] < window)
 
     if attention == "flex_attention":
         # compiled, it never builds the dense mask

@@ -45,7 +45,7 @@ def embed_record({arguments}):
 
 
 def readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
-    """The page, from what becomes jepa.json, the model's type and k."""
+    """Return the page, from what becomes jepa.json, the model's type and k."""
     views, pairing = list(jepa["views"]), pairing_of(jepa)
     lines = [f'        "{view}": {_call(view, view_form(jepa, number))},' for number, view in enumerate(views)]
     if predictor_tokens:

@@ -14,7 +14,7 @@ class Form(NamedTuple):
 
 
 def objective_of(jepa: dict[str, Any]) -> ObjectiveConfig:
-    """The objective that jepa.json of an export names."""
+    """Return the objective that jepa.json of an export names."""
     return objective_configs()[jepa["objective"]["name"]].model_validate(jepa["objective"])
 
 

@@ -22,8 +22,10 @@ class Head(nn.Module):
         self.softcap, self.most_logits = softcap, most_logits
 
     def forward(self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Without labels the linear layer alone, (..., D) -> (..., V), as transformers calls it; with (M,) labels the sum of the
-        cross-entropies of (M, D) in nats."""
+        """Return logits, or with labels the sum of the cross-entropies.
+
+        Without labels, as transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar, in nats.
+        """
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
         size = max(1, self.most_logits // len(self.weight))

@@ -106,7 +106,12 @@ class LanguageModel(nn.Module):
     trained through it. Every module is called once a forward pass whatever the batch holds, as ZeRO-3 needs.
     """
 
-    def __init__(self, causal_lm: nn.Module, predictor_tokens: int, attention: str):
+    causal_lm: Any
+    """A PreTrainedModel. Its attributes (`model`, `lm_head`, `config`) depend on the family, so the type checker knows none of them."""
+    vocabulary: int
+    width: int
+
+    def __init__(self, causal_lm: Any, predictor_tokens: int, attention: str):
         super().__init__()
         self.causal_lm, self.attention = causal_lm, attention
         config = causal_lm.config

@@ -20,11 +20,13 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
     transformer = model.causal_lm.model
     maps = sorted({name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)})
     model.causal_lm.requires_grad_(False)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=maps), transformer)
+    # peft declares lora_alpha as an int, and computes with any number
+    adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=maps)  # type: ignore[arg-type]
+    peft.inject_adapter_in_model(adapters, transformer)
 
 
 def merge_adapters(state: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
-    """The state of an adapted LanguageModel as that of one without adapters: W + alpha / rank * B A."""
+    """Return the state of an adapted LanguageModel as one without adapters: W + alpha / rank * B A."""
     merged = {}
     for key, value in state.items():
         if f".{BASE}." in key:

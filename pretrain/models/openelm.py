@@ -93,7 +93,8 @@ class OpenELMConfig(PreTrainedConfig):
 
     def _by_layer(self, multipliers: list[float] | tuple[float, ...]) -> list[float]:
         """From the first layer to the last in equal steps, rounded to two digits as in CoreNet: the published widths need it."""
-        return [round(float(multiplier), 2) for multiplier in np.linspace(*multipliers, num=self.num_hidden_layers)]
+        first, last = multipliers
+        return [round(float(multiplier), 2) for multiplier in np.linspace(first, last, num=self.num_hidden_layers)]
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -205,7 +206,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both have
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -228,7 +229,9 @@ class OpenELMModel(OpenELMPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+        # A mask that is ready for the kernel, such as a BlockMask, comes back as it is.
+        mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds,
+                                  attention_mask=attention_mask,  # type: ignore[arg-type]
                                   past_key_values=past_key_values, position_ids=position_ids)
         hidden_states, position_embeddings = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:

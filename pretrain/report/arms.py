@@ -29,6 +29,7 @@ class Arm:
 
     @property
     def planned(self) -> int:
+        """Number of planned runs."""
         return len(self.runs) + len(self.absent)
 
     @property
@@ -54,6 +55,7 @@ class Comparison:
 
     @property
     def runs(self) -> list[Run]:
+        """Runs of all arms."""
         return [run for arm in self.arms.values() for run in arm.runs.values()]
 
     @property

@@ -20,7 +20,7 @@ def flops_per_token(run: Run) -> float:
 
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
-    """The corpus of a run, if it still stands where the run read it, and is the same. Raises UserError."""
+    """Return the corpus of a run, if it still stands where the run read it, and is the same. Raises UserError."""
     folder = next((folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()), None)
     if folder is None:
         raise UserError(f"the corpus {config.data.path} is not here")

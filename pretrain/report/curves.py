@@ -1,5 +1,6 @@
 """Curves over seeds: a mean and the range around it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ def metric_bands(summaries: Summaries, metric: Metric, against: str) -> dict[str
     return _bands(summaries, lambda run: metric.curve(run, summaries.settings), against)
 
 
-def _bands(summaries: Summaries, curve, against: str) -> dict[str, Band]:
+def _bands(summaries: Summaries, curve: Callable[[Run], Points], against: str) -> dict[str, Band]:
     bands = {}
     for name, summary in summaries.arms.items():
         factor = 1.0

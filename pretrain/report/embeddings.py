@@ -82,7 +82,8 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
     rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw(numbers, 0, np.zeros_like(numbers)))
     rows = Rows.join([rows], -(-rows.count // ROWS) * ROWS)
-    predictions, targets = [], []
+    predictions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     for batch in micro_batches(rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1):
         batch = batch.to(device)
         for found, read in zip((predictions, targets), read_out(model(batch), batch), strict=True):

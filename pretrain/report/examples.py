@@ -73,7 +73,7 @@ def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
 
 
 def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The rows of a finished run's last answers, by context, target and how often that pair came before; empty where there are none."""
+    """Return the rows of a finished run's last answers, by context, target and how often that pair came before; empty where there are none."""
     path = run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
     if path is None or not path.is_file():
         return {}

@@ -43,10 +43,12 @@ class Overfitting:
 def overfitting(summaries: Summaries) -> Overfitting | None:
     """None where no arm has overfitted."""
     arms = {name: past for name, summary in summaries.arms.items() if (past := _past(summaries, summary.finished))}
-    if not any(spread(past.rise.values()).mean > RISE * spread(past.lowest.values()).mean for past in arms.values()):
+    if not any(_mean(past.rise) > RISE * _mean(past.lowest) for past in arms.values()):
         return None
     baseline, better = summaries.comparison.baseline, summaries.comparison.metric.higher_is_better
-    others = {name: past for name, past in arms.items() if name != baseline} if baseline in arms else {}
+    if baseline is None or baseline not in arms:
+        return Overfitting(arms, {}, {})
+    others = {name: past for name, past in arms.items() if name != baseline}
     changes = {name: past.change for name, past in others.items() if past.change}
     return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, arms[baseline].rise, False) if others else {},
                        compare(changes, arms[baseline].change, better) if changes else {})
@@ -63,6 +65,12 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
         times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
         scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
         if len(scores) > 1:
-            metric[run.seed] = float(np.interp(step, *zip(*scores, strict=True)))
+            steps, values = zip(*scores, strict=True)
+            metric[run.seed] = float(np.interp(step, steps, values))
             change[run.seed] = scores[-1][1] - metric[run.seed]
-    return Past(lowest, rise, spread(times.values()), metric, change) if lowest else None
+    of_times = spread(times.values())
+    return Past(lowest, rise, of_times, metric, change) if of_times else None
+
+
+def _mean(values: dict[int, float]) -> float:
+    return float(np.mean(list(values.values())))

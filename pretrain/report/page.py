@@ -33,11 +33,12 @@ def columns(summaries: Summaries) -> list[str]:
 def row(summaries: Summaries, summary: Summary) -> list[str]:
     """The cells of an arm."""
     test, baseline = summary.test, summaries.comparison.baseline
-    compared = []
-    if baseline:
-        is_base = summary.arm.name == baseline
-        compared = ["", "", "", "baseline"] if is_base else [words.number(test.mean, True), words.interval_text(test), words.p_text(test.corrected_p),
-                                                             test.verdict]
+    compared: list[str] = []
+    if baseline and summary.arm.name == baseline:
+        compared = ["", "", "", "baseline"]
+    elif baseline:
+        assert test is not None  # every other arm has one
+        compared = [words.number(test.mean, True), words.interval_text(test), words.p_text(test.corrected_p), test.verdict]
     amounts = [found.mean if (found := summary.consumed(what)) else None for what in AMOUNTS]
     ratio = summary.seconds_ratio
     costs = [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"] if baseline else []
@@ -113,7 +114,7 @@ def html(summaries: Summaries, say: Callable[[str], None]) -> str:
 
 def _dash(number: int) -> str:
     style = plots.arm_style(number)[1]
-    return "" if style == "-" else " ".join(str(2 * length) for length in style[1])
+    return "" if isinstance(style, str) else " ".join(str(2 * length) for length in style[1])
 
 
 def _curves(summaries: Summaries) -> list[dict[str, Any]]:

@@ -23,8 +23,9 @@ INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", FIRST: "var(--arm1)", SECOND: "var(--arm2)"}
 HUES = 7
 """Colours in the page beside the baseline's; the next arms take them again, with another dash."""
-DASHES = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-BASELINE_DASH = (0, (4, 3))
+Dash = str | tuple[int, tuple[float, ...]]
+DASHES: tuple[Dash, ...] = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+BASELINE_DASH: Dash = (0, (4, 3))
 """An arm that differs little from the baseline shows between its strokes."""
 LABELLED = 8
 """Arms up to which a chart names its lines at their ends."""
@@ -42,7 +43,7 @@ plt.rcParams.update({
 })
 
 
-def arm_style(number: int) -> tuple[str, object]:
+def arm_style(number: int) -> tuple[str, Dash]:
     """Colour (a stand-in) and dash of the arm of this number; 0 is the baseline."""
     return f"#05{number:02x}00", BASELINE_DASH if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
 
@@ -85,21 +86,22 @@ def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str],
 
 def forest(summaries: Summaries) -> str:
     """Each arm's difference to the baseline: the seeds, their mean and its interval. Empty without a difference."""
-    tests = {name: test for name, test in summaries.tests.items() if test.mean is not None}
+    tests = [(name, test, mean) for name, test in summaries.tests.items() if (mean := test.mean) is not None]
     if not tests:
         return ""
+    assert summaries.baseline is not None  # or there would be no test
     figure, axis = plt.subplots(figsize=(WIDTH * 0.8, 0.75 + 0.42 * len(tests)))
     numbers = {name: number for number, name in enumerate(summaries.arms)}
     base = summaries.baseline.values
-    for row, (name, test) in enumerate(tests.items()):
+    for row, (name, test, mean) in enumerate(tests):
         color, _ = arm_style(numbers[name])
         values = summaries.arms[name].values
-        if test.low is not None:
+        if test.low is not None and test.high is not None:
             axis.plot([test.low, test.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axis.plot([values[seed] - base[seed] for seed in test.seeds], [row] * len(test.seeds), "o", color=color, markersize=4.5)
-        axis.plot([test.mean], [row], marker="|", color=INK, markersize=15, markeredgewidth=2)
+        axis.plot([mean], [row], marker="|", color=INK, markersize=15, markeredgewidth=2)
     axis.axvline(0, color=INK, linewidth=1)
-    axis.set_yticks(range(len(tests)), list(tests))
+    axis.set_yticks(range(len(tests)), [name for name, _, _ in tests])
     axis.set_ylim(len(tests) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(f"difference to {summaries.comparison.baseline} in {summaries.comparison.metric}"
@@ -167,8 +169,9 @@ def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
     """The names of the arms to the right of the chart, at the heights of their ends as far as there is room."""
     to_axes = axis.transAxes.inverted()
     ends = {name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1] for name, band in found.items()}
-    order = sorted(ends, key=ends.get)
-    gap, heights = 0.085, []
+    order = sorted(ends, key=ends.__getitem__)
+    gap = 0.085
+    heights: list[float] = []
     for name in order:
         heights.append(max(ends[name], heights[-1] + gap if heights else 0.0))
     excess = max(0.0, heights[-1] - 1.0)

@@ -39,12 +39,15 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.config.get("seed", 0)
+        """Seed of the run."""
+        seed: int = self.config.get("seed", 0)
+        return seed
 
     @property
     def objective(self) -> str:
         """The name of its objective."""
-        return self.config["objective"]["name"]
+        name: str = self.config["objective"]["name"]
+        return name
 
     @property
     def finished(self) -> bool:
@@ -76,7 +79,8 @@ class Run:
     def consumed(self, key: str, steps: Iterable[int]) -> np.ndarray:
         """A counter of metrics.jsonl (`tokens`, `seconds`) at steps, on a straight line between the logged ones, which start at 0."""
         lines = [{"step": 0, key: 0}, *self.metrics]
-        return np.interp(list(steps), [line["step"] for line in lines], [line[key] for line in lines])
+        values: np.ndarray = np.interp(list(steps), [line["step"] for line in lines], [line[key] for line in lines])
+        return values
 
 
 def is_higher_better(metric: str) -> bool:
@@ -131,7 +135,7 @@ class Metric:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
             votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(votes, key=votes.get) if votes else None
+        return max(votes, key=votes.__getitem__) if votes else None
 
 
 def finetunings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -47,8 +47,9 @@ class Paired:
 def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool) -> dict[str, Paired]:
     """Test each arm against the baseline; all are values of the metric by seed."""
     pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
-    found = {name: _untested(differences, baseline) for name, differences in pairs.items()}
-    tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if found[name] is None}
+    untested = {name: _untested(differences, baseline) for name, differences in pairs.items()}
+    found = {name: result for name, result in untested.items() if result is not None}
+    tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
     for name, (corrected_p, alpha) in holm(p_values).items():
         differences = tested[name]
@@ -57,7 +58,7 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
             list(pairs[name]), float(differences.mean()), _verdict(differences.mean(), corrected_p, higher_is_better), float(differences.std(ddof=1)),
             p_values[name], corrected_p, 1 - alpha, low, high,
             detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
-    return found
+    return {name: found[name] for name in arms}
 
 
 def _untested(differences: dict[int, float], baseline: dict[int, float]) -> Paired | None:
@@ -106,7 +107,7 @@ def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
     out 0: the first p that is not rejected stops the procedure, and all above it are measured by its alpha.
     """
     result: dict[str, tuple[float, float]] = {}
-    ordered = sorted(p_values, key=p_values.get)
+    ordered = sorted(p_values, key=p_values.__getitem__)
     largest, factor = 0.0, len(ordered)
     for rank, name in enumerate(ordered):
         if largest < ALPHA:

@@ -59,6 +59,7 @@ class Summary:
 
     @property
     def metric(self) -> Spread | None:
+        """Spread of the metric over the seeds."""
         return spread(self.values.values())
 
     def consumed(self, what: str) -> Spread | None:
@@ -83,7 +84,9 @@ class Summaries:
 
     @property
     def baseline(self) -> Summary | None:
-        return self.arms.get(self.comparison.baseline)
+        """Summary of the baseline; None if there is none."""
+        baseline = self.comparison.baseline
+        return None if baseline is None else self.arms.get(baseline)
 
     @property
     def tests(self) -> dict[str, Paired]:
@@ -96,11 +99,13 @@ def summarize(comparison: Comparison) -> Summaries:
     settings = comparison.metric.common_settings(comparison.runs)
     values = {name: {seed: value for seed, run in arm.runs.items() if (value := comparison.metric.final(run, settings)) is not None}
               for name, arm in comparison.arms.items()}
-    tests = {}
+    tests: dict[str, Paired] = {}
+    of_baseline = None
     if comparison.baseline is not None:
-        tests = compare({arm.name: values[arm.name] for arm in comparison.others}, values[comparison.baseline], comparison.metric.higher_is_better)
+        others = {arm.name: values[arm.name] for arm in comparison.others}
+        tests = compare(others, values[comparison.baseline], comparison.metric.higher_is_better)
+        of_baseline = comparison.arms.get(comparison.baseline)
     flops, problem = _all_flops(comparison)
-    of_baseline = comparison.arms.get(comparison.baseline)
     arms = {}
     for name, arm in comparison.arms.items():
         finished = [run for run in arm.runs.values() if run.finished]
@@ -142,7 +147,8 @@ def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:
 
 def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
     def seconds_per_token(run: Run) -> float:
-        return run.last["seconds"] / run.last["tokens"]
+        seconds: float = run.last["seconds"]
+        return seconds / float(run.last["tokens"])
 
     both = [(run, baseline.runs[seed]) for seed, run in arm.runs.items() if run.finished and seed in baseline.runs and baseline.runs[seed].finished]
     ratios = spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
@@ -150,7 +156,7 @@ def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
 
 
 def monitor(run: Run, name: str) -> float | None:
-    """A diagnostic of the embeddings at the end: on the validation records, or, without those, on the last logged micro step."""
+    """Return a diagnostic of the embeddings at the end: on the validation records, or, without those, on the last logged micro step."""
     return run.value(f"validation/embedding/{name}", f"embedding/{name}")
 
 

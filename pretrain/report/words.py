@@ -39,10 +39,12 @@ def spread_text(value: Spread | None) -> str:
 
 
 def p_text(p: float | None) -> str:
+    """Format a p value."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def interval_text(test: Paired | None) -> str:
+    """Format the interval of a test."""
     return "–" if test is None or test.low is None else f"{number(test.low, True)} to {number(test.high, True)}"
 
 
@@ -72,6 +74,7 @@ def verdict(all_arms: Summaries, name: str) -> str:
     """Of one arm, in a sentence with its numbers."""
     comparison, test = all_arms.comparison, all_arms.tests[name]
     metric, baseline = comparison.metric, comparison.baseline
+    assert baseline is not None  # or there would be no test
     if test.verdict == "no verdict":
         seen = "" if test.mean is None else f" (the difference to {baseline} in {metric} is {number(test.mean, True)})"
         return f"{name}: no verdict, because {test.reason}{seen}."
@@ -90,7 +93,10 @@ def verdict(all_arms: Summaries, name: str) -> str:
 
 def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
     """Which arm holds past the best validation loss, a sentence for each arm and measure."""
-    metric, baseline, sentences = all_arms.comparison.metric, all_arms.comparison.baseline, []
+    metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
+    sentences: list[str] = []
+    if baseline is None:
+        return sentences
     measures = [("validation/loss/lm", past.rises, {name: arm.rise for name, arm in past.arms.items()}),
                 (str(metric), past.changes, {name: arm.change for name, arm in past.arms.items()})]
     for measure, tests, values in measures:
@@ -172,15 +178,16 @@ def _matching(all_arms: Summaries) -> list[str]:
     """Which amounts the arms had alike."""
     if len(all_arms.arms) < 2:
         return []
-    alike, unlike = [], []
+    alike: list[tuple[str, str]] = []
+    unlike: list[tuple[str, str]] = []
     for what, name in AMOUNTS.items():
-        means = [found.mean for arm in all_arms.arms.values() if (found := arm.consumed(what))]
+        means = [amount.mean for arm in all_arms.arms.values() if (amount := arm.consumed(what))]
         if len(means) == len(all_arms.arms):
             apart = max(means) / min(means) - 1
             (unlike if apart > CLOSE else alike).append((what, f"{name} (up to {apart:.0%} apart)" if apart > CLOSE else name))
     matched_by = all_arms.comparison.matched_by
-    found = []
-    if matched_by in [what for what, _ in unlike]:
+    found: list[str] = []
+    if matched_by is not None and matched_by in [what for what, _ in unlike]:
         found.append(f"The study is matched by {AMOUNTS[matched_by]}, but the arms did not get the same: see the table.")
     if unlike:
         same = f"The arms had the same {listed([text for _, text in alike])}" if alike else "The arms had nothing alike"

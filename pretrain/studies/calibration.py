@@ -49,8 +49,10 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
 
 
 def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, processes: Processes) -> dict[str, float]:
-    """The tokens a second of each arm. Those that were measured before stay where the settings are the same, and where the arm has runs, whose
-    budgets follow from them. Raises UserError.
+    """Return the tokens per second of each arm.
+
+    An earlier measurement stays if the settings are the same, or if the arm has runs, because their budgets follow from it.
+    Raises UserError.
     """
     folder = study.folder / "calibration"
     for arm in arms:

@@ -46,5 +46,5 @@ def _tests(config: RunConfig) -> list[str]:
 
 
 def _records(config: RunConfig) -> str:
-    """What decides the shards, as text."""
+    """Return the settings that decide the shards, as text."""
     return json.dumps([config.data.preparation(), _tests(config) if config.data.decontaminate else []], sort_keys=True)

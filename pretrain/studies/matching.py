@@ -56,7 +56,8 @@ class Matching:
     """
 
     def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
-        self.study, self._say, self._said = study, say, set()
+        self.study, self._say = study, say
+        self._said: set[str] = set()
         self.base = make_base(study)
         plan = self._plan(self.base)
         self.base_step_tokens = plan.step.tokens
@@ -154,7 +155,11 @@ def budget_tokens(plan: Plan) -> int:
         return train.tokens
     if train.steps is not None:
         return round((train.steps - 0.5) * plan.step.tokens)  # a run ends with the step that reaches its tokens: with this one as a rule
-    records = train.records if train.records is not None else order.until(train.epochs)
+    assert corpus is not None and order is not None  # the corpora of a study are prepared before its plan
+    records = train.records
+    if records is None:
+        assert train.epochs is not None  # a run has exactly one budget
+        records = order.until(train.epochs)
     weights = source_weights(corpus.manifest, plan.config.data.sources)
-    of_an_epoch = sum(weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"])
+    of_an_epoch: float = sum(weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"])
     return math.floor(records * of_an_epoch / order.epoch_records + 1e-6)

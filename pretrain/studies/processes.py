@@ -17,7 +17,7 @@ class Processes:
 
     def __init__(self, lock: IO[bytes]):
         self._lock = lock
-        self._running: subprocess.Popen | None = None
+        self._running: subprocess.Popen[bytes] | None = None
         self._group = False
         self.stopped: signal.Signals | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -53,5 +53,6 @@ class Processes:
             self._pass_on(self.stopped)
 
     def _pass_on(self, number: signal.Signals) -> None:
+        assert self._running is not None
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if self._group else os.kill)(self._running.pid, number)

@@ -1,5 +1,7 @@
 """study.json: what a study is made of, for the report and for the next start.
 
+Its keys:
+
     name, matched_by, baseline, metric    as in the study file
     arms           ARM: {"overrides": as in the study file, "matched": what matching has set, "flops_per_token": of the corpus,
                    "runs": {SEED: the run's folder in the study's}}

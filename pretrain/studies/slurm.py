@@ -3,7 +3,7 @@
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.console import UserError, print_now
@@ -33,8 +33,8 @@ def submit_runs(folder: Path, launcher: Path, slurm: SlurmConfig, runs: list[Run
     return 0
 
 
-def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: list[str] = ()) -> int:
-    """The number of a new job. Raises UserError."""
+def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: Sequence[str] = ()) -> int:
+    """Return the number of a new job. Raises UserError."""
     if not Path("launcher/run.py").is_file():
         raise UserError("jobs start in this folder, and launcher/run.py is not in it: start the study from the project's folder")
     done = _call("sbatch", "--parsable", f"--job-name={name}", f"--output={log}", *more, *shlex.split(options), str(script), str(argument))
@@ -54,7 +54,7 @@ def _is_queued(job: int) -> bool:
     return bool(_call("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip())
 
 
-def _call(*command: str) -> subprocess.CompletedProcess:
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

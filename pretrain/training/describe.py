@@ -75,7 +75,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     if changed:
         told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
         raise UserError(f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder")
-    environment = _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
+    environment: dict[str, Any] = _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
     for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
             raise UserError(f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
@@ -85,10 +85,10 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
                         "set them so, or choose another `name`")
     accepted = [f"{key} is {_at(now, key)}, it was {_at(before, key)}" for key in differing if key.split(".")[0] not in SILENT]
     ranks_before = environment.get("ranks", ranks or 1)
-    ranks = ranks or ranks_before
-    rows, rows_before = ranks * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
+    ranks_now = ranks or ranks_before
+    rows, rows_before = ranks_now * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
     if rows != rows_before:
-        accepted.append(f"a micro step has {rows} rows on {ranks} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
+        accepted.append(f"a micro step has {rows} rows on {ranks_now} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
                         "each other (info_nce, regularizers) sees other ones")
     return accepted
 

@@ -71,7 +71,7 @@ class World:
         return mine
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """A small Python value of every rank, on every rank."""
+        """Gather a small Python value of every rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -139,7 +139,7 @@ def environment_of_the_launcher() -> None:
 
 
 def _environment_from_slurm(tasks: int) -> None:
-    """srun without MPI."""
+    """Set the variables for srun without MPI."""
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks), "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
     if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
         nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)

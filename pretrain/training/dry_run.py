@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import counts
 from pretrain.data.order import Order
 from pretrain.models.attention import resolve_attention
-from pretrain.models.language_model import LanguageModel, pretrained_config, random_causal_lm, shape_config, special_ids
+from pretrain.models.language_model import LanguageModel, random_causal_lm, special_ids
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import environment_of_the_launcher
-from pretrain.training.engine import check_fits, check_zero_options, engine_settings
+from pretrain.training.engine import check_fits, check_zero_options, engine_settings, shape_of
 from pretrain.training.memory import ITEM_BYTES, ModelStates, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
 from pretrain.training.setup import check, make_loader
@@ -102,7 +103,7 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
         raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to")
 
 
-def _future_tokenizer(config: RunConfig) -> Tokenizer | SimpleNamespace:
+def _future_tokenizer(config: RunConfig) -> Any:
     """The tokenizer that a preparation would make, or, where it would train one, its size and special ids."""
     if config.data.tokenizer.path is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,14 +111,13 @@ def _future_tokenizer(config: RunConfig) -> Tokenizer | SimpleNamespace:
     return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
 
 
-def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer | SimpleNamespace) -> LanguageModel:
+def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     attention = "eager"  # nothing is computed, and every family has it
+    shape = shape_of(config, tokenizer)
     if config.model.init_from is None:
-        shape = shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length)
         resolve_attention(config.model.attention, torch.device("cuda"), shape)  # refuses what no device can do
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    shape = pretrained_config(config.model.init_from)
     with torch.device("meta"):
         model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     check_fits(config, model, tokenizer)
@@ -194,7 +194,8 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     plain = make_layout(config.objective.layout, specials, views=corpus.views, lm_views=data.lm_views, train_end_token=data.train_end_token)
     loader = make_loader(config, corpus, layout)
     sums: Counter[str] = Counter()
-    stream, without_pairs = Counter(), Counter()
+    stream: Counter[str] = Counter()
+    without_pairs: Counter[str] = Counter()
     while loader.epoch == loader.window == 0:
         rows = loader.next_rows(config.train.global_batch_rows)
         if loader.exhausted and sums["steps"]:
@@ -255,13 +256,13 @@ def _step_table(plan: Plan) -> Table:
         rows.append((f"micro steps of each of {ranks:,} rank{'s' * (ranks > 1)}", f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}"))
     if step.planned:
         rows += [("records", f"{step.records:,.0f}"), ("corpus tokens", f"{step.tokens:,.0f}")]
-    rows.append(_compared("positions", stream.positions, plain and plain.positions, ",.0f"))
+    rows.append(_compared("positions", stream.positions, plain.positions if plain else None, ",.0f"))
     if plain:
         parts = {"predictor tokens": stream.predictor, "copies of a view": stream.positions - plain.positions - stream.predictor}
         rows += [(f"  {name}", f"{count:,.0f}") for name, count in parts.items() if count > 0.5]
     if step.planned:
         rows.append(("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}"))
-    rows.append(_compared("next-token targets", stream.targets, plain and plain.targets, ",.0f"))
+    rows.append(_compared("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
     if plain:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
     flops = stream.flops(plan.parameters, plan.model)
@@ -281,11 +282,13 @@ def _budget_table(plan: Plan) -> Table:
     if corpus is None and name in ("records", "epochs"):
         return [*rows, ("steps", "unknown")]
     # without a corpus a full row holds at most as many tokens as positions
-    one = Progress(1, step.records, step.tokens) if corpus else Progress(1, tokens=step.stream.positions)
-    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, step.order.until(train.epochs) if train.epochs else 0))
+    records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
+    one = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not whole numbers
+    of_epochs = step.order.until(train.epochs) if train.epochs and step.order else 0
+    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, of_epochs))
     if train.steps is None:
         rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
-    if corpus:
+    if step.order:
         rows += [("corpus tokens in all", f"{steps * step.tokens:,.0f}"), ("epochs", f"{steps * step.records / step.order.epoch_records:,.2f}")]
     rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{steps * plan.flops:.3g}"))
     peak = peak_flops()

@@ -7,6 +7,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from data_prep.console import UserError
@@ -36,6 +37,15 @@ class TrainingModule(nn.Module):
         return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
+def shape_of(config: RunConfig, tokenizer: Tokenizer) -> PretrainedConfig:
+    """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from."""
+    model = config.model
+    if model.init_from is not None:
+        return pretrained_config(model.init_from)
+    assert model.family is not None and model.shape is not None  # the configuration has these or init_from
+    return shape_config(model.family, model.shape, tokenizer, config.data.sequence_length)
+
+
 def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, universal: bool = False) -> deepspeed.DeepSpeedEngine:
     """Build the model, partitioned from the start, and its optimizer; `universal`: to load a checkpoint of another number of ranks.
 
@@ -44,18 +54,17 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings)
-    from_scratch = config.model.init_from is None
-    shape = (shape_config(config.model.family, config.model.shape, tokenizer, config.data.sequence_length) if from_scratch
-             else pretrained_config(config.model.init_from))
+    origin = config.model.init_from
+    shape = shape_of(config, tokenizer)
     attention = resolve_attention(config.model.attention, world.device, shape)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     seed_all(config.seed)
-    if from_scratch:
+    if origin is None:
         model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
     else:
-        model = LanguageModel(pretrained_causal_lm(config.model.init_from, attention, dtype), config.predictor_tokens, attention)
+        model = LanguageModel(pretrained_causal_lm(origin, attention, dtype), config.predictor_tokens, attention)
         check_fits(config, model, tokenizer)
-        load_predictor(model, config.model.init_from)
+        load_predictor(model, origin)
         if config.model.lora:
             add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:

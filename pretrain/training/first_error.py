@@ -36,20 +36,22 @@ class Failure:
 
 
 def tell_first_error(world: World, error: Exception, step: int, tell: Callable[[str], None]) -> str | None:
-    """Called by each rank that fails: one of them tells who was the first, and gets that line back; the others get None.
+    """Report the first rank that failed. Each rank that fails calls this: one of them reports and returns that line, the others return None.
 
     A rank that was killed leaves no note: it is the one whose watchdog does not beat any more.
     """
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(PEER_IS_GONE.search(what)))
+    notes = world.notes
+    assert notes is not None  # there are other ranks
     try:
-        order, trace = world.notes.count("failures"), "".join(traceback.format_exception(error))
+        order, trace = notes.count("failures"), "".join(traceback.format_exception(error))
         mine = Failure(order, world.rank, world.hosts[world.rank], step, what, trace, lost)
-        world.notes.put(_key(world.rank), asdict(mine))
-        before = beats(world.notes, world.hosts)
+        notes.put(_key(world.rank), asdict(mine))
+        before = beats(notes, world.hosts)
         time.sleep(SEEN)
-        failures = [Failure(**values) for values in world.notes.get([_key(rank) for rank in range(world.size)]) if values]
-        silent = [now for now, earlier in zip(beats(world.notes, world.hosts), before, strict=True) if now.beats == earlier.beats]
+        failures = [Failure(**values) for values in notes.get([_key(rank) for rank in range(world.size)]) if values]
+        silent = [now for now, earlier in zip(beats(notes, world.hosts), before, strict=True) if now.beats == earlier.beats]
     except Unreachable:
         line = (f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at step {step} with {what}")
         tell(line)

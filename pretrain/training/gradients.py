@@ -40,7 +40,7 @@ def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Ma
 
 def _gradient(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], weights: Mapping[str, float],
               world: World) -> list[torch.Tensor]:
-    """The gradient of the global batch, of each parameter the part that falls to this rank, flat and in fp32."""
+    """Return the gradient of the global batch, of each parameter the part that falls to this rank, flat and in fp32."""
     parameters = list(module.parameters())
     parts: list[torch.Tensor | float] = [0.0] * len(parameters)
 

@@ -11,6 +11,7 @@ import sys
 
 
 def main() -> None:
+    """Wait for heartbeats; kill the rank if they stop."""
     rank, seconds = int(sys.argv[1]), None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # those are for the rank, and this ends with it

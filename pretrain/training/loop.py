@@ -204,8 +204,9 @@ class Trainer:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
     def _compute(self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool) -> tuple[Agreed, Pool | None, float, bool]:
-        """Forward and backward over this rank's micro batches: what all ranks agree on, the last pool, the spike score of the loss, and
-        whether the step is left out.
+        """Run forward and backward over this rank's micro batches.
+
+        Return what all ranks agree on, the last pool, the spike score of the loss, and whether the step is skipped.
 
         `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch. The ranks agree before the
         last backward pass, which makes the gradient of a step that is to be left out NaN on all of them: DeepSpeed then makes no update.
@@ -302,6 +303,7 @@ class Trainer:
         }
 
     def _validate(self) -> dict[str, float] | None:
+        assert self.validation is not None
         values = self.validation.run(self.engine, self.objective.units, self._asked_to_stop)
         if values is None:
             return None

@@ -101,6 +101,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
             write_status(config.run_dir, "failed", step, line)
         os._exit(1)
     if world.is_main:
+        assert trainer.metrics is not None and trainer.lock is not None  # the main rank has both
         trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
         trainer.lock.close()

@@ -82,7 +82,7 @@ class Activations:
 
 
 def activations(model: LanguageModel, precision: str, positions: float, targets: float) -> Activations:
-    """An estimate for a micro batch of `positions`, padding included, and next-token `targets`.
+    """Return an estimate for a micro batch of `positions`, padding included, and next-token `targets`.
 
     Counted as in Korthikanti et al., arXiv 2205.05198, section 4.1: each matrix product keeps its input, attention its queries, keys and
     values, each norm its input. With b bytes an element, width h, queries q, keys k, gated feed-forward f and norms n (2 h in Llama):

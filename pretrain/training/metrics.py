@@ -67,6 +67,7 @@ class Metrics:
             print_now(f"WARNING: cannot write metrics.jsonl ({error.strerror}); {self._unwritten.count(NEWLINE)} lines are kept until there is room")
 
     def _open(self, step: int) -> None:
+        assert self._folder is not None
         self._writer = open_tensorboard(self._folder, purge_step=step)
         _silence_threads()
         self._writer.add_custom_scalars({"loss": {

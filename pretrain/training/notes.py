@@ -21,10 +21,11 @@ class Notes:
     """JSON values by key in the ranks' common store, with a connection of its own. Every call may raise Unreachable."""
 
     def __init__(self, store: dist.Store):
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]  # not in the stubs of torch
         self._calls = ThreadPoolExecutor(1, "notes")  # a store on a node that is gone may block for ever
 
     def put(self, key: str, value: Any) -> None:
+        """Store a value under a key."""
         self._ask(lambda: self._store.set(key, json.dumps(value)))
 
     def get(self, keys: list[str]) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 
 
 def file_name(rank: int) -> str:
-    """The file of a rank."""
+    """Return the file of a rank."""
     return f"random_rank_{rank:05d}.pt"
 
 

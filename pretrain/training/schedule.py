@@ -37,7 +37,7 @@ def consumed_fraction(progress: Progress, train: TrainConfig, epochs_records: in
 
 
 def learning_rate(fraction: float, train: TrainConfig) -> float:
-    """The rate at a consumed fraction: linear warm-up, then cosine, linear or warmup-stable-decay down to final_rate."""
+    """Return the rate at a consumed fraction: linear warm-up, then cosine, linear or warmup-stable-decay down to final_rate."""
     fraction = min(1.0, fraction)
     if fraction < train.warmup_fraction:
         return train.learning_rate * fraction / train.warmup_fraction

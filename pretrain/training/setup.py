@@ -9,9 +9,12 @@ from typing import IO, TypeVar
 
 import numpy as np
 
+from data_prep.config import JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import sha256_file, try_lock
 from data_prep.shards import positions_needed
+from data_prep.sources.files import find_files
+from data_prep.sources.json_lines import SUFFIXES
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout, Specials
@@ -58,7 +61,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
 
     found = checkpoint.find_newest(checkpoints, world, say)
     universal = found is not None and found.ranks != world.size
-    if universal:
+    if found is not None and universal:
         checkpoint.make_universal(found, world, say)
     objective = build_objective(config.objective)
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
@@ -137,10 +140,12 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         _check_lengths(config, corpus, say)
     if corpus is not None and config.data.decontaminate:
         _check_compared(config, corpus, say)
-    for task in config.evaluation.tasks:
-        for key, path in (("train", task.train), ("test", task.test)):
-            if path is not None and not Path(path).is_file():
-                raise UserError(f"evaluation.tasks: there is no file {path} ({key} of {task.name})")
+    for number, task in enumerate(config.evaluation.tasks):
+        for key, given in (("train", task.train), ("test", task.test)):
+            if isinstance(given, JsonSource):
+                find_files(given, f"evaluation.tasks.{number}.{key}", SUFFIXES)
+            elif isinstance(given, str) and not Path(given).is_file():
+                raise UserError(f"evaluation.tasks: there is no file {given} ({key} of {task.name})")
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
@@ -154,8 +159,9 @@ def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None
     settings = corpus.manifest["settings"]
     known = {file["sha256"] for file in settings.get("files", {}).values()} if settings["data"].get("decontaminate", True) else set()
     for task in config.evaluation.tasks:
-        if task.test is not None and Path(task.test).is_file() and sha256_file(Path(task.test)) not in known:
-            say(f"WARNING: {config.data.path} was prepared without a look at {task.test} (task {task.name}): its questions may stand in the training "
+        path = task.test.path if isinstance(task.test, JsonSource) else task.test
+        if isinstance(path, str) and Path(path).is_file() and sha256_file(Path(path)) not in known:
+            say(f"WARNING: {config.data.path} was prepared without a look at {path} (task {task.name}): its questions may stand in the training "
                 "data; prepare another data.path with this configuration, or set data.decontaminate=false")
 
 

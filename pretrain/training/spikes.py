@@ -39,7 +39,7 @@ class SpikeRule:
 
 
 def left_out(run_dir: Path) -> set[int]:
-    """The steps whose records train nothing."""
+    """Return the steps whose records train nothing."""
     return {step for rewind in rewinds(run_dir) for step in rewind["left_out"]}
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1. A second signal ends the process at once, but not within GRACE seconds:
+    """A request to stop, set by SIGTERM, SIGINT or SIGUSR1.
 
-    launchers pass a signal on that their ranks have had already from the terminal or the scheduler.
+    A second signal ends the process at once, but not within GRACE seconds: launchers pass on a signal that their ranks
+    have already had from the terminal or the scheduler.
     """
 
     GRACE = 10.0

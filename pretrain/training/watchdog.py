@@ -61,7 +61,9 @@ class Watchdog:
         self._limit = SLOW
         self._stop = threading.Event()
         self._guard = subprocess.Popen([sys.executable, "-S", guard.__file__, str(os.getpid())], stdin=subprocess.PIPE)
-        os.set_blocking(self._guard.stdin.fileno(), False)
+        assert self._guard.stdin is not None
+        self._to_guard = self._guard.stdin.fileno()
+        os.set_blocking(self._to_guard, False)
         self._note()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -94,7 +96,8 @@ class Watchdog:
         self._guard.wait()
 
     def _watch(self) -> None:
-        moves, since, before, asked = -1, 0.0, None, 0.0
+        moves, since, asked = -1, 0.0, 0.0
+        before: list[Beat] | None = None
         while not self._stop.wait(BEAT):
             if self._mine.moves != moves:
                 moves, since, before = self._mine.moves, time.monotonic(), None
@@ -105,7 +108,7 @@ class Watchdog:
                 if waited > self._limit - SILENT * BEAT and before is None:
                     before, asked = self._beats(), waited
                 late = waited > self._limit and waited - asked >= (SILENT - 1) * BEAT
-                missing = self._missing(before, self._beats()) if late else ""
+                missing = self._missing(before, self._beats()) if late and before is not None else ""
             except Unreachable:
                 missing = "rank 0, or the launcher, which keep the ranks' common store, do not answer" if waited > self._limit else ""
             if missing and self._mine.moves == moves and not self._stop.is_set():
@@ -114,7 +117,7 @@ class Watchdog:
     def _show_life(self) -> None:
         """Tell the guard, and for how long it may hear nothing now."""
         with contextlib.suppress(OSError):  # the guard has ended
-            os.write(self._guard.stdin.fileno(), b"%f\n" % (self._limit + PATIENCE))
+            os.write(self._to_guard, b"%f\n" % (self._limit + PATIENCE))
 
     def _note(self) -> None:
         self._show_life()

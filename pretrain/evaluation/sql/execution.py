@@ -27,7 +27,7 @@ _TOKENS = re.compile(r"""
 class Outcome(NamedTuple):
     """What a query gave."""
 
-    rows: list[tuple] | None
+    rows: list[tuple[Any, ...]] | None
     """None: nothing, see `error`."""
     columns: int = 0
     """Of a row, also where there is none."""
@@ -39,7 +39,7 @@ class Runner:
 
     def __init__(self, seconds: float = SECONDS, most_rows: int = MOST_ROWS):
         self._limits = {"seconds": seconds, "most_rows": most_rows}
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Runner":
         return self
@@ -52,12 +52,14 @@ class Runner:
         if self._process is None:
             self._process = subprocess.Popen([sys.executable, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                              stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None and answers is not None
         timer = threading.Timer(PATIENCE, self._process.kill)
         timer.start()
         try:
-            self._process.stdin.write(json.dumps({"database": str(database), "query": query} | self._limits) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            requests.write(json.dumps({"database": str(database), "query": query} | self._limits) + "\n")
+            requests.flush()
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         finally:
@@ -75,21 +77,22 @@ class Runner:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
             self._process = None
 
 
-def same_rows(first: list[tuple], second: list[tuple], ordered: bool) -> bool:
+def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], ordered: bool) -> bool:
     """Whether two results are the same: as lists where `ordered`, else as multisets of rows.
 
     The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
     in 9 significant digits.
     """
     inexact = {place for row in (*first, *second) for place, value in enumerate(row) if isinstance(value, float)}
-    first, second = ([tuple(_comparable(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
-                     for rows in (first, second))
-    return first == second if ordered else Counter(first) == Counter(second)
+    rounded, others = ([tuple(_comparable(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
+                       for rows in (first, second))
+    return rounded == others if ordered else Counter(rounded) == Counter(others)
 
 
 def _comparable(value: Any) -> Any:

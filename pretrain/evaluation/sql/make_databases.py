@@ -1,4 +1,4 @@
-"""SQLite files for the schemas of Spider, filled so that its queries find something:
+"""SQLite files for the schemas of Spider, filled so that its queries find something.
 
     python -m pretrain.evaluation.sql.make_databases tables.json --queries train.jsonl test.jsonl --output databases
 
@@ -33,6 +33,7 @@ Values = dict[tuple[str, str], list[Any]]
 
 
 def main() -> None:
+    """Parse the command line and write the databases."""
     parser = argparse.ArgumentParser(description="Make SQLite files for the schemas of Spider, filled so that its queries find something.")
     parser.add_argument("tables", type=Path, help="tables.json of Spider")
     parser.add_argument("--queries", type=Path, nargs="+", required=True, help="JSON lines of questions and queries, as the task spider reads them")
@@ -120,7 +121,7 @@ class _Filler:
             marks = ", ".join("?" * len(self.columns[table]))
             connection.executemany(f'INSERT INTO "{name}" VALUES ({marks})', self._rows(table))
 
-    def _rows(self, table: int) -> list[tuple]:
+    def _rows(self, table: int) -> list[tuple[Any, ...]]:
         """Rows with the values of one query each, filled up, and drawn ones behind them."""
         name = self.tables[table].lower()
         wanted = []
@@ -141,8 +142,10 @@ class _Filler:
         tied = self.group.count(self.group[number]) > 1
         if number in self.primary and sum(self.names[number][0] == self.names[other][0] for other in self.primary) == 1:
             missing = [value for value in pool + self._made(number, len(wanted) + len(pool)) if value not in wanted]
-            seen: set[Any] = set()
-            return [value if value is not None and value not in seen and not seen.add(value) else missing.pop(0) for value in wanted]
+            values: list[Any] = []
+            for value in wanted:
+                values.append(missing.pop(0) if value is None or value in values else value)
+            return values
         pool += self._made(number, max(12 if not tied else FEWEST_ROWS, len(pool)) - len(pool) + 2)
         if tied:
             pool = pool[:max(1, len(pool) * 2 // 3)]  # some rows are pointed to twice or more, others by none

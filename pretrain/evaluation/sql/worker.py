@@ -1,5 +1,7 @@
-"""The process that runs queries: one JSON object a line in, one out. Started by pretrain/evaluation/sql/execution.py by its path; imports nothing
-of the project, so that it starts in a moment and takes little memory.
+"""The process that runs queries: one JSON object a line in, one out.
+
+pretrain/evaluation/sql/execution.py starts it by its path. It imports nothing of the project, so it starts in a moment and
+takes little memory.
 
 A query comes from a model, so it may be anything. It can only read: the file is opened read-only and as one that never changes, and an authorizer
 refuses everything but SELECT. It cannot run on: it is interrupted after `seconds` of processor time, and where SQLite does not look up, within
@@ -15,6 +17,7 @@ import sqlite3
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HEAP = 256 << 20
 ADDRESS_SPACE = 2 << 30
@@ -46,11 +49,12 @@ def open_database(path: str) -> sqlite3.Connection:
 
 
 def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    """Allow an action of SQLite only if it reads."""
     refused = action not in ALLOWED or (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in REFUSED_FUNCTIONS)
     return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
 
 
-def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: int) -> tuple[list[tuple], int]:
+def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: int) -> tuple[list[tuple[Any, ...]], int]:
     """The rows of a query, and how many columns they have. Raises sqlite3.Error, TooLarge and what else SQLite's binding raises."""
     end = time.process_time() + seconds
     connection.set_progress_handler(lambda: time.process_time() > end, PERIOD)
@@ -68,7 +72,7 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: i
         return rows, len(cursor.description)
 
 
-def answer(connections: dict[str, sqlite3.Connection], request: dict) -> str:
+def answer(connections: dict[str, sqlite3.Connection], request: dict[str, Any]) -> str:
     """What goes back for one request: a JSON object with `rows` or `error`."""
     signal.setitimer(signal.ITIMER_PROF, request["seconds"] + 1)
     try:
@@ -87,6 +91,7 @@ def answer(connections: dict[str, sqlite3.Connection], request: dict) -> str:
 
 
 def main() -> None:
+    """Answer requests until stdin is closed."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))

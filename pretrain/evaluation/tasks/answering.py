@@ -77,10 +77,11 @@ def beyond_positions(likelihoods: list[list[float]]) -> dict[str, int]:
 
 
 def unseen(run: TaskRun, rows: list[Row], own: OwnColumns | None = None, normal: Callable[[str], str] = str) -> list[bool] | None:
-    """Whether each row's target is new: in its `normal` form no target of the task's train rows, and token for token no view of a record
-    in the training split of the corpus.
+    """Return whether the target of each row is new.
 
-    The whole split is read once. None, told in a line, where the corpus is not at data.path: nobody knows then.
+    A new target, in its `normal` form, is not a target of the task's train rows, and, token for token, not a view of a
+    record in the training split of the corpus. The whole split is read once. Without a corpus at data.path the result is
+    None, and one line says so.
     """
     if not (Path(run.config.data.path) / MANIFEST).exists():
         print_now(f"note: no corpus at {run.config.data.path} (data.path), seen from here: no metric on unseen targets")

@@ -23,9 +23,9 @@ class Pairs(NamedTuple):
 
 
 def embedded_pairs(run: TaskRun) -> tuple[dict[str, Pairs], int, int]:
-    """The pairs of the test rows by a prefix for their metrics, "" for the first direction; how many rows there are; and how many were too long.
+    """Return the pairs of the test rows, how many rows there are, and how many were too long.
 
-    Raises UserError.
+    The pairs are keyed by a prefix for their metrics, which is empty for the first direction. Raises UserError.
     """
     rows = read_test(run)
     found = embed(run.export, [row.views for row in rows])
@@ -34,7 +34,7 @@ def embedded_pairs(run: TaskRun) -> tuple[dict[str, Pairs], int, int]:
     for array in (*found.views.values(), *found.predictions.values()):
         fit &= ~np.isnan(array).any(axis=1)
     if fit.sum() < 2:
-        raise UserError(f"{run.test.path} (task.test): fewer than two rows fit into the positions of the model")
+        raise UserError(f"{run.test_path} (task.test): fewer than two rows fit into the positions of the model")
     for number, ((source, target), prediction) in enumerate(found.predictions.items()):
         _, key = np.unique([row.views[names.index(target)] for row in rows], return_inverse=True)
         pairs[f"{source}_to_{target}_" if number else ""] = Pairs(

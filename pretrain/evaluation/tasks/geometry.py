@@ -57,7 +57,7 @@ def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
     means = prediction[::2].mean(dim=0), target[::2].mean(dim=0)
     fitted = torch.linalg.pinv(prediction[::2] - means[0], rtol=NOISE) @ (target[::2] - means[1])
     spread = target[1::2] - means[1]
-    return (((prediction[1::2] - means[0]) @ fitted - spread).norm() / spread.norm()).item()
+    return float(((prediction[1::2] - means[0]) @ fitted - spread).norm() / spread.norm())
 
 
 def shuffled_cosine(pairs: Pairs) -> float:

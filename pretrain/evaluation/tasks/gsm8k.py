@@ -44,7 +44,10 @@ def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, 
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number behind the last `####`: 18, +18.0, $1,800, **18** and -0.5 are numbers; None where none follows, or it goes on: 1/2, 18-20."""
+    """Return the number after the last `####`, or None if there is none.
+
+    18, +18.0, $1,800, **18** and -0.5 are numbers; 1/2 and 18-20 are not.
+    """
     _, mark, rest = text.rpartition("####")
     found = FINAL.match(rest) if mark else None
     return Decimal(found[1].replace("−", "-") + found[2].replace(",", "")) if found else None

@@ -24,7 +24,7 @@ def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def choices(columns: dict[str, Any]) -> tuple[list[str], int]:
-    """The endings of a row, and which is the right one. Raises KeyError, and ValueError for what is neither."""
+    """Return the endings of a row, and which is the right one. Raises KeyError, and ValueError for what is neither."""
     endings = columns["endings"]
     if not isinstance(endings, list) or not all(isinstance(text, str) and text for text in endings):
         raise ValueError("endings that are no list of texts")
@@ -37,7 +37,7 @@ def evaluate(run: TaskRun) -> TaskResult:
     try:
         found = [choices(row.columns) for row in rows]
     except (KeyError, ValueError) as error:
-        raise UserError(f"{run.test.path} (task.test): the task hellaswag needs the columns ctx, endings and label: {error}") from None
+        raise UserError(f"{run.test_path} (task.test): the task hellaswag needs the columns ctx, endings and label: {error}") from None
     endings, labels = [texts for texts, _ in found], [label for _, label in found]
     with model_of(run, own_columns) as model:
         likelihoods = log_likelihoods(model, [(row.context, texts) for row, texts in zip(rows, endings, strict=True)])

@@ -22,7 +22,7 @@ MOST_LABELS = 50
 
 
 def in_range(label: Any, labels: int) -> int:
-    """A label of the hub as a number from 0. Raises ValueError for one that is none, as -1 is in splits without labels."""
+    """Return a label of the hub as a number from 0. Raises ValueError for one that is none, as -1 is in splits without labels."""
     if not re.fullmatch(r"\d+", str(label)) or int(label) >= labels:
         raise ValueError(f"the label {label}, where labels are 0 to {labels - 1}")
     return int(label)
@@ -34,7 +34,7 @@ def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
     targets = [row.target for row in rows]
     labels = sorted({*targets, *(row.target for row in read_train(run, own))})
     if len(labels) > MOST_LABELS:
-        raise UserError(f"{run.test.path} (task.test) has {len(labels)} different targets, but a task of labels takes at most "
+        raise UserError(f"{run.test_path} (task.test) has {len(labels)} different targets, but a task of labels takes at most "
                         f"{MOST_LABELS}; look at the columns")
     with model_of(run, own) as model:
         answers = write_answers(run, model, rows)

@@ -24,6 +24,7 @@ def evaluate(run: TaskRun) -> TaskResult:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError("the task lm_eval takes the extra lm-eval: pip install '.[lm-eval]' in the project's folder") from None
+    assert run.task.harness is not None  # the configuration requires it
     model, _ = load(run.export)
     tokenizer = AutoTokenizer.from_pretrained(run.export)
     begin = tokenizer.bos_token
@@ -38,6 +39,6 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The numbers of the harness by TASK_METRIC, without standard errors."""
+    """Return the numbers of the harness by TASK_METRIC, without standard errors."""
     return {f"{task}_{name.split(',')[0]}": float(value) for task, values in results.items() for name, value in values.items()
             if isinstance(value, int | float) and "," in name and "stderr" not in name}

@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from data_prep.config import JsonSource
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
@@ -18,8 +19,9 @@ from pretrain.training.validation import Validation
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Compute the losses from the export alone, as validation does from the training state."""
-    config = run.config
-    corpus = Corpus(prepare_pairs(config, run.test, run.folder).path, "train")
+    config, source = run.config, run.test
+    assert isinstance(source, JsonSource)  # the configuration takes no other
+    corpus = Corpus(prepare_pairs(config, source, run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, config.model.attention, device)
     specials = special_ids(tokenizer, model.vocabulary)
@@ -31,4 +33,6 @@ def evaluate(run: TaskRun) -> TaskResult:
     validation = Validation(corpus, layout, specials, config.data.sequence_length, records, rows, world)
     objective = build_objective(config.objective)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
-    return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module, objective.units).items()})
+    values = validation.run(module, objective.units)
+    assert values is not None  # rank 0 has them
+    return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in values.items()})

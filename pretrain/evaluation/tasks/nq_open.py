@@ -54,6 +54,6 @@ def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[s
 
 
 def normal(text: str) -> str:
-    """The words of a text in lower case, without articles and punctuation; of one that has nothing else, what it has."""
+    """Return the words of a text in lower case, without articles and punctuation; of one that has nothing else, what it has."""
     words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
     return " ".join(words or text.lower().split())

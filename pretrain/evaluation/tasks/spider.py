@@ -26,6 +26,7 @@ from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 def evaluate(run: TaskRun) -> TaskResult:
     """Finetune on the train rows where the task says so, answer the test rows, run answers and targets, score."""
     rows = read_test(run, own_columns)
+    assert run.task.databases is not None  # the configuration requires it
     databases = find_databases(rows, Path(run.task.databases))
     with model_of(run, own_columns) as model:
         answers = write_answers(run, model, rows)

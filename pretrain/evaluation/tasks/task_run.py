@@ -36,6 +36,11 @@ class TaskRun:
         """The rows to score, where the task gives any."""
         return None if self.task.test is None else task_source(self.config.data, self.task.test)
 
+    @property
+    def test_path(self) -> str | None:
+        """The file or data set of the rows to score, for messages."""
+        return None if self.test is None else self.test.path
+
 
 @dataclass(frozen=True)
 class TaskResult:

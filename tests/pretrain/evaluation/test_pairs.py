@@ -27,6 +27,12 @@ def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
     assert len(read_rows(source, ("text", "code"), "test", rows=4)) == 4
 
 
+def test_pairs_need_a_file(tmp_path):
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
+    with pytest.raises(UserError, match="names no file"):
+        prepare_pairs(config, JsonSource(type="json"), tmp_path / "evaluation")
+
+
 def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
     views = ("text", "code")
     (tmp_path / "data").mkdir()

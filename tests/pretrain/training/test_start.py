@@ -74,6 +74,25 @@ def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_a
                 check(config(corpus, objective=objective), corpus, print)
 
 
+def test_rows_of_a_task_may_be_a_source(config, write_corpus, tmp_path):
+    corpus = write_corpus([([5], [6])] * 4)
+    corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
+    (tmp_path / "test.jsonl").write_text('{"view0": "a", "view1": "b"}\n')
+    said = []
+
+    def start(test):
+        check(config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}), corpus, said.append)
+
+    start({"type": "hub", "path": "owner/name"})
+    assert said == []
+    start({"type": "json", "path": str(tmp_path / "test.jsonl")})
+    assert [line.split(":")[0] for line in said] == ["WARNING"]  # it was not kept out of training
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
+        start({"type": "json", "path": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(UserError, match=r"evaluation.tasks.0.test.path is not set"):
+        start({"type": "json"})
+
+
 def test_epochs_are_those_of_the_mixture(tmp_path):
     """In the budget, in the metrics, and in what a dry run expects."""
     sources = [{"type": "nlrx", "records": 80, "weight": 1.5}, {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5}]
