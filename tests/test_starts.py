@@ -64,7 +64,7 @@ def modules_after(folder: Path, *command: str, code: int = 0) -> set[str]:
     """Run a command to its end and return the modules that it loaded; it must end with `code`."""
     output = folder / "modules.txt"
     words = command if command[0] == "-m" else ("script", *command)
-    done = call(["python", "-c", RECORD, str(output), *words], check=False)
+    done = call(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
     assert done.returncode == code, done.stderr[-4000:]
     return set(output.read_text().split())
 
