@@ -5,7 +5,9 @@ start cold, and so do the ranks that they start; `ranks_command` is the warm cou
 """
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -107,6 +109,22 @@ def call(command: list[str], check: bool = True, timeout: float = TIMEOUT, cold:
             printed.append(file.read())
     assert not check or code == 0, f"{command} ended with {code}:\n{printed[0][-4000:]}\n{printed[1][-4000:]}"
     return subprocess.CompletedProcess(command, code, *printed)
+
+
+_prepared: dict[str, Path] = {}
+"""Corpora that this process has prepared, each kept as it was, by the settings that determine it."""
+
+
+def prepare_corpus(path: str | Path) -> None:
+    """Prepare the corpus of a configuration, as a copy of an earlier one of the same settings if there is one."""
+    config = yaml.safe_load(Path(path).read_text())
+    corpus = Path(config["data"].pop("path"))
+    settings = json.dumps([config["data"], config.get("evaluation")], sort_keys=True)
+    if settings in _prepared:
+        shutil.copytree(_prepared[settings], corpus)
+    else:
+        call(["python", "-m", "data_prep", str(path)])
+        _prepared[settings] = shutil.copytree(corpus, Path(tempfile.mkdtemp(dir=corpus.parent)) / "kept")
 
 
 def rank_of(process: psutil.Process) -> int | None:

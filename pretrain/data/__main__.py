@@ -1,7 +1,7 @@
 """Show what is in a prepared corpus.
 
-    python -m pretrain.data inspect PATH [N]    some of its records, and a picture of a packed row
-    python -m pretrain.data stats PATH          lengths of its views, and how full packed rows are
+python -m pretrain.data inspect PATH [N]    some of its records, and a picture of a packed row
+python -m pretrain.data stats PATH          lengths of its views, and how full packed rows are
 """
 
 import argparse

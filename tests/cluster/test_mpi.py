@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run_folder import read_metrics
-from tests.launching import call, deepspeed_command, free_port, tiny_config, write_config
+from tests.launching import call, deepspeed_command, free_port, prepare_corpus, tiny_config, write_config
 
 RUN = "launcher/run.py"
 ONE_MACHINE = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
@@ -19,7 +19,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mpi")
     (folder / "hostfile").write_text("localhost slots=2\n")
     path = config(folder, "plain")
-    call(["python", "-m", "data_prep", str(path)])
+    prepare_corpus(path)
     call(deepspeed_command(2, RUN, path))
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 from pretrain.evaluation.results import read_results
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from tests.cluster.slurm import running_cluster, why_not
-from tests.launching import ROOT, call, free_port, tiny_config, write_config
+from tests.launching import ROOT, call, free_port, prepare_corpus, tiny_config, write_config
 from tests.processes import contents
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -25,7 +25,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from tests.cluster.nodes import Cluster
-from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, call, deepspeed_command, prepare_corpus, tiny_config, write_config
 from tests.processes import TIMEOUT, wait_for
 
 RUN = ROOT / "launcher" / "run.py"
@@ -26,7 +26,7 @@ def folder(tmp_path_factory, nodes) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in FORWARDED.items()))
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
 
 

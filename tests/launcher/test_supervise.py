@@ -16,7 +16,7 @@ from data_prep.console import UserError
 from launcher.supervise import main, runs_the_script
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.background import SUPERVISED
-from tests.launching import ROOT, Running, call, deepspeed_command, environment, tiny_config, write_config
+from tests.launching import ROOT, Running, call, deepspeed_command, environment, prepare_corpus, tiny_config, write_config
 from tests.processes import TIMEOUT, kill_all, wait_for
 
 PYTHON = sys.executable
@@ -371,7 +371,7 @@ def test_a_rank_is_known_by_its_command_line(line, runs):
 @pytest.mark.slow
 def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=60, checkpoint={"every": 5, "keep": 2}))
-    call(["python", "-m", "data_prep", str(path)])
+    prepare_corpus(path)
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     supervised = [PYTHON, "launcher/supervise.py", "--"]
     waiting = tmp_path / "run.py"

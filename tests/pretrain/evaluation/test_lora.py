@@ -10,7 +10,7 @@ from pretrain.config import LoraConfig, TaskConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.export import load_language_model
 from pretrain.models.lora import add_adapters, merge_adapters
-from tests.launching import call, ranks_command, tiny_config, write_config
+from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 WITHOUT_PEFT = "there is no package peft (the extra lora)"
@@ -47,7 +47,7 @@ def pretrained(tmp_path_factory):
     write_pairs(folder / "test.jsonl", "test", 20)
     task = {"name": "nl_rx", "finetune": {"steps": 3}, "finetune_objective": {"name": "llm_jepa"}, "finetune_lora": {"rank": 2, "alpha": 8}}
     config = write_config(folder, tiny_config(folder, evaluation={"tasks": [task]}))
-    call(["python", "-m", "data_prep", str(config)])
+    prepare_corpus(config)
     call(["python", "launcher/run.py", str(config)])
     return folder
 

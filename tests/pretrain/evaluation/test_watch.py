@@ -16,7 +16,7 @@ from pretrain.training import checkpoint
 from pretrain.training.background import ask_for_evaluation
 from pretrain.training.checkpoint import retain
 from pretrain.training.spikes import rewind
-from tests.launching import Running, call, ranks_command, tiny_config, write_config
+from tests.launching import Running, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 from tests.processes import TIMEOUT
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     pairs = write_pairs(folder / "pairs.jsonl", "test", 30)
     write_config(folder, tiny_config(folder, train__steps=STEPS, checkpoint={"every": EVERY, "keep": 9},
                                      evaluation={"tasks": [{"name": "loss", "test": str(pairs)}]}))
-    call(["python", "-m", "data_prep", str(folder / "run.yaml")])
+    prepare_corpus(folder / "run.yaml")
     return folder
 
 

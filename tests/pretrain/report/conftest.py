@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, call, tiny_config, write_config
+from tests.launching import ROOT, call, prepare_corpus, tiny_config, write_config
 from tests.pretrain.report.tiny_study import ARMS, ROWS, SEEDS, copy_run, write_study
 
 EVALUATE = """
@@ -28,7 +28,7 @@ def study(tmp_path_factory) -> Path:
     configs = {(arm, seed): write_config(folder / "configs", tiny_config(
         folder, **changes, name=f"{arm}-seed{seed}", seed=seed, train__steps=6, monitor__validate_every=3, monitor__tensorboard=False))
         for arm, changes in ARMS.items() for seed in SEEDS}
-    call([sys.executable, "-m", "data_prep", str(next(iter(configs.values())))])
+    prepare_corpus(next(iter(configs.values())))
     call([sys.executable, str(ROOT / "tests/pretrain/training/several_runs.py"), *map(str, configs.values())])
     call([sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())])
     write_study(folder, {arm: {seed: f"runs/{arm}-seed{seed}" for seed in SEEDS} for arm in ARMS})

@@ -7,7 +7,7 @@ import yaml
 
 from data_prep.nlrx_grammar import generate
 from pretrain.studies.config import load_study
-from tests.launching import call, tiny_config, write_config
+from tests.launching import prepare_corpus, tiny_config, write_config
 
 STEPS = 40
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     config = write_config(folder, tiny_config(
         folder, name="base", train__steps=STEPS, train__global_batch_rows=8, train__micro_batch_rows=4, monitor__log_every=5,
         evaluation={"tasks": [{"name": "loss", "test": str(folder / "pairs.jsonl")}]}))
-    call(["python", "-m", "data_prep", str(config)])
+    prepare_corpus(config)
     return folder
 
 

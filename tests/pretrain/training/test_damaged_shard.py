@@ -11,7 +11,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.models.language_model import special_ids
 from pretrain.run_folder import list_steps, read_status
 from pretrain.training.setup import make_loader
-from tests.launching import call, ranks_command, tiny_config, write_config
+from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
 
 STEP = 4
 """The step that meets the damage."""
@@ -32,7 +32,7 @@ def damaged(tmp_path_factory):
     """A run on two ranks that meets a flipped bit in a record that rank 1 alone reads; what it did, and the mended shard."""
     folder = tmp_path_factory.mktemp("damaged")
     path = write_config(folder, tiny_config(folder, train__steps=6, checkpoint={"every": 100}))
-    call(["python", "-m", "data_prep", str(path)])
+    prepare_corpus(path)
     config = load_config(path)
     corpus = Corpus(config.data.path, "train")
     layout = config.objective.make_layout(special_ids(corpus.tokenizer, 448), 2, "all")

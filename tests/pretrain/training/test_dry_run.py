@@ -15,7 +15,7 @@ from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import special_ids
 from pretrain.training.main import main
 from pretrain.training.memory import activations
-from tests.launching import call, ranks_command, tiny_config, write_config
+from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.test_launchers import MISTAKES, write_mistake
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ EPOCH = {"train__steps": None, "train__epochs": 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dry")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
 
 

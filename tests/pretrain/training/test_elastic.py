@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.run_folder import list_steps, read_status
-from tests.launching import ROOT, Running, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, Running, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.holding import released
 
 STEPS = 24
@@ -31,7 +31,7 @@ def story(tmp_path_factory, request) -> dict:
     values = tiny_config(folder, train__steps=STEPS, train__global_batch_rows=ROWS, checkpoint={"every": 50}, monitor__log_every=1,
                          deepspeed={"zero_optimization": {"stage": request.param}})
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
-    call(["python", "-m", "data_prep", str(fixed)])
+    prepare_corpus(fixed)
     call(ranks_command(2, "launcher/run.py", fixed))
     stops, logs = [], []
     for number, ranks in enumerate(CHAIN):

@@ -17,7 +17,7 @@ from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
 from pretrain.training.engine import TrainingModule
-from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
         add(f"weight-{weight}", 2, 4, train__steps=1, objective__weight=weight, monitor__gradients_every=1)
     add("nan-in-training", 2, 4, prefix="nan:", monitor__gradients_every=4)
     add("nan-in-diagnostics", 2, 4, prefix="nan:", monitor__gradients_every=3)
-    call(["python", "-m", "data_prep", paths[1][0]])
+    prepare_corpus(paths[1][0])
     for ranks, files in paths.items():
         call(ranks_command(ranks, WORKER, *files))
     return folder

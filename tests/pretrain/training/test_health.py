@@ -14,7 +14,7 @@ from pretrain.evaluation.results import append_result, read_results
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
 from pretrain.training.spikes import ENOUGH, WINDOW, SpikeRule, rewind
-from tests.launching import ROOT, Running, call, environment, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, Running, call, environment, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.holding import released
 from tests.pretrain.training.same_state import assert_same_checkpoints
 from tests.processes import wait_for
@@ -26,7 +26,7 @@ SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
 def folder(tmp_path_factory) -> Path:
     """With a prepared corpus."""
     folder = tmp_path_factory.mktemp("health")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
 
 

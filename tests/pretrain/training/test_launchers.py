@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from pretrain.training.main import main
-from tests.launching import ROOT, call, deepspeed_command, environment, free_port, tiny_config, write_config
+from tests.launching import ROOT, call, deepspeed_command, environment, free_port, prepare_corpus, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launchers")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
 
 
@@ -141,7 +141,7 @@ def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypa
     corpora = {name: tmp_path / name for name in ("first", "second")}
     for seed, path in enumerate(corpora.values()):
         values = tiny_config(tmp_path, data__path=str(path), data__sources=[{"type": "nlrx", "records": 300, "seed": seed}])
-        call(["python", "-m", "data_prep", str(write_config(tmp_path, values))])
+        prepare_corpus(write_config(tmp_path, values))
     shard = next(corpora["first"].glob("train-*.arrow"))
     (corpora["second"] / shard.name).write_bytes(shard.read_bytes())
     run_main(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora["second"]))), monkeypatch)

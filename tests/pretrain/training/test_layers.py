@@ -9,7 +9,7 @@ from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
 from pretrain.training.layers import compile_layers, recompute_layers
-from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -19,7 +19,7 @@ REPLICATED = {"zero_optimization": {"stage": 1}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    prepare_corpus(write_config(folder, tiny_config(folder)))
     call(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True)))
     return folder
 

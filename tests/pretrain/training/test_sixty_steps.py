@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint
-from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 WORKER = ROOT / "tests/pretrain/training/logits_after_training.py"
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         (folder / f"{family}_tiny.yaml").write_text((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
     paths = [write_config(folder, config) for config in configs]
     for path in (paths[0], *paths[-2:]):
-        call(["python", "-m", "data_prep", str(path)])
+        prepare_corpus(path)
     call(ranks_command(2, WORKER, *paths), timeout=4 * TIMEOUT)
     return folder
 

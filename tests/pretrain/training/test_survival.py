@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import ROOT, Running, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, Running, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.holding import released
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
@@ -34,7 +34,7 @@ def story(tmp_path_factory):
                              model__shape__attention_dropout=0.1, monitor__log_every=3, monitor__validate_every=15)
         commands[name] = ranks_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
-    call(["python", "-m", "data_prep", str(folder / "undisturbed.yaml")])
+    prepare_corpus(folder / "undisturbed.yaml")
     call(commands["undisturbed"])
 
     run_dir, config = runs["disturbed"], folder / "disturbed.yaml"
