@@ -1,20 +1,29 @@
-"""Starting the project's commands as its users do: real processes, real launchers."""
+"""Starting the project's commands as its users do: real processes, real launchers.
+
+A command of Python starts warm, as a fork of a process that has imported everything (tests/warm_process.py), unless `cold` is set. Launchers
+start cold, and so do the ranks that they start; `ranks_command` is the warm counterpart of DeepSpeed's launcher.
+"""
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 import yaml
 
 from pretrain.training.background import single_process_environment
+from tests import warm_process
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
+READ_AT_IMPORT = {"PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
+"""Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -62,32 +71,59 @@ def environment(**more: str) -> dict[str, str]:
     return single_process_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path} | more
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def deepspeed_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
+    """DeepSpeed's launcher, whose ranks start cold."""
     return [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()),
             str(script), *map(str, arguments)]
 
 
-def call(command: list[str], check: bool = True, timeout: float = TIMEOUT, **more: str) -> subprocess.CompletedProcess:
+def ranks_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
+    """The same ranks without DeepSpeed's launcher."""
+    return ["python", "tests/ranks.py", str(ranks), str(script), *map(str, arguments)]
+
+
+def start(command: list[str], output: IO[str], errors: IO[str], cold: bool = False, **more: str) -> subprocess.Popen | warm_process.Command:
+    """Start a command in a session of its own, with these environment variables besides the usual ones."""
+    program, *arguments = map(str, command)
+    is_script = bool(arguments) and (arguments[0] in ("-m", "-c") or arguments[0].endswith(".py"))
+    if program in ("python", sys.executable) and is_script and not cold and not READ_AT_IMPORT & more.keys():
+        return warm_process.Command(arguments, environment(**more), output, errors)
+    return subprocess.Popen([program, *arguments], cwd=ROOT, env=environment(**more), stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                            start_new_session=True)
+
+
+def call(command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str) -> subprocess.CompletedProcess:
     """Run a command to its end; with `check`, fail showing what it printed."""
-    done = subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout)
-    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = start(command, output, errors, cold, **more)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            raise
+        printed = []
+        for file in (output, errors):
+            file.seek(0)
+            printed.append(file.read())
+    assert not check or code == 0, f"{command} ended with {code}:\n{printed[0][-4000:]}\n{printed[1][-4000:]}"
+    return subprocess.CompletedProcess(command, code, *printed)
+
+
+def rank_of(process: psutil.Process) -> int | None:
+    """The rank that a process trains as; None for another process."""
+    name = process.name()
+    if name.startswith("rank "):  # tests/ranks.py
+        return int(name.removeprefix("rank "))
+    return next((int(word.split("=")[1]) for word in process.cmdline() if word.startswith("--local_rank=")), None)
 
 
 class Running:
     """A command in the background that can be watched and killed."""
 
-    def __init__(self, command: list[str], log: Path):
+    def __init__(self, command: list[str], log: Path, cold: bool = False):
         self.log = log
         with open(log, "w") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT,
-                                            start_new_session=True)
+            self.process = start(command, output, output, cold)
 
     def wait_until(self, condition, what: str) -> None:
         """Poll until the condition holds; fail if the command ends before."""
@@ -103,9 +139,9 @@ class Running:
         found = {}
         for child in children:
             with contextlib.suppress(psutil.Error):  # it has just ended
-                rank = next((word.split("=")[1] for word in child.cmdline() if word.startswith("--local_rank=")), None)
+                rank = rank_of(child)
                 if rank is not None:
-                    found[int(rank)] = child
+                    found[rank] = child
         return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:

@@ -1,7 +1,5 @@
 """One diagnosis: asks the nodes in the order in which answers are needed, and puts what they say before the checks."""
 
-from __future__ import annotations
-
 import math
 import os
 import secrets
@@ -9,17 +7,16 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.console import UserError
 from pretrain.cluster import checks_nodes, checks_run, environment, facts, network, sharing
 from pretrain.cluster.findings import Finding, merged
 from pretrain.cluster.needs import Needs, needs_of
 from pretrain.cluster.reach import HELLO_SECONDS, Crew, local_command, srun_command, ssh_command
+from pretrain.config import RunConfig, load_config
+from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import list_steps
-
-if TYPE_CHECKING:
-    from pretrain.config import RunConfig
 
 FACT_SECONDS = 30.0
 """That a node has for one group of facts: a file system that hangs takes longer."""
@@ -49,8 +46,8 @@ class Diagnosis:
         """Ask for everything. Raises UserError for a configuration that cannot be read."""
         pool = ThreadPoolExecutor(1)
         try:
-            reached = pool.submit(self.crew.ask, "time", HELLO_SECONDS)  # while this process imports
-            self.config = _load(config, overrides)
+            reached = pool.submit(self.crew.ask, "time", HELLO_SECONDS)  # while this process reads the configuration
+            self.config = load_config(config, overrides)
             reached.result()
             say("looking at the nodes, and planning the run")
             looked = pool.submit(self._look)
@@ -87,7 +84,7 @@ class Diagnosis:
 
     def _look(self) -> None:
         """Ask for all that is so on the nodes."""
-        self.ours = environment.mattering(os.environ)
+        self.ours = relevant_env(os.environ)
         values = {}
         if self.crew.command is ssh_command:
             values = environment.forwarded(os.environ, facts.devices()["accelerator"] == "cuda") | environment.read_env_files()
@@ -222,12 +219,6 @@ class Diagnosis:
             "bucket": bucket, "precision": precision, "cuda": self.cuda, "seconds": REDUCE_SECONDS})
         self.measurements["all_reduce"] = next((answer["measured"] for answer in answers.values() if answer.get("measured")), [])
         self.findings += checks_run.check_all_reduce(answers, self.measurements["all_reduce"], bucket)
-
-
-def _load(config: str, overrides: list[str]) -> RunConfig:
-    from pretrain.config import load_config  # imports torch: seconds, in which the agents start
-
-    return load_config(config, overrides)
 
 
 def _settings(config: RunConfig, topic: str) -> dict[str, Any]:

@@ -1,12 +1,8 @@
 """What the run needs of its nodes, from the plan behind `run.py --dry-run`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pretrain.config import RunConfig
+from pretrain.config import RunConfig
 
 PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 """Of a rank before it holds anything: CUDA's context and NCCL's buffers in GPU memory; Python with its libraries in host memory."""

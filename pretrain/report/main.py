@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.console import UserError, exit_on_user_error
 from data_prep.files import write_text
+from pretrain.report.arms import STUDY, read_comparison
 
 
 def main() -> None:
@@ -21,10 +22,8 @@ def main() -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from pretrain.report.arms import STUDY, read_comparison  # late, for these load torch and DeepSpeed
-
     comparison = read_comparison(arguments.paths, arguments.baseline, arguments.metric)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils.logging import disable_progress_bar
 
     from pretrain.report.page import html, markdown

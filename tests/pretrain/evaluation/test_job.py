@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer
 from pretrain.run_folder import PINS
-from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.launching import call, ranks_command, tiny_config, write_config
 
 STEPS = 20
 
@@ -38,7 +38,7 @@ def run_dir(tmp_path_factory):
                          evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]})
     config = write_config(folder, values)
     call(["python", "-m", "data_prep", str(config)])
-    call(deepspeed_command(2, "launcher/run.py", config))
+    call(ranks_command(2, "launcher/run.py", config))
     return folder / "runs" / "run"
 
 

@@ -10,7 +10,7 @@ from pretrain.config import LoraConfig, TaskConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.export import load_language_model
 from pretrain.models.lora import add_adapters, merge_adapters
-from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.launching import call, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 WITHOUT_PEFT = "there is no package peft (the extra lora)"
@@ -62,7 +62,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     export = export_checkpoint(pretrained / "runs" / "run", 4)
     config = write_config(pretrained, tiny_config(
         pretrained, name="adapted", model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}}, train__steps=6, checkpoint={"every": 3}))
-    call(deepspeed_command(2, "launcher/run.py", config))
+    call(ranks_command(2, "launcher/run.py", config))
     run_dir = pretrained / "runs" / "adapted"
     result = export_checkpoint(run_dir, 6)
     before, after = weights(export), weights(result)
@@ -76,7 +76,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
         path.unlink()
     (run_dir / "checkpoints" / "step-00000006").rmdir()
     (run_dir / "status.json").unlink()
-    call(deepspeed_command(2, "launcher/run.py", config))
+    call(ranks_command(2, "launcher/run.py", config))
     again = read_lines(run_dir / "metrics.jsonl")[-1]
     assert again["step"] == 6 and again["loss/total"] == last["loss/total"]
 

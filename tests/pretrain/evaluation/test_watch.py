@@ -13,7 +13,7 @@ from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.background import ask_for_evaluation
 from pretrain.training.checkpoint import retain
 from pretrain.training.spikes import rewind
-from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+from tests.launching import Running, call, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 STEPS, EVERY = 30, 10
@@ -63,9 +63,9 @@ def test_a_watch_that_is_killed_repeats_and_loses_nothing(folder, watched):
 
 def test_two_processes_answer_what_one_does(folder, watched):
     answers, metrics = {}, {}
-    for name, command in {"one": ["python"], "two": deepspeed_command(2, "")[:-1]}.items():
+    for ranks, name in ((1, "one"), (2, "two")):
         test = write_pairs(folder / f"{name}.jsonl", "test", 25)
-        call([*command, "launcher/evaluate.py", str(watched), "--task", "rotten_tomatoes", f"task.test={test}"])
+        call(ranks_command(ranks, "launcher/evaluate.py", watched, "--task", "rotten_tomatoes", f"task.test={test}"))
         answers[name] = (watched / "evaluation" / "answers" / "rotten_tomatoes-step-00000030.jsonl").read_text()
         metrics[name] = read_lines(watched / "evaluation" / "results.jsonl")[-1]["metrics"]
     assert answers["one"] == answers["two"] and metrics["one"] == metrics["two"]

@@ -6,7 +6,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pretrain.models.language_model import random_causal_lm, shape_config
-from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/models/initial_weights.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
@@ -27,7 +27,7 @@ def folder(prepared, tmp_path_factory):
             folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), data__tokenizer={"vocab_size": 512},
             model={"family": family, "shape": shape(family)}, objective__predictor_tokens=12, train__precision=precision))
             for family, precision in (*((family, "fp32") for family in FAMILIES), *more)]
-        call(["python", str(WORKER), *map(str, configs)] if ranks == 1 else deepspeed_command(ranks, WORKER, *configs))
+        call(["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs))
     return folder
 
 

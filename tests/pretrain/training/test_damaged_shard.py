@@ -11,7 +11,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.models.language_model import special_ids
 from pretrain.run_folder import list_steps, read_status
 from pretrain.training.setup import make_loader
-from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.launching import call, ranks_command, tiny_config, write_config
 
 STEP = 4
 """The step that meets the damage."""
@@ -42,7 +42,7 @@ def damaged(tmp_path_factory):
     [shard] = (folder / "corpus").glob("train-*.arrow")
     whole = shard.read_bytes()
     flip_a_token(shard, "code", record)
-    command = deepspeed_command(2, "launcher/run.py", path)
+    command = ranks_command(2, "launcher/run.py", path)
     done = call(command, check=False)
     return {"run": config.run_dir, "shard": shard, "whole": whole, "record": record, "done": done, "command": command}
 

@@ -10,7 +10,7 @@ import pytest
 from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
-from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 
@@ -46,9 +46,9 @@ def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
     first, again = tmp_path / "runs" / "run", tmp_path / "runs" / "again"
     path = write_config(tmp_path, tiny_config(tmp_path))
     call(["python", "-m", "data_prep", path])
-    call(deepspeed_command(2, "launcher/run.py", path))
+    call(ranks_command(2, "launcher/run.py", path))
     changes = [f"data.path={tmp_path / 'second'}", "name=again"]
     call(["python", "-m", "data_prep", first / "config.yaml", *changes])
-    call(deepspeed_command(2, "launcher/run.py", first / "config.yaml", *changes))
+    call(ranks_command(2, "launcher/run.py", first / "config.yaml", *changes))
     assert (first / "environment.json").read_bytes() == (again / "environment.json").read_bytes()
     assert_same_checkpoints(*(run / "checkpoints" / "step-00000004" for run in (first, again)))

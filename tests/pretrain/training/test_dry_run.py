@@ -15,7 +15,7 @@ from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import special_ids
 from pretrain.training.main import main
 from pretrain.training.memory import activations
-from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.launching import call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.test_launchers import MISTAKES, write_mistake
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -123,7 +123,7 @@ def test_model_states_are_what_deepspeed_holds(folder, plan):
                       "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}}
                for name, (precision, stage) in cases.items()}
     paths = {name: write_config(folder, tiny_config(folder, **change)) for name, change in changes.items()}
-    two = call(deepspeed_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
+    two = call(ranks_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
     alone = write_config(folder, tiny_config(folder, **changes["fp32-3"] | {"name": "alone"}))
     one = call(["python", "tests/pretrain/training/held_bytes.py", str(alone)])
     for ranks, output in ((2, two.stdout), (1, one.stdout)):
@@ -159,7 +159,7 @@ def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):
     values = tiny_config(folder, name="large", data__path=str(folder / "later"), data__tokenizer={"vocab_size": 128_000}, data__sequence_length=4096,
                          model__shape=LLAMA_8B, train={"tokens": 2 * 10**11, "global_batch_rows": 1024, "micro_batch_rows": 1,
                                                        "learning_rate": 3e-4, "precision": "bf16"})
-    done = call([*deepspeed_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
+    done = call([*ranks_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
     rows = rows_of("\n".join(line for line in done.stdout.splitlines() if not line.startswith("[")))
     width, inner, of_keys = 4096, 14336, 1024
     layer = 2 * width * width + 2 * width * of_keys + 3 * width * inner + 2 * width

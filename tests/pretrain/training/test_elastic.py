@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.run_folder import list_steps, read_status
-from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+from tests.launching import Running, call, ranks_command, tiny_config, write_config
 
 STEPS = 24
 ROWS = 8
@@ -30,11 +30,11 @@ def story(tmp_path_factory, request) -> dict:
                          deepspeed={"zero_optimization": {"stage": request.param}})
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
     call(["python", "-m", "data_prep", str(fixed)])
-    call(deepspeed_command(2, "launcher/run.py", fixed))
+    call(ranks_command(2, "launcher/run.py", fixed))
     stops, logs = [], []
     for number, ranks in enumerate(CHAIN):
         config = write_config(folder, values | {"name": "elastic", "train": values["train"] | {"micro_batch_rows": ROWS // ranks}})
-        running = Running(deepspeed_command(ranks, "launcher/run.py", config), folder / f"{number}.log")
+        running = Running(ranks_command(ranks, "launcher/run.py", config), folder / f"{number}.log")
         if number < len(CHAIN) - 1:
             running.wait_until(lambda number=number: len(metrics(folder, "elastic")) >= 5 * (number + 1), "five more steps")
             running.ranks()[-1].send_signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ from pretrain.evaluation.results import append_result, read_results
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
 from pretrain.training.spikes import ENOUGH, WINDOW, SpikeRule, rewind
-from tests.launching import ROOT, Running, call, deepspeed_command, environment, tiny_config, write_config
+from tests.launching import ROOT, Running, call, environment, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
@@ -114,7 +114,7 @@ def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
 
 def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=10, checkpoint={"every": 1000})
-    running = Running(deepspeed_command(2, "launcher/run.py", path), folder / "hung.log")
+    running = Running(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
     running.wait_until(lambda: len(metrics(folder / "runs" / "hung")) >= 3, "three steps")
     stopped = running.ranks()[1]
     started = time.monotonic()
@@ -137,7 +137,7 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
     try:
         path = config(folder, "full", output_dir=str(small), train__steps=40, checkpoint={"every": 5, "keep": 2})
         run_dir, filler = small / "full", small / "filler"
-        running = Running(deepspeed_command(2, "launcher/run.py", path), folder / "full.log")
+        running = Running(ranks_command(2, "launcher/run.py", path), folder / "full.log")
         running.wait_until(lambda: list_steps(run_dir / "checkpoints"), "a checkpoint")
         with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
             while True:
@@ -161,29 +161,29 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
     settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
     straight = config(folder, "straight", **settings)
-    call(deepspeed_command(2, SPOILED, "none", straight))
+    call(ranks_command(2, SPOILED, "none", straight))
     path = config(folder, "cut", **settings)
-    running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "cut.log")
+    running = Running(ranks_command(2, SPOILED, "slow", path), folder / "cut.log")
     running.wait_until(lambda: "a batch of validation" in running.log.read_text(), "a validation")
     running.ranks()[1].send_signal(signal.SIGUSR1)
     running.end()
     run_dir = folder / "runs" / "cut"
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4]
-    running = Running(deepspeed_command(2, SPOILED, "none", path), folder / "cut2.log")
+    running = Running(ranks_command(2, SPOILED, "none", path), folder / "cut2.log")
     running.wait_until(lambda: len(running.ranks()) == 2, "its ranks")
     time.sleep(4)  # Python is up, and imports
     running.ranks()[0].send_signal(signal.SIGTERM)
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], running.log.read_text()
-    running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "killed.log")
+    running = Running(ranks_command(2, SPOILED, "slow", path), folder / "killed.log")
     running.wait_until(lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up")
     running.kill()  # so that it is made up once more
-    running = Running(deepspeed_command(2, SPOILED, "slow", path), folder / "cut3.log")
+    running = Running(ranks_command(2, SPOILED, "slow", path), folder / "cut3.log")
     running.wait_until(lambda: "step      8" in running.log.read_text(), "the last step, which is validated too")
     running.ranks()[1].send_signal(signal.SIGTERM)
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints")[-1] == 8, running.log.read_text()
-    assert "finished at step 8" in call(deepspeed_command(2, SPOILED, "none", path)).stdout
+    assert "finished at step 8" in call(ranks_command(2, SPOILED, "none", path)).stdout
     assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("straight", "cut")))
     tables = [[{tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
                for line in metrics(folder / "runs" / name)] for name in ("straight", "cut")]

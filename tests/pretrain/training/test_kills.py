@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import ROOT, Running, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, Running, call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 RECORDING = ROOT / "tests" / "pretrain" / "training" / "recording_run.py"
@@ -28,7 +28,7 @@ def runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Pat
     for name in names:
         values = tiny_config(folder, name=name, train__steps=None, train__epochs=EPOCHS, train__micro_batch_rows=2, monitor__log_every=1,
                              monitor__validate_every=50, **changes)
-        found[name] = folder / "runs" / name, deepspeed_command(2, RECORDING, write_config(folder, values))
+        found[name] = folder / "runs" / name, ranks_command(2, RECORDING, write_config(folder, values))
     call(["python", "-m", "data_prep", str(folder / f"{names[0]}.yaml")])
     return found
 

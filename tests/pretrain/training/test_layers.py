@@ -9,7 +9,7 @@ from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
 from pretrain.training.layers import compile_layers, recompute_layers
-from tests.launching import ROOT, call, deepspeed_command, tiny_config, write_config
+from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -20,7 +20,7 @@ REPLICATED = {"zero_optimization": {"stage": 1}}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
-    call(deepspeed_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True)))
+    call(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True)))
     return folder
 
 
@@ -89,7 +89,7 @@ def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
         "compiled-replicated": {"train__compile": True, "deepspeed": REPLICATED, "monitor__gradients_every": 3},
     }
     replicated = config_of(folder, "replicated", deepspeed=REPLICATED, monitor__gradients_every=3)
-    call(deepspeed_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
+    call(ranks_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
     assert_same_losses(folder, "plain", "compiled", 1e-4)
     assert_same_losses(folder, "plain", "compiled-recomputed", 1e-4)
     assert_same_losses(folder, "replicated", "compiled-replicated", 1e-4)

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import Running, call, deepspeed_command, tiny_config, write_config
+from tests.launching import Running, call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 STEPS = 60
@@ -30,7 +30,7 @@ def story(tmp_path_factory):
     for name in ("undisturbed", "disturbed"):
         values = tiny_config(folder, name=name, train__steps=STEPS, train__micro_batch_rows=2, checkpoint={"every": 10, "keep": 3},
                              model__shape__attention_dropout=0.1, monitor__log_every=3, monitor__validate_every=15)
-        commands[name] = deepspeed_command(2, "launcher/run.py", write_config(folder, values))
+        commands[name] = ranks_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
     call(["python", "-m", "data_prep", str(folder / "undisturbed.yaml")])
     call(commands["undisturbed"])

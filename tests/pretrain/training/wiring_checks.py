@@ -15,13 +15,14 @@ from pretrain.training.background import single_process_environment
 from pretrain.training.distributed import init_world
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import set_up
-from tests.launching import call, tiny_config, write_config
+from tests.launching import tiny_config, write_config
+from tests.preparing import quiet
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
-    call(["python", "-m", "data_prep", str(write_config(folder, tiny_config(folder)))])
+    quiet(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
     torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
     start = random_causal_lm(shape_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
