@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides
-# make test    the tests; ARGS is passed to pytest
+# make test    the tests, in two processes; ARGS is passed to pytest
+# make test-all   the slow tests too, which take hours
 # make check   lint and types (ruff, mypy)
 # make setup   the environment alone, in .venv; the others call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
@@ -11,12 +12,15 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 PACKAGES := $(VENV)/.packages
 
-.PHONY: demo test check setup image demo-nodes clean
+.PHONY: demo test test-all check setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow or not slow" --durations 20 $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

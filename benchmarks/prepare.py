@@ -135,7 +135,7 @@ def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
     seconds = {way: statistics.median(one[way] for one in rounds) for way in rounds[0]}
     return {
         "text_megabytes": round(size / 1e6, 1), "records": records, "rounds": len(rounds),
-        "megabytes_per_second": {way: round(size / 1e6 / value, 2) for way, value in seconds.items()},
+        "megabytes_per_second": {way: round(size / 1e6 / value, 4) for way, value in seconds.items()},
         "prepare_over_raw_times_workers": {str(workers): round(ratio, 3) for workers, ratio in over_raw.items()},
         "speedup_of_2_workers": {way: round(ratio, 2) for way, ratio in speedup.items()},
         "targets": {

@@ -67,7 +67,9 @@ def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.n
     by_view = list(zip(tokens, lengths.T, strict=True))
     checksums = record_checksums(np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, closing)
     columns = {name: _list_array(*view) for name, view in zip(views, by_view, strict=True)}
-    batch = pa.record_batch(columns | {CONTINUES: pa.array(continues), CHECKSUM: pa.array(checksums)})
+    columns[CONTINUES] = pa.Array.from_buffers(pa.bool_(), len(continues), [None, _bitmap(continues)])
+    columns[CHECKSUM] = _array(pa.uint32(), len(checksums), checksums)
+    batch = pa.record_batch(columns)
     with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     pieces = continues | np.concatenate([[False], continues[:-1]])

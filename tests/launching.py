@@ -18,10 +18,10 @@ import yaml
 
 from pretrain.training.background import single_process_environment
 from tests import warm_process
+from tests.processes import TIMEOUT
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 240
 READ_AT_IMPORT = {"PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
 """Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
 
@@ -149,7 +149,7 @@ class Running:
         for process in [*self.ranks(), *psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait(30)
+        self.process.wait(TIMEOUT)
 
     def end(self) -> int:
         """Wait for its own end."""

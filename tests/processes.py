@@ -8,6 +8,9 @@ from pathlib import Path
 
 import psutil
 
+TIMEOUT = 1800
+"""Seconds that anything waited for may take, on a machine that is ten times too busy: it only ends a test that hangs."""
+
 
 def processes_of_session(leader: int) -> dict[int, int]:
     """The living processes of a session, and their parents."""
@@ -30,10 +33,11 @@ def kill_all(process: subprocess.Popen) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    psutil.wait_procs(found[1:], timeout=10)
+    psutil.wait_procs(found[1:], timeout=TIMEOUT)
 
 
-def wait_for(true_by_then: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(true_by_then: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+    """Poll until the condition holds; fail if it still does not after that many seconds."""
     deadline = time.monotonic() + seconds
     while not true_by_then():
         assert time.monotonic() < deadline, "waited in vain"

@@ -21,11 +21,12 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = (
-    "data_prep.pipeline", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "pretrain.evaluation.helpers",
-    "pretrain.evaluation.job", "pretrain.evaluation.task_evaluation",
-    "pretrain.report.page", "pretrain.report.summary", "pretrain.studies.runner", "pretrain.training.dry_run", "pretrain.training.main",
-    "pretrain.training.setup", "torch.utils.tensorboard", "transformers.models.gemma2.modeling_gemma2",
-    "transformers.models.llama.modeling_llama", "transformers.models.olmo2.modeling_olmo2")
+    "data_prep.pipeline", "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and with it torch's compiler
+    "pretrain.evaluation.helpers", "pretrain.evaluation.job", "pretrain.evaluation.task_evaluation", "pretrain.report.page",
+    "pretrain.report.summary", "pretrain.studies.runner", "pretrain.training.dry_run", "pretrain.training.main", "pretrain.training.setup",
+    "torch.utils.tensorboard", "transformers.models.gemma2.modeling_gemma2", "transformers.models.llama.modeling_llama",
+    "transformers.models.olmo2.modeling_olmo2")
 SURVIVORS = {"jemalloc_bg_thd"}
 """Names of threads that are started again in a fork."""
 MESSAGE_BYTES = 1 << 17

@@ -34,6 +34,7 @@ def with_helpers(evaluate: Callable[[], None]) -> None:
     finally:
         if dist.get_rank() == 0:
             _broadcast(None)
+    dist.destroy_process_group()  # gloo aborts a process that ends with a group whose other ranks have ended
 
 
 def share_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.tokenizer import Tokenizer
+from pretrain.models.families import register_family_of
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Model, in fp32 and on the GPU where there is one, and tokenizer of an export."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    register_family_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     model.to(device)  # type: ignore[arg-type]  # the wrapper around it hides that it is a method
     return model.eval(), Tokenizer.load(folder)

@@ -8,13 +8,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 
-import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import Family
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
 from pretrain.models.attention import FULL, SLIDING, Mask, attention_mask
+from pretrain.models.families import register_family, register_family_of
 from pretrain.models.head import Head
 
 VOCABULARY_MULTIPLE = 64
@@ -39,6 +39,7 @@ def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, seque
 
     Raises UserError for a key that the family does not have.
     """
+    register_family(family)
     computed = {"vocab_size": padded_vocabulary(tokenizer), "pad_token_id": tokenizer.pad_id,
                 "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()  # without what is no shape
@@ -167,6 +168,7 @@ def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtyp
 
 def pretrained_config(folder: str | Path) -> PretrainedConfig:
     """The configuration of a local Hugging Face folder. Raises UserError where it does not load, or holds an unknown family."""
+    register_family_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -178,6 +180,7 @@ def pretrained_config(folder: str | Path) -> PretrainedConfig:
 
 def pretrained_causal_lm(folder: str, attention: str, dtype: torch.dtype) -> nn.Module:
     """The weights of a local Hugging Face folder. Raises UserError where it does not load."""
+    register_family_of(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:

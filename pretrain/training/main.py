@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, batch, FLOPs, steps and memory of the run, and start nothing")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
     arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
-    action = plan if arguments.dry_run else run
+    action = plan if arguments.dry_run else run_alone
     exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=another_process_speaks)
 
 
@@ -43,6 +43,17 @@ def plan(config: RunConfig) -> None:
     from pretrain.training.dry_run import dry_run
 
     dry_run(config)
+
+
+def run_alone(config: RunConfig) -> None:
+    """Train as the only run of this process: its process group is destroyed afterwards."""
+    try:
+        run(config)
+    finally:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # gloo aborts a process that ends with a group whose other ranks have ended
 
 
 def run(config: RunConfig) -> None:

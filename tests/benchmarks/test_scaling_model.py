@@ -7,6 +7,7 @@ import pytest
 from benchmarks.scaling_model import RANKS, Cluster, Link, Work, fit, links_of_doctor, step_seconds
 from data_prep.console import UserError
 from tests.launching import call, tiny_config, write_config
+from tests.processes import TIMEOUT
 
 WORK = Work(compute_seconds=1.0, micro_steps=2, tokens=1000, gathered=9e9, tensors=10, small=1e9, bucket=1e9)
 FAST, SLOW = Link(1e11, 1e-6), Link(1e10, 1e-5)
@@ -65,6 +66,6 @@ def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(
 
 @pytest.mark.slow
 def test_the_check_measures_and_predicts():
-    result = json.loads(call(["python", "benchmarks/scaling_model.py", "--check"], timeout=900).stdout)
+    result = json.loads(call(["python", "benchmarks/scaling_model.py", "--check"], timeout=2 * TIMEOUT).stdout)
     assert all(seconds > 0 for seconds in result["measured_step_seconds"].values())
     assert all(0.2 < one["predicted_over_measured"] < 5 for one in result["predicted_2_processes"].values())

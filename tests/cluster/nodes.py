@@ -68,8 +68,8 @@ class Cluster:
         with open(self.folder / f"{node}.log", "a") as log:
             self._sshd[node] = subprocess.Popen(self._as_host(node, sshd), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                                 start_new_session=True)
-        deadline = time.monotonic() + 20
-        while self.on_ctl(["ssh", node, "true"], check=False, timeout=20).returncode:
+        deadline = time.monotonic() + TIMEOUT
+        while self.on_ctl(["ssh", node, "true"], check=False).returncode:
             assert time.monotonic() < deadline, (self.folder / f"{node}.log").read_text()
             time.sleep(0.1)
 

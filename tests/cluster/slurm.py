@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.launching import ROOT, environment, free_port
+from tests.processes import TIMEOUT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel")
 CONFIGURATION = """\
@@ -95,14 +96,14 @@ class Cluster:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         for daemon in self.daemons.values():
-            daemon.wait(10)
+            daemon.wait(TIMEOUT)
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with open(self.folder / f"{program}.out", "w") as output:
             self.daemons[program] = subprocess.Popen([_find(program), *arguments], env=self.environment(), stdout=output, stderr=output,
                                                      cwd=self.folder, start_new_session=True)
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 30, log: Path | None = None) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = TIMEOUT, log: Path | None = None) -> None:
         """Poll until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -116,7 +117,7 @@ class Cluster:
     def environment(self, **more: str) -> dict[str, str]:
         return environment(SLURM_CONF=str(self.settings), **more)
 
-    def call(self, *command: str | Path, check: bool = True, timeout: float = 240, folder: Path = ROOT, **more: str) -> str:
+    def call(self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str) -> str:
         """Run a command to its end; what it printed."""
         done = subprocess.run(list(map(str, command)), cwd=folder, env=self.environment(**more), capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -131,7 +132,7 @@ class Cluster:
         words = self.call("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end_of(self, number: int, log: Path, seconds: float = 240) -> dict[str, str]:
+    def end_of(self, number: int, log: Path, seconds: float = TIMEOUT) -> dict[str, str]:
         """Wait for the last end of a job, and spare it most of the two minutes that Slurm keeps it back each time it is queued again."""
         hastened = set()
 

@@ -75,12 +75,15 @@ print(f"rank {rank} of start {start + 1}: {how}", flush=True)
 if how == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     Path(f"waiting-{rank}").touch()
-    time.sleep(600)
+    time.sleep(3600)
 time.sleep(0.5 * rank)
 if how == "progress" and rank == 0:
     checkpoints = Path("runs/run/checkpoints")
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "latest").write_text(f"step-{start:08d}")
+if how == "progress" and rank == 1:
+    while not (file := Path("runs/run/checkpoints/latest")).exists() or file.read_text() != f"step-{start:08d}":
+        time.sleep(0.05)
 if how in ("progress", "crash") and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit({"stopped": 75, "mistake": 2}.get(how, 0))
@@ -122,7 +125,7 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", "--time=00:02:00", "--signal=USR1@60", SCRIPTS / "pretrain.sbatch", "run.yaml", folder=project,
                          HOW="wait finished")
-    ended = cluster.end_of(job, log, seconds=400)
+    ended = cluster.end_of(job, log)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
     assert {path.name for path in project.glob("waiting-*")} == {"waiting-0", "waiting-1"}
 
@@ -135,9 +138,9 @@ def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_i
     run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped)
     evaluation = cluster.submit(folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir)
-    cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", 120, log)
+    cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", log=log)
     cluster.call("scancel", "--signal=USR1", job)
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", 120, log)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", log=log)
     assert read_status(run_dir)["status"] == "resumable" and 5 < list_steps(run_dir / "checkpoints")[-1] < 150
     assert cluster.job(evaluation)["JobState"] == "PENDING"
     ended = cluster.end_of(job, log)

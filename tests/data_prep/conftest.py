@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.sources import files
 from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, json_source
+from tests.processes import TIMEOUT
 
 FILES = 8
 """JSON lines files of the fixture `corpus`."""
@@ -57,7 +58,7 @@ def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
 def run(command) -> Callable[..., subprocess.CompletedProcess]:
     def run(config: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
         arguments, environment = command(config, *overrides)
-        return subprocess.run(arguments, **{"env": environment, "capture_output": True, "text": True, "timeout": 120} | options)
+        return subprocess.run(arguments, **{"env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT} | options)
     return run
 
 

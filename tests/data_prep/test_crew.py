@@ -11,13 +11,14 @@ from data_prep.console import UserError
 from data_prep.crew import Local, Task
 from data_prep.progress import Progress
 from tests.data_prep.conftest import MPIRUN, needs_mpi
+from tests.processes import TIMEOUT
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
     command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("crew_checks.py"), folder, check]
-    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 @needs_mpi
@@ -59,7 +60,7 @@ def test_processes_that_mpi_does_not_know_of_are_noticed(command, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("name: x")
     arguments, environment = command(config)
-    done = subprocess.run(arguments, env=environment | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, env=environment | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2 and "2 processes were started together, but MPI sees 1" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
 

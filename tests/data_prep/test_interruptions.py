@@ -13,47 +13,63 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
-from tests.data_prep.conftest import FILES, MPIRUN, needs_mpi
+from tests.data_prep.conftest import CHECKOUT, FILES, MPIRUN, needs_mpi
 from tests.preparing import VOCAB_SIZE, data, json_source, quiet
-from tests.processes import contents, processes_of_session, wait_for
+from tests.processes import TIMEOUT, contents, processes_of_session, wait_for
+
+HOLD = """
+import glob, os, sys, time
+
+def hold(event, arguments):
+    count, pattern = os.environ["HOLD"].split(":", 1)
+    if event in ("open", "os.mkdir", "os.remove", "os.rename", "shutil.rmtree") and len(glob.glob(pattern)) >= int(count):
+        time.sleep(3600)
+
+sys.addaudithook(hold)
+"""
+"""Imported by a preparation as it starts: it stops before it touches another file once there are so many files of that pattern."""
+
+
+@pytest.fixture
+def held(tmp_path_factory):
+    """Return environment variables with which a preparation waits to be killed: once there are `count` files of a pattern."""
+    folder = tmp_path_factory.mktemp("held")
+    (folder / "sitecustomize.py").write_text(HOLD)
+    return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{CHECKOUT}", "HOLD": f"{count}:{pattern}"}
 
 
 @needs_mpi
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, undisturbed, command, run, tmp_path):
+def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, undisturbed, command, run, held, tmp_path):
     arguments, environment = command(corpus, f"data.path={tmp_path}")
     with open(tmp_path / ".log", "w") as log:
-        process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment, start_new_session=True, stdout=log, stderr=log)
+        process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment | held(tmp_path / ".partial/scan/*.json", 2),
+                                   start_new_session=True, stdout=log, stderr=log)
     wait_for(lambda: len(list(tmp_path.glob(".partial/scan/*.json"))) > 1)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
     ranks[-1].kill()
-    assert process.wait(timeout=60) != 0 and not psutil.wait_procs(ranks, timeout=10)[1], "ranks outlive one of them"
+    assert process.wait(timeout=TIMEOUT) != 0 and not psutil.wait_procs(ranks, timeout=TIMEOUT)[1], "ranks outlive one of them"
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / ".log").unlink()
-    done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
     assert contents(tmp_path) == contents(undisturbed)
-    again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturbed, command, run, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturbed, command, run, held, tmp_path):
     units = FILES + 2
     partial = tmp_path / ".partial"
-
-    def reports(phase: str) -> int:
-        return len(list((partial / phase).glob("[0-9]*[0-9].json")))
-
-    moments = [lambda: (partial / "settings.json").exists(), lambda: reports("scan") > 0, lambda: reports("scan") == units,
-               lambda: (partial / "duplicate" / "00000.npy").exists(), lambda: (partial / "tokenizer").exists(),
-               lambda: (tmp_path / "tokenizer").exists(), lambda: any(tmp_path.glob(".*.arrow.*.tmp")),
-               lambda: reports("shards") >= units // 2, lambda: reports("shards") >= units - 1, lambda: (tmp_path / "manifest.json").exists()]
+    scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
+    moments = [(".partial/settings.json", 1), (scans, 1), (scans, units), (".partial/duplicate/00000.npy", 1), (".partial/tokenizer", 1),
+               ("tokenizer", 1), (".*.arrow.*.tmp", 1), (reports, units // 2), (reports, units - 1), ("manifest.json", 1)]
     killed, written = 0, {}
-    for moment in moments:
+    for pattern, count in moments:
         arguments, environment = command(corpus, f"data.path={tmp_path}")
         with open(tmp_path / ".log", "w") as log:
-            process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=log, stderr=log)
-        wait_for(lambda process=process, moment=moment: moment() or process.poll() is not None)
+            process = subprocess.Popen(arguments, env=environment | held(tmp_path / pattern, count), start_new_session=True, stdout=log, stderr=log)
+        wait_for(lambda process=process, pattern=pattern, count=count: len(list(tmp_path.glob(pattern))) >= count or process.poll() is not None)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
@@ -63,7 +79,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturb
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
                 assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made again"
-    assert killed >= len(moments) - 2, "the last ones may have come too late, the others not"
+    assert killed == len(moments)
     (tmp_path / ".log").unlink()
     (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"what a killed worker leaves")
     done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
@@ -100,12 +116,12 @@ def test_workers_end_with_the_process_that_prepares(busy):
     assert workers_of(busy)
     busy.kill()
     busy.wait()
-    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
+    wait_for(lambda: not processes_of_session(busy.pid))
 
 
 def test_a_killed_worker_is_one_clear_line(busy):
     os.kill(workers_of(busy)[0], signal.SIGKILL)
-    _, said = busy.communicate(timeout=60)
+    _, said = busy.communicate(timeout=TIMEOUT)
     assert busy.returncode == 2
     assert said.startswith("error: a worker process of the preparation was killed") and said.count("\n") == 1, said
 
@@ -113,9 +129,9 @@ def test_a_killed_worker_is_one_clear_line(busy):
 @pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
 def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
     (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
-    _, said = busy.communicate(timeout=20)
+    _, said = busy.communicate(timeout=TIMEOUT)
     assert (busy.returncode, said) == (130, "interrupted\n")
-    wait_for(lambda: not processes_of_session(busy.pid), seconds=10)
+    wait_for(lambda: not processes_of_session(busy.pid))
 
 
 def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):

@@ -14,6 +14,7 @@ from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from tests.data_prep.conftest import MPIRUN, needs_mpi
 from tests.preparing import data, json_source, quiet
+from tests.processes import TIMEOUT
 
 
 def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, undisturbed, mistake, lines_file, pairs, tmp_path):
@@ -42,7 +43,7 @@ def test_a_mistake_under_mpirun_is_one_line(corpus, command, lines_file, tmp_pat
     bad = lines_file(tmp_path / "bad.jsonl", [3])
     for sources, expected in (([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"), ([json_source("absent")], "cannot read absent")):
         arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}")
-        done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and expected in errors[0] and "Traceback" not in done.stderr, done.stderr
 

@@ -23,7 +23,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tools.verify import verify
 from tests.data_prep.conftest import FILES
 from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
-from tests.processes import contents
+from tests.processes import TIMEOUT, contents
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
@@ -258,7 +258,7 @@ def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]
     arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", f"data.sources={json.dumps(sources)}")
     environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
-    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
     assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "mark").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
     assert (tmp_path / "mark").exists(), "the mark would not have shown"

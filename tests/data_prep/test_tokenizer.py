@@ -15,6 +15,7 @@ import tokenizers
 
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer, take_over, train
+from tests.processes import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -142,7 +143,7 @@ def test_training_is_the_same_in_every_process(model_type, tmp_path):
             f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)")
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                 env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed}) for seed in ("1", "2")]
-    found = [process.communicate(timeout=120)[0] for process in running]
+    found = [process.communicate(timeout=TIMEOUT)[0] for process in running]
     assert found[0] == found[1] == train(corpus(), 360, tmp_path / "here", model_type).fingerprint + "\n"
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()

@@ -229,7 +229,7 @@ def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
     assert len(rows.records) == 150 and len(set(rows.draws.tolist())) == 150
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sources=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.5, 1.0, 1.3, 2.0])), min_size=1, max_size=3),
        seed=st.integers(0, 1000), cuts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
        dropout=st.sampled_from([0.0, 0.4]), longest=st.integers(1, 20), epochs=st.integers(1, 3))

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from data_prep.console import UserError
+from pretrain.data import prefetch
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, counts
 from pretrain.data.prefetch import AHEAD, Prefetch
 from tests.launching import environment
+from tests.processes import TIMEOUT, wait_for
 
 CPU = torch.device("cpu")
 
@@ -76,10 +78,8 @@ def test_no_more_steps_than_agreed_wait(loader, specials):
 
     with Prefetch(loader, 8, counted, CPU) as steps:
         for taken in (0, 1, 2):
-            deadline = time.monotonic() + 20
-            while len(made) < taken + AHEAD and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.05)
+            wait_for(lambda taken=taken: len(made) >= taken + AHEAD)
+            time.sleep(0.05)  # in which another one would be made
             assert len(made) == taken + AHEAD
             steps.next()
 
@@ -99,17 +99,33 @@ def test_an_error_comes_out_at_its_step_as_it_is_and_is_known_before(loader, spe
             steps.next()
 
 
-def test_the_time_waited_for_data_is_counted(loader, specials):
-    def slow(rows):
-        time.sleep(0.2)
+class Clock:
+    """A clock that stands still but where the test moves it."""
+
+    def __init__(self):
+        self.now, self.looked_at = 0.0, threading.Event()
+
+    def perf_counter(self) -> float:
+        self.looked_at.set()
+        return self.now
+
+
+def test_the_time_waited_for_data_is_counted(loader, specials, monkeypatch):
+    clock, number = Clock(), count(1)
+    monkeypatch.setattr(prefetch, "time", clock)
+
+    def late(rows):
+        if next(number) == 1:
+            assert clock.looked_at.wait(TIMEOUT), "nobody waits"
+            clock.now += 7
         return batches_of(loader, specials)(rows)
 
-    with Prefetch(loader, 8, slow, CPU) as steps:
+    with Prefetch(loader, 8, late, CPU) as steps:
         steps.next()
-        assert steps.take_waited() >= 0.2
-        time.sleep(0.6)
+        assert steps.take_waited() == 7
+        clock.now += 100  # spent on the step
         steps.next()
-        assert steps.take_waited() < 0.1
+        assert steps.take_waited() == 0
 
 
 def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):
@@ -136,7 +152,7 @@ class Endless:
 steps = Prefetch(Endless(), 1, list, torch.device("cpu"))
 {end}
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=TIMEOUT, capture_output=True)
     assert done.returncode == (1 if "raise" in end else 3), done.stderr
 
 

@@ -17,6 +17,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tools.show import columns, printable, shortened, show_record
 from pretrain.data.__main__ import main
 from tests.launching import ROOT
+from tests.processes import TIMEOUT
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_pieces(prepared):
 
 def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
     command = f"{sys.executable} -m pretrain.data inspect {prepared} 200 | head -n 1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stdout.startswith("record 0: ") and done.stderr == ""
 
 

@@ -14,6 +14,7 @@ from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer
 from pretrain.run_folder import PINS
 from tests.launching import call, ranks_command, tiny_config, write_config
+from tests.processes import TIMEOUT
 
 STEPS = 20
 
@@ -45,7 +46,7 @@ def run_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def background(run_dir):
     """The results once the background jobs have taken all requests, though retention wanted to remove step 10."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + TIMEOUT
     while list((run_dir / "checkpoints" / PINS).iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()
         time.sleep(0.2)

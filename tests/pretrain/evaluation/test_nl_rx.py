@@ -1,7 +1,5 @@
 """Scores of the nl_rx task. Invariant 7: exact, prefix, contains and stopped are reported apart."""
 
-import time
-
 import pytest
 
 from data_prep.nlrx_grammar import generate
@@ -46,12 +44,13 @@ def test_gold_empty_and_shuffled_answers(kind):
     assert metrics["exact"] < metrics["equal"] < 0.1  # many published targets denote the empty language
 
 
-def test_regexes_built_to_explode_are_undecided_in_bounded_time(monkeypatch):
+def test_regexes_built_to_explode_are_undecided_and_soon_not_tried(monkeypatch):
+    compared = []
     monkeypatch.setattr(nl_rx, "MOST_UNDECIDED", 1)
+    monkeypatch.setattr(nl_rx, "compare", lambda *pair: compared.append(pair) or compare(*pair))
     exploding = [f"(.*a.{{20}})|(.*a{number}.{{20}})" for number in range(100)]
     exploding += ["~((" * 200 + "a" + "))" * 200, "(((a{9}){9}){9}){9}", "(" * 100_000]
-    started = time.perf_counter()
     metrics, _ = score([".*a.{20}"] * len(exploding), gold(exploding), [True] * len(exploding))
-    assert time.perf_counter() - started < 60  # one takes some seconds
+    assert len(compared) == 1, "each takes some seconds"
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
     assert score(["(((a{9}){9}){9}){9}"], gold([""]), None)[1] == {"proper": 0}  # whether it is proper is undecided too

@@ -1,8 +1,10 @@
 """`evaluate.py --watch`: every checkpoint once, whatever is killed; and several processes that answer together."""
 
+import itertools
 import json
+import os
 import random
-import threading
+import shutil
 import time
 
 import pytest
@@ -10,11 +12,13 @@ import pytest
 from pretrain.config import load_config
 from pretrain.evaluation.watch import Watch
 from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training import checkpoint
 from pretrain.training.background import ask_for_evaluation
 from pretrain.training.checkpoint import retain
 from pretrain.training.spikes import rewind
 from tests.launching import Running, call, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
+from tests.processes import TIMEOUT
 
 STEPS, EVERY = 30, 10
 
@@ -72,27 +76,36 @@ def test_two_processes_answer_what_one_does(folder, watched):
     assert len(answers["one"].splitlines()) == 25 and results(folder)[-2:] == [("rotten_tomatoes", 30)] * 2
 
 
-def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path):
-    """The watch pins, and then looks. What it sees may be moved away for a moment, and comes back; what it does not see is gone for good."""
-    checkpoints, ended, stayed = tmp_path / "checkpoints", threading.Event(), []
+def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path, monkeypatch):
+    """The watch pins, and then looks. What it sees may be moved away for a moment, and comes back; what it does not see is gone for good.
 
-    def pin():
-        while not ended.is_set():
-            for step in list_steps(checkpoints)[:1]:
-                ask_for_evaluation(tmp_path, step)
-                stands = step in list_steps(checkpoints)
-                time.sleep(0.005)
-                stayed.append((stands, step in list_steps(checkpoints)))
-                (checkpoints / PINS / step_name(step)).unlink()
+    Both come at every moment of a retention: before each call by which it reads or changes the folder, and behind its end.
+    """
+    def after(watch, call):
+        return lambda *arguments, **more: (watch(), call(*arguments, **more))[1]
 
-    watch = threading.Thread(target=pin)
-    watch.start()
-    for step in range(1, 1000):
-        (checkpoints / step_name(step)).mkdir(parents=True)
-        retain(checkpoints, 1, None)
-    ended.set()
-    watch.join()
-    assert (True, True) in stayed and (True, False) not in stayed
+    stayed = set()
+    for pinned, looked in itertools.combinations_with_replacement(range(8), 2):
+        run_dir, moments, stands = tmp_path / f"{pinned}-{looked}", itertools.count(), []
+
+        def watch(run_dir=run_dir, moments=moments, stands=stands, pinned=pinned, looked=looked):
+            moment = next(moments)
+            if moment == pinned:
+                ask_for_evaluation(run_dir, 1)
+            if moment == looked:
+                stands.append(1 in list_steps(run_dir / "checkpoints"))
+            return moment
+
+        for step in (1, 2):
+            (run_dir / "checkpoints" / step_name(step)).mkdir(parents=True)
+        with monkeypatch.context() as patch:
+            for module, name in ((checkpoint, "list_steps"), (checkpoint, "_pins"), (os, "replace"), (shutil, "rmtree")):
+                patch.setattr(module, name, after(watch, getattr(module, name)))
+            retain(run_dir / "checkpoints", 1, None)
+        while watch() < 8:
+            pass
+        stayed.add((stands[0], 1 in list_steps(run_dir / "checkpoints")))
+    assert stayed == {(True, True), (False, True), (False, False)}
 
 
 def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(folder, tmp_path):
@@ -107,7 +120,8 @@ def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(
     assert watch.pinned() == [10, 20, 25]
 
 
-def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path):
+def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.evaluation.watch.PAUSE", TIMEOUT)
     config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
     watch, pins = Watch(tmp_path, lambda: (config, config.evaluation.tasks), []), tmp_path / "checkpoints" / PINS
 
@@ -166,11 +180,11 @@ def test_kills_at_random_while_it_finetunes(folder, watched):
             watch.process.kill()  # and not what it has started: that must end by itself
         watch.process.wait()
     last = start_watch(folder, "random-last", *words)
-    last.process.wait(900)
+    last.process.wait(TIMEOUT)
     found = [result for result in read_lines(run_dir / "evaluation" / "results.jsonl") if result["finetune"]]
     assert sorted(result["step"] for result in found) == [10, 20, 30], last.log.read_text()
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
     again = write_pairs(folder / "again.jsonl", "test", 20)
-    call(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"], timeout=600)
+    call(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"])
     lines = read_lines(run_dir / "evaluation" / "results.jsonl")
     assert json.dumps(lines[-1]["metrics"]) == json.dumps(next(result["metrics"] for result in found if result["step"] == 20))

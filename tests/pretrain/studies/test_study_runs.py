@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import psutil
 import pytest
@@ -11,11 +12,13 @@ from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
 from pretrain.studies.runner import STOPPED
-from tests.launching import Running, call
+from tests.launching import ROOT, Running, call
 from tests.pretrain.studies.conftest import STEPS
-from tests.processes import wait_for
+from tests.pretrain.training.holding import released
+from tests.processes import TIMEOUT, wait_for
 
 STUDY = ["python", "launcher/study.py"]
+WAIT = 12
 
 
 @pytest.fixture
@@ -38,6 +41,26 @@ def results(run_dir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.fixture
+def waiting(folder):
+    """Return the `launch` of a study in which the run of that name waits in step WAIT until it is released or has a signal."""
+
+    def launch(name):
+        modules = folder / f"waiting-{name}"
+        modules.mkdir()
+        (modules / "sitecustomize.py").write_text(f"""
+import sys
+from pathlib import Path
+
+if sys.orig_argv[-1].endswith("/{name}.yaml") and "launcher/run.py" in " ".join(sys.orig_argv):
+    from tests.pretrain.training.holding import hold_steps
+    hold_steps(Path(sys.orig_argv[-1]), [{WAIT}])
+""")
+        return f"env PYTHONPATH={modules}:{ROOT} {sys.executable}"
+
+    return launch
+
+
 def in_the_middle(run_dir):
     return lambda: len(read_metrics(run_dir)) > 2
 
@@ -51,8 +74,8 @@ def processes_of(folder):
     return found
 
 
-def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_study, folder):
-    path, study = write_study(), folder / "studies" / "two"
+def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_study, waiting, folder):
+    path, study = write_study(launch=waiting("jepa-seed1")), folder / "studies" / "two"
     plain, jepa = study / "plain-seed1", study / "jepa-seed1"
     shown = call([*STUDY, str(path), "--dry-run"]).stdout
     assert "2 arms x 1 seed = 2 runs, matched by tokens" in shown and not study.exists()
@@ -63,7 +86,8 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), second.stderr
     first.wait_until(in_the_middle(jepa), "steps of the second run")
     first.process.kill()
-    wait_for(lambda: not processes_of(study), 60)
+    released(study / "configs" / "jepa-seed1.yaml", WAIT).touch()
+    wait_for(lambda: not processes_of(study))
     assert read_status(jepa)["status"] == "resumable" and read_status(plain)["status"] == "finished"
     before, reached = (plain / "metrics.jsonl").read_bytes(), read_status(jepa)["step"]
     assert 0 < reached < STEPS and len(results(plain)) == 1 and not results(jepa)
@@ -89,16 +113,17 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, folder):
+def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, waiting, folder):
     arms = {"plain": {"objective.name": "next_token"}, "broken": {"model.attention": "flex_attention"}, "jepa": {}}
-    path, study = write_study(name="three", seeds=[1, 2], arms=arms), folder / "studies" / "three"
+    path, study = write_study(name="three", seeds=[1, 2], arms=arms, launch=waiting("plain-seed1")), folder / "studies" / "three"
     first = start(path, folder / "interrupted.log")
     first.wait_until(in_the_middle(study / "plain-seed1"), "steps of the first run")
     first.process.send_signal(signal.SIGINT)
+    released(study / "configs" / "plain-seed1.yaml", WAIT).touch()
     assert first.end() == STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
     assert read_status(study / "plain-seed1")["status"] == "resumable" and not processes_of(study)
 
-    done = call([*STUDY, str(path)], check=False, timeout=600)
+    done = call([*STUDY, str(path)], check=False)
     assert done.returncode == 1 and done.stdout.count(" FAILED: training ended with exit code") == 2, done.stdout
     assert all(len(results(study / f"{arm}-seed{seed}")) == 1 for arm in ("plain", "jepa") for seed in (1, 2))
     changed = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
@@ -108,7 +133,7 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["evaluation"]["tasks"].append(base["evaluation"]["tasks"][0] | {"label": "again"})
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    more = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))], timeout=600)
+    more = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
     assert more.stdout.count(" done in ") == 4
     for run_dir in (study / f"{arm}-seed{seed}" for arm in ("plain", "jepa") for seed in (1, 2)):
         assert [result["task"] for result in results(run_dir)] == ["loss", "again"]
@@ -119,7 +144,7 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
     arms = {"plain": {"objective.name": "next_token"}, "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024}}
     path = write_study(name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873")
-    call([*STUDY, str(path)], timeout=900)
+    call([*STUDY, str(path)], timeout=2 * TIMEOUT)
     study = folder / "studies" / "seconds"
     record = json.loads((study / "study.json").read_text())
     speed = {arm: found["tokens_per_second"] for arm, found in record["calibration"].items()}

@@ -1,17 +1,20 @@
-"""A run in which something goes wrong: `spoiled_run.py WHAT CONFIG`.
+"""A run in which something goes wrong, or that waits for the test: `spoiled_run.py WHAT CONFIG`.
 
-spike:S     the loss of step S is a hundred times itself, in whatever process computes it
-slow        validation takes a second a batch
+none          nothing
+spike:S       the loss of step S is a hundred times itself, in whatever process computes it
+hold:S,...    it waits at the beginning of each of these steps, see holding.py
+validation:S  it waits in the validation of step S for a signal
+save:S        it waits within the save of step S
 """
 
 import sys
-import time
+from pathlib import Path
 
 import torch
 
 from pretrain.training import loop
 from pretrain.training.main import main
-from pretrain.training.validation import Validation
+from tests.pretrain.training.holding import hold_save, hold_steps, hold_validation
 
 place = next(place for place, word in enumerate(sys.argv) if place and not word.startswith("--"))
 what, number = (sys.argv.pop(place).split(":") + ["0"])[:2]
@@ -25,16 +28,11 @@ if what == "spike":
     import pretrain.training.setup
     pretrain.training.setup.Trainer = Spoiled
 
-if what == "slow":
-    whole = Validation.run
-
-    def run(self, engine, units, stop=lambda: False):
-        def slowly() -> bool:
-            print("a batch of validation", flush=True)
-            time.sleep(1)
-            return stop()
-        return whole(self, engine, units, slowly)
-
-    Validation.run = run
+if what == "hold":
+    hold_steps(Path(sys.argv[-1]), list(map(int, number.split(","))))
+if what == "validation":
+    hold_validation(int(number))
+if what == "save":
+    hold_save(int(number))
 
 main()

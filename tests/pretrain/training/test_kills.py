@@ -15,6 +15,7 @@ from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
 from tests.launching import ROOT, Running, call, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.processes import TIMEOUT
 
 RECORDING = ROOT / "tests" / "pretrain" / "training" / "recording_run.py"
 KILLS, EPOCHS, RECORDS = 50, 20, 600
@@ -62,7 +63,7 @@ def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> bo
         "mid-rename": lambda: appears("manifest.json") or len(list_steps(checkpoints)) != steps,
         "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluating(run_dir),
     }[moment]
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + TIMEOUT
     while not (came := bool(happens())) and running.process.poll() is None:
         assert time.monotonic() < deadline, running.log.read_text()[-2000:]
         time.sleep(0.001)
@@ -77,7 +78,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     found = runs(tmp_path, ("undisturbed", "killed"), checkpoint={"every": 2, "keep": 2},
                  evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]})
     (calm, command), (run_dir, killed_command) = found.values()
-    call(command, timeout=1200)
+    call(command, timeout=4 * TIMEOUT)
     rng, kills, started = random.Random(4), Counter(), time.monotonic()
     while kills.total() < KILLS:
         moment = MOMENTS[kills.total() % len(MOMENTS)]
@@ -101,7 +102,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
             print(f"{time.monotonic() - started:6.0f} s  kill {kills.total():2} {moment:14} newest checkpoint {step}", flush=True)
         if read_status(run_dir).get("status") == "finished":
             break
-    last = call(killed_command, timeout=1200)
+    last = call(killed_command, timeout=4 * TIMEOUT)
     assert read_status(run_dir)["status"] == "finished", last.stdout[-2000:]
     assert kills.total() == KILLS, f"the run was over after {kills}"
     newest = list_steps(calm / "checkpoints")[-1]
@@ -116,7 +117,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
 
 def evaluated(run_dir: Path) -> list[tuple[str, int]]:
     """Tasks and steps of the evaluations, once the job has taken all that it was asked for."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + TIMEOUT
     while any((run_dir / "checkpoints" / "pins").iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()[-2000:]
         time.sleep(1)
@@ -137,7 +138,7 @@ def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
 def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
     found = runs(tmp_path, ("run",), checkpoint={"every": 5, "keep": 3})
     run_dir, command = found["run"]
-    call(command, timeout=600)
+    call(command)
     newest, before = list_steps(run_dir / "checkpoints")[-1], list_steps(run_dir / "checkpoints")[-2]
     whole = run_dir / "checkpoints" / step_name(newest)
     rng, damages = random.Random(5), []
@@ -155,7 +156,7 @@ def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
         kept = tmp_path / f"kept-{number}"
         shutil.copytree(whole, kept)
         spoil(whole / file, damage, place)
-        done = call(command, timeout=600)
+        done = call(command)
         assert f"{step_name(newest)} is damaged: " in done.stdout and f"going on from step {before}" in done.stdout
         aside = whole.with_name(f"damaged-{whole.name}")
         assert file in (aside / "damage.txt").read_text()

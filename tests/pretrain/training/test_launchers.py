@@ -11,6 +11,7 @@ import yaml
 
 from pretrain.training.main import main
 from tests.launching import ROOT, call, deepspeed_command, environment, free_port, tiny_config, write_config
+from tests.processes import TIMEOUT
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     ranks = [subprocess.Popen([sys.executable, "launcher/run.py", str(paths["srun"])], cwd=ROOT,
                               env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **{"NCCL_DEBUG": "WARN"} if rank else {}))
              for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0]
     log = (folder / "runs" / "srun" / "logs" / "rank-00000.log").read_text()
     assert "WARNING: NCCL_DEBUG is None for rank 0" in log and "and 'WARN' for rank 1" in log
     assert losses(folder, "deepspeed") == losses(folder, "torchrun") == losses(folder, "srun")

@@ -10,6 +10,7 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint
 from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from tests.processes import TIMEOUT
 
 WORKER = ROOT / "tests/pretrain/training/logits_after_training.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
     paths = [write_config(folder, config) for config in configs]
     for path in (paths[0], *paths[-2:]):
         call(["python", "-m", "data_prep", str(path)])
-    call(ranks_command(2, WORKER, *paths), timeout=1500)
+    call(ranks_command(2, WORKER, *paths), timeout=4 * TIMEOUT)
     return folder
 
 

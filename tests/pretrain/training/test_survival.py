@@ -10,10 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import Running, call, ranks_command, tiny_config, write_config
+from tests.launching import ROOT, Running, call, ranks_command, tiny_config, write_config
+from tests.pretrain.training.holding import released
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
 STEPS = 60
+SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
 
 
 def last_step(run_dir) -> int:
@@ -35,20 +37,21 @@ def story(tmp_path_factory):
     call(["python", "-m", "data_prep", str(folder / "undisturbed.yaml")])
     call(commands["undisturbed"])
 
-    run_dir = runs["disturbed"]
-    running = Running(commands["disturbed"], folder / "stopped.log")
+    run_dir, config = runs["disturbed"], folder / "disturbed.yaml"
+    running = Running(ranks_command(2, SPOILED, "hold:8", config), folder / "stopped.log")
     running.wait_until(lambda: last_step(run_dir) >= 6, "step 6")
     running.ranks()[1].send_signal(signal.SIGTERM)
+    released(config, 8).touch()
     running.end()
     stopped = {"status": read_status(run_dir), "steps": list_steps(run_dir / "checkpoints")}
 
-    running = Running(commands["disturbed"], folder / "interrupted.log")
-    running.wait_until(lambda: last_step(run_dir) >= stopped["status"]["step"] + 4, "some more steps")
+    running = Running(ranks_command(2, SPOILED, "hold:14", config), folder / "interrupted.log")
+    running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
     os.killpg(running.process.pid, signal.SIGINT)  # what Ctrl-C does: the launcher passes it on to ranks that have it already
     running.end()
     interrupted = read_status(run_dir)
 
-    running = Running(commands["disturbed"], folder / "killed.log")
+    running = Running(ranks_command(2, SPOILED, "save:40", config), folder / "killed.log")
     saving = run_dir / "checkpoints" / f".{step_name(40)}.tmp"
     running.wait_until(lambda: saving.exists(), "the saving of step 40")
     running.kill()

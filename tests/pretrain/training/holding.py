@@ -1,0 +1,67 @@
+"""Runs that wait at a chosen point, so that a test acts at that point however fast or slow the machine is.
+
+A rank that waits goes on once it has a signal to stop, or once the test has made the file `released(config, step)`.
+"""
+
+import time
+from pathlib import Path
+
+from pretrain.training import checkpoint, loop, setup
+from pretrain.training.stop import StopRequest
+
+
+def released(config: Path, step: int) -> Path:
+    """Return the file that lets the run of a configuration go on with a step."""
+    return config.with_suffix(f".go-{step}")
+
+
+def hold_steps(config: Path, steps: list[int]) -> None:
+    """Wait at the beginning of each of these steps; step 0 is the time before the model is built."""
+    StopRequest.GRACE = 3600.0  # a launcher that repeats a signal may be late
+    count, set_up = loop.Trainer._count, setup.set_up
+
+    def held_count(self, rows):
+        count(self, rows)
+        if self.progress.step in steps:
+            _wait(self.stop, released(config, self.progress.step), self._moved)
+
+    def held_set_up(run, world, stop):
+        print("waiting before the start", flush=True)
+        _wait(stop, released(config, 0))
+        return set_up(run, world, stop)
+
+    loop.Trainer._count = held_count
+    if 0 in steps:
+        setup.set_up = held_set_up
+
+
+def hold_validation(step: int) -> None:
+    """Stay in the validation of a step until some rank has a signal."""
+    asked_to_stop = loop.Trainer._asked_to_stop
+
+    def held(self):
+        if self.progress.step == step and self.world.is_main:
+            print(f"waiting in the validation of step {step}", flush=True)
+        while not (stopping := asked_to_stop(self)) and self.progress.step == step:
+            time.sleep(0.05)
+        return stopping
+
+    loop.Trainer._asked_to_stop = held
+
+
+def hold_save(step: int) -> None:
+    """Write the files of a step's checkpoint, and wait to be killed before they are declared a checkpoint."""
+    publish = checkpoint.publish
+
+    def held(temporary, number, *arguments):
+        while number == step:
+            time.sleep(0.05)
+        publish(temporary, number, *arguments)
+
+    checkpoint.publish = held
+
+
+def _wait(stop: StopRequest, file: Path, moved=lambda: None) -> None:
+    while stop.received is None and not file.exists():
+        moved()
+        time.sleep(0.01)

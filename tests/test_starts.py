@@ -1,0 +1,106 @@
+"""What a command loads before it knows that it needs it, and what a rank loads at all.
+
+Each command runs as a process of its own and leaves the names of its modules behind. A package that is not listed here is new in a start: list it
+if the command needs it there, and otherwise import it later or elsewhere.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, call, tiny_config, write_config
+
+RECORD = """
+import atexit, runpy, sys
+output, kind, command = sys.argv[1:4]
+before = set(sys.modules)
+sys.argv = sys.argv[3:]
+def write():
+    loaded = [name for name, module in sys.modules.items() if name not in before and getattr(module, "__spec__", None)]
+    open(output, "w").write("\\n".join(loaded))
+atexit.register(write)
+if kind == "-m":
+    runpy.run_module(command, run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(command, run_name="__main__")
+"""
+CONFIGURATION = {"annotated_types", "numpy", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection", "yaml"}
+"""What reading a configuration takes."""
+STARTS = {
+    "launcher/run.py --help": CONFIGURATION,
+    "launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION,
+    "launcher/evaluate.py --help": CONFIGURATION,
+    "launcher/evaluate.py nowhere": CONFIGURATION,
+    "launcher/supervise.py --help": CONFIGURATION | {"psutil"},
+    "launcher/supervise.py -- python launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
+    "launcher/study.py --help": CONFIGURATION,
+    "launcher/report.py --help": CONFIGURATION,
+    "launcher/report.py nowhere": CONFIGURATION,
+    "launcher/doctor.py --help": CONFIGURATION | {"psutil"},
+    "launcher/demo.py --help": CONFIGURATION,
+    "-m data_prep --help": CONFIGURATION - {"numpy"} | {"tqdm"},
+    "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"} | {"tqdm"},
+    "-m data_prep verify --help": CONFIGURATION - {"numpy"} | {"tqdm"},
+    "-m pretrain.data --help": set(),
+}
+"""Third-party packages that a start may load, by command."""
+PREPARATION = CONFIGURATION | {"google", "pyarrow", "sentencepiece", "tokenizers", "tqdm"}
+"""What preparing and verifying a corpus takes."""
+TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen", "triton"}
+"""torch, and what it loads with torch._dynamo, torch.distributed.tensor and torch._inductor. transformers loads the first two with any model, and
+DeepSpeed loads the third when it is given an optimizer."""
+DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
+TRANSFORMERS = {"PIL", "accelerate", "anyio", "filelock", "h11", "httpcore2", "httpx2", "huggingface_hub", "idna", "jinja2", "markupsafe", "regex",
+                "safetensors", "scipy", "tokenizers", "transformers", "truststore"}
+"""transformers, the client of its hub, and what it loads if installed: scipy with the losses of any model, PIL and jinja2 with chat templates."""
+TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
+RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
+RANK_UNITS = {"config", "data", "models", "objectives", "relevant_env", "revision", "run_folder", "training"}
+"""Units of pretrain that a rank may load."""
+
+
+def modules_after(folder: Path, *command: str, code: int = 0) -> set[str]:
+    """Run a command to its end and return the modules that it loaded; it must end with `code`."""
+    output = folder / "modules.txt"
+    words = command if command[0] == "-m" else ("script", *command)
+    done = call(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
+    assert done.returncode == code, done.stderr[-4000:]
+    return set(output.read_text().split())
+
+
+def packages(modules: set[str]) -> set[str]:
+    """Return the third-party packages of these modules."""
+    names = {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"data_prep", "launcher", "pretrain"}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_a_start_loads_no_library_that_it_does_not_need(command, tmp_path):
+    words = command.split()
+    loaded = packages(modules_after(tmp_path, *words, code=0 if words[-1] == "--help" else 2))
+    assert loaded <= STARTS[command], f"{command} loads {', '.join(sorted(loaded - STARTS[command]))}"
+
+
+def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
+    """The preparation and its tools load no torch. The rank trains gemma2 and loads no other model of transformers."""
+    config = write_config(tmp_path, tiny_config(tmp_path, model__family="gemma2", train__steps=1, monitor__validate_every=1))
+    corpus = str(tmp_path / "corpus")
+    for command in (["-m", "data_prep", str(config)], ["-m", "data_prep", "verify", corpus], ["-m", "pretrain.data", "stats", corpus]):
+        loaded = packages(modules_after(tmp_path, *command))
+        assert loaded <= PREPARATION, f"{' '.join(command[:3])} loads {', '.join(sorted(loaded - PREPARATION))}"
+    modules = modules_after(tmp_path, "launcher/run.py", str(config))
+    assert (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
+    assert packages(modules) <= RANK, f"a rank loads {', '.join(sorted(packages(modules) - RANK))}"
+    assert {name.split(".")[1] for name in modules if name.startswith("pretrain.")} <= RANK_UNITS
+    models = {name.split(".")[2] for name in modules if name.startswith("transformers.models.")}
+    assert models == {"auto", "gemma2"}
+    assert {"pretrain.models.openelm", "pretrain.training.dry_run"}.isdisjoint(modules)
+
+
+def test_data_prep_loads_no_torch_whatever_it_does(tmp_path):
+    """All of its modules, and the library of the hub, which it loads late."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "data_prep").rglob("*.py")]
+    imports = "\n".join(f"import {name}" for name in [*names, "datasets"])
+    (tmp_path / "everything.py").write_text(imports)
+    assert {"deepspeed", "torch", "transformers"}.isdisjoint(packages(modules_after(tmp_path, str(tmp_path / "everything.py"))))
