@@ -20,6 +20,7 @@ MOVED = ("inspect", "stats")
 
 
 def main() -> None:
+    """Run a subcommand, or prepare a corpus."""
     command = sys.argv[1] if len(sys.argv) > 1 else None
     if command in MOVED:
         raise UserError(f"python -m data_prep {command} has moved: run python -m pretrain.data {command} PATH")
@@ -33,6 +34,7 @@ def main() -> None:
 
 
 def prepare_corpus(crew: Crew | None) -> None:
+    """Parse the command line and prepare the corpus of a configuration."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="Turn a corpus into paired-view token shards.",
                                      epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.")
     parser.add_argument("config", help="YAML file of the run; its `data` section is used, and the test files of `evaluation.tasks`")

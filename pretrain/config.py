@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -12,7 +12,7 @@ from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.config_file import Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.data.layout import Layout, Specials
-from pretrain.objectives.configs import objective_configs
+from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 
 COMPUTED_BY_THE_PROJECT = {
     "train_batch_size": "train.global_batch_rows",
@@ -75,7 +75,10 @@ class ModelConfig(Section):
         return self
 
 
-ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007 (made at run time)
+if TYPE_CHECKING:
+    ObjectiveSection = ObjectiveConfig
+else:  # the classes are found at run time
+    ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007
 
 
 BUDGETS = ("steps", "tokens", "records", "epochs")

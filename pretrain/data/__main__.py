@@ -1,7 +1,9 @@
 """Show what is in a prepared corpus.
 
-python -m pretrain.data inspect PATH [N]    some of its records, and a picture of a packed row
-python -m pretrain.data stats PATH          lengths of its views, and how full packed rows are
+Its subcommands:
+
+    python -m pretrain.data inspect PATH [N]    some of its records, and a picture of a packed row
+    python -m pretrain.data stats PATH          lengths of its views, and how full packed rows are
 """
 
 import argparse
@@ -29,7 +31,9 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def _add_command(commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, description=run.__doc__, help=run.__doc__)
     parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
     parser.set_defaults(run=run)

@@ -1,7 +1,7 @@
 """The base class of objectives with a second term, which may have regularizers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,8 +18,8 @@ class AuxiliaryObjective(ABC):
     pooled = False
     """Whether the term looks at the pairs of all ranks."""
 
-    def __init__(self, weight: float, unit: str, regularizers: list[Regularizer]):
-        self.regularizers = regularizers
+    def __init__(self, weight: float, unit: str, regularizers: Sequence[Regularizer]):
+        self.regularizers = list(regularizers)
         self.weights: Mapping[str, float] = {"lm": 1.0, "jepa": weight} | {one.name: one.weight for one in regularizers}
         self.units: Mapping[str, str] = {"lm": "targets", "jepa": unit} | {one.name: "pairs" for one in regularizers}
 
@@ -28,8 +28,11 @@ class AuxiliaryObjective(ABC):
         """This rank's sum of the auxiliary term: hidden (B * L, D), its read-outs (P, D) each, and the pool where `pooled`."""
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+        """Return the terms of a micro batch, see `Objective`."""
         prediction, target = read_out(hidden, batch)
         pooled = with_pool or self.pooled or bool(self.regularizers)
         pool = gather_pool(prediction, target, batch, gather) if pooled else None
         terms = {"lm": next_token_sum(hidden, batch, cross_entropy), "jepa": self.auxiliary_sum(hidden, prediction, target, batch, pool)}
-        return Output(terms | {one.name: one(pool, batch.seed) for one in self.regularizers}, pool)
+        if pool is not None:
+            terms |= {one.name: one(pool, batch.seed) for one in self.regularizers}
+        return Output(terms, pool)

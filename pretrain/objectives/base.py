@@ -40,7 +40,8 @@ class Objective(Protocol):
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Return the objective that a configuration describes: call `from_config` of the module `pretrain.objectives.NAME`."""
-    return importlib.import_module(f"pretrain.objectives.{config.name}").from_config(config)
+    objective: Objective = importlib.import_module(f"pretrain.objectives.{config.name}").from_config(config)
+    return objective
 
 
 def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int) -> torch.Tensor:
@@ -49,4 +50,5 @@ def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], wei
     `counts` are those of the whole global batch, by term. DeepSpeed averages gradients over ranks, hence the factor `ranks`:
     together the gradients are those of one global batch.
     """
-    return ranks * sum(weights[name] / max(1, counts[name]) * value for name, value in terms.items())
+    first, *others = [weights[name] / max(1, counts[name]) * value for name, value in terms.items()]
+    return ranks * sum(others, start=first)

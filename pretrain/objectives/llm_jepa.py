@@ -4,6 +4,8 @@ Huang, LeCun and Balestriero, arXiv 2509.14252, equation 2: L = L_LM + lambda * 
 In the published form gradients flow into both sides; there is no projector and no moving average.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -18,12 +20,14 @@ DEFAULT_TEMPERATURE = 0.07
 
 def cosine_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """1 - cos of each pair, the distance of the paper: (P, D), (P, D) -> (P,)."""
-    return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    similarity: torch.Tensor = F.cosine_similarity(prediction, target, dim=-1)
+    return 1 - similarity
 
 
 def l2_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Euclidean distance of each pair: (P, D), (P, D) -> (P,)."""
-    return torch.linalg.vector_norm(prediction - target, dim=-1)
+    distance: torch.Tensor = torch.linalg.vector_norm(prediction - target, dim=-1)
+    return distance
 
 
 def mse_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,14 +55,16 @@ class LlmJepa(AuxiliaryObjective):
     """The language-model loss and `weight` times the distance of the pairs."""
 
     def __init__(self, weight: float, distance: str, *, temperature: float | None = None, stop_gradient: bool = False,
-                 regularizers: list[Regularizer] = ()):
-        super().__init__(weight, "pairs", list(regularizers))
+                 regularizers: Sequence[Regularizer] = ()):
+        super().__init__(weight, "pairs", regularizers)
         self.distance, self.stop_gradient = distance, stop_gradient
         self.pooled = distance == "info_nce"
         self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
 
     def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
+        """Return this rank's sum of the distances."""
         if self.distance == "info_nce":
+            assert pool is not None
             return info_nce_sum(pool.with_fixed_targets() if self.stop_gradient else pool, self.temperature)
         distances = DISTANCES[self.distance](prediction, target.detach() if self.stop_gradient else target)
         return torch.where(batch.pair_valid, distances, 0.0).sum()

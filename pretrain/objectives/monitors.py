@@ -41,7 +41,8 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
     """
     values = torch.linalg.svdvals(embeddings - embeddings.mean(dim=0))
     share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.special.entr(share).sum().exp()
+    entropy: torch.Tensor = torch.special.entr(share).sum()
+    return entropy.exp()
 
 
 def has_collapsed(monitors: dict[str, float]) -> bool:

@@ -20,6 +20,7 @@ class NextToken:
     units = {"lm": "targets"}
 
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+        """Return the term of a micro batch, see `Objective`."""
         pool = gather_pool(*read_out(hidden, batch), batch, gather) if with_pool else None
         return Output({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
 

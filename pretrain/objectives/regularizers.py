@@ -87,6 +87,7 @@ def coding_rate_gap(embeddings: torch.Tensor, valid: torch.Tensor, precision: fl
     pairs, width = unit.shape
     gram = unit @ unit.T if pairs <= width else unit.T @ unit  # the same determinant
     count = valid.sum().clamp(min=1)
+    factor: torch.Tensor
     factor, _ = torch.linalg.cholesky_ex(torch.eye(len(gram), device=gram.device) + width / (count * precision) * gram)
     directions = count.clamp(max=width)
     largest = directions * torch.log1p(width / (directions * precision)) / 2

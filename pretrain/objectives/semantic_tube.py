@@ -4,6 +4,8 @@ Huang, LeCun and Balestriero, arXiv 2602.22617: 1 - cos(h_t - h_r, h_r - h_s) on
 pass, at positions s < r < t of one document. It needs no views and no further tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -23,10 +25,11 @@ def tube_distance(stretches: torch.Tensor) -> torch.Tensor:
 class SemanticTube(AuxiliaryObjective):
     """The language-model loss and `weight` times the bend."""
 
-    def __init__(self, weight: float, regularizers: list[Regularizer] = ()):
-        super().__init__(weight, "spans", list(regularizers))
+    def __init__(self, weight: float, regularizers: Sequence[Regularizer] = ()):
+        super().__init__(weight, "spans", regularizers)
 
     def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
+        """Return this rank's sum of the bends."""
         return tube_distance(hidden[batch.span_index].float()).sum()
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from pretrain.objectives.configs.base import ObjectiveConfig
-from pretrain.objectives.configs.regularizers import CodingRateConfig, SigregConfig, VicregConfig
+from pretrain.objectives.configs.regularizers import CodingRateConfig, RegularizerConfig, SigregConfig, VicregConfig
 
 
 class AuxiliaryConfig(ObjectiveConfig):
@@ -34,12 +34,13 @@ class AuxiliaryConfig(ObjectiveConfig):
 
     @field_validator("regularizers")
     @classmethod
-    def _different(cls, regularizers: list) -> list:
+    def _different(cls, regularizers: list[RegularizerConfig]) -> list[RegularizerConfig]:
         if len({regularizer.name for regularizer in regularizers}) < len(regularizers):
             raise ValueError("a regularizer is named twice")
         return regularizers
 
     def factor(self, fraction: float) -> float:
+        """Return the factor of `weight_schedule`; 1 without one."""
         if self.weight_schedule is None:
             return 1.0
         (first, height), *_ = self.weight_schedule

@@ -29,12 +29,12 @@ class ObjectiveConfig(Section):
         return 0.0
 
     def make_layout(self, specials: Specials, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
-        """What a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
+        """Return what a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
         pairing = self.pairing
         if validating and pairing is None and views > 1:
             pairing = Pairing()
         return make_layout(self.layout, specials, views=views, pairing=pairing, spans=self.spans, lm_views=lm_views, train_end_token=train_end_token)
 
     def factor(self, fraction: float) -> float:
-        """What the weights of all terms but the language model's are multiplied by, at a consumed fraction of the budget."""
+        """Return the factor of the weights of all terms but the language model's, at a consumed fraction of the budget."""
         return 1.0

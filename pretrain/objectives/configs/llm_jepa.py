@@ -46,8 +46,10 @@ class Config(AuxiliaryConfig):
 
     @property
     def pairing(self) -> Pairing:
+        """Which view predicts which, with the configured predictor tokens."""
         return Pairing(self.predictor_tokens, self.predictor_placement, self.direction)
 
     @property
     def record_dropout(self) -> float:
+        """Fraction of the records that the loss dropout excludes."""
         return self.dropout

@@ -17,8 +17,10 @@ class Config(AuxiliaryConfig):
 
     @property
     def spans(self) -> SpanForm:
+        """How spans are drawn."""
         return self.form
 
     @property
     def pairing(self) -> Pairing | None:
+        """Which view predicts which; None without regularizers."""
         return Pairing() if self.regularizers else None  # they look at pairs; the term does not
