@@ -62,7 +62,8 @@ class Watchdog:
         self._stop = threading.Event()
         self._guard = subprocess.Popen([sys.executable, "-S", guard.__file__, str(os.getpid())], stdin=subprocess.PIPE)
         os.set_blocking(self._guard.stdin.fileno(), False)
-        self._note()
+        with contextlib.suppress(Unreachable):  # the thread notes again
+            self._note()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def moved(self, step: int) -> None:
