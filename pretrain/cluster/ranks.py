@@ -10,8 +10,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-MEETING = timedelta(seconds=60)
-"""In which all ranks must have imported torch and met, and a collective must end."""
 SMALL = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
 """Bytes that are reduced beside the bucket, as far as they are smaller."""
 REPEATS = 8
@@ -30,7 +28,8 @@ def run_all_reduce(ranks: range | list[int], world: int, address: str, port: int
     alive, hold = os.pipe()  # closes with this process, however it ends
     for place, rank in enumerate(ranks):
         values = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(place), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "pretrain.cluster.ranks", json.dumps({"bucket": bucket, "precision": precision, "cuda": cuda})]
+        settings = {"bucket": bucket, "precision": precision, "cuda": cuda, "meeting": seconds / 2}  # for imports, the meeting, a collective
+        command = [sys.executable, "-m", "pretrain.cluster.ranks", json.dumps(settings)]
         processes.append(subprocess.Popen(command, env=os.environ | values, stdin=alive, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE, text=True, errors="replace"))
     os.close(alive)
@@ -64,7 +63,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if settings["cuda"] else torch.device("cpu")
     if settings["cuda"]:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=MEETING)
+    dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=timedelta(seconds=settings["meeting"]))
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     sizes = sorted({size for size in SMALL if size < settings["bucket"]} | {settings["bucket"]})
     measured: list[dict[str, Any]] = []

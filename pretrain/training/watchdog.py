@@ -64,7 +64,8 @@ class Watchdog:
         assert self._guard.stdin is not None
         self._to_guard = self._guard.stdin.fileno()
         os.set_blocking(self._to_guard, False)
-        self._note()
+        with contextlib.suppress(Unreachable):  # the thread notes again
+            self._note()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def moved(self, step: int) -> None:

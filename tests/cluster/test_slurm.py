@@ -10,6 +10,7 @@ from pretrain.evaluation.results import read_results
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from tests.cluster.slurm import running_cluster, why_not
 from tests.launching import ROOT, call, free_port, prepare_corpus, tiny_config, write_config
+from tests.pretrain.training.holding import released
 from tests.processes import contents
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -136,10 +137,21 @@ def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_i
     (folder / "test.jsonl").write_text("".join(json.dumps({"text": f"lines having {word}", "code": f".*{word}.*"}) + "\n" for word in ("one", "two")))
     whole, stopped = (write_config(folder, tiny_config(folder, name=name, **changes)) for name in ("whole", "stopped"))
     run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
-    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped)
+    waiting = folder / "waiting"
+    waiting.mkdir()
+    (waiting / "sitecustomize.py").write_text(f"""
+import sys
+from pathlib import Path
+
+if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
+    from tests.pretrain.training.holding import hold_steps
+    hold_steps(Path({str(stopped)!r}), [8])
+""")
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped, PYTHONPATH=f"{waiting}:{ROOT}")
     evaluation = cluster.submit(folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir)
     cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", log=log)
     cluster.call("scancel", "--signal=USR1", job)
+    released(stopped, 8).touch()
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", log=log)
     assert read_status(run_dir)["status"] == "resumable" and 5 < list_steps(run_dir / "checkpoints")[-1] < 150
     assert cluster.job(evaluation)["JobState"] == "PENDING"
