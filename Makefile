@@ -1,6 +1,8 @@
 # make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides
 # make test    the tests; ARGS is passed to pytest
-# make setup   the environment alone, in .venv; the other two call it
+# make mutants the mutation tests, at most 30 minutes on two cores: a mistake in a file of [tool.mutmut] that no fast test finds
+#              is an error unless tests/mutation/accepted.toml gives a reason
+# make setup   the environment alone, in .venv; the others call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
 # make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
 # (make hands variables of its command line on to what it runs, by their names)
@@ -10,12 +12,18 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 PACKAGES := $(VENV)/.packages
 
-.PHONY: demo test setup image demo-nodes clean
+.PHONY: demo test mutants setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+mutants: $(STAMP)
+	@$(VENV)/bin/python -c 'import mutmut' || $(VENV)/bin/pip install --disable-pip-version-check --quiet -c requirements.lock mutmut
+	rm -rf mutants
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/mutmut run
+	$(VENV)/bin/python -m tests.mutation.check_survivors
 
 setup: $(STAMP)
 
