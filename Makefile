@@ -20,7 +20,6 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
 
 mutants: $(STAMP)
-	@$(VENV)/bin/python -c 'import mutmut' || $(VENV)/bin/pip install --disable-pip-version-check --quiet -c requirements.lock mutmut
 	rm -rf mutants
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/mutmut run
 	$(VENV)/bin/python -m tests.mutation.check_survivors
