@@ -17,8 +17,7 @@ from pretrain.data.layout import FORWARD, Layout, Pairing, ReadOut, Specials, ma
 from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives import Objective, Output
-from pretrain.objectives.base import CrossEntropy
+from pretrain.objectives.base import CrossEntropy, Objective, Output
 from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather

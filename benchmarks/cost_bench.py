@@ -18,7 +18,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Specials
 from pretrain.data.loader import Rows, counts, draw
 from pretrain.models.language_model import special_ids
-from pretrain.objectives import total_loss
+from pretrain.objectives.base import build_objective, total_loss
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine
 
@@ -77,7 +77,7 @@ class Bench:
         """Models with the same weights, and the records of a step."""
         corpus = Corpus(config.data.path, "train")
         plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
-        engines = {tokens: build_engine(one, corpus.tokenizer, one.objective.build(), world)
+        engines = {tokens: build_engine(one, corpus.tokenizer, build_objective(one.objective), world)
                    for tokens, one in ((0, plain), (PREDICTOR_TOKENS, config))}
         for engine in engines.values():
             for group in engine.optimizer.param_groups:

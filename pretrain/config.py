@@ -11,7 +11,7 @@ from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.config_file import Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.data.layout import Layout, Specials
-from pretrain.objectives import objective_configs
+from pretrain.objectives.configs import objective_configs
 
 COMPUTED_BY_THE_PROJECT = {
     "train_batch_size": "train.global_batch_rows",

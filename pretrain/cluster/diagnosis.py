@@ -16,6 +16,7 @@ from pretrain.cluster import checks_nodes, checks_run, environment, facts, netwo
 from pretrain.cluster.findings import Finding, merged
 from pretrain.cluster.needs import Needs, needs_of
 from pretrain.cluster.reach import HELLO_SECONDS, Crew, local_command, srun_command, ssh_command
+from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import list_steps
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Diagnosis:
 
     def _look(self) -> None:
         """Ask for all that is so on the nodes."""
-        self.ours = environment.mattering(os.environ)
+        self.ours = relevant_env(os.environ)
         values = {}
         if self.crew.command is ssh_command:
             values = environment.forwarded(os.environ, facts.devices()["accelerator"] == "cuda") | environment.read_env_files()

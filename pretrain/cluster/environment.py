@@ -11,15 +11,10 @@ from pathlib import Path
 
 from data_prep.console import UserError
 from data_prep.files import write_text
+from pretrain.relevant_env import relevant_env
 
 FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX")
 FORWARDED_FROM_CUDA = "NCCL"
-MATTERING = ("DS_ACCELERATOR", "DEEPSPEED_", "OMP_", "MKL_", "KMP_", "GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_",
-             "HF_", "TRANSFORMERS_", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX", "FI_", "XDG_CACHE_HOME")
-"""Variables, or their beginnings, that change how ranks compute, meet or find things."""
-NOT_MATTERING = ("CUDA_VISIBLE_DEVICES",)
-"""Set for each rank by the launcher."""
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def env_files() -> list[Path]:
@@ -57,20 +52,13 @@ def forwarded(environment: Mapping[str, str], cuda: bool) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(prefixes) and name != "PYTHONPATH"}
 
 
-def mattering(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of this shell that the nodes should have too. No secrets."""
-    return {name: value for name, value in sorted(environment.items())
-            if any(name == one or (one.endswith("_") and name.startswith(one)) for one in MATTERING)
-            and name not in NOT_MATTERING and not any(word in name.upper() for word in SECRET)}
-
-
 def write_env_file(environment: Mapping[str, str]) -> tuple[Path, list[str]]:
     """Write what matters of this shell over what stands in the working folder's file; return its path and the names left out.
 
     Left out are values that would not reach the nodes as they are. Raises UserError where the file cannot be written.
     """
     path = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
-    ours = mattering(environment)
+    ours = relevant_env(environment)
     left_out = [name for name, value in ours.items() if not _survives(value) or "\n" in value]
     try:
         values = (_read(path) if path.is_file() else {}) | {name: value for name, value in ours.items() if name not in left_out}

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from pretrain.data.layout import Pairing
-from pretrain.objectives import ObjectiveConfig, objective_configs
+from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 
 
 class Form(NamedTuple):

@@ -1,14 +1,13 @@
-"""The interface of objectives, and the one place that normalises."""
+"""The interface of objectives, their construction from a configuration, and the one place that normalises."""
 
-from abc import abstractmethod
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from data_prep.config_file import Section
 from pretrain.data.batch import Batch
-from pretrain.data.layout import Layout, Pairing, SpanForm, Specials, make_layout
+from pretrain.objectives.configs import ObjectiveConfig
 from pretrain.objectives.pool import Gather, Pool
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -39,42 +38,9 @@ class Objective(Protocol):
         """
 
 
-class ObjectiveConfig(Section):
-    """What every objective has."""
-
-    name: str
-    layout: Literal["joint", "independent"] = "joint"
-    """joint: the target follows the context, as in [BOS context SEP][target EOS]. independent: two documents."""
-
-    @property
-    def pairing(self) -> Pairing | None:
-        """Which view predicts which; None: there is no term on pairs."""
-        return None
-
-    @property
-    def spans(self) -> SpanForm | None:
-        """How spans are drawn; None: there is no term on spans."""
-        return None
-
-    @property
-    def record_dropout(self) -> float:
-        """Share of the records that take no part in the pair term in an epoch."""
-        return 0.0
-
-    def make_layout(self, specials: Specials, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
-        """What a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
-        pairing = self.pairing
-        if validating and pairing is None and views > 1:
-            pairing = Pairing()
-        return make_layout(self.layout, specials, views=views, pairing=pairing, spans=self.spans, lm_views=lm_views, train_end_token=train_end_token)
-
-    def factor(self, fraction: float) -> float:
-        """What the weights of all terms but the language model's are multiplied by, at a consumed fraction of the budget."""
-        return 1.0
-
-    @abstractmethod
-    def build(self) -> Objective:
-        """The objective."""
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """Return the objective that a configuration describes: call `from_config` of the module `pretrain.objectives.NAME`."""
+    return importlib.import_module(f"pretrain.objectives.{config.name}").from_config(config)
 
 
 def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int) -> torch.Tensor:

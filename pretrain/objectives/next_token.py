@@ -1,22 +1,11 @@
 """Next-token prediction."""
 
-from typing import Literal
-
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.objectives.base import CrossEntropy, ObjectiveConfig, Output
+from pretrain.objectives.base import CrossEntropy, Output
+from pretrain.objectives.configs.next_token import Config
 from pretrain.objectives.pool import Gather, gather_pool, read_out
-
-
-class Config(ObjectiveConfig):
-    """The language-model loss alone; keys of the other objectives rest."""
-
-    name: Literal["next_token"]
-    """The language-model loss alone."""
-
-    def build(self) -> "NextToken":
-        return NextToken()
 
 
 def next_token_sum(hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy) -> torch.Tensor:
@@ -33,3 +22,8 @@ class NextToken:
     def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
         pool = gather_pool(*read_out(hidden, batch), batch, gather) if with_pool else None
         return Output({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
+
+
+def from_config(config: Config) -> NextToken:
+    """Return the objective of a configuration."""
+    return NextToken()

@@ -3,68 +3,17 @@
 Each is a loss of the pool of pairs over all ranks, times the number of pairs, so that it is divided by pairs like the term beside it.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
-from data_prep.config_file import Section
+from pretrain.objectives.configs.regularizers import CodingRateConfig, RegularizerConfig, SigregConfig, VicregConfig
 from pretrain.objectives.pool import Pool, own_share
 
 SIGREG_POINTS = 17
 SIGREG_RANGE = 3.0
 VICREG_EPSILON = 1e-4
-
-
-class RegularizerConfig(Section):
-    """A regularizer and its weight."""
-
-    name: str
-    weight: float = Field(gt=0)
-    """Its weight in the loss."""
-
-    @abstractmethod
-    def build(self) -> "Regularizer":
-        """The regularizer."""
-
-
-class VicregConfig(RegularizerConfig):
-    """VICReg's variance and covariance terms (Bardes, Ponce and LeCun, arXiv 2105.04906, equations 1 to 4)."""
-
-    name: Literal["vicreg"]
-    """Standard deviations of at least 1, and no correlation between components."""
-    covariance: float = Field(default=0.04, ge=0)
-    """Weight of the covariance term against the variance term; the paper's 1 / 25."""
-
-    def build(self) -> "Regularizer":
-        return Regularizer("vicreg", self.weight, lambda embeddings, valid, seed: vicreg(embeddings, valid, self.covariance))
-
-
-class SigregConfig(RegularizerConfig):
-    """SIGReg (Balestriero and LeCun, arXiv 2511.08544): embeddings like a standard normal distribution, seen along random directions."""
-
-    name: Literal["sigreg"]
-    """The Epps-Pulley statistic of random projections."""
-    projections: int = Field(default=256, gt=0)
-    """Random directions, drawn anew in every micro step."""
-
-    def build(self) -> "Regularizer":
-        return Regularizer("sigreg", self.weight, lambda embeddings, valid, seed: sigreg(embeddings, valid, self.projections, seed))
-
-
-class CodingRateConfig(RegularizerConfig):
-    """The coding rate of unit embeddings (Ma et al., IEEE TPAMI 2007; Yu et al., arXiv 2006.08558, equation 1): volume instead of negatives."""
-
-    name: Literal["coding_rate"]
-    """How far the volume that the embeddings span is below the largest possible."""
-    precision: float = Field(default=0.05, gt=0)
-    """epsilon^2, the squared distortion up to which embeddings count as equal."""
-
-    def build(self) -> "Regularizer":
-        return Regularizer("coding_rate", self.weight, lambda embeddings, valid, seed: coding_rate_gap(embeddings, valid, self.precision))
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,6 +30,22 @@ class Regularizer:
         """This rank's share: the loss of the pool times this rank's pairs."""
         loss = self.loss(pool.prediction, pool.valid, seed) + self.loss(pool.target, pool.valid, seed)
         return own_share(loss * pool.valid.sum(), loss * pool.valid[pool.own].sum())
+
+
+def build_regularizers(configs: Iterable[RegularizerConfig]) -> list[Regularizer]:
+    """Return the regularizers of an objective, in the order of their configurations."""
+    return [Regularizer(config.name, config.weight, _loss(config)) for config in configs]
+
+
+def _loss(config: RegularizerConfig) -> Loss:
+    match config:
+        case VicregConfig(covariance=covariance):
+            return lambda embeddings, valid, seed: vicreg(embeddings, valid, covariance)
+        case SigregConfig(projections=projections):
+            return lambda embeddings, valid, seed: sigreg(embeddings, valid, projections, seed)
+        case CodingRateConfig(precision=precision):
+            return lambda embeddings, valid, seed: coding_rate_gap(embeddings, valid, precision)
+    raise TypeError(f"{type(config).__name__} has no loss in {__name__}: add it to _loss")
 
 
 def vicreg(embeddings: torch.Tensor, valid: torch.Tensor, covariance: float) -> torch.Tensor:

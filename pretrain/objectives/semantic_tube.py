@@ -4,37 +4,14 @@ Huang, LeCun and Balestriero, arXiv 2602.22617: 1 - cos(h_t - h_r, h_r - h_s) on
 pass, at positions s < r < t of one document. It needs no views and no further tokens.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
 from pretrain.data.batch import Batch
-from pretrain.data.layout import Pairing, SpanForm
-from pretrain.objectives.auxiliary import AuxiliaryConfig, AuxiliaryObjective
+from pretrain.objectives.auxiliary import AuxiliaryObjective
+from pretrain.objectives.configs.semantic_tube import Config
 from pretrain.objectives.pool import Pool
-from pretrain.objectives.regularizers import Regularizer
-
-
-class Config(AuxiliaryConfig):
-    """Next-token loss plus weight times the bend of the hidden states' path. Published weights are 0.005 to 0.04."""
-
-    name: Literal["semantic_tube"]
-    """Semantic Tube Prediction (arXiv 2602.22617)."""
-    form: SpanForm = "three_points"
-    """three_points: the paper's, at three random positions. sub_span: the released code's, a random span against what is left of the
-    document. views: along the first view, then along the second; layout joint only."""
-
-    @property
-    def spans(self) -> SpanForm:
-        return self.form
-
-    @property
-    def pairing(self) -> Pairing | None:
-        return Pairing() if self.regularizers else None  # they look at pairs; the term does not
-
-    def build(self) -> "SemanticTube":
-        return SemanticTube(self.weight, [regularizer.build() for regularizer in self.regularizers])
+from pretrain.objectives.regularizers import Regularizer, build_regularizers
 
 
 def tube_distance(stretches: torch.Tensor) -> torch.Tensor:
@@ -51,3 +28,8 @@ class SemanticTube(AuxiliaryObjective):
 
     def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
         return tube_distance(hidden[batch.span_index].float()).sum()
+
+
+def from_config(config: Config) -> SemanticTube:
+    """Return the objective of a configuration."""
+    return SemanticTube(config.weight, build_regularizers(config.regularizers))

@@ -17,7 +17,7 @@ from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
 from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, pretrained_config, random_causal_lm, shape_config
 from pretrain.models.lora import add_adapters
-from pretrain.objectives import Objective, Output
+from pretrain.objectives.base import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
 from pretrain.training.layers import compile_layers, recompute_layers

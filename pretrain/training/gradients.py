@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.data.batch import Batch
-from pretrain.objectives import total_loss
+from pretrain.objectives.base import total_loss
 from pretrain.training.distributed import World
 
 REFERENCE = "lm"

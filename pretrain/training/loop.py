@@ -18,7 +18,7 @@ from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Specials
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.prefetch import Prefetch, StepData
-from pretrain.objectives import Objective, total_loss
+from pretrain.objectives.base import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
 from pretrain.run_folder import REWINDING, list_steps, write_status

@@ -12,12 +12,13 @@ import numpy as np
 from data_prep.console import UserError, print_now
 from data_prep.files import sha256_file, try_lock
 from data_prep.shards import positions_needed
-from pretrain.cluster.environment import mattering
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout, Specials
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
+from pretrain.objectives.base import build_objective
+from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.training import checkpoint
 from pretrain.training.background import evaluations_asked_for, start_evaluations
@@ -59,7 +60,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     universal = found is not None and found.ranks != world.size
     if universal:
         checkpoint.make_universal(found, world, say)
-    objective = config.objective.build()
+    objective = build_objective(config.objective)
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
@@ -94,7 +95,7 @@ def _resume_evaluations(config: RunConfig, world: World) -> None:
 
 def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
     """Warn of variables that did not reach all ranks, or not as they are."""
-    values = world.gather_objects(mattering(os.environ))
+    values = world.gather_objects(relevant_env(os.environ))
     for name in sorted({name for one in values for name in one.keys() | values[0].keys() if one.get(name) != values[0].get(name)}):
         rank = next(rank for rank, one in enumerate(values) if one.get(name) != values[0].get(name))
         say(f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "

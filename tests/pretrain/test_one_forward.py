@@ -13,7 +13,7 @@ from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Layout, Pairing, make_layout
 from pretrain.data.loader import Loader, Rows, counts
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives import total_loss
+from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather

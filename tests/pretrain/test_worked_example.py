@@ -1,4 +1,4 @@
-"""The objective that docs/objectives.md builds is one new file, and trains."""
+"""The objective that docs/objectives.md builds is two new files, and trains."""
 
 import json
 import re
@@ -8,9 +8,10 @@ from tests.launching import ROOT, call, tiny_config, write_config
 
 
 def test_the_objective_of_the_documentation_trains(tmp_path):
-    [source] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    config_source, source = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
     for package in ("data_prep", "pretrain", "launcher"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pretrain" / "objectives" / "configs" / "huber_jepa.py").write_text(config_source)
     (tmp_path / "pretrain" / "objectives" / "huber_jepa.py").write_text(source)
     objective = {"name": "huber_jepa", "weight": 0.5, "delta": 0.3, "regularizers": [{"name": "vicreg", "weight": 0.1}]}
     config = write_config(tmp_path, tiny_config(tmp_path, objective=objective, train__steps=3, monitor__tensorboard=False))

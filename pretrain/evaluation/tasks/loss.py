@@ -9,6 +9,7 @@ from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import special_ids
+from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
 from pretrain.training.engine import TrainingModule
@@ -28,6 +29,6 @@ def evaluate(run: TaskRun) -> TaskResult:
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
     rows = config.train.micro_batch_rows * ranks  # a contrastive term's pools are those of the training
     validation = Validation(corpus, layout, specials, config.data.sequence_length, records, rows, world)
-    objective = config.objective.build()
+    objective = build_objective(config.objective)
     module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
     return TaskResult(records, {tag.rsplit("/", 1)[1]: value for tag, value in validation.run(module, objective.units).items()})

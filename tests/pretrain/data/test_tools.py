@@ -1,4 +1,4 @@
-"""`python -m data_prep inspect` and `stats` as a user runs them, and their mistakes; records decoded with their pieces."""
+"""`python -m pretrain.data inspect` and `stats` as a user runs them, and their mistakes; records decoded with their pieces."""
 
 import itertools
 import re
@@ -9,20 +9,21 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data_prep.__main__ import main
+from data_prep.__main__ import main as data_prep_main
 from data_prep.console import exit_on_user_error
 from data_prep.files import write_json
 from data_prep.shards import FORMAT, MANIFEST
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.show import columns, printable, shortened, show_record
+from pretrain.data.__main__ import main
 from tests.launching import ROOT
 
 
 @pytest.fixture
 def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """A command's exit code, output and error."""
-    def tell(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
+    def tell(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         code = 0
         try:
             exit_on_user_error(main)
@@ -79,12 +80,23 @@ def test_stats(prepared, tell):
     (["inspect", "PATH", "--predictor-tokens", "-1"], "cannot be negative"),
     (["inspect", "elsewhere"], "there is no prepared corpus in elsewhere"),
     (["stats", "elsewhere"], "there is no prepared corpus in elsewhere"),
-    (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
-    (["verify"], "the following arguments are required: path"),
-    (["verification"], "cannot read the configuration verification"),
+    (["stats"], "the following arguments are required: path"),
+    ([], "the following arguments are required: COMMAND"),
 ])
 def test_mistakes(arguments, because, prepared, tell):
     code, _, error = tell(*[prepared if argument == "PATH" else argument for argument in arguments])
+    assert code == 2 and because in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("arguments", "because"), [
+    (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
+    (["verify"], "the following arguments are required: path"),
+    (["verification"], "cannot read the configuration verification"),
+    (["inspect", "elsewhere"], "error: python -m data_prep inspect has moved: run python -m pretrain.data inspect PATH\n"),
+    (["stats"], "error: python -m data_prep stats has moved: run python -m pretrain.data stats PATH\n"),
+])
+def test_mistakes_of_data_prep(arguments, because, tell):
+    code, _, error = tell(*arguments, main=data_prep_main)
     assert code == 2 and because in error and "Traceback" not in error
 
 
@@ -116,14 +128,14 @@ def test_pieces(prepared):
 
 
 def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
-    done = subprocess.run(f"{sys.executable} -m data_prep inspect {prepared} 200 | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+    command = f"{sys.executable} -m pretrain.data inspect {prepared} 200 | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("record 0: ") and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect", "stats"])
+@pytest.mark.parametrize("command", ["inspect", "stats", "verify"])
 @pytest.mark.parametrize("left", [{}, {"views": ["text"], "splits": []}])
 def test_a_manifest_with_nothing_in_it_is_one_line(tmp_path, tell, command, left):
     write_json(tmp_path / MANIFEST, {"format": FORMAT} | left)
-    code, _, error = tell(command, tmp_path)
+    code, _, error = tell(command, tmp_path, main=data_prep_main if command == "verify" else main)
     assert code == 2 and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ") and error.count("\n") == 1

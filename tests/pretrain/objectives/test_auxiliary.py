@@ -12,7 +12,8 @@ from pretrain.data.batch import assemble
 from pretrain.data.layout import make_layout
 from pretrain.data.loader import Loader
 from pretrain.models.head import Head
-from pretrain.objectives import objective_configs, total_loss
+from pretrain.objectives.base import build_objective, total_loss
+from pretrain.objectives.configs import objective_configs
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
 from pretrain.objectives.semantic_tube import SemanticTube
@@ -34,7 +35,7 @@ def test_objectives_are_found_by_the_names_of_their_files():
     (["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"], {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2}),
 ])
 def test_a_configuration_builds_its_objective(overrides, terms):
-    objective = load_config(DEMO, overrides).objective.build()
+    objective = build_objective(load_config(DEMO, overrides).objective)
     assert objective.weights == terms and objective.units.keys() == terms.keys()
 
 
@@ -163,7 +164,7 @@ def test_no_value_is_fetched_from_the_device(objective, corpus, specials):
     batch = assemble(rows, corpus, layout, specials, 192, 40).to(torch.device("meta"))
     hidden = torch.empty(2 * 192, 16, device="meta", requires_grad=True)
     head = Head(torch.nn.Linear(16, 512, bias=False, device="meta"), None, most_logits=4096)
-    built = config.build()
+    built = build_objective(config)
     terms = built(hidden, batch, head, ALONE).terms
     total_loss(terms, dict.fromkeys(terms, 7), built.weights, ranks=1).backward()
     assert terms.keys() == built.weights.keys() and hidden.grad.is_meta

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
-from pretrain.objectives import total_loss
+from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken, next_token_sum
 from pretrain.objectives.pool import Gather

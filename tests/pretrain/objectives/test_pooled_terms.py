@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from pretrain.data.batch import Batch
+from pretrain.objectives.configs.regularizers import CodingRateConfig, SigregConfig, VicregConfig
 from pretrain.objectives.llm_jepa import LlmJepa, info_nce_sum
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Gather, Pool, gather_pool
-from pretrain.objectives.regularizers import CodingRateConfig, SigregConfig, VicregConfig
+from pretrain.objectives.regularizers import build_regularizers
 from tests.reference import Pair, info_nce
 
 PAIRS, WIDTH, TEMPERATURE = 12, 8, 0.3
@@ -18,9 +19,11 @@ KEYS = [1, 2, 3, 1, 5, 6, 2, 8, 9, 10, 1, 12]
 
 
 SEED = torch.tensor(7)
-vicreg_term = VicregConfig(name="vicreg", weight=1.0).build()
-sigreg_term = SigregConfig(name="sigreg", weight=1.0, projections=16).build()
-rate_term = CodingRateConfig(name="coding_rate", weight=1.0).build()
+vicreg_term, sigreg_term, rate_term = build_regularizers([
+    VicregConfig(name="vicreg", weight=1.0),
+    SigregConfig(name="sigreg", weight=1.0, projections=16),
+    CodingRateConfig(name="coding_rate", weight=1.0),
+])
 TERMS = {"info_nce": lambda pool: info_nce_sum(pool, TEMPERATURE), "vicreg": lambda pool: vicreg_term(pool, SEED),
          "sigreg": lambda pool: sigreg_term(pool, SEED), "coding_rate": lambda pool: rate_term(pool, SEED)}
 

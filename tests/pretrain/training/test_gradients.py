@@ -12,6 +12,7 @@ from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
+from pretrain.objectives.base import build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
@@ -77,7 +78,7 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
     rows = [loader.next_rows(8) for _ in range(3)][-1]
     batch = assemble(rows, corpus, layout, specials, config.data.sequence_length, int(rows.paired.sum()))
-    objective = config.objective.build()
+    objective = build_objective(config.objective)
     terms = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))(batch).terms
     counts = {"lm": len(batch.label_ids), "jepa": int(batch.pair_valid.sum())}
     return {term: torch.cat([gradient.flatten() for gradient in torch.autograd.grad(

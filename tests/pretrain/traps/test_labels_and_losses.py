@@ -17,7 +17,8 @@ from pretrain.data.layout import Pairing, Specials
 from pretrain.data.loader import Loader, counts
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
-from pretrain.objectives import auxiliary, llm_jepa, total_loss
+from pretrain.objectives import auxiliary, llm_jepa
+from pretrain.objectives.base import build_objective, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather, Pool
@@ -263,7 +264,7 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
     def outcome(*overrides: str) -> list[float]:
         """The loss of two rows and its gradient's norms, halfway through a run of that configuration."""
         config = load_config(ROOT / "configs" / "demo.yaml", list(overrides)).objective
-        layout, objective = config.make_layout(specials, 2, "all"), config.build()
+        layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
         model, units = make_model(layout.predictor_tokens), counts(rows, layout)

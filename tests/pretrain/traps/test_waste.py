@@ -15,7 +15,8 @@ from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows, counts
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
-from pretrain.objectives import auxiliary, total_loss
+from pretrain.objectives import auxiliary
+from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
 from pretrain.training.throughput import Parameters, Throughput

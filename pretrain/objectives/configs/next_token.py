@@ -1,0 +1,12 @@
+"""The configuration of next-token prediction."""
+
+from typing import Literal
+
+from pretrain.objectives.configs.base import ObjectiveConfig
+
+
+class Config(ObjectiveConfig):
+    """The language-model loss alone; keys of the other objectives rest."""
+
+    name: Literal["next_token"]
+    """The language-model loss alone."""
