@@ -74,3 +74,15 @@ def test_counts_are_integers_for_every_segment(kind, specials):
         targets = layout.segment_targets(segment, LENGTHS, lengths[:, index])
         assert targets.dtype == np.int64 and targets.shape == (len(LENGTHS),)
     assert lengths.dtype == layout.lm_targets(LENGTHS, lengths).dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_a_pair_needs_its_flag_a_prediction_and_a_target(kind, specials):
+    layout = make_layout(kind, specials, pairing=Pairing(1))
+    [pair] = layout.read_outs
+    for lengths in itertools.product(range(3), repeat=len(layout.segments)):
+        for paired in (True, False):
+            expected = paired and min(lengths[pair.prediction], lengths[pair.target]) > 0
+            assert layout.pairs(np.array([lengths]), np.array([paired])).tolist() == [[expected]]
+    none = make_layout(kind, specials).pairs(np.array([[3, 2]]), np.array([True]))
+    assert none.shape == (1, 0) and none.dtype == bool
