@@ -280,11 +280,13 @@ def test_a_damaged_checkpoint_is_set_aside_even_if_the_reason_cannot_be_written(
     assert find_newest(tmp_path, ALONE, print).path.name == step_name(1)
 
 
-LATEST = [("step-00000002\n", None), (" step-00000002 ", None), ("step-00000001\n", "named step-00000001"), ("", "was empty or missing"),
-          (None, "was empty or missing"), ("x" * 100, f"named {'x' * 40};"), (b"\xff", "named \N{REPLACEMENT CHARACTER};")]
+LATEST = {
+    "right": (b"step-00000002\n", None), "right but for spaces": (b" step-00000002 ", None), "old": (b"step-00000001\n", "named step-00000001"),
+    "empty": (b"", "was empty or missing"), "missing": (None, "was empty or missing"), "long": (b"x" * 100, f"named {'x' * 40};"),
+    "not text": (b"\xff", "named \N{REPLACEMENT CHARACTER};")}
 
 
-@pytest.mark.parametrize(("content", "note"), LATEST, ids=[str(note) for _, note in LATEST])
+@pytest.mark.parametrize(("content", "note"), LATEST.values(), ids=LATEST)
 def test_a_wrong_latest_is_noted_and_repaired(tmp_path, content, note):
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
@@ -292,7 +294,7 @@ def test_a_wrong_latest_is_noted_and_repaired(tmp_path, content, note):
     if content is None:
         latest.unlink()
     else:
-        latest.write_bytes(content if isinstance(content, bytes) else content.encode())
+        latest.write_bytes(content)
     said: list[str] = []
     assert find_newest(tmp_path, ALONE, said.append).path.name == step_name(2)
     assert len(said) == (note is not None) and all(note in line and step_name(2) in line for line in said)
@@ -350,7 +352,7 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("stderr", "reason"), [("Traceback\n  No space left \n \n", "No space left"), ("", "exit code 3"), ("\n", "exit code 3"),
-                                                ("y" * 300, "y" * 200)])
+                                                ("y" * 300, "y" * 200)], ids=["error", "nothing", "empty line", "long line"])
 def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason):
     fake_conversion(monkeypatch, 3, stderr)
     found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
