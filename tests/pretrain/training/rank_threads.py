@@ -1,4 +1,4 @@
-"""Ranks as threads of the test process, for code that needs only the collectives of World."""
+"""Ranks as threads of the test process, for code that needs nothing but gather_objects and barrier."""
 
 import threading
 from collections.abc import Callable
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from data_prep.console import UserError
 from pretrain.training.distributed import World
 
 PATIENCE = 20.0
-"""Seconds until a collective that some rank never enters fails."""
+"""Timeout of a collective that some rank never enters, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,17 @@ class RankThread(World):
 
 
 def on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
-    """Return what `action` returns on each rank, or the error that it raises there."""
+    """Return the result of `action` on each rank, or the UserError that it raises there."""
     values, meeting = [None] * size, threading.Barrier(size, timeout=PATIENCE)
 
     def run(rank: int) -> Any:
         try:
             return action(RankThread(rank, size, torch.device("cpu"), values=values, meeting=meeting))
-        except Exception as error:
+        except UserError as error:  # which all ranks raise together
             return error
+        except Exception:
+            meeting.abort()
+            raise
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(run, range(size)))

@@ -13,6 +13,13 @@ _hits: dict[pytest.FixtureDef, set[str]] = {}
 """Functions called by the latest setup of each fixture."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse tests that pytest does not find again by their ids: mutmut would count that error as a killed mutant."""
+    for item in items:
+        if "\\" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: the id has an escaped character. Give the parameters ids of plain characters.")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> Generator[None, object, object]:
     before = set(state()._stats)
