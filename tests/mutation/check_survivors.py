@@ -1,6 +1,6 @@
 """Compare the mutants that survived `make mutants` with accepted.toml.
 
-Print a table and the unlisted survivors. Exit with 1 if a survivor is not listed, or if a listed one no longer survives.
+Print the unlisted survivors and a table. Exit with 1 if a survivor is not listed, or if a listed mutant does not survive.
 """
 
 import re
@@ -34,8 +34,24 @@ class Mutant:
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """An entry of accepted.toml: mutants of the same lines that may survive."""
+
+    file: str
+    function: str
+    before: str
+    after: tuple[str, ...] | None
+    """Accepted versions of the lines; None: any."""
+    reason: str
+
+    def accepts(self, mutant: Mutant) -> bool:
+        same_place = (self.file, self.function, self.before) == (mutant.file, mutant.function, mutant.before)
+        return same_place and (self.after is None or mutant.after in self.after)
+
+
+@dataclass(frozen=True)
 class Rule:
-    """A kind of mutant that is accepted everywhere: deleting every match of `ignore` makes both versions equal."""
+    """A kind of mutant that is accepted everywhere: deleting all matches of `ignore` makes both versions equal."""
 
     ignore: re.Pattern[str]
     reason: str
@@ -44,25 +60,24 @@ class Rule:
         return self.ignore.sub("", mutant.before) == self.ignore.sub("", mutant.after)
 
 
-def read_accepted() -> tuple[list[Rule], dict[Mutant, str]]:
-    """Return the rules and the accepted mutants with their reasons."""
+def read_accepted() -> tuple[list[Rule], list[Accepted]]:
+    """Return the rules and entries of accepted.toml."""
     document = tomllib.loads(ACCEPTED.read_text(encoding="utf-8"))
-    rules = [Rule(re.compile(entry["ignore"]), entry["reason"]) for entry in document.get("rule", [])]
-    mutants = {}
+    rules = [Rule(re.compile(rule["ignore"]), rule["reason"]) for rule in document.get("rule", [])]
+    entries = []
     for entry in document.get("mutant", []):
-        for after in entry["after"] if isinstance(entry["after"], list) else [entry["after"]]:
-            mutants[Mutant(entry["file"], entry["function"], entry["before"], after)] = entry["reason"]
-    return rules, mutants
+        after = None if entry["after"] == "*" else tuple(entry["after"])
+        entries.append(Accepted(entry["file"], entry["function"], entry["before"], after, entry["reason"]))
+    return rules, entries
 
 
-def find_mutants() -> Iterator[tuple[Mutant, str, str]]:
-    """Yield the mutants of the last run that were not killed (None: killed), mutmut's names and the results."""
+def results() -> Iterator[tuple[Path, str, str]]:
+    """Yield the file, mutmut's name and the result of each mutant."""
     for path in sorted(walk_mutatable_files()):
         data = SourceFileMutationData(path=path)
         data.load()
         for name, exit_code in data.exit_code_by_key.items():
-            status = status_by_exit_code[exit_code]
-            yield describe(name, path) if status not in KILLED else Mutant(str(path), "", "", ""), name, status
+            yield path, name, status_by_exit_code[exit_code]
 
 
 def describe(name: str, path: Path) -> Mutant:
@@ -74,29 +89,31 @@ def describe(name: str, path: Path) -> Mutant:
 
 
 def main() -> int:
-    rules, accepted = read_accepted()
-    total, killed, listed, unlisted = Counter(), Counter(), Counter(), Counter()
-    surviving: set[Mutant] = set()
-    for mutant, name, status in find_mutants():
-        total[mutant.file] += 1
+    rules, entries = read_accepted()
+    columns = {name: Counter() for name in ("mutants", "killed", "accepted", "unlisted")}
+    used: dict[Accepted, set[str]] = {entry: set() for entry in entries}
+    for path, name, status in results():
+        columns["mutants"][str(path)] += 1
         if status in KILLED:
-            killed[mutant.file] += 1
-        elif mutant in accepted or any(rule.accepts(mutant) for rule in rules):
-            listed[mutant.file] += 1
-            surviving.add(mutant)
+            columns["killed"][str(path)] += 1
+            continue
+        mutant = describe(name, path)
+        entry = next((entry for entry in entries if entry.accepts(mutant)), None)
+        if entry:
+            used[entry].add(mutant.after)
+        if entry or any(rule.accepts(mutant) for rule in rules):
+            columns["accepted"][str(path)] += 1
         else:
-            unlisted[mutant.file] += 1
-            print(f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name}: mutmut show {name}\n"
-                  f"  - {mutant.before}\n  + {mutant.after}")
-    stale = [mutant for mutant in accepted if mutant not in surviving]
-    for mutant in stale:
-        print(f"{mutant.file}: {mutant.function}: listed in {ACCEPTED.name} but killed, or no longer a mutant: remove it\n"
-              f"  - {mutant.before}\n  + {mutant.after}")
-    print(f"{'file':40}{'mutants':>10}{'killed':>10}{'accepted':>10}{'unlisted':>10}")
-    for file in [*total, None]:
-        columns = [count.total() if file is None else count[file] for count in (total, killed, listed, unlisted)]
-        print(f"{file or 'all':40}" + "".join(f"{number:10}" for number in columns))
-    return 1 if stale or unlisted.total() or not total.total() else 0
+            columns["unlisted"][str(path)] += 1
+            print(f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name} (mutmut show {name})\n  - {mutant.before}\n  + {mutant.after}")
+    stale = [(entry, after) for entry in entries for after in entry.after or ["*"] if after not in used[entry] and (entry.after or not used[entry])]
+    for entry, after in stale:
+        print(f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n  - {entry.before}\n  + {after}")
+    print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))
+    for file in columns["mutants"]:
+        print(f"{file:40}" + "".join(f"{column[file]:10}" for column in columns.values()))
+    print(f"{'all':40}" + "".join(f"{column.total():10}" for column in columns.values()))
+    return 1 if stale or columns["unlisted"] or not columns["mutants"] else 0
 
 
 if __name__ == "__main__":

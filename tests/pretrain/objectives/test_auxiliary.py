@@ -32,6 +32,7 @@ def test_objectives_are_found_by_the_names_of_their_files():
     (["objective.name=next_token"], {"lm": 1.0}),
     (["objective.distance=cosine", "objective.weight=2"], {"lm": 1.0, "jepa": 2.0}),
     (["objective={name: semantic_tube, weight: 0.02}"], {"lm": 1.0, "jepa": 0.02}),
+    (["objective={name: semantic_tube, weight: 0.02, regularizers: [{name: vicreg, weight: 2}]}"], {"lm": 1.0, "jepa": 0.02, "vicreg": 2.0}),
     (["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"], {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2}),
 ])
 def test_a_configuration_builds_its_objective(overrides, terms):

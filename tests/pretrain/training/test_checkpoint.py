@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data_prep.console import UserError
+from data_prep.files import sha256_file
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
 from pretrain.training.checkpoint import Found, check, consolidate, described, find_newest, load, make_universal, publish, retain
@@ -252,6 +253,14 @@ def test_ranks_find_the_newest_good_checkpoint_together_and_set_damaged_ones_asi
     assert (tmp_path / "latest").read_text() == step_name(2) + "\n"
 
 
+def test_each_file_is_read_by_one_rank(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path, 1)
+    read: list[str] = []
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
+    on_ranks(3, lambda world: find_newest(tmp_path, world, print))
+    assert sorted(read) == sorted(file.name for file in path.glob("*.pt"))
+
+
 def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
     """The file system of another node may lag behind."""
     write_checkpoint(tmp_path, 1)
@@ -320,16 +329,17 @@ def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypa
     assert found.shards_for(1) == found.path and said == []
 
 
-def fake_conversion(monkeypatch, returncode: int, stderr: str = "") -> list[Path]:
-    """Replace the conversion process with one that writes a file and exits with `returncode`; return the folders it converts."""
+def fake_conversion(monkeypatch, returncode: int, stderr: str = "", writes: bool = True) -> list[Path]:
+    """Replace the conversion process with one that may write a file and exits with `returncode`; return the folders it converts."""
     converted: list[Path] = []
 
     def run(command, **how):
         source, target = (Path(command[command.index(option) + 1]) for option in ("--input_folder", "--output_folder"))
         assert command[0] == sys.executable and not target.exists()
         converted.append(source)
-        target.mkdir()
-        (target / "part").touch()
+        if writes:
+            target.mkdir()
+            (target / "part").touch()
         assert how["text"] and how["capture_output"] and not how.get("check")
         return subprocess.CompletedProcess(command, returncode, "", stderr)
 
@@ -353,8 +363,9 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("stderr", "reason"), [("Traceback\n  No space left \n \n", "No space left"), ("", "exit code 3"), ("\n", "exit code 3"),
                                                 ("y" * 300, "y" * 200)], ids=["error", "nothing", "empty line", "long line"])
-def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason):
-    fake_conversion(monkeypatch, 3, stderr)
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason, writes):
+    fake_conversion(monkeypatch, 3, stderr, writes)
     found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     for error in on_ranks(2, lambda world: make_universal(found, world, lambda line: None)):
         assert isinstance(error, UserError) and f"({reason})" in str(error)
@@ -437,6 +448,27 @@ def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_cou
     assert check(found.path) is None
 
 
+def test_loading_succeeds_even_if_the_converted_folder_cannot_be_removed(saved, monkeypatch):
+    found, _ = saved
+    found.shards_for(2).mkdir()
+    engine = Engine()
+    load_checkpoint = engine.load_checkpoint
+
+    def load_without_latest(folder: str, tag: str):
+        loaded = load_checkpoint(folder, tag)
+        (Path(folder) / "latest_universal").unlink()
+        return loaded
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied")
+
+    engine.load_checkpoint = load_without_latest
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    load(engine, found, SimpleNamespace(rank=0, size=2, is_main=True, barrier=lambda: None))
+    assert engine.loaded == [found.shards_for(2)]
+
+
 def test_each_rank_continues_with_its_own_random_numbers(saved):
     found, numbers = saved
     torch.manual_seed(9)
@@ -464,8 +496,8 @@ def test_consolidated_weights_are_named_as_in_the_model_and_nothing_is_printed(t
     path = write_checkpoint(tmp_path, 7)
 
     def gather(folder: str, tag: str) -> dict[str, torch.Tensor]:
-        print("progress")
-        print("progress", file=sys.stderr)
+        sys.stdout.write("progress")
+        sys.stderr.write("progress")
         assert Path(folder) / tag == path
         return {"model.model.weight": torch.ones(2), "lm_head.model.": torch.zeros(1)}
 
