@@ -2,6 +2,8 @@
 # make test    the tests, in two processes; ARGS is passed to pytest
 # make test-all   the slow tests too, which take hours
 # make check   lint and types (ruff, mypy)
+# make mutants    the mutation tests, at most 30 minutes on two cores: a mistake in a file of [tool.mutmut] that no fast test
+#              finds is an error unless tests/mutation/accepted.toml gives a reason
 # make setup   the environment alone, in .venv; the others call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
 # make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
@@ -12,7 +14,7 @@ VENV := .venv
 STAMP := $(VENV)/.ready
 PACKAGES := $(VENV)/.packages
 
-.PHONY: demo test test-all check setup image demo-nodes clean
+.PHONY: demo test test-all check mutants setup image demo-nodes clean
 demo: $(STAMP)
 	$(VENV)/bin/python launcher/demo.py $(ARGS)
 
@@ -25,6 +27,11 @@ test-all: $(STAMP)
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+mutants: $(STAMP)
+	rm -rf mutants
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/mutmut run
+	$(VENV)/bin/python -m tests.mutation.check_survivors
 
 setup: $(STAMP)
 

@@ -1,14 +1,14 @@
 """The batch equals a token-by-token construction from the definition of the layouts."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from pretrain.data.batch import Batch, assemble
+from pretrain.data.batch import Batch, assemble, micro_batches
 from pretrain.data.layout import Layout, Pairing, Segment, make_layout
 from pretrain.data.loader import Rows, counts
 from pretrain.models.attention import visibility_mask
@@ -177,6 +177,14 @@ def test_tokens_and_positions(case):
     np.testing.assert_array_equal(batch.positions.flatten(), expected.positions)
 
 
+def test_everything_is_an_integer_and_without_spans_there_are_none(case):
+    batch, _, _ = case
+    assert batch.pair_valid.dtype == torch.bool
+    others = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name != "pair_valid"}
+    assert others == dict.fromkeys(others, torch.int64)
+    assert batch.span_index.shape == (0, 3, 2)
+
+
 def test_every_label_once_at_the_place_before_its_token(case):
     batch, expected, _ = case
     assert len(set(batch.label_index.tolist())) == len(batch.label_index)
@@ -265,3 +273,47 @@ def test_a_batch_of_empty_rows_is_padding_alone(write_corpus, specials):
     assert batch.token_ids.shape == (2, ROW) and (batch.token_ids == specials.pad).all()
     assert len(batch.label_index) == 0 and not batch.pair_valid.any()
     assert torch.equal(visibility_mask(batch.visible_until, "sdpa")[:, 0], torch.eye(ROW, dtype=torch.bool).expand(2, ROW, ROW))
+
+
+def test_prefixes_and_suffixes_may_have_several_tokens(write_corpus, specials):
+    layout = Layout((Segment(0, (specials.bos, 101, 102), (103, specials.eos), lm_from=1), Segment(1, (104,), (105, 106, 107), parent=0)))
+    corpus = write_corpus([([11], [21, 22])])
+    rows = plan(corpus, np.zeros(1, np.int64), layout, 14, np.zeros(1, bool))
+    batch = assemble(rows, corpus, layout, specials, 14, 0)
+    assert batch.token_ids[0].tolist() == [specials.bos, 101, 102, 11, 103, specials.eos, 104, 21, 22, 105, 106, 107, 0, 0]
+    assert batch.label_ids.tolist() == [101, 102, 11, 103, specials.eos]
+
+
+@pytest.fixture
+def some_batch(write_corpus, specials) -> Batch:
+    corpus, layout = write_corpus(some_records(0)), make_layout("joint", specials, pairing=Pairing(1), spans="three_points")
+    rows = plan(corpus, np.arange(4), layout, ROW, np.ones(4, bool))
+    return assemble(rows, corpus, layout, specials, ROW, 6, seed=5)
+
+
+def test_a_batch_moves_to_the_device_but_for_its_seed(some_batch):
+    moved = some_batch.to(torch.device("meta"))
+    for each in fields(Batch):
+        before, after = getattr(some_batch, each.name), getattr(moved, each.name)
+        assert after.shape == before.shape and after.dtype == before.dtype
+        assert after.device.type == ("cpu" if each.name == "seed" else "meta")
+    assert moved.seed.item() == 5
+
+
+def test_every_tensor_of_a_batch_is_pinned(some_batch, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor)  # a copy that shows
+    pinned = some_batch.pinned()
+    for each in fields(Batch):
+        assert torch.equal(getattr(pinned, each.name), getattr(some_batch, each.name).pin_memory())
+
+
+def test_the_micro_batches_of_a_step_are_read_at_once(write_corpus, specials, monkeypatch):
+    corpus, layout = write_corpus(some_records(0)), make_layout("joint", specials, pairing=Pairing(1))
+    rows = plan(corpus, np.arange(11), layout, ROW, np.ones(11, bool))
+    rows = Rows.join([rows], 8)
+    read, reads = corpus.read, []
+    monkeypatch.setattr(corpus, "read", lambda records: reads.append(records.tolist()) or read(records))
+    batches = list(micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=2))
+    assert reads == [rows.records[(rows.row // 2) % 2 == 0].tolist()]
+    whole = assemble(rows, corpus, layout, specials, ROW, 11)
+    assert torch.equal(torch.cat([batch.token_ids for batch in batches]), whole.token_ids[[0, 1, 4, 5]])

@@ -1,10 +1,13 @@
 """The layouts: what they cost and label, counted from lengths alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from data_prep.shards import positions_needed
 from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.spans import draw_spans
 
 LENGTHS = np.array([[3, 2], [1, 1], [40, 7]])
 PAIRED = np.array([True, False, True])
@@ -37,3 +40,49 @@ def test_data_preparation_keeps_room_for_the_most_demanding_layout(kind, special
 def test_an_unknown_layout_is_an_error(specials):
     with pytest.raises(ValueError, match="joint or independent"):
         make_layout("both", specials, pairing=Pairing(0))
+
+
+@pytest.mark.parametrize(("kind", "k", "expected"), [("joint", 0, [11, 7, 58]), ("joint", 2, [13, 9, 60]), ("independent", 2, [11, 8, 53])])
+def test_positions_are_those_of_a_record_that_is_paired(kind, k, expected, specials):
+    assert make_layout(kind, specials, pairing=Pairing(k)).positions(LENGTHS).tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("joint", [[8], [5], [50]]), ("independent", [[5, 4], [3, 3], [42, 9]])])
+def test_a_document_is_as_long_as_its_segments_without_those_of_the_pair(kind, expected, specials):
+    layout = make_layout(kind, specials, pairing=Pairing(2))
+    assert layout.document_lengths(layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "form"), [("joint", None), ("independent", None), ("joint", "three_points"), ("joint", "sub_span"),
+                                            ("joint", "views"), ("independent", "three_points"), ("independent", "sub_span")])
+def test_as_many_spans_are_counted_as_are_drawn_from_each_record(kind, form, specials):
+    """For segments of any lengths, even those that no record of today has."""
+    layout = make_layout(kind, specials, spans=form)
+    for lengths in itertools.product(range(5), repeat=2):
+        segment_lengths = np.array([lengths])
+        starts = np.cumsum(segment_lengths, axis=1) - segment_lengths
+        drawn = len(draw_spans(layout, starts, segment_lengths, np.array([7], np.uint64))) if form else 0
+        counted = layout.span_counts(np.repeat(segment_lengths, 3, axis=0))
+        assert counted.tolist() == [drawn] * 3 and counted.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_counts_are_integers_for_every_segment(kind, specials):
+    layout = make_layout(kind, specials, pairing=Pairing(2))
+    lengths = layout.segment_lengths(LENGTHS, PAIRED)
+    for index, segment in enumerate(layout.segments):
+        targets = layout.segment_targets(segment, LENGTHS, lengths[:, index])
+        assert targets.dtype == np.int64 and targets.shape == (len(LENGTHS),)
+    assert lengths.dtype == layout.lm_targets(LENGTHS, lengths).dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_a_pair_needs_its_flag_a_prediction_and_a_target(kind, specials):
+    layout = make_layout(kind, specials, pairing=Pairing(1))
+    [pair] = layout.read_outs
+    for lengths in itertools.product(range(3), repeat=len(layout.segments)):
+        for paired in (True, False):
+            expected = paired and min(lengths[pair.prediction], lengths[pair.target]) > 0
+            assert layout.pairs(np.array([lengths]), np.array([paired])).tolist() == [[expected]]
+    none = make_layout(kind, specials).pairs(np.array([[3, 2]]), np.array([True]))
+    assert none.shape == (1, 0) and none.dtype == bool

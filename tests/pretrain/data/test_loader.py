@@ -1,6 +1,7 @@
 """The loader: every record once an epoch, resumable anywhere from three integers, the same rows for any number of ranks."""
 
 import json
+import zlib
 from collections import Counter
 from dataclasses import fields
 from fractions import Fraction
@@ -219,6 +220,8 @@ def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 4)
     with pytest.raises(UserError, match="hold no record"):
         Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=2)
+    with pytest.raises(UserError, match="a thousand epochs of .* hold no record"):
+        Loader(corpus, layout, 64, seed=1, weights=[0.0009995 / 4])
     loader = Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=3)
     assert loader.records == 1 and len(loader.next_rows(5).records) == 1 and loader.exhausted
 
@@ -272,3 +275,15 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(write_corpus, la
             expected[records[record][view][0]] += copies * len(records[record][view])
     found = Counter(token for token in read if token >= 5)
     assert found - Counter({specials.predictor: len(read)}) == expected
+
+
+def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_corpus, layout):
+    """A run that resumes after an update continues with them: its checkpoints hold only a place in this stream."""
+    lengths = [(1 + number % 7, 1 + number % 11) for number in range(500)]
+    corpus = write_corpus([([5] * context, [6] * target) for context, target in lengths])
+    loader = Loader(corpus, layout, 64, seed=3, dropout=0.25)
+    loader.load_state({"epoch": 2, "window": 0, "row": 5})
+    rows = loader.next_rows(200)
+    assert rows.records[:5].tolist() == [204, 161, 102, 473, 408] and len(rows.records) == 671
+    columns = (rows.records, rows.row, rows.start, rows.paired, rows.draws, rows.lengths, rows.segment_lengths)
+    assert zlib.crc32(b"".join(column.astype("<i8").tobytes() for column in columns)) == 737748826

@@ -69,6 +69,14 @@ def test_pieces_of_a_document_in_one_batch_or_in_several_read_the_same(write_cor
                      specials.bos, *documents[0][2 * PIECE :], specials.eos]
 
 
+def test_a_piece_may_be_followed_by_one_that_begins_with_the_first_token_of_the_vocabulary(write_corpus, specials):
+    document = [10] * PIECE + [0, 11]
+    records, continues = cut([document], 0)
+    corpus, layout = write_corpus(records, continues=continues), make_layout("joint", specials)
+    rows = plan(corpus, np.array([0]), layout, ROW, np.zeros(1, bool))
+    assert assemble(rows, corpus, layout, specials, ROW, 0).token_ids[0].tolist() == [specials.bos, *document[: PIECE + 1]]
+
+
 def test_a_loader_over_pieces_teaches_each_end_once_an_epoch(write_corpus, specials):
     documents = [list(range(10, 10 + length)) for length in range(1, 60, 3)]
     records, continues = cut(documents, 0)

@@ -97,3 +97,29 @@ def test_a_collapse_to_a_few_directions_is_told_too():
     """A prototype's cosine with a variance hinge: pairs at 0.999, strangers at 0.002, and a retrieval of 0.006."""
     assert has_collapsed({"paired_cosine": 0.999, "shuffled_cosine": 0.002, "retrieval_at_1": 0.006, "effective_rank": 4.5})
     assert not has_collapsed({"paired_cosine": 0.979, "shuffled_cosine": 0.003, "retrieval_at_1": 1.0, "effective_rank": 184.0})
+
+
+def test_pairs_hardly_closer_than_strangers_have_collapsed():
+    def monitors(paired: float, shuffled: float, retrieval: float = 0.05) -> dict[str, float]:
+        return {"paired_cosine": paired, "shuffled_cosine": shuffled, "retrieval_at_1": retrieval, "effective_rank": 2.0}
+
+    assert has_collapsed(monitors(0.62, 0.55))
+    assert not has_collapsed(monitors(0.62, 0.55, retrieval=0.2))
+    assert not has_collapsed(monitors(0.8, 0.55)), "pairs are closer than strangers"
+    assert not has_collapsed(monitors(0.4, 0.38)), "embeddings point everywhere"
+
+
+@pytest.mark.parametrize("size", [2, 3, 20])
+def test_the_monitors_equal_loops_over_pairs(size):
+    generator = torch.Generator().manual_seed(size)
+    prediction, noise = torch.randn(size, 5, generator=generator), torch.randn(size, 5, generator=generator)
+    target, key = prediction + 1.2 * noise, [number % 17 for number in range(size)]
+    cosines = [[torch.cosine_similarity(one, other, dim=0).item() for other in target] for one in prediction]
+    strangers = {(one, other) for one in range(size) for other in range(size) if key[one] != key[other]}
+    hits = [all(cosines[one][one] > cosines[one][other] for other in range(size) if (one, other) in strangers) for one in range(size)]
+    monitors = embedding_monitors(pool(prediction, target, key))
+    assert size < 20 or 0 < sum(hits) < size
+    assert monitors == pytest.approx({
+        "paired_cosine": sum(cosines[one][one] for one in range(size)) / size, "retrieval_at_1": sum(hits) / size,
+        "shuffled_cosine": sum(cosines[one][other] for one, other in strangers) / len(strangers),
+        "effective_rank": min(effective_rank(prediction).item(), effective_rank(target).item())}, rel=1e-5)

@@ -173,3 +173,15 @@ def test_an_equal_target_is_a_hit_of_retrieval():
 def test_the_temperature_has_its_published_default():
     assert LlmJepa(1.0, "info_nce").temperature == 0.07
     assert LlmJepa(1.0, "info_nce", temperature=0.5).temperature == 0.5
+
+
+def test_pools_are_joined_in_order_and_detached():
+    pools = []
+    for size in (3, 2):
+        prediction, target = torch.randn(2, size, WIDTH, requires_grad=True)
+        numbers = torch.arange(size)
+        pools.append(Pool(prediction, target, numbers, numbers + 10, numbers % 2, numbers > 0, slice(0, size)))
+    joined = Pool.join([pool.detached() for pool in pools])
+    for name in ("prediction", "target", "key", "record", "direction", "valid"):
+        assert getattr(joined, name).tolist() == [value for pool in pools for value in getattr(pool, name).tolist()]
+    assert joined.own == slice(0, 0) and not joined.prediction.requires_grad and not joined.target.requires_grad

@@ -1,0 +1,93 @@
+"""LLM-JEPA on given hidden states: each distance, its gradient and its regularizers equal the loops of the reference."""
+
+import pytest
+import torch
+
+from pretrain.config import load_config
+from pretrain.data.batch import Batch
+from pretrain.data.layout import BACKWARD, FORWARD
+from pretrain.objectives.base import build_objective
+from pretrain.objectives.llm_jepa import LlmJepa
+from pretrain.objectives.pool import Gather
+from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
+from tests.launching import ROOT
+from tests.reference import Ids, Pair, Reference
+
+ALONE = Gather(all_gather=lambda mine: mine, rank=0)
+POSITIONS, WIDTH, PAIRS, PADDING = 40, 6, 9, 3
+KEYS = [1, 2, 3, 1, 5, 6, 7, 2, 9]
+RECORDS = [10, 11, 12, 13, 14, 14, 16, 17, 17]
+DIRECTIONS = [FORWARD, FORWARD, BACKWARD, FORWARD, FORWARD, BACKWARD, BACKWARD, FORWARD, FORWARD]
+
+
+def built(settings: str) -> LlmJepa:
+    return build_objective(load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"]).objective)
+
+
+def negative_log(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the head, of which every label and position can be told."""
+    return (hidden.square().sum(dim=1) * (1 + labels)).sum()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    places = torch.randperm(POSITIONS, generator=torch.Generator().manual_seed(1))
+    pad = [0] * PADDING
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        none, none, none, label_index=places[:7], label_ids=torch.arange(7), prediction_index=torch.cat([places[7:16], torch.tensor(pad)]),
+        target_index=torch.cat([places[16:25], torch.tensor(pad)]), pair_key=torch.tensor(KEYS + pad), pair_record=torch.tensor(RECORDS + pad),
+        pair_direction=torch.tensor(DIRECTIONS + pad), pair_valid=torch.arange(PAIRS + PADDING) < PAIRS, span_index=none, seed=torch.tensor(3))
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(POSITIONS, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+@pytest.mark.parametrize(("settings", "distance", "temperature"), [
+    ("distance: cosine", "cosine", 0.0), ("distance: l2", "l2", 0.0), ("distance: mse", "mse", 0.0), ("distance: info_nce", "info_nce", 0.07),
+    ("distance: info_nce, temperature: 0.5", "info_nce", 0.5)])
+def test_each_distance_and_its_gradient_equal_the_reference(settings, distance, temperature, stop_gradient, batch, hidden):
+    terms = built(f"{settings}, stop_gradient: {str(stop_gradient).lower()}")(hidden, batch, negative_log, ALONE).terms
+    reference = Reference(None, None, Ids(0, 0, 0), "joint", distance=distance, temperature=temperature)
+    pairs = []
+    for place in range(PAIRS):
+        prediction, target = hidden[batch.prediction_index[place]], hidden[batch.target_index[place]]
+        pairs.append(Pair(prediction, target.detach() if stop_gradient else target, [KEYS[place]], RECORDS[place], DIRECTIONS[place] == FORWARD))
+    expected = sum(reference.distances(pairs))
+    torch.testing.assert_close(terms["jepa"], expected)
+    torch.testing.assert_close(torch.autograd.grad(terms["jepa"], hidden), torch.autograd.grad(expected, hidden))
+    lm = sum(hidden[place].square().sum() * (1 + label) for place, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True))
+    torch.testing.assert_close(terms["lm"], lm)
+
+
+@pytest.mark.parametrize(("settings", "loss"), [
+    ("{name: vicreg, weight: 2}", lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.04)),
+    ("{name: vicreg, weight: 2, covariance: 0.5}", lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.5)),
+    ("{name: sigreg, weight: 2}", lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 256, torch.tensor(3))),
+    ("{name: sigreg, weight: 2, projections: 5}", lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 5, torch.tensor(3))),
+    ("{name: coding_rate, weight: 2}", lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.05)),
+    ("{name: coding_rate, weight: 2, precision: 0.2}", lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.2))])
+def test_a_regularizer_acts_on_predictions_and_targets_apart(settings, loss, batch, hidden):
+    objective = built(f"weight: 3, regularizers: [{settings}]")
+    name = settings.split(":")[1].split(",")[0].strip()
+    assert objective.weights == {"lm": 1.0, "jepa": 3.0, name: 2.0}
+    assert objective.units == {"lm": "targets", "jepa": "pairs", name: "pairs"}
+    clouds = hidden[batch.prediction_index[:PAIRS]], hidden[batch.target_index[:PAIRS]]
+    expected = PAIRS * sum(loss(cloud) for cloud in clouds)
+    found = objective(hidden, batch, negative_log, ALONE).terms[name]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+
+
+@pytest.mark.parametrize(("settings", "always"), [("distance: cosine", False), ("distance: info_nce", True),
+                                                  ("regularizers: [{name: coding_rate, weight: 1}]", True)])
+def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, always, batch, hidden):
+    objective = built(settings)
+    assert (objective(hidden, batch, negative_log, ALONE).pool is not None) == always
+    pool = objective(hidden, batch, negative_log, ALONE, with_pool=True).pool
+    assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(pool.target, hidden[batch.target_index])
+    assert pool.key.tolist() == batch.pair_key.tolist() and pool.record.tolist() == batch.pair_record.tolist()
+    assert pool.direction.tolist() == batch.pair_direction.tolist() and torch.equal(pool.valid, batch.pair_valid)
