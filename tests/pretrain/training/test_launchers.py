@@ -1,6 +1,8 @@
 """The same run under deepspeed, torchrun and srun's variables; and what a user's mistakes end in."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.run_folder import list_steps, read_metrics, read_status
 from pretrain.training.main import main
-from tests.launching import ROOT, call, deepspeed_command, environment, free_port, prepare_corpus, tiny_config, write_config
+from tests.launching import ROOT, Running, call, deepspeed_command, environment, free_port, prepare_corpus, tiny_config, write_config
 from tests.processes import TIMEOUT
+
+SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +162,18 @@ def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
     done = call(deepspeed_command(2, "launcher/run.py", path), check=False)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: data.sequence_length is 16") == 1 and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
+    """The terminal sends the signal to the ranks, and so does their launcher."""
+    path = write_config(folder, tiny_config(folder, name="interrupted", train__steps=1000))
+    running = Running(deepspeed_command(2, SPOILED, "hold:3", path), folder / "interrupted.log")
+    run_dir = folder / "runs" / "interrupted"
+    running.wait_until(lambda: len(read_metrics(run_dir)) == 2, "two steps")
+    os.killpg(running.process.pid, signal.SIGINT)
+    running.end()
+    status = read_status(run_dir)
+    assert (status["status"], list_steps(run_dir / "checkpoints")) == ("resumable", [status["step"]]), running.log.read_text()
 
 
 def test_ranks_that_cannot_meet_end_in_one_line_and_exit_code_1_for_another_start_may_succeed(folder):

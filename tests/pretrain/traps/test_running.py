@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from pretrain.run_folder import list_steps, step_name
 from pretrain.training.checkpoint import check, consolidate
 from pretrain.training.distributed import World
 from pretrain.training.setup import set_up
-from tests.launching import ROOT, TIMEOUT, call, environment, free_port, tiny_config, write_config
+from tests.launching import ROOT, TIMEOUT, call, free_port, start, tiny_config, write_config
 from tests.mutants import fails, passes_but_not_with
 
 WORKER = ROOT / "tests/pretrain/traps/trapped_runs.py"
@@ -103,8 +102,7 @@ def folder(prepared_without_torch) -> Path:
     processes = []
     for place, (words, variables) in places.items():
         with open(folder / f"{place}.log", "w") as output:
-            processes.append(subprocess.Popen([sys.executable, str(WORKER), *words], cwd=ROOT, env=environment(**variables),
-                                              stdout=output, stderr=subprocess.STDOUT))
+            processes.append(start(["python", WORKER, *words], output, output, **variables))
     try:
         for process in processes:
             process.wait(TIMEOUT)
