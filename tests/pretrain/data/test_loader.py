@@ -220,7 +220,7 @@ def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 4)
     with pytest.raises(UserError, match="hold no record"):
         Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=2)
-    with pytest.raises(UserError, match="a thousand epochs of .* hold no record"):
+    with pytest.raises(UserError, match=r"a thousand epochs of .* hold no record"):
         Loader(corpus, layout, 64, seed=1, weights=[0.0009995 / 4])
     loader = Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=3)
     assert loader.records == 1 and len(loader.next_rows(5).records) == 1 and loader.exhausted

@@ -9,7 +9,7 @@ import torch
 from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import assemble
-from pretrain.data.layout import make_layout
+from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
 from pretrain.models.head import Head
 from pretrain.objectives.base import build_objective, total_loss
@@ -42,6 +42,27 @@ def test_a_configuration_builds_its_objective(overrides, terms):
     if "semantic_tube" in overrides[0]:
         units["jepa"] = "spans"
     assert objective.units == units
+
+
+REGULARIZED = "regularizers: [{name: vicreg, weight: 1}]"
+
+
+@pytest.mark.parametrize(("settings", "kind", "pairing", "spans"), [
+    ("name: next_token", "joint", None, None), ("name: next_token, layout: independent", "independent", None, None),
+    ("name: llm_jepa", "joint", Pairing(1), None),
+    ("name: llm_jepa, predictor_tokens: 3, predictor_placement: prepend, direction: both", "joint", Pairing(3, "prepend", "both"), None),
+    ("name: semantic_tube", "joint", None, "three_points"),
+    (f"name: semantic_tube, layout: independent, form: sub_span, {REGULARIZED}", "independent", Pairing(0), "sub_span")])
+def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pairing, spans, specials):
+    config = load_config(DEMO, [f"objective={{{settings}}}"]).objective
+    for views in (1, 2, 3):
+        for lm_views, train_end_token in (("all", True), ("last", False)):
+            same = {"views": views, "spans": spans, "lm_views": lm_views, "train_end_token": train_end_token}
+            assert config.make_layout(specials, views, lm_views, train_end_token) == make_layout(kind, specials, pairing=pairing, **same)
+            read_out = pairing or (Pairing() if views > 1 else None)
+            validating = config.make_layout(specials, views, lm_views, train_end_token, validating=True)
+            assert validating == make_layout(kind, specials, pairing=read_out, **same)
+    assert config.make_layout(specials, 2, "all") == make_layout(kind, specials, pairing=pairing, spans=spans)
 
 
 @pytest.mark.parametrize("overrides, expected", [
