@@ -76,4 +76,5 @@ def test_each_term_is_normalised_by_its_own_global_count():
     terms = {"lm": torch.tensor(6.0), "jepa": torch.tensor(4.0)}
     assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=1).item() == 6 / 12 + 0.5 * 4 / 8
     assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=4).item() == 4 * (6 / 12 + 0.5 * 4 / 8)
+    assert total_loss(terms, {"lm": 1, "jepa": 2}, {"lm": 1.0, "jepa": 1.0}, ranks=1).item() == 6 + 4 / 2
     assert np.isfinite(total_loss({"lm": torch.tensor(0.0)}, {"lm": 0}, {"lm": 1.0}, ranks=1).item())
