@@ -56,7 +56,6 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.slow
 def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(pretrained):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     export = export_checkpoint(pretrained / "runs" / "run", 4)

@@ -5,8 +5,6 @@ import importlib.metadata
 import json
 import subprocess
 
-import pytest
-
 from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
@@ -41,7 +39,6 @@ def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path,
     assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
 
 
-@pytest.mark.slow
 def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
     first, again = tmp_path / "runs" / "run", tmp_path / "runs" / "again"
     path = write_config(tmp_path, tiny_config(tmp_path))

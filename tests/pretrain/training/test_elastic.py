@@ -16,7 +16,6 @@ SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
 ROWS = 8
 CHAIN = (1, 2, 4, 1)
 """Ranks of one start after the other."""
-pytestmark = pytest.mark.slow
 
 
 def metrics(folder: Path, name: str) -> list[dict]:

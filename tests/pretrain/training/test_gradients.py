@@ -20,7 +20,6 @@ from pretrain.training.engine import TrainingModule
 from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
-pytestmark = pytest.mark.slow
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 RUNS = {  # ranks, rows of a micro batch (of 8 a step), changes

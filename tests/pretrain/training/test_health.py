@@ -158,7 +158,6 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
         subprocess.run(["umount", "-l", small], check=True)
 
 
-@pytest.mark.slow
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
     settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
     straight = config(folder, "straight", **settings)
@@ -198,7 +197,6 @@ def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_ask
     assert list_steps(folder) == [4, 8, 12] and all(check(folder / step_name(step)) is None for step in (4, 8, 12))
 
 
-@pytest.mark.slow
 def test_a_damaged_pointer_is_told_and_mended(folder):
     path = config(folder, "pointer", train__steps=4, checkpoint={"every": 2})
     call(["python", "launcher/run.py", str(path)])
