@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,16 @@ def try_lock(path: Path) -> IO[bytes] | None:
         file.close()
         return None
     return file
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files below a folder without their permissions, so that the copy of a read-only folder can be written to."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -84,7 +84,8 @@ def _server() -> socket.socket:
     global _control
     if _control is None:
         _control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                                    "TRANSFORMERS_VERBOSITY": "error"}  # which commands set before they import transformers
         with theirs:
             subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                              pass_fds=[theirs.fileno()], start_new_session=True)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.files import write_json, write_text
+from data_prep.files import copy_folder, write_json, write_text
 from data_prep.tokenizer import Tokenizer
 from pretrain.models.attention import resolve_attention
 from pretrain.models.families import register_family_of
@@ -34,7 +34,7 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(skeleton, temporary)
+    copy_folder(skeleton, temporary)
     register_family_of(skeleton)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(skeleton), dtype=torch.float32)
     weights = {key.removeprefix("causal_lm."): value for key, value in state.items() if key.startswith("causal_lm.")}

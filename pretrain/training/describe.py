@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pretrain.data.corpus import source_weights
 from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
+STARTS = "starts.jsonl"
+"""What ran at each start that trained, a line each; environment.json describes the last one."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
             "deepspeed.communication_data_type",
@@ -31,16 +34,13 @@ SILENT = ("name", "output_dir")
 """Where the run is: a folder may move."""
 
 
-def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> list[str]:
-    """Write config.yaml and environment.json; return what has changed since the run was started, a line a key.
+def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: int, changes: list[str]) -> None:
+    """Write config.yaml and environment.json, and add a line to starts.jsonl: this start trains, from `step` on.
 
-    Raises UserError where the folder holds another run: other settings, another corpus or tokenizer.
+    `changes` are those since the start before, from `check_same_run`.
     """
     run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    changes = check_same_run(config, manifest, ranks) if (run_dir / "config.yaml").exists() else []
-    write_text(run_dir / "config.yaml", dump_config(config))
-    write_json(run_dir / "environment.json", {
+    environment = {
         "python": platform.python_version(),
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
         "revision": revision(),
@@ -51,9 +51,13 @@ def describe_run(config: RunConfig, manifest: dict[str, Any], ranks: int) -> lis
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads_per_rank": torch.get_num_threads(),
-        "data": _data(config, manifest),
-    })
-    return changes
+    }
+    write_text(run_dir / "config.yaml", dump_config(config))
+    write_json(run_dir / "environment.json", environment | {"data": _data(config, manifest)})
+    starts = run_dir / STARTS
+    before = starts.read_text(encoding="utf-8") if starts.exists() else ""
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "changes": changes} | environment
+    write_text(starts, before + json.dumps(start) + "\n")
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +67,13 @@ def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:
-    """What of the configuration differs from that of the run folder, which exists, and may: a line a key. `ranks` is None before a start.
+    """Return a line for each allowed change since the last start of the run, none for a new run. `ranks` is None before a start.
 
-    Raises UserError where the folder holds a run with settings that decide what is computed, another corpus or tokenizer.
+    Raises UserError if the folder holds a run with settings that decide what is computed, another corpus or tokenizer.
     """
     run_dir, data = config.run_dir, _data(config, manifest)
+    if not (run_dir / "config.yaml").exists():
+        return []
     before = _with_stage(_read(run_dir / "config.yaml", yaml.safe_load))
     now = _with_stage(yaml.safe_load(dump_config(config)))
     differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))

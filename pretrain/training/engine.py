@@ -18,6 +18,7 @@ from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
 from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, pretrained_config, random_causal_lm, shape_config
 from pretrain.models.lora import add_adapters
+from pretrain.models.stored_weights import check_stored_weights
 from pretrain.objectives.base import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.training.distributed import World
@@ -41,7 +42,9 @@ def shape_of(config: RunConfig, tokenizer: Tokenizer) -> PretrainedConfig:
     """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from."""
     model = config.model
     if model.init_from is not None:
-        return pretrained_config(model.init_from)
+        shape = pretrained_config(model.init_from)
+        check_stored_weights(model.init_from, shape)
+        return shape
     assert model.family is not None and model.shape is not None  # the configuration has these or init_from
     return shape_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 

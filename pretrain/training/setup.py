@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError, print_now
-from data_prep.files import sha256_file, try_lock
+from data_prep.files import copy_folder, sha256_file, try_lock
 from data_prep.shards import positions_needed
 from data_prep.sources.files import find_files
 from data_prep.sources.json_lines import SUFFIXES
@@ -25,7 +25,7 @@ from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.training import checkpoint
 from pretrain.training.background import evaluations_asked_for, start_evaluations
-from pretrain.training.describe import describe_run
+from pretrain.training.describe import check_same_run, record_start
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
 from pretrain.training.loop import Trainer
@@ -49,7 +49,8 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
     lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
-    for change in world.agree(lambda: _writing(config, lambda: describe_run(config, corpus.manifest, world.size)) if world.is_main else None) or ():
+    changes = world.agree(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
+    for change in changes:
         say(f"note: going on with a change: {change}")
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
@@ -81,7 +82,12 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
         checkpoint.load(engine, found, world)
         trainer.resume(found.state)
         say(f"going on from step {trainer.progress.step}")
-    world.agree(lambda: _writing(config, lambda: _write_skeleton(config, model, corpus)) if world.is_main else None)
+
+    def describe() -> None:
+        _write_skeleton(config, model, corpus)
+        record_start(config, corpus.manifest, world.size, trainer.progress.step, changes)
+
+    world.agree(lambda: _writing(config, describe) if world.is_main else None)
     if world.is_main:
         written = trainer.progress.step - (trainer.owed is not None)  # a step whose validation is owed is written when that is made up
         trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
@@ -251,6 +257,6 @@ def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> 
         return
     temporary = folder.with_name(f".{MODEL}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(corpus.folder / "tokenizer", temporary)
+    copy_folder(corpus.folder / "tokenizer", temporary)
     model.causal_lm.config.save_pretrained(temporary)
     os.replace(temporary, folder)

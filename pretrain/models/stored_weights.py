@@ -1,0 +1,56 @@
+"""The weights in a local Hugging Face folder, compared with the model that its config.json describes.
+
+transformers initialises what a folder lacks and skips what it does not know, with a warning at most, and none under ZeRO stage 3.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from data_prep.console import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
+    """Raise UserError if the tensors in the folder's safetensors files are not exactly those of the model.
+
+    Only the headers are read. A folder without such files is left to transformers.
+    """
+    stored = _stored(Path(folder))
+    if not stored:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    prefix = f"{model.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in stored):  # stored without the head
+        stored = {prefix + name: shape for name, shape in stored.items()}
+    expected: Shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    unknown = {name for name in stored.keys() - expected.keys() if not any(pattern.search(name) for pattern in ignored)}
+    problems = {
+        "lacks tensors of the model in its config.json": expected.keys() - stored.keys() - tied,
+        "has tensors that the model in its config.json does not have": unknown,
+        "has tensors in another shape than its config.json says": {
+            name for name in stored.keys() & expected.keys() if stored[name] != expected[name]},
+    }
+    for problem, names in problems.items():
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"model.init_from: {folder} {problem}: {listed}; give a folder with all weights of that model")
+
+
+def _stored(folder: Path) -> Shapes:
+    """Return the shape of each tensor by name. Raises UserError for a file that cannot be read."""
+    shapes: Shapes = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model.init_from: cannot read {path} ({error}): copy it again") from None
+    return shapes
