@@ -108,15 +108,16 @@ def test_vicreg_equals_its_definition(count):
     assert vicreg(embeddings, valid, covariance=0.3).item() == pytest.approx(hinge + 0.3 * correlation, rel=1e-6)
 
 
-def test_sigreg_is_the_trapezoidal_rule_at_seventeen_points():
-    embeddings, valid = torch.randn(12, 3, dtype=torch.float64) * 2, torch.arange(12) < 9
+@pytest.mark.parametrize("count", [1, 9])
+def test_sigreg_is_the_trapezoidal_rule_at_seventeen_points(count):
+    embeddings, valid = torch.randn(12, 3, dtype=torch.float64) * 2, torch.arange(12) < count
     directions = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
     directions /= directions.norm(dim=0)
     points = torch.linspace(0, 3, 17, dtype=torch.float64)
     statistics = []
-    for projected in (embeddings[:9] @ directions.double()).T:
+    for projected in (embeddings[:count] @ directions.double()).T:
         phi, normal = torch.exp(1j * points[:, None] * projected).mean(dim=1), torch.exp(-points**2 / 2)
-        statistics.append(9 * 2 * torch.trapezoid((phi - normal).abs() ** 2 * normal, points).item())
+        statistics.append(count * 2 * torch.trapezoid((phi - normal).abs() ** 2 * normal, points).item())
     assert sigreg(embeddings.float(), valid, 4, torch.tensor(5)).item() == pytest.approx(sum(statistics) / 4, rel=1e-4)
 
 

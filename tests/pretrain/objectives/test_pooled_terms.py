@@ -170,8 +170,9 @@ def test_an_equal_target_is_a_hit_of_retrieval():
     assert retrieval([1, 1, 3]) == 1
 
 
-def test_the_temperature_has_its_published_default():
+def test_temperature_and_gradient_have_their_published_defaults():
     assert LlmJepa(1.0, "info_nce").temperature == 0.07
+    assert not LlmJepa(1.0, "info_nce").stop_gradient, "the published form trains both sides"
     assert LlmJepa(1.0, "info_nce", temperature=0.5).temperature == 0.5
 
 

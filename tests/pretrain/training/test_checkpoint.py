@@ -197,6 +197,38 @@ def test_every_damage_is_named(tmp_path, damage, problem):
     assert check(path) == problem
 
 
+EARLIER = """\
+{
+  "step": 3,
+  "ranks": 2,
+  "state": {
+    "progress": {
+      "step": 3,
+      "seconds": 0.5
+    },
+    "name": "run"
+  },
+  "files": {
+    "shard.pt": {
+      "bytes": 2,
+      "sha256": "6b51d431df5d7f141cbececcf79edf3dd861c3b4069f0b11661a3eefacbba918"
+    }
+  },
+  "seal": "f4a9c3cdd21246adf74e035de5e1cca8884f6c1690268da6673b51e488771ba3"
+}
+"""
+"""The manifest of a checkpoint of an earlier version, with a file of the bytes b"12"."""
+
+
+def test_a_checkpoint_of_an_earlier_version_stays_good(tmp_path):
+    path = tmp_path / step_name(3)
+    path.mkdir()
+    (path / "shard.pt").write_bytes(b"12")
+    (path / "manifest.json").write_text(EARLIER)
+    assert check(path) is None
+    assert find_newest(tmp_path, ALONE, print) == Found(path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"})
+
+
 def test_a_manifest_without_files_is_a_problem(tmp_path):
     assert check(write_checkpoint(tmp_path, 7, files=0)) == "manifest.json lists no files"
 
