@@ -13,7 +13,8 @@ LOST = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "lost": (lambda tensors: tensors.pop(LOST), f"lacks tensors of the model in its config.json: {LOST};"),
     "half": (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:10]], "in its config.json: model.layers.0.input_layernorm.weight, "),
-    "added": (lambda tensors: tensors.update({"model.extra": torch.zeros(2)}), "has tensors that the model in its config.json does not have: model.extra;"),
+    "added": (lambda tensors: tensors.update({"model.extra": torch.zeros(2)}),
+              "has tensors that the model in its config.json does not have: model.extra;"),
     "reshaped": (lambda tensors: tensors.update({LOST: torch.zeros(3, 3)}), f"has tensors in another shape than its config.json says: {LOST};"),
 }
 """What is done to the weights, and what the error line says."""
