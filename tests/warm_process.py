@@ -141,8 +141,9 @@ class _Server:
 
     def _end(self) -> None:
         for pid, _ in self.running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # a fork that was just made leads no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
 
 
 def _become(request: dict[str, Any]) -> None:
