@@ -2,8 +2,8 @@
 # make test    the tests, in two processes; ARGS is passed to pytest
 # make test-all   the slow tests too, which take hours
 # make check   lint and types (ruff, mypy)
-# make mutants    the mutation tests, at most 30 minutes on two cores: a mistake in a file of [tool.mutmut] that no fast test
-#              finds is an error unless tests/mutation/accepted.toml gives a reason
+# make mutants    the mutation tests, at most 30 minutes on two cores: a mistake that mutmut puts into a file of [tool.mutmut] and
+#              no fast test finds is an error unless tests/mutation/accepted.toml gives a reason
 # make setup   the environment alone, in .venv; the others call it
 # make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
 # make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above

@@ -1,7 +1,8 @@
 """Start ranks on this machine as DeepSpeed's launcher does, but as forks of this process: `ranks.py N SCRIPT [ARGUMENT ...]`.
 
-In the warm process (tests/warm_process.py) no rank then has anything to import. Ends with the first exit code that is not 0, after at most
-30 seconds in which the other ranks may end, as DeepSpeed's launcher gives them.
+In the warm process (tests/warm_process.py) no rank then has anything to import. When a rank fails, the others get SIGTERM at once and SIGKILL
+after 30 seconds, and the exit code is that of the failure, as with DeepSpeed's launcher. Unlike that one, which kills the ranks 30 seconds
+after it has passed a signal on to them, this one then waits for them, however slow the machine is.
 """
 
 import contextlib
@@ -55,6 +56,7 @@ def wait_for(ranks: list[int]) -> int:
         code = os.waitstatus_to_exitcode(status)
         if code and not first:
             first = code if code > 0 else 1
+            pass_on(signal.SIGTERM)
             signal.alarm(GRACE)
     return first
 

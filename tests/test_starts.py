@@ -30,19 +30,26 @@ CONFIGURATION = {"annotated_types", "numpy", "pydantic", "pydantic_core", "typin
 STARTS = {
     "launcher/run.py --help": CONFIGURATION,
     "launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION,
+    "launcher/run.py configs/demo.yaml data.path=nowhere": CONFIGURATION | {"pyarrow"},
     "launcher/evaluate.py --help": CONFIGURATION,
     "launcher/evaluate.py nowhere": CONFIGURATION,
+    "launcher/evaluate.py nowhere --embed pairs.jsonl": CONFIGURATION,
     "launcher/supervise.py --help": CONFIGURATION | {"psutil"},
     "launcher/supervise.py -- python launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
     "launcher/study.py --help": CONFIGURATION,
+    "launcher/study.py nowhere.yaml": CONFIGURATION,
     "launcher/report.py --help": CONFIGURATION,
     "launcher/report.py nowhere": CONFIGURATION,
     "launcher/doctor.py --help": CONFIGURATION | {"psutil"},
+    "launcher/doctor.py configs/demo.yaml train.stepz=3": CONFIGURATION | {"psutil"},
     "launcher/demo.py --help": CONFIGURATION,
     "-m data_prep --help": CONFIGURATION - {"numpy"} | {"tqdm"},
     "-m data_prep configs/demo.yaml data.pathh=3": CONFIGURATION - {"numpy"} | {"tqdm"},
     "-m data_prep verify --help": CONFIGURATION - {"numpy"} | {"tqdm"},
+    "-m data_prep verify nowhere": CONFIGURATION | {"pyarrow", "sentencepiece", "google", "tokenizers", "tqdm"},
     "-m pretrain.data --help": set(),
+    "-m pretrain.data inspect nowhere": CONFIGURATION | {"pyarrow"},
+    "-m pretrain.data stats nowhere": CONFIGURATION | {"pyarrow", "sentencepiece", "google", "tokenizers", "tqdm"},
 }
 """Third-party packages that a start may load, by command."""
 PREPARATION = CONFIGURATION | {"google", "pyarrow", "sentencepiece", "tokenizers", "tqdm"}

@@ -146,12 +146,12 @@ class _Server:
                     kill(pid, signal.SIGKILL)
 
 
-def _become(request: dict[str, Any]) -> None:
+def _become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
     """Turn this fork into the command of the request and run it."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(set_by_imports | request["environment"])
     run(request["arguments"])
 
 
@@ -177,8 +177,10 @@ def run(arguments: list[str]) -> None:
 def _main() -> None:
     server = _Server(socket.socket(fileno=int(sys.argv[1])))
     sys.path.pop(0)  # the folder of this file
+    before = set(os.environ)
     for name in IMPORTS:
         importlib.import_module(name)
+    set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
     threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())}
     assert threads <= SURVIVORS, f"an import has started {threads - SURVIVORS}: a thread that no fork would have"
     gc.collect()
@@ -186,7 +188,7 @@ def _main() -> None:
     request = server.serve()
     if request is not None:
         del server
-        _become(request)
+        _become(request, set_by_imports)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ def _add_command(
 
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Show records with their pieces, and the packed row that holds the first of them."""
+    from data_prep.shards import read_manifest
+
+    read_manifest(arguments.path)  # a mistake is told before torch is loaded, which assembles the row as in training
     from data_prep.tools.show import show_record
     from pretrain.data.corpus import Corpus
-    from pretrain.data.picture import picture  # imports torch, because the row is assembled as in training
+    from pretrain.data.picture import picture
 
     corpus = Corpus(arguments.path, arguments.split)
     row_length = arguments.row_length or corpus.manifest["settings"]["data"]["sequence_length"]

@@ -38,8 +38,6 @@ def embed_file(export: Path, file: str) -> None:
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` if predictor tokens predict another view.
     Row i of each array belongs to record i. Raises UserError.
     """
-    if not (export / "jepa.json").exists():
-        raise UserError(f"{export} is no export: it holds no jepa.json; exports stand in the folder export of a run")
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _source(file)
     rows = read_rows(source, views, "--embed")

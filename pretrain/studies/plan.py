@@ -59,7 +59,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
-    """Return the metric of each arm over its seeds, and what the runs took."""
+    """Print the metric of each arm over its seeds, and what the runs took."""
     metric = study.metric
     finished = {run.name: read_run(run.dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))

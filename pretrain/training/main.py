@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from data_prep.console import UserError, exit_on_user_error, report
@@ -47,6 +48,9 @@ def plan(config: RunConfig) -> None:
 
 def run_alone(config: RunConfig) -> None:
     """Train as the only run of this process: its process group is destroyed afterwards."""
+    from data_prep.shards import read_manifest
+
+    read_manifest(Path(config.data.path))  # a mistake is told before torch and DeepSpeed are loaded
     try:
         run(config)
     finally:

