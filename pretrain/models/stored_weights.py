@@ -5,10 +5,11 @@ transformers initialises what a folder lacks and skips what it does not know, wi
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from data_prep.console import UserError
 
@@ -23,8 +24,9 @@ def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
     stored = _stored(Path(folder))
     if not stored:
         return
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config)  # not from_config, which partitions the model while an engine of ZeRO stage 3 lives
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in stored):  # stored without the head
         stored = {prefix + name: shape for name, shape in stored.items()}
