@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.shards import positions_needed
-from pretrain.data.layout import Pairing, make_layout
+from pretrain.data.layout import BACKWARD, FORWARD, Pairing, make_layout
 from pretrain.data.spans import draw_spans
 
 LENGTHS = np.array([[3, 2], [1, 1], [40, 7]])
@@ -86,3 +86,9 @@ def test_a_pair_needs_its_flag_a_prediction_and_a_target(kind, specials):
             assert layout.pairs(np.array([lengths]), np.array([paired])).tolist() == [[expected]]
     none = make_layout(kind, specials).pairs(np.array([[3, 2]]), np.array([True]))
     assert none.shape == (1, 0) and none.dtype == bool
+
+
+@pytest.mark.parametrize("kind", ["joint", "independent"])
+def test_a_pair_knows_its_direction(kind, specials):
+    directions = [read_out.direction for read_out in make_layout(kind, specials, pairing=Pairing(1, direction="both")).read_outs]
+    assert directions == [FORWARD, BACKWARD]

@@ -287,3 +287,7 @@ def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_
     assert rows.records[:5].tolist() == [204, 161, 102, 473, 408] and len(rows.records) == 671
     columns = (rows.records, rows.row, rows.start, rows.paired, rows.draws, rows.lengths, rows.segment_lengths)
     assert zlib.crc32(b"".join(column.astype("<i8").tobytes() for column in columns)) == 737748826
+
+
+def test_no_records_are_planned_into_no_rows(corpus, layout):
+    assert plan(corpus, np.empty(0, np.int64), layout, 64, np.empty(0, bool)).count == 0

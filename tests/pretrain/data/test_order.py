@@ -153,3 +153,18 @@ def test_the_order_of_a_seed_stays_the_same_in_every_version_of_the_project():
     assert (len(records), records[:4].tolist(), checksum(records, passes)) == (43694, [27410, 70207, 9315, 109646], 4134076059)
     records, passes = SourceOrder(10**12, key=5).take(10**13, 10**13 + 3 * BLOCK)
     assert (records[::BLOCK].tolist(), checksum(records, passes)) == ([242028733582, 652013053070, 116415284366], 4180071543)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 9, 17, 18])
+def test_every_record_of_any_number_of_blocks_comes_once_a_pass(blocks):
+    records, passes = SourceOrder(blocks * BLOCK + 3, 7).take(0, blocks * BLOCK + 3)
+    assert np.array_equal(np.sort(records), np.arange(blocks * BLOCK + 3)) and not passes.any()
+
+
+def test_a_window_that_starts_anywhere_is_a_part_of_the_whole_order():
+    size = 3 * BLOCK + 5
+    order = SourceOrder(size, 7)
+    whole = order.take(0, 2 * size)
+    for start in (0, 1, BLOCK, BLOCK + 3, 2 * BLOCK, 3 * BLOCK + 1, size - 1, size, size + BLOCK + 1):
+        for part, all_of_it in zip(order.take(start, start + BLOCK), whole, strict=True):
+            assert np.array_equal(part, all_of_it[start:start + BLOCK]), start
