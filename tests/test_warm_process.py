@@ -63,3 +63,4 @@ def test_commands_end_with_the_process_that_started_them():
     tests.kill()
     tests.wait()
     wait_for(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE)
+    assert tests.returncode == -signal.SIGKILL

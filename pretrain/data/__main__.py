@@ -44,7 +44,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     """Show records with their pieces, and the packed row that holds the first of them."""
     from data_prep.shards import read_manifest
 
-    read_manifest(arguments.path)  # a mistake is told before torch is loaded, which assembles the row as in training
+    read_manifest(arguments.path)  # report a missing corpus before torch is loaded, which assembles the row as in training
     from data_prep.tools.show import show_record
     from pretrain.data.corpus import Corpus
     from pretrain.data.picture import picture

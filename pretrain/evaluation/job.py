@@ -50,7 +50,7 @@ def _on_all_ranks(evaluate: Callable[[], None]) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     if arguments.task or arguments.overrides or arguments.pending or arguments.watch or arguments.checkpoint != "latest":
         raise UserError("--embed takes an export and a file, and nothing else")
-    if not (arguments.run_dir / "jepa.json").exists():  # told before the libraries are loaded
+    if not (arguments.run_dir / "jepa.json").exists():  # reported before torch is loaded
         raise UserError(f"{arguments.run_dir} is not an export: it has no jepa.json; exports are in the folder export of a run")
     from pretrain.evaluation.embed import embed_file
 

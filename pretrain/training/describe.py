@@ -21,7 +21,7 @@ from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
 STARTS = "starts.jsonl"
-"""What ran at each start that trained, a line each; environment.json describes the last one."""
+"""File with one line for each start that trained; environment.json describes the last one."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
             "deepspeed.communication_data_type",

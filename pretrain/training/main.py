@@ -50,7 +50,7 @@ def run_alone(config: RunConfig) -> None:
     """Train as the only run of this process: its process group is destroyed afterwards."""
     from data_prep.shards import read_manifest
 
-    read_manifest(Path(config.data.path))  # a mistake is told before torch and DeepSpeed are loaded
+    read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
     try:
         run(config)
     finally:

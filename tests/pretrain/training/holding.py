@@ -1,6 +1,6 @@
 """Runs that wait at a chosen point, so that a test acts at that point however fast or slow the machine is.
 
-A rank that waits goes on once it has a signal to stop, or once the test has made the file `released(config, step)`.
+A waiting rank continues when it gets a signal to stop, or when the test has made the file `released(config, step)`.
 """
 
 import time
