@@ -165,7 +165,7 @@ def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
     from pretrain.training.dry_run import beside_states, states_of_rank
 
     states = states_of_rank(plan, stage, ranks)
-    beside = {name: recomputed if plan.config.train.activation_checkpointing else whole for name, whole, recomputed in beside_states(plan)}
+    beside = {name: recomputed if plan.config.train.activation_checkpointing else whole for name, whole, recomputed in beside_states(plan, "cuda")}
     if stage < 3:
         beside = {name: size for name, size in beside.items() if not name.startswith("gathered")}
     return max(states.held + sum(beside.values()), states.in_step)

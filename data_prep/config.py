@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.config_file import Section, validate
+from data_prep.config_file import LocalPath, Section, validate
 
 Split = Literal["train", "validation", "test"]
 MOST_VIEWS = 8
@@ -43,7 +43,7 @@ class AnySource(Section):
 class FileSource(AnySource):
     """A source of files."""
 
-    path: str | None = None
+    path: LocalPath | None = None
     """A file, a folder (all such files below it, by name, but for hidden ones), or a glob. May be left open in a shared configuration
     and given on the command line."""
 
@@ -78,7 +78,7 @@ class HubSource(AnySource):
     """A data set of the Hugging Face hub, streamed, or of a local folder. Columns become views as those of JSON lines do."""
 
     type: Literal["hub"]
-    path: str
+    path: LocalPath
     """Name on the hub, such as `owner/name`, or a local folder of data files."""
     config: str | None = None
     """The data set's configuration, where it has several."""
@@ -123,7 +123,7 @@ class TokenizerConfig(Section):
     """Pieces, special tokens and bytes included."""
     model_type: Literal["bpe", "unigram"] | None = None
     """Of the trained tokenizer; default bpe."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A sentencepiece `.model`, a `tokenizer.json`, or a local Hugging Face folder."""
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class FiltersConfig(Section):
 class DataConfig(Section):
     """The corpus: where it comes from, and the shards it becomes."""
 
-    path: str
+    path: LocalPath
     """Folder of the prepared shards."""
     sources: list[Source] = []
     """Where records come from, see below."""
@@ -249,7 +249,7 @@ class TaskFiles(Section):
     name: str
     label: Any = None
     train: Any = None
-    test: str | TaskSource | None = None
+    test: LocalPath | TaskSource | None = None
     databases: Any = None
     harness: Any = None
     rows: Any = None

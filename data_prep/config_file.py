@@ -5,6 +5,7 @@ name (`data.sources.0.path=train.jsonl`). An unknown key is an error that names 
 """
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from data_prep.console import UserError
 
 SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train", "deepspeed", "checkpoint",
             "evaluation", "monitor")
+
+
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""Path of a file or folder; `~` is the home directory, also where no shell has replaced it."""
 
 
 class Section(BaseModel):
@@ -41,10 +46,11 @@ def load_yaml(path: str | Path, overrides: typing.Sequence[str] = (), sections: 
         raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no mapping of keys; it should start with `name:`")
+    in_file = set(config)
     apply_overrides(config, overrides)
     unknown = [key for key in config if key not in sections]
     if unknown:
-        raise UserError(_unknown_key(str(unknown[0]), sections, str(path)))
+        raise UserError(_unknown_key(str(unknown[0]), sections, str(path) if unknown[0] in in_file else "the command line"))
     if isinstance(config.get("name"), str):
         config["name"] = re.sub(r"\{([\w.]+)\}", lambda found: str(_look_up(config, found[1])), config["name"])
     return config

@@ -13,6 +13,7 @@ The checksum of a row is the low 32 bits of
 where mix is SplitMix64 (data_prep/ragged.py), and c is 0, or, in a row with `continues`, 1 + the first token of the next row.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,8 @@ class Shard:
     """A shard, memory-mapped. What it holds is verified when it is read, see `read_rows`."""
 
     path: Path
+    size: int
+    """Bytes of the file."""
     columns: list[ViewColumn]
     """By view."""
     longest: np.ndarray
@@ -226,7 +229,7 @@ def _map(path: Path, file: pa.ipc.RecordBatchFileReader, entry: dict[str, Any], 
     if batch.schema.types[-2:] != [pa.bool_(), pa.uint32()]:
         raise ValueError(f"{CONTINUES} and {CHECKSUM} are {batch.schema.types[-2:]}")
     bits = batch.column(CONTINUES).buffers()[1]
-    return Shard(path, columns, np.array([entry["longest"][view] for view in views]),
+    return Shard(path, entry["bytes"], columns, np.array([entry["longest"][view] for view in views]),
                  np.frombuffer(bits, np.uint8, -(-entry["records"] // 8)) if entry["continued"] else None,
                  np.frombuffer(batch.column(CHECKSUM).buffers()[1], np.uint32, entry["records"]))
 
@@ -258,8 +261,18 @@ def read_rows(parts: Parts) -> Contents:
     return Contents(tokens, starts, lengths, hashes, closing)
 
 
+def _check_sizes(parts: Parts) -> None:
+    """Raise UserError for a file that was truncated since it was mapped: reading behind its end would kill the process by SIGBUS."""
+    for shard, _ in parts:
+        with contextlib.suppress(OSError):  # a file that is gone stays mapped
+            size = shard.path.stat().st_size
+            if size < shard.size:
+                raise damaged(shard.path, f"it has {size} bytes, the manifest says {shard.size}")
+
+
 def _bounds(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
     """Where each view of rows begins, and its length, (N, views) each."""
+    _check_sizes(parts)
     begins, ends = (np.concatenate([np.stack([column.offsets[rows + after] for column in shard.columns], axis=1) for shard, rows in parts])
                     .astype(np.int64) for after in (0, 1))
     counts = [len(rows) for _, rows in parts]

@@ -156,7 +156,7 @@ def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) 
     appended as new special tokens. Where `tokenizers` reads a sentencepiece model otherwise on some texts, its ids count, and one line says so,
     so that exported models agree with the preparation. Raises UserError where `path` is none of these or cannot be kept exactly.
     """
-    source, folder = _find_tokenizer(Path(path)), Path(folder)
+    source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
         raise UserError(f"{folder}: the tokenizer would be taken over into its own folder; choose another one")
     if source.suffix == ".json":
@@ -366,7 +366,32 @@ def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> lis
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _find_tokenizer(path: Path) -> Path:
+def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """Return what differs first between two tokenizers: the number of ids, a special token, a token, or the ids of a text; None if nothing does.
+
+    Files may differ where this finds nothing: another version of a library may have written them.
+    """
+    if one.fingerprint == other.fingerprint:
+        return None
+    if one.vocab_size != other.vocab_size:
+        return f"{one.vocab_size} ids instead of {other.vocab_size}"
+    for name in LITERALS:
+        ids = [getattr(tokenizer, f"{name}_id") for tokenizer in (one, other)]
+        if ids[0] != ids[1]:
+            return f"{name} is id {ids[0]} instead of {ids[1]}"
+    for token_id in range(one.vocab_size):
+        tokens = [tokenizer.decode([token_id]) for tokenizer in (one, other)]
+        if tokens[0] != tokens[1]:
+            return f"id {token_id} is {tokens[0]!r} instead of {tokens[1]!r}"
+    texts = [text for text in ODD_TEXTS if text]
+    for text, ids, expected in zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True):
+        if ids != expected:
+            return f"{text[:20]!r} has ids {ids[:8]} instead of {expected[:8]}"
+    return None
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Return the file of a tokenizer at a path or in a folder. Raises UserError if there is none."""
     candidates = [path]
     if path.is_dir():
         candidates = list(path.glob("tokenizer.json")) or list(path.glob("*.model"))

@@ -33,11 +33,15 @@ become_node() {
     echo "[$(hostname)]:2222 $(cat "$KEYS/host.pub")" | publish "$(hostname).host"
 }
 
-# The ranks are started by sshd, which hands on nothing of the container's environment.
+# The ranks are started by sshd, which hands on nothing of the container's environment. DeepSpeed puts the values between double quotes.
 write_deepspeed_env() {
     local name
     for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|(CUDA|DS|GLOO|HF|JEPA|NCCL|OMP|TORCH)_.*)$'); do
-        printf '%s=%q\n' "$name" "${!name}"
+        if [[ ${!name} == *[\"\$\`\\]* || ${!name} == *$'\n'* ]]; then
+            echo "warning: $name is not passed on to the nodes: DeepSpeed cannot pass on a value with \", \$, \`, \\ or a line break" >&2
+            continue
+        fi
+        printf '%s=%s\n' "$name" "${!name}"
     done > "$HOME/.deepspeed_env"
 }
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from data_prep.console import UserError, exit_on_user_error, print_now
+from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, print_now
 from pretrain.config import load_config
 from pretrain.run_folder import REWINDING, list_steps, read_status
 from pretrain.training.background import SUPERVISED
@@ -208,7 +208,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
             return _last(code, stop)
 
         step = max(list_steps(run_dir / "checkpoints"), default=0)
-        went_back = status.get("reason", "").startswith(REWINDING)  # which the run itself does three times at most
+        went_back = status.get("reason", "").startswith(REWINDING)  # which the run itself bounds
         in_a_row, pause = (1, FIRST_PAUSE) if step > reached or went_back else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
         reached = step if went_back else max(step, reached)
         if in_a_row >= crashes:
@@ -242,8 +242,7 @@ def _what(status: dict[str, Any]) -> str:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is closed must not end this process before the command
-        print_now(f"supervise: {text}")
+    print_now(f"supervise: {text}")
 
 
 def main() -> None:
@@ -256,7 +255,8 @@ def main() -> None:
     crashes, words = parser.parse_args(sys.argv[1:at]).crashes, sys.argv[at + 1 :]
     run_dir = _run_dir(words)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become children of this process
-    sys.exit(supervise(words, run_dir, crashes))
+    with output_may_be_lost():  # a closed terminal or a full disk must not end this process before the command
+        sys.exit(supervise(words, run_dir, crashes))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
 
 import difflib
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -9,7 +11,7 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
-from data_prep.config_file import Section, apply_overrides, load_yaml, validate
+from data_prep.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.data.layout import Layout, Specials
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
@@ -33,6 +35,10 @@ PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types"
                   "seq_parallel_communication_data_type", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
                   "zero_optimization")
 """Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
+OF_MAPPINGS = ("aio", "comms_logger", "data_types", "flops_profiler", "timers")
+"""Those of them that hold options of their own."""
+COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
+ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", "fp32", "float32", "float")
 
 
 Family = Literal["llama", "gemma2", "olmo2", "openelm"]
@@ -57,7 +63,7 @@ class ModelConfig(Section):
     shape: dict[str, Any] | None = None
     """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
     configuration. The vocabulary and the special tokens come from the corpus."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """An export or another local Hugging Face folder to start from, instead of random weights."""
     lora: LoraConfig | None = None
     """Train adapters of the model of init_from, instead of all of it."""
@@ -120,15 +126,18 @@ class TrainConfig(Section):
     compile: bool = False
     """torch.compile of the transformer layers. Takes a C++ compiler, and time at every start."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """What follows a step whose total loss stands far above those before it: a warning, no update, or an end of the run, of which
-    the next start goes on from the checkpoint before, and leaves out the records of that step and the one before it."""
+    """Answer to a loss spike, a step of which one loss term is far above its last values: a warning, no update, or an end of the run.
+    After such an end the next start resumes from the checkpoint before and skips the records of that step and of the one before it."""
     spike_score: float = Field(default=10.0, gt=0)
-    """How far that is, in standard deviations estimated from the last 100 steps by their median absolute deviation."""
+    """Distance of a spike from the median, in standard deviations estimated by the median absolute deviation. Compared are the last 100
+    values of the term, of those steps whose number of tokens or pairs is similar, at least 20."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if sum(getattr(self, budget) is not None for budget in BUDGETS) != 1:
-            raise ValueError("the budget is exactly one of steps, tokens, records and epochs; unset one with train.KEY=null")
+        budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
+        if len(budgets) != 1:
+            raise ValueError(f"the budget is exactly one of steps, tokens, records and epochs, not {' and '.join(budgets) or 'none'}; unset one "
+                             "with train.KEY=null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
         if self.schedule == "warmup_stable_decay" and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1:
@@ -167,13 +176,13 @@ class TaskConfig(Section):
     views lie to each other. loss: both losses. lm_eval: tasks of the Language Model Evaluation Harness."""
     label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$")
     """What results and tables call the task; default its name. Tells two tasks of one name apart."""
-    train: str | TaskSource | None = None
-    test: str | TaskSource | None = None
+    train: LocalPath | TaskSource | None = None
+    test: LocalPath | TaskSource | None = None
     """A file of JSON lines, or a source of type json or hub as in data.sources. Without them `nl_rx` draws unseen pairs from the embedded
     grammar."""
-    databases: str | None = None
+    databases: LocalPath | None = None
     """Of spider: a folder of SQLite files, DB.sqlite or DB/DB.sqlite by the database's name, or one file for all rows."""
-    harness: list[str] | None = Field(default=None, min_length=1)
+    harness: list[LocalPath] | None = Field(default=None, min_length=1)
     """Of lm_eval: the harness' names of its tasks, or YAML files of tasks."""
     rows: int | None = Field(default=None, gt=0)
     """Test rows used, the first ones; default all (1,000 of the embedded grammar)."""
@@ -193,10 +202,9 @@ class TaskConfig(Section):
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError where the task cannot be put on records of these views."""
         if self.name in GENERATIVE and len(views) != 2:
-            raise ValueError(f"evaluation.tasks: {self.name} takes the second of two views for the answer to the first, "
-                             f"but data.views are {list(views)}")
+            raise ValueError(f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}")
         if self.name in ("retrieval", "geometry") and len(views) < 2:
-            raise ValueError(f"evaluation.tasks: {self.name} compares two views, but data.views are {list(views)}")
+            raise ValueError(f"the task {self.name} compares two views, but data.views are {list(views)}")
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> "TaskConfig":
@@ -283,7 +291,7 @@ class RunConfig(Section):
     """Name of the run; `{dotted.key}` inside stands for the value of a key."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides the initial weights, the order of the records and loss dropout."""
-    output_dir: str = "runs"
+    output_dir: LocalPath = "runs"
     """The run directory is output_dir/name."""
     data: DataConfig
     model: ModelConfig
@@ -304,15 +312,31 @@ class RunConfig(Section):
                 raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
             if key not in PASSED_THROUGH:
                 raise ValueError(f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}")
+        for key in OF_MAPPINGS:
+            if not isinstance(value.get(key, {}), dict):
+                raise ValueError(f"{key} is a mapping of options, not {value[key]!r}")
+        types: dict[str, tuple[Any, tuple[str, ...]]] = {
+            "communication_data_type": (value.get("communication_data_type"), COMMUNICATION_TYPES),
+            "seq_parallel_communication_data_type": (value.get("seq_parallel_communication_data_type"), COMMUNICATION_TYPES),
+            "data_types.grad_accum_dtype": (value.get("data_types", {}).get("grad_accum_dtype"), ACCUMULATION_TYPES),
+        }
+        for key, (chosen, known) in types.items():
+            if chosen is not None and chosen not in known:
+                raise ValueError(f"{key} is one of {', '.join(known)}, not {chosen!r}")
         zero = value.get("zero_optimization", {})
         if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
             raise ValueError("zero_optimization is a mapping of options, with stage 1, 2 or 3 (default)")
+        _check_zero(zero)
         return value
 
     @model_validator(mode="after")
-    def _tasks_have_their_views(self) -> "RunConfig":
-        for task in self.evaluation.tasks:
-            task.check_views(self.data.views)
+    def _objective_has_its_views(self) -> "RunConfig":
+        views, objective = list(self.data.views), self.objective
+        if objective.pairing is not None and len(views) == 1:
+            raise ValueError(f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are {views}: choose "
+                             "next_token or semantic_tube without regularizers, or prepare several data.views")
+        if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
+            raise ValueError("objective.form: views needs two views in one text: several data.views and objective.layout=joint")
         return self
 
     @model_validator(mode="after")
@@ -355,18 +379,95 @@ class RunConfig(Section):
         return self._resting
 
 
+def _check_zero(zero: dict[str, Any]) -> None:
+    """Raise ValueError for an option of ZeRO that DeepSpeed knows, but that can only fail here."""
+    stage = zero.get("stage", 3)
+    for key, value, problem in (
+        ("zenflow", None, "does not work with the optimizer of this project"),
+        ("legacy_stage1", False, "is not supported by DeepSpeed any more"),
+        ("stage3_module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
+        ("module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
+        ("compute_grad_norm", True, "must be true: gradients are clipped by their norm, see train.gradient_clipping"),
+    ):
+        if zero.get(key, value) != value:
+            raise ValueError(f"zero_optimization.{key} {problem}; leave it out")
+    for key, remedy in (("elastic_checkpoint", "runs resume on any number of ranks without it"),
+                        ("pipeline_loading_checkpoint", "it acts under stage 3 alone")):
+        if zero.get(key) and stage != 3:
+            raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; leave it out: {remedy}")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key)
+        if not isinstance(offload, dict):
+            continue  # what else it is, DeepSpeed reports
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            raise ValueError(f"zero_optimization.{key}: device nvme needs nvme_path, a folder on that disk")
+        if offload.get("ratio", 1) != 1:
+            raise ValueError(f"zero_optimization.{key}.ratio does not work with the optimizer of this project; leave it out")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check the configuration of a run. Raises UserError naming the key."""
     of_the_shape = [override for override in overrides if override.startswith("model.shape.")]
     values = load_yaml(path, [override for override in overrides if override not in of_the_shape])
     shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
     if isinstance(shape, str):
-        values["model"]["shape"] = _read_shape(Path(path).parent / shape)
+        values["model"]["shape"] = _read_shape(Path(path).parent / Path(shape).expanduser())
     apply_overrides(values, of_the_shape)
     resting = _take_out_resting(values.get("objective"))
     config = validate(RunConfig, values)
+    for number, task in enumerate(config.evaluation.tasks):
+        check_task(config, task, f"evaluation.tasks.{number}")
     config._resting = resting
     return config
+
+
+def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
+    """Raise UserError, with the dotted key below `where`, if the task or its finetuning could only fail on checkpoints of this run."""
+    try:
+        task.check_views(config.data.views)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if task.finetune is None:
+        return
+    try:
+        train = finetuning_config(config, task, config.data, "export", config.output_dir, "finetuning").train
+    except UserError as error:
+        raise UserError(f"{where}.{_key_of_task(str(error))}") from None
+    if train.global_batch_rows % train.micro_batch_rows:
+        raise UserError(f"{where}.finetune: global_batch_rows ({train.global_batch_rows}) must be a multiple of micro_batch_rows "
+                        f"({train.micro_batch_rows}), which finetuning takes from train unless it sets them")
+
+
+def _key_of_task(mistake: str) -> str:
+    """Turn a mistake in the configuration of a finetuning, as KEY: MESSAGE, into one that names the key of the task."""
+    mistake = mistake.removeprefix("configuration: ")
+    section = re.split(r"\W", mistake, maxsplit=1)[0]
+    key = {"train": "finetune", "objective": "finetune_objective", "model": "finetune_lora"}.get(section)
+    return f"{key}{mistake.removeprefix(section)}" if key else f"finetune: {mistake}"
+
+
+def finetuning_config(config: RunConfig, task: TaskConfig, data: DataConfig, export: str, output_dir: str, name: str) -> RunConfig:
+    """Return the configuration of the run that finetunes `export` on `data`: that of the pretraining run but for what the task sets.
+
+    Raises UserError if it cannot be.
+    """
+    assert task.finetune is not None
+    train = config.train.model_dump(exclude_none=True)
+    if any(budget in task.finetune for budget in BUDGETS):
+        train = {key: value for key, value in train.items() if key not in BUDGETS}
+    values = yaml.safe_load(dump_config(config))
+    values |= {
+        "name": name,
+        "output_dir": output_dir,
+        "data": data.model_dump(mode="json", exclude_none=True) | {"lm_views": "last"},
+        "model": {"init_from": export, "attention": config.model.attention, "lora": task.finetune_lora and task.finetune_lora.model_dump()},
+        "objective": task.finetune_objective or {"name": "next_token"},
+        "train": train | task.finetune,
+        "checkpoint": {"every": sys.maxsize, "keep": 1},
+        "evaluation": {},
+        "monitor": {"log_every": config.monitor.log_every, "tensorboard": False},
+    }
+    return validate(RunConfig, values)
 
 
 def _take_out_resting(objective: Any) -> list[str]:

@@ -1,11 +1,12 @@
 """The run directory: names, and the status file. Light: imported by commands before they load anything heavy."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import print_now
+from data_prep.console import UserError, print_now
 from data_prep.files import write_json
 
 MODEL = "model"
@@ -50,13 +51,33 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; the last one is left out while it is being written."""
+    """Return the lines of metrics.jsonl, without a last one that is being written; warn of lines that cannot be read."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    found = [parse_metrics(line) for line in lines]
+    warn_of_unreadable(path, [number for number, values in enumerate(found, 1) if values is None], "ignored")
+    return [values for values in found if values is not None]
+
+
+def parse_metrics(line: str) -> dict[str, Any] | None:
+    """Return the values of a line of metrics.jsonl; None if it is damaged."""
+    try:
+        values = json.loads(line)
+        return values if isinstance(values["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def warn_of_unreadable(path: Path, numbers: list[int], what: str) -> None:
+    """Print one warning on standard error if there are damaged lines, by their numbers. `what` says what became of them."""
+    if numbers:
+        print(f"WARNING: {path}: {len(numbers)} damaged lines are {what}, the first is line {numbers[0]}", file=sys.stderr, flush=True)
 
 
 def rewinds(run_dir: Path) -> list[dict[str, Any]]:
     """What the run went back for so far: step, score, the checkpoint `to`, and the steps `left_out`."""
     path = run_dir / REWINDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is corrupt ({error}): fix it, or remove it to train on the skipped steps too") from None

@@ -24,7 +24,7 @@ from tests.processes import TIMEOUT
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
-READ_AT_IMPORT = {"PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
+READ_AT_IMPORT = {"PYTHONPATH", "PYTHONHASHSEED", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
 """Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
 
 TINY = {

@@ -33,6 +33,7 @@ def fork_ranks(count: int) -> list[int]:
         pid = os.fork()
         if pid == 0:
             os.environ.update(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            warm_process.draw_seeds()
             ctypes.CDLL(None).prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # by which tests find it
             return []
         ranks.append(pid)

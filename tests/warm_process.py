@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -152,7 +153,16 @@ def _become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(set_by_imports | request["environment"])
+    draw_seeds()
     run(request["arguments"])
+
+
+def draw_seeds() -> None:
+    """Give this fork random numbers of its own, as a cold start has: equal ones would hide that a command sets no seed."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    random.seed(seed)
+    sys.modules["numpy"].random.seed(seed)
+    sys.modules["torch"].manual_seed(seed)
 
 
 def run(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
 from pretrain.cluster.reach import Crew, local_command, srun_command, ssh_command
 
 CPU_SLOTS = 2
-"""Ranks on this machine alone, where it has no GPU and no hostfile says how many."""
+"""Ranks on this machine alone if it has no GPU, and neither a hostfile nor --num_gpus says how many."""
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     parser.add_argument("--hostfile", help="nodes and their ranks, as for deepspeed: lines of `host slots=N`")
+    parser.add_argument("--num_gpus", type=int, help="ranks of each node, as for deepspeed; on CPU, processes")
     parser.add_argument("--master_port", type=int, help="where the ranks will meet, as for deepspeed (default 29500)")
     parser.add_argument("--json", action="store_true", help="print findings and measurements as one JSON object")
     parser.add_argument("--write-env", action="store_true", help="first write what matters of this shell's variables to .deepspeed_env")
@@ -35,7 +36,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Diagnose, print, and return the exit code."""
     started = time.monotonic()
-    hosts, command = _nodes(arguments.hostfile)
+    hosts, command = _nodes(arguments.hostfile, arguments.num_gpus)
     if arguments.write_env and command is not ssh_command:
         raise UserError("--write-env concerns the nodes of a hostfile: give --hostfile, or leave it out")
     if arguments.write_env:
@@ -59,9 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if counts["fail"] else 0
 
 
-def _nodes(hostfile: str | None) -> tuple[list[Host], Callable[[Host], list[str]]]:
-    """Return the nodes, and how an agent is started on one."""
+def _nodes(hostfile: str | None, ranks: int | None) -> tuple[list[Host], Callable[[Host], list[str]]]:
+    """Return the nodes, and how an agent is started on one. `ranks` of each node replace what the hostfile or the GPUs say."""
+    if ranks is not None and ranks < 1:
+        raise UserError(f"--num_gpus is {ranks}: give the number of ranks of each node, at least 1")
     hosts = read_hostfile(hostfile) if hostfile else slurm_hosts()
-    if hosts and [host.name for host in hosts] != [LOCAL]:
+    if ranks and hosts and not hostfile:
+        raise UserError("--num_gpus is for deepspeed: in a Slurm allocation srun decides how many ranks a node has; leave it out")
+    if not hosts:
+        gpus = len(facts.devices()["gpus"])
+        if not ranks and not gpus:
+            say(f"no GPU here, and neither --hostfile nor --num_gpus: assuming {CPU_SLOTS} ranks")
+        hosts = [Host(LOCAL, gpus or CPU_SLOTS)]
+    if ranks:
+        hosts = [Host(host.name, ranks) for host in hosts]
+    if [host.name for host in hosts] != [LOCAL]:
         return hosts, ssh_command if hostfile else srun_command
-    return hosts or [Host(LOCAL, len(facts.devices()["gpus"]) or CPU_SLOTS)], local_command
+    return hosts, local_command

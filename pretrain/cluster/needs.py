@@ -7,7 +7,7 @@ from pretrain.config import RunConfig
 PROCESS_BYTES = {"cuda": 2**30, "cpu": 512 * 2**20}
 """Of a rank before it holds anything: CUDA's context and NCCL's buffers in GPU memory; Python with its libraries in host memory."""
 CHECKPOINT_BYTES = 12
-"""Of a parameter: weights and two moments in fp32."""
+"""Size of a trained parameter in a checkpoint: weights and two moments in fp32. A frozen one is saved as it is."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,18 @@ def needs_of(config: RunConfig, ranks: int) -> Needs:
 
     plan = checked_plan(config, ranks)
     states = states_of_rank(plan, int(plan.zero.stage), ranks)
-    beside = {name: checkpointed if config.train.activation_checkpointing else whole for name, whole, checkpointed in beside_states(plan)}
+    held = {}
+    for device in PROCESS_BYTES:
+        beside = [checkpointed if config.train.activation_checkpointing else whole for _, whole, checkpointed in beside_states(plan, device)]
+        held[device] = max(states.held + sum(beside), states.in_step)
     item = ITEM_BYTES[config.train.precision]
-    bucket = item * min(plan.zero.reduce_bucket_size, plan.parameters.total)
-    whole_bucket = item * plan.zero.reduce_bucket_size
-    held = {"cuda": max(states.held + sum(beside.values()), states.in_step)}
-    held["cpu"] = max(states.held + sum(beside.values()) - whole_bucket + bucket, states.in_step)  # pages that are never touched take no memory
     kept_for_good = config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
     return Needs(
-        parameters=plan.parameters.total,
+        parameters=plan.total,
         rank_memory={device: PROCESS_BYTES[device] + held[device] for device in held},
         offloads=plan.zero.offload_optimizer is not None or plan.zero.offload_param is not None,
-        bucket=int(bucket),
+        bucket=item * min(plan.zero.reduce_bucket_size, plan.trained),
         precision=config.train.precision,
-        checkpoint=CHECKPOINT_BYTES * plan.parameters.total,
+        checkpoint=CHECKPOINT_BYTES * plan.trained + item * (plan.total - plan.trained),
         checkpoints=config.checkpoint.keep + 1 + kept_for_good,
     )

@@ -1,13 +1,13 @@
 """A split of a prepared corpus, memory-mapped and addressed by record number."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.config import Source
+from data_prep.config import DataConfig, Source
 from data_prep.console import UserError
 from data_prep.shards import Contents, Parts, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
@@ -129,6 +129,37 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
             raise UserError(f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
                             "name those, or none, or prepare another data.path")
     return [source.weight for source in sources]
+
+
+NOT_COMPARED = ("sequence_length", "decontaminate")
+"""Keys of the data section that may differ from those of the preparation: the start of a run checks what follows from them."""
+
+
+def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
+    """Raise UserError for a key of the data section with another value than the corpus was prepared with.
+
+    A key without a value (no sources, a source without a path) says nothing that could differ.
+    """
+    now = data.preparation()
+    if not data.sources:
+        del now["sources"]
+    for key, prepared, given in _differing(manifest["settings"]["data"], now, "data"):
+        if key.removeprefix("data.") not in NOT_COMPARED:
+            raise UserError(f"{key} is {given}, but {data.path} was prepared with {prepared}: set it so, or prepare another data.path with "
+                            "this configuration: python -m data_prep CONFIG data.path=FOLDER")
+
+
+def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield key, prepared and present value of each difference in what both have."""
+    if isinstance(prepared, dict) and isinstance(now, dict):
+        for part in prepared:
+            if part in now:
+                yield from _differing(prepared[part], now[part], f"{key}.{part}")
+    elif isinstance(prepared, list) and isinstance(now, list) and len(prepared) == len(now):
+        for number, (one, other) in enumerate(zip(prepared, now, strict=True)):
+            yield from _differing(one, other, f"{key}.{number}")
+    elif prepared != now and not (now is None and key.endswith(".path")):
+        yield key, prepared, now
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:

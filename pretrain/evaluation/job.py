@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.config_file import apply_overrides, validate
 from data_prep.console import UserError, exit_on_user_error
 from data_prep.launched import started_together
-from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.config import RunConfig, TaskConfig, check_task, load_config
 from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release, settle
 from pretrain.evaluation.results import print_summary
 from pretrain.evaluation.watch import watch
@@ -111,10 +111,7 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
         apply_overrides({"task": chosen[0]}, overrides)
     tasks = [validate(TaskConfig, values, "task") for values in chosen]
     for task in tasks:
-        try:
-            task.check_views(config.data.views)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        check_task(config, task, "task")
     return tasks
 
 

@@ -8,6 +8,8 @@ from data_prep.console import UserError
 from data_prep.files import sha256_file
 from data_prep.nlrx_grammar import generate
 from data_prep.pipeline import prepare
+from data_prep.sources.files import find_files
+from data_prep.sources.json_lines import SUFFIXES
 from pretrain.config import RunConfig
 from pretrain.evaluation.rows import write_views
 from pretrain.run_folder import MODEL
@@ -17,16 +19,17 @@ GRAMMAR_SEED = 0
 
 
 def prepare_pairs(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
-    """Shards of all pairs of a file below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
+    """Shards of all pairs of a source below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
     settings = {"views": config.data.views, "missing_views": config.data.missing_views, "sources": [source],
                 "tokenizer": {"path": str(folder.parent / MODEL)}, "sequence_length": config.data.sequence_length,
                 "train_end_token": config.data.train_end_token, "deduplicate": "none", "decontaminate": False}
     if source.path is None:
         raise UserError(f"a task's {source.type} source names no file: give its train or test a path")
     try:
-        name = hashlib.sha256(f"{settings}\0{sha256_file(Path(source.path))}".encode()).hexdigest()[:16]
+        contents = [sha256_file(Path(path)) for path in find_files(source, "task", SUFFIXES)]
     except OSError as error:
         raise UserError(f"cannot read {source.path}: {error.strerror}") from None
+    name = hashlib.sha256(f"{settings}\0{contents}".encode()).hexdigest()[:16]
     data = DataConfig(path=str(folder / "data" / name), **settings)
     prepare(data)
     return data

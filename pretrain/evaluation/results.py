@@ -60,10 +60,12 @@ def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Seque
     return set.intersection(*({result["step"] for result in results if one.items() <= result.items()} for one in wanted))
 
 
-def append_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """Add a result: one line, and a TensorBoard point per metric under evaluation/<task>/<metric>."""
+def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = True) -> None:
+    """Add a result: one line and, with `tensorboard`, a point per metric under evaluation/<task>/<metric>."""
     lines = [*_read_all(run_dir), result]
     write_text(run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if not tensorboard:
+        return
     from pretrain.training.metrics import open_tensorboard
 
     writer = open_tensorboard(run_dir / "tensorboard" / "evaluation")

@@ -24,7 +24,7 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         "finetune_seed": config.seed if task.finetune is not None else None,
         "finetune": task.finetune, "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
-    })
+    }, config.monitor.tensorboard)
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count]
     print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
           + (f"; of {result.rows:,} rows: {', '.join(counts)}" if counts else ""), flush=True)

@@ -52,34 +52,34 @@ def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, seque
         config = AutoConfig.for_model(family, **({"max_position_embeddings": sequence_length} | shape | computed))
     except Exception as error:  # its validation raises kinds of its own
         raise UserError(f"model.shape: {family} cannot be built so: {' '.join(str(error).split())[:300]}") from None
-    _check_shape(family, config)
+    _check_shape(config, "model.shape")
     if config.max_position_embeddings < sequence_length:
         raise UserError(f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions")
     return config
 
 
-def _check_shape(family: str, config: PretrainedConfig) -> None:
-    """What the configuration class lets pass, though no model, or no causal one of packed rows, can be built from it."""
+def _check_shape(config: PretrainedConfig, where: str) -> None:
+    """Raise UserError, which begins with `where`, for what its class lets pass though no causal model of packed rows can be built from it."""
     for name in ("hidden_act", "hidden_activation"):
         if getattr(config, name, "silu") not in ACT2FN:
-            raise UserError(f"model.shape: transformers knows no {name} {getattr(config, name)!r}")
+            raise UserError(f"{where}: transformers knows no {name} {getattr(config, name)!r}")
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
         if getattr(config, name, 1) < 1:
-            raise UserError(f"model.shape: {name} must be positive, not {getattr(config, name)}")
+            raise UserError(f"{where}: {name} must be positive, not {getattr(config, name)}")
     if not 0 <= config.attention_dropout < 1:
-        raise UserError(f"model.shape: attention_dropout is a share below 1, not {config.attention_dropout}")
+        raise UserError(f"{where}: attention_dropout is a share below 1, not {config.attention_dropout}")
     heads, key_value_heads = (getattr(config, name, 1) for name in ("num_attention_heads", "num_key_value_heads"))
     if heads % key_value_heads:
-        raise UserError(f"model.shape: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")
+        raise UserError(f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")
     if config.rope_parameters["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"model.shape: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
+        raise UserError(f"{where}: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {FULL, SLIDING}:
-        raise UserError(f"model.shape: layer_types are {FULL} and {SLIDING}, not {', '.join(sorted(kinds - {FULL, SLIDING}))}")
+        raise UserError(f"{where}: layer_types are {FULL} and {SLIDING}, not {', '.join(sorted(kinds - {FULL, SLIDING}))}")
     if SLIDING in kinds and (config.sliding_window or 0) < 1:
-        raise UserError(f"model.shape: {family} has layers of sliding attention: sliding_window must be positive")
+        raise UserError(f"{where}: {config.model_type} has layers of sliding attention: sliding_window must be positive")
     if getattr(config, "use_bidirectional_attention", None):
-        raise UserError("model.shape: use_bidirectional_attention lets a token see the one that it predicts; leave it out")
+        raise UserError(f"{where}: use_bidirectional_attention lets a token see the one that it predicts; leave it out")
 
 
 class PredictorEmbedding(nn.Embedding):
@@ -167,14 +167,18 @@ def random_causal_lm(config: PretrainedConfig, attention: str, dtype: torch.dtyp
 
 
 def pretrained_config(folder: str | Path) -> PretrainedConfig:
-    """The configuration of a local Hugging Face folder. Raises UserError where it does not load, or holds an unknown family."""
+    """Return the configuration of a local Hugging Face folder.
+
+    Raises UserError if it does not load, is of an unknown family, or has a shape that `model.shape` could not have either.
+    """
     register_family_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its validation raises kinds of its own
         raise UserError(f"model.init_from: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     if config.model_type not in get_args(Family):
         raise UserError(f"model.init_from: {folder} holds a model of the family {config.model_type!r}; known ones: {', '.join(get_args(Family))}")
+    _check_shape(config, f"model.init_from: {Path(folder) / 'config.json'}")
     return config
 
 

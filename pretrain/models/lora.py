@@ -25,6 +25,12 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
     peft.inject_adapter_in_model(adapters, transformer)
 
 
+def adapter_sizes(model: LanguageModel, lora: LoraConfig) -> list[int]:
+    """Return the number of elements of each parameter that `add_adapters` would add."""
+    maps = [module for module in model.causal_lm.model.modules() if isinstance(module, nn.Linear)]
+    return [lora.rank * width for linear in maps for width in (linear.in_features, linear.out_features)]
+
+
 def merge_adapters(state: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
     """Return the state of an adapted LanguageModel as one without adapters: W + alpha / rank * B A."""
     merged = {}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.config_file import Section, load_yaml, validate
+from data_prep.config_file import LocalPath, Section, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.config import BUDGETS, RunConfig, load_config
 from pretrain.report.runs import Metric, is_higher_better
@@ -49,9 +49,9 @@ class StudyConfig(Section):
     """One study."""
 
     name: str = Field(pattern=r"^\w[\w.+-]*$")
-    base: str
+    base: LocalPath
     """The run configuration that all arms start from, relative to the study file."""
-    output_dir: str = "runs"
+    output_dir: LocalPath = "runs"
     """The study's folder is output_dir/name."""
     seeds: list[int] = Field(min_length=1)
     matched_by: Literal["tokens", "flops", "seconds", "none"]
@@ -135,7 +135,7 @@ def as_override(key: str, value: Any) -> str:
 
 def load_study(path: Path, overrides: list[str]) -> Study:
     """Read and check a study file; `base=` among the overrides is relative to the working folder. Raises UserError."""
-    overrides = [f"base={os.path.abspath(word.removeprefix('base='))}" if word.startswith("base=") else word for word in overrides]
+    overrides = [f"base={os.path.abspath(os.path.expanduser(word[len('base='):]))}" if word.startswith("base=") else word for word in overrides]
     config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
     study = Study(config, path.parent / config.base)
     tasks = [task.title for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, exit_on_user_error, print_now
+from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, print_now
 from data_prep.files import try_lock
 from pretrain.studies.config import Study, load_study
 
@@ -33,7 +33,7 @@ def _main(launcher: Path, arguments: argparse.Namespace) -> None:
     if lock is None:
         raise UserError(f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
                         "another name")
-    with lock:
+    with lock, output_may_be_lost():
         sys.exit(_run(study, launcher, lock))
 
 

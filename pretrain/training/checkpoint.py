@@ -13,11 +13,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,20 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from data_prep.console import UserError
 from data_prep.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
+from pretrain.training.background import tied
 from pretrain.training.distributed import World
 from pretrain.training.random_state import restore_random_state
+from pretrain.training.stop import Stopped, StopRequest
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 REASON = "damage.txt"
+WHOLE_MODULE = "mp_rank_00_model_states.pt"
+"""File of a checkpoint with the weights that the model computes with, if they are not partitioned."""
+CONVERTER = ["-m", "deepspeed.checkpoint.ds_to_universal"]
+"""Python arguments that start the conversion to another number of ranks."""
+CONVERSION_POLL = 0.2
+"""Time between two looks for a signal during a conversion, in seconds."""
 SHOWN = 30.0
 """Seconds in which a file that one node has written must show on another."""
 
@@ -76,11 +87,15 @@ def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
                     os.replace(folder / f".{step_name(old)}.tmp", folder / step_name(old))
             except OSError as error:
                 failed.append(f"{step_name(old)} ({error.strerror})")
-    for hidden in folder.glob(".step-*.tmp"):
-        shutil.rmtree(hidden, ignore_errors=True)
-        if hidden.exists():
-            failed.append(hidden.name)
-    return failed
+    return failed + remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove the hidden folders of interrupted saves and conversions. Return the names of those that cannot be removed."""
+    leftovers = sorted(folder.glob(".step-*.tmp"))
+    for leftover in leftovers:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return [leftover.name for leftover in leftovers if leftover.exists()]
 
 
 def _pins(folder: Path) -> set[str]:
@@ -187,25 +202,65 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
             write_text(folder / LATEST, name + "\n")
 
 
-def make_universal(found: Found, world: World, say: Callable[[str], None]) -> None:
-    """Bring a checkpoint of another number of ranks into DeepSpeed's universal format, beside it, on rank 0. Raises UserError."""
+def make_universal(found: Found, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False) -> None:
+    """Convert a checkpoint of another number of ranks to DeepSpeed's universal format, next to it, on the main rank.
+
+    Raises UserError, also for one of `round_robin` gradients, and Stopped if a signal ends the conversion.
+    """
     target = found.shards_for(world.size)
     if target == found.path:
         return
+    if round_robin:
+        raise UserError(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)} with "
+                        "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of ranks: start with "
+                        f"{found.ranks}")
     say(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it")
-    world.agree(lambda: _convert(found.path, target) if world.is_main else None)
+    converted = world.agree(lambda: _convert(found.path, target, stop) if world.is_main else True)
+    if not all(world.gather_objects(converted)):
+        raise Stopped("stopped by a signal while a checkpoint was converted")
 
 
-def _convert(checkpoint: Path, target: Path) -> None:
+def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
+    """Return whether the conversion has come to its end; False if a signal ended it. Raises UserError if it fails."""
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint), "--output_folder", str(target),
-               "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]  # which DeepSpeed wants of stages 1 and 2
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
+    with without_patterns(checkpoint.parent) as folder:
+        command = [sys.executable, *CONVERTER, "--input_folder", str(folder / checkpoint.name), "--output_folder", str(folder / target.name),
+                   "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]  # which DeepSpeed wants of stages 1 and 2
+        process = subprocess.Popen(tied(command, "KILL"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)  # Ctrl-C is for this process, which then ends that one
+        errors = _wait_for_process(process, stop)
+    if errors is None or process.returncode:
         shutil.rmtree(target, ignore_errors=True)
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+    if errors is None:
+        return False
+    if process.returncode:
+        last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
         raise UserError(f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with as many ranks as wrote "
                         "it, or, where the disk is full, make room")
+    return True
+
+
+def _wait_for_process(process: subprocess.Popen[str], stop: StopRequest) -> str | None:
+    """Return what a process has written to standard error by its end; None if a signal came first, and the process was killed."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=CONVERSION_POLL)[1]
+        if stop.received:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return None
+
+
+@contextlib.contextmanager
+def without_patterns(folder: Path) -> Iterator[Path]:
+    """Yield a path to a folder without special characters: DeepSpeed puts paths into glob patterns and regular expressions as they are."""
+    if re.fullmatch(r"[\w/.-]*", str(folder), re.ASCII):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "checkpoints"
+        link.symlink_to(folder.absolute())
+        yield link
 
 
 def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
@@ -213,7 +268,8 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
     shards = found.shards_for(world.size)
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(shards.parent), tag=shards.name)
+    with without_patterns(shards.parent) as folder:
+        path, _ = engine.load_checkpoint(str(folder), tag=shards.name)
     assert path is not None, f"DeepSpeed did not load {shards}"
     if shards != found.path:
         # DeepSpeed 0.19.8 gives all groups the weight decay of the first, and all of them one counter of steps, which each then advances
@@ -221,11 +277,26 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
             group |= setting
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()
+        _load_frozen(engine, found.path, world)
     restore_random_state(found.path, world.rank)
     world.barrier()
     if world.is_main and shards != found.path:
         shutil.rmtree(shards, ignore_errors=True)
         (shards.parent / "latest_universal").unlink(missing_ok=True)  # which DeepSpeed writes there
+
+
+def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> None:
+    """Load the parameters that are not trained, which the universal format lacks; the main rank reads them for all."""
+    frozen = {name.removeprefix("model."): parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    if not frozen:
+        return
+    weights = world.agree(lambda: consolidate(checkpoint) if world.is_main else {})
+    for name, parameter in frozen.items():
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if world.is_main:
+                parameter.copy_(weights[name])
+        if not hasattr(parameter, "ds_id"):  # else it was partitioned again, from the main rank's values
+            world.broadcast(parameter.data)
 
 
 def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -236,6 +307,10 @@ def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
     problem = check(checkpoint) if checkpoint.exists() else "there is no such folder"
     if problem:
         raise UserError(f"cannot use the checkpoint {checkpoint}: {problem}")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere),
+          without_patterns(checkpoint.parent) as folder):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.name)
+    if (whole := checkpoint / WHOLE_MODULE).exists():  # of stages 1 and 2; of stage 1 only this holds what is not trained
+        module = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
+        state |= {key: value.float() for key, value in module.items() if key not in state}
     return {key.removeprefix("model."): value for key, value in state.items()}

@@ -23,11 +23,13 @@ LOCK = ROOT / "requirements.lock"
 STARTS = "starts.jsonl"
 """File with one line for each start that trained; environment.json describes the last one."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
+PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
+"""Keys of deepspeed.zero_optimization that decide how the shards of a checkpoint are laid out, with their defaults."""
 DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
             "deepspeed.communication_data_type",
-            "deepspeed.data_types", "deepspeed.zero_optimization.stage", "deepspeed.zero_optimization.zero_quantized_gradients",
-            "deepspeed.zero_optimization.zero_quantized_weights")
-"""What may not differ when a run goes on, beside the shards and the tokenizer: it decides what is computed."""
+            "deepspeed.data_types", "deepspeed.zero_optimization.zero_quantized_gradients", "deepspeed.zero_optimization.zero_quantized_weights",
+            *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING))
+"""Keys that may not change on resume, besides the shards and the tokenizer: they decide what is computed, or how DeepSpeed's files are read."""
 NOT_DECIDING = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
 """Of these: the ways to compute the same, and the answers to what may come."""
 SILENT = ("name", "output_dir")
@@ -74,8 +76,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     run_dir, data = config.run_dir, _data(config, manifest)
     if not (run_dir / "config.yaml").exists():
         return []
-    before = _with_stage(_read(run_dir / "config.yaml", yaml.safe_load))
-    now = _with_stage(yaml.safe_load(dump_config(config)))
+    before = _with_partitioning(_read(run_dir / "config.yaml", yaml.safe_load))
+    now = _with_partitioning(yaml.safe_load(dump_config(config)))
     differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))
     changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING]
     if changed:
@@ -116,10 +118,10 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return values
 
 
-def _with_stage(values: dict[str, Any]) -> dict[str, Any]:
-    """The default of the ZeRO stage written out, so that leaving it out is no change."""
+def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the defaults of PARTITIONING written out, because leaving them out is not a change."""
     deepspeed = values.get("deepspeed") or {}
-    return values | {"deepspeed": deepspeed | {"zero_optimization": {"stage": 3} | deepspeed.get("zero_optimization", {})}}
+    return values | {"deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}}
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -78,6 +78,11 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor on every rank by that of the main rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:

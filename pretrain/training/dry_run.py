@@ -26,6 +26,8 @@ from pretrain.data.loader import counts
 from pretrain.data.order import Order
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, random_causal_lm, special_ids
+from pretrain.models.lora import adapter_sizes
+from pretrain.run_folder import list_steps
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import environment_of_the_launcher
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings, shape_of
@@ -36,6 +38,8 @@ from pretrain.training.throughput import Parameters, count_parameters, peak_flop
 
 RANKS = (1, 8, 64)
 """Numbers of ranks that are compared where no launcher gives one, as far as the global batch divides among them."""
+PLANNED_WINDOWS = 4
+"""Windows of the first epoch that the means of a step are taken over, at most."""
 SHARE_OF_PEAK = 0.4
 """Of a device's bf16 peak, in the estimate of days; what large runs reach."""
 Table = list[tuple[str, ...]]
@@ -52,10 +56,12 @@ def dry_run(config: RunConfig) -> None:
     if config.resting_keys:
         print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
     if config.model.lora:
-        print("note: what follows is for training the whole model; with model.lora gradients and optimizer states are those of the adapters alone")
+        print("note: FLOPs and activations are those of training the whole model; adapters need up to a third fewer FLOPs")
     if corpus is None:
         print(f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
               "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG")
+    if plan.step.skipped_windows:
+        print(f"note: the means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
     tables = [_parameter_table(plan), _corpus_table(corpus) if corpus else [], _step_table(plan), _budget_table(plan), _states_table(plan),
               _activation_table(plan)]
     for table in filter(None, tables):
@@ -73,14 +79,15 @@ def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
 
 
 def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
-    """What the run would take; with a corpus, means over the steps of its first window. Raises UserError."""
+    """Return what the run would take; with a corpus, means over the steps of a few windows of its first epoch. Raises UserError."""
     settings = engine_settings(config, ranks or 1)
     check_zero_options(settings)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
     model = _model_of_shapes(config, tokenizer)
     step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
-    return Plan(config, corpus, model, count_parameters(model), step, zero, ranks)
+    adapters = adapter_sizes(model, config.model.lora) if config.model.lora else []
+    return Plan(config, corpus, model, count_parameters(model), adapters, step, zero, ranks)
 
 
 def _launched() -> tuple[int, int | None]:
@@ -113,7 +120,7 @@ def _future_tokenizer(config: RunConfig) -> Any:
 
 def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     attention = "eager"  # nothing is computed, and every family has it
-    shape = shape_of(config, tokenizer)
+    shape = shape_of(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
         resolve_attention(config.model.attention, torch.device("cuda"), shape)  # refuses what no device can do
         with torch.device("meta"):
@@ -149,6 +156,8 @@ class Step:
     stream: Stream
     planned: int = 0
     """Steps that were planned for these means."""
+    skipped_windows: int = 0
+    """Windows of the first epoch that none of them is from."""
     records: float = 0
     tokens: float = 0
     """Of the corpus."""
@@ -168,10 +177,23 @@ class Plan:
     model: LanguageModel
     """On the meta device."""
     parameters: Parameters
+    """Those of the model without adapters."""
+    adapters: list[int]
+    """Sizes of the parameters that model.lora adds."""
     step: Step
     zero: DeepSpeedZeroConfig
     ranks: int | None
     """As launched; None where no launcher tells."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, adapters included."""
+        return self.parameters.total + sum(self.adapters)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return self.parameters.predictor + sum(self.adapters) if self.config.model.lora else self.total
 
     @property
     def rank_counts(self) -> list[int]:
@@ -188,7 +210,7 @@ class Plan:
 
 
 def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
-    """Means over the steps of the loader's first window of records."""
+    """Return means over the steps of a few of the loader's windows of records, spread evenly over the first epoch."""
     specials, data = special_ids(tokenizer, model.vocabulary), config.data
     layout = config.make_layout(specials, corpus.views)
     plain = make_layout(config.objective.layout, specials, views=corpus.views, lm_views=data.lm_views, train_end_token=data.train_end_token)
@@ -196,17 +218,21 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     sums: Counter[str] = Counter()
     stream: Counter[str] = Counter()
     without_pairs: Counter[str] = Counter()
-    while loader.epoch == loader.window == 0:
-        rows = loader.next_rows(config.train.global_batch_rows)
-        if loader.exhausted and sums["steps"]:
-            break  # the last step of a run is not full
-        sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=counts(rows, layout)["pairs"])
-        stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
-        without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
+    windows = loader.order.windows(0)
+    planned = sorted({round(part * (windows - 1) / (PLANNED_WINDOWS - 1)) for part in range(PLANNED_WINDOWS)})
+    for window in planned:
+        loader.load_state({"epoch": 0, "window": window, "row": 0})
+        while (loader.epoch, loader.window) == (0, window):
+            rows = loader.next_rows(config.train.global_batch_rows)
+            if loader.exhausted and sums["steps"]:
+                break  # the last step of a run is not full
+            sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=counts(rows, layout)["pairs"])
+            stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
+            without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
     mean, plain_mean = (Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs))
-    return Step(mean, steps, **{name: total / steps for name, total in sums.items()}, without_pairs=plain_mean if layout.read_outs else None,
-                order=loader.order)
+    return Step(mean, steps, windows - len(planned), **{name: total / steps for name, total in sums.items()},
+                without_pairs=plain_mean if layout.read_outs else None, order=loader.order)
 
 
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
@@ -237,7 +263,10 @@ def _parameter_table(plan: Plan) -> Table:
     embedding = f"embedding, {plan.model.vocabulary:,} x {plan.model.width:,}" + ", is the output head too" * size.tied
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
-    return [("parameters", ""), (embedding, f"{size.embedding:,}"), *head, ("layers", f"{size.layers:,}"), *predictor, ("total", f"{size.total:,}")]
+    adapters = [("adapters", f"{sum(plan.adapters):,}")] if plan.adapters else []
+    trained = [("trained", f"{plan.trained:,}")] if plan.adapters else []
+    return [("parameters", ""), (embedding, f"{size.embedding:,}"), *head, ("layers", f"{size.layers:,}"), *predictor, *adapters,
+            ("total", f"{plan.total:,}"), *trained]
 
 
 def _corpus_table(corpus: Corpus) -> Table:
@@ -285,17 +314,19 @@ def _budget_table(plan: Plan) -> Table:
     records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
     one = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not whole numbers
     of_epochs = step.order.until(train.epochs) if train.epochs and step.order else 0
-    steps = train.steps or math.ceil(1 / consumed_fraction(one, train, of_epochs))
+    exact = round(1 / consumed_fraction(one, train, of_epochs), 6)  # 1 / (1 / 49) is above 49
+    steps = math.ceil(exact)
+    filled = exact if train.epochs else steps  # the last step of the last epoch holds what is left
     if train.steps is None:
         rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
     if step.order:
-        rows += [("corpus tokens in all", f"{steps * step.tokens:,.0f}"), ("epochs", f"{steps * step.records / step.order.epoch_records:,.2f}")]
-    rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{steps * plan.flops:.3g}"))
+        rows += [("corpus tokens in all", f"{filled * step.tokens:,.0f}"), ("epochs", f"{filled * step.records / step.order.epoch_records:,.2f}")]
+    rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{filled * plan.flops:.3g}"))
     peak = peak_flops()
     if peak is not None and train.precision == "bf16":
         speed = SHARE_OF_PEAK * peak * (plan.ranks or 1)
         rows.append((f"days at {speed:.3g} FLOP/s, {SHARE_OF_PEAK:.0%} of {plan.ranks or 1:,} such device{'s' * ((plan.ranks or 1) > 1)}",
-                     f"{steps * plan.flops / speed / 86400:,.2f}"))
+                     f"{filled * plan.flops / speed / 86400:,.2f}"))
     return rows
 
 
@@ -315,26 +346,48 @@ def _states_table(plan: Plan) -> Table:
 
 def states_of_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
     """The model states of the plan under a ZeRO stage on so many ranks."""
-    small = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.numel() <= plan.zero.param_persistence_threshold)
-    return model_states(plan.parameters.total, small, plan.config.train.precision, stage, ranks)
+    sizes = [*(parameter.numel() for parameter in plan.model.parameters()), *plan.adapters]
+    small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
+    return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks)
 
 
-def beside_states(plan: Plan) -> list[tuple[str, float, float]]:
-    """What a rank holds beside the model states within a step: name, bytes, and bytes with activation checkpointing."""
+def reduce_buffers(plan: Plan) -> dict[str, float]:
+    """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
+
+    DeepSpeed allocates reduce_bucket_size elements, and ZeRO 1 and 2 twice as many with overlap_comm. Host memory that is never written takes no
+    room; GPU memory does. Without contiguous_gradients there are no buffers: gradients wait where they are.
+    """
+    zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
+    buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1
+    filled = min(zero.reduce_bucket_size, plan.trained)
+    allocated = zero.reduce_bucket_size if zero.contiguous_gradients else filled
+    return {"cuda": float(item * buffers * allocated), "cpu": float(item * buffers * filled)}
+
+
+def beside_states(plan: Plan, device: str) -> list[tuple[str, float, float]]:
+    """Return what a rank on cuda or cpu holds beside the model states within a step: name, bytes, bytes with activation checkpointing."""
     train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
+    buffers = reduce_buffers(plan)
+    reduced, partly = buffers[device], buffers["cpu"] < buffers["cuda"]
+    extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU as far as it is filled"}[device] * partly
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
     kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets)
     rows = [("activations of the layers", kept.layers, kept.checkpointed_layers), ("logits of the targets", kept.logits, kept.logits),
-            ("reduce_bucket_size of gradients", item * zero.reduce_bucket_size, item * zero.reduce_bucket_size)]
+            (f"gradients to be reduced{extent}", reduced, reduced)]
     if int(zero.stage) == 3:
-        gathered = item * min(plan.parameters.total, zero.max_live_parameters)
+        gathered = item * min(plan.total, zero.max_live_parameters)
         rows.append(("gathered parameters, at most", gathered, gathered))
     return rows
 
 
 def _activation_table(plan: Plan) -> Table:
-    train, rows = plan.config.train, beside_states(plan)
-    rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    """Print buffers that gradients do not fill for each device: they take memory on CUDA alone."""
+    train, buffers = plan.config.train, reduce_buffers(plan)
+    held = {device: beside_states(plan, device) for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))}
+    rows = list(dict.fromkeys(row for each in held.values() for row in each))
+    for device, each in held.items():
+        name = "together" + f" on {device.upper()}" * (len(held) > 1)
+        rows.append((name, sum(row[1] for row in each), sum(row[2] for row in each)))
     unit, scale = _unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
     return [(f"beside them, {unit}", "as it is" if train.activation_checkpointing else "as configured", recomputed),
@@ -343,7 +396,7 @@ def _activation_table(plan: Plan) -> Table:
 
 def _unit(plan: Plan) -> tuple[str, int]:
     """Of all memory: GiB from about 100 million parameters on."""
-    return ("GiB", 2**30) if plan.parameters.total >= 10**8 else ("MiB", 2**20)
+    return ("GiB", 2**30) if plan.total >= 10**8 else ("MiB", 2**20)
 
 
 def _print_table(rows: Table) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from data_prep.console import UserError
+from data_prep.console import UserError, print_now
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
@@ -21,8 +21,9 @@ from pretrain.models.lora import add_adapters
 from pretrain.models.stored_weights import check_stored_weights
 from pretrain.objectives.base import Objective, Output
 from pretrain.objectives.pool import Gather
+from pretrain.run_folder import MODEL
 from pretrain.training.distributed import World
-from pretrain.training.layers import compile_layers, recompute_layers
+from pretrain.training.layers import allow_graphs, compile_layers, recompute_layers
 from pretrain.training.random_state import seed_all
 
 
@@ -38,9 +39,14 @@ class TrainingModule(nn.Module):
         return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
-def shape_of(config: RunConfig, tokenizer: Tokenizer) -> PretrainedConfig:
-    """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from."""
+def shape_of(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
+    """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from.
+
+    A run that resumes has a copy of the latter, and does not need that folder any more.
+    """
     model = config.model
+    if model.init_from is not None and resuming and (config.run_dir / MODEL).exists():
+        return pretrained_config(config.run_dir / MODEL)
     if model.init_from is not None:
         shape = pretrained_config(model.init_from)
         check_stored_weights(model.init_from, shape)
@@ -49,35 +55,39 @@ def shape_of(config: RunConfig, tokenizer: Tokenizer) -> PretrainedConfig:
     return shape_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 
 
-def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, universal: bool = False) -> deepspeed.DeepSpeedEngine:
-    """Build the model, partitioned from the start, and its optimizer; `universal`: to load a checkpoint of another number of ranks.
+def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, *,
+                 resuming: bool = False, universal: bool = False) -> deepspeed.DeepSpeedEngine:
+    """Build the model, partitioned from the start, and its optimizer.
 
-    Raises UserError where batch sizes do not divide or the model does not fit the corpus.
+    `resuming`: a checkpoint will be loaded, which holds all weights. `universal`: one of another number of ranks. Raises UserError if
+    batch sizes do not divide or the model does not fit the corpus.
     """
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    check_zero_options(settings)
-    origin = config.model.init_from
-    shape = shape_of(config, tokenizer)
+    check_zero_options(settings, world.device.type)
+    shape = shape_of(config, tokenizer, resuming)
     attention = resolve_attention(config.model.attention, world.device, shape)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     seed_all(config.seed)
-    if origin is None:
-        model = LanguageModel(random_causal_lm(shape, attention, dtype), config.predictor_tokens, attention)
-    else:
-        model = LanguageModel(pretrained_causal_lm(origin, attention, dtype), config.predictor_tokens, attention)
+    start = None if resuming else config.model.init_from
+    causal_lm = pretrained_causal_lm(start, attention, dtype) if start else random_causal_lm(shape, attention, dtype)
+    model = LanguageModel(causal_lm, config.predictor_tokens, attention)
+    if config.model.init_from:
         check_fits(config, model, tokenizer)
-        load_predictor(model, origin)
-        if config.model.lora:
-            add_adapters(model, config.model.lora)
+    if start:
+        load_predictor(model, start)
+    if config.model.lora:
+        add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
         recompute_layers(model)
     if config.train.compile:
         compile_layers(model, settings["zero_optimization"]["stage"])
+    if config.train.compile or attention == "flex_attention":
+        allow_graphs(model, print_now if world.is_main else lambda text: None)
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decay = [parameter for parameter in trained if len(_shape(parameter)) >= 2]
-    rest = [parameter for parameter in trained if len(_shape(parameter)) < 2]
+    decay = [parameter for parameter in trained if len(whole_shape(parameter)) >= 2]
+    rest = [parameter for parameter in trained if len(whole_shape(parameter)) < 2]
     groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
                                   lr=config.train.learning_rate, betas=config.train.betas)
@@ -110,14 +120,20 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-def check_zero_options(settings: dict[str, Any]) -> None:
-    """Raise UserError for an option of zero_optimization that DeepSpeed does not know."""
+def check_zero_options(settings: dict[str, Any], device: str | None = None) -> None:
+    """Raise UserError for an option of zero_optimization that DeepSpeed does not know, or does not have on this kind of device."""
     try:
-        DeepSpeedZeroConfig(**settings["zero_optimization"])
+        zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise UserError(f"deepspeed: {key}: {first['msg']}") from None
+    super_offload = zero.offload_optimizer is not None and zero.offload_optimizer.super_offload
+    for name, value in (("zero_quantized_weights", zero.zero_quantized_weights),
+                        ("zero_quantized_nontrainable_weights", zero.zero_quantized_nontrainable_weights),
+                        ("offload_optimizer.super_offload", super_offload)):
+        if value and device == "cpu" and int(zero.stage) == 3:
+            raise UserError(f"deepspeed: zero_optimization.{name} does not work on CPU: leave it out")
 
 
 def check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -130,11 +146,11 @@ def check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) ->
         raise UserError(f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions")
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape; ZeRO-3 leaves an empty one behind."""
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter before ZeRO stage 3 partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def parameter_count(module: nn.Module) -> int:
     """Parameters of the whole model, partitioned or not."""
-    return sum(_shape(parameter).numel() for parameter in module.parameters())
+    return sum(whole_shape(parameter).numel() for parameter in module.parameters())

@@ -4,6 +4,7 @@ Without it a launcher would wait for such a rank for ever. `python guard.py PID`
 says for how many seconds none may follow. Standard library only: it starts at once and takes little memory.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -21,7 +22,8 @@ def main() -> None:
             return
         seconds = float(lines.split()[-1])
     if os.getppid() == rank:
-        print(f"error: process {rank} has shown no sign of life for {seconds:.0f} s and is killed", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+            print(f"error: process {rank} has shown no sign of life for {seconds:.0f} s and is killed", file=sys.stderr, flush=True)
         os.kill(rank, signal.SIGKILL)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -26,14 +26,19 @@ from pretrain.training.background import ask_for_evaluation, start_evaluations
 from pretrain.training.distributed import World
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.metrics import Metrics
+from pretrain.training.notes import LocalNotes, Notes
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
 from pretrain.training.saving import Saver
 from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
-from pretrain.training.spikes import SpikeRule, left_out, rewind
+from pretrain.training.spikes import CannotRewind, SpikeRule, left_out, rewind
 from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
 from pretrain.training.watchdog import Watchdog
+from pretrain.training.weight_sums import weight_sums
+
+LAUNCHER_GRACE = 30.0
+"""Time that launchers wait after a signal before they kill the ranks, in seconds: deepspeed and torchrun, and Slurm by default."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Agreed:
     """What all ranks know of a step, from its one synchronisation."""
 
     losses: dict[str, float]
-    """Each term over the global batch."""
+    """Mean of each term over the global batch. A term without anything to average, such as pairs, is absent."""
     stopping: bool
     """Some rank was asked to stop."""
     data_failed: bool
@@ -64,8 +69,6 @@ class Trainer:
     validation: Validation | None
     metrics: Metrics | None = None
     """On rank 0 only."""
-    lock: IO[bytes] | None = None
-    """Of the run directory, held by rank 0."""
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
     collapsed: bool = False
@@ -74,21 +77,26 @@ class Trainer:
     """The values of the last step, whose validation a signal has cut short: the next start makes it up."""
     reason: str = ""
     """Why the run has stopped before its end."""
+    step_seconds: float = 0.0
+    """Duration of the last step."""
+    warned_of_launchers: bool = False
     last_words: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
     """Says on the console why this process ends, on any rank."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved)
         self.left_out = left_out(self.config.run_dir)
-        self.watchdog = None
-        if self.world.notes is not None:
-            self.watchdog = Watchdog(self.world.notes, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
+        self.watchdog: Watchdog | None = None
+        if self.world.notes is not None:  # the peers wait for this rank from here on
+            self.watchdog = self._watch(self.world.notes)
 
     def train(self) -> str:
         """Train until the budget is used up or a signal comes; return the final status.
 
         Raises UserError, on all ranks, for a damaged shard, and where the last checkpoint cannot be written.
         """
+        if self.watchdog is None:
+            self.watchdog = self._watch(LocalNotes())
         try:
             with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
                 status = self._train(data)
@@ -129,6 +137,7 @@ class Trainer:
             stopping, data_failed = agreed.stopping, agreed.data_failed
             seconds = time.perf_counter() - started - aside
             self.progress.seconds += seconds
+            self.step_seconds = seconds
             self.throughput.add(step.rows, step.counts["targets"], seconds, data.take_waited())
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
@@ -157,6 +166,9 @@ class Trainer:
         if self.metrics and found is not None and values | found:
             self.metrics.write(self._counters(), values | found)
         return found is not None
+
+    def _watch(self, notes: Notes | LocalNotes) -> Watchdog:
+        return Watchdog(notes, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
 
     def _moved(self) -> None:
         if self.watchdog:
@@ -223,21 +235,24 @@ class Trainer:
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.engine.step()
         agreed = self._agree(sums, divisors, data.failed())
-        score, void = self._judge(agreed.losses)
+        score, void = self._judge(agreed.losses, divisors)
         self.engine.backward(loss * (torch.nan if void else 1.0), scale_wrt_gas=False)
         if self.watchdog:
             self.watchdog.started()
         return agreed, output.pool and output.pool.detached(), score, void
 
-    def _judge(self, losses: dict[str, float]) -> tuple[float, bool]:
-        """The spike score of the losses of a step, and whether it is to be left out."""
-        total, train = self._total(losses), self.config.train
-        if not math.isfinite(total) or self.progress.step in self.left_out:
+    def _judge(self, losses: dict[str, float], counts: dict[str, int]) -> tuple[float, bool]:
+        """Return the highest spike score of the terms of a step, and whether the step is to be skipped. `counts` are those of the means."""
+        train, weights = self.config.train, self.weights
+        if not math.isfinite(self._total(losses)) or self.progress.step in self.left_out:
             return 0.0, True
-        score = self.spikes.score(total)
-        self.spikes.add(total)
+        scores = {term: self.spikes.score(term, loss, counts[term]) for term, loss in losses.items() if weights[term]}
+        for term, loss in losses.items():
+            self.spikes.add(term, loss, counts[term])
+        score, highest = max(((score, term) for term, score in scores.items()), default=(0.0, ""))
         if score > train.spike_score:
-            self._say(f"WARNING: the loss of step {self.progress.step} is a spike: {total:.4f}, {score:.1f} standard deviations above the last ones")
+            self._say(f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
+                      "deviations above the last ones")
         return score, score > train.spike_score and train.on_spike != "warn"
 
     def _total(self, losses: dict[str, float]) -> float:
@@ -249,7 +264,7 @@ class Trainer:
         if not every or not self._due(every):
             return {}, 0.0
         started = time.perf_counter()
-        values = gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world)
+        values = gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world, self._moved)
         return values, time.perf_counter() - started
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
@@ -261,7 +276,7 @@ class Trainer:
         """Bring together what the ranks know. The one synchronisation of a step."""
         flags = torch.tensor([self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device)
         *totals, stops, failures, writers = self.world.sum([*sums.values(), *flags])
-        losses = {name: total / max(1, divisors[name]) for name, total in zip(sums, totals, strict=True)}
+        losses = {name: total / divisors[name] for name, total in zip(sums, totals, strict=True) if divisors[name]}
         return Agreed(losses, stops > 0, failures > 0, writers > 0)
 
     def _update(self, losses: dict[str, float], void: bool) -> bool:
@@ -279,11 +294,17 @@ class Trainer:
 
     def _rewind(self, score: float) -> bool:
         """Let the next start go back to before this step; False where that is not possible, and the step is just left out."""
-        self.saver.finish()
+        self._finish_save()
         step = self.progress.step
-        to = self.world.gather_objects(rewind(self.config.run_dir, step, score) if self.world.is_main else None)[0]
-        if to is None:
-            self._say(f"WARNING: step {step} is a spike (score {score:.1f}), but no checkpoint is left to go back to: it is left out")
+        to, problem = 0, ""
+        if self.world.is_main:
+            try:
+                to = rewind(self.config.run_dir, step, score)
+            except CannotRewind as error:
+                problem = str(error)
+        to, problem = self.world.gather_objects((to, problem))[0]
+        if problem:
+            self._say(f"WARNING: no rewind for the spike of step {step} (score {score:.1f}), the step is skipped: {problem}")
             return False
         self.reason = (f"{REWINDING}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
                        f"and leaves out steps {step - 1} and {step}")
@@ -330,20 +351,30 @@ class Trainer:
                 ask_for_evaluation(self.config.run_dir, step)
         with self._patient():
             self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
-                                    "losses": self.spikes.losses, "owed": self.owed})
+                                    "losses": self.spikes.losses, "owed": self.owed,
+                                    "weights": weight_sums(self.engine.module, self.world)})
 
     def _finish_save(self) -> None:
         with self._patient():
             self.saver.finish()
 
     def _saved(self, step: int) -> None:
-        """A checkpoint stands."""
+        """Report a complete checkpoint, and evaluate it if it is time to."""
         if self.world.is_main:
+            self._warn_of_launchers()
             write_status(self.config.run_dir, "running", step)
             if self._evaluating(step):
                 self._say(f"evaluating step {step} in the background, log in {self.config.run_dir / 'evaluation' / 'log.txt'}")
                 with self._going_on(f"evaluation of step {step}"):
                     start_evaluations(self.config.run_dir)
+
+    def _warn_of_launchers(self) -> None:
+        """Print once that a signal through the launcher would lose steps, if a step and a save take longer than launchers wait."""
+        needed = self.step_seconds + self.saver.duration
+        if self.world.size > 1 and not self.warned_of_launchers and needed > LAUNCHER_GRACE:
+            self.warned_of_launchers = True
+            self._say(f"note: a step and a save take {needed:.0f} s, and launchers kill the ranks {LAUNCHER_GRACE:.0f} s after Ctrl-C or SIGTERM, "
+                      "which loses the steps since the last checkpoint: to stop this run, send SIGUSR1 to one of its ranks")
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
@@ -360,7 +391,8 @@ class Trainer:
         """Go on from the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
-        self.collapsed, self.spikes.losses, self.owed = state["collapsed"], state["losses"], state["owed"]
+        self.collapsed, self.owed = state["collapsed"], state["owed"]
+        self.spikes.load(state["losses"])
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

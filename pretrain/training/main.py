@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_prep.console import UserError, exit_on_user_error, report
+from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, report
 from data_prep.launched import another_process_speaks
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import read_status, write_status
 from pretrain.training.rank_log import RankLog
-from pretrain.training.stop import StopRequest
+from pretrain.training.stop import Stopped, StopRequest
 
 TOLD = 10.0
 """Seconds in which mpirun ends the other ranks."""
@@ -52,7 +52,8 @@ def run_alone(config: RunConfig) -> None:
 
     read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
     try:
-        run(config)
+        with output_may_be_lost():
+            run(config)
     finally:
         from torch import distributed
 
@@ -81,11 +82,11 @@ def run(config: RunConfig) -> None:
 
 def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -> None:
     from pretrain.training.first_error import tell_first_error
-    from pretrain.training.setup import set_up
+    from pretrain.training.setup import RunLock, set_up
 
-    trainer = None
+    trainer, lock = None, RunLock(config.run_dir)
     try:
-        trainer = set_up(config, world, stop)
+        trainer = set_up(config, world, stop, lock)
         if trainer is None:
             return
         trainer.last_words = log.last_words
@@ -94,21 +95,30 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         if trainer and world.is_main:
             write_status(config.run_dir, "failed", trainer.progress.step, str(error), again=False)
         _end(world, error)
+    except Stopped as stopped:
+        if world.is_main:
+            step = read_status(config.run_dir).get("step", 0)
+            write_status(config.run_dir, "resumable", step, str(stopped))
+            print(f"resumable at step {step}: {config.run_dir}", flush=True)
+        world.barrier()
+        sys.exit(STOPPED)
     except Exception as error:
         step = trainer.progress.step if trainer else read_status(config.run_dir).get("step", 0)
-        if world.size == 1:
-            write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
-            raise
         log.write_traceback(error)
+        if world.size == 1:
+            if lock.held:
+                write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
+            raise
         line = tell_first_error(world, error, step, log.last_words)
-        if line is not None:
+        if line is not None and lock.held:  # else another run is going on there
             write_status(config.run_dir, "failed", step, line)
+        log.close()
         os._exit(1)
     if world.is_main:
-        assert trainer.metrics is not None and trainer.lock is not None  # the main rank has both
+        assert trainer.metrics is not None  # the main rank has it
         trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
-        trainer.lock.close()
+        lock.release()
         print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
     world.barrier()
     if status == "resumable":

@@ -27,8 +27,10 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer
 
 
-def model_states(parameters: int, small: int, precision: str, stage: int, ranks: int) -> ModelStates:
-    """Model states of a ZeRO stage; stage 0 is plain data parallelism with AdamW, for comparison. Without offloading.
+def model_states(parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int) -> ModelStates:
+    """Return the model states of a ZeRO stage; stage 0 is plain data parallelism with AdamW, for comparison. Without offloading.
+
+    Frozen parameters, those that are not among the `trained` ones, have neither gradients nor optimizer states.
 
     Rajbhandari et al., arXiv 1910.02054, section 3.1: per parameter 2 + 2 + 12 bytes in bf16, of which stage 1 divides the optimizer's
     by the ranks, stage 2 the gradients' too, and stage 3 all. In fp32 plain training takes 4 + 4 + 8, but DeepSpeed keeps its fp32 copy
@@ -38,12 +40,12 @@ def model_states(parameters: int, small: int, precision: str, stage: int, ranks:
     """
     item = ITEM_BYTES[precision]
     if stage == 0:
-        optimizer = (8 if precision == "fp32" else 12) * parameters
-        return ModelStates(item * parameters, item * parameters, optimizer, 2 * item * parameters + optimizer)
+        optimizer = (8 if precision == "fp32" else 12) * trained
+        return ModelStates(item * parameters, item * trained, optimizer, item * (parameters + trained) + optimizer)
     weights = item * parameters / (ranks if stage == 3 else 1)
     whole = item * small if stage == 3 and ranks > 1 else 0
-    gradients = item * parameters / (ranks if stage > 1 else 1)
-    return ModelStates(weights + whole, gradients, 12 * parameters / ranks, weights + (item + 12 + 4) * parameters / ranks)
+    gradients = item * trained / (ranks if stage > 1 else 1)
+    return ModelStates(weights + whole, gradients, 12 * trained / ranks, weights + (item + 12 + 4) * trained / ranks)
 
 
 @dataclass(frozen=True)

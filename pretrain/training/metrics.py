@@ -5,13 +5,17 @@ import json
 import math
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from data_prep.console import print_now
 from data_prep.files import write_text
+from pretrain.run_folder import parse_metrics, warn_of_unreadable
 
 NEWLINE = b"\n"
+EVENTS = "events.out.tfevents."
+"""Beginning of the names of TensorBoard files."""
 
 
 class Metrics:
@@ -24,8 +28,11 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            write_text(path, "".join(line + "\n" for line in lines))
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a kill may cut off the last line
+            found = [parse_metrics(line) for line in lines]
+            warn_of_unreadable(path, [number for number, values in enumerate(found, 1) if values is None], "removed")
+            kept = [line for line, values in zip(lines, found, strict=True) if values is not None and values["step"] <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._unwritten = b""
         self._folder = run_dir / "tensorboard" / "train" if tensorboard else None
@@ -68,6 +75,7 @@ class Metrics:
 
     def _open(self, step: int) -> None:
         assert self._folder is not None
+        _date_back(self._folder)
         self._writer = open_tensorboard(self._folder, purge_step=step)
         _silence_threads()
         self._writer.add_custom_scalars({"loss": {
@@ -105,16 +113,21 @@ def _silence_threads() -> None:
         threading.excepthook = lambda error: None if type(error.thread).__name__ == "_AsyncWriterThread" else tell(error)
 
 
+def _date_back(folder: Path) -> None:
+    """Rename the event files of earlier starts so that the next one sorts after them, even if the clock was set back.
+
+    TensorBoard reads the files of a folder by name, which begins with the time of their creation. A start makes it drop the later steps
+    that it has read before. The files keep their order.
+    """
+    files = sorted(folder.glob(f"{EVENTS}*"))
+    for number, path in enumerate(files, int(time.time()) - len(files)):
+        created, _, rest = path.name.removeprefix(EVENTS).partition(".")
+        if created.isdecimal() and int(created) > number:
+            path.rename(folder / f"{EVENTS}{number:010d}.{rest}")
+
+
 def open_tensorboard(folder: Path, **options: Any):
     """A TensorBoard writer; imported late, because that takes seconds."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), **options)
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for one cut off by a kill, so that it is taken back."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

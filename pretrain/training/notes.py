@@ -41,3 +41,23 @@ class Notes:
             return self._calls.submit(call).result(ANSWER)
         except (NoAnswer, RuntimeError):
             raise Unreachable from None
+
+
+class LocalNotes:
+    """The same for a single rank, which has no common store."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a value under a key."""
+        self._values[key] = value
+
+    def get(self, keys: list[str]) -> list[Any]:
+        """Return the values of keys, None for a key that was not put."""
+        return [self._values.get(key) for key in keys]
+
+    def count(self, key: str) -> int:
+        """Return how often this was called for the key."""
+        self._values[key] = self._values.get(key, 0) + 1
+        return self._values[key]

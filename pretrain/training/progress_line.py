@@ -4,10 +4,9 @@ from pretrain.training.schedule import Progress
 
 
 def progress_line(progress: Progress, fraction: float, values: dict[str, float]) -> str:
-    """One line a logged step: where it stands, both losses, what the embeddings do, speed, time left."""
-    parts = [f"step {progress.step:>6}", f"{fraction:>4.0%}", f"lm {values['loss/lm']:.4f}"]
-    if "loss/jepa" in values:
-        parts.append(f"jepa {values['loss/jepa']:.4f}")
+    """Return the line of a logged step: progress, the losses that the step has, cosines of the embeddings, speed, time left."""
+    parts = [f"step {progress.step:>6}", f"{fraction:>4.0%}"]
+    parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in ("lm", "jepa") if f"loss/{term}" in values]
     if "embedding/shuffled_cosine" in values:
         parts.append(f"cos {values['embedding/paired_cosine']:.2f}/{values['embedding/shuffled_cosine']:.2f}")
     parts += [f"lr {values['optimizer/lr']:.2e}", f"|g| {values['optimizer/grad_norm']:.2f}",

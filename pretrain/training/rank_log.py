@@ -1,8 +1,9 @@
-"""What each rank says: in a file of its own, rank 0 on the console too."""
+"""Logs of the ranks: a file for each, and the console for rank 0."""
 
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -10,16 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from data_prep.console import UserError
+from data_prep.console import Tee, UserError
+from pretrain.training import console_copy
 
 LOGS = "logs"
 """Folder of the run directory."""
+COPYING = 10.0
+"""Seconds in which the last output of libraries is copied."""
 
 
 class RankLog:
-    """Standard output and standard error of this rank go to `logs/rank-00000.log` from here on, those of rank 0 to the console as well.
+    """From here on, standard output and standard error of this rank go to `logs/rank-00000.log`, those of rank 0 to the console too.
 
-    Other ranks write to their file alone, whatever writes there, libraries of C++ among them. Of rank 0 these reach the console alone.
+    This includes what libraries of C++ print, even when they abort the process: rank 0 has a small process that copies it
+    (console_copy.py), so it may come a moment after what Python has printed. A full disk or a closed console ends no rank.
     """
 
     def __init__(self, run_dir: Path, rank: int):
@@ -31,51 +36,67 @@ class RankLog:
             raise UserError(f"cannot write to {run_dir} (output_dir/name): {error.strerror}") from None
         self.path, self._is_main = path, rank == 0
         self._streams = sys.stdout, sys.stderr
+        self._consoles: list[TextIO] = []
+        self._copier: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "RankLog":
+        self._consoles = [_console(stream, descriptor) for descriptor, stream in enumerate(self._streams, 1)]
         if self._is_main:
-            self._console: TextIO = self._streams[1]
-            sys.stdout, sys.stderr = (_Tee(stream, self._file) for stream in self._streams)
+            self._start_copier()
+            sys.stdout, sys.stderr = (Tee(console, self._file) for console in self._consoles)
         else:
-            self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
             for descriptor in (1, 2):
                 os.dup2(self._file.fileno(), descriptor)
-            sys.stdout = sys.stderr = _Tee(self._file)
+            sys.stdout = sys.stderr = Tee(self._file)
         with contextlib.suppress(OSError):  # a full disk
             self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
         sys.stdout, sys.stderr = self._streams
 
+    def close(self) -> None:
+        """Write to the console alone from here on, once everything that was printed is there and in the file."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._copier:
+            for descriptor, console in enumerate(self._saved, 1):
+                os.dup2(console, descriptor)
+                os.close(console)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # another process has the pipes open
+                self._copier.wait(COPYING)
+            self._copier = None
+
+    def _start_copier(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+        pipes = [os.pipe() for _ in self._streams]
+        descriptors = [pipes[0][0], pipes[1][0], self._file.fileno()]
+        self._copier = subprocess.Popen([sys.executable, "-S", console_copy.__file__, *map(str, descriptors)],
+                                        stdin=subprocess.DEVNULL, pass_fds=descriptors)
+        self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
+        for descriptor, (reading, writing) in enumerate(pipes, 1):
+            os.dup2(writing, descriptor)
+            os.close(reading)
+            os.close(writing)
+
     def write_traceback(self, error: BaseException) -> None:
-        """In the file alone."""
+        """Write a traceback to the file alone."""
         with contextlib.suppress(OSError):
             traceback.print_exception(error, file=self._file)
 
     def last_words(self, text: str) -> None:
-        """On the console, of any rank, and in the file."""
-        for stream in (self._console, self._file):
+        """Print to the console, from any rank, and to the file."""
+        for stream in (self._consoles[1], self._file):
             with contextlib.suppress(OSError):
                 print(text, file=stream, flush=True)
 
 
-class _Tee:
-    """Writes to the first stream and, as far as there is room on the disk, to the other one."""
-
-    def __init__(self, *streams: TextIO):
-        self._streams = streams
-
-    def write(self, text: str) -> int:
-        for stream in self._streams:
-            with contextlib.suppress(OSError) if stream is self._streams[-1] else contextlib.nullcontext():
-                stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        for stream in self._streams:
-            with contextlib.suppress(OSError) if stream is self._streams[-1] else contextlib.nullcontext():
-                stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._streams[0], name)
+def _console(stream: TextIO, descriptor: int) -> TextIO:
+    """Return a stream to where this one writes now, even if its descriptor is redirected."""
+    try:
+        is_descriptor = stream.fileno() == descriptor
+    except OSError:  # a stream of Python alone
+        is_descriptor = False
+    return os.fdopen(os.dup(descriptor), "w", buffering=1, errors="replace") if is_descriptor else stream

@@ -14,16 +14,19 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARTITION_COUNT, ZERO_STAGE
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import nn
 
 from pretrain.config import CheckpointConfig
 from pretrain.run_folder import list_steps, step_name
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
+from pretrain.training.engine import whole_shape
 from pretrain.training.random_state import file_name, random_state
 
 BYTES_PER_PARAMETER = 12
-"""Weights and two moments in fp32: what the first checkpoint takes at least."""
+"""Size of a trained parameter in a checkpoint, at least: the weight and two moments in fp32. A frozen one is saved as it is."""
 SPARE = 1.1
 """Room that a checkpoint wants on the disk, over what the one before it took."""
 
@@ -56,6 +59,8 @@ class Saver:
         """Saves that came to nothing."""
         self.problem: str | None = None
         """Why the last one did."""
+        self.duration = 0.0
+        """Time from the beginning of the last save until this rank had written its files, in seconds."""
 
     @property
     def writing(self) -> bool:
@@ -84,6 +89,7 @@ class Saver:
             self._engine.save_checkpoint(str(self._folder), tag=temporary.name, save_latest=False)
             files = self._collector.take() | {temporary / file_name(self._world.rank): random_state()}
             self._save = _Save(step, temporary, state, self._thread.submit(_write, files))
+            self._save.written.add_done_callback(lambda _: self._note_duration(started))
         self._seconds += time.perf_counter() - started
         if not self._config.background:
             self.finish()
@@ -109,6 +115,9 @@ class Saver:
     def close(self) -> None:
         """Let the thread go."""
         self._thread.shutdown()
+
+    def _note_duration(self, begun: float) -> None:
+        self.duration = time.perf_counter() - begun
 
     def _publish(self, save: _Save, files: dict[str, Any]) -> str | None:
         try:
@@ -141,8 +150,13 @@ class Saver:
     def _size(self) -> float:
         newest = list_steps(self._folder)[-1:]
         before = sum(path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir())
-        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self._engine.module.parameters())
-        return SPARE * (before or BYTES_PER_PARAMETER * parameters)
+        return SPARE * (before or smallest_size(self._engine.module))
+
+
+def smallest_size(module: nn.Module) -> int:
+    """Return the bytes that a checkpoint of a module takes at least."""
+    return sum(whole_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
+               for parameter in module.parameters())
 
 
 class _Collector(TorchCheckpointEngine):
@@ -156,7 +170,11 @@ class _Collector(TorchCheckpointEngine):
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
-        self._files[Path(path)] = _copied(state_dict, {})
+        copy_of_state = _copied(state_dict, {})
+        if PARTITION_COUNT in copy_of_state.get(OPTIMIZER_STATE_DICT, {}):
+            # the optimizer for bf16 with fp32 accumulation under stage 1 leaves the stage out, which the export then misses
+            copy_of_state[OPTIMIZER_STATE_DICT].setdefault(ZERO_STAGE, 1)
+        self._files[Path(path)] = copy_of_state
 
     def commit(self, info: Any) -> bool:
         return True

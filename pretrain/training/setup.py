@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
@@ -13,10 +14,9 @@ from data_prep.config import JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import copy_folder, sha256_file, try_lock
 from data_prep.shards import positions_needed
-from data_prep.sources.files import find_files
-from data_prep.sources.json_lines import SUFFIXES
+from data_prep.tokenizer import find_tokenizer, first_difference, take_over
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus, source_weights
+from pretrain.data.corpus import Corpus, check_data_section, source_weights
 from pretrain.data.layout import Layout, Specials
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
@@ -31,24 +31,49 @@ from pretrain.training.engine import build_engine, engine_settings, parameter_co
 from pretrain.training.loop import Trainer
 from pretrain.training.metrics import Metrics
 from pretrain.training.stop import StopRequest
+from pretrain.training.task_needs import check_needs_of_tasks
 from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
+from pretrain.training.weight_sums import check_weights, weight_sums
 
 Result = TypeVar("Result")
 LENGTHS_AT_ONCE = 1 << 18
 
 
-def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> Trainer | None:
-    """Build the run, resumed where a checkpoint stands; None where it is finished already. Raises UserError.
+class RunLock:
+    """The right to write into a run directory, held by the main rank as long as its process lives."""
 
-    `stop` may have been set by a signal before; without it signals count from here on.
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._file: IO[bytes] | None = None
+        self.held = False
+        """Whether this run has the lock, on every rank."""
+
+    def take(self, world: World) -> None:
+        """Take the lock on all ranks together. Raises UserError if another run has it."""
+        self._file = world.agree(lambda: _claim(self._run_dir) if world.is_main else None)
+        self.held = True
+
+    def release(self) -> None:
+        """Let another run take it."""
+        self.held = False
+        if self._file:
+            self._file.close()
+
+
+def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, lock: RunLock | None = None) -> Trainer | None:
+    """Build the run, resumed from its newest checkpoint; return None if it has finished already.
+
+    `stop` may have been set by a signal before; without it signals count from here on. `lock` is taken here. Raises UserError, and Stopped
+    if a signal ends the start.
     """
+    stop, lock = stop or StopRequest(), lock or RunLock(config.run_dir)
     say = print_now if world.is_main else lambda text: None
-    engine_settings(config, world.size)
+    settings = engine_settings(config, world.size)
     _check_same_environment(world, say)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
-    lock = world.agree(lambda: _claim(config.run_dir) if world.is_main else None)
+    lock.take(world)
     changes = world.agree(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
     for change in changes:
         say(f"note: going on with a change: {change}")
@@ -60,17 +85,20 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
     if config.resting_keys:
         say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
 
+    if world.is_main:
+        checkpoint.remove_leftovers(checkpoints)
     found = checkpoint.find_newest(checkpoints, world, say)
     universal = found is not None and found.ranks != world.size
     if found is not None and universal:
-        checkpoint.make_universal(found, world, say)
+        round_robin = settings["zero_optimization"]["stage"] < 3 and settings["zero_optimization"].get("round_robin_gradients", False)
+        checkpoint.make_universal(found, world, stop, say, round_robin)
     objective = build_objective(config.objective)
-    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, universal))
+    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal))
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocabulary)
     layout = config.make_layout(specials, corpus.views)
     trainer = Trainer(
-        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop or StopRequest(), lock=lock,
+        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop,
         loader=world.agree(lambda: make_loader(config, corpus, layout)),
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
@@ -80,6 +108,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None) -> 
         say("note: the corpus has no validation split, so nothing is validated")
     if found:
         checkpoint.load(engine, found, world)
+        check_weights(found.state.get("weights"), weight_sums(engine.module, world), found.path)
         trainer.resume(found.state)
         say(f"going on from step {trainer.progress.step}")
 
@@ -141,17 +170,16 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
     """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
     if corpus is not None:
         _check_views(config, corpus)
+        source_weights(corpus.manifest, config.data.sources)
+        check_data_section(config.data, corpus.manifest)
+        if config.model.init_from is not None and not list_steps(config.run_dir / "checkpoints"):
+            _check_same_tokenizer(config.model.init_from, corpus, say)
         corpus.read(np.array([0, len(corpus) - 1]))  # a corpus without its shards shows at once
         _check_pairs(config, corpus)
         _check_lengths(config, corpus, say)
     if corpus is not None and config.data.decontaminate:
         _check_compared(config, corpus, say)
-    for number, task in enumerate(config.evaluation.tasks):
-        for key, given in (("train", task.train), ("test", task.test)):
-            if isinstance(given, JsonSource):
-                find_files(given, f"evaluation.tasks.{number}.{key}", SUFFIXES)
-            elif isinstance(given, str) and not Path(given).is_file():
-                raise UserError(f"evaluation.tasks: there is no file {given} ({key} of {task.name})")
+    check_needs_of_tasks(config)
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
@@ -175,15 +203,23 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
         raise UserError(f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with {corpus.manifest['views']}: "
                         "set them so, or prepare another data.path")
-    prepared_size = corpus.manifest["settings"]["data"]["tokenizer"]["vocab_size"]
-    if config.data.tokenizer.vocab_size not in (None, prepared_size):
-        raise UserError(f"data.tokenizer.vocab_size is {config.data.tokenizer.vocab_size}, but {config.data.path} was prepared with {prepared_size}: "
-                        "set it so, or prepare another data.path")
-    if corpus.views == 1 and config.objective.pairing is not None:
-        raise UserError(f"objective.{'regularizers' if config.objective.spans else 'name'} needs pairs of views, but the records of "
-                        f"{config.data.path} have one: choose next_token or semantic_tube without regularizers, or prepare several data.views")
-    if config.objective.spans == "views" and (corpus.views == 1 or config.objective.layout != "joint"):
-        raise UserError("objective.form: views needs two views in one text: several data.views and objective.layout=joint")
+
+
+def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None]) -> None:
+    """Raise UserError if the token ids of the corpus are not those that the model of a folder was trained on."""
+    if not Path(folder).is_dir():
+        return  # loading it reports that
+    try:
+        find_tokenizer(Path(folder))
+    except UserError:
+        say(f"note: model.init_from: {folder} has no tokenizer, so it is not known whether its model was trained on the token ids of the corpus")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        own = take_over(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
+        difference = first_difference(own, corpus.tokenizer)
+    if difference is not None:
+        raise UserError(f"model.init_from: the tokenizer of {folder} is not the one of {corpus.folder} ({difference}); prepare the corpus with "
+                        "data.tokenizer.path set to that folder")
 
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:

@@ -52,6 +52,7 @@ class Validation:
                     sums[name] = sums.get(name, 0) + value
         engine.train()
         totals = self.world.sum(list(sums.values()))
-        losses = {f"validation/loss/{name}": total / max(1, self.counts[units[name]]) for name, total in zip(sums, totals, strict=True)}
+        losses = {f"validation/loss/{name}": total / count for name, total in zip(sums, totals, strict=True)
+                  if (count := self.counts[units[name]])}  # without a pair there is no loss of pairs, rather than a perfect one
         monitors = embedding_monitors(Pool.join(pools))
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}

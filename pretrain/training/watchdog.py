@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from pretrain.training import guard
-from pretrain.training.notes import Notes, Unreachable
+from pretrain.training.notes import LocalNotes, Notes, Unreachable
 
 BEAT = 1.0
 """Seconds between two notes."""
@@ -42,7 +42,7 @@ class Beat:
     step: int = 0
 
 
-def beats(notes: Notes, hosts: tuple[str, ...]) -> list[Beat]:
+def beats(notes: Notes | LocalNotes, hosts: tuple[str, ...]) -> list[Beat]:
     """The last beat of each rank, of none where there was none. Raises Unreachable."""
     found = notes.get([_key(rank) for rank in range(len(hosts))])
     return [Beat(**values) if values else Beat(rank, hosts[rank]) for rank, values in enumerate(found)]
@@ -55,7 +55,7 @@ def _key(rank: int) -> str:
 class Watchdog:
     """The thread of one rank; `end` is called with the line that names who is missing, on the rank that finds out first, and the process ends."""
 
-    def __init__(self, notes: Notes, rank: int, hosts: tuple[str, ...], seconds: float, end: Callable[[str], None]):
+    def __init__(self, notes: Notes | LocalNotes, rank: int, hosts: tuple[str, ...], seconds: float, end: Callable[[str], None]):
         self._notes, self._hosts, self._seconds, self._end = notes, hosts, seconds, end
         self._mine = Beat(rank, hosts[rank])
         self._limit = SLOW
@@ -129,6 +129,8 @@ class Watchdog:
         silent = [beat for beat, earlier in zip(now, before, strict=True) if beat.beats == earlier.beats]
         behind = [beat for beat in now if beat.step == min(other.step for other in now)]
         late = silent or (behind if len(behind) < len(now) else [])
+        if len(now) == 1:
+            return f"the process on {now[0].host} is not getting past step {now[0].step}"
         if not late:
             return f"all {len(now)} ranks wait in step {self._mine.step}"
         named = ", ".join(f"rank {beat.rank} on {beat.host} at step {beat.step}" for beat in late[:8])

@@ -7,17 +7,23 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
 import threading
 import time
+from collections import defaultdict
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from tests.launching import ROOT, call, tiny_config, write_config
 
@@ -59,6 +65,47 @@ def test_compose_reads_its_file():
     assert done.returncode == 0, done.stderr
     node1 = yaml.safe_load(done.stdout)["services"]["node1"]
     assert node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7" and node1["environment"]["JEPA_IMAGE"] == "sha256:1"
+
+
+def write_deepspeed_env(home: Path, **variables: str) -> str:
+    """Write the file of entrypoint.sh for an environment; return what the script printed on standard error."""
+    function = re.search(r"^write_deepspeed_env\(\) \{.*?^\}$", (DOCKER / "entrypoint.sh").read_text(), re.DOTALL | re.MULTILINE)[0]
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", f"{function}\nwrite_deepspeed_env"], capture_output=True, text=True, check=True,
+                          env=variables | {"PATH": os.environ["PATH"], "HOME": str(home)})
+    return done.stderr
+
+
+VARIABLES = {"GLOO_SOCKET_IFNAME": "^lo,docker0", "NCCL_SOCKET_IFNAME": "=eth0", "JEPA_NOTE": "two words; 'quoted' & <more> #1", "HF_HOME": "/data",
+             "OMP_EMPTY": ""}
+
+
+def test_deepspeed_hands_on_the_variables_of_the_container_as_they_are(tmp_path):
+    said = write_deepspeed_env(tmp_path, **VARIABLES, HF_TOKEN="a$b", JEPA_LINES="a\nb", UNRELATED="c")
+    assert [line.split()[1] for line in said.splitlines()] == ["HF_TOKEN", "JEPA_LINES"]
+    arguments = defaultdict(str, user_args=[], user_script="true", ssh_port=None, venv_script=None)
+    runner = PDSHRunner(SimpleNamespace(**{name: arguments[name] for name in (
+        "user_args", "user_script", "ssh_port", "venv_script", "launcher_args", "master_addr", "master_port", "no_python", "module",
+        "no_local_rank", "save_pid", "enable_each_rank_log")}), "")
+    for line in (tmp_path / ".deepspeed_env").read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))  # as deepspeed/launcher/runner.py does
+    command, _, _ = runner.get_cmd({}, {"n1": 1})
+    exports = next(word for word in command if word.startswith("export "))
+    arrived = subprocess.run(["env", "-i", "sh", "-c", f"{exports} env -0"], capture_output=True, text=True, check=True).stdout.split("\0")
+    found = dict(pair.split("=", maxsplit=1) for pair in arrived if pair)
+    assert {name: value for name, value in found.items() if name not in ("PWD", "SHLVL", "_")} == VARIABLES | {"PATH": os.environ["PATH"]}
+
+
+@pytest.mark.slow
+def test_the_variables_of_the_container_arrive_at_nodes_over_pdsh(nodes, tmp_path):
+    variables = VARIABLES | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    write_deepspeed_env(tmp_path, **variables)
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    script = tmp_path / "show.py"
+    script.write_text("import json, os, sys\n"
+                      f"open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps({{n: os.environ.get(n) for n in {list(variables)}}}))\n")
+    nodes.on_ctl([Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", script], cwd=tmp_path)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"show.py{rank}").read_text()) == variables
 
 
 @pytest.fixture

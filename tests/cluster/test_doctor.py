@@ -214,6 +214,16 @@ def test_this_machine_alone_and_mistakes(config, tmp_path):
     done = call(command, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path), PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}")
     assert done.returncode == 0, done.stdout
     assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE)
+    assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in done.stderr
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{config.parent / 'site'}"}
+    done = call([*command, "--num_gpus", "3"], check=False, **environment)
+    assert done.returncode == 0 and re.search(r"^ok +all-reduce +3 ranks", done.stdout, re.MULTILINE) and "assuming" not in done.stderr, done.stdout
+    (tmp_path / "hosts").write_text("localhost slots=5\n")
+    done = call([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
+    assert done.returncode == 1 and "must be a multiple of train.micro_batch_rows x ranks (2 x 5)" in done.stdout
+    for options, expected in ((["--num_gpus", "0"], "--num_gpus is 0"), (["--num_gpus", "two"], "invalid int value")):
+        done = call([*command, *options], check=False)
+        assert done.returncode == 2 and expected in done.stderr
     done = call([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read the hostfile")
 

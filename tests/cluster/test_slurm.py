@@ -159,7 +159,7 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
 
     call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
-    assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: the run is to save and stop" in log.read_text()
+    assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: saving and stopping" in log.read_text()
     assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
     cluster.end_of(evaluation, folder / "evaluation.log")
     assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (folder / "evaluation.log").read_text()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import BLOCK, WINDOW, Order, SourceOrder
+from pretrain.data.order import BLOCK, WINDOW, Order, SourceOrder, _permute
 
 SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW + 3 * BLOCK + 1]
 
@@ -159,6 +159,13 @@ def test_the_order_of_a_seed_stays_the_same_in_every_version_of_the_project():
 def test_every_record_of_any_number_of_blocks_comes_once_a_pass(blocks):
     records, passes = SourceOrder(blocks * BLOCK + 3, 7).take(0, blocks * BLOCK + 3)
     assert np.array_equal(np.sort(records), np.arange(blocks * BLOCK + 3)) and not passes.any()
+
+
+@pytest.mark.parametrize("blocks", [5, 17, 65])
+def test_the_last_block_of_any_number_of_blocks_moves(blocks):
+    """One more than a power of four: the number that a network of one bit less leaves where it is."""
+    places = {int(np.flatnonzero(_permute(np.arange(blocks), blocks, np.full(blocks, key, np.uint64)) == blocks - 1)[0]) for key in range(50)}
+    assert len(places) > 3
 
 
 def test_a_window_that_starts_anywhere_is_a_part_of_the_whole_order():

@@ -111,6 +111,17 @@ def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_
     assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
 
 
+def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, background):
+    before = set((run_dir / "tensorboard" / "evaluation").iterdir())
+    pairs = write_pairs(run_dir / "other_pairs.jsonl", "validation", 40)
+    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "loss", f"task.test={pairs}", "monitor.tensorboard=false"])
+    results = run_dir / "evaluation" / "results.jsonl"
+    *earlier, last = results.read_text().splitlines(True)
+    assert json.loads(last)["rows"] == 40
+    assert set((run_dir / "tensorboard" / "evaluation").iterdir()) == before
+    results.write_text("".join(earlier))  # as the other tests want it
+
+
 def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_dir, by_hand):
     overlapping = run_dir / "overlapping.jsonl"
     overlapping.write_text((run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10]))

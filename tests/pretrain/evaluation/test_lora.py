@@ -10,6 +10,8 @@ from pretrain.config import LoraConfig, TaskConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.models.export import load_language_model
 from pretrain.models.lora import add_adapters, merge_adapters
+from pretrain.run_folder import step_name
+from pretrain.training.saving import smallest_size
 from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
@@ -68,14 +70,20 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if "proj" in key}
-    load_language_model(result, "auto", torch.device("cpu"))
+    model, _ = load_language_model(result, "auto", torch.device("cpu"))
+    whole = smallest_size(model)
+    add_adapters(model, LORA)
+    size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / step_name(6)).iterdir())
+    assert smallest_size(model) < min(whole, size), "room is asked for that the frozen weights do not take"
     last = read_lines(run_dir / "metrics.jsonl")[-1]
 
     for path in (run_dir / "checkpoints" / "step-00000006").iterdir():
         path.unlink()
     (run_dir / "checkpoints" / "step-00000006").rmdir()
     (run_dir / "status.json").unlink()
+    export.rename(export.with_name("moved"))  # the checkpoints hold the frozen weights too
     call(ranks_command(2, "launcher/run.py", config))
+    export.with_name("moved").rename(export)
     again = read_lines(run_dir / "metrics.jsonl")[-1]
     assert again["step"] == 6 and again["loss/total"] == last["loss/total"]
 

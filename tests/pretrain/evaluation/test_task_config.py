@@ -1,9 +1,19 @@
 """A task that cannot be meant is refused before anything is computed."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config import EvaluationConfig, TaskConfig
+from data_prep.config import JsonSource
+from data_prep.console import UserError
+from pretrain.config import EvaluationConfig, RunConfig, TaskConfig, load_config
+from pretrain.evaluation.job import choose_tasks
+from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.training import main
+from tests.launching import prepare_corpus, tiny_config, write_config
 
 
 @pytest.mark.parametrize("values, message", [
@@ -29,6 +39,125 @@ def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
     assert [task.title for task in EvaluationConfig(tasks=[two[0], two[1] | {"label": "other"}]).tasks] == ["gsm8k", "other"]
     for name in ("gsm8k", "retrieval"):
         TaskConfig(name=name, test="x").check_views(("text", "code"))
-        with pytest.raises(ValueError, match=f"evaluation.tasks: {name}"):
+        with pytest.raises(ValueError, match=f"the task {name} "):
             TaskConfig(name=name, test="x").check_views(("text",))
     TaskConfig(name="retrieval", test="x").check_views(("a", "b", "c"))
+
+
+FINETUNINGS = {
+    "learning_rate": ({"finetune": {"learning_rate": -1, "epochs": 2}}, "finetune.learning_rate: Input should be greater than 0"),
+    "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget is exactly one of"),
+    "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget is exactly one of"),
+    "a key of another schedule": ({"finetune": {"decay_fraction": 0.5}}, "finetune: decay_fraction acts on the schedule warmup_stable_decay only"),
+    "no number": ({"finetune": {"steps": "five"}}, "finetune.steps: Input should be a valid integer"),
+    "rows that do not divide": ({"finetune": {"micro_batch_rows": 3}},
+                                "finetune: global_batch_rows (8) must be a multiple of micro_batch_rows (3)"),
+    "spans between views apart": ({"finetune": {}, "finetune_objective": {"name": "semantic_tube", "form": "views", "layout": "independent"}},
+                                  "finetune_objective.form: views needs two views in one text"),
+}
+"""A task's keys that its finetuning would refuse, and what the error line says after the task's own key."""
+
+
+def task_of(folder: Path, changes: dict) -> dict:
+    return tiny_config(folder, evaluation={"tasks": [{"name": "loss", "test": "x"}, {"name": "nl_rx"} | changes]})
+
+
+@pytest.mark.parametrize("mistake", FINETUNINGS)
+def test_a_finetuning_that_its_run_would_refuse_is_refused_by_key(tmp_path, mistake):
+    changes, expected = FINETUNINGS[mistake]
+    with pytest.raises(UserError) as refused:
+        load_config(write_config(tmp_path, task_of(tmp_path, changes)))
+    assert str(refused.value).startswith(f"evaluation.tasks.1.{expected}")
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
+    with pytest.raises(UserError) as refused:
+        choose_tasks(config, ["nl_rx"], [f"task.{key}={json.dumps(value)}" for key, value in changes.items()])
+    assert str(refused.value).startswith(f"task.{expected}")
+
+
+def test_keys_of_train_that_a_task_leaves_alone_stay_those_of_the_run(tmp_path):
+    stable = {"train__schedule": "warmup_stable_decay", "train__decay_fraction": 0.5}
+
+    def load(finetune: dict) -> RunConfig:
+        return load_config(write_config(tmp_path, tiny_config(tmp_path, **stable, evaluation={"tasks": [{"name": "nl_rx", "finetune": finetune}]})))
+
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.finetune: decay_fraction acts on"):
+        load({"schedule": "cosine"})
+    for finetune in ({"schedule": "cosine", "decay_fraction": None}, {"epochs": 2}, {"global_batch_rows": 3, "micro_batch_rows": 3}):
+        load(finetune)
+
+
+def test_an_objective_on_pairs_of_a_corpus_of_documents_is_refused_without_a_corpus(tmp_path):
+    tube = {"name": "semantic_tube", "regularizers": [{"name": "vicreg", "weight": 1}]}
+    for objective, key in (({"name": "llm_jepa"}, "name"), (tube, "regularizers")):
+        values = tiny_config(tmp_path, data__views=["text"], objective=objective)
+        with pytest.raises(UserError, match=rf"objective\.{key} needs pairs of views, but data\.views are \['text'\]"):
+            load_config(write_config(tmp_path, values))
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0: the task gsm8k takes the second of two views"):
+        load_config(write_config(tmp_path, tiny_config(tmp_path, data__views=["text"], objective={"name": "next_token"},
+                                                       evaluation={"tasks": [{"name": "gsm8k", "test": "x"}]})))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    prepare_corpus(write_config(folder, tiny_config(folder)))
+    (folder / "rows.jsonl").write_text('{"text": "a", "code": "b"}\n')
+    (folder / "empty").mkdir()
+    return folder
+
+
+NEEDS = {
+    "databases": ({"name": "spider", "databases": "FOLDER/nowhere"}, "databases: there is no FOLDER/nowhere"),
+    "no database": ({"name": "spider", "databases": "FOLDER/empty"}, "databases: FOLDER/empty has no database"),
+    "test": ({"name": "gsm8k", "test": "FOLDER/nowhere"}, "test: there is no file FOLDER/nowhere"),
+    "train": ({"name": "gsm8k", "finetune": {}, "train": "FOLDER/nowhere"}, "train: there is no file FOLDER/nowhere"),
+    "views": ({"name": "gsm8k", "test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"question": "text"}}},
+              "test.views names ['question'], but data.views are ['text', 'code']"),
+    "template": ({"name": "gsm8k", "test": {"type": "hub", "path": "x", "views": {"text": "{text", "code": "code"}}},
+                 "test.views.text: cannot read the template"),
+    "harness": ({"name": "lm_eval", "test": None, "harness": ["arc_easy", "FOLDER/mine.yaml"]}, "harness: there is no file FOLDER/mine.yaml"),
+    "lm_eval": ({"name": "lm_eval", "test": None, "harness": ["arc_easy"]}, "name: the task lm_eval needs the package lm_eval"),
+    "peft": ({"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
+             "finetune_lora needs the package peft"),
+}
+"""What a task needs and this machine lacks, and what the error line says after the task's own key."""
+
+
+@pytest.mark.parametrize("start", [[], ["--dry-run"]])
+@pytest.mark.parametrize("need", NEEDS)
+def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypatch, capsys, need, start):
+    """None among the modules makes a package unavailable that is installed here."""
+    task, expected = json.loads(json.dumps(NEEDS[need]).replace("FOLDER", str(folder)))
+    task = {key: value for key, value in ({"test": str(folder / "rows.jsonl")} | task).items() if value is not None}
+    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}))
+    if need in ("lm_eval", "peft"):
+        monkeypatch.setitem(sys.modules, need, None)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: evaluation.tasks.0.{expected}")
+
+
+def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = {"init_from": str(folder), "lora": {"rank": 2, "alpha": 4}}
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), model=model))), "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2 and "error: model.lora needs the package peft" in capsys.readouterr().err
+
+
+def test_the_pairs_of_a_task_may_be_files_of_a_folder(folder, tmp_path):
+    """A task of the embedded grammar and the task loss read their files as a corpus; the other tasks read rows."""
+    config: RunConfig = load_config(write_config(folder, tiny_config(folder)))
+    run_dir, rows = tmp_path / "run", tmp_path / "rows"
+    (run_dir / "evaluation").mkdir(parents=True)
+    rows.mkdir()
+    (run_dir / "model").symlink_to(folder / "corpus" / "tokenizer")
+    for number in range(2):
+        (rows / f"{number}.jsonl").write_text(json.dumps({"text": f"lines with a {number}", "code": f"a{number}"}) + "\n")
+    data = prepare_pairs(config, JsonSource(type="json", path=str(rows)), run_dir / "evaluation")
+    manifest = json.loads((Path(data.path) / "manifest.json").read_text())
+    assert sum(shard["records"] for shard in manifest["splits"]["train"]["shards"]) == 2

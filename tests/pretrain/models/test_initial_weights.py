@@ -24,7 +24,7 @@ def folder(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("initial-weights")
     for ranks, more in ((1, [("gemma2", "bf16")]), (2, [])):
         configs = [write_config(folder, tiny_config(
-            folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), data__tokenizer={"vocab_size": 512},
+            folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), data__sources=[], data__tokenizer={"vocab_size": 512},
             model={"family": family, "shape": shape(family)}, objective__predictor_tokens=12, train__precision=precision))
             for family, precision in (*((family, "fp32") for family in FAMILIES), *more)]
         call(["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs))

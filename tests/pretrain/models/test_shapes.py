@@ -1,5 +1,6 @@
 """The published shapes, and what a shape may not be."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
 from pretrain.config import Family
-from pretrain.models.language_model import shape_config
+from pretrain.models.language_model import pretrained_config, shape_config
 from tests.launching import ROOT
 
 FOLDER = ROOT / "configs" / "models"
@@ -85,3 +86,25 @@ def test_every_family_has_a_tiny_shape():
 def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
     with pytest.raises(UserError, match=message):
         shape_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "config.json: rope_type is one of default, linear"),
+    ("openelm", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "config.json: rope_type is one of default, linear"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_type is one of default, linear"),
+    ("llama", {"num_key_value_heads": 3}, "config.json: num_attention_heads .* must be a multiple of num_key_value_heads"),
+    ("llama", {"attention_dropout": 1.5}, "config.json: attention_dropout is a share below 1"),
+    ("llama", {"num_hidden_layers": "two"}, "cannot load "),
+    ("gemma2", {"sliding_window": None}, "config.json: gemma2 has layers of sliding attention: sliding_window must be positive"),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "config.json: layer_types are full_attention and sliding_attention"),
+    ("gemma2", {"use_bidirectional_attention": True}, "config.json: use_bidirectional_attention"),
+    ("gemma2", {"hidden_activation": "nonsense"}, "config.json: transformers knows no hidden_activation"),
+    ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
+])
+def test_a_folder_to_start_from_is_refused_for_what_a_shape_is_refused_for(family, changes, message, tokenizer, tmp_path):
+    shape_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
+    pretrained_config(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None or key == "sliding_window"}))
+    with pytest.raises(UserError, match=f"^model.init_from: .*{message}"):
+        pretrained_config(tmp_path)

@@ -79,7 +79,7 @@ def test_without_matching_each_arm_has_its_own(make_study):
 
 @pytest.mark.parametrize("given, wanted", [
     ({"epochs": 2}, {"epochs": 2, "global_batch_rows": 8, "micro_batch_rows": 4}),
-    ({"global_batch_rows": 2}, {"steps": STEPS, "global_batch_rows": 2, "micro_batch_rows": 4}),
+    ({"global_batch_rows": 4}, {"steps": STEPS, "global_batch_rows": 4, "micro_batch_rows": 4}),
 ])
 def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given, wanted):
     base = yaml.safe_load((folder / "base.yaml").read_text())

@@ -92,7 +92,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     before, reached = (plain / "metrics.jsonl").read_bytes(), read_status(jepa)["step"]
     assert 0 < reached < STEPS and len(results(plain)) == 1 and not results(jepa)
 
-    resumed = call([*STUDY, str(path)]).stdout
+    resumed = call([*STUDY, str(path)], cold=True).stdout
     assert "plain-seed1 done" not in resumed and "[2/2] jepa-seed1 done" in resumed
     assert f"going on from step {reached}" in (study / "logs" / "jepa-seed1.log").read_text()
     assert (plain / "metrics.jsonl").read_bytes() == before

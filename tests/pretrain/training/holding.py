@@ -25,10 +25,10 @@ def hold_steps(config: Path, steps: list[int]) -> None:
         if self.progress.step in steps:
             _wait(self.stop, released(config, self.progress.step), self._moved)
 
-    def held_set_up(run, world, stop):
+    def held_set_up(run, world, stop, *arguments):
         print("waiting before the start", flush=True)
         _wait(stop, released(config, 0))
-        return set_up(run, world, stop)
+        return set_up(run, world, stop, *arguments)
 
     loop.Trainer._count = held_count
     if 0 in steps:

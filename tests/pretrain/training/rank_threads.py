@@ -10,9 +10,7 @@ import torch
 
 from data_prep.console import UserError
 from pretrain.training.distributed import World
-
-PATIENCE = 20.0
-"""Timeout of a collective that some rank never enters, in seconds."""
+from tests.processes import TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class RankThread(World):
 
 def on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
     """Return the result of `action` on each rank, or the UserError that it raises there."""
-    values, meeting = [None] * size, threading.Barrier(size, timeout=PATIENCE)
+    values, meeting = [None] * size, threading.Barrier(size, timeout=TIMEOUT)
 
     def run(rank: int) -> Any:
         try:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -352,41 +351,44 @@ def test_a_latest_that_cannot_be_repaired_is_not_an_error(tmp_path):
 
 
 def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(checkpoint, "CONVERTER", None)
     found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     said: list[str] = []
-    make_universal(found, ALONE, said.append)
+    make_universal(found, ALONE, NOT_STOPPED, said.append)
     assert found.shards_for(1) == found.path and said == []
 
 
-def fake_conversion(monkeypatch, returncode: int, stderr: str = "", writes: bool = True) -> list[Path]:
-    """Replace the conversion process with one that may write a file and exits with `returncode`; return the folders it converts."""
-    converted: list[Path] = []
+NOT_STOPPED = SimpleNamespace(received=None)
+CONVERSION = """
+import os, sys
+source, target = (sys.argv[sys.argv.index(option) + 1] for option in ("--input_folder", "--output_folder"))
+open({record!r}, "a").write(source + chr(10))
+print("progress")
+if {writes}:
+    os.mkdir(target)
+    open(target + "/part", "w").close()
+sys.stderr.write({stderr!r})
+sys.exit({returncode})
+"""
+"""What stands for DeepSpeed's conversion; it fails if the target exists."""
 
-    def run(command, **how):
-        source, target = (Path(command[command.index(option) + 1]) for option in ("--input_folder", "--output_folder"))
-        assert command[0] == sys.executable and not target.exists()
-        converted.append(source)
-        if writes:
-            target.mkdir()
-            (target / "part").touch()
-        assert how["text"] and how["capture_output"] and not how.get("check")
-        return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    return converted
+def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = "", writes: bool = True) -> None:
+    """Replace the conversion with one that may write a file and exits with `returncode`. It adds the folder that it converts to a file."""
+    code = CONVERSION.format(record=str(record), returncode=returncode, stderr=stderr, writes=writes)
+    monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
 
 
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
 def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatch, before, ranks):
-    converted = fake_conversion(monkeypatch, 0)
+    fake_conversion(monkeypatch, tmp_path / "converted", 0)
     found = Found(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.shards_for(ranks)
     assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), "retain() must find it after a kill"
     target.mkdir()  # left by a start that was killed
     said: list[list[str]] = [[] for _ in range(ranks)]
-    assert on_ranks(ranks, lambda world: make_universal(found, world, said[world.rank].append)) == [None] * ranks
-    assert converted == [found.path] and (target / "part").exists()
+    assert on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append)) == [None] * ranks
+    assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
     [line] = said[0]
     assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in line
 
@@ -395,9 +397,9 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
                                                 ("y" * 300, "y" * 200)], ids=["error", "nothing", "empty line", "long line"])
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason, writes):
-    fake_conversion(monkeypatch, 3, stderr, writes)
+    fake_conversion(monkeypatch, tmp_path / "converted", 3, stderr, writes)
     found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    for error in on_ranks(2, lambda world: make_universal(found, world, lambda line: None)):
+    for error in on_ranks(2, lambda world: make_universal(found, world, NOT_STOPPED, lambda line: None)):
         assert isinstance(error, UserError) and f"({reason})" in str(error)
     assert not found.shards_for(2).exists()
 
@@ -415,7 +417,7 @@ class Engine:
         self.parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
         groups = [{"params": self.parameters[:2], "weight_decay": 0.1}, {"params": self.parameters[2:], "weight_decay": 0.0}]
         inner = torch.optim.AdamW(groups, lr=0.5)
-        self.optimizer = SimpleNamespace(optimizer=inner)
+        self.optimizer, self.module = SimpleNamespace(optimizer=inner), torch.nn.ParameterList(self.parameters)
         self.loaded: list[Path] = []
 
     def load_checkpoint(self, folder: str, tag: str):

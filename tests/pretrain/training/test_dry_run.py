@@ -7,15 +7,19 @@ import sys
 import pytest
 import torch
 
-from pretrain.config import load_config
+from pretrain.cluster.needs import PROCESS_BYTES, needs_of
+from pretrain.config import LoraConfig, load_config
+from pretrain.data import order
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.models.attention import visibility_mask
-from pretrain.models.language_model import special_ids
+from pretrain.models.language_model import random_causal_lm, shape_config, special_ids
+from pretrain.models.lora import add_adapters
 from pretrain.training.main import main
 from pretrain.training.memory import activations
 from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
 from tests.pretrain.training.test_launchers import MISTAKES, write_mistake
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -114,26 +118,144 @@ def test_the_plan_is_the_run(folder, plan):
     assert json.loads((folder / "runs" / "done" / "status.json").read_text())["status"] == "finished"
 
 
+def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan):
+    changes = {"train__steps": None, "train__epochs": 3, "train__global_batch_rows": 240}
+    rows = plan(**changes)
+    config = load_config(folder / "planned.yaml")
+    corpus = Corpus(config.data.path, "train")
+    layout = config.objective.make_layout(special_ids(corpus.tokenizer, 448), corpus.views, "all")
+    loader = Loader(corpus, layout, 128, config.seed, epochs=3)
+    steps = []
+    while not loader.exhausted:
+        steps.append(loader.next_rows(240))
+    in_an_epoch = len(corpus) / len(steps[0].records)
+    assert in_an_epoch % 1 and len(steps) != 3 * -(-in_an_epoch // 1), "batches span epochs, and the last one is not full"
+    assert number(rows["steps, about"][0]) == len(steps) and rows["epochs"][0] == "3.00"
+    assert number(rows["corpus tokens in all"][0]) == pytest.approx(sum(step.lengths.sum() for step in steps), rel=0.02)
+    flops = number(rows["FLOPs"][0]) * sum(len(step.records) for step in steps) / number(rows["records"][0])
+    assert number(rows["FLOPs in all"][0]) == pytest.approx(flops, rel=0.02)
+
+
+@pytest.mark.parametrize("window", [1024, 256])
+def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_window(tmp_path, write_corpus, monkeypatch, capsys, window):
+    """Pairs come after 3,072 documents: a window has none or holds little else."""
+    monkeypatch.setattr(order, "WINDOW", window)
+    corpus = write_corpus([([5] * 9, [])] * 3072 + [([5] * 4, [6] * 5)] * 1024)
+    values = tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[], data__views=["view0", "view1"], data__missing_views="keep",
+                         data__tokenizer={"vocab_size": 512}, train__global_batch_rows=4)
+    corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}, "missing_views": "keep"}
+    (corpus.folder / "manifest.json").write_text(json.dumps(corpus.manifest))
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write_config(tmp_path, values)), "--dry-run"])
+    main()
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    first_windows = order.Order([(0, 4096, 1.0)], 3)
+    shares = [(first_windows.window(0, number)[0] >= 3072).mean() for number in range(first_windows.windows(0))]
+    assert max(shares) - min(shares) > 0.5
+    tolerance = 0.02 if window == 1024 else 0.3  # four windows are all, or a quarter
+    assert number(rows["pairs"][0]) / number(rows["records"][0]) == pytest.approx(0.25, abs=tolerance)
+    planned = int(next(name for name in rows if name.startswith("a step, mean of")).split()[-1])
+    assert (f"note: the means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (window == 256)
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """A folder to start from, for model.init_from."""
+    config = load_config(write_config(folder, tiny_config(folder, name="start")))
+    shape = shape_config("llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128)
+    torch.manual_seed(1)
+    random_causal_lm(shape, "sdpa", torch.float32).save_pretrained(folder / "start-of-lora")
+    return folder / "start-of-lora"
+
+
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+def test_adapters_are_counted_as_peft_adds_them(folder, plan, make_model, family):
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    model = make_model(2, family=family)
+    model.causal_lm.config.max_position_embeddings = 128
+    model.causal_lm.save_pretrained(folder / family)
+    corpus = Corpus(folder / "corpus", "train")
+    rows = plan(model={"init_from": str(folder / family), "lora": {"rank": 3, "alpha": 6}}, objective__predictor_tokens=2)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    add_adapters(model, LoraConfig(rank=3, alpha=6))
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert number(rows["adapters"][0]) == total - before > 0 and number(rows["total"][0]) == total
+    assert number(rows["trained"][0]) == sum(trained) and corpus.views == 2
+
+
+def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, plan):
+    lora = {"init_from": str(start), "lora": {"rank": 2, "alpha": 4}}
+    rows = plan(1, model=lora, train__precision="bf16", deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
+    total, trained = number(rows["total"][0]), number(rows["trained"][0])
+    assert trained < total / 20
+    parameters, gradients, optimizer = (number(text) * 2**20 for text in rows["ZeRO 3, as configured 1"][1:4])
+    assert parameters == pytest.approx(2 * total, abs=2**13)
+    assert gradients == pytest.approx(2 * trained, abs=2**13) and optimizer == pytest.approx(12 * trained, abs=2**13)
+    assert number(rows["gathered parameters, at most"][0]) * 2**20 == pytest.approx(2 * total, abs=2**13)
+    needs = needs_of(load_config(folder / "planned.yaml"), 1)
+    assert needs.parameters == total and needs.checkpoint == 12 * trained + 2 * (total - trained) and needs.bucket == 2 * 1000
+
+
+def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
+    rows = plan(1)
+    total, item = number(rows["total"][0]), 4
+    assert number(rows["gradients to be reduced, on CUDA all of reduce_bucket_size"][0]) * 2**20 == pytest.approx(item * 5e8, rel=1e-4)
+    assert number(rows["gradients to be reduced, on CPU as far as it is filled"][0]) * 2**20 == pytest.approx(item * total, abs=2**13)
+    needs = needs_of(load_config(folder / "planned.yaml"), 1)
+    held = number(rows["ZeRO 3, as configured 1"][-2])
+    for device in ("cuda", "cpu"):
+        together = held + number(rows[f"together on {device.upper()}"][0])
+        assert needs.rank_memory[device] - PROCESS_BYTES[device] == pytest.approx(together * 2**20, rel=0.01)
+    filled = plan(1, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
+    assert "together" in filled and "gradients to be reduced" in filled and "together on CPU" not in filled
+    doubled = plan(1, deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10_000}})
+    assert number(doubled["gradients to be reduced"][0]) * 2**20 == pytest.approx(2 * 10_000 * item, abs=2**13)
+
+
+def two_steps(name: str, precision: str, stage: int) -> dict:
+    """Changes of the tiny configuration whose model states are measured."""
+    return {"name": name, "model__shape": {**SHAPE, "tie_word_embeddings": True}, "train__precision": precision, "train__steps": 2,
+            "train__micro_batch_rows": 2, "monitor__tensorboard": False, "monitor__validation_records": 2,
+            "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}}
+
+
+def measure(command: list[str]) -> list[dict]:
+    """What tests/pretrain/training/held_bytes.py prints."""
+    return [json.loads(line) for line in call(command).stdout.splitlines() if line.startswith("{")]
+
+
+def assert_held(row: list[str], found: dict, case: object, tolerance: float = 0.03) -> None:
+    """Within the tolerance: batches, buckets and small buffers are not among model states."""
+    assert number(row[-2]) * 2**20 == pytest.approx(found["held"], rel=tolerance), case
+    assert number(row[-1]) * 2**20 == pytest.approx(found["in_step"], rel=tolerance), case
+
+
 @pytest.mark.slow
 def test_model_states_are_what_deepspeed_holds(folder, plan):
-    """Within 3%: batches, buckets and small buffers are not among model states."""
     cases = {"fp32-3": ("fp32", 3), "bf16-2": ("bf16", 2), "fp32-1": ("fp32", 1)}
-    changes = {name: {"name": name, "model__shape": {**SHAPE, "tie_word_embeddings": True}, "train__precision": precision, "train__steps": 2,
-                      "train__micro_batch_rows": 2, "monitor__tensorboard": False, "monitor__validation_records": 2,
-                      "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}}
-               for name, (precision, stage) in cases.items()}
+    changes = {name: two_steps(name, *case) for name, case in cases.items()}
     paths = {name: write_config(folder, tiny_config(folder, **change)) for name, change in changes.items()}
-    two = call(ranks_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
+    two = measure(ranks_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
     alone = write_config(folder, tiny_config(folder, **changes["fp32-3"] | {"name": "alone"}))
-    one = call(["python", "tests/pretrain/training/held_bytes.py", str(alone)])
-    for ranks, output in ((2, two.stdout), (1, one.stdout)):
-        measured = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        assert len(measured) == (len(cases) if ranks == 2 else 1)
+    one = measure(["python", "tests/pretrain/training/held_bytes.py", str(alone)])
+    assert len(two) == len(cases) and len(one) == 1
+    for ranks, measured in ((2, two), (1, one)):
         for found in measured:
             name = "fp32-3" if ranks == 1 else found["name"]
-            row = plan(ranks, **changes[name] | {"name": "planned"})[f"ZeRO {cases[name][1]}, as configured {ranks}"]
-            assert number(row[-2]) * 2**20 == pytest.approx(found["held"], rel=0.03), (name, ranks)
-            assert number(row[-1]) * 2**20 == pytest.approx(found["in_step"], rel=0.03), (name, ranks)
+            assert_held(plan(ranks, **changes[name] | {"name": "planned"})[f"ZeRO {cases[name][1]}, as configured {ranks}"], found, (name, ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 3), ("fp32", 1)])
+def test_model_states_with_adapters_are_what_deepspeed_holds(folder, plan, start, precision, stage):
+    pytest.importorskip("peft", reason=WITHOUT_PEFT)
+    changes = two_steps(f"adapted-{stage}", precision, stage)
+    del changes["model__shape"]
+    changes["model"] = {"init_from": str(start), "lora": {"rank": 16, "alpha": 16}}
+    changes["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = 1000
+    found, = measure(ranks_command(2, "tests/pretrain/training/held_bytes.py", write_config(folder, tiny_config(folder, **changes))))
+    assert_held(plan(2, **changes | {"name": "planned"})[f"ZeRO {stage}, as configured 2"], found, (precision, stage), 0.05)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -23,7 +23,7 @@ def metrics(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.fixture(scope="module", params=[3, 2], ids=lambda stage: f"ZeRO {stage}")
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)], ids=lambda stage: f"ZeRO {stage}")
 def story(tmp_path_factory, request) -> dict:
     """A run on two ranks from start to end, and one whose starts have other numbers of ranks, all with the same rows per micro step."""
     folder = tmp_path_factory.mktemp("elastic")

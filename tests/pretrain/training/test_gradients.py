@@ -12,11 +12,13 @@ from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
-from pretrain.objectives.base import build_objective
+from pretrain.objectives.base import Output, build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
+from pretrain.training.distributed import World
 from pretrain.training.engine import TrainingModule
+from pretrain.training.gradients import gradient_diagnostics
 from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.same_state import assert_same_checkpoints
 
@@ -135,3 +137,23 @@ def test_diagnostics_that_are_not_finite_leave_no_step_out(folder):
     lines = metrics(folder, "nan-in-diagnostics")
     assert lines[2]["gradient/norm/lm"] is None and lines[3]["skipped_steps"] == 0
     assert [line["loss/total"] for line in lines] == pytest.approx([line["loss/total"] for line in metrics(folder, "r1-m8")], rel=1e-5)
+
+
+class Linear(torch.nn.Module):
+    """Two terms of a batch (N,): its sum and the sum of its squares, each times a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: torch.Tensor) -> Output:
+        return Output({"lm": self.weight * batch.sum(), "jepa": self.weight * batch.square().sum()}, None)
+
+
+def test_the_watchdog_hears_of_each_micro_batch_and_a_term_without_pairs_is_absent():
+    batches, heard = [torch.ones(3), 2 * torch.ones(3)], []
+    weights, world = {"lm": 1.0, "jepa": 0.5}, World(0, 1, torch.device("cpu"))
+    values = gradient_diagnostics(Linear(), batches, {"lm": 3, "jepa": 6}, weights, world, lambda: heard.append(1))
+    assert len(heard) == 2 * 2
+    assert values == {"gradient/norm/lm": 3.0, "gradient/norm/jepa": 1.25, "gradient/cosine/jepa": 1.0}
+    assert gradient_diagnostics(Linear(), batches, {"lm": 3, "jepa": 0}, weights, world) == {"gradient/norm/lm": 3.0}

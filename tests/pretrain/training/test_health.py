@@ -8,13 +8,16 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.evaluation.results import append_result, read_results
-from pretrain.run_folder import list_steps, read_status, step_name
+from pretrain.run_folder import list_steps, read_metrics, read_status, rewinds, step_name
 from pretrain.training.checkpoint import check
-from pretrain.training.spikes import ENOUGH, WINDOW, SpikeRule, rewind
+from pretrain.training.metrics import Metrics
+from pretrain.training.spikes import ENOUGH, MOST_REWINDS, MOST_REWINDS_IN_ALL, WINDOW, CannotRewind, SpikeRule, rewind
+from pretrain.training.watchdog import HUNG
 from tests.launching import ROOT, Running, call, environment, prepare_corpus, ranks_command, tiny_config, write_config
 from tests.pretrain.training.holding import released
 from tests.pretrain.training.same_state import assert_same_checkpoints
@@ -43,16 +46,54 @@ def metrics(run_dir: Path) -> list[dict]:
 def test_the_score_is_robust():
     rule = SpikeRule()
     for number in range(ENOUGH):
-        assert rule.score(1e9) == 0
-        rule.add(2.0 + 0.01 * (number % 5))
-    quiet = rule.score(2.05)
-    assert quiet < 3 and rule.score(2.5) > 10 and rule.score(1.0) < 0
+        assert rule.score("lm", 1e9, 100) == 0
+        rule.add("lm", 2.0 + 0.01 * (number % 5), 100)
+    quiet = rule.score("lm", 2.05, 100)
+    assert quiet < 3 and rule.score("lm", 2.5, 100) > 10 and rule.score("lm", 1.0, 100) < 0
     for _ in range(5):
-        rule.add(100.0)  # outliers hardly move it
-    assert rule.score(2.5) > 10
+        rule.add("lm", 100.0, 100)  # outliers hardly move it
+    assert rule.score("lm", 2.5, 100) > 10
     for _ in range(2 * WINDOW):
-        rule.add(5.0)
-    assert len(rule.losses) == WINDOW and rule.score(5.0) == 0 and rule.score(5.2) == pytest.approx(0.2 / 0.025)
+        rule.add("lm", 5.0, 100)
+    assert len(rule.losses["lm"]) == WINDOW and rule.score("lm", 5.0, 100) == 0
+    assert rule.score("lm", 5.2, 100) == pytest.approx(0.2 / 0.025)
+
+
+def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
+    rule = SpikeRule()
+    for _ in range(ENOUGH):
+        rule.add("lm", 2.0, 100)
+        rule.add("jepa", 0.5, 100)
+    assert rule.score("jepa", 2.0, 100) > 10 and rule.score("lm", 2.0, 100) == 0
+    for count in (200, 50):
+        assert rule.score("jepa", 2.0, count) > 10
+    for count in (201, 49):  # a contrastive loss over more pairs is larger, and a mean over few varies more
+        assert rule.score("jepa", 2.0, count) == 0
+    restored = SpikeRule()
+    restored.load(json.loads(json.dumps(rule.losses)))
+    assert restored.losses == rule.losses
+    restored.load([2.5] * ENOUGH)  # the totals that earlier versions saved
+    assert restored.score("lm", 1e9, 100) == 0
+
+
+def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes(folder):
+    (folder / "documents.jsonl").write_text(json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n")
+    sources = [{"type": "nlrx", "records": 600}, {"type": "json", "path": str(folder / "documents.jsonl"), "split": "validation"}]
+    data = {"data__path": str(folder / "few"), "data__sources": sources, "data__missing_views": "keep"}
+    dropout = {"objective__dropout": 0.97, "objective__distance": "cosine", "objective__weight": 20.0}
+    path = config(folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__tensorboard=False, **data, **dropout)
+    prepare_corpus(path)
+    done = call(["python", "launcher/run.py", str(path)])
+    lines = metrics(folder / "runs" / "few-pairs")
+    having = [line for line in lines if "loss/jepa" in line]
+    assert ENOUGH < len(having) < len(lines) == 60
+    for line in lines:
+        assert line["loss/total"] == pytest.approx(line["loss/lm"] + 20 * line.get("loss/jepa", 0)) and line.get("loss/jepa") != 0
+    printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert ["jepa" in line for line in printed] == ["loss/jepa" in line for line in lines]
+    assert lines[-1]["optimizer/skipped_steps"] == 0 and "spike" not in done.stdout
+    assert "validation/loss/lm" in lines[-1] and "validation/loss/jepa" not in lines[-1], "no validation record is a pair"
+    assert "validation at step 60: lm " in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +155,74 @@ def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
     assert read_results(tmp_path) == [before[0], again]
 
 
+def test_rewinds_are_bounded_for_each_checkpoint_and_in_all(tmp_path):
+    for step in range(0, 10 * MOST_REWINDS_IN_ALL, 10):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    with pytest.raises(CannotRewind, match="no checkpoint is older"):
+        rewind(tmp_path, 1, 12.0)
+    for _ in range(MOST_REWINDS):
+        assert rewind(tmp_path, 10 * MOST_REWINDS_IN_ALL, 12.0) == 10 * (MOST_REWINDS_IN_ALL - 1)
+    with pytest.raises(CannotRewind, match=f"went back to step 190 {MOST_REWINDS} times already"):
+        rewind(tmp_path, 10 * MOST_REWINDS_IN_ALL, 12.0)
+    for back in range(MOST_REWINDS, MOST_REWINDS_IN_ALL):
+        assert rewind(tmp_path, 10 * (MOST_REWINDS_IN_ALL - back) + 5, 12.0) == 10 * (MOST_REWINDS_IN_ALL - back)
+    (tmp_path / "checkpoints" / step_name(7)).mkdir()
+    with pytest.raises(CannotRewind, match=f"went back {MOST_REWINDS_IN_ALL} times already"):
+        rewind(tmp_path, 9, 12.0)
+    assert len(rewinds(tmp_path)) == MOST_REWINDS_IN_ALL
+
+
+def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
+    path = config(folder, "unwritten", train__steps=32, train__on_spike="rewind", checkpoint={"every": 10}, monitor__validate_every=100)
+    running = Running(ranks_command(2, SPOILED, "spike:30+hold:30", path), folder / "unwritten.log")
+    run_dir = folder / "runs" / "unwritten"
+    running.wait_until(lambda: [line for line in metrics(run_dir) if line["step"] == 29], "step 29")
+    (run_dir / "rewinds.json").mkdir()  # so that no file of that name can be written
+    released(path, 30).touch()
+    assert running.end() == 0, running.log.read_text()
+    log = running.log.read_text()
+    assert log.count("WARNING: no rewind for the spike of step 30") == 1 and "finished at step 32" in log and "Traceback" not in log
+    assert skipped_of(run_dir)[32] == 1
+
+
+def test_a_rewind_leaves_no_trace_if_a_checkpoint_cannot_be_set_aside(tmp_path):
+    for step in (20, 30):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / f".{step_name(30)}.tmp").write_text("a folder cannot take the place of this file")
+    with pytest.raises(CannotRewind, match="cannot write to"):
+        rewind(tmp_path, 31, 12.0)
+    assert rewinds(tmp_path) == [] and list_steps(tmp_path / "checkpoints") == [20, 30]
+
+
+def test_damaged_lines_of_metrics_are_reported_when_they_are_read_and_when_a_run_resumes(tmp_path, capfd):
+    lines = [json.dumps({"step": step, "loss/lm": 1.0}) for step in range(1, 8)]
+    damaged = [*lines[:2], "\0" * 20, *lines[2:4], '"a text"', '{"step": null}', *lines[4:]]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(damaged).encode() + b"\n\xff\xfe\n" + b'{"step": 8, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 8))
+    assert "metrics.jsonl: 4 damaged lines are ignored, the first is line 3" in capfd.readouterr().err
+    Metrics(tmp_path, 6, tensorboard=False).close()
+    assert "metrics.jsonl: 4 damaged lines are removed, the first is line 3" in capfd.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7)) and capfd.readouterr().err == ""
+
+
+def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_behind(tmp_path):
+    folder = tmp_path / "tensorboard" / "train"
+
+    def train(start: int, stop: int, value: float) -> None:
+        metrics = Metrics(tmp_path, start, tensorboard=True)
+        for step in range(start + 1, stop + 1):
+            metrics.write({"step": step}, {"loss/lm": value})
+        metrics.close()
+
+    for start, value in ((0, 1.0), (5, 2.0), (8, 3.0)):
+        for path in folder.glob("*"):  # as if the earlier starts had been made by a clock that is ahead
+            created, rest = path.name.removeprefix("events.out.tfevents.").split(".", 1)
+            path.rename(folder / f"events.out.tfevents.{int(created) + 3600:010d}.{rest}")
+        train(start, 10, value)
+    shown = [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars("loss/lm")]
+    assert shown == [(step, 1.0 if step <= 5 else 2.0 if step <= 8 else 3.0) for step in range(1, 11)]
+
+
 def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=10, checkpoint={"every": 1000})
     running = Running(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
@@ -123,11 +232,19 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     assert running.end() != 0
     wait_for(lambda: not stopped.is_running())
     log = running.log.read_text()
-    hung = int(re.search(r"error: the run hangs since (\d+) s", log)[1])
-    assert 10 <= hung < 5 * 10, "it waits for hang_seconds, not for a multiple"
+    assert int(re.search(r"error: the run hangs since (\d+) s", log)[1]) >= 10
     assert f"rank 1 on {os.uname().nodename} at step" in log and "without a sign of life" in log
     status = read_status(folder / "runs" / "hung")
     assert status["status"] == "resumable" and "rank 1" in status["reason"]
+
+
+def test_a_single_rank_that_hangs_is_ended(folder):
+    path = config(folder, "alone", train__steps=50, monitor__hang_seconds=10)
+    done = call(["python", str(SPOILED), "hang:3", str(path)], check=False)
+    assert done.returncode == HUNG
+    assert re.search(rf"error: the run hangs since \d+ s: the process on {os.uname().nodename} is not getting past step 3", done.stderr)
+    status = read_status(folder / "runs" / "alone")
+    assert status["status"] == "resumable" and "is not getting past step 3" in status["reason"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
@@ -215,3 +332,46 @@ def test_a_damaged_pointer_is_told_and_mended(folder):
         assert (checkpoints / "latest").read_text() == step_name(4) + "\n"
         shutil.rmtree(checkpoints / step_name(4))
         (folder / "runs" / "pointer" / "status.json").unlink()
+
+
+def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(folder):
+    path = config(folder, "converted", train__steps=4, checkpoint={"every": 2})
+    call(ranks_command(2, SPOILED, "none", path))
+    run_dir = folder / "runs" / "converted"
+    checkpoints = run_dir / "checkpoints"
+    (run_dir / "status.json").unlink()
+    for ends in ("a signal", "a kill"):
+        running = Running(["python", str(SPOILED), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log")
+        running.wait_until(lambda: list(checkpoints.glob(".step-*")), "a conversion")
+        converter = next(child for child in psutil.Process(running.process.pid).children(recursive=True) if "makedirs" in " ".join(child.cmdline()))
+        if ends == "a kill":
+            running.kill()
+        else:
+            os.kill(running.process.pid, signal.SIGTERM)
+            assert running.end() == 75, running.log.read_text()
+            assert read_status(run_dir)["status"] == "resumable" and not list(checkpoints.glob(".step-*"))
+            assert "Traceback" not in running.log.read_text()
+        wait_for(lambda converter=converter: not converter.is_running())
+    assert list(checkpoints.glob(".step-*"))
+    call(ranks_command(2, SPOILED, "none", path))  # needs no conversion, and removes what the kill left
+    assert not list(checkpoints.glob(".step-*")) and list_steps(checkpoints) == [2, 4]
+
+
+def test_a_second_start_that_crashes_leaves_the_status_of_the_live_run_alone(folder):
+    path = config(folder, "alive", train__steps=4)
+    running = Running(["python", str(SPOILED), "hold:2", str(path)], folder / "alive.log")
+    running.wait_until(lambda: metrics(folder / "runs" / "alive"), "a step")
+    for command in (["python", str(SPOILED), "crash:0", str(path)], ranks_command(2, SPOILED, "crash:0", path)):
+        done = call(command, check=False)
+        assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr
+        assert read_status(folder / "runs" / "alive")["status"] == "running"
+    released(path, 2).touch()
+    assert running.end() == 0 and read_status(folder / "runs" / "alive")["status"] == "finished"
+    call(["python", str(SPOILED), "crash:0", str(path)], check=False)
+    assert read_status(folder / "runs" / "alive")["status"] == "finished"
+
+
+def test_a_run_whose_save_takes_longer_than_launchers_wait_says_how_to_stop_it(folder):
+    path = config(folder, "slow", train__steps=4, checkpoint={"every": 2})
+    note = "launchers kill the ranks 0 s after Ctrl-C or SIGTERM"
+    assert call(ranks_command(2, SPOILED, "grace:0", path)).stdout.count(note) == 1

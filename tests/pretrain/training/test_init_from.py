@@ -1,13 +1,19 @@
 """model.init_from takes complete models alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.nlrx_grammar import generate
+from data_prep.tokenizer import Tokenizer, train
 from pretrain.config import load_config
 from pretrain.models.language_model import random_causal_lm, shape_config
+from pretrain.run_folder import step_name
 from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.pretrain.training.same_state import assert_same_checkpoints
 
 LOST = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
@@ -33,8 +39,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def started(folder, name, *, check=True):
-    values = tiny_config(folder, name=name, model={"init_from": str(folder / "start")}, train__steps=1)
+def started(folder, name, *, check=True, start="start", **changes):
+    values = tiny_config(folder, name=name, model={"init_from": str(folder / start)}, **{"train__steps": 1} | changes)
     return call(ranks_command(2, "launcher/run.py", write_config(folder, values)), check=check)
 
 
@@ -63,4 +69,52 @@ def test_truncated_weights_are_one_line(folder):
 
 
 def test_a_complete_model_trains(folder):
-    assert "finished at step 1" in started(folder, "complete").stdout
+    done = started(folder, "complete")
+    assert "finished at step 1" in done.stdout and "start has no tokenizer, so it is not known" in done.stdout
+
+
+def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
+    with_tokenizer(folder, "same")
+    shutil.copytree(folder / "corpus" / "tokenizer", folder / "same", dirs_exist_ok=True)
+    spec = json.loads((folder / "same" / "tokenizer.json").read_text())
+    (folder / "same" / "tokenizer.json").write_text(json.dumps(spec, indent=2))  # as another version of the library may write it
+    done = started(folder, "of-the-same", start="same")
+    assert "finished at step 1" in done.stdout and "tokenizer" not in done.stdout
+    with_tokenizer(folder, "other")
+    texts = [view[::-1] for index in range(600) for view in generate(0, "train", index)]
+    assert train(texts, 400, folder / "other").vocab_size == 400
+    done = started(folder, "of-another", start="other", check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert f"the tokenizer of {folder / 'other'} is not the one of {folder / 'corpus'} (id " in errors[0]
+    assert "prepare the corpus with data.tokenizer.path set to that folder" in errors[0]
+
+
+def with_tokenizer(folder, name):
+    """A copy of the model in `start`, which a test gives a tokenizer."""
+    shutil.copytree(folder / "start", folder / name)
+
+
+def test_a_run_resumes_without_the_folder_that_it_started_from(folder):
+    shutil.copytree(folder / "start", folder / "gone")
+    changes = {"train__steps": 4, "checkpoint": {"every": 2}}
+    started(folder, "moved", start="gone", **changes)
+    checkpoints = folder / "runs" / "moved" / "checkpoints"
+    (checkpoints / step_name(4)).rename(folder / "expected")
+    (folder / "runs" / "moved" / "status.json").unlink()
+    shutil.rmtree(folder / "gone")
+    assert "finished at step 4" in started(folder, "moved", start="gone", **changes).stdout
+    assert_same_checkpoints(folder / "expected", checkpoints / step_name(4))
+    assert "parameters" in call(["python", "launcher/run.py", folder / "moved.yaml", "--dry-run"]).stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_rotary_embedding_that_looks_at_the_batch_is_refused(folder, options):
+    file = folder / "start" / "config.json"
+    original = file.read_text()
+    file.write_text(json.dumps(json.loads(original) | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}))
+    values = tiny_config(folder, name="rotary", model={"init_from": str(folder / "start")}, train__steps=1)
+    done = call(["python", "launcher/run.py", str(write_config(folder, values)), *options], check=False)
+    file.write_text(original)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count(f"error: model.init_from: {file}: rope_type is one of default, linear, llama3, yarn, not dynamic") == 1

@@ -62,6 +62,25 @@ MISTAKES = {
     "gradients of compiled layers": ({"train__compile": True, "monitor__gradients_every": 10},
                                      "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3"),
     "unknown DeepSpeed key": ({"deepspeed": {"zero_optimization": {"stge": 3}}}, "deepspeed: zero_optimization.stge"),
+    "communication type": ({"deepspeed": {"communication_data_type": "fp8"}},
+                           "deepspeed: communication_data_type is one of fp16, bf16, fp32, not 'fp8'"),
+    "accumulation type": ({"deepspeed": {"data_types": {"grad_accum_dtype": "fp8"}}}, "deepspeed: data_types.grad_accum_dtype is one of fp16, "),
+    "options that are a number": ({"deepspeed": {"aio": 3}}, "deepspeed: aio is a mapping of options, not 3"),
+    "ZenFlow": ({"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {}}}}, "deepspeed: zero_optimization.zenflow does not work with"),
+    "the old stage 1": ({"deepspeed": {"zero_optimization": {"stage": 1, "legacy_stage1": True}}},
+                        "deepspeed: zero_optimization.legacy_stage1 is not supported by DeepSpeed any more"),
+    "no gradient norm": ({"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
+                         "deepspeed: zero_optimization.compute_grad_norm must be true: gradients are clipped"),
+    "granularity": ({"deepspeed": {"zero_optimization": {"stage3_module_granularity_threshold": 10**9}}},
+                    "deepspeed: zero_optimization.stage3_module_granularity_threshold can leave the gradients of a module unreduced"),
+    "elastic checkpoints": ({"deepspeed": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
+                            "deepspeed: zero_optimization.elastic_checkpoint cannot resume a run of stage 2"),
+    "checkpoints loaded in turn": ({"deepspeed": {"zero_optimization": {"stage": 1, "pipeline_loading_checkpoint": True}}},
+                                   "deepspeed: zero_optimization.pipeline_loading_checkpoint cannot resume a run of stage 1"),
+    "a disk without a path": ({"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
+                              "deepspeed: zero_optimization.offload_param: device nvme needs nvme_path"),
+    "offloading of a part": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
+                             "deepspeed: zero_optimization.offload_optimizer.ratio does not work with"),
     "evaluation between checkpoints": ({"evaluation": {"every": 30, "tasks": [{"name": "nl_rx"}]}, "checkpoint": {"every": 20}},
                                        "must be a multiple of checkpoint.every"),
     "batch that does not divide": ({"train__micro_batch_rows": 3}, "(8) must be a multiple of train.micro_batch_rows x ranks (3 x 1)"),
@@ -77,12 +96,32 @@ MISTAKES = {
     "misspelt finetune key": ({"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
                               "nearest known one is 'learning_rate'"),
     "finetuning without its rows": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}}, "give train too"),
-    "missing task file": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}}, "there is no file nowhere (test of nl_rx)"),
+    "missing task file": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}}, "evaluation.tasks.0.test: there is no file nowhere"),
     "name that is no folder": ({"name": ".."}, "name: String should match pattern"),
     "output that is no folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
     "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
     "no such start": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
 }
+
+
+ON_CPU = {
+    "quantized weights": {"zero_quantized_weights": True},
+    "quantized frozen weights": {"zero_quantized_nontrainable_weights": True},
+    "super offload": {"offload_optimizer.super_offload": True},
+}
+"""Options of ZeRO that work on CUDA alone."""
+
+
+@pytest.mark.parametrize("option", ON_CPU)
+def test_an_option_that_needs_cuda_is_one_line_on_cpu_and_none_in_a_plan(folder, tmp_path, monkeypatch, capsys, option):
+    (key, value), = ON_CPU[option].items()
+    zero = {key: value} if "." not in key else {"offload_optimizer": {"device": "cpu", "pin_memory": False, "super_offload": True}}
+    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), deepspeed={"zero_optimization": zero}))
+    run_main(path, monkeypatch)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: deepspeed: zero_optimization.{key} does not work on CPU: leave it out"]
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
+    main()
 
 
 def write_mistake(folder, tmp_path, mistake):
@@ -144,16 +183,20 @@ def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
 
 def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):
     corpora = {name: tmp_path / name for name in ("first", "second")}
-    for seed, path in enumerate(corpora.values()):
-        values = tiny_config(tmp_path, data__path=str(path), data__sources=[{"type": "nlrx", "records": 300, "seed": seed}])
-        prepare_corpus(write_config(tmp_path, values))
+    sources = {name: [{"type": "nlrx", "records": 300, "seed": seed}] for seed, name in enumerate(corpora)}
+
+    def config(name):
+        return write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora[name]), data__sources=sources[name]))
+
+    for name in corpora:
+        prepare_corpus(config(name))
     shard = next(corpora["first"].glob("train-*.arrow"))
     (corpora["second"] / shard.name).write_bytes(shard.read_bytes())
-    run_main(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora["second"]))), monkeypatch)
+    run_main(config("second"), monkeypatch)
     assert "is damaged or of another run" in capsys.readouterr().err
     for file in (corpora["second"] / "tokenizer").iterdir():
         (corpora["first"] / "tokenizer" / file.name).write_bytes(file.read_bytes())
-    run_main(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpora["first"]))), monkeypatch)
+    run_main(config("first"), monkeypatch)
     assert "is not the tokenizer that the shards were made with" in capsys.readouterr().err
 
 

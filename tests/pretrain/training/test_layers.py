@@ -1,6 +1,8 @@
 """Layers that are computed again or compiled: the same losses, fewer activations, no compilation at each step."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
-from pretrain.training.layers import compile_layers, recompute_layers
+from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config
+from pretrain.training.layers import allow_graphs, compile_layers, recompute_layers
 from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
@@ -105,3 +108,51 @@ def test_all_layers_share_a_graph_without_breaks(make_model, batches):
         model(batch).sum().backward()
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+COMPILERS = (os.environ.get("CXX", "c++"), "g++")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch._dynamo as in a new process, with its own limits."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        yield
+    torch._dynamo.reset()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokenizer, batches, fresh_dynamo):
+    shape = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 10, "num_gqa_groups": 1, "qkv_multipliers": [1.0, 1.0],
+             "ffn_multipliers": [1.0, 10.0], "ffn_dim_divisor": 16}
+    torch.manual_seed(0)
+    model = LanguageModel(random_causal_lm(shape_config("openelm", shape, tokenizer, 128), "sdpa", torch.float32), 1, "sdpa").train()
+    assert len(set(model.causal_lm.config.ffn_widths)) == 10
+    expected = model(batches[0])
+    warnings = []
+    compile_layers(model, zero_stage=1)
+    allow_graphs(model, warnings.append)
+    for _ in range(2):
+        torch.testing.assert_close(model(batches[0]), expected, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10 and not torch._dynamo.utils.counters["unimplemented"]
+    assert warnings == []
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_layers_that_are_not_compiled_are_warned_of_once(make_model, fresh_dynamo):
+    model = make_model(1).eval()
+    warnings = []
+    compile_layers(model, zero_stage=1)
+    allow_graphs(model, warnings.append)
+    layer, rotary = model.causal_lm.model.layers[0], model.causal_lm.model.rotary_emb
+    with torch.no_grad():
+        for length in range(2, 14):
+            hidden = torch.randn(1, length, model.width)
+            layer(hidden, position_embeddings=rotary(hidden, torch.arange(length)[None]))
+    assert len(warnings) == 1 and warnings[0].startswith("WARNING: some layers run without being compiled")
+    assert "recompile_limit" in warnings[0]

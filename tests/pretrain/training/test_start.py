@@ -11,7 +11,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.run_folder import read_status
 from pretrain.training import setup
 from pretrain.training.setup import check
-from tests.launching import call, tiny_config, write_config
+from tests.launching import call, prepare_corpus, tiny_config, write_config
 
 PLAIN, PREPENDED = {"name": "next_token"}, {"name": "llm_jepa", "distance": "cosine", "predictor_placement": "prepend"}
 
@@ -109,3 +109,27 @@ def test_epochs_are_those_of_the_mixture(tmp_path):
     assert last["epoch"] == pytest.approx(281 / (120 + 20.5))
     assert 0 <= last["throughput/data_wait_fraction"] <= 1
     assert int(rows["steps, about"]) == pytest.approx(last["step"], abs=1)
+
+
+CONTRADICTIONS = {
+    "data.sources.0.records=500": "data.sources.0.records is 500, but {corpus} was prepared with 600",
+    "data.sources.0.seed=1": "data.sources.0.seed is 1, but {corpus} was prepared with 0",
+    "data.filters.min_characters=3": "data.filters.min_characters is 3, but {corpus} was prepared with 0",
+    "data.deduplicate=exact": "data.deduplicate is exact, but {corpus} was prepared with none",
+    "data.tokenizer={path: elsewhere}": "data.tokenizer.vocab_size is None, but {corpus} was prepared with 400",
+    "data.tokenizer.model_type=unigram": "data.tokenizer.model_type is unigram, but {corpus} was prepared with None",
+    "data.on_malformed=drop": "data.on_malformed is drop, but {corpus} was prepared with fail",
+    "data.sources=[{type: nlrx, records: 600}]": "data.sources are 1, but the corpus was prepared from 2",
+}
+ALLOWED = ["data.sources=[]", "data.sequence_length=160", "data.decontaminate=false", "data.workers=2", "data.lm_views=last"]
+
+
+def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
+    path = write_config(tmp_path, tiny_config(tmp_path))
+    prepare_corpus(path)
+    for override, expected in CONTRADICTIONS.items():
+        done = call(["python", "launcher/run.py", path, override, "--dry-run"], check=False)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], done.stderr
+        assert "prepare another data.path" in errors[0]
+    call(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])

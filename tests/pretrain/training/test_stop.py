@@ -16,8 +16,8 @@ from pretrain.training.stop import StopRequest
 class Heard(StopRequest):
     GRACE = 3600.0
 
-    def _receive(self, number, frame):
-        super()._receive(number, frame)
+    def _receive(self, number):
+        super()._receive(number)
         os.write(1, b"heard\\n")
 
 stop = Heard()
@@ -27,12 +27,35 @@ Heard.GRACE = 0.0
 os.write(1, b"the seconds are over\\n")
 sys.stdin.readline()
 """
+IN_A_COLLECTIVE = """
+import os, torch, torch.distributed as dist
+from datetime import timedelta
+from pretrain.training.stop import StopRequest
+
+class Impatient(StopRequest):
+    GRACE = 0.0
+
+rank = int(os.environ["RANK"])
+store = dist.FileStore(os.environ["STORE"], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(days=1))
+dist.barrier()
+stop = Impatient()
+print("up", flush=True)
+if rank == 1:
+    input()  # the peer waits for this rank
+else:
+    dist.all_reduce(torch.zeros(1))
+"""
+
+
+def start(code: str, **more: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(**more), text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_second_signal_ends_the_rank_but_a_repeated_one_does_not(number):
-    rank = subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    rank = start(RANK)
     assert rank.stdout.readline() == "up\n"
     for _ in range(2):
         rank.send_signal(number)
@@ -41,5 +64,36 @@ def test_a_second_signal_ends_the_rank_but_a_repeated_one_does_not(number):
     rank.stdin.flush()
     assert rank.stdout.readline() == "the seconds are over\n"
     rank.send_signal(number)
-    assert rank.wait(TIMEOUT) in (-number, 1)  # Python makes an exception of SIGINT
-    assert rank.stderr.read().count("is to save and stop") == 1
+    assert rank.wait(TIMEOUT) == 128 + number
+    assert rank.stderr.read().count("saving and stopping") == 1
+
+
+def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path):
+    ranks = [start(IN_A_COLLECTIVE, RANK=str(rank), STORE=str(tmp_path / "store")) for rank in range(2)]
+    waiting = ranks[0]
+    try:
+        for rank in ranks:
+            while (line := rank.stdout.readline()) != "up\n":
+                assert line, "the rank ended early"
+        waiting.send_signal(signal.SIGTERM)
+        while "saving and stopping" not in (line := waiting.stderr.readline()):
+            assert line, "the rank ended by the first signal"
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(TIMEOUT) == 128 + signal.SIGTERM
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def test_a_signal_that_nobody_can_read_of_is_kept_all_the_same():
+    done = subprocess.run([sys.executable, "-c", """
+import signal, time
+from pretrain.training.stop import StopRequest
+
+stop = StopRequest()
+signal.raise_signal(signal.SIGTERM)
+while stop.received is None:
+    time.sleep(0.01)
+"""], cwd=ROOT, env=environment(), stderr=open("/dev/full", "w"), timeout=TIMEOUT)  # noqa: SIM115
+    assert done.returncode == 0

@@ -190,7 +190,8 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
     right, overfull = corpora
     hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
     for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
-        values = tiny_config(tmp_path, name=name, data__path=str(corpus.folder), data__sequence_length=length)
+        values = tiny_config(tmp_path, name=name, data__path=str(corpus.folder), data__sources=[], data__deduplicate="exact",
+                             data__sequence_length=length)
         values["data"]["tokenizer"] = {"vocab_size": 320}
         values["objective"] |= objective
         with pytest.raises(UserError, match="too short for the records"):

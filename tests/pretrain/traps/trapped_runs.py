@@ -74,9 +74,9 @@ def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
     """Trap 15."""
     whole = setup.set_up
 
-    def set_up(config, world, stop):
+    def set_up(config, *arguments):
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        return whole(config, world, stop)
+        return whole(config, *arguments)
 
     patch.setattr(setup, "set_up", set_up)
 

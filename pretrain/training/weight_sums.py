@@ -1,0 +1,87 @@
+"""Checksums of the weights that do not depend on how ZeRO partitions them.
+
+They are saved with each checkpoint and compared after it is loaded, because DeepSpeed's files hold flat partitions without the names
+of the parameters: a loader that assumes another order fills the model with permuted weights and reports nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_prep.console import UserError
+from pretrain.training.distributed import World
+
+PERIOD = 4093
+"""Length after which the coefficients of the elements repeat."""
+AT_ONCE = 1 << 22
+"""Elements that are converted to fp64 at the same time."""
+TOLERANCE = 1e-9
+"""Largest difference of two sums, as a fraction of the sum of the absolute values. Only the order of summation may differ."""
+
+Sums = dict[str, list[float]]
+"""For each parameter the weighted sums of its elements and of their absolute values, first of the fp32 copy that the optimizer updates,
+then of the weights that the model computes with."""
+
+
+def weight_sums(module: nn.Module, world: World) -> Sums:
+    """Return the sums over i of c(i) w(i) and c(i) |w(i)| for each parameter w of an engine's module, in fp64.
+
+    i is the index in the flattened parameter, and c(i) = 1 + i mod PERIOD, so that a permutation changes the sum too. All ranks must call
+    this together.
+    """
+    named = list(module.named_parameters())
+    local = [_sums_of_fragment(*fragment).to(world.device) for _, parameter in named for fragment in _local_fragments(parameter, world)]
+    replicas = [1 if hasattr(parameter, "ds_id") else world.size for _, parameter in named]  # of what the model computes with
+    totals = iter(world.sum(list(torch.stack(local).flatten())))
+    return {name: [next(totals), next(totals), next(totals) / copies, next(totals) / copies]
+            for (name, _), copies in zip(named, replicas, strict=True)}
+
+
+def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
+    """Raise UserError if the loaded weights are not those that were saved. Checkpoints of earlier versions have no sums."""
+    if saved is None:
+        return
+    different = sorted(saved.keys() ^ loaded.keys()) + [
+        name for name in saved if name in loaded and not _are_close(saved[name], loaded[name])]
+    if different:
+        raise UserError(f"DeepSpeed did not load the weights that are in {checkpoint}: {different[0]} differs"
+                        + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+                        + "; start with the number of ranks and the deepspeed section of the run that wrote it")
+
+
+def _are_close(one: list[float], other: list[float]) -> bool:
+    limits = [TOLERANCE * scale for absolute in (1, 3) for scale in [max(one[absolute], other[absolute])] * 2]
+    return all(abs(first - second) <= limit for first, second, limit in zip(one, other, limits, strict=True))
+
+
+Fragment = tuple[torch.Tensor, int]
+"""A flat part of a parameter, and the index of its first element."""
+
+
+def _local_fragments(parameter: Any, world: World) -> tuple[Fragment, Fragment]:
+    """Return what this rank holds of the fp32 copy of a parameter, and of the weights that the model computes with.
+
+    A frozen parameter has no fp32 copy. DeepSpeed adds attributes to a parameter, which the type checker does not know.
+    """
+    nothing = torch.empty(0), 0
+    if hasattr(parameter, "ds_id"):  # partitioned by ZeRO stage 3; the partition of the last rank may be padded
+        start = world.rank * parameter.partition_numel()
+        held = slice(0, max(0, parameter.ds_numel - start))
+        master = (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start) if parameter.requires_grad else nothing
+        return master, (parameter.ds_tensor.flatten()[held], start)
+    mapping = getattr(parameter, "_hp_mapping", None)  # None on a rank that holds no part of it
+    master = (mapping.get_hp_fragment(), mapping.lp_fragment_address.start) if mapping else nothing
+    return master, (parameter.detach().flatten(), 0)
+
+
+def _sums_of_fragment(flat: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the two sums of a fragment (N,) whose first element has index `start`, (2,) in fp64."""
+    total = torch.zeros(2, dtype=torch.float64, device=flat.device)
+    for begin in range(0, flat.numel(), AT_ONCE):
+        part = flat.detach()[begin:begin + AT_ONCE].double()
+        first = start + begin
+        weighted = part * (1 + torch.arange(first, first + len(part), device=part.device) % PERIOD)
+        total += torch.stack([weighted.sum(), weighted.abs().sum()])
+    return total

@@ -1,0 +1,76 @@
+"""Where the output of a run goes, and that a run outlives the loss of it."""
+
+import os
+import signal
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from pretrain.run_folder import read_status
+from tests.launching import ROOT, prepare_corpus, ranks_command, start, tiny_config, write_config
+from tests.processes import TIMEOUT, wait_for
+
+SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With a prepared corpus."""
+    folder = tmp_path_factory.mktemp("output")
+    prepare_corpus(write_config(folder, tiny_config(folder)))
+    return folder
+
+
+def full_disk() -> IO[str]:
+    return open("/dev/full", "w")
+
+
+def closed_pipe() -> IO[str]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def end_of(command: list[str], lost: IO[str]) -> int:
+    """The exit code of a command whose output and errors go nowhere."""
+    with lost:
+        return start(command, lost, lost).wait(TIMEOUT)
+
+
+@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_outlives_the_loss_of_its_output(folder, ranks, lost):
+    path = write_config(folder, tiny_config(folder, name=f"{lost.__name__}-{ranks}", train__steps=3))
+    command = ["python", str(SPOILED), "none", str(path)] if ranks == 1 else ranks_command(2, SPOILED, "none", path)
+    run_dir = folder / "runs" / f"{lost.__name__}-{ranks}"
+    assert end_of(command, lost()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
+    assert read_status(run_dir)["status"] == "finished"
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert "step 3" in log and "finished at step 3" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
+@pytest.mark.parametrize("mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}])  # of the file, and found in the run
+def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, lost):
+    path = write_config(folder, tiny_config(folder, name="mistaken", **mistake))
+    assert end_of(["python", "launcher/run.py", str(path)], lost()) == 2
+
+
+def test_an_error_of_a_single_rank_keeps_its_exit_code_without_output_and_its_traceback_is_in_the_log(folder):
+    path = write_config(folder, tiny_config(folder, name="failed"))
+    assert end_of(["python", str(SPOILED), "fail:2", str(path)], full_disk()) == 1
+    log = (folder / "runs" / "failed" / "logs" / "rank-00000.log").read_text()
+    assert log.count("Traceback (most recent call last)") == 1 and "RuntimeError: made to fail" in log
+    assert read_status(folder / "runs" / "failed")["status"] == "failed"
+
+
+def test_what_a_library_prints_before_it_aborts_rank_0_is_on_the_console_and_in_the_log(folder):
+    path = write_config(folder, tiny_config(folder, name="aborted"))
+    errors, log = folder / "errors.txt", folder / "runs" / "aborted" / "logs" / "rank-00000.log"
+    with open(errors, "w") as file, open(os.devnull, "w") as output:
+        assert start(["python", str(SPOILED), "abort:2", str(path)], output, file).wait(TIMEOUT) == -signal.SIGABRT
+    for file in (errors, log):
+        wait_for(lambda file=file: file.read_text().count("a library aborts: ") == 1)
+    printed = log.read_text()
+    assert printed.index(f"step {1:>6}") < printed.index("a library aborts: ")
