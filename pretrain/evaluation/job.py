@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.config_file import apply_overrides, validate
-from data_prep.console import UserError, exit_on_user_error
+from data_prep.console import UserError, exit_on_user_error, output_may_be_lost
 from data_prep.launched import started_together
 from pretrain.config import RunConfig, TaskConfig, check_task, load_config
 from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release, settle
@@ -34,7 +34,8 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             exit_on_user_error(lambda: _embed(arguments))
         return
-    exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
+    with output_may_be_lost():  # a full disk below the log must not end an evaluation
+        exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
 
 
 def _on_all_ranks(evaluate: Callable[[], None]) -> None:

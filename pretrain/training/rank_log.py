@@ -1,6 +1,7 @@
 """Logs of the ranks: a file for each, and the console for rank 0."""
 
 import contextlib
+import faulthandler
 import os
 import socket
 import subprocess
@@ -48,6 +49,7 @@ class RankLog:
             for descriptor in (1, 2):
                 os.dup2(self._file.fileno(), descriptor)
             sys.stdout = sys.stderr = Tee(self._file)
+        faulthandler.enable(2)  # prints the Python traceback of a process that ends by SIGBUS, SIGSEGV or SIGABRT
         with contextlib.suppress(OSError):  # a full disk
             self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n")
         return self

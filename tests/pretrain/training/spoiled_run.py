@@ -9,6 +9,7 @@ convert:0     it converts a checkpoint for ever
 robin:0       it converts checkpoints of round robin gradients, which DeepSpeed then loads wrongly
 grace:0       launchers wait no time before they kill its ranks
 crash:0       it raises an error before it has a trainer
+bus:S         rank 0 reads a mapped file behind its end in step S
 truncate:S    the shards are cut in half before the rows of step S are read
 hang:S        rank 0 waits for ever in step S
 fail:S        rank 0 raises an error in step S
@@ -20,6 +21,7 @@ Several are joined by +.
 import ctypes
 import itertools
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -59,7 +61,7 @@ if "truncate" in parts:
 
     prefetch.Prefetch._make = cut
 
-if {"hang", "fail", "abort"} & set(parts):
+if {"hang", "fail", "abort", "bus"} & set(parts):
     count = loop.Trainer._count
 
     def failing(self, rows):
@@ -72,6 +74,8 @@ if {"hang", "fail", "abort"} & set(parts):
         if self.world.is_main and self.progress.step == int(parts.get("abort", 0)):
             ctypes.CDLL(None).perror(b"a library aborts")
             ctypes.CDLL(None).abort()
+        if self.world.is_main and self.progress.step == int(parts.get("bus", 0)):
+            os.kill(os.getpid(), signal.SIGBUS)
 
     loop.Trainer._count = failing
 

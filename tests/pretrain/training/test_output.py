@@ -65,6 +65,14 @@ def test_an_error_of_a_single_rank_keeps_its_exit_code_without_output_and_its_tr
     assert read_status(folder / "runs" / "failed")["status"] == "failed"
 
 
+def test_a_read_behind_the_end_of_a_mapped_file_leaves_a_traceback(folder):
+    path = write_config(folder, tiny_config(folder, name="truncated"))
+    with open(os.devnull, "w") as nowhere:
+        assert start(["python", str(SPOILED), "bus:2", str(path)], nowhere, nowhere).wait(TIMEOUT) == -signal.SIGBUS
+    log = folder / "runs" / "truncated" / "logs" / "rank-00000.log"
+    wait_for(lambda: "Fatal Python error: Bus error" in log.read_text() and "spoiled_run.py" in log.read_text())
+
+
 def test_what_a_library_prints_before_it_aborts_rank_0_is_on_the_console_and_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="aborted"))
     errors, log = folder / "errors.txt", folder / "runs" / "aborted" / "logs" / "rank-00000.log"
