@@ -32,6 +32,8 @@ CELLS = {  # stage, precision, options of zero_optimization, other keys of deeps
     "3-fp32-offload": (3, "fp32", {"offload_optimizer": CPU, "offload_param": CPU}, {}, False),
     "3-bf16-sums-offload-lora": (3, "bf16", {"offload_optimizer": CPU}, FP32_SUMS, True),
 }
+FAST = ("1-bf16-sums-lora",)
+"""Cells that are not slow: this one has the optimizer, the frozen weights and the accumulation that most other ones lack."""
 CANNOT_CHANGE_RANKS = {"1-bf16-sums-robin", "2-fp32-robin", "2-bf16-robin-lora", "2-fp32-robin-offload"}
 """Cells whose checkpoints cannot be converted: a start with another number of ranks is refused."""
 
@@ -69,8 +71,7 @@ def exported(folder, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "runs" / name / "export" / step_name(4) / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=() if cell in FAST else pytest.mark.slow) for cell in CELLS])
 def test_a_combination_is_right_or_refused(folder, cell):
     if CELLS[cell][4]:
         pytest.importorskip("peft", reason="there is no package peft (the extra lora)")
