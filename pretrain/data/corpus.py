@@ -1,5 +1,6 @@
 """A split of a prepared corpus, memory-mapped and addressed by record number."""
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -131,6 +132,8 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
     return [source.weight for source in sources]
 
 
+WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
+"""What leaving out a key of the data section means, if its default depends on other keys."""
 NOT_COMPARED = ("sequence_length", "decontaminate")
 """Keys of the data section that may differ from those of the preparation: the start of a run checks what follows from them."""
 
@@ -151,15 +154,22 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
 
 def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, prepared and present value of each difference in what both have."""
-    if isinstance(prepared, dict) and isinstance(now, dict):
+    if isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views"):  # there, a key that is absent is a view that is
         for part in prepared:
             if part in now:
                 yield from _differing(prepared[part], now[part], f"{key}.{part}")
     elif isinstance(prepared, list) and isinstance(now, list) and len(prepared) == len(now):
         for number, (one, other) in enumerate(zip(prepared, now, strict=True)):
             yield from _differing(one, other, f"{key}.{number}")
-    elif prepared != now and not (now is None and key.endswith(".path")):
+    elif not _mean_the_same(key, prepared, now):
         yield key, prepared, now
+
+
+def _mean_the_same(key: str, prepared: Any, now: Any) -> bool:
+    if key.endswith(".path"):
+        return now is None or (isinstance(prepared, str) and os.path.abspath(prepared) == os.path.abspath(now))
+    default = WRITTEN_OUT.get(key)
+    return bool((default if prepared is None else prepared) == (default if now is None else now))
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:

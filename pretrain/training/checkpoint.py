@@ -39,7 +39,11 @@ from pretrain.training.stop import Stopped, StopRequest
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+"""File that DeepSpeed writes beside a converted checkpoint."""
 REASON = "damage.txt"
+SAFE = re.compile(r"[\w/.-]*", re.ASCII)
+"""Paths that mean nothing else as a pattern."""
 WHOLE_MODULE = "mp_rank_00_model_states.pt"
 """File of a checkpoint with the weights that the model computes with, if they are not partitioned."""
 CONVERTER = ["-m", "deepspeed.checkpoint.ds_to_universal"]
@@ -92,6 +96,7 @@ def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
 
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove the hidden folders of interrupted saves and conversions. Return the names of those that cannot be removed."""
+    (folder / LATEST_UNIVERSAL).unlink(missing_ok=True)
     leftovers = sorted(folder.glob(".step-*.tmp"))
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -254,10 +259,10 @@ def _wait_for_process(process: subprocess.Popen[str], stop: StopRequest) -> str 
 @contextlib.contextmanager
 def without_patterns(folder: Path) -> Iterator[Path]:
     """Yield a path to a folder without special characters: DeepSpeed puts paths into glob patterns and regular expressions as they are."""
-    if re.fullmatch(r"[\w/.-]*", str(folder), re.ASCII):
+    if SAFE.fullmatch(str(folder)):
         yield folder
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=None if SAFE.fullmatch(tempfile.gettempdir()) else "/tmp") as temporary:
         link = Path(temporary) / "checkpoints"
         link.symlink_to(folder.absolute())
         yield link
@@ -282,7 +287,7 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
     world.barrier()
     if world.is_main and shards != found.path:
         shutil.rmtree(shards, ignore_errors=True)
-        (shards.parent / "latest_universal").unlink(missing_ok=True)  # which DeepSpeed writes there
+        (shards.parent / LATEST_UNIVERSAL).unlink(missing_ok=True)
 
 
 def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> None:

@@ -197,6 +197,11 @@ class Trainer:
         return consumed_fraction(self.progress, self.config.train, self.loader.records)
 
     @property
+    def pool_rows(self) -> int:
+        """Rows of a micro step on all ranks, whose pairs are compared with each other."""
+        return self.config.train.micro_batch_rows * self.world.size
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term at this step."""
         factor = self.config.objective.factor(self.fraction)
@@ -350,9 +355,10 @@ class Trainer:
             with self._going_on(f"evaluation of step {step}"):
                 ask_for_evaluation(self.config.run_dir, step)
         with self._patient():
+            weights = self.saver.timed(lambda: weight_sums(self.engine.module, self.world))
             self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
-                                    "losses": self.spikes.losses, "owed": self.owed,
-                                    "weights": weight_sums(self.engine.module, self.world)})
+                                    "losses": self.spikes.losses, "pool_rows": self.pool_rows, "owed": self.owed,
+                                    "weights": weights})
 
     def _finish_save(self) -> None:
         with self._patient():
@@ -392,7 +398,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
         self.collapsed, self.owed = state["collapsed"], state["owed"]
-        self.spikes.load(state["losses"])
+        if state.get("pool_rows", self.pool_rows) == self.pool_rows:  # else a contrastive loss is another quantity from here on
+            self.spikes.load(state["losses"])
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

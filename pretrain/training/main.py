@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, report
 from data_prep.launched import another_process_speaks
 from pretrain.config import RunConfig, load_config
-from pretrain.run_folder import read_status, write_status
+from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
 
@@ -97,7 +97,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         _end(world, error)
     except Stopped as stopped:
         if world.is_main:
-            step = read_status(config.run_dir).get("step", 0)
+            step = max(list_steps(config.run_dir / "checkpoints"), default=0)
             write_status(config.run_dir, "resumable", step, str(stopped))
             print(f"resumable at step {step}: {config.run_dir}", flush=True)
         world.barrier()

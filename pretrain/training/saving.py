@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -30,6 +30,7 @@ BYTES_PER_PARAMETER = 12
 SPARE = 1.1
 """Room that a checkpoint wants on the disk, over what the one before it took."""
 
+Prepared = TypeVar("Prepared")
 Written = tuple[dict[str, Any], str | None]
 """The manifest entries of a rank's files, and why they are not all there."""
 
@@ -76,6 +77,14 @@ class Saver:
         """What saving has cost the training thread since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def timed(self, prepare: Callable[[], Prepared]) -> Prepared:
+        """Do what a save needs before it begins, and count its time as time of the save."""
+        started = time.perf_counter()
+        try:
+            return prepare()
+        finally:
+            self._seconds += time.perf_counter() - started
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
         """Take a copy of everything, and write it in the background if the configuration says so. `state` is plain JSON."""

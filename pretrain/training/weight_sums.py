@@ -4,6 +4,8 @@ They are saved with each checkpoint and compared after it is loaded, because Dee
 of the parameters: a loader that assumes another order fills the model with permuted weights and reports nothing.
 """
 
+import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from pretrain.training.distributed import World
 
 PERIOD = 4093
 """Length after which the coefficients of the elements repeat."""
-AT_ONCE = 1 << 22
+AT_ONCE = 1 << 20
 """Elements that are converted to fp64 at the same time."""
 TOLERANCE = 1e-9
 """Largest difference of two sums, as a fraction of the sum of the absolute values. Only the order of summation may differ."""
@@ -53,7 +55,8 @@ def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
 
 def _are_close(one: list[float], other: list[float]) -> bool:
     limits = [TOLERANCE * scale for absolute in (1, 3) for scale in [max(one[absolute], other[absolute])] * 2]
-    return all(abs(first - second) <= limit for first, second, limit in zip(one, other, limits, strict=True))
+    return all(abs(first - second) <= limit or (not math.isfinite(first + second) and str(first) == str(second))
+               for first, second, limit in zip(one, other, limits, strict=True))
 
 
 Fragment = tuple[torch.Tensor, int]
@@ -76,12 +79,18 @@ def _local_fragments(parameter: Any, world: World) -> tuple[Fragment, Fragment]:
     return master, (parameter.detach().flatten(), 0)
 
 
+@lru_cache
+def _coefficients(device: torch.device) -> torch.Tensor:
+    """Return c(i) for as many i as a part may need, wherever it starts within a period."""
+    return (1 + torch.arange(AT_ONCE + PERIOD, device=device) % PERIOD).double()
+
+
 def _sums_of_fragment(flat: torch.Tensor, start: int) -> torch.Tensor:
     """Return the two sums of a fragment (N,) whose first element has index `start`, (2,) in fp64."""
     total = torch.zeros(2, dtype=torch.float64, device=flat.device)
     for begin in range(0, flat.numel(), AT_ONCE):
         part = flat.detach()[begin:begin + AT_ONCE].double()
-        first = start + begin
-        weighted = part * (1 + torch.arange(first, first + len(part), device=part.device) % PERIOD)
+        first = (start + begin) % PERIOD
+        weighted = part * _coefficients(part.device)[first:first + len(part)]
         total += torch.stack([weighted.sum(), weighted.abs().sum()])
     return total

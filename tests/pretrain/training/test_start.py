@@ -118,10 +118,12 @@ CONTRADICTIONS = {
     "data.deduplicate=exact": "data.deduplicate is exact, but {corpus} was prepared with none",
     "data.tokenizer={path: elsewhere}": "data.tokenizer.vocab_size is None, but {corpus} was prepared with 400",
     "data.tokenizer.model_type=unigram": "data.tokenizer.model_type is unigram, but {corpus} was prepared with None",
+    "data.sources.0.views={text: text}": "data.sources.0.views is {{'text': 'text'}}, but {corpus} was prepared with None",
     "data.on_malformed=drop": "data.on_malformed is drop, but {corpus} was prepared with fail",
     "data.sources=[{type: nlrx, records: 600}]": "data.sources are 1, but the corpus was prepared from 2",
 }
-ALLOWED = ["data.sources=[]", "data.sequence_length=160", "data.decontaminate=false", "data.workers=2", "data.lm_views=last"]
+ALLOWED = ["data.sources=[]", "data.sequence_length=160", "data.decontaminate=false", "data.workers=2", "data.lm_views=last",
+           "data.tokenizer.model_type=bpe"]
 
 
 def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):

@@ -29,6 +29,8 @@ def test_a_changed_a_permuted_and_a_missing_weight_are_found(tmp_path):
     saved = weight_sums(frozen(**weights), ALONE)
     check_weights(saved, json.loads(json.dumps(saved)), tmp_path)
     check_weights(None, saved, tmp_path)  # of a version without sums
+    broken = weight_sums(frozen(one=torch.tensor([1.0, torch.nan]), other=torch.tensor([torch.inf, 1.0])), ALONE)
+    check_weights(broken, json.loads(json.dumps(broken)), tmp_path)
     changed = {"changed": {"one": weights["one"] + 1e-6}, "permuted": {"one": weights["one"].flip(0)}, "swapped": {"other": weights["other"].roll(1)}}
     for spoilt in changed.values():
         with pytest.raises(UserError, match=f"{next(iter(spoilt))} differs; start with the number of ranks"):
