@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -21,7 +23,9 @@ from pretrain.training import checkpoint
 from pretrain.training.checkpoint import Found, check, consolidate, described, find_newest, load, make_universal, publish, retain
 from pretrain.training.distributed import World
 from pretrain.training.random_state import file_name, random_state
+from pretrain.training.stop import Stopped
 from tests.pretrain.training.rank_threads import on_ranks
+from tests.processes import wait_for
 
 STATE = {"progress": {"step": 3, "seconds": 0.5}, "name": "für α"}
 ALONE = World(0, 1, torch.device("cpu"))
@@ -404,6 +408,36 @@ def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch
     assert not found.shards_for(2).exists()
 
 
+class StopOnceStarted:
+    """A request to stop that comes once a file exists."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    @property
+    def received(self) -> signal.Signals | None:
+        return signal.SIGTERM if self.file.exists() else None
+
+
+def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    code = ("import os, subprocess, sys, time; os.mkdir(sys.argv[4]); child = subprocess.Popen(['sleep', '9999']); "
+            f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)")
+    monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
+    found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
+    for error in on_ranks(2, lambda world: _stopped(found, world, StopOnceStarted(started))):
+        assert isinstance(error, Stopped)
+    assert not found.shards_for(2).exists()
+    wait_for(lambda: not psutil.pid_exists(int(started.read_text())) or psutil.Process(int(started.read_text())).status() == "zombie")
+
+
+def _stopped(found: Found, world: World, stop: StopOnceStarted) -> Stopped | None:
+    try:
+        return make_universal(found, world, stop, lambda line: None)
+    except Stopped as error:
+        return error
+
+
 # load
 
 
@@ -480,6 +514,20 @@ def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_cou
     assert check(found.path) is None
 
 
+def test_frozen_weights_are_loaded_for_another_number_of_ranks(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path, 1, ranks=2)
+    torch.save(random_state(), path / file_name(0))
+    engine = Engine()
+    engine.module.base = torch.nn.Module()
+    engine.module.base.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+    engine.module.model = torch.nn.Module()
+    engine.module.model.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+    weights = {path: {"weight": torch.tensor([1.0, 2.0]), "base.weight": torch.tensor([3.0, 4.0])}}
+    monkeypatch.setattr(checkpoint, "consolidate", weights.__getitem__)
+    load(engine, Found(path, 2, STATE), ALONE)
+    assert engine.module.model.weight.tolist() == [1, 2] and engine.module.base.weight.tolist() == [3, 4]
+
+
 def test_loading_succeeds_even_if_the_converted_folder_cannot_be_removed(saved, monkeypatch):
     found, _ = saved
     found.shards_for(2).mkdir()
@@ -536,6 +584,21 @@ def test_consolidated_weights_are_named_as_in_the_model_and_nothing_is_printed(t
     monkeypatch.setattr(checkpoint, "get_fp32_state_dict_from_zero_checkpoint", gather)
     assert list(consolidate(path)) == ["model.weight", "lm_head.model."]
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_not_trained_comes_from_the_whole_module(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    torch.save({"module": {"trained": torch.zeros(2), "frozen": torch.ones(2, dtype=torch.bfloat16)}, "version": Version()},
+               temporary / "mp_rank_00_model_states.pt")
+    publish(temporary, 1, 2, STATE, {path.name: described(path) for path in temporary.iterdir()})
+    monkeypatch.setattr(checkpoint, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)})
+    state = consolidate(tmp_path / step_name(1))
+    assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {key: (torch.float32, [1, 1]) for key in ("trained", "frozen")}
+
+
+class Version:
+    """An object that only a complete unpickling restores, as DeepSpeed's files have them."""
 
 
 def test_a_damaged_or_missing_checkpoint_is_not_consolidated(tmp_path):
