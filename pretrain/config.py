@@ -174,7 +174,7 @@ class TaskConfig(Section):
     """nl_rx: write the regex for a description. gsm8k: the final answer of a problem. spider: write SQL, scored by its results. rotten_tomatoes,
     yelp: labels. nq_open: short answers. hellaswag: choose an ending. retrieval: find the other view. geometry: how the embeddings of the
     views lie to each other. loss: both losses. lm_eval: tasks of the Language Model Evaluation Harness."""
-    label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$")
+    label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$", max_length=100)
     """What results and tables call the task; default its name. Tells two tasks of one name apart."""
     train: LocalPath | TaskSource | None = None
     test: LocalPath | TaskSource | None = None
@@ -217,6 +217,8 @@ class TaskConfig(Section):
         if (self.name == "lm_eval") != (self.harness is not None):
             raise ValueError("the task lm_eval needs harness, a list of the harness' tasks" if self.name == "lm_eval" else
                              f"harness acts on the task lm_eval only, not on {self.name}: leave it out")
+        if self.name in ("retrieval", "geometry") and self.rows == 1:
+            raise ValueError(f"the task {self.name} compares rows: give rows at least 2, or leave it out")
         if self.name == "loss" and isinstance(self.test, HubSource):
             raise ValueError("the task loss reads a file of pairs: give test a path")
         if (self.name == "spider") != (self.databases is not None):
@@ -324,7 +326,7 @@ class RunConfig(Section):
             if chosen is not None and chosen not in known:
                 raise ValueError(f"{key} is one of {', '.join(known)}, not {chosen!r}")
         zero = value.get("zero_optimization", {})
-        if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
+        if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
             raise ValueError("zero_optimization is a mapping of options, with stage 1, 2 or 3 (default)")
         _check_zero(zero)
         return value

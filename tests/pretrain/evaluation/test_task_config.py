@@ -26,7 +26,8 @@ from tests.launching import prepare_corpus, tiny_config, write_config
     ({"name": "gsm8k", "test": {"type": "text", "path": "x"}}, "'text'"),
     ({"name": "loss", "test": {"type": "hub", "path": "x"}}, "give test a path"),
     ({"name": "lm_eval"}, "needs harness"), ({"name": "lm_eval", "harness": ["a"], "test": "x"}, "leave out test"),
-    ({"name": "nl_rx", "harness": ["a"]}, "harness acts on the task lm_eval only"), ({"name": "nl_rx", "label": "a/b"}, "label")])
+    ({"name": "nl_rx", "harness": ["a"]}, "harness acts on the task lm_eval only"), ({"name": "nl_rx", "label": "a/b"}, "label"),
+    ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"), ({"name": "geometry", "test": "x", "rows": 1}, "rows at least 2")])
 def test_options_that_cannot_act_are_errors(values, message):
     with pytest.raises(ValidationError, match=message):
         TaskConfig(**values)
