@@ -118,7 +118,7 @@ def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(clus
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
     assert cluster.end_of(job, log)["ExitCode"] == "2:0"
-    assert log.read_text().startswith("error: unknown key 'sed' in run.yaml") and log.read_text().count("\n") == 1, log.read_text()
+    assert log.read_text().startswith("error: unknown key 'sed' in the command line") and log.read_text().count("\n") == 1, log.read_text()
 
 
 @pytest.mark.slow
