@@ -133,7 +133,7 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
 
 
 WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
-"""What leaving out a key of the data section means, if its default depends on other keys."""
+"""Defaults of keys of the data section that are only filled in when the corpus is prepared."""
 NOT_COMPARED = ("sequence_length", "decontaminate")
 """Keys of the data section that may differ from those of the preparation: the start of a run checks what follows from them."""
 

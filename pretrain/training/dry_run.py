@@ -39,7 +39,7 @@ from pretrain.training.throughput import Parameters, count_parameters, peak_flop
 RANKS = (1, 8, 64)
 """Numbers of ranks that are compared where no launcher gives one, as far as the global batch divides among them."""
 PLANNED_WINDOWS = 4
-"""Windows of the first epoch that the means of a step are taken over, at most."""
+"""Largest number of windows of the first epoch that the means of a step are computed from."""
 SHARE_OF_PEAK = 0.4
 """Of a device's bf16 peak, in the estimate of days; what large runs reach."""
 Table = list[tuple[str, ...]]
@@ -157,7 +157,7 @@ class Step:
     planned: int = 0
     """Steps that were planned for these means."""
     skipped_windows: int = 0
-    """Windows of the first epoch that none of them is from."""
+    """Number of windows of the first epoch that are not sampled."""
     records: float = 0
     tokens: float = 0
     """Of the corpus."""

@@ -23,7 +23,7 @@ def main() -> None:
         seconds = float(lines.split()[-1])
     if os.getppid() == rank:
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
-            print(f"error: process {rank} has shown no sign of life for {seconds:.0f} s and is killed", file=sys.stderr, flush=True)
+            print(f"error: process {rank} has sent no heartbeat for {seconds:.0f} s; killing it", file=sys.stderr, flush=True)
         os.kill(rank, signal.SIGKILL)
 
 

@@ -110,7 +110,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
                 write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
             raise
         line = tell_first_error(world, error, step, log.last_words)
-        if line is not None and lock.held:  # else another run is going on there
+        if line is not None and lock.held:  # otherwise another run owns the folder
             write_status(config.run_dir, "failed", step, line)
         log.close()
         os._exit(1)

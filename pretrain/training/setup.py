@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -85,13 +85,8 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     if config.resting_keys:
         say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
 
-    if world.is_main:
-        checkpoint.remove_leftovers(checkpoints)
-    found = checkpoint.find_newest(checkpoints, world, say)
+    found = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
     universal = found is not None and found.ranks != world.size
-    if found is not None and universal:
-        round_robin = settings["zero_optimization"]["stage"] < 3 and settings["zero_optimization"].get("round_robin_gradients", False)
-        checkpoint.make_universal(found, world, stop, say, round_robin)
     objective = build_objective(config.objective)
     engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal))
     model = engine.module.model
@@ -123,6 +118,16 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
+
+
+def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]) -> checkpoint.Found | None:
+    """Return the newest good checkpoint, converted if another number of ranks wrote it; None if there is none. Raises UserError and Stopped."""
+    if world.is_main:
+        checkpoint.remove_leftovers(folder)
+    found = checkpoint.find_newest(folder, world, say)
+    if found is not None:
+        checkpoint.make_universal(found, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False))
+    return found
 
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:

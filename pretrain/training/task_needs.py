@@ -1,4 +1,4 @@
-"""What the tasks of `evaluation.tasks` need on this machine: files, databases and packages. An evaluation would fail without them, after training."""
+"""Checks of the files, databases and packages that `evaluation.tasks` need, because an evaluation would fail only after training."""
 
 import importlib.util
 from pathlib import Path

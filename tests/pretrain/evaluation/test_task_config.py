@@ -121,7 +121,7 @@ NEEDS = {
     "peft": ({"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
              "finetune_lora needs the package peft"),
 }
-"""What a task needs and this machine lacks, and what the error line says after the task's own key."""
+"""Tasks that lack something on this machine, each with the error line after the key of the task."""
 
 
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])

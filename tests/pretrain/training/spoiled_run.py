@@ -83,7 +83,7 @@ if "convert" in parts:
     checkpoint.CONVERTER = ["-c", "import os, sys, time; os.makedirs(sys.argv[4]); print('converting', flush=True); time.sleep(9999)"]
 if "robin" in parts:
     make_universal = checkpoint.make_universal
-    checkpoint.make_universal = lambda found, world, stop, say, round_robin: make_universal(found, world, stop, say)
+    checkpoint.make_universal = lambda found, world, stop, say, round_robin=False: make_universal(found, world, stop, say)
 if "grace" in parts:
     loop.LAUNCHER_GRACE = 0.0
 if "crash" in parts:

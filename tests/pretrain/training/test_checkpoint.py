@@ -374,7 +374,7 @@ if {writes}:
 sys.stderr.write({stderr!r})
 sys.exit({returncode})
 """
-"""What stands for DeepSpeed's conversion; it fails if the target exists."""
+"""Code that replaces DeepSpeed's conversion; it fails if the target exists."""
 
 
 def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = "", writes: bool = True) -> None:

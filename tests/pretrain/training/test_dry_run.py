@@ -221,7 +221,7 @@ def two_steps(name: str, precision: str, stage: int) -> dict:
 
 
 def measure(command: list[str]) -> list[dict]:
-    """What tests/pretrain/training/held_bytes.py prints."""
+    """Return what tests/pretrain/training/held_bytes.py prints."""
     return [json.loads(line) for line in call(command).stdout.splitlines() if line.startswith("{")]
 
 

@@ -1,4 +1,4 @@
-"""Where the output of a run goes, and that a run outlives the loss of it."""
+"""The output of a run goes to the console and to its log, and a run survives the loss of either."""
 
 import os
 import signal
