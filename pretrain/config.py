@@ -14,32 +14,10 @@ from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
 from data_prep.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.data.layout import Layout, Specials
+from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 
-COMPUTED_BY_THE_PROJECT = {
-    "train_batch_size": "train.global_batch_rows",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
-    "gradient_accumulation_steps": "train.global_batch_rows and train.micro_batch_rows",
-    "gradient_clipping": "train.gradient_clipping",
-    "optimizer": "train.learning_rate, train.betas, train.weight_decay",
-    "scheduler": "train.schedule and train.warmup_fraction",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "steps_per_print": "monitor.log_every",
-    "tensorboard": "monitor.tensorboard",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "compile": "train.compile",
-}
 DEFAULT_DECAY_FRACTION = 0.2
-PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types", "dump_state", "flops_profiler", "memory_breakdown",
-                  "seq_parallel_communication_data_type", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
-                  "zero_optimization")
-"""Top-level DeepSpeed keys that act on this engine; DeepSpeed itself ignores misspelt ones without a word."""
-OF_MAPPINGS = ("aio", "comms_logger", "data_types", "flops_profiler", "timers")
-"""Those of them that hold options of their own."""
-COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
-ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", "fp32", "float32", "float")
-
 
 Family = Literal["llama", "gemma2", "olmo2", "openelm"]
 
@@ -309,26 +287,7 @@ class RunConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if key in COMPUTED_BY_THE_PROJECT:
-                raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
-            if key not in PASSED_THROUGH:
-                raise ValueError(f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}")
-        for key in OF_MAPPINGS:
-            if not isinstance(value.get(key, {}), dict):
-                raise ValueError(f"{key} is a mapping of options, not {value[key]!r}")
-        types: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "communication_data_type": (value.get("communication_data_type"), COMMUNICATION_TYPES),
-            "seq_parallel_communication_data_type": (value.get("seq_parallel_communication_data_type"), COMMUNICATION_TYPES),
-            "data_types.grad_accum_dtype": (value.get("data_types", {}).get("grad_accum_dtype"), ACCUMULATION_TYPES),
-        }
-        for key, (chosen, known) in types.items():
-            if chosen is not None and chosen not in known:
-                raise ValueError(f"{key} is one of {', '.join(known)}, not {chosen!r}")
-        zero = value.get("zero_optimization", {})
-        if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
-            raise ValueError("zero_optimization is a mapping of options, with stage 1, 2 or 3 (default)")
-        _check_zero(zero)
+        check_deepspeed(value)
         return value
 
     @model_validator(mode="after")
@@ -379,32 +338,6 @@ class RunConfig(Section):
     def resting_keys(self) -> list[str]:
         """Keys of `objective` that were set, but do not act with next_token."""
         return self._resting
-
-
-def _check_zero(zero: dict[str, Any]) -> None:
-    """Raise ValueError for an option of ZeRO that DeepSpeed knows, but that can only fail here."""
-    stage = zero.get("stage", 3)
-    for key, value, problem in (
-        ("zenflow", None, "does not work with the optimizer of this project"),
-        ("legacy_stage1", False, "is not supported by DeepSpeed any more"),
-        ("stage3_module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
-        ("module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
-        ("compute_grad_norm", True, "must be true: gradients are clipped by their norm, see train.gradient_clipping"),
-    ):
-        if zero.get(key, value) != value:
-            raise ValueError(f"zero_optimization.{key} {problem}; leave it out")
-    for key, remedy in (("elastic_checkpoint", "runs resume on any number of ranks without it"),
-                        ("pipeline_loading_checkpoint", "it acts under stage 3 alone")):
-        if zero.get(key) and stage != 3:
-            raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; leave it out: {remedy}")
-    for key in ("offload_optimizer", "offload_param"):
-        offload = zero.get(key)
-        if not isinstance(offload, dict):
-            continue  # what else it is, DeepSpeed reports
-        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
-            raise ValueError(f"zero_optimization.{key}: device nvme needs nvme_path, a folder on that disk")
-        if offload.get("ratio", 1) != 1:
-            raise ValueError(f"zero_optimization.{key}.ratio does not work with the optimizer of this project; leave it out")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

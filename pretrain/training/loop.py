@@ -248,13 +248,10 @@ class Trainer:
 
     def _judge(self, losses: dict[str, float], counts: dict[str, int]) -> tuple[float, bool]:
         """Return the highest spike score of the terms of a step, and whether the step is to be skipped. `counts` are those of the means."""
-        train, weights = self.config.train, self.weights
+        train = self.config.train
         if not math.isfinite(self._total(losses)) or self.progress.step in self.left_out:
             return 0.0, True
-        scores = {term: self.spikes.score(term, loss, counts[term]) for term, loss in losses.items() if weights[term]}
-        for term, loss in losses.items():
-            self.spikes.add(term, loss, counts[term])
-        score, highest = max(((score, term) for term, score in scores.items()), default=(0.0, ""))
+        score, highest = self.spikes.judge(losses, counts, self.weights)
         if score > train.spike_score:
             self._say(f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
                       "deviations above the last ones")

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ class SpikeRule:
         """Note a finite loss."""
         last = [*self.losses.get(term, [])[1 - WINDOW:], (loss, count)]
         self.losses = self.losses | {term: last}  # a new one: the state of a checkpoint that is being written holds the old one
+
+    def judge(self, losses: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]) -> tuple[float, str]:
+        """Note the losses of a step; return the highest score among the terms that have a weight, and its term.
+
+        `counts` are the numbers of tokens or pairs that the losses are means of.
+        """
+        scores = [(self.score(term, loss, counts[term]), term) for term, loss in losses.items() if weights[term]]
+        for term, loss in losses.items():
+            self.add(term, loss, counts[term])
+        return max(scores, default=(0.0, ""))
 
     def load(self, losses: Any) -> None:
         """Restore the losses from a checkpoint. Earlier versions saved totals, which cannot be compared with terms."""

@@ -76,6 +76,18 @@ def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
     assert restored.score("lm", 1e9, 100) == 0
 
 
+def test_a_term_without_weight_is_noted_but_is_never_a_spike():
+    rule = SpikeRule()
+    weights, counts = {"lm": 1.0, "jepa": 0.0}, {"lm": 100, "jepa": 100}
+    for _ in range(ENOUGH):
+        assert rule.judge({"lm": 2.0, "jepa": 0.5}, counts, weights) == (0.0, "lm")
+    score, term = rule.judge({"lm": 2.0, "jepa": 50.0}, counts, weights)
+    assert (score, term) == (0.0, "lm") and len(rule.losses["jepa"]) == ENOUGH + 1
+    score, term = rule.judge({"jepa": 50.0}, counts, weights | {"jepa": 0.1})  # as a scheduled weight begins
+    assert score > 10 and term == "jepa"
+    assert rule.judge({}, counts, weights) == (0.0, "")
+
+
 def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes(folder):
     (folder / "documents.jsonl").write_text(json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n")
     sources = [{"type": "nlrx", "records": 600}, {"type": "json", "path": str(folder / "documents.jsonl"), "split": "validation"}]
