@@ -44,7 +44,7 @@ def prepare_corpus(crew: Crew | None) -> None:
     if "data" not in values:
         raise UserError(f"{given.config} has no `data` section")
     data = validate(DataConfig, values["data"], "data")
-    tests = evaluation_tests(values.get("evaluation"))
+    tests = evaluation_tests(data, values.get("evaluation"))
     from data_prep.pipeline import prepare  # after the configuration is checked, because this imports pyarrow and tokenizers
 
     prepare(data, tests, crew=crew)

@@ -1,9 +1,10 @@
 """The `data` section of the configuration, and what the preparation reads of `evaluation`."""
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from data_prep.config_file import LocalPath, Section, validate
 
@@ -234,28 +235,27 @@ TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]
 
 
 def task_source(data: DataConfig, given: str | JsonSource | HubSource) -> JsonSource | HubSource:
-    """Rows of an evaluation task. A file alone is read like the corpus' own JSON source: by the columns that its `views` name, where it does."""
-    return _file_source(data, given) if isinstance(given, str) else given
-
-
-def _file_source(data: DataConfig, path: str) -> JsonSource:
+    """Return the rows of an evaluation task as a source. A path alone is read like the first JSON source of the corpus, with its `views`."""
+    if not isinstance(given, str):
+        return given
     views = next((source.views for source in data.sources if isinstance(source, JsonSource)), None)
-    return JsonSource(type="json", path=path, views=views)
+    return JsonSource(type="json", path=given, views=views)
 
 
-class TaskFiles(Section):
-    """A task of the evaluation, as far as the preparation looks at it; training checks the rest (pretrain/config.py)."""
+class TaskFiles(BaseModel):
+    """A task of the evaluation, as far as the preparation looks at it. Training checks its other keys (pretrain/tasks)."""
 
     name: str
-    label: Any = None
-    train: Any = None
     test: LocalPath | TaskSource | None = None
-    databases: Any = None
-    harness: Any = None
-    rows: Any = None
-    finetune: Any = None
-    finetune_objective: Any = None
-    finetune_lora: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_misspelt_test(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields and difflib.get_close_matches(str(key), cls.model_fields, 1, 0.7):
+                nearest = difflib.get_close_matches(str(key), cls.model_fields, 1)[0]
+                raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
+        return values
 
 
 class EvaluationFiles(Section):
@@ -265,21 +265,20 @@ class EvaluationFiles(Section):
     tasks: list[TaskFiles] = []
 
 
-PUBLIC_CONTEXTS = ("question", "ctx")
-"""Columns of contexts in the test files of public data sets, which their tasks read whatever the views are called."""
+class TaskTest(Section):
+    """Rows of one evaluation task that training must not see."""
+
+    task: str
+    """Name of the task."""
+    key: str
+    """Dotted key of the rows, for messages."""
+    source: TaskSource
 
 
-def evaluation_tests(evaluation: Any) -> list[str]:
-    """The test files that the `evaluation` section of a configuration names; not those of the hub. Raises UserError for one that is misspelt."""
+def evaluation_tests(data: DataConfig, evaluation: Any) -> list[TaskTest]:
+    """Return the test rows that the `evaluation` section of a configuration names. Raises UserError for a misspelt key."""
     tasks = validate(EvaluationFiles, evaluation, "evaluation").tasks if evaluation is not None else []
-    tests = [task.test.path if isinstance(task.test, JsonSource) else task.test for task in tasks]
-    return list(dict.fromkeys(test for test in tests if isinstance(test, str)))
-
-
-def readings(data: DataConfig, path: str) -> list[JsonSource]:
-    """A test file, read as its task does, and by the columns of every other source: its questions may stand in any of them."""
-    mappings = [source.views for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource)]
-    public = [{data.views[0]: column} for column in PUBLIC_CONTEXTS] if len(data.views) > 1 else []
-    others = [JsonSource(type="json", path=path, views=views) for views in [*mappings, None, *public]]
-    first = _file_source(data, path)
-    return [first, *(other for number, other in enumerate(others) if other not in [first, *others[:number]])]
+    tests = [TaskTest(task=task.name, key=f"evaluation.tasks.{number}.test", source=task_source(data, task.test))
+             for number, task in enumerate(tasks) if task.test is not None]
+    different = {(test.task, test.source.model_dump_json()): test for test in reversed(tests)}
+    return list(reversed(different.values()))

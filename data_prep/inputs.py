@@ -6,6 +6,7 @@ from typing import Any
 from data_prep.config import HubSource
 from data_prep.console import UserError
 from data_prep.files import read_json, read_json_or_nothing, sha256_file, write_json
+from data_prep.selection.task_contexts import files_of
 from data_prep.sources import Reader
 from data_prep.units import Job
 
@@ -17,7 +18,7 @@ MODIFIED = ".modified.json"
 
 def stamps(job: Job, readers: list[Reader]) -> Stamps:
     """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
-    paths = {piece.path for reader in readers for piece in reader.pieces()} | set(job.tests)
+    paths = {piece.path for reader in readers for piece in reader.pieces()} | {file for test in job.tests for file in files_of(test)}
     for source in job.data.sources:
         if isinstance(source, HubSource):  # a local folder; what the hub has is held by `revision`
             paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
@@ -57,9 +58,15 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return {path: checksum for file in sorted(folder.glob("*.json")) for path, checksum in read_json(file).items()}
 
 
-def check_same(stored: dict[str, Any], data: dict[str, Any], now: Stamps, folder: Path) -> None:
-    """Raise UserError where a corpus was made from other settings or files; `stored` are those of its manifest."""
+def check_same(stored: dict[str, Any], job: Job, now: Stamps, folder: Path) -> None:
+    """Raise UserError if a corpus was made from other settings, tests or files. `stored` are those of its manifest.
+
+    Corpora of earlier versions do not record how their tests were read, only the files.
+    """
+    data = job.data.preparation()
     changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
+    if stored.get("tests", job.described_tests) != job.described_tests:
+        changed.append("evaluation.tasks")
     if not changed:
         trusted = read_json_or_nothing(folder / MODIFIED) or {}
         changed = [f"content of {path}" for path in sorted(stored["files"] | now)

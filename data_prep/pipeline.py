@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import IO
 
 from data_prep import inputs
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, TaskTest
 from data_prep.console import UserError, print_now
 from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.files import read_json, read_json_or_nothing, sync_file, try_lock, write_json, write_text
 from data_prep.manifest import Manifest, build_manifest, check_left, one_line, summary, why_dropped
 from data_prep.progress import Progress
-from data_prep.scan import contamination, fingerprint_file, scan_report, scan_unit
+from data_prep.scan import fingerprint_file, scan_report, scan_unit
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.drops import REASONS
+from data_prep.selection.task_contexts import contexts_file, read_contexts, title_of
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
@@ -43,10 +44,10 @@ TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
 SUMMARY = "summary.md"
 
 
-def prepare(config: DataConfig, tests: Sequence[str] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
+def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
     """Prepare the corpus of `config` unless it stands already; return its manifest.
 
-    `tests` are files that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
+    `tests` are rows that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
     Raises UserError for anything the user can mend; what was finished by then is kept for the next run.
     """
     if not config.sources:
@@ -105,14 +106,12 @@ class _Preparation:
 
     def _standing(self) -> Manifest | None:
         """The manifest of a corpus that was prepared before. Raises UserError where it was made from other settings or files."""
-        contamination(self.serialized)  # names a test file that cannot be read before all else
-        if self.job.data.decontaminate:
-            self.say(f"kept out of training: the questions of {', '.join(self.job.tests)}" if self.job.tests else
-                     "note: evaluation.tasks names no test file, so no record is dropped for standing in one")
+        if self.job.data.decontaminate and not self.job.tests:
+            self.say("note: evaluation.tasks has no test rows, so no record is dropped for being in them")
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = read_manifest(self.folder)
-        inputs.check_same(manifest["settings"], self.job.data.preparation(), inputs.stamps(self.job, self.readers), self.folder)
+        inputs.check_same(manifest["settings"], self.job, inputs.stamps(self.job, self.readers), self.folder)
         _check_still_there(manifest, self.folder)
         self._remove_leftovers()
         self.say(f"{self.folder} is prepared already, nothing to do: {one_line(manifest)}")
@@ -121,7 +120,7 @@ class _Preparation:
     def _begin(self) -> tuple[list[Unit], inputs.Stamps]:
         """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
         stamps = inputs.stamps(self.job, self.readers)
-        settings = {"data": self.job.data.preparation(), "files": stamps}
+        settings = {"data": self.job.data.preparation(), "tests": self.job.described_tests, "files": stamps}
         partial, stored = self.job.partial, self.job.partial / "settings.json"
         if read_json_or_nothing(stored) == settings:
             scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
@@ -134,6 +133,7 @@ class _Preparation:
                     old.unlink()
                 for old in (self.folder / "tokenizer", *(path for path in partial.iterdir() if path.is_dir())):
                     shutil.rmtree(old, ignore_errors=True)
+                contexts_file(partial).unlink(missing_ok=True)
             elif (self.folder / "tokenizer").exists() or any(self.folder.glob("*.arrow")):
                 raise UserError(f"{self.folder} holds a tokenizer or shards, but no {MANIFEST} that says what of; "
                                 "remove that folder, or choose another data.path")
@@ -141,7 +141,19 @@ class _Preparation:
             write_json(stored, settings)
         for name in ("scan", "files", "duplicate", "near_duplicate", "shards"):
             (partial / name).mkdir(exist_ok=True)
+        self._read_contexts()
         return make_units(self.readers), stamps
+
+    def _read_contexts(self) -> None:
+        """Write the contexts of the tests for all processes, before the long scan: a row may be malformed."""
+        if contexts_file(self.job.partial).exists():
+            return
+        contexts: dict[str, None] = {}
+        for test in self.job.tests:
+            found = read_contexts(self.job.data, test)
+            self.say(f"kept out of training: {len(found):,} contexts of {title_of(test)}")
+            contexts |= dict.fromkeys(found)
+        write_json(contexts_file(self.job.partial), list(contexts))
 
     def _each_unit(self, title: str, function: Callable[[str, int, Unit], int], report: Callable[[Job, int], Path]) -> None:
         tasks = {report(self.job, number): Task((self.serialized, number, unit), unit.size) for number, unit in enumerate(self.units)}
@@ -232,7 +244,7 @@ class _Preparation:
         if inputs.stamps(self.job, self.readers) != self.stamps:
             raise UserError("a file of the sources changed while the corpus was prepared; start again when nothing writes to them")
         checksums = inputs.read_checksums(self.job.partial / "files")
-        settings = {"data": self.job.data.preparation(),
+        settings = {"data": self.job.data.preparation(), "tests": self.job.described_tests,
                     "files": {path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.stamps.items()}}
         manifest = build_manifest(self.job, settings, Tokenizer.load(self.folder / "tokenizer"), self.readers, self.units)
         write_text(self.folder / SUMMARY, summary(self.job, manifest))

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import DataConfig, JsonSource, readings
-from data_prep.console import UserError
-from data_prep.files import atomic_path, write_json
+from data_prep.config import DataConfig
+from data_prep.files import atomic_path, read_json, write_json
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
 from data_prep.selection.drops import Drops, excerpt
 from data_prep.selection.filters import why_filtered
-from data_prep.sources import open_source
+from data_prep.selection.task_contexts import contexts_file
 from data_prep.sources.record import Record
-from data_prep.units import Job, Unit, malformed, open_job, positions_before, read_unit
+from data_prep.units import Job, Unit, malformed, open_job, read_unit
 
 BATCH_CHARACTERS = 1 << 20
 
@@ -138,37 +137,6 @@ def lacking(config: DataConfig, supplies: tuple[bool, ...]) -> Callable[[tuple[s
 
 @cache
 def contamination(serialized: str) -> Contamination | None:
-    """The contexts of the test files, read once in a process; None where there are none."""
+    """Return the contexts of the tests, read once in a process; None if there are no tests."""
     job, _ = open_job(serialized)
-    contexts = [context for path in job.tests for context in _contexts(job.data, path)]
-    return Contamination(contexts) if contexts else None
-
-
-def _contexts(data: DataConfig, path: str) -> list[str]:
-    """The contexts of a test file: all views of a row but the last. Raises UserError for a line that is no record."""
-    contexts: list[str] = []
-    targets: set[str] = set()
-    for number, reading in enumerate(readings(data, path)):
-        found, answers = _views(reading, data.views, malformed_fails=number == 0)
-        contexts += [context for context in found if context not in targets]  # where pairs are trained in both directions, the first counts
-        targets |= answers
-    if not contexts:
-        raise UserError(f"{path} (evaluation.tasks) has no context to keep out of training: none of its rows has text in "
-                        f"{' or '.join(data.views[:-1] or data.views)}; look at the columns, or set data.decontaminate=false")
-    return contexts
-
-
-def _views(source: JsonSource, views: tuple[str, ...], malformed_fails: bool) -> tuple[list[str], set[str]]:
-    """The contexts and the targets of a file."""
-    reader = open_source(source, views, "evaluation.tasks")
-    contexts: list[str] = []
-    targets: set[str] = set()
-    for piece in reader.pieces():
-        for record in reader.read(piece):
-            if record.views is not None:
-                contexts += [view for view in record.views[:-1] or record.views if view.strip()]
-                targets.update(record.views[-1:] if len(record.views) > 1 else [])
-            elif malformed_fails:
-                place = reader.place(piece, record.position, positions_before(reader, piece))
-                raise UserError(f"{place}: {record.problem}; mend the line, or keep what stands in test files with data.decontaminate=false")
-    return contexts, targets
+    return Contamination(read_json(contexts_file(job.partial))) if job.tests else None

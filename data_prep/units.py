@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, TaskTest
 from data_prep.console import UserError
 from data_prep.selection.near_duplicates import THRESHOLD
 from data_prep.sources import Reader, open_source
@@ -37,12 +38,17 @@ class Job(BaseModel):
     """What is prepared, in a form that goes to other processes."""
 
     data: DataConfig
-    tests: tuple[str, ...]
-    """Test files of evaluation tasks, whose contexts training must not see."""
+    tests: tuple[TaskTest, ...]
+    """Rows of evaluation tasks, whose contexts training must not see."""
 
     def open_readers(self) -> list[Reader]:
         """The sources. Raises UserError where one cannot be read."""
         return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(self.data.sources)]
+
+    @property
+    def described_tests(self) -> list[dict[str, Any]]:
+        """The tests as the manifest records them."""
+        return [test.model_dump(mode="json", exclude={"key"}, exclude_none=True) for test in self.tests]
 
     @property
     def partial(self) -> Path:

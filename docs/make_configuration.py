@@ -27,7 +27,8 @@ def main() -> None:
 
 def page() -> str:
     """Return the page as Markdown."""
-    return HEADER + "".join(_section(model, prefix) for model, prefix in _sections(run_config.RunConfig, ""))
+    shown: set[str] = set()
+    return HEADER + "".join(_section(model, prefix, shown) for model, prefix in _sections(run_config.RunConfig, ""))
 
 
 def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel], str]]:
@@ -40,19 +41,25 @@ def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel]
     return [(section, path) for section, path in dict.fromkeys(found) if first[section] == path]
 
 
-def _section(model: type[BaseModel], prefix: str) -> str:
+def _section(model: type[BaseModel], prefix: str, shown: set[str]) -> str:
+    """Return the table of a section. Keys that another section of the same place has too are described where they come first."""
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
     for key in ("type", "name"):
         choices = typing.get_args(_annotation(model, key))
         if len(choices) == 1:  # one of several sections, chosen by this key
             title += f", {key}: {choices[0]}"
     lines = [f"\n## {title}\n\n{_one_line(model.__doc__)}\n", "| key | type | default | |", "|---|---|---|---|"]
-    notes = _attribute_docstrings(model)
+    notes, again = _attribute_docstrings(model), []
     for name, field in model.model_fields.items():
         note = _one_line(notes.get(name, "")).replace("|", chr(92) + "|")
         default = "required" if field.default is PydanticUndefined else "" if isinstance(field.default, BaseModel) else f"`{field.default}`"
-        lines.append(f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {note} |")
-    return "\n".join(lines) + "\n"
+        line = f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {note} |"
+        if line in shown:
+            again.append(f"`{name}`")
+        else:
+            lines.append(line)
+            shown.add(line)
+    return "\n".join(lines + ["", f"And {', '.join(again)}, as above."] * bool(again)) + "\n"
 
 
 def _annotation(model: type[BaseModel], key: str) -> object:

@@ -1,233 +1,30 @@
 """The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
 
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource
+from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.data.layout import Layout, Specials
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
-
-DEFAULT_DECAY_FRACTION = 0.2
-
-Family = Literal["llama", "gemma2", "olmo2", "openelm"]
-
-
-class LoraConfig(Section):
-    """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685).
-
-    Besides them only the predictor tokens are trained. Needs the extra `lora`. Exports hold the merged weights.
-    """
-
-    rank: int = Field(gt=0)
-    alpha: float = Field(gt=0)
-    """What an adapter adds is scaled by alpha / rank."""
-
-
-class ModelConfig(Section):
-    """What is trained."""
-
-    family: Family | None = None
-    """Llama 3, Gemma 2, OLMo 2 or OpenELM."""
-    shape: dict[str, Any] | None = None
-    """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
-    configuration. The vocabulary and the special tokens come from the corpus."""
-    init_from: LocalPath | None = None
-    """An export or another local Hugging Face folder to start from, instead of random weights."""
-    lora: LoraConfig | None = None
-    """Train adapters of the model of init_from, instead of all of it."""
-    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """auto: FlexAttention on CUDA; on CPU SDPA with the visibility mask, for gemma2, which caps attention scores, eager."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "ModelConfig":
-        if self.init_from is None and (self.family is None or self.shape is None):
-            raise ValueError("give family and shape (random weights) or init_from (a folder to start from)")
-        if self.init_from is not None and (self.family is not None or self.shape is not None):
-            raise ValueError("family and shape come with the folder of init_from: leave them out")
-        if self.lora is not None and self.init_from is None:
-            raise ValueError("lora adapts a trained model: give init_from, or leave it out")
-        return self
-
+from pretrain.sections import BUDGETS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig
+from pretrain.tasks import task_configs
+from pretrain.tasks.options import AnswerTask, TaskConfig
 
 if TYPE_CHECKING:
     ObjectiveSection = ObjectiveConfig
+    TaskSection = TaskConfig
 else:  # the classes are found at run time
     ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007
-
-
-BUDGETS = ("steps", "tokens", "records", "epochs")
-"""Keys of `train`, of which a run has exactly one."""
-
-
-class TrainConfig(Section):
-    """How long, in what batches, and with which optimizer."""
-
-    steps: int | None = Field(default=None, gt=0)
-    tokens: int | None = Field(default=None, gt=0)
-    records: int | None = Field(default=None, gt=0)
-    epochs: int | None = Field(default=None, gt=0)
-    """The budget: exactly one of the four. Tokens are corpus tokens, without copies, predictor tokens or padding."""
-    global_batch_rows: int = Field(gt=0)
-    """Rows of one optimizer step, over all ranks."""
-    micro_batch_rows: int = Field(gt=0)
-    """Rows of one forward pass on one rank."""
-    learning_rate: float = Field(gt=0)
-    """The highest rate of AdamW."""
-    schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
-    """How the rate falls after the warm-up, over the consumed fraction of the budget."""
-    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the budget in which the rate rises linearly to learning_rate."""
-    decay_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Share of the budget at the end in which warmup_stable_decay falls; default 0.2."""
-    final_rate: float = Field(default=0.1, ge=0, le=1)
-    """The rate at the end, as a share of learning_rate."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """On matrices; norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
-    gradient_clipping: float = Field(default=1.0, gt=0)
-    """Largest global L2 norm of the gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward; master weights and optimizer state are fp32 in any case."""
-    activation_checkpointing: bool = False
-    """Keep the input of each transformer layer only, and compute the layer again in the backward pass: less memory, more time."""
-    compile: bool = False
-    """torch.compile of the transformer layers. Takes a C++ compiler, and time at every start."""
-    on_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """Answer to a loss spike, a step of which one loss term is far above its last values: a warning, no update, or an end of the run.
-    After such an end the next start resumes from the checkpoint before and skips the records of that step and of the one before it."""
-    spike_score: float = Field(default=10.0, gt=0)
-    """Distance of a spike from the median, in standard deviations estimated by the median absolute deviation. Compared are the last 100
-    values of the term, of those steps whose number of tokens or pairs is similar, at least 20."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
-        budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
-        if len(budgets) != 1:
-            raise ValueError(f"the budget is exactly one of steps, tokens, records and epochs, not {' and '.join(budgets) or 'none'}; unset one "
-                             "with train.KEY=null")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
-        if self.schedule == "warmup_stable_decay" and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1:
-            raise ValueError("warmup_fraction and decay_fraction together exceed the run")
-        if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
-            raise ValueError("decay_fraction acts on the schedule warmup_stable_decay only; leave it out")
-        return self
-
-
-class CheckpointConfig(Section):
-    """When the state is saved, and what a start does with what it finds."""
-
-    every: int = Field(default=500, gt=0)
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = Field(default=3, gt=0)
-    """Newest checkpoints kept."""
-    keep_every: int | None = Field(default=None, gt=0)
-    """Checkpoints of steps that this divides are kept for good."""
-    background: bool = True
-    """Write on a thread of its own, from a copy of the state in host memory, while training goes on."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest good checkpoint, if there is one. must: an error without one. never: an error with one."""
-
-
-GENERATIVE = ("nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag")
-"""Tasks of pairs, which can be finetuned on; the others look at the checkpoint as it is."""
-
-
-class TaskConfig(Section):
-    """A downstream task of the evaluation job, see docs/evaluation.md."""
-
-    name: Literal["nl_rx", "gsm8k", "spider", "rotten_tomatoes", "yelp", "nq_open", "hellaswag", "retrieval", "geometry", "loss",
-                  "lm_eval"]
-    """nl_rx: write the regex for a description. gsm8k: the final answer of a problem. spider: write SQL, scored by its results. rotten_tomatoes,
-    yelp: labels. nq_open: short answers. hellaswag: choose an ending. retrieval: find the other view. geometry: how the embeddings of the
-    views lie to each other. loss: both losses. lm_eval: tasks of the Language Model Evaluation Harness."""
-    label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$", max_length=100)
-    """What results and tables call the task; default its name. Tells two tasks of one name apart."""
-    train: LocalPath | TaskSource | None = None
-    test: LocalPath | TaskSource | None = None
-    """A file of JSON lines, or a source of type json or hub as in data.sources. Without them `nl_rx` draws unseen pairs from the embedded
-    grammar."""
-    databases: LocalPath | None = None
-    """Of spider: a folder of SQLite files, DB.sqlite or DB/DB.sqlite by the database's name, or one file for all rows."""
-    harness: list[LocalPath] | None = Field(default=None, min_length=1)
-    """Of lm_eval: the harness' names of its tasks, or YAML files of tasks."""
-    rows: int | None = Field(default=None, gt=0)
-    """Test rows used, the first ones; default all (1,000 of the embedded grammar)."""
-    finetune: dict[str, Any] | None = None
-    """Keys of `train` that a finetuning on the task's train split sets over those of the run; null evaluates the
-    checkpoint as it is."""
-    finetune_objective: dict[str, Any] | None = None
-    """What the finetuning minimises: keys of `objective`; default next_token."""
-    finetune_lora: LoraConfig | None = None
-    """Finetune adapters alone, instead of the whole model."""
-
-    @property
-    def title(self) -> str:
-        """What results and tables call it."""
-        return self.label or self.name
-
-    def check_views(self, views: tuple[str, ...]) -> None:
-        """Raise ValueError where the task cannot be put on records of these views."""
-        if self.name in GENERATIVE and len(views) != 2:
-            raise ValueError(f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}")
-        if self.name in ("retrieval", "geometry") and len(views) < 2:
-            raise ValueError(f"the task {self.name} compares two views, but data.views are {list(views)}")
-
-    @model_validator(mode="after")
-    def _has_what_it_needs(self) -> "TaskConfig":
-        if self.name not in GENERATIVE and (self.finetune is not None or self.train is not None):
-            raise ValueError(f"the task {self.name} trains nothing: leave out train and finetune")
-        if self.name not in ("nl_rx", "lm_eval") and self.test is None:
-            raise ValueError(f"the task {self.name} needs rows: test")
-        if self.name == "lm_eval" and self.test is not None:
-            raise ValueError("the task lm_eval brings its own rows: leave out test")
-        if (self.name == "lm_eval") != (self.harness is not None):
-            raise ValueError("the task lm_eval needs harness, a list of the harness' tasks" if self.name == "lm_eval" else
-                             f"harness acts on the task lm_eval only, not on {self.name}: leave it out")
-        if self.name in ("retrieval", "geometry") and self.rows == 1:
-            raise ValueError(f"the task {self.name} compares rows: give rows at least 2, or leave it out")
-        if self.name == "loss" and isinstance(self.test, HubSource):
-            raise ValueError("the task loss reads a file of pairs: give test a path")
-        if (self.name == "spider") != (self.databases is not None):
-            raise ValueError("the task spider needs databases, a folder of SQLite files" if self.name == "spider" else
-                             f"databases act on the task spider only, not on {self.name}: leave them out")
-        if self.test is not None and self.finetune is not None and self.train is None:
-            raise ValueError("finetune needs rows to train on that belong to test: give train too")
-        if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
-            raise ValueError("finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}")
-        if self.finetune_objective is not None:
-            _check_objective(self.finetune_objective)
-        for source in (self.train, self.test):
-            if isinstance(source, JsonSource | HubSource) and (source.weight != 1 or source.split != "train"):
-                raise ValueError("weight and split are for data.sources: leave them out of a task's train and test")
-        for key in self.finetune or {}:
-            if key not in TrainConfig.model_fields:
-                nearest = difflib.get_close_matches(key, TrainConfig.model_fields, 1, 0.0)[0]
-                raise ValueError(f"finetune: unknown key {key!r} of train; the nearest known one is {nearest!r}")
-        return self
-
-
-class _Objective(Section):
-    objective: ObjectiveSection
-
-
-def _check_objective(values: dict[str, Any]) -> None:
-    """Raise ValueError for keys that are no objective."""
-    try:
-        validate(_Objective, {"objective": values})
-    except UserError as error:
-        raise ValueError(f"finetune_objective: {error}") from None
+    TaskSection = Annotated[Union[tuple(task_configs().values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class EvaluationConfig(Section):
@@ -235,7 +32,7 @@ class EvaluationConfig(Section):
 
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
-    tasks: list[TaskConfig] = []
+    tasks: list[TaskSection] = []
     """What an evaluation does, for checkpoints in the background and by the command."""
 
     @field_validator("tasks")
@@ -244,24 +41,6 @@ class EvaluationConfig(Section):
         if len({task.title for task in tasks}) < len(tasks):
             raise ValueError("two tasks have the same name: give one a label")
         return tasks
-
-
-class MonitorConfig(Section):
-    """What is written down on the way."""
-
-    log_every: int = Field(default=10, gt=0)
-    """Steps between progress lines, metrics and embedding diagnostics."""
-    validate_every: int = Field(default=100, gt=0)
-    """Steps between validations; the last step is always validated. Without a validation split there are none."""
-    validation_records: int = Field(default=1000, gt=1)
-    """Records of a validation: spread evenly over the validation split, always the same."""
-    gradients_every: int = Field(default=0, ge=0)
-    """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
-    One takes as long as a step for each term."""
-    hang_seconds: float = Field(default=600.0, ge=10)
-    """A run of which no rank has moved for so long, after its first step, ends, and says which rank is missing."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard files beside metrics.jsonl."""
 
 
 class RunConfig(Section):
@@ -356,13 +135,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def parse_task(values: dict[str, Any], where: str) -> TaskConfig:
+    """Return the options of one task. Raises UserError, with the dotted key below `where`."""
+    known = task_configs()
+    if values.get("name") not in known:
+        raise UserError(f"{where}.name: {values.get('name')!r} is none of {', '.join(known)}")
+    return validate(known[values["name"]], values, where)
+
+
 def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
     """Raise UserError, with the dotted key below `where`, if the task or its finetuning could only fail on checkpoints of this run."""
     try:
         task.check_views(config.data.views)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    if task.finetune is None:
+    if not task.trains:
         return
     try:
         train = finetuning_config(config, task, config.data, "export", config.output_dir, "finetuning").train
@@ -376,9 +163,12 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
 def _key_of_task(mistake: str) -> str:
     """Turn a mistake in the configuration of a finetuning, as KEY: MESSAGE, into one that names the key of the task."""
     mistake = mistake.removeprefix("configuration: ")
+    keys = {"train": "finetune", "objective": "finetune_objective", "model": "finetune_lora"}
     section = re.split(r"\W", mistake, maxsplit=1)[0]
-    key = {"train": "finetune", "objective": "finetune_objective", "model": "finetune_lora"}.get(section)
-    return f"{key}{mistake.removeprefix(section)}" if key else f"finetune: {mistake}"
+    if section in keys:
+        return f"{keys[section]}{mistake.removeprefix(section)}"
+    unknown = re.match(r"unknown key '(\w+)", mistake)
+    return f"{keys.get(unknown[1], 'finetune') if unknown else 'finetune'}: {mistake}"
 
 
 def finetuning_config(config: RunConfig, task: TaskConfig, data: DataConfig, export: str, output_dir: str, name: str) -> RunConfig:
@@ -386,7 +176,8 @@ def finetuning_config(config: RunConfig, task: TaskConfig, data: DataConfig, exp
 
     Raises UserError if it cannot be.
     """
-    assert task.finetune is not None
+    assert isinstance(task, AnswerTask)
+    assert task.finetune is not None  # the caller has looked
     train = config.train.model_dump(exclude_none=True)
     if any(budget in task.finetune for budget in BUDGETS):
         train = {key: value for key, value in train.items() if key not in BUDGETS}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, JsonSource, TaskTest
 from data_prep.config_file import validate
 from data_prep.pipeline import prepare
 
@@ -21,6 +21,12 @@ def data(path: Path, *sources: dict, **settings) -> DataConfig:
 
 def json_source(path: Path, **settings) -> dict:
     return {"type": "json", "path": str(path)} | settings
+
+
+def rows_of_task(path, task: str = "nl_rx", **source) -> list[TaskTest]:
+    """The test rows of one task: a file of JSON lines, or what `source` says."""
+    given = JsonSource(**{"type": "json", "path": str(path)} | source)
+    return [TaskTest(task=task, key="evaluation.tasks.0.test", source=given)]
 
 
 def quiet(config: DataConfig, tests=()) -> dict:

@@ -63,7 +63,8 @@ TRANSFORMERS = {"PIL", "accelerate", "anyio", "filelock", "h11", "httpcore2", "h
 """transformers, the client of its hub, and what it loads if installed: scipy with the losses of any model, PIL and jinja2 with chat templates."""
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
-RANK_UNITS = {"config", "data", "models", "objectives", "relevant_env", "revision", "run_folder", "training"}
+RANK_UNITS = {"config", "data", "deepspeed_options", "models", "objectives", "relevant_env", "revision", "run_folder", "sections", "tasks",
+              "training"}
 """Units of pretrain that a rank may load."""
 
 

@@ -79,6 +79,11 @@ def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str)
             raise UserError(f"{where} has no column {column!r}, only {shown or 'none'}; name its columns in {name}.views")
 
 
+def template_columns(given: str) -> list[str]:
+    """Return the columns of a template; none for a view that is a single column."""
+    return [part[1] for part in TEMPLATE.finditer(given) if part[1]]
+
+
 def _getter(given: str, key: str) -> tuple[Getter, list[str]]:
     """What reads one view, and the columns that it reads."""
     if "{" not in given and "}" not in given:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from data_prep.console import UserError, print_now
 from data_prep.files import try_lock
-from pretrain.config import RunConfig, TaskConfig
+from pretrain.config import RunConfig
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, step_name
+from pretrain.tasks.options import TaskConfig
 
 ATTEMPTS = 2
 """At a checkpoint that stands, and cannot be evaluated."""

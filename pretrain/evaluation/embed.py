@@ -13,11 +13,11 @@ from data_prep.config import HubSource, JsonSource
 from data_prep.config_file import validate
 from data_prep.console import UserError, print_now
 from data_prep.files import atomic_path, read_json
-from pretrain.config import TaskConfig
-from pretrain.evaluation.rows import read_rows
+from data_prep.task_rows import read_rows
 from pretrain.models.export import load_language_model
 from pretrain.models.forms import Form, pairing_of, view_form
 from pretrain.models.language_model import LanguageModel
+from pretrain.tasks.options import RowTask
 
 TOKENS = 16_384
 """Of a batch, padding included."""
@@ -61,7 +61,7 @@ def _source(given: str) -> JsonSource | HubSource:
         values = yaml.safe_load(given)
     except yaml.YAMLError:
         raise UserError(f"--embed: {given} is no YAML") from None
-    source = validate(TaskConfig, {"name": "retrieval", "test": values}, "--embed").test
+    source = validate(RowTask, {"name": "retrieval", "test": values}, "--embed").test
     assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
     return source
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from data_prep.config import JsonSource
 from data_prep.console import UserError
 from data_prep.files import write_text
-from pretrain.config import RunConfig, TaskConfig, dump_config, finetuning_config
+from pretrain.config import RunConfig, dump_config, finetuning_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.run_folder import list_steps
+from pretrain.tasks.options import TaskConfig
 from pretrain.training.background import single_process_environment, tied
 
 

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -11,18 +10,9 @@ from tqdm import tqdm
 from data_prep.console import UserError
 from pretrain.evaluation.helpers import share_rows
 from pretrain.evaluation.inference import left_padded, load, prompts
+from pretrain.tasks.scoring import Answer
 
 BATCH = 128
-
-
-class Answer(NamedTuple):
-    """What the model wrote."""
-
-    text: str
-    stopped: bool
-    """Whether it ended with the end token, rather than at the limit."""
-    fits: bool = True
-    """Whether the context left the model room for an answer; where not, the text is empty."""
 
 
 def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:

@@ -5,14 +5,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.config_file import apply_overrides, validate
+from data_prep.config_file import apply_overrides
 from data_prep.console import UserError, exit_on_user_error, output_may_be_lost
 from data_prep.launched import started_together
-from pretrain.config import RunConfig, TaskConfig, check_task, load_config
+from pretrain.config import RunConfig, check_task, load_config, parse_task
 from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release, settle
 from pretrain.evaluation.results import print_summary
 from pretrain.evaluation.watch import watch
 from pretrain.run_folder import list_steps
+from pretrain.tasks.options import TaskConfig
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 
@@ -110,7 +111,7 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
         if len(chosen) != 1:
             raise UserError(f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME")
         apply_overrides({"task": chosen[0]}, overrides)
-    tasks = [validate(TaskConfig, values, "task") for values in chosen]
+    tasks = [parse_task(values, "task") for values in chosen]
     for task in tasks:
         check_task(config, task, "task")
     return tasks

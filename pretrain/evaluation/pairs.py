@@ -10,8 +10,8 @@ from data_prep.nlrx_grammar import generate
 from data_prep.pipeline import prepare
 from data_prep.sources.files import find_files
 from data_prep.sources.json_lines import SUFFIXES
+from data_prep.task_rows import write_views
 from pretrain.config import RunConfig
-from pretrain.evaluation.rows import write_views
 from pretrain.run_folder import MODEL
 
 GRAMMAR_ROWS = 1000

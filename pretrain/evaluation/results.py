@@ -11,8 +11,8 @@ from typing import Any
 from data_prep.config import JsonSource
 from data_prep.console import UserError
 from data_prep.files import read_json_lines, sha256_file, write_text
-from pretrain.config import TaskConfig
 from pretrain.run_folder import read_metrics, read_status, rewinds
+from pretrain.tasks.options import TaskConfig
 
 TABLE_COLUMNS = 6
 """Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
@@ -35,7 +35,7 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
 
 def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What one result stands for: step, task, settings, files by their content, and overrides, among which may be a seed."""
-    paths = [source.path if isinstance(source, JsonSource) else source for source in (task.train, task.test, task.databases)]
+    paths = [source.path if isinstance(source, JsonSource) else source for source in (*task.sources.values(), *task.paths)]
     return {"step": step, "task": task.title, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
         "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
         "overrides": sorted(word for word in overrides if not word.startswith("task.")),

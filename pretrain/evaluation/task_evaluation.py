@@ -1,14 +1,26 @@
 """One task on one checkpoint."""
 
+import importlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.results import append_result, identity, is_evaluated
-from pretrain.evaluation.tasks import TASKS
-from pretrain.evaluation.tasks.task_run import TaskRun
+from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.run_folder import rewinds
+from pretrain.tasks.options import AnswerTask, TaskConfig
+from pretrain.tasks.scoring import TaskResult
+
+
+def find_evaluation(name: str) -> Callable[[CheckpointTask], TaskResult]:
+    """Return the function `evaluate` of a task: in its file in pretrain/tasks, or for a task that looks into the model in model_tasks."""
+    module = importlib.import_module(f"pretrain.tasks.{name}")
+    if not hasattr(module, "evaluate"):
+        module = importlib.import_module(f"pretrain.evaluation.model_tasks.{name}")
+    evaluate: Callable[[CheckpointTask], TaskResult] = module.evaluate
+    return evaluate
 
 
 def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int, overrides: list[str]) -> None:
@@ -18,11 +30,13 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
     started, gone_back = time.perf_counter(), len(rewinds(run_dir))
-    result = TASKS[task.name](TaskRun(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
+    evaluate = find_evaluation(task.name)
+    result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     append_result(run_dir, identity(task, step, overrides) | {
         "pretrain_seed": load_config(run_dir / "config.yaml").seed,
-        "finetune_seed": config.seed if task.finetune is not None else None,
-        "finetune": task.finetune, "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
+        "finetune_seed": config.seed if task.trains else None,
+        "finetune": task.finetune if isinstance(task, AnswerTask) else None,
+        "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
     }, config.monitor.tensorboard)
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count]

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError, print_now, report
-from pretrain.config import RunConfig, TaskConfig
+from pretrain.config import RunConfig
 from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, settle
 from pretrain.evaluation.results import evaluated_steps
 from pretrain.run_folder import PINS, list_steps, read_status, rewinds, step_name
+from pretrain.tasks.options import TaskConfig
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 
 POLL = 2.0

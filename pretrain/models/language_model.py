@@ -10,12 +10,12 @@ from transformers.activations import ACT2FN
 
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
-from pretrain.config import Family
 from pretrain.data.batch import Batch
 from pretrain.data.layout import Specials
 from pretrain.models.attention import FULL, SLIDING, Mask, attention_mask
 from pretrain.models.families import register_family, register_family_of
 from pretrain.models.head import Head
+from pretrain.sections import Family
 
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this before the model is built; it is never resized."""

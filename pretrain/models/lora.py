@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from data_prep.console import UserError
-from pretrain.config import LoraConfig
 from pretrain.models.language_model import LanguageModel
+from pretrain.sections import LoraConfig
 
 BASE, DOWN, UP = "base_layer", "lora_A.default", "lora_B.default"
 """What peft calls the parts of an adapted map."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError, print_now
-from pretrain.config import BUDGETS, RunConfig, dump_config
+from pretrain.config import RunConfig, dump_config
 from pretrain.report.runs import is_run
 from pretrain.run_folder import read_metrics
+from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study, StudyConfig, run_name
 from pretrain.studies.matching import Arm
 from pretrain.studies.processes import Processes

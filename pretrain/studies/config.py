@@ -12,8 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.config_file import LocalPath, Section, load_yaml, validate
 from data_prep.console import UserError
-from pretrain.config import BUDGETS, RunConfig, load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric, is_higher_better
+from pretrain.sections import BUDGETS
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""

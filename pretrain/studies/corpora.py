@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import evaluation_tests
+from data_prep.config import TaskTest, evaluation_tests
 from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST
 from pretrain.config import RunConfig
@@ -41,10 +41,11 @@ def prepare_corpus(config: RunConfig) -> None:
         prepare(config.data, _tests(config))
 
 
-def _tests(config: RunConfig) -> list[str]:
-    return evaluation_tests(config.evaluation.model_dump(mode="json", exclude_none=True))
+def _tests(config: RunConfig) -> list[TaskTest]:
+    return evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True))
 
 
 def _records(config: RunConfig) -> str:
     """Return the settings that decide the shards, as text."""
-    return json.dumps([config.data.preparation(), _tests(config) if config.data.decontaminate else []], sort_keys=True)
+    tests = [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
+    return json.dumps([config.data.preparation(), tests], sort_keys=True)

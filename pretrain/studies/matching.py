@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.console import UserError
-from pretrain.config import BUDGETS, RunConfig, load_config
+from pretrain.config import RunConfig, load_config
 from pretrain.data.corpus import Corpus, source_weights
+from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study
+from pretrain.tasks.options import AnswerTask
 from pretrain.training.dry_run import Plan, make_plan
 from pretrain.training.setup import check
 
@@ -134,7 +136,8 @@ def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, i
 
 def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """Dotted keys that let finetunings of an arm take rows and budget from the base, where their task gives none, not from the matched arm."""
-    tasks = {index: task.finetune for index, task in enumerate(config.evaluation.tasks) if task.finetune is not None}
+    tasks = {index: task.finetune for index, task in enumerate(config.evaluation.tasks)
+             if isinstance(task, AnswerTask) and task.finetune is not None}
     train = base.train.model_dump(exclude_none=True)
     rows, budget = ({key: train[key] for key in keys if key in train} for keys in (ROWS, BUDGETS))
     return {f"evaluation.tasks.{index}.finetune": rows | ({} if set(BUDGETS) & set(finetune) else budget) | finetune

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from data_prep.console import UserError, print_now
 from data_prep.shards import MANIFEST
 from data_prep.tokenizer import Tokenizer, take_over
-from pretrain.config import BUDGETS, RunConfig
+from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import counts
@@ -28,6 +28,7 @@ from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, random_causal_lm, special_ids
 from pretrain.models.lora import adapter_sizes
 from pretrain.run_folder import list_steps
+from pretrain.sections import BUDGETS
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import environment_of_the_launcher
 from pretrain.training.engine import check_fits, check_zero_options, engine_settings, shape_of

@@ -18,8 +18,8 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARTITION_COUNT
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
-from pretrain.config import CheckpointConfig
 from pretrain.run_folder import list_steps, step_name
+from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
 from pretrain.training.engine import whole_shape

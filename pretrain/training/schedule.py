@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from pretrain.config import DEFAULT_DECAY_FRACTION, TrainConfig
+from pretrain.sections import DEFAULT_DECAY_FRACTION, TrainConfig
 
 
 @dataclass

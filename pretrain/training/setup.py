@@ -10,9 +10,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from data_prep.config import JsonSource
+from data_prep.config import HubSource, evaluation_tests
 from data_prep.console import UserError, print_now
 from data_prep.files import copy_folder, sha256_file, try_lock
+from data_prep.selection.task_contexts import files_of
 from data_prep.shards import positions_needed
 from data_prep.tokenizer import find_tokenizer, first_difference, take_over
 from pretrain.config import RunConfig
@@ -23,6 +24,7 @@ from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.objectives.base import build_objective
 from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
+from pretrain.tasks.options import check_package
 from pretrain.training import checkpoint
 from pretrain.training.background import evaluations_asked_for, start_evaluations
 from pretrain.training.describe import check_same_run, record_start
@@ -31,7 +33,6 @@ from pretrain.training.engine import build_engine, engine_settings, parameter_co
 from pretrain.training.loop import Trainer
 from pretrain.training.metrics import Metrics
 from pretrain.training.stop import StopRequest
-from pretrain.training.task_needs import check_needs_of_tasks
 from pretrain.training.throughput import Throughput, count_parameters
 from pretrain.training.validation import Validation
 from pretrain.training.weight_sums import check_weights, weight_sums
@@ -182,9 +183,12 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         corpus.read(np.array([0, len(corpus) - 1]))  # a corpus without its shards shows at once
         _check_pairs(config, corpus)
         _check_lengths(config, corpus, say)
+    if config.model.lora:
+        check_package("peft", "lora", "model.lora")
+    for number, task in enumerate(config.evaluation.tasks):
+        task.check_needs(config.data, f"evaluation.tasks.{number}")
     if corpus is not None and config.data.decontaminate:
         _check_compared(config, corpus, say)
-    check_needs_of_tasks(config)
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
@@ -196,11 +200,15 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
 def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
     """Warn of test files that the preparation did not keep out of training."""
     settings = corpus.manifest["settings"]
-    known = {file["sha256"] for file in settings.get("files", {}).values()} if settings["data"].get("decontaminate", True) else set()
-    for task in config.evaluation.tasks:
-        path = task.test.path if isinstance(task.test, JsonSource) else task.test
-        if isinstance(path, str) and Path(path).is_file() and sha256_file(Path(path)) not in known:
-            say(f"WARNING: {config.data.path} was prepared without a look at {path} (task {task.name}): its questions may stand in the training "
+    compared = settings["data"].get("decontaminate", True)
+    known = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
+    recorded = settings.get("tests", []) if compared else []
+    for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
+        described = test.model_dump(mode="json", exclude={"key"}, exclude_none=True)
+        files = [] if isinstance(test.source, HubSource) else files_of(test)
+        new = [path for path in files if sha256_file(Path(path)) not in known] if files else [] if described in recorded else [test.source.path]
+        if new:
+            say(f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "
                 "data; prepare another data.path with this configuration, or set data.decontaminate=false")
 
 

@@ -1,1 +1,1 @@
-"""Running queries that nobody has looked at, comparing what they give, and making databases for them."""
+"""Databases for the queries of a task."""

@@ -19,9 +19,10 @@ from typing import Any
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError, exit_on_user_error, print_now
-from pretrain.evaluation.rows import read_rows
-from pretrain.evaluation.sql.databases import database_name, own_columns
-from pretrain.evaluation.sql.execution import Runner, tokens
+from data_prep.task_rows import read_rows
+from data_prep.tasks import public_form
+from pretrain.tasks.sql.databases import database_name
+from pretrain.tasks.sql.execution import Runner, tokens
 
 FEWEST_ROWS, MOST_ROWS = 24, 60
 """Of a table."""
@@ -45,7 +46,7 @@ def main() -> None:
 def _run(given: argparse.Namespace) -> None:
     queries: dict[str, list[str]] = defaultdict(list)
     for path in given.queries:
-        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", own=own_columns):
+        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", form=public_form("spider")):
             queries[database_name(row) or ""].append(row.target)
     try:
         schemas = json.loads(given.tables.read_text(encoding="utf-8"))

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from data_prep.config import EvaluationFiles, JsonSource, TaskFiles, evaluation_tests, readings
+from data_prep.config import EvaluationFiles, JsonSource, TaskTest, evaluation_tests
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
-from tests.preparing import data, json_source, quiet, split_rows
+from tests.preparing import data, json_source, quiet, rows_of_task, split_rows
 
 
 def texts_of(folder, split: str = "train") -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 
 @pytest.fixture
-def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[str], list[dict]]:
+def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
     """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [{"text": f"what is {row['text']} number {number}", "code": test[number % 30]["code"] if number % 5 else row["code"]}
@@ -80,7 +80,7 @@ def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[str], list[dict]]:
               {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"}, {"text": "of", "code": f"what they asked, {LEAK}"}]
     path = lines_file(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
     source = json_source(lines_file(tmp_path / "train.jsonl", clean + leaked))
-    return source, [str(path)], clean
+    return source, rows_of_task(path), clean
 
 
 def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
@@ -107,44 +107,47 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"name": "x", "data": {
         "path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 340}, "sequence_length": 512, "workers": 1},
-        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0]}]}}))
+        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0].source.path}]}}))
     done = run(config)
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     assert "was prepared with another data.decontaminate" in mistake(config, "data.decontaminate=false")
     (tmp_path / "test.jsonl").write_text('{"text": 3}\n')
-    assert mistake(config).startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
+    assert "the corpus was prepared" not in (said := mistake(config)) and f"content of {tmp_path / 'test.jsonl'}" in said
+    assert mistake(config, f"data.path={tmp_path / 'new'}").startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
     (tmp_path / "test.jsonl").unlink()
     assert str(tmp_path / "test.jsonl") in mistake(config) and "evaluation.tasks" in mistake(config)
 
 
 def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
     config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
-    tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"}]}
-    assert evaluation_tests(tasks) == ["b.jsonl"] and evaluation_tests(None) == evaluation_tests({}) == []
-    tasks = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
-    assert evaluation_tests({"tasks": tasks}) == ["c.jsonl"] and evaluation_tests({"tasks": tasks[1:]}) == []
-    mappings = {"text": "question", "code": "sql"}, None, {"text": "question"}, {"text": "ctx"}
-    assert readings(config, "b.jsonl") == [JsonSource(type="json", path="b.jsonl", views=views) for views in mappings]
+    tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"},
+                       {"name": "nl_rx", "test": "b.jsonl", "label": "again"}]}
+    source = JsonSource(type="json", path="b.jsonl", views={"text": "question", "code": "sql"})
+    assert evaluation_tests(config, tasks) == [TaskTest(task="loss", key="evaluation.tasks.1.test", source=source),
+                                               TaskTest(task="nl_rx", key="evaluation.tasks.2.test", source=source)]
+    assert evaluation_tests(config, None) == evaluation_tests(config, {}) == []
+    given = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
+    assert [test.source.type for test in evaluation_tests(config, {"tasks": given})] == ["json", "hub"]
 
 
 @pytest.mark.parametrize("evaluation, message", [
-    ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'evaluation.tasks.0.tests'"), ({"task": []}, "unknown key 'evaluation.task'"),
+    ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'tests'; the nearest known one is 'test'"),
+    ({"task": []}, "unknown key 'evaluation.task'"),
     ({"tasks": {"name": "loss"}}, "evaluation.tasks"), (["b.jsonl"], "evaluation"),
 ])
-def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(evaluation, message):
+def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(tmp_path, evaluation, message):
     with pytest.raises(UserError, match=message):
-        evaluation_tests(evaluation)
+        evaluation_tests(data(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
 
 
 def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
-    from pretrain.config import EvaluationConfig, TaskConfig
+    from pretrain.config import EvaluationConfig
 
-    for one, other in ((EvaluationFiles, EvaluationConfig), (TaskFiles, TaskConfig)):
-        assert one.model_fields.keys() == other.model_fields.keys()
+    assert EvaluationFiles.model_fields.keys() == EvaluationConfig.model_fields.keys()
 
 
-@pytest.mark.parametrize("mappings", [[None, {"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}],
+@pytest.mark.parametrize("mappings", [[{"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}, None],
                                       [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}]])
 def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lines_file, tmp_path):
     test = [{"schema": f"CREATE TABLE t{number} (a INT)", "question": row["text"], "sql": "SELECT COUNT(*) FROM dogs WHERE town = 1"}
@@ -153,20 +156,21 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lin
     common = rows[0] | {"question": "how many dogs are there in that town", "sql": test[0]["sql"]}
     sources = [json_source(lines_file(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views) for views in mappings if views]
     if None in mappings:
-        sources.insert(0, json_source(lines_file(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
+        sources.append(json_source(lines_file(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
     said = []
-    manifest = prepare(data(tmp_path / "out", *sources, sequence_length=512, deduplicate="none"),
-                       [str(lines_file(tmp_path / "test.jsonl", test))], say=said.append)
+    config = data(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
+    evaluation = {"tasks": [{"name": "nl_rx", "test": str(lines_file(tmp_path / "test.jsonl", test))}]}
+    manifest = prepare(config, evaluation_tests(config, evaluation), say=said.append)
     # the row with the question of a test is found in each mapping; one with a test's answer in none
     found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
-    assert f"kept out of training: the questions of {tmp_path / 'test.jsonl'}" in said
+    assert any(line.startswith("kept out of training: ") and line.endswith(f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)") for line in said)
 
 
 def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, lines_file, tmp_path):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
-    note = "note: evaluation.tasks names no test file, so no record is dropped for standing in one"
+    note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
     for decontaminate in (True, False):
         said = []
         prepare(data(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
@@ -195,15 +199,11 @@ def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_pat
 
 def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
-    with pytest.raises(UserError, match=r"b\.jsonl \(evaluation\.tasks\) has no context"):
-        quiet(data(tmp_path / "out", source), [str(lines_file(tmp_path / "b.jsonl", [{"q": "a"}]))])
-
-
-@pytest.mark.parametrize("columns", [{"question": LEAK, "answer": ["a", "b"]}, {"ctx": LEAK, "endings": ["a", "b"], "label": "1"}])
-def test_test_files_in_the_form_of_public_data_sets_are_kept_out(columns, lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", [*pairs(60), {"text": LEAK, "code": "another answer"}]))
-    manifest = quiet(data(tmp_path / "out", source, sequence_length=512), [str(lines_file(tmp_path / "b.jsonl", [columns]))])
-    assert manifest["dropped"]["contaminated"]["count"] == 1
+    with pytest.raises(UserError, match=r"b\.jsonl:1: text or code is missing or empty; the row has q: name the columns"):
+        quiet(data(tmp_path / "out", source), rows_of_task(lines_file(tmp_path / "b.jsonl", [{"q": "a"}])))
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"b\.jsonl \(nl_rx\) \(evaluation\.tasks\.0\.test\) has no rows"):
+        quiet(data(tmp_path / "out", source), rows_of_task(tmp_path / "b.jsonl"))
 
 
 def test_near_duplicates_go_where_that_is_asked_for(lines_file, tmp_path):

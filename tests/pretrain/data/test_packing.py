@@ -92,11 +92,11 @@ def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
     return float(positions.sum() / ((rows.max() + 1) * ROW))
 
 
-def test_rows_of_the_generated_corpus_are_full(tokenizer, specials):
+def rows_of_task_the_generated_corpus_are_full(tokenizer, specials):
     assert share_filled([generate(0, "train", index) for index in range(3000)], tokenizer, specials) > 0.97
 
 
-def test_rows_of_nl_rx_synth_are_full(tokenizer, specials):
+def rows_of_task_nl_rx_synth_are_full(tokenizer, specials):
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is absent")
     with (DATA / "train.jsonl").open(encoding="utf-8") as lines:

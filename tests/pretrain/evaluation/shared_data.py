@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import JsonSource
-from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.rows import Row, read_rows
+from data_prep.task_rows import Row, read_rows
+from data_prep.tasks import public_form
+from pretrain.tasks.scoring import Answer
 
 DATA = Path(os.environ.get("JEPA_TEST_DATA", "/nonexistent"))
 VIEWS = ("text", "code")
 
 
-def real_rows(name, own=None, rows=None) -> list[Row]:
+def real_rows(name, task="", rows=None) -> list[Row]:
     """Rows of a file of real data; skips the test where the machine has none."""
     if not (DATA / name).exists():
         pytest.skip(f"no real data: JEPA_TEST_DATA names no folder with {name}")
-    return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, own)
+    return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, public_form(task))
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -4,14 +4,15 @@ import pytest
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError
-from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.rows import Row, read_rows
-from pretrain.evaluation.tasks import answering, gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
+from data_prep.task_rows import Row, read_rows
+from data_prep.tasks import public_form
+from pretrain.tasks import gsm8k, hellaswag, labels, nq_open
+from pretrain.tasks.scoring import Answer, beyond_positions
 from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
 
 
-def rows_of(tmp_path, rows, own):
-    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", own=own)
+def rows_of(tmp_path, rows, task):
+    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", form=public_form(task))
 
 
 @pytest.mark.parametrize("text, number", [
@@ -36,7 +37,7 @@ def check_gsm8k(targets):
 
 def test_gsm8k_on_rows_as_the_hub_has_them(tmp_path):
     rows = [{"question": f"{number} + 1?", "answer": f"That is {number + 1}.\n#### {number % 4 + 1:,}"} for number in range(9)]
-    found = rows_of(tmp_path, rows, gsm8k.own_columns)
+    found = rows_of(tmp_path, rows, "gsm8k")
     assert found[3].views == ("3 + 1?", "That is 4.\n#### 4")
     check_gsm8k([row.target for row in found])
     assert gsm8k.score(["#### 18"], [Answer("#### 18 and on and on", False)])[0] == {"final": 0, "final_any": 1, "answered": 1, "stopped": 0}
@@ -64,31 +65,31 @@ def check_labels(targets):
 
 def test_labels_as_the_hub_has_them(tmp_path):
     rows = [{"text": "fine", "label": 1}, {"text": "poor", "label": 0}, {"text": "great", "label": 1}]
-    found = rows_of(tmp_path, rows, rotten_tomatoes.own_columns)
+    found = rows_of(tmp_path, rows, "rotten_tomatoes")
     assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels([row.target for row in found]) == 2 / 3
-    found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], yelp.own_columns)
+    found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], "yelp")
     assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels([row.target for row in found]) == 1 / 2
-    for own, label in ((rotten_tomatoes.own_columns, -1), (rotten_tomatoes.own_columns, 2), (yelp.own_columns, 5), (yelp.own_columns, 2.7),
-                       (yelp.own_columns, True)):
+    for task, label in (("rotten_tomatoes", -1), ("rotten_tomatoes", 2), ("yelp", 5), ("yelp", 2.7),
+                       ("yelp", True)):
         with pytest.raises(UserError, match=rf"test.jsonl:1: .*the label {label}, where labels are 0 to"):
-            rows_of(tmp_path, [{"text": "?", "label": label}], own)
+            rows_of(tmp_path, [{"text": "?", "label": label}], task)
 
 
-@pytest.mark.parametrize("own, row", [
-    (gsm8k.own_columns, {"question": "q", "answer": 5}), (gsm8k.own_columns, {"question": "q", "answer": ""}),
-    (nq_open.own_columns, {"question": "q", "answer": ["5", 5]}), (spider.own_columns, {"db_id": "a", "question": "q", "query": None}),
-    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", "b"], "label": -1}),
-    (hellaswag.own_columns, {"ctx": "c", "endings": ["a", 2], "label": 0}), (hellaswag.own_columns, {"ctx": "c", "endings": "ab", "label": 0})])
-def test_columns_that_hold_no_text_are_told_with_their_place(tmp_path, own, row):
+@pytest.mark.parametrize("task, row", [
+    ("gsm8k", {"question": "q", "answer": ["5"]}), ("gsm8k", {"question": "q", "answer": ""}),
+    ("nq_open", {"question": "q", "answer": ["5", 5]}), ("spider", {"db_id": "a", "question": "q", "query": None}),
+    ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": -1}),
+    ("hellaswag", {"ctx": "c", "endings": ["a", 2], "label": 0}), ("hellaswag", {"ctx": "c", "endings": "ab", "label": 0})])
+def test_columns_that_hold_no_text_are_reported_with_their_place(tmp_path, task, row):
     with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set"):
-        rows_of(tmp_path, [row], own)
+        rows_of(tmp_path, [row], task)
 
 
 def test_what_does_not_fit_is_wrong_and_counted():
     infinite = float("-inf")
     assert hellaswag.score([0], [["a", "b"]], [[-5.0, infinite]]) == {"normalised": 0, "likelihood": 0}
     assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold(["Good"]))["likelihood"] == 0
-    assert answering.beyond_positions([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and answering.beyond_positions([[-1.0]]) == {}
+    assert beyond_positions([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and beyond_positions([[-1.0]]) == {}
 
 
 def test_rotten_tomatoes_on_its_test_rows():
@@ -98,7 +99,7 @@ def test_rotten_tomatoes_on_its_test_rows():
 def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path):
     rows = [{"question": "who wrote it", "answer": ["The Beatles", "Lennon"]}, {"question": "which letter", "answer": ["A", "the letter a"]},
             {"question": "when", "answer": ["June 5, 1998"]}, {"question": "when then", "answer": ["June 5, 1998"]}]
-    found = rows_of(tmp_path, rows, nq_open.own_columns)
+    found = rows_of(tmp_path, rows, "nq_open")
     assert found[0].views == ("who wrote it", "The Beatles")
     right = [nq_open.right_answers(row) for row in found]
     assert nq_open.score(right, gold([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
@@ -112,7 +113,7 @@ def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path)
 
 def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
     rows = [{"ctx": "A man", "endings": ["runs.", "is a very long way of saying it.", "c", "d"], "label": label} for label in ("0", "1", 2, "3", "3")]
-    found = rows_of(tmp_path, rows, hellaswag.own_columns)
+    found = rows_of(tmp_path, rows, "hellaswag")
     assert [row.target for row in found] == ["runs.", "is a very long way of saying it.", "c", "d", "d"]
     numbers, endings = [int(row.columns["label"]) for row in found], [row.columns["endings"] for row in found]
     certain = [[-1.0 if place == number else -1000.0 for place in range(4)] for number in numbers]
@@ -121,9 +122,9 @@ def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
     assert hellaswag.score(numbers, endings, shuffled(certain)) == {"normalised": 1 / 5, "likelihood": 1 / 5}
     assert hellaswag.score([1], endings[:1], [[-6.0, -20.0, -9.0, -9.0]]) == {"normalised": 1, "likelihood": 0}
     with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: ValueError"):
-        rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], hellaswag.own_columns)
+        rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], "hellaswag")
 
 
 def test_spider_as_the_hub_has_it(tmp_path):
-    found = rows_of(tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], spider.own_columns)
+    found = rows_of(tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], "spider")
     assert found[0].views == ("For db_id:[shop]\n\nhow many", "SELECT 1")

@@ -14,8 +14,8 @@ from pretrain.data.layout import FORWARD
 from pretrain.data.loader import draw, plan_rows
 from pretrain.evaluation import embed as embed_module
 from pretrain.evaluation.embed import embed, embed_file
-from pretrain.evaluation.tasks import geometry, retrieval
-from pretrain.evaluation.tasks.embedded import Pairs
+from pretrain.evaluation.model_tasks import geometry, retrieval
+from pretrain.evaluation.model_tasks.embedded import Pairs
 from pretrain.models.export import write_export
 from pretrain.models.export_readme import readme
 from pretrain.models.forms import objective_of
@@ -88,7 +88,7 @@ def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(pr
     assert np.isnan(arrays["text"]).any(axis=1).tolist() == [False] * 5 + [True] and not np.isnan(arrays["code"]).any()
 
     (tmp_path / "mine.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace('"text"', '"question"').replace('"code"', '"regex"'))
-    with pytest.raises(UserError, match="name those of the views in --embed, as a source of data_prep"):
+    with pytest.raises(UserError, match="name the columns of the views in --embed, as for a source"):
         embed_file(export, str(tmp_path / "mine.jsonl"))
     embed_file(export, f"{{type: json, path: {tmp_path / 'mine.jsonl'}, views: {{text: question, code: regex}}}}")
     mine = np.load(export / "embeddings" / "mine.npz")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import train
-from pretrain.evaluation.tasks import lm_eval
+from pretrain.evaluation.model_tasks import lm_eval
 from pretrain.models.language_model import shape_config
 from tests.launching import TINY
 

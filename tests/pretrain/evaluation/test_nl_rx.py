@@ -3,10 +3,10 @@
 import pytest
 
 from data_prep.nlrx_grammar import generate
-from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.regex_equality import compare
-from pretrain.evaluation.tasks import nl_rx
-from pretrain.evaluation.tasks.nl_rx import score
+from pretrain.tasks import nl_rx
+from pretrain.tasks.nl_rx import score
+from pretrain.tasks.regex_equality import compare
+from pretrain.tasks.scoring import Answer
 from tests.pretrain.evaluation.shared_data import empty, gold, real_rows, shuffled
 
 

@@ -7,11 +7,12 @@ import pytest
 
 from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError
+from data_prep.task_rows import read_rows
+from data_prep.tasks.form import PublicForm
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
+from pretrain.evaluation import task_run
 from pretrain.evaluation.pairs import prepare_pairs
-from pretrain.evaluation.rows import read_rows
-from pretrain.evaluation.tasks import answering
 from pretrain.run_folder import MODEL
 from tests.launching import tiny_config, write_config
 
@@ -40,17 +41,15 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
              {"question": "e", "answers": ["f", "g"]}]
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
 
-    def own(columns):
-        return (columns["question"], columns["answers"][0]) if "question" in columns else None
-
+    form = PublicForm(frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question")
     source = JsonSource(type="json", path=str(tmp_path / "data"))
-    found = read_rows(source, views, "task.test", own=own)
+    found = read_rows(source, views, "task.test", form=form)
     assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == ["f", "g"]
     with pytest.raises(UserError, match=r"test.jsonl:3: text or code is missing or empty; the row has question, answers"):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
     with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: IndexError"):
-        read_rows(source, views, "task.test", own=own)
+        read_rows(source, views, "task.test", form=form)
     (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
     hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})
     assert [row.views for row in read_rows(hub, views, "task.test")] == [("e", "f")]
@@ -59,6 +58,6 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
 
 
 def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(answering, "READ_AT_A_TIME", 37)
+    monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
-    assert answering.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]
+    assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]

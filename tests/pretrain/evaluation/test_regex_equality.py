@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep.nlrx_grammar import generate
-from pretrain.evaluation import regex_equality
-from pretrain.evaluation.regex_equality import compare, is_proper
+from pretrain.tasks import regex_equality
+from pretrain.tasks.regex_equality import compare, is_proper
 
 SYNTH = Path(__file__).parents[4] / "shared" / "data" / "nl-rx-synth" / "test.jsonl"
 LETTERS, LONGEST = "a1-", 6

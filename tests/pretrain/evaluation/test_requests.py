@@ -3,11 +3,12 @@
 import pytest
 
 from data_prep.console import UserError
-from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.config import RunConfig, load_config, parse_task
 from pretrain.evaluation.checkpoints import release
 from pretrain.evaluation.results import append_result, identity, read_results
 from pretrain.evaluation.watch import Watch
 from pretrain.run_folder import PINS, step_name
+from pretrain.tasks.options import TaskConfig
 from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
 from tests.launching import tiny_config, write_config
 
@@ -30,7 +31,7 @@ def finish(config: RunConfig, task: TaskConfig, step: int, overrides: tuple[str,
 
 @pytest.mark.parametrize("path", ["test.jsonl", "*.jsonl", "."])
 def test_another_content_of_the_files_is_another_result(tmp_path, path):
-    task = TaskConfig(name="gsm8k", test=str(tmp_path / path))
+    task = parse_task({"name": "gsm8k", "test": str(tmp_path / path)}, "task")
     (tmp_path / "test.jsonl").write_text("1\n")
     before = identity(task, 3)
     assert identity(task, 3, ["b=2", "a=1"]) == identity(task, 3, ["a=1", "b=2"]) != before == identity(task, 3)

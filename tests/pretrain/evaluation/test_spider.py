@@ -10,13 +10,13 @@ import psutil
 import pytest
 
 from data_prep.console import UserError
-from pretrain.evaluation.generate import Answer
-from pretrain.evaluation.rows import Row
-from pretrain.evaluation.sql import execution
-from pretrain.evaluation.sql.databases import database_name, find_databases
-from pretrain.evaluation.sql.execution import Runner, is_ordered, normal, same_rows
+from data_prep.task_rows import Row
 from pretrain.evaluation.sql.make_databases import look_at, make_databases
-from pretrain.evaluation.tasks.spider import score
+from pretrain.tasks.scoring import Answer
+from pretrain.tasks.spider import score
+from pretrain.tasks.sql import execution
+from pretrain.tasks.sql.databases import database_name, find_databases
+from pretrain.tasks.sql.execution import Runner, is_ordered, normal, same_rows
 from tests.pretrain.evaluation.shared_data import DATA, empty, gold, real_rows, shuffled
 from tests.processes import TIMEOUT
 

@@ -1,6 +1,7 @@
 """A task that cannot be meant is refused before anything is computed."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError
-from pretrain.config import EvaluationConfig, RunConfig, TaskConfig, load_config
+from pretrain.config import EvaluationConfig, RunConfig, load_config, parse_task
 from pretrain.evaluation.job import choose_tasks
 from pretrain.evaluation.pairs import prepare_pairs
 from pretrain.training import main
@@ -17,20 +18,30 @@ from tests.launching import prepare_corpus, tiny_config, write_config
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"name": "gsm8k"}, "the task gsm8k needs rows: test"),
-    ({"name": "spider", "test": "x"}, "spider needs databases"),
-    ({"name": "loss", "test": "x", "databases": "y"}, "databases act on the task spider only"),
-    ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "the task geometry trains nothing"),
+    ({"name": "gsm8k"}, "task: the task gsm8k needs rows: test"),
+    ({"name": "spider", "test": "x"}, "task.databases: Field required"),
+    ({"name": "loss", "test": "x", "databases": "y"}, "unknown key 'task.databases'"),
+    ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "unknown key 'task.finetune'"),
     ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "give train too"),
-    ({"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}}, "weight and split are for data.sources"),
+    ({"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}}, "task.test: weight and split are for data.sources"),
     ({"name": "gsm8k", "test": {"type": "text", "path": "x"}}, "'text'"),
-    ({"name": "loss", "test": {"type": "hub", "path": "x"}}, "give test a path"),
-    ({"name": "lm_eval"}, "needs harness"), ({"name": "lm_eval", "harness": ["a"], "test": "x"}, "leave out test"),
-    ({"name": "nl_rx", "harness": ["a"]}, "harness acts on the task lm_eval only"), ({"name": "nl_rx", "label": "a/b"}, "label"),
-    ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"), ({"name": "geometry", "test": "x", "rows": 1}, "rows at least 2")])
-def test_options_that_cannot_act_are_errors(values, message):
-    with pytest.raises(ValidationError, match=message):
-        TaskConfig(**values)
+    ({"name": "lm_eval"}, "task.harness: Field required"), ({"name": "lm_eval", "harness": ["a"], "test": "x"}, "unknown key 'task.test'"),
+    ({"name": "nl_rx", "harness": ["a"]}, "unknown key 'task.harness'"), ({"name": "nl_rx", "label": "a/b"}, "task.label"),
+    ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"), ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
+    ({"name": "nl_rx", "finetune": {"epoch": 1}}, "task.finetune: unknown key 'epoch' of train; the nearest known one is 'epochs'"),
+    ({"name": "gsm9k", "test": "x"}, "task.name: 'gsm9k' is none of"), ({}, "task.name: None is none of")])
+def test_options_that_cannot_act_are_errors(tmp_path, values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_task(values, "task")
+    if values:
+        with pytest.raises(UserError, match=r"evaluation\.tasks\.0"):
+            load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
+
+
+def test_an_option_of_another_task_is_named(tmp_path):
+    values = {"name": "loss", "test": "x", "databases": "y"}
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.databases has no effect with loss: leave it out"):
+        load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
 
 
 def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
@@ -39,10 +50,11 @@ def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
         EvaluationConfig(tasks=two)
     assert [task.title for task in EvaluationConfig(tasks=[two[0], two[1] | {"label": "other"}]).tasks] == ["gsm8k", "other"]
     for name in ("gsm8k", "retrieval"):
-        TaskConfig(name=name, test="x").check_views(("text", "code"))
+        task = parse_task({"name": name, "test": "x"}, "task")
+        task.check_views(("text", "code"))
         with pytest.raises(ValueError, match=f"the task {name} "):
-            TaskConfig(name=name, test="x").check_views(("text",))
-    TaskConfig(name="retrieval", test="x").check_views(("a", "b", "c"))
+            task.check_views(("text",))
+    parse_task({"name": "retrieval", "test": "x"}, "task").check_views(("a", "b", "c"))
 
 
 FINETUNINGS = {
@@ -53,6 +65,8 @@ FINETUNINGS = {
     "no number": ({"finetune": {"steps": "five"}}, "finetune.steps: Input should be a valid integer"),
     "rows that do not divide": ({"finetune": {"micro_batch_rows": 3}},
                                 "finetune: global_batch_rows (8) must be a multiple of micro_batch_rows (3)"),
+    "misspelt key of the objective": ({"finetune": {}, "finetune_objective": {"name": "llm_jepa", "weigth": 1}},
+                                      "finetune_objective: unknown key 'objective.weigth'; the nearest known one is 'objective.weight'"),
     "spans between views apart": ({"finetune": {}, "finetune_objective": {"name": "semantic_tube", "form": "views", "layout": "independent"}},
                                   "finetune_objective.form: views needs two views in one text"),
 }
@@ -104,12 +118,14 @@ def folder(tmp_path_factory):
     prepare_corpus(write_config(folder, tiny_config(folder)))
     (folder / "rows.jsonl").write_text('{"text": "a", "code": "b"}\n')
     (folder / "empty").mkdir()
+    (folder / "blank.jsonl").write_text("\n")
+    (folder / "plain.jsonl").write_text("a line\n")
+    (folder / "others.jsonl").write_text('{"a": "x", "b": "y"}\n')
     return folder
 
 
 NEEDS = {
     "databases": ({"name": "spider", "databases": "FOLDER/nowhere"}, "databases: there is no FOLDER/nowhere"),
-    "no database": ({"name": "spider", "databases": "FOLDER/empty"}, "databases: FOLDER/empty has no database"),
     "test": ({"name": "gsm8k", "test": "FOLDER/nowhere"}, "test: there is no file FOLDER/nowhere"),
     "train": ({"name": "gsm8k", "finetune": {}, "train": "FOLDER/nowhere"}, "train: there is no file FOLDER/nowhere"),
     "views": ({"name": "gsm8k", "test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"question": "text"}}},
@@ -139,6 +155,48 @@ def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypat
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith(f"error: evaluation.tasks.0.{expected}")
+
+
+UNREADABLE = {
+    "no database": ({"databases": "FOLDER/empty", "name": "spider"}, "FOLDER/empty (evaluation.tasks.0.databases) has no database of any row"),
+    "no rows": ({"test": "FOLDER/blank.jsonl"}, "evaluation.tasks.0.test: FOLDER/blank.jsonl has no rows"),
+    "no JSON": ({"test": "FOLDER/plain.jsonl"}, "FOLDER/plain.jsonl:1: not JSON"),
+    "other columns": ({"train": "FOLDER/others.jsonl", "finetune": {}}, "FOLDER/others.jsonl:1: text or code is missing or empty; the row has a, b: "
+                      "name the columns of the views in evaluation.tasks.0.train"),
+    "a view is missing": ({"test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"text": "text"}}},
+                          "FOLDER/rows.jsonl:1: text is missing or empty"),
+    "no such local data set": ({"test": {"type": "hub", "path": "FOLDER/nowhere"}}, "cannot read the data set FOLDER/nowhere"),
+    "no such folder": ({"test": {"type": "json", "path": "FOLDER/empty"}}, "FOLDER/empty (evaluation.tasks.0.test.path) holds no file"),
+}
+"""Rows that an evaluation could not read, each with what the error line starts with."""
+
+
+@pytest.mark.parametrize("start", [[], ["--dry-run"]])
+@pytest.mark.parametrize("rows", UNREADABLE)
+def test_rows_that_an_evaluation_could_not_read_end_the_start(folder, tmp_path, monkeypatch, capsys, rows, start):
+    task, expected = json.loads(json.dumps(UNREADABLE[rows]).replace("FOLDER", str(folder)))
+    task = {"name": "gsm8k", "test": str(folder / "rows.jsonl")} | task
+    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}, data__decontaminate=False))
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {expected}")
+
+
+def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypatch):
+    """A mapping, a source of the hub that is a local folder, a folder, a glob and the columns of a public data set."""
+    public = tmp_path / "public"
+    public.mkdir()
+    (public / "test.jsonl").write_text('{"question": "how many?", "answer": "#### 1"}\n')
+    mapped = {"text": "question", "code": "answer"}
+    tests = [{"type": "json", "path": str(public / "test.jsonl"), "views": mapped}, {"type": "json", "path": str(public)},
+             {"type": "hub", "path": str(public), "hub_split": "test"}, str(public), str(public / "*.jsonl"), str(public / "test.jsonl")]
+    tasks = [{"name": "gsm8k", "label": f"form{number}", "test": test} for number, test in enumerate(tests)]
+    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": tasks}))
+    monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
+    main.main()
 
 
 def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys):

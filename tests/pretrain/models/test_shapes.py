@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
-from pretrain.config import Family
 from pretrain.models.language_model import pretrained_config, shape_config
+from pretrain.sections import Family
 from tests.launching import ROOT
 
 FOLDER = ROOT / "configs" / "models"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.cluster.needs import PROCESS_BYTES, needs_of
-from pretrain.config import LoraConfig, load_config
+from pretrain.config import load_config
 from pretrain.data import order
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
@@ -16,6 +16,7 @@ from pretrain.data.loader import Loader
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import random_causal_lm, shape_config, special_ids
 from pretrain.models.lora import add_adapters
+from pretrain.sections import LoraConfig
 from pretrain.training.main import main
 from pretrain.training.memory import activations
 from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config

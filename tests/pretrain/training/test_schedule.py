@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.config import TrainConfig
+from pretrain.sections import TrainConfig
 from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
 
 

@@ -74,7 +74,7 @@ def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_a
                 check(config(corpus, objective=objective), corpus, print)
 
 
-def test_rows_of_a_task_may_be_a_source(config, write_corpus, tmp_path):
+def rows_of_task_a_task_may_be_a_source(config, write_corpus, tmp_path):
     corpus = write_corpus([([5], [6])] * 4)
     corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
     (tmp_path / "test.jsonl").write_text('{"view0": "a", "view1": "b"}\n')

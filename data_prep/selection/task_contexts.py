@@ -1,0 +1,84 @@
+"""The contexts of the tests of evaluation tasks: the texts that training must not see."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data_prep.config import AnySource, DataConfig, HubSource, JsonSource, ParquetSource, TaskTest
+from data_prep.console import UserError
+from data_prep.sources.files import find_files
+from data_prep.sources.json_lines import SUFFIXES
+from data_prep.sources.views import make_mapping, template_columns
+from data_prep.task_rows import Row, RowReader
+from data_prep.tasks import public_form
+
+
+def contexts_file(partial: Path) -> Path:
+    """Return where an unfinished preparation keeps the contexts, so that they are read once."""
+    return partial / "contexts.json"
+
+
+def files_of(test: TaskTest) -> list[str]:
+    """Return the files of a test; none for a data set of the hub."""
+    return [] if isinstance(test.source, HubSource) else find_files(test.source, test.key, SUFFIXES)
+
+
+def title_of(test: TaskTest) -> str:
+    """Return what messages call a test."""
+    source = test.source
+    return f"hub:{source.path}:{source.hub_split} ({test.task})" if isinstance(source, HubSource) else f"{source.path} ({test.task})"
+
+
+def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
+    """Return the different contexts of a test, in the order of its rows. Raises UserError for a row that the task could not score.
+
+    A row's contexts are all of its views but the last, as the task scores them. Training data may hold the same question in another
+    prompt, so these are contexts too: the column of the question alone, the columns of a template, and the context views that the
+    mapping of each source makes of the row.
+    """
+    form = public_form(test.task)
+    reader = RowReader(test.source, data.views, test.key, form, incomplete=data.missing_views == "keep")
+    mappings = [make_mapping(source, data.views, "data.sources", {view: view for view in data.views}).records for source in _other_forms(data, test)]
+    bare = [column for view, given in _mapped(test.source).items() if view in context_names(data.views) for column in template_columns(given)]
+    contexts: dict[str, None] = {}
+    others: dict[str, None] = {}
+    targets: set[str] = set()
+    for row in reader.rows():
+        question = [form.question] if form is not None and form.columns <= row.columns.keys() else []
+        contexts |= dict.fromkeys([*_context_views(row.views), *_texts(row, [*question, *bare])])
+        targets.update(row.views[-1:] if len(row.views) > 1 else ())
+        records = [record.views for mapping in mappings for record in mapping(row.columns, 0) if record.views is not None]
+        others |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
+    contexts |= {view: None for view in others if view not in targets}  # pairs may be trained in both directions
+    if not contexts:
+        raise UserError(f"{title_of(test)} ({test.key}) has no rows; correct the path, or set data.decontaminate=false")
+    return list(contexts)
+
+
+def context_names(views: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the views that a test asks with: all but the last, or the only one."""
+    return views[:-1] or views
+
+
+def _context_views(views: Sequence[str]) -> list[str]:
+    present = [view for view in views if view]
+    return present[:-1] if views[-1] and len(views) > 1 else present
+
+
+def _texts(row: Row, columns: list[str]) -> Iterator[str]:
+    for column in columns:
+        text = row.columns.get(column)
+        if isinstance(text, str) and text.strip():
+            yield text
+
+
+def _mapped(source: AnySource) -> dict[str, str]:
+    return source.views if isinstance(source.views, dict) else {}
+
+
+def _other_forms(data: DataConfig, test: TaskTest) -> list[AnySource]:
+    """Return sources of the mappings, the default one included, that rows of the corpus have and the test has not."""
+    different: list[AnySource] = []
+    for source in [AnySource(), *(source for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource))]:
+        if source.views != test.source.views and all(source.views != other.views for other in different):
+            different.append(source)
+    return different

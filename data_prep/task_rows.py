@@ -1,0 +1,140 @@
+"""The rows of an evaluation task, from JSON lines or a data set of the hub. The preparation and the scoring both read them here."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.config import HubSource, JsonSource
+from data_prep.console import UserError, print_now
+from data_prep.files import write_text
+from data_prep.sources import files
+from data_prep.sources.hub import stream, told
+from data_prep.sources.json_lines import SUFFIXES, parse
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import Mapping, chat_columns, make_mapping
+from data_prep.tasks.form import PublicForm
+
+Columns = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One row of a task."""
+
+    views: tuple[str, ...]
+    """Text of each of `data.views`."""
+    columns: Columns
+    """The row as it is in its file."""
+
+    @property
+    def context(self) -> str:
+        """The first view."""
+        return self.views[0]
+
+    @property
+    def target(self) -> str:
+        """The last view."""
+        return self.views[-1]
+
+
+class RowReader:
+    """Reads rows of one source.
+
+    The views are the columns that the source maps them to, or those of `messages`, or else the columns of the public data set of the
+    task (`form`). `incomplete` also accepts rows that lack some of the views, which are then empty.
+    """
+
+    def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, form: PublicForm | None = None, *,
+                 incomplete: bool = False):
+        self.source, self.key, self.form, self.incomplete = source, key, form, incomplete
+        self._columns = make_mapping(source, views, key, {view: view for view in views})
+        self._chat = make_mapping(source, views, key, chat_columns(views)) if len(views) > 1 else self._columns
+        self.remainders = 0
+        """Lists of texts whose end filled no record."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in order. Raises UserError, with the place, for one that lacks a view."""
+        for place, columns in _objects(self.source, self.key):
+            yield from self._rows_of(columns, place)
+
+    def _rows_of(self, columns: Columns, place: str) -> Iterator[Row]:
+        mapping = self._chat if columns.get("messages") is not None else self._columns
+        records = list(mapping.records(columns, 0))
+        if isinstance(self.source.views, str):
+            full = [record for record in records if record.views is None or all(record.views)]
+            self.remainders += len(full) < len(records)
+            records = full
+        if not all(map(self._fits, records)) and (texts := self._public_views(columns, place)):
+            yield Row(texts, columns)
+            return
+        for record in records:
+            if not self._fits(record):
+                raise UserError(self._problem(record, mapping, columns, place))
+            yield Row(record.texts, columns)
+
+    def _fits(self, record: Record) -> bool:
+        if record.views is None:
+            return False
+        return any(record.views) if self.incomplete else all(record.views)
+
+    def _public_views(self, columns: Columns, place: str) -> tuple[str, str] | None:
+        if self.form is None or not self.form.columns <= columns.keys():
+            return None
+        try:
+            return self.form.views(columns)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"{place}: not the columns of this data set: {type(error).__name__}: {error}") from None
+
+    def _problem(self, record: Record, mapping: Mapping, columns: Columns, place: str) -> str:
+        problem = record.problem or " or ".join(mapping.columns) + " is missing or empty"
+        return (f"{place}: {problem}; the row has {', '.join(columns) or 'no column'}: name the columns of the views in {self.key}, "
+                "as for a source of data.sources")
+
+
+def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, rows: int | None = None, form: PublicForm | None = None, *,
+              incomplete: bool = False) -> list[Row]:
+    """Return the first `rows` rows of a source, see `RowReader`. Raises UserError if there are none."""
+    reader = RowReader(source, views, key, form, incomplete=incomplete)
+    found = list(islice(reader.rows(), rows))
+    if not found:
+        raise UserError(f"{source.path} ({key}) has no rows")
+    if reader.remainders:
+        print_now(f"note: {source.path} ({key}): {reader.remainders:,} lists of texts end in too few texts for another row, which are skipped")
+    return found
+
+
+def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Columns]]:
+    """Yield the rows of a source as they are there, each with its place."""
+    if isinstance(source, HubSource):
+        with told(f"cannot read the data set {source.path} ({key}), split {source.hub_split}"):
+            for number, columns in enumerate(stream(source), start=1):
+                yield f"hub:{source.path}:{source.hub_split}:{number}", columns
+        return
+    for path in files.find_files(source, key, SUFFIXES):
+        size = files.size_of(path)
+        try:
+            with files.opened(Piece(path, 0, size, size)) as file:
+                for number, line in enumerate(files.lines(files.reads_of(file, path)), start=1):
+                    if line is None or (line and not line.isspace()):
+                        yield f"{path}:{number}", _object(line, f"{path}:{number}")
+        except files.Damaged as problem:
+            raise UserError(f"{path}: {problem}") from None
+
+
+def _object(line: bytes | None, place: str) -> Columns:
+    try:
+        columns = parse(line) if line is not None else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error})") from None
+    if not isinstance(columns, dict):
+        raise UserError(f"{place}: not an object of JSON, or a line of more than 16 MiB")
+    return columns
+
+
+def write_views(path: Path, views: tuple[str, ...], texts: Iterable[tuple[str, ...]]) -> JsonSource:
+    """Write records as a file of JSON lines with a column for each view; return it as a source."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = ({view: text for view, text in zip(views, record, strict=True) if text} for record in texts)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return JsonSource(type="json", path=str(path))

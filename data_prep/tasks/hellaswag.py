@@ -1,0 +1,20 @@
+"""HellaSwag: the beginning of a text, four endings, and which one is right. The test split of the hub has no labels."""
+
+from data_prep.tasks.form import Columns, PublicForm, label_number, text_of
+
+
+def choices(row: Columns) -> tuple[list[str], int]:
+    """Return the endings of a row, and the number of the right one. Raises KeyError or ValueError for a row without them."""
+    endings = row["endings"]
+    if not isinstance(endings, list):
+        raise ValueError("endings that are not a list of texts")
+    return [text_of(text) for text in endings], label_number(row["label"], len(endings))
+
+
+def views(row: Columns) -> tuple[str, str]:
+    """Return the beginning and the right ending."""
+    endings, right = choices(row)
+    return text_of(row["ctx"]), endings[right]
+
+
+FORM = PublicForm(frozenset({"ctx", "endings", "label"}), views, "ctx")

@@ -1,0 +1,73 @@
+"""geometry: how the embeddings of the two views lie to each other.
+
+paired_cosine: mean cosine of a prediction and its target. shuffled_cosine: of predictions and the targets of rows with another text.
+effective_rank_context, effective_rank_target: see pretrain/objectives/monitors.py. linear_residual: what a linear map from the predictions X to
+the targets Y leaves over, min over A of |XA - Y| / |Y| in Frobenius norms: LLM-JEPA (arXiv 2509.14252) takes a small one, and small singular values
+of the differences X - Y, as signs that the views are nearly linear images of each other. A map of as many numbers as rows fits anything, and
+embeddings that are all the same are mapped with ease, so: linear_residual_unseen, where an affine map is fitted on every second row
+and measured on the others, relative to the spread of Y there; 1 is no better than the mean. difference_singular: mean of the 100 largest singular
+values of X - Y, over the square root of the rows. evaluation/geometry holds the singular values of A and of X - Y.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from data_prep.files import write_json
+from pretrain.evaluation.model_tasks.embedded import Pairs, embedded_pairs
+from pretrain.evaluation.task_run import CheckpointTask
+from pretrain.objectives.monitors import effective_rank
+from pretrain.tasks.scoring import TaskResult
+
+ROWS = 1024
+"""Compared at a time."""
+LEADING = 100
+NOISE = 1e-6
+"""Singular values below this share of the largest are rounding errors of fp32."""
+
+
+def evaluate(run: CheckpointTask) -> TaskResult:
+    """Embed the test rows and measure; of the first direction, where the objective predicts in several."""
+    pairs, rows, too_long = embedded_pairs(run)
+    metrics, values = measure(pairs[""])
+    folder = run.folder / "geometry"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{run.name}.json", values)
+    return TaskResult(rows, metrics, {"too_long": too_long} if too_long else {})
+
+
+def measure(pairs: Pairs) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Return the metrics, and the leading singular values of the map and of the differences, largest first."""
+    prediction, target = pairs.prediction.double(), pairs.target.double()
+    linear = torch.linalg.pinv(prediction, rtol=NOISE) @ target
+    differences = torch.linalg.svdvals(prediction - target)[:LEADING]
+    metrics = {
+        "paired_cosine": F.cosine_similarity(prediction, target).mean().item(),
+        "shuffled_cosine": shuffled_cosine(pairs),
+        "effective_rank_context": effective_rank(prediction).item(),
+        "effective_rank_target": effective_rank(target).item(),
+        "linear_residual": ((prediction @ linear - target).norm() / target.norm()).item(),
+        "linear_residual_unseen": unseen_residual(prediction, target),
+        "difference_singular": differences.mean().item() / len(target) ** 0.5,
+    }
+    values = {"map": torch.linalg.svdvals(linear)[:LEADING].tolist(), "difference": differences.tolist()}
+    return {name: value for name, value in metrics.items() if value == value}, values  # without what is not a number
+
+
+def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
+    """Return the residual on the odd rows of an affine map fitted on the even rows, relative to the distance from the mean of the even ones."""
+    means = prediction[::2].mean(dim=0), target[::2].mean(dim=0)
+    fitted = torch.linalg.pinv(prediction[::2] - means[0], rtol=NOISE) @ (target[::2] - means[1])
+    spread = target[1::2] - means[1]
+    return float(((prediction[1::2] - means[0]) @ fitted - spread).norm() / spread.norm())
+
+
+def shuffled_cosine(pairs: Pairs) -> float:
+    """Mean cosine of each prediction and the targets with another text; NaN where all targets are the same."""
+    prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
+    total, count = 0.0, 0
+    for start in range(0, len(prediction), ROWS):
+        strangers = pairs.key[start : start + ROWS, None] != pairs.key
+        similarity = prediction[start : start + ROWS] @ target.T
+        total += similarity[strangers].sum().item()
+        count += int(strangers.sum())
+    return total / count if count else float("nan")

@@ -1,0 +1,41 @@
+"""loss: both losses of the objective, and the embedding monitors, on a file of pairs."""
+
+import json
+
+import torch
+
+from data_prep.task_rows import read_rows, write_views
+from pretrain.data.corpus import Corpus
+from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.task_run import CheckpointTask
+from pretrain.models.export import load_language_model
+from pretrain.models.language_model import special_ids
+from pretrain.objectives.base import build_objective
+from pretrain.objectives.pool import Gather
+from pretrain.tasks.scoring import TaskResult
+from pretrain.training.distributed import World
+from pretrain.training.engine import TrainingModule
+from pretrain.training.validation import Validation
+
+
+def evaluate(run: CheckpointTask) -> TaskResult:
+    """Compute the losses from the export alone, as validation does from the training state."""
+    config, source = run.config, run.source("test")
+    assert source is not None  # the configuration requires it
+    views = config.data.views
+    rows = read_rows(source, views, "task.test", run.task.rows, incomplete=config.data.missing_views == "keep")
+    pairs = write_views(run.folder / "data" / f"{run.task.title}-test.jsonl", views, (row.views for row in rows))
+    corpus = Corpus(prepare_pairs(config, pairs, run.folder).path, "train")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_language_model(run.export, config.model.attention, device)
+    specials = special_ids(tokenizer, model.vocabulary)
+    layout = config.make_layout(specials, corpus.views, validating=True)
+    world = World(0, 1, device)
+    ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]
+    micro_step_rows = config.train.micro_batch_rows * ranks  # a contrastive term's pools are those of the training
+    validation = Validation(corpus, layout, specials, config.data.sequence_length, len(corpus), micro_step_rows, world)
+    objective = build_objective(config.objective)
+    module = TrainingModule(model, objective, Gather(world.all_gather, 0)).to(device)
+    values = validation.run(module, objective.units)
+    assert values is not None  # rank 0 has them
+    return TaskResult(len(rows), {tag.rsplit("/", 1)[1]: value for tag, value in values.items()})

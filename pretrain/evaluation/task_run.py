@@ -1,0 +1,115 @@
+"""One task on one checkpoint: its rows, the answers and likelihoods of the model, which it finetunes first if the task says so."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.config import HubSource, JsonSource, task_source
+from data_prep.console import print_now
+from data_prep.files import write_text
+from data_prep.shards import MANIFEST, view_hashes
+from data_prep.task_rows import Row, read_rows, write_views
+from data_prep.tasks import public_form
+from data_prep.tokenizer import Tokenizer
+from pretrain.config import RunConfig
+from pretrain.data.corpus import Corpus
+from pretrain.evaluation.finetune import finetune
+from pretrain.evaluation.generate import answer
+from pretrain.evaluation.likelihood import log_likelihoods
+from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source
+from pretrain.run_folder import step_name
+from pretrain.tasks.options import TaskConfig
+from pretrain.tasks.scoring import Answer
+
+READ_AT_A_TIME = 65_536
+"""Records of the corpus."""
+
+
+@dataclass(frozen=True)
+class CheckpointTask:
+    """One task on one checkpoint, see `pretrain.tasks.scoring.TaskRun`."""
+
+    config: RunConfig
+    """Configuration of the pretraining run."""
+    task: TaskConfig
+    step: int
+    export: Path
+    """The checkpoint in Hugging Face format."""
+    folder: Path
+    """Where the task may write: the run's evaluation folder."""
+
+    @property
+    def name(self) -> str:
+        """Name of the files that the task writes."""
+        return f"{self.task.title}-{step_name(self.step)}"
+
+    def source(self, key: str) -> JsonSource | HubSource | None:
+        """Return the rows that a key of the task (train or test) names; None if it names none."""
+        given = self.task.sources.get(key)
+        return None if given is None else task_source(self.config.data, given)
+
+    def read_test(self) -> list[Row]:
+        """Return the rows to score. Raises UserError."""
+        source = self.source("test") or grammar_source(self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS)
+        return read_rows(source, self.config.data.views, "task.test", self.task.rows, public_form(self.task.name))
+
+    def read_train(self) -> list[Row]:
+        """Return the rows to finetune on: those of the task, or of the grammar if it draws its test rows too. Raises UserError."""
+        source = self.source("train")
+        if source is None and self.task.trains:
+            source = grammar_source(self.folder / "data", "finetune", self.config.data.views)
+        return [] if source is None else read_rows(source, self.config.data.views, "task.train", form=public_form(self.task.name))
+
+    @cached_property
+    def model(self) -> Path:
+        """The export that the task looks at: that of the checkpoint, or one finetuned from it on the train rows."""
+        if not self.task.trains:
+            return self.export
+        train = write_views(self.folder / "data" / f"{self.task.title}-train.jsonl", self.config.data.views,
+                            (row.views for row in self.read_train()))
+        return finetune(self.config, self.task, self.export, train, self.folder, self.name)
+
+    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+        """Return the answers to all rows, at most twice as long as the longest target; they are kept in evaluation/answers. Raises UserError."""
+        longest = max(map(len, Tokenizer.load(self.model).encode_batch([row.target for row in rows])))
+        answers = answer(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
+        folder = self.folder / "answers"
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({"context": row.context, "target": row.target, "answer": answer.text, "stopped": answer.stopped}, ensure_ascii=False)
+                 for row, answer in zip(rows, answers, strict=True)]
+        write_text(folder / f"{self.name}.jsonl", "\n".join(lines) + "\n")
+        return answers
+
+    def log_likelihoods(self, options: Sequence[tuple[str, list[str]]]) -> list[list[float]]:
+        """Return the log-likelihood of each option after its context, see `pretrain.evaluation.likelihood`."""
+        return log_likelihoods(self.model, list(options))
+
+    def unseen(self, rows: Sequence[Row], normal: Callable[[str], str] = str) -> list[bool] | None:
+        """Return whether the target of each row is new.
+
+        A new target, in its `normal` form, is not a target of the task's train rows, and, token for token, not a view of a
+        record in the training split of the corpus. The whole split is read once. Without a corpus at data.path the result is
+        None, and one line says so.
+        """
+        if not (Path(self.config.data.path) / MANIFEST).exists():
+            print_now(f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets")
+            return None
+        known = {normal(row.target) for row in self.read_train()}
+        pretrained = in_corpus(self.config.data.path, [row.target for row in rows])
+        return [normal(row.target) not in known and not seen for row, seen in zip(rows, pretrained, strict=True)]
+
+
+def in_corpus(path: str, texts: Sequence[str]) -> list[bool]:
+    """Return whether each text is a view of a record in the training split of a corpus, token for token."""
+    corpus = Corpus(path, "train")
+    encoded = corpus.tokenizer.encode_batch(list(texts))
+    wanted = view_hashes(np.array([token for ids in encoded for token in ids], np.uint32), np.array([len(ids) for ids in encoded], np.int64))
+    found = np.zeros(len(texts), bool)
+    for first in range(0, len(corpus), READ_AT_A_TIME):
+        hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes
+        found |= np.isin(wanted, hashes)
+    return found.tolist()

@@ -1,0 +1,41 @@
+"""hellaswag: choose the ending of a text among four by likelihood.
+
+normalised: the right ending has the highest log-likelihood, the end token included, divided by its characters. likelihood: the highest one undivided.
+A tie is no choice. One of four is chance.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from data_prep.console import UserError
+from data_prep.tasks.hellaswag import choices
+from pretrain.tasks.options import AnswerTask
+from pretrain.tasks.scoring import TaskResult, TaskRun, beyond_positions, rate, sole_best
+
+
+class Config(AnswerTask):
+    """Choose the ending of a text by likelihood."""
+
+    name: Literal["hellaswag"]
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Weigh the endings of the test rows and score the choice."""
+    rows = run.read_test()
+    try:
+        found = [choices(row.columns) for row in rows]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"task.test: the task hellaswag needs the columns ctx, endings and label: {error}") from None
+    endings, labels = [texts for texts, _ in found], [label for _, label in found]
+    likelihoods = run.log_likelihoods([(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
+    return TaskResult(len(rows), score(labels, endings, likelihoods), beyond_positions(likelihoods))
+
+
+def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Rates over all rows; `likelihoods` (rows, endings) are log-likelihoods."""
+    per_character = [[value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
+                     for values, texts in zip(likelihoods, endings, strict=True)]
+    return {
+        "normalised": rate(sole_best(values, label) for values, label in zip(per_character, labels, strict=True)),
+        "likelihood": rate(sole_best(values, label) for values, label in zip(likelihoods, labels, strict=True)),
+    }

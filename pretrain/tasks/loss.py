@@ -1,0 +1,11 @@
+"""loss: the losses of the objective, and the embedding monitors; measured by pretrain/evaluation/model_tasks/loss.py."""
+
+from typing import Literal
+
+from pretrain.tasks.options import RowTask
+
+
+class Config(RowTask):
+    """Compute the losses as validation does."""
+
+    name: Literal["loss"]

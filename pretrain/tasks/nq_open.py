@@ -1,0 +1,58 @@
+"""nq_open: short answers to open questions, each with several right ones.
+
+Answers are compared without case, punctuation, articles and surplus white space (Rajpurkar et al., "SQuAD", EMNLP 2016). exact: the answer ended with
+the end token and equals one of the right ones. contains: the words of a right one stand in it. stopped: it ended with the end token. An empty answer
+is never right.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from data_prep.tasks import nq_open
+from pretrain.tasks.options import AnswerTask
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, without_room
+
+if TYPE_CHECKING:
+    from data_prep.task_rows import Row
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Config(AnswerTask):
+    """Write a short answer, scored against all right ones."""
+
+    name: Literal["nq_open"]
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Answer the test rows and score the answers."""
+    rows = run.read_test()
+    answers = run.answer(rows)
+    return TaskResult(len(rows), score([right_answers(row) for row in rows], answers), without_room(answers))
+
+
+def right_answers(row: "Row") -> list[str]:
+    """Return all answers that count: those of the public data set, or else the target alone."""
+    try:
+        return nq_open.right_answers(row.columns["answer"])
+    except (KeyError, ValueError):
+        return [row.target]
+
+
+def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[str, float]:
+    """Rates over all rows; `targets` are the right answers of each."""
+    rows = [({normal(target) for target in right} - {""}, normal(answer.text), answer.stopped)
+            for right, answer in zip(targets, answers, strict=True)]
+    return {
+        "exact": rate(text in right and stopped for right, text, stopped in rows),
+        "contains": rate(any(f" {target} " in f" {text} " for target in right) for right, text, _ in rows),
+        "stopped": rate(stopped for *_, stopped in rows),
+    }
+
+
+def normal(text: str) -> str:
+    """Return the words of a text in lower case, without articles and punctuation; of one that has nothing else, what it has."""
+    words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
+    return " ".join(words or text.lower().split())

@@ -1,0 +1,394 @@
+r"""Whether two regular expressions of NL-RX denote the same lines.
+
+Syntax, from weak to strong: `|`, `&` (and), concatenation, repeats `* + ? {n} {n,} {n,m}`, `~` (not), atoms: a character, `.`, `[..]`, `[^..]`,
+`(..)`, `\x` (the character x), and `\b`, which holds between a letter or digit and another character, and always at both ends of a line.
+Published libraries read `&` and `~` as characters, or have no `\b`; so this is a checker of its own.
+
+Method: Brzozowski, "Derivatives of Regular Expressions" (1964), over classes of characters that neither expression tells apart, in normal
+forms with `.*` as a node of its own; pairs of derivatives are merged as in Hopcroft and Karp, "A linear algorithm for testing equivalence of
+finite automata" (1971). `\b` looks at the class of the character before, which is a part of the state, and of the one that is read next.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+MOST_STATES = 20_000
+MOST_NODES = 100_000
+MOST_WORK = 4_000_000
+"""Operands that are looked at: a few seconds. A clock would decide otherwise on another machine."""
+LONGEST = 1_000
+"""Characters of an expression, with its counted repeats written out."""
+MOST_DIGITS = 6
+"""Of a bound of a counted repeat."""
+LAST = 0x10FFFF
+WORD = ((48, 57), (65, 90), (97, 122))
+START, WORDLIKE, OTHER = range(3)
+"""What stands before a position; at its end, START stands for the end of the line."""
+Ranges = tuple[tuple[int, int], ...]
+Tree = tuple[Any, ...]
+"""An operator and its operands; a node has the same form."""
+
+
+class Malformed(ValueError):
+    """No expression of this syntax."""
+
+
+class TooComplex(Exception):
+    """Beyond the limits above."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of two expressions."""
+
+    equal: bool | None
+    """None: undecided within the limits."""
+    witness: str | None = None
+    """A line that one matches and the other does not; None where they are equal, undecided, or one is malformed."""
+
+
+def compare(first: str, second: str) -> Comparison:
+    """Whether two expressions match the same lines. A malformed one is equal to nothing, not even to itself."""
+    try:
+        trees = [_Parser(expression).parse() for expression in (first, second)]
+        return _Machine(trees).compare()
+    except Malformed:
+        return Comparison(False)
+    except (TooComplex, RecursionError):
+        return Comparison(None)
+
+
+def is_proper(expression: str) -> bool | None:
+    """Whether an expression matches some lines, but not every one; None where undecided. A malformed one is not proper."""
+    found = [compare(expression, trivial).equal for trivial in (".*", "~(.*)")]
+    if compare(expression, expression).equal is False or True in found:
+        return False
+    return None if None in found else True
+
+
+class _Parser:
+    """Recursive descent. A tree is a tuple: an operator, and its operands."""
+
+    def __init__(self, expression: str):
+        self.text, self.at, self.size = expression, 0, 0
+
+    def parse(self) -> Tree:
+        tree = self._either()
+        if self.at < len(self.text):
+            raise Malformed(f"{self.text[self.at]!r} at {self.at}")
+        return tree
+
+    def _either(self) -> Tree:
+        return self._chain("|", "union", lambda: self._chain("&", "intersection", self._sequence))
+
+    def _chain(self, operator: str, name: str, operand: Callable[[], Tree]) -> Tree:
+        operands = [operand()]
+        while self._take(operator):
+            operands.append(operand())
+        return operands[0] if len(operands) == 1 else (name, *operands)
+
+    def _sequence(self) -> Tree:
+        parts = []
+        while self.at < len(self.text) and self.text[self.at] not in "|&)":
+            parts.append(self._repeated())
+        return ("sequence", *parts)
+
+    def _repeated(self) -> Tree:
+        begun = self.size
+        tree = self._negated()
+        while self.at < len(self.text) and self.text[self.at] in "*+?{":
+            low, high = self._bounds()
+            self._grow((self.size - begun) * max(low, high or 0))
+            required = [tree] * low
+            if high is None:
+                tree = ("sequence", *required, ("star", tree))
+            else:
+                optional: Tree = ("sequence",)
+                for _ in range(high - low):
+                    optional = ("union", ("sequence",), ("sequence", tree, optional))
+                tree = ("sequence", *required, optional)
+        return tree
+
+    def _bounds(self) -> tuple[int, int | None]:
+        simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+        if (sign := self._next()) in simple:
+            return simple[sign]
+        inside = ""
+        while (character := self._next()) != "}":
+            inside += character
+        low, comma, high = inside.partition(",")
+        if not all(bound.isascii() and bound.isdigit() for bound in (low, high or "0")):
+            raise Malformed(f"{{{inside}}}")
+        if max(len(low), len(high)) > MOST_DIGITS:
+            raise TooComplex(f"{{{inside[:20]}}}")
+        bounds = int(low), (int(high) if high else None) if comma else int(low)
+        if bounds[1] is not None and bounds[0] > bounds[1]:
+            raise Malformed(f"{{{inside}}}")
+        return bounds
+
+    def _negated(self) -> Tree:
+        return ("not", self._negated()) if self._take("~") else self._atom()
+
+    def _atom(self) -> Tree:
+        self._grow(1)
+        character = self._next()
+        if character == "(":
+            tree = self._either()
+            if not self._take(")"):
+                raise Malformed("unclosed (")
+            return tree
+        if character == "[":
+            return ("class", self._class())
+        if character == ".":
+            return ("class", ((0, LAST),))
+        if character == "\\":
+            character = self._next()
+            return ("boundary",) if character == "b" else ("class", ((ord(character), ord(character)),))
+        if character in "*+?{}])":
+            raise Malformed(f"{character!r} at {self.at - 1}")
+        return ("class", ((ord(character), ord(character)),))
+
+    def _class(self) -> Ranges:
+        outside, ranges = self._take("^"), []
+        while not self._take("]"):
+            first = self._member()
+            last = first
+            if self._take("-"):
+                if self._take("]"):  # [a-]: the - is one of the characters
+                    ranges += [(first, first), (ord("-"), ord("-"))]
+                    break
+                last = self._member()
+            if last < first:
+                raise Malformed("a range that runs backwards")
+            ranges.append((first, last))
+        if not ranges:
+            raise Malformed("[]")
+        return _complement(ranges) if outside else tuple(ranges)
+
+    def _member(self) -> int:
+        character = self._next()
+        return ord(self._next() if character == "\\" else character)
+
+    def _next(self) -> str:
+        if self.at >= len(self.text):
+            raise Malformed("ends too early")
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def _take(self, character: str) -> bool:
+        found = self.text.startswith(character, self.at)
+        self.at += found
+        return found
+
+    def _grow(self, atoms: int) -> None:
+        self.size += atoms
+        if self.size > LONGEST:
+            raise TooComplex
+
+
+def _complement(ranges: list[tuple[int, int]]) -> Ranges:
+    found, after = [], 0
+    for first, last in sorted(ranges):
+        if first > after:
+            found.append((after, first - 1))
+        after = max(after, last + 1)
+    return (*found, (after, LAST)) if after <= LAST else tuple(found)
+
+
+def _classes(tree: Tree) -> set[Ranges]:
+    if tree[0] == "class":
+        return {tree[1]}
+    found: set[Ranges] = set()
+    return found.union(*map(_classes, tree[1:]))
+
+
+@dataclass
+class _Machine:
+    """Nodes in normal form for two trees. A node is a number; equal numbers are equal expressions, not always the other way round."""
+
+    trees: list[Tree]
+    nodes: list[Tree] = field(default_factory=list)
+    numbers: dict[Tree, int] = field(default_factory=dict)
+    derivatives: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    work: int = 0
+
+    def __post_init__(self) -> None:
+        self.samples, self.masks = self._letters()
+        self.wordlike = [any(low <= ord(sample) <= high for low, high in WORD) for sample in self.samples]
+        self.nothing = self._node("class", 0)
+        self.empty = self._node("sequence")
+        self.all = self._node("not", self.nothing)
+
+    def _letters(self) -> tuple[list[str], dict[Ranges, int]]:
+        """Return a character of each class that no expression tells apart, and each set of characters as a mask over these."""
+        sets = list(set().union(*map(_classes, self.trees)) | {WORD, ((10, 10),)})
+        bounds = sorted({bound for ranges in sets for low, high in ranges for bound in (low, high + 1)} | {0})
+        kinds: dict[tuple[bool, ...], int] = {}
+        for bound in bounds:
+            if bound <= LAST:
+                kinds.setdefault(tuple(any(low <= bound <= high for low, high in ranges) for ranges in sets), bound)
+        newline = sets.index(((10, 10),))
+        letters = [(kind, bound) for kind, bound in kinds.items() if not kind[newline]]  # a line has none
+        masks = {ranges: sum(1 << number for number, (kind, _) in enumerate(letters) if kind[place]) for place, ranges in enumerate(sets)}
+        return [chr(bound) for _, bound in letters], masks
+
+    @cached_property
+    def any(self) -> int:
+        """The mask of every character."""
+        return (1 << len(self.samples)) - 1
+
+    def _node(self, *parts: Any) -> int:
+        number = self.numbers.setdefault(parts, len(self.nodes))
+        if number == len(self.nodes):
+            if number >= MOST_NODES:
+                raise TooComplex
+            self.nodes.append(parts)
+        return number
+
+    def _spend(self, operands: int) -> None:
+        self.work += operands
+        if self.work > MOST_WORK:
+            raise TooComplex
+
+    def build(self, tree: Tree) -> int:
+        """Return the node of a tree."""
+        name, *parts = tree
+        if name == "class":
+            return self._node("class", self.masks[parts[0]])
+        operands = [self.build(part) for part in parts]
+        match name:
+            case "boundary":
+                return self._node("boundary")
+            case "not":
+                return self.negation(operands[0])
+            case "star":
+                return self.star(operands[0])
+            case "sequence":
+                node = self.empty
+                for operand in reversed(operands):
+                    node = self.sequence(operand, node)
+                return node
+            case _:
+                return self.join(name, operands)
+
+    def negation(self, node: int) -> int:
+        kind, *parts = self.nodes[node]
+        return parts[0] if kind == "not" else self._node("not", node)
+
+    def star(self, node: int) -> int:
+        if node in (self.nothing, self.empty):
+            return self.empty
+        if node == self.all or self.nodes[node] == ("class", self.any):
+            return self.all
+        return node if self.nodes[node][0] == "star" else self._node("star", node)
+
+    def sequence(self, first: int, rest: int) -> int:
+        """Leans to the right: the first part of a sequence is none itself."""
+        if self.nothing in (first, rest):
+            return self.nothing
+        if first == self.empty or rest == self.empty:
+            return rest if first == self.empty else first
+        kind, *parts = self.nodes[first]
+        if kind == "sequence":
+            return self.sequence(parts[0], self.sequence(parts[1], rest))
+        if first == self.all and (rest == self.all or self.nodes[rest][:2] == ("sequence", self.all)):
+            return rest
+        return self._node("sequence", first, rest)
+
+    def join(self, name: str, operands: list[int]) -> int:
+        """Union or intersection: flat, sorted, without repetition, and its classes of characters as one."""
+        self._spend(sum(len(self.nodes[operand]) for operand in operands))
+        absorbing, neutral = (self.all, self.nothing) if name == "union" else (self.nothing, self.all)
+        members: set[int] = set()
+        for operand in operands:
+            members.update(self.nodes[operand][1:] if self.nodes[operand][0] == name else (operand,))
+        members.discard(neutral)
+        classes = [node for node in members if self.nodes[node][0] == "class"]
+        if len(classes) > 1:
+            members.difference_update(classes)
+            mask = self.nodes[classes[0]][1]
+            for node in classes[1:]:
+                mask = mask | self.nodes[node][1] if name == "union" else mask & self.nodes[node][1]
+            members.add(self._node("class", mask))
+        if absorbing in members or any(self.nodes[node][0] == "not" and self.nodes[node][1] in members for node in members):
+            return absorbing
+        if len(members) < 2:
+            return members.pop() if members else neutral
+        return self._node(name, *sorted(members))
+
+    def matches_empty(self, node: int, before: int, after: int) -> bool:
+        """Whether the node matches nothing at all between these two."""
+        kind, *parts = self.nodes[node]
+        self._spend(1)
+        match kind:
+            case "class":
+                return False
+            case "boundary":
+                return START in (before, after) or before != after
+            case "star":
+                return True
+            case "not":
+                return not self.matches_empty(parts[0], before, after)
+            case "union":
+                return any(self.matches_empty(part, before, after) for part in parts)
+            case _:  # intersection, sequence
+                return all(self.matches_empty(part, before, after) for part in parts)
+
+    def derivative(self, node: int, before: int, letter: int) -> int:
+        """Return the node of what may follow the letter, after `before`, in what the node matches."""
+        key = node, before, letter
+        if key not in self.derivatives:
+            self.derivatives[key] = self._derive(node, before, letter)
+        return self.derivatives[key]
+
+    def _derive(self, node: int, before: int, letter: int) -> int:
+        kind, *parts = self.nodes[node]
+        self._spend(1)
+        match kind:
+            case "class":
+                return self.empty if parts[0] >> letter & 1 else self.nothing
+            case "boundary":
+                return self.nothing
+            case "star":
+                return self.sequence(self.derivative(parts[0], before, letter), node)
+            case "not":
+                return self.negation(self.derivative(parts[0], before, letter))
+            case "union" | "intersection":
+                return self.join(kind, [self.derivative(part, before, letter) for part in parts])
+        if not parts:
+            return self.nothing
+        found = self.sequence(self.derivative(parts[0], before, letter), parts[1])
+        if self.matches_empty(parts[0], before, WORDLIKE if self.wordlike[letter] else OTHER):
+            found = self.join("union", [found, self.derivative(parts[1], before, letter)])
+        return found
+
+    def compare(self) -> Comparison:
+        """Look at pairs of states that the same line leads to, until two of them tell it apart."""
+        first, second = map(self.build, self.trees)
+        parents: dict[tuple[int, int], tuple[int, int]] = {}
+
+        def representative(state: tuple[int, int]) -> tuple[int, int]:
+            while (parent := parents.get(state, state)) != state:
+                parents[state] = parents.get(parent, parent)
+                state = parent
+            return state
+
+        waiting, states = deque([(first, second, START, "")]), 0
+        while waiting:
+            one, other, before, line = waiting.popleft()
+            roots = representative((one, before)), representative((other, before))
+            if roots[0] == roots[1]:
+                continue
+            if self.matches_empty(one, before, START) != self.matches_empty(other, before, START):
+                return Comparison(False, line)
+            states += 1
+            if states > MOST_STATES:
+                raise TooComplex
+            parents[roots[0]] = roots[1]
+            for letter, sample in enumerate(self.samples):
+                waiting.append((self.derivative(one, before, letter), self.derivative(other, before, letter),
+                                WORDLIKE if self.wordlike[letter] else OTHER, line + sample))
+        return Comparison(True)

@@ -1,0 +1,11 @@
+"""retrieval: find the target view of each test row among those of all rows; scored by pretrain/evaluation/model_tasks/retrieval.py."""
+
+from typing import Literal
+
+from pretrain.tasks.options import PairTask
+
+
+class Config(PairTask):
+    """Find the other view of a row by the embeddings."""
+
+    name: Literal["retrieval"]

@@ -1,0 +1,18 @@
+"""rotten_tomatoes: whether a sentence of a review is good or bad, see pretrain/tasks/labels.py."""
+
+from typing import Literal
+
+from pretrain.tasks.labels import evaluate_labels
+from pretrain.tasks.options import AnswerTask
+from pretrain.tasks.scoring import TaskResult, TaskRun
+
+
+class Config(AnswerTask):
+    """Choose whether a sentence of a review is good or bad."""
+
+    name: Literal["rotten_tomatoes"]
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Score the label by likelihood and by generation."""
+    return evaluate_labels(run)

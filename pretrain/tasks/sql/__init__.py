@@ -1,0 +1,1 @@
+"""Running queries that nobody has looked at, and comparing what they return."""

@@ -1,0 +1,123 @@
+"""What queries give on a database, and whether two of them give the same."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WORKER = Path(__file__).with_name("worker.py")
+SECONDS = 5.0
+"""Of processor time that a query may take."""
+PATIENCE = 120.0
+"""Seconds after which a process is ended that is held up otherwise, for instance by a file system."""
+MOST_ROWS = 100_000
+DIGITS = 9
+"""Significant digits in which floating-point numbers are compared."""
+
+_TOKENS = re.compile(r"""
+    (?P<literal> '(?:[^']|'')*'? | "(?:[^"]|"")*"? | `[^`]*`? | \[[^\]]*\]? )
+  | (?P<comment> --[^\n]* | /\*.*?(?:\*/|$) )
+  | \w+ | [<>!=|]+ | \S""", re.S | re.X)
+
+
+class Outcome(NamedTuple):
+    """What a query gave."""
+
+    rows: list[tuple[Any, ...]] | None
+    """None: nothing, see `error`."""
+    columns: int = 0
+    """Of a row, also where there is none."""
+    error: str = ""
+
+
+class Runner:
+    """Runs queries one after the other in a process of its own, which is replaced where one ends it."""
+
+    def __init__(self, seconds: float = SECONDS, most_rows: int = MOST_ROWS):
+        self._limits = {"seconds": seconds, "most_rows": most_rows}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, database: Path, query: str) -> Outcome:
+        """Return the rows of a query on a SQLite file, which it cannot change, or an error if it fails or exceeds the limits."""
+        if self._process is None:
+            self._process = subprocess.Popen([sys.executable, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                             stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None and answers is not None
+        timer = threading.Timer(PATIENCE, self._process.kill)
+        timer.start()
+        try:
+            requests.write(json.dumps({"database": str(database), "query": query} | self._limits) + "\n")
+            requests.flush()
+            line = answers.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if not line.endswith("\n"):
+            self._end()
+            return Outcome(None, error=f"took longer than {self._limits['seconds']:g} s, or ended the process")
+        answer = json.loads(line)
+        if "error" in answer:
+            return Outcome(None, error=answer["error"])
+        rows = [tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in row) for row in answer["rows"]]
+        return Outcome(rows, answer["columns"])
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                stream.close()
+            self._process = None
+
+
+def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], ordered: bool) -> bool:
+    """Whether two results are the same: as lists where `ordered`, else as multisets of rows.
+
+    The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
+    in 9 significant digits.
+    """
+    inexact = {place for row in (*first, *second) for place, value in enumerate(row) if isinstance(value, float)}
+    rounded, others = ([tuple(_comparable(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
+                       for rows in (first, second))
+    return rounded == others if ordered else Counter(rounded) == Counter(others)
+
+
+def _comparable(value: Any) -> Any:
+    return float(f"{float(value):.{DIGITS}g}") if isinstance(value, int | float) else value
+
+
+def is_ordered(query: str) -> bool:
+    """Whether a query orders its own rows: ORDER BY outside of all parentheses."""
+    depth, before = 0, ""
+    for token in tokens(query):
+        depth += (token == "(") - (token == ")")
+        if depth == 0 and before == "order" and token == "by":
+            return True
+        before = token
+    return False
+
+
+def normal(query: str) -> str:
+    """Return a query without comments and the final semicolon, with one blank between tokens, and in lower case outside of quotes."""
+    found = tokens(query)
+    while found and found[-1] == ";":
+        found.pop()
+    return " ".join(found)
+
+
+def tokens(query: str) -> list[str]:
+    """Return the tokens of a query without comments, in lower case outside of quotes."""
+    return [match[0] if match["literal"] else match[0].lower() for match in _TOKENS.finditer(query) if not match["comment"]]

@@ -1,0 +1,18 @@
+"""yelp: the stars of a review, see pretrain/tasks/labels.py."""
+
+from typing import Literal
+
+from pretrain.tasks.labels import evaluate_labels
+from pretrain.tasks.options import AnswerTask
+from pretrain.tasks.scoring import TaskResult, TaskRun
+
+
+class Config(AnswerTask):
+    """Choose the stars of a review."""
+
+    name: Literal["yelp"]
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Score the label by likelihood and by generation."""
+    return evaluate_labels(run)

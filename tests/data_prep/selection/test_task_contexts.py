@@ -1,0 +1,107 @@
+"""Test rows of every form of a task are kept out of training, whatever form the training rows have."""
+
+import json
+
+import pytest
+
+from data_prep.config import DataConfig, evaluation_tests
+from data_prep.pipeline import prepare
+from data_prep.task_rows import read_rows
+from data_prep.tasks import public_form
+from tests.preparing import data, json_source, quiet, rows_of_task
+
+NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def question(number: int) -> str:
+    """A short question: too short to be recognised by a shared stretch of text."""
+    return f"why is {NUMBER[number]} odd?"
+
+
+def chat(context: str, target: str) -> dict:
+    return {"messages": [{"role": "system", "content": "Answer."}, {"role": "user", "content": context}, {"role": "assistant", "content": target}]}
+
+
+FORMS = {
+    "nl_rx": lambda number: chat(question(number), "yes"),
+    "gsm8k": lambda number: {"question": question(number), "answer": "So\n#### 1"},
+    "spider": lambda number: {"db_id": "numbers", "question": question(number), "query": "SELECT 1"},
+    "rotten_tomatoes": lambda number: {"text": question(number), "label": number % 2},
+    "yelp": lambda number: {"text": question(number), "label": number % 5},
+    "nq_open": lambda number: {"question": question(number), "answer": ["yes", "no"]},
+    "hellaswag": lambda number: {"ctx": question(number), "endings": ["a", "b", "c", "d"], "label": str(number % 4)},
+}
+"""A row of each public data set, as it is on the hub or in the public LLM-JEPA data."""
+
+
+@pytest.mark.parametrize("task", FORMS)
+def test_every_test_row_of_a_public_form_is_kept_out(task, lines_file, tmp_path):
+    tests = [FORMS[task](number) for number in range(len(NUMBER))]
+    as_scored = read_rows(rows_of_task(lines_file(tmp_path / "test.jsonl", tests), task)[0].source, ("text", "code"), "x", form=public_form(task))
+    clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
+    sources = {
+        "as scored": [{"text": row.context, "code": "another answer"} for row in as_scored],
+        "in messages": [chat(row.context, "another answer") for row in as_scored],
+        "the question alone": [{"text": question(number).upper(), "code": "another answer"} for number in range(len(NUMBER))],
+        "clean": clean,
+    }
+    config = data(tmp_path / "out", *(json_source(lines_file(tmp_path / f"{name}.jsonl", rows)) for name, rows in sources.items()),
+                  deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300})
+    manifest = quiet(config, rows_of_task(tmp_path / "test.jsonl", task))
+    assert [source["kept"] for source in manifest["sources"]] == [0, 0, 0, len(clean)]
+    assert manifest["dropped"]["contaminated"]["count"] == 3 * len(NUMBER)
+
+
+MAPPINGS = {
+    "columns": {"text": "ask", "code": "sql"},
+    "a template": {"text": "{schema}: {ask}", "code": "sql"},
+    "messages": {"text": "messages.user", "code": "messages.assistant"},
+}
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_mapped_test_rows_are_kept_out_in_a_folder_a_glob_and_a_local_data_set(mapping, lines_file, tmp_path):
+    (tmp_path / "tests").mkdir()
+    rows = [{"schema": f"t{number}", "ask": question(number), "sql": "SELECT 1"} | chat(question(number), "SELECT 1")
+            for number in range(len(NUMBER))]
+    for half in range(2):
+        lines_file(tmp_path / "tests" / f"{half}.jsonl", rows[half::2])
+    train = [{"text": question(number), "code": "yes"} for number in range(len(NUMBER))]
+    train += [{"text": f"t{number}: {question(number)}", "code": "yes"} for number in range(len(NUMBER) if mapping == "a template" else 0)]
+    clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
+    source = json_source(lines_file(tmp_path / "train.jsonl", clean + train))
+    views = MAPPINGS[mapping]
+    forms = {"folder": {"type": "json", "path": str(tmp_path / "tests")}, "glob": {"type": "json", "path": str(tmp_path / "t*" / "*.jsonl")},
+             "hub": {"type": "hub", "path": str(tmp_path / "tests")}}
+    for name, form in forms.items():
+        config = data(tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300})
+        said = []
+        tests = evaluation_tests(config, {"tasks": [{"name": "spider", "databases": "d", "test": form | {"views": views}}]})
+        manifest = prepare(config, tests, say=said.append)
+        assert manifest["dropped"]["contaminated"]["count"] == len(train), name
+        assert manifest["settings"]["tests"][0]["source"]["views"] == views
+        assert any(line.startswith("kept out of training: ") and line.endswith("(spider)") for line in said)
+
+
+def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(lines_file, tmp_path, mistake):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    lines_file(tests / "a.jsonl", [{"text": "first question", "code": "1", "other": "x"}])
+    source = json_source(lines_file(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
+    config = {"name": "x", "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 295}, "workers": 1},
+              "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "json", "path": str(tests)}}]}}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(config))
+    prepared = DataConfig(**config["data"])
+    quiet(prepared, evaluation_tests(prepared, config["evaluation"]))
+    other = json.dumps({"type": "json", "path": str(tests), "views": {"text": "other", "code": "code"}})
+    assert "was prepared with another evaluation.tasks" in mistake(path, f"evaluation.tasks.0.test={other}")
+    lines_file(tests / "b.jsonl", [{"text": "second question", "code": "2"}])
+    assert f"was prepared with another content of {tests / 'b.jsonl'}" in mistake(path)
+
+
+def test_the_end_of_a_list_that_fills_no_record_costs_no_other_row(lines_file, tmp_path, capsys):
+    rows = [{"paraphrases": ["a", "b", "c"]}, {"paraphrases": ["d"]}, {"paraphrases": ["e", "f"]}]
+    source = rows_of_task(lines_file(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
+    assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
+    assert "(task.test): 2 lists of texts end in too few texts for another row, which are skipped" in capsys.readouterr().out
