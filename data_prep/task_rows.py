@@ -13,7 +13,7 @@ from data_prep.sources import files
 from data_prep.sources.hub import stream, told
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
-from data_prep.sources.views import Mapping, chat_columns, make_mapping
+from data_prep.sources.views import Mapping, RowMapping
 from data_prep.tasks.form import PublicForm
 
 Columns = dict[str, Any]
@@ -41,15 +41,14 @@ class Row(NamedTuple):
 class RowReader:
     """Reads rows of one source.
 
-    The views are the columns that the source maps them to, or those of `messages`, or else the columns of the public data set of the
+    The views are the columns that the source maps them to, or the turns of a conversation, or else the columns of the public data set of the
     task (`form`). `incomplete` also accepts rows that lack some of the views, which are then empty.
     """
 
     def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, form: PublicForm | None = None, *,
                  incomplete: bool = False):
         self.source, self.key, self.form, self.incomplete = source, key, form, incomplete
-        self._columns = make_mapping(source, views, key, {view: view for view in views})
-        self._chat = make_mapping(source, views, key, chat_columns(views)) if len(views) > 1 else self._columns
+        self._mapping = RowMapping(source, views, key)
         self.remainders = 0
         """Lists of texts whose end filled no record."""
 
@@ -59,7 +58,7 @@ class RowReader:
             yield from self._rows_of(columns, place)
 
     def _rows_of(self, columns: Columns, place: str) -> Iterator[Row]:
-        mapping = self._chat if columns.get("messages") is not None else self._columns
+        mapping = self._mapping.of(columns)
         records = list(mapping.records(columns, 0))
         if isinstance(self.source.views, str):
             full = [record for record in records if record.views is None or all(record.views)]

@@ -58,9 +58,10 @@ TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen"
 """torch, and what it loads with torch._dynamo, torch.distributed.tensor and torch._inductor. transformers loads the first two with any model, and
 DeepSpeed loads the third when it is given an optimizer."""
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
-TRANSFORMERS = {"PIL", "accelerate", "anyio", "filelock", "h11", "httpcore2", "httpx2", "huggingface_hub", "idna", "jinja2", "markupsafe", "regex",
-                "safetensors", "scipy", "tokenizers", "transformers", "truststore"}
-"""transformers, the client of its hub, and what it loads if installed: scipy with the losses of any model, PIL and jinja2 with chat templates."""
+TRANSFORMERS = {"PIL", "accelerate", "anyio", "colorama", "filelock", "h11", "httpcore2", "httpx2", "huggingface_hub", "idna", "jinja2", "markupsafe",
+                "regex", "safetensors", "scipy", "tabulate", "tokenizers", "transformers", "truststore"}
+"""transformers, the client of its hub, and what they and torch load if installed: scipy with the losses of any model, PIL and jinja2 with chat
+templates, colorama and tabulate with tables."""
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
 RANK_UNITS = {"config", "data", "deepspeed_options", "models", "objectives", "relevant_env", "revision", "run_folder", "sections", "tasks",

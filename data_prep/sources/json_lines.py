@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, with named columns or the `messages` form of chat data sets."""
+"""JSON lines: one object a line, with named columns or a conversation."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 from data_prep.config import JsonSource
 from data_prep.sources import files
 from data_prep.sources.record import Piece, Record
-from data_prep.sources.views import chat_columns, make_mapping
+from data_prep.sources.views import RowMapping
 
 SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
 SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
@@ -19,9 +19,8 @@ class JsonLines:
 
     def __init__(self, source: JsonSource, views: tuple[str, ...], name: str):
         self.files = files.find_files(source, name, SUFFIXES)
-        self.mapping = make_mapping(source, views, name, {view: view for view in views})
-        self.chat = make_mapping(source, views, name, chat_columns(views)) if len(views) > 1 else self.mapping
-        self.supplies = self.mapping.supplies
+        self.mapping = RowMapping(source, views, name)
+        self.supplies = self.mapping.columns.supplies
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -60,8 +59,7 @@ class JsonLines:
             return [Record(None, number, f"not JSON ({error})")]
         if not isinstance(value, dict):
             return [Record(None, number, f"a JSON {type(value).__name__}, not an object")]
-        mapping = self.chat if value.get("messages") is not None else self.mapping
-        return mapping.records(value, number)
+        return self.mapping.of(value).records(value, number)
 
 
 def parse(line: bytes) -> Any:

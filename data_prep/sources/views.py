@@ -7,17 +7,15 @@ from typing import Any
 
 from data_prep.config import AnySource
 from data_prep.console import UserError
+from data_prep.sources.chat import COLUMNS, role_reader
 from data_prep.sources.record import Record
+from data_prep.sources.text_values import NoText, text_of
 
 Row = dict[str, Any]
 Getter = Callable[[Row], str | None]
 """The text of a view, None where the row lacks it. Raises NoText."""
 
 TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[^{}]+")
-
-
-class NoText(Exception):
-    """A view that holds something other than text; the message is one line that names the column."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,42 @@ def first_and_last(views: tuple[str, ...], first: str, last: str) -> dict[str, s
     return {views[0]: first} | {views[-1]: last}
 
 
-def chat_columns(views: tuple[str, ...]) -> dict[str, str]:
-    """The default where rows have `messages`."""
-    return {view: view for view in views} | first_and_last(views, "messages.user", "messages.assistant")
+def chat_columns(views: tuple[str, ...], column: str) -> dict[str, str]:
+    """Return the default for rows with a conversation in a column."""
+    return {view: view for view in views} | first_and_last(views, f"{column}.user", f"{column}.assistant")
+
+
+class RowMapping:
+    """The mapping that each row of a source takes: that of its conversation if it has one, otherwise that of the columns."""
+
+    def __init__(self, source: AnySource, views: tuple[str, ...], name: str):
+        self.columns = make_mapping(source, views, name, {view: view for view in views})
+        self._chats = {column: make_mapping(source, views, name, chat_columns(views, column)) for column in COLUMNS
+                       if len(views) > 1 and column not in views}
+
+    def of(self, row: Row) -> Mapping:
+        """Return the mapping of a row."""
+        for column, mapping in self._chats.items():
+            if row.get(column) is not None:
+                return mapping
+        return self.columns
 
 
 def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> Mapping:
-    """The mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
+    """Return the mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
     by_name = {view: view for view in views}
-    chat = "messages" in columns and len(views) > 1 and source.views is None
-    mapping = make_mapping(source, views, name, chat_columns(views) if chat else by_name)
-    check_columns(mapping, columns, where, name)
-    if not chat or not set(views) <= set(columns):
+    chat = next((column for column in COLUMNS if column in columns and column not in views), None)
+    if chat is None or len(views) == 1 or source.views is not None:
+        mapping = make_mapping(source, views, name, by_name)
+        check_columns(mapping, columns, where, name)
         return mapping
-    plain = make_mapping(source, views, name, by_name)  # of the rows without messages
+    mapping = make_mapping(source, views, name, chat_columns(views, chat))
+    check_columns(mapping, columns, where, name)
+    if not set(views) <= set(columns):
+        return mapping
+    plain = make_mapping(source, views, name, by_name)  # of the rows without a conversation
     return Mapping(plain.supplies, tuple(dict.fromkeys(mapping.columns + plain.columns)),
-                   lambda row, position: (plain if row.get("messages") is None else mapping).records(row, position))
+                   lambda row, position: (plain if row.get(chat) is None else mapping).records(row, position))
 
 
 def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str) -> None:
@@ -101,32 +119,14 @@ def _getter(given: str, key: str) -> tuple[Getter, list[str]]:
 
 
 def _column(column: str) -> tuple[Getter, list[str]]:
-    if column.startswith("messages."):
-        return _role(column.removeprefix("messages."), column), ["messages"]
+    conversation, dot, role = column.partition(".")
+    if dot and conversation in COLUMNS:
+        return role_reader(conversation, role), [conversation]
 
     def get(row: Row) -> str | None:
         text = row.get(column)
-        return text if text.__class__ is str and text.isascii() else _checked(text, column)
+        return text if text.__class__ is str and text.isascii() else text_of(text, column)
     return get, [column]
-
-
-def _role(role: str, column: str) -> Getter:
-    def get(row: Row) -> str | None:
-        messages = row.get("messages")
-        if messages is None:
-            return None
-        text, turns = None, 0
-        try:
-            for message in messages:
-                if message.get("role") == role:
-                    text = message.get("content")
-                    turns += 1
-        except (TypeError, AttributeError):
-            raise NoText("`messages` is no list of objects") from None
-        if turns > 1:
-            raise NoText(f"`messages` has {turns} turns of the {role}, a view holds one")
-        return text if text.__class__ is str and text.isascii() else _checked(text, column)
-    return get
 
 
 def _template(parts: list[str | Getter]) -> Getter:
@@ -152,7 +152,8 @@ def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
         views = []
         try:
             for getter in getters:
-                views.append(getter(row) or "")
+                text = getter(row)
+                views.append("" if not text or text.isspace() else text)  # a blank view is an absent one
         except NoText as problem:
             return (Record(None, position, str(problem)),)
         return (new(Record, (tuple(views), position, "", "malformed", "")),)
@@ -164,26 +165,10 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
         found = row.get(column)
         try:
             if not isinstance(found, list | None):
-                raise NoText(f"{column!r} holds {_kind(found)}, not a list of texts")
-            texts = [text for entry in found or () if (text := _checked(entry, column)) and text.strip()]
+                raise NoText(f"{column!r} holds a value of type {type(found).__name__}, not a list of texts")
+            texts = [text for entry in found or () if (text := text_of(entry, column)) and text.strip()]
         except NoText as problem:
             return [Record(None, position, str(problem))]
         texts += [""] * (-len(texts) % views or views * (not texts))
         return [Record(tuple(texts[start:start + views]), position) for start in range(0, len(texts), views)]
     return records
-
-
-def _checked(text: Any, column: str) -> str | None:
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise NoText(f"{column!r} holds {_kind(text)}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise NoText(f"{column!r} holds half a surrogate pair, which is no text") from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    return "bytes that are not UTF-8" if isinstance(value, bytes) else f"a value of type {type(value).__name__}"

@@ -86,7 +86,7 @@ def corpus(tmp_path_factory, lines_file, pairs) -> Path:
         rows[7 + index] = {"other": "column"}
         lines_file(folder / f"{index}.jsonl", rows)
         with open(folder / f"{index}.jsonl", "a", encoding="utf-8") as file:
-            file.write('\n{"text": 3, "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
+            file.write('\n{"text": [3], "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
                        '{"role": "assistant", "content": "SELECT a dog"}]}')
     sources = [json_source(folder / f"{index}.jsonl") for index in range(FILES)]
     sources += [{"type": "nlrx", "records": 200, "seed": 5}, {"type": "nlrx", "records": 50, "split": "test"}]

@@ -136,11 +136,11 @@ def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
 
 def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):
     good = json_source(lines_file(tmp_path / "good.jsonl", pairs(300)))
-    bad = json_source(lines_file(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": 3}]))
+    bad = json_source(lines_file(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
     tokenizer = data(tmp_path / "first", good).tokenizer
     quiet(data(tmp_path / "first", good))
     taken = {"path": str(tmp_path / "first" / "tokenizer")}
-    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type int, not text; mend the line, or .*on_malformed=drop"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; mend the line, or .*on_malformed=drop"):
         quiet(data(tmp_path / "out", good, good, bad, tokenizer=taken))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
     said = []

@@ -45,7 +45,7 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
             row, place = json.loads(line), f"{path}:{number}"
             if "messages" in row:
                 add("train", "q", "SELECT a dog", place)
-            elif row.get("text") == 3:
+            elif row.get("text") == [3]:
                 dropped.setdefault("malformed", []).append(place)
             elif row.keys() == {"text", "code"}:
                 add("train", row["text"], row["code"], place)

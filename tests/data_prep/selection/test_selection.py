@@ -112,7 +112,7 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     assert "was prepared with another data.decontaminate" in mistake(config, "data.decontaminate=false")
-    (tmp_path / "test.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
     assert "the corpus was prepared" not in (said := mistake(config)) and f"content of {tmp_path / 'test.jsonl'}" in said
     assert mistake(config, f"data.path={tmp_path / 'new'}").startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
     (tmp_path / "test.jsonl").unlink()

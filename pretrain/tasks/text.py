@@ -1,0 +1,64 @@
+"""text: write any text, scored as text.
+
+exact: the answer is the target and ended with the end token. prefix: it starts with the target. contains: the target is in it. stopped: it ended
+with the end token. `_unseen`: on targets that are neither in the training corpus nor in the task's train rows. chrf, bleu: similarity of
+the answers and the targets over all rows by sacrebleu in its standard settings (Popović 2015; Papineni et al. 2002), as fractions.
+White space around an answer or a target does not count.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from data_prep.config import DataConfig
+from pretrain.tasks.options import AnswerTask, check_package
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
+
+Similarity = Literal["chrf", "bleu"]
+
+
+class Config(AnswerTask):
+    """Write any text, scored by comparison with the target."""
+
+    name: Literal["text"]
+    similarity: list[Similarity] = []
+    """Scores of sacrebleu that are computed too: chrf, bleu. They need the extra `similarity`."""
+
+    def check_needs(self, data: DataConfig, where: str) -> None:
+        """Raise UserError, see `TaskConfig.check_needs`."""
+        super().check_needs(data, where)
+        if self.similarity:
+            check_package("sacrebleu", "similarity", f"{where}.similarity")
+
+
+def evaluate(run: TaskRun) -> TaskResult:
+    """Answer the test rows and score the answers."""
+    rows = run.read_test()
+    answers = run.answer(rows)
+    targets, is_unseen = [row.target for row in rows], run.unseen(rows)
+    metrics = score(targets, answers, is_unseen) | similarities(targets, answers, run.task.similarity)
+    counts = {"unseen": sum(is_unseen)} if is_unseen is not None else {}
+    return TaskResult(len(rows), metrics, counts | without_room(answers))
+
+
+def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> dict[str, float]:
+    """Return rates over all rows, and `_unseen` ones over those that are."""
+    rows = [(target.strip(), answer.text.strip(), answer.stopped) for target, answer in zip(targets, answers, strict=True)]
+    exact = [text == target and stopped for target, text, stopped in rows]
+    return {
+        "exact": rate(exact),
+        "prefix": rate(text.startswith(target) for target, text, _ in rows),
+        "contains": rate(target in text for target, text, _ in rows),
+        "stopped": rate(stopped for *_, stopped in rows),
+        **rate_of("exact_unseen", exact, is_unseen),
+    }
+
+
+def similarities(targets: Sequence[str], answers: Sequence[Answer], names: Sequence[Similarity]) -> dict[str, float]:
+    """Return the scores of sacrebleu over all rows, between 0 and 1."""
+    if not names:
+        return {}
+    import sacrebleu
+
+    compute: dict[Similarity, Callable[..., Any]] = {"chrf": sacrebleu.corpus_chrf, "bleu": sacrebleu.corpus_bleu}
+    texts, references = [answer.text.strip() for answer in answers], [[target.strip() for target in targets]]
+    return {name: compute[name](texts, references).score / 100 for name in names}
