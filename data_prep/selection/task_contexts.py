@@ -1,5 +1,6 @@
 """The contexts of the tests of evaluation tasks: the texts that training must not see."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from data_prep.console import UserError
 from data_prep.sources.files import find_files
 from data_prep.sources.json_lines import SUFFIXES
 from data_prep.sources.views import make_mapping, template_columns
-from data_prep.task_rows import Row, RowReader
+from data_prep.task_rows import RowReader
 from data_prep.tasks import public_form
+from data_prep.tasks.form import Columns, PublicForm
 
 
 def contexts_file(partial: Path) -> Path:
@@ -31,9 +33,9 @@ def title_of(test: TaskTest) -> str:
 def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
     """Return the different contexts of a test, in the order of its rows. Raises UserError for a row that the task could not score.
 
-    A row's contexts are all of its views but the last, as the task scores them. Training data may hold the same question in another
-    prompt, so these are contexts too: the column of the question alone, the columns of a template, and the context views that the
-    mapping of each source makes of the row.
+    A row's contexts are all of its views but the last, as the task scores them. Training data may have the same question in another
+    prompt, so these are contexts too: the column of the question alone, the prompt of the public data set, the columns of a template,
+    and the context views that the mapping of each source makes of the row.
     """
     form = public_form(test.task)
     reader = RowReader(test.source, data.views, test.key, form, incomplete=data.missing_views == "keep")
@@ -43,10 +45,13 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
     others: dict[str, None] = {}
     targets: set[str] = set()
     for row in reader.rows():
-        question = [form.question] if form is not None and form.columns <= row.columns.keys() else []
-        contexts |= dict.fromkeys([*_context_views(row.views), *_texts(row, [*question, *bare])])
+        columns = row.columns
+        contexts |= dict.fromkeys([*_context_views(row.views), *_texts(columns, bare)])
         targets.update(row.views[-1:] if len(row.views) > 1 else ())
-        records = [record.views for mapping in mappings for record in mapping(row.columns, 0) if record.views is not None]
+        if form is not None:
+            columns = _columns_of_prompt(form, row.context) | columns
+            contexts |= dict.fromkeys(_public_contexts(form, columns))
+        records = [record.views for mapping in mappings for record in mapping(columns, 0) if record.views is not None]
         others |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
     contexts |= {view: None for view in others if view not in targets}  # pairs may be trained in both directions
     if not contexts:
@@ -64,9 +69,23 @@ def _context_views(views: Sequence[str]) -> list[str]:
     return present[:-1] if views[-1] and len(views) > 1 else present
 
 
-def _texts(row: Row, columns: list[str]) -> Iterator[str]:
-    for column in columns:
-        text = row.columns.get(column)
+def _columns_of_prompt(form: PublicForm, context: str) -> Columns:
+    """Return the columns that a context in the prompt of the public data set was made of."""
+    found = form.prompt.fullmatch(context) if form.prompt is not None else None
+    return found.groupdict() if found else {}
+
+
+def _public_contexts(form: PublicForm, columns: Columns) -> Iterator[str]:
+    """Yield the question alone, and the prompt of the public data set, of a row that has their columns."""
+    yield from _texts(columns, [form.question])
+    if form.columns <= columns.keys():
+        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):  # a mapped row need not be of that form
+            yield form.views(columns)[0]
+
+
+def _texts(columns: Columns, names: list[str]) -> Iterator[str]:
+    for name in names:
+        text = columns.get(name)
         if isinstance(text, str) and text.strip():
             yield text
 

@@ -16,6 +16,8 @@ class PublicForm(NamedTuple):
     """Context and target of a row. Raises KeyError, IndexError, TypeError or ValueError for a row that is not of this form."""
     question: str
     """The column that holds the question alone. It is kept out of training too, because the training data may have another prompt."""
+    prompt: re.Pattern[str] | None = None
+    """The context as `views` and the public LLM-JEPA data write it, with a named group for each column in it."""
 
 
 def label_number(label: Any, labels: int) -> int:

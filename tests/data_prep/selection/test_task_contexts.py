@@ -52,6 +52,27 @@ def test_every_test_row_of_a_public_form_is_kept_out(task, lines_file, tmp_path)
     assert manifest["dropped"]["contaminated"]["count"] == 3 * len(NUMBER)
 
 
+PROMPTS = {
+    "messages": None,
+    "the question": {"text": "question", "code": "query"},
+    "a template": {"text": "Database {db_id}. {question}", "code": "query"},
+}
+
+
+@pytest.mark.parametrize("of_test", PROMPTS)
+@pytest.mark.parametrize("of_training", PROMPTS)
+def test_questions_of_spider_are_kept_out_whatever_prompt_the_training_and_the_test_have(of_training, of_test, lines_file, tmp_path):
+    public = [{"db_id": "numbers", "question": question(number), "query": "SELECT 1"} for number in range(len(NUMBER))]
+    in_messages = [chat(f"For db_id:[numbers]\n\n{row['question']}", row["query"]) for row in public]
+    clean = [{"db_id": "numbers", "question": f"what comes after {number}?", "query": f"SELECT {number}"} for number in range(40)]
+    train = [*clean, *public] if of_training != "messages" else [*(chat(row["question"], row["query"]) for row in clean), *in_messages]
+    source = json_source(lines_file(tmp_path / "train.jsonl", train), views=PROMPTS[of_training])
+    config = data(tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306})
+    path = lines_file(tmp_path / "test.jsonl", in_messages if of_test == "messages" else public)
+    manifest = quiet(config, rows_of_task(path, "spider", views=PROMPTS[of_test]))
+    assert manifest["dropped"]["contaminated"]["count"] == len(public) and manifest["sources"][0]["kept"] == len(clean)
+
+
 MAPPINGS = {
     "columns": {"text": "ask", "code": "sql"},
     "a template": {"text": "{schema}: {ask}", "code": "sql"},
