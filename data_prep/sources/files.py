@@ -4,6 +4,7 @@ import glob
 import gzip
 import itertools
 import os
+import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,6 +32,10 @@ OPEN: dict[str | None, Callable[[str], Any]] = {
     ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
 }
 """By suffix. Python's gzip gives what stands before damage; Arrow's reader loses the block."""
+
+
+WINDOW_TOO_LONG = "requires too much memory"
+"""Part of zstd's error for a frame whose window exceeds the 128 MiB that its decoders take by default."""
 
 
 class Damaged(Exception):
@@ -127,7 +132,10 @@ def opened(piece: Piece) -> Iterator[BinaryIO]:
 
 
 def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
-    """What gives the next block of an opened file, empty at the end. Raises Damaged for what cannot be unpacked."""
+    """Return what reads the next block of an opened file, empty at the end.
+
+    It raises Damaged if the file is damaged there, and UserError if it is valid but needs too much memory.
+    """
     if codec_of(path) is None:
         return lambda: file.read(BLOCK)
     if not os.path.getsize(path):
@@ -141,6 +149,9 @@ def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
         try:
             return read_some(size)
         except (OSError, EOFError, zlib.error) as error:
+            if WINDOW_TOO_LONG in str(error):
+                raise UserError(f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
+                                f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst") from None
             raise Damaged(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
                           "replace it") from None
     return read

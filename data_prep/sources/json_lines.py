@@ -1,6 +1,7 @@
 """JSON lines: one object a line, with named columns or the `messages` form of chat data sets."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from data_prep.sources.views import chat_columns, make_mapping
 SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
 SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
 BOM = "\ufeff"
+LONGEST_INTEGER = sys.int_info.str_digits_check_threshold
+"""Digits that Python reads whatever limit is set."""
 
 
 class JsonLines:
@@ -71,6 +74,13 @@ def parse(line: bytes) -> Any:
         value, end = SCAN(text, 0)  # `json.loads` without its detours
         if end == len(text):
             return value
-    except StopIteration:
+    except json.JSONDecodeError:
+        raise
+    except (StopIteration, ValueError):  # a ValueError is about an integer of more digits than Python reads
         pass
-    return json.loads(text.removeprefix(BOM))
+    return json.loads(text.removeprefix(BOM), parse_int=_number)
+
+
+def _number(digits: str) -> int | float:
+    """Return an integer, or a float if Python limits how many digits of an integer it reads."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
