@@ -14,10 +14,10 @@ import numpy as np
 
 from data_prep.console import UserError
 from data_prep.files import read_json, write_json
-from data_prep.ragged import ranges
+from data_prep.ragged import ranges, run_sums
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
-from data_prep.selection.drops import Drops, excerpt
+from data_prep.selection.drops import EXAMPLES, Drops, excerpt
 from data_prep.shards import positions_needed, write_shard
 from data_prep.sources.record import Reader, Record
 from data_prep.tokenizer import Tokenizer
@@ -73,7 +73,8 @@ def encode_unit(serialized: str, number: int, unit: Unit) -> int:
     for piece, record in kept_records(job, readers[unit.source], number, unit, encoder.drops):
         encoder.add(piece, record)
     encoder.finish()
-    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "shards": dict(sorted(encoder.shards.items()))})
+    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "unknown": encoder.unknown,
+                                           "shards": dict(sorted(encoder.shards.items()))})
     return encoder.kept
 
 
@@ -92,6 +93,8 @@ class _Encoder:
         """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other, since the last shard."""
         self.shards: dict[str, list[dict[str, Any]]] = {}
         """Manifest entries of the shards, by split."""
+        self.unknown: dict[str, dict[str, Any]] = {}
+        """Of each split that has some: the number of unknown tokens, of the records with one, and the first of these as in Drops."""
 
     def add(self, piece: int, record: Record) -> None:
         self.batch.append((piece, record))
@@ -108,6 +111,7 @@ class _Encoder:
         splits = np.array([self.split_of(record) for _, record in self.batch])
         for split in sorted(set(splits[fits])):
             members = np.flatnonzero(fits & (splits == split))
+            self._count_unknown(str(split), members, columns)
             tokens = []
             for values, of_view in columns:
                 starts = np.cumsum(of_view) - of_view
@@ -127,6 +131,27 @@ class _Encoder:
         values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_stretch.sum()))
         text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in stretches])
         return values, np.bincount(text_of, of_stretch, minlength=len(texts)).astype(np.int64)
+
+    def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Count the tokens that stand for text which the tokenizer does not know; `columns` are the tokens and lengths of each view."""
+        if self.tokenizer.unknown_id is None:
+            return
+        of_record = sum(run_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)
+        having = members[np.flatnonzero(of_record)]
+        if not len(having):
+            return
+        entry = self.unknown.setdefault(split, {"tokens": 0, "records": 0, "first": []})
+        entry["tokens"] += int(np.sum(of_record))
+        entry["records"] += len(having)
+        for row in having[:EXAMPLES - len(entry["first"])]:
+            piece, record = self.batch[row]
+            entry["first"].append([piece, record.position, self._unknown_word(record.texts)])
+
+    def _unknown_word(self, texts: tuple[str, ...]) -> str:
+        """Return the first word with an unknown token as an example; the beginning of the record if no word has one by itself."""
+        words = " ".join(texts).split()
+        found = (word for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True) if self.tokenizer.unknown_id in ids)
+        return excerpt((next(found, None) or " ".join(words),))
 
     def _stretches(self, text: str) -> list[str]:
         """A long text in parts that the tokenizer can take, unless it makes something else of a part than of the whole."""

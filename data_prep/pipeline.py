@@ -27,7 +27,7 @@ from data_prep.manifest import Manifest, build_manifest, check_left, one_line, s
 from data_prep.progress import Progress
 from data_prep.scan import contamination, fingerprint_file, scan_report, scan_unit
 from data_prep.selection import duplicates, near_duplicates
-from data_prep.selection.drops import REASONS
+from data_prep.selection.drops import REASONS, unknown_tokens
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
@@ -245,6 +245,9 @@ class _Preparation:
         for number, source in enumerate(manifest["sources"]):
             if source["records"] and not source["kept"]:
                 self.say(f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}")
+        for split, entry in manifest["splits"].items():
+            if line := unknown_tokens(split, entry):
+                self.say(f"WARNING: {line}")
         for reason, drop in manifest["dropped"].items():
             self.say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}")
         return manifest

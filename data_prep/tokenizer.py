@@ -62,6 +62,7 @@ class Tokenizer:
 
     pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
     special_ids: the set of these.
+    unknown_id: the id of text that is not in the vocabulary; None if there is no such id.
     vocab_size: all ids are below it, specials included; not padded to a multiple.
     fingerprint: sha256 (hex) over all that determines the ids, here and in exported models.
     """
@@ -79,6 +80,7 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
         self.special_ids = frozenset(known)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
+        self.unknown_id: int | None = spec["model"].get("unk_id") if isinstance(vocab, list) else vocab.get(_unknown_token(spec))
         self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
 
         model_path = self.folder / "tokenizer.model"
@@ -291,9 +293,7 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
-    unknown = spec["model"].get("unk_token")
-    if spec["model"].get("unk_id") is not None:
-        unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
+    unknown = _unknown_token(spec)
 
     chosen: dict[str, str] = {}
     for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
@@ -321,6 +321,14 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
     config = {f"{name}_token": chosen[name] for name in LITERALS} | ({"unk_token": unknown} if unknown else {})
     return config | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
                      "clean_up_tokenization_spaces": False}
+
+
+def _unknown_token(spec: dict[str, Any]) -> str | None:
+    model = spec["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    token: str | None = model.get("unk_token")
+    return token
 
 
 def _in_text(tokenizer: tokenizers.Tokenizer, literal: str) -> bool:
