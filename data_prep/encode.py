@@ -20,11 +20,10 @@ from data_prep.selection import duplicates
 from data_prep.selection.drops import EXAMPLES, Drops, excerpt
 from data_prep.shards import positions_needed, write_shard
 from data_prep.sources.record import Reader, Record
+from data_prep.stretches import stretches
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
-STRETCH = 1 << 20
-"""Characters that the tokenizer gets at once: its memory grows with them. A longer text is cut behind a line or a blank."""
 SHARD_TOKENS = 1 << 25
 """With so many a shard is full: what a unit keeps in memory is bounded, however large a compressed file or a row group is."""
 CLOSING = 2
@@ -87,8 +86,6 @@ class _Encoder:
         self.split_of = job.splitter(unit.source)
         self.batch: list[tuple[int, Record]] = []
         self.characters = self.kept = 0
-        self.cuts: bool | None = None
-        """Whether the tokens of a text are those of its parts; None: not known yet. With a blank put before every text they are not."""
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
         """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other, since the last shard."""
         self.shards: dict[str, list[dict[str, Any]]] = {}
@@ -125,12 +122,12 @@ class _Encoder:
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of some texts, concatenated, and how many each has; none where there is but blank."""
-        stretches = [self._stretches(text) if text and not text.isspace() else [] for text in texts]
-        encoded = self.tokenizer.encode_batch([stretch for of_text in stretches for stretch in of_text])
-        of_stretch = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_stretch.sum()))
-        text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in stretches])
-        return values, np.bincount(text_of, of_stretch, minlength=len(texts)).astype(np.int64)
+        parts = [stretches(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts]
+        encoded = self.tokenizer.encode_batch([part for of_text in parts for part in of_text])
+        of_part = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_part.sum()))
+        text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in parts])
+        return values, np.bincount(text_of, of_part, minlength=len(texts)).astype(np.int64)
 
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the tokens that stand for text which the tokenizer does not know; `columns` are the tokens and lengths of each view."""
@@ -152,16 +149,6 @@ class _Encoder:
         words = " ".join(texts).split()
         found = (word for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True) if self.tokenizer.unknown_id in ids)
         return excerpt((next(found, None) or " ".join(words),))
-
-    def _stretches(self, text: str) -> list[str]:
-        """A long text in parts that the tokenizer can take, unless it makes something else of a part than of the whole."""
-        if len(text) <= STRETCH:
-            return [text]
-        if self.cuts is None:
-            parts = ["a word\n", "and another \n\n", " of more"]
-            whole, *apart = self.tokenizer.encode_batch(["".join(parts), *parts])
-            self.cuts = whole == [token for part in apart for token in part]
-        return _stretches(text) if self.cuts else [text]
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
         """Which records are kept: (N, views) -> (N,). The others are counted."""
@@ -190,18 +177,6 @@ class _Encoder:
         shards = self.shards.setdefault(split, [])
         path = Path(self.job.data.path) / f"{split}-{self.number:05d}{f'.{len(shards):03d}' if shards else ''}.arrow"
         shards.append(write_shard(path, self.unit.source, views, np.concatenate(continues), self.tokenizer.vocab_size))
-
-
-def _stretches(text: str) -> list[str]:
-    """A text, in parts: cut behind a line break, else a blank, else anywhere."""
-    parts, begin = [], 0
-    while len(text) - begin > STRETCH:
-        end = begin + STRETCH
-        cut = text.rfind("\n", begin, end) + 1 or text.rfind(" ", begin, end) or end
-        cut = cut if cut > begin else end
-        parts.append(text[begin:cut])
-        begin = cut
-    return [*parts, text[begin:]]
 
 
 def _cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
