@@ -186,8 +186,8 @@ class DataConfig(Section):
     """Whether the end token of a text is a next-token target. Without it a model does not learn to stop, which published figures of
     LLM-JEPA suffer from: for comparison with those alone."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training sources held out for validation, chosen by the target view's text, so that
-    no target stands on both sides."""
+    """Fraction of the training sources held out for validation, drawn by the target view's text, so that no target is on both sides. A source
+    with few different targets, such as labels, is drawn by its context instead; the preparation reports that."""
     on_malformed: Literal["fail", "drop"] = "fail"
     """A line that is no record (not JSON, not UTF-8, a view that is no text) stops the preparation, or is
     dropped and counted."""

@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.config import DataConfig, JsonSource, readings
 from data_prep.console import UserError
 from data_prep.files import atomic_path, write_json
+from data_prep.holdout import TargetSample, split_function
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
 from data_prep.selection.drops import Drops, excerpt
@@ -32,6 +33,11 @@ def scan_report(job: Job, number: int) -> Path:
 def dropped_file(job: Job, number: int) -> Path:
     """The ordinals of a unit's records that the scan dropped."""
     return scan_report(job, number).with_suffix(".dropped.npy")
+
+
+def target_file(job: Job, number: int) -> Path:
+    """A sample of the targets of a unit."""
+    return scan_report(job, number).with_suffix(".targets.npy")
 
 
 def fingerprint_file(job: Job, number: int, kind: str) -> Path:
@@ -70,7 +76,9 @@ class _Scan:
         self.drops = Drops()
         self.dropped: list[int] = []
         self.batch: list[tuple[int, int, Record]] = []
-        self.split_of = job.splitter(unit.source)
+        # Where `holdout.decide` finds few targets, this is not the final split. Of two duplicates the other one may then stay.
+        self.split_of = split_function(job.data, unit.source)
+        self.targets = TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
         self.characters = 0
         self.ordinals: list[int] = []
         self.ranks: list[int] = []
@@ -98,6 +106,8 @@ class _Scan:
                 kept.append(record)
                 self.ordinals.append(ordinal)
                 self.ranks.append(duplicates.PREFERENCE.index(self.split_of(record)))
+        if self.targets:
+            self.targets.add(kept)
         if kept and self.job.data.deduplicate != "none":
             views = [record.texts for record in kept]
             self.fingerprints.append(duplicates.fingerprints(views))
@@ -110,6 +120,8 @@ class _Scan:
         self._look()
         with atomic_path(dropped_file(self.job, number)) as temporary, open(temporary, "wb") as file:
             np.save(file, np.sort(np.array(self.dropped, np.uint32)))
+        if self.targets:
+            self.targets.write(target_file(self.job, number))
         if self.job.data.deduplicate == "none":
             return
         ordinals, ranks = np.array(self.ordinals, np.uint32), np.array(self.ranks, np.uint8)

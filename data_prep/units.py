@@ -1,7 +1,6 @@
 """Units of work: runs of consecutive pieces of one source, which do not depend on who does them."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,18 +52,6 @@ class Job(BaseModel):
     def near_threshold(self) -> float:
         """Likeness from which on records are near-duplicates."""
         return self.data.near_threshold or THRESHOLD
-
-    def splitter(self, source: int) -> Callable[[Record], str]:
-        """What gives the split of a record: its source's, but for the held-out share of the training records, drawn by the target or the group."""
-        split, fraction = self.data.sources[source].split, self.data.validation_fraction
-        if split != "train" or not fraction:
-            return lambda record: split
-
-        def drawn(record: Record) -> str:
-            by = record.group or next(view for view in reversed(record.texts) if view.strip())
-            draw = int.from_bytes(hashlib.sha256(by.encode()).digest()[:8]) / 2**64
-            return "validation" if draw < fraction else "train"
-        return drawn
 
 
 def make_units(readers: Sequence[Reader]) -> list[Unit]:

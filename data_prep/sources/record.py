@@ -31,7 +31,7 @@ class Record(NamedTuple):
     reason: str = "malformed"
     """`malformed` stops the preparation unless `data.on_malformed` is drop; any other reason is always dropped and counted."""
     group: str = ""
-    """Records of one group are held out for validation together; empty: drawn by the target's text."""
+    """Records of one group are held out for validation together; empty: drawn by a text of the record, see data_prep/holdout.py."""
 
     @property
     def texts(self) -> tuple[str, ...]:
