@@ -143,7 +143,8 @@ class FiltersConfig(Section):
     max_characters: int | None = Field(default=None, ge=1)
     """A record with a longer view is dropped, before it is tokenized."""
     forbidden: str | None = None
-    """A regular expression (of Python's `re`): a record is dropped where it matches anywhere in a view."""
+    """A regular expression (of Python's `re`): a record is dropped where it matches anywhere in a view. An expression that does not decide about
+    a record in 10 s of computing stops the preparation with the place of that record."""
 
     @model_validator(mode="after")
     def _can_pass(self) -> "FiltersConfig":

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import DataConfig, JsonSource, readings
+from data_prep.config import DataConfig, FiltersConfig, JsonSource, readings
 from data_prep.console import UserError
 from data_prep.files import atomic_path, write_json
 from data_prep.holdout import TargetSample, split_function
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
 from data_prep.selection.drops import Drops, excerpt
-from data_prep.selection.filters import why_filtered
+from data_prep.selection.filters import Undecided, limited_searches, why_filtered
 from data_prep.sources import open_source
-from data_prep.sources.record import Record
-from data_prep.units import Job, Unit, malformed, open_job, positions_before, read_unit
+from data_prep.sources.record import Piece, Reader, Record
+from data_prep.units import Job, Unit, malformed, open_job, place_of, positions_before, read_unit
 
 BATCH_CHARACTERS = 1 << 20
 
@@ -52,20 +52,29 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
     lacks = lacking(config, reader.supplies)
     ordinal = -1
-    for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
-        if record.views is None:
-            if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
-                raise malformed(reader, unit.pieces[piece], record)
-            scan.drop(record.reason, ordinal, piece, record, record.problem)
-        elif reason := lacks(record.views) or why_filtered(record.views, config.filters):
-            scan.drop(reason, ordinal, piece, record, excerpt(record.views))
-        else:
-            scan.keep(ordinal, piece, record)
+    with limited_searches(config.filters):
+        for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
+            if record.views is None:
+                if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
+                    raise malformed(reader, unit.pieces[piece], record)
+                scan.drop(record.reason, ordinal, piece, record, record.problem)
+            elif reason := lacks(record.views) or _filtered(config.filters, reader, unit.pieces[piece], record):
+                scan.drop(reason, ordinal, piece, record, excerpt(record.views))
+            else:
+                scan.keep(ordinal, piece, record)
     scan.finish(number)
     records = ordinal + 1
     write_json(scan_report(job, number), {
         "records": records, "positions": [reader.count(piece) for piece in unit.pieces], "dropped": scan.drops.by_reason})
     return records
+
+
+def _filtered(filters: FiltersConfig, reader: Reader, piece: Piece, record: Record) -> str:
+    """Return the reason to leave a record out by its text, or "". Raises UserError naming the record on which this cannot be decided."""
+    try:
+        return why_filtered(record.texts, filters)
+    except Undecided as problem:
+        raise UserError(f"{place_of(reader, piece, record)}: {problem}") from None
 
 
 class _Scan:

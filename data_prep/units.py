@@ -91,11 +91,14 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
+    return UserError(f"{place_of(reader, piece, record)}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
+
+
+def place_of(reader: Reader, piece: Piece, record: Record) -> str:
+    """Return the place of a record in its file."""
     if piece.start <= COUNTED_BYTES:
-        place = reader.place(piece, record.position, positions_before(reader, piece))
-    else:  # a unit far inside of a file would read all that is before it
-        place = f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"
-    return UserError(f"{place}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
+        return reader.place(piece, record.position, positions_before(reader, piece))
+    return f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"  # far inside of a file it would take reading all before it
 
 
 def positions_before(reader: Reader, piece: Piece) -> int:
