@@ -86,6 +86,9 @@ class _Preparation:
                 self.lock.close()
 
     def _make(self) -> Manifest:
+        for reader in self.readers:
+            if reader.note:
+                self.say(reader.note)
         self.units, self.stamps = self.crew.once(self._begin)
         if self.job.data.tokenizer.path is not None:
             self.crew.once(self._make_tokenizer)  # before the long scan: it may be no tokenizer

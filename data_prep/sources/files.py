@@ -24,6 +24,8 @@ SMALL_BLOCK = 1 << 16
 """The same where what stands before damage is lost with its block."""
 LONGEST_LINE = 16 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
+SHOWN_FILES = 3
+"""Files that a line about skipped ones names."""
 PIECES = 256
 """About so many are a source of plain files cut into."""
 OPEN: dict[str | None, Callable[[str], Any]] = {
@@ -43,24 +45,39 @@ class Damaged(Exception):
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
-    """The files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    """Return the files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    return find_and_note(source, name, suffixes, follow_links)[0]
+
+
+def find_and_note(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> tuple[list[str], str]:
+    """Return the files of a source, see `find_files`, and a line about the others in its folders, empty if there are none."""
     path, key = source.path, f"{name}.path"
+    skipped: list[str] = []
     if path is None:
         raise UserError(f"{key} is not set: give the file on the command line, {key}=FILE")
     if os.path.isdir(path):
-        found = _below(path, suffixes, follow_links)
+        found = _below(path, suffixes, follow_links, skipped)
         if not found:
             raise UserError(f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else ""))
     elif os.path.lexists(path) or not glob.has_magic(path):
         found = [path]
     else:
         matches = glob.glob(path, recursive=True)
-        found = [file for match in matches for file in (_below(match, suffixes, follow_links) if os.path.isdir(match) else [match])]
+        found = [file for match in matches for file in (_below(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])]
         if not found:
             raise UserError(f"no file matches {path} ({key}); check the pattern")
     for file in found:
         _check_readable(file, key)
-    return sorted(set(found))
+    return sorted(set(found)), note_of(set(skipped) - set(found), path, key)
+
+
+def note_of(skipped: set[str], folder: str, key: str) -> str:
+    """Return a line that names the files below a folder that are not read; empty if there are none."""
+    if not skipped:
+        return ""
+    some = f"{len(skipped):,} files" if len(skipped) > 1 else "a file"
+    examples = ", ".join([*sorted(skipped)[:SHOWN_FILES], *(["..."] if len(skipped) > SHOWN_FILES else [])])
+    return f"note: the names of files decide what is read of {folder} ({key}), and leave out {some}: {examples}"
 
 
 def fixed_part(path: str) -> Path:
@@ -71,18 +88,24 @@ def fixed_part(path: str) -> Path:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
 
 
-def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool) -> list[str]:
-    """Files below a folder but for hidden ones; where links to folders are followed, each folder comes once."""
+def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
+    """Return the files below a folder that are read, and add the others to `skipped`, hidden folders as a whole.
+
+    If links to folders are followed, each folder comes once.
+    """
     def fail(error: OSError) -> None:
         raise cannot_read(error.filename, error)
 
     found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
         folders.sort()
+        skipped += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
         below = [os.path.join(parent, name) for name in folders if not name.startswith(".")]
         below = [path for path in below if follow_links or not os.path.islink(path)]
         folders[:] = [os.path.basename(path) for path in _unseen(below, seen)]
-        found += [os.path.join(parent, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        read = {name for name in names if name.endswith(suffixes) and not name.startswith(".")}
+        found += [os.path.join(parent, name) for name in read]
+        skipped += [os.path.join(parent, name) for name in names if name not in read]
     return found
 
 

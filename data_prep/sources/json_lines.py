@@ -21,7 +21,7 @@ class JsonLines:
     """Files of JSON lines; the plain ones are cut into byte ranges, and a line belongs to the range in which it starts."""
 
     def __init__(self, source: JsonSource, views: tuple[str, ...], name: str):
-        self.files = files.find_files(source, name, SUFFIXES)
+        self.files, self.note = files.find_and_note(source, name, SUFFIXES)
         self.mapping = make_mapping(source, views, name, {view: view for view in views})
         self.chat = make_mapping(source, views, name, chat_columns(views)) if len(views) > 1 else self.mapping
         self.supplies = self.mapping.supplies

@@ -22,7 +22,7 @@ class Parquet:
     """Files of rows; small row groups share a piece."""
 
     def __init__(self, source: ParquetSource, views: tuple[str, ...], name: str):
-        self.files = files.find_files(source, name, (".parquet",))
+        self.files, self.note = files.find_and_note(source, name, (".parquet",))
         self.mappings = {}
         self.sizes: dict[str, list[int]] = {}
         """Bytes on disk of the row groups of each file."""

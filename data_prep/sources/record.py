@@ -45,6 +45,8 @@ class Reader(Protocol):
 
     supplies: tuple[bool, ...]
     """Which of `data.views` this source fills at all; its records are judged by those alone."""
+    note: str
+    """A line about files that look like its own and are not read; empty if there are none."""
 
     def pieces(self) -> list[Piece]:
         """In order, the same on every machine. Reads no whole file."""
