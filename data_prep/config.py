@@ -61,8 +61,8 @@ class NlrxSource(AnySource):
 class JsonSource(FileSource):
     """JSON lines (.json, .jsonl, .ndjson; plain, .gz or .zst): one object a line.
 
-    By default a view is the column of its name. In a line that has `messages`, the user's message is the first view and
-    the assistant's the last.
+    A .json file may be one array of objects instead. By default a view is the column of its name. In a line that has `messages`, the
+    user's message is the first view and the assistant's the last.
     """
 
     type: Literal["json"]
@@ -72,6 +72,18 @@ class ParquetSource(FileSource):
     """Parquet files (.parquet). Columns become views as those of JSON lines do."""
 
     type: Literal["parquet"]
+
+
+class CsvSource(FileSource):
+    """CSV (.csv) and TSV (.tsv) files with a header line (plain, .gz or .zst). Columns become views as those of JSON lines do."""
+
+    type: Literal["csv"]
+
+
+class ArrowSource(FileSource):
+    """Arrow files (.arrow), or a folder of `datasets.Dataset.save_to_disk`. Columns become views as those of JSON lines do."""
+
+    type: Literal["arrow"]
 
 
 class HubSource(AnySource):
@@ -113,7 +125,8 @@ class PythonSource(FileSource):
     type: Literal["python"]
 
 
-Source = Annotated[NlrxSource | JsonSource | ParquetSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
+Source = Annotated[
+    NlrxSource | JsonSource | ParquetSource | CsvSource | ArrowSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
 
 
 class TokenizerConfig(Section):

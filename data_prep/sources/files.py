@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -180,13 +180,13 @@ def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
     return read
 
 
-def byte_pieces(files: list[str]) -> list[Piece]:
-    """Byte ranges of plain files, and compressed ones as a whole; the ranges grow with the whole size."""
+def byte_pieces(files: list[str], uncut: Collection[str] = ()) -> list[Piece]:
+    """Return byte ranges of plain files, and as a whole the compressed ones and those in `uncut`; the ranges grow with the whole size."""
     sizes = {path: size_of(path) for path in files}
     length = piece_length(sum(size for path, size in sizes.items() if codec_of(path) is None))
     pieces = []
     for path, size in sizes.items():
-        step = size if codec_of(path) else length
+        step = size if codec_of(path) or path in uncut else length
         cuts = [*range(0, size, step), size] if size else [0, 0] if codec_of(path) else []
         pieces += [Piece(path, start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
     return pieces
