@@ -62,8 +62,8 @@ class NlrxSource(AnySource):
 class JsonSource(FileSource):
     """JSON lines (.json, .jsonl, .ndjson; plain, .gz or .zst): one object a line.
 
-    By default a view is the column of its name. In a line that has `messages`, the user's message is the first view and
-    the assistant's the last.
+    A .json file may be one array of objects instead. By default a view is the column of its name. In a line that has `messages`, the
+    user's message is the first view and the assistant's the last.
     """
 
     type: Literal["json"]
@@ -73,6 +73,18 @@ class ParquetSource(FileSource):
     """Parquet files (.parquet). Columns become views as those of JSON lines do."""
 
     type: Literal["parquet"]
+
+
+class CsvSource(FileSource):
+    """CSV (.csv) and TSV (.tsv) files with a header line (plain, .gz or .zst). Columns become views as those of JSON lines do."""
+
+    type: Literal["csv"]
+
+
+class ArrowSource(FileSource):
+    """Arrow files (.arrow), or a folder of `datasets.Dataset.save_to_disk`. Columns become views as those of JSON lines do."""
+
+    type: Literal["arrow"]
 
 
 class HubSource(AnySource):
@@ -114,7 +126,8 @@ class PythonSource(FileSource):
     type: Literal["python"]
 
 
-Source = Annotated[NlrxSource | JsonSource | ParquetSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
+Source = Annotated[
+    NlrxSource | JsonSource | ParquetSource | CsvSource | ArrowSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
 
 
 class TokenizerConfig(Section):
@@ -144,7 +157,8 @@ class FiltersConfig(Section):
     max_characters: int | None = Field(default=None, ge=1)
     """A record with a longer view is dropped, before it is tokenized."""
     forbidden: str | None = None
-    """A regular expression (of Python's `re`): a record is dropped where it matches anywhere in a view."""
+    """A regular expression (of Python's `re`): a record is dropped where it matches anywhere in a view. An expression that does not decide about
+    a record in 10 s of computing stops the preparation with the place of that record."""
 
     @model_validator(mode="after")
     def _can_pass(self) -> "FiltersConfig":
@@ -187,8 +201,8 @@ class DataConfig(Section):
     """Whether the end token of a text is a next-token target. Without it a model does not learn to stop, which published figures of
     LLM-JEPA suffer from: for comparison with those alone."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training sources held out for validation, chosen by the target view's text, so that
-    no target stands on both sides."""
+    """Fraction of the training sources held out for validation, drawn by the target view's text, so that no target is on both sides. A source
+    with few different targets, such as labels, is drawn by its context instead; the preparation reports that."""
     on_malformed: Literal["fail", "drop"] = "fail"
     """A line that is no record (not JSON, not UTF-8, a view that is no text) stops the preparation, or is
     dropped and counted."""

@@ -14,17 +14,17 @@ import numpy as np
 
 from data_prep.console import UserError
 from data_prep.files import read_json, write_json
-from data_prep.ragged import ranges
+from data_prep.holdout import drawn_by_context, split_function
+from data_prep.ragged import ranges, run_sums
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
-from data_prep.selection.drops import Drops, excerpt
+from data_prep.selection.drops import EXAMPLES, Drops, excerpt
 from data_prep.shards import positions_needed, write_shard
 from data_prep.sources.record import Reader, Record
+from data_prep.stretches import stretches
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
-STRETCH = 1 << 20
-"""Characters that the tokenizer gets at once: its memory grows with them. A longer text is cut behind a line or a blank."""
 SHARD_TOKENS = 1 << 25
 """With so many a shard is full: what a unit keeps in memory is bounded, however large a compressed file or a row group is."""
 CLOSING = 2
@@ -73,7 +73,8 @@ def encode_unit(serialized: str, number: int, unit: Unit) -> int:
     for piece, record in kept_records(job, readers[unit.source], number, unit, encoder.drops):
         encoder.add(piece, record)
     encoder.finish()
-    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "shards": dict(sorted(encoder.shards.items()))})
+    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "unknown": encoder.unknown,
+                                           "shards": dict(sorted(encoder.shards.items()))})
     return encoder.kept
 
 
@@ -83,15 +84,15 @@ class _Encoder:
     def __init__(self, job: Job, number: int, unit: Unit, tokenizer: Tokenizer):
         self.job, self.number, self.unit, self.tokenizer = job, number, unit, tokenizer
         self.drops = Drops()
-        self.split_of = job.splitter(unit.source)
+        self.split_of = split_function(job.data, unit.source, drawn_by_context(job, unit.source))
         self.batch: list[tuple[int, Record]] = []
         self.characters = self.kept = 0
-        self.cuts: bool | None = None
-        """Whether the tokens of a text are those of its parts; None: not known yet. With a blank put before every text they are not."""
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
         """Of each split: the tokens of each view, lengths (N, views) and `continues` (N,) of one batch after the other, since the last shard."""
         self.shards: dict[str, list[dict[str, Any]]] = {}
         """Manifest entries of the shards, by split."""
+        self.unknown: dict[str, dict[str, Any]] = {}
+        """Of each split that has some: the number of unknown tokens, of the records with one, and the first of these as in Drops."""
 
     def add(self, piece: int, record: Record) -> None:
         self.batch.append((piece, record))
@@ -108,6 +109,7 @@ class _Encoder:
         splits = np.array([self.split_of(record) for _, record in self.batch])
         for split in sorted(set(splits[fits])):
             members = np.flatnonzero(fits & (splits == split))
+            self._count_unknown(str(split), members, columns)
             tokens = []
             for values, of_view in columns:
                 starts = np.cumsum(of_view) - of_view
@@ -121,22 +123,33 @@ class _Encoder:
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of some texts, concatenated, and how many each has; none where there is but blank."""
-        stretches = [self._stretches(text) if text and not text.isspace() else [] for text in texts]
-        encoded = self.tokenizer.encode_batch([stretch for of_text in stretches for stretch in of_text])
-        of_stretch = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_stretch.sum()))
-        text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in stretches])
-        return values, np.bincount(text_of, of_stretch, minlength=len(texts)).astype(np.int64)
+        parts = [stretches(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts]
+        encoded = self.tokenizer.encode_batch([part for of_text in parts for part in of_text])
+        of_part = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_part.sum()))
+        text_of = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in parts])
+        return values, np.bincount(text_of, of_part, minlength=len(texts)).astype(np.int64)
 
-    def _stretches(self, text: str) -> list[str]:
-        """A long text in parts that the tokenizer can take, unless it makes something else of a part than of the whole."""
-        if len(text) <= STRETCH:
-            return [text]
-        if self.cuts is None:
-            parts = ["a word\n", "and another \n\n", " of more"]
-            whole, *apart = self.tokenizer.encode_batch(["".join(parts), *parts])
-            self.cuts = whole == [token for part in apart for token in part]
-        return _stretches(text) if self.cuts else [text]
+    def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Count the tokens that stand for text which the tokenizer does not know; `columns` are the tokens and lengths of each view."""
+        if self.tokenizer.unknown_id is None:
+            return
+        of_record = sum(run_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)
+        having = members[np.flatnonzero(of_record)]
+        if not len(having):
+            return
+        entry = self.unknown.setdefault(split, {"tokens": 0, "records": 0, "first": []})
+        entry["tokens"] += int(np.sum(of_record))
+        entry["records"] += len(having)
+        for row in having[:EXAMPLES - len(entry["first"])]:
+            piece, record = self.batch[row]
+            entry["first"].append([piece, record.position, self._unknown_word(record.texts)])
+
+    def _unknown_word(self, texts: tuple[str, ...]) -> str:
+        """Return the first word with an unknown token as an example; the beginning of the record if no word has one by itself."""
+        words = " ".join(texts).split()
+        found = (word for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True) if self.tokenizer.unknown_id in ids)
+        return excerpt((next(found, None) or " ".join(words),))
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
         """Which records are kept: (N, views) -> (N,). The others are counted."""
@@ -165,18 +178,6 @@ class _Encoder:
         shards = self.shards.setdefault(split, [])
         path = Path(self.job.data.path) / f"{split}-{self.number:05d}{f'.{len(shards):03d}' if shards else ''}.arrow"
         shards.append(write_shard(path, self.unit.source, views, np.concatenate(continues), self.tokenizer.vocab_size))
-
-
-def _stretches(text: str) -> list[str]:
-    """A text, in parts: cut behind a line break, else a blank, else anywhere."""
-    parts, begin = [], 0
-    while len(text) - begin > STRETCH:
-        end = begin + STRETCH
-        cut = text.rfind("\n", begin, end) + 1 or text.rfind(" ", begin, end) or end
-        cut = cut if cut > begin else end
-        parts.append(text[begin:cut])
-        begin = cut
-    return [*parts, text[begin:]]
 
 
 def _cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,14 @@
 """What a preparation made, for machines (manifest.json) and for people (summary.md)."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from data_prep.console import UserError
 from data_prep.encode import shard_report
 from data_prep.files import read_json
 from data_prep.scan import scan_report
-from data_prep.selection.drops import EXAMPLES, REASONS
+from data_prep.selection.drops import EXAMPLES, REASONS, unknown_tokens
 from data_prep.shards import FORMAT
 from data_prep.sources import Reader
 from data_prep.tokenizer import Tokenizer
@@ -39,7 +41,8 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
         "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "settings": settings,
         "sources": sources,
-        "splits": {split: _split_entry(job, shards) for split, shards in splits.items()},
+        "splits": {split: _split_entry(job, shards) | {"unknown": _unknown(split, readers, units, scans, reports)}
+                   for split, shards in splits.items()},
         "dropped": dropped,
     }
 
@@ -56,19 +59,38 @@ def _split_entry(job: Job, shards: list[dict[str, Any]]) -> dict[str, Any]:
 def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts and first examples by reason, in the order of REASONS; places are counted from the beginning of each file."""
     found: dict[str, dict[str, Any]] = {}
+    for scan, report, describe in zip(scans, reports, _describers(readers, units, scans), strict=True):
+        for reason, drop in [*scan["dropped"].items(), *report["dropped"].items()]:
+            entry = found.setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += drop["count"]
+            entry["first"] += [describe(*example) for example in drop["first"][: EXAMPLES - len(entry["first"])]]
+    return {reason: found[reason] for reason in REASONS if reason in found}
+
+
+def _unknown(split: str, readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the unknown tokens of a split, the records that have some, and the first of these with their places."""
+    entry: dict[str, Any] = {"tokens": 0, "records": 0, "first": []}
+    for report, describe in zip(reports, _describers(readers, units, scans), strict=True):
+        if of_unit := report.get("unknown", {}).get(split):  # a unit that an older version finished does not have it
+            entry["tokens"] += of_unit["tokens"]
+            entry["records"] += of_unit["records"]
+            entry["first"] += [describe(*example) for example in of_unit["first"][: EXAMPLES - len(entry["first"])]]
+    return entry
+
+
+def _describers(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]]) -> Iterator[Callable[[int, int, str], str]]:
+    """Yield for each unit what turns an example (piece, position in it, note) into `place: note`; places count from the start of each file."""
     before: dict[tuple[int, str], int] = {}
-    for unit, scan, report in zip(units, scans, reports, strict=True):
-        reader = readers[unit.source]
+    for unit, scan in zip(units, scans, strict=True):
         begins = []
         for piece, positions in zip(unit.pieces, scan["positions"], strict=True):
             begins.append(before.get((unit.source, piece.path), 0))
             before[unit.source, piece.path] = begins[-1] + positions
-        for reason, drop in [*scan["dropped"].items(), *report["dropped"].items()]:
-            entry = found.setdefault(reason, {"count": 0, "first": []})
-            entry["count"] += drop["count"]
-            for piece, position, note in drop["first"][: EXAMPLES - len(entry["first"])]:
-                entry["first"].append(f"{reader.place(unit.pieces[piece], position, begins[piece])}: {note}")
-    return {reason: found[reason] for reason in REASONS if reason in found}
+        yield partial(_describe, readers[unit.source], unit, begins)
+
+
+def _describe(reader: Reader, unit: Unit, begins: list[int], piece: int, position: int, note: str) -> str:
+    return f"{reader.place(unit.pieces[piece], position, begins[piece])}: {note}"
 
 
 def check_left(job: Job, readers: list[Reader], units: list[Unit]) -> None:
@@ -109,6 +131,8 @@ def summary(job: Job, manifest: Manifest) -> str:
         share = f"{weight * source['tokens'] / total:.1%}" if total and weight else "-"
         lines.append(f"| {index} {config.type} {getattr(config, 'path', '')} | {config.split} | {source['records']:,} | {source['kept']:,} | "
                      f"{source['tokens']:,} | {weight:g} | {share} |")
+    if unknown := [line for split, entry in manifest["splits"].items() if (line := unknown_tokens(split, entry))]:
+        lines += ["", "## Unknown tokens", "", *unknown]
     lines += ["", "## Dropped", ""]
     if not manifest["dropped"]:
         lines.append("Nothing.")

@@ -23,11 +23,12 @@ from data_prep.console import UserError, print_now
 from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.files import read_json, read_json_or_nothing, sync_file, try_lock, write_json, write_text
+from data_prep.holdout import decide, drawn_by_context, split_function
 from data_prep.manifest import Manifest, build_manifest, check_left, one_line, summary, why_dropped
 from data_prep.progress import Progress
-from data_prep.scan import fingerprint_file, scan_report, scan_unit
+from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
 from data_prep.selection import duplicates, near_duplicates
-from data_prep.selection.drops import REASONS
+from data_prep.selection.drops import REASONS, unknown_tokens
 from data_prep.selection.task_contexts import contexts_file, read_contexts, title_of
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
@@ -86,11 +87,15 @@ class _Preparation:
                 self.lock.close()
 
     def _make(self) -> Manifest:
+        for reader in self.readers:
+            if reader.note:
+                self.say(reader.note)
         self.units, self.stamps = self.crew.once(self._begin)
         if self.job.data.tokenizer.path is not None:
             self.crew.once(self._make_tokenizer)  # before the long scan: it may be no tokenizer
         self._each_unit("scanning", scan_unit, scan_report)
         self.crew.once(lambda: check_left(self.job, self.readers, self.units))
+        self.crew.once(self._decide_holdout)
         self._checksums()
         self._find_duplicates()
         self.crew.once(self._make_tokenizer)
@@ -168,6 +173,11 @@ class _Preparation:
             self.say(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.crew.description}")
         self.crew.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
 
+    def _decide_holdout(self) -> None:
+        for source in decide(self.job, self.units, lambda number: target_file(self.job, number)):
+            self.say(f"note: data.sources.{source} has few different targets, so its records are held out for validation by their context: "
+                     "no context is on both sides, but targets are")
+
     def _checksums(self) -> None:
         groups = inputs.groups(self.stamps, piece_length(sum(size for size, _ in self.stamps.values())))
         outs = [self.job.partial / "files" / f"{number:06d}.json" for number in range(len(groups))]
@@ -229,7 +239,7 @@ class _Preparation:
         limit = max(SAMPLE_OF_UNIT, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
             unit, of_unit = self.units[number], 0
-            split_of = self.job.splitter(unit.source)
+            split_of = split_function(self.job.data, unit.source, drawn_by_context(self.job, unit.source))
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":
                     yield from filter(str.strip, record.texts)
@@ -257,6 +267,9 @@ class _Preparation:
         for number, source in enumerate(manifest["sources"]):
             if source["records"] and not source["kept"]:
                 self.say(f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}")
+        for split, entry in manifest["splits"].items():
+            if line := unknown_tokens(split, entry):
+                self.say(f"WARNING: {line}")
         for reason, drop in manifest["dropped"].items():
             self.say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}")
         return manifest

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, FiltersConfig
+from data_prep.console import UserError
 from data_prep.files import atomic_path, read_json, write_json
+from data_prep.holdout import TargetSample, split_function
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
 from data_prep.selection.drops import Drops, excerpt
-from data_prep.selection.filters import why_filtered
+from data_prep.selection.filters import Undecided, limited_searches, why_filtered
 from data_prep.selection.task_contexts import contexts_file
-from data_prep.sources.record import Record
-from data_prep.units import Job, Unit, malformed, open_job, read_unit
+from data_prep.sources.record import Piece, Reader, Record
+from data_prep.units import Job, Unit, malformed, open_job, place_of, read_unit
 
 BATCH_CHARACTERS = 1 << 20
 
@@ -33,6 +35,11 @@ def dropped_file(job: Job, number: int) -> Path:
     return scan_report(job, number).with_suffix(".dropped.npy")
 
 
+def target_file(job: Job, number: int) -> Path:
+    """A sample of the targets of a unit."""
+    return scan_report(job, number).with_suffix(".targets.npy")
+
+
 def fingerprint_file(job: Job, number: int, kind: str) -> Path:
     """What a unit's records are recognised by: `exact`, or for near-duplicates `signatures` and `bands`."""
     return scan_report(job, number).with_suffix(f".{kind}.npy")
@@ -45,20 +52,29 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
     lacks = lacking(config, reader.supplies)
     ordinal = -1
-    for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
-        if record.views is None:
-            if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
-                raise malformed(reader, unit.pieces[piece], record)
-            scan.drop(record.reason, ordinal, piece, record, record.problem)
-        elif reason := lacks(record.views) or why_filtered(record.views, config.filters):
-            scan.drop(reason, ordinal, piece, record, excerpt(record.views))
-        else:
-            scan.keep(ordinal, piece, record)
+    with limited_searches(config.filters):
+        for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
+            if record.views is None:
+                if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
+                    raise malformed(reader, unit.pieces[piece], record)
+                scan.drop(record.reason, ordinal, piece, record, record.problem)
+            elif reason := lacks(record.views) or _filtered(config.filters, reader, unit.pieces[piece], record):
+                scan.drop(reason, ordinal, piece, record, excerpt(record.views))
+            else:
+                scan.keep(ordinal, piece, record)
     scan.finish(number)
     records = ordinal + 1
     write_json(scan_report(job, number), {
         "records": records, "positions": [reader.count(piece) for piece in unit.pieces], "dropped": scan.drops.by_reason})
     return records
+
+
+def _filtered(filters: FiltersConfig, reader: Reader, piece: Piece, record: Record) -> str:
+    """Return the reason to leave a record out by its text, or "". Raises UserError naming the record on which this cannot be decided."""
+    try:
+        return why_filtered(record.texts, filters)
+    except Undecided as problem:
+        raise UserError(f"{place_of(reader, piece, record)}: {problem}") from None
 
 
 class _Scan:
@@ -69,7 +85,9 @@ class _Scan:
         self.drops = Drops()
         self.dropped: list[int] = []
         self.batch: list[tuple[int, int, Record]] = []
-        self.split_of = job.splitter(unit.source)
+        # Where `holdout.decide` finds few targets, this is not the final split. Of two duplicates the other one may then stay.
+        self.split_of = split_function(job.data, unit.source)
+        self.targets = TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
         self.characters = 0
         self.ordinals: list[int] = []
         self.ranks: list[int] = []
@@ -97,6 +115,8 @@ class _Scan:
                 kept.append(record)
                 self.ordinals.append(ordinal)
                 self.ranks.append(duplicates.PREFERENCE.index(self.split_of(record)))
+        if self.targets:
+            self.targets.add(kept)
         if kept and self.job.data.deduplicate != "none":
             views = [record.texts for record in kept]
             self.fingerprints.append(duplicates.fingerprints(views))
@@ -109,6 +129,8 @@ class _Scan:
         self._look()
         with atomic_path(dropped_file(self.job, number)) as temporary, open(temporary, "wb") as file:
             np.save(file, np.sort(np.array(self.dropped, np.uint32)))
+        if self.targets:
+            self.targets.write(target_file(self.job, number))
         if self.job.data.deduplicate == "none":
             return
         ordinals, ranks = np.array(self.ordinals, np.uint32), np.array(self.ranks, np.uint8)

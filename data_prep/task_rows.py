@@ -1,7 +1,7 @@
 """The rows of an evaluation task, from JSON lines or a data set of the hub. The preparation and the scoring both read them here."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import write_text
-from data_prep.sources import files
+from data_prep.sources import files, json_array
 from data_prep.sources.hub import stream, told
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
@@ -114,21 +114,37 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
         size = files.size_of(path)
         try:
             with files.opened(Piece(path, 0, size, size)) as file:
-                for number, line in enumerate(files.lines(files.reads_of(file, path)), start=1):
-                    if line is None or (line and not line.isspace()):
-                        yield f"{path}:{number}", _object(line, f"{path}:{number}")
+                yield from _objects_of(path, files.reads_of(file, path))
         except files.Damaged as problem:
             raise UserError(f"{path}: {problem}") from None
 
 
-def _object(line: bytes | None, place: str) -> Columns:
+def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Columns]]:
+    if json_array.is_array(path):
+        for number, value in enumerate(json_array.elements(read), start=1):
+            if isinstance(value, files.Damaged):
+                raise value
+            yield f"{path}, element {number}", _columns(value, f"{path}, element {number}")
+        return
+    for number, line in enumerate(files.lines(read), start=1):
+        if line is None or (line and not line.isspace()):
+            yield f"{path}:{number}", _columns(_value(line), f"{path}:{number}")
+
+
+def _value(line: bytes | None) -> Any:
+    """Return the value of a line, or the ValueError that says why there is none."""
     try:
-        columns = parse(line) if line is not None else None
+        return parse(line) if line is not None else ValueError("a line of more than 16 MiB")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error})") from None
-    if not isinstance(columns, dict):
-        raise UserError(f"{place}: not an object of JSON, or a line of more than 16 MiB")
-    return columns
+        return ValueError(f"not JSON ({error})")
+
+
+def _columns(value: Any, place: str) -> Columns:
+    if isinstance(value, ValueError):
+        raise UserError(f"{place}: {value}")
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def write_views(path: Path, views: tuple[str, ...], texts: Iterable[tuple[str, ...]]) -> JsonSource:

@@ -38,6 +38,7 @@ from data_prep.sentencepiece_json import (
     convert,
     normalizer,
 )
+from data_prep.tokenizer_files import add_tokens, content_of, named_tokens, read_object
 from data_prep.word_cache import WordCache, can_cut
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
@@ -62,16 +63,17 @@ class Tokenizer:
 
     pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
     special_ids: the set of these.
+    unknown_id: the id of text that is not in the vocabulary; None if there is no such id.
     vocab_size: all ids are below it, specials included; not padded to a multiple.
     fingerprint: sha256 (hex) over all that determines the ids, here and in exported models.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
-        config = _read_json(self.folder / "tokenizer_config.json")
-        spec = _read_json(self.folder / "tokenizer.json")
+        config = read_object(self.folder / "tokenizer_config.json")
+        spec = read_object(self.folder / "tokenizer.json")
         id_of: dict[str | None, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        ids = {name: id_of.get(_content(config.get(f"{name}_token"))) for name in LITERALS}
+        ids = {name: id_of.get(content_of(config.get(f"{name}_token"))) for name in LITERALS}
         known = [token_id for token_id in ids.values() if token_id is not None]
         if len(set(known)) < len(ids):
             raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
@@ -79,6 +81,7 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
         self.special_ids = frozenset(known)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
+        self.unknown_id: int | None = spec["model"].get("unk_id") if isinstance(vocab, list) else vocab.get(_unknown_token(spec))
         self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
 
         model_path = self.folder / "tokenizer.model"
@@ -166,7 +169,7 @@ def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) 
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     odd_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
     odd_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
-    return _write_sentencepiece(proto, folder, odd_texts, str(source), say)
+    return _write_sentencepiece(proto, folder, odd_texts, str(source), say, beside=source.parent)
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]) -> ModelProto:
@@ -219,12 +222,17 @@ def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> st
     return "tokenizer training: sentencepiece says " + " ".join(message.split())
 
 
-def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], where: str, say: Callable[[str], None]) -> Tokenizer:
+def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], where: str, say: Callable[[str], None],
+                         beside: Path | None = None) -> Tokenizer:
+    """Write the folder of a sentencepiece model, with the tokens that the files in the folder `beside` add to it."""
     content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     spec = convert(proto, where)
     ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id()}
     declared = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    added = add_tokens(spec, beside) if beside else []
+    if beside:
+        declared |= _declared(beside)
     config = _give_specials(spec, declared, where, say)
     differing = []
     if spec["normalizer"]["normalizers"][0]["type"] == TABLE:
@@ -234,6 +242,10 @@ def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], wher
         differing.append("letters with combining marks, which it normalises")
     if spec["model"]["type"] == "Unigram" and any(piece.score * SCORE_STEPS % 1 for piece in proto.pieces):
         differing.append("choices between segmentations that are equally likely but for rounding")
+    if added:
+        content = None  # it lacks these tokens
+        texts = [text for text in texts if not any(token in text for token in added)]
+        say(f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that the files beside it add, such as {added[0]!r}")
     if differing:
         content = None
         say(f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
@@ -258,22 +270,23 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
     # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
-    spec = _read_json(source) | {"truncation": None, "padding": None, "post_processor": None}
+    spec = read_object(source) | {"truncation": None, "padding": None, "post_processor": None}
     original = _open_tokenizers(spec, source)
-    declared: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (source.parent / name).exists():
-            tokens = _read_json(source.parent / name)
-            declared |= {key: content for key in LITERALS if (content := _content(tokens.get(f"{key}_token")))}
     if spec["model"].get("type") == "Unigram":  # as in `_unigram_json`
         low = min(score for _, score in spec["model"]["vocab"]) - 1000
         specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
         spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
-    config = _give_specials(spec, declared, str(source), say)
+    config = _give_specials(spec, _declared(source.parent), str(source), say)
     mine = [token["content"] for token in spec["added_tokens"]]
     _check(spec, lambda batch: _encode_tokenizers(original, batch),
            [text for text in ODD_TEXTS if not any(literal in text for literal in mine)], str(source))
     return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
+
+
+def _declared(folder: Path) -> dict[str, str]:
+    """Return the tokens that the files of a folder name as pad, bos, eos and sep."""
+    named = named_tokens(folder)
+    return {name: named[f"{name}_token"] for name in LITERALS if f"{name}_token" in named}
 
 
 def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
@@ -291,9 +304,7 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
-    unknown = spec["model"].get("unk_token")
-    if spec["model"].get("unk_id") is not None:
-        unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
+    unknown = _unknown_token(spec)
 
     chosen: dict[str, str] = {}
     for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
@@ -321,6 +332,14 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
     config = {f"{name}_token": chosen[name] for name in LITERALS} | ({"unk_token": unknown} if unknown else {})
     return config | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
                      "clean_up_tokenization_spaces": False}
+
+
+def _unknown_token(spec: dict[str, Any]) -> str | None:
+    model = spec["model"]
+    if model.get("unk_id") is not None:
+        return str(model["vocab"][model["unk_id"]][0])
+    token: str | None = model.get("unk_token")
+    return token
 
 
 def _in_text(tokenizer: tokenizers.Tokenizer, literal: str) -> bool:
@@ -366,30 +385,6 @@ def _encode_tokenizers(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> lis
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """Return what differs first between two tokenizers: the number of ids, a special token, a token, or the ids of a text; None if nothing does.
-
-    Files may differ where this finds nothing: another version of a library may have written them.
-    """
-    if one.fingerprint == other.fingerprint:
-        return None
-    if one.vocab_size != other.vocab_size:
-        return f"{one.vocab_size} ids instead of {other.vocab_size}"
-    for name in LITERALS:
-        ids = [getattr(tokenizer, f"{name}_id") for tokenizer in (one, other)]
-        if ids[0] != ids[1]:
-            return f"{name} is id {ids[0]} instead of {ids[1]}"
-    for token_id in range(one.vocab_size):
-        tokens = [tokenizer.decode([token_id]) for tokenizer in (one, other)]
-        if tokens[0] != tokens[1]:
-            return f"id {token_id} is {tokens[0]!r} instead of {tokens[1]!r}"
-    texts = [text for text in ODD_TEXTS if text]
-    for text, ids, expected in zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True):
-        if ids != expected:
-            return f"{text[:20]!r} has ids {ids[:8]} instead of {expected[:8]}"
-    return None
-
-
 def find_tokenizer(path: Path) -> Path:
     """Return the file of a tokenizer at a path or in a folder. Raises UserError if there is none."""
     candidates = [path]
@@ -399,17 +394,3 @@ def find_tokenizer(path: Path) -> Path:
         return candidates[0]
     raise UserError(f"{path}: no tokenizer there; give a sentencepiece .model, a tokenizer.json, "
                     "or a folder with a tokenizer.json or one .model")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
-    if not isinstance(content, dict) or (path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)):
-        raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
-    return content
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token

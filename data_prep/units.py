@@ -1,7 +1,6 @@
 """Units of work: runs of consecutive pieces of one source, which do not depend on who does them."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,18 +59,6 @@ class Job(BaseModel):
         """Likeness from which on records are near-duplicates."""
         return self.data.near_threshold or THRESHOLD
 
-    def splitter(self, source: int) -> Callable[[Record], str]:
-        """What gives the split of a record: its source's, but for the held-out share of the training records, drawn by the target or the group."""
-        split, fraction = self.data.sources[source].split, self.data.validation_fraction
-        if split != "train" or not fraction:
-            return lambda record: split
-
-        def drawn(record: Record) -> str:
-            by = record.group or next(view for view in reversed(record.texts) if view.strip())
-            draw = int.from_bytes(hashlib.sha256(by.encode()).digest()[:8]) / 2**64
-            return "validation" if draw < fraction else "train"
-        return drawn
-
 
 def make_units(readers: Sequence[Reader]) -> list[Unit]:
     """All units, in the order of the sources. The more there is to read, the larger they are."""
@@ -110,11 +97,14 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
+    return UserError(f"{place_of(reader, piece, record)}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
+
+
+def place_of(reader: Reader, piece: Piece, record: Record) -> str:
+    """Return the place of a record in its file."""
     if piece.start <= COUNTED_BYTES:
-        place = reader.place(piece, record.position, positions_before(reader, piece))
-    else:  # a unit far inside of a file would read all that is before it
-        place = f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"
-    return UserError(f"{place}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
+        return reader.place(piece, record.position, positions_before(reader, piece))
+    return f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"  # far inside of a file it would take reading all before it
 
 
 def positions_before(reader: Reader, piece: Piece) -> int:

@@ -1,4 +1,4 @@
-"""What was left out of a corpus: counts and first examples, by reason."""
+"""What a corpus lost, records and unknown tokens: counts and first examples."""
 
 from typing import Any
 
@@ -35,6 +35,15 @@ class Drops:
         entry["count"] += 1
         if len(entry["first"]) < EXAMPLES:
             entry["first"].append([piece, position, note])
+
+
+def unknown_tokens(split: str, entry: dict[str, Any]) -> str:
+    """Return a line about the unknown tokens of a split; empty if it has none, or was prepared when they were not counted."""
+    unknown = entry.get("unknown", {"tokens": 0})
+    if not unknown["tokens"]:
+        return ""
+    return (f"{unknown['tokens']:,} tokens in {unknown['records']:,} records of split {split} are unknown to the tokenizer, so their text is lost; "
+            f"the first: {unknown['first'][0]}")
 
 
 def excerpt(views: tuple[str, ...]) -> str:

@@ -7,7 +7,9 @@ text of each view, or the reason why there is none.
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.config import HubSource, JsonSource, NlrxSource, ParquetSource, PythonSource, Source, TextSource
+from data_prep.config import ArrowSource, CsvSource, HubSource, JsonSource, NlrxSource, ParquetSource, PythonSource, Source, TextSource
+from data_prep.sources.arrow import Arrow
+from data_prep.sources.csv_rows import Csv
 from data_prep.sources.hub import Hub
 from data_prep.sources.json_lines import JsonLines
 from data_prep.sources.nlrx import Nlrx
@@ -19,7 +21,8 @@ from data_prep.sources.text import Text
 __all__ = ["Reader", "open_source"]
 
 READERS: dict[type, Callable[[Any, tuple[str, ...], str], Reader]] = {
-    HubSource: Hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet, PythonSource: PythonCode, TextSource: Text,
+    ArrowSource: Arrow, CsvSource: Csv, HubSource: Hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet,
+    PythonSource: PythonCode, TextSource: Text,
 }
 
 

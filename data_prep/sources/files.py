@@ -4,9 +4,10 @@ import glob
 import gzip
 import itertools
 import os
+import shlex
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,8 @@ SMALL_BLOCK = 1 << 16
 """The same where what stands before damage is lost with its block."""
 LONGEST_LINE = 16 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
+SHOWN_FILES = 3
+"""Files that a line about skipped ones names."""
 PIECES = 256
 """About so many are a source of plain files cut into."""
 OPEN: dict[str | None, Callable[[str], Any]] = {
@@ -33,29 +36,48 @@ OPEN: dict[str | None, Callable[[str], Any]] = {
 """By suffix. Python's gzip gives what stands before damage; Arrow's reader loses the block."""
 
 
+WINDOW_TOO_LONG = "requires too much memory"
+"""Part of zstd's error for a frame whose window exceeds the 128 MiB that its decoders take by default."""
+
+
 class Damaged(Exception):
     """A compressed file that cannot be read to its end; the message is one line."""
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
-    """The files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    """Return the files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    return find_and_note(source, name, suffixes, follow_links)[0]
+
+
+def find_and_note(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> tuple[list[str], str]:
+    """Return the files of a source, see `find_files`, and a line about the others in its folders, empty if there are none."""
     path, key = source.path, f"{name}.path"
+    skipped: list[str] = []
     if path is None:
         raise UserError(f"{key} is not set: give the file on the command line, {key}=FILE")
     if os.path.isdir(path):
-        found = _below(path, suffixes, follow_links)
+        found = _below(path, suffixes, follow_links, skipped)
         if not found:
             raise UserError(f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else ""))
     elif os.path.lexists(path) or not glob.has_magic(path):
         found = [path]
     else:
         matches = glob.glob(path, recursive=True)
-        found = [file for match in matches for file in (_below(match, suffixes, follow_links) if os.path.isdir(match) else [match])]
+        found = [file for match in matches for file in (_below(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])]
         if not found:
             raise UserError(f"no file matches {path} ({key}); check the pattern")
     for file in found:
         _check_readable(file, key)
-    return sorted(set(found))
+    return sorted(set(found)), note_of(set(skipped) - set(found), path, key)
+
+
+def note_of(skipped: set[str], folder: str, key: str) -> str:
+    """Return a line that names the files below a folder that are not read; empty if there are none."""
+    if not skipped:
+        return ""
+    some = f"{len(skipped):,} files" if len(skipped) > 1 else "a file"
+    examples = ", ".join([*sorted(skipped)[:SHOWN_FILES], *(["..."] if len(skipped) > SHOWN_FILES else [])])
+    return f"note: the names of files decide what is read of {folder} ({key}), and leave out {some}: {examples}"
 
 
 def fixed_part(path: str) -> Path:
@@ -66,18 +88,24 @@ def fixed_part(path: str) -> Path:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
 
 
-def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool) -> list[str]:
-    """Files below a folder but for hidden ones; where links to folders are followed, each folder comes once."""
+def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
+    """Return the files below a folder that are read, and add the others to `skipped`, hidden folders as a whole.
+
+    If links to folders are followed, each folder comes once.
+    """
     def fail(error: OSError) -> None:
         raise cannot_read(error.filename, error)
 
     found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
         folders.sort()
+        skipped += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
         below = [os.path.join(parent, name) for name in folders if not name.startswith(".")]
         below = [path for path in below if follow_links or not os.path.islink(path)]
         folders[:] = [os.path.basename(path) for path in _unseen(below, seen)]
-        found += [os.path.join(parent, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        read = {name for name in names if name.endswith(suffixes) and not name.startswith(".")}
+        found += [os.path.join(parent, name) for name in read]
+        skipped += [os.path.join(parent, name) for name in names if name not in read]
     return found
 
 
@@ -127,7 +155,10 @@ def opened(piece: Piece) -> Iterator[BinaryIO]:
 
 
 def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
-    """What gives the next block of an opened file, empty at the end. Raises Damaged for what cannot be unpacked."""
+    """Return what reads the next block of an opened file, empty at the end.
+
+    It raises Damaged if the file is damaged there, and UserError if it is valid but needs too much memory.
+    """
     if codec_of(path) is None:
         return lambda: file.read(BLOCK)
     if not os.path.getsize(path):
@@ -141,18 +172,21 @@ def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
         try:
             return read_some(size)
         except (OSError, EOFError, zlib.error) as error:
+            if WINDOW_TOO_LONG in str(error):
+                raise UserError(f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
+                                f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst") from None
             raise Damaged(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
                           "replace it") from None
     return read
 
 
-def byte_pieces(files: list[str]) -> list[Piece]:
-    """Byte ranges of plain files, and compressed ones as a whole; the ranges grow with the whole size."""
+def byte_pieces(files: list[str], uncut: Collection[str] = ()) -> list[Piece]:
+    """Return byte ranges of plain files, and as a whole the compressed ones and those in `uncut`; the ranges grow with the whole size."""
     sizes = {path: size_of(path) for path in files}
     length = piece_length(sum(size for path, size in sizes.items() if codec_of(path) is None))
     pieces = []
     for path, size in sizes.items():
-        step = size if codec_of(path) else length
+        step = size if codec_of(path) or path in uncut else length
         cuts = [*range(0, size, step), size] if size else [0, 0] if codec_of(path) else []
         pieces += [Piece(path, start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
     return pieces

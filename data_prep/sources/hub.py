@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Hub:
     """A streamed data set; its shards, which are its files, are the pieces."""
 
+    note = ""
+
     def __init__(self, source: HubSource, views: tuple[str, ...], name: str):
         self.title = f"hub:{source.path}:{source.hub_split}"
         if source.path.startswith((".", "/")) and not Path(source.path).exists():

@@ -1,33 +1,39 @@
 """JSON lines: one object a line, with named columns or a conversation."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data_prep.config import JsonSource
-from data_prep.sources import files
+from data_prep.config import FileSource
+from data_prep.sources import files, json_array
+from data_prep.sources.json_array import BOM, SCAN, read_integer
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
 
 SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
-SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
-BOM = "\ufeff"
 
 
 class JsonLines:
-    """Files of JSON lines; the plain ones are cut into byte ranges, and a line belongs to the range in which it starts."""
+    """Files of JSON lines; the plain ones are cut into byte ranges, and a line belongs to the range in which it starts.
 
-    def __init__(self, source: JsonSource, views: tuple[str, ...], name: str):
-        self.files = files.find_files(source, name, SUFFIXES)
+    A .json file may also be one array of objects, which is a piece.
+    """
+
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
+        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.arrays = set(filter(json_array.is_array, self.files))
         self.mapping = RowMapping(source, views, name)
         self.supplies = self.mapping.columns.supplies
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
-        return files.byte_pieces(self.files)
+        return files.byte_pieces(self.files, self.arrays)
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece, see `Reader.read`."""
+        if piece.path in self.arrays:
+            yield from self._elements(piece)
+            return
         number = 0
         with files.opened(piece) as file:
             read = files.reads_of(file, piece.path)
@@ -44,11 +50,22 @@ class JsonLines:
 
     def count(self, piece: Piece) -> int:
         """Count positions, see `Reader.count`."""
-        return 0 if files.is_whole(piece) else files.count_lines(piece)
+        return 0 if piece.path in self.arrays or files.is_whole(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
         """Describe a place, see `Reader.place`."""
-        return f"{piece.path}:{before + position}"
+        return f"{piece.path}, element {position}" if piece.path in self.arrays else f"{piece.path}:{before + position}"
+
+    def _elements(self, piece: Piece) -> Iterator[Record]:
+        """Yield the records of a file that is one array; a position is the number of an element."""
+        with files.opened(piece) as file:
+            for number, value in enumerate(json_array.elements(files.reads_of(file, piece.path)), start=1):
+                if isinstance(value, files.Damaged):
+                    yield Record(None, number, str(value), "damaged")
+                elif isinstance(value, ValueError):
+                    yield Record(None, number, str(value))
+                else:
+                    yield from self._of_value(value, number)
 
     def _records(self, line: bytes, number: int) -> Iterable[Record]:
         try:
@@ -57,6 +74,9 @@ class JsonLines:
             return [Record(None, number, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")]
         except (ValueError, RecursionError) as error:
             return [Record(None, number, f"not JSON ({error})")]
+        return self._of_value(value, number)
+
+    def _of_value(self, value: Any, number: int) -> Iterable[Record]:
         if not isinstance(value, dict):
             return [Record(None, number, f"a JSON {type(value).__name__}, not an object")]
         return self.mapping.of(value).records(value, number)
@@ -69,6 +89,8 @@ def parse(line: bytes) -> Any:
         value, end = SCAN(text, 0)  # `json.loads` without its detours
         if end == len(text):
             return value
-    except StopIteration:
+    except json.JSONDecodeError:
+        raise
+    except (StopIteration, ValueError):  # a ValueError is about an integer of more digits than Python reads
         pass
-    return json.loads(text.removeprefix(BOM))
+    return json.loads(text.removeprefix(BOM), parse_int=read_integer)

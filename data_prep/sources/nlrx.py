@@ -16,6 +16,8 @@ COLUMNS = ("text", "code")
 class Nlrx:
     """Records 0 to `records` of a split; index-addressable, so that any worker makes any of them."""
 
+    note = ""
+
     def __init__(self, source: NlrxSource, views: tuple[str, ...], name: str):
         self.source = source
         self.mapping = make_mapping(source, views, name, first_and_last(views, *COLUMNS))

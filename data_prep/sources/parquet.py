@@ -4,25 +4,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.config import ParquetSource
+from data_prep.config import FileSource
 from data_prep.console import UserError
 from data_prep.sources import files
+from data_prep.sources.arrow_values import records
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import column_mapping
 
+SUFFIXES = (".parquet",)
 BATCH_ROWS = 1024
 
 
 class Parquet:
     """Files of rows; small row groups share a piece."""
 
-    def __init__(self, source: ParquetSource, views: tuple[str, ...], name: str):
-        self.files = files.find_files(source, name, (".parquet",))
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
+        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
         self.mappings = {}
         self.sizes: dict[str, list[int]] = {}
         """Bytes on disk of the row groups of each file."""
@@ -51,9 +52,7 @@ class Parquet:
         mapping, before = self.mappings[piece.path], 0
         with opened(piece.path) as file:
             for batch in file.iter_batches(BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False):
-                names = batch.schema.names
-                for position, row in enumerate(zip(*map(_values, batch.columns), strict=True), start=before + 1):
-                    yield from mapping.records(dict(zip(names, row, strict=True)), position)
+                yield from records(batch, mapping, before)
                 before += batch.num_rows
 
     def count(self, piece: Piece) -> int:
@@ -85,24 +84,3 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
 def _metadata(path: str, size: int, changed: int) -> pq.FileMetaData:
     """The footer of a file, which takes long where there are thousands of row groups."""
     return pq.read_metadata(path)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    """The values of a column as Python has them; text that is not UTF-8 stays bytes."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        values: list[Any] = column.to_pylist()
-        return values
-    try:
-        values = column.to_numpy(zero_copy_only=False).tolist()
-        return values
-    except (UnicodeDecodeError, pa.ArrowException):
-        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    try:
-        return value and value.decode()
-    except UnicodeDecodeError:
-        return value

@@ -22,6 +22,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 class PythonCode:
     """The functions and methods of a tree that have a docstring and a body besides; a file is a piece."""
 
+    note = ""
+    """A tree has other files as well, which are no programs."""
+
     def __init__(self, source: PythonSource, views: tuple[str, ...], name: str):
         self.root = files.fixed_part(source.path or "")
         self.files = sorted(files.find_files(source, name, (".py",), follow_links=False), key=lambda path: Path(path).parts)

@@ -31,7 +31,7 @@ class Record(NamedTuple):
     reason: str = "malformed"
     """`malformed` stops the preparation unless `data.on_malformed` is drop; any other reason is always dropped and counted."""
     group: str = ""
-    """Records of one group are held out for validation together; empty: drawn by the target's text."""
+    """Records of one group are held out for validation together; empty: drawn by a text of the record, see data_prep/holdout.py."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -45,6 +45,8 @@ class Reader(Protocol):
 
     supplies: tuple[bool, ...]
     """Which of `data.views` this source fills at all; its records are judged by those alone."""
+    note: str
+    """A line about files that look like its own and are not read; empty if there are none."""
 
     def pieces(self) -> list[Piece]:
         """In order, the same on every machine. Reads no whole file."""

@@ -22,7 +22,7 @@ class Text:
     """Files of documents. Plain ones with separators are cut into byte ranges; a document belongs to the range in which it starts."""
 
     def __init__(self, source: TextSource, views: tuple[str, ...], name: str):
-        self.files = files.find_files(source, name, ("",))
+        self.files, self.note = files.find_and_note(source, name, ("",))
         self.separators = None if source.separator is None else separator_pattern(source.separator)
         self.mapping = make_mapping(source, views, name, {views[-1]: COLUMN})
         check_columns(self.mapping, [COLUMN], "a text source", name)

@@ -169,6 +169,7 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
             texts = [text for entry in found or () if (text := text_of(entry, column)) and text.strip()]
         except NoText as problem:
             return [Record(None, position, str(problem))]
+        group = texts[views - 1] if len(texts) > views else ""  # a list that becomes one record is drawn as any other
         texts += [""] * (-len(texts) % views or views * (not texts))
-        return [Record(tuple(texts[start:start + views]), position) for start in range(0, len(texts), views)]
+        return [Record(tuple(texts[start:start + views]), position, group=group) for start in range(0, len(texts), views)]
     return records

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.selection.drops import unknown_tokens
 from data_prep.shards import open_shard, read_manifest, row_lengths
 from data_prep.tools.show import columns, padded
 
@@ -31,6 +32,8 @@ def stats(folder: Path, name: str) -> Iterator[str]:
             yield "\n".join([f"{name}, {view}: records by tokens", *_histogram(of_view)])
     sources = [given | made for given, made in zip(manifest["settings"]["data"]["sources"], manifest["sources"], strict=True)]
     yield "\n".join([f"{name}: tokens by source", *_sources(sources, split["shards"])])
+    if unknown := unknown_tokens(name, split):
+        yield unknown
 
 
 def _length_counts(folder: Path, manifest: dict[str, Any], split: dict[str, Any]) -> tuple[list[np.ndarray], int]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from data_prep.console import UserError
 
 LOCAL = "localhost"
+BOM = "\ufeff"
 ENTRY = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 """A line of DeepSpeed's hostfile. DeepSpeed's own reader takes seconds to import."""
 
@@ -28,6 +30,9 @@ def read_hostfile(path: str) -> list[Host]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the hostfile {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    if lines and lines[0].startswith(BOM):
+        raise UserError(f"{path}, line 1: the file starts with a byte order mark, which DeepSpeed takes for the first letter of the first host: "
+                        f"save it as UTF-8 without one, or run: sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(path)}")
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()

@@ -15,7 +15,8 @@ from data_prep.console import UserError, print_now
 from data_prep.files import copy_folder, sha256_file, try_lock
 from data_prep.selection.task_contexts import files_of
 from data_prep.shards import positions_needed
-from data_prep.tokenizer import find_tokenizer, first_difference, take_over
+from data_prep.tokenizer import find_tokenizer, take_over
+from data_prep.tokenizer_difference import first_difference
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
 from pretrain.data.layout import Layout, Specials

@@ -229,7 +229,8 @@ def test_this_machine_alone_and_mistakes(config, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"), ("n1 slots=1\nn1 slots=1\n", "twice"), ("# none\n", "names no host")])
+    ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"), ("n1 slots=1\nn1 slots=1\n", "twice"), ("# none\n", "names no host"),
+    ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed takes for")])
 def test_a_wrong_hostfile_is_told_by_line(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError, match=message):

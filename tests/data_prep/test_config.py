@@ -120,7 +120,7 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
     ({"lm_views": "first"}, "data.lm_views: "), ({"on_malformed": "skip"}, "data.on_malformed: "),
     ({"path": 3}, "data.path: "), ({"path": None}, "data.path: "), ({"views": []}, "data.views"),
     ({"views": ["text", "text"]}, "a name of its own"),
-    ({"sources": [{"type": "csv"}]}, "data.sources.0.type: 'csv' is none of "), ({"sources": [{"records": 5}]}, "data.sources.0: "),
+    ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "), ({"sources": [{"records": 5}]}, "data.sources.0: "),
     ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
     ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
     ({"sources": [{"type": "nlrx", "records": 5, "split": "dev"}]}, "data.sources.0.split: "),

@@ -8,7 +8,7 @@ import pyarrow.ipc
 import pytest
 import tokenizers
 
-from data_prep import encode
+from data_prep import stretches
 from data_prep.tokenizer import Tokenizer
 from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
 
@@ -77,7 +77,8 @@ def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
     quiet(data(tmp_path / "whole", source, views=["text"]))
-    monkeypatch.setattr(encode, "STRETCH", 1000)
+    monkeypatch.setattr(stretches, "STRETCH", 1000)
+    monkeypatch.setattr(stretches, "AROUND", 100)
     calls = []
     real = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts))
@@ -86,9 +87,32 @@ def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing
     assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
 
 
+def gpt2_style(folder) -> tokenizers.Tokenizer:
+    """Byte pairs in words with the blank before them, cut by GPT-2's expression."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator([f"{words(3000, seed=1)}\n    indented  twice\n\n"] * 3, tokenizers.trainers.BpeTrainer(
+        vocab_size=330, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(folder / "gpt2.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("between", [" ", "  ", "   \t ", "\n    ", "\n\n\n ", " \n"])
+def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch, between):
+    tokenizer = gpt2_style(tmp_path)
+    text = between.join(words(3000, seed=9).split())
+    (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(stretches, "STRETCH", 1000)
+    monkeypatch.setattr(stretches, "AROUND", 200)
+    quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}))
+    assert [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens] == tokenizer.encode(text).ids
+    parts = stretches.stretches(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
+    assert "".join(parts) == text and max(map(len, parts)) <= 1000, "its parts are short, however"
+
+
 def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
     quiet(data(tmp_path / "first", text_source(tmp_path), views=["text"]))
-    monkeypatch.setattr(encode, "STRETCH", 1000)
+    monkeypatch.setattr(stretches, "STRETCH", 1000)
     (tmp_path / "documents.txt").write_text("犬" * 2500, encoding="utf-8")
     quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
@@ -100,7 +124,7 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, mon
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "documents.txt").write_text("a ab b " * 200)
-    monkeypatch.setattr(encode, "STRETCH", 100)
+    monkeypatch.setattr(stretches, "STRETCH", 100)
     settings = {"views": ["text"], "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
     quiet(data(tmp_path / "out", text_source(tmp_path), **settings))
     tokens = [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]

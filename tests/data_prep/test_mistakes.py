@@ -145,3 +145,24 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
     with pytest.raises(UserError, match="no tokenizer there"):
         prepare(data(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
     assert not any(line.startswith("scanning") for line in said)
+
+
+@pytest.mark.parametrize("kind, read, skipped", [
+    ("json", "a.jsonl", ["B.JSONL", "c.jsonl.bz2", "d.jsonl.xz", ".e.jsonl"]), ("text", "a.txt", [".b.txt"]),
+    ("json", "a.json", ["b.parquet"]), ("python", "a.py", []),
+])
+def test_files_that_are_left_out_for_their_names_are_told(lines_file, pairs, undisturbed, tmp_path, kind, read, skipped):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines_file(folder / read, pairs(3))
+    if kind == "python":
+        (folder / read).write_text("def f(x):\n    \"Return it.\"\n    return x\n")
+        (folder / "README").write_text("not a program")
+    for name in skipped:
+        (folder / name).write_bytes(b"anything")
+    said = []
+    prepare(data(tmp_path / "out", {"type": kind, "path": str(folder)}, tokenizer={"path": str(undisturbed / "tokenizer")},
+                 missing_views="keep"), say=said.append)
+    notes = [line for line in said if "leave out" in line]
+    assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])
+    assert not skipped or (f"leave out {len(skipped)} files: " if len(skipped) > 1 else "leave out a file: ") in notes[0]

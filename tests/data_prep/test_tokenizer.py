@@ -302,3 +302,53 @@ def test_imports_neither_torch_nor_transformers():
     code = "import sys, data_prep.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def with_files(folder: Path, model: Path, **files: dict) -> Path:
+    """A folder with a sentencepiece model and files of a slow tokenizer beside it."""
+    folder.mkdir()
+    shutil.copy(model, folder / "tokenizer.model")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+ADDED = {"<|im_start|>": 360, "<|im_end|>": 361}
+DECODER = {"added_tokens_decoder": {"361": {"content": "<|im_end|>", "special": True}, "360": {"content": "<|im_start|>", "rstrip": False},
+                                    "1": {"content": "<s>", "special": True}}}
+
+
+@pytest.mark.parametrize("beside", [
+    {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}}},
+    {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>"}, "tokenizer_config": DECODER},
+    {"tokenizer_config": DECODER | {"eos_token": "<|im_end|>", "pad_token": None}},
+])
+@pytest.mark.parametrize("options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"])
+@pytest.mark.parametrize("given", ["", "tokenizer.model"])
+def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
+    model = foreign(tmp_path, **options)
+    taken = take_over(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
+    assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 361, 362, 363, 364)
+    assert "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, such as '<|im_start|>'" \
+        in capsys.readouterr().out
+    texts = [text for text in corpus() + ODD if text]
+    assert taken.encode_batch(texts) == take_over(model, tmp_path / "alone").encode_batch(texts), "other text has the ids of the model alone"
+    (ids,) = taken.encode_batch(["<|im_start|>count = name<|im_end|>"])
+    assert 360 in ids and 361 not in ids, "the end token is one that text never becomes"
+    assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", "a model that puts a blank before a text puts one here too"
+    assert [taken.encode_batch(["a <|im_start|> b"])] == [auto_ids(taken.folder, ["a <|im_start|> b"])]
+    check_specials(taken, ODD)
+
+
+@pytest.mark.parametrize("beside, expected", [
+    ({"added_tokens": {"<|im_start|>": 300}}, r"added_tokens\.json: token '<\|im_start\|>' cannot have id 300: .* it has id 360"),
+    ({"added_tokens": {"<|im_start|>": 360, "<|im_end|>": 365}}, r"added_tokens\.json: token '<\|im_end\|>' cannot have id 365: .* it has id 361"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<s>"}}}}, r"tokenizer_config\.json: token '<s>' cannot have id 7: .* id 1;"),
+    ({"added_tokens": {"<|im_start|>": "x"}}, r"added_tokens\.json: 'x' is not the id of a token"),
+    ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
+])
+def test_tokens_beside_a_sentencepiece_model_that_cannot_be_kept_are_refused(tmp_path, beside, expected):
+    folder = with_files(tmp_path / "folder", foreign(tmp_path, normalization_rule_name="identity"), **beside)
+    with pytest.raises(UserError, match=expected) as raised:
+        take_over(folder, tmp_path / "taken")
+    assert "\n" not in str(raised.value) and not (tmp_path / "taken").exists()

@@ -1,11 +1,17 @@
 """Filters: each reason, which comes first, and mistakes in the configuration."""
 
+import signal
+import threading
+
 import pytest
 
 from data_prep.config import FiltersConfig
 from data_prep.config_file import validate
 from data_prep.console import UserError
-from data_prep.selection.filters import why_filtered
+from data_prep.pipeline import prepare
+from data_prep.selection import filters
+from data_prep.selection.filters import limited_searches, why_filtered
+from tests.preparing import data, json_source, quiet
 
 
 @pytest.mark.parametrize("views, settings, expected", [
@@ -45,3 +51,46 @@ def test_a_filter_that_cannot_act_is_one_line_before_anything_runs(settings, exp
     with pytest.raises(UserError) as raised:
         validate(FiltersConfig, settings, "data.filters")
     assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+NEVER = r"^(\d+[ ,.]?)+$"
+"""On sixty digits and a letter there are 2**60 ways to try."""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("malformed", ["fail", "drop"])
+def test_an_expression_that_does_not_end_names_the_record(tmp_path, lines_file, monkeypatch, workers, malformed):
+    monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.2)
+    rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)]
+    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
+    config = data(tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed)
+    with pytest.raises(UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it") as raised:
+        prepare(config, say=lambda line: None)
+    assert "\n" not in str(raised.value)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "nothing is interrupted later"
+
+
+def test_the_time_of_an_expression_counts_for_each_record_alone(monkeypatch):
+    monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
+    config = FiltersConfig(forbidden=r"(a+)+b")  # some milliseconds for each of these
+    with limited_searches(config):
+        assert [why_filtered(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
+
+
+def test_a_possessive_expression_decides(tmp_path, lines_file):
+    rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"} for number in range(100)]
+    config = data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), filters={"forbidden": r"^(?:\d++[ ,.]?)++$"},
+                  tokenizer={"vocab_size": 300}, sequence_length=256)
+    assert quiet(config)["splits"]["train"]["records"] == 100
+
+
+def test_outside_of_the_main_thread_there_is_no_limit():
+    config, found = FiltersConfig(forbidden="https?://"), []
+
+    def search() -> None:
+        with limited_searches(config):
+            found.append(why_filtered(("see http://x.org", ""), config))
+    thread = threading.Thread(target=search)
+    thread.start()
+    thread.join()
+    assert found == ["forbidden"]

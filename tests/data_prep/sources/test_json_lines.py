@@ -99,6 +99,11 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     assert [text for text, _ in texts(reader(tmp_path / "data" / "*.ndjson"))] == ["a.ndjson"]
     assert [text for text, _ in texts(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
     assert len(texts(reader(tmp_path / "d*" / "c" / "**"))) == 2
+    skipped = [tmp_path / "data" / name for name in (".git/", ".hidden.jsonl", "a.jsonl.bak", "notes.txt")]
+    assert reader(tmp_path / "data").note == (f"note: the names of files decide what is read of {tmp_path / 'data'} (data.sources.0.path), "
+                                              f"and leave out 4 files: {skipped[0]}/, {skipped[1]}, {skipped[2]}, ...")
+    assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
+    assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
     literal = write(tmp_path / "x[1].jsonl", GOOD)
     assert texts(reader(literal)) == [("a", "b")]
 
@@ -106,7 +111,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
 @pytest.mark.parametrize("line, problem", [
     (b'{"text": "a", "code": "b"', "not JSON"), (b"text,code", "not JSON"), (b'{"text": "a\x00", "code": "b"}', "not JSON"),
     (b'{"text": "a", "code": "b"}\x00', "not JSON"), (b"[" * 200_000 + b"]" * 200_000, "not JSON"), (b'{"a":' * 100_000 + b"1", "not JSON"),
-    (b'{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}", "not JSON"), (b"\x00", "not JSON"), (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+    (b"\x00", "not JSON"), (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
     (b'{"text": "a", "code": "b"} {}', "not JSON (Extra data"), (b"{'text': 'a'}", "not JSON"), (b'{"text": "a\tb", "code": "c"}', "not JSON"),
     (b'{"text": "\xff", "code": "b"}', "not UTF-8 (invalid start byte at byte 10 of the line)"), (b"\x1f\x8b\x08\x00", "not UTF-8"),
     (b'{"text": "\xe2\x82', "not UTF-8 (unexpected end of data at byte 10 of the line)"), ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
@@ -266,3 +271,25 @@ def test_real_files_cut_small_read_like_json_loads(name, cut_small):
         expected.append(((said["user"], said["assistant"]) if said else (row["text"], row["code"]), f"{path}:{number}"))
     cut_small(9973, 4096)
     assert located(reader(path)) == expected
+
+
+@pytest.mark.parametrize("place", ["at the start", "after another frame"])
+def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
+    """A frame as `zstd --long=31` writes it: no content size, a window of 2 GiB, and one raw block."""
+    content = GOOD * 3
+    frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    path = tmp_path / "it's long.jsonl.zst"
+    path.write_bytes((packed(content, ".zst") if place == "after another frame" else b"") + frame)
+    with pytest.raises(UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d") as raised:
+        located(reader(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "-"])
+def test_an_integer_of_many_digits_in_another_column_costs_nothing(tmp_path, start):
+    digits = "9" * 5000
+    line = f'{{"text": "a", "n": -{digits}, "code": "b"}}' if start == "-" else f'{start}{{"text": "a", "n": [{digits}], "code": "b"}}'
+    assert read_one(tmp_path, line.encode()).views == ("a", "b")
+    record = read_one(tmp_path, line.encode(), views={"text": "text", "code": "n"})
+    assert record.views == ("a", f"-{digits}") if start == "-" else record.problem == "'n' holds a value of type list, not text"
+    assert read_one(tmp_path, f'{{"text": {digits}'.encode()).problem.startswith("not JSON (Expecting")

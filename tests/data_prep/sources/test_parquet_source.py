@@ -88,6 +88,46 @@ def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
                                      (("c", "z"), f"{path}:3")]
 
 
+BYTES = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
+    text = pa.array(["größe".encode(), b"caf\xe9", None, b""], kind)
+    path = write(tmp_path / "a.parquet", pa.table({"text": text, "code": pa.array([b"x"] * 4, pa.binary(1))}))
+    assert located(reader(path)) == [
+        (("größe", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+        (("", "x"), f"{path}:3"), (("", "x"), f"{path}:4")]
+
+
+def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
+    """Messages and lists whose texts are these bytes, two in each row, checked by nobody."""
+    offsets = pa.py_buffer(np.cumsum([0, *map(len, contents)], dtype=np.int32))
+    said = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
+    turns = pa.StructArray.from_arrays([pa.array(["user", "assistant"] * (len(contents) // 2)), said], ["role", "content"])
+    rows = pa.array(range(0, len(contents) + 1, 2), pa.int32())
+    return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, said)})
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
+@pytest.mark.parametrize("views, column", [(None, "messages"), ("many", "many"), ({"code": "{messages.user}"}, "messages")])
+def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, views, column):
+    contents = [f"größe {number}".encode() for number in range(4000)]
+    contents[2 * 1500 + 1] = b"caf\xe9"
+    path = write(tmp_path / "a.parquet", nested(contents, kind))
+    found = located(reader(path, views))
+    assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8, not text"), f"{path}:1501")
+    assert found[1499][0][-1].startswith("größe 299") and len(found) == 2000
+    assert sum(views[0] == "malformed" for views, _ in found) == 1
+
+
+def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
+    path = write(tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]}))
+    (first, _), (second, place) = located(reader(path))
+    assert first == ("malformed", "'text' holds a value of type datetime, not text")
+    assert second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
+
+
 @pytest.mark.parametrize("damage", [
     lambda data: b"", lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: b"text,code\na,b\n",
     lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", lambda data: data[:-40] + b"\xff" * 32 + data[-8:],

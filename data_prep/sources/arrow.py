@@ -1,0 +1,103 @@
+"""Files of Arrow IPC, such as `datasets.Dataset.save_to_disk` writes: the stream format and the file format."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+
+from data_prep.config import FileSource
+from data_prep.console import UserError
+from data_prep.files import read_json
+from data_prep.sources import files
+from data_prep.sources.arrow_values import records
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import column_mapping
+
+SUFFIXES = (".arrow",)
+FILE_FORMAT = b"ARROW1"
+"""First bytes of the file format; the stream format has none of its own."""
+SPLITS, DATASET = "dataset_dict.json", "state.json"
+"""Files of save_to_disk: the one lists the splits of a DatasetDict, the other the Arrow files of a Dataset."""
+
+
+class Arrow:
+    """Files of rows; a file is a piece."""
+
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
+        self.files, self.note = _find(source, name) if found is None else (found, "")
+        self.mappings = {}
+        for path in self.files:
+            with opened(path) as (schema, _):
+                self.mappings[path] = column_mapping(source, views, schema.names, path, name)
+        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+
+    def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
+        sizes = {path: files.size_of(path) for path in self.files}
+        return [Piece(path, 0, size, size) for path, size in sizes.items()]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`."""
+        mapping, before = self.mappings[piece.path], 0
+        with opened(piece.path) as (_, batches):
+            for batch in batches:
+                yield from records(batch.select(mapping.columns), mapping, before)
+                before += batch.num_rows
+
+    def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
+        return 0
+
+    def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
+        return f"{piece.path}:{before + position}"
+
+
+def _find(source: FileSource, name: str) -> tuple[list[str], str]:
+    path = Path(source.path or "")
+    if (path / SPLITS).is_file():
+        raise UserError(f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: give the folder of one, such as "
+                        f"{path / splits_of(path)[0]}, or type: hub with hub_split")
+    return (saved_files(path), "") if (path / DATASET).is_file() else files.find_and_note(source, name, SUFFIXES)
+
+
+def splits_of(folder: Path) -> list[str]:
+    """Return the names of the splits that save_to_disk wrote; each is a folder. Raises UserError."""
+    return [str(split) for split in _listed(folder / SPLITS, "splits")]
+
+
+def saved_files(folder: Path) -> list[str]:
+    """Return the Arrow files of a Dataset that save_to_disk wrote, without the caches beside them. Raises UserError."""
+    found = [str(folder / str(entry.get("filename"))) for entry in _listed(folder / DATASET, "_data_files")]
+    for path in found:
+        if not Path(path).is_file():
+            raise UserError(f"{path} is missing, which {folder / DATASET} lists: write the folder anew with save_to_disk")
+    return found
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    try:
+        listed = read_json(path)[key]
+        if isinstance(listed, list) and listed:
+            return listed
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} lists no {key}: write the folder anew with save_to_disk")
+
+
+@contextmanager
+def opened(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Yield the schema and the batches of a file. Raises UserError if it cannot be read."""
+    try:
+        with pa.OSFile(path) as file:
+            magic = file.read(len(FILE_FORMAT))
+            file.seek(0)
+            reader = pa.ipc.open_file(file) if magic == FILE_FORMAT else pa.ipc.open_stream(file)
+            yield reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches)) if magic == FILE_FORMAT else iter(reader)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise files.cannot_read(path, error) from None
+        raise UserError(f"{path} is not an Arrow file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None

@@ -1,0 +1,66 @@
+"""Records from batches of Arrow, in which Parquet files are read as well."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep.sources.record import Record
+from data_prep.sources.views import Mapping
+
+
+class Unreadable(str):
+    """Stands in for a value that Python cannot hold, such as bytes that are not UTF-8: why not, in one line."""
+
+
+def records(batch: pa.RecordBatch, mapping: Mapping, before: int) -> Iterator[Record]:
+    """Yield the records of a batch, `before` rows after the first row of its piece. A row with an unreadable value is malformed."""
+    names, columns = batch.schema.names, [_values(column) for column in batch.columns]
+    unreadable = {row: f"{name!r} holds {value}, not text" for name, column in zip(names, columns, strict=True)
+                  for row, value in enumerate(column) if value.__class__ is Unreadable}
+    for row, values in enumerate(zip(*columns, strict=True)):
+        position = before + row + 1
+        if row in unreadable:
+            yield Record(None, position, unreadable[row])
+        else:
+            yield from mapping.records(dict(zip(names, values, strict=True)), position)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """Return the values of a column as Python has them: bytes of UTF-8 as text, and Unreadable for what Python cannot hold."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            values: list[Any] = column.to_numpy(zero_copy_only=False).tolist()  # the fastest way
+            return values
+        values = column.to_pylist()
+        return [_decoded(value) for value in values] if _has_bytes(column.type) else values
+    except (ValueError, OverflowError, pa.ArrowException):  # UnicodeDecodeError is a ValueError
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return _decoded(scalar.as_py())
+    except UnicodeDecodeError:
+        return Unreadable("bytes that are not UTF-8")
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # a time that Python's types do not reach
+        return Unreadable(f"a value of type {scalar.type} that cannot be read ({' '.join(str(error).split())[:100]})")
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    """Return whether a type is bytes without the UTF-8 annotation, as Impala and old Spark write text, or contains such bytes."""
+    tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+    return any(test(kind) for test in tests) or any(_has_bytes(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _decoded(value: Any) -> Any:
+    """Return a value with all bytes in it as text. Raises UnicodeDecodeError."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_decoded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _decoded(entry) for key, entry in value.items()}
+    return value

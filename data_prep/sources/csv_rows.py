@@ -1,0 +1,102 @@
+"""CSV and TSV files: a header line with the names of the columns, then a row a record."""
+
+import csv
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from data_prep.config import FileSource
+from data_prep.console import UserError
+from data_prep.sources import files
+from data_prep.sources.record import Piece, Record
+from data_prep.sources.views import Mapping, column_mapping
+
+SUFFIXES = tuple(kind + (packed or "") for kind in (".csv", ".tsv") for packed in files.OPEN)
+BAD = "\udcff"
+"""Stands in for a line of more than 16 MiB: as every byte that is not UTF-8, half of a surrogate pair."""
+
+
+class Csv:
+    """Files of rows; a file is a piece, because only its beginning tells what is in quotes."""
+
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None, delimiter: str | None = None):
+        self.delimiter = delimiter
+        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.headers: dict[str, list[str]] = {}
+        self.mappings: dict[str, Mapping] = {}
+        for path in self.files:
+            size = files.size_of(path)
+            self.headers[path] = self._header(Piece(path, 0, size, size))
+            self.mappings[path] = column_mapping(source, views, self.headers[path], path, name)
+        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+
+    def pieces(self) -> list[Piece]:
+        """Cut the source, see `Reader.pieces`."""
+        sizes = {path: files.size_of(path) for path in self.files}
+        return [Piece(path, 0, size, size) for path, size in sizes.items()]
+
+    def read(self, piece: Piece) -> Iterator[Record]:
+        """Read a piece, see `Reader.read`. A position is the line on which a row starts."""
+        header, mapping = self.headers[piece.path], self.mappings[piece.path]
+        rows = self._rows(piece)
+        next(rows)
+        for line, row in rows:
+            if isinstance(row, files.Damaged):
+                yield Record(None, line, str(row), "damaged")
+            elif isinstance(row, csv.Error):
+                yield Record(None, line, f"not CSV ({row})")
+            elif len(row) != len(header):
+                yield Record(None, line, f"{len(row)} fields, but the header has {len(header)}")
+            elif any(not field.isascii() and not _is_text(field) for field in row):
+                yield Record(None, line, "not UTF-8, or a line of more than 16 MiB")
+            else:
+                yield from mapping.records(dict(zip(header, row, strict=True)), line)
+
+    def count(self, piece: Piece) -> int:
+        """Count positions, see `Reader.count`."""
+        return 0
+
+    def place(self, piece: Piece, position: int, before: int) -> str:
+        """Describe a place, see `Reader.place`."""
+        return f"{piece.path}:{before + position}"
+
+    def _header(self, piece: Piece) -> list[str]:
+        line, row = next(self._rows(piece), (1, []))
+        if not isinstance(row, list) or not row or len(set(row)) < len(row):
+            problem = row if isinstance(row, Exception) else f"names {max(row, key=row.count)!r} twice" if row else "there is none"
+            raise UserError(f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name")
+        return row
+
+    def _rows(self, piece: Piece) -> Iterator[tuple[int, list[str] | csv.Error | files.Damaged]]:
+        """Yield the rows of a file but for empty ones, each with the line on which it starts, or why it cannot be read."""
+        kind = piece.path.removesuffix(files.codec_of(piece.path) or "")
+        csv.field_size_limit(files.LONGEST_LINE)
+        with files.opened(piece) as file:
+            rows = csv.reader(_lines(file, piece.path), delimiter=self.delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True)
+            while True:
+                line = rows.line_num + 1
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield line, error
+                except files.Damaged as problem:
+                    yield line, problem
+                    return
+                else:
+                    if row:
+                        yield line, row
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[str]:
+    for number, line in enumerate(files.lines(files.reads_of(file, path))):
+        text = BAD if line is None else line.decode(errors="surrogateescape")
+        yield (text.removeprefix("\ufeff") if number == 0 else text) + "\n"
+
+
+def _is_text(field: str) -> bool:
+    try:
+        field.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

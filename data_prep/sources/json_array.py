@@ -1,0 +1,128 @@
+"""A .json file that is one array, read element by element in bounded memory."""
+
+import codecs
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from data_prep.sources import files
+from data_prep.sources.record import Piece
+
+SUFFIXES = tuple(".json" + (packed or "") for packed in files.OPEN)
+LOST = "the rest of the array is lost: correct the file"
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")
+"""What Python makes of bytes that are not UTF-8."""
+BLANK = " \t\r\n"
+BOM = "\ufeff"
+LONGEST_INTEGER = sys.int_info.str_digits_check_threshold
+"""Digits that Python reads whatever limit is set."""
+Scan = Callable[[str, int], tuple[Any, int]]
+SCAN: Scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
+
+
+def read_integer(digits: str) -> int | str:
+    """Return an integer, or its digits if Python limits how many digits of an integer it reads."""
+    return int(digits) if len(digits) <= LONGEST_INTEGER else digits
+
+
+SCAN_ANY_INTEGER: Scan = json.JSONDecoder(parse_int=read_integer).scan_once  # type: ignore[attr-defined]
+
+
+def is_array(path: str) -> bool:
+    """Return whether a file is named .json and starts with a bracket. Raises UserError if it cannot be read."""
+    if not path.endswith(SUFFIXES):
+        return False
+    size, start, first = files.size_of(path), b"", b""
+    with files.opened(Piece(path, 0, size, size)) as file:
+        read = files.reads_of(file, path)
+        try:
+            while (len(start) < len(codecs.BOM_UTF8) or not first) and (block := read()):
+                start += block
+                first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        except files.Damaged:
+            return False  # reading the file reports that
+    return first == b"["
+
+
+def elements(read: Callable[[], bytes]) -> Iterator[Any]:
+    """Yield the elements of an array, a ValueError for one that is not UTF-8; at last a Damaged if what follows cannot be read."""
+    text = _Text(read)
+    try:
+        text.expect(BOM)
+        text.expect("[")
+        more = not text.expect("]")
+        while more:
+            yield text.value()
+            more = text.expect(",")
+            if not more and not text.expect("]"):
+                raise ValueError("no comma and no closing bracket after an element")
+        if text.rest():
+            raise ValueError("text after the closing bracket")
+    except files.Damaged as problem:
+        yield problem
+    except json.JSONDecodeError as error:
+        yield files.Damaged(f"not JSON ({error.msg}, line {text.line_of(error.pos)}); {LOST}")
+    except (ValueError, RecursionError) as error:
+        yield files.Damaged(f"not JSON ({error}, line {text.line_of(text.at)}); {LOST}")
+
+
+class _Text:
+    """The text of a file from a place on. Its methods raise Damaged, ValueError and RecursionError."""
+
+    def __init__(self, read: Callable[[], bytes]):
+        self.read, self.decoder = read, codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.held, self.at, self.ended = "", 0, False
+        self.before = 1
+        """Line on which the held text starts."""
+
+    def line_of(self, place: int) -> int:
+        """Return the line of a place in the held text."""
+        return self.before + self.held.count("\n", 0, place)
+
+    def expect(self, character: str) -> bool:
+        """Return whether this is the next character, and move past it and the blanks around it if it is."""
+        found = self.rest().startswith(character)
+        if found:
+            self.at += 1
+            self.rest()
+        return found
+
+    def rest(self) -> str:
+        """Return the next character, or "" at the end of the file, after moving past blanks."""
+        while True:
+            while self.at < len(self.held) and self.held[self.at] in BLANK:
+                self.at += 1
+            if self.at < len(self.held) or not self._more():
+                return self.held[self.at:self.at + 1]
+
+    def value(self) -> Any:
+        """Return the value at this place, and move past it."""
+        scan = SCAN
+        while True:
+            try:
+                value, end = scan(self.held, self.at)
+            except (StopIteration, json.JSONDecodeError) as error:  # what is held may end within the value
+                if not self._more():
+                    raise error if isinstance(error, ValueError) else ValueError("no value after a comma") from None
+            except ValueError:  # an integer of more digits than Python reads
+                scan = SCAN_ANY_INTEGER
+            else:
+                element, self.at = self.held[self.at:end], end
+                return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
+
+    def _more(self) -> bool:
+        """Hold at least twice as much of the text from this place on; return whether there is more."""
+        if len(self.held) - self.at > files.LONGEST_LINE:
+            raise ValueError("an element of more than 16 MiB")
+        self.before = self.line_of(self.at)
+        parts = [self.held[self.at:]]
+        wanted, size = max(1, len(parts[0])), 0
+        while size < wanted and not self.ended:
+            block = self.read()
+            self.ended = not block
+            parts.append(self.decoder.decode(block, final=self.ended))
+            size += len(parts[-1])
+        self.held, self.at = "".join(parts), 0
+        return size > 0

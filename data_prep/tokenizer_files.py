@@ -1,0 +1,88 @@
+"""The files of a Hugging Face tokenizer: the special tokens that they name, and the tokens that they add to a sentencepiece model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.console import UserError
+from data_prep.sentencepiece_json import added_token
+
+ADDED, CONFIG, MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
+FLAGS = ("single_word", "lstrip", "rstrip")
+"""How a token is looked for, besides its text. Whether in normalised text is left out: slow tokenizers look in the text as it is."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of one of these files. Raises UserError if it is not in the Hugging Face format."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
+    if not isinstance(content, dict) or (path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)):
+        raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
+    return content
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """Return the special tokens that the files name: `eos_token` -> `</s>`. Lists of further ones have keys such as `additional_special_tokens.0`."""
+    found: dict[str, str] = {}
+    for name in (MAP, CONFIG):
+        for key, value in _read_beside(folder, name).items():
+            if key.endswith("_token") and (content := content_of(value)):
+                found[key] = content
+            elif key.endswith("special_tokens") and isinstance(value, list | dict):
+                tokens = value if isinstance(value, list) else value.values()
+                found |= {f"{key}.{number}": content for number, token in enumerate(tokens) if (content := content_of(token))}
+    return found
+
+
+def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
+    """Add to the tokenizer.json of a sentencepiece model, in place, what the files in its folder add; return the texts of these tokens.
+
+    The ids are those of the files. Raises UserError if one is taken, or does not follow those before it.
+    """
+    special = set(named_tokens(folder).values())
+    ids = spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], dict) else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
+    listed = {token["content"] for token in spec["added_tokens"]}
+    given = {token["content"]: (token, file) for token, file in _tokens_of_files(folder, special)}
+    following, added = len(ids), []
+    for token, file in sorted(given.values(), key=lambda entry: int(entry[0]["id"])):
+        content = token["content"]
+        expected = ids.get(content, following)
+        if token["id"] != expected:
+            raise UserError(f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model beside it, it has id {expected}; "
+                            "correct that file, or move the model to a folder of its own")
+        following += content not in ids
+        if content not in listed:
+            added.append(token)
+    spec["added_tokens"] += added
+    return [token["content"] for token in added]
+
+
+def _tokens_of_files(folder: Path, special: set[str]) -> list[tuple[dict[str, Any], Path]]:
+    """Return the tokens that the files add, each with its file; the later one of two with the same text says more."""
+    found = []
+    for content, token_id in _read_beside(folder, ADDED).items():
+        found.append((added_token(_number(token_id, folder / ADDED), content, content in special), folder / ADDED))
+    for token_id, token in _read_beside(folder, CONFIG).get("added_tokens_decoder", {}).items():
+        content = content_of(token) or ""
+        entry = added_token(_number(token_id, folder / CONFIG), content, content in special or bool(token.get("special")))
+        found.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
+    return found
+
+
+def _read_beside(folder: Path, name: str) -> dict[str, Any]:
+    return read_object(folder / name) if (folder / name).exists() else {}
+
+
+def _number(token_id: Any, file: Path) -> int:
+    try:
+        return int(token_id)
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: {token_id!r} is not the id of a token; write the file anew with save_pretrained") from None
+
+
+def content_of(token: Any) -> str | None:
+    """Return the text of a token, which these files give as such or in an object."""
+    text: str | None = token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+    return text

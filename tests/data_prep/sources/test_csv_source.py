@@ -1,0 +1,96 @@
+"""CSV and TSV: every row against the csv module on the whole file, and rows that are none."""
+
+import csv
+import io
+import json
+import random
+
+import pytest
+
+from data_prep.console import UserError
+from data_prep.sources import files
+from tests.data_prep.sources.reading import VIEWS, located, opened, texts, write
+from tests.preparing import data, quiet, split_rows
+
+
+def reader(path, views=None, names=VIEWS):
+    return opened(names, type="csv", path=path, views=views)
+
+
+def content_of(rows: list[list[str]], delimiter: str = ",") -> bytes:
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows(rows)
+    return out.getvalue().encode()
+
+
+ODD = ["plain", "größe, 犬", 'a "quoted" word', "two\nlines", "three\r\n\r\nlines", "", "  blanks ", "tab\there", "'", "=1+1", "2003-04-05", "007"]
+
+
+@pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.zst", "\t")])
+@pytest.mark.parametrize("block", [1, 50, files.BLOCK])
+def test_every_row_is_a_record_with_its_line(tmp_path, monkeypatch, suffix, delimiter, block):
+    monkeypatch.setattr(files, "BLOCK", block)
+    monkeypatch.setattr(files, "SMALL_BLOCK", block)
+    rng = random.Random(1)
+    rows = [[rng.choice(ODD) for _ in range(3)] for _ in range(60)]
+    path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + content_of([["code", "n", "text"], *rows], delimiter))
+    expected, line = [], 2
+    for row in rows:
+        expected.append(((row[2], row[0]), f"{path}:{line}"))
+        line += 1 + sum(field.count("\n") for field in row)
+    assert located(reader(path)) == expected
+
+
+def test_columns_become_views_as_those_of_json_lines(tmp_path):
+    path = write(tmp_path / "a.csv", b"name,summary,sql\nx,y,z\n,b,c\n")
+    assert texts(reader(path, {"text": "{name}: {summary}", "code": "sql"})) == [("x: y", "z"), ("", "c")]
+    write(tmp_path / "set" / "b.csv", b"text,code\na,b\n")
+    write(tmp_path / "set" / "a.tsv", b"code\ttext\nd\tc\n")
+    write(tmp_path / "set" / "c.CSV", b"text,code\nx,y\n")
+    source = reader(tmp_path / "set")
+    assert texts(source) == [("c", "d"), ("a", "b")] and "leave out a file: " in source.note and "c.CSV" in source.note
+
+
+@pytest.mark.parametrize("row, problem", [
+    (b"only one", "1 fields, but the header has 2"), (b"a,b,c", "3 fields, but the header has 2"), (b"caf\xe9,b", "not UTF-8"),
+    (b'"a"b,c', "not CSV (',' expected after '\"')"), (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
+])
+def test_a_row_that_is_no_record_costs_no_other(tmp_path, row, problem):
+    path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
+    first, ((reason, told), place), last = located(reader(path))
+    assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
+    assert reason == "malformed" and told.startswith(problem) and place == f"{path}:4"
+
+
+def test_a_quote_that_does_not_close_is_told_where_it_opens(tmp_path):
+    path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
+    (good, _), ((reason, told), place) = located(reader(path))
+    assert good == ("a", "b") and reason == "malformed" and told == "not CSV (unexpected end of data)" and place == f"{path}:3"
+
+
+@pytest.mark.parametrize("content, problem", [
+    (b"", r"a\.csv:1: the first line must name the columns \(there is none\)"), (b"a,b,a\n", r"names 'a' twice"),
+    (b"question,answer\n", r"a\.csv has no column 'text', only question, answer; name its columns in data\.sources\.0\.views"),
+    (b"text;code\na;b\n", r"has no column 'text', only text;code"), (b'"text,code\n', r"unexpected end of data"),
+])
+def test_a_header_that_does_not_name_the_columns_is_a_mistake(tmp_path, content, problem):
+    with pytest.raises(UserError, match=problem) as raised:
+        reader(write(tmp_path / "a.csv", content))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_packed_file_that_is_cut_off_loses_nothing_before(tmp_path):
+    path = write(tmp_path / "a.csv.gz", content_of([["text", "code"], *(["a", str(number)] for number in range(5000))]))
+    path.write_bytes(path.read_bytes()[:-100])
+    *good, ((reason, told), _) = located(reader(path))
+    assert reason == "damaged" and "cut off" in told and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
+
+
+def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, lines_file, pairs):
+    rows = pairs(60)
+    write(tmp_path / "a.csv", content_of([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
+    lines_file(tmp_path / "a.jsonl", rows)
+    for kind in ("csv", "json"):
+        quiet(data(tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1))
+    assert split_rows(tmp_path / "csv") == split_rows(tmp_path / "json")
+    assert json.loads((tmp_path / "csv" / "manifest.json").read_text())["sources"][0]["records"] == 60

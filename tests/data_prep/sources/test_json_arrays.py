@@ -1,0 +1,76 @@
+"""A .json file that is one array: every element once whatever the blocks, and damage that loses nothing before it."""
+
+import json
+
+import pytest
+
+from data_prep.sources import files
+from tests.data_prep.sources.reading import VIEWS, located, opened, packed, texts, write
+
+ROWS = [{"text": f"größe {number}\n犬", "code": ["x", {"n": number}] if number == 7 else f"c{number} ]}}, ["} for number in range(40)]
+GOOD = [(row["text"], row["code"]) for row in ROWS]
+
+
+def reader(path, names=VIEWS):
+    return opened(names, type="json", path=path)
+
+
+@pytest.mark.parametrize("layout", [
+    {}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}, {"indent": 0, "ensure_ascii": False}])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("block", [1, 3, 100, files.BLOCK])
+def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout, suffix, block):
+    monkeypatch.setattr(files, "BLOCK", block)
+    monkeypatch.setattr(files, "SMALL_BLOCK", block)
+    path = write(tmp_path / f"a.json{suffix}", b"\xef\xbb\xbf \r\n" + json.dumps(ROWS, **layout).encode() + b"\n\n")
+    expected = [(views, f"{path}, element {number}") for number, views in enumerate(GOOD, start=1)]
+    expected[7] = (("malformed", "'code' holds a value of type list, not text"), f"{path}, element 8")
+    source = reader(path)
+    assert len(source.pieces()) == 1 and located(source) == expected
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"[]", []), (b" [ ] \n", []), (b'[{"text": "a", "code": "b"}]', [("a", "b")]),
+    (b'[1, {"text": "a", "code": "b"}]', [("malformed", "a JSON int, not an object"), ("a", "b")]),
+    (b'[{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}]", [("a", "b")]),
+    (b'[{"text": "\xff"}, {"text": "a", "code": "\xc3\xa4"}]', [("malformed", "not UTF-8"), ("a", "ä")]),
+    (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
+])
+def test_what_an_array_may_hold(tmp_path, content, expected):
+    assert [views for views, _ in located(reader(write(tmp_path / "a.json", content)))] == expected
+
+
+@pytest.mark.parametrize("rest, problem", [
+    (b"", "no comma and no closing bracket after an element, line 2"), (b",", "no value after a comma, line 2"), (b", ]", "no value after a comma"),
+    (b' {"text": "c"}]', "no comma and no closing bracket"), (b"] []", "text after the closing bracket"),
+    (b", {'text': 1}]", "Expecting property name"),
+    (b",\n{\"text\": \"c", "Unterminated string starting at, line 3"),
+    (b", " + b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+])
+def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
+    path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
+    *good, ((reason, told), place) = located(reader(path))
+    assert [views for views, _ in good] == [("a", "b")] * 2
+    assert reason == "damaged" and problem in told and told.endswith("the rest of the array is lost: correct the file")
+    assert place == f"{path}, element 3"
+
+
+def test_a_packed_array_that_is_cut_off_is_damaged(tmp_path):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(packed(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
+    *_, ((reason, told), _) = located(reader(path))
+    assert reason == "damaged" and "the compressed file is cut off" in told
+
+
+def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 5000)
+    monkeypatch.setattr(files, "BLOCK", 100)
+    rows = [{"text": "a", "code": "b" * 4000}, {"text": "a", "code": "b" * 20_000}]
+    (views, _), ((reason, told), _) = located(reader(write(tmp_path / "a.json", json.dumps(rows).encode())))
+    assert views == ("a", "b" * 4000) and reason == "damaged" and "an element of more than 16 MiB" in told
+
+
+def test_json_lines_stay_lines(tmp_path):
+    assert texts(reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))) == [("a", "b"), ("c", "d")]
+    (found, place), _ = located(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
+    assert found == ("malformed", "a JSON list, not an object") and place.endswith("b.jsonl:1")

@@ -1,0 +1,100 @@
+"""What is held out for validation: by target, by context where targets are few, and groups as a whole."""
+
+import hashlib
+import json
+import random
+
+import pytest
+
+from data_prep.pipeline import prepare
+from data_prep.tokenizer import Tokenizer, train
+from tests.data_prep.conftest import make_pairs
+from tests.preparing import data, json_source, quiet, split_rows
+
+FRACTION = 0.05
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """A share to hold out, and a tokenizer, because these corpora are too poor to train one on."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train([f"{row['text']} {row['code']}" for row in make_pairs(300)], 400, folder)
+    return {"validation_fraction": FRACTION, "tokenizer": {"path": str(folder)}}
+
+
+def rows_of(targets: list[str], seed: int = 0, contexts: int = 10**6) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    return [{"text": f"review {rng.randrange(contexts)} of {seed}", "code": target} for target in targets]
+
+
+def held_out_by_hash(text: str) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64 < FRACTION
+
+
+def texts_of(folder) -> dict[str, list[tuple[str, ...]]]:
+    """The texts of the records of each split."""
+    decode = Tokenizer.load(folder / "tokenizer").decode
+    return {split: [tuple(map(decode, row)) for row in split_rows(folder, split)] for split in ("train", "validation")}
+
+
+MANY = [f"SELECT {number}" for number in range(1000)]
+DRAWS = {"two words": ["Good", "Bad"] * 1000, "two other words": ["positive", "negative"] * 1000,
+         "sorted": ["positive"] * 1000 + ["negative"] * 1000, "one in ten": (["no"] * 9 + ["yes"]) * 200,
+         "twenty classes": [f"class {number % 20}" for number in range(2000)],
+         "mostly one": [f"answer {number}" if number % 3 == 0 else "none" for number in range(2000)]}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, lines_file, settings, kind):
+    rows = rows_of(DRAWS[kind], contexts=1500)
+    said = []
+    prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), **settings), say=said.append)
+    found = texts_of(tmp_path / "out")
+    trained, held_out = ({text for text, _ in found[split]} for split in ("train", "validation"))
+    assert 0.03 < len(found["validation"]) / sum(map(len, found.values())) < 0.08
+    assert {code for _, code in found["validation"]} >= {target for target in DRAWS[kind] if DRAWS[kind].count(target) > 50}
+    assert not trained & held_out and held_out == {row["text"] for row in rows if held_out_by_hash(row["text"])}
+    assert any("data.sources.0 has few different targets" in line for line in said)
+
+
+@pytest.mark.parametrize("targets", [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
+                         ids=["each once", "each some times", "few records", "200 targets of 20"])
+def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, lines_file, settings, targets):
+    source = json_source(lines_file(tmp_path / "a.jsonl", rows_of(targets)))
+    said = []
+    prepare(data(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
+    found = texts_of(tmp_path / "out")
+    assert sorted(code for _, code in found["validation"]) == sorted(filter(held_out_by_hash, targets))
+    assert not any("few different targets" in line for line in said)
+
+
+def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_path, lines_file, settings, cut_small):
+    sources = [json_source(lines_file(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
+               for number, targets in enumerate([DRAWS["sorted"], MANY])]
+    found = []
+    for workers, piece in ((1, 1 << 22), (1, 8000), (3, 8000)):
+        cut_small(piece)
+        out = tmp_path / f"{workers}-{piece}"
+        said = []
+        prepare(data(out, *sources, **settings, workers=workers), say=said.append)
+        assert [line[:20] for line in said if "few different targets" in line] == ["note: data.sources.0"]
+        found.append({split: set(rows) for split, rows in texts_of(out).items()})
+    assert found[0] == found[1] == found[2]
+    assert {code for _, code in found[0]["validation"]} == {"positive", "negative", *filter(held_out_by_hash, MANY)}
+    read = [(tmp_path / name / "manifest.json").read_text() for name in ("1-8000", "3-8000")]
+    assert json.loads(read[0])["splits"] == json.loads(read[1])["splits"]
+
+
+def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, lines_file, settings):
+    phrases = [[f"list {number} phrase {phrase}" for phrase in range(8)] for number in range(200)]
+    source = json_source(lines_file(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
+    quiet(data(tmp_path / "out", source, **settings | {"validation_fraction": 0.3}))
+    trained, held_out = ({text.split(" phrase")[0] for text, _ in rows} for rows in texts_of(tmp_path / "out").values())
+    assert not trained & held_out and len(trained) + len(held_out) == 200 and 40 < len(held_out) < 80
+
+
+def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, lines_file, settings):
+    phrases = [[f"one {number}", f"other {number}"] for number in range(400)]
+    source = json_source(lines_file(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
+    quiet(data(tmp_path / "out", source, **settings))
+    assert {tuple(row) for row in texts_of(tmp_path / "out")["validation"]} == {(one, other) for one, other in phrases if held_out_by_hash(other)}

@@ -1,0 +1,92 @@
+"""Two tokenizers give the same ids, or what differs is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from data_prep.tokenizer import Tokenizer, take_over, train
+from data_prep.tokenizer_difference import first_difference
+from tests.data_prep.test_tokenizer import corpus, foreign
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "foreign bpe", "foreign unigram"])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    *taken, kind = request.param.split()
+    return take_over(foreign(folder, model_type=kind), folder / "taken") if taken else train(corpus(), 380, folder / "trained", kind)
+
+
+def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
+    """Take over a tokenizer.json after a change of it."""
+    spec = json.loads((tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(spec)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_bytes((tokenizer.folder / "tokenizer_config.json").read_bytes())
+    return take_over(folder, folder / "taken")
+
+
+def test_a_tokenizer_that_was_saved_and_taken_over_is_the_same(tokenizer, tmp_path):
+    saved = tokenizer.folder
+    for number in range(2):
+        taken = take_over(saved / "tokenizer.json", tmp_path / f"taken {number}")
+        saved = tmp_path / f"saved {number}"
+        transformers.AutoTokenizer.from_pretrained(taken.folder).save_pretrained(saved)
+        again = take_over(saved, tmp_path / f"again {number}")
+        assert [first_difference(one, tokenizer) for one in (taken, again)] == [None, None]
+
+
+def test_pairs_of_one_token_may_stand_in_another_order(tmp_path):
+    tokenizer = train(corpus(), 380, tmp_path / "trained")
+
+    def reorder(spec: dict) -> None:
+        merges = spec["model"]["merges"]
+        places = [place for place, merge in enumerate(merges[1:], start=1) if "".join(merge) == "".join(merges[place - 1])]
+        assert places
+        merges[places[0]], merges[places[0] - 1] = merges[places[0] - 1], merges[places[0]]
+    other = changed(tokenizer, tmp_path / "other", reorder)
+    assert other.fingerprint != tokenizer.fingerprint and first_difference(other, tokenizer) is None
+
+
+def swap_merges(spec: dict) -> None:
+    merges = spec["model"]["merges"]
+    merges[-1], merges[-20] = merges[-20], merges[-1]
+
+
+def drop_merge(spec: dict) -> None:
+    del spec["model"]["merges"][-1]
+
+
+
+@pytest.mark.parametrize("change, expected", [
+    (swap_merges, "merge "), (drop_merge, " merges instead of "),
+    (lambda spec: spec["model"].update(byte_fallback=False), "byte_fallback of its model is False instead of True"),
+])
+def test_other_merges_of_the_same_tokens_are_a_difference(tmp_path, change, expected):
+    tokenizer = train(corpus(), 380, tmp_path / "trained")
+    other = changed(tokenizer, tmp_path / "other", change)
+    difference = first_difference(other, tokenizer)
+    assert expected in difference and "\n" not in difference
+
+
+def test_other_scores_of_the_same_tokens_are_a_difference(tmp_path):
+    tokenizer = train(corpus(), 380, tmp_path / "trained", "unigram")
+
+    def change(spec: dict) -> None:
+        spec["model"]["vocab"][-1][1] += 1 / 32
+    assert "has the score " in first_difference(changed(tokenizer, tmp_path / "other", change), tokenizer)
+
+
+def test_another_token_or_special_token_is_a_difference(tmp_path):
+    tokenizer = train(corpus(), 380, tmp_path / "trained")
+    assert first_difference(train(corpus(), 381, tmp_path / "larger"), tokenizer) == "381 ids instead of 380"
+
+    def rename(spec: dict) -> None:
+        spec["model"]["vocab"]["<0xFF>"], spec["model"]["vocab"]["<0xFE>"] = spec["model"]["vocab"]["<0xFE>"], spec["model"]["vocab"]["<0xFF>"]
+    assert first_difference(changed(tokenizer, tmp_path / "other", rename), tokenizer) == "id 259 is '<0xFF>' instead of '<0xFE>'"
+
+    def blank_is_another(spec: dict) -> None:
+        spec["normalizer"]["normalizers"].pop()
+    assert " has ids [" in first_difference(changed(tokenizer, tmp_path / "normalizer", blank_is_another), tokenizer)

@@ -1,0 +1,82 @@
+"""Text that a tokenizer does not know: counted wherever it is, and shown with its place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from data_prep.pipeline import prepare
+from data_prep.tokenizer import Tokenizer
+from data_prep.tools.stats import stats
+from tests.preparing import data, json_source, quiet, split_rows
+
+LATE = 2100
+"""More texts than the preparation tries a tokenizer on before it encodes."""
+
+
+def ascii_json(folder: Path) -> Path:
+    """A tokenizer.json of single ASCII characters."""
+    vocab = {token: number for number, token in enumerate(["<unk>", *map(chr, range(32, 127))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def ascii_words(folder: Path) -> Path:
+    """A tokenizer.json of whole words."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(LATE)},
+                                                                 unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def ascii_model(folder: Path) -> Path:
+    """A sentencepiece model without bytes."""
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["question answer 0123456789"] * 50), model_prefix=str(folder / "ascii"),
+                                             model_type="bpe", vocab_size=30, hard_vocab_limit=False, byte_fallback=False, minloglevel=2,
+                                             normalization_rule_name="identity")
+    return folder / "ascii.model"
+
+
+MAKERS = {"characters": ascii_json, "words": ascii_words, "sentencepiece": ascii_model}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, lines_file, kind):
+    rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(LATE)]
+    rows[LATE - 2]["code"] = "answer № 3"
+    rows[LATE - 1] |= {"text": "question 犬", "code": "answer 🦙"}
+    rows[5]["code"] = "№ " * 200  # does not fit a row, so it is not in the corpus
+    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
+    held_out = json_source(lines_file(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation")
+    said = []
+    out = tmp_path / "out"
+    manifest = prepare(data(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append)
+    unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
+    in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
+    places = [f"{tmp_path / 'a.jsonl'}:{LATE - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{LATE}: '犬'"]
+    assert manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": places} and in_shards == 3
+    assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
+    line = f"3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; the first: {places[0]}"
+    assert f"WARNING: {line}" in said and line in (out / "summary.md").read_text()
+    assert list(stats(out, "train"))[-1] == line and "are unknown" not in list(stats(out, "validation"))[-1]
+
+
+def test_a_tokenizer_with_bytes_knows_everything(tmp_path, lines_file):
+    rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
+    said = []
+    manifest = prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}), say=said.append)
+    assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in said)
+
+
+def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, lines_file):
+    out = tmp_path / "out"
+    quiet(data(out, json_source(lines_file(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])), tokenizer={"vocab_size": 290}))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["splits"]["train"]["unknown"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert "are unknown" not in "".join(stats(out, "train"))
