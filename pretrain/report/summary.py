@@ -93,6 +93,11 @@ class Summaries:
         """Of all arms but the baseline."""
         return {name: summary.test for name, summary in self.arms.items() if summary.test}
 
+    @property
+    def corrected_for(self) -> int:
+        """Number of arms that could be tested, which is the number that p and intervals are corrected for."""
+        return sum(test.corrected_p is not None for test in self.tests.values())
+
 
 def summarize(comparison: Comparison) -> Summaries:
     """Count, compare and test."""

@@ -5,7 +5,7 @@ from typing import get_args
 from pretrain.report.arms import ABSENT, brief, differing, flatten
 from pretrain.report.overfitting import Overfitting
 from pretrain.report.runs import finetunings
-from pretrain.report.statistics import POWER, Paired, Verdict
+from pretrain.report.statistics import POWER, Paired, Verdict, numbered
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 
 CLOSE = 0.02
@@ -82,7 +82,7 @@ def verdict(all_arms: Summaries, name: str) -> str:
     if test.p is None:
         return f"{name}: no difference found to {baseline} in {metric}: {test.reason} ({len(test.seeds)})."
     numbers = (f"{number(test.mean, True)} {paired}, 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
-               + (f" after correction for {len(all_arms.tests)} arms" if len(all_arms.tests) > 1 else ""))
+               + (f" after correction for {all_arms.corrected_for} arms" if all_arms.corrected_for > 1 else ""))
     if test.verdict == "no difference found":
         return (f"{name}: no difference found to {baseline} in {metric} ({numbers}). With these seeds and this spread, only a true difference of "
                 f"±{number(test.detectable)} or more would have been found with a chance of {POWER:.0%}.")
@@ -151,21 +151,17 @@ def _missing(all_arms: Summaries) -> list[str]:
 
 
 def _collapses(all_arms: Summaries) -> list[str]:
-    names = [f"{arm.arm.name} ({_numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
+    names = [f"{arm.arm.name} ({numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
     return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
             "JEPA loss says nothing there."] if names else []
-
-
-def _numbered(seeds: list[int]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _metric(all_arms: Summaries) -> list[str]:
     comparison, found = all_arms.comparison, []
     if not comparison.metric_origin.startswith("chosen"):
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
-    if len(all_arms.tests) > 1:
-        found.append(f"{len(all_arms.tests)} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
+    if all_arms.corrected_for > 1:
+        found.append(f"{all_arms.corrected_for} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
                      "metrics are not tested, but for what a section on overfitting says: their differences are for looking only.")
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:

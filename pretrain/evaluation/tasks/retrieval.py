@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.evaluation.tasks.embedded import Pairs, embedded_pairs
+from pretrain.evaluation.tasks.rates import rate
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
 ROWS = 1024
@@ -24,9 +25,9 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 def score(pairs: Pairs) -> dict[str, float]:
-    """Rates over the rows that fit."""
-    rank = ranks(pairs).float()
-    return {"recall_at_1": (rank <= 1).float().mean().item(), "recall_at_10": (rank <= 10).float().mean().item(), "mrr": (1 / rank).mean().item()}
+    """Return rates over the rows that fit."""
+    rank = ranks(pairs)
+    return {"recall_at_1": rate((rank <= 1).tolist()), "recall_at_10": rate((rank <= 10).tolist()), "mrr": (1 / rank.double()).mean().item()}
 
 
 def ranks(pairs: Pairs) -> torch.Tensor:

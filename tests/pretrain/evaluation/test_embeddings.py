@@ -107,6 +107,8 @@ def test_retrieval_finds_what_it_should():
     assert retrieval.score(pairs(2 * target, target)) == {"recall_at_1": 1, "recall_at_10": 1, "mrr": 1}
     found = retrieval.score(pairs(target.roll(1, 0), target))
     assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
+    nine = torch.eye(10)
+    assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, "not its nearest number in fp32"
     same = torch.ones(3000, 16)
     assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings find nothing
     assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [1, 1, 3, 3]

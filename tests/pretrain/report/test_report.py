@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -159,6 +160,19 @@ def test_several_arms_are_corrected_and_said_so(altered):
     assert rows["c"]["verdict"] == "hurts" and rows["b"]["verdict"] == "no difference found"
     assert "3 arms are compared with one baseline" in several and "p (Holm)" in rows["a"]
     assert "c (−0.1993) hurts" in several and "no difference was found" in several
+
+
+def test_the_correction_counts_the_arms_that_were_tested(altered):
+    plain = {1: 0.70, 2: 0.69, 3: 0.71}
+    good, broken = {1: 0.72, 2: 0.70, 3: 0.7245}, {1: 0.70, 2: math.nan, 3: 0.70}
+    text, page = sections(altered({"plain": plain, "good": good, "broken": broken}))
+    alone, _ = sections(altered({"plain": plain, "good": good}), page=False)
+    assert table(text)["good"]["p"] == table(alone)["good"]["p"] != "1.000"
+    assert "after correction" not in text and "arms are compared with one baseline" not in text and "corrected for" not in page
+    assert "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text and table(text)["broken"]["p"] == "–"
+    third = {1: 0.5, 2: 0.49, 3: 0.512}
+    text, _ = sections(altered({"plain": plain, "good": good, "broken": broken, "third": third}), page=False)
+    assert "after correction for 2 arms" in text and "2 arms are compared with one baseline" in text
 
 
 def test_ties_are_called_ties(altered):
