@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from pretrain.config import RunConfig, TaskConfig, load_config
+from pretrain.evaluation.directions import direction
 from pretrain.evaluation.export import export_checkpoint
 from pretrain.evaluation.results import append_result, identity, is_evaluated
 from pretrain.evaluation.tasks import TASKS
@@ -19,10 +20,12 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
     print(f"evaluating {task.title} at step {step}", flush=True)
     started, gone_back = time.perf_counter(), len(rewinds(run_dir))
     result = TASKS[task.name](TaskRun(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
+    declared = {name: found for name in result.metrics if (found := result.directions.get(name) or direction(task.name, name))}
     append_result(run_dir, identity(task, step, overrides) | {
         "pretrain_seed": load_config(run_dir / "config.yaml").seed,
         "finetune_seed": config.seed if task.finetune is not None else None,
-        "finetune": task.finetune, "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "counts": result.counts,
+        "finetune": task.finetune, "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "directions": declared,
+        "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
     }, config.monitor.tensorboard)
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count]

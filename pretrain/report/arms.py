@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError
-from pretrain.report.runs import VALIDATION, Metric, Run, is_run, read_run
+from pretrain.evaluation.directions import VALIDATION
+from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
 
 STUDY = "study.json"
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
@@ -66,27 +67,25 @@ class Comparison:
 
 def read_comparison(paths: list[Path], baseline: str | None, metric: str | None) -> Comparison:
     """A study folder, or run directories. `baseline` and `metric` choose otherwise than those do. Raises UserError."""
-    chosen = Metric.parse(metric) if metric else None
     studies = [path for path in paths if (path / STUDY).is_file()]
     if studies and len(paths) > 1:
         raise UserError(f"{studies[0]} is a study: report on it alone, or name run directories only")
     if studies:
-        return _read_study(studies[0], baseline, chosen)
+        return _read_study(studies[0], baseline, metric)
     for path in paths:
         if not is_run(path):
             raise UserError(f"{path} is no run directory, which holds config.yaml, and no study, which holds {STUDY}")
     arms = group([read_run(path) for path in paths])
     runs = [run for arm in arms for run in arm.runs.values()]
-    origin = "named on the command line; whether before the runs were seen, only you know"
-    if chosen is None:
+    if metric is None:
         chosen, origin = _default_metric(runs), "not chosen in advance: it is the first one of the first task that was evaluated"
-    elif chosen.common_settings(runs) is None and not any(chosen.curve(run, None) for run in runs):
-        raise UserError(f"no run has the metric {chosen}; there are {_known_metrics(runs)}")
+    else:
+        chosen, origin = Metric.parse(metric, runs), "named on the command line; whether before the runs were seen, only you know"
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
     return _comparison(title, arms, baseline, chosen, origin, None)
 
 
-def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Comparison:
+def _read_study(folder: Path, baseline: str | None, given: str | None) -> Comparison:
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
@@ -96,14 +95,13 @@ def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Co
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no study: {type(error).__name__} {error}") from None
     runs = [run for arm in arms for run in arm.runs.values()]
-    if metric is not None and metric != planned:
-        if metric.common_settings(runs) is None and not any(metric.curve(run, None) for run in runs):
-            raise UserError(f"no run has the metric {metric}; there are {_known_metrics(runs)}")
+    metric = Metric.parse(given, runs, planned) if given else planned
+    if metric != planned:
         origin = f"named on the command line; the study planned {planned}"
     else:
-        metric, origin = planned, f"chosen in {STUDY}"
+        origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
-            raise UserError(f"{path}: no run has the metric {metric}; there are {_known_metrics(runs)}. Name one with --metric, or mend the study "
+            raise UserError(f"{path}: no run has the metric {metric}; there are {known_metrics(runs)}. Name one with --metric, or mend the study "
                             "file and start it again: what has run stays")
     return _comparison(title, arms, baseline or named, metric, origin, matched_by)
 
@@ -184,11 +182,6 @@ def _default_metric(runs: list[Run]) -> Metric:
     for run in runs:
         for result in run.results:
             for name in result["metrics"]:
-                return Metric.parse(f"{result['task']}/{name}")
+                if (found := declared_direction(result["task"], name, runs)) in ("higher", "lower"):
+                    return Metric(result["task"], name, found == "higher")
     return Metric(VALIDATION, "loss/lm", False)
-
-
-def _known_metrics(runs: list[Run]) -> str:
-    evaluated = {f"{result['task']}/{name}" for run in runs for result in run.results for name in result["metrics"]}
-    validated = {tag for run in runs for tag in run.last if tag.startswith(f"{VALIDATION}/")}
-    return ", ".join(sorted(evaluated | validated)) or "none yet: evaluate the runs with launcher/evaluate.py RUN_DIR"

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.runs import VALIDATION, Run
+from pretrain.evaluation.directions import VALIDATION
+from pretrain.report.runs import Run
 from pretrain.report.statistics import Paired, compare
 from pretrain.report.summary import Spread, Summaries, spread
 

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data_prep.console import UserError
+from pretrain.evaluation.directions import Direction, Directions
 from pretrain.evaluation.inference import load
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
@@ -35,7 +36,15 @@ def evaluate(run: TaskRun) -> TaskResult:
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the harness cannot run {', '.join(run.task.harness)}: {reason}") from None
-    return TaskResult(sum(count["effective"] for count in found["n-samples"].values()), flat(found["results"]))
+    rows = sum(count["effective"] for count in found["n-samples"].values())
+    return TaskResult(rows, flat(found["results"]), directions=directions_of(found["higher_is_better"], found["results"]))
+
+
+def directions_of(higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]) -> Directions:
+    """Return the direction of each metric in `flat(results)` for which the harness gives one."""
+    words: dict[bool, Direction] = {True: "higher", False: "lower"}
+    return {f"{task}_{metric}": words[better] for task, of_task in higher_is_better.items() for metric, better in of_task.items()
+            if better is not None and f"{task}_{metric}" in flat(results)}
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.config import HubSource, JsonSource, task_source
 from pretrain.config import RunConfig, TaskConfig
+from pretrain.evaluation.directions import Directions
 from pretrain.run_folder import step_name
 
 
@@ -52,3 +53,5 @@ class TaskResult:
     """The most telling ones first, which the closing table shows."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows behind rates that are not over all rows, and rows that could not be scored as meant, which count as wrong."""
+    directions: Directions = field(default_factory=dict)
+    """Directions of metrics that the task does not declare in pretrain/evaluation/directions.py."""

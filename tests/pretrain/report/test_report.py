@@ -129,6 +129,16 @@ def test_less_is_better_where_the_study_says_so(altered):
     assert table(sections(study, page=False)[0])["less"]["verdict"] == "helps"
 
 
+def test_a_collapsing_arm_does_not_help(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "collapsed": {1: 0.7, 2: 0.71, 3: 0.73}})
+    tag = "validation/embedding/shuffled_cosine"
+    for number, cosines in enumerate([(0.01, 0.02, 0.03), (0.98, 0.99, 0.985)]):
+        for seed, cosine in enumerate(cosines, 1):
+            change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine}))
+    text, _ = sections(study, page=False, metric=tag)
+    assert table(text)["collapsed"]["verdict"] == "hurts"
+
+
 def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
     study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
