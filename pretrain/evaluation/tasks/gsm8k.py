@@ -14,7 +14,8 @@ from pretrain.evaluation.tasks.answering import model_of, read_test, without_roo
 from pretrain.evaluation.tasks.rates import rate
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
 
-FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|[.,eExX]\d|\s*[-−+*/^]?\s*\d|/)")
+FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+                   r"(?![\d_]|[.,eExX]\d|[^\S\n]*[-−+*/^]?[^\S\n]*\d|/)")
 
 
 def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:

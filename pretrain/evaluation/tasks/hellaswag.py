@@ -38,6 +38,8 @@ def evaluate(run: TaskRun) -> TaskResult:
         found = [choices(row.columns) for row in rows]
     except (KeyError, ValueError) as error:
         raise UserError(f"{run.test_path} (task.test): the task hellaswag needs the columns ctx, endings and label: {error}") from None
+    if any(len(texts) < 2 for texts, _ in found):
+        raise UserError(f"{run.test_path} (task.test): a row has a single ending, which leaves nothing to choose; give each at least two")
     endings, labels = [texts for texts, _ in found], [label for _, label in found]
     with model_of(run, own_columns) as model:
         likelihoods = log_likelihoods(model, [(row.context, texts) for row, texts in zip(rows, endings, strict=True)])

@@ -2,18 +2,22 @@
 
 likelihood: of all labels the target is the most likely answer, the end token included; a tie is no choice. generation: the written answer is
 the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA paper reports). majority: the share of the most common
-label, which a model reaches that looks at no text. The labels are the targets of the test rows and of the train rows.
+label, which a model reaches that looks at no text.
+
+The labels are those of the task or, where its files have other ones, all targets of the test and train files, whichever rows are used: with fewer
+options than the task has, chance alone would score better.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from data_prep.console import UserError
 from pretrain.evaluation.generate import Answer
 from pretrain.evaluation.likelihood import log_likelihoods
-from pretrain.evaluation.rows import OwnColumns
+from pretrain.evaluation.rows import OwnColumns, Row
 from pretrain.evaluation.tasks.answering import beyond_positions, model_of, read_test, read_train, without_room, write_answers
 from pretrain.evaluation.tasks.rates import rate, sole_best
 from pretrain.evaluation.tasks.task_run import TaskResult, TaskRun
@@ -28,11 +32,24 @@ def in_range(label: Any, labels: int) -> int:
     return int(label)
 
 
-def evaluate_labels(run: TaskRun, own: OwnColumns) -> TaskResult:
-    """Finetune on the train rows where the task says so, weigh the labels for each test row, write an answer, score."""
-    rows = read_test(run, own)
+def labels_of(rows: Iterable[Row], known: Sequence[str]) -> list[str]:
+    """Return the labels to choose from: the known ones where all targets are among them, else the targets of the rows."""
+    found = {row.target for row in rows}
+    return sorted(known if found <= set(known) else found)
+
+
+def evaluate_labels(run: TaskRun, own: OwnColumns, known: Sequence[str]) -> TaskResult:
+    """Finetune on the train rows where the task says so, weigh the labels for each test row, write an answer, score.
+
+    `known` are the labels of the public data set. Raises UserError for data with one label, or with too many.
+    """
+    every_row = read_test(replace(run, task=run.task.model_copy(update={"rows": None})), own)
+    rows = every_row[: run.task.rows]
     targets = [row.target for row in rows]
-    labels = sorted({*targets, *(row.target for row in read_train(run, own))})
+    labels = labels_of([*every_row, *read_train(run, own)], known)
+    if len(labels) < 2:
+        raise UserError(f"{run.test_path} (task.test): every row has the target {labels[0]!r}, which leaves nothing to choose; look at the columns, "
+                        "or give task.train with the other labels")
     if len(labels) > MOST_LABELS:
         raise UserError(f"{run.test_path} (task.test) has {len(labels)} different targets, but a task of labels takes at most "
                         f"{MOST_LABELS}; look at the columns")

@@ -15,4 +15,4 @@ def own_columns(columns: dict[str, Any]) -> tuple[str, str] | None:
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Label accuracy by likelihood and by generation."""
-    return evaluate_labels(run, own_columns)
+    return evaluate_labels(run, own_columns, [str(stars + 1) for stars in range(STARS)])
