@@ -18,10 +18,10 @@ ROWS = 1024
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Embed the test rows and rank their targets."""
-    pairs, rows, too_long = embedded_pairs(run)
+    pairs, rows, left_out = embedded_pairs(run)
     metrics = {f"{prefix}{name}": value for prefix, of_direction in pairs.items() for name, value in score(of_direction).items()}
     candidates = len(pairs[""].key.unique())
-    return TaskResult(rows, metrics, {"candidates": candidates} | ({"too_long": too_long} if too_long else {}))
+    return TaskResult(rows, metrics, {"candidates": candidates} | left_out)
 
 
 def score(pairs: Pairs) -> dict[str, float]:
