@@ -10,6 +10,8 @@ from pretrain.evaluation.directions import VALIDATION
 from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
 
 STUDY = "study.json"
+OF_TRAINING = ("data.lm_views", "data.train_end_token", "data.sequence_length")
+"""Keys of `data` that decide the training besides the shards."""
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
 """Sections that do not make an arm: they change nothing of what is trained."""
 ABSENT = "none"
@@ -130,7 +132,7 @@ def _comparison(title: str, arms: list[Arm], baseline: str | None, metric: Metri
 
 def group(runs: list[Run]) -> list[Arm]:
     """Runs as arms, by what differs in their configurations but for seed, name and what changes nothing. Raises UserError for a seed twice."""
-    settings = [flatten(run.config) for run in runs]
+    settings = settings_of(runs)
     keys = differing(settings)
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run, values in zip(runs, settings, strict=True):
@@ -149,9 +151,9 @@ def group(runs: list[Run]) -> list[Arm]:
 def _names(firsts: list[Run]) -> list[str]:
     """The objective, and what tells an arm from others of the same objective; no name twice."""
     names: list[str] = []
-    for run in firsts:
-        twins = [flatten(other.config) for other in firsts if other.objective == run.objective]
-        mine = flatten(run.config)
+    settings = settings_of(firsts)
+    for run, mine in zip(firsts, settings, strict=True):
+        twins = [values for other, values in zip(firsts, settings, strict=True) if other.objective == run.objective]
         words = [f"{key.removeprefix('objective.')}={brief(mine[key])}" for key in differing(twins) if key in mine]
         name = " ".join([run.objective, *words])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
@@ -167,6 +169,23 @@ def differing(settings: list[dict[str, str]]) -> list[str]:
     """Keys, in order, whose values are not the same everywhere."""
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({values.get(key, ABSENT) for values in settings}) > 1]
+
+
+def settings_of(runs: list[Run]) -> list[dict[str, str]]:
+    """Return what decides the training of each run, as dotted keys.
+
+    Runs that recorded the same shards, tokenizer and weights have the keys of `data` in common, wherever their corpora stood.
+    """
+    data_of: dict[str, dict[str, str]] = {}
+    found = []
+    for run in runs:
+        settings = flatten(run.config)
+        if read := run.environment.get("data"):
+            data = {key: value for key, value in settings.items() if key.startswith("data.") and key not in OF_TRAINING}
+            others = {key: value for key, value in settings.items() if key not in data}
+            settings = data_of.setdefault(json.dumps(read, sort_keys=True), data) | others
+        found.append(settings)
+    return found
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:

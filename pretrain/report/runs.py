@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 
 from data_prep.console import UserError
 from data_prep.files import read_json_or_nothing
 from pretrain.config import dump_config, load_config
 from pretrain.evaluation.directions import VALIDATION, Direction, direction
 from pretrain.evaluation.results import read_results
+from pretrain.objectives.configs import objective_configs
 from pretrain.run_folder import read_metrics, read_status
 
 FINETUNING = ("finetune", "finetune_objective", "finetune_lora")
@@ -43,6 +45,14 @@ class Run:
         """The name of its objective."""
         name: str = self.config["objective"]["name"]
         return name
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its objective has a term on pairs; of one that this version does not read, whether it is another than next_token."""
+        try:
+            return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
+        except (KeyError, ValidationError):
+            return self.objective != "next_token"
 
     @property
     def finished(self) -> bool:

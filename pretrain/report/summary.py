@@ -168,5 +168,4 @@ def monitor(run: Run, name: str) -> float | None:
 def _collapsed(run: Run) -> bool:
     """Of a run that has a term on pairs; other embeddings were never asked to tell pairs apart."""
     monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
-    has_term = run.objective == "llm_jepa" or bool(run.config["objective"].get("regularizers"))
-    return has_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)
+    return run.has_pairs and len(monitors) == len(MONITORS) and has_collapsed(monitors)

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from pretrain.report.arms import ABSENT, brief, differing, flatten
+from pretrain.report.arms import ABSENT, brief, differing, flatten, settings_of
 from pretrain.report.overfitting import Overfitting
 from pretrain.report.runs import finetunings
 from pretrain.report.statistics import POWER, Paired, Verdict, numbered
@@ -194,7 +194,7 @@ def _matching(all_arms: Summaries) -> list[str]:
 def _differences(all_arms: Summaries) -> list[str]:
     comparison = all_arms.comparison
     firsts = [arm.first for arm in comparison.arms.values() if arm.first]
-    settings = [flatten(run.config) | flatten(finetunings(run.config), "finetuning of ") for run in firsts]
+    settings = [values | flatten(finetunings(run.config), "finetuning of ") for values, run in zip(settings_of(firsts), firsts, strict=True)]
     found = []
     besides = [key for key in differing(settings) if not key.startswith("objective.")]
     if besides:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from data_prep.console import UserError
+from data_prep.files import read_json, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.page import html, markdown
 from pretrain.report.summary import summarize
@@ -137,6 +138,22 @@ def test_a_collapsing_arm_does_not_help(altered):
             change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine}))
     text, _ = sections(study, page=False, metric=tag)
     assert table(text)["collapsed"]["verdict"] == "hurts"
+
+
+def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_called(altered):
+    study = altered({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
+    collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
+    for folder in study.glob("arm*"):
+        change_lines(folder / "metrics.jsonl", lambda line: line.update({f"validation/embedding/{name}": value for name, value in collapsed.items()}))
+    config = study / "arm2-1" / "config.yaml"
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"objective": values["objective"] | {"name": "next_jepa"}}))
+    text, _ = sections(study, page=False)
+    assert "The embeddings of pairs (seed 1) and new (seed 1) have collapsed" in text
+    values["objective"] = {"name": "semantic_tube", "weight": 0.1}
+    config.write_text(yaml.safe_dump(values))
+    text, _ = sections(study, page=False)
+    assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube alone never saw pairs"
 
 
 def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
@@ -299,11 +316,30 @@ def test_run_directories_become_arms_by_what_differs(study, tmp_path):
     assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
 
 
+def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
+    for number, (arm, seed) in enumerate(itertools.product(("next_token", "llm_jepa"), (1, 2))):
+        folder = tmp_path / f"run{number}"
+        copy_run(study / "runs" / f"{arm}-seed1", folder, seed, 0.5)
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["data"] |= {"path": f"disk{number}/corpus", "workers": number + 1}
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    paths = sorted(tmp_path.iterdir())
+    comparison = read_comparison(paths, None, None)
+    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2], "llm_jepa": [1, 2]}
+    assert "Besides the objective, arms differ in" not in markdown(summarize(comparison))
+    values["data"]["lm_views"] = "last"
+    (paths[-1] / "config.yaml").write_text(yaml.safe_dump(values))
+    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa data.lm_views=all", "llm_jepa data.lm_views=last"}
+
+
 def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
     for number, folder in enumerate(("one", "two", "three")):
         copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
         config = tmp_path / folder / "config.yaml"
         config.write_text(re.sub(r"path: .*corpus", f"path: {'long/' * 20}{number}", config.read_text()))
+        environment = read_json(tmp_path / folder / "environment.json")
+        environment["data"]["tokenizer"]["sha256"] = str(number)
+        write_json(tmp_path / folder / "environment.json", environment)
     baseline = "llm_jepa data.path=long/long/long/long/long/long/…"
     names = list(read_comparison(sorted(tmp_path.iterdir()), baseline, None).arms)
     assert len(set(names)) == 3 and max(map(len, names)) < 60
