@@ -11,9 +11,9 @@ import numpy as np
 from data_prep.config import JsonSource
 from data_prep.console import print_now
 from data_prep.files import write_text
-from data_prep.shards import MANIFEST, view_hashes
+from data_prep.shards import MANIFEST, read_manifest, view_hashes
 from data_prep.tokenizer import Tokenizer
-from pretrain.data.corpus import Corpus
+from pretrain.data.corpus import Corpus, is_corpus_of
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import Answer, answer
 from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source
@@ -80,11 +80,14 @@ def unseen(run: TaskRun, rows: list[Row], own: OwnColumns | None = None, normal:
     """Return whether the target of each row is new.
 
     A new target, in its `normal` form, is not a target of the task's train rows, and, token for token, not a view of a
-    record in the training split of the corpus. The whole split is read once. Without a corpus at data.path the result is
-    None, and one line says so.
+    record in the training split of the corpus. The whole split is read once. Without the corpus of the run at data.path the
+    result is None, and one line says so.
     """
     if not (Path(run.config.data.path) / MANIFEST).exists():
         print_now(f"note: no corpus at {run.config.data.path} (data.path), seen from here: no metric on unseen targets")
+        return None
+    if not is_corpus_of(run.folder.parent, read_manifest(Path(run.config.data.path))):
+        print_now(f"note: {run.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets")
         return None
     known = {normal(row.target) for row in read_train(run, own)}
     if run.train is None and run.task.finetune is not None:

@@ -8,9 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError
+from data_prep.files import write_json
 from data_prep.nlrx_grammar import generate
+from data_prep.shards import read_manifest
 from data_prep.tokenizer import train
 from pretrain.config import TaskConfig, load_config
+from pretrain.data.corpus import describe_corpus
 from pretrain.evaluation.generate import Answer
 from pretrain.evaluation.rows import Row, read_rows
 from pretrain.evaluation.tasks import answering, gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, spider, yelp
@@ -116,6 +119,24 @@ def test_a_single_option_is_no_score(export, tmp_path):
         evaluated(rotten_tomatoes, export, tmp_path, test=words)
     with pytest.raises(UserError, match=r"test.jsonl \(task.test\): a row has a single ending"):
         evaluated(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
+
+
+def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsys):
+    seen, new = generate(0, "train", 3), generate(0, "test", 0)
+    rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(VIEWS, pair, strict=True)) for pair in (seen, new)])
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
+    run = TaskRun(config, TaskConfig(name="nl_rx", test=str(rows)), 1, tmp_path, tmp_path / "run" / "evaluation")
+    (tmp_path / "run").mkdir()
+    environment = {"data": describe_corpus(read_manifest(prepared))}
+    for recorded in ({}, environment):  # a run of a version that recorded nothing, and one of this corpus
+        write_json(tmp_path / "run" / "environment.json", recorded)
+        assert answering.unseen(run, answering.read_test(run)) == [False, True]
+    environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
+    write_json(tmp_path / "run" / "environment.json", environment)
+    capsys.readouterr()
+    assert answering.unseen(run, answering.read_test(run)) is None
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"{prepared} (data.path) holds another corpus than the run was trained on" in told
 
 
 def test_labels_as_the_hub_has_them(tmp_path):

@@ -16,7 +16,10 @@ import yaml
 from data_prep.console import UserError
 from data_prep.files import read_json, write_json
 from pretrain.report.arms import read_comparison
+from pretrain.report.cost import flops_per_token
+from pretrain.report.embeddings import picture
 from pretrain.report.page import html, markdown
+from pretrain.report.runs import read_run
 from pretrain.report.summary import summarize
 from pretrain.run_folder import read_metrics
 from tests.launching import call
@@ -177,6 +180,19 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered
     tokens = {arm: int(row["tokens"].replace(",", "")) for arm, row in rows.items()}
     assert {arm: row["FLOPs"] for arm, row in rows.items()} == {"plain": f"{2 * tokens['plain']:,}", "other": f"{3 * tokens['other']:,}"}
     assert rows["other"]["FLOPs a token"] == "× 1.50"
+
+
+def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
+    run_dir = tmp_path / "llm_jepa-seed1"
+    shutil.copytree(study / "runs" / "llm_jepa-seed1", run_dir)
+    run = read_run(run_dir)
+    assert flops_per_token(run) > 0 and picture(run).explained > 0
+    environment = read_json(run_dir / "environment.json")
+    environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
+    write_json(run_dir / "environment.json", environment)
+    for read in (flops_per_token, picture):
+        with pytest.raises(UserError, match=rf"corpus holds another corpus than the one that {run_dir} was trained on"):
+            read(run)
 
 
 def test_several_arms_are_corrected_and_said_so(altered):
