@@ -14,7 +14,7 @@ from data_prep.console import UserError
 from data_prep.files import read_json_or_nothing
 from pretrain.config import dump_config, load_config
 from pretrain.evaluation.directions import VALIDATION, Direction, direction
-from pretrain.evaluation.results import read_results
+from pretrain.evaluation.results import read_results, scoring_of
 from pretrain.objectives.configs import objective_configs
 from pretrain.run_folder import read_metrics, read_status
 
@@ -140,14 +140,21 @@ class Metric:
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
-        """The settings under which most runs have it at their last step: only such results may be compared. None where no run has it."""
+        """Return the settings under which most runs have it at their last step, of equally many those of the newest scoring; None without any.
+
+        Only results under the same settings, by the same version of the scoring, may be compared.
+        """
         votes: dict[str, int] = {}
         for run in runs:
             for settings in {identity(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
             votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(votes, key=votes.__getitem__) if votes else None
+        return max(sorted(votes), key=lambda settings: (votes[settings], scoring_in(settings))) if votes else None
+
+    def scorings(self, run: Run) -> set[int]:
+        """Return the versions of the scoring that gave its values at the last step of a run."""
+        return {scoring_of(result) for result in self.results(run) if result["step"] == run.last.get("step")}
 
 
 def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -180,7 +187,7 @@ def finetunings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
-    """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning.
+    """What must be equal for results to compare: scoring, rows, settings and content of the files, wherever these lie; not a finetuning's seed.
 
     Nor how it finetunes, where that is what the run's configuration says: arms may differ in it.
     """
@@ -191,7 +198,13 @@ def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
     kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
             (isinstance(value, dict) and value.get("type") == "hub")}
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
-    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows")], sort_keys=True)
+    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_of(result)], sort_keys=True)
+
+
+def scoring_in(settings: str) -> int:
+    """Return the version of the scoring in an `identity`."""
+    version: int = json.loads(settings)[-1]
+    return version
 
 
 def is_run(folder: Path) -> bool:

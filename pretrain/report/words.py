@@ -2,9 +2,10 @@
 
 from typing import get_args
 
+from pretrain.evaluation.directions import VALIDATION
 from pretrain.report.arms import ABSENT, brief, differing, flatten, settings_of
 from pretrain.report.overfitting import Overfitting
-from pretrain.report.runs import finetunings
+from pretrain.report.runs import finetunings, scoring_in
 from pretrain.report.statistics import POWER, Paired, Verdict, numbered
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 
@@ -131,7 +132,22 @@ def costs(all_arms: Summaries) -> dict[str, str]:
 
 def cautions(all_arms: Summaries) -> list[str]:
     """What a reader must know before believing the verdict."""
-    return [*_missing(all_arms), *_collapses(all_arms), *_metric(all_arms), *_matching(all_arms), *_differences(all_arms), *_seconds(all_arms)]
+    parts = (_scorings, _missing, _collapses, _metric, _matching, _differences, _seconds)
+    return [sentence for part in parts for sentence in part(all_arms)]
+
+
+def _scorings(all_arms: Summaries) -> list[str]:
+    """Name the runs that another version of the scoring has scored, whose values do not compare."""
+    metric = all_arms.comparison.metric
+    if all_arms.settings is None or metric.task == VALIDATION:
+        return []
+    version = scoring_in(all_arms.settings)
+    others = {run.folder.name: found for run in all_arms.comparison.runs if (found := metric.scorings(run)) and version not in found}
+    if not others:
+        return []
+    told = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
+    return [f"Scores of {metric} are of different versions of the scoring: those of version {version} are compared, those of {told} are left "
+            "out. Evaluate these runs again: python launcher/evaluate.py RUN_DIR."]
 
 
 def _missing(all_arms: Summaries) -> list[str]:

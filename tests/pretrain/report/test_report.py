@@ -262,6 +262,25 @@ def test_results_under_other_settings_do_not_count(altered):
     assert table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
 
 
+def test_scores_of_different_versions_are_named_and_never_averaged(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
+    old = study / "arm1-3" / "evaluation" / "results.jsonl"
+    change_lines(old, lambda line: line.pop("scoring"))
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["nl_rx/exact"].startswith("0.7100") and table(text)["other"]["seeds"] == "2 of 3"
+    assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
+    line = json.loads(old.read_text())
+    again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
+    old.write_text(old.read_text() + json.dumps(again) + "\n")  # as the evaluation leaves both
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
+    for path in study.glob("arm*/evaluation/results.jsonl"):
+        if path != old:
+            path.write_text(path.read_text() + "".join(json.dumps(json.loads(line) | {"scoring": 1, "metrics": {"exact": 0.1}}) + "\n"
+                                                        for line in path.read_text().splitlines()))
+    assert table(sections(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
+
+
 def test_arms_may_differ_in_what_they_finetune_by(altered):
     study = altered({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
     for arm, objective in enumerate(("next_token", "llm_jepa")):
