@@ -25,9 +25,11 @@ class Past:
     times: Spread
     """Tokens of the whole run, over those at the lowest validation loss."""
     metric: dict[int, float]
-    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs with several of those."""
+    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs that have those, and the last."""
     change: dict[int, float]
     """Of the metric, from there to the end."""
+    not_around: list[int]
+    """Seeds with several evaluated checkpoints, but none before and after the lowest validation loss, or not the last one."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
         return Overfitting(arms, {}, {})
     others = {name: past for name, past in arms.items() if name != baseline}
     changes = {name: past.change for name, past in others.items() if past.change}
-    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, arms[baseline].rise, False) if others else {},
-                       compare(changes, arms[baseline].change, better) if changes else {})
+    losses = [abs(value) for past in arms.values() for value in past.lowest.values()]
+    scores = [abs(value) for past in arms.values() for value in past.metric.values()]
+    rises = {name: past.rise for name, past in others.items()}
+    return Overfitting(arms, compare(rises, arms[baseline].rise, False, max(losses)) if others else {},
+                       compare(changes, arms[baseline].change, better, max(scores)) if changes else {})
 
 
 def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
     lowest: dict[int, float] = {}
     rise, times, metric, change = (dict(lowest) for _ in range(4))
+    not_around: list[int] = []
     for run in runs:
         if not (curve := run.curve(LOSS)):
             continue
@@ -65,12 +71,16 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
         lowest[run.seed], rise[run.seed] = value, curve[-1][1] - value
         times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
         scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
-        if len(scores) > 1:
-            steps, values = zip(*scores, strict=True)
-            metric[run.seed] = float(np.interp(step, steps, values))
-            change[run.seed] = scores[-1][1] - metric[run.seed]
+        if len(scores) < 2:
+            continue
+        steps, values = zip(*scores, strict=True)
+        if not (steps[0] <= step <= steps[-1] == run.last["step"]):
+            not_around.append(run.seed)
+            continue
+        metric[run.seed] = float(np.interp(step, steps, values))
+        change[run.seed] = scores[-1][1] - metric[run.seed]
     of_times = spread(times.values())
-    return Past(lowest, rise, of_times, metric, change) if of_times else None
+    return Past(lowest, rise, of_times, metric, change, not_around) if of_times else None
 
 
 def _mean(values: dict[int, float]) -> float:

@@ -93,9 +93,10 @@ def verdict(all_arms: Summaries, name: str) -> str:
 
 
 def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
-    """Which arm holds past the best validation loss, a sentence for each arm and measure."""
+    """Which arm holds past the best validation loss, a sentence for each arm and measure, and for which runs the metric is not known there."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
-    sentences: list[str] = []
+    sentences = [f"{name}: {numbered(arm.not_around)} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, "
+                 f"and {'are' if len(arm.not_around) > 1 else 'is'} left out of {metric} here." for name, arm in past.arms.items() if arm.not_around]
     if baseline is None:
         return sentences
     measures = [("validation/loss/lm", past.rises, {name: arm.rise for name, arm in past.arms.items()}),

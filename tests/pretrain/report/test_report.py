@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from data_prep.console import UserError
-from data_prep.files import read_json, write_json
+from data_prep.files import read_json, read_json_lines, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.embeddings import picture
@@ -331,6 +331,28 @@ def test_which_arm_holds_past_the_best_validation_loss(altered):
     assert "Past the best validation loss" in page and "steady holds better than plain" in page
     assert "Past the best" not in sections(altered({"plain": plain, "other": plain}), page=False)[0]
     check_alone(page)
+
+
+def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(altered):
+    """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
+    evaluated = {"arm0-1": {2: 0.2, 4: 0.4, 6: 0.7}, "arm0-2": {4: 0.4, 6: 0.7}, "arm1-1": {2: 0.2, 4: 0.4}, "arm1-2": {6: 0.7}}
+    study = altered({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
+    for folder in study.glob("arm*"):
+        for name, changes in (("metrics.jsonl", {3: 0.5, 6: 0.9}), ("evaluation/results.jsonl", evaluated[folder.name])):
+            lines = read_json_lines(folder / name)
+            if name == "metrics.jsonl":
+                lines = [line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {}) for line in lines]
+            else:
+                lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, page = sections(study)
+    text = text.partition("## Past the best validation loss")[2].replace("\\", "")
+    assert table(text)["plain"]["metric there, interpolated"] == "0.3000" and table(text)["plain"]["its change to the end"] == "0.4000"
+    assert table(text)["other"]["metric there, interpolated"] == table(text)["other"]["its change to the end"] == "–"
+    for arm, seed in (("plain", 2), ("other", 1)):
+        told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
+        assert told in text and told in page
+    assert "lies on a straight line between" in page and "nearest to the lowest validation loss" not in page
 
 
 def test_run_directories_become_arms_by_what_differs(study, tmp_path):
