@@ -6,7 +6,7 @@ import numpy as np
 
 from pretrain.evaluation.directions import VALIDATION
 from pretrain.report.runs import Run
-from pretrain.report.statistics import Paired, compare
+from pretrain.report.statistics import Paired, compare, magnitude
 from pretrain.report.summary import Spread, Summaries, spread
 
 LOSS = f"{VALIDATION}/loss/lm"
@@ -51,13 +51,12 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
     baseline, better = summaries.comparison.baseline, summaries.comparison.metric.higher_is_better
     if baseline is None or baseline not in arms:
         return Overfitting(arms, {}, {})
-    others = {name: past for name, past in arms.items() if name != baseline}
+    others, base = {name: past for name, past in arms.items() if name != baseline}, arms[baseline]
     changes = {name: past.change for name, past in others.items() if past.change}
-    losses = [abs(value) for past in arms.values() for value in past.lowest.values()]
-    scores = [abs(value) for past in arms.values() for value in past.metric.values()]
-    rises = {name: past.rise for name, past in others.items()}
-    return Overfitting(arms, compare(rises, arms[baseline].rise, False, max(losses)) if others else {},
-                       compare(changes, arms[baseline].change, better, max(scores)) if changes else {})
+    losses = {name: magnitude([*past.lowest.values(), *base.lowest.values()]) for name, past in others.items()}
+    scores = {name: magnitude([*past.metric.values(), *base.metric.values()]) for name, past in others.items()}
+    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
+                       compare(changes, base.change, better, scores))
 
 
 def _past(summaries: Summaries, runs: list[Run]) -> Past | None:

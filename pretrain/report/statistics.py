@@ -6,6 +6,7 @@ baseline.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -48,17 +49,17 @@ class Paired:
     """Why there is no verdict."""
 
 
-def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool, size: float | None = None) -> dict[str, Paired]:
+def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool,
+            sizes: Mapping[str, float] | None = None) -> dict[str, Paired]:
     """Test each arm against the baseline; all are values of the metric by seed.
 
     An arm is not tested, and gets no corrected p, if its differences cannot be: for one seed, equal differences or values that are not
-    finite. `size` is the magnitude of the metric where the values are changes of it; by default the largest magnitude of the values.
+    finite. `sizes` are the magnitudes of the metric by arm where the values are changes of it; by default the largest of the values.
     """
     pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
-    if size is None:
-        magnitudes = [abs(value) for values in (*arms.values(), baseline) for value in values.values() if math.isfinite(value)]
-        size = max(magnitudes, default=0.0)
-    untested = {name: _untested(differences, baseline, EQUAL * size) for name, differences in pairs.items()}
+    if sizes is None:
+        sizes = {name: magnitude([*values.values(), *baseline.values()]) for name, values in arms.items()}
+    untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
     found = {name: result for name, result in untested.items() if result is not None}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
@@ -70,6 +71,11 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
             p_values[name], corrected_p, 1 - alpha, low, high,
             detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
     return {name: found[name] for name in arms}
+
+
+def magnitude(values: Iterable[float]) -> float:
+    """Return the largest magnitude among the finite values; 0 without any."""
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
 def _untested(differences: dict[int, float], baseline: dict[int, float], tolerance: float) -> Paired | None:

@@ -42,12 +42,16 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def directions_of(higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]) -> Directions:
     """Return the direction of each metric in `flat(results)` for which the harness gives one."""
-    words: dict[bool, Direction] = {True: "higher", False: "lower"}
-    return {f"{task}_{metric}": words[better] for task, of_task in higher_is_better.items() for metric, better in of_task.items()
-            if better is not None and f"{task}_{metric}" in flat(results)}
+    words: dict[bool | None, Direction] = {True: "higher", False: "lower"}
+    return {f"{task}_{_flat(name)}": words[better] for task, values in results.items() for name in values
+            if (better := higher_is_better.get(task, {}).get(name.split(",")[0])) in words and f"{task}_{_flat(name)}" in flat(results)}
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the numbers of the harness by TASK_METRIC, without standard errors."""
-    return {f"{task}_{name.split(',')[0]}": float(value) for task, values in results.items() for name, value in values.items()
+    """Return the numbers of the harness by TASK_METRIC, and TASK_METRIC_FILTER for filtered answers, without standard errors."""
+    return {f"{task}_{_flat(name)}": float(value) for task, values in results.items() for name, value in values.items()
             if isinstance(value, int | float) and "," in name and "stderr" not in name}
+
+
+def _flat(name: str) -> str:
+    return name.removesuffix(",none").replace(",", "_")

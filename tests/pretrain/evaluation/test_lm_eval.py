@@ -27,6 +27,12 @@ def test_directions_are_those_that_the_harness_gives():
     assert lm_eval.directions_of(given, results) == {"said_wer": "lower", "said_acc": "higher"}
 
 
+def test_each_filter_of_an_answer_has_a_metric_of_its_own():
+    results = {"sums": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5}}
+    assert lm_eval.flat(results) == {"sums_exact_match_strict-match": 0.25, "sums_exact_match_flexible-extract": 0.5}
+    assert lm_eval.directions_of({"sums": {"exact_match": True}}, results) == dict.fromkeys(lm_eval.flat(results), "higher")
+
+
 def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

@@ -61,14 +61,16 @@ def test_rounding_in_fp32_is_no_spread():
     nearly = {seed: value * (1 + 2e-7 * seed) for seed, value in baseline.items()}
     assert "same values in every seed" in compare({"arm": nearly}, baseline, True)["arm"].reason
     tiny = {seed: value / 1e9 for seed, value in shifted([0.03, 0.05, 0.01, 0.02, 0.04]).items()}
-    assert compare({"arm": tiny}, {seed: value / 1e9 for seed, value in BASELINE.items()}, True)["arm"].verdict == "helps", "the size decides"
+    baseline = {seed: value / 1e9 for seed, value in BASELINE.items()}
+    found = compare({"arm": tiny, "diverged": dict.fromkeys(tiny, 1e9)}, baseline, True)
+    assert found["arm"].verdict == "helps", "the size of the metric decides, not that of another arm"
 
 
 def test_changes_are_measured_by_the_size_of_the_metric():
     change = {1: 1e-8, 2: 1.1e-8, 3: 0.9e-8}
     zero = dict.fromkeys(change, 0.0)
     assert compare({"arm": change}, zero, True)["arm"].verdict == "helps"
-    assert compare({"arm": change}, zero, True, size=0.9)["arm"].p is None
+    assert compare({"arm": change}, zero, True, sizes={"arm": 0.9})["arm"].p is None
 
 
 def test_an_arm_without_finite_values_changes_nothing_for_the_others():
