@@ -1,5 +1,7 @@
 """A split of a prepared corpus, memory-mapped and addressed by record number."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -10,6 +12,7 @@ import numpy as np
 
 from data_prep.config import DataConfig, Source
 from data_prep.console import UserError
+from data_prep.files import read_json_or_nothing
 from data_prep.shards import Contents, Parts, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
 
@@ -130,6 +133,19 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
             raise UserError(f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
                             "name those, or none, or prepare another data.path")
     return [source.weight for source in sources]
+
+
+def describe_corpus(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a corpus from any other: the checksum of each split's shards, and of the tokenizer."""
+    splits = {split: {"records": entry["records"], "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()}
+              for split, entry in manifest["splits"].items()}
+    return {"corpus": splits, "tokenizer": manifest["tokenizer"]}
+
+
+def is_corpus_of(run_dir: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a run was trained on the corpus of a manifest, as far as its environment.json says what it was trained on."""
+    recorded = (read_json_or_nothing(run_dir / "environment.json") or {}).get("data", {})
+    return all(recorded.get(part, found) == found for part, found in describe_corpus(manifest).items())
 
 
 WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}

@@ -1,6 +1,9 @@
 """Embeddings of the views of rows, and their predictions of each other, from an export alone; as the objective reads them out in training."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,34 +27,69 @@ TOKENS = 16_384
 
 
 class Embeddings(NamedTuple):
-    """Of N rows; a row that does not fit into the model's positions is NaN."""
+    """Embeddings of N rows; a row that does not fit into the model's positions is NaN."""
 
     views: dict[str, np.ndarray]
     """(N, D) fp32 of each view, encoded on its own."""
     predictions: dict[tuple[str, str], np.ndarray]
     """(N, D) fp32 of each pair of a predicting and a predicted view; without predictor tokens that of the view itself."""
+    fits: np.ndarray
+    """(N,) bool: whether all of these fit into the model's positions. Where they do, what is not finite comes from the weights."""
 
 
 def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
     The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` if predictor tokens predict another view.
-    Row i of each array belongs to record i. Raises UserError.
+    Row i of each array belongs to record i. The file is named after the source, with a number where another source of that name was
+    embedded before. Raises UserError.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _source(file)
     rows = read_rows(source, views, "--embed")
     found = embed(export, [row.views for row in rows])
-    arrays = found.views | {f"{source}_to_{target}": array for (source, target), array in found.predictions.items()
-                            if array is not found.views[source]}
-    assert source.path is not None  # or no row would have been read
-    output = export / "embeddings" / f"{Path(source.path).stem}.npz"
-    output.parent.mkdir(exist_ok=True)
-    with atomic_path(output) as temporary, open(temporary, "wb") as sink:
-        np.savez(sink, **arrays)  # type: ignore[arg-type]  # the stubs take every keyword for allow_pickle
+    predictions = {f"{source}_to_{target}": array for (source, target), array in found.predictions.items() if array is not found.views[source]}
+    if ambiguous := found.views.keys() & predictions.keys():
+        raise UserError(f"{export}: the view {min(ambiguous)!r} has the name of the array for a prediction; name the view otherwise in data.views")
+    arrays = found.views | predictions
+    output = _write(export / "embeddings", source, arrays)
     for name, array in arrays.items():
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
+    too_long, not_finite = int((~found.fits).sum()), int((found.fits & ~finite(arrays.values())).sum())
+    if too_long:
+        print_now(f"note: {too_long:,} rows are longer than the positions of the model: theirs are NaN")
+    if not_finite:
+        print_now(f"WARNING: the model gives embeddings that are not finite for {not_finite:,} rows: its weights have diverged")
     print_now(f"written to {output}")
+
+
+def finite(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Return which rows of several arrays (N, D) are finite in all of them: (N,) bool."""
+    return np.asarray(np.stack([np.isfinite(array).all(axis=1) for array in arrays]).all(axis=0))
+
+
+def _write(folder: Path, source: JsonSource | HubSource, arrays: dict[str, np.ndarray]) -> Path:
+    """Write an .npz whose comment says what was embedded, over no other source's. A view may have any name, which np.savez does not allow."""
+    assert source.path is not None  # or no row would have been read
+    absolute = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
+    comment = source.model_copy(update={"path": absolute}).model_dump_json(exclude_none=True).encode()
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([Path(source.path).stem], (f"{Path(source.path).stem}-{number}" for number in itertools.count(2)))
+    output = next(path for name in names if not (path := folder / f"{name}.npz").exists() or _comment(path) == comment)
+    with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = comment
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+    return output
+
+
+def _comment(path: Path) -> bytes:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment
+    except zipfile.BadZipFile:
+        return b""
 
 
 def _source(given: str) -> JsonSource | HubSource:
@@ -75,10 +113,14 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     names, pairing = jepa["views"], pairing_of(jepa)
     tokens = [tokenizer.encode_batch(list(of_view)) for of_view in zip(*texts, strict=True)]
 
+    limit, fits = model.causal_lm.config.max_position_embeddings, np.ones(len(texts), bool)
+
     def encoded(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
         form: Form = view_form(jepa, view)
         before, after = ([ids[name] for name in part] for part in form)
-        return encode(model, [[*before, *front, *row, *after, *back] for row in tokens[view]])
+        rows = [[*before, *front, *row, *after, *back] for row in tokens[view]]
+        np.logical_and(fits, [len(row) <= limit for row in rows], out=fits)
+        return encode(model, rows)
 
     views = {name: encoded(number) for number, name in enumerate(names)}
     predictor = list(range(model.vocabulary, model.vocabulary + (model.predictor.num_embeddings if model.predictor else 0)))
@@ -89,7 +131,7 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
             where = {"front" if pairing.prepended else "back": predictor}
             by_source[source] = encoded(source, **where) if predictor else views[names[source]]
         predictions[names[source], names[target]] = by_source[source]
-    return Embeddings(views, predictions)
+    return Embeddings(views, predictions, fits)
 
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:

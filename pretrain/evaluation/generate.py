@@ -8,6 +8,8 @@ import torch
 from tqdm import tqdm
 
 from data_prep.console import UserError
+from data_prep.files import read_json
+from data_prep.tokenizer import Tokenizer
 from pretrain.evaluation.helpers import share_rows
 from pretrain.evaluation.inference import left_padded, load, prompts
 from pretrain.tasks.scoring import Answer
@@ -32,7 +34,7 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
     model, tokenizer = load(folder)
     rows = prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
-    no_text = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *range(tokenizer.vocab_size, model.config.vocab_size)]
+    no_text = _ids_without_text(tokenizer, model.config.vocab_size)
     answers = [Answer("", False, False)] * len(rows)
     batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
     for room, members in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
@@ -46,6 +48,21 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
             stopped = tokenizer.eos_id in written
             answers[place] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)
     return answers
+
+
+def _ids_without_text(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
+    """Return the ids below `vocabulary` that no answer may hold: all but those of text and the end token.
+
+    Decoding skips special tokens and ids without an entry, so an answer with one would look like the answer without it. What a
+    tokenizer.json adds to the vocabulary of a tokenizer.model no text is encoded to, and the model cannot decode.
+    """
+    spec = read_json(tokenizer.folder / "tokenizer.json")
+    vocab, added = spec["model"]["vocab"], {token["id"]: token["special"] for token in spec["added_tokens"]}
+    text = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
+    if not (tokenizer.folder / "tokenizer.model").exists():
+        text |= added.keys()
+    allowed = {token for token in text if not added.get(token)} | {tokenizer.eos_id}
+    return [token for token in range(vocabulary) if token not in allowed]
 
 
 def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:

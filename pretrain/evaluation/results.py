@@ -14,6 +14,9 @@ from data_prep.files import read_json_lines, sha256_file, write_text
 from pretrain.run_folder import read_metrics, read_status, rewinds
 from pretrain.tasks.options import TaskConfig
 
+SCORING = 2
+"""Version of the scoring, raised whenever the same answers may get other scores: scores of two versions are never compared or averaged.
+Results without one are of version 1."""
 TABLE_COLUMNS = 6
 """Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
 
@@ -33,13 +36,20 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again") from None
 
 
+def scoring_of(result: dict[str, Any]) -> int:
+    """Return the version of the scoring that gave a result."""
+    version: int = result.get("scoring", 1)
+    return version
+
+
 def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What one result stands for: step, task, settings, files by their content, and overrides, among which may be a seed."""
+    """Return what one result stands for: step, task, version of the scoring, settings, files by their content, and overrides, such as a seed."""
     paths = [source.path if isinstance(source, JsonSource) else source for source in (*task.sources.values(), *task.paths)]
-    return {"step": step, "task": task.title, "settings": task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
+    settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
         "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
         "overrides": sorted(word for word in overrides if not word.startswith("task.")),
-    }}
+    }
+    return {"step": step, "task": task.title, "scoring": SCORING, "settings": settings}
 
 
 def _files(path: Path) -> list[Path]:
@@ -86,10 +96,11 @@ def print_summary(run_dir: Path) -> None:
         if values:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     print_table(rows)
-    for task in dict.fromkeys(result["task"] for result in read_results(run_dir)):
-        results = sorted((result for result in read_results(run_dir) if result["task"] == task), key=lambda result: result["step"])
+    for task, version in dict.fromkeys((result["task"], scoring_of(result)) for result in read_results(run_dir)):
+        results = sorted((result for result in read_results(run_dir) if (result["task"], scoring_of(result)) == (task, version)),
+                         key=lambda result: result["step"])
         names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
-        rows = [[task, "rows", "finetuned", *names]]
+        rows = [[task if version == SCORING else f"{task}, scoring {version}", "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
         print_table(rows)

@@ -11,12 +11,12 @@ import numpy as np
 from data_prep.config import HubSource, JsonSource, task_source
 from data_prep.console import print_now
 from data_prep.files import write_text
-from data_prep.shards import MANIFEST, view_hashes
+from data_prep.shards import MANIFEST, read_manifest, view_hashes
 from data_prep.task_rows import Row, read_rows, write_views
 from data_prep.tasks import public_form
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus
+from pretrain.data.corpus import Corpus, is_corpus_of
 from pretrain.evaluation.finetune import finetune
 from pretrain.evaluation.generate import answer
 from pretrain.evaluation.likelihood import log_likelihoods
@@ -52,10 +52,10 @@ class CheckpointTask:
         given = self.task.sources.get(key)
         return None if given is None else task_source(self.config.data, given)
 
-    def read_test(self) -> list[Row]:
-        """Return the rows to score. Raises UserError."""
+    def read_test(self, *, every: bool = False) -> list[Row]:
+        """Return the rows to score; with `every` also those beyond the option `rows`. Raises UserError."""
         source = self.source("test") or grammar_source(self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS)
-        return read_rows(source, self.config.data.views, "task.test", self.task.rows, public_form(self.task.name))
+        return read_rows(source, self.config.data.views, "task.test", None if every else self.task.rows, public_form(self.task.name))
 
     def read_train(self) -> list[Row]:
         """Return the rows to finetune on: those of the task, or of the grammar if it draws its test rows too. Raises UserError."""
@@ -92,11 +92,14 @@ class CheckpointTask:
         """Return whether the target of each row is new.
 
         A new target, in its `normal` form, is not a target of the task's train rows, and, token for token, not a view of a
-        record in the training split of the corpus. The whole split is read once. Without a corpus at data.path the result is
-        None, and one line says so.
+        record in the training split of the corpus. The whole split is read once. Without the corpus of the run at data.path the
+        result is None, and one line says so.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets")
+            return None
+        if not is_corpus_of(self.folder.parent, read_manifest(Path(self.config.data.path))):
+            print_now(f"note: {self.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets")
             return None
         known = {normal(row.target) for row in self.read_train()}
         pretrained = in_corpus(self.config.data.path, [row.target for row in rows])

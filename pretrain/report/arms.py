@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.console import UserError
-from pretrain.report.runs import VALIDATION, Metric, Run, is_run, read_run
+from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_metrics, read_run
+from pretrain.tasks.directions import VALIDATION
 
 STUDY = "study.json"
+OF_TRAINING = ("data.lm_views", "data.train_end_token", "data.sequence_length")
+"""Keys of `data` that decide the training besides the shards."""
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
 """Sections that do not make an arm: they change nothing of what is trained."""
 ABSENT = "none"
@@ -66,27 +69,25 @@ class Comparison:
 
 def read_comparison(paths: list[Path], baseline: str | None, metric: str | None) -> Comparison:
     """A study folder, or run directories. `baseline` and `metric` choose otherwise than those do. Raises UserError."""
-    chosen = Metric.parse(metric) if metric else None
     studies = [path for path in paths if (path / STUDY).is_file()]
     if studies and len(paths) > 1:
         raise UserError(f"{studies[0]} is a study: report on it alone, or name run directories only")
     if studies:
-        return _read_study(studies[0], baseline, chosen)
+        return _read_study(studies[0], baseline, metric)
     for path in paths:
         if not is_run(path):
             raise UserError(f"{path} is no run directory, which holds config.yaml, and no study, which holds {STUDY}")
     arms = group([read_run(path) for path in paths])
     runs = [run for arm in arms for run in arm.runs.values()]
-    origin = "named on the command line; whether before the runs were seen, only you know"
-    if chosen is None:
+    if metric is None:
         chosen, origin = _default_metric(runs), "not chosen in advance: it is the first one of the first task that was evaluated"
-    elif chosen.common_settings(runs) is None and not any(chosen.curve(run, None) for run in runs):
-        raise UserError(f"no run has the metric {chosen}; there are {_known_metrics(runs)}")
+    else:
+        chosen, origin = Metric.parse(metric, runs), "named on the command line; whether before the runs were seen, only you know"
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
     return _comparison(title, arms, baseline, chosen, origin, None)
 
 
-def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Comparison:
+def _read_study(folder: Path, baseline: str | None, given: str | None) -> Comparison:
     path = folder / STUDY
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
@@ -96,14 +97,13 @@ def _read_study(folder: Path, baseline: str | None, metric: Metric | None) -> Co
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no study: {type(error).__name__} {error}") from None
     runs = [run for arm in arms for run in arm.runs.values()]
-    if metric is not None and metric != planned:
-        if metric.common_settings(runs) is None and not any(metric.curve(run, None) for run in runs):
-            raise UserError(f"no run has the metric {metric}; there are {_known_metrics(runs)}")
+    metric = Metric.parse(given, runs, planned) if given else planned
+    if metric != planned:
         origin = f"named on the command line; the study planned {planned}"
     else:
-        metric, origin = planned, f"chosen in {STUDY}"
+        origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
-            raise UserError(f"{path}: no run has the metric {metric}; there are {_known_metrics(runs)}. Name one with --metric, or mend the study "
+            raise UserError(f"{path}: no run has the metric {metric}; there are {known_metrics(runs)}. Name one with --metric, or mend the study "
                             "file and start it again: what has run stays")
     return _comparison(title, arms, baseline or named, metric, origin, matched_by)
 
@@ -132,7 +132,7 @@ def _comparison(title: str, arms: list[Arm], baseline: str | None, metric: Metri
 
 def group(runs: list[Run]) -> list[Arm]:
     """Runs as arms, by what differs in their configurations but for seed, name and what changes nothing. Raises UserError for a seed twice."""
-    settings = [flatten(run.config) for run in runs]
+    settings = settings_of(runs)
     keys = differing(settings)
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run, values in zip(runs, settings, strict=True):
@@ -151,9 +151,9 @@ def group(runs: list[Run]) -> list[Arm]:
 def _names(firsts: list[Run]) -> list[str]:
     """The objective, and what tells an arm from others of the same objective; no name twice."""
     names: list[str] = []
-    for run in firsts:
-        twins = [flatten(other.config) for other in firsts if other.objective == run.objective]
-        mine = flatten(run.config)
+    settings = settings_of(firsts)
+    for run, mine in zip(firsts, settings, strict=True):
+        twins = [values for other, values in zip(firsts, settings, strict=True) if other.objective == run.objective]
         words = [f"{key.removeprefix('objective.')}={brief(mine[key])}" for key in differing(twins) if key in mine]
         name = " ".join([run.objective, *words])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
@@ -171,6 +171,23 @@ def differing(settings: list[dict[str, str]]) -> list[str]:
     return [key for key in keys if len({values.get(key, ABSENT) for values in settings}) > 1]
 
 
+def settings_of(runs: list[Run]) -> list[dict[str, str]]:
+    """Return what decides the training of each run, as dotted keys.
+
+    Runs that recorded the same shards, tokenizer and weights have the keys of `data` in common, wherever their corpora stood.
+    """
+    data_of: dict[str, dict[str, str]] = {}
+    found = []
+    for run in runs:
+        settings = flatten(run.config)
+        if read := run.environment.get("data"):
+            data = {key: value for key, value in settings.items() if key.startswith("data.") and key not in OF_TRAINING}
+            others = {key: value for key, value in settings.items() if key not in data}
+            settings = data_of.setdefault(json.dumps(read, sort_keys=True), data) | others
+        found.append(settings)
+    return found
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted keys of what decides the training, with their values as text."""
     flat: dict[str, str] = {}
@@ -184,11 +201,6 @@ def _default_metric(runs: list[Run]) -> Metric:
     for run in runs:
         for result in run.results:
             for name in result["metrics"]:
-                return Metric.parse(f"{result['task']}/{name}")
+                if (found := declared_direction(result["task"], name, runs)) in ("higher", "lower"):
+                    return Metric(result["task"], name, found == "higher")
     return Metric(VALIDATION, "loss/lm", False)
-
-
-def _known_metrics(runs: list[Run]) -> str:
-    evaluated = {f"{result['task']}/{name}" for run in runs for result in run.results for name in result["metrics"]}
-    validated = {tag for run in runs for tag in run.last if tag.startswith(f"{VALIDATION}/")}
-    return ", ".join(sorted(evaluated | validated)) or "none yet: evaluate the runs with launcher/evaluate.py RUN_DIR"

@@ -3,7 +3,7 @@
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig, load_config
-from pretrain.data.corpus import Corpus
+from pretrain.data.corpus import Corpus, is_corpus_of
 from pretrain.report.runs import Run
 from pretrain.run_folder import MODEL
 from pretrain.training.dry_run import make_plan
@@ -20,11 +20,13 @@ def flops_per_token(run: Run) -> float:
 
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
-    """Return the corpus of a run, if it still stands where the run read it, and is the same. Raises UserError."""
+    """Return the corpus of a run, if it still stands where the run read it, and is the same as then. Raises UserError."""
     folder = next((folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()), None)
     if folder is None:
         raise UserError(f"the corpus {config.data.path} is not here")
     corpus = Corpus(folder, split)
     if (run.folder / MODEL).is_dir() and Tokenizer.load(run.folder / MODEL).fingerprint != corpus.tokenizer.fingerprint:
         raise UserError(f"{folder} holds the corpus of another run: its tokenizer is another one")
+    if not is_corpus_of(run.folder, corpus.manifest):
+        raise UserError(f"{folder} holds another corpus than the one that {run.folder} was trained on")
     return corpus

@@ -15,7 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare runs: one HTML page and a Markdown table.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR|STUDY", help="run directories, or one study folder")
     parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with; default: that of the study, or next_token")
-    parser.add_argument("--metric", metavar="TASK/NAME", help="what the verdict is about, such as nl_rx/exact or validation/loss/lm")
+    parser.add_argument("--metric", metavar="TASK/NAME", help="what the verdict is about, such as nl_rx/exact or validation/loss/lm; "
+                        "TASK/NAME:higher or TASK/NAME:lower for one that declares no direction")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where report.html and REPORT.md go; default: the study, or beside the run")
     arguments = parser.parse_args()
     exit_on_user_error(lambda: _report(arguments))

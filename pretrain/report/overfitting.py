@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.runs import VALIDATION, Run
-from pretrain.report.statistics import Paired, compare
+from pretrain.report.runs import Run
+from pretrain.report.statistics import Paired, compare, magnitude
 from pretrain.report.summary import Spread, Summaries, spread
+from pretrain.tasks.directions import VALIDATION
 
 LOSS = f"{VALIDATION}/loss/lm"
 RISE = 0.01
@@ -24,9 +25,11 @@ class Past:
     times: Spread
     """Tokens of the whole run, over those at the lowest validation loss."""
     metric: dict[int, float]
-    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs with several of those."""
+    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs that have those, and the last."""
     change: dict[int, float]
     """Of the metric, from there to the end."""
+    not_around: list[int]
+    """Seeds with several evaluated checkpoints, but none before and after the lowest validation loss, or not the last one."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,18 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
     baseline, better = summaries.comparison.baseline, summaries.comparison.metric.higher_is_better
     if baseline is None or baseline not in arms:
         return Overfitting(arms, {}, {})
-    others = {name: past for name, past in arms.items() if name != baseline}
+    others, base = {name: past for name, past in arms.items() if name != baseline}, arms[baseline]
     changes = {name: past.change for name, past in others.items() if past.change}
-    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, arms[baseline].rise, False) if others else {},
-                       compare(changes, arms[baseline].change, better) if changes else {})
+    losses = {name: magnitude([*past.lowest.values(), *base.lowest.values()]) for name, past in others.items()}
+    scores = {name: magnitude([*past.metric.values(), *base.metric.values()]) for name, past in others.items()}
+    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
+                       compare(changes, base.change, better, scores))
 
 
 def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
     lowest: dict[int, float] = {}
     rise, times, metric, change = (dict(lowest) for _ in range(4))
+    not_around: list[int] = []
     for run in runs:
         if not (curve := run.curve(LOSS)):
             continue
@@ -64,12 +70,16 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
         lowest[run.seed], rise[run.seed] = value, curve[-1][1] - value
         times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
         scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
-        if len(scores) > 1:
-            steps, values = zip(*scores, strict=True)
-            metric[run.seed] = float(np.interp(step, steps, values))
-            change[run.seed] = scores[-1][1] - metric[run.seed]
+        if len(scores) < 2:
+            continue
+        steps, values = zip(*scores, strict=True)
+        if not (steps[0] <= step <= steps[-1] == run.last["step"]):
+            not_around.append(run.seed)
+            continue
+        metric[run.seed] = float(np.interp(step, steps, values))
+        change[run.seed] = scores[-1][1] - metric[run.seed]
     of_times = spread(times.values())
-    return Past(lowest, rise, of_times, metric, change) if of_times else None
+    return Past(lowest, rise, of_times, metric, change, not_around) if of_times else None
 
 
 def _mean(values: dict[int, float]) -> float:

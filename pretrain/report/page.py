@@ -23,7 +23,7 @@ ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoesca
 
 def columns(summaries: Summaries) -> list[str]:
     """Heads of the table by arm."""
-    corrected = " (Holm)" if len(summaries.tests) > 1 else ""
+    corrected = " (Holm)" if summaries.corrected_for > 1 else ""
     base = summaries.comparison.baseline
     compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
     costs = ["FLOPs a token", "seconds a token"] if base else []

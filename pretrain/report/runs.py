@@ -8,18 +8,15 @@ from typing import Any
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 
 from data_prep.console import UserError
 from data_prep.files import read_json_or_nothing
 from pretrain.config import dump_config, load_config
-from pretrain.evaluation.results import read_results
+from pretrain.evaluation.results import read_results, scoring_of
+from pretrain.objectives.configs import objective_configs
 from pretrain.run_folder import read_metrics, read_status
-
-VALIDATION = "validation"
-"""As a task: the metric is a tag of metrics.jsonl."""
-LOWER_IS_BETTER = ("loss", "lm", "jepa", "perplexity", "bits_per_byte", "linear_residual", "undecided")
-"""Names of metrics, or how they end behind a _ or /."""
-
+from pretrain.tasks.directions import VALIDATION, Direction, direction
 
 FINETUNING = ("finetune", "finetune_objective", "finetune_lora")
 """Keys of a task."""
@@ -48,6 +45,14 @@ class Run:
         """The name of its objective."""
         name: str = self.config["objective"]["name"]
         return name
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its objective has a term on pairs; of one that this version does not read, whether it is another than next_token."""
+        try:
+            return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
+        except (KeyError, ValidationError):
+            return self.objective != "next_token"
 
     @property
     def finished(self) -> bool:
@@ -83,12 +88,6 @@ class Run:
         return values
 
 
-def is_higher_better(metric: str) -> bool:
-    """Whether more of a metric is better, by its name: TASK_perplexity, loss/lm and linear_residual_unseen are losses."""
-    name = metric.removesuffix("_unseen").replace("/", "_")
-    return not any(f"_{name}".endswith(f"_{word}") for word in LOWER_IS_BETTER)
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number of a run: of a task of evaluation/results.jsonl, or, for the task `validation`, a tag of metrics.jsonl."""
@@ -101,12 +100,25 @@ class Metric:
         return f"{self.task}/{self.name}"
 
     @staticmethod
-    def parse(text: str) -> "Metric":
-        """From TASK/NAME. Raises UserError."""
-        task, slash, name = text.partition("/")
+    def parse(text: str, runs: list[Run], planned: "Metric | None" = None) -> "Metric":
+        """Read TASK/NAME, or TASK/NAME:higher or :lower where the metric declares no direction.
+
+        The direction of a `planned` metric is that of the plan. Raises UserError for a metric that no run has, or without a direction.
+        """
+        path, _, given = text.rpartition(":") if text.endswith((":higher", ":lower")) else (text, "", None)
+        task, slash, name = path.partition("/")
         if not (task and slash and name):
             raise UserError(f"--metric {text}: write TASK/NAME, such as nl_rx/exact or validation/loss/lm")
-        return Metric(task, name, is_higher_better(name))
+        metric = Metric(task, name, True)
+        if metric.common_settings(runs) is None and not any(metric.curve(run, None) for run in runs):
+            raise UserError(f"no run has the metric {metric}; there are {known_metrics(runs)}")
+        if given is None and planned is not None and str(planned) == path:
+            return planned
+        found = given or declared_direction(task, name, runs)
+        if found not in ("higher", "lower"):
+            why = "neither more nor less of it is better by itself" if found else "it declares no direction"
+            raise UserError(f"--metric {path}: {why}; write {path}:higher or {path}:lower to say what you take for better")
+        return Metric(task, name, found == "higher")
 
     def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
         """(step, value), ascending; several results of a step, from several finetuning seeds, as their mean. `settings` as of `common_settings`."""
@@ -128,24 +140,54 @@ class Metric:
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
-        """The settings under which most runs have it at their last step: only such results may be compared. None where no run has it."""
+        """Return the settings under which most runs have it at their last step, of equally many those of the newest scoring; None without any.
+
+        Only results under the same settings, by the same version of the scoring, may be compared.
+        """
         votes: dict[str, int] = {}
         for run in runs:
             for settings in {identity(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
             votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(votes, key=votes.__getitem__) if votes else None
+        return max(sorted(votes), key=lambda settings: (votes[settings], scoring_in(settings))) if votes else None
+
+    def scorings(self, run: Run) -> set[int]:
+        """Return the versions of the scoring that gave its values at the last step of a run."""
+        return {scoring_of(result) for result in self.results(run) if result["step"] == run.last.get("step")}
+
+
+def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the evaluation tasks of a run's configuration by what results call them."""
+    tasks = (config.get("evaluation") or {}).get("tasks") or []
+    return {task.get("label") or task["name"]: task for task in tasks}
+
+
+def declared_direction(task: str, name: str, runs: list[Run]) -> Direction | None:
+    """Return the direction of a metric as a result of it records it or, in results of older versions, as its task declares it."""
+    for run in runs:
+        for result in run.results:
+            if result["task"] == task and name in result.get("directions", {}):
+                recorded: Direction = result["directions"][name]
+                return recorded
+    kinds = {known["name"] for run in runs if (known := tasks_by_title(run.config).get(task))} or {task}
+    return next((found for kind in sorted(kinds) if (found := direction(kind, name))), None)
+
+
+def known_metrics(runs: list[Run]) -> str:
+    """Return all metrics of the runs, for messages."""
+    evaluated = {f"{result['task']}/{name}" for run in runs for result in run.results for name in result["metrics"]}
+    validated = {tag for run in runs for tag in run.last if tag.startswith(f"{VALIDATION}/")}
+    return ", ".join(sorted(evaluated | validated)) or "none yet: evaluate the runs with launcher/evaluate.py RUN_DIR"
 
 
 def finetunings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How each task of a run's configuration finetunes, by its title."""
-    tasks = (config.get("evaluation") or {}).get("tasks") or []
-    return {task.get("label") or task["name"]: {key: task[key] for key in FINETUNING if task.get(key) is not None} for task in tasks}
+    return {title: {key: task[key] for key in FINETUNING if task.get(key) is not None} for title, task in tasks_by_title(config).items()}
 
 
 def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
-    """What must be equal for results to compare: rows, settings and the content of the files, wherever these lie; not the seed of a finetuning.
+    """What must be equal for results to compare: scoring, rows, settings and content of the files, wherever these lie; not a finetuning's seed.
 
     Nor how it finetunes, where that is what the run's configuration says: arms may differ in it.
     """
@@ -156,7 +198,13 @@ def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
     kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
             (isinstance(value, dict) and value.get("type") == "hub")}
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
-    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows")], sort_keys=True)
+    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_of(result)], sort_keys=True)
+
+
+def scoring_in(settings: str) -> int:
+    """Return the version of the scoring in an `identity`."""
+    version: int = json.loads(settings)[-1]
+    return version
 
 
 def is_run(folder: Path) -> bool:

@@ -93,6 +93,11 @@ class Summaries:
         """Of all arms but the baseline."""
         return {name: summary.test for name, summary in self.arms.items() if summary.test}
 
+    @property
+    def corrected_for(self) -> int:
+        """Number of arms that could be tested, which is the number that p and intervals are corrected for."""
+        return sum(test.corrected_p is not None for test in self.tests.values())
+
 
 def summarize(comparison: Comparison) -> Summaries:
     """Count, compare and test."""
@@ -163,5 +168,4 @@ def monitor(run: Run, name: str) -> float | None:
 def _collapsed(run: Run) -> bool:
     """Of a run that has a term on pairs; other embeddings were never asked to tell pairs apart."""
     monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
-    has_term = run.objective == "llm_jepa" or bool(run.config["objective"].get("regularizers"))
-    return has_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)
+    return run.has_pairs and len(monitors) == len(MONITORS) and has_collapsed(monitors)

@@ -2,11 +2,12 @@
 
 from typing import get_args
 
-from pretrain.report.arms import ABSENT, brief, differing, flatten
+from pretrain.report.arms import ABSENT, brief, differing, flatten, settings_of
 from pretrain.report.overfitting import Overfitting
-from pretrain.report.runs import finetunings
-from pretrain.report.statistics import POWER, Paired, Verdict
+from pretrain.report.runs import finetunings, scoring_in
+from pretrain.report.statistics import POWER, Paired, Verdict, numbered
 from pretrain.report.summary import Spread, Summaries, Summary, spread
+from pretrain.tasks.directions import VALIDATION
 
 CLOSE = 0.02
 """Difference in tokens, FLOPs or seconds up to which arms count as matched."""
@@ -82,7 +83,7 @@ def verdict(all_arms: Summaries, name: str) -> str:
     if test.p is None:
         return f"{name}: no difference found to {baseline} in {metric}: {test.reason} ({len(test.seeds)})."
     numbers = (f"{number(test.mean, True)} {paired}, 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
-               + (f" after correction for {len(all_arms.tests)} arms" if len(all_arms.tests) > 1 else ""))
+               + (f" after correction for {all_arms.corrected_for} arms" if all_arms.corrected_for > 1 else ""))
     if test.verdict == "no difference found":
         return (f"{name}: no difference found to {baseline} in {metric} ({numbers}). With these seeds and this spread, only a true difference of "
                 f"±{number(test.detectable)} or more would have been found with a chance of {POWER:.0%}.")
@@ -92,9 +93,10 @@ def verdict(all_arms: Summaries, name: str) -> str:
 
 
 def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
-    """Which arm holds past the best validation loss, a sentence for each arm and measure."""
+    """Which arm holds past the best validation loss, a sentence for each arm and measure, and for which runs the metric is not known there."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
-    sentences: list[str] = []
+    sentences = [f"{name}: {numbered(arm.not_around)} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, "
+                 f"and {'are' if len(arm.not_around) > 1 else 'is'} left out of {metric} here." for name, arm in past.arms.items() if arm.not_around]
     if baseline is None:
         return sentences
     measures = [("validation/loss/lm", past.rises, {name: arm.rise for name, arm in past.arms.items()}),
@@ -131,7 +133,22 @@ def costs(all_arms: Summaries) -> dict[str, str]:
 
 def cautions(all_arms: Summaries) -> list[str]:
     """What a reader must know before believing the verdict."""
-    return [*_missing(all_arms), *_collapses(all_arms), *_metric(all_arms), *_matching(all_arms), *_differences(all_arms), *_seconds(all_arms)]
+    parts = (_scorings, _missing, _collapses, _metric, _matching, _differences, _seconds)
+    return [sentence for part in parts for sentence in part(all_arms)]
+
+
+def _scorings(all_arms: Summaries) -> list[str]:
+    """Name the runs that another version of the scoring has scored, whose values do not compare."""
+    metric = all_arms.comparison.metric
+    if all_arms.settings is None or metric.task == VALIDATION:
+        return []
+    version = scoring_in(all_arms.settings)
+    others = {run.folder.name: found for run in all_arms.comparison.runs if (found := metric.scorings(run)) and version not in found}
+    if not others:
+        return []
+    told = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
+    return [f"Scores of {metric} are of different versions of the scoring: those of version {version} are compared, those of {told} are left "
+            "out. Evaluate these runs again: python launcher/evaluate.py RUN_DIR."]
 
 
 def _missing(all_arms: Summaries) -> list[str]:
@@ -151,21 +168,17 @@ def _missing(all_arms: Summaries) -> list[str]:
 
 
 def _collapses(all_arms: Summaries) -> list[str]:
-    names = [f"{arm.arm.name} ({_numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
+    names = [f"{arm.arm.name} ({numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
     return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
             "JEPA loss says nothing there."] if names else []
-
-
-def _numbered(seeds: list[int]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _metric(all_arms: Summaries) -> list[str]:
     comparison, found = all_arms.comparison, []
     if not comparison.metric_origin.startswith("chosen"):
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
-    if len(all_arms.tests) > 1:
-        found.append(f"{len(all_arms.tests)} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
+    if all_arms.corrected_for > 1:
+        found.append(f"{all_arms.corrected_for} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
                      "metrics are not tested, but for what a section on overfitting says: their differences are for looking only.")
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
@@ -198,7 +211,7 @@ def _matching(all_arms: Summaries) -> list[str]:
 def _differences(all_arms: Summaries) -> list[str]:
     comparison = all_arms.comparison
     firsts = [arm.first for arm in comparison.arms.values() if arm.first]
-    settings = [flatten(run.config) | flatten(finetunings(run.config), "finetuning of ") for run in firsts]
+    settings = [values | flatten(finetunings(run.config), "finetuning of ") for values, run in zip(settings_of(firsts), firsts, strict=True)]
     found = []
     besides = [key for key in differing(settings) if not key.startswith("objective.")]
     if besides:

@@ -13,8 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config_file import LocalPath, Section, load_yaml, validate
 from data_prep.console import UserError
 from pretrain.config import RunConfig, load_config
-from pretrain.report.runs import Metric, is_higher_better
+from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS
+from pretrain.tasks.directions import direction, directions_of
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""
@@ -28,13 +29,7 @@ class MetricConfig(Section):
     name: str
     """The metric of that task, as results.jsonl names it."""
     higher_is_better: bool | None = None
-    """By default what its name tells: losses and perplexities no, all else yes."""
-
-    @model_validator(mode="after")
-    def _has_a_direction(self) -> "MetricConfig":
-        if self.higher_is_better is None:
-            self.higher_is_better = is_higher_better(self.name)
-        return self
+    """By default what the task declares; of a metric of the harness, which declares it with its result only, it must be given."""
 
 
 class SlurmConfig(Section):
@@ -139,8 +134,21 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     overrides = [f"base={os.path.abspath(os.path.expanduser(word[len('base='):]))}" if word.startswith("base=") else word for word in overrides]
     config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
     study = Study(config, path.parent / config.base)
-    tasks = [task.title for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks]
+    tasks = {task.title: task.name for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks}
     if config.metric.task not in tasks:
         raise UserError(f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
                         f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it")
+    _check_metric(config.metric, tasks[config.metric.task])
     return study
+
+
+def _check_metric(metric: MetricConfig, kind: str) -> None:
+    """Give the metric of a task of this kind its declared direction. Raises UserError if it has none, or the task no such metric."""
+    found = direction(kind, metric.name)
+    if found is None and (declared := directions_of(kind)):
+        raise UserError(f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those")
+    if metric.higher_is_better is not None:
+        return
+    if found not in ("higher", "lower"):
+        raise UserError(f"metric.name is {metric.name!r}, which has no declared direction: set metric.higher_is_better to true or false")
+    metric.higher_is_better = found == "higher"

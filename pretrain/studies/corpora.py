@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from data_prep.config import TaskTest, evaluation_tests
+from data_prep.console import UserError, print_now
 from data_prep.pipeline import prepare
-from data_prep.shards import MANIFEST
+from data_prep.shards import MANIFEST, read_manifest
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study
 
@@ -16,18 +18,21 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
     """For each arm the dotted keys that point it to its corpus, and a configuration for each corpus there is.
 
     An arm with the records of the base reads the base's corpus. Others get a folder beside it, named by what decides their records, unless
-    they name one.
+    they name one. Raises UserError for an arm that names the folder of other records.
     """
     overrides: dict[str, dict[str, Any]] = {}
-    corpora = {base.data.path: base}
+    corpora = {os.path.abspath(base.data.path): ("the base", base)}
     for arm, changes in study.config.arms.items():
         config = study.run_config(arm, study.config.seeds[0])
         overrides[arm] = {}
         if _records(config) != _records(base) and "data.path" not in changes and "data" not in changes:
             overrides[arm] = {"data.path": f"{base.data.path}-{hashlib.sha256(_records(config).encode()).hexdigest()[:8]}"}
             config = study.run_config(arm, study.config.seeds[0], overrides[arm])
-        corpora.setdefault(config.data.path, config)
-    return overrides, list(corpora.values())
+        owner, other = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
+        if _records(other) != _records(config):
+            raise UserError(f"arms.{arm}: its data settings make other records than those of {owner}, which has the same data.path, "
+                            f"{config.data.path}: give the arm a data.path of its own, or leave data.path out of it to have one made")
+    return overrides, [config for _, config in corpora.values()]
 
 
 def is_prepared(config: RunConfig) -> bool:
@@ -36,9 +41,20 @@ def is_prepared(config: RunConfig) -> bool:
 
 
 def prepare_corpus(config: RunConfig) -> None:
-    """Prepare the corpus of a configuration, unless it stands; one that stands may have no sources named. Raises UserError."""
-    if config.data.sources or not is_prepared(config):
-        prepare(config.data, _tests(config))
+    """Prepare the corpus of a configuration, unless it stands. One that stands needs no sources: none named, or files that are gone.
+
+    Raises UserError.
+    """
+    if is_prepared(config):
+        if not config.data.sources:
+            return
+        files = read_manifest(Path(config.data.path))["settings"].get("files", {})
+        gone = [path for path in files if path not in _tests(config) and not Path(path).exists()]
+        if gone:
+            print_now(f"note: {config.data.path} is used as it stands: {gone[0]}, which it was prepared from, is gone"
+                      + (f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else ""))
+            return
+    prepare(config.data, _tests(config))
 
 
 def _tests(config: RunConfig) -> list[TaskTest]:

@@ -26,6 +26,11 @@ def write_run_config(folder: Path, config: RunConfig) -> Path:
     return path
 
 
+def renew_tasks(run: Run) -> None:
+    """Write the configuration of a trained run anew: the base may name other tasks since; all else was checked to be the same."""
+    write_text(run.dir / "config.yaml", dump_config(run.config))
+
+
 def log_of(folder: Path, name: str) -> Path:
     """Where a run's console goes."""
     (folder / "logs").mkdir(exist_ok=True)
@@ -88,7 +93,7 @@ def _train_and_evaluate(run: Run, study: Study, launcher: Path, log: Path, proce
             status = read_status(run.dir)
             return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
     if not processes.stopped and not is_done(run):
-        write_text(run.dir / "config.yaml", dump_config(run.config))  # the base may name other tasks since; all else is checked to be the same
+        renew_tasks(run)
         code = processes.evaluate(launcher, run.dir, log)
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"

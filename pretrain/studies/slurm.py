@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.console import UserError, print_now
 from pretrain.studies.config import SlurmConfig
 from pretrain.studies.record import Record, Run
-from pretrain.studies.runner import is_done, is_trained, log_of, write_run_config
+from pretrain.studies.runner import is_done, is_trained, log_of, renew_tasks, write_run_config
 
 
 def submit_runs(folder: Path, launcher: Path, slurm: SlurmConfig, runs: list[Run], record: Record) -> int:
@@ -19,7 +19,9 @@ def submit_runs(folder: Path, launcher: Path, slurm: SlurmConfig, runs: list[Run
         if is_done(run) or any(_is_queued(job) for job in record.jobs.get(run.name, [])):
             continue
         log, jobs = log_of(folder, run.name), []
-        if not is_trained(run):
+        if is_trained(run):
+            renew_tasks(run)
+        else:
             jobs.append(submit(launcher / "slurm" / "pretrain.sbatch", slurm.train, run.name, log, write_run_config(folder, run.config)))
         if run.config.evaluation.tasks:
             behind = [f"--dependency=afterany:{jobs[0]}"] if jobs else []

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, without_room
 
-FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?![\d_]|[.,eExX]\d|\s*[-−+*/^]?\s*\d|/)")
+METRICS: Directions = higher("final", "final_any", "answered", "stopped")
+FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+                   r"(?![\d_]|[.,eExX]\d|[^\S\n]*[-−+*/^]?[^\S\n]*\d|/)")
 
 
 class Config(AnswerTask):

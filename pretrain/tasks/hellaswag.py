@@ -9,8 +9,11 @@ from typing import Literal
 
 from data_prep.console import UserError
 from data_prep.tasks.hellaswag import choices
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import TaskResult, TaskRun, beyond_positions, rate, sole_best
+
+METRICS: Directions = higher("normalised", "likelihood")
 
 
 class Config(AnswerTask):
@@ -26,6 +29,8 @@ def evaluate(run: TaskRun) -> TaskResult:
         found = [choices(row.columns) for row in rows]
     except (KeyError, ValueError) as error:
         raise UserError(f"task.test: the task hellaswag needs the columns ctx, endings and label: {error}") from None
+    if any(len(texts) < 2 for texts, _ in found):
+        raise UserError("task.test: a row has a single ending, which leaves nothing to choose; give each at least two")
     endings, labels = [texts for texts, _ in found], [label for _, label in found]
     likelihoods = run.log_likelihoods([(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
     return TaskResult(len(rows), score(labels, endings, likelihoods), beyond_positions(likelihoods))

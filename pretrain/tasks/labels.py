@@ -2,23 +2,45 @@
 
 likelihood: of all labels the target is the most likely answer, the end token included; a tie is no choice. generation: the written answer is
 the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA paper reports). majority: the share of the most common
-label, which a model reaches that looks at no text. The labels are the targets of the test rows and of the train rows.
+label, which a model reaches that looks at no text.
+
+The labels are those of the task or, where its files have other ones, all targets of the test and train files, whichever rows are used: with fewer
+options than the task has, chance alone would score better.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from data_prep.console import UserError
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, beyond_positions, rate, sole_best, without_room
 
+if TYPE_CHECKING:
+    from data_prep.task_rows import Row
+
+METRICS: Directions = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
 MOST_LABELS = 50
 
 
-def evaluate_labels(run: TaskRun) -> TaskResult:
-    """Weigh the labels for each test row, write an answer, score both."""
-    rows = run.read_test()
+def labels_of(rows: "Iterable[Row]", known: Sequence[str]) -> list[str]:
+    """Return the labels to choose from: the known ones if all targets are among them, otherwise the targets of the rows."""
+    found = {row.target for row in rows}
+    return sorted(known if found <= set(known) else found)
+
+
+def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
+    """Weigh the labels for each test row, write an answer, score both.
+
+    `known` are the labels of the public data set. Raises UserError for data with one label, or with too many.
+    """
+    every_row = run.read_test(every=True)
+    rows = every_row[: run.task.rows]
     targets = [row.target for row in rows]
-    labels = sorted({*targets, *(row.target for row in run.read_train())})
+    labels = labels_of([*every_row, *run.read_train()], known)
+    if len(labels) < 2:
+        raise UserError(f"task.test: every row has the target {labels[0]!r}, which leaves nothing to choose; look at the columns, "
+                        "or give task.train with the other labels")
     if len(labels) > MOST_LABELS:
         raise UserError(f"task.test has {len(labels)} different targets, but a task of labels takes at most {MOST_LABELS}; look at the columns")
     answers = run.answer(rows)

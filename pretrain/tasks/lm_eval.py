@@ -8,7 +8,11 @@ from pydantic import Field
 from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath
 from data_prep.console import UserError
+from pretrain.tasks.directions import Directions
 from pretrain.tasks.options import TaskConfig, check_package
+
+METRICS: Directions = {}
+"""The harness reports the directions together with its results."""
 
 
 class Config(TaskConfig):

@@ -2,7 +2,10 @@
 
 from typing import Literal
 
+from pretrain.tasks.directions import LOSSES, MONITORS, Directions
 from pretrain.tasks.options import RowTask
+
+METRICS: Directions = LOSSES | MONITORS
 
 
 class Config(RowTask):

@@ -10,10 +10,13 @@ nor in the task's train rows. undecided: share of answers that the checker could
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.regex_equality import compare, is_proper
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
 
+METRICS: Directions = {**higher("exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "exact_unseen", "equal_proper", "exact_proper"),
+                       "undecided": "lower"}
 MOST_UNDECIDED = 50
 """Comparisons given up, at some seconds each, after which the others are not tried."""
 

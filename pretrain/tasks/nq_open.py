@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from data_prep.tasks import nq_open
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, without_room
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
+METRICS: Directions = higher("exact", "contains", "stopped")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

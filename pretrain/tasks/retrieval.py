@@ -2,7 +2,10 @@
 
 from typing import Literal
 
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import PairTask
+
+METRICS: Directions = higher("recall_at_1", "recall_at_10", "mrr")
 
 
 class Config(PairTask):

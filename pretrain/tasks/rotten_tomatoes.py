@@ -2,9 +2,12 @@
 
 from typing import Literal
 
-from pretrain.tasks.labels import evaluate_labels
+from data_prep.tasks.rotten_tomatoes import LABELS
+from pretrain.tasks.labels import METRICS, evaluate_labels
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import TaskResult, TaskRun
+
+__all__ = ["METRICS", "Config", "evaluate"]
 
 
 class Config(AnswerTask):
@@ -15,4 +18,4 @@ class Config(AnswerTask):
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Score the label by likelihood and by generation."""
-    return evaluate_labels(run)
+    return evaluate_labels(run, LABELS)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pretrain.tasks.directions import Directions
+
 if TYPE_CHECKING:
     from data_prep.task_rows import Row  # which loads pyarrow
 
@@ -29,6 +31,8 @@ class TaskResult:
     """The most telling ones first, which the closing table shows."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows behind rates that are not over all rows, and rows that could not be scored as meant, which count as wrong."""
+    directions: Directions = field(default_factory=dict)
+    """Directions of metrics that the task does not declare in METRICS."""
 
 
 class TaskRun(Protocol):
@@ -38,8 +42,8 @@ class TaskRun(Protocol):
     def task(self) -> Any:
         """The options of the task."""
 
-    def read_test(self) -> "list[Row]":
-        """Return the rows to score. Raises UserError."""
+    def read_test(self, *, every: bool = False) -> "list[Row]":
+        """Return the rows to score; with `every` also those beyond the option `rows`. Raises UserError."""
 
     def read_train(self) -> "list[Row]":
         """Return the rows to finetune on; none if the task has none. Raises UserError."""

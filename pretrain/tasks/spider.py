@@ -1,9 +1,9 @@
 """spider: write the SQL for a question on a database, scored by what it gives there. Spider, or any set of questions and queries with SQLite files.
 
-execution: the answer ended with the end token and gives the same rows as the target, in the same order where the target orders them
-(pretrain/tasks/sql/execution.py tells when rows are the same). A row counts as wrong where the answer fails or goes beyond the limits, and
-where the target does (failed_gold) or its database is missing (missing_database). execution_filled: on targets that give any row at all, for
-two queries that give nothing are easily the same. exact: the answer is the target but for white space, and case outside of quotes. runs: the
+execution: the answer ended with the end token and gives the same rows as the target, in the same order where the target orders them, but for ties
+(pretrain/tasks/sql/execution.py and order.py tell when rows are the same). A row counts as wrong where the answer fails or goes beyond the
+limits, and where the target does (failed_gold) or its database is missing (missing_database). execution_filled: on targets that give any row at all,
+for two queries that give nothing are easily the same. exact: the answer is the target but for white space, and case outside of quotes. runs: the
 answer ended and gives rows, or none, without an error. `_unseen`: on targets that stand neither in the task's train rows, compared like exact,
 nor token for token in the training corpus.
 """
@@ -16,11 +16,14 @@ from typing import Literal, NamedTuple
 from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath
 from data_prep.console import UserError
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
 from pretrain.tasks.sql.databases import find_databases
-from pretrain.tasks.sql.execution import Outcome, Runner, is_ordered, normal, same_rows
+from pretrain.tasks.sql.execution import Outcome, Runner, normal, same_rows
+from pretrain.tasks.sql.order import outer_order, same_but_for_ties
 
+METRICS: Directions = higher("execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled")
 ROWS_LOOKED_AT = 100
 """Rows whose databases are looked for at the start of a run."""
 
@@ -98,6 +101,7 @@ def judge(runner: Runner, database: Path | None, target: str, answer: str | None
         return Verdict(False, False, False, False)
     wanted = runner.run(database, target)
     given = runner.run(database, answer) if answer is not None else Outcome(None)
-    right = (wanted.rows is not None and given.rows is not None and wanted.columns == given.columns
-             and same_rows(wanted.rows, given.rows, is_ordered(target)))
+    right = False
+    if wanted.rows is not None and given.rows is not None and wanted.columns == given.columns:
+        right = same_rows(wanted.rows, given.rows, outer_order(target) is not None) or same_but_for_ties(runner, database, target, wanted, given)
     return Verdict(wanted.rows is not None, bool(wanted.rows), given.rows is not None, right)

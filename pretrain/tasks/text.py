@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from data_prep.config import DataConfig
+from pretrain.tasks.directions import Directions, higher
 from pretrain.tasks.options import AnswerTask, check_package
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
 
+METRICS: Directions = higher("exact", "prefix", "contains", "stopped", "exact_unseen", "chrf", "bleu")
 Similarity = Literal["chrf", "bleu"]
 
 

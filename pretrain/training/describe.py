@@ -1,6 +1,5 @@
 """What ran: config.yaml and environment.json, and whether a run that goes on is still the same."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +15,7 @@ import yaml
 from data_prep.console import UserError
 from data_prep.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
-from pretrain.data.corpus import source_weights
+from pretrain.data.corpus import describe_corpus, source_weights
 from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
@@ -63,9 +62,7 @@ def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: 
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
-    corpus = {split: {"records": entry["records"], "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()}
-              for split, entry in manifest["splits"].items()}
-    return {"corpus": corpus, "tokenizer": manifest["tokenizer"], "weights": source_weights(manifest, config.data.sources)}
+    return describe_corpus(manifest) | {"weights": source_weights(manifest, config.data.sources)}
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data_prep.console import UserError
-from pretrain.evaluation.embed import embed
+from pretrain.evaluation.embed import embed, finite
 from pretrain.evaluation.task_run import CheckpointTask
 
 
@@ -21,21 +21,25 @@ class Pairs(NamedTuple):
     """(N,) equal where the target texts are."""
 
 
-def embedded_pairs(run: CheckpointTask) -> tuple[dict[str, Pairs], int, int]:
-    """Return the pairs of the test rows, how many rows there are, and how many were too long.
+def embedded_pairs(run: CheckpointTask) -> tuple[dict[str, Pairs], int, dict[str, int]]:
+    """Return the pairs of the test rows, how many rows there are, and counts of those that were skipped, if any.
 
-    The pairs are keyed by a prefix for their metrics, which is empty for the first direction. Raises UserError.
+    too_long counts rows that do not fit into the model's positions, not_finite those for which its weights give no numbers. The pairs
+    are keyed by a prefix for their metrics, which is empty for the first direction. Raises UserError.
     """
     rows = run.read_test()
     found = embed(run.export, [row.views for row in rows])
     names = run.config.data.views
-    pairs, fit = {}, np.ones(len(rows), bool)
-    for array in (*found.views.values(), *found.predictions.values()):
-        fit &= ~np.isnan(array).any(axis=1)
-    if fit.sum() < 2:
+    fit = finite((*found.views.values(), *found.predictions.values()))
+    left_out = {"too_long": int((~found.fits).sum()), "not_finite": int((found.fits & ~fit).sum())}
+    if found.fits.sum() < 2:
         raise UserError(f"{run.name} (task.test): fewer than two rows fit into the positions of the model")
+    if fit.sum() < 2:
+        raise UserError(f"{run.export}: the embeddings of {left_out['not_finite']:,} of {len(rows):,} rows are not finite numbers: the weights of "
+                        "this checkpoint have diverged; evaluate an earlier one")
+    pairs = {}
     for number, ((source, target), prediction) in enumerate(found.predictions.items()):
         _, key = np.unique([row.views[names.index(target)] for row in rows], return_inverse=True)
         pairs[f"{source}_to_{target}_" if number else ""] = Pairs(
             torch.from_numpy(prediction[fit]), torch.from_numpy(found.views[target][fit]), torch.from_numpy(key[fit]))
-    return pairs, len(rows), int((~fit).sum())
+    return pairs, len(rows), {name: count for name, count in left_out.items() if count}

@@ -27,12 +27,12 @@ NOISE = 1e-6
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and measure; of the first direction, where the objective predicts in several."""
-    pairs, rows, too_long = embedded_pairs(run)
+    pairs, rows, left_out = embedded_pairs(run)
     metrics, values = measure(pairs[""])
     folder = run.folder / "geometry"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{run.name}.json", values)
-    return TaskResult(rows, metrics, {"too_long": too_long} if too_long else {})
+    return TaskResult(rows, metrics, left_out)
 
 
 def measure(pairs: Pairs) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from data_prep.console import UserError
 from pretrain.evaluation.inference import load
 from pretrain.evaluation.task_run import CheckpointTask
+from pretrain.tasks.directions import Direction, Directions
 from pretrain.tasks.lm_eval import Config
 from pretrain.tasks.scoring import TaskResult
 
@@ -37,10 +38,22 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     except (KeyError, ValueError, OSError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the harness cannot run {', '.join(run.task.harness)}: {reason}") from None
-    return TaskResult(sum(count["effective"] for count in found["n-samples"].values()), flat(found["results"]))
+    rows = sum(count["effective"] for count in found["n-samples"].values())
+    return TaskResult(rows, flat(found["results"]), directions=directions_of(found["higher_is_better"], found["results"]))
+
+
+def directions_of(higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]) -> Directions:
+    """Return the direction of each metric in `flat(results)` for which the harness gives one."""
+    words: dict[bool | None, Direction] = {True: "higher", False: "lower"}
+    return {f"{task}_{_flat(name)}": words[better] for task, values in results.items() for name in values
+            if (better := higher_is_better.get(task, {}).get(name.split(",")[0])) in words and f"{task}_{_flat(name)}" in flat(results)}
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the numbers of the harness by TASK_METRIC, without standard errors."""
-    return {f"{task}_{name.split(',')[0]}": float(value) for task, values in results.items() for name, value in values.items()
+    """Return the numbers of the harness by TASK_METRIC, and TASK_METRIC_FILTER for filtered answers, without standard errors."""
+    return {f"{task}_{_flat(name)}": float(value) for task, values in results.items() for name, value in values.items()
             if isinstance(value, int | float) and "," in name and "stderr" not in name}
+
+
+def _flat(name: str) -> str:
+    return name.removesuffix(",none").replace(",", "_")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pretrain.evaluation.model_tasks.embedded import Pairs, embedded_pairs
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.tasks.scoring import TaskResult
+from pretrain.tasks.scoring import TaskResult, rate
 
 ROWS = 1024
 """Compared at a time."""
@@ -18,16 +18,16 @@ ROWS = 1024
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
-    pairs, rows, too_long = embedded_pairs(run)
+    pairs, rows, left_out = embedded_pairs(run)
     metrics = {f"{prefix}{name}": value for prefix, of_direction in pairs.items() for name, value in score(of_direction).items()}
     candidates = len(pairs[""].key.unique())
-    return TaskResult(rows, metrics, {"candidates": candidates} | ({"too_long": too_long} if too_long else {}))
+    return TaskResult(rows, metrics, {"candidates": candidates} | left_out)
 
 
 def score(pairs: Pairs) -> dict[str, float]:
-    """Rates over the rows that fit."""
-    rank = ranks(pairs).float()
-    return {"recall_at_1": (rank <= 1).float().mean().item(), "recall_at_10": (rank <= 10).float().mean().item(), "mrr": (1 / rank).mean().item()}
+    """Return rates over the rows that fit."""
+    rank = ranks(pairs)
+    return {"recall_at_1": rate((rank <= 1).tolist()), "recall_at_10": rate((rank <= 10).tolist()), "mrr": (1 / rank.double()).mean().item()}
 
 
 def ranks(pairs: Pairs) -> torch.Tensor:

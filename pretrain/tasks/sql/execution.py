@@ -89,25 +89,18 @@ def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], order
     The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
     in 9 significant digits.
     """
-    inexact = {place for row in (*first, *second) for place, value in enumerate(row) if isinstance(value, float)}
-    rounded, others = ([tuple(_comparable(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
-                       for rows in (first, second))
-    return rounded == others if ordered else Counter(rounded) == Counter(others)
+    one, other = comparable(first, second)
+    return one == other if ordered else Counter(one) == Counter(other)
 
 
-def _comparable(value: Any) -> Any:
+def comparable(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+    """Return several results with the numbers rounded in each column that holds a floating-point number in any of them."""
+    inexact = {place for rows in results for row in rows for place, value in enumerate(row) if isinstance(value, float)}
+    return [[tuple(_rounded(value) if place in inexact else value for place, value in enumerate(row)) for row in rows] for rows in results]
+
+
+def _rounded(value: Any) -> Any:
     return float(f"{float(value):.{DIGITS}g}") if isinstance(value, int | float) else value
-
-
-def is_ordered(query: str) -> bool:
-    """Whether a query orders its own rows: ORDER BY outside of all parentheses."""
-    depth, before = 0, ""
-    for token in tokens(query):
-        depth += (token == "(") - (token == ")")
-        if depth == 0 and before == "order" and token == "by":
-            return True
-        before = token
-    return False
 
 
 def normal(query: str) -> str:
@@ -120,4 +113,9 @@ def normal(query: str) -> str:
 
 def tokens(query: str) -> list[str]:
     """Return the tokens of a query without comments, in lower case outside of quotes."""
-    return [match[0] if match["literal"] else match[0].lower() for match in _TOKENS.finditer(query) if not match["comment"]]
+    return [token for token, _, _ in spans(query)]
+
+
+def spans(query: str) -> list[tuple[str, int, int]]:
+    """Return the tokens of a query with the place of each: where it begins, and where it ends."""
+    return [(match[0] if match["literal"] else match[0].lower(), *match.span()) for match in _TOKENS.finditer(query) if not match["comment"]]

@@ -1,13 +1,26 @@
 """Tasks of written answers and of likelihoods: gold, empty and shuffled answers, on real data and on small files of their form."""
 
+from functools import partial
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from data_prep.config import JsonSource
 from data_prep.console import UserError
+from data_prep.files import write_json
+from data_prep.nlrx_grammar import generate
+from data_prep.shards import read_manifest
 from data_prep.task_rows import Row, read_rows
 from data_prep.tasks import public_form
-from pretrain.tasks import gsm8k, hellaswag, labels, nq_open
+from data_prep.tokenizer import train
+from pretrain.config import load_config, parse_task
+from pretrain.data.corpus import describe_corpus
+from pretrain.evaluation.task_run import CheckpointTask
+from pretrain.models.language_model import shape_config
+from pretrain.tasks import gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, yelp
 from pretrain.tasks.scoring import Answer, beyond_positions
+from tests.launching import TINY, tiny_config, write_config
 from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
 
 
@@ -19,7 +32,9 @@ def rows_of(tmp_path, rows, task):
     ("so\n#### 18", "18"), ("#### 1,450,000", "1450000"), ("#### $18.00 a day", "18"), ("####-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
     ("#### 1\nno\n#### 2", "2"), ("#### +7 apples.", "7"), ("#### −7", "-7"), ("#### **18**", "18"), ("#### 1/2", None), ("#### 1e3", None),
     ("#### 1 000", None), ("#### 18.5.3", None), ("#### 1,2,3", None), ("#### 18-20", None), ("#### 3*4", None), ("#### 1_000", None),
-    ("#### 0x12", None), ("#### 18 / 2", None), ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
+    ("#### 0x12", None), ("#### 18 / 2", None),
+    ("#### 18\n2 apples are left", "18"), ("#### 18 \r\n3. Next", "18"), ("#### 18\n- 2 pears", "18"), ("#### 18\n\n7", "18"),
+    ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
 def test_the_final_number_stands_behind_the_last_mark(text, number):
     found = gsm8k.final_number(text)
     assert found is None if number is None else found == gsm8k.Decimal(number)
@@ -61,6 +76,68 @@ def check_labels(targets):
     metrics = labels.score(targets, names, shuffled(certain), gold(shuffled(targets)))
     assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == pytest.approx(equal)
     return metrics["majority"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The export of a model that was never trained."""
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = train([" ".join(pair) for pair in map(partial(generate, 0, "test"), range(60))], 330, folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape_config("llama", TINY, tokenizer, 96)).save_pretrained(folder)
+    return folder
+
+
+def evaluated(task, export, folder, **settings):
+    """Return the result of a task on the rows of `test` and `train`, in its own columns or in those of the views."""
+    paths = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in settings.items() if name != "rows"}
+    config = load_config(write_config(folder, tiny_config(folder)))
+    options = parse_task({"name": task.__name__.rpartition(".")[2], "rows": settings.get("rows")} | paths, "task")
+    return task.evaluate(CheckpointTask(config, options, 1, export, folder))
+
+
+REVIEWS = [{"text": f"lines {number}", "label": label} for number, label in enumerate([1] * 20 + [0])]
+
+
+def test_the_labels_to_choose_from_do_not_follow_from_the_rows_used(export, tmp_path):
+    for test in (REVIEWS, REVIEWS[:20]):
+        few = evaluated(rotten_tomatoes, export, tmp_path, test=test, rows=20)
+        assert (few.rows, few.counts["labels"], few.metrics["majority"]) == (20, 2, 1)
+    assert evaluated(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, "an untrained model does not know them"
+    assert evaluated(yelp, export, tmp_path, test=REVIEWS[:3], rows=2).counts["labels"] == 5
+
+
+def test_labels_of_other_words_are_those_of_the_whole_test_and_train_files(export, tmp_path):
+    words = [{"text": f"lines {number}", "code": word} for number, word in enumerate(["good", "good", "bad", "neither"])]
+    assert evaluated(rotten_tomatoes, export, tmp_path, test=words, rows=2).counts["labels"] == 3
+    with_train = evaluated(rotten_tomatoes, export, tmp_path, test=words[:2], train=words[3:])
+    assert with_train.counts["labels"] == 2
+
+
+def test_a_single_option_is_no_score(export, tmp_path):
+    words = [{"text": f"lines {number}", "code": "good"} for number in range(3)]
+    with pytest.raises(UserError, match=r"task\.test: every row has the target 'good'"):
+        evaluated(rotten_tomatoes, export, tmp_path, test=words)
+    with pytest.raises(UserError, match=r"task\.test: a row has a single ending"):
+        evaluated(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
+
+
+def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsys):
+    seen, new = generate(0, "train", 3), generate(0, "test", 0)
+    rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(VIEWS, pair, strict=True)) for pair in (seen, new)])
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
+    run = CheckpointTask(config, parse_task({"name": "nl_rx", "test": str(rows)}, "task"), 1, tmp_path, tmp_path / "run" / "evaluation")
+    (tmp_path / "run").mkdir()
+    environment = {"data": describe_corpus(read_manifest(prepared))}
+    for recorded in ({}, environment):  # a run of a version that recorded nothing, and one of this corpus
+        write_json(tmp_path / "run" / "environment.json", recorded)
+        assert run.unseen(run.read_test()) == [False, True]
+    environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
+    write_json(tmp_path / "run" / "environment.json", environment)
+    capsys.readouterr()
+    assert run.unseen(run.read_test()) is None
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"{prepared} (data.path) holds another corpus than the run was trained on" in told
 
 
 def test_labels_as_the_hub_has_them(tmp_path):

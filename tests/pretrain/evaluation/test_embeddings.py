@@ -9,6 +9,7 @@ import torch
 
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
+from pretrain.config import load_config, parse_task
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import FORWARD
 from pretrain.data.loader import draw, plan_rows
@@ -16,10 +17,12 @@ from pretrain.evaluation import embed as embed_module
 from pretrain.evaluation.embed import embed, embed_file
 from pretrain.evaluation.model_tasks import geometry, retrieval
 from pretrain.evaluation.model_tasks.embedded import Pairs
+from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.models.export import write_export
 from pretrain.models.export_readme import readme
 from pretrain.models.forms import objective_of
 from pretrain.objectives.pool import read_out
+from tests.launching import tiny_config, write_config
 
 VIEWS = ("text", "code")
 OBJECTIVES = [
@@ -97,6 +100,62 @@ def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(pr
         embed_file(export, "{path: pairs.jsonl}")
 
 
+def write_pairs(path, views, texts):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(dict(zip(views, pair, strict=True))) + "\n" for pair in texts))
+    return path
+
+
+def test_views_may_have_any_name_and_files_of_one_name_do_not_overwrite_each_other(prepared, make_model, tmp_path):
+    views = ("file", "allow_pickle")
+    jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(views)}
+    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    texts = [generate(0, "test", index) for index in range(5)]
+    (export / "embeddings").mkdir()
+    np.savez(export / "embeddings" / "old.npz", text=np.zeros((1, 2)))  # as older versions wrote them
+    rows = {"a/pairs.jsonl": texts[:2], "b/pairs.jsonl": texts, "old.jsonl": texts[:1], "a/pairs.jsonl again": texts[:3]}
+    for name, of_file in rows.items():
+        embed_file(export, str(write_pairs(tmp_path / name.removesuffix(" again"), views, of_file)))
+    found = {path.stem: np.load(path) for path in (export / "embeddings").iterdir()}
+    assert {name: len(next(iter(arrays.values()))) for name, arrays in found.items()} == {"pairs": 3, "pairs-2": 5, "old": 1, "old-2": 1}
+    assert found["old"].files == ["text"] and set(found["pairs"].files) == {*views, "file_to_allow_pickle"}
+    assert np.array_equal(found["pairs"]["file"], found["pairs-2"]["file"][:3])
+
+
+def test_a_view_that_is_named_like_a_prediction_is_refused(prepared, make_model, tmp_path):
+    views = ("text", "code", "text_to_code")
+    jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(views)}
+    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    with pytest.raises(UserError, match="the view 'text_to_code' has the name of the array for a prediction"):
+        embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", views, [("a", "b", "c"), ("d", "e", "f")])))
+    assert not (export / "embeddings").exists()
+
+
+def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(prepared, make_model, tokenizer, tmp_path, capsys):
+    jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
+    model = make_model(1)
+    broken, = tokenizer.encode_batch(["~"])
+    with torch.no_grad():
+        model.causal_lm.get_input_embeddings().weight[broken] = math.nan
+    export = write(tmp_path, prepared, model, 1, jepa, "llama")
+    texts = [*(generate(0, "test", index) for index in range(5)), ("number " * 400, "[0-9]"), ("a ~ b", "~"), ("b ~", "[0-9]"), ("c ~", "x")]
+    (tmp_path / "evaluation").mkdir()
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
+
+    def evaluate(of_file):
+        task = parse_task({"name": "retrieval", "test": str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, of_file))}, "task")
+        return retrieval.evaluate(CheckpointTask(config, task, 7, export, tmp_path / "evaluation"))
+
+    assert evaluate(texts).counts == {"candidates": 5, "too_long": 1, "not_finite": 3}
+    with pytest.raises(UserError, match="the embeddings of 3 of 4 rows are not finite numbers: the weights of this checkpoint have diverged"):
+        evaluate(texts[-4:])
+    with pytest.raises(UserError, match="fewer than two rows fit"):
+        evaluate([texts[0], texts[5], texts[5]])
+    embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
+    told = capsys.readouterr().out
+    assert "note: 1 rows are longer than the positions of the model" in told and "embeddings that are not finite for 3 rows" in told
+
+
 def pairs(prediction, target, key=None):
     return Pairs(prediction, target, torch.arange(len(target)) if key is None else torch.tensor(key))
 
@@ -107,6 +166,8 @@ def test_retrieval_finds_what_it_should():
     assert retrieval.score(pairs(2 * target, target)) == {"recall_at_1": 1, "recall_at_10": 1, "mrr": 1}
     found = retrieval.score(pairs(target.roll(1, 0), target))
     assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
+    nine = torch.eye(10)
+    assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, "not its nearest number in fp32"
     same = torch.ones(3000, 16)
     assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings find nothing
     assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [1, 1, 3, 3]

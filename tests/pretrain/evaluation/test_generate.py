@@ -1,11 +1,15 @@
 """Batched generation gives each context its own answer, as one by one."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
+from data_prep.sentencepiece_json import added_token
 from data_prep.tokenizer import Tokenizer, train
 from pretrain.evaluation.generate import answer
 from pretrain.models.language_model import shape_config
@@ -42,6 +46,29 @@ def test_a_long_context_shortens_no_other_answer(export):
 def test_an_answer_holds_no_padding_or_special_ids(export):
     assert Tokenizer.load(export).vocab_size < AutoModelForCausalLM.from_pretrained(export).config.vocab_size
     answer(export, CONTEXTS, 40)  # a padded id would have no text
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("with_model", [True, False])
+def test_an_answer_holds_no_special_token_that_decoding_would_hide(export, tmp_path, with_model, special):
+    """The likeliest tokens by far are ones that a tokenizer.json adds, and that sentencepiece does not have."""
+    shutil.copytree(export, tmp_path / "export")
+    if not with_model:
+        (tmp_path / "export" / "tokenizer.model").unlink()
+    plain, model = answer(tmp_path / "export", CONTEXTS, 12), AutoModelForCausalLM.from_pretrained(export)
+    first = model.config.vocab_size
+    spec = json.loads((export / "tokenizer.json").read_text())
+    added = [added_token(first + number, f"<|note{number}|>", special) for number in range(64)]
+    (tmp_path / "export" / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": spec["added_tokens"] + added}))
+    model.resize_token_embeddings(first + 64, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[first:] = 10 * torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "export")
+    found = answer(tmp_path / "export", CONTEXTS, 12)
+    if special or with_model:
+        assert found == plain
+    else:
+        assert any("<|note" in written.text for written in found), "they are text here, and are shown"
 
 
 def test_a_context_without_room_gets_no_answer_and_is_told_apart(export):

@@ -69,7 +69,7 @@ def test_every_checkpoint_asked_for_is_evaluated_once(background):
 def test_the_export_alone_gives_the_losses_that_validation_saw(run_dir, background):
     validation = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "validation/loss/lm" in line}
     for result in background:
-        assert result["rows"] == 60
+        assert result["rows"] == 60 and result["directions"].keys() == result["metrics"].keys()
         for name, value in result["metrics"].items():
             tag = f"validation/loss/{name}" if name in ("lm", "jepa") else f"validation/embedding/{name}"
             assert value == pytest.approx(validation[result["step"]][tag], rel=1e-4), tag
@@ -167,6 +167,7 @@ def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by
     assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {"retrieval": 40, "shape": 30}
     for task, result in results.items():
         rates = {name: value for name, value in result["metrics"].items() if task != "shape"}
+        assert result["directions"].keys() == result["metrics"].keys(), task
         assert result["metrics"] and all(0 <= value <= 1 for value in rates.values()), (task, result)
     assert results["spider"]["counts"] == {"failed_gold": 0, "missing_database": 0, "empty_results": 4, "unseen": 6}
     assert results["rotten_tomatoes"]["counts"] == {"labels": 2} and results["rotten_tomatoes"]["finetune"] == {"steps": 2}
@@ -188,7 +189,7 @@ def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, backgro
 def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path):
     for words, expected in {
         ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
-        ("--task", "nl_rex"): "Input should be 'nl_rx', 'gsm8k'",
+        ("--task", "nl_rex"): "task.name: 'nl_rex' is none of geometry, gsm8k",
         ("--embed", "x"): "is not an export",
         ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",

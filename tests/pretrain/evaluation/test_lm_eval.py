@@ -21,6 +21,18 @@ def test_numbers_of_the_harness_have_flat_names_without_standard_errors():
     assert lm_eval.flat(results) == {"mine_acc": 0.5, "mine_acc_norm": 1.0}
 
 
+def test_directions_are_those_that_the_harness_gives():
+    results = {"said": {"wer,none": 0.5, "wer_stderr,none": 0.1, "acc,none": 0.2, "odd,none": 1}}
+    given = {"said": {"wer": False, "acc": True, "odd": None, "unused": True}}
+    assert lm_eval.directions_of(given, results) == {"said_wer": "lower", "said_acc": "higher"}
+
+
+def test_each_filter_of_an_answer_has_a_metric_of_its_own():
+    results = {"sums": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5}}
+    assert lm_eval.flat(results) == {"sums_exact_match_strict-match": 0.25, "sums_exact_match_flexible-extract": 0.5}
+    assert lm_eval.directions_of({"sums": {"exact_match": True}}, results) == dict.fromkeys(lm_eval.flat(results), "higher")
+
+
 def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -36,6 +48,7 @@ def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}))
     run = SimpleNamespace(export=tmp_path / "export", task=SimpleNamespace(harness=[str(tmp_path / "mine.yaml")], rows=6))
     result = lm_eval.evaluate(run)
+    assert result.directions == {"mine_acc": "higher", "mine_acc_norm": "higher"}
     assert result.rows == 6 and set(result.metrics) == {"mine_acc", "mine_acc_norm"}
     assert all(0 <= value <= 1 for value in result.metrics.values())
     with pytest.raises(UserError, match="the harness cannot run no_such_task"):

@@ -13,10 +13,11 @@ from data_prep.console import UserError
 from data_prep.task_rows import Row
 from pretrain.evaluation.sql.make_databases import look_at, make_databases
 from pretrain.tasks.scoring import Answer
-from pretrain.tasks.spider import score
+from pretrain.tasks.spider import judge, score
 from pretrain.tasks.sql import execution
 from pretrain.tasks.sql.databases import database_name, find_databases
-from pretrain.tasks.sql.execution import Runner, is_ordered, normal, same_rows
+from pretrain.tasks.sql.execution import Runner, normal, same_rows
+from pretrain.tasks.sql.order import outer_order
 from tests.pretrain.evaluation.shared_data import DATA, empty, gold, real_rows, shuffled
 from tests.processes import TIMEOUT
 
@@ -57,7 +58,59 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
     ("SELECT 'ORDER BY' FROM t -- ORDER BY a", False), ("SELECT a, rank() OVER (ORDER BY b) FROM t", False),
     ("WITH x AS (SELECT 1) SELECT * FROM x ORDER BY 1", True), ('SELECT "order by" FROM t /* ORDER BY a */', False)])
 def test_order_counts_where_the_query_itself_orders(query, ordered):
-    assert is_ordered(query) is ordered
+    for whole in (query, f"({query}\n)", f" ( ({query}\n) ) ; -- end"):
+        assert (outer_order(whole) is not None) is ordered, whole
+
+
+def test_parentheses_side_by_side_are_not_around_the_query():
+    assert outer_order("(SELECT 1) UNION (SELECT a FROM t ORDER BY a)") is None
+
+
+@pytest.fixture(scope="module")
+def players(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ties") / "players.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE player (id INTEGER, name TEXT COLLATE NOCASE, score INTEGER, share REAL)")
+    connection.executemany("INSERT INTO player VALUES (?, ?, ?, ?)", [
+        (1, "ann", 3, 1 / 3), (2, "bob", 3, 0.1 + 0.2), (3, "cyd", 1, 0.5), (4, "Dee", 2, 0.5), (5, "dee", 2, None), (6, "bob", 3, 0.3)])
+    connection.commit()
+    connection.close()
+    return path
+
+
+BY_SCORE = "SELECT name FROM player ORDER BY score DESC"
+DISTINCT = "SELECT DISTINCT name, score FROM player ORDER BY score"
+COUNTS = "SELECT score AS s, count(*) AS n FROM player GROUP BY s HAVING n > 0 ORDER BY n > 1"
+UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM player WHERE id > 4 ORDER BY 2"
+
+
+@pytest.mark.parametrize("target, answer, right", [
+    (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, id DESC", True),
+    (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, name COLLATE BINARY DESC", True),
+    (BY_SCORE, "SELECT name FROM player ORDER BY score", False),
+    (BY_SCORE, "SELECT name FROM player ORDER BY id = 6, score DESC", False),
+    (BY_SCORE, "SELECT name FROM player", False),
+    (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 6)", True),
+    (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 3)", False),
+    (f"{BY_SCORE} LIMIT 2", f"{BY_SCORE} LIMIT 3", False),
+    (f"{BY_SCORE} LIMIT 3 OFFSET 2", "SELECT name FROM player WHERE id IN (2, 4, 5)", True),
+    (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (1, 4, 5)", True),
+    (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (3, 4, 5) ORDER BY id DESC", False),
+    (f"{BY_SCORE} LIMIT 1 + 1", "SELECT name FROM player WHERE id IN (2, 6)", False),  # not a plain number: the rows of the target alone
+    (f"{BY_SCORE} -- LIMIT 1\n ;", "SELECT name FROM player ORDER BY score DESC, id DESC", True),
+    (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY score, name DESC", True),
+    (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY -score, name", False),
+    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1", True),
+    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1 DESC", True),
+    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY 2 DESC, 1", False),
+    (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY score, -id", True),
+    (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY -score, id", False),
+    ("SELECT share FROM player WHERE share < 0.4 ORDER BY score", "SELECT share FROM player WHERE share < 0.4 ORDER BY -share", True),
+])
+def test_rows_that_the_target_leaves_tied_may_come_in_any_order(players, target, answer, right):
+    with Runner() as runner:
+        assert judge(runner, players, target, target).right
+        assert judge(runner, players, target, answer).right is right
 
 
 def test_a_query_is_normal_in_white_space_and_case_but_not_within_quotes():
@@ -95,7 +148,7 @@ def test_databases_are_found_by_the_name_in_the_row(tmp_path):
             Row(("how many", "SELECT 1"), {"db_id": "../a"}), Row(("how many", "SELECT 1"), {})]
     assert find_databases(rows, tmp_path) == [tmp_path / "a.sqlite", tmp_path / "b" / "b.sqlite", None, None]
     assert find_databases(rows, tmp_path / "a.sqlite") == [tmp_path / "a.sqlite"] * 4
-    with pytest.raises(UserError, match=r"holds no database of any row: the first needs a.sqlite or a/a.sqlite"):
+    with pytest.raises(UserError, match=r"has no database of any row: the first needs a.sqlite or a/a.sqlite"):
         find_databases(rows, tmp_path / "none")
 
 
@@ -190,7 +243,7 @@ def share_with_equal_results(targets, answers, databases):
         connection = sqlite3.connect(database)
         try:
             results = [connection.execute(query).fetchall() for query in (target, answer)]
-            equal += results[0] == results[1] if "ORDER BY" in target.upper() and is_ordered(target) else Counter(results[0]) == Counter(results[1])
+            equal += results[0] == results[1] if outer_order(target) else Counter(results[0]) == Counter(results[1])
         except sqlite3.Error:
             pass
         connection.close()

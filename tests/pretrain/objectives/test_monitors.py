@@ -50,6 +50,12 @@ def test_cosines_of_pairs_and_of_strangers():
     assert with_equal["shuffled_cosine"] == 0, "equal targets are no strangers"
 
 
+def test_a_rate_is_the_count_over_the_pairs():
+    target = torch.eye(10)
+    prediction = torch.cat([target[:9], target[:1]])
+    assert embedding_monitors(pool(prediction, target))["retrieval_at_1"] == 9 / 10, "not its nearest number in fp32"
+
+
 def test_padding_is_left_out():
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -13,8 +14,12 @@ import pytest
 import yaml
 
 from data_prep.console import UserError
+from data_prep.files import read_json, read_json_lines, write_json
 from pretrain.report.arms import read_comparison
+from pretrain.report.cost import flops_per_token
+from pretrain.report.embeddings import picture
 from pretrain.report.page import html, markdown
+from pretrain.report.runs import read_run
 from pretrain.report.summary import summarize
 from pretrain.run_folder import read_metrics
 from tests.launching import call
@@ -128,6 +133,32 @@ def test_less_is_better_where_the_study_says_so(altered):
     assert table(sections(study, page=False)[0])["less"]["verdict"] == "helps"
 
 
+def test_a_collapsing_arm_does_not_help(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "collapsed": {1: 0.7, 2: 0.71, 3: 0.73}})
+    tag = "validation/embedding/shuffled_cosine"
+    for number, cosines in enumerate([(0.01, 0.02, 0.03), (0.98, 0.99, 0.985)]):
+        for seed, cosine in enumerate(cosines, 1):
+            change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine}))
+    text, _ = sections(study, page=False, metric=tag)
+    assert table(text)["collapsed"]["verdict"] == "hurts"
+
+
+def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_called(altered):
+    study = altered({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
+    collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
+    for folder in study.glob("arm*"):
+        change_lines(folder / "metrics.jsonl", lambda line: line.update({f"validation/embedding/{name}": value for name, value in collapsed.items()}))
+    config = study / "arm2-1" / "config.yaml"
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"objective": values["objective"] | {"name": "next_jepa"}}))
+    text, _ = sections(study, page=False)
+    assert "The embeddings of pairs (seed 1) and new (seed 1) have collapsed" in text
+    values["objective"] = {"name": "semantic_tube", "weight": 0.1}
+    config.write_text(yaml.safe_dump(values))
+    text, _ = sections(study, page=False)
+    assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube alone never saw pairs"
+
+
 def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
     study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
@@ -151,6 +182,19 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered
     assert rows["other"]["FLOPs a token"] == "× 1.50"
 
 
+def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
+    run_dir = tmp_path / "llm_jepa-seed1"
+    shutil.copytree(study / "runs" / "llm_jepa-seed1", run_dir)
+    run = read_run(run_dir)
+    assert flops_per_token(run) > 0 and picture(run).explained > 0
+    environment = read_json(run_dir / "environment.json")
+    environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
+    write_json(run_dir / "environment.json", environment)
+    for read in (flops_per_token, picture):
+        with pytest.raises(UserError, match=rf"corpus holds another corpus than the one that {run_dir} was trained on"):
+            read(run)
+
+
 def test_several_arms_are_corrected_and_said_so(altered):
     study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
                      "c": {1: 0.5, 2: 0.49, 3: 0.512}})
@@ -159,6 +203,19 @@ def test_several_arms_are_corrected_and_said_so(altered):
     assert rows["c"]["verdict"] == "hurts" and rows["b"]["verdict"] == "no difference found"
     assert "3 arms are compared with one baseline" in several and "p (Holm)" in rows["a"]
     assert "c (−0.1993) hurts" in several and "no difference was found" in several
+
+
+def test_the_correction_counts_the_arms_that_were_tested(altered):
+    plain = {1: 0.70, 2: 0.69, 3: 0.71}
+    good, broken = {1: 0.72, 2: 0.70, 3: 0.7245}, {1: 0.70, 2: math.nan, 3: 0.70}
+    text, page = sections(altered({"plain": plain, "good": good, "broken": broken}))
+    alone, _ = sections(altered({"plain": plain, "good": good}), page=False)
+    assert table(text)["good"]["p"] == table(alone)["good"]["p"] != "1.000"
+    assert "after correction" not in text and "arms are compared with one baseline" not in text and "corrected for" not in page
+    assert "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text and table(text)["broken"]["p"] == "–"
+    third = {1: 0.5, 2: 0.49, 3: 0.512}
+    text, _ = sections(altered({"plain": plain, "good": good, "broken": broken, "third": third}), page=False)
+    assert "after correction for 2 arms" in text and "2 arms are compared with one baseline" in text
 
 
 def test_ties_are_called_ties(altered):
@@ -203,6 +260,25 @@ def test_results_under_other_settings_do_not_count(altered):
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
     text, _ = sections(study, page=False)
     assert table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
+
+
+def test_scores_of_different_versions_are_named_and_never_averaged(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
+    old = study / "arm1-3" / "evaluation" / "results.jsonl"
+    change_lines(old, lambda line: line.pop("scoring"))
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["nl_rx/exact"].startswith("0.7100") and table(text)["other"]["seeds"] == "2 of 3"
+    assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
+    line = json.loads(old.read_text())
+    again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
+    old.write_text(old.read_text() + json.dumps(again) + "\n")  # as the evaluation leaves both
+    text, _ = sections(study, page=False)
+    assert table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
+    for path in study.glob("arm*/evaluation/results.jsonl"):
+        if path != old:
+            path.write_text(path.read_text() + "".join(json.dumps(json.loads(line) | {"scoring": 1, "metrics": {"exact": 0.1}}) + "\n"
+                                                        for line in path.read_text().splitlines()))
+    assert table(sections(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
 
 
 def test_arms_may_differ_in_what_they_finetune_by(altered):
@@ -257,6 +333,28 @@ def test_which_arm_holds_past_the_best_validation_loss(altered):
     check_alone(page)
 
 
+def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(altered):
+    """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
+    evaluated = {"arm0-1": {2: 0.2, 4: 0.4, 6: 0.7}, "arm0-2": {4: 0.4, 6: 0.7}, "arm1-1": {2: 0.2, 4: 0.4}, "arm1-2": {6: 0.7}}
+    study = altered({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
+    for folder in study.glob("arm*"):
+        for name, changes in (("metrics.jsonl", {3: 0.5, 6: 0.9}), ("evaluation/results.jsonl", evaluated[folder.name])):
+            lines = read_json_lines(folder / name)
+            if name == "metrics.jsonl":
+                lines = [line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {}) for line in lines]
+            else:
+                lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text, page = sections(study)
+    text = text.partition("## Past the best validation loss")[2].replace("\\", "")
+    assert table(text)["plain"]["metric there, interpolated"] == "0.3000" and table(text)["plain"]["its change to the end"] == "0.4000"
+    assert table(text)["other"]["metric there, interpolated"] == table(text)["other"]["its change to the end"] == "–"
+    for arm, seed in (("plain", 2), ("other", 1)):
+        told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
+        assert told in text and told in page
+    assert "lies on a straight line between" in page and "nearest to the lowest validation loss" not in page
+
+
 def test_run_directories_become_arms_by_what_differs(study, tmp_path):
     for arm in ("next_token", "llm_jepa"):
         for seed in (1, 2, 3):
@@ -275,11 +373,30 @@ def test_run_directories_become_arms_by_what_differs(study, tmp_path):
     assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
 
 
+def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
+    for number, (arm, seed) in enumerate(itertools.product(("next_token", "llm_jepa"), (1, 2))):
+        folder = tmp_path / f"run{number}"
+        copy_run(study / "runs" / f"{arm}-seed1", folder, seed, 0.5)
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["data"] |= {"path": f"disk{number}/corpus", "workers": number + 1}
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    paths = sorted(tmp_path.iterdir())
+    comparison = read_comparison(paths, None, None)
+    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2], "llm_jepa": [1, 2]}
+    assert "Besides the objective, arms differ in" not in markdown(summarize(comparison))
+    values["data"]["lm_views"] = "last"
+    (paths[-1] / "config.yaml").write_text(yaml.safe_dump(values))
+    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa data.lm_views=all", "llm_jepa data.lm_views=last"}
+
+
 def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
     for number, folder in enumerate(("one", "two", "three")):
         copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
         config = tmp_path / folder / "config.yaml"
         config.write_text(re.sub(r"path: .*corpus", f"path: {'long/' * 20}{number}", config.read_text()))
+        environment = read_json(tmp_path / folder / "environment.json")
+        environment["data"]["tokenizer"]["sha256"] = str(number)
+        write_json(tmp_path / folder / "environment.json", environment)
     baseline = "llm_jepa data.path=long/long/long/long/long/long/…"
     names = list(read_comparison(sorted(tmp_path.iterdir()), baseline, None).arms)
     assert len(set(names)) == 3 and max(map(len, names)) < 60

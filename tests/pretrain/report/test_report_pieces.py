@@ -1,5 +1,7 @@
 """Bands over seeds, the plane of the embeddings, and the rows that tell most."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from data_prep.console import UserError
 from pretrain.report.curves import join
 from pretrain.report.embeddings import project
 from pretrain.report.examples import Answer, Example
-from pretrain.report.runs import Metric, identity
+from pretrain.report.runs import Metric, Run, identity
 
 
 def test_seeds_at_the_same_steps_are_averaged_step_by_step():
@@ -62,12 +64,40 @@ def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
     assert result({}, {}) == result(two, {}), "none was finetuned"
 
 
+def run_with(metrics, directions=None, tasks=(), tags=()):
+    """A run of one step, with a result of each task: {title: {metric: value}}; without directions, as older versions wrote it."""
+    results = [{"task": task, "step": 1, "settings": {}, "rows": 5, "metrics": of_task} | ({"directions": directions} if directions else {})
+               for task, of_task in metrics.items()]
+    line = {"step": 1, "tokens": 9, "seconds": 1.0} | dict.fromkeys(tags, 0.5)
+    config = {"name": "run", "objective": {"name": "next_token"}, "evaluation": {"tasks": list(tasks)}}
+    return Run(Path("run"), config, {}, {"status": "finished"}, [line], results)
+
+
 @pytest.mark.parametrize("metric, higher", [
-    ("nl_rx/exact", True), ("retrieval/mrr", True), ("validation/embedding/effective_rank", True), ("validation/loss/lm", False),
-    ("loss/jepa", False), ("lm_eval/wikitext_word_perplexity", False), ("lm_eval/wikitext_bits_per_byte", False),
-    ("geometry/linear_residual_unseen", False), ("nl_rx/undecided", False), ("lm_eval/film_acc_norm", True)])
-def test_less_of_a_loss_is_better(metric, higher):
-    assert Metric.parse(metric).higher_is_better == higher
+    ("nl_rx/exact", True), ("retrieval/mrr", True), ("retrieval/code_to_text_recall_at_1", True), ("validation/embedding/effective_rank", True),
+    ("validation/loss/lm", False), ("validation/embedding/shuffled_cosine", False), ("loss/jepa", False), ("geometry/shuffled_cosine", False),
+    ("geometry/linear_residual_unseen", False), ("nl_rx/undecided", False)])
+def test_a_metric_has_the_direction_that_its_task_declares(metric, higher):
+    task, _, name = metric.partition("/")
+    run = run_with({}, tags=[metric]) if task == "validation" else run_with({task: {name: 0.5}})
+    assert Metric.parse(metric, [run]).higher_is_better == higher
+
+
+def test_a_labelled_task_has_the_directions_of_its_kind_and_a_result_may_record_its_own():
+    labelled = run_with({"geography": {"execution": 0.5}}, tasks=[{"name": "spider", "label": "geography"}])
+    assert Metric.parse("geography/execution", [labelled]).higher_is_better
+    recorded = run_with({"speech": {"said_wer": 0.5, "said_acc": 0.5}}, {"said_wer": "lower", "said_acc": "higher"})
+    assert [Metric.parse(f"speech/said_{name}", [recorded]).higher_is_better for name in ("wer", "acc")] == [False, True]
+
+
+@pytest.mark.parametrize("metric", ["lm_eval/said_wer", "lm_eval/said_brier_score", "lm_eval/said_mse", "nl_rx/nll", "geometry/paired_cosine"])
+def test_a_direction_that_nobody_declared_must_be_given(metric):
+    task, _, name = metric.partition("/")
+    run = run_with({task: {name: 0.5}})
+    with pytest.raises(UserError, match=rf"write {metric}:higher or {metric}:lower"):
+        Metric.parse(metric, [run])
+    assert [Metric.parse(f"{metric}:{word}", [run]).higher_is_better for word in ("higher", "lower")] == [True, False]
+    assert Metric.parse(metric, [run], Metric(task, name, False)) == Metric(task, name, False), "as the study planned it"
 
 
 def test_arms_that_wrote_the_same_stand_together():

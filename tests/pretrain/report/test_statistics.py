@@ -52,6 +52,37 @@ def test_ties_and_too_little_are_no_verdict():
     assert found["noise"].corrected_p == found["noise"].p  # the only arm that could be tested
 
 
+def test_rounding_in_fp32_is_no_spread():
+    counts = {1: (900, 910), 2: (820, 830), 3: (850, 860)}
+    baseline, arm = ({seed: float(np.float32(pair[place] / 1000)) for seed, pair in counts.items()} for place in (0, 1))
+    assert len({arm[seed] - baseline[seed] for seed in counts}) > 1
+    found = compare({"arm": arm}, baseline, True)["arm"]
+    assert found.verdict == "no verdict" and "the same in every seed" in found.reason
+    nearly = {seed: value * (1 + 2e-7 * seed) for seed, value in baseline.items()}
+    assert "same values in every seed" in compare({"arm": nearly}, baseline, True)["arm"].reason
+    tiny = {seed: value / 1e9 for seed, value in shifted([0.03, 0.05, 0.01, 0.02, 0.04]).items()}
+    baseline = {seed: value / 1e9 for seed, value in BASELINE.items()}
+    found = compare({"arm": tiny, "diverged": dict.fromkeys(tiny, 1e9)}, baseline, True)
+    assert found["arm"].verdict == "helps", "the size of the metric decides, not that of another arm"
+
+
+def test_changes_are_measured_by_the_size_of_the_metric():
+    change = {1: 1e-8, 2: 1.1e-8, 3: 0.9e-8}
+    zero = dict.fromkeys(change, 0.0)
+    assert compare({"arm": change}, zero, True)["arm"].verdict == "helps"
+    assert compare({"arm": change}, zero, True, sizes={"arm": 0.9})["arm"].p is None
+
+
+def test_an_arm_without_finite_values_changes_nothing_for_the_others():
+    arms = {"good": shifted([0.03, 0.05, 0.01, 0.02, 0.04]), "noise": shifted([0.01, -0.01, 0.02, -0.02, 0.001])}
+    without = compare(arms, BASELINE, True)
+    for broken in (math.nan, math.inf):
+        found = compare(arms | {"broken": dict(BASELINE) | {2: broken}}, BASELINE, True)
+        assert {name: found[name] for name in arms} == without
+        assert found["broken"].verdict == "no verdict" and found["broken"].p is None
+        assert "the values of seed 2 are not finite" in found["broken"].reason
+
+
 def step_down(p_values):
     """Holm's procedure as it is told: compare the smallest with alpha / m, the next with alpha / (m - 1), and stop at the first failure."""
     rejected = set()

@@ -90,7 +90,7 @@ def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given
     matching = match(make_study(base="finetuned.yaml", arms=ARMS, matched_by="flops"))
     assert matching.arms["plain"].config.train.global_batch_rows < 8
     for run in make_runs(matching.study, matching, {}):
-        assert [task.finetune for task in run.config.evaluation.tasks] == [None, wanted, None], run.arm
+        assert [getattr(task, "finetune", None) for task in run.config.evaluation.tasks] == [None, wanted, None], run.arm
 
 
 def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):

@@ -25,14 +25,15 @@ def test_the_grid_of_the_paper_is_whole():
 
 def test_a_preset_is_put_on_another_configuration(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", ["base=base.yaml", "name=mine", "seeds=[1, 2]", "metric.task=loss"])
+    overrides = ["base=base.yaml", "name=mine", "seeds=[1, 2]", "metric={task: loss, name: lm}"]
+    study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", overrides)
     assert study.run_config("semantic_tube", 2).data.path == str(folder / "corpus")
     assert str(study.folder) == "runs/mine"
 
 
-def test_a_metric_has_the_direction_that_its_name_tells_or_the_one_given(make_study):
+def test_a_metric_has_the_direction_that_its_task_declares_or_the_one_given(make_study):
     loss, given = {"task": "loss", "name": "lm"}, {"task": "loss", "name": "lm", "higher_is_better": True}
-    metrics = (loss, given, loss | {"name": "recall_at_1"})
+    metrics = (loss, given, loss | {"name": "retrieval_at_1"})
     assert [make_study(metric=metric).config.metric.higher_is_better for metric in metrics] == [False, True, True]
 
 
@@ -59,6 +60,9 @@ def test_values_of_arms_survive_the_way_through_the_command_line(value):
     ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
     ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),
     ({"metric": {"task": "nl_rx", "name": "exact"}}, "has the tasks loss"),
+    ({"metric": {"task": "loss", "name": "exact"}}, "metric.name is 'exact', but the task loss gives lm, jepa"),
+    ({"metric": {"task": "loss", "name": "exact", "higher_is_better": True}}, "metric.name is 'exact', but the task loss gives lm, jepa"),
+    ({"metric": {"task": "loss", "name": "paired_cosine"}}, "set metric.higher_is_better to true or false"),
     ({"arms": {"plain": {"objective.nmae": "next_token"}}}, "arms.plain: unknown key 'objective.nmae'"),
     ({"arms": {"plain": {"seed": 3}}}, "seed is set by the study"),
     ({"arms": {"plain": {"train.steps": 3}}}, "leave out train.steps, or set matched_by: none"),

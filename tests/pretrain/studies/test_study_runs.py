@@ -108,7 +108,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
         assert record["arms"][arm]["flops_per_token"] == flops_per_token(read_run(run_dir))
 
     wrong = call([*STUDY, str(path), "metric.name=ml"], check=False)
-    assert wrong.returncode == 2 and "plain-seed1 has no loss/ml at its last step; loss gives lm, " in wrong.stderr, wrong.stderr
+    assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss gives lm, jepa" in wrong.stderr, wrong.stderr
     assert json.loads((study / "study.json").read_text()) == record
 
 

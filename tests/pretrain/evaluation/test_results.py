@@ -1,0 +1,34 @@
+"""results.jsonl: what counts as evaluated, and what the closing table shows."""
+
+import pytest
+
+from pretrain.config import TaskConfig
+from pretrain.evaluation.results import SCORING, append_result, identity, is_evaluated, print_summary
+from tests.pretrain.report.tiny_study import change_lines
+
+TASK = TaskConfig(name="nl_rx")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    for step in (1, 2):
+        append_result(tmp_path, identity(TASK, step) | {"rows": 9, "finetune": None, "metrics": {"exact": step / 4}}, tensorboard=False)
+    return tmp_path
+
+
+def test_a_result_of_an_older_scoring_is_evaluated_again(run_dir):
+    assert is_evaluated(run_dir, TASK, 1)
+    for change in (lambda line: line.update(scoring=SCORING - 1), lambda line: line.pop("scoring")):
+        change_lines(run_dir / "evaluation" / "results.jsonl", change)
+        assert not is_evaluated(run_dir, TASK, 1)
+
+
+def test_the_closing_table_keeps_versions_of_the_scoring_apart(run_dir, capsys):
+    lines = run_dir / "evaluation" / "results.jsonl"
+    change_lines(lines, lambda line: line.pop("scoring"))
+    append_result(run_dir, identity(TASK, 2) | {"rows": 9, "finetune": None, "metrics": {"exact": 0.75}}, tensorboard=False)
+    print_summary(run_dir)
+    tables = [part.strip().splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
+    of_task = {lines[0].split("  ")[0]: [line.split()[-1] for line in lines[2:]] for lines in tables if lines[0].startswith("nl_rx")}
+    assert of_task == {"nl_rx, scoring 1": ["0.2500", "0.5000"], "nl_rx": ["0.7500"]}

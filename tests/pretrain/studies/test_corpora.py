@@ -1,0 +1,48 @@
+"""The corpora of a study: which arm reads which, and what is needed of one that is prepared."""
+
+import re
+
+import pytest
+
+from data_prep.console import UserError
+from pretrain.config import load_config
+from pretrain.studies.corpora import assign_corpora, prepare_corpus
+from pretrain.studies.matching import make_base
+from tests.launching import tiny_config, write_config
+
+SHORT = {"data.filters.min_characters": 40}
+
+
+def assign(study):
+    return assign_corpora(study, make_base(study))
+
+
+def test_an_arm_cannot_name_the_corpus_of_other_records(make_study, folder):
+    path = str(folder / "corpus")
+    for name in (path, f"{folder}/./corpus"):
+        with pytest.raises(UserError, match=rf"arms.short: .* than those of the base, .* {re.escape(name)}: give the arm a data.path of its own"):
+            assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": name}}))
+    with pytest.raises(UserError, match=r"arms.longer: .* than those of arms.short, .* elsewhere: give the arm"):
+        assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": "elsewhere"},
+                                "longer": {"data.filters.min_characters": 50, "data.path": "elsewhere"}}))
+    overrides, corpora = assign(make_study(arms={"plain": {"data.path": path}, "short": SHORT | {"data.path": "elsewhere"}}))
+    assert overrides == {"plain": {}, "short": {}} and len(corpora) == 2
+
+
+def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
+    files = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    for number, file in enumerate(files):
+        file.write_text("".join(f'{{"text": "lines {row} of file {number}", "code": "[0-9]{{{row}}}"}}\n' for row in range(60)))
+    sources = [{"type": "json", "path": str(file)} for file in files]
+    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310})))
+    prepare_corpus(config)
+    content = files[1].read_text()
+    files[1].write_text(content.replace("lines", "rows "))
+    with pytest.raises(UserError, match=r"was prepared with another content of .*second.jsonl"):
+        prepare_corpus(config)
+    files[1].write_text(content)
+    for gone, told in ((0, "first.jsonl, which it was prepared from, is gone"), (1, "is gone, as are 1 other files")):
+        files[gone].unlink()
+        capsys.readouterr()
+        prepare_corpus(config)
+        assert told in capsys.readouterr().out
