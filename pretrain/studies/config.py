@@ -144,7 +144,7 @@ def load_study(path: Path, overrides: list[str]) -> Study:
 def _check_metric(metric: MetricConfig, kind: str) -> None:
     """Give the metric of a task of this kind its declared direction. Raises UserError if it has none, or the task no such metric."""
     found = direction(kind, metric.name)
-    if found is None and METRICS[kind]:
+    if found is None and METRICS.get(kind):
         raise UserError(f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(METRICS[kind])}: name one of those")
     if metric.higher_is_better is not None:
         return
