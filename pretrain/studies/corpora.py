@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import TaskTest, evaluation_tests
+from data_prep.config import HubSource, TaskTest, evaluation_tests
 from data_prep.console import UserError, print_now
 from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST, read_manifest
+from data_prep.sources import open_source
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study
 
@@ -41,20 +42,32 @@ def is_prepared(config: RunConfig) -> bool:
 
 
 def prepare_corpus(config: RunConfig) -> None:
-    """Prepare the corpus of a configuration, unless it stands. One that stands needs no sources: none named, or files that are gone.
+    """Prepare the corpus of a configuration, unless it stands. One that stands needs no sources: none named, or ones that are gone.
 
     Raises UserError.
     """
-    if is_prepared(config):
-        if not config.data.sources:
-            return
-        files = read_manifest(Path(config.data.path))["settings"].get("files", {})
-        gone = [path for path in files if path not in _tests(config) and not Path(path).exists()]
-        if gone:
-            print_now(f"note: {config.data.path} is used as it stands: {gone[0]}, which it was prepared from, is gone"
-                      + (f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else ""))
-            return
-    prepare(config.data, _tests(config))
+    if not is_prepared(config):
+        prepare(config.data, _tests(config))
+    elif reason := _why_gone(config):
+        print_now(f"note: {config.data.path} is used as it stands: {reason}")
+    elif config.data.sources:
+        prepare(config.data, _tests(config))  # which refuses it where its files have changed
+
+
+def _why_gone(config: RunConfig) -> str | None:
+    """Return what is missing of the files and data sets that a prepared corpus was made from; None where all can be read."""
+    files = read_manifest(Path(config.data.path))["settings"].get("files", {})
+    tests = {test.source.path for test in _tests(config)}  # which an evaluation needs anyway
+    gone = [path for path in files if path not in tests and not Path(path).exists()]
+    if gone:
+        return f"{gone[0]}, which it was prepared from, is gone" + (f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else "")
+    try:
+        for number, source in enumerate(config.data.sources):
+            if isinstance(source, HubSource):
+                open_source(source, config.data.views, f"data.sources.{number}")
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _tests(config: RunConfig) -> list[TaskTest]:

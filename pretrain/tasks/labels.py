@@ -4,8 +4,8 @@ likelihood: of all labels the target is the most likely answer, the end token in
 the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA paper reports). majority: the share of the most common
 label, which a model reaches that looks at no text.
 
-The labels are those of the task or, where its files have other ones, all targets of the test and train files, whichever rows are used: with fewer
-options than the task has, chance alone would score better.
+The labels are those of the task and all targets of the test and train files, whichever rows are used: with fewer options than the task has, chance
+alone would score better. Where the files have none of the task's labels, their words stand for these.
 """
 
 from collections import Counter
@@ -24,9 +24,9 @@ MOST_LABELS = 50
 
 
 def labels_of(rows: "Iterable[Row]", known: Sequence[str]) -> list[str]:
-    """Return the labels to choose from: the known ones if all targets are among them, otherwise the targets of the rows."""
+    """Return the labels to choose from: the targets of the rows, and the known labels unless the rows use other words altogether."""
     found = {row.target for row in rows}
-    return sorted(known if found <= set(known) else found)
+    return sorted(found | set(known) if found & set(known) else found)
 
 
 def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:

@@ -1,6 +1,6 @@
 """The process that runs queries: one JSON object a line in, one out.
 
-pretrain/evaluation/sql/execution.py starts it by its path. It imports nothing of the project, so it starts in a moment and
+pretrain/tasks/sql/execution.py starts it by its path. It imports nothing of the project, so it starts in a moment and
 takes little memory.
 
 A query comes from a model, so it may be anything. It can only read: the file is opened read-only and as one that never changes, and an authorizer

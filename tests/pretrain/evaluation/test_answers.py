@@ -104,6 +104,8 @@ def test_the_labels_to_choose_from_do_not_follow_from_the_rows_used(export, tmp_
         few = evaluated(rotten_tomatoes, export, tmp_path, test=test, rows=20)
         assert (few.rows, few.counts["labels"], few.metrics["majority"]) == (20, 2, 1)
     assert evaluated(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, "an untrained model does not know them"
+    third = [*REVIEWS[:2], {"text": "lines", "code": "Neutral"}]
+    assert evaluated(rotten_tomatoes, export, tmp_path, test=third, rows=2).counts["labels"] == 3
     assert evaluated(yelp, export, tmp_path, test=REVIEWS[:3], rows=2).counts["labels"] == 5
 
 

@@ -1,12 +1,10 @@
 """Reports of real runs: what they say, and that the page stands alone."""
 
-import itertools
 import json
 import math
 import re
 import shutil
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,70 +12,15 @@ import pytest
 import yaml
 
 from data_prep.console import UserError
-from data_prep.files import read_json, read_json_lines, write_json
+from data_prep.files import read_json, write_json
 from pretrain.report.arms import read_comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.embeddings import picture
-from pretrain.report.page import html, markdown
 from pretrain.report.runs import read_run
-from pretrain.report.summary import summarize
 from pretrain.run_folder import read_metrics
 from tests.launching import call
+from tests.pretrain.report.reading import check_alone, sections, table
 from tests.pretrain.report.tiny_study import ROWS, SEEDS, change_lines, copy_run
-
-VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """The elements of a page; `open` is empty where all were closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.found, self.ids, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def check_alone(text: str) -> Page:
-    """The page is whole, and asks for nothing beside itself: no address, no script, no reference but into itself."""
-    page = Page(text)
-    assert page.open == [] and len(page.ids) == len(set(page.ids))
-    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.found}
-    references = [value for _, attributes in page.found for name, value in attributes.items() if name.endswith(("href", "src", "srcset"))]
-    references += re.findall(r"url\(([^)]*)\)", text)
-    assert references and all(reference.startswith("#") and reference[1:] in page.ids for reference in references)
-    assert "@import" not in text and not re.search(r"https?:", re.sub(r">[^<]*<", "><", text))
-    return page
-
-
-def sections(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
-    """The Markdown and the page of a report, without a process of its own."""
-    summaries = summarize(read_comparison([study], choices.get("baseline"), choices.get("metric")))
-    return markdown(summaries), html(summaries, lambda _: None) if page else ""
-
-
-def table(text: str) -> dict[str, dict[str, str]]:
-    """The rows of the first Markdown table, by arm; or of another part of the text."""
-    lines = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines()))
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
 @pytest.fixture(scope="module")
@@ -303,103 +246,6 @@ def test_hostile_text_stays_text(altered):
     assert len(table(text)) == 2 and "<script" not in text and "<img" not in text
     found = check_alone(page)
     assert hostile in "".join(found.text)
-
-
-def test_which_arm_holds_past_the_best_validation_loss(altered):
-    plain = {1: 0.70, 2: 0.69, 3: 0.71}
-    study = altered({"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}})
-    at_best = {"arm0": {"loss": 0.5, "exact": 0.8}, "arm1": {"loss": 0.6, "exact": 0.71}, "arm2": {"loss": 0.5, "exact": 0.8}}
-    at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}  # validation loss by seed
-    for folder in study.glob("arm*"):
-        arm, seed = folder.name.split("-")
-        losses = {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]}
-        lines = [line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {}) for line in read_metrics(folder)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        results = folder / "evaluation" / "results.jsonl"
-        last = json.loads(results.read_text())
-        before = last | {"step": 3, "metrics": {"exact": at_best[arm]["exact"]}}
-        results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
-    text, page = sections(study)
-    past = table(text.partition("## Past the best validation loss")[2])
-    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith("0.4200")
-    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith("−0.1000")
-    sentences = text.partition("## Past the best validation loss")[2]
-    assert ("steady holds better than plain in validation/loss/lm past the best validation loss: +0.0667 against +0.4200 "
-            "(−0.3533 over 3 seeds, 95% interval") in sentences
-    assert "alike: no difference found to plain in validation/loss/lm" in sentences
-    assert "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000" in sentences.replace("\\", "")
-    assert "Past the best validation loss" in page and "steady holds better than plain" in page
-    assert "Past the best" not in sections(altered({"plain": plain, "other": plain}), page=False)[0]
-    check_alone(page)
-
-
-def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(altered):
-    """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
-    evaluated = {"arm0-1": {2: 0.2, 4: 0.4, 6: 0.7}, "arm0-2": {4: 0.4, 6: 0.7}, "arm1-1": {2: 0.2, 4: 0.4}, "arm1-2": {6: 0.7}}
-    study = altered({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
-    for folder in study.glob("arm*"):
-        for name, changes in (("metrics.jsonl", {3: 0.5, 6: 0.9}), ("evaluation/results.jsonl", evaluated[folder.name])):
-            lines = read_json_lines(folder / name)
-            if name == "metrics.jsonl":
-                lines = [line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {}) for line in lines]
-            else:
-                lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text, page = sections(study)
-    text = text.partition("## Past the best validation loss")[2].replace("\\", "")
-    assert table(text)["plain"]["metric there, interpolated"] == "0.3000" and table(text)["plain"]["its change to the end"] == "0.4000"
-    assert table(text)["other"]["metric there, interpolated"] == table(text)["other"]["its change to the end"] == "–"
-    for arm, seed in (("plain", 2), ("other", 1)):
-        told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
-        assert told in text and told in page
-    assert "lies on a straight line between" in page and "nearest to the lowest validation loss" not in page
-
-
-def test_run_directories_become_arms_by_what_differs(study, tmp_path):
-    for arm in ("next_token", "llm_jepa"):
-        for seed in (1, 2, 3):
-            copy_run(study / "runs" / f"{arm}-seed1", tmp_path / f"{arm}{seed}", seed, 0.5 + 0.01 * seed)
-    paths = sorted(tmp_path.iterdir())
-    comparison = read_comparison(paths, None, None)
-    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2, 3], "llm_jepa": [1, 2, 3]}
-    assert comparison.baseline == "next_token" and "not chosen in advance" in comparison.metric_origin
-    assert "not chosen in advance" in markdown(summarize(comparison))
-    validation = read_comparison(paths, None, "validation/loss/lm")
-    assert not validation.metric.higher_is_better and len(summarize(validation).arms["llm_jepa"].values) == 3
-    other = read_comparison(paths, "llm_jepa", None)
-    assert list(other.arms) == ["llm_jepa", "next_token"]
-    config = tmp_path / "llm_jepa3" / "config.yaml"
-    config.write_text(config.read_text().replace("weight: 0.5", "weight: 0.25"))
-    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
-
-
-def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
-    for number, (arm, seed) in enumerate(itertools.product(("next_token", "llm_jepa"), (1, 2))):
-        folder = tmp_path / f"run{number}"
-        copy_run(study / "runs" / f"{arm}-seed1", folder, seed, 0.5)
-        values = yaml.safe_load((folder / "config.yaml").read_text())
-        values["data"] |= {"path": f"disk{number}/corpus", "workers": number + 1}
-        (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    paths = sorted(tmp_path.iterdir())
-    comparison = read_comparison(paths, None, None)
-    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2], "llm_jepa": [1, 2]}
-    assert "Besides the objective, arms differ in" not in markdown(summarize(comparison))
-    values["data"]["lm_views"] = "last"
-    (paths[-1] / "config.yaml").write_text(yaml.safe_dump(values))
-    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa data.lm_views=all", "llm_jepa data.lm_views=last"}
-
-
-def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
-    for number, folder in enumerate(("one", "two", "three")):
-        copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
-        config = tmp_path / folder / "config.yaml"
-        config.write_text(re.sub(r"path: .*corpus", f"path: {'long/' * 20}{number}", config.read_text()))
-        environment = read_json(tmp_path / folder / "environment.json")
-        environment["data"]["tokenizer"]["sha256"] = str(number)
-        write_json(tmp_path / folder / "environment.json", environment)
-    baseline = "llm_jepa data.path=long/long/long/long/long/long/…"
-    names = list(read_comparison(sorted(tmp_path.iterdir()), baseline, None).arms)
-    assert len(set(names)) == 3 and max(map(len, names)) < 60
 
 
 def test_a_run_alone_is_shown_without_a_verdict(study):

@@ -1,14 +1,16 @@
 """The corpora of a study: which arm reads which, and what is needed of one that is prepared."""
 
 import re
+import sys
 
 import pytest
 
 from data_prep.console import UserError
+from data_prep.files import read_json, write_json
 from pretrain.config import load_config
 from pretrain.studies.corpora import assign_corpora, prepare_corpus
 from pretrain.studies.matching import make_base
-from tests.launching import tiny_config, write_config
+from tests.launching import call, tiny_config, write_config
 
 SHORT = {"data.filters.min_characters": 40}
 
@@ -46,3 +48,22 @@ def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
         capsys.readouterr()
         prepare_corpus(config)
         assert told in capsys.readouterr().out
+
+
+PREPARE = """
+import sys
+from pretrain.config import load_config
+from pretrain.studies.corpora import prepare_corpus
+prepare_corpus(load_config(sys.argv[1]))
+"""
+
+
+def test_a_prepared_corpus_needs_no_hub(tmp_path):
+    config = write_config(tmp_path, tiny_config(tmp_path))
+    prepare_corpus(load_config(config))
+    manifest = read_json(tmp_path / "corpus" / "manifest.json")
+    manifest["settings"]["data"]["sources"] = [{"type": "hub", "path": "nobody/nothing-at-all", "hub_split": "train"}]
+    write_json(tmp_path / "corpus" / "manifest.json", manifest)
+    write_config(tmp_path, tiny_config(tmp_path, data__sources=manifest["settings"]["data"]["sources"]))
+    told = call([sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout
+    assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in told
