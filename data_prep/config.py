@@ -91,7 +91,7 @@ class HubSource(AnySource):
 
     type: Literal["hub"]
     path: LocalPath
-    """Name on the hub, such as `owner/name`, or a local folder of data files."""
+    """Name on the hub, such as `owner/name`, or a local folder in the layout of the hub or of `save_to_disk`."""
     config: str | None = None
     """The data set's configuration, where it has several."""
     hub_split: str = "train"

@@ -9,11 +9,24 @@ from typing import TYPE_CHECKING
 from data_prep.config import HubSource
 from data_prep.console import UserError
 from data_prep.sources.files import LARGEST_PIECE
-from data_prep.sources.record import Piece, Record
+from data_prep.sources.hub_folder import open_files, open_saved
+from data_prep.sources.record import Piece, Reader, Record
 from data_prep.sources.views import column_mapping
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    from datasets import DatasetBuilder, IterableDataset
+
+
+def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
+    """Open a local folder by the reader of its files, and stream anything else. Raises UserError if it cannot be opened."""
+    if source.path.startswith((".", "/")) and not Path(source.path).exists():
+        raise UserError(f"there is no folder {source.path} ({name}.path)")
+    if saved := open_saved(source, views, name):
+        return saved
+    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+        builder = open_builder(source)
+    local = open_files(source, views, name, builder) if Path(source.path).is_dir() else None
+    return local or Hub(source, views, name)
 
 
 class Hub:
@@ -23,8 +36,6 @@ class Hub:
 
     def __init__(self, source: HubSource, views: tuple[str, ...], name: str):
         self.title = f"hub:{source.path}:{source.hub_split}"
-        if source.path.startswith((".", "/")) and not Path(source.path).exists():
-            raise UserError(f"there is no folder {source.path} ({name}.path)")
         with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
             self.rows = stream(source)
             columns = self.rows.column_names or list(next(iter(self.rows), {}))
@@ -54,12 +65,17 @@ class Hub:
 
 
 def stream(source: HubSource) -> "IterableDataset":
-    """Return the rows of one split. Imports `datasets`, which takes more than a second."""
+    """Return the rows of one split."""
+    return open_builder(source).as_streaming_dataset(split=source.hub_split)
+
+
+def open_builder(source: HubSource) -> "DatasetBuilder":
+    """Return what `datasets` reads a data set with. Importing it takes more than a second."""
     import datasets
 
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in one line
-    return datasets.load_dataset(source.path, source.config, split=source.hub_split, revision=source.revision, streaming=True)
+    return datasets.load_dataset_builder(source.path, source.config, revision=source.revision)
 
 
 @contextmanager
