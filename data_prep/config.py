@@ -97,7 +97,7 @@ class HubSource(AnySource):
     hub_split: str = "train"
     """The data set's own split that is read."""
     revision: str | None = None
-    """Branch, tag or commit; a commit keeps the data as they are."""
+    """Branch, tag or commit. The preparation resolves it to a commit, which `manifest.json` names."""
 
 
 class TextSource(FileSource):

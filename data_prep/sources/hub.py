@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, streamed, or local folders that the `datasets` library reads."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
         builder = open_builder(source)
     local = open_files(source, views, name, builder) if Path(source.path).is_dir() else None
     return local or Hub(source, views, name)
+
+
+COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
+"""In the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
 
 
 class Hub:
@@ -67,6 +72,15 @@ class Hub:
 def stream(source: HubSource) -> "IterableDataset":
     """Return the rows of one split."""
     return open_builder(source).as_streaming_dataset(split=source.hub_split)
+
+
+def commit_of(source: HubSource, name: str) -> str | None:
+    """Return the commit that the revision of a data set of the hub is now; None for a local folder. Raises UserError."""
+    if Path(source.path).is_dir() or source.path.startswith((".", "/")):
+        return None
+    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+        found = COMMIT.search(str(open_builder(source).base_path))
+    return found[1] if found else None
 
 
 def open_builder(source: HubSource) -> "DatasetBuilder":
