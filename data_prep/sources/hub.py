@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
 
 
+COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
+"""In the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
+
+
 def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
     """Open a local folder by the reader of its files, and stream anything else. Raises UserError if it cannot be opened."""
     if source.path.startswith((".", "/")) and not Path(source.path).exists():
@@ -27,11 +31,7 @@ def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
     with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
         builder = open_builder(source)
     local = open_files(source, views, name, builder) if Path(source.path).is_dir() else None
-    return local or Hub(source, views, name)
-
-
-COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
-"""In the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
+    return local or Hub(source, views, name, builder)
 
 
 class Hub:
@@ -39,10 +39,10 @@ class Hub:
 
     note = ""
 
-    def __init__(self, source: HubSource, views: tuple[str, ...], name: str):
+    def __init__(self, source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder"):
         self.title = f"hub:{source.path}:{source.hub_split}"
         with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
-            self.rows = stream(source)
+            self.rows = builder.as_streaming_dataset(split=source.hub_split)
             columns = self.rows.column_names or list(next(iter(self.rows), {}))
         self.mapping = column_mapping(source, views, columns, self.title, name)
         self.supplies = self.mapping.supplies
