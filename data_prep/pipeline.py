@@ -42,6 +42,8 @@ SAMPLE_OF_UNIT = 200_000
 """Characters of it that come from one unit, at least."""
 TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
 """Of the corpus, and of each text, on which a tokenizer that is taken over is tried."""
+UNASSIGNED = "\U0010fffe"
+"""A character that no vocabulary has."""
 SUMMARY = "summary.md"
 SETTINGS = "settings.json"
 """Of an unfinished preparation, in `.partial`."""
@@ -231,6 +233,9 @@ class _Preparation:
         if self.job.data.tokenizer.path is None:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
+            self.say(f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token, so characters that it does not "
+                     "know are left out, uncounted; take one that has either")
         texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
         lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
