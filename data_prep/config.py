@@ -92,13 +92,13 @@ class HubSource(AnySource):
 
     type: Literal["hub"]
     path: LocalPath
-    """Name on the hub, such as `owner/name`, or a local folder of data files."""
+    """Name on the hub, such as `owner/name`, or a local folder in the layout of the hub or of `save_to_disk`."""
     config: str | None = None
     """The data set's configuration, where it has several."""
     hub_split: str = "train"
     """The data set's own split that is read."""
     revision: str | None = None
-    """Branch, tag or commit; a commit keeps the data as they are."""
+    """Branch, tag or commit. The preparation resolves it to a commit, which `manifest.json` names."""
 
 
 class TextSource(FileSource):

@@ -13,12 +13,12 @@ import hashlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data_prep import inputs
-from data_prep.config import DataConfig, TaskTest
+from data_prep.config import DataConfig, HubSource, TaskTest
 from data_prep.console import UserError, print_now
 from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
@@ -33,6 +33,7 @@ from data_prep.selection.task_contexts import contexts_file, read_contexts, titl
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
+from data_prep.sources.hub import commit_of
 from data_prep.tokenizer import Tokenizer, take_over, train
 from data_prep.units import Job, Unit, make_units, open_job
 
@@ -42,7 +43,11 @@ SAMPLE_OF_UNIT = 200_000
 """Characters of it that come from one unit, at least."""
 TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
 """Of the corpus, and of each text, on which a tokenizer that is taken over is tried."""
+UNASSIGNED = "\U0010fffe"
+"""A character that no vocabulary has."""
 SUMMARY = "summary.md"
+SETTINGS = "settings.json"
+"""Of an unfinished preparation, in `.partial`."""
 
 
 def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
@@ -79,6 +84,8 @@ class _Preparation:
     def run(self) -> Manifest:
         try:
             self.crew.once(self._take_lock)
+            self.job = self.job.model_copy(update={"commits": self.crew.once(self._commits)})
+            self.serialized = self.job.model_dump_json()
             self.readers = self.crew.everywhere(lambda: open_job(self.serialized)[1])
             return self.crew.once(self._standing) or self._make()
         finally:
@@ -109,6 +116,20 @@ class _Preparation:
         if self.lock is None:
             raise UserError(f"another process is preparing {self.folder}; wait for it, or choose another data.path")
 
+    def _commits(self) -> tuple[str | None, ...]:
+        """Return the commit of each source on the hub: if this folder was prepared from one, or in part, that one, else the newest."""
+        manifest = read_json_or_nothing(self.folder / MANIFEST) or {}
+        before = manifest.get("settings") or read_json_or_nothing(self.job.partial / SETTINGS) or {}
+        if "commits" in before and before.get("data") == self.job.data.preparation():
+            return tuple(before["commits"])
+        return tuple(commit_of(source, f"data.sources.{number}") if isinstance(source, HubSource) else None
+                     for number, source in enumerate(self.job.data.sources))
+
+    def _settings(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what decides the content of a corpus, for its manifest or an interrupted preparation."""
+        commits = {"commits": list(self.job.commits)} if any(self.job.commits) else {}
+        return {"data": self.job.data.preparation(), "tests": self.job.described_tests, "files": files} | commits
+
     def _standing(self) -> Manifest | None:
         """The manifest of a corpus that was prepared before. Raises UserError where it was made from other settings or files."""
         if self.job.data.decontaminate and not self.job.tests:
@@ -125,9 +146,9 @@ class _Preparation:
     def _begin(self) -> tuple[list[Unit], inputs.Stamps]:
         """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
         stamps = inputs.stamps(self.job, self.readers)
-        settings = {"data": self.job.data.preparation(), "tests": self.job.described_tests, "files": stamps}
-        partial, stored = self.job.partial, self.job.partial / "settings.json"
-        if read_json_or_nothing(stored) == settings:
+        settings = self._settings(stamps)
+        partial, stored = self.job.partial, self.job.partial / SETTINGS
+        if {"tests": []} | (read_json_or_nothing(stored) or {}) == settings:  # earlier versions did not record tests
             scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
             self.say(f"going on with an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
         else:
@@ -224,6 +245,9 @@ class _Preparation:
         if self.job.data.tokenizer.path is None:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
+        if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
+            self.say(f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token, so characters that it does not "
+                     "know are left out, uncounted; take one that has either")
         texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
         lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
@@ -254,8 +278,7 @@ class _Preparation:
         if inputs.stamps(self.job, self.readers) != self.stamps:
             raise UserError("a file of the sources changed while the corpus was prepared; start again when nothing writes to them")
         checksums = inputs.read_checksums(self.job.partial / "files")
-        settings = {"data": self.job.data.preparation(), "tests": self.job.described_tests,
-                    "files": {path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.stamps.items()}}
+        settings = self._settings({path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.stamps.items()})
         manifest = build_manifest(self.job, settings, Tokenizer.load(self.folder / "tokenizer"), self.readers, self.units)
         write_text(self.folder / SUMMARY, summary(self.job, manifest))
         write_json(self.folder / inputs.MODIFIED, self.stamps)

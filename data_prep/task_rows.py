@@ -10,7 +10,7 @@ from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import write_text
 from data_prep.sources import files, json_array
-from data_prep.sources.hub import stream, told
+from data_prep.sources.hub import open_rows, told
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import Mapping, RowMapping
@@ -105,12 +105,13 @@ def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, 
 
 def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Columns]]:
     """Yield the rows of a source as they are there, each with its place."""
-    if isinstance(source, HubSource):
+    paths = open_rows(source, key) if isinstance(source, HubSource) else files.find_files(source, key, SUFFIXES)
+    if isinstance(source, HubSource) and not isinstance(paths, list):
         with told(f"cannot read the data set {source.path} ({key}), split {source.hub_split}"):
-            for number, columns in enumerate(stream(source), start=1):
+            for number, columns in enumerate(paths, start=1):
                 yield f"hub:{source.path}:{source.hub_split}:{number}", columns
         return
-    for path in files.find_files(source, key, SUFFIXES):
+    for path in paths:
         size = files.size_of(path)
         try:
             with files.opened(Piece(path, 0, size, size)) as file:

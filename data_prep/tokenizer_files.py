@@ -8,6 +8,7 @@ from data_prep.console import UserError
 from data_prep.sentencepiece_json import added_token
 
 ADDED, CONFIG, MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
+SPECIAL_ORDER = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip")
 """How a token is looked for, besides its text. Whether in normalised text is left out: slow tokenizers look in the text as it is."""
 
@@ -39,9 +40,11 @@ def named_tokens(folder: Path) -> dict[str, str]:
 def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
     """Add to the tokenizer.json of a sentencepiece model, in place, what the files in its folder add; return the texts of these tokens.
 
-    The ids are those of the files. Raises UserError if one is taken, or does not follow those before it.
+    The ids are those of the files. Special tokens that the files name without an id get the next ones, in the order in which Hugging Face
+    adds them. Raises UserError if an id is taken, or does not follow those before it.
     """
-    special = set(named_tokens(folder).values())
+    named = named_tokens(folder)
+    special = set(named.values())
     ids = spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], dict) else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
     listed = {token["content"] for token in spec["added_tokens"]}
     given = {token["content"]: (token, file) for token, file in _tokens_of_files(folder, special)}
@@ -55,6 +58,12 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
         following += content not in ids
         if content not in listed:
             added.append(token)
+    for key in sorted(named, key=lambda key: SPECIAL_ORDER.index(key) if key in SPECIAL_ORDER else len(SPECIAL_ORDER)):
+        content = named[key]
+        if content not in ids and content not in given:
+            given[content] = (added_token(following, content, special=True), folder)
+            added.append(given[content][0])
+            following += 1
     spec["added_tokens"] += added
     return [token["content"] for token in added]
 

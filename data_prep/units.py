@@ -1,5 +1,6 @@
 """Units of work: runs of consecutive pieces of one source, which do not depend on who does them."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,10 +40,14 @@ class Job(BaseModel):
     data: DataConfig
     tests: tuple[TaskTest, ...]
     """Rows of evaluation tasks, whose contexts training must not see."""
+    commits: tuple[str | None, ...] = ()
+    """The commit of each source that is a data set of the hub, so that all processes read the same; empty: not resolved yet."""
 
     def open_readers(self) -> list[Reader]:
         """The sources. Raises UserError where one cannot be read."""
-        return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(self.data.sources)]
+        pinned = [source.model_copy(update={"revision": commit}) if commit else source
+                  for source, commit in itertools.zip_longest(self.data.sources, self.commits)]
+        return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(pinned)]
 
     @property
     def described_tests(self) -> list[dict[str, Any]]:

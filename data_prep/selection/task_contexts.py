@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.config import AnySource, DataConfig, HubSource, JsonSource, ParquetSource, TaskTest
+from data_prep.config import AnySource, DataConfig, HubSource, NlrxSource, PythonSource, TaskTest, TextSource
 from data_prep.console import UserError
 from data_prep.sources.files import find_files
 from data_prep.sources.json_lines import SUFFIXES
@@ -97,7 +97,7 @@ def _mapped(source: AnySource) -> dict[str, str]:
 def _other_forms(data: DataConfig, test: TaskTest) -> list[AnySource]:
     """Return sources of the mappings, the default one included, that rows of the corpus have and the test has not."""
     different: list[AnySource] = []
-    for source in [AnySource(), *(source for source in data.sources if isinstance(source, JsonSource | ParquetSource | HubSource))]:
+    for source in [AnySource(), *(source for source in data.sources if not isinstance(source, NlrxSource | PythonSource | TextSource))]:
         if source.views != test.source.views and all(source.views != other.views for other in different):
             different.append(source)
     return different

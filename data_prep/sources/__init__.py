@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.config import ArrowSource, CsvSource, HubSource, JsonSource, NlrxSource, ParquetSource, PythonSource, Source, TextSource
 from data_prep.sources.arrow import Arrow
 from data_prep.sources.csv_rows import Csv
-from data_prep.sources.hub import Hub
+from data_prep.sources.hub import open_hub
 from data_prep.sources.json_lines import JsonLines
 from data_prep.sources.nlrx import Nlrx
 from data_prep.sources.parquet import Parquet
@@ -21,7 +21,7 @@ from data_prep.sources.text import Text
 __all__ = ["Reader", "open_source"]
 
 READERS: dict[type, Callable[[Any, tuple[str, ...], str], Reader]] = {
-    ArrowSource: Arrow, CsvSource: Csv, HubSource: Hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet,
+    ArrowSource: Arrow, CsvSource: Csv, HubSource: open_hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet,
     PythonSource: PythonCode, TextSource: Text,
 }
 

@@ -75,9 +75,9 @@ def note_of(skipped: set[str], folder: str, key: str) -> str:
     """Return a line that names the files below a folder that are not read; empty if there are none."""
     if not skipped:
         return ""
-    some = f"{len(skipped):,} files" if len(skipped) > 1 else "a file"
+    some = f"{len(skipped):,} files" if len(skipped) > 1 else "1 file"
     examples = ", ".join([*sorted(skipped)[:SHOWN_FILES], *(["..."] if len(skipped) > SHOWN_FILES else [])])
-    return f"note: the names of files decide what is read of {folder} ({key}), and leave out {some}: {examples}"
+    return f"note: {folder} ({key}): skipping {some} by name: {examples}"
 
 
 def fixed_part(path: str) -> Path:

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, streamed, or local folders that the `datasets` library reads."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,28 @@ from typing import TYPE_CHECKING
 from data_prep.config import HubSource
 from data_prep.console import UserError
 from data_prep.sources.files import LARGEST_PIECE
-from data_prep.sources.record import Piece, Record
+from data_prep.sources.hub_folder import is_saved, json_files, open_files, open_saved
+from data_prep.sources.record import Piece, Reader, Record
 from data_prep.sources.views import column_mapping
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    from datasets import DatasetBuilder, IterableDataset
+
+
+COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
+"""In the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
+
+
+def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
+    """Open a local folder by the reader of its files, and stream anything else. Raises UserError if it cannot be opened."""
+    if source.path.startswith((".", "/")) and not Path(source.path).exists():
+        raise UserError(f"there is no folder {source.path} ({name}.path)")
+    if saved := open_saved(source, views, name):
+        return saved
+    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+        builder = open_builder(source)
+    local = open_files(source, views, name, builder) if Path(source.path).is_dir() else None
+    return local or Hub(source, views, name, builder)
 
 
 class Hub:
@@ -21,12 +39,10 @@ class Hub:
 
     note = ""
 
-    def __init__(self, source: HubSource, views: tuple[str, ...], name: str):
+    def __init__(self, source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder"):
         self.title = f"hub:{source.path}:{source.hub_split}"
-        if source.path.startswith((".", "/")) and not Path(source.path).exists():
-            raise UserError(f"there is no folder {source.path} ({name}.path)")
         with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
-            self.rows = stream(source)
+            self.rows = builder.as_streaming_dataset(split=source.hub_split)
             columns = self.rows.column_names or list(next(iter(self.rows), {}))
         self.mapping = column_mapping(source, views, columns, self.title, name)
         self.supplies = self.mapping.supplies
@@ -53,13 +69,35 @@ class Hub:
         return f"{piece.path}:shard {piece.start}:{position}"
 
 
-def stream(source: HubSource) -> "IterableDataset":
-    """Return the rows of one split. Imports `datasets`, which takes more than a second."""
+def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
+    """Return the rows of one split: files of JSON in a local folder, which `datasets` would reinterpret, or what it streams. Raises UserError."""
+    with told(f"cannot read the data set {source.path} ({name}), split {source.hub_split}"):
+        if is_saved(source):
+            import datasets
+
+            saved = datasets.load_from_disk(source.path)
+            return (saved[source.hub_split] if isinstance(saved, datasets.DatasetDict) else saved).to_iterable_dataset()
+        builder = open_builder(source)
+        files = json_files(source, name, builder) if Path(source.path).is_dir() else []
+        return files or builder.as_streaming_dataset(split=source.hub_split)
+
+
+def commit_of(source: HubSource, name: str) -> str | None:
+    """Return the commit that the revision of a data set of the hub is now; None for a local folder. Raises UserError."""
+    if Path(source.path).is_dir() or source.path.startswith((".", "/")):
+        return None
+    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+        found = COMMIT.search(str(open_builder(source).base_path))
+    return found[1] if found else None
+
+
+def open_builder(source: HubSource) -> "DatasetBuilder":
+    """Return what `datasets` reads a data set with. Importing it takes more than a second."""
     import datasets
 
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in one line
-    return datasets.load_dataset(source.path, source.config, split=source.hub_split, revision=source.revision, streaming=True)
+    return datasets.load_dataset_builder(source.path, source.config, revision=source.revision)
 
 
 @contextmanager

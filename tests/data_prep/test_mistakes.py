@@ -163,6 +163,6 @@ def test_files_that_are_left_out_for_their_names_are_told(lines_file, pairs, und
     said = []
     prepare(data(tmp_path / "out", {"type": kind, "path": str(folder)}, tokenizer={"path": str(undisturbed / "tokenizer")},
                  missing_views="keep"), say=said.append)
-    notes = [line for line in said if "leave out" in line]
+    notes = [line for line in said if "skipping" in line]
     assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])
-    assert not skipped or (f"leave out {len(skipped)} files: " if len(skipped) > 1 else "leave out a file: ") in notes[0]
+    assert not skipped or (f"skipping {len(skipped)} files by name: " if len(skipped) > 1 else "skipping 1 file by name: ") in notes[0]

@@ -340,6 +340,18 @@ def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, caps
     check_specials(taken, ODD)
 
 
+def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):
+    """The ids of LlamaTokenizer of transformers 4, which adds what its vocabulary lacks at the end."""
+    beside = {"added_tokens": {"<|im_start|>": 360}, "special_tokens_map": {"pad_token": "[PAD]", "additional_special_tokens": ["<|b|>", "<|a|>"]},
+              "tokenizer_config": {"sep_token": {"content": "[SEP]"}, "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": []}}
+    taken = take_over(with_files(tmp_path / "folder", foreign(tmp_path, normalization_rule_name="identity"), **beside), tmp_path / "taken")
+    spec = json.loads((taken.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert {token["content"]: token["id"] for token in spec["added_tokens"] if token["id"] >= 360} == {
+        "<|im_start|>": 360, "[SEP]": 361, "[PAD]": 362, "<|b|>": 363, "<|a|>": 364}
+    assert (taken.bos_id, taken.eos_id, taken.sep_id, taken.pad_id, taken.vocab_size) == (1, 2, 361, 362, 365)
+    check_specials(taken, ODD)
+
+
 @pytest.mark.parametrize("beside, expected", [
     ({"added_tokens": {"<|im_start|>": 300}}, r"added_tokens\.json: token '<\|im_start\|>' cannot have id 300: .* it has id 360"),
     ({"added_tokens": {"<|im_start|>": 360, "<|im_end|>": 365}}, r"added_tokens\.json: token '<\|im_end\|>' cannot have id 365: .* it has id 361"),

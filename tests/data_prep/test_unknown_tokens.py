@@ -71,6 +71,18 @@ def test_a_tokenizer_with_bytes_knows_everything(tmp_path, lines_file):
     said = []
     manifest = prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}), say=said.append)
     assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in said)
+    said = []
+    prepare(data(tmp_path / "again", json_source(tmp_path / "a.jsonl"), tokenizer={"path": str(tmp_path / "out" / "tokenizer")}), say=said.append)
+    assert not any("unknown" in line for line in said)
+
+
+def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path, lines_file):
+    vocab = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    source = json_source(lines_file(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
+    said = []
+    prepare(data(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append)
+    assert any(line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token") for line in said)
 
 
 def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, lines_file):

@@ -48,7 +48,7 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
     write(tmp_path / "set" / "a.tsv", b"code\ttext\nd\tc\n")
     write(tmp_path / "set" / "c.CSV", b"text,code\nx,y\n")
     source = reader(tmp_path / "set")
-    assert texts(source) == [("c", "d"), ("a", "b")] and "leave out a file: " in source.note and "c.CSV" in source.note
+    assert texts(source) == [("c", "d"), ("a", "b")] and "skipping 1 file by name: " in source.note and "c.CSV" in source.note
 
 
 @pytest.mark.parametrize("row, problem", [

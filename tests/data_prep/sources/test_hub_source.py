@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep.console import UserError
+from data_prep.pipeline import prepare
 from tests.data_prep.sources.reading import located, opened, texts
 from tests.launching import ROOT
+from tests.preparing import data
 
 ROWS = [{"text": f"t{row}", "code": None if row == 2 else f"c,\n{row}", "n": row} for row in range(5)]
 
@@ -35,12 +38,85 @@ def reader(path, names=("text", "code"), **more):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
-def test_each_shard_of_a_local_folder_is_a_piece(tmp_path, kind):
+def test_each_file_of_a_local_folder_is_read_by_the_reader_of_its_kind(tmp_path, kind):
     source = reader(make(tmp_path / "set", kind))
-    assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces())
+    assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces()) and source.note == ""
     expected = [(f"{shard}-t{row}", "" if row == 2 else f"c,\n{row}") for shard in range(3) for row in range(5)]
     assert texts(source) == expected
-    assert located(source)[6] == (expected[6], f"hub:{tmp_path / 'set'}:train:shard 1:2")
+    line = 4 if kind == "csv" else 2  # the header, and a line break in the row before
+    assert located(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
+
+
+@pytest.mark.parametrize("code", ["2003-04-05", "2003-04-05T06:07:08Z", "12:30", "1e5", "007", "true", "NaN"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_text_stays_the_text_of_the_file(tmp_path, code, kind):
+    (tmp_path / f"a.{kind}").write_text(f"text,code\nday,{code}\n" if kind == "csv" else json.dumps({"text": "day", "code": code}) + "\n")
+    assert texts(reader(tmp_path)) == [("day", code)]
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 500 + "]" * 500])
+def test_a_column_that_is_not_used_costs_nothing(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "code": "b", "n": {value}}}\n' + json.dumps({"text": "c", "code": "d"}) + "\n")
+    assert texts(reader(tmp_path)) == [("a", "b"), ("c", "d")]
+
+
+def test_files_that_are_in_no_split_are_named(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("pairs-train", "pairs-test", "pairs-extra", ".hidden"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name, "code": "x"}) + "\n")
+    (folder / "LICENSE").write_text("not data")
+    source = reader(folder)
+    assert texts(source) == [("pairs-train", "x")]
+    assert source.note == (f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
+                           f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json")
+    said = []
+    prepare(data(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}), say=said.append)
+    assert source.note in said
+
+
+def test_a_readme_and_a_folder_of_data_are_read_as_on_the_hub(tmp_path, monkeypatch):
+    for name in ("data/a-train.jsonl", "data/b-train.jsonl", "data/test.jsonl", "more/train.jsonl"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text(json.dumps({"text": name, "code": "x"}) + "\n")
+    readme = "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n- {config_name: two, data_files: more/*.jsonl}\n---\n"
+    (tmp_path / "set" / "README.md").write_text(readme)
+    monkeypatch.chdir(tmp_path)
+    assert [text for text, _ in texts(reader("set"))] == ["data/a-train.jsonl", "data/b-train.jsonl"]
+    assert located(reader("set", hub_split="test")) == [(("data/test.jsonl", "x"), "set/data/test.jsonl:1")]
+    assert [text for text, _ in texts(reader("./set/", config="two"))] == ["more/train.jsonl"]
+
+
+def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_library(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.csv").write_text("text;code\n'a';b\n")
+    plain = {"config_name": "plain", "data_files": "a.csv", "sep": ";"}
+    configs = [plain, plain | {"config_name": "quoted", "quotechar": "'"}]
+    (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    assert texts(reader(folder, config="plain")) == [("'a'", "b")]
+    assert texts(reader(folder, config="quoted")) == [("a", "b")]
+
+
+def test_a_file_of_another_kind_is_streamed(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    place = f"hub:{tmp_path}:train:shard 0"
+    assert located(reader(tmp_path, names=("text",))) == [(("one",), f"{place}:1"), (("two",), f"{place}:2")]
+
+
+def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
+    datasets.disable_progress_bars()
+    rows = {"text": ["2003-04-05", "b"], "code": ["c", "d"]}
+    train, test = datasets.Dataset.from_dict(rows), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
+    train.save_to_disk(tmp_path / "one")
+    assert texts(reader(tmp_path / "both")) == texts(reader(tmp_path / "one")) == [("2003-04-05", "c"), ("b", "d")]
+    assert texts(reader(tmp_path / "both", hub_split="test")) == [("q", "a")]
+    for folder, more, expected in (("both", {"hub_split": "validation"}, r"both .* has no split 'validation', only train, test: set data\."),
+                                   ("one", {"hub_split": "test"}, r"without splits: leave out data\.sources\.0\.hub_split"),
+                                   ("one", {"config": "x"}, r"no configurations: leave out data\.sources\.0\.config")):
+        with pytest.raises(UserError, match=expected):
+            reader(tmp_path / folder, **more)
 
 
 def test_columns_become_views_as_those_of_json_lines(tmp_path):
@@ -55,17 +131,18 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
     assert texts(reader(folder, views="many")) == [("x", "y"), ("z", "")]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_a_wrong_column_is_told_at_opening(tmp_path, kind):
-    with pytest.raises(UserError, match=r"hub:.*set:train has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views"):
+    with pytest.raises(UserError, match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views"):
         reader(make(tmp_path / "set", kind), views={"code": "answer"})
 
 
 @pytest.mark.parametrize("more, expected", [
-    ({"hub_split": "test"}, "split test: .*Bad split: test"), ({"config": "other"}, "other.* not found"),
+    ({"hub_split": "test"}, r"^.*set \(data\.sources\.0\.path\) has no split 'test', only train: set data\.sources\.0\.hub_split"),
+    ({"config": "other"}, r"cannot open the data set .*set \(data\.sources\.0\.path\), .*other.* not found"),
 ])
 def test_a_split_or_configuration_that_there_is_not_says_so(tmp_path, more, expected):
-    with pytest.raises(UserError, match=rf"cannot open the data set .*set \(data\.sources\.0\.path\), .*{expected}") as raised:
+    with pytest.raises(UserError, match=expected) as raised:
         reader(make(tmp_path / "set", "jsonl"), **more)
     assert "\n" not in str(raised.value)
 
@@ -78,18 +155,15 @@ def test_a_folder_that_is_no_data_set_says_so(tmp_path):
         reader(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("kind, content", [
-    ("jsonl", b'{"text": "a", "code": "b"}\n{"text": \n'), ("parquet", b"PAR1 no more"), ("csv", b"text,code\n\xff\xfe,b\n"),
-])
-def test_a_damaged_shard_is_named_and_costs_no_other(tmp_path, kind, content):
-    folder = make(tmp_path / "set", kind)
-    (folder / f"2.{kind}").write_bytes(content)
-    source = reader(folder)
-    first, _, last = source.pieces()
-    assert len(list(source.read(first))) == 5
-    with pytest.raises(UserError, match=r"cannot read shard 2 of hub:.*set:train: ") as raised:
-        list(source.read(last))
-    assert "\n" not in str(raised.value)
+def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
+    folder = make(tmp_path / "set", "jsonl")
+    (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
+    *good, last = located(reader(folder))
+    assert len(good) == 11 and last == (("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"), f"{folder / '2.jsonl'}:2")
+    folder = make(tmp_path / "other", "parquet")
+    (folder / "2.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"2\.parquet is no Parquet file, or damaged"):
+        reader(folder)
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, mistake):

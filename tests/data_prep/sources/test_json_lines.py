@@ -100,8 +100,8 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     assert [text for text, _ in texts(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
     assert len(texts(reader(tmp_path / "d*" / "c" / "**"))) == 2
     skipped = [tmp_path / "data" / name for name in (".git/", ".hidden.jsonl", "a.jsonl.bak", "notes.txt")]
-    assert reader(tmp_path / "data").note == (f"note: the names of files decide what is read of {tmp_path / 'data'} (data.sources.0.path), "
-                                              f"and leave out 4 files: {skipped[0]}/, {skipped[1]}, {skipped[2]}, ...")
+    assert reader(tmp_path / "data").note == (f"note: {tmp_path / 'data'} (data.sources.0.path): skipping 4 files by name: "
+                                              f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ...")
     assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
     assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
     literal = write(tmp_path / "x[1].jsonl", GOOD)

@@ -53,7 +53,7 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
     (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
     hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})
     assert [row.views for row in read_rows(hub, views, "task.test")] == [("e", "f")]
-    with pytest.raises(UserError, match=r"cannot read the data set .* split validation"):
+    with pytest.raises(UserError, match=r"has no split 'validation', only test: set task\.test\.hub_split"):
         read_rows(hub.model_copy(update={"hub_split": "validation"}), views, "task.test")
 
 
