@@ -22,6 +22,8 @@ FEW = 5
 """A source has few targets if a draw by target would hold out fewer of them than this, ..."""
 REPEATED = 10
 """... and a target has more records than this. Both are means over the records."""
+GOLDEN = 0x9E3779B97F4A7C15
+"""Multiples of it modulo 2^64 are spread evenly (Knuth, The Art of Computer Programming 3, section 6.4)."""
 
 
 def split_function(data: DataConfig, source: int, by_context: bool = False) -> Callable[[Record], str]:
@@ -43,19 +45,23 @@ def drawn_by_context(job: Job, source: int) -> bool:
 
 
 class TargetSample:
-    """The targets of some records of a unit: of those with the smallest hashes, so that they are drawn from all of it."""
+    """The targets of some records of a unit, chosen by a hash of their number, so that they are spread over all of it."""
 
     def __init__(self) -> None:
         self.records = 0
-        self.sample: list[tuple[int, int]] = []
-        """(hash of the record, hash of its target)."""
+        self.sample: list[tuple[int, str]] = []
+        """(hash of the record's number, target)."""
+        self.limit = 1 << 64
+        """Records with smaller hashes are in the sample."""
 
     def add(self, records: Iterable[Record]) -> None:
         """Look at records; those of a group are not drawn by target."""
         for record in records:
             if not record.group:
                 self.records += 1
-                self.sample.append((_number("\0".join(record.texts)), _number(_target(record))))
+                number = self.records * GOLDEN % (1 << 64)
+                if number < self.limit:
+                    self.sample.append((number, _target(record)))
         if len(self.sample) > 8 * SAMPLE:
             self._shrink()
 
@@ -63,10 +69,12 @@ class TargetSample:
         """Write the number of records and the hashes of the targets."""
         self._shrink()
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.array([self.records, *(target for _, target in self.sample)], np.uint64))
+            np.save(file, np.array([self.records, *(_number(target) for _, target in self.sample)], np.uint64))
 
     def _shrink(self) -> None:
         self.sample = sorted(self.sample)[:SAMPLE]
+        if len(self.sample) == SAMPLE:
+            self.limit = self.sample[-1][0]
 
 
 def decide(job: Job, units: list[Unit], sample_file: Callable[[int], Path]) -> list[int]:
@@ -98,7 +106,7 @@ def _decision(job: Job) -> Path:
 
 
 def _target(record: Record) -> str:
-    return next(view for view in reversed(record.texts) if view.strip())
+    return record.texts[-1] or next(view for view in reversed(record.texts) if view.strip())
 
 
 def _context(record: Record) -> str:

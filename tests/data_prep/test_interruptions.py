@@ -94,7 +94,7 @@ def busy(corpus, undisturbed, command, tmp_path):
     """A preparation with many units before it, two workers, and a first unit behind it."""
     large = tmp_path.parent / f"{tmp_path.name}.jsonl"
     large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
-    sources = [json_source(large)] * 100
+    sources = [json_source(large)] * 40
     tokenizer = undisturbed / "tokenizer"
     arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
                                      f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
