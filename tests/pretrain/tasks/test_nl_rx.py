@@ -7,7 +7,7 @@ from pretrain.tasks import nl_rx
 from pretrain.tasks.nl_rx import score
 from pretrain.tasks.regex_equality import compare
 from pretrain.tasks.scoring import Answer
-from tests.pretrain.evaluation.shared_data import empty, gold, real_rows, shuffled
+from tests.pretrain.tasks.shared_data import empty, gold, real_rows, shuffled
 
 
 def test_each_rate_counts_what_it_says():

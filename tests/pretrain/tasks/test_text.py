@@ -9,7 +9,7 @@ from pretrain.config import load_config
 from pretrain.tasks import text
 from pretrain.tasks.scoring import Answer
 from tests.launching import tiny_config, write_config
-from tests.pretrain.evaluation.shared_data import empty, gold, shuffled, write_rows
+from tests.pretrain.tasks.shared_data import empty, gold, shuffled, write_rows
 
 TARGETS = ["A short title", "Another, longer title of a text", "Ein kurzer Titel", "短い題名"]
 

@@ -18,7 +18,7 @@ from pretrain.tasks.sql import execution
 from pretrain.tasks.sql.databases import database_name, find_databases
 from pretrain.tasks.sql.execution import Runner, normal, same_rows
 from pretrain.tasks.sql.order import outer_order
-from tests.pretrain.evaluation.shared_data import DATA, empty, gold, real_rows, shuffled
+from tests.pretrain.tasks.shared_data import DATA, empty, gold, real_rows, shuffled
 from tests.processes import TIMEOUT
 
 TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]

@@ -21,7 +21,7 @@ from pretrain.models.language_model import shape_config
 from pretrain.tasks import gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, yelp
 from pretrain.tasks.scoring import Answer, beyond_positions
 from tests.launching import TINY, tiny_config, write_config
-from tests.pretrain.evaluation.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
+from tests.pretrain.tasks.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
 
 
 def rows_of(tmp_path, rows, task):
