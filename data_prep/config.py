@@ -201,8 +201,8 @@ class DataConfig(Section):
     """Whether the end token of a text is a next-token target. Without it a model does not learn to stop, which published figures of
     LLM-JEPA suffer from: for comparison with those alone."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the training sources held out for validation, drawn by the target view's text, so that no target is on both sides. A source
-    with few different targets, such as labels, is drawn by its context instead; the preparation reports that."""
+    """Fraction of the training sources held out for validation, drawn by the target view's text, so that no target is on both sides. Records
+    of a frequent target, such as a label, are drawn by their context instead; the preparation reports that."""
     on_malformed: Literal["fail", "drop"] = "fail"
     """A line that is no record (not JSON, not UTF-8, a view that is no text) stops the preparation, or is
     dropped and counted."""
@@ -249,10 +249,11 @@ TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]
 
 
 def task_source(data: DataConfig, given: str | JsonSource | HubSource) -> JsonSource | HubSource:
-    """Return the rows of an evaluation task as a source. A path alone is read like the first JSON source of the corpus, with its `views`."""
+    """Return the rows of an evaluation task as a source. A path alone is read by the `views` of the first source that maps its columns."""
     if not isinstance(given, str):
         return given
-    views = next((source.views for source in data.sources if isinstance(source, JsonSource)), None)
+    of_rows = (source for source in data.sources if not isinstance(source, NlrxSource | PythonSource | TextSource))
+    views = next((source.views for source in of_rows if source.views is not None), None)
     return JsonSource(type="json", path=given, views=views)
 
 

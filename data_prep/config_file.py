@@ -17,6 +17,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from data_prep.console import UserError
 
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Reads YAML, and raises an error for a key that is given twice: the later one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in keys:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train", "deepspeed", "checkpoint",
             "evaluation", "monitor")
 
@@ -41,7 +56,7 @@ def load_yaml(path: str | Path, overrides: typing.Sequence[str] = (), sections: 
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     try:
-        config = yaml.safe_load(content)
+        config = yaml.load(content, _UniqueKeyLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or 2024-13-45, which YAML takes for a date
         raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(config, dict):
@@ -111,9 +126,11 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         mistakes = error.errors()  # a misspelt key often is a missing one too: the spelling comes first
-        first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+        order = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found")
+        first = min(mistakes, key=lambda mistake: order.index(mistake["type"]) if mistake["type"] in order else len(order))
         tags = union_tags(model)
-        key = ".".join([where] * bool(where) + [str(part) for part in first["loc"] if part not in tags])
+        parts = [str(part) for part in first["loc"] if part not in tags and not re.match(r"(function|tagged-union)\b", str(part))]
+        key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":
             known = [f"{where}.{known}" if where else known for known in known_keys(model)]
             if _with_list_index(key) in known:
@@ -123,6 +140,8 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]
             raise UserError(f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}") from None
+        if first["type"] == "union_tag_not_found":
+            raise UserError(f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing: it says of which kind this section is") from None
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
         raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given}") from None

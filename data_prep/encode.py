@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.console import UserError
 from data_prep.files import read_json, write_json
-from data_prep.holdout import drawn_by_context, split_function
+from data_prep.holdout import frequent_targets_of, split_function
 from data_prep.ragged import ranges, run_sums
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
@@ -84,7 +84,7 @@ class _Encoder:
     def __init__(self, job: Job, number: int, unit: Unit, tokenizer: Tokenizer):
         self.job, self.number, self.unit, self.tokenizer = job, number, unit, tokenizer
         self.drops = Drops()
-        self.split_of = split_function(job.data, unit.source, drawn_by_context(job, unit.source))
+        self.split_of = split_function(job.data, unit.source, frequent_targets_of(job, unit.source))
         self.batch: list[tuple[int, Record]] = []
         self.characters = self.kept = 0
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}

@@ -1,8 +1,8 @@
 """Which training records are held out for validation: `data.validation_fraction` of them, drawn by a text of the record.
 
-That text is the target, so that no target is on both sides, or for a record of a group that of the group. Where a source has few targets, such
-as labels, whole classes would be held out or none at all: its records are drawn by their context instead, and no context is on both sides.
-The scan keeps a sample of the targets of each unit, and this decides after it, from the samples alone: for any number of processes alike.
+That text is the target, so that no target is on both sides, or for a record of a group that of the group. A frequent target, such as a label
+or "not answerable", would go to one side with all its records: these are drawn by their context instead. The scan keeps a sample of the
+targets of each unit, and this decides after it which targets are frequent, from the samples alone: for any number of processes alike.
 """
 
 import hashlib
@@ -19,29 +19,31 @@ from data_prep.units import Job, Unit
 SAMPLE = 1024
 """Records of a unit whose targets are looked at."""
 FEW = 5
-"""A source has few targets if a draw by target would hold out fewer of them than this, ..."""
+"""A target is frequent if it has more than 1 / FEW of the records that are to be held out, ..."""
 REPEATED = 10
-"""... and a target has more records than this. Both are means over the records."""
+"""... and more records than this."""
 GOLDEN = 0x9E3779B97F4A7C15
 """Multiples of it modulo 2^64 are spread evenly (Knuth, The Art of Computer Programming 3, section 6.4)."""
 
 
-def split_function(data: DataConfig, source: int, by_context: bool = False) -> Callable[[Record], str]:
-    """Return the function from a record of a source to its split."""
+def split_function(data: DataConfig, source: int, frequent: frozenset[int] = frozenset()) -> Callable[[Record], str]:
+    """Return the function from a record of a source to its split; `frequent` are the hashes of its frequent targets."""
     split, fraction = data.sources[source].split, data.validation_fraction
     if split != "train" or not fraction:
         return lambda record: split
 
     def drawn(record: Record) -> str:
-        by = record.group or (_context(record) if by_context else _target(record))
-        return "validation" if _number(by) / 2**64 < fraction else "train"
+        draw = _number(record.group or _target(record))
+        if draw in frequent and not record.group:
+            draw = _number(_context(record))
+        return "validation" if draw / 2**64 < fraction else "train"
     return drawn
 
 
-def drawn_by_context(job: Job, source: int) -> bool:
-    """Return what `decide` has decided about a source."""
-    decided: list[bool] = read_json(_decision(job))
-    return decided[source]
+def frequent_targets_of(job: Job, source: int) -> frozenset[int]:
+    """Return the hashes of the frequent targets of a source, as `decide` has found them."""
+    decided: list[list[int]] = read_json(_decision(job))
+    return frozenset(decided[source])
 
 
 class TargetSample:
@@ -78,31 +80,29 @@ class TargetSample:
 
 
 def decide(job: Job, units: list[Unit], sample_file: Callable[[int], Path]) -> list[int]:
-    """Decide for each source how its records are drawn, and keep the decision; return the sources that are drawn by context."""
-    decided = []
+    """Find the frequent targets of each source, and keep them; return how many each source has."""
+    decided: list[list[int]] = []
     for source in range(len(job.data.sources)):
         files = [sample_file(number) for number, unit in enumerate(units) if unit.source == source]
         samples = [np.load(file) for file in files if file.exists()]  # a unit that an older version scanned has none
         records = sum(int(sample[0]) for sample in samples)
         targets = np.concatenate([np.empty(0, np.uint64), *(sample[1:] for sample in samples)])
-        decided.append(bool(job.data.validation_fraction) and has_few_targets(targets, records, job.data.validation_fraction))
+        decided.append(frequent_targets(targets, records, job.data.validation_fraction) if job.data.validation_fraction else [])
     if read_json_or_nothing(_decision(job)) != decided:
         write_json(_decision(job), decided)
-    return [source for source, by_context in enumerate(decided) if by_context]
+    return [len(targets) for targets in decided]
 
 
-def has_few_targets(targets: np.ndarray, records: int, fraction: float) -> bool:
-    """Return whether a draw by target would be a lottery; `targets` are a sample of the targets of `records` records."""
-    _, counts = np.unique(targets, return_counts=True)
-    pairs = len(targets) * (len(targets) - 1)
-    if not pairs:
-        return False
-    alike = float((counts * (counts - 1)).sum()) / pairs  # chance that two records have the same target
-    return alike * FEW > fraction and alike * records > REPEATED
+def frequent_targets(targets: np.ndarray, records: int, fraction: float) -> list[int]:
+    """Return the frequent ones of the targets of `records` records, of which `targets` are a sample, as hashes."""
+    values, counts = np.unique(targets, return_counts=True)
+    rates = counts / max(1, len(targets))
+    frequent = (rates * FEW > fraction) & (rates * records > REPEATED) & (counts > 1)
+    return [int(value) for value in values[frequent]]
 
 
 def _decision(job: Job) -> Path:
-    return job.partial / "drawn_by_context.json"
+    return job.partial / "frequent_targets.json"
 
 
 def _target(record: Record) -> str:

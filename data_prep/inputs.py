@@ -58,15 +58,16 @@ def read_checksums(folder: Path) -> dict[str, str]:
     return {path: checksum for file in sorted(folder.glob("*.json")) for path, checksum in read_json(file).items()}
 
 
-def check_same(stored: dict[str, Any], job: Job, now: Stamps, folder: Path) -> None:
-    """Raise UserError if a corpus was made from other settings, tests or files. `stored` are those of its manifest.
-
-    Corpora of earlier versions do not record how their tests were read, only the files.
-    """
+def changed_settings(stored: dict[str, Any], job: Job) -> list[str]:
+    """Return the keys of a job that differ from the settings of a manifest. Earlier versions did not record how tests were read."""
     data = job.data.preparation()
     changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
-    if stored.get("tests", job.described_tests) != job.described_tests:
-        changed.append("evaluation.tasks")
+    return changed + ["evaluation.tasks"] * (stored.get("tests", job.described_tests) != job.described_tests)
+
+
+def check_same(stored: dict[str, Any], job: Job, now: Stamps, folder: Path) -> None:
+    """Raise UserError if a corpus was made from other settings, tests or files. `stored` are those of its manifest."""
+    changed = changed_settings(stored, job)
     if not changed:
         trusted = read_json_or_nothing(folder / MODIFIED) or {}
         changed = [f"content of {path}" for path in sorted(stored["files"] | now)

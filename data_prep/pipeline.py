@@ -23,13 +23,14 @@ from data_prep.console import UserError, print_now
 from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
 from data_prep.files import read_json, read_json_or_nothing, sync_file, try_lock, write_json, write_text
-from data_prep.holdout import decide, drawn_by_context, split_function
+from data_prep.holdout import decide, frequent_targets_of, split_function
 from data_prep.manifest import Manifest, build_manifest, check_left, one_line, summary, why_dropped
 from data_prep.progress import Progress
 from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
 from data_prep.selection import duplicates, near_duplicates
+from data_prep.selection.contamination import STRETCH
 from data_prep.selection.drops import REASONS, unknown_tokens
-from data_prep.selection.task_contexts import contexts_file, read_contexts, title_of
+from data_prep.selection.task_contexts import contexts_file, note_of, read_contexts, title_of, too_short
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
@@ -177,7 +178,11 @@ class _Preparation:
         contexts: dict[str, None] = {}
         for test in self.job.tests:
             found = read_contexts(self.job.data, test)
-            self.say(f"kept out of training: {len(found):,} contexts of {title_of(test)}")
+            if note := note_of(test):
+                self.say(note)
+            short = too_short(found)
+            self.say(f"kept out of training: {len(found):,} contexts of {title_of(test)}"
+                     + (f", {short:,} of them only where a training context equals them: they are shorter than {STRETCH} letters" if short else ""))
             contexts |= dict.fromkeys(found)
         write_json(contexts_file(self.job.partial), list(contexts))
 
@@ -195,9 +200,10 @@ class _Preparation:
         self.crew.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
 
     def _decide_holdout(self) -> None:
-        for source in decide(self.job, self.units, lambda number: target_file(self.job, number)):
-            self.say(f"note: data.sources.{source} has few different targets, so its records are held out for validation by their context: "
-                     "no context is on both sides, but targets are")
+        for source, count in enumerate(decide(self.job, self.units, lambda number: target_file(self.job, number))):
+            if count:
+                self.say(f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label, whose records are held out "
+                         "for validation by their context: these targets are on both sides")
 
     def _checksums(self) -> None:
         groups = inputs.groups(self.stamps, piece_length(sum(size for size, _ in self.stamps.values())))
@@ -263,7 +269,7 @@ class _Preparation:
         limit = max(SAMPLE_OF_UNIT, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
             unit, of_unit = self.units[number], 0
-            split_of = split_function(self.job.data, unit.source, drawn_by_context(self.job, unit.source))
+            split_of = split_function(self.job.data, unit.source, frequent_targets_of(self.job, unit.source))
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":
                     yield from filter(str.strip, record.texts)
@@ -288,7 +294,9 @@ class _Preparation:
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say("note: data.validation_fraction held no record back, so nothing will be validated: there are too few records")
         for number, source in enumerate(manifest["sources"]):
-            if source["records"] and not source["kept"]:
+            if not source["records"]:
+                self.say(f"WARNING: data.sources.{number} has no records")
+            elif not source["kept"]:
                 self.say(f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}")
         for split, entry in manifest["splits"].items():
             if line := unknown_tokens(split, entry):

@@ -85,7 +85,7 @@ class _Scan:
         self.drops = Drops()
         self.dropped: list[int] = []
         self.batch: list[tuple[int, int, Record]] = []
-        # Where `holdout.decide` finds few targets, this is not the final split. Of two duplicates the other one may then stay.
+        # For frequent targets, see data_prep/holdout.py, this is not the final split. Of two duplicates the other one may then stay.
         self.split_of = split_function(job.data, unit.source)
         self.targets = TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
         self.characters = 0

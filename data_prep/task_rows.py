@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import write_text
-from data_prep.sources import files, json_array
+from data_prep.sources import csv_rows, files, json_array
 from data_prep.sources.hub import open_rows, told
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
-from data_prep.sources.views import Mapping, RowMapping
+from data_prep.sources.views import RowMapping
 from data_prep.tasks.form import PublicForm
 
 Columns = dict[str, Any]
@@ -41,14 +41,15 @@ class Row(NamedTuple):
 class RowReader:
     """Reads rows of one source.
 
-    The views are the columns that the source maps them to, or the turns of a conversation, or else the columns of the public data set of the
-    task (`form`). `incomplete` also accepts rows that lack some of the views, which are then empty.
+    A row is read by the `views` of the source; if it has none, or the row does not fit them, in the form of the public data set of the task,
+    by the names of the views, or as a conversation. `incomplete` also accepts rows that lack some of the views, which are then empty.
     """
 
     def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, form: PublicForm | None = None, *,
                  incomplete: bool = False):
-        self.source, self.key, self.form, self.incomplete = source, key, form, incomplete
+        self.source, self.views, self.key, self.form, self.incomplete = source, views, key, form, incomplete
         self._mapping = RowMapping(source, views, key)
+        self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
         """Lists of texts whose end filled no record."""
 
@@ -58,18 +59,23 @@ class RowReader:
             yield from self._rows_of(columns, place)
 
     def _rows_of(self, columns: Columns, place: str) -> Iterator[Row]:
-        mapping = self._mapping.of(columns)
-        records = list(mapping.records(columns, 0))
+        public = self.form is not None and self.form.columns <= columns.keys()
+        if public and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
+            yield self._public_row(columns, place)
+            return
+        records = list(self._mapping.of(columns).records(columns, 0))
         if isinstance(self.source.views, str):
             full = [record for record in records if record.views is None or all(record.views)]
             self.remainders += len(full) < len(records)
             records = full
-        if not all(map(self._fits, records)) and (texts := self._public_views(columns, place)):
-            yield Row(texts, columns)
-            return
+        elif not self._fits(records[0]):
+            if public:
+                yield self._public_row(columns, place)
+                return
+            records = [record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)] or records
         for record in records:
             if not self._fits(record):
-                raise UserError(self._problem(record, mapping, columns, place))
+                raise UserError(self._problem(record, columns, place))
             yield Row(record.texts, columns)
 
     def _fits(self, record: Record) -> bool:
@@ -77,18 +83,22 @@ class RowReader:
             return False
         return any(record.views) if self.incomplete else all(record.views)
 
-    def _public_views(self, columns: Columns, place: str) -> tuple[str, str] | None:
-        if self.form is None or not self.form.columns <= columns.keys():
-            return None
+    def _public_row(self, columns: Columns, place: str) -> Row:
+        assert self.form is not None
         try:
-            return self.form.views(columns)
+            return Row(self.form.views(columns), columns)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{place}: not the columns of this data set: {type(error).__name__}: {error}") from None
+            raise UserError(f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.form.columns))}; "
+                            f"for other columns or values set {self.key}.views") from None
 
-    def _problem(self, record: Record, mapping: Mapping, columns: Columns, place: str) -> str:
-        problem = record.problem or " or ".join(mapping.columns) + " is missing or empty"
-        return (f"{place}: {problem}; the row has {', '.join(columns) or 'no column'}: name the columns of the views in {self.key}, "
-                "as for a source of data.sources")
+    def _problem(self, record: Record, columns: Columns, place: str) -> str:
+        missing = [self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text]
+        return (f"{place}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; the row has {', '.join(columns) or 'no column'}: "
+                f"name the columns of the views in {self.key}, as for a source of data.sources")
+
+    def _described(self, view: str) -> str:
+        mapped = self.source.views.get(view, view) if isinstance(self.source.views, dict) else view
+        return view if mapped == view else f"{view} ({mapped})"
 
 
 def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, rows: int | None = None, form: PublicForm | None = None, *,
@@ -114,10 +124,21 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
     for path in paths:
         size = files.size_of(path)
         try:
+            if path.endswith(csv_rows.SUFFIXES):
+                yield from _rows_of_csv(path)
+                continue
             with files.opened(Piece(path, 0, size, size)) as file:
                 yield from _objects_of(path, files.reads_of(file, path))
         except files.Damaged as problem:
             raise UserError(f"{path}: {problem}") from None
+
+
+def _rows_of_csv(path: str) -> Iterator[tuple[str, Columns]]:
+    size = files.size_of(path)
+    for line, row in csv_rows.read_objects(Piece(path, 0, size, size)):
+        if isinstance(row, files.Damaged):
+            raise row
+        yield f"{path}:{line}", _columns(row, f"{path}:{line}")
 
 
 def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Columns]]:

@@ -7,7 +7,7 @@ EXAMPLES = 5
 EXCERPT = 60
 """Characters of a record that an example shows."""
 REASONS = {
-    "damaged": "a compressed file is damaged there, and the rest of it is lost",
+    "damaged": "the file is damaged there, and the rest of it is lost",
     "malformed": "the line is no record",
     "unparsable": "the file is no program text that can be parsed",
     "empty": "no view holds text",

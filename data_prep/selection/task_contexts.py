@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.config import AnySource, DataConfig, HubSource, NlrxSource, PythonSource, TaskTest, TextSource
 from data_prep.console import UserError
-from data_prep.sources.files import find_files
+from data_prep.selection.contamination import STRETCH, letters
+from data_prep.sources.files import files_below, find_and_note, find_files
 from data_prep.sources.json_lines import SUFFIXES
 from data_prep.sources.views import make_mapping, template_columns
 from data_prep.task_rows import RowReader
@@ -20,8 +21,15 @@ def contexts_file(partial: Path) -> Path:
 
 
 def files_of(test: TaskTest) -> list[str]:
-    """Return the files of a test; none for a data set of the hub."""
-    return [] if isinstance(test.source, HubSource) else find_files(test.source, test.key, SUFFIXES)
+    """Return the files of a test, all those below a local folder of type hub; none for a data set of the hub."""
+    if isinstance(test.source, HubSource):
+        return files_below(test.source.path)
+    return find_files(test.source, test.key, SUFFIXES)
+
+
+def note_of(test: TaskTest) -> str:
+    """Return a line about files of a folder that are not read; empty if there are none."""
+    return "" if isinstance(test.source, HubSource) else find_and_note(test.source, test.key, SUFFIXES)[1]
 
 
 def title_of(test: TaskTest) -> str:
@@ -59,6 +67,11 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
     return list(contexts)
 
 
+def too_short(contexts: Sequence[str]) -> int:
+    """Return how many contexts are too short for a shared stretch, and so are recognised as a whole alone."""
+    return sum(len(letters(context)) < STRETCH for context in contexts)
+
+
 def context_names(views: tuple[str, ...]) -> tuple[str, ...]:
     """Return the views that a test asks with: all but the last, or the only one."""
     return views[:-1] or views
@@ -86,7 +99,7 @@ def _public_contexts(form: PublicForm, columns: Columns) -> Iterator[str]:
 def _texts(columns: Columns, names: list[str]) -> Iterator[str]:
     for name in names:
         text = columns.get(name)
-        if isinstance(text, str) and text.strip():
+        if isinstance(text, str) and len(text.split()) > 1:  # a single word is a name or a label, not a question
             yield text
 
 

@@ -11,6 +11,11 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 """Names of ShareGPT for roles."""
 
 
+def is_conversation(value: Any) -> bool:
+    """Return whether a column holds the turns of a conversation, rather than its name or nothing."""
+    return isinstance(value, list) and bool(value)
+
+
 def role_reader(column: str, role: str) -> Callable[[dict[str, Any]], str | None]:
     """Return the function that finds the text of a role in a row: its only turn that has text; None if there is none.
 

@@ -21,12 +21,10 @@ class Csv:
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None, delimiter: str | None = None):
         self.delimiter = delimiter
         self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
-        self.headers: dict[str, list[str]] = {}
         self.mappings: dict[str, Mapping] = {}
         for path in self.files:
             size = files.size_of(path)
-            self.headers[path] = self._header(Piece(path, 0, size, size))
-            self.mappings[path] = column_mapping(source, views, self.headers[path], path, name)
+            self.mappings[path] = column_mapping(source, views, header(Piece(path, 0, size, size), delimiter), path, name)
         self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
 
     def pieces(self) -> list[Piece]:
@@ -36,20 +34,14 @@ class Csv:
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece, see `Reader.read`. A position is the line on which a row starts."""
-        header, mapping = self.headers[piece.path], self.mappings[piece.path]
-        rows = self._rows(piece)
-        next(rows)
-        for line, row in rows:
+        mapping = self.mappings[piece.path]
+        for line, row in read_objects(piece, self.delimiter):
             if isinstance(row, files.Damaged):
                 yield Record(None, line, str(row), "damaged")
-            elif isinstance(row, csv.Error):
-                yield Record(None, line, f"not CSV ({row})")
-            elif len(row) != len(header):
-                yield Record(None, line, f"{len(row)} fields, but the header has {len(header)}")
-            elif any(not field.isascii() and not _is_text(field) for field in row):
-                yield Record(None, line, "not UTF-8, or a line of more than 16 MiB")
+            elif isinstance(row, ValueError):
+                yield Record(None, line, str(row))
             else:
-                yield from mapping.records(dict(zip(header, row, strict=True)), line)
+                yield from mapping.records(row, line)
 
     def count(self, piece: Piece) -> int:
         """Count positions, see `Reader.count`."""
@@ -59,33 +51,53 @@ class Csv:
         """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
-    def _header(self, piece: Piece) -> list[str]:
-        line, row = next(self._rows(piece), (1, []))
-        if not isinstance(row, list) or not row or len(set(row)) < len(row):
-            problem = row if isinstance(row, Exception) else f"names {max(row, key=row.count)!r} twice" if row else "there is none"
-            raise UserError(f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name")
-        return row
 
-    def _rows(self, piece: Piece) -> Iterator[tuple[int, list[str] | csv.Error | files.Damaged]]:
-        """Yield the rows of a file but for empty ones, each with the line on which it starts, or why it cannot be read."""
-        kind = piece.path.removesuffix(files.codec_of(piece.path) or "")
-        csv.field_size_limit(files.LONGEST_LINE)
-        with files.opened(piece) as file:
-            rows = csv.reader(_lines(file, piece.path), delimiter=self.delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True)
-            while True:
-                line = rows.line_num + 1
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield line, error
-                except files.Damaged as problem:
-                    yield line, problem
-                    return
-                else:
-                    if row:
-                        yield line, row
+def read_objects(piece: Piece, delimiter: str | None = None) -> Iterator[tuple[int, dict[str, str] | ValueError | files.Damaged]]:
+    """Yield the rows of a file by the names of their columns, each with the line on which it starts, or why it cannot be read."""
+    names, rows = header(piece, delimiter), _rows(piece, delimiter)
+    next(rows)
+    for line, row in rows:
+        if isinstance(row, files.Damaged):
+            yield line, row
+        elif isinstance(row, csv.Error):
+            yield line, ValueError(f"not CSV ({row})")
+        elif len(row) != len(names):
+            yield line, ValueError(f"{len(row)} fields, but the header has {len(names)}")
+        elif any(not field.isascii() and not _is_text(field) for field in row):
+            yield line, ValueError("not UTF-8, or a line of more than 16 MiB")
+        else:
+            yield line, dict(zip(names, row, strict=True))
+
+
+def header(piece: Piece, delimiter: str | None = None) -> list[str]:
+    """Return the names of the columns of a file. Raises UserError if the first line does not give them."""
+    line, row = next(_rows(piece, delimiter), (1, []))
+    if not isinstance(row, list) or not row or len(set(row)) < len(row):
+        problem = row if isinstance(row, Exception) else f"names {max(row, key=row.count)!r} twice" if row else "there is none"
+        raise UserError(f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name")
+    return row
+
+
+def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] | csv.Error | files.Damaged]]:
+    """Yield the rows of a file but for empty ones, each with the line on which it starts, or why it cannot be read."""
+    kind = piece.path.removesuffix(files.codec_of(piece.path) or "")
+    csv.field_size_limit(files.LONGEST_LINE)
+    with files.opened(piece) as file:
+        rows = csv.reader(_lines(file, piece.path), delimiter=delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True)
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, error
+            except files.Damaged as problem:
+                yield line, problem
+                return
+            else:
+                if row:
+                    yield line, row
 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[str]:

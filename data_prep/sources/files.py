@@ -80,6 +80,11 @@ def note_of(skipped: set[str], folder: str, key: str) -> str:
     return f"note: {folder} ({key}): skipping {some} by name: {examples}"
 
 
+def files_below(folder: str) -> list[str]:
+    """Return all files below a folder but for hidden ones; none if there is no such folder."""
+    return sorted(str(file) for file in Path(folder).rglob("*") if file.is_file() and not file.name.startswith("."))
+
+
 def fixed_part(path: str) -> Path:
     """The folder that all files of a glob stand below; a path that is no glob, as it is."""
     parts = Path(path).parts

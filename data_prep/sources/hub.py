@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from data_prep.config import HubSource
 from data_prep.console import UserError
 from data_prep.sources.files import LARGEST_PIECE
-from data_prep.sources.hub_folder import is_saved, json_files, open_files, open_saved
+from data_prep.sources.hub_folder import check_saved_split, is_saved, open_files, open_saved, text_files
 from data_prep.sources.record import Piece, Reader, Record
 from data_prep.sources.views import column_mapping
 
@@ -70,15 +70,18 @@ class Hub:
 
 
 def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
-    """Return the rows of one split: files of JSON in a local folder, which `datasets` would reinterpret, or what it streams. Raises UserError."""
+    """Return the rows of one split: files of JSON or CSV in a local folder, which `datasets` would change, or what it streams. Raises UserError."""
+    if source.path.startswith((".", "/")) and not Path(source.path).exists():
+        raise UserError(f"there is no folder {source.path} ({name}.path)")
     with told(f"cannot read the data set {source.path} ({name}), split {source.hub_split}"):
         if is_saved(source):
+            check_saved_split(source, name)
             import datasets
 
             saved = datasets.load_from_disk(source.path)
             return (saved[source.hub_split] if isinstance(saved, datasets.DatasetDict) else saved).to_iterable_dataset()
         builder = open_builder(source)
-        files = json_files(source, name, builder) if Path(source.path).is_dir() else []
+        files = text_files(source, name, builder) if Path(source.path).is_dir() else []
         return files or builder.as_streaming_dataset(split=source.hub_split)
 
 

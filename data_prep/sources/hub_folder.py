@@ -33,6 +33,15 @@ def is_saved(source: HubSource) -> bool:
     return (folder / arrow.SPLITS).is_file() or (folder / arrow.DATASET).is_file()
 
 
+def check_saved_split(source: HubSource, name: str) -> None:
+    """Raise UserError if a folder that save_to_disk wrote does not have the split."""
+    folder = Path(source.path)
+    if (folder / arrow.SPLITS).is_file():
+        _check_split(source, name, arrow.splits_of(folder))
+    elif source.hub_split != "train":
+        raise UserError(f"{folder} ({name}.path) is a single data set of save_to_disk, without splits: leave out {name}.hub_split")
+
+
 def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader | None:
     """Open a folder that save_to_disk wrote; None if it is another. Raises UserError."""
     folder = Path(source.path)
@@ -41,11 +50,9 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
         return None
     if source.config is not None:
         raise UserError(f"{folder} ({name}.path) was written by save_to_disk and has no configurations: leave out {name}.config")
+    check_saved_split(source, name)
     if has_splits:
-        _check_split(source, name, arrow.splits_of(folder))
         folder /= source.hub_split
-    elif source.hub_split != "train":
-        raise UserError(f"{folder} ({name}.path) is a single data set of save_to_disk, without splits: leave out {name}.hub_split")
     return Arrow(_as_files(source), views, name, arrow.saved_files(folder))
 
 
@@ -63,12 +70,12 @@ def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "D
     return reader
 
 
-def json_files(source: HubSource, name: str, builder: "DatasetBuilder") -> list[str]:
-    """Return the files of JSON that `builder` finds in a local folder; none if it reads other files, or reads them differently."""
+def text_files(source: HubSource, name: str, builder: "DatasetBuilder") -> list[str]:
+    """Return the files of JSON or CSV that `builder` finds in a local folder; none if it reads other files, or reads them in another way."""
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
     found = files[source.hub_split]
-    return found if _is_standard(builder.config) and all(file.endswith(json_lines.SUFFIXES) for file in found) else []
+    return found if _is_standard(builder.config) and all(file.endswith(json_lines.SUFFIXES + csv_rows.SUFFIXES) for file in found) else []
 
 
 def _files_by_split(source: HubSource, builder: "DatasetBuilder") -> dict[str, list[str]]:

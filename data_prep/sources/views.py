@@ -7,7 +7,7 @@ from typing import Any
 
 from data_prep.config import AnySource
 from data_prep.console import UserError
-from data_prep.sources.chat import COLUMNS, role_reader
+from data_prep.sources.chat import COLUMNS, is_conversation, role_reader
 from data_prep.sources.record import Record
 from data_prep.sources.text_values import NoText, text_of
 
@@ -59,6 +59,7 @@ class RowMapping:
     """The mapping that each row of a source takes: that of its conversation if it has one, otherwise that of the columns."""
 
     def __init__(self, source: AnySource, views: tuple[str, ...], name: str):
+        self._views = views
         self.columns = make_mapping(source, views, name, {view: view for view in views})
         self._chats = {column: make_mapping(source, views, name, chat_columns(views, column)) for column in COLUMNS
                        if len(views) > 1 and column not in views}
@@ -66,9 +67,12 @@ class RowMapping:
     def of(self, row: Row) -> Mapping:
         """Return the mapping of a row."""
         for column, mapping in self._chats.items():
-            if row.get(column) is not None:
+            if is_conversation(row.get(column)):
                 return mapping
-        return self.columns
+        if all(view in row for view in self._views):
+            return self.columns
+        malformed = (mapping for column, mapping in self._chats.items() if row.get(column) is not None)
+        return next(malformed, self.columns)
 
 
 def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> Mapping:
@@ -85,7 +89,7 @@ def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str]
         return mapping
     plain = make_mapping(source, views, name, by_name)  # of the rows without a conversation
     return Mapping(plain.supplies, tuple(dict.fromkeys(mapping.columns + plain.columns)),
-                   lambda row, position: (plain if row.get(chat) is None else mapping).records(row, position))
+                   lambda row, position: (mapping if is_conversation(row.get(chat)) else plain).records(row, position))
 
 
 def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str) -> None:

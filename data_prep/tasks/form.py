@@ -23,12 +23,16 @@ class PublicForm(NamedTuple):
 def label_number(label: Any, labels: int) -> int:
     """Return a label as a number from 0. Raises ValueError for anything else, such as -1 in splits without labels."""
     if not re.fullmatch(r"\d+", str(label)) or int(label) >= labels:
-        raise ValueError(f"the label {label}, where labels are 0 to {labels - 1}")
+        raise ValueError(f"the label {label!r}, where labels are 0 to {labels - 1}")
     return int(label)
 
 
 def text_of(value: Any) -> str:
     """Return a column that must be text. Raises ValueError for anything else."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError("a text that is empty, or not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no text") from None
     return value

@@ -136,9 +136,13 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
 
 
 def describe_corpus(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells a corpus from any other: the checksum of each split's shards, and of the tokenizer."""
+    """Return what distinguishes a corpus from any other: the checksum of each split's shards, and of the tokenizer.
+
+    The examples of unknown tokens do not count: they name the files that the corpus was made from, and earlier versions had none.
+    """
+    shards = {split: {key: value for key, value in entry.items() if key != "unknown"} for split, entry in manifest["splits"].items()}
     splits = {split: {"records": entry["records"], "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()}
-              for split, entry in manifest["splits"].items()}
+              for split, entry in shards.items()}
     return {"corpus": splits, "tokenizer": manifest["tokenizer"]}
 
 

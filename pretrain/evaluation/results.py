@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import JsonSource
 from data_prep.console import UserError
 from data_prep.files import read_json_lines, sha256_file, write_text
 from pretrain.run_folder import read_metrics, read_status, rewinds
@@ -44,9 +43,9 @@ def scoring_of(result: dict[str, Any]) -> int:
 
 def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return what one result stands for: step, task, version of the scoring, settings, files by their content, and overrides, such as a seed."""
-    paths = [source.path if isinstance(source, JsonSource) else source for source in (*task.sources.values(), *task.paths)]
+    paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
     settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
-        "files": {str(file): sha256_file(file) for path in paths if isinstance(path, str) for file in _files(Path(path))},
+        "files": {str(file): sha256_file(file) for path in paths if path is not None for file in _files(Path(path))},
         "overrides": sorted(word for word in overrides if not word.startswith("task.")),
     }
     return {"step": step, "task": task.title, "scoring": SCORING, "settings": settings}
@@ -99,11 +98,14 @@ def print_summary(run_dir: Path) -> None:
     for task, version in dict.fromkeys((result["task"], scoring_of(result)) for result in read_results(run_dir)):
         results = sorted((result for result in read_results(run_dir) if (result["task"], scoring_of(result)) == (task, version)),
                          key=lambda result: result["step"])
-        names = list(dict.fromkeys(name for result in results for name in result["metrics"]))[:TABLE_COLUMNS]
+        every = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        names = every[:TABLE_COLUMNS]
         rows = [[task if version == SCORING else f"{task}, scoring {version}", "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
         print_table(rows)
+        if len(every) > len(names):
+            print(f"(in results.jsonl too: {', '.join(every[TABLE_COLUMNS:])})", flush=True)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
           "        then open the page it names; Custom Scalars shows both loss terms in one chart", flush=True)

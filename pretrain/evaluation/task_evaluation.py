@@ -41,6 +41,6 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "directions": declared, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),
     }, config.monitor.tensorboard)
-    counts = [f"{name} {count:,}" for name, count in result.counts.items() if count]
+    counts = [f"{name} {count:,}" for name, count in result.counts.items() if count or name == "unseen"]
     print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
           + (f"; of {result.rows:,} rows: {', '.join(counts)}" if counts else ""), flush=True)

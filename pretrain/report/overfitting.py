@@ -53,8 +53,8 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
         return Overfitting(arms, {}, {})
     others, base = {name: past for name, past in arms.items() if name != baseline}, arms[baseline]
     changes = {name: past.change for name, past in others.items() if past.change}
-    losses = {name: magnitude([*past.lowest.values(), *base.lowest.values()]) for name, past in others.items()}
-    scores = {name: magnitude([*past.metric.values(), *base.metric.values()]) for name, past in others.items()}
+    losses = {name: _magnitude(past.lowest, base.lowest) for name, past in others.items()}
+    scores = {name: _magnitude(past.metric, base.metric) for name, past in others.items()}
     return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
                        compare(changes, base.change, better, scores))
 
@@ -84,3 +84,8 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
 
 def _mean(values: dict[int, float]) -> float:
     return float(np.mean(list(values.values())))
+
+
+def _magnitude(values: dict[int, float], base: dict[int, float]) -> float:
+    """Return the largest magnitude of two arms over the seeds that both have."""
+    return magnitude(value for seed in values.keys() & base.keys() for value in (values[seed], base[seed]))

@@ -140,7 +140,7 @@ class Metric:
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
-        """Return the settings under which most runs have it at their last step, of equally many those of the newest scoring; None without any.
+        """Return the settings of the newest scoring under which most runs have it at their last step; None without any.
 
         Only results under the same settings, by the same version of the scoring, may be compared.
         """
@@ -150,7 +150,7 @@ class Metric:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
             votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(sorted(votes), key=lambda settings: (votes[settings], scoring_in(settings))) if votes else None
+        return max(sorted(votes), key=lambda settings: (scoring_in(settings), votes[settings])) if votes else None
 
     def scorings(self, run: Run) -> set[int]:
         """Return the versions of the scoring that gave its values at the last step of a run."""

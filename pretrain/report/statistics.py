@@ -58,7 +58,7 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
     """
     pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
     if sizes is None:
-        sizes = {name: magnitude([*values.values(), *baseline.values()]) for name, values in arms.items()}
+        sizes = {name: magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed])) for name, values in arms.items()}
     untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
     found = {name: result for name, result in untested.items() if result is not None}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}

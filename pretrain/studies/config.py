@@ -16,6 +16,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS
 from pretrain.tasks.directions import direction, directions_of
+from pretrain.tasks.options import TaskConfig
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
 """Keys of a run that no arm sets."""
@@ -134,18 +135,19 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     overrides = [f"base={os.path.abspath(os.path.expanduser(word[len('base='):]))}" if word.startswith("base=") else word for word in overrides]
     config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
     study = Study(config, path.parent / config.base)
-    tasks = {task.title: task.name for task in study.run_config(config.baseline, config.seeds[0]).evaluation.tasks}
+    base = study.run_config(config.baseline, config.seeds[0])
+    tasks = {task.title: task for task in base.evaluation.tasks}
     if config.metric.task not in tasks:
         raise UserError(f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
                         f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it")
-    _check_metric(config.metric, tasks[config.metric.task])
+    _check_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
 
 
-def _check_metric(metric: MetricConfig, kind: str) -> None:
-    """Give the metric of a task of this kind its declared direction. Raises UserError if it has none, or the task no such metric."""
-    found = direction(kind, metric.name)
-    if found is None and (declared := directions_of(kind)):
+def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
+    """Give the metric of a task its declared direction. Raises UserError if it has none, or the task no such metric."""
+    found, declared = direction(task.name, metric.name), [name for name in directions_of(task.name) if task.gives(name, views)]
+    if declared and (found is None or not task.gives(metric.name, views)):
         raise UserError(f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those")
     if metric.higher_is_better is not None:
         return

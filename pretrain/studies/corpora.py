@@ -8,9 +8,11 @@ from typing import Any
 
 from data_prep.config import HubSource, TaskTest, evaluation_tests
 from data_prep.console import UserError, print_now
+from data_prep.inputs import changed_settings
 from data_prep.pipeline import prepare
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import open_source
+from data_prep.units import Job
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study
 
@@ -49,6 +51,9 @@ def prepare_corpus(config: RunConfig) -> None:
     if not is_prepared(config):
         prepare(config.data, _tests(config))
     elif reason := _why_gone(config):
+        job = Job(data=config.data, tests=tuple(_tests(config)) if config.data.decontaminate else ())
+        if config.data.sources and (changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)):
+            raise UserError(f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, and cannot be prepared again: {reason}")
         print_now(f"note: {config.data.path} is used as it stands: {reason}")
     elif config.data.sources:
         prepare(config.data, _tests(config))  # which refuses it where its files have changed

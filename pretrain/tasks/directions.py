@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from typing import Literal
 
 Direction = Literal["higher", "lower", "neither"]
@@ -40,6 +41,11 @@ def direction(task: str, metric: str) -> Direction | None:
     The metrics of further directions of prediction have the prefix `A_to_B_`.
     """
     declared = directions_of(task)
-    if "_to_" in metric and metric not in declared:
-        return next((found for name, found in declared.items() if metric.endswith(f"_{name}")), None)
-    return declared.get(metric)
+    name = split_direction(metric)[1] if task == "retrieval" else metric
+    return declared.get(name)
+
+
+def split_direction(metric: str) -> tuple[str, str]:
+    """Return the direction of prediction that a metric of `retrieval` starts with, such as `code_to_text`, and the metric; "" without one."""
+    found = re.fullmatch(r"(\w+_to_\w+?)_(recall_at_10?|mrr)", metric)
+    return (found[1], found[2]) if found else ("", metric)

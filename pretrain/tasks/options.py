@@ -47,6 +47,10 @@ class TaskConfig(Section):
         """Whether the task finetunes the checkpoint first."""
         return False
 
+    def gives(self, metric: str, views: tuple[str, ...]) -> bool:
+        """Return whether a metric that the task declares is among its results with these options and views."""
+        return True
+
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError if the task cannot be evaluated on records of these views."""
 
@@ -55,10 +59,10 @@ class TaskConfig(Section):
         for key, given in self.sources.items():
             if isinstance(given, str) and not os.path.lexists(given) and not glob.has_magic(given):
                 raise UserError(f"{where}.{key}: there is no file {given} ({key} of {self.title})")
-            self.first_rows(data, where, key, 1)
+            self.first_rows(data, where, key, self.rows if key == "test" else None)
 
-    def first_rows(self, data: DataConfig, where: str, key: str, count: int) -> "list[Row]":
-        """Return the first `count` rows that a key names, as the task reads them; none of a data set that would have to be fetched.
+    def first_rows(self, data: DataConfig, where: str, key: str, count: int | None) -> "list[Row]":
+        """Return the first `count` rows that a key names, or all, as the task reads them; none of a data set that would have to be fetched.
 
         Raises UserError.
         """
@@ -66,7 +70,7 @@ class TaskConfig(Section):
 
         source = task_source(data, self.sources[key])
         reader = RowReader(source, data.views, f"{where}.{key}", public_form(self.name), incomplete=data.missing_views == "keep")
-        if isinstance(source, HubSource) and not source.path.startswith((".", "/")):
+        if isinstance(source, HubSource) and not source.path.startswith((".", "/")) and not os.path.isdir(source.path):
             return []
         found = list(islice(reader.rows(), count))
         if not found:

@@ -7,7 +7,7 @@ White space around an answer or a target does not count.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from data_prep.config import DataConfig
 from pretrain.tasks.directions import Directions, higher
@@ -24,6 +24,10 @@ class Config(AnswerTask):
     name: Literal["text"]
     similarity: list[Similarity] = []
     """Scores of sacrebleu that are computed too: chrf, bleu. They need the extra `similarity`."""
+
+    def gives(self, metric: str, views: tuple[str, ...]) -> bool:
+        """Return whether a declared metric is among the results: scores of sacrebleu are on request."""
+        return metric not in get_args(Similarity) or metric in self.similarity
 
     def check_needs(self, data: DataConfig, where: str) -> None:
         """Raise UserError, see `TaskConfig.check_needs`."""

@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from data_prep.config import HubSource, evaluation_tests
+from data_prep.config import evaluation_tests
 from data_prep.console import UserError, print_now
 from data_prep.files import copy_folder, sha256_file, try_lock
 from data_prep.selection.task_contexts import files_of
@@ -206,7 +206,7 @@ def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
         described = test.model_dump(mode="json", exclude={"key"}, exclude_none=True)
-        files = [] if isinstance(test.source, HubSource) else files_of(test)
+        files = files_of(test)
         new = [path for path in files if sha256_file(Path(path)) not in known] if files else [] if described in recorded else [test.source.path]
         if new:
             say(f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "

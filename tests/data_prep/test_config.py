@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, evaluation_tests
 from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError
 
@@ -120,7 +120,7 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
     ({"lm_views": "first"}, "data.lm_views: "), ({"on_malformed": "skip"}, "data.on_malformed: "),
     ({"path": 3}, "data.path: "), ({"path": None}, "data.path: "), ({"views": []}, "data.views"),
     ({"views": ["text", "text"]}, "a name of its own"),
-    ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "), ({"sources": [{"records": 5}]}, "data.sources.0: "),
+    ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "), ({"sources": [{"records": 5}]}, "data.sources.0.type is missing"),
     ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
     ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
     ({"sources": [{"type": "nlrx", "records": 5, "split": "dev"}]}, "data.sources.0.split: "),
@@ -168,3 +168,28 @@ def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, mista
         "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'")
     config.write_text("name: x\n")
     assert "no `data` section" in mistake(config)
+
+
+def test_a_key_that_is_given_twice_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: x\ndata: {path: a}\ntrain:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(UserError, match=r"run.yaml is not valid YAML: the key 'steps' is given twice .*line 5"):
+        load_yaml(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text("name: x\ndata: &base {path: a}\ntrain: {<<: *base, path: b}\n")
+    assert load_yaml(tmp_path / "run.yaml")["train"] == {"path": "b"}
+
+
+@pytest.mark.parametrize("source, message", [
+    ({"path": "a.jsonl"}, "data.sources.0.type is missing"), ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of")])
+def test_a_source_without_a_known_type_is_named(source, message):
+    with pytest.raises(UserError, match=message):
+        validate(DataConfig, {"path": "x", "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
+
+
+@pytest.mark.parametrize("test, message", [
+    ({"type": "csv", "path": "a.csv"}, r"evaluation.tasks.0.test.type: 'csv' is none of 'json', 'hub'"),
+    ({"path": "a.jsonl"}, "evaluation.tasks.0.test.type is missing"),
+    ({"type": "json", "paht": "a"}, "unknown key 'evaluation.tasks.0.test.paht'; the nearest known one is 'evaluation.tasks.0.test.path'")])
+def test_a_wrong_source_of_test_rows_is_named(test, message):
+    data = validate(DataConfig, {"path": "x", "tokenizer": {"vocab_size": 300}}, "data")
+    with pytest.raises(UserError, match=message):
+        evaluation_tests(data, {"tasks": [{"name": "nl_rx", "test": test}]})

@@ -40,8 +40,7 @@ def texts_of(folder) -> dict[str, list[tuple[str, ...]]]:
 MANY = [f"SELECT {number}" for number in range(1000)]
 DRAWS = {"two words": ["Good", "Bad"] * 1000, "two other words": ["positive", "negative"] * 1000,
          "sorted": ["positive"] * 1000 + ["negative"] * 1000, "one in ten": (["no"] * 9 + ["yes"]) * 200,
-         "twenty classes": [f"class {number % 20}" for number in range(2000)],
-         "mostly one": [f"answer {number}" if number % 3 == 0 else "none" for number in range(2000)]}
+         "twenty classes": [f"class {number % 20}" for number in range(2000)]}
 
 
 @pytest.mark.parametrize("kind", DRAWS)
@@ -54,7 +53,22 @@ def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path,
     assert 0.03 < len(found["validation"]) / sum(map(len, found.values())) < 0.08
     assert {code for _, code in found["validation"]} >= {target for target in DRAWS[kind] if DRAWS[kind].count(target) > 50}
     assert not trained & held_out and held_out == {row["text"] for row in rows if held_out_by_hash(row["text"])}
-    assert any("data.sources.0 has few different targets" in line for line in said)
+    assert any(f"data.sources.0 has {len(set(DRAWS[kind]))} frequent targets" in line for line in said)
+
+
+@pytest.mark.parametrize("frequent", [0.05, 0.2, 0.7])
+def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_path, lines_file, settings, frequent):
+    rng = random.Random(1)
+    targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
+    rows = rows_of(targets)
+    said = []
+    prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"), say=said.append)
+    found = texts_of(tmp_path / "out")
+    trained, held_out = ({code for _, code in found[split]} for split in ("train", "validation"))
+    assert trained & held_out == {"not answerable"}
+    expected = {(row["text"], row["code"]) for row in rows if held_out_by_hash(row["text" if row["code"] == "not answerable" else "code"])}
+    assert set(found["validation"]) == expected
+    assert any("data.sources.0 has 1 frequent target, such as a label" in line for line in said)
 
 
 @pytest.mark.parametrize("targets", [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
@@ -65,7 +79,7 @@ def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, l
     prepare(data(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
     found = texts_of(tmp_path / "out")
     assert sorted(code for _, code in found["validation"]) == sorted(filter(held_out_by_hash, targets))
-    assert not any("few different targets" in line for line in said)
+    assert not any("frequent target" in line for line in said)
 
 
 def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_path, lines_file, settings, cut_small):
@@ -77,7 +91,7 @@ def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_pat
         out = tmp_path / f"{workers}-{piece}"
         said = []
         prepare(data(out, *sources, **settings, workers=workers), say=said.append)
-        assert [line[:20] for line in said if "few different targets" in line] == ["note: data.sources.0"]
+        assert [line[:20] for line in said if "frequent target" in line] == ["note: data.sources.0"]
         found.append({split: set(rows) for split, rows in texts_of(out).items()})
     assert found[0] == found[1] == found[2]
     assert {code for _, code in found[0]["validation"]} == {"positive", "negative", *filter(held_out_by_hash, MANY)}

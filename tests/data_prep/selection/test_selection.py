@@ -165,7 +165,7 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lin
     found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
-    assert any(line.startswith("kept out of training: ") and line.endswith(f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)") for line in said)
+    assert any(line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line for line in said)
 
 
 def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, lines_file, tmp_path):
@@ -199,7 +199,7 @@ def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_pat
 
 def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
     source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: text or code is missing or empty; the row has q: name the columns"):
+    with pytest.raises(UserError, match=r"b\.jsonl:1: no text for the view text and code; the row has q: name the columns"):
         quiet(data(tmp_path / "out", source), rows_of_task(lines_file(tmp_path / "b.jsonl", [{"q": "a"}])))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"b\.jsonl \(nl_rx\) \(evaluation\.tasks\.0\.test\) has no rows"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_prep.config import DataConfig, evaluation_tests
+from data_prep.config import DataConfig, HubSource, evaluation_tests
 from data_prep.pipeline import prepare
 from data_prep.task_rows import read_rows
 from data_prep.tasks import public_form
@@ -101,7 +101,8 @@ def test_mapped_test_rows_are_kept_out_in_a_folder_a_glob_and_a_local_data_set(m
         manifest = prepare(config, tests, say=said.append)
         assert manifest["dropped"]["contaminated"]["count"] == len(train), name
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
-        assert any(line.startswith("kept out of training: ") and line.endswith("(spider)") for line in said)
+        assert any(line.startswith("kept out of training: ") and "(spider), " in line and "where a training context equals them" in line
+                   for line in said)
 
 
 def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(lines_file, tmp_path, mistake):
@@ -126,3 +127,50 @@ def test_the_end_of_a_list_that_fills_no_record_costs_no_other_row(lines_file, t
     source = rows_of_task(lines_file(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
     assert "(task.test): 2 lists of texts end in too few texts for another row, which are skipped" in capsys.readouterr().out
+
+
+def test_files_of_tests_that_are_not_read_are_named(lines_file, tmp_path):
+    (tmp_path / "tests").mkdir()
+    lines_file(tmp_path / "tests" / "a.jsonl", [{"text": "first question", "code": "1"}])
+    (tmp_path / "tests" / "b.csv").write_text("text,code\nsecond question,2\n")
+    source = json_source(lines_file(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
+    said = []
+    prepare(data(tmp_path / "out", source, tokenizer={"vocab_size": 296}), rows_of_task(tmp_path / "tests"), say=said.append)
+    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in said)
+
+
+def test_a_test_in_a_local_data_set_that_changes_is_noticed(lines_file, tmp_path, mistake):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    lines_file(tests / "test.jsonl", [{"text": "first question", "code": "1"}])
+    source = json_source(lines_file(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
+    config = {"name": "x", "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 296}, "workers": 1},
+              "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "hub", "path": str(tests), "hub_split": "test"}}]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    prepared = DataConfig(**config["data"])
+    quiet(prepared, evaluation_tests(prepared, config["evaluation"]))
+    lines_file(tests / "test.jsonl", [{"text": "another question", "code": "1"}])
+    assert f"was prepared with another content of {tests / 'test.jsonl'}" in mistake(tmp_path / "run.yaml")
+
+
+def test_a_column_of_a_template_that_is_a_name_is_no_context(lines_file, tmp_path):
+    test = [{"db": "flights", "ask": "how many are there today", "sql": "SELECT 1"}]
+    train = [{"text": "flights", "code": "a"}, {"text": "How many are there today?", "code": "b"}]
+    train += [{"text": f"t {number}", "code": "x"} for number in range(40)]
+    config = data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", train)), tokenizer={"vocab_size": 296}, deduplicate="none")
+    tests = rows_of_task(lines_file(tmp_path / "test.jsonl", test), "text", views={"text": "{ask} [{db}]", "code": "sql"})
+    assert quiet(config, tests)["dropped"]["contaminated"]["count"] == 1
+
+
+def test_rows_that_the_mapping_of_the_corpus_does_not_fit_are_read_by_name_or_in_the_public_form(lines_file, tmp_path):
+    rows = [{"text": "a", "code": "b"}, {"question": "c", "answer": "#### 1"}, {"ask": "d", "say": "e"}, chat("f", "g")]
+    source = rows_of_task(lines_file(tmp_path / "test.jsonl", rows), views={"text": "ask", "code": "say"})[0].source
+    found = read_rows(source, ("text", "code"), "task.test", form=public_form("gsm8k"))
+    assert [row.views for row in found] == [("a", "b"), ("c", "#### 1"), ("d", "e"), ("f", "g")]
+
+
+def test_rows_of_csv_in_a_local_data_set_are_text_as_it_is_there(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.csv").write_text("text,code\na,007\nb,1.10\nc,2003-04-05\n")
+    source = HubSource(type="hub", path=str(tmp_path / "set"), hub_split="test")
+    assert [row.target for row in read_rows(source, ("text", "code"), "task.test")] == ["007", "1.10", "2003-04-05"]

@@ -37,10 +37,13 @@ FORMS = {
     "a conversation": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
     "a conversation of roles": ({"conversations": [USER, ASSISTANT]}, PAIR),
     "messages as ShareGPT": ({"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
+    "a conversation that is a name": ({"conversations": "thread-3", "text": "ask", "code": "reply"}, PAIR),
+    "an empty conversation": ({"conversations": [], "text": "ask", "code": "reply"}, PAIR),
+    "empty messages beside a conversation": ({"messages": [], "conversations": [USER, ASSISTANT]}, PAIR),
     "no messages": ({"messages": None, "text": "ask", "code": "reply"}, PAIR),
 }
 """A row, and its views or the problem that is reported."""
-ONLY_JSON = {"a large number", "messages of texts", "a list", "an object", "an image", "messages of parts"}
+ONLY_JSON = {"empty messages beside a conversation", "a large number", "messages of texts", "a list", "an object", "an image", "messages of parts"}
 """Forms that Parquet has no type for, or another one for each."""
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
+from data_prep.shards import read_manifest
 from data_prep.tokenizer import train
-from pretrain.data.corpus import Corpus, source_weights
+from pretrain.data.corpus import Corpus, describe_corpus, source_weights
 
 
 @pytest.fixture
@@ -171,3 +172,16 @@ def test_a_folder_without_a_corpus_and_an_absent_split_are_named(prepared, tmp_p
     assert_refused(tmp_path, tmp_path, "prepare it first")
     with pytest.raises(UserError, match=r"no test split \(it has train, validation\)"):
         Corpus(prepared, "test")
+
+
+def test_examples_of_unknown_tokens_do_not_make_another_corpus(prepared):
+    manifest = read_manifest(prepared)
+    changed = json.loads(json.dumps(manifest))
+    for entry in changed["splits"].values():
+        entry["unknown"] = {"tokens": 3, "records": 1, "first": ["elsewhere.jsonl:1: x"]}
+    assert describe_corpus(changed) == describe_corpus(manifest)
+    for entry in changed["splits"].values():
+        del entry["unknown"]  # as versions before it had it
+    assert describe_corpus(changed) == describe_corpus(manifest)
+    changed["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    assert describe_corpus(changed) != describe_corpus(manifest)

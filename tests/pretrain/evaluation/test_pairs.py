@@ -45,10 +45,10 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
     source = JsonSource(type="json", path=str(tmp_path / "data"))
     found = read_rows(source, views, "task.test", form=form)
     assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == ["f", "g"]
-    with pytest.raises(UserError, match=r"test.jsonl:3: text or code is missing or empty; the row has question, answers"):
+    with pytest.raises(UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
-    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: IndexError"):
+    with pytest.raises(UserError, match=r"test.jsonl:1: list index out of range, in the form of the public data set"):
         read_rows(source, views, "task.test", form=form)
     (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
     hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pretrain.config import TaskConfig
+from pretrain.config import parse_task
 from pretrain.evaluation.results import SCORING, append_result, identity, is_evaluated, print_summary
 from tests.pretrain.report.tiny_study import change_lines
 
-TASK = TaskConfig(name="nl_rx")
+TASK = parse_task({"name": "nl_rx"}, "task")
 
 
 @pytest.fixture
@@ -32,3 +32,11 @@ def test_the_closing_table_keeps_versions_of_the_scoring_apart(run_dir, capsys):
     tables = [part.strip().splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
     of_task = {lines[0].split("  ")[0]: [line.split()[-1] for line in lines[2:]] for lines in tables if lines[0].startswith("nl_rx")}
     assert of_task == {"nl_rx, scoring 1": ["0.2500", "0.5000"], "nl_rx": ["0.7500"]}
+
+
+def test_the_closing_table_names_the_metrics_that_it_has_no_room_for(tmp_path, capsys):
+    (tmp_path / "evaluation").mkdir()
+    metrics = {f"metric{number}": 0.5 for number in range(8)}
+    append_result(tmp_path, {"step": 3, "task": "text", "rows": 4, "finetune": None, "metrics": metrics, "scoring": SCORING}, tensorboard=False)
+    print_summary(tmp_path)
+    assert "(in results.jsonl too: metric6, metric7)" in capsys.readouterr().out

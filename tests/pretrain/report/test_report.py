@@ -224,6 +224,15 @@ def test_scores_of_different_versions_are_named_and_never_averaged(altered):
     assert table(sections(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
 
 
+def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(altered):
+    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
+    for path in study.glob("arm*/evaluation/results.jsonl"):
+        if path.parts[-3] not in ("arm0-1", "arm1-1"):
+            change_lines(path, lambda line: line.pop("scoring"))
+    text = sections(study, page=False)[0].replace("\\", "")
+    assert "those of version 2 are compared, those of arm0-2 (version 1), arm0-3 (version 1), arm1-2" in text
+
+
 def test_arms_may_differ_in_what_they_finetune_by(altered):
     study = altered({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
     for arm, objective in enumerate(("next_token", "llm_jepa")):

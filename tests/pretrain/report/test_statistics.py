@@ -136,3 +136,18 @@ def test_the_detectable_difference_is_found_four_times_in_five(seeds, tests):
     differences = random.normal(detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
     t_values = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(seeds))
     assert np.mean(np.abs(t_values) > stats.t.ppf(1 - alpha / 2, seeds - 1)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_seeds_that_are_not_compared_do_not_decide_what_is_equal():
+    arm, baseline = {0: 2.5, 1: 2.4, 2: 2.8}, {0: 3.0, 1: 3.1, 2: 3.2}
+    expected = compare({"a": arm}, baseline, False)["a"]
+    assert expected.verdict == "helps"
+    assert compare({"a": arm}, baseline | {3: 2.5e6}, False)["a"] == expected == compare({"a": arm | {4: 1e9}}, baseline, False)["a"]
+
+
+def test_a_difference_of_a_thousandth_of_the_metric_is_not_equal():
+    baseline = {0: 0.9, 1: 0.85, 2: 0.88}
+    arm = {seed: value + 0.0009 + 1e-5 * seed for seed, value in baseline.items()}
+    assert compare({"a": arm}, baseline, True)["a"].verdict == "helps"
+    same = {seed: value * (1 + 1e-8 * seed) for seed, value in baseline.items()}
+    assert compare({"a": same}, baseline, True)["a"].reason

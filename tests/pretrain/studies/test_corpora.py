@@ -48,6 +48,12 @@ def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
         capsys.readouterr()
         prepare_corpus(config)
         assert told in capsys.readouterr().out
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"text": "another question", "code": "a"}\n')
+    others = {"evaluation": {"tasks": [{"name": "nl_rx", "test": str(test)}]}}
+    other = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310}, **others)))
+    with pytest.raises(UserError, match=r"was prepared with another evaluation.tasks, and cannot be prepared again: .*is gone"):
+        prepare_corpus(other)
 
 
 PREPARE = """
@@ -62,8 +68,9 @@ def test_a_prepared_corpus_needs_no_hub(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
     prepare_corpus(load_config(config))
     manifest = read_json(tmp_path / "corpus" / "manifest.json")
-    manifest["settings"]["data"]["sources"] = [{"type": "hub", "path": "nobody/nothing-at-all", "hub_split": "train"}]
+    sources = [{"type": "hub", "path": "nobody/nothing-at-all", "hub_split": "train"}]
+    prepared = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources)))
+    manifest["settings"]["data"]["sources"] = prepared.data.preparation()["sources"]
     write_json(tmp_path / "corpus" / "manifest.json", manifest)
-    write_config(tmp_path, tiny_config(tmp_path, data__sources=manifest["settings"]["data"]["sources"]))
     told = call([sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout
     assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in told

@@ -62,6 +62,19 @@ def test_gsm8k_on_its_test_rows():
     check_gsm8k([row.target for row in real_rows("gsm8k/test.jsonl")])
 
 
+def test_labels_in_columns_with_the_names_of_the_views_are_those_of_the_public_form(tmp_path):
+    for task, expected in (("yelp", ["1", "5"]), ("rotten_tomatoes", ["Bad", "Good"])):
+        rows = [{"text": "fine", "label": 0}, {"text": "poor", "label": 4 if task == "yelp" else 1}]
+        source = JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows)))
+        assert [row.target for row in read_rows(source, ("text", "label"), "task.test", form=public_form(task))] == expected
+
+
+@pytest.mark.parametrize("question", [" ", "half \ud83d pair"])
+def test_a_public_form_holds_text_as_other_rows_do(tmp_path, question):
+    with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set with the columns answer, question"):
+        rows_of(tmp_path, [{"question": question, "answer": "#### 1"}], "gsm8k")
+
+
 def check_labels(targets):
     names = sorted(set(targets))
     certain = [[0.0 if name == target else -9.0 for name in names] for target in targets]
@@ -160,7 +173,7 @@ def test_labels_as_the_hub_has_them(tmp_path):
     ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": -1}),
     ("hellaswag", {"ctx": "c", "endings": ["a", 2], "label": 0}), ("hellaswag", {"ctx": "c", "endings": "ab", "label": 0})])
 def test_columns_that_hold_no_text_are_reported_with_their_place(tmp_path, task, row):
-    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set"):
+    with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set"):
         rows_of(tmp_path, [row], task)
 
 
@@ -200,7 +213,7 @@ def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
     assert hellaswag.score(numbers, [["same"] * 4] * 5, [[-3.0] * 4] * 5) == {"normalised": 0, "likelihood": 0}
     assert hellaswag.score(numbers, endings, shuffled(certain)) == {"normalised": 1 / 5, "likelihood": 1 / 5}
     assert hellaswag.score([1], endings[:1], [[-6.0, -20.0, -9.0, -9.0]]) == {"normalised": 1, "likelihood": 0}
-    with pytest.raises(UserError, match=r"test.jsonl:1: not the columns of this data set: ValueError"):
+    with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set"):
         rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], "hellaswag")
 
 

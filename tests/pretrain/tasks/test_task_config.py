@@ -120,6 +120,7 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "blank.jsonl").write_text("\n")
     (folder / "plain.jsonl").write_text("a line\n")
+    (folder / "second.jsonl").write_text('{"text": "x", "code": "y"}\n{"text": "x"}\n')
     (folder / "others.jsonl").write_text('{"a": "x", "b": "y"}\n')
     return folder
 
@@ -161,11 +162,13 @@ UNREADABLE = {
     "no database": ({"databases": "FOLDER/empty", "name": "spider"}, "FOLDER/empty (evaluation.tasks.0.databases) has no database of any row"),
     "no rows": ({"test": "FOLDER/blank.jsonl"}, "evaluation.tasks.0.test: FOLDER/blank.jsonl has no rows"),
     "no JSON": ({"test": "FOLDER/plain.jsonl"}, "FOLDER/plain.jsonl:1: not JSON"),
-    "other columns": ({"train": "FOLDER/others.jsonl", "finetune": {}}, "FOLDER/others.jsonl:1: text or code is missing or empty; the row has a, b: "
-                      "name the columns of the views in evaluation.tasks.0.train"),
-    "a view is missing": ({"test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"text": "text"}}},
-                          "FOLDER/rows.jsonl:1: text is missing or empty"),
-    "no such local data set": ({"test": {"type": "hub", "path": "FOLDER/nowhere"}}, "cannot read the data set FOLDER/nowhere"),
+    "other columns": ({"train": "FOLDER/others.jsonl", "finetune": {}}, "FOLDER/others.jsonl:1: no text for the view text and code; the row has "
+                      "a, b: name the columns of the views in evaluation.tasks.0.train"),
+    "a view is missing": ({"test": {"type": "json", "path": "FOLDER/others.jsonl", "views": {"text": "a"}}},
+                          "FOLDER/others.jsonl:1: no text for the view code; the row has a, b"),
+    "a later row": ({"train": "FOLDER/second.jsonl", "finetune": {}}, "FOLDER/second.jsonl:2: no text for the view code; the row has text"),
+    "no such local data set": ({"test": {"type": "hub", "path": "FOLDER/nowhere"}},
+                               "there is no folder FOLDER/nowhere (evaluation.tasks.0.test.path)"),
     "no such folder": ({"test": {"type": "json", "path": "FOLDER/empty"}}, "FOLDER/empty (evaluation.tasks.0.test.path) holds no file"),
 }
 """Rows that an evaluation could not read, each with what the error line starts with."""
