@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.console import UserError
-from pretrain.training.distributed import environment_of_the_launcher
+from data_prep.console import UserError, exit_on_user_error
+from pretrain.training.distributed import environment_of_the_launcher, leave_group
 
 Entry = TypeVar("Entry")
 
@@ -19,22 +19,25 @@ PATIENCE = timedelta(days=30)
 
 
 def with_helpers(evaluate: Callable[[], None]) -> None:
-    """Join the ranks; evaluate on rank 0, and help on the others until that has ended."""
+    """Join the ranks; evaluate on rank 0, and help on the others until that has ended. Then end this process, with exit code 2 for a UserError."""
     environment_of_the_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo", timeout=PATIENCE)  # of Python objects alone
+    code = 0
     try:
         if dist.get_rank() == 0:
-            evaluate()
+            exit_on_user_error(evaluate)
         else:
             while (work := _broadcast(None)) is not None:
                 function, folder, rows, more = work
                 function(folder, rows, **more)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
     finally:
         if dist.get_rank() == 0:
             _broadcast(None)
-    dist.destroy_process_group()  # gloo aborts a process that ends with a group whose other ranks have ended
+    leave_group(code)
 
 
 def share_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:

@@ -1,8 +1,10 @@
 """Ranks: who this process is, and the few collectives that bookkeeping needs."""
 
+import contextlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -163,3 +165,21 @@ def _environment_from_mpi() -> None:
     given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     deepspeed.comm.mpi_discovery(distributed_port=MPI_PORT, verbose=False)
     os.environ |= given
+
+
+def leave_group(code: int) -> None:
+    """End this process with an exit code if it is one of several ranks; leave the process group of a single one.
+
+    The threads of gloo can abort a process that is torn down after one of its peers, also while the group is destroyed.
+    """
+    if not dist.is_initialized():
+        return
+    if dist.get_world_size() == 1:
+        dist.destroy_process_group()
+        return
+    if mpi := sys.modules.get("mpi4py.MPI"):
+        mpi.Finalize()  # without it mpirun reports a failure
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

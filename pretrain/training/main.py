@@ -47,18 +47,21 @@ def plan(config: RunConfig) -> None:
 
 
 def run_alone(config: RunConfig) -> None:
-    """Train as the only run of this process: its process group is destroyed afterwards."""
+    """Train as the only run of this process, which leaves its process group afterwards, and with it ends if there are other ranks."""
     from data_prep.shards import read_manifest
 
     read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
+    code = 0
     try:
         with output_may_be_lost():
             run(config)
-    finally:
-        from torch import distributed
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    from pretrain.training.distributed import leave_group
 
-        if distributed.is_initialized():
-            distributed.destroy_process_group()  # gloo aborts a process that ends with a group whose other ranks have ended
+    leave_group(code)
+    if code:
+        sys.exit(code)
 
 
 def run(config: RunConfig) -> None:
