@@ -8,8 +8,11 @@ from data_prep.console import UserError
 from data_prep.files import read_json, read_json_or_nothing, sha256_file, write_json
 from data_prep.selection.task_contexts import files_of
 from data_prep.sources import Reader
+from data_prep.tokenizer_files import ADDED, CONFIG, MAP
 from data_prep.units import Job
 
+BESIDE = (ADDED, CONFIG, MAP)
+"""Files that add tokens to a sentencepiece model beside them."""
 Stamps = dict[str, list[int]]
 """Of each file, its size in bytes and when it was last modified, in nanoseconds."""
 MODIFIED = ".modified.json"
@@ -25,7 +28,8 @@ def stamps(job: Job, readers: list[Reader]) -> Stamps:
     if job.data.tokenizer.path is not None:
         given = Path(job.data.tokenizer.path)
         inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
-        paths |= set(map(str, inside if given.is_dir() else [given]))
+        beside = [given.with_name(name) for name in BESIDE] if given.suffix == ".model" else []
+        paths |= set(map(str, inside if given.is_dir() else [given, *beside]))
     found = {}
     for path in sorted(paths):
         file = Path(path)
@@ -70,7 +74,9 @@ def check_same(stored: dict[str, Any], job: Job, now: Stamps, folder: Path) -> N
     changed = changed_settings(stored, job)
     if not changed:
         trusted = read_json_or_nothing(folder / MODIFIED) or {}
-        changed = [f"content of {path}" for path in sorted(stored["files"] | now)
+        a_model = (job.data.tokenizer.path or "").endswith(".model")  # of which earlier versions did not record the files beside it
+        compared = stored["files"] | {path: stamp for path, stamp in now.items() if not a_model or Path(path).name not in BESIDE}
+        changed = [f"content of {path}" for path in sorted(compared)
                    if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))]
     if changed:
         raise UserError(f"{folder} was prepared with another {' and '.join(changed[:3])}; "

@@ -15,6 +15,7 @@ from data_prep.selection.near_duplicates import THRESHOLD
 from data_prep.sources import Reader, open_source
 from data_prep.sources.files import piece_length
 from data_prep.sources.record import Piece, Record
+from data_prep.tasks import public_form
 from data_prep.tokenizer import Tokenizer
 
 COUNTED_BYTES = 256 << 20
@@ -51,8 +52,9 @@ class Job(BaseModel):
 
     @property
     def described_tests(self) -> list[dict[str, Any]]:
-        """The tests as the manifest records them."""
-        return [test.model_dump(mode="json", exclude={"key"}, exclude_none=True) for test in self.tests]
+        """The tests as the manifest records them: where their rows are, and in which public form they may be."""
+        return [test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True) | ({"form": test.task} if public_form(test.task) else {})
+                for test in self.tests]
 
     @property
     def partial(self) -> Path:

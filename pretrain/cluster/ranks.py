@@ -77,7 +77,7 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(measured), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # tearing gloo down after a peer can abort the process
 
 
 def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:

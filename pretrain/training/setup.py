@@ -17,6 +17,7 @@ from data_prep.selection.task_contexts import files_of
 from data_prep.shards import positions_needed
 from data_prep.tokenizer import find_tokenizer, take_over
 from data_prep.tokenizer_difference import first_difference
+from data_prep.units import Job
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
 from pretrain.data.layout import Layout, Specials
@@ -205,7 +206,7 @@ def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None
     known = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
-        described = test.model_dump(mode="json", exclude={"key"}, exclude_none=True)
+        described, = Job(data=config.data, tests=(test,)).described_tests
         files = files_of(test)
         new = [path for path in files if sha256_file(Path(path)) not in known] if files else [] if described in recorded else [test.source.path]
         if new:

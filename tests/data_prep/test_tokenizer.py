@@ -14,7 +14,9 @@ import sentencepiece
 import tokenizers
 
 from data_prep.console import UserError
+from data_prep.files import read_json
 from data_prep.tokenizer import Tokenizer, take_over, train
+from tests.preparing import data, json_source, quiet
 from tests.processes import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -338,6 +340,23 @@ def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, caps
     assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", "a model that puts a blank before a text puts one here too"
     assert [taken.encode_batch(["a <|im_start|> b"])] == [auto_ids(taken.folder, ["a <|im_start|> b"])]
     check_specials(taken, ODD)
+
+
+def test_a_changed_file_beside_a_model_is_noticed(tmp_path, lines_file, pairs):
+    folder = with_files(tmp_path / "folder", foreign(tmp_path), added_tokens={"<|im_start|>": 360})
+    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(40)))
+    config = data(tmp_path / "out", source, tokenizer={"path": str(folder / "tokenizer.model")})
+    quiet(config)
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    quiet(config)
+    old = json.loads(json.dumps(manifest))
+    del old["settings"]["files"][str(folder / "added_tokens.json")]  # as earlier versions recorded it
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(old))
+    quiet(config)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "added_tokens.json").write_text('{"<|other|>": 360}')
+    with pytest.raises(UserError, match=r"was prepared with another content of .*added_tokens.json"):
+        quiet(config)
 
 
 def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):

@@ -35,6 +35,7 @@ FORMS = {
     "several turns": ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, "`messages` has 2 turns of the user, a view holds one"),
     "no answer": ({"messages": [USER, CALL]}, ("ask", "")),
     "a conversation": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
+    "a conversation of ChatGPT": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "chatgpt", "value": "reply"}]}, PAIR),
     "a conversation of roles": ({"conversations": [USER, ASSISTANT]}, PAIR),
     "messages as ShareGPT": ({"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
     "a conversation that is a name": ({"conversations": "thread-3", "text": "ask", "code": "reply"}, PAIR),
