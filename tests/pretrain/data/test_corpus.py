@@ -15,7 +15,7 @@ from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.tokenizer import train
-from pretrain.data.corpus import Corpus, describe_corpus, source_weights
+from pretrain.data.corpus import Corpus, describe_corpus, is_corpus_of, source_weights
 
 
 @pytest.fixture
@@ -185,3 +185,12 @@ def test_examples_of_unknown_tokens_do_not_make_another_corpus(prepared):
     assert describe_corpus(changed) == describe_corpus(manifest)
     changed["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     assert describe_corpus(changed) != describe_corpus(manifest)
+
+
+def test_a_corpus_of_the_same_shards_and_another_tokenizer_is_not_the_one_of_a_run(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    assert is_corpus_of(tmp_path, manifest), "a run that recorded nothing"
+    for part, other in (("tokenizer", {"sha256": "0"}), ("corpus", {})):
+        for recorded, same in ((describe_corpus(manifest), True), (describe_corpus(manifest) | {part: other}, False)):
+            (tmp_path / "environment.json").write_text(json.dumps({"data": recorded}))
+            assert is_corpus_of(tmp_path, manifest) == same

@@ -135,3 +135,22 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
         assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], done.stderr
         assert "prepare another data.path" in errors[0]
     call(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
+
+
+def test_tests_that_the_preparation_did_not_compare_with_are_named(tmp_path):
+    (tmp_path / "seen.jsonl").write_text('{"text": "a question that is seen", "code": "a"}\n')
+    (tmp_path / "new.jsonl").write_text('{"text": "a question that is new", "code": "a"}\n')
+    tests = {"seen": str(tmp_path / "seen.jsonl"), "new": str(tmp_path / "new.jsonl"), "hub": {"type": "hub", "path": "nobody/nothing"}}
+
+    def warnings(*names: str, **changes) -> list[str]:
+        tasks = [{"name": "nl_rx", "label": name, "test": tests[name]} for name in names]
+        config = load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": tasks}, **changes)))
+        if not (tmp_path / "corpus" / "manifest.json").exists():
+            prepare_corpus(tmp_path / "run.yaml")
+        said: list[str] = []
+        check(config, Corpus(config.data.path, "train"), said.append)
+        return [line.split(" (task")[0].rsplit(" ", 1)[1] for line in said if "was prepared without a look at" in line]
+
+    assert warnings("seen") == []
+    assert warnings("seen", "new", "hub") == [tests["new"], "nobody/nothing"]
+    assert warnings("new", data__decontaminate=False) == []
