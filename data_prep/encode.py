@@ -92,7 +92,7 @@ class _Encoder:
         self.shards: dict[str, list[dict[str, Any]]] = {}
         """Manifest entries of the shards, by split."""
         self.unknown: dict[str, dict[str, Any]] = {}
-        """Of each split that has some: the number of unknown tokens, of the records with one, and the first of these as in Drops."""
+        """For each split with unknown tokens: their number, the number of records with one, and the first of these records as in Drops."""
 
     def add(self, piece: int, record: Record) -> None:
         self.batch.append((piece, record))
@@ -131,7 +131,7 @@ class _Encoder:
         return values, np.bincount(text_of, of_part, minlength=len(texts)).astype(np.int64)
 
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Count the tokens that stand for text which the tokenizer does not know; `columns` are the tokens and lengths of each view."""
+        """Count unknown tokens, which replace text that the tokenizer does not know; `columns` are the tokens and lengths of each view."""
         if self.tokenizer.unknown_id is None:
             return
         of_record = sum(run_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)

@@ -48,7 +48,7 @@ UNASSIGNED = "\U0010fffe"
 """A character that no vocabulary has."""
 SUMMARY = "summary.md"
 SETTINGS = "settings.json"
-"""Of an unfinished preparation, in `.partial`."""
+"""File with the settings of an unfinished preparation, in `.partial`."""
 
 
 def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:

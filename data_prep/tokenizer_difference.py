@@ -54,7 +54,7 @@ def _model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 def _merges(spec: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Return the tokens that are merged, in order, each with all pairs that make it.
 
-    The order of the pairs that make one token is left out: it depends on who converted a sentencepiece model.
+    The order of the pairs that make one token is ignored: it depends on how a sentencepiece model was converted.
     """
     found: dict[str, list[list[str]]] = {}
     for left, right in spec["model"]["merges"]:

@@ -10,7 +10,7 @@ from data_prep.sentencepiece_json import added_token
 ADDED, CONFIG, MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 SPECIAL_ORDER = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip")
-"""How a token is looked for, besides its text. Whether in normalised text is left out: slow tokenizers look in the text as it is."""
+"""Flags that say how a token is matched. `normalized` is not among them: slow tokenizers match in the original text."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

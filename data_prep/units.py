@@ -104,7 +104,7 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
-    return UserError(f"{place_of(reader, piece, record)}: {record.problem}; mend the line, or drop such lines with data.on_malformed=drop")
+    return UserError(f"{place_of(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop")
 
 
 def place_of(reader: Reader, piece: Piece, record: Record) -> str:

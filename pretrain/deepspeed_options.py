@@ -1,4 +1,4 @@
-"""What the `deepspeed` section may hold. DeepSpeed itself ignores a misspelt key silently, and fails late with a value of the wrong type."""
+"""Checks of the `deepspeed` section. DeepSpeed itself ignores a misspelt key silently, and fails late on a value of the wrong type."""
 
 import difflib
 from pathlib import Path

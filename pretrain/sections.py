@@ -19,11 +19,11 @@ class LoraConfig(Section):
 
     rank: int = Field(gt=0)
     alpha: float = Field(gt=0)
-    """What an adapter adds is scaled by alpha / rank."""
+    """Numerator of the scale of an adapter's output, alpha / rank."""
 
 
 class ModelConfig(Section):
-    """What is trained."""
+    """The model to train."""
 
     family: Family | None = None
     """Llama 3, Gemma 2, OLMo 2 or OpenELM."""
@@ -53,7 +53,7 @@ BUDGETS = ("steps", "tokens", "records", "epochs")
 
 
 class TrainConfig(Section):
-    """How long, in what batches, and with which optimizer."""
+    """Length, batches and optimizer of the training."""
 
     steps: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)
@@ -67,7 +67,7 @@ class TrainConfig(Section):
     learning_rate: float = Field(gt=0)
     """The highest rate of AdamW."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
-    """How the rate falls after the warm-up, over the consumed fraction of the budget."""
+    """Decay of the learning rate after the warm-up, over the consumed fraction of the budget."""
     warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the budget in which the rate rises linearly to learning_rate."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
@@ -77,11 +77,11 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """AdamW beta coefficients."""
     gradient_clipping: float = Field(default=1.0, gt=0)
     """Largest global L2 norm of the gradient."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward; master weights and optimizer state are fp32 in any case."""
+    """Number format of the forward and backward passes; master weights and optimizer state are always fp32."""
     activation_checkpointing: bool = False
     """Keep the input of each transformer layer only, and compute the layer again in the backward pass: less memory, more time."""
     compile: bool = False
@@ -124,7 +124,7 @@ class CheckpointConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What is written down on the way."""
+    """Logging, validation and monitoring."""
 
     log_every: int = Field(default=10, gt=0)
     """Steps between progress lines, metrics and embedding diagnostics."""

@@ -1,4 +1,4 @@
-"""What a corpus lost, records and unknown tokens: counts and first examples."""
+"""Counts and first examples of dropped records and of unknown tokens."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ BAD = "\udcff"
 
 
 class Csv:
-    """Files of rows; a file is a piece, because only its beginning tells what is in quotes."""
+    """CSV or TSV files. A file is one piece, because quotes can only be matched from its beginning."""
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None, delimiter: str | None = None):
         self.delimiter = delimiter

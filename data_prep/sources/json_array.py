@@ -13,7 +13,7 @@ from data_prep.sources.record import Piece
 SUFFIXES = tuple(".json" + (packed or "") for packed in files.OPEN)
 LOST = "the rest of the array is lost: correct the file"
 NOT_UTF_8 = re.compile("[\udc80-\udcff]")
-"""What Python makes of bytes that are not UTF-8."""
+"""Characters that Python substitutes for bytes that are not UTF-8."""
 BLANK = " \t\r\n"
 BOM = "\ufeff"
 LONGEST_INTEGER = sys.int_info.str_digits_check_threshold

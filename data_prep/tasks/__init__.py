@@ -1,4 +1,4 @@
-"""How rows of public data sets become views: one file for each evaluation task that knows such a form.
+"""The forms of rows of public data sets, and how they become views: one file for each evaluation task that has such a form.
 
 The preparation and the scoring both read the rows of a task through `data_prep/task_rows.py`, which asks here. So the contexts that are
 scored are the contexts that are kept out of training. The other half of a task, its options, metrics and score, is in `pretrain/tasks`.

@@ -1,4 +1,4 @@
-"""What a public data set's form of rows is made of."""
+"""The form in which a public data set has its rows."""
 
 import re
 from collections.abc import Callable

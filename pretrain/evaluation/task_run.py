@@ -40,7 +40,7 @@ class CheckpointTask:
     export: Path
     """The checkpoint in Hugging Face format."""
     folder: Path
-    """Where the task may write: the run's evaluation folder."""
+    """The run's evaluation folder, which the task may write to."""
 
     @property
     def name(self) -> str:

@@ -23,13 +23,13 @@ class TaskConfig(Section):
 
     name: str
     label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$", max_length=100)
-    """What results and tables call the task; default its name. It distinguishes two tasks of one name."""
+    """Name of the task in results and tables; default its name. It distinguishes two tasks of one name."""
     rows: int | None = Field(default=None, gt=0)
     """Number of test rows used, from the first on; default all."""
 
     @property
     def title(self) -> str:
-        """What results and tables call the task."""
+        """Name of the task in results and tables."""
         return self.label or self.name
 
     @property
@@ -114,7 +114,7 @@ class AnswerTask(RowTask):
     finetune: dict[str, Any] | None = None
     """Keys of `train` of the run that the finetuning on the rows of `train` changes; null evaluates the checkpoint as it is."""
     finetune_objective: dict[str, Any] | None = None
-    """What the finetuning minimises: keys of `objective`; default next_token."""
+    """Objective of the finetuning: keys of `objective`; default next_token."""
     finetune_lora: LoraConfig | None = None
     """Finetune adapters alone, instead of the whole model."""
 

@@ -1,4 +1,4 @@
-"""What a task is given to score, what it returns, and rates of rows."""
+"""The input and result of scoring a task, and rates over rows."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What the model wrote."""
+    """An answer of the model."""
 
     text: str
     stopped: bool

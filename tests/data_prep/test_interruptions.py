@@ -140,7 +140,7 @@ def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_p
     tokenizer = data(tmp_path / "first", good).tokenizer
     quiet(data(tmp_path / "first", good))
     taken = {"path": str(tmp_path / "first" / "tokenizer")}
-    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; mend the line, or .*on_malformed=drop"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop"):
         quiet(data(tmp_path / "out", good, good, bad, tokenizer=taken))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
     said = []

@@ -1,4 +1,4 @@
-"""What the tasks on embeddings look at: pairs of predictions and targets of the test rows."""
+"""Embeddings of the test rows, as pairs of predictions and targets, for the tasks that compare embeddings."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from pretrain.evaluation.task_run import CheckpointTask
 
 
 class Pairs(NamedTuple):
-    """Of N rows, the embeddings of one view that predicts another."""
+    """Embeddings of one view of N rows and of the view that it predicts."""
 
     prediction: torch.Tensor
     """(N, D) fp32, as the objective reads it out: with predictor tokens, where it has any."""

@@ -141,6 +141,15 @@ NEEDS = {
 """Tasks that lack something on this machine, each with the error line after the key of the task."""
 
 
+def refusal(capsys) -> str:
+    """The one error line with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    line, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return line
+
+
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])
 @pytest.mark.parametrize("need", NEEDS)
 def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypatch, capsys, need, start):
@@ -151,11 +160,7 @@ def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypat
     if need in ("lm_eval", "peft"):
         monkeypatch.setitem(sys.modules, need, None)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith(f"error: evaluation.tasks.0.{expected}")
+    assert refusal(capsys).startswith(f"error: evaluation.tasks.0.{expected}")
 
 
 UNREADABLE = {
@@ -181,14 +186,10 @@ def test_rows_that_an_evaluation_could_not_read_end_the_start(folder, tmp_path, 
     task = {"name": "gsm8k", "test": str(folder / "rows.jsonl")} | task
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}, data__decontaminate=False))
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
-    with pytest.raises(SystemExit) as ended:
-        main.main()
-    assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith(f"error: {expected}")
+    assert refusal(capsys).startswith(f"error: {expected}")
 
 
-def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypatch):
+def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypatch, capsys):
     """A mapping, a source of the hub that is a local folder, a folder, a glob and the columns of a public data set."""
     public = tmp_path / "public"
     public.mkdir()
@@ -200,6 +201,9 @@ def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypa
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": tasks}))
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     main.main()
+    assert "next-token targets" in capsys.readouterr().out
+    assert [[row.views for row in task.first_rows(load_config(path).data, "tasks", "test", None)] for task in load_config(path).evaluation.tasks] == [
+        [("how many?", "#### 1")]] * len(tests)
 
 
 def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys):
