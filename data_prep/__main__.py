@@ -40,7 +40,8 @@ def prepare_corpus(crew: Crew | None) -> None:
     parser.add_argument("config", help="YAML file of the run; its `data` section is used, and the test files of `evaluation.tasks`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     given = parser.parse_args()
-    values = load_yaml(given.config, given.overrides)
+    # those of the shape are for a file that the training reads, and the preparation does not
+    values = load_yaml(given.config, [override for override in given.overrides if not override.startswith("model.shape.")])
     if "data" not in values:
         raise UserError(f"{given.config} has no `data` section")
     data = validate(DataConfig, values["data"], "data")

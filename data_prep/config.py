@@ -277,6 +277,7 @@ class EvaluationFiles(Section):
     """The `evaluation` section, as far as the preparation looks at it."""
 
     every: Any = 0
+    device: Any = "cpu"
     tasks: list[TaskFiles] = []
 
 

@@ -32,6 +32,8 @@ class EvaluationConfig(Section):
 
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda:\d+)$")
+    """Where background evaluations run: cpu, or cuda:N for a GPU that training does not use, numbered as nvidia-smi does."""
     tasks: list[TaskSection] = []
     """What an evaluation does, for checkpoints in the background and by the command."""
 

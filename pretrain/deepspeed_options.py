@@ -28,7 +28,8 @@ PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types"
                   "zero_optimization")
 """Top-level DeepSpeed keys that act on this engine."""
 COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
-ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", "fp32", "float32", "float")
+FP32_NAMES = ("fp32", "float32", "float")
+ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", *FP32_NAMES)
 
 
 class Options(Section):

@@ -134,7 +134,7 @@ class MonitorConfig(Section):
     """Records of a validation: spread evenly over the validation split, always the same."""
     gradients_every: int = Field(default=0, ge=0)
     """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
-    One takes as long as a step for each term."""
+    One takes as long as a step for each term; under ZeRO stage 3 all steps take longer, since layers are then not gathered whole."""
     hang_seconds: float = Field(default=600.0, ge=10)
     """A run of which no rank has moved for so long, after its first step, ends, and says which rank is missing."""
     tensorboard: bool = True

@@ -138,10 +138,10 @@ def rank_of(process: psutil.Process) -> int | None:
 class Running:
     """A command in the background that can be watched and killed."""
 
-    def __init__(self, command: list[str], log: Path, cold: bool = False):
+    def __init__(self, command: list[str], log: Path, cold: bool = False, **more: str):
         self.log = log
         with open(log, "w") as output:
-            self.process = start(command, output, output, cold)
+            self.process = start(command, output, output, cold, **more)
 
     def wait_until(self, condition, what: str) -> None:
         """Poll until the condition holds; fail if the command ends before."""

@@ -64,8 +64,8 @@ TRANSFORMERS = {"PIL", "accelerate", "anyio", "colorama", "filelock", "h11", "ht
 templates, colorama and tabulate with tables."""
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
-RANK_UNITS = {"config", "data", "deepspeed_options", "models", "objectives", "relevant_env", "revision", "run_folder", "sections", "tasks",
-              "training"}
+RANK_UNITS = {"config", "data", "deepspeed_options", "local_gpu", "models", "objectives", "relevant_env", "revision", "run_folder", "sections",
+              "tasks", "training"}
 """Units of pretrain that a rank may load."""
 
 

@@ -17,6 +17,8 @@ SHM_CPU_WARN = 64 * 2**20
 """On CPU only processes of a preparation or a loader put anything there."""
 LOCK_SECONDS = 600.0
 """Longer than the build of an op takes."""
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""Major version of the oldest NVIDIA driver for a major version of CUDA (CUDA Compatibility, "minor version compatibility")."""
 TIGHT = 0.85
 """Of the memory, from which on an estimate is no comfort."""
 
@@ -147,6 +149,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
         if len(fact["gpus"]) < slots[node]:
             found.append(Finding("devices", "fail", f"{len(fact['gpus'])} GPUs for {slots[node]} slots",
                                  "correct slots= in the hostfile, or look for a GPU that is lost: nvidia-smi, dmesg", (node,)))
+        found += _check_driver(node, fact)
         taken = [f"GPU {place} has {size(gpu['used'])} of {size(gpu['memory'])} taken" for place, gpu in enumerate(fact["gpus"])
                  if gpu["used"] > gpu["memory"] / 20]
         if taken:
@@ -159,8 +162,21 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
     return found or [Finding("devices", "ok", f"{sum(slots.values())} x {next(iter(kinds.values()))}, driver {next(iter(drivers.values()))}")]
 
 
+def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
+    """Torch was built for CUDA, and the driver of the node is new enough for that build."""
+    if fact["torch_cuda"] is None:
+        return [Finding("devices", "fail", "torch was built without CUDA", "install the build of torch for CUDA there", (node,))]
+    oldest = OLDEST_DRIVERS.get(int(fact["torch_cuda"].split(".")[0]), 0)
+    drivers = sorted({gpu["driver"] for gpu in fact["gpus"] if int(gpu["driver"].split(".")[0]) < oldest})
+    return [Finding("devices", "fail", f"driver {driver} is too old for torch, which was built for CUDA {fact['torch_cuda']}",
+                    f"install driver {oldest} or newer there, or a build of torch for an older CUDA", (node,)) for driver in drivers]
+
+
 def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
-    """No build of an op that was killed, whose lock every later build waits for; and a compiler where the run `compiles` its layers."""
+    """No build of an op that was killed, whose lock every later build waits for; and what the run needs to compile its layers or FlexAttention.
+
+    FlexAttention is compiled on CUDA whatever train.compile says: by Triton, which needs a C compiler and the header of Python.
+    """
     found = []
     for node, fact in facts.items():
         stale = [lock for lock in fact["locks"] if not fact["compiling"] and lock["age"] > LOCK_SECONDS]
@@ -171,6 +187,10 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
         if compiles and not fact["compiler"]:
             found.append(Finding("compiled ops", "fail", "no C++ compiler, which train.compile needs",
                                  "apt install g++, or train.compile=false", (node,)))
+        if cuda and not (fact["c_compiler"] and fact["python_header"]):
+            missing = " and no ".join(name for name, there in (("C compiler", fact["c_compiler"]), ("Python.h", fact["python_header"])) if not there)
+            found.append(Finding("compiled ops", "fail", f"no {missing}, which compiling FlexAttention on CUDA needs",
+                                 "apt install gcc python3-dev, or model.attention=sdpa, which is slower", (node,)))
         if young := [lock["path"] for lock in fact["locks"] if lock not in stale]:
             found.append(Finding("compiled ops", "warn", f"an op is being built: {listed(young)}", "wait until it is there, then ask again", (node,)))
     ops = sorted({op for fact in facts.values() for op in fact["ops"]})

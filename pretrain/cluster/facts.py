@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sysconfig
 import time
 import tomllib
 from collections.abc import Callable
@@ -118,7 +120,7 @@ def memory() -> dict[str, Any]:
 
 
 def devices() -> dict[str, Any]:
-    """The GPUs that ranks may use, and the accelerator that DeepSpeed takes by DS_ACCELERATOR or finds."""
+    """The GPUs that ranks may use, the CUDA version that torch was built for, and the accelerator that DeepSpeed takes by DS_ACCELERATOR or finds."""
     found: dict[str, Any] = {"gpus": []}
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -131,7 +133,17 @@ def devices() -> dict[str, Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]
-    return found | {"accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu")}
+    return found | {"accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu"), "torch_cuda": _cuda_of_torch()}
+
+
+def _cuda_of_torch() -> str | None:
+    """Return the CUDA version that the installed torch was built for, without importing it; None for a build without CUDA."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        with contextlib.suppress(OSError):
+            if named := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (Path(folder) / "version.py").read_text(), re.MULTILINE):
+                return named[1]
+    return None
 
 
 def _gpu(line: str) -> dict[str, Any]:
@@ -152,6 +164,8 @@ def extensions() -> dict[str, Any]:
         "locks": [{"path": str(path), "age": now - path.stat().st_mtime} for path in locks],
         "compiling": any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])),
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
+        "c_compiler": shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang"),
+        "python_header": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
     }
 
 

@@ -60,9 +60,11 @@ def main() -> None:
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if settings["cuda"] else torch.device("cpu")
+    device = torch.device("cpu")
     if settings["cuda"]:
-        torch.cuda.set_device(device)
+        from pretrain.local_gpu import select_gpu
+
+        device = torch.device("cuda", select_gpu())
     dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=timedelta(seconds=settings["meeting"]))
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     sizes = sorted({size for size in SMALL if size < settings["bucket"]} | {settings["bucket"]})

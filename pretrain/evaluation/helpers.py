@@ -1,7 +1,6 @@
 """Several processes for one evaluation: rank 0 does it, and shares the rows of what takes long with the others, a GPU each."""
 
 import functools
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.console import UserError, exit_on_user_error
+from pretrain.local_gpu import select_gpu
 from pretrain.training.distributed import environment_of_the_launcher, leave_group
 
 Entry = TypeVar("Entry")
@@ -22,7 +22,7 @@ def with_helpers(evaluate: Callable[[], None]) -> None:
     """Join the ranks; evaluate on rank 0, and help on the others until that has ended. Then end this process, with exit code 2 for a UserError."""
     environment_of_the_launcher()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        select_gpu()
     dist.init_process_group("gloo", timeout=PATIENCE)  # of Python objects alone
     code = 0
     try:

@@ -1,12 +1,14 @@
 """The output head: logits, and the cross-entropy of labelled positions without all logits at once."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-MOST_LOGITS = 2**26
-"""Logits that exist at a time: 256 MiB in fp32, beside as much for their gradient."""
+MOST_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+"""Logits that exist at a time, by device: in fp32 256 MiB, and 1 GiB on a GPU, where few large chunks are faster."""
 
 
 class Head(nn.Module):
@@ -16,7 +18,7 @@ class Head(nn.Module):
     different numbers of chunks stay in step.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None, most_logits: int = MOST_LOGITS):
+    def __init__(self, linear: nn.Linear, softcap: float | None, most_logits: int | None = None):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.softcap, self.most_logits = softcap, most_logits
@@ -24,21 +26,84 @@ class Head(nn.Module):
     def forward(self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits, or with labels the sum of the cross-entropies.
 
-        Without labels, as transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar, in nats.
+        Without labels, as transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar, in nats and in fp32.
         """
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
-        size = max(1, self.most_logits // len(self.weight))
-        if len(hidden) <= size:
-            return self._cross_entropy(hidden, label_ids)
-        # logits of a chunk are computed again in the backward pass instead of being kept
-        return sum(checkpoint(self._cross_entropy, *chunk, use_reentrant=False)
-                   for chunk in zip(hidden.split(size), label_ids.split(size), strict=True))
+        most = self.most_logits or MOST_LOGITS[hidden.device.type]
+        size = max(1, most // len(self.weight))
+        loss: torch.Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled())
+        return loss
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """Gemma 2's soft-capping (arXiv 2408.00118, section 2): cap * tanh(logits / cap)."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _cross_entropy(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
-        logits = self.capped(F.linear(hidden, self.weight, self.bias))
-        return F.cross_entropy(logits.float(), label_ids, reduction="sum")
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies, whose gradients are computed in the forward pass, where the logits of a chunk exist.
+
+    Loss, softmax and the sum of the weight's gradient over the chunks are in fp32. torch's own `linear_cross_entropy` does the same without
+    soft-capping, but with inputs in bf16 it returns the loss in bf16 and adds up the chunks' gradients in bf16 (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, label_ids: torch.Tensor,
+                softcap: float | None, size: int, grad_enabled: bool) -> torch.Tensor:
+        """`size` labels at a time: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,) -> scalar in fp32."""
+        wanted = [grad_enabled and ctx.needs_input_grad[place] for place in range(3)]
+        of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            chunk_loss, gradient = _loss_and_gradient(F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted))
+            loss += chunk_loss
+            if of_bias is not None:
+                of_bias += gradient.sum(dim=0)
+            if of_weight is not None and not hidden.is_cuda:
+                of_weight.addmm_(gradient.T, hidden[chunk].float())
+            gradient = gradient.to(hidden.dtype)
+            if of_weight is not None and hidden.is_cuda:  # where products in fp32 are far slower; the sum is in fp32 all the same
+                of_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
+            if of_hidden is not None:
+                torch.mm(gradient, weight, out=of_hidden[chunk])
+            del gradient  # before the next chunk takes as much
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradients by that of the loss. They are kept, so that it may be called again."""
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        return (None if of_hidden is None else of_hidden * grad_loss.to(of_hidden.dtype),
+                *(None if gradient is None else (gradient * grad_loss).to(ctx.dtype) for gradient in (of_weight, of_bias)),
+                None, None, None, None)
+
+
+def _loss_and_gradient(logits: torch.Tensor, label_ids: torch.Tensor, softcap: float | None,
+                       differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the cross-entropies of logits (m, V), which may be overwritten, and its gradient (m, V) in fp32.
+
+    The gradient is that with respect to the logits before soft-capping: softmax - one-hot, times 1 - tanh^2.
+    """
+    scores = logits.float()
+    slope = None
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_()
+        slope = scores.square().neg_().add_(1) if differentiate else None
+        scores = scores.mul_(softcap)
+    labelled = label_ids[:, None]
+    scores -= scores.amax(dim=1, keepdim=True)
+    picked = scores.gather(1, labelled)
+    sums = scores.exp_().sum(dim=1, keepdim=True)
+    loss = (sums.log() - picked).sum()
+    if differentiate:
+        scores /= sums
+        scores.scatter_add_(1, labelled, torch.full_like(picked, -1.0))
+        if slope is not None:
+            scores *= slope
+    return loss, scores

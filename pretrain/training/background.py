@@ -20,6 +20,12 @@ def single_process_environment() -> dict[str, str]:
         name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in OF_THE_LAUNCHER)}
 
 
+def evaluation_environment(device: str) -> dict[str, str]:
+    """Return the environment of a background evaluation, which sees one GPU, named as cuda:N, or none."""
+    kind, _, number = device.partition(":")
+    return single_process_environment() | {"CUDA_VISIBLE_DEVICES": number, "DS_ACCELERATOR": kind}
+
+
 def tied(command: list[str], number: str) -> list[str]:
     """A command that gets a signal (TERM, KILL) when the process that starts it dies, however that comes."""
     return ["setpriv", "--pdeathsig", number, *command]
@@ -38,8 +44,8 @@ def evaluations_asked_for(run_dir: Path) -> list[int]:
     return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]
 
 
-def start_evaluations(run_dir: Path) -> None:
-    """Start a job in the background that takes all requests; jobs of a run wait for each other.
+def start_evaluations(run_dir: Path, device: str) -> None:
+    """Start a background job on a device (cpu or cuda:N) that takes all requests; jobs of a run wait for each other.
 
     It is no child of this rank, because launchers end a rank's children with it.
     """
@@ -47,4 +53,4 @@ def start_evaluations(run_dir: Path) -> None:
     evaluation.mkdir(exist_ok=True)
     with open(evaluation / "log.txt", "a") as log:
         subprocess.run(["setsid", "--fork", "nice", sys.executable, "-m", "pretrain.evaluation", str(run_dir), "--pending"],
-                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=single_process_environment(), check=False)
+                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=evaluation_environment(device), check=False)

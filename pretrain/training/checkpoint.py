@@ -276,12 +276,12 @@ def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
     with without_patterns(shards.parent) as folder:
         path, _ = engine.load_checkpoint(str(folder), tag=shards.name)
     assert path is not None, f"DeepSpeed did not load {shards}"
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group |= setting  # not those of the checkpoint: converted ones all have the weight decay of the first (DeepSpeed 0.19.8)
+    for parameter, state in optimizer.state.items():
+        # a counter of its own, where DeepSpeed gives all one that each then advances; on the device, where the fused step wants it
+        state["step"] = state["step"].clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
     if shards != found.path:
-        # DeepSpeed 0.19.8 gives all groups the weight decay of the first, and all of them one counter of steps, which each then advances
-        for group, setting in zip(optimizer.param_groups, settings, strict=True):
-            group |= setting
-        for state in optimizer.state.values():
-            state["step"] = state["step"].clone()
         _load_frozen(engine, found.path, world)
     restore_random_state(found.path, world.rank)
     world.barrier()

@@ -17,11 +17,14 @@ from deepspeed.accelerator import get_accelerator
 
 from data_prep.console import UserError
 from data_prep.launched import find_mpi, started_together
+from pretrain.local_gpu import select_gpu
 from pretrain.training.notes import Notes
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """As long as the slowest start takes; what hangs later is found by watchdog.py."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's memory allocator for CUDA, by the present and the former name; read when the first GPU is used."""
 MPI_PORT = 29500
 """Where ranks of mpirun meet, unless MASTER_PORT says otherwise."""
 
@@ -110,7 +113,9 @@ def init_world() -> World:
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
     else:
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]) if accelerator.device_count() > 1 else 0)  # Slurm may show each rank its own alone
+        if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):  # micro steps of different lengths would break its memory into pieces
+            os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+        select_gpu()
     notes, backend = None, accelerator.communication_backend_name()
     try:
         if not dist.is_initialized():

@@ -24,6 +24,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
 from pretrain.data.loader import counts
 from pretrain.data.order import Order
+from pretrain.deepspeed_options import FP32_NAMES
 from pretrain.models.attention import resolve_attention
 from pretrain.models.language_model import LanguageModel, random_causal_lm, special_ids
 from pretrain.models.lora import adapter_sizes
@@ -31,7 +32,7 @@ from pretrain.run_folder import list_steps
 from pretrain.sections import BUDGETS
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import environment_of_the_launcher
-from pretrain.training.engine import check_fits, check_zero_options, engine_settings, shape_of
+from pretrain.training.engine import accumulation_type, check_fits, check_zero_options, engine_settings, shape_of
 from pretrain.training.memory import ITEM_BYTES, ModelStates, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
 from pretrain.training.setup import check, make_loader
@@ -349,7 +350,8 @@ def states_of_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
     """The model states of the plan under a ZeRO stage on so many ranks."""
     sizes = [*(parameter.numel() for parameter in plan.model.parameters()), *plan.adapters]
     small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
-    return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks)
+    accumulated = 4 if accumulation_type(plan.config) in FP32_NAMES else 2
+    return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks, accumulated)
 
 
 def reduce_buffers(plan: Plan) -> dict[str, float]:
@@ -372,8 +374,9 @@ def beside_states(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     reduced, partly = buffers[device], buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU as far as it is filled"}[device] * partly
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
-    kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets)
+    kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device)
     rows = [("activations of the layers", kept.layers, kept.checkpointed_layers), ("logits of the targets", kept.logits, kept.logits),
+            ("gradient of the output head", kept.head, kept.head),
             (f"gradients to be reduced{extent}", reduced, reduced)]
     if int(zero.stage) == 3:
         gathered = item * min(plan.total, zero.max_live_parameters)

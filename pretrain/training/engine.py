@@ -23,7 +23,7 @@ from pretrain.objectives.base import Objective, Output
 from pretrain.objectives.pool import Gather
 from pretrain.run_folder import MODEL
 from pretrain.training.distributed import World
-from pretrain.training.layers import allow_graphs, compile_layers, recompute_layers
+from pretrain.training.layers import allow_graphs, compile_layers, gather_layers_whole, recompute_layers, share_compile_threads
 from pretrain.training.random_state import seed_all
 
 
@@ -80,17 +80,21 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
         add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
         recompute_layers(model)
+    if settings["zero_optimization"]["stage"] == 3 and (config.train.compile or not config.monitor.gradients_every):
+        gather_layers_whole(model)  # gradient_diagnostics cannot look into such layers
     if config.train.compile:
-        compile_layers(model, settings["zero_optimization"]["stage"])
+        compile_layers(model)
     if config.train.compile or attention == "flex_attention":
         allow_graphs(model, print_now if world.is_main else lambda text: None)
+        share_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decay = [parameter for parameter in trained if len(whole_shape(parameter)) >= 2]
     rest = [parameter for parameter in trained if len(whole_shape(parameter)) < 2]
     groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = world.device.type == "cuda"  # else it makes several passes over all weights there, and a copy of them
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
-                                  lr=config.train.learning_rate, betas=config.train.betas)
+                                  lr=config.train.learning_rate, betas=config.train.betas, fused=fused)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
     if config.monitor.gradients_every and any(hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()):
@@ -108,7 +112,9 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
                         f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks")
     passed = dict(config.deepspeed)
     zero = {"stage": 3} | passed.pop("zero_optimization", {})
-    return passed | {
+    data_types = {"data_types": {"grad_accum_dtype": accumulation_type(config)}}
+    timers = {"timers": {"throughput": {"enabled": False}} | passed.get("timers", {})}  # DeepSpeed's synchronises with the GPU in every micro step
+    return passed | data_types | timers | {
         "zero_optimization": zero,
         "train_batch_size": train.global_batch_rows,
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
@@ -118,6 +124,11 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
         "steps_per_print": 10**12,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def accumulation_type(config: RunConfig) -> str:
+    """Return the type in which gradients are added up over micro steps, by DeepSpeed's name: fp32 also for bf16, whose sums would be off by 1%."""
+    return config.deepspeed.get("data_types", {}).get("grad_accum_dtype") or "fp32"
 
 
 def check_zero_options(settings: dict[str, Any], device: str | None = None) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pretrain.training.distributed import World
 from pretrain.training.notes import Unreachable
-from pretrain.training.watchdog import BEAT, beats
+from pretrain.training.watchdog import BEAT, last_beats
 
 SEEN = 4 * BEAT
 """Seconds in which every rank that fails has noted it, and every one that lives has noted a beat."""
@@ -48,10 +48,10 @@ def tell_first_error(world: World, error: Exception, step: int, tell: Callable[[
         order, trace = notes.count("failures"), "".join(traceback.format_exception(error))
         mine = Failure(order, world.rank, world.hosts[world.rank], step, what, trace, lost)
         notes.put(_key(world.rank), asdict(mine))
-        before = beats(notes, world.hosts)
+        before = last_beats(notes, world.hosts)
         time.sleep(SEEN)
         failures = [Failure(**values) for values in notes.get([_key(rank) for rank in range(world.size)]) if values]
-        silent = [now for now, earlier in zip(beats(notes, world.hosts), before, strict=True) if now.beats == earlier.beats]
+        silent = [now for now, earlier in zip(last_beats(notes, world.hosts), before, strict=True) if now.beats == earlier.beats]
     except Unreachable:
         line = (f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at step {step} with {what}")
         tell(line)

@@ -1,6 +1,7 @@
 """How the transformer layers are run: computed again in the backward pass, or compiled. What they compute stays the same."""
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,16 +20,21 @@ def recompute_layers(model: LanguageModel) -> None:
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def compile_layers(model: LanguageModel, zero_stage: int) -> None:
+def gather_layers_whole(model: LanguageModel) -> None:
+    """Let ZeRO stage 3 gather and release the parameters of a layer together, by one hook instead of one for each linear map and norm.
+
+    To be called before DeepSpeed is initialised.
+    """
+    set_z3_leaf_modules(model, list({type(layer) for layer in model.causal_lm.model.layers}))
+
+
+def compile_layers(model: LanguageModel) -> None:
     """Compile the layers alone: the numbers of labels and pairs differ from batch to batch, the tokens' shapes do not.
 
-    To be called before DeepSpeed is initialised. One graph serves all layers of a kind.
+    To be called before DeepSpeed is initialised. One graph serves all layers of a kind. Under ZeRO stage 3 they must be gathered whole: hooks
+    inside a layer would break its graph at each linear map.
     """
-    layers = model.causal_lm.model.layers
-    if zero_stage == 3:
-        # hooks inside a layer would break its graph at each linear map: gather its parameters as one instead
-        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
-    for layer in layers:
+    for layer in model.causal_lm.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)  # not the call, which runs the hooks around the layer
 
 
@@ -45,6 +51,13 @@ def allow_graphs(model: LanguageModel, warn: Callable[[str], None]) -> None:
     for handler in [handler for handler in messages.handlers if isinstance(handler, _LimitReached)]:
         messages.removeHandler(handler)  # of an earlier run in this process
     messages.addHandler(_LimitReached(warn))
+
+
+def share_compile_threads(ranks: int) -> None:
+    """Let each of the `ranks` on this machine start its share of torch._inductor's compile workers, not as many as there are cores."""
+    settings = torch._inductor.config
+    share = max(1, len(os.sched_getaffinity(0)) // ranks)
+    settings.compile_threads = min(settings.compile_threads or share, share)
 
 
 def _shape(layer: nn.Module) -> tuple[tuple[int, int], ...]:

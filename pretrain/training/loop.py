@@ -97,17 +97,20 @@ class Trainer:
         """
         if self.watchdog is None:
             self.watchdog = self._watch(LocalNotes())
+        ended = False
         try:
             with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
                 status = self._train(data)
             self._finish_save()
+            ended = True
         except UserError:  # which all ranks raise together
             self._finish_save()
+            ended = True
             raise
         finally:
             self.saver.close()
             if self.watchdog:
-                self.watchdog.close()
+                self.watchdog.close(ended)
         if self.saver.problem and not self.reason.startswith(REWINDING):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
@@ -130,12 +133,12 @@ class Trainer:
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
             divisors = {term: step.counts[unit] for term, unit in self.objective.units.items()}
-            gradients, aside = self._gradients(step, divisors)
-
+            gradients = self._gradients(step, divisors)
             agreed, pool, score, void = self._compute(step, divisors, data, with_pool=logging)
             updated = self._update(agreed.losses, void)
             stopping, data_failed = agreed.stopping, agreed.data_failed
-            seconds = time.perf_counter() - started - aside
+            embeddings = self._diagnose(pool)
+            seconds = time.perf_counter() - started
             self.progress.seconds += seconds
             self.step_seconds = seconds
             self.throughput.add(step.rows, step.counts["targets"], seconds, data.take_waited())
@@ -146,7 +149,7 @@ class Trainer:
 
             values = gradients | (self._values(agreed.losses, score) if logging or not updated else {})
             if logging:
-                values |= self._diagnose(pool) | self.throughput.take()
+                values |= embeddings | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
                 if not self.validation:
                     self._watch_for_collapse(values, "embedding/")
@@ -260,14 +263,12 @@ class Trainer:
     def _total(self, losses: dict[str, float]) -> float:
         return sum(self.weights[name] * value for name, value in losses.items())
 
-    def _gradients(self, step: StepData, divisors: dict[str, int]) -> tuple[dict[str, float], float]:
-        """The terms' gradients on the steps that measure them, and the seconds that took."""
+    def _gradients(self, step: StepData, divisors: dict[str, int]) -> dict[str, float]:
+        """Measure the terms' gradients on the steps that are due."""
         every = self.config.monitor.gradients_every
         if not every or not self._due(every):
-            return {}, 0.0
-        started = time.perf_counter()
-        values = gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world, self._moved)
-        return values, time.perf_counter() - started
+            return {}
+        return gradient_diagnostics(self.engine.module, step.batches, divisors, self.weights, self.world, self._moved)
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
         loader = self.loader
@@ -284,6 +285,7 @@ class Trainer:
     def _update(self, losses: dict[str, float], void: bool) -> bool:
         """Take the optimizer step; count and report it where none was made."""
         skipped_before = self.engine.skipped_steps
+        self.saver.before_update()
         self.engine.step()
         updated = self.engine.skipped_steps == skipped_before
         if not updated:
@@ -314,7 +316,9 @@ class Trainer:
         return True
 
     def _diagnose(self, pool: Pool | None) -> dict[str, float]:
-        return {f"embedding/{name}": value for name, value in (embedding_monitors(pool) if pool else {}).items()}
+        """Return the embedding monitors of a pool by metric tag, on the main rank."""
+        monitors = embedding_monitors(pool) if pool and self.world.is_main else {}
+        return {f"embedding/{name}": value for name, value in monitors.items()}
 
     def _values(self, losses: dict[str, float], score: float) -> dict[str, float]:
         return {"loss/total": self._total(losses), "loss/spike_score": score} | {f"loss/{name}": value for name, value in losses.items()} | {
@@ -367,9 +371,10 @@ class Trainer:
             self._warn_of_launchers()
             write_status(self.config.run_dir, "running", step)
             if self._evaluating(step):
-                self._say(f"evaluating step {step} in the background, log in {self.config.run_dir / 'evaluation' / 'log.txt'}")
+                device = self.config.evaluation.device
+                self._say(f"evaluating step {step} in the background on {device}, log in {self.config.run_dir / 'evaluation' / 'log.txt'}")
                 with self._going_on(f"evaluation of step {step}"):
-                    start_evaluations(self.config.run_dir)
+                    start_evaluations(self.config.run_dir, device)
 
     def _warn_of_launchers(self) -> None:
         """Print once that a signal through the launcher would lose steps, if a step and a save take longer than launchers wait."""

@@ -27,25 +27,32 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer
 
 
-def model_states(parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int) -> ModelStates:
+def model_states(parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int, accumulated: int) -> ModelStates:
     """Return the model states of a ZeRO stage; stage 0 is plain data parallelism with AdamW, for comparison. Without offloading.
 
-    Frozen parameters, those that are not among the `trained` ones, have neither gradients nor optimizer states.
+    Frozen parameters, those that are not among the `trained` ones, have neither gradients nor optimizer states. `accumulated` is the bytes of
+    an element in which gradients are added up over micro steps.
 
     Rajbhandari et al., arXiv 1910.02054, section 3.1: per parameter 2 + 2 + 12 bytes in bf16, of which stage 1 divides the optimizer's
     by the ranks, stage 2 the gradients' too, and stage 3 all. In fp32 plain training takes 4 + 4 + 8, but DeepSpeed keeps its fp32 copy
     beside fp32 parameters too: 4 + 4 + 12. Its step adds the gradients in fp32 once more, of this rank's part; stage 1 has freed the
-    other parts by then. Under stage 3 the `small` parameters, those up to stage3_param_persistence_threshold, stand whole beside their
-    partitions between two steps. A test measures all of this.
+    other parts by then. Where gradients in bf16 are added up in fp32 they take 4 bytes, from which stages 1 and 2 update without another copy;
+    stage 1 then holds the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small` parameters, those up to
+    stage3_param_persistence_threshold, stand whole beside their partitions between two steps. A test measures all of this.
     """
     item = ITEM_BYTES[precision]
     if stage == 0:
-        optimizer = (8 if precision == "fp32" else 12) * trained
-        return ModelStates(item * parameters, item * trained, optimizer, item * (parameters + trained) + optimizer)
+        adam = (8.0 if precision == "fp32" else 12.0) * trained
+        return ModelStates(item * parameters, item * trained, adam, item * (parameters + trained) + adam)
     weights = item * parameters / (ranks if stage == 3 else 1)
     whole = item * small if stage == 3 and ranks > 1 else 0
-    gradients = item * trained / (ranks if stage > 1 else 1)
-    return ModelStates(weights + whole, gradients, 12 * trained / ranks, weights + (item + 12 + 4) * trained / ranks)
+    optimizer = 12.0 * trained / ranks
+    if stage == 1 and accumulated > item:
+        gradients = float((accumulated + item) * trained)
+        return ModelStates(weights, gradients, optimizer, weights + gradients + optimizer)
+    gradients = accumulated * trained / (ranks if stage > 1 else 1)
+    copied = 0 if stage == 2 and accumulated > item else 4
+    return ModelStates(weights + whole, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer)
 
 
 @dataclass(frozen=True)
@@ -81,23 +88,28 @@ class Activations:
     checkpointed_layers: float
     """The same with activation checkpointing: the input of each layer, and the largest layer computed anew."""
     logits: float
+    """Those of a chunk, and their gradient."""
+    head: float
+    """The gradient of the head's weight."""
 
 
-def activations(model: LanguageModel, precision: str, positions: float, targets: float) -> Activations:
+def activations(model: LanguageModel, precision: str, positions: float, targets: float, device: str) -> Activations:
     """Return an estimate for a micro batch of `positions`, padding included, and next-token `targets`.
 
     Counted as in Korthikanti et al., arXiv 2205.05198, section 4.1: each matrix product keeps its input, attention its queries, keys and
     values, each norm its input. With b bytes an element, width h, queries q, keys k, gated feed-forward f and norms n (2 h in Llama):
     (4 + b) n + b (2 h + 2 q + 2 k + 4 f) for each layer and position. The norms of transformers keep their input in fp32 and their
     normalised output; there is no dropout, and no attention score is kept, since the kernels compute them anew. With checkpointing b h
-    remains of a layer (their section 5). Logits exist at the targets alone, and of a chunk of them at a time: twice fp32 (log-softmax and
-    its gradient), and in bf16 once more.
+    remains of a layer (their section 5). Logits exist at the targets alone, and of a chunk of them at a time, whose size depends on the
+    `device`, cpu or cuda: in fp32, which becomes the gradient in its place, in bf16 once more, and with soft-capping its slope. The gradient of the
+    head's weight is in fp32 from the forward pass on, and once more where a chunk or the backward pass adds to it.
     """
-    item = ITEM_BYTES[precision]
+    item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
     layers = [positions * ((4 + item) * layer.norms + item * (2 * model.width + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward))
               for layer in layer_widths(model)]
     return Activations(
         layers=sum(layers),
         checkpointed_layers=item * model.width * positions * len(layers) + max(layers),
-        logits=min(targets * model.vocabulary, MOST_LOGITS) * (8 + (item if precision == "bf16" else 0)),
+        logits=min(targets * model.vocabulary, MOST_LOGITS[device]) * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
+        head=8.0 * model.vocabulary * model.width if head.weight.requires_grad else 0.0,
     )

@@ -3,7 +3,6 @@
 A save that fails, on a full disk above all, ends the save and not the run: the checkpoints before it stay, and the next one is tried.
 """
 
-import copy
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
 from pretrain.training.engine import whole_shape
+from pretrain.training.host_copies import HostCopies
 from pretrain.training.random_state import file_name, random_state
 
 BYTES_PER_PARAMETER = 12
@@ -51,7 +51,8 @@ class Saver:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, config: CheckpointConfig, world: World, say: Callable[[str], None],
                  saved: Callable[[int], None]):
         self._engine, self._folder, self._config, self._world, self._say, self._saved = engine, folder, config, world, say, saved
-        self._collector = engine.checkpoint_engine = _Collector()
+        self._copies = HostCopies(world.device)
+        self._collector = engine.checkpoint_engine = _Collector(self._copies)
         engine._copy_recovery_script = lambda folder: None  # a script beside the shards, and a write that only rank 0 could fail in
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
@@ -95,13 +96,18 @@ class Saver:
         if problem:
             self._fail(step, temporary, problem)
         else:
+            self._copies.begin()
             self._engine.save_checkpoint(str(self._folder), tag=temporary.name, save_latest=False)
             files = self._collector.take() | {temporary / file_name(self._world.rank): random_state()}
-            self._save = _Save(step, temporary, state, self._thread.submit(_write, files))
+            self._save = _Save(step, temporary, state, self._thread.submit(_write, files, self._copies))
             self._save.written.add_done_callback(lambda _: self._note_duration(started))
         self._seconds += time.perf_counter() - started
         if not self._config.background:
             self.finish()
+
+    def before_update(self) -> None:
+        """Let the next optimizer step wait until a copy of the state has been made."""
+        self._copies.before_change()
 
     def finish(self) -> None:
         """Wait until all ranks have written, and declare the checkpoint good. On all ranks together."""
@@ -171,15 +177,16 @@ def smallest_size(module: nn.Module) -> int:
 class _Collector(TorchCheckpointEngine):
     """What DeepSpeed saves its shards with: keeps copies, which go to disk later."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: HostCopies) -> None:
         super().__init__()
+        self._copies = copies
         self._files: dict[Path, Any] = {}
 
     def create(self, info: Any) -> None:
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
-        copy_of_state = _copied(state_dict, {})
+        copy_of_state = self._copies.copy(state_dict)
         if PARTITION_COUNT in copy_of_state.get(OPTIMIZER_STATE_DICT, {}):
             # the optimizer for bf16 with fp32 accumulation under stage 1 leaves the stage out, which the export then misses
             copy_of_state[OPTIMIZER_STATE_DICT].setdefault(ZERO_STAGE, 1)
@@ -194,22 +201,10 @@ class _Collector(TorchCheckpointEngine):
         return files
 
 
-def _copied(value: Any, seen: dict[int, torch.Tensor]) -> Any:
-    """A copy on the host that no later step changes; a tensor that stands in several places is copied once."""
-    if isinstance(value, torch.Tensor):
-        if id(value) not in seen:
-            seen[id(value)] = value.detach().to("cpu", copy=True)
-        return seen[id(value)]
-    if isinstance(value, dict):
-        return type(value)((key, _copied(entry, seen)) for key, entry in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_copied(entry, seen) for entry in value)
-    return copy.deepcopy(value)
-
-
-def _write(files: dict[Path, Any]) -> Written:
-    """Bring the files of this rank to disk."""
+def _write(files: dict[Path, Any], copies: HostCopies) -> Written:
+    """Bring the files of this rank to disk, once the copies have been made."""
     entries = {}
+    copies.wait()
     for path in list(files):
         try:
             with open(path, "wb") as file:

@@ -136,7 +136,7 @@ def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: Sto
 def _resume_evaluations(config: RunConfig, world: World) -> None:
     """Start the evaluations that a killed run or job left to do."""
     if world.is_main and evaluations_asked_for(config.run_dir):
-        start_evaluations(config.run_dir)
+        start_evaluations(config.run_dir, config.evaluation.device)
 
 
 def _check_same_environment(world: World, say: Callable[[str], None]) -> None:

@@ -8,8 +8,13 @@ from pretrain.data.loader import Rows
 from pretrain.models.language_model import LanguageModel
 from pretrain.training.engine import parameter_count
 
-PEAK_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 peak of a device, from its maker's data sheet. Other devices get no MFU rather than an invented one."""
+PEAK_BF16_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
+}
+"""Dense bf16 peak in FLOP/s by the full name of a device, from its maker's data sheet. Other devices get no MFU rather than an invented one."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ def count_parameters(model: LanguageModel) -> Parameters:
 
 def peak_flops() -> float | None:
     """The dense bf16 peak of this device in FLOP/s; None where it is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for device, peak in PEAK_BF16_FLOPS.items() if device in name), None)
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 class Throughput:

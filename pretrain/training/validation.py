@@ -30,11 +30,13 @@ class Validation:
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world
         self.counts = counts(rows, layout)
-        self._batches = list(micro_batches(rows, corpus, layout, specials, row_length,
+        self.batches = list(micro_batches(rows, corpus, layout, specials, row_length,
                                            micro_batch_rows=micro_batch_rows, rank=world.rank, ranks=world.size))
 
     def run(self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """Validate on all ranks; the values by metric tag. `units` says what each term of the objective is divided by.
+        """Validate on all ranks; return the values by metric tag, those of the embeddings on the main rank alone.
+
+        `units` says what each term of the objective is divided by.
 
         None where `stop`, which is asked before each batch and gives all ranks the same answer, says so.
         """
@@ -42,7 +44,7 @@ class Validation:
         sums: dict[str, torch.Tensor] = {}
         pools = []
         with torch.no_grad():
-            for batch in self._batches:
+            for batch in self.batches:
                 if stop():
                     engine.train()
                     return None
@@ -54,5 +56,5 @@ class Validation:
         totals = self.world.sum(list(sums.values()))
         losses = {f"validation/loss/{name}": total / count for name, total in zip(sums, totals, strict=True)
                   if (count := self.counts[units[name]])}  # without a pair there is no loss of pairs, rather than a perfect one
-        monitors = embedding_monitors(Pool.join(pools))
+        monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}

@@ -276,8 +276,8 @@ def levels(findings: list[Finding]) -> list[tuple[str, tuple[str, ...]]]:
     return [(finding.level, finding.nodes) for finding in findings]
 
 
-def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1") -> dict:
-    return {"accelerator": "cuda", "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count}
+def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1", torch_cuda: str | None = "12.8") -> dict:
+    return {"accelerator": "cuda", "torch_cuda": torch_cuda, "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count}
 
 
 def test_what_gpus_lack_is_told():
@@ -289,11 +289,18 @@ def test_what_gpus_lack_is_told():
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(driver="560.1")}, slots)) == [("fail", ("n2",))]
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts()}, slots, chosen="cpu")) == [("fail", ("n1", "n2"))]
     assert levels(check({"n1": gpu_facts(), "n2": {"accelerator": "cpu", "gpus": []}}, slots)) == [("fail", ("n2",))]
+    assert levels(check({"n1": gpu_facts(torch_cuda="13.0")}, {"n1": 2})) == [("fail", ("n1",))], "the driver is older than CUDA 13 allows"
+    assert levels(check({"n1": gpu_facts(torch_cuda="13.0", driver="580.65")}, {"n1": 2})) == [("ok", ())]
+    assert levels(check({"n1": gpu_facts(torch_cuda=None)}, {"n1": 2})) == [("fail", ("n1",))], "torch was built without CUDA"
     shm = {"n1": {"shm_free": 8 * GIB}, "n2": {"shm_free": 60 * 2**20}}
     assert levels(checks_nodes.check_shared_memory(shm, slots, cuda=True)) == [("fail", ("n2",))]
-    lock = {"locks": [{"path": "x/lock", "age": 3600}], "compiling": False, "compiler": "c++", "ops": []}
+    lock = {"locks": [{"path": "x/lock", "age": 3600}], "compiling": False, "compiler": "c++", "c_compiler": "gcc", "python_header": True, "ops": []}
     assert levels(checks_nodes.check_extensions({"n1": lock}, cuda=True, compiles=False)) == [("fail", ("n1",))]
     assert levels(checks_nodes.check_extensions({"n1": lock | {"locks": [], "compiler": None}}, cuda=True, compiles=True)) == [("fail", ("n1",))]
+    for lacking in ({"c_compiler": None}, {"python_header": False}):
+        found = checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=True, compiles=False)
+        assert levels(found) == [("fail", ("n1",))], "FlexAttention is compiled on CUDA, whatever train.compile says"
+        assert levels(checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=False, compiles=False)) == [("ok", ())]
 
 
 @pytest.mark.parametrize(("gib", "level"), [(60, "ok"), (75, "warn"), (90, "fail")])

@@ -337,7 +337,7 @@ from pretrain.training import background
 (folder / "nice").write_text(f"#!/bin/sh\\necho $$ > {folder}/evaluating\\nexec sleep {NEVER}\\n")
 (folder / "nice").chmod(0o755)
 os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"  # in place of the evaluation itself: `setsid --fork nice python ...`
-background.start_evaluations(run_dir)
+background.start_evaluations(run_dir, "cpu")
 while not (folder / "evaluating").exists() or not (folder / "evaluating").read_text():
     time.sleep(0.05)
 status("finished", 1)

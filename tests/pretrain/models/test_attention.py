@@ -119,6 +119,21 @@ def test_auto_is_what_the_device_can_differentiate_and_the_family_can_use(family
         assert resolve_attention("sdpa", CUDA, config) == "sdpa"
 
 
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {"head_dim": 12}), ("llama", {"hidden_size": 96, "num_attention_heads": 8}), ("gemma2", {"head_dim": 8}), ("openelm", {"head_dim": 8})])
+def test_heads_too_narrow_for_flex_attention_get_another_kernel(family, changes):
+    config = config_of(family, **changes)
+    assert resolve_attention("auto", CUDA, config) == resolve_attention("auto", CPU, config)
+    with pytest.raises(UserError, match=r"flex_attention needs heads at least 16 wide, not (8|12)"):
+        resolve_attention("flex_attention", CUDA, config)
+
+
+def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
+    mask = visibility_mask(visible_until, "flex_attention", positions=batch.positions, window=WINDOW)
+    read = [cell.cell_contents for cell in mask.mask_mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)]
+    assert len(read) == 2 and {tensor.dtype for tensor in read} == {torch.int32}
+
+
 @pytest.mark.parametrize(("setting", "device", "config", "message"), [
     ("flex_attention", CPU, config_of("llama"), "no backward pass on CPU"),
     ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),

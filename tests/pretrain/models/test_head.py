@@ -58,7 +58,7 @@ def test_no_tensor_holds_more_logits_than_stated():
     assert largest(5 * VOCABULARY) == weight > 5 * VOCABULARY
 
 
-def test_the_forward_pass_keeps_no_logits_of_its_chunks():
+def test_the_forward_pass_keeps_gradients_and_no_logits():
     layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
 
     def kept(most_logits: int) -> int:
@@ -72,7 +72,52 @@ def test_the_forward_pass_keeps_no_logits_of_its_chunks():
             Head(layer, None, most_logits)(hidden, labels)
         return sum(tensors.values())
 
-    assert kept(10**6) > LABELS * VOCABULARY > kept(5 * VOCABULARY)
+    assert kept(10**6) == kept(5 * VOCABULARY) == LABELS * WIDTH + VOCABULARY * WIDTH
+    with torch.no_grad():
+        assert kept(10**6) == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_in_bf16_the_sums_over_chunks_are_as_exact_as_one_chunk(softcap):
+    """Of the loss and of the weight's gradient, which bf16 sums would make worse with every chunk."""
+    torch.manual_seed(0)
+    layer, labels = nn.Linear(32, 200, bias=False, dtype=torch.bfloat16), torch.randint(200, (2048,))
+    hidden = torch.randn(2048, 32).bfloat16().requires_grad_()
+    exact = nn.Linear(32, 200, bias=False, dtype=torch.float64)
+    exact.weight.data.copy_(layer.weight.data)
+    expected = full_cross_entropy(exact, hidden.detach().double(), labels, softcap)
+    expected.backward()
+
+    def errors(labels_at_once: int) -> tuple[float, float]:
+        layer.weight.grad = None
+        loss = Head(layer, softcap, labels_at_once * 200)(hidden, labels)
+        loss.backward()
+        off = (layer.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
+        return abs(loss.item() / expected.item() - 1), off.item()
+
+    in_one, in_many = errors(2048), errors(16)
+    assert in_many[0] < 1e-4 and in_many[1] < 3e-3, "torch's linear_cross_entropy: 3e-2 and 9e-3"
+    assert in_many[1] < 1.1 * in_one[1]
+
+
+def test_a_gradient_can_be_taken_twice():
+    """As monitor.gradients_every takes it of each term."""
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    loss = Head(layer, None)(hidden, labels)
+    first = torch.autograd.grad(loss, [hidden, layer.weight], retain_graph=True)
+    second = torch.autograd.grad(3 * loss, [hidden, layer.weight])
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * one, other)
+
+
+def test_a_frozen_layer_passes_the_gradient_on():
+    layer, labels = linear(), torch.randint(VOCABULARY, (LABELS,))
+    layer.weight.requires_grad_(False)
+    hidden = torch.randn(LABELS, WIDTH, requires_grad=True)
+    Head(layer, None)(hidden, labels).backward()
+    expected, = torch.autograd.grad(full_cross_entropy(layer, hidden, labels, None), hidden)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(hidden.grad, expected)
 
 
 def test_without_a_label_the_loss_is_0_and_the_weight_has_a_gradient():

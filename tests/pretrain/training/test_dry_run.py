@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from pretrain.cluster.needs import PROCESS_BYTES, needs_of
 from pretrain.config import load_config
@@ -13,6 +14,7 @@ from pretrain.data import order
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
+from pretrain.models import head
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import random_causal_lm, shape_config, special_ids
 from pretrain.models.lora import add_adapters
@@ -192,7 +194,7 @@ def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, 
     assert trained < total / 20
     parameters, gradients, optimizer = (number(text) * 2**20 for text in rows["ZeRO 3, as configured 1"][1:4])
     assert parameters == pytest.approx(2 * total, abs=2**13)
-    assert gradients == pytest.approx(2 * trained, abs=2**13) and optimizer == pytest.approx(12 * trained, abs=2**13)
+    assert gradients == pytest.approx(4 * trained, abs=2**13) and optimizer == pytest.approx(12 * trained, abs=2**13)
     assert number(rows["gathered parameters, at most"][0]) * 2**20 == pytest.approx(2 * total, abs=2**13)
     needs = needs_of(load_config(folder / "planned.yaml"), 1)
     assert needs.parameters == total and needs.checkpoint == 12 * trained + 2 * (total - trained) and needs.bucket == 2 * 1000
@@ -234,8 +236,10 @@ def assert_held(row: list[str], found: dict, case: object, tolerance: float = 0.
 
 @pytest.mark.slow
 def test_model_states_are_what_deepspeed_holds(folder, plan):
-    cases = {"fp32-3": ("fp32", 3), "bf16-2": ("bf16", 2), "fp32-1": ("fp32", 1)}
+    cases = {"fp32-3": ("fp32", 3), "fp32-1": ("fp32", 1), "bf16-3": ("bf16", 3), "bf16-2": ("bf16", 2), "bf16-1": ("bf16", 1),
+             "bf16-2-bf16": ("bf16", 2)}
     changes = {name: two_steps(name, *case) for name, case in cases.items()}
+    changes["bf16-2-bf16"]["deepspeed"]["data_types"] = {"grad_accum_dtype": "bf16"}
     paths = {name: write_config(folder, tiny_config(folder, **change)) for name, change in changes.items()}
     two = measure(ranks_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
     alone = write_config(folder, tiny_config(folder, **changes["fp32-3"] | {"name": "alone"}))
@@ -275,7 +279,29 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(make_model, precisi
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.causal_lm.model(inputs_embeds=embedded, use_cache=False)
     held = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
-    assert activations(model, precision, rows * length, 0).layers == pytest.approx(held, rel=0.15)
+    assert activations(model, precision, rows * length, 0, "cpu").layers == pytest.approx(held, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, precision, dtype, family):
+    """For several chunks, with and without soft-capping (gemma2)."""
+    model = make_model(0, dtype=dtype, family=family)
+    targets, chunk = 4000, 1000
+    monkeypatch.setitem(head.MOST_LOGITS, "cpu", chunk * model.vocabulary)
+    hidden = torch.randn(targets, model.width, dtype=dtype, requires_grad=True)
+    labels = torch.randint(model.vocabulary, (targets,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model.cross_entropy(hidden, labels).backward()
+    held = peak = 0
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    expected = activations(model, precision, 0, targets, "cpu")
+    of_hidden = hidden.numel() * hidden.element_size()
+    assert expected.logits == pytest.approx(chunk * model.vocabulary * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2")))
+    assert peak == pytest.approx(expected.logits + expected.head / 2 + of_hidden, rel=0.1), "in the forward pass, before another gradient is made"
 
 
 def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):

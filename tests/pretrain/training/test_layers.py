@@ -23,7 +23,8 @@ REPLICATED = {"zero_optimization": {"stage": 1}}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     prepare_corpus(write_config(folder, tiny_config(folder)))
-    call(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True)))
+    call(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True),
+                       config_of(folder, "by-module", monitor__gradients_every=10**6)))
     return folder
 
 
@@ -43,6 +44,11 @@ def assert_same_losses(folder, one: str, other: str, tolerance: float) -> None:
 
 def test_recomputed_layers_give_the_same_losses_and_gradient_norms(folder):
     assert_same_losses(folder, "plain", "recomputed", 1e-6)
+
+
+def test_layers_that_are_gathered_whole_give_the_same_losses_and_gradient_norms(folder):
+    """As all are unless monitor.gradients_every has to look into them."""
+    assert_same_losses(folder, "plain", "by-module", 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def test_all_layers_share_a_graph_without_breaks(make_model, batches):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(1).train()
-    compile_layers(model, zero_stage=1)
+    compile_layers(model)
     for batch in batches:
         model(batch).sum().backward()
     counters = torch._dynamo.utils.counters
@@ -134,7 +140,7 @@ def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokeniz
     assert len(set(model.causal_lm.config.ffn_widths)) == 10
     expected = model(batches[0])
     warnings = []
-    compile_layers(model, zero_stage=1)
+    compile_layers(model)
     allow_graphs(model, warnings.append)
     for _ in range(2):
         torch.testing.assert_close(model(batches[0]), expected, rtol=1e-3, atol=1e-3)
@@ -147,7 +153,7 @@ def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokeniz
 def test_layers_that_are_not_compiled_are_warned_of_once(make_model, fresh_dynamo):
     model = make_model(1).eval()
     warnings = []
-    compile_layers(model, zero_stage=1)
+    compile_layers(model)
     allow_graphs(model, warnings.append)
     layer, rotary = model.causal_lm.model.layers[0], model.causal_lm.model.rotary_emb
     with torch.no_grad():

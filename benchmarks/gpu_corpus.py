@@ -1,0 +1,61 @@
+"""The corpus of the checks of benchmarks/gpu.py: documents and pairs of 200 to 4,096 tokens in a vocabulary of published size.
+
+It is written by `python benchmarks/gpu_corpus.py FOLDER --records 4000 --words 128000 --longest 4096`.
+"""
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+SPECIALS = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
+SHORTEST = 200
+"""Tokens of a record, or a twentieth of the longest where that is fewer."""
+
+
+def main() -> None:
+    """Write tokenizer.json and records.jsonl into the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--records", type=int, required=True)
+    parser.add_argument("--words", type=int, required=True, help="of the vocabulary")
+    parser.add_argument("--longest", type=int, required=True, help="tokens of a row")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(arguments.folder / "tokenizer.json", arguments.words)
+    with open(arguments.folder / "records.jsonl", "w") as file:
+        for number in range(arguments.records):
+            file.write(json.dumps(record(number, arguments.words, arguments.longest)) + "\n")
+
+
+def write_tokenizer(path: Path, words: int) -> None:
+    """Write a tokenizer of one token a word: w0, w1, and so on."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIALS.values(), *(f"w{number}" for number in range(words))])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIALS["unk"]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIALS.values()))
+    tokenizer.save(str(path))
+
+
+def record(number: int, words: int, longest: int) -> dict[str, str]:
+    """Return a record: every second one is a document, the others a context and every third word of it as the target.
+
+    Its tokens are log-uniform between SHORTEST and what a row holds. Words come by Zipf's law, as in a natural language.
+    """
+    draw = random.Random(number)
+    room = longest - 8 if number % 2 else 3 * longest // 5 - 8  # of a pair the target comes twice; the rest is for special tokens
+    tokens = int(math.exp(draw.uniform(math.log(min(SHORTEST, longest // 20)), math.log(room))))
+    drawn = [f"w{int(words ** draw.random()) - 1}" for _ in range(tokens)]
+    if number % 2:
+        return {"target": " ".join(drawn)}
+    context = drawn[: max(3, 3 * tokens // 4)]
+    return {"context": " ".join(context), "target": " ".join(context[::3])}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Checks of single operations for benchmarks/gpu.py: `python benchmarks/gpu_kernels.py attention|head|pieces [--small]`.
+
+The last line is a JSON object. `--small` takes sizes that a CPU can compute; attention needs a GPU all the same.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from pretrain.models.attention import visibility_mask
+from pretrain.models.head import Head
+from pretrain.objectives.monitors import embedding_monitors
+from pretrain.objectives.pool import Pool
+from pretrain.training.host_copies import HostCopies
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of attention: query heads, key heads, width of a head, positions, soft-capping and window."""
+
+    queries: int
+    keys: int
+    width: int
+    length: int
+    softcap: float | None = None
+    window: int | None = None
+
+
+CASES = {
+    "llama_1b": Case(32, 8, 64, 4096), "llama_3b": Case(24, 8, 128, 1024), "gemma2, full": Case(8, 4, 256, 1024, softcap=50.0),
+    "gemma2, sliding": Case(8, 4, 256, 1024, softcap=50.0, window=64), "rows of 200": Case(6, 6, 24, 200), "rows of 96": Case(4, 2, 16, 96),
+}
+
+
+def main() -> None:
+    """Run a check and print what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(json.dumps(CHECKS[arguments.check](arguments.small)), flush=True)
+
+
+def seconds_of(call: Callable[[], object], times: int = 3) -> float:
+    """Return the mean seconds of a call after a first one."""
+    call()
+    _wait()
+    started = time.perf_counter()
+    for _ in range(times):
+        call()
+    _wait()
+    return (time.perf_counter() - started) / times
+
+
+def _wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over that of what was expected."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def attention(small: bool) -> dict[str, Any]:
+    """Compare FlexAttention in bf16, forward and backward, with attention over a dense mask in fp32."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        torch._dynamo.reset()
+        try:
+            results[name] = _attention_case(case)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(name, results[name], flush=True)
+    return results
+
+
+def _attention_case(case: Case) -> dict[str, float]:
+    visible_until, positions = _packed_rows(2, case.length)
+    where: dict[str, Any] = {"positions": positions, "window": case.window} if case.window else {}
+    inputs = [torch.randn(2, heads, case.length, case.width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+              for heads in (case.queries, case.keys, case.keys)]
+
+    def flex() -> list[torch.Tensor]:
+        mask = visibility_mask(visible_until, "flex_attention", **where)
+        query, key, value = inputs
+        output, _ = flex_attention_forward(nn.Identity(), query, key, value, mask, scaling=case.width**-0.5, softcap=case.softcap)
+        output = output.transpose(1, 2)
+        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    started = time.perf_counter()
+    found = flex()
+    _wait()
+    compiling = time.perf_counter() - started
+    query, key, value = exact = [each.detach().float().requires_grad_() for each in inputs]
+    repeats = case.queries // case.keys
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * case.width**-0.5
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    visible = visibility_mask(visible_until, "sdpa", **where)
+    assert isinstance(visible, torch.Tensor)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    output = scores.softmax(dim=-1) @ value.repeat_interleave(repeats, 1)
+    expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
+    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+    mask_seconds = seconds_of(lambda: visibility_mask(visible_until, "flex_attention", **where))
+    return {"error_of_output": errors[0], "error_of_gradients": max(errors[1:]), "compile_seconds": compiling,
+            "milliseconds": 1e3 * seconds_of(flex), "mask_milliseconds": 1e3 * mask_seconds}
+
+
+def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return visible_until and positions (rows, length) of rows that hold texts of about 60 tokens, which see themselves alone."""
+    begins = torch.rand(rows, length) < 1 / 60
+    begins[:, 0] = True
+    place = torch.arange(length).expand(rows, length)
+    start = torch.where(begins, place, 0).cummax(dim=1).values
+    later = torch.where(begins, place, length)
+    following = torch.cat([later[:, 1:], torch.full((rows, 1), length)], dim=1)
+    end = following.flip(1).cummin(dim=1).values.flip(1)
+    return end.to(DEVICE), (place - start).to(DEVICE)
+
+
+def head(small: bool) -> dict[str, Any]:
+    """Time the cross-entropy of the output head and compare its weight gradient with one in fp32, by the logits of a chunk."""
+    width, vocabulary, labels, powers = (64, 1000, 512, (14, 16, 18)) if small else (2048, 128_256, 16_384, (26, 27, 28, 29, 30))
+    weight = 0.02 * torch.randn(vocabulary, width, device=DEVICE)
+    hidden, label_ids = torch.randn(labels, width, device=DEVICE), torch.randint(vocabulary, (labels,), device=DEVICE)
+
+    def gradient(dtype: torch.dtype, most_logits: int) -> tuple[torch.Tensor, float, float]:
+        linear = nn.Linear(width, vocabulary, bias=False, device=DEVICE, dtype=dtype)
+        linear.weight.data.copy_(weight)
+        layer, inputs = Head(linear, None, most_logits), hidden.to(dtype).requires_grad_()
+
+        def call() -> None:
+            linear.weight.grad = None
+            (layer(inputs, label_ids) / labels).backward()
+
+        call()
+        before = _reset_peak()
+        seconds = seconds_of(call)
+        assert linear.weight.grad is not None
+        return linear.weight.grad, seconds, _peak() - before
+
+    exact, _, _ = gradient(torch.float32, 2 ** powers[-2])
+    results = {}
+    for power in powers:
+        found, seconds, peak = gradient(torch.bfloat16, 2**power)
+        results[f"2^{power}"] = {"milliseconds": 1e3 * seconds, "teraflops": 6 * labels * width * vocabulary / seconds / 1e12,
+                                 "error_of_weight_gradient": relative_error(found, exact), "peak_gib": peak / 2**30}
+        print(power, results[f"2^{power}"], flush=True)
+    return results
+
+
+def pieces(small: bool) -> dict[str, Any]:
+    """Time the optimizer's step, the copy of a checkpoint, and the embedding monitors."""
+    numbers, width, pairs = (10**5, 64, (64,)) if small else (10**9, 2048, (728, 4096))
+    results: dict[str, Any] = {}
+    for name in ("foreach", "fused"):
+        weights = torch.zeros(numbers, device=DEVICE, requires_grad=True)
+        weights.grad = torch.randn_like(weights)
+        optimizer = torch.optim.AdamW([weights], lr=1e-3, foreach=name == "foreach", fused=name == "fused")
+        results[f"adamw_{name}_milliseconds"] = 1e3 * seconds_of(optimizer.step)
+        del weights, optimizer
+    state, copies = torch.randn(numbers, device=DEVICE), HostCopies(DEVICE)
+
+    def copy_state() -> None:
+        copies.begin()
+        copies.copy(state)
+        copies.wait()
+
+    results["checkpoint_copy_gb_per_second"] = 4 * numbers / seconds_of(copy_state) / 1e9
+    results["plain_copy_gb_per_second"] = 4 * numbers / seconds_of(lambda: state.to("cpu", copy=True), 1) / 1e9
+    for count in pairs:
+        key = torch.arange(count, device=DEVICE)
+        prediction, target = torch.randn(2, count, width, device=DEVICE)
+        pool = Pool(prediction, target, key, key, torch.zeros_like(key), key >= 0, slice(0, 0))
+        results[f"monitors_of_{count}_pairs_seconds"] = seconds_of(partial(embedding_monitors, pool), 1)
+    return results
+
+
+def _reset_peak() -> float:
+    if DEVICE.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    return float(torch.cuda.memory_allocated())
+
+
+def _peak() -> float:
+    return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
+
+
+CHECKS = {"attention": attention, "head": head, "pieces": pieces}
+
+if __name__ == "__main__":
+    main()

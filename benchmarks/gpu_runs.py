@@ -1,0 +1,128 @@
+"""Training runs of the checks of benchmarks/gpu.py, one after another in the same ranks: what they cost and what the GPU does meanwhile.
+
+    python benchmarks/gpu_runs.py CONFIG [CONFIG ...] [--profile STEP]
+
+The last line is a JSON object: of each run its losses, speed and memory, and, with --profile, what a step of the first one does on the GPU.
+"""
+
+import argparse
+import gc
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.console import exit_on_user_error
+from pretrain.config import load_config
+from pretrain.training.distributed import World, init_world, leave_group
+from pretrain.training.setup import set_up
+
+SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+SHOWN = 10
+"""Kernels that are listed, those that took longest."""
+SETTLING_STEPS = 2
+"""Steps in which everything is compiled: what is compiled later is a fault."""
+
+
+@dataclass
+class Profiler:
+    """Profiles one step of a run, from the forward pass of its first micro batch to that of the next step, and counts graphs."""
+
+    step: int | None
+    micro_steps: int
+    passes: int = 0
+    profile: Any = None
+    started: float = 0.0
+    settled_graphs: int = 0
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *_: Any) -> None:
+        """Be called before each forward pass."""
+        self.passes += 1
+        step, first = divmod(self.passes - 1, self.micro_steps)
+        if first:
+            return
+        if step == SETTLING_STEPS:
+            self.settled_graphs = graphs()
+        if self.profile is not None:
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.started
+            self.profile.__exit__(None, None, None)
+            self.found = describe(self.profile.events(), seconds)
+            self.profile = None
+        if step + 1 == self.step and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA])
+            self.profile.__enter__()
+            self.started = time.perf_counter()
+
+
+def main() -> None:
+    """Train each run and print what was found on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", type=Path, nargs="+")
+    parser.add_argument("--profile", type=int, help="the step of the first run to profile")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    world = init_world()
+    runs = {}
+    for number, path in enumerate(arguments.configs):
+        runs[path.stem] = run(path, world, arguments.profile if number == 0 else None)
+    if world.is_main:
+        print(json.dumps(runs), flush=True)
+    leave_group(0)
+
+
+def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
+    """Train one run and return what it cost: bytes are those of this rank."""
+    config = load_config(path)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer = set_up(config, world)
+    assert trainer is not None
+    profiler = Profiler(profiled_step, config.train.global_batch_rows // (config.train.micro_batch_rows * world.size))
+    trainer.engine.register_forward_pre_hook(profiler)
+    trainer.train()
+    found: dict[str, Any] = {"profile": profiler.found, "graphs_after_settling": graphs() - profiler.settled_graphs}
+    if torch.cuda.is_available():
+        statistics = torch.cuda.memory_stats()
+        found |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
+                  "allocator_retries": statistics.get("num_alloc_retries", 0)}
+    if trainer.metrics:
+        trainer.metrics.close()
+        found["metrics"] = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    trainer.engine.destroy()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def graphs() -> int:
+    """Return how many graphs torch._dynamo has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def describe(events: Any, seconds: float) -> dict[str, Any]:
+    """Return what the GPU did in the seconds of a step: the share in which it was busy, synchronisations, and the longest kernels."""
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy, end = 0.0, 0.0
+    for start, stop in sorted((event.time_range.start, event.time_range.end) for event in on_device):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    kernels: dict[str, float] = {}
+    for event in on_device:
+        kernels[event.name[:80]] = kernels.get(event.name[:80], 0.0) + event.time_range.elapsed_us() / 1e3
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:SHOWN]
+    return {"seconds": seconds, "busy_share": busy / 1e6 / seconds, "kernel_milliseconds": dict(longest),
+            "synchronisations": {name: sum(event.name == name for event in events) for name in SYNCHRONISATIONS}}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    exit_on_user_error(main)

@@ -1,0 +1,79 @@
+"""The plumbing of benchmarks/gpu.py, on CPU with a tiny model."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu, gpu_corpus
+from tests.launching import call
+
+
+def run(tmp_path, *words: str) -> dict:
+    done = call([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
+    found = json.loads(done.stdout)
+    lines = {line.split()[1]: line for line in done.stderr.splitlines() if line.startswith(("pass", "none", "fail", "broken"))}
+    assert lines.keys() == found["checks"].keys()
+    return found["checks"]
+
+
+def test_checks_run_with_those_that_they_need(tmp_path):
+    checks = run(tmp_path, "--checks", "train", "head", "attention")
+    assert {name: check["result"] for name, check in checks.items()} == {"corpus": "pass", "attention": "none", "train": "pass", "head": "pass"}
+    assert checks["train"]["figures"]["last_loss"] < checks["train"]["figures"]["first_loss"]
+    assert checks["head"]["figures"]["sizes"]["2^14"]["error_of_weight_gradient"] < 5e-3
+    assert "gpu_runs.py" in (tmp_path / checks["train"]["log"]).read_text()
+
+
+@pytest.mark.slow
+def test_every_check_runs_on_two_ranks(tmp_path):
+    checks = run(tmp_path, "--ranks", "2", "--seconds", "3000")
+    assert len(checks) == 12 and {check["result"] for name, check in checks.items() if name != "attention"} == {"pass"}, checks
+    assert checks["objectives"]["figures"].keys() >= {"next_token", "joint", "independent"}
+
+
+def bench(tmp_path, seconds: float = 100.0):
+    return gpu.Bench(tmp_path, 1, True, time.monotonic() + seconds)
+
+
+def test_a_check_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
+    def fails(bench):
+        bench.call([sys.executable, "-c", "raise ValueError('the kernel is missing')"])
+
+    checks = {"first": (fails, 50, ()), "second": (lambda bench: {}["x"], 50, ()),
+              "third": (lambda bench: ({"speed": 1.5}, False, "too slow"), 50, ()),
+              "fourth": (fails, 50, ("first",)), "fifth": (fails, 50, ("third",))}
+    monkeypatch.setattr(gpu, "CHECKS", checks)
+    one = bench(tmp_path)
+    for name in checks:
+        one.found[name] = gpu.run_check(one, name, on_gpu=False)
+    assert [check["result"] for check in one.found.values()] == ["broken", "broken", "fail", "none", "broken"]
+    assert "exit code 1: ValueError: the kernel is missing" in one.found["first"]["meaning"]
+    assert gpu.check_line("third", one.found["third"]) == "fail    third         speed 1.5: too slow"
+
+
+def test_a_check_is_ended_at_its_limit_and_none_starts_without_time(tmp_path, monkeypatch):
+    def sleeps(bench):
+        bench.call([sys.executable, "-c", "import time; time.sleep(3600)"])
+
+    monkeypatch.setattr(gpu, "CHECKS", {"hangs": (sleeps, 1, ()), "late": (sleeps, 1000, ())})
+    one = bench(tmp_path)
+    assert gpu.run_check(one, "hangs", on_gpu=False)["meaning"] == "not done within 1 s"
+    assert gpu.run_check(one, "late", on_gpu=False) == {"result": "none", "meaning": "no time is left"}
+
+
+def test_another_version_is_told(tmp_path):
+    machine = gpu.describe_machine()
+    assert len(list(gpu.machine_lines(machine, bench(tmp_path)))) == 1
+    other = list(gpu.machine_lines(machine | {"torch": "2.14.0+cu130"}, bench(tmp_path)))
+    assert other[1] == "note: torch is 2.14.0+cu130 here; the project is tested with 2.13.0"
+
+
+def test_lengths_of_the_corpus_span_those_of_real_documents():
+    records = [gpu_corpus.record(number, 128_000, 4096) for number in range(400)]
+    lengths = [sum(len(text.split()) for text in record.values()) for record in records]
+    assert min(lengths) < 250 and max(lengths) > 3500
+    assert sum(len(record) == 2 for record in records) == 200
+    joint = [len(record["context"].split()) + 2 * len(record["target"].split()) + 6 for record in records if len(record) == 2]
+    assert max(joint) <= 4096, "also with the target's copy"

@@ -1,0 +1,69 @@
+"""Every family trains in bf16 on two ranks, resumes on one, and is exported: what a run on GPUs does, as far as bf16 on CPU shows it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from pretrain.evaluation.export import export_checkpoint
+from pretrain.models.families import register_family_of
+from pretrain.run_folder import step_name
+from pretrain.training.checkpoint import consolidate
+from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+
+WORKER = ROOT / "tests" / "pretrain" / "training" / "several_runs.py"
+FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(prepared, tmp_path_factory):
+    """For each family a run on two ranks, one in fp32, and one that goes on from the middle of the first on a single rank."""
+    folder = tmp_path_factory.mktemp("bf16")
+
+    def add(family: str, name: str, precision: str, micro_batch_rows: int = 2) -> str:
+        shape = yaml.safe_load((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
+        return str(write_config(folder, tiny_config(
+            folder, name=f"{family}-{name}", data__path=str(prepared), data__sources=[], data__tokenizer={"vocab_size": 512},
+            model={"family": family, "shape": shape}, checkpoint={"every": STEPS // 2}, monitor__tensorboard=False,
+            train={"steps": STEPS, "global_batch_rows": 8, "micro_batch_rows": micro_batch_rows, "learning_rate": 1e-3, "precision": precision})))
+
+    call(ranks_command(2, WORKER, *(add(family, name, precision) for family in FAMILIES for name, precision in (("two", "bf16"), ("fp32", "fp32")))))
+    resumed = [add(family, "one", "bf16", micro_batch_rows=4) for family in FAMILIES]
+    for family in FAMILIES:
+        shutil.copytree(folder / "runs" / f"{family}-two", folder / "runs" / f"{family}-one")
+        shutil.rmtree(folder / "runs" / f"{family}-one" / "checkpoints" / step_name(STEPS))
+        (folder / "runs" / f"{family}-one" / "status.json").unlink()
+    call(["python", str(WORKER), *resumed])
+    return folder
+
+
+def losses(folder, name: str) -> np.ndarray:
+    return np.array([json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_losses_are_near_those_in_fp32_and_of_another_number_of_ranks(folder, family):
+    two = losses(folder, f"{family}-two")
+    assert len(two) == STEPS and two[-1] < two[0]
+    np.testing.assert_allclose(two, losses(folder, f"{family}-fp32"), rtol=1e-2)
+    np.testing.assert_allclose(losses(folder, f"{family}-one"), two, rtol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
+    """Those that the optimizer updates: not what is left of them in bf16."""
+    run_dir = folder / "runs" / f"{family}-one"
+    export = export_checkpoint(run_dir, STEPS)
+    register_family_of(export)
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, local_files_only=True)
+    weights = {name: weight for name, weight in consolidate(run_dir / "checkpoints" / step_name(STEPS)).items() if name.startswith("causal_lm.")}
+    exported = model.state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(exported[name.removeprefix("causal_lm.")], weight), name
+    assert any((weight != weight.bfloat16()).any() for weight in weights.values()), "more than bf16 can hold"
+    assert model(torch.arange(3, 40)[None]).logits.isfinite().all()

@@ -1,0 +1,100 @@
+"""What a run does differently on GPUs, as far as a CPU shows it."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.run_folder import step_name
+from pretrain.training import throughput
+from pretrain.training.background import evaluation_environment
+from pretrain.training.engine import engine_settings
+from pretrain.training.layers import share_compile_threads
+from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+
+WORKER = ROOT / "tests" / "pretrain" / "training" / "fused_resume.py"
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory):
+    """A run on two ranks that was stopped after the second of four steps."""
+    folder = tmp_path_factory.mktemp("on-gpus")
+    path = write_config(folder, tiny_config(folder, checkpoint={"every": 2}))
+    prepare_corpus(path)
+    call(ranks_command(2, "launcher/run.py", path))
+    shutil.rmtree(folder / "runs" / "run" / "checkpoints" / step_name(4))
+    (folder / "runs" / "run" / "status.json").unlink()
+    return folder
+
+
+def settings(tmp_path, **changes) -> dict:
+    return engine_settings(RunConfig(**tiny_config(tmp_path, **changes)), ranks=1)
+
+
+def test_gradients_are_added_up_in_fp32_unless_another_type_is_chosen(tmp_path):
+    assert settings(tmp_path, train__precision="bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings(tmp_path)["data_types"] == {"grad_accum_dtype": "fp32"}
+    chosen = {"data_types": {"grad_accum_dtype": "bf16"}}
+    assert settings(tmp_path, train__precision="bf16", deepspeed=chosen)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_the_timer_that_waits_for_the_gpu_in_every_micro_step_is_off_unless_it_is_asked_for(tmp_path):
+    assert settings(tmp_path)["timers"] == {"throughput": {"enabled": False}}
+    chosen = {"throughput": {"enabled": True, "synchronized": False}}
+    assert settings(tmp_path, deepspeed={"timers": chosen})["timers"] == chosen
+
+
+def test_a_background_evaluation_sees_no_gpu_or_the_one_that_is_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    on_cpu, on_gpu = evaluation_environment("cpu"), evaluation_environment("cuda:7")
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "" and on_cpu["DS_ACCELERATOR"] == "cpu"
+    assert on_gpu["CUDA_VISIBLE_DEVICES"] == "7" and on_gpu["DS_ACCELERATOR"] == "cuda"
+    assert "LOCAL_RANK" not in on_cpu | on_gpu
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", "7"])
+def test_another_device_of_evaluations_is_a_mistake(device):
+    done = call(["python", "launcher/run.py", "configs/demo.yaml", f"evaluation.device={device}"], check=False)
+    assert done.returncode == 2 and "evaluation.device" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_peak_is_that_of_the_very_device(monkeypatch):
+    """An H100 for PCIe is slower than one for SXM, whose name begins alike; an unknown device has no peak."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    peaks = {}
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA H20", "NVIDIA A100-SXM4-80GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        peaks[name] = throughput.peak_flops()
+    assert list(peaks.values()) == [989e12, 756e12, 835e12, 989e12, None, 312e12]
+
+
+def test_ranks_of_a_machine_share_its_cores_for_compiling(monkeypatch):
+    import torch._inductor.config as settings
+
+    monkeypatch.setattr(settings, "compile_threads", 32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(48)))
+    share_compile_threads(8)
+    assert settings.compile_threads == 6
+    share_compile_threads(1)
+    assert settings.compile_threads == 6, "never more than was set"
+    share_compile_threads(100)
+    assert settings.compile_threads == 1
+
+
+@pytest.mark.parametrize("micro_batch_rows", [4, 8])
+def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_path, resumable, micro_batch_rows):
+    """Not those of the checkpoint, which may come from a CPU, whose AdamW is not fused; with and without a conversion of it."""
+    run_dir = tmp_path / "runs" / "run"
+    shutil.copytree(resumable / "runs" / "run", run_dir)
+    values = tiny_config(resumable, output_dir=str(tmp_path / "runs"), train__micro_batch_rows=micro_batch_rows, checkpoint={"every": 2})
+    ranks = 8 // micro_batch_rows
+    path = write_config(tmp_path, values)
+    done = call(["python", str(WORKER), path] if ranks == 1 else ranks_command(ranks, WORKER, path))
+    groups = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
+    assert [group["fused"] for group in groups] == [True, True]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0] and groups[0]["betas"] == [0.9, 0.95]
+    assert (run_dir / "checkpoints" / step_name(4)).exists()
