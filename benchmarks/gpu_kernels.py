@@ -179,6 +179,12 @@ def pieces(small: bool) -> dict[str, Any]:
         copies.copy(state)
         copies.wait()
 
+    copies.begin()
+    copied, kept = copies.copy(state), state.cpu().clone()
+    copies.before_change()
+    state.zero_()
+    copies.wait()
+    results["copies_are_unchanged"] = torch.equal(copied, kept)
     results["checkpoint_copy_gb_per_second"] = 4 * numbers / seconds_of(copy_state) / 1e9
     results["plain_copy_gb_per_second"] = 4 * numbers / seconds_of(lambda: state.to("cpu", copy=True), 1) / 1e9
     for count in pairs:

@@ -87,7 +87,9 @@ def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
     profiler = Profiler(profiled_step, config.train.global_batch_rows // (config.train.micro_batch_rows * world.size))
     trainer.engine.register_forward_pre_hook(profiler)
     trainer.train()
-    found: dict[str, Any] = {"profile": profiler.found, "graphs_after_settling": graphs() - profiler.settled_graphs}
+    found: dict[str, Any] = {"profile": profiler.found, "graphs_after_settling": graphs() - profiler.settled_graphs,
+                             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+                             "fused_optimizer": bool(trainer.engine.optimizer.optimizer.defaults["fused"])}
     if torch.cuda.is_available():
         statistics = torch.cuda.memory_stats()
         found |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),

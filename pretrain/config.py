@@ -32,10 +32,17 @@ class EvaluationConfig(Section):
 
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda:\d+)$")
-    """Where background evaluations run: cpu, or cuda:N for a GPU that training does not use, numbered as nvidia-smi does."""
+    device: str = "cpu"
+    """Where background evaluations run: cpu, or cuda:N for a GPU that training leaves alone, by its number in the output of nvidia-smi."""
     tasks: list[TaskSection] = []
     """What an evaluation does, for checkpoints in the background and by the command."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|cuda:\d+", device):
+            raise ValueError("it is cpu, or cuda:N such as cuda:3")
+        return device
 
     @field_validator("tasks")
     @classmethod

@@ -1,27 +1,33 @@
 """The GPU of a rank."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 
 from data_prep.console import UserError
 
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""Variables in which torchrun, DeepSpeed and Open MPI tell how many ranks are on a machine."""
 
-def gpu_index(local_rank: int, visible: int) -> int:
-    """Return the index of a rank's GPU among the `visible` ones: the local rank, or 0 where the launcher shows each rank its own GPU alone.
 
-    Raises UserError where there are fewer GPUs than ranks.
+def gpu_index(environment: Mapping[str, str], visible: int) -> int:
+    """Return the index of a rank's GPU among the `visible` ones: its LOCAL_RANK, or 0 where the launcher shows each rank its own GPU alone.
+
+    Raises UserError, on all ranks of a machine if the launcher tells how many there are, where several visible GPUs are fewer than the ranks.
     """
     if visible == 1:
         return 0
-    if local_rank >= visible:
-        raise UserError(f"the rank with LOCAL_RANK={local_rank} sees {visible} GPUs: start at most as many ranks on a node as it has GPUs")
+    local_rank = int(environment["LOCAL_RANK"])
+    ranks = max([local_rank + 1, *(int(environment[name]) for name in LOCAL_SIZES if name in environment)])
+    if ranks > visible:
+        raise UserError(f"{ranks} ranks on a machine with {visible} GPUs: start at most as many ranks on it as it has GPUs")
     return local_rank
 
 
 def select_gpu() -> int:
     """Make the GPU of this rank the current device, tell it to DeepSpeed, which reads LOCAL_RANK, and return its index. Raises UserError."""
-    index = gpu_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+    index = gpu_index(os.environ, torch.cuda.device_count())
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
     return index

@@ -79,8 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients by that of the loss. They are kept, so that it may be called again."""
         of_hidden, of_weight, of_bias = ctx.saved_tensors
-        return (None if of_hidden is None else of_hidden * grad_loss.to(of_hidden.dtype),
-                *(None if gradient is None else (gradient * grad_loss).to(ctx.dtype) for gradient in (of_weight, of_bias)),
+        return (*(None if gradient is None else (gradient.float() * grad_loss).to(ctx.dtype) for gradient in (of_hidden, of_weight, of_bias)),
                 None, None, None, None)
 
 

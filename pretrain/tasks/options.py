@@ -102,7 +102,7 @@ class RowTask(TaskConfig):
     @model_validator(mode="after")
     def _has_rows(self) -> "RowTask":
         if self.test is None and not self.DRAWS_ROWS:
-            raise ValueError(f"the task {self.name} needs rows: test")
+            raise ValueError(f"the task {self.name} needs rows: test (on the command line task.test=FILE)")
         return self
 
 

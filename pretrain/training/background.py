@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data_prep.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
 
 SUPERVISED = "JEPA_SUPERVISED"
@@ -23,7 +24,20 @@ def single_process_environment() -> dict[str, str]:
 def evaluation_environment(device: str) -> dict[str, str]:
     """Return the environment of a background evaluation, which sees one GPU, named as cuda:N, or none."""
     kind, _, number = device.partition(":")
-    return single_process_environment() | {"CUDA_VISIBLE_DEVICES": number, "DS_ACCELERATOR": kind}
+    return single_process_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": number, "DS_ACCELERATOR": kind}
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device of background evaluations that this machine does not have."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return
+    everything = {name: value for name, value in single_process_environment().items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    code = "import torch; print(torch.cuda.device_count())"
+    counted = subprocess.run([sys.executable, "-c", code], env=everything, check=True, capture_output=True, text=True)
+    gpus = int(counted.stdout.split()[-1])
+    if int(number) >= gpus:
+        raise UserError(f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose one that training leaves alone, or cpu")
 
 
 def tied(command: list[str], number: str) -> list[str]:

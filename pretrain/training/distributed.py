@@ -25,6 +25,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """As long as the slowest start takes; what hangs later is found by watchdog.py."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of torch's memory allocator for CUDA, by the present and the former name; read when the first GPU is used."""
+ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:64"
+"""Micro steps of different lengths must not break GPU memory into pieces, nor the pinned memory of a checkpoint be rounded up to a power of two."""
 MPI_PORT = 29500
 """Where ranks of mpirun meet, unless MASTER_PORT says otherwise."""
 
@@ -113,8 +115,8 @@ def init_world() -> World:
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
     else:
-        if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):  # micro steps of different lengths would break its memory into pieces
-            os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+        if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+            os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR_SETTINGS
         select_gpu()
     notes, backend = None, accelerator.communication_backend_name()
     try:

@@ -1,5 +1,7 @@
 """The DeepSpeed engine: ZeRO-3 around the model and its objective."""
 
+import contextlib
+import io
 from typing import Any
 
 import deepspeed
@@ -95,7 +97,8 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     fused = world.device.type == "cuda"  # else it makes several passes over all weights there, and a copy of them
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
                                   lr=config.train.learning_rate, betas=config.train.betas, fused=fused)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    with contextlib.redirect_stdout(io.StringIO()):  # the optimizer of stage 1 in bf16 prints a dozen lines of memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
     if config.monitor.gradients_every and any(hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()):
         raise UserError("monitor.gradients_every cannot look into modules that ZeRO stage 3 gathers whole, as it does mixtures of experts: "

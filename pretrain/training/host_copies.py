@@ -49,7 +49,9 @@ class HostCopies:
                 seen[id(value)] = self._copy_tensor(value.detach())
             return seen[id(value)]
         if isinstance(value, dict):
-            return type(value)((key, self._copy(entry, seen)) for key, entry in value.items())
+            copied = copy.copy(value)  # of its kind
+            copied.update((key, self._copy(entry, seen)) for key, entry in value.items())
+            return copied
         if type(value) in (list, tuple):
             return type(value)(self._copy(entry, seen) for entry in value)
         return copy.deepcopy(value)

@@ -102,7 +102,7 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     normalised output; there is no dropout, and no attention score is kept, since the kernels compute them anew. With checkpointing b h
     remains of a layer (their section 5). Logits exist at the targets alone, and of a chunk of them at a time, whose size depends on the
     `device`, cpu or cuda: in fp32, which becomes the gradient in its place, in bf16 once more, and with soft-capping its slope. The gradient of the
-    head's weight is in fp32 from the forward pass on, and once more where a chunk or the backward pass adds to it.
+    head's weight is in fp32 from the forward pass on, and once more, in bf16 a third time, in the backward pass.
     """
     item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
     layers = [positions * ((4 + item) * layer.norms + item * (2 * model.width + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward))
@@ -111,5 +111,5 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
         layers=sum(layers),
         checkpointed_layers=item * model.width * positions * len(layers) + max(layers),
         logits=min(targets * model.vocabulary, MOST_LOGITS[device]) * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
-        head=8.0 * model.vocabulary * model.width if head.weight.requires_grad else 0.0,
+        head=float(8 + (item if precision == "bf16" else 0)) * model.vocabulary * model.width if head.weight.requires_grad else 0.0,
     )

@@ -28,7 +28,7 @@ from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import MODEL, list_steps, read_status, write_status
 from pretrain.tasks.options import check_package
 from pretrain.training import checkpoint
-from pretrain.training.background import evaluations_asked_for, start_evaluations
+from pretrain.training.background import check_device, evaluations_asked_for, start_evaluations
 from pretrain.training.describe import check_same_run, record_start
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
@@ -76,6 +76,7 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     _check_same_environment(world, say)
     corpus = world.agree(lambda: Corpus(config.data.path, "train"))
     world.agree(lambda: check(config, corpus, say))
+    world.agree(lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None)
     lock.take(world)
     changes = world.agree(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
     for change in changes:
@@ -104,6 +105,8 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
     if trainer.validation is None:
         say("note: the corpus has no validation split, so nothing is validated")
+    if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
+        say("note: because of monitor.gradients_every, ZeRO stage 3 gathers each module by itself, and all steps take longer")
     if found:
         checkpoint.load(engine, found, world)
         check_weights(found.state.get("weights"), weight_sums(engine.module, world), found.path)

@@ -23,8 +23,8 @@ BEAT = 1.0
 """Seconds between two notes."""
 SILENT = 10
 """Beats without a note: the rank does not run, or cannot be reached."""
-SHARE_OF_THE_DEAD = 1 / 20
-"""Of the seconds that a run may hang, after which a rank without notes counts as dead: 30 seconds by default; at least SILENT beats."""
+SHARE_OF_THE_DEAD = 1 / 10
+"""Of the seconds that a run may hang, after which a rank without notes counts as dead: a minute by default; at least SILENT beats."""
 PATIENCE = 15.0
 """Seconds that a rank which does not run is left beyond those in which the others end."""
 SLOW = 1800.0
@@ -68,7 +68,7 @@ class Watchdog:
 
     def __init__(self, notes: Notes | LocalNotes, rank: int, hosts: tuple[str, ...], seconds: float, end: Callable[[str], None]):
         self._notes, self._hosts, self._seconds, self._end = notes, hosts, seconds, end
-        self._mine = Beat(rank, hosts[rank])
+        self._mine = Beat(rank, hosts[rank], beats=1)  # a rank that has noted nothing yet has 0
         self._next = (rank + 1) % len(hosts)
         self._next_beats, self._silence = 0, 0.0
         self._limit = SLOW
@@ -79,7 +79,8 @@ class Watchdog:
         os.set_blocking(self._to_guard, False)
         with contextlib.suppress(Unreachable):  # the thread notes again
             self._note()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def moved(self, step: int) -> None:
         """The training thread works at this step."""
@@ -105,8 +106,9 @@ class Watchdog:
 
     def close(self, ended: bool) -> None:
         """Watch no more. `ended`: so do the other ranks, which must not take this one for dead."""
-        self._mine.ended = ended
         self._stop.set()
+        self._thread.join(ANSWER + BEAT)
+        self._mine.ended = ended
         with contextlib.suppress(Unreachable):
             self._note()
         self._guard.kill()

@@ -88,16 +88,57 @@ def test_in_bf16_the_sums_over_chunks_are_as_exact_as_one_chunk(softcap):
     expected = full_cross_entropy(exact, hidden.detach().double(), labels, softcap)
     expected.backward()
 
-    def errors(labels_at_once: int) -> tuple[float, float]:
-        layer.weight.grad = None
+    exact_hidden = torch.autograd.grad(full_cross_entropy(exact, precise := hidden.detach().double().requires_grad_(), labels, softcap), precise)[0]
+
+    def errors(labels_at_once: int) -> tuple[float, float, float]:
+        """Of the loss, the weight's gradient, and the common factor by which the gradient of `hidden` is off."""
+        layer.weight.grad = hidden.grad = None
         loss = Head(layer, softcap, labels_at_once * 200)(hidden, labels)
-        loss.backward()
-        off = (layer.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
-        return abs(loss.item() / expected.item() - 1), off.item()
+        (loss / 1234).backward()  # a number whose inverse bf16 rounds by 0.2%
+        off = (1234 * layer.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
+        factor = 1234 * (hidden.grad.double() * exact_hidden).sum() / exact_hidden.square().sum()
+        return abs(loss.item() / expected.item() - 1), off.item(), abs(factor.item() - 1)
 
     in_one, in_many = errors(2048), errors(16)
     assert in_many[0] < 1e-4 and in_many[1] < 3e-3, "torch's linear_cross_entropy: 3e-2 and 9e-3"
-    assert in_many[1] < 1.1 * in_one[1]
+    assert in_many[1] < 1.1 * in_one[1] and max(in_one[2], in_many[2]) < 1e-3
+
+
+def test_the_gradient_of_a_bias_is_added_up_in_fp32():
+    torch.manual_seed(0)
+    layer, labels = nn.Linear(8, 4, dtype=torch.bfloat16), torch.randint(4, (4096,))
+    hidden = torch.randn(4096, 8).bfloat16()
+    Head(layer, None, 4 * 4)(hidden, labels).backward()
+    exact = nn.Linear(8, 4, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    full_cross_entropy(exact, hidden.double(), labels, None).backward()
+    torch.testing.assert_close(layer.bias.grad.double(), exact.bias.grad, rtol=5e-3, atol=2.0)
+
+
+def test_large_logits_do_not_overflow():
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), 500 * torch.randn(LABELS, WIDTH)
+    expected = full_cross_entropy(layer, hidden, labels, None)
+    assert (hidden @ layer.weight.T).max() > 200 and expected.isfinite()
+    torch.testing.assert_close(Head(layer, None)(hidden, labels), expected)
+
+
+def test_a_vocabulary_larger_than_the_limit_is_taken_label_by_label():
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH)
+    torch.testing.assert_close(Head(layer, None, most_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None))
+
+
+def test_without_gradients_only_logits_are_computed():
+    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    products = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            products.extend([function] if "mm" in str(function) else [])
+            return function(*arguments, **(keywords or {}))
+
+    with torch.no_grad(), Watch():
+        Head(layer, None)(hidden, labels)
+    assert len(products) == 1
 
 
 def test_a_gradient_can_be_taken_twice():

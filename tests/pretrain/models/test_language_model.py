@@ -121,3 +121,17 @@ def test_padding_changes_nothing(corpus, specials, make_model):
         assert states.isfinite().all()
         hidden.append(states[: int(rows.segment_lengths.sum())])
     torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_predictor_tokens_are_scaled_as_the_familys_words_are(make_model, family, tokens):
+    """Also a single one, which is no lookup."""
+    model = make_model(tokens, family=family)
+    words = model.causal_lm.get_input_embeddings()
+    scale = words(torch.tensor([7]))[0] / words.weight[7]
+    ids = torch.tensor([[model.vocabulary + token for token in range(tokens)]])
+    embedded = model.embed(ids)
+    torch.testing.assert_close(embedded[0], model.predictor.weight * scale)
+    gradient, = torch.autograd.grad(embedded.sum(), model.predictor.weight)
+    torch.testing.assert_close(gradient, scale.detach().expand_as(gradient))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pretrain.objectives import monitors as monitors_module
 from pretrain.objectives.monitors import effective_rank, embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
 
@@ -41,6 +42,15 @@ def test_the_smaller_effective_rank_counts():
     line = torch.outer(spread[:, 0], torch.ones(8))
     for one, other in ((spread, line), (line, spread)):
         assert embedding_monitors(pool(one, other))["effective_rank"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_effective_rank_looks_at_the_first_pairs_alone(monkeypatch):
+    """Its cost grows with the cube of their number; the other monitors look at all."""
+    monkeypatch.setattr(monitors_module, "RANK_PAIRS", 20)
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 60, 16, generator=generator)
+    found, first = embedding_monitors(pool(prediction, target)), embedding_monitors(pool(prediction[:20], target[:20]))
+    assert found["effective_rank"] == first["effective_rank"] and found["paired_cosine"] != first["paired_cosine"]
 
 
 def test_cosines_of_pairs_and_of_strangers():

@@ -17,7 +17,7 @@ from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "several_runs.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,32 @@
-"""Ranks that wait as in a collective that never returns, while rank 1 dies or ends: `waiting_ranks.py killed|ended`.
+"""Ranks that wait as in a collective that never returns, while rank 1 dies, ends or pauses: `waiting_ranks.py killed|ended|paused`.
 
-The others end with exit code 0 after 30 beats, if no watchdog ends them before.
+The others end with exit code 0 after 20 beats, if no watchdog ends them before.
 """
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
 from pretrain.training import watchdog
 from pretrain.training.distributed import init_world
 
-watchdog.BEAT = 0.5
+watchdog.BEAT = 0.4
+case = sys.argv[1]
 world = init_world()
 assert world.notes is not None
-watch = watchdog.Watchdog(world.notes, world.rank, world.hosts, 20.0, lambda line: print(f"rank {world.rank}: {line}", flush=True))
+seconds = 100.0 if case == "paused" else 20.0  # 25 beats without a note, or the 10 that a rank has at least
+watch = watchdog.Watchdog(world.notes, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True))
 watch.moved(7)
 watch.started()
-time.sleep(4 * watchdog.BEAT)
-if world.rank == 1 and sys.argv[1] == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
-if world.rank == 1:
+if world.rank == 1 and case == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)  # before its second beat
+if world.rank == 1 and case == "paused":
+    subprocess.Popen(["sh", "-c", f"sleep {14 * watchdog.BEAT}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+if world.rank == 1 and case == "ended":
     watch.close(ended=True)
     os._exit(0)
-time.sleep((30 if sys.argv[1] == "ended" else 600) * watchdog.BEAT)
+time.sleep((600 if case == "killed" else 20) * watchdog.BEAT)
 os._exit(0)
