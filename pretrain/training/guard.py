@@ -10,13 +10,16 @@ import select
 import signal
 import sys
 
+MORE = 5.0
+"""Seconds that a rank has beyond those: after a pause of the whole machine this process may run before it."""
+
 
 def main() -> None:
     """Wait for heartbeats; kill the rank if they stop."""
     rank, seconds = int(sys.argv[1]), None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # those are for the rank, and this ends with it
-    while select.select([0], [], [], seconds)[0]:
+    while select.select([0], [], [], seconds)[0] or select.select([0], [], [], MORE)[0]:
         lines = os.read(0, 1 << 16)
         if not lines:
             return

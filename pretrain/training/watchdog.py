@@ -141,7 +141,7 @@ class Watchdog:
     def _show_life(self) -> None:
         """Tell the guard, and for how long it may hear nothing now."""
         with contextlib.suppress(OSError):  # the guard has ended
-            os.write(self._to_guard, b"%f\n" % (self._limit + PATIENCE))
+            os.write(self._to_guard, b"%f\n" % ((self._limit if len(self._hosts) == 1 else self._dead_beats * BEAT) + PATIENCE))
 
     def _note(self) -> None:
         self._show_life()
@@ -157,7 +157,12 @@ class Watchdog:
     def _count_silence(self, beats: float) -> bool:
         """Add beats without an answer; 0 starts again. Beats of this rank, not seconds: a machine that was suspended has missed none."""
         self._silence = self._silence + beats if beats else 0.0
-        return self._silence >= max(SILENT, SHARE_OF_THE_DEAD * self._seconds / BEAT)
+        return self._silence >= self._dead_beats
+
+    @property
+    def _dead_beats(self) -> float:
+        """Beats without a note after which the other ranks end the run."""
+        return max(SILENT, SHARE_OF_THE_DEAD * self._seconds / BEAT)
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
         """Who the others wait for, from what the ranks noted SILENT beats ago and what they have noted since."""

@@ -238,7 +238,7 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_be
 
 
 def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
-    path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=10, checkpoint={"every": 1000})
+    path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=40, checkpoint={"every": 1000})
     running = Running(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
     running.wait_until(lambda: len(metrics(folder / "runs" / "hung")) >= 3, "three steps")
     stopped = running.ranks()[1]
@@ -246,8 +246,9 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     assert running.end() != 0
     wait_for(lambda: not stopped.is_running())
     log = running.log.read_text()
-    assert f"rank 1 on {os.uname().nodename} at step" in log
-    assert re.search(r"error: the run hangs since \d+ s: .* without a sign of life|has given no sign of life for \d+ s", log), "two rules, 10 s each"
+    assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", log)
+    own_log = (folder / "runs" / "hung" / "logs" / "rank-00001.log").read_text()
+    assert "has sent no heartbeat for 25 s" in own_log, "its guard ends it soon after the others, though hang_seconds are not over"
     status = read_status(folder / "runs" / "hung")
     assert status["status"] == "resumable" and "rank 1" in status["reason"]
 
