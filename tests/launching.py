@@ -164,7 +164,11 @@ class Running:
 
     def kill(self) -> None:
         """SIGKILL every process of it at once."""
-        for process in [*self.ranks(), *psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+        found: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            started = psutil.Process(self.process.pid)
+            found = [*self.ranks(), *started.children(recursive=True), started]
+        for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait(TIMEOUT)
