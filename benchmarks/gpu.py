@@ -6,8 +6,8 @@ Each check is a process of its own with a limit of time and a log in the work fo
 stderr: its result, its figures, and what they mean. `pass` and `fail` are judgements, `ran` is a check without one (nothing to compare with, or no
 GPU), `broken` one that ended without figures, and `none` one that did not start, because of another check or for want of time. One JSON object goes
 to stdout, and after each check to results.json in the work folder. The exit code is 1 where anything failed or broke, or did not start on a GPU.
-Training runs use all GPUs (or --ranks of them), one rank each, with as many rows as the estimate of --dry-run lets fit: about 30 GB are needed at
-least. `--small` takes a tiny model, as a test of this command on CPU; its figures mean nothing.
+Training runs use all GPUs (or --ranks of them), one rank each, with as many rows as fit by the estimate of --dry-run; by that estimate a GPU needs
+about 30 GB. `--small` takes a tiny model, as a test of this command on CPU; its figures mean nothing.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Failed(Exception):
 
 @dataclass
 class Bench:
-    """Where the checks work, on how many ranks, and what they have found."""
+    """The state that the checks share: their folder, their ranks, their time, and the results so far."""
 
     folder: Path
     ranks: int
@@ -66,12 +66,12 @@ class Bench:
     memory: float | None = None
     """Bytes of the smallest GPU."""
     rows: int = 2
-    """Of a micro batch."""
+    """Rows of a micro batch."""
     log: Path = Path()
     limit: float = 0.0
     """Seconds of the check that runs."""
     ends: float = 0.0
-    """When it has used them."""
+    """Time (time.monotonic()) at which the check that runs must end."""
     process: subprocess.Popen[bytes] | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -82,7 +82,6 @@ class Bench:
 
     def write_config(self, name: str, **changes: Any) -> Path:
         """Write the configuration of a run: Llama 1B in bf16, or a tiny model, with changes of whole sections or, as section__key, of keys."""
-        micro = self.rows
         steps = 4 if self.small else 10
         config: dict[str, Any] = {
             "name": name, "output_dir": str(self.folder / "runs"), "seed": 1,
@@ -91,7 +90,7 @@ class Bench:
                      "sources": [{"type": "json", "path": str(self.folder / "corpus" / "records.jsonl")}]},
             "model": {"family": "llama", "shape": TINY if self.small else yaml.safe_load(LLAMA_1B.read_text())},
             "objective": OBJECTIVES["joint"],
-            "train": {"steps": steps, "global_batch_rows": 4 * micro * self.ranks, "micro_batch_rows": micro, "learning_rate": 3e-4,
+            "train": {"steps": steps, "global_batch_rows": 4 * self.rows * self.ranks, "micro_batch_rows": self.rows, "learning_rate": 3e-4,
                       "warmup_fraction": 0.2, "precision": "bf16"},
             "checkpoint": {"every": 10**6, "keep": 1},
             "monitor": {"log_every": 1, "validate_every": 10**6, "validation_records": 40, "tensorboard": False},
@@ -316,7 +315,7 @@ def is_resumable(bench: Bench, path: Path) -> bool:
 
 
 def check_resume(bench: Bench) -> Result:
-    """Start the same run again, which goes on where it stopped, and its loss with it."""
+    """Start the stopped run again: it must resume at the next step, and its loss must not jump."""
     path, metrics = bench.folder / "stop.yaml", bench.folder / "runs" / "stop" / "metrics.jsonl"
     before = [json.loads(line) for line in metrics.read_text().splitlines()]
     wanted = len(before) + 6

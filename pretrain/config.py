@@ -33,7 +33,7 @@ class EvaluationConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
     device: str = "cpu"
-    """Where background evaluations run: cpu, or cuda:N for a GPU that training leaves alone, by its number in the output of nvidia-smi."""
+    """Device of background evaluations: cpu, or cuda:N for a GPU that training does not use, with its number in nvidia-smi."""
     tasks: list[TaskSection] = []
     """What an evaluation does, for checkpoints in the background and by the command."""
 

@@ -12,9 +12,9 @@ LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def gpu_index(environment: Mapping[str, str], visible: int) -> int:
-    """Return the index of a rank's GPU among the `visible` ones: its LOCAL_RANK, or 0 where the launcher shows each rank its own GPU alone.
+    """Return the index of a rank's GPU among the `visible` ones: 0 if it sees only one, else its LOCAL_RANK.
 
-    Raises UserError, on all ranks of a machine if the launcher tells how many there are, where several visible GPUs are fewer than the ranks.
+    Raises UserError if the machine has several GPUs but more ranks than that; on all of its ranks, if the launcher says how many there are.
     """
     if visible == 1:
         return 0

@@ -1,4 +1,4 @@
-"""Copies of a run's state in host memory, from which a checkpoint is written while training goes on."""
+"""Copies of a run's state in host memory, from which a checkpoint is written while training continues."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ class HostCopies:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of tensors in dictionaries, lists and tuples; one that stands in several places of `value` is copied once."""
+        """Return a copy of nested dictionaries, lists and tuples of tensors; a tensor that occurs several times is copied once."""
         copied = self._copy(value, {})
         if self._stream and self._done:
             self._done.record(self._stream)

@@ -24,7 +24,7 @@ BEAT = 1.0
 SILENT = 10
 """Beats without a note: the rank does not run, or cannot be reached."""
 SHARE_OF_THE_DEAD = 1 / 10
-"""Of the seconds that a run may hang, after which a rank without notes counts as dead: a minute by default; at least SILENT beats."""
+"""Fraction of monitor.hang_seconds after which a rank without a heartbeat is taken for dead: a minute by default; at least SILENT beats."""
 PATIENCE = 15.0
 """Seconds that a rank which does not run is left beyond those in which the others end."""
 SLOW = 1800.0

@@ -98,3 +98,12 @@ def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_pat
     assert [group["fused"] for group in groups] == [True, True]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0] and groups[0]["betas"] == [0.9, 0.95]
     assert (run_dir / "checkpoints" / step_name(4)).exists()
+
+
+def test_a_gpu_for_evaluations_that_the_machine_lacks_is_a_mistake(tmp_path, resumable):
+    evaluation = {"every": 2, "device": "cuda:99", "tasks": [{"name": "loss", "test": str(tmp_path / "rows.jsonl")}]}
+    (tmp_path / "rows.jsonl").write_text('{"text": "lines with dog", "code": ".*dog.*"}\n')
+    path = write_config(tmp_path, tiny_config(resumable, name="device", checkpoint={"every": 2}, data__decontaminate=False, evaluation=evaluation))
+    done = call(["python", "launcher/run.py", path], check=False)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert "evaluation.device is cuda:99, but this machine has" in done.stderr
