@@ -13,11 +13,11 @@ import torch
 
 from pretrain.data.batch import Batch
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import FORWARD, Layout, Pairing, ReadOut, Specials, make_layout
+from pretrain.data.layout import FORWARD, Layout, Pairing, ReadOut, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows, plan_rows
 from pretrain.models.attention import visibility_mask
 from pretrain.models.language_model import LanguageModel
-from pretrain.objectives.base import CrossEntropy, Output
+from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
 from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
@@ -34,11 +34,11 @@ IGNORED = -100
 class AllPositions:
     """The language-model loss with logits of every position, those without a label ignored in the cross-entropy."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the sum of the cross-entropies."""
         labels = torch.full((len(hidden),), IGNORED, device=hidden.device)
         labels[batch.label_index] = batch.label_ids
-        return Output({"lm": cross_entropy(hidden, labels)}, None)
+        return ObjectiveOutput({"lm": cross_entropy(hidden, labels)}, None)
 
 
 class Embeddings:
@@ -47,10 +47,10 @@ class Embeddings:
     def __init__(self, *names: Literal["prediction", "target"]):
         self.names = names
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the embeddings of the named views."""
         index = {"prediction": batch.prediction_index, "target": batch.target_index}
-        return Output({name: hidden[index[name][batch.pair_valid]].float() for name in self.names}, None)
+        return ObjectiveOutput({name: hidden[index[name][batch.pair_valid]].float() for name in self.names}, None)
 
 
 def combine(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,22 +65,22 @@ class Pass:
     """One forward pass over the records of a step."""
 
     layout: Layout
-    read: Callable[..., Output]
+    read: Callable[..., ObjectiveOutput]
     """What is taken from the hidden states."""
     mask: Literal["visibility", "causal", "additive"] = "visibility"
     """visibility: the project's. causal: none but the kernel's own, enough for one encoding a row. additive: dense, in the model's type."""
     padded_to: int | Literal["longest"] | None = None
     """Positions of a row of one record; None: packed rows."""
 
-    def plan(self, corpus: Corpus, records: np.ndarray, row_length: int, paired: np.ndarray, draws: np.ndarray) -> tuple[Rows, int]:
+    def plan(self, corpus: Corpus, records: np.ndarray, row_length: int, paired: np.ndarray, random_bits: np.ndarray) -> tuple[Rows, int]:
         """The rows of the records (N,), and their length."""
         if self.padded_to is None:
-            return plan_rows(corpus, records, self.layout, row_length, paired, draws), row_length
+            return plan_rows(corpus, records, self.layout, row_length, paired, random_bits), row_length
         lengths = corpus.lengths(records)
         segment_lengths = self.layout.segment_lengths(lengths, paired)
         longest = int(segment_lengths.sum(axis=1).max())
         count = len(records)
-        rows = Rows(count, records, np.arange(count), np.zeros(count, np.int64), paired, draws, lengths, segment_lengths)
+        rows = Rows(count, records, np.arange(count), np.zeros(count, np.int64), paired, random_bits, lengths, segment_lengths)
         return rows, longest if self.padded_to == "longest" else self.padded_to
 
     def prepare(self, batch: Batch, model: LanguageModel, kernel: str) -> Batch:
@@ -123,7 +123,7 @@ class Arm:
         return max(one.layout.predictor_tokens for one in self.passes)
 
 
-def make_arms(specials: Specials) -> dict[str, Arm]:
+def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
     """All ways, by name."""
     pairing = Pairing(PREDICTOR_TOKENS)
     text = make_layout("joint", specials)
@@ -146,7 +146,7 @@ def make_arms(specials: Specials) -> dict[str, Arm]:
 
 
 def _three_passes(
-    text: Layout, read_text: Callable[..., Output], separate: tuple[Layout, Layout], padded_to: int | Literal["longest"],
+    text: Layout, read_text: Callable[..., ObjectiveOutput], separate: tuple[Layout, Layout], padded_to: int | Literal["longest"],
 ) -> tuple[Pass, ...]:
     prediction, target = separate
     return (Pass(text, read_text, "causal", padded_to), Pass(prediction, Embeddings("prediction"), "causal", padded_to),
@@ -156,7 +156,7 @@ def _three_passes(
 def _part(layout: Layout, *kept: int) -> Layout:
     """Some segments of a layout without labels; a pair of the last predictor token, or else the last token, and the last token."""
     renumbered = {segment: number for number, segment in enumerate(kept)} | {None: None}
-    segments = tuple(replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_from=None) for segment in kept)
+    segments = tuple(replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_start=None) for segment in kept)
     predictors = [number for number, segment in enumerate(segments) if segment.view is None]
     last = len(segments) - 1
     return Layout(segments, layout.predictor_tokens if predictors else 0, (ReadOut(predictors[-1] if predictors else last, last, FORWARD),))

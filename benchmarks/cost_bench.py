@@ -15,8 +15,8 @@ from cost_arms import BASELINE, PREDICTOR_TOKENS, Arm, combine, make_arms
 from pretrain.config import RunConfig, load_config
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Specials
-from pretrain.data.loader import Rows, counts, draw
+from pretrain.data.layout import SpecialTokenIds
+from pretrain.data.loader import Rows, draw_random_bits, loss_denominators
 from pretrain.models.language_model import special_ids
 from pretrain.objectives.base import build_objective, total_loss
 from pretrain.training.distributed import World
@@ -24,12 +24,12 @@ from pretrain.training.engine import build_engine
 
 WEIGHTS = {"lm": 1.0, "jepa": 1.0}
 UNITS = {"lm": "targets", "jepa": "pairs"}
-SETTLING_STEPS = {"cpu": 0, "cuda": 2}
+WARMUP_STEPS = {"cpu": 0, "cuda": 2}
 """Untimed steps after a change of way: DeepSpeed prefetches partitioned parameters in the order of the step before."""
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What is found out about a way."""
 
     rows: list[Rows]
@@ -62,15 +62,15 @@ class Bench:
     config: RunConfig
     world: World
     corpus: Corpus
-    specials: Specials
+    specials: SpecialTokenIds
     arms: dict[str, Arm]
     engines: dict[int, deepspeed.DeepSpeedEngine]
     """By number of predictor tokens: the baseline's model has none."""
     kernel: str
     records: np.ndarray
-    draws: np.ndarray
+    random_bits: np.ndarray
     micro_slots: int
-    measured: dict[str, Measured]
+    measured: dict[str, Measurement]
 
     @staticmethod
     def build(arguments: argparse.Namespace, config: RunConfig, world: World) -> "Bench":
@@ -83,19 +83,19 @@ class Bench:
             for group in engine.optimizer.param_groups:
                 group["lr"] = 0.0
         model = engines[0].module.model
-        specials = special_ids(corpus.tokenizer, model.vocabulary)
+        specials = special_ids(corpus.tokenizer, model.vocab_size)
         arms = {name: arm for name, arm in make_arms(specials).items() if name == BASELINE or name in arguments.arms}
         records = np.arange(arguments.records)
-        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw(records, config.seed, np.zeros_like(records)),
+        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw_random_bits(records, config.seed, np.zeros_like(records)),
                       arguments.micro_slots, {})
         bench.measured = {name: bench.count(arm) for name, arm in bench.arms.items()}
         return bench
 
     def plan(self, arm: Arm) -> tuple[list[Rows], list[int]]:
         """The rows of a step and their lengths, by pass."""
-        paired = self.draws >= np.uint64(arm.dropout * 2**64)
+        paired = self.random_bits >= np.uint64(arm.dropout * 2**64)
         length = self.config.data.sequence_length
-        planned = [one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.draws) for one in arm.passes]
+        planned = [one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.random_bits) for one in arm.passes]
         return [rows for rows, _ in planned], [row_length for _, row_length in planned]
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
@@ -107,11 +107,11 @@ class Bench:
         unit = micro_steps * self.world.size
         return [Rows.join([one], -(-one.count // unit) * unit) for one in rows], micro_steps
 
-    def count(self, arm: Arm) -> Measured:
+    def count(self, arm: Arm) -> Measurement:
         """What a step of a way holds."""
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
-        return Measured(rows, lengths, counts(rows[0], arm.passes[0].layout)["targets"], micro_steps)
+        return Measurement(rows, lengths, loss_denominators(rows[0], arm.passes[0].layout)["targets"], micro_steps)
 
     def step(self, name: str) -> dict[str, float]:
         """One optimizer step, from the plan of its rows on; return the losses."""
@@ -119,7 +119,7 @@ class Bench:
         engine = self.engines[arm.predictor_tokens]
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
-        units = counts(rows[0], arm.passes[0].layout) | {"pairs": counts(rows[-1], arm.passes[-1].layout)["pairs"]}
+        units = loss_denominators(rows[0], arm.passes[0].layout) | {"pairs": loss_denominators(rows[-1], arm.passes[-1].layout)["pairs"]}
         streams = [micro_batches(part, self.corpus, one.layout, self.specials, length, micro_batch_rows=part.count // (micro_steps * self.world.size),
                                  rank=self.world.rank, ranks=self.world.size)
                    for one, part, length in zip(arm.passes, rows, lengths, strict=True)]
@@ -142,7 +142,7 @@ class Bench:
         """Note the seconds of a step in this round: the mean of as many as take about as long as `steps` of the baseline."""
         measured = self.measured[name]
         steps = max(1, round(steps * self.measured[BASELINE].slots / measured.slots))
-        for _ in range(SETTLING_STEPS[self.world.device.type]):
+        for _ in range(WARMUP_STEPS[self.world.device.type]):
             self.step(name)
         self._wait()
         started, busy = time.perf_counter(), time.process_time()

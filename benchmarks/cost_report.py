@@ -11,7 +11,7 @@ import deepspeed
 import numpy as np
 import torch
 from cost_arms import BASELINE
-from cost_bench import Bench, Measured
+from cost_bench import Bench, Measurement
 
 from data_prep.console import print_now
 from pretrain.config import load_config
@@ -67,9 +67,9 @@ def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds, "baseline": BASELINE, "arms": arms,
         "records_per_second_of_joint_packed_over": speedups,
         "targets": {
-            **{f"time_over_positions of {name}": goal(arms[name]["to_baseline"]["time_over_positions"]["median"], most=TOKEN_TARGET)
+            **{f"time_over_positions of {name}": check_target(arms[name]["to_baseline"]["time_over_positions"]["median"], most=TOKEN_TARGET)
                for name in ONE_FORWARD if name in arms},
-            **{f"joint_packed over {name}": goal(speedups[name]["median"], least=least) for name, least in SPEEDUP_TARGETS.items()
+            **{f"joint_packed over {name}": check_target(speedups[name]["median"], least=least) for name, least in SPEEDUP_TARGETS.items()
                if name in speedups},
         },
     }
@@ -104,7 +104,7 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
     }
 
 
-def model_flops_utilisation(bench: Bench, measured: Measured) -> float | None:
+def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None:
     """By the formula of training; None where the peak of the device is not known."""
     throughput = Throughput(count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length)
     for number, rows in enumerate(measured.rows):  # targets and time belong to all passes together
@@ -112,7 +112,7 @@ def model_flops_utilisation(bench: Bench, measured: Measured) -> float | None:
     return throughput.take().get("throughput/mfu")
 
 
-def time_ratios(measured: Measured, other: Measured) -> list[float]:
+def time_ratios(measured: Measurement, other: Measurement) -> list[float]:
     """Time of one way over that of another, by round."""
     return [seconds / other.seconds[number] for number, seconds in measured.seconds.items()]
 
@@ -122,6 +122,6 @@ def spread(values: Collection[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
-def goal(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
+def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
     """A figure beside what it should be."""
     return {"measured": value, **({"at_most": most} if least == 0 else {"at_least": least}), "met": least <= value <= most}

@@ -122,7 +122,7 @@ class Bench:
                         stopped = True
                     time.sleep(0.2)
             finally:
-                end_tree(self.process)
+                kill_process_tree(self.process)
             log.seek(begin)
             printed = log.read().decode(errors="replace")
         if self.process.returncode not in expected:
@@ -150,7 +150,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [one for one, words in commands.items() if "launcher/run.py" in words and "torch.distributed.run" not in words]
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
+def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
     """Kill a command and all that it has started, whose sessions may be their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid)
@@ -271,13 +271,13 @@ def check_memory(bench: Bench) -> Result:
 ESTIMATE = """
 import json, sys
 from pretrain.config import load_config
-from pretrain.training.dry_run import beside_states, checked_plan, states_of_rank
+from pretrain.training.dry_run import non_state_memory, checked_plan, model_states_per_rank
 path, ranks, *rows = sys.argv[1:]
 found = {}
 for number in map(int, rows):
     plan = checked_plan(load_config(path, [f"train.micro_batch_rows={number}", f"train.global_batch_rows={number * int(ranks)}"]), int(ranks))
-    states = states_of_rank(plan, int(plan.zero.stage), int(ranks))
-    found[number] = max(states.held + sum(whole for _, whole, _ in beside_states(plan, "cuda")), states.in_step)
+    states = model_states_per_rank(plan, int(plan.zero.stage), int(ranks))
+    found[number] = max(states.held + sum(whole for _, whole, _ in non_state_memory(plan, "cuda")), states.in_step)
 print(json.dumps(found))
 """
 

@@ -137,10 +137,10 @@ def head(small: bool) -> dict[str, Any]:
     weight = 0.02 * torch.randn(vocabulary, width, device=DEVICE)
     hidden, label_ids = torch.randn(labels, width, device=DEVICE), torch.randint(vocabulary, (labels,), device=DEVICE)
 
-    def gradient(dtype: torch.dtype, most_logits: int) -> tuple[torch.Tensor, float, float]:
+    def gradient(dtype: torch.dtype, max_logits: int) -> tuple[torch.Tensor, float, float]:
         linear = nn.Linear(width, vocabulary, bias=False, device=DEVICE, dtype=dtype)
         linear.weight.data.copy_(weight)
-        layer, inputs = Head(linear, None, most_logits), hidden.to(dtype).requires_grad_()
+        layer, inputs = Head(linear, None, max_logits), hidden.to(dtype).requires_grad_()
 
         def call() -> None:
             linear.weight.grad = None

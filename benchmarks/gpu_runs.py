@@ -24,7 +24,7 @@ from pretrain.training.setup import set_up
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 SHOWN = 10
 """Kernels that are listed, those that took longest."""
-SETTLING_STEPS = 2
+WARMUP_STEPS = 2
 """Steps in which everything is compiled: what is compiled later is a fault."""
 
 
@@ -46,7 +46,7 @@ class Profiler:
         step, first = divmod(self.passes - 1, self.micro_steps)
         if first:
             return
-        if step == SETTLING_STEPS:
+        if step == WARMUP_STEPS:
             self.settled_graphs = graphs()
         if self.profile is not None:
             torch.cuda.synchronize()

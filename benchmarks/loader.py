@@ -65,12 +65,12 @@ def main() -> None:
 
 def report(kinds: dict[str, dict], start: dict[str, float], share: dict[str, float] | None, arguments: argparse.Namespace) -> dict[str, Any]:
     """The JSON object."""
-    targets = {f"tokens per second with {name}-token records": goal(kinds[name]["tokens_per_second"]["median"], least=TOKENS_PER_SECOND[name])
+    targets = {f"tokens per second with {name}-token records": check_target(kinds[name]["tokens_per_second"]["median"], least=TOKENS_PER_SECOND[name])
                for name in kinds}
-    targets["start-up seconds"] = goal(start["seconds"], most=START_SECONDS)
-    targets["start-up bytes"] = goal(start["bytes"], most=START_BYTES)
+    targets["start-up seconds"] = check_target(start["seconds"], most=START_SECONDS)
+    targets["start-up bytes"] = check_target(start["bytes"], most=START_BYTES)
     if share is not None:
-        targets["share of the demo's step spent waiting"] = goal(share["waiting"], most=STEP_SHARE)
+        targets["share of the demo's step spent waiting"] = check_target(share["waiting"], most=STEP_SHARE)
     return {"cores": 1, "rounds": arguments.rounds, "row_positions": {name: KINDS[name][2] for name in KINDS}, "micro_batch_rows": MICRO_ROWS,
             "rows_per_step": STEP_ROWS, "objective": "llm_jepa, joint, 1 predictor token", "records": kinds,
             "start_up_of_a_billion_records": start, "demo_share": share, "targets": targets}
@@ -80,11 +80,11 @@ def throughput(folder: Path, context: int, target: int, row_length: int, argumen
     """Write a corpus of equal records, about; time the loader and plain reads of its shards in turns."""
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
-    from pretrain.data.layout import Pairing, Specials, make_layout
+    from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
     from pretrain.data.loader import Loader
 
     write_corpus(folder, context, target, arguments.tokens // (context + target), shard_records=10_000)
-    specials = Specials(0, 2, 3, 4, VOCABULARY)
+    specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)
     corpus = Corpus(folder, "train")
     loader = Loader(corpus, make_layout("joint", specials, pairing=Pairing(1)), row_length, seed=1)
     shards = [folder / shard["file"] for shard in corpus.entry["shards"]]
@@ -165,11 +165,11 @@ def start_up(path: str) -> None:
     from pretrain.config import load_config
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
-    from pretrain.data.layout import Specials
+    from pretrain.data.layout import SpecialTokenIds
     from pretrain.training.setup import check, make_loader
 
     config = load_config(path)
-    specials = Specials(0, 2, 3, 4, VOCABULARY)
+    specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)
     before, started = resident_bytes(), time.perf_counter()
     corpus = Corpus(config.data.path, "train")
     check(config, corpus, say)
@@ -233,7 +233,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: float(f"{of(values):.5g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))}
 
 
-def goal(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
+def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
     """A figure beside what it should be."""
     return {"measured": value, **({"at_most": most} if least == 0 else {"at_least": least}), "met": least <= value <= most}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scaling_model import Cluster, Link, Work, fit, step_seconds, work_of
+from scaling_model import Cluster, Link, Work, estimate_work, fit_link, step_seconds
 
 ROOT = Path(__file__).parent.parent
 STEPS, WARM = 14, 4
@@ -38,7 +38,7 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
         two = _steps(folder, [_start(configs["two"], 2)], ["two"])
         plan = _plan(configs["two"])
     gathering, reducing = links["all_gather"], links["reduce_scatter"]
-    work = work_of(plan, 1.0, 1)
+    work = estimate_work(plan, 1.0, 1)
     predicted = {}
     for how, seconds in (("from one process alone", alone), ("from one process beside another", beside)):
         measured = Work(**(vars(work) | {"compute_seconds": seconds}))
@@ -112,7 +112,7 @@ def collectives() -> dict[str, Link]:
     times = results.get(timeout=300)
     for process in ranks:
         process.join()
-    return {name: fit(of, 2) for name, of in times.items()}
+    return {name: fit_link(of, 2) for name, of in times.items()}
 
 
 def _rank(rank: int, port: int, results: Any) -> None:

@@ -26,7 +26,7 @@ RANKS = (1, 2, 8, 64, 256, 1000)
 STAGES = (0, 1, 2, 3)
 FLOPS = 0.4 * 989e12
 """Of a rank, recomputation included: 40% of the dense bf16 peak of an H100, an assumption where nothing was measured."""
-USABLE = 0.9
+USABLE_MEMORY_FRACTION = 0.9
 """Of the memory of a GPU; the rest is for the context, the buffers of collectives, and fragments."""
 OVERLAP = 0.5
 """Share of the communication that runs beside computing, as long as there is any: an assumption."""
@@ -49,7 +49,7 @@ class Cluster:
     ranks_per_node: int
     tree: bool = False
 
-    def one_way(self, data: float, messages: float, ranks: int) -> float:
+    def collective_seconds(self, data: float, messages: float, ranks: int) -> float:
         """Seconds of an all-gather to, or a reduce-scatter of, so many bytes over all ranks, cut into so many messages.
 
         A ring crosses the edge of each node once, so that the slowest link sets the pace (Thakur et al. 2005, section 4.1).
@@ -99,12 +99,12 @@ def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: 
     pass of every micro step, and reduces in each (Rajbhandari et al., arXiv 1910.02054, section 7).
     """
     whole = work.gathered + work.small
-    reduce = cluster.one_way(whole, math.ceil(whole / work.bucket), ranks)
+    reduce = cluster.collective_seconds(whole, math.ceil(whole / work.bucket), ranks)
     if stage == 3:
-        passes = 2 * cluster.one_way(work.gathered, work.tensors, ranks)
-        communication = work.micro_steps * (passes + reduce) + cluster.one_way(work.small, 1, ranks)
+        passes = 2 * cluster.collective_seconds(work.gathered, work.tensors, ranks)
+        communication = work.micro_steps * (passes + reduce) + cluster.collective_seconds(work.small, 1, ranks)
     else:
-        communication = (work.micro_steps if stage == 2 else 1) * reduce + cluster.one_way(whole, math.ceil(whole / work.bucket), ranks)
+        communication = (work.micro_steps if stage == 2 else 1) * reduce + cluster.collective_seconds(whole, math.ceil(whole / work.bucket), ranks)
     compute = work.micro_steps * work.compute_seconds
     exposed = communication - min(overlap * communication, compute)
     seconds = compute + exposed
@@ -113,7 +113,7 @@ def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: 
             "share_of_communication": exposed / seconds}
 
 
-def links_of_doctor(path: Path) -> tuple[Link | None, Link | None, int]:
+def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
     """The link within a node and that between nodes, as far as measured, and the ranks of a node."""
     try:
         report = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def links_of_doctor(path: Path) -> tuple[Link | None, Link | None, int]:
     reduced = measured["all_reduce"]
     if reduced and reduced[0]["ranks"] > 1:
         # an all-reduce goes around twice, and takes each hop's latency as often
-        link = fit([(2 * entry["bytes"], entry["seconds"]) for entry in reduced], reduced[0]["ranks"], rounds=2)
+        link = fit_link([(2 * entry["bytes"], entry["seconds"]) for entry in reduced], reduced[0]["ranks"], rounds=2)
         return (link, None, per_node) if len(nodes) == 1 else (link, link, per_node)
     pairs = [pair for pair in measured["pairs"] if "error" not in pair]
     if not pairs:
@@ -133,7 +133,7 @@ def links_of_doctor(path: Path) -> tuple[Link | None, Link | None, int]:
                       statistics.median(pair["latency_seconds"] for pair in pairs) / 2), per_node
 
 
-def fit(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
+def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
     """The link with which a ring comes nearest to (bytes, seconds), by relative error: least squares of latency + bytes / bandwidth."""
     weights = [1 / seconds for _, seconds in times]
     ones, data = weights, [size * weight for (size, _), weight in zip(times, weights, strict=True)]
@@ -147,7 +147,7 @@ def fit(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
     return Link((ranks - 1) / ranks / per_byte, latency / (rounds * (ranks - 1)))
 
 
-def work_of(plan: Any, flops: float, micro_steps: int) -> Work:
+def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
     """A rank's work from the plan behind --dry-run."""
     from pretrain.training.memory import ITEM_BYTES
 
@@ -162,10 +162,10 @@ def work_of(plan: Any, flops: float, micro_steps: int) -> Work:
 
 def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
     """Memory of a rank, by the estimates of --dry-run."""
-    from pretrain.training.dry_run import beside_states, states_of_rank
+    from pretrain.training.dry_run import model_states_per_rank, non_state_memory
 
-    states = states_of_rank(plan, stage, ranks)
-    beside = {name: recomputed if plan.config.train.activation_checkpointing else whole for name, whole, recomputed in beside_states(plan, "cuda")}
+    states = model_states_per_rank(plan, stage, ranks)
+    beside = {name: recomputed if plan.config.train.activation_checkpointing else whole for name, whole, recomputed in non_state_memory(plan, "cuda")}
     if stage < 3:
         beside = {name: size for name, size in beside.items() if not name.startswith("gathered")}
     return max(states.held + sum(beside.values()), states.in_step)
@@ -173,19 +173,19 @@ def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
 
 def predict(plan: Any, cluster: Cluster, arguments: argparse.Namespace) -> dict[str, Any]:
     """The JSON object."""
-    work = work_of(plan, arguments.flops, arguments.micro_steps)
+    work = estimate_work(plan, arguments.flops, arguments.micro_steps)
     by_ranks = []
     for ranks in RANKS:
         stages = {}
         for stage in STAGES if ranks > 1 else (3,):
             needed = rank_bytes(plan, stage, ranks)
             stages[stage] = step_seconds(work, stage, ranks, cluster, arguments.overlap) | {
-                "memory_bytes": needed, "fits": needed <= USABLE * arguments.memory * 1e9}
+                "memory_bytes": needed, "fits": needed <= USABLE_MEMORY_FRACTION * arguments.memory * 1e9}
         fitting = [stage for stage in stages if stages[stage]["fits"]]
         best = min(fitting, key=lambda stage: (round(stages[stage]["seconds"], 6), stages[stage]["memory_bytes"]), default=None)
         by_ranks.append({"ranks": ranks, "best_stage": best, "global_batch_tokens": ranks * work.micro_steps * work.tokens, "stages": stages})
     return {"kind": "model, not a measurement", "parameters": plan.parameters.total, "precision": plan.config.train.precision,
-            "assumptions": {"flops_of_a_rank": arguments.flops, "overlap": arguments.overlap, "memory_gb": arguments.memory, "usable": USABLE,
+            "assumptions": {"flops_of_a_rank": arguments.flops, "overlap": arguments.overlap, "memory_gb": arguments.memory, "usable": USABLE_MEMORY_FRACTION,
                             "algorithm": "tree" if cluster.tree else "ring", "batch": "each rank keeps its micro batch"},
             "cluster": asdict(cluster), "work_of_a_rank": asdict(work), "by_ranks": by_ranks}
 
@@ -228,7 +228,7 @@ def main() -> None:
         return print(json.dumps(check(), indent=1))
     if arguments.config is None:
         raise UserError("give the CONFIG of a run, or --check")
-    within, between, per_node = links_of_doctor(arguments.doctor) if arguments.doctor else (None, None, 8)
+    within, between, per_node = read_doctor_links(arguments.doctor) if arguments.doctor else (None, None, 8)
     cluster = Cluster(Link(*arguments.within) if arguments.within else within, Link(*arguments.between) if arguments.between else between,
                       arguments.ranks_per_node or per_node, arguments.tree)
     from pretrain.config import load_config

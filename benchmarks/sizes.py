@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scaling_model import USABLE, rank_bytes
+from scaling_model import USABLE_MEMORY_FRACTION, rank_bytes
 
 ROOT = Path(__file__).parent.parent
 VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm": 32_000}
@@ -38,7 +38,7 @@ def main() -> None:
         result.append({"shape": path.stem, "parameters": plan.parameters.total, "positions_of_a_row": plan.config.data.sequence_length,
                        "sizes": sizes})
         print(line(result[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"kind": "estimate, not a measurement", "precision": "bf16", "usable": USABLE, "shapes": result}, indent=1))
+    print(json.dumps({"kind": "estimate, not a measurement", "precision": "bf16", "usable": USABLE_MEMORY_FRACTION, "shapes": result}, indent=1))
 
 
 def plan_of(path: Path) -> Any:
@@ -64,7 +64,7 @@ def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
                 train = plan.config.train.model_copy(update={"micro_batch_rows": rows, "global_batch_rows": rows})
                 sized = replace(plan, config=plan.config.model_copy(update={"train": train}))
                 needed = rank_bytes(sized, stage, ranks) - (12 * plan.parameters.total / ranks if offload else 0)
-                if needed <= USABLE * memory * 1e9:
+                if needed <= USABLE_MEMORY_FRACTION * memory * 1e9:
                     return {"stage": stage, "offload_optimizer": offload, "micro_batch_rows": rows, "bytes": needed}
     return {"stage": None}
 

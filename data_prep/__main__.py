@@ -12,8 +12,8 @@ from pathlib import Path
 from data_prep.config import DataConfig, evaluation_tests
 from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError, exit_on_user_error, print_now
-from data_prep.crew import Crew, Mpi
-from data_prep.launched import another_process_speaks, find_mpi
+from data_prep.executor import Executor, MpiExecutor
+from data_prep.launch_env import find_mpi, is_silent_rank
 
 MOVED = ("inspect", "stats")
 """Subcommands that are now in `python -m pretrain.data`."""
@@ -27,13 +27,13 @@ def main() -> None:
     if command == "verify":
         run_verify(sys.argv[2:])
     elif communicator := find_mpi():
-        crew = Mpi(communicator)
-        crew.guard(lambda: prepare_corpus(crew))
+        executor = MpiExecutor(communicator)
+        executor.abort_on_error(lambda: prepare_corpus(executor))
     else:
         prepare_corpus(None)
 
 
-def prepare_corpus(crew: Crew | None) -> None:
+def prepare_corpus(executor: Executor | None) -> None:
     """Parse the command line and prepare the corpus of a configuration."""
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="Turn a corpus into paired-view token shards.",
                                      epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.")
@@ -48,7 +48,7 @@ def prepare_corpus(crew: Crew | None) -> None:
     tests = evaluation_tests(data, values.get("evaluation"))
     from data_prep.pipeline import prepare  # after the configuration is checked, because this imports pyarrow and tokenizers
 
-    prepare(data, tests, crew=crew)
+    prepare(data, tests, executor=executor)
 
 
 def run_verify(arguments: list[str]) -> None:
@@ -62,4 +62,4 @@ def run_verify(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main, silent=another_process_speaks)
+    exit_on_user_error(main, silent=is_silent_rank)

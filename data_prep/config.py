@@ -14,7 +14,7 @@ COLUMNS_OF_SHARDS = CONTINUES, CHECKSUM = "continues", "checksum"
 """Beside the views."""
 
 
-class AnySource(Section):
+class BaseSource(Section):
     """What all sources have in common."""
 
     split: Split = "train"
@@ -35,13 +35,13 @@ class AnySource(Section):
         return views
 
     @model_validator(mode="after")
-    def _weight_acts(self) -> "AnySource":
+    def _weight_acts(self) -> "BaseSource":
         if self.weight != 1 and self.split != "train":
             raise ValueError(f"weight acts on sources of split train only; leave it out beside split: {self.split}")
         return self
 
 
-class FileSource(AnySource):
+class FileSource(BaseSource):
     """A source of files."""
 
     path: LocalPath | None = None
@@ -49,7 +49,7 @@ class FileSource(AnySource):
     and given on the command line."""
 
 
-class NlrxSource(AnySource):
+class NlrxSource(BaseSource):
     """Pairs drawn from the embedded NL-RX grammar. Columns: text, code; by default the first view and the last."""
 
     type: Literal["nlrx"]
@@ -87,7 +87,7 @@ class ArrowSource(FileSource):
     type: Literal["arrow"]
 
 
-class HubSource(AnySource):
+class HubSource(BaseSource):
     """A data set of the Hugging Face hub, streamed, or of a local folder. Columns become views as those of JSON lines do."""
 
     type: Literal["hub"]
@@ -238,7 +238,7 @@ class DataConfig(Section):
             raise ValueError("missing_views acts on records of several views; leave it out")
         return self
 
-    def preparation(self) -> dict[str, Any]:
+    def shard_settings(self) -> dict[str, Any]:
         """The settings that determine the shards: two equal values mean equal shards."""
         without_effect = dict.fromkeys(("path", "lm_views", "train_end_token", "workers"), True)
         return self.model_dump(mode="json", exclude=without_effect | {"sources": {"__all__": {"weight"}}})

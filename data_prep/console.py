@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 """Exit code after Ctrl-C, as a shell gives it."""
 
 
@@ -38,14 +38,14 @@ def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] =
         if not silent():
             with contextlib.suppress(OSError):
                 print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(1)
 
 
 @contextlib.contextmanager
-def output_may_be_lost() -> Iterator[None]:
+def ignore_output_errors() -> Iterator[None]:
     """Keep this process going if nobody reads what it prints, or the disk below it is full. What cannot be written is lost."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Tee, streams)

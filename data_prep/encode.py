@@ -14,14 +14,14 @@ import numpy as np
 
 from data_prep.console import UserError
 from data_prep.files import read_json, write_json
-from data_prep.holdout import frequent_targets_of, split_function
-from data_prep.ragged import ranges, run_sums
+from data_prep.holdout import load_frequent_targets, split_function
+from data_prep.ragged import ragged_ranges, ragged_sums
 from data_prep.scan import BATCH_CHARACTERS, dropped_file, scan_report
 from data_prep.selection import duplicates
-from data_prep.selection.drops import EXAMPLES, Drops, excerpt
+from data_prep.selection.drops import MAX_EXAMPLES, DropCounter, excerpt
 from data_prep.shards import positions_needed, write_shard
 from data_prep.sources.record import Reader, Record
-from data_prep.stretches import stretches
+from data_prep.text_chunks import chunk_text
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
@@ -49,7 +49,7 @@ def left_out(job: Job, number: int) -> dict[int, str]:
     return out
 
 
-def kept_records(job: Job, reader: Reader, number: int, unit: Unit, drops: Drops | None = None) -> Iterator[tuple[int, Record]]:
+def kept_records(job: Job, reader: Reader, number: int, unit: Unit, drops: DropCounter | None = None) -> Iterator[tuple[int, Record]]:
     """The records of a scanned unit that nothing speaks against, each with the number of its piece; duplicates are counted in `drops`.
 
     Raises UserError where the unit has other records than the scan saw.
@@ -83,8 +83,8 @@ class _Encoder:
 
     def __init__(self, job: Job, number: int, unit: Unit, tokenizer: Tokenizer):
         self.job, self.number, self.unit, self.tokenizer = job, number, unit, tokenizer
-        self.drops = Drops()
-        self.split_of = split_function(job.data, unit.source, frequent_targets_of(job, unit.source))
+        self.drops = DropCounter()
+        self.split_of = split_function(job.data, unit.source, load_frequent_targets(job, unit.source))
         self.batch: list[tuple[int, Record]] = []
         self.characters = self.kept = 0
         self.parts: dict[str, list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]] = {}
@@ -113,7 +113,7 @@ class _Encoder:
             tokens = []
             for values, of_view in columns:
                 starts = np.cumsum(of_view) - of_view
-                tokens.append(values[ranges(starts[members], of_view[members])])
+                tokens.append(values[ragged_ranges(starts[members], of_view[members])])
             parts = self.parts.setdefault(str(split), [])
             parts.append((tokens, *_cut(lengths[members], self.job.data.sequence_length)))
             self.kept += len(members)
@@ -123,7 +123,7 @@ class _Encoder:
 
     def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of some texts, concatenated, and how many each has; none where there is but blank."""
-        parts = [stretches(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts]
+        parts = [chunk_text(text, self.tokenizer.encode_batch) if text and not text.isspace() else [] for text in texts]
         encoded = self.tokenizer.encode_batch([part for of_text in parts for part in of_text])
         of_part = np.fromiter(map(len, encoded), np.int64, len(encoded))
         values = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, int(of_part.sum()))
@@ -134,14 +134,14 @@ class _Encoder:
         """Count unknown tokens, which replace text that the tokenizer does not know; `columns` are the tokens and lengths of each view."""
         if self.tokenizer.unknown_id is None:
             return
-        of_record = sum(run_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)
+        of_record = sum(ragged_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)
         having = members[np.flatnonzero(of_record)]
         if not len(having):
             return
         entry = self.unknown.setdefault(split, {"tokens": 0, "records": 0, "first": []})
         entry["tokens"] += int(np.sum(of_record))
         entry["records"] += len(having)
-        for row in having[:EXAMPLES - len(entry["first"])]:
+        for row in having[:MAX_EXAMPLES - len(entry["first"])]:
             piece, record = self.batch[row]
             entry["first"].append([piece, record.position, self._unknown_word(record.texts)])
 
@@ -187,7 +187,7 @@ def _cut(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndar
     plain = (lengths > 0).sum(axis=1) == 1
     records = np.where(plain, -(-total // room), 1)
     of = np.repeat(np.arange(len(lengths)), records)
-    place = ranges(np.zeros_like(records), records)
+    place = ragged_ranges(np.zeros_like(records), records)
     last = place == records[of] - 1
     length = np.where(last, total[of] - place * room, room)
     return np.where(plain[of, None], np.where(lengths[of] > 0, length[:, None], 0), lengths[of]), ~last

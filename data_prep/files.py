@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def read_json_or_nothing(path: Path) -> Any:
+def read_json_or_none(path: Path) -> Any:
     """The value of a file of `write_json`; None where there is none, or it is not whole."""
     try:
         return read_json(path)

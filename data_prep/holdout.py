@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.config import DataConfig
-from data_prep.files import atomic_path, read_json, read_json_or_nothing, write_json
+from data_prep.files import atomic_path, read_json, read_json_or_none, write_json
 from data_prep.sources.record import Record
 from data_prep.units import Job, Unit
 
@@ -40,8 +40,8 @@ def split_function(data: DataConfig, source: int, frequent: frozenset[int] = fro
     return drawn
 
 
-def frequent_targets_of(job: Job, source: int) -> frozenset[int]:
-    """Return the hashes of the frequent targets of a source, as `decide` has found them."""
+def load_frequent_targets(job: Job, source: int) -> frozenset[int]:
+    """Return the hashes of the frequent targets of a source, as `find_frequent_targets` has found them."""
     decided: list[list[int]] = read_json(_decision(job))
     return frozenset(decided[source])
 
@@ -79,7 +79,7 @@ class TargetSample:
             self.limit = self.sample[-1][0]
 
 
-def decide(job: Job, units: list[Unit], sample_file: Callable[[int], Path]) -> list[int]:
+def find_frequent_targets(job: Job, units: list[Unit], sample_file: Callable[[int], Path]) -> list[int]:
     """Find the frequent targets of each source, and keep them; return how many each source has."""
     decided: list[list[int]] = []
     for source in range(len(job.data.sources)):
@@ -88,7 +88,7 @@ def decide(job: Job, units: list[Unit], sample_file: Callable[[int], Path]) -> l
         records = sum(int(sample[0]) for sample in samples)
         targets = np.concatenate([np.empty(0, np.uint64), *(sample[1:] for sample in samples)])
         decided.append(frequent_targets(targets, records, job.data.validation_fraction) if job.data.validation_fraction else [])
-    if read_json_or_nothing(_decision(job)) != decided:
+    if read_json_or_none(_decision(job)) != decided:
         write_json(_decision(job), decided)
     return [len(targets) for targets in decided]
 

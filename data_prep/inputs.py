@@ -5,23 +5,23 @@ from typing import Any
 
 from data_prep.config import HubSource
 from data_prep.console import UserError
-from data_prep.files import read_json, read_json_or_nothing, sha256_file, write_json
-from data_prep.selection.task_contexts import files_of
+from data_prep.files import read_json, read_json_or_none, sha256_file, write_json
+from data_prep.selection.task_contexts import list_test_files
 from data_prep.sources import Reader
 from data_prep.tokenizer_files import ADDED, CONFIG, MAP
 from data_prep.units import Job
 
 BESIDE = (ADDED, CONFIG, MAP)
 """Files that add tokens to a sentencepiece model beside them."""
-Stamps = dict[str, list[int]]
+FileStats = dict[str, list[int]]
 """Of each file, its size in bytes and when it was last modified, in nanoseconds."""
-MODIFIED = ".modified.json"
+FILE_STATS_NAME = ".modified.json"
 """The stamps of the files of a finished corpus: where they stay, no checksum needs to be computed."""
 
 
-def stamps(job: Job, readers: list[Reader]) -> Stamps:
+def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
-    paths = {piece.path for reader in readers for piece in reader.pieces()} | {file for test in job.tests for file in files_of(test)}
+    paths = {piece.path for reader in readers for piece in reader.pieces()} | {file for test in job.tests for file in list_test_files(test)}
     for source in job.data.sources:
         if isinstance(source, HubSource):  # a local folder; what the hub has is held by `revision`
             paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
@@ -38,7 +38,7 @@ def stamps(job: Job, readers: list[Reader]) -> Stamps:
     return found
 
 
-def groups(files: Stamps, enough: int) -> list[list[str]]:
+def groups(files: FileStats, enough: int) -> list[list[str]]:
     """The files in groups of at least `enough` bytes."""
     found: list[list[str]] = [[]]
     size = 0
@@ -64,16 +64,16 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 def changed_settings(stored: dict[str, Any], job: Job) -> list[str]:
     """Return the keys of a job that differ from the settings of a manifest. Earlier versions did not record how tests were read."""
-    data = job.data.preparation()
+    data = job.data.shard_settings()
     changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
-    return changed + ["evaluation.tasks"] * (stored.get("tests", job.described_tests) != job.described_tests)
+    return changed + ["evaluation.tasks"] * (stored.get("tests", job.test_descriptions) != job.test_descriptions)
 
 
-def check_same(stored: dict[str, Any], job: Job, now: Stamps, folder: Path) -> None:
+def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Path) -> None:
     """Raise UserError if a corpus was made from other settings, tests or files. `stored` are those of its manifest."""
     changed = changed_settings(stored, job)
     if not changed:
-        trusted = read_json_or_nothing(folder / MODIFIED) or {}
+        trusted = read_json_or_none(folder / FILE_STATS_NAME) or {}
         a_model = (job.data.tokenizer.path or "").endswith(".model")  # of which earlier versions did not record the files beside it
         compared = stored["files"] | {path: stamp for path, stamp in now.items() if not a_model or Path(path).name not in BESIDE}
         changed = [f"content of {path}" for path in sorted(compared)

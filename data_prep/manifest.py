@@ -8,7 +8,7 @@ from data_prep.console import UserError
 from data_prep.encode import shard_report
 from data_prep.files import read_json
 from data_prep.scan import scan_report
-from data_prep.selection.drops import EXAMPLES, REASONS, unknown_tokens
+from data_prep.selection.drops import MAX_EXAMPLES, REASONS, unknown_tokens
 from data_prep.shards import FORMAT
 from data_prep.sources import Reader
 from data_prep.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any
         for reason, drop in [*scan["dropped"].items(), *report["dropped"].items()]:
             entry = found.setdefault(reason, {"count": 0, "first": []})
             entry["count"] += drop["count"]
-            entry["first"] += [describe(*example) for example in drop["first"][: EXAMPLES - len(entry["first"])]]
+            entry["first"] += [describe(*example) for example in drop["first"][: MAX_EXAMPLES - len(entry["first"])]]
     return {reason: found[reason] for reason in REASONS if reason in found}
 
 
@@ -74,7 +74,7 @@ def _unknown(split: str, readers: list[Reader], units: list[Unit], scans: list[d
         if of_unit := report.get("unknown", {}).get(split):  # a unit that an older version finished does not have it
             entry["tokens"] += of_unit["tokens"]
             entry["records"] += of_unit["records"]
-            entry["first"] += [describe(*example) for example in of_unit["first"][: EXAMPLES - len(entry["first"])]]
+            entry["first"] += [describe(*example) for example in of_unit["first"][: MAX_EXAMPLES - len(entry["first"])]]
     return entry
 
 
@@ -93,14 +93,14 @@ def _describe(reader: Reader, unit: Unit, begins: list[int], piece: int, positio
     return f"{reader.place(unit.pieces[piece], position, begins[piece])}: {note}"
 
 
-def check_left(job: Job, readers: list[Reader], units: list[Unit]) -> None:
+def check_not_empty(job: Job, readers: list[Reader], units: list[Unit]) -> None:
     """Raise UserError where the scan left no record."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     if sum(scan["records"] - sum(drop["count"] for drop in scan["dropped"].values()) for scan in scans) == 0:
-        raise UserError(f"no record is left: {why_dropped(job, readers, units)}")
+        raise UserError(f"no record is left: {drop_summary(job, readers, units)}")
 
 
-def why_dropped(job: Job, readers: list[Reader], units: list[Unit]) -> str:
+def drop_summary(job: Job, readers: list[Reader], units: list[Unit]) -> str:
     """What the scan dropped and why, in one line that says what to look at."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     return _reasons(_dropped(readers, units, scans, [{"dropped": {}}] * len(units)))
@@ -111,7 +111,7 @@ def _reasons(dropped: dict[str, Any]) -> str:
     return f"{reasons or 'the sources hold no line'}; check data.views and the columns of the sources, and data.sequence_length"
 
 
-def one_line(manifest: Manifest) -> str:
+def summary_line(manifest: Manifest) -> str:
     """Splits, records and tokens."""
     splits = ", ".join(f"{split} {entry['records']:,} records with {sum(entry['tokens'].values()):,} tokens"
                        for split, entry in manifest["splits"].items())

@@ -20,22 +20,22 @@ from typing import IO, Any
 from data_prep import inputs
 from data_prep.config import DataConfig, HubSource, TaskTest
 from data_prep.console import UserError, print_now
-from data_prep.crew import Crew, Local, Task
 from data_prep.encode import encode_unit, kept_records, shard_report
-from data_prep.files import read_json, read_json_or_nothing, sync_file, try_lock, write_json, write_text
-from data_prep.holdout import decide, frequent_targets_of, split_function
-from data_prep.manifest import Manifest, build_manifest, check_left, one_line, summary, why_dropped
+from data_prep.executor import Executor, LocalExecutor, Task
+from data_prep.files import read_json, read_json_or_none, sync_file, try_lock, write_json, write_text
+from data_prep.holdout import find_frequent_targets, load_frequent_targets, split_function
+from data_prep.manifest import Manifest, build_manifest, check_not_empty, drop_summary, summary, summary_line
 from data_prep.progress import Progress
 from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
 from data_prep.selection import duplicates, near_duplicates
-from data_prep.selection.contamination import STRETCH
+from data_prep.selection.contamination import OVERLAP_LETTERS
 from data_prep.selection.drops import REASONS, unknown_tokens
-from data_prep.selection.task_contexts import contexts_file, note_of, read_contexts, title_of, too_short
+from data_prep.selection.task_contexts import contexts_file, count_short_contexts, describe_test, read_contexts, skipped_files_note
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
 from data_prep.sources.hub import commit_of
-from data_prep.tokenizer import Tokenizer, take_over, train
+from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.units import Job, Unit, make_units, open_job
 
 SAMPLE_CHARACTERS = 20_000_000
@@ -51,7 +51,7 @@ SETTINGS = "settings.json"
 """File with the settings of an unfinished preparation, in `.partial`."""
 
 
-def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, crew: Crew | None = None) -> Manifest:
+def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, executor: Executor | None = None) -> Manifest:
     """Prepare the corpus of `config` unless it stands already; return its manifest.
 
     `tests` are rows that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
@@ -59,10 +59,10 @@ def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[s
     """
     if not config.sources:
         raise UserError("data.sources is empty: name at least one source")
-    crew = crew or Local(config.workers)
+    executor = executor or LocalExecutor(config.workers)
     job = Job(data=config, tests=tuple(tests) if config.decontaminate else ())
     try:
-        return _Preparation(job, crew, say if crew.is_main else lambda text: None).run()
+        return _Preparation(job, executor, say if executor.is_main else lambda text: None).run()
     except BrokenPipeError:  # of what is said, not of the corpus
         raise
     except OSError as error:
@@ -73,24 +73,24 @@ def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[s
 class _Preparation:
     """One preparation, in every process of the crew."""
 
-    def __init__(self, job: Job, crew: Crew, say: Callable[[str], None]):
-        self.job, self.crew, self.say = job, crew, say
+    def __init__(self, job: Job, executor: Executor, say: Callable[[str], None]):
+        self.job, self.executor, self.say = job, executor, say
         self.serialized = job.model_dump_json()
         self.folder = Path(job.data.path)
         self.readers: list[Reader] = []
         self.units: list[Unit] = []
-        self.stamps: inputs.Stamps = {}
+        self.file_stats: inputs.FileStats = {}
         self.lock: IO[bytes] | None = None
 
     def run(self) -> Manifest:
         try:
-            self.crew.once(self._take_lock)
-            self.job = self.job.model_copy(update={"commits": self.crew.once(self._commits)})
+            self.executor.run_on_main(self._take_lock)
+            self.job = self.job.model_copy(update={"commits": self.executor.run_on_main(self._commits)})
             self.serialized = self.job.model_dump_json()
-            self.readers = self.crew.everywhere(lambda: open_job(self.serialized)[1])
-            return self.crew.once(self._standing) or self._make()
+            self.readers = self.executor.run_on_all(lambda: open_job(self.serialized)[1])
+            return self.executor.run_on_main(self._standing) or self._make()
         finally:
-            self.crew.close()
+            self.executor.close()
             if self.lock:
                 self.lock.close()
 
@@ -98,18 +98,18 @@ class _Preparation:
         for reader in self.readers:
             if reader.note:
                 self.say(reader.note)
-        self.units, self.stamps = self.crew.once(self._begin)
+        self.units, self.file_stats = self.executor.run_on_main(self._begin)
         if self.job.data.tokenizer.path is not None:
-            self.crew.once(self._make_tokenizer)  # before the long scan: it may be no tokenizer
+            self.executor.run_on_main(self._make_tokenizer)  # before the long scan: it may be no tokenizer
         self._each_unit("scanning", scan_unit, scan_report)
-        self.crew.once(lambda: check_left(self.job, self.readers, self.units))
-        self.crew.once(self._decide_holdout)
+        self.executor.run_on_main(lambda: check_not_empty(self.job, self.readers, self.units))
+        self.executor.run_on_main(self._decide_holdout)
         self._checksums()
         self._find_duplicates()
-        self.crew.once(self._make_tokenizer)
-        self.crew.once(self._try_tokenizer)
+        self.executor.run_on_main(self._make_tokenizer)
+        self.executor.run_on_main(self._try_tokenizer)
         self._each_unit("tokenizing", encode_unit, shard_report)
-        return self.crew.once(self._finish)
+        return self.executor.run_on_main(self._finish)
 
     def _take_lock(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,9 +119,9 @@ class _Preparation:
 
     def _commits(self) -> tuple[str | None, ...]:
         """Return the commit of each source on the hub: if this folder was prepared from one, or in part, that one, else the newest."""
-        manifest = read_json_or_nothing(self.folder / MANIFEST) or {}
-        before = manifest.get("settings") or read_json_or_nothing(self.job.partial / SETTINGS) or {}
-        if "commits" in before and before.get("data") == self.job.data.preparation():
+        manifest = read_json_or_none(self.folder / MANIFEST) or {}
+        before = manifest.get("settings") or read_json_or_none(self.job.partial / SETTINGS) or {}
+        if "commits" in before and before.get("data") == self.job.data.shard_settings():
             return tuple(before["commits"])
         return tuple(commit_of(source, f"data.sources.{number}") if isinstance(source, HubSource) else None
                      for number, source in enumerate(self.job.data.sources))
@@ -129,7 +129,7 @@ class _Preparation:
     def _settings(self, files: Mapping[str, Any]) -> dict[str, Any]:
         """Return what decides the content of a corpus, for its manifest or an interrupted preparation."""
         commits = {"commits": list(self.job.commits)} if any(self.job.commits) else {}
-        return {"data": self.job.data.preparation(), "tests": self.job.described_tests, "files": files} | commits
+        return {"data": self.job.data.shard_settings(), "tests": self.job.test_descriptions, "files": files} | commits
 
     def _standing(self) -> Manifest | None:
         """The manifest of a corpus that was prepared before. Raises UserError where it was made from other settings or files."""
@@ -138,18 +138,18 @@ class _Preparation:
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = read_manifest(self.folder)
-        inputs.check_same(manifest["settings"], self.job, inputs.stamps(self.job, self.readers), self.folder)
+        inputs.check_unchanged(manifest["settings"], self.job, inputs.file_stats(self.job, self.readers), self.folder)
         _check_still_there(manifest, self.folder)
         self._remove_leftovers()
-        self.say(f"{self.folder} is prepared already, nothing to do: {one_line(manifest)}")
+        self.say(f"{self.folder} is prepared already, nothing to do: {summary_line(manifest)}")
         return manifest
 
-    def _begin(self) -> tuple[list[Unit], inputs.Stamps]:
+    def _begin(self) -> tuple[list[Unit], inputs.FileStats]:
         """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
-        stamps = inputs.stamps(self.job, self.readers)
-        settings = self._settings(stamps)
+        file_stats = inputs.file_stats(self.job, self.readers)
+        settings = self._settings(file_stats)
         partial, stored = self.job.partial, self.job.partial / SETTINGS
-        if {"tests": []} | (read_json_or_nothing(stored) or {}) == settings:  # earlier versions did not record tests
+        if {"tests": []} | (read_json_or_none(stored) or {}) == settings:  # earlier versions did not record tests
             scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
             self.say(f"going on with an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
         else:
@@ -169,7 +169,7 @@ class _Preparation:
         for name in ("scan", "files", "duplicate", "near_duplicate", "shards"):
             (partial / name).mkdir(exist_ok=True)
         self._read_contexts()
-        return make_units(self.readers), stamps
+        return make_units(self.readers), file_stats
 
     def _read_contexts(self) -> None:
         """Write the contexts of the tests for all processes, before the long scan: a row may be malformed."""
@@ -178,11 +178,11 @@ class _Preparation:
         contexts: dict[str, None] = {}
         for test in self.job.tests:
             found = read_contexts(self.job.data, test)
-            if note := note_of(test):
+            if note := skipped_files_note(test):
                 self.say(note)
-            short = too_short(found)
-            self.say(f"kept out of training: {len(found):,} contexts of {title_of(test)}"
-                     + (f", {short:,} of them only where a training context equals them: they are shorter than {STRETCH} letters" if short else ""))
+            short = count_short_contexts(found)
+            self.say(f"kept out of training: {len(found):,} contexts of {describe_test(test)}"
+                     + (f", {short:,} of them only where a training context equals them: they are shorter than {OVERLAP_LETTERS} letters" if short else ""))
             contexts |= dict.fromkeys(found)
         write_json(contexts_file(self.job.partial), list(contexts))
 
@@ -193,31 +193,31 @@ class _Preparation:
     def _phase(self, title: str, what: str, function: Callable[..., int], tasks: dict[Path, Task]) -> None:
         """Do the tasks whose file, which each writes last, is not there yet."""
         # one process looks: others may find files that were written since by those that have begun
-        left = set(self.crew.once(lambda: [number for number, out in enumerate(tasks) if not out.exists()]))
+        left = set(self.executor.run_on_main(lambda: [number for number, out in enumerate(tasks) if not out.exists()]))
         todo = [task for number, task in enumerate(tasks.values()) if number in left]
         if todo:
-            self.say(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.crew.description}")
-        self.crew.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
+            self.say(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.executor.description}")
+        self.executor.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
 
     def _decide_holdout(self) -> None:
-        for source, count in enumerate(decide(self.job, self.units, lambda number: target_file(self.job, number))):
+        for source, count in enumerate(find_frequent_targets(self.job, self.units, lambda number: target_file(self.job, number))):
             if count:
                 self.say(f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label, whose records are held out "
                          "for validation by their context: these targets are on both sides")
 
     def _checksums(self) -> None:
-        groups = inputs.groups(self.stamps, piece_length(sum(size for size, _ in self.stamps.values())))
+        groups = inputs.groups(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
         outs = [self.job.partial / "files" / f"{number:06d}.json" for number in range(len(groups))]
         self._phase("checksums of", "groups of files", inputs.write_checksums, {
-            out: Task((out, group), sum(self.stamps[path][0] for path in group)) for out, group in zip(outs, groups, strict=True)})
+            out: Task((out, group), sum(self.file_stats[path][0] for path in group)) for out, group in zip(outs, groups, strict=True)})
 
     def _find_duplicates(self) -> None:
         """Note all but one of the records that are the same across the whole corpus, or nearly."""
         kinds = {"none": [], "exact": ["duplicate"], "near": ["duplicate", "near_duplicate"]}[self.job.data.deduplicate]
-        records = self.crew.once(lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units))))
+        records = self.executor.run_on_main(lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units))))
         for kind in kinds:
-            keys = near_duplicates.bands_of(self.job.near_threshold) if kind == "near_duplicate" else 1
-            parts = duplicates.parts_needed(records * keys)
+            keys = near_duplicates.num_bands(self.job.near_threshold) if kind == "near_duplicate" else 1
+            parts = duplicates.num_parts(records * keys)
             outs = [self.job.partial / kind / f"{part:05d}.npy" for part in range(parts)]
             self._phase("looking for duplicates in", "parts", find_duplicates, {
                 out: Task((self.serialized, kind, len(self.units), part, parts, out), 1) for part, out in enumerate(outs)})
@@ -230,7 +230,7 @@ class _Preparation:
         temporary.mkdir()
         if wanted.path is not None:
             self.say(f"taking over the tokenizer {wanted.path}")
-            take_over(Path(wanted.path), temporary, self.say)
+            import_tokenizer(Path(wanted.path), temporary, self.say)
         else:
             assert wanted.vocab_size is not None  # it has this or a path
             kind = wanted.model_type or "bpe"
@@ -240,7 +240,7 @@ class _Preparation:
             if first is None:
                 raise UserError("no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
                                 + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
-                                + why_dropped(self.job, self.readers, self.units))
+                                + drop_summary(self.job, self.readers, self.units))
             train(itertools.chain([first], texts), wanted.vocab_size, temporary, kind)
         for file in temporary.iterdir():
             sync_file(file)
@@ -269,7 +269,7 @@ class _Preparation:
         limit = max(SAMPLE_OF_UNIT, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
             unit, of_unit = self.units[number], 0
-            split_of = split_function(self.job.data, unit.source, frequent_targets_of(self.job, unit.source))
+            split_of = split_function(self.job.data, unit.source, load_frequent_targets(self.job, unit.source))
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":
                     yield from filter(str.strip, record.texts)
@@ -281,16 +281,16 @@ class _Preparation:
                 return
 
     def _finish(self) -> Manifest:
-        if inputs.stamps(self.job, self.readers) != self.stamps:
+        if inputs.file_stats(self.job, self.readers) != self.file_stats:
             raise UserError("a file of the sources changed while the corpus was prepared; start again when nothing writes to them")
         checksums = inputs.read_checksums(self.job.partial / "files")
-        settings = self._settings({path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.stamps.items()})
+        settings = self._settings({path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.file_stats.items()})
         manifest = build_manifest(self.job, settings, Tokenizer.load(self.folder / "tokenizer"), self.readers, self.units)
         write_text(self.folder / SUMMARY, summary(self.job, manifest))
-        write_json(self.folder / inputs.MODIFIED, self.stamps)
+        write_json(self.folder / inputs.FILE_STATS_NAME, self.file_stats)
         write_json(self.folder / MANIFEST, manifest)
         self._remove_leftovers()
-        self.say(f"prepared {self.folder}: {one_line(manifest)}")
+        self.say(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say("note: data.validation_fraction held no record back, so nothing will be validated: there are too few records")
         for number, source in enumerate(manifest["sources"]):

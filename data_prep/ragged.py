@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ragged_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenate `arange(start, start + length)` over all runs: (N,), (N,) -> (sum of lengths,)."""
     ends = np.cumsum(lengths)
     out = np.repeat(starts - (ends - lengths), lengths)
@@ -11,7 +11,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-def run_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ragged_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Sum of each run of the concatenated `values`, in the values' type: (sum of lengths,), (N,) -> (N,)."""
     totals = np.zeros(len(values) + 1, values.dtype)
     np.cumsum(values, dtype=values.dtype, out=totals[1:])
@@ -20,7 +20,7 @@ def run_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return sums
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64 of unsigned 64-bit integers: a well-spread hash without state (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         z = values.astype(np.uint64)

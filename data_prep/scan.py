@@ -16,11 +16,11 @@ from data_prep.files import atomic_path, read_json, write_json
 from data_prep.holdout import TargetSample, split_function
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import Contamination
-from data_prep.selection.drops import Drops, excerpt
-from data_prep.selection.filters import Undecided, limited_searches, why_filtered
+from data_prep.selection.drops import DropCounter, excerpt
+from data_prep.selection.filters import SearchTimeoutError, filter_reason, search_time_limit
 from data_prep.selection.task_contexts import contexts_file
 from data_prep.sources.record import Piece, Reader, Record
-from data_prep.units import Job, Unit, malformed, open_job, place_of, read_unit
+from data_prep.units import Job, Unit, malformed_record_error, open_job, read_unit, record_location
 
 BATCH_CHARACTERS = 1 << 20
 
@@ -50,13 +50,13 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     job, readers = open_job(serialized)
     reader, config = readers[unit.source], job.data
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
-    lacks = lacking(config, reader.supplies)
+    lacks = lacking(config, reader.provided_views)
     ordinal = -1
-    with limited_searches(config.filters):
+    with search_time_limit(config.filters):
         for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
             if record.views is None:
                 if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
-                    raise malformed(reader, unit.pieces[piece], record)
+                    raise malformed_record_error(reader, unit.pieces[piece], record)
                 scan.drop(record.reason, ordinal, piece, record, record.problem)
             elif reason := lacks(record.views) or _filtered(config.filters, reader, unit.pieces[piece], record):
                 scan.drop(reason, ordinal, piece, record, excerpt(record.views))
@@ -72,9 +72,9 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
 def _filtered(filters: FiltersConfig, reader: Reader, piece: Piece, record: Record) -> str:
     """Return the reason to leave a record out by its text, or "". Raises UserError naming the record on which this cannot be decided."""
     try:
-        return why_filtered(record.texts, filters)
-    except Undecided as problem:
-        raise UserError(f"{place_of(reader, piece, record)}: {problem}") from None
+        return filter_reason(record.texts, filters)
+    except SearchTimeoutError as problem:
+        raise UserError(f"{record_location(reader, piece, record)}: {problem}") from None
 
 
 class _Scan:
@@ -82,7 +82,7 @@ class _Scan:
 
     def __init__(self, job: Job, unit: Unit, contamination: Contamination | None):
         self.job, self.unit, self.contamination = job, unit, contamination
-        self.drops = Drops()
+        self.drops = DropCounter()
         self.dropped: list[int] = []
         self.batch: list[tuple[int, int, Record]] = []
         # For frequent targets, see data_prep/holdout.py, this is not the final split. Of two duplicates the other one may then stay.
@@ -114,7 +114,7 @@ class _Scan:
             else:
                 kept.append(record)
                 self.ordinals.append(ordinal)
-                self.ranks.append(duplicates.PREFERENCE.index(self.split_of(record)))
+                self.ranks.append(duplicates.SPLIT_PRIORITY.index(self.split_of(record)))
         if self.targets:
             self.targets.add(kept)
         if kept and self.job.data.deduplicate != "none":
@@ -137,16 +137,16 @@ class _Scan:
         fingerprints = np.concatenate([np.empty((0, 2), np.uint64), *self.fingerprints])
         duplicates.write_fingerprints(fingerprint_file(self.job, number, "exact"), fingerprints, ordinals, ranks)
         if self.job.data.deduplicate == "near":
-            views, bands = len(self.job.data.views), near_duplicates.bands_of(self.job.near_threshold)
-            nothing = np.empty((0, views, near_duplicates.HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
+            views, bands = len(self.job.data.views), near_duplicates.num_bands(self.job.near_threshold)
+            nothing = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
             signatures, keys = (np.concatenate(parts) for parts in zip(nothing, *self.sketches, strict=True))
             near_duplicates.write_sketches(fingerprint_file(self.job, number, "signatures"), fingerprint_file(self.job, number, "bands"),
                                            signatures, keys, ordinals, ranks)
 
 
-def lacking(config: DataConfig, supplies: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
+def lacking(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
     """What gives the reason to drop a record for the views that hold no text, of those that its source fills; empty to keep it."""
-    supplied = [view for view, fills in enumerate(supplies) if fills]
+    supplied = [view for view, fills in enumerate(provided_views) if fills]
     keeps_some = config.missing_views == "keep"
 
     def reason(views: tuple[str, ...]) -> str:

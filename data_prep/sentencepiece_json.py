@@ -19,10 +19,10 @@ ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
 SCORE_STEPS = 32
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 UNIGRAM, BPE = 1, 2  # its model types
-TABLE = "Precompiled"  # the type of a normaliser that replaces by a table
+PRECOMPILED = "Precompiled"  # the type of a normaliser that replaces by a table
 
 
-def convert(proto: ModelProto, where: str) -> dict[str, Any]:
+def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
     """The tokenizer.json of a sentencepiece model (a ModelProto).
 
     Ids are equal where both normalise a text alike (see TABLE) and sums of scores are exact.
@@ -41,7 +41,7 @@ def convert(proto: ModelProto, where: str) -> dict[str, Any]:
         normalizers += [_replace(old, new) for old, new in ESCAPES]
     elif rules.precompiled_charsmap:
         table = base64.b64encode(rules.precompiled_charsmap).decode()
-        normalizers.append({"type": TABLE, "precompiled_charsmap": table})
+        normalizers.append({"type": PRECOMPILED, "precompiled_charsmap": table})
     if rules.remove_extra_whitespaces:
         normalizers += [_replace(rf"\A +|[ {SPACE}]+\z", "", "Regex"), _replace(" {2,}", " ", "Regex")]
     if rules.add_dummy_prefix:

@@ -27,7 +27,7 @@ import pyarrow.ipc
 from data_prep.config import CHECKSUM, CONTINUES
 from data_prep.console import UserError
 from data_prep.files import atomic_path, sha256_file
-from data_prep.ragged import mix, ranges, run_sums
+from data_prep.ragged import ragged_ranges, ragged_sums, splitmix64
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -63,10 +63,10 @@ def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.n
     lengths = np.stack([lengths for _, lengths in views.values()], axis=1).astype(np.int64)
     starts = np.cumsum(lengths, axis=0) - lengths
     goes_on = np.flatnonzero(continues)
-    closing = np.full(len(lengths), -1)
-    closing[goes_on] = _first_tokens(tokens, starts[goes_on + 1], lengths[goes_on + 1])
+    continuation_tokens = np.full(len(lengths), -1)
+    continuation_tokens[goes_on] = _first_tokens(tokens, starts[goes_on + 1], lengths[goes_on + 1])
     by_view = list(zip(tokens, lengths.T, strict=True))
-    checksums = record_checksums(np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, closing)
+    checksums = record_checksums(np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, continuation_tokens)
     columns = {name: _list_array(*view) for name, view in zip(views, by_view, strict=True)}
     columns[CONTINUES] = pa.Array.from_buffers(pa.bool_(), len(continues), [None, _bitmap(continues)])
     columns[CHECKSUM] = _array(pa.uint32(), len(checksums), checksums)
@@ -107,17 +107,17 @@ def _bitmap(bits: np.ndarray) -> pa.Buffer:
 
 def view_hashes(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """h(v) of each record: the view's tokens, concatenated, and lengths (N,) -> (N,) uint64. Equal tokens have equal hashes."""
-    place = ranges(np.zeros_like(lengths), lengths).view(np.uint64)
+    place = ragged_ranges(np.zeros_like(lengths), lengths).view(np.uint64)
     place <<= np.uint64(32)
     place ^= tokens
-    hashes: np.ndarray = run_sums(mix(place), lengths) ^ mix(lengths)
+    hashes: np.ndarray = ragged_sums(splitmix64(place), lengths) ^ splitmix64(lengths)
     return hashes
 
 
-def record_checksums(hashes: np.ndarray, lengths: np.ndarray, closing: np.ndarray) -> np.ndarray:
+def record_checksums(hashes: np.ndarray, lengths: np.ndarray, continuation_tokens: np.ndarray) -> np.ndarray:
     """Hashes and lengths of the views (N, views), the first token of the next row or -1 (N,) -> (N,) uint32."""
-    numbered = mix(hashes ^ mix(np.arange(hashes.shape[1])))
-    total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + mix(closing + 1)
+    numbered = splitmix64(hashes ^ splitmix64(np.arange(hashes.shape[1])))
+    total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + splitmix64(continuation_tokens + 1)
     low: np.ndarray = total & np.uint64(0xFFFFFFFF)
     return low.astype(np.uint32)
 
@@ -162,12 +162,12 @@ class Shard:
         return np.array([len(column.values) for column in self.columns])
 
 
-Parts = list[tuple[Shard, np.ndarray]]
+ShardRows = list[tuple[Shard, np.ndarray]]
 """Rows of several shards, (n,) of each, N in all."""
 
 
 @dataclass(frozen=True)
-class Contents:
+class RecordTokens:
     """The tokens of N records: those of view v of record i are `tokens[starts[i, v]:starts[i, v] + lengths[i, v]]`."""
 
     tokens: np.ndarray
@@ -176,17 +176,17 @@ class Contents:
     """(N, views), 0 where a record lacks the view."""
     hashes: np.ndarray
     """(N, views) uint64: equal tokens have equal hashes."""
-    closing: np.ndarray
+    continuation_tokens: np.ndarray
     """(N,) the first token of the record in which the document goes on; -1 where it ends."""
 
-    def select(self, first: int, stop: int) -> "Contents":
+    def select(self, first: int, stop: int) -> "RecordTokens":
         """Records first to stop."""
         part = slice(first, stop)
-        return Contents(self.tokens, self.starts[part], self.lengths[part], self.hashes[part], self.closing[part])
+        return RecordTokens(self.tokens, self.starts[part], self.lengths[part], self.hashes[part], self.continuation_tokens[part])
 
     def view(self, view: int) -> np.ndarray:
         """The tokens of one view of all records, concatenated."""
-        tokens: np.ndarray = self.tokens[ranges(self.starts[:, view], self.lengths[:, view])]
+        tokens: np.ndarray = self.tokens[ragged_ranges(self.starts[:, view], self.lengths[:, view])]
         return tokens
 
 
@@ -234,15 +234,15 @@ def _map(path: Path, file: pa.ipc.RecordBatchFileReader, entry: dict[str, Any], 
                  np.frombuffer(batch.column(CHECKSUM).buffers()[1], np.uint32, entry["records"]))
 
 
-def row_lengths(parts: Parts) -> np.ndarray:
+def row_lengths(parts: ShardRows) -> np.ndarray:
     """Tokens of each view of rows: (N, views). Raises UserError naming shard and row where they cannot be."""
     return _bounds(parts)[1]
 
 
-def read_rows(parts: Parts) -> Contents:
+def read_rows(parts: ShardRows) -> RecordTokens:
     """The tokens of rows, every checksum verified. Raises UserError naming shard and row where one does not hold."""
     begins, lengths = _bounds(parts)
-    closing = np.concatenate([_closing(shard, rows) for shard, rows in parts])
+    continuation_tokens = np.concatenate([_closing(shard, rows) for shard, rows in parts])
     first = np.cumsum([0] + [len(rows) for _, rows in parts])
     totals = lengths.sum(axis=0)
     tokens = np.empty(totals.sum(), np.result_type(*(column.values.dtype for column in parts[0][0].columns)))
@@ -250,18 +250,18 @@ def read_rows(parts: Parts) -> Contents:
     for view, offset in enumerate(np.cumsum(totals) - totals):
         ends = np.cumsum(lengths[:, view])
         of_view = tokens[offset : offset + totals[view]]
-        source = ranges(begins[:, view], lengths[:, view])
+        source = ragged_ranges(begins[:, view], lengths[:, view])
         bounds = np.concatenate([[0], ends])[first]
         for (shard, _), low, high in zip(parts, bounds[:-1], bounds[1:], strict=True):
             of_view[low:high] = shard.columns[view].values[source[low:high]]
         starts[:, view] = offset + ends - lengths[:, view]
         hashes[:, view] = view_hashes(of_view, lengths[:, view])
     stored = np.concatenate([shard.checksums[rows] for shard, rows in parts])
-    _refuse(parts, record_checksums(hashes, lengths, closing) != stored, "its checksum does not hold")
-    return Contents(tokens, starts, lengths, hashes, closing)
+    _refuse(parts, record_checksums(hashes, lengths, continuation_tokens) != stored, "its checksum does not hold")
+    return RecordTokens(tokens, starts, lengths, hashes, continuation_tokens)
 
 
-def _check_sizes(parts: Parts) -> None:
+def _check_sizes(parts: ShardRows) -> None:
     """Raise UserError for a file that was truncated since it was mapped: reading behind its end would kill the process by SIGBUS."""
     for shard, _ in parts:
         with contextlib.suppress(OSError):  # a file that is gone stays mapped
@@ -270,7 +270,7 @@ def _check_sizes(parts: Parts) -> None:
                 raise damaged(shard.path, f"it has {size} bytes, the manifest says {shard.size}")
 
 
-def _bounds(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
     """Where each view of rows begins, and its length, (N, views) each."""
     _check_sizes(parts)
     begins, ends = (np.concatenate([np.stack([column.offsets[rows + after] for column in shard.columns], axis=1) for shard, rows in parts])
@@ -307,7 +307,7 @@ def _closing(shard: Shard, rows: np.ndarray) -> np.ndarray:
     return out
 
 
-def _refuse(parts: Parts, wrong: np.ndarray, what: str) -> None:
+def _refuse(parts: ShardRows, wrong: np.ndarray, what: str) -> None:
     """Raise UserError for the first row that is wrong, (N,) over all parts."""
     if wrong.any():
         place = int(np.argmax(wrong))

@@ -10,11 +10,11 @@ from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError, print_now
 from data_prep.files import write_text
 from data_prep.sources import csv_rows, files, json_array
-from data_prep.sources.hub import open_rows, told
+from data_prep.sources.hub import as_user_error, open_rows
 from data_prep.sources.json_lines import SUFFIXES, parse
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
-from data_prep.tasks.form import PublicForm
+from data_prep.tasks.row_format import RowFormat
 
 Columns = dict[str, Any]
 
@@ -42,12 +42,12 @@ class RowReader:
     """Reads rows of one source.
 
     A row is read by the `views` of the source; if it has none, or the row does not fit them, in the form of the public data set of the task,
-    by the names of the views, or as a conversation. `incomplete` also accepts rows that lack some of the views, which are then empty.
+    by the names of the views, or as a conversation. `allow_missing_views` also accepts rows that lack some of the views, which are then empty.
     """
 
-    def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, form: PublicForm | None = None, *,
-                 incomplete: bool = False):
-        self.source, self.views, self.key, self.form, self.incomplete = source, views, key, form, incomplete
+    def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, row_format: RowFormat | None = None, *,
+                 allow_missing_views: bool = False):
+        self.source, self.views, self.key, self.row_format, self.allow_missing_views = source, views, key, row_format, allow_missing_views
         self._mapping = RowMapping(source, views, key)
         self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
@@ -59,7 +59,7 @@ class RowReader:
             yield from self._rows_of(columns, place)
 
     def _rows_of(self, columns: Columns, place: str) -> Iterator[Row]:
-        public = self.form is not None and self.form.columns <= columns.keys()
+        public = self.row_format is not None and self.row_format.columns <= columns.keys()
         if public and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
             yield self._public_row(columns, place)
             return
@@ -81,14 +81,14 @@ class RowReader:
     def _fits(self, record: Record) -> bool:
         if record.views is None:
             return False
-        return any(record.views) if self.incomplete else all(record.views)
+        return any(record.views) if self.allow_missing_views else all(record.views)
 
     def _public_row(self, columns: Columns, place: str) -> Row:
-        assert self.form is not None
+        assert self.row_format is not None
         try:
-            return Row(self.form.views(columns), columns)
+            return Row(self.row_format.views(columns), columns)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.form.columns))}; "
+            raise UserError(f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.row_format.columns))}; "
                             f"for other columns or values set {self.key}.views") from None
 
     def _problem(self, record: Record, columns: Columns, place: str) -> str:
@@ -101,10 +101,10 @@ class RowReader:
         return view if mapped == view else f"{view} ({mapped})"
 
 
-def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, rows: int | None = None, form: PublicForm | None = None, *,
-              incomplete: bool = False) -> list[Row]:
+def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, rows: int | None = None, row_format: RowFormat | None = None, *,
+              allow_missing_views: bool = False) -> list[Row]:
     """Return the first `rows` rows of a source, see `RowReader`. Raises UserError if there are none."""
-    reader = RowReader(source, views, key, form, incomplete=incomplete)
+    reader = RowReader(source, views, key, row_format, allow_missing_views=allow_missing_views)
     found = list(islice(reader.rows(), rows))
     if not found:
         raise UserError(f"{source.path} ({key}) has no rows")
@@ -117,7 +117,7 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
     """Yield the rows of a source as they are there, each with its place."""
     paths = open_rows(source, key) if isinstance(source, HubSource) else files.find_files(source, key, SUFFIXES)
     if isinstance(source, HubSource) and not isinstance(paths, list):
-        with told(f"cannot read the data set {source.path} ({key}), split {source.hub_split}"):
+        with as_user_error(f"cannot read the data set {source.path} ({key}), split {source.hub_split}"):
             for number, columns in enumerate(paths, start=1):
                 yield f"hub:{source.path}:{source.hub_split}:{number}", columns
         return
@@ -127,16 +127,16 @@ def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Co
             if path.endswith(csv_rows.SUFFIXES):
                 yield from _rows_of_csv(path)
                 continue
-            with files.opened(Piece(path, 0, size, size)) as file:
-                yield from _objects_of(path, files.reads_of(file, path))
-        except files.Damaged as problem:
+            with files.open_piece(Piece(path, 0, size, size)) as file:
+                yield from _objects_of(path, files.block_reader(file, path))
+        except files.CorruptFileError as problem:
             raise UserError(f"{path}: {problem}") from None
 
 
 def _rows_of_csv(path: str) -> Iterator[tuple[str, Columns]]:
     size = files.size_of(path)
     for line, row in csv_rows.read_objects(Piece(path, 0, size, size)):
-        if isinstance(row, files.Damaged):
+        if isinstance(row, files.CorruptFileError):
             raise row
         yield f"{path}:{line}", _columns(row, f"{path}:{line}")
 
@@ -144,7 +144,7 @@ def _rows_of_csv(path: str) -> Iterator[tuple[str, Columns]]:
 def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Columns]]:
     if json_array.is_array(path):
         for number, value in enumerate(json_array.elements(read), start=1):
-            if isinstance(value, files.Damaged):
+            if isinstance(value, files.CorruptFileError):
                 raise value
             yield f"{path}, element {number}", _columns(value, f"{path}, element {number}")
         return

@@ -1,6 +1,6 @@
 """Text to token ids and back.
 
-`train` makes a tokenizer from text, `take_over` adopts an existing one, and both leave a self-contained folder
+`train` makes a tokenizer from text, `import_tokenizer` adopts an existing one, and both leave a self-contained folder
 for `Tokenizer.load`:
 
     tokenizer.json          Hugging Face format, for `tokenizers` and AutoTokenizer
@@ -29,26 +29,26 @@ from data_prep.console import UserError, print_now
 from data_prep.sentencepiece_json import (
     ESCAPES,
     NORMAL,
+    PRECOMPILED,
     SCORE_STEPS,
     SPACE,
-    TABLE,
     USER_DEFINED,
     ModelProto,
     added_token,
-    convert,
     normalizer,
+    to_tokenizer_json,
 )
-from data_prep.tokenizer_files import add_tokens, content_of, named_tokens, read_object
-from data_prep.word_cache import WordCache, can_cut
+from data_prep.tokenizer_files import add_tokens, read_tokenizer_json, special_tokens_by_name, token_text
+from data_prep.word_cache import WordCache, is_cacheable
 
 # Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sentencepiece.set_min_log_level(2)  # else building a normaliser prints to stderr
 
-LITERALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
+SPECIAL_TOKENS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
 LARGEST_VOCABULARY = 2**24
 SENTENCE = r"[^\n]{1,1000}"  # sentencepiece drops training sentences above 4192 bytes without a word
-ODD_TEXTS = [
+EDGE_CASE_TEXTS = [
     "", " ", "  two  blanks ", "\ttab\nline\r\n\n end \n", "a\0b\x01\x7f\x85\xa0", "1234567890 3.14 \u0663\u00bd",
     "e\u0301 \u0e33 \u1100\u1161 \ufb01 \u0130", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
     "\u2581 \u2581\u241b_\u241be\u2585", "<s></s><pad><sep><unk><0x41>", " <s> a</s>b <pad> <sep>",
@@ -70,14 +70,14 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder).absolute()
-        config = read_object(self.folder / "tokenizer_config.json")
-        spec = read_object(self.folder / "tokenizer.json")
+        config = read_tokenizer_json(self.folder / "tokenizer_config.json")
+        spec = read_tokenizer_json(self.folder / "tokenizer.json")
         id_of: dict[str | None, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        ids = {name: id_of.get(content_of(config.get(f"{name}_token"))) for name in LITERALS}
+        ids = {name: id_of.get(token_text(config.get(f"{name}_token"))) for name in SPECIAL_TOKENS}
         known = [token_id for token_id in ids.values() if token_id is not None]
         if len(set(known)) < len(ids):
             raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
-                            "make the folder with `train` or `take_over`")
+                            "make the folder with `train` or `import_tokenizer`")
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
         self.special_ids = frozenset(known)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
@@ -86,14 +86,14 @@ class Tokenizer:
 
         model_path = self.folder / "tokenizer.model"
         self._sentencepiece = _open_sentencepiece(model_path) if model_path.exists() else None
-        self._words = WordCache(self._sentencepiece) if self._sentencepiece and can_cut(spec) else None
+        self._words = WordCache(self._sentencepiece) if self._sentencepiece and is_cacheable(spec) else None
         self._tokenizers = None if self._sentencepiece else _open_tokenizers(spec, self.folder / "tokenizer.json")
         model = model_path.read_bytes() if self._sentencepiece else b""
         self.fingerprint = hashlib.sha256((self.folder / "tokenizer.json").read_bytes() + model + json.dumps(ids).encode()).hexdigest()
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Reads a folder of `train` or `take_over`. Raises UserError where it is not one."""
+        """Reads a folder of `train` or `import_tokenizer`. Raises UserError where it is not one."""
         return cls(folder)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
@@ -149,10 +149,10 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
         raise UserError(f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it")
     sample: list[str] = []  # doubles as the text on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
-    return _write_sentencepiece(proto, Path(folder), ODD_TEXTS + sample, f"{folder}: the new tokenizer", print_now)
+    return _write_sentencepiece(proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer", print_now)
 
 
-def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
+def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
     """Adopts a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
 
     Ids stay as they are. Of pad, bos, eos and sep those it lacks, shares (pad = eos) or would encode text to are
@@ -165,7 +165,7 @@ def take_over(path: Path, folder: Path, say: Callable[[str], None] = print_now) 
     if source.suffix == ".json":
         return _take_over_json(source, folder, say, with_model=Path(path).is_dir())
     _open_sentencepiece(source)  # names what is wrong with it, which parsing does not
-    proto, odd_texts = _parse_proto(source.read_bytes()), list(ODD_TEXTS)
+    proto, odd_texts = _parse_proto(source.read_bytes()), list(EDGE_CASE_TEXTS)
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     odd_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
     odd_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
@@ -190,10 +190,10 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(), model_writer=model, model_type=model_type,
-            vocab_size=max(vocab_size, len(LITERALS) + 1),  # it tells no number to one who gives fewer
+            vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 1),  # it tells no number to one who gives fewer
             normalizer=normalizer(ESCAPES, escape_whitespaces=True), byte_fallback=True, split_digits=True,
-            allow_whitespace_only_pieces=True, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=LITERALS["pad"],
-            bos_piece=LITERALS["bos"], eos_piece=LITERALS["eos"], control_symbols=LITERALS["sep"],
+            allow_whitespace_only_pieces=True, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=SPECIAL_TOKENS["pad"],
+            bos_piece=SPECIAL_TOKENS["bos"], eos_piece=SPECIAL_TOKENS["eos"], control_symbols=SPECIAL_TOKENS["sep"],
             required_chars="<>/0123456789ABCDEFxpadunkse",  # all of reserved pieces, see `_unigram_json`
             num_threads=1, minloglevel=2)  # the thread count alters the scores
     except RuntimeError as error:
@@ -227,7 +227,7 @@ def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], wher
     """Write the folder of a sentencepiece model, with the tokens that the files in the folder `beside` add to it."""
     content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    spec = convert(proto, where)
+    spec = to_tokenizer_json(proto, where)
     ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id()}
     declared = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
     added = add_tokens(spec, beside) if beside else []
@@ -235,7 +235,7 @@ def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], wher
         declared |= _declared(beside)
     config = _give_specials(spec, declared, where, say)
     differing = []
-    if spec["normalizer"]["normalizers"][0]["type"] == TABLE:
+    if spec["normalizer"]["normalizers"][0]["type"] == PRECOMPILED:
         # `tokenizers` looks up whole graphemes of up to 5 bytes, sentencepiece the longest key at each place.
         ours = _open_tokenizers(spec, where).normalizer
         texts = [text for text in texts if ours.normalize_str(text) == model.normalize(text)]
@@ -270,7 +270,7 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
     # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
-    spec = read_object(source) | {"truncation": None, "padding": None, "post_processor": None}
+    spec = read_tokenizer_json(source) | {"truncation": None, "padding": None, "post_processor": None}
     original = _open_tokenizers(spec, source)
     if spec["model"].get("type") == "Unigram":  # as in `_unigram_json`
         low = min(score for _, score in spec["model"]["vocab"]) - 1000
@@ -279,14 +279,14 @@ def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with
     config = _give_specials(spec, _declared(source.parent), str(source), say)
     mine = [token["content"] for token in spec["added_tokens"]]
     _check(spec, lambda batch: _encode_tokenizers(original, batch),
-           [text for text in ODD_TEXTS if not any(literal in text for literal in mine)], str(source))
+           [text for text in EDGE_CASE_TEXTS if not any(literal in text for literal in mine)], str(source))
     return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
 
 
 def _declared(folder: Path) -> dict[str, str]:
     """Return the tokens that the files of a folder name as pad, bos, eos and sep."""
-    named = named_tokens(folder)
-    return {name: named[f"{name}_token"] for name in LITERALS if f"{name}_token" in named}
+    named = special_tokens_by_name(folder)
+    return {name: named[f"{name}_token"] for name in SPECIAL_TOKENS if f"{name}_token" in named}
 
 
 def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
@@ -294,7 +294,7 @@ def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
     path = source.with_name("tokenizer.model")
     if not path.exists():
         return None
-    model, texts = _open_sentencepiece(path), [text for text in ODD_TEXTS if text]
+    model, texts = _open_sentencepiece(path), [text for text in EDGE_CASE_TEXTS if text]
     same = _encode_sentencepiece(model, texts) == _encode_tokenizers(_open_tokenizers(spec, source), texts)
     return path.read_bytes() if same else None
 
@@ -308,19 +308,19 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
 
     chosen: dict[str, str] = {}
     for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
-        for candidate in (LITERALS[name], declared.get(name)):  # the last one wins
+        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # the last one wins
             if candidate is None or candidate not in specials or candidate in (unknown, *chosen.values()):
                 continue
             if not _in_text(tokenizer, candidate):
                 chosen[name] = candidate
-    for name, literal in LITERALS.items():
+    for name, literal in SPECIAL_TOKENS.items():
         if name not in chosen:
             while literal in vocab:
                 literal = f"<|{literal[1:-1]}|>"
             chosen[name], vocab[literal] = literal, 1 + max(vocab.values())
             spec["added_tokens"].append(added_token(vocab[literal], literal, special=True))
         if declared.get(name, chosen[name]) != chosen[name]:
-            shared = [other for other in LITERALS if other != name and chosen.get(other) == declared[name]]
+            shared = [other for other in SPECIAL_TOKENS if other != name and chosen.get(other) == declared[name]]
             why = f"is its {shared[0]} token too" if shared else "is no special token that text never becomes"
             say(f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} stands for {name} instead")
 
@@ -329,7 +329,7 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
         if tokenizer.token_to_id(token["content"]) != token["id"]:
             raise UserError(f"{where}: token {token['content']!r} cannot have id {token['id']}, the library gives "
                             f"{tokenizer.token_to_id(token['content'])}; repair added_tokens or the vocabulary")
-    config = {f"{name}_token": chosen[name] for name in LITERALS} | ({"unk_token": unknown} if unknown else {})
+    config = {f"{name}_token": chosen[name] for name in SPECIAL_TOKENS} | ({"unk_token": unknown} if unknown else {})
     return config | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
                      "clean_up_tokenization_spaces": False}
 

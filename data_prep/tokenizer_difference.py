@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-from data_prep.tokenizer import LITERALS, ODD_TEXTS, Tokenizer
+from data_prep.tokenizer import EDGE_CASE_TEXTS, SPECIAL_TOKENS, Tokenizer
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
@@ -18,7 +18,7 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
         return None
     if one.vocab_size != other.vocab_size:
         return f"{one.vocab_size} ids instead of {other.vocab_size}"
-    for name in LITERALS:
+    for name in SPECIAL_TOKENS:
         ids = [getattr(tokenizer, f"{name}_id") for tokenizer in (one, other)]
         if ids[0] != ids[1]:
             return f"{name} is id {ids[0]} instead of {ids[1]}"
@@ -67,7 +67,7 @@ def _literals(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def _text_difference(one: Tokenizer, other: Tokenizer, literals: list[str]) -> str | None:
-    texts = [text for text in ODD_TEXTS if text] + literals
+    texts = [text for text in EDGE_CASE_TEXTS if text] + literals
     for text, ids, expected in zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True):
         if ids != expected:
             return f"{text[:20]!r} has ids {ids[:8]} instead of {expected[:8]}"

@@ -13,7 +13,7 @@ FLAGS = ("single_word", "lstrip", "rstrip")
 """Flags that say how a token is matched. `normalized` is not among them: slow tokenizers match in the original text."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """Return the content of one of these files. Raises UserError if it is not in the Hugging Face format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -24,16 +24,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def named_tokens(folder: Path) -> dict[str, str]:
+def special_tokens_by_name(folder: Path) -> dict[str, str]:
     """Return the special tokens that the files name: `eos_token` -> `</s>`. Lists of further ones have keys such as `additional_special_tokens.0`."""
     found: dict[str, str] = {}
     for name in (MAP, CONFIG):
         for key, value in _read_beside(folder, name).items():
-            if key.endswith("_token") and (content := content_of(value)):
+            if key.endswith("_token") and (content := token_text(value)):
                 found[key] = content
             elif key.endswith("special_tokens") and isinstance(value, list | dict):
                 tokens = value if isinstance(value, list) else value.values()
-                found |= {f"{key}.{number}": content for number, token in enumerate(tokens) if (content := content_of(token))}
+                found |= {f"{key}.{number}": content for number, token in enumerate(tokens) if (content := token_text(token))}
     return found
 
 
@@ -43,7 +43,7 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
     The ids are those of the files. Special tokens that the files name without an id get the next ones, in the order in which Hugging Face
     adds them. Raises UserError if an id is taken, or does not follow those before it.
     """
-    named = named_tokens(folder)
+    named = special_tokens_by_name(folder)
     special = set(named.values())
     ids = spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], dict) else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
     listed = {token["content"] for token in spec["added_tokens"]}
@@ -74,14 +74,14 @@ def _tokens_of_files(folder: Path, special: set[str]) -> list[tuple[dict[str, An
     for content, token_id in _read_beside(folder, ADDED).items():
         found.append((added_token(_number(token_id, folder / ADDED), content, content in special), folder / ADDED))
     for token_id, token in _read_beside(folder, CONFIG).get("added_tokens_decoder", {}).items():
-        content = content_of(token) or ""
+        content = token_text(token) or ""
         entry = added_token(_number(token_id, folder / CONFIG), content, content in special or bool(token.get("special")))
         found.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
     return found
 
 
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:
-    return read_object(folder / name) if (folder / name).exists() else {}
+    return read_tokenizer_json(folder / name) if (folder / name).exists() else {}
 
 
 def _number(token_id: Any, file: Path) -> int:
@@ -91,7 +91,7 @@ def _number(token_id: Any, file: Path) -> int:
         raise UserError(f"{file}: {token_id!r} is not the id of a token; write the file anew with save_pretrained") from None
 
 
-def content_of(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """Return the text of a token, which these files give as such or in an object."""
     text: str | None = token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
     return text

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 
 from data_prep.config import DataConfig, TaskTest
 from data_prep.console import UserError
-from data_prep.selection.near_duplicates import THRESHOLD
+from data_prep.selection.near_duplicates import DEFAULT_THRESHOLD
 from data_prep.sources import Reader, open_source
 from data_prep.sources.files import piece_length
 from data_prep.sources.record import Piece, Record
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
 
 COUNTED_BYTES = 256 << 20
@@ -51,9 +51,9 @@ class Job(BaseModel):
         return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(pinned)]
 
     @property
-    def described_tests(self) -> list[dict[str, Any]]:
+    def test_descriptions(self) -> list[dict[str, Any]]:
         """The tests as the manifest records them: where their rows are, and in which public form they may be."""
-        return [test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True) | ({"form": test.task} if public_form(test.task) else {})
+        return [test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True) | ({"form": test.task} if public_row_format(test.task) else {})
                 for test in self.tests]
 
     @property
@@ -64,7 +64,7 @@ class Job(BaseModel):
     @property
     def near_threshold(self) -> float:
         """Likeness from which on records are near-duplicates."""
-        return self.data.near_threshold or THRESHOLD
+        return self.data.near_threshold or DEFAULT_THRESHOLD
 
 
 def make_units(readers: Sequence[Reader]) -> list[Unit]:
@@ -102,12 +102,12 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
             yield number, record
 
 
-def malformed(reader: Reader, piece: Piece, record: Record) -> UserError:
+def malformed_record_error(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
-    return UserError(f"{place_of(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop")
+    return UserError(f"{record_location(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop")
 
 
-def place_of(reader: Reader, piece: Piece, record: Record) -> str:
+def record_location(reader: Reader, piece: Piece, record: Record) -> str:
     """Return the place of a record in its file."""
     if piece.start <= COUNTED_BYTES:
         return reader.place(piece, record.position, positions_before(reader, piece))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data_prep.ragged import ranges
+from data_prep.ragged import ragged_ranges
 from data_prep.sentencepiece_json import SPACE
 
 PART = re.compile(" *[^ ]+| +")
@@ -20,7 +20,7 @@ ENOUGH = 1 << 25
 """Characters of parts, and tokens, with which the cache starts afresh."""
 
 
-def can_cut(spec: dict[str, Any]) -> bool:
+def is_cacheable(spec: dict[str, Any]) -> bool:
     """Whether the tokens of a text are those of its parts, for the tokenizer.json of a sentencepiece model."""
     if spec["model"]["type"] != "BPE" or not all(token["special"] for token in spec["added_tokens"]):
         return False
@@ -53,7 +53,7 @@ class WordCache:
             self._forget()
             raise
         lengths = self.lengths[numbers]
-        tokens = self.tokens[ranges(self.starts[numbers], lengths)].tolist()
+        tokens = self.tokens[ragged_ranges(self.starts[numbers], lengths)].tolist()
         ends = np.append(0, np.cumsum(lengths))[np.cumsum([0, *counts])].tolist()
         if self.characters + len(self.tokens) > ENOUGH:
             self._forget()

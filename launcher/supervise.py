@@ -27,11 +27,11 @@ from typing import Any
 
 import psutil
 
-from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, print_now
+from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, print_now
 from pretrain.config import load_config
-from pretrain.run_folder import REWINDING, list_steps, read_status
-from pretrain.training.background import SUPERVISED
-from pretrain.training.main import STOPPED
+from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, read_status
+from pretrain.training.evaluation_requests import SUPERVISED_VARIABLE
+from pretrain.training.main import EXIT_CODE_STOPPED
 
 SCRIPT = "run.py"
 POLL = 0.2
@@ -84,7 +84,7 @@ class Command:
         self.code: int | None = None
         """Exit code of the first process, negative where a signal ended it; None while it runs."""
         try:
-            self.pid = os.posix_spawnp(words[0], words, os.environ | {SUPERVISED: self.mark}, setsid=True)
+            self.pid = os.posix_spawnp(words[0], words, os.environ | {SUPERVISED_VARIABLE: self.mark}, setsid=True)
         except OSError as error:
             raise UserError(f"cannot start {words[0]}: {error.strerror}") from None
 
@@ -113,12 +113,12 @@ class Command:
     def _processes(self) -> list[psutil.Process]:
         """The living processes of the command, whoever their parents are by now."""
         return [process for process in psutil.process_iter(["ppid", "cmdline", "environ"])
-                if (process.info["environ"] or {}).get(SUPERVISED) == self.mark]
+                if (process.info["environ"] or {}).get(SUPERVISED_VARIABLE) == self.mark]
 
     def _pass_on(self, number: signal.Signals) -> None:
         """Send a signal to all ranks at once, also to those that come later; to the first process where there is no rank."""
         running = self._processes()
-        scripts = {process.pid: process for process in running if runs_the_script(process.info["cmdline"] or [])}
+        scripts = {process.pid: process for process in running if is_rank_command(process.info["cmdline"] or [])}
         ranks = [process for process in scripts.values() if process.info["ppid"] not in scripts]  # not what a rank has forked
         if not ranks and not self.told:
             ranks = [process for process in running if process.pid == self.pid]
@@ -139,7 +139,7 @@ class Command:
         return self.code is not None
 
 
-def runs_the_script(words: list[str]) -> bool:
+def is_rank_command(words: list[str]) -> bool:
     """Whether a command line is Python running run.py itself, and not a launcher that has it among its arguments."""
     rest = iter(words[1:])
     for word in rest:
@@ -183,7 +183,7 @@ def _exit_code(code: int | None, status: dict[str, Any], stop: Stop) -> int | No
     if state == "failed" and not status.get("again", True):
         return 2
     if stop.received:
-        return STOPPED if state == "resumable" else 128 + stop.received
+        return EXIT_CODE_STOPPED if state == "resumable" else 128 + stop.received
     return 2 if code == 2 else None
 
 
@@ -208,7 +208,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
             return _last(code, stop)
 
         step = max(list_steps(run_dir / "checkpoints"), default=0)
-        went_back = status.get("reason", "").startswith(REWINDING)  # which the run itself bounds
+        went_back = status.get("reason", "").startswith(REWIND_REASON_PREFIX)  # which the run itself bounds
         in_a_row, pause = (1, FIRST_PAUSE) if step > reached or went_back else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
         reached = step if went_back else max(step, reached)
         if in_a_row >= crashes:
@@ -255,7 +255,7 @@ def main() -> None:
     crashes, words = parser.parse_args(sys.argv[1:at]).crashes, sys.argv[at + 1 :]
     run_dir = _run_dir(words)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become children of this process
-    with output_may_be_lost():  # a closed terminal or a full disk must not end this process before the command
+    with ignore_output_errors():  # a closed terminal or a full disk must not end this process before the command
         sys.exit(supervise(words, run_dir, crashes))
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath, Section, apply_overrides, load_yaml, validate
 from data_prep.console import UserError
-from pretrain.data.layout import Layout, Specials
+from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.deepspeed_options import check_deepspeed
 from pretrain.objectives.configs import ObjectiveConfig, objective_configs
 from pretrain.sections import BUDGETS, CheckpointConfig, ModelConfig, MonitorConfig, TrainConfig
@@ -106,7 +106,7 @@ class RunConfig(Section):
                              "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2")
         return self
 
-    def make_layout(self, specials: Specials, views: int, *, validating: bool = False) -> Layout:
+    def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
         """What a record of `views` views looks like in this run; `validating` as of ObjectiveConfig.make_layout."""
         return self.objective.make_layout(specials, views, self.data.lm_views, self.data.train_end_token, validating=validating)
 
@@ -123,7 +123,7 @@ class RunConfig(Section):
     _resting: list[str] = PrivateAttr(default_factory=list)
 
     @property
-    def resting_keys(self) -> list[str]:
+    def ignored_keys(self) -> list[str]:
         """Keys of `objective` that were set, but do not act with next_token."""
         return self._resting
 
@@ -158,7 +158,7 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
         task.check_views(config.data.views)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    if not task.trains:
+    if not task.finetunes:
         return
     try:
         train = finetuning_config(config, task, config.data, "export", config.output_dir, "finetuning").train

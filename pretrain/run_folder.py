@@ -9,9 +9,9 @@ from typing import Any
 from data_prep.console import UserError, print_now
 from data_prep.files import write_json
 
-MODEL = "model"
+MODEL_DIR = "model"
 """Folder of the run's model configuration and tokenizer: an export without weights."""
-REWINDING = "rewinding"
+REWIND_REASON_PREFIX = "rewinding"
 """How the reason of a run begins that has ended to go back to an earlier checkpoint."""
 REWINDS = "rewinds.json"
 """Why and where to the run went back so far."""
@@ -30,14 +30,14 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
-def write_status(run_dir: Path, status: str, step: int, reason: str = "", again: bool = True) -> None:
+def write_status(run_dir: Path, status: str, step: int, reason: str = "", can_restart: bool = True) -> None:
     """status.json: running, resumable, finished or failed; `again` is false where a start cannot go on before something is mended.
 
     Where it cannot be written, on a full disk, a line says so.
     """
     values = {"status": status, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
-        write_json(run_dir / "status.json", values | ({} if again else {"again": False}))
+        write_json(run_dir / "status.json", values | ({} if can_restart else {"again": False}))
     except OSError as error:
         print_now(f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}): the run is {status} at step {step}")
 
@@ -54,12 +54,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl, without a last one that is being written; warn of lines that cannot be read."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    found = [parse_metrics(line) for line in lines]
-    warn_of_unreadable(path, [number for number, values in enumerate(found, 1) if values is None], "ignored")
+    found = [parse_metrics_line(line) for line in lines]
+    warn_about_corrupt_lines(path, [number for number, values in enumerate(found, 1) if values is None], "ignored")
     return [values for values in found if values is not None]
 
 
-def parse_metrics(line: str) -> dict[str, Any] | None:
+def parse_metrics_line(line: str) -> dict[str, Any] | None:
     """Return the values of a line of metrics.jsonl; None if it is damaged."""
     try:
         values = json.loads(line)
@@ -68,13 +68,13 @@ def parse_metrics(line: str) -> dict[str, Any] | None:
         return None
 
 
-def warn_of_unreadable(path: Path, numbers: list[int], what: str) -> None:
+def warn_about_corrupt_lines(path: Path, numbers: list[int], what: str) -> None:
     """Print one warning on standard error if there are damaged lines, by their numbers. `what` says what became of them."""
     if numbers:
         print(f"WARNING: {path}: {len(numbers)} damaged lines are {what}, the first is line {numbers[0]}", file=sys.stderr, flush=True)
 
 
-def rewinds(run_dir: Path) -> list[dict[str, Any]]:
+def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
     """What the run went back for so far: step, score, the checkpoint `to`, and the steps `left_out`."""
     path = run_dir / REWINDS
     try:

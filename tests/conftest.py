@@ -10,7 +10,7 @@ settings.load_profile("patient")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would the commands under test
 
-LONGEST = ("test_cold_commands.py", "test_study_runs.py", "test_launchers.py", "test_health.py", "test_starts.py")
+LONGEST = ("test_cold_commands.py", "test_study_runs.py", "test_launchers.py", "test_health.py", "test_startup_imports.py")
 """Files that come first, so that no worker is left with one of them at the end."""
 
 

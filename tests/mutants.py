@@ -8,15 +8,15 @@ import pytest
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
 
-def passes_but_not_with(mutant: Mutant, check: Callable[[], None], because: str) -> None:
+def assert_detects_mutant(mutant: Mutant, check: Callable[[], None], because: str) -> None:
     """`check` raises AssertionError with the words `because`, once `mutant` has patched the project, and not before."""
     check()
     with pytest.MonkeyPatch.context() as patch:
         mutant(patch)
-        fails(check, because)
+        assert_fails_with(check, because)
 
 
-def fails(check: Callable[[], None], because: str) -> None:
+def assert_fails_with(check: Callable[[], None], because: str) -> None:
     """The check raises AssertionError for that reason."""
     with pytest.raises(AssertionError, match=re.escape(because)):
         check()

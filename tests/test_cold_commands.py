@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_prep.nlrx_grammar import generate
-from tests.launching import call, deepspeed_command, tiny_config, write_config
+from tests.commands import deepspeed_command, run_command, tiny_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_from_the_preparation_to_the_report(folder):
     config, run = folder / "run.yaml", folder / "runs" / "run"
 
     def cold(*command) -> str:
-        return call(["python", *map(str, command)], cold=True).stdout
+        return run_command(["python", *map(str, command)], cold=True).stdout
 
     assert "records" in cold("-m", "data_prep", config)
     assert cold("-m", "data_prep", "verify", folder / "corpus")
@@ -36,6 +36,6 @@ def test_from_the_preparation_to_the_report(folder):
     assert "next-token targets" in cold("launcher/run.py", config, "--dry-run")
     assert "2 arms x 1 seed = 2 runs" in cold("launcher/study.py", folder / "study.yaml", "--dry-run")
     assert "finished at step 4" in cold("launcher/run.py", config)
-    assert "loss at step 4" in call(deepspeed_command(2, "launcher/evaluate.py", run)).stdout
+    assert "loss at step 4" in run_command(deepspeed_command(2, "launcher/evaluate.py", run)).stdout
     assert "rows of 32 numbers" in cold("launcher/evaluate.py", run / "export" / "step-00000004", "--embed", folder / "pairs.jsonl")
     assert "# run" in cold("launcher/report.py", run, "--output", folder / "report") and (folder / "report" / "report.html").exists()

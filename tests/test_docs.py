@@ -4,7 +4,7 @@ import importlib.util
 import re
 import tomllib
 
-from tests.launching import ROOT
+from tests.commands import ROOT
 
 
 def test_the_configuration_page_is_up_to_date():

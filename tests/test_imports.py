@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT
+from tests.commands import ROOT
 
 LAYERS = ("launcher", "pretrain", "data_prep")
 """A package imports itself and those after it."""

@@ -8,14 +8,14 @@ import sys
 import psutil
 import pytest
 
-from tests.launching import ROOT, Running, call, environment, ranks_command
+from tests.commands import ROOT, BackgroundCommand, environment, ranks_command, run_command
 from tests.processes import wait_for
 
 SHOW = "import json, os, sys; print(json.dumps([sys.argv, os.getcwd(), os.environ.get('JEPA_TRIAL'), os.getsid(0) == os.getpid()]))"
 SLEEP = "import time; print('up', flush=True); time.sleep(3600)"
 STARTS_A_COMMAND = f"""
 import subprocess, sys
-from tests.launching import start
+from tests.commands import start
 process = start(["python", "-c", {SLEEP!r}], sys.stdout, sys.stderr)
 print(process.pid, flush=True)
 process.wait()
@@ -29,7 +29,7 @@ def test_arguments_folder_environment_and_session_are_those_of_a_cold_start(tmp_
                 ["python", "launcher/run.py", "configs/demo.yaml", "train.stepz=3"], ["python", "-c", "import sys; sys.exit(7)"],
                 ["python", "-c", "raise ValueError('no')"]]
     for command in commands:
-        warm, cold = (call(command, check=False, cold=cold, JEPA_TRIAL="1") for cold in (False, True))
+        warm, cold = (run_command(command, check=False, cold=cold, JEPA_TRIAL="1") for cold in (False, True))
         assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout), command
         assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:], command
 
@@ -39,7 +39,7 @@ def test_a_signal_ends_a_command_as_it_ends_a_cold_one(tmp_path, number):
     codes = []
     for cold in (False, True):
         log = tmp_path / f"{cold}.log"
-        running = Running(["python", "-c", SLEEP], log, cold)
+        running = BackgroundCommand(["python", "-c", SLEEP], log, cold)
         running.wait_until(lambda log=log: "up" in log.read_text(), "its first line")
         running.process.send_signal(number)
         codes.append(running.end())
@@ -51,10 +51,10 @@ def test_ranks_know_each_other_and_the_first_failure_is_the_exit_code(tmp_path):
     script.write_text("import json, os, sys\n"
                       "print(json.dumps({name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | {'argv': sys.argv[1:]}))\n"
                       "sys.exit(5 * int(os.environ['RANK']) if 'fail' in sys.argv else 0)")
-    done = call(ranks_command(2, script, "word"))
+    done = run_command(ranks_command(2, script, "word"))
     said = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda values: values["RANK"])
     assert said == [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "argv": [f"--local_rank={rank}", "word"]} for rank in (0, 1)]
-    assert call(ranks_command(2, script, "fail"), check=False).returncode == 5
+    assert run_command(ranks_command(2, script, "fail"), check=False).returncode == 5
 
 
 def test_commands_end_with_the_process_that_started_them():

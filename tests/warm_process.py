@@ -2,7 +2,7 @@
 
 Importing torch, transformers and DeepSpeed takes seconds; a fork of a process that has them takes milliseconds. A fork is a process like any
 other: it has a session, an environment, an exit code and signals of its own. Only its imports are those of the warm process. Commands that
-need other ones, and launchers, whose ranks start an interpreter anew, are started cold (tests/launching.py).
+need other ones, and launchers, whose ranks start an interpreter anew, are started cold (tests/commands.py).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 IMPORTS = (
     "data_prep.pipeline", "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and with it torch's compiler
-    "pretrain.evaluation.helpers", "pretrain.evaluation.job", "pretrain.evaluation.task_evaluation", "pretrain.report.page",
+    "pretrain.evaluation.workers", "pretrain.evaluation.job", "pretrain.evaluation.task_evaluation", "pretrain.report.page",
     "pretrain.report.summary", "pretrain.studies.runner", "pretrain.training.dry_run", "pretrain.training.main", "pretrain.training.setup",
     "torch.utils.tensorboard", "transformers.models.gemma2.modeling_gemma2", "transformers.models.llama.modeling_llama",
     "transformers.models.olmo2.modeling_olmo2")

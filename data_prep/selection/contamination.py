@@ -1,6 +1,6 @@
 """Records that give away the test questions of the evaluation tasks.
 
-Texts are compared by their letters and digits alone, in lower case and without accents (`letters`). A record is contaminated if
+Texts are compared by their normalized_letters and digits alone, in lower case and without accents (`normalized_letters`). A record is contaminated if
 
 - a view of its context equals a test context. The context is every view but the last of those that the record has, and the document
   itself for a plain one; or
@@ -25,14 +25,14 @@ from functools import cache
 
 import numpy as np
 
-STRETCH = 70
+OVERLAP_LETTERS = 70
 """Letters in a row that a record must not share with a test context."""
 PHRASE = 30
 COMMON_CONTEXTS, COMMON_SHARE = 10, 0.05
 """A phrase of so many letters is cut out of the test contexts where it stands in more of them than both."""
 
 _STEP = 8
-_BLOCK = STRETCH - _STEP + 1 - (STRETCH - _STEP + 1) % 8
+_BLOCK = OVERLAP_LETTERS - _STEP + 1 - (OVERLAP_LETTERS - _STEP + 1) % 8
 """Every stretch holds a block of this length that starts at a multiple of _STEP, so only those are looked up in the training text."""
 _FACTORS = np.random.default_rng(70).integers(0, 2**64, 16, dtype=np.uint64) | np.uint64(1)
 
@@ -47,12 +47,12 @@ class Contamination:
         texts = list(dict.fromkeys(contexts))
         forms = _units(texts)
         self._texts, self._forms = texts, set(forms) - {b""}
-        self._equal = {letters(text): text for text in reversed(texts)}
+        self._equal = {normalized_letters(text): text for text in reversed(texts)}
         joined = b"\0".join(forms)
         self._starts = _starts(forms)
         self._units = _without_common_phrases(joined, self._starts)
-        stretches = _free_of_nul(self._units, STRETCH)
-        hashes = _hashes(self._units, stretches, STRETCH)
+        stretches = _free_of_nul(self._units, OVERLAP_LETTERS)
+        hashes = _hashes(self._units, stretches, OVERLAP_LETTERS)
         self._hashes, first = np.unique(hashes, return_index=True)
         self._places = stretches[first]
         starts = np.unique(np.add.outer(stretches, np.arange(_STEP)))
@@ -79,7 +79,7 @@ class Contamination:
         for place in [place for place, form in enumerate(forms) if form in equal]:
             record = int(np.searchsorted(ends, place, side="right"))
             number = place - int(ends[record]) + len(batch[record])
-            text = self._equal.get(letters(batch[record][number]))
+            text = self._equal.get(normalized_letters(batch[record][number]))
             if text is not None and number in _context_views(batch[record]):
                 found[record] = found[record] or f"equals the test context {_excerpt(text)}"
         for place, position in shared.items():
@@ -100,10 +100,10 @@ class Contamination:
         hits = np.flatnonzero(self._blocks[hashes >> self._shift])  # few: the table says no to nearly all
         hits = hits[_which(self._block_hashes, hashes[hits]) >= 0]
         starts = np.unique(np.subtract.outer(hits * _STEP, np.arange(_STEP)))
-        starts = starts[(starts >= 0) & (starts <= len(units) - STRETCH)]
-        rows = _which(self._hashes, _hashes(units, starts, STRETCH))
+        starts = starts[(starts >= 0) & (starts <= len(units) - OVERLAP_LETTERS)]
+        rows = _which(self._hashes, _hashes(units, starts, OVERLAP_LETTERS))
         starts, positions = starts[rows >= 0], self._places[rows[rows >= 0]]
-        inside = np.arange(STRETCH)
+        inside = np.arange(OVERLAP_LETTERS)
         same = np.frombuffer(units, np.uint8)[starts[:, None] + inside] == np.frombuffer(self._units, np.uint8)[positions[:, None] + inside]
         starts, positions = starts[same.all(axis=1)], positions[same.all(axis=1)]
         places, first = np.unique(np.searchsorted(_starts(forms), starts, side="right") - 1, return_index=True)
@@ -113,12 +113,12 @@ class Contamination:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         text, before = self._texts[number], position - int(self._starts[number])
         ends = np.cumsum([len(_unit(character)) for character in text.replace("\0", "")])
-        start, stop = np.searchsorted(ends, before, side="right"), np.searchsorted(ends, before + STRETCH) + 1
+        start, stop = np.searchsorted(ends, before, side="right"), np.searchsorted(ends, before + OVERLAP_LETTERS) + 1
         stretch = " ".join(text.replace("\0", "")[start:stop].split())
         return f"shares {stretch!r} with the test context {_excerpt(text)}"
 
 
-def letters(text: str) -> str:
+def normalized_letters(text: str) -> str:
     """The letters and digits of a text in any script, in lower case and without accents; vowel signs of Indic scripts stay."""
     return "".join(map(_letters, text))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-EXAMPLES = 5
+MAX_EXAMPLES = 5
 """Examples kept per reason."""
 EXCERPT = 60
 """Characters of a record that an example shows."""
@@ -23,7 +23,7 @@ REASONS = {
 }
 
 
-class Drops:
+class DropCounter:
     """The drops of one unit; an example is (piece, position in it, what is to be seen there)."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Drops:
         """Count one; the first ones become examples."""
         entry = self.by_reason.setdefault(reason, {"count": 0, "first": []})
         entry["count"] += 1
-        if len(entry["first"]) < EXAMPLES:
+        if len(entry["first"]) < MAX_EXAMPLES:
             entry["first"].append([piece, position, note])
 
 

@@ -13,14 +13,14 @@ import numpy as np
 
 from data_prep.files import atomic_path
 
-PREFERENCE = ("test", "validation", "train")
+SPLIT_PRIORITY = ("test", "validation", "train")
 """Of equal records the one in the earlier split stays: a training record that equals a test record is the one to drop."""
-PART_ROWS = 4_000_000
+ROWS_PER_PART = 4_000_000
 """Fingerprints resolved at a time; some 500 MB of memory."""
 _RANK_BITS = np.uint64(62)
 
 
-class Equals(NamedTuple):
+class EqualGroups(NamedTuple):
     """Rows of equal fingerprints, in the order of the fingerprints and then of preference; groups of one are left out."""
 
     units: np.ndarray
@@ -45,7 +45,7 @@ def write_fingerprints(path: Path, fingerprints: np.ndarray, ordinals: np.ndarra
     """Write one unit's fingerprints, sorted, in one atomic step: a plain .npy of (3, N) uint64, read by `resolve`.
 
     `fingerprints` is (N, 2) uint64, `ordinals` (N,) the records' places within the unit, below 2^62, and `ranks` (N,) the places of their
-    splits in PREFERENCE. The rows of the file are the fingerprints' halves, and rank and ordinal in one number.
+    splits in SPLIT_PRIORITY. The rows of the file are the fingerprints' halves, and rank and ordinal in one number.
     """
     order = ranks.astype(np.uint64) << _RANK_BITS | ordinals.astype(np.uint64)
     rows = np.stack([fingerprints[:, 0], fingerprints[:, 1], order])
@@ -53,9 +53,9 @@ def write_fingerprints(path: Path, fingerprints: np.ndarray, ordinals: np.ndarra
         np.save(file, rows[:, np.lexsort(rows[::-1])])
 
 
-def parts_needed(rows: int) -> int:
+def num_parts(rows: int) -> int:
     """Into how many parts the fingerprints are cut for so many rows: at least one."""
-    return max(1, -(-rows // PART_ROWS))
+    return max(1, -(-rows // ROWS_PER_PART))
 
 
 def resolve(paths: list[Path], part: int, parts: int, out: Path) -> None:
@@ -63,13 +63,13 @@ def resolve(paths: list[Path], part: int, parts: int, out: Path) -> None:
 
     `paths[unit]` is the unit's file from `write_fingerprints`; `out` is written in one atomic step and read by `dropped`.
     """
-    found = equals(paths, part, parts)
+    found = equal_groups(paths, part, parts)
     later = np.ones(len(found.units), bool)
     later[np.cumsum(found.sizes) - found.sizes] = False
     write_dropped(out, found.units[later], found.ordinals[later])
 
 
-def equals(paths: list[Path], part: int, parts: int) -> Equals:
+def equal_groups(paths: list[Path], part: int, parts: int) -> EqualGroups:
     """The groups of equal fingerprints among one part of all units' files, the first of each group by (split, unit, ordinal) in front."""
     stretches, counts = [], []
     for path in paths:
@@ -95,7 +95,7 @@ def equals(paths: list[Path], part: int, parts: int) -> Equals:
     sizes = np.diff(np.append(np.flatnonzero(first), len(high)))
     several = np.repeat(sizes > 1, sizes)
     ordinals = (order & ((np.uint64(1) << _RANK_BITS) - np.uint64(1))).astype(np.int64)
-    return Equals(units[several], ordinals[several], sizes[sizes > 1])
+    return EqualGroups(units[several], ordinals[several], sizes[sizes > 1])
 
 
 def write_dropped(out: Path, units: np.ndarray, ordinals: np.ndarray) -> None:

@@ -19,15 +19,15 @@ _ticks: int | None = None
 """Signals since the search at hand began; None outside of one."""
 
 
-class Undecided(Exception):
+class SearchTimeoutError(Exception):
     """A record on which the search for `forbidden` does not end; the message is one line."""
 
 
-def why_filtered(views: tuple[str, ...], filters: FiltersConfig) -> str:
+def filter_reason(views: tuple[str, ...], filters: FiltersConfig) -> str:
     """Return the first reason to leave a record out, in this order, or "": `nul`, `too_short`, `too_many_characters`, `forbidden`.
 
     `views` has "" for a view that the record lacks: no filter looks at it. Lengths are in characters (code points).
-    Raises Undecided within `limited_searches`.
+    Raises Undecided within `search_time_limit`.
     """
     present = [view for view in views if view]
     lengths = list(map(len, present))
@@ -43,8 +43,8 @@ def why_filtered(views: tuple[str, ...], filters: FiltersConfig) -> str:
 
 
 @contextmanager
-def limited_searches(filters: FiltersConfig) -> Iterator[None]:
-    """Let `why_filtered` raise Undecided in this block. In other threads than the main one, which alone gets signals, it never does."""
+def search_time_limit(filters: FiltersConfig) -> Iterator[None]:
+    """Let `filter_reason` raise Undecided in this block. In other threads than the main one, which alone gets signals, it never does."""
     if filters.forbidden is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,7 +72,7 @@ def _tick(*_: Any) -> None:
         return
     _ticks += 1
     if _ticks > TICKS:
-        raise Undecided(f"data.filters.forbidden has not been decided after {LIMIT_SECONDS:g} s of computing: the expression can match in too many "
+        raise SearchTimeoutError(f"data.filters.forbidden has not been decided after {LIMIT_SECONDS:g} s of computing: the expression can match in too many "
                         "ways. Rewrite it so that a repetition is not repeated, or make it possessive, such as (?:a++b?)++")
 
 

@@ -8,7 +8,7 @@ made from one template with other words in it, such as questions to a database, 
 of Spider's 6,582 this drops none. Character 5-grams over all views together drop 1,430 and 234, and over each view 657 and 33; word
 5-grams over all views together 74 and 10.
 
-The rule: a record is dropped if an earlier one is near it, in the order (split, unit, ordinal) of `duplicates.PREFERENCE`, whether or not that
+The rule: a record is dropped if an earlier one is near it, in the order (split, unit, ordinal) of `duplicates.SPLIT_PRIORITY`, whether or not that
 one is dropped itself for a still earlier one. Near means: one of the bands of their sketches is equal, which finds 98% or more of the pairs
 at the threshold and nearly all above it, and the likeness estimated from 128 hashes, with a standard error of up to 0.04, reaches the
 threshold. This depends neither on the order of work nor on the number of parts. A band shared by more than 100,000 records is cut into runs
@@ -25,17 +25,17 @@ import numpy as np
 
 from data_prep.console import UserError
 from data_prep.files import atomic_path
-from data_prep.selection.duplicates import equals, write_dropped, write_fingerprints
+from data_prep.selection.duplicates import equal_groups, write_dropped, write_fingerprints
 
-THRESHOLD = 0.8
-HASHES = 128
+DEFAULT_THRESHOLD = 0.8
+NUM_HASHES = 128
 RECALL = 0.98
 """Share of the pairs at the threshold that a sketch's bands find."""
 LARGEST_GROUP = 100_000
 """Records compared at a time; their signatures take 25 MB for each view."""
 _WORDS = 5
 _WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+|\S")
-_FACTORS = np.random.default_rng(128).integers(0, 2**64, (3, HASHES), dtype=np.uint64) | np.uint64(1)
+_FACTORS = np.random.default_rng(128).integers(0, 2**64, (3, NUM_HASHES), dtype=np.uint64) | np.uint64(1)
 
 
 def minhash_library() -> Any:
@@ -50,27 +50,27 @@ def minhash_library() -> Any:
     return RMinHash
 
 
-def bands_of(threshold: float) -> int:
+def num_bands(threshold: float) -> int:
     """Number of bands of a sketch: as few, that is of as many hashes, as find RECALL of the pairs at the threshold.
 
-    A pair of likeness s shares a band of r hashes with the chance s^r. `duplicates.parts_needed` takes this times the records.
+    A pair of likeness s shares a band of r hashes with the chance s^r. `duplicates.num_parts` takes this times the records.
     """
-    rows = max(rows for rows in range(1, HASHES + 1) if rows == 1 or 1 - (1 - threshold**rows) ** (HASHES // rows) >= RECALL)
-    return HASHES // rows
+    rows = max(rows for rows in range(1, NUM_HASHES + 1) if rows == 1 or 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= RECALL)
+    return NUM_HASHES // rows
 
 
-def sketch(records: list[tuple[str, ...]], threshold: float = THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
+def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
     """Signatures and bands of records that all have V views, "" where one is lacking: (N, V, 128) uint16 and (N, bands, 2) uint64.
 
     Together some 300 bytes a record and 256 a view. Raises UserError where rensa is not installed.
     """
     views = len(records[0]) if records else 0
     shingles, ends = _shingles([view for record in records for view in record], np.tile(np.arange(views, dtype=np.uint64), len(records)))
-    each = _minhash(shingles, ends).reshape(len(records), views, HASHES)
+    each = _minhash(shingles, ends).reshape(len(records), views, NUM_HASHES)
     # The shingles of all views together are never less alike than the least alike views, so that bands of them miss no pair.
     together = _minhash(shingles, ends[::max(views, 1)]).astype(np.uint64)
-    bands = bands_of(threshold)
-    rows = HASHES // bands
+    bands = num_bands(threshold)
+    rows = NUM_HASHES // bands
     split = together[:, :bands * rows].reshape(len(records), bands, rows)
     keys = [(split * factors[:rows]).sum(axis=2, dtype=np.uint64) + np.arange(bands, dtype=np.uint64) * factors[-1] for factors in _FACTORS[:2]]
     # The low 16 bits of equal hashes are equal, and of others once in 65,536: good enough to compare, and half the disk.
@@ -79,10 +79,10 @@ def sketch(records: list[tuple[str, ...]], threshold: float = THRESHOLD) -> tupl
 
 def _minhash(shingles: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The hashes of each set `shingles[ends[i]:ends[i + 1]]`: (N, 128) uint32."""
-    digest, hashes = minhash_library().digest_matrix_from_flat_token_hashes, np.empty((len(ends) - 1, HASHES), np.uint32)
+    digest, hashes = minhash_library().digest_matrix_from_flat_token_hashes, np.empty((len(ends) - 1, NUM_HASHES), np.uint32)
     for start in range(0, len(hashes), 256):  # they come as lists of Python's integers, which should not leave the cache
         some = ends[start:start + 257]
-        hashes[start:start + 256] = digest(shingles[some[0]:some[-1]], np.ascontiguousarray(some - some[0]), HASHES, 1).to_rows()
+        hashes[start:start + 256] = digest(shingles[some[0]:some[-1]], np.ascontiguousarray(some - some[0]), NUM_HASHES, 1).to_rows()
     return hashes
 
 
@@ -122,15 +122,15 @@ def write_sketches(signatures_path: Path, bands_path: Path, signatures: np.ndarr
 
 
 def _row(views: int) -> np.dtype:
-    return np.dtype([("ordinal", "<u8"), ("signature", "<u2", (views, HASHES))])
+    return np.dtype([("ordinal", "<u8"), ("signature", "<u2", (views, NUM_HASHES))])
 
 
-def resolve_near(signature_paths: list[Path], band_paths: list[Path], part: int, parts: int, out: Path, threshold: float = THRESHOLD) -> None:
+def resolve_near(signature_paths: list[Path], band_paths: list[Path], part: int, parts: int, out: Path, threshold: float = DEFAULT_THRESHOLD) -> None:
     """Write which records one part of the bands drops, as `duplicates.resolve` does; `duplicates.dropped` reads it.
 
     `signature_paths[unit]` and `band_paths[unit]` are the unit's files from `write_sketches`, made with the same threshold.
     """
-    found = equals(band_paths, part, parts)
+    found = equal_groups(band_paths, part, parts)
     sizes = _cut(found.sizes)
     units, ordinals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     ends = np.cumsum(sizes)

@@ -32,7 +32,7 @@ class Arrow:
         for path in self.files:
             with opened(path) as (schema, _):
                 self.mappings[path] = column_mapping(source, views, schema.names, path, name)
-        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -61,7 +61,7 @@ def _find(source: FileSource, name: str) -> tuple[list[str], str]:
     if (path / SPLITS).is_file():
         raise UserError(f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: give the folder of one, such as "
                         f"{path / splits_of(path)[0]}, or type: hub with hub_split")
-    return (saved_files(path), "") if (path / DATASET).is_file() else files.find_and_note(source, name, SUFFIXES)
+    return (saved_files(path), "") if (path / DATASET).is_file() else files.find_files_with_note(source, name, SUFFIXES)
 
 
 def splits_of(folder: Path) -> list[str]:
@@ -99,5 +99,5 @@ def opened(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
             yield reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches)) if magic == FILE_FORMAT else iter(reader)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
-            raise files.cannot_read(path, error) from None
+            raise files.read_error(path, error) from None
         raise UserError(f"{path} is not an Arrow file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None

@@ -6,14 +6,14 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.sources.record import Record
-from data_prep.sources.views import Mapping
+from data_prep.sources.views import ViewMapping
 
 
 class Unreadable(str):
     """Stands in for a value that Python cannot hold, such as bytes that are not UTF-8: why not, in one line."""
 
 
-def records(batch: pa.RecordBatch, mapping: Mapping, before: int) -> Iterator[Record]:
+def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterator[Record]:
     """Yield the records of a batch, `before` rows after the first row of its piece. A row with an unreadable value is malformed."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     unreadable = {row: f"{name!r} holds {value}, not text" for name, column in zip(names, columns, strict=True)

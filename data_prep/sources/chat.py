@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.sources.text_values import NoText, text_of
+from data_prep.sources.text_values import NotTextError, to_text
 
 COLUMNS = ("messages", "conversations")
 """Columns that hold a conversation."""
@@ -40,9 +40,9 @@ def role_reader(column: str, role: str) -> Callable[[dict[str, Any]], str | None
                     text = content
                     turns += 1
         except (TypeError, AttributeError):
-            raise NoText(f"`{column}` is not a list of objects") from None
+            raise NotTextError(f"`{column}` is not a list of objects") from None
         if turns > 1:
-            raise NoText(f"`{column}` has {turns} turns of the {role}, a view holds one")
+            raise NotTextError(f"`{column}` has {turns} turns of the {role}, a view holds one")
         return text
     return read
 
@@ -52,10 +52,10 @@ def _content(content: Any, name: str) -> str | None:
     if content.__class__ is str and content.isascii():
         return content
     if not isinstance(content, list):
-        return text_of(content, name)
-    texts = [text_of(part.get("text") if isinstance(part, dict) else part, name) for part in content]
+        return to_text(content, name)
+    texts = [to_text(part.get("text") if isinstance(part, dict) else part, name) for part in content]
     for part, text in zip(content, texts, strict=True):
         if text is None:
             kind = part.get("type", "unknown") if isinstance(part, dict) else "null"
-            raise NoText(f"{name!r} holds a part of type {kind}, not text")
+            raise NotTextError(f"{name!r} holds a part of type {kind}, not text")
     return "".join(text for text in texts if text)

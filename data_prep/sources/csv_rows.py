@@ -8,9 +8,9 @@ from data_prep.config import FileSource
 from data_prep.console import UserError
 from data_prep.sources import files
 from data_prep.sources.record import Piece, Record
-from data_prep.sources.views import Mapping, column_mapping
+from data_prep.sources.views import ViewMapping, column_mapping
 
-SUFFIXES = tuple(kind + (packed or "") for kind in (".csv", ".tsv") for packed in files.OPEN)
+SUFFIXES = tuple(kind + (packed or "") for kind in (".csv", ".tsv") for packed in files.OPENERS)
 BAD = "\udcff"
 """Stands in for a line of more than 16 MiB: as every byte that is not UTF-8, half of a surrogate pair."""
 
@@ -20,12 +20,12 @@ class Csv:
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None, delimiter: str | None = None):
         self.delimiter = delimiter
-        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
-        self.mappings: dict[str, Mapping] = {}
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.mappings: dict[str, ViewMapping] = {}
         for path in self.files:
             size = files.size_of(path)
             self.mappings[path] = column_mapping(source, views, header(Piece(path, 0, size, size), delimiter), path, name)
-        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -36,7 +36,7 @@ class Csv:
         """Read a piece, see `Reader.read`. A position is the line on which a row starts."""
         mapping = self.mappings[piece.path]
         for line, row in read_objects(piece, self.delimiter):
-            if isinstance(row, files.Damaged):
+            if isinstance(row, files.CorruptFileError):
                 yield Record(None, line, str(row), "damaged")
             elif isinstance(row, ValueError):
                 yield Record(None, line, str(row))
@@ -52,12 +52,12 @@ class Csv:
         return f"{piece.path}:{before + position}"
 
 
-def read_objects(piece: Piece, delimiter: str | None = None) -> Iterator[tuple[int, dict[str, str] | ValueError | files.Damaged]]:
+def read_objects(piece: Piece, delimiter: str | None = None) -> Iterator[tuple[int, dict[str, str] | ValueError | files.CorruptFileError]]:
     """Yield the rows of a file by the names of their columns, each with the line on which it starts, or why it cannot be read."""
     names, rows = header(piece, delimiter), _rows(piece, delimiter)
     next(rows)
     for line, row in rows:
-        if isinstance(row, files.Damaged):
+        if isinstance(row, files.CorruptFileError):
             yield line, row
         elif isinstance(row, csv.Error):
             yield line, ValueError(f"not CSV ({row})")
@@ -78,11 +78,11 @@ def header(piece: Piece, delimiter: str | None = None) -> list[str]:
     return row
 
 
-def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] | csv.Error | files.Damaged]]:
+def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] | csv.Error | files.CorruptFileError]]:
     """Yield the rows of a file but for empty ones, each with the line on which it starts, or why it cannot be read."""
-    kind = piece.path.removesuffix(files.codec_of(piece.path) or "")
-    csv.field_size_limit(files.LONGEST_LINE)
-    with files.opened(piece) as file:
+    kind = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
+    csv.field_size_limit(files.MAX_LINE_BYTES)
+    with files.open_piece(piece) as file:
         rows = csv.reader(_lines(file, piece.path), delimiter=delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True)
         while True:
             line = rows.line_num + 1
@@ -92,7 +92,7 @@ def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] 
                 return
             except csv.Error as error:
                 yield line, error
-            except files.Damaged as problem:
+            except files.CorruptFileError as problem:
                 yield line, problem
                 return
             else:
@@ -101,7 +101,7 @@ def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] 
 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[str]:
-    for number, line in enumerate(files.lines(files.reads_of(file, path))):
+    for number, line in enumerate(files.lines(files.block_reader(file, path))):
         text = BAD if line is None else line.decode(errors="surrogateescape")
         yield (text.removeprefix("\ufeff") if number == 0 else text) + "\n"
 

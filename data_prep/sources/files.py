@@ -18,17 +18,17 @@ from data_prep.config import FileSource
 from data_prep.console import UserError
 from data_prep.sources.record import Piece
 
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes read at a time."""
 SMALL_BLOCK = 1 << 16
 """The same where what stands before damage is lost with its block."""
-LONGEST_LINE = 16 << 20
+MAX_LINE_BYTES = 16 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
 SHOWN_FILES = 3
 """Files that a line about skipped ones names."""
 PIECES = 256
 """About so many are a source of plain files cut into."""
-OPEN: dict[str | None, Callable[[str], Any]] = {
+OPENERS: dict[str | None, Callable[[str], Any]] = {
     None: lambda path: open(path, "rb", buffering=0),  # noqa: SIM115
     ".gz": gzip.open,
     ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
@@ -40,16 +40,16 @@ WINDOW_TOO_LONG = "requires too much memory"
 """Part of zstd's error for a frame whose window exceeds the 128 MiB that its decoders take by default."""
 
 
-class Damaged(Exception):
+class CorruptFileError(Exception):
     """A compressed file that cannot be read to its end; the message is one line."""
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
     """Return the files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
-    return find_and_note(source, name, suffixes, follow_links)[0]
+    return find_files_with_note(source, name, suffixes, follow_links)[0]
 
 
-def find_and_note(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> tuple[list[str], str]:
+def find_files_with_note(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> tuple[list[str], str]:
     """Return the files of a source, see `find_files`, and a line about the others in its folders, empty if there are none."""
     path, key = source.path, f"{name}.path"
     skipped: list[str] = []
@@ -68,10 +68,10 @@ def find_and_note(source: FileSource, name: str, suffixes: tuple[str, ...], foll
             raise UserError(f"no file matches {path} ({key}); check the pattern")
     for file in found:
         _check_readable(file, key)
-    return sorted(set(found)), note_of(set(skipped) - set(found), path, key)
+    return sorted(set(found)), skipped_files_note(set(skipped) - set(found), path, key)
 
 
-def note_of(skipped: set[str], folder: str, key: str) -> str:
+def skipped_files_note(skipped: set[str], folder: str, key: str) -> str:
     """Return a line that names the files below a folder that are not read; empty if there are none."""
     if not skipped:
         return ""
@@ -85,7 +85,7 @@ def files_below(folder: str) -> list[str]:
     return sorted(str(file) for file in Path(folder).rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
-def fixed_part(path: str) -> Path:
+def glob_root(path: str) -> Path:
     """The folder that all files of a glob stand below; a path that is no glob, as it is."""
     parts = Path(path).parts
     if os.path.lexists(path) or not glob.has_magic(path):
@@ -99,7 +99,7 @@ def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: 
     If links to folders are followed, each folder comes once.
     """
     def fail(error: OSError) -> None:
-        raise cannot_read(error.filename, error)
+        raise read_error(error.filename, error)
 
     found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
@@ -137,41 +137,41 @@ def _check_readable(file: str, key: str) -> None:
         raise UserError(f"cannot read {file} ({key}): {error.strerror}") from None
 
 
-def cannot_read(path: str, error: OSError) -> UserError:
+def read_error(path: str, error: OSError) -> UserError:
     """Return the error for a file that cannot be read."""
     return UserError(f"cannot read {path}: {' '.join(str(error.strerror or error).split())}")
 
 
-def codec_of(path: str) -> str | None:
+def compression_suffix(path: str) -> str | None:
     """The suffix of a compressed file."""
-    return suffix if (suffix := Path(path).suffix) in OPEN else None
+    return suffix if (suffix := Path(path).suffix) in OPENERS else None
 
 
 @contextmanager
-def opened(piece: Piece) -> Iterator[BinaryIO]:
+def open_piece(piece: Piece) -> Iterator[BinaryIO]:
     """The file of a piece at its first byte, unpacked where its name ends in .gz or .zst. Raises UserError where it cannot be read."""
     try:
-        with OPEN[codec_of(piece.path)](piece.path) as file:
+        with OPENERS[compression_suffix(piece.path)](piece.path) as file:
             if size_of(piece.path) < piece.stop:
                 raise UserError(f"{piece.path} has become shorter while it was prepared; start the same command again")
             yield file
     except OSError as error:
-        raise cannot_read(piece.path, error) from None
+        raise read_error(piece.path, error) from None
 
 
-def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
+def block_reader(file: BinaryIO, path: str) -> Callable[[], bytes]:
     """Return what reads the next block of an opened file, empty at the end.
 
     It raises Damaged if the file is damaged there, and UserError if it is valid but needs too much memory.
     """
-    if codec_of(path) is None:
-        return lambda: file.read(BLOCK)
+    if compression_suffix(path) is None:
+        return lambda: file.read(BLOCK_BYTES)
     if not os.path.getsize(path):
         def empty() -> bytes:
-            raise Damaged("the compressed file is empty, so it was not written to its end: replace it")
+            raise CorruptFileError("the compressed file is empty, so it was not written to its end: replace it")
         return empty
 
-    read_some, size = (file.read1, BLOCK) if isinstance(file, gzip.GzipFile) else (file.read, SMALL_BLOCK)
+    read_some, size = (file.read1, BLOCK_BYTES) if isinstance(file, gzip.GzipFile) else (file.read, SMALL_BLOCK)
 
     def read() -> bytes:
         try:
@@ -180,7 +180,7 @@ def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
             if WINDOW_TOO_LONG in str(error):
                 raise UserError(f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
                                 f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst") from None
-            raise Damaged(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
+            raise CorruptFileError(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
                           "replace it") from None
     return read
 
@@ -188,11 +188,11 @@ def reads_of(file: BinaryIO, path: str) -> Callable[[], bytes]:
 def byte_pieces(files: list[str], uncut: Collection[str] = ()) -> list[Piece]:
     """Return byte ranges of plain files, and as a whole the compressed ones and those in `uncut`; the ranges grow with the whole size."""
     sizes = {path: size_of(path) for path in files}
-    length = piece_length(sum(size for path, size in sizes.items() if codec_of(path) is None))
+    length = piece_length(sum(size for path, size in sizes.items() if compression_suffix(path) is None))
     pieces = []
     for path, size in sizes.items():
-        step = size if codec_of(path) or path in uncut else length
-        cuts = [*range(0, size, step), size] if size else [0, 0] if codec_of(path) else []
+        step = size if compression_suffix(path) or path in uncut else length
+        cuts = [*range(0, size, step), size] if size else [0, 0] if compression_suffix(path) else []
         pieces += [Piece(path, start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
     return pieces
 
@@ -202,7 +202,7 @@ def size_of(path: str) -> int:
     try:
         return os.path.getsize(path)
     except OSError as error:
-        raise cannot_read(path, error) from None
+        raise read_error(path, error) from None
 
 
 def piece_length(total: int) -> int:
@@ -215,7 +215,7 @@ def skip_to_line(file: BinaryIO, start: int) -> int:
     if start:
         file.seek(start - 1)  # the newline of the line before may be the byte before
         at = start - 1
-        while block := file.read(BLOCK):
+        while block := file.read(BLOCK_BYTES):
             found = block.find(b"\n") + 1
             if found:
                 at += found
@@ -235,7 +235,7 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
             block = block[:end] or block
         length -= len(block)
         first, *others = block.split(b"\n")
-        found: list[bytes | None] = [None if too_long or len(held) + len(first) > LONGEST_LINE else held + first, *others]
+        found: list[bytes | None] = [None if too_long or len(held) + len(first) > MAX_LINE_BYTES else held + first, *others]
         last = found.pop()
         yield from found
         held, too_long = last or b"", last is None
@@ -247,16 +247,16 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
 
 def count_lines(piece: Piece) -> int:
     """Lines that start in a byte range of a plain file."""
-    with opened(piece) as file:
+    with open_piece(piece) as file:
         if piece.start:
             file.seek(piece.start - 1)
         found, remaining = int(piece.start == 0), piece.stop - max(piece.start - 1, 0) - 1
-        while remaining > 0 and (block := file.read(min(remaining, BLOCK))):
+        while remaining > 0 and (block := file.read(min(remaining, BLOCK_BYTES))):
             found += block.count(b"\n")
             remaining -= len(block)
     return found
 
 
-def is_whole(piece: Piece) -> bool:
+def is_complete_file(piece: Piece) -> bool:
     """Return whether a piece is a complete file."""
-    return codec_of(piece.path) is not None or (piece.start == 0 and piece.stop == size_of(piece.path))
+    return compression_suffix(piece.path) is not None or (piece.start == 0 and piece.stop == size_of(piece.path))

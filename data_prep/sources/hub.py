@@ -28,7 +28,7 @@ def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
         raise UserError(f"there is no folder {source.path} ({name}.path)")
     if saved := open_saved(source, views, name):
         return saved
-    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+    with as_user_error(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
         builder = open_builder(source)
     local = open_files(source, views, name, builder) if Path(source.path).is_dir() else None
     return local or Hub(source, views, name, builder)
@@ -41,11 +41,11 @@ class Hub:
 
     def __init__(self, source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder"):
         self.title = f"hub:{source.path}:{source.hub_split}"
-        with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+        with as_user_error(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
             self.rows = builder.as_streaming_dataset(split=source.hub_split)
             columns = self.rows.column_names or list(next(iter(self.rows), {}))
         self.mapping = column_mapping(source, views, columns, self.title, name)
-        self.supplies = self.mapping.supplies
+        self.provided_views = self.mapping.provided_views
         if self.rows.column_names:
             self.rows = self.rows.select_columns(list(self.mapping.columns))
 
@@ -56,7 +56,7 @@ class Hub:
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece, see `Reader.read`."""
-        with told(f"cannot read shard {piece.start} of {self.title}"):
+        with as_user_error(f"cannot read shard {piece.start} of {self.title}"):
             for position, row in enumerate(self.rows.shard(self.rows.num_shards, piece.start), start=1):
                 yield from self.mapping.records(row, position)
 
@@ -73,7 +73,7 @@ def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
     """Return the rows of one split: files of JSON or CSV in a local folder, which `datasets` would change, or what it streams. Raises UserError."""
     if source.path.startswith((".", "/")) and not Path(source.path).exists():
         raise UserError(f"there is no folder {source.path} ({name}.path)")
-    with told(f"cannot read the data set {source.path} ({name}), split {source.hub_split}"):
+    with as_user_error(f"cannot read the data set {source.path} ({name}), split {source.hub_split}"):
         if is_saved(source):
             check_saved_split(source, name)
             import datasets
@@ -89,7 +89,7 @@ def commit_of(source: HubSource, name: str) -> str | None:
     """Return the commit that the revision of a data set of the hub is now; None for a local folder. Raises UserError."""
     if Path(source.path).is_dir() or source.path.startswith((".", "/")):
         return None
-    with told(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
+    with as_user_error(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
         found = COMMIT.search(str(open_builder(source).base_path))
     return found[1] if found else None
 
@@ -104,7 +104,7 @@ def open_builder(source: HubSource) -> "DatasetBuilder":
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def as_user_error(what: str) -> Iterator[None]:
     """Any error of the library as one line: the kinds that it raises have no common base."""
     try:
         yield

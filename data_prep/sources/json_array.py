@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.sources import files
 from data_prep.sources.record import Piece
 
-SUFFIXES = tuple(".json" + (packed or "") for packed in files.OPEN)
+SUFFIXES = tuple(".json" + (packed or "") for packed in files.OPENERS)
 LOST = "the rest of the array is lost: correct the file"
 NOT_UTF_8 = re.compile("[\udc80-\udcff]")
 """Characters that Python substitutes for bytes that are not UTF-8."""
@@ -35,13 +35,13 @@ def is_array(path: str) -> bool:
     if not path.endswith(SUFFIXES):
         return False
     size, start, first = files.size_of(path), b"", b""
-    with files.opened(Piece(path, 0, size, size)) as file:
-        read = files.reads_of(file, path)
+    with files.open_piece(Piece(path, 0, size, size)) as file:
+        read = files.block_reader(file, path)
         try:
             while (len(start) < len(codecs.BOM_UTF8) or not first) and (block := read()):
                 start += block
                 first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        except files.Damaged:
+        except files.CorruptFileError:
             return False  # reading the file reports that
     return first == b"["
 
@@ -60,12 +60,12 @@ def elements(read: Callable[[], bytes]) -> Iterator[Any]:
                 raise ValueError("no comma and no closing bracket after an element")
         if text.rest():
             raise ValueError("text after the closing bracket")
-    except files.Damaged as problem:
+    except files.CorruptFileError as problem:
         yield problem
     except json.JSONDecodeError as error:
-        yield files.Damaged(f"not JSON ({error.msg}, line {text.line_of(error.pos)}); {LOST}")
+        yield files.CorruptFileError(f"not JSON ({error.msg}, line {text.line_of(error.pos)}); {LOST}")
     except (ValueError, RecursionError) as error:
-        yield files.Damaged(f"not JSON ({error}, line {text.line_of(text.at)}); {LOST}")
+        yield files.CorruptFileError(f"not JSON ({error}, line {text.line_of(text.at)}); {LOST}")
 
 
 class _Text:
@@ -114,7 +114,7 @@ class _Text:
 
     def _more(self) -> bool:
         """Hold at least twice as much of the text from this place on; return whether there is more."""
-        if len(self.held) - self.at > files.LONGEST_LINE:
+        if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)
         parts = [self.held[self.at:]]

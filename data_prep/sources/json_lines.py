@@ -10,7 +10,7 @@ from data_prep.sources.json_array import BOM, SCAN, read_integer
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
 
-SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPEN)
+SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPENERS)
 
 
 class JsonLines:
@@ -20,10 +20,10 @@ class JsonLines:
     """
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
-        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
         self.arrays = set(filter(json_array.is_array, self.files))
         self.mapping = RowMapping(source, views, name)
-        self.supplies = self.mapping.columns.supplies
+        self.provided_views = self.mapping.columns.provided_views
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -35,9 +35,9 @@ class JsonLines:
             yield from self._elements(piece)
             return
         number = 0
-        with files.opened(piece) as file:
-            read = files.reads_of(file, piece.path)
-            packed = files.codec_of(piece.path) is not None
+        with files.open_piece(piece) as file:
+            read = files.block_reader(file, piece.path)
+            packed = files.compression_suffix(piece.path) is not None
             found = files.lines(read) if packed else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
             try:
                 for number, line in enumerate(found, start=1):
@@ -45,12 +45,12 @@ class JsonLines:
                         yield Record(None, number, "a line of more than 16 MiB")
                     elif line and not line.isspace():
                         yield from self._records(line, number)
-            except files.Damaged as problem:
+            except files.CorruptFileError as problem:
                 yield Record(None, number + 1, str(problem), "damaged")
 
     def count(self, piece: Piece) -> int:
         """Count positions, see `Reader.count`."""
-        return 0 if piece.path in self.arrays or files.is_whole(piece) else files.count_lines(piece)
+        return 0 if piece.path in self.arrays or files.is_complete_file(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
         """Describe a place, see `Reader.place`."""
@@ -58,9 +58,9 @@ class JsonLines:
 
     def _elements(self, piece: Piece) -> Iterator[Record]:
         """Yield the records of a file that is one array; a position is the number of an element."""
-        with files.opened(piece) as file:
-            for number, value in enumerate(json_array.elements(files.reads_of(file, piece.path)), start=1):
-                if isinstance(value, files.Damaged):
+        with files.open_piece(piece) as file:
+            for number, value in enumerate(json_array.elements(files.block_reader(file, piece.path)), start=1):
+                if isinstance(value, files.CorruptFileError):
                     yield Record(None, number, str(value), "damaged")
                 elif isinstance(value, ValueError):
                     yield Record(None, number, str(value))

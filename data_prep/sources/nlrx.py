@@ -22,7 +22,7 @@ class Nlrx:
         self.source = source
         self.mapping = make_mapping(source, views, name, first_and_last(views, *COLUMNS))
         check_columns(self.mapping, COLUMNS, "the grammar", name)
-        self.supplies = self.mapping.supplies
+        self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""

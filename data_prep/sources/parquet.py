@@ -23,7 +23,7 @@ class Parquet:
     """Files of rows; small row groups share a piece."""
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
-        self.files, self.note = files.find_and_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
         self.mappings = {}
         self.sizes: dict[str, list[int]] = {}
         """Bytes on disk of the row groups of each file."""
@@ -32,7 +32,7 @@ class Parquet:
                 self.mappings[path] = column_mapping(source, views, file.schema_arrow.names, path, name)
                 groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
                 self.sizes[path] = [sum(group.column(index).total_compressed_size for index in range(group.num_columns)) for group in groups]
-        self.supplies = tuple(map(any, zip(*(mapping.supplies for mapping in self.mappings.values()), strict=True)))
+        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -76,7 +76,7 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
-            raise files.cannot_read(path, error) from None
+            raise files.read_error(path, error) from None
         raise UserError(f"{path} is no Parquet file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None
 
 

@@ -26,11 +26,11 @@ class PythonCode:
     """A tree has other files as well, which are no programs."""
 
     def __init__(self, source: PythonSource, views: tuple[str, ...], name: str):
-        self.root = files.fixed_part(source.path or "")
+        self.root = files.glob_root(source.path or "")
         self.files = sorted(files.find_files(source, name, (".py",), follow_links=False), key=lambda path: Path(path).parts)
         self.mapping = make_mapping(source, views, name, first_and_last(views, "docstring", "code"))
         check_columns(self.mapping, COLUMNS, "a python source", name)
-        self.supplies = self.mapping.supplies
+        self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -40,7 +40,7 @@ class PythonCode:
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece, see `Reader.read`."""
         module = self._module(piece.path)
-        with files.opened(piece) as file:
+        with files.open_piece(piece) as file:
             content = file.read(LARGEST_FILE + 1)
         try:
             rows = self._rows(content, ".".join(module))

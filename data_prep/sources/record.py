@@ -43,7 +43,7 @@ class Record(NamedTuple):
 class Reader(Protocol):
     """One source, opened."""
 
-    supplies: tuple[bool, ...]
+    provided_views: tuple[bool, ...]
     """Which of `data.views` this source fills at all; its records are judged by those alone."""
     note: str
     """A line about files that look like its own and are not read; empty if there are none."""

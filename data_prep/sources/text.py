@@ -22,39 +22,39 @@ class Text:
     """Files of documents. Plain ones with separators are cut into byte ranges; a document belongs to the range in which it starts."""
 
     def __init__(self, source: TextSource, views: tuple[str, ...], name: str):
-        self.files, self.note = files.find_and_note(source, name, ("",))
+        self.files, self.note = files.find_files_with_note(source, name, ("",))
         self.separators = None if source.separator is None else separator_pattern(source.separator)
         self.mapping = make_mapping(source, views, name, {views[-1]: COLUMN})
         check_columns(self.mapping, [COLUMN], "a text source", name)
-        self.supplies = self.mapping.supplies
+        self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
         if self.separators is not None:
             return files.byte_pieces(self.files)
         sizes = {path: files.size_of(path) for path in self.files}
-        return [Piece(path, 0, size, size) for path, size in sizes.items() if size or files.codec_of(path)]
+        return [Piece(path, 0, size, size) for path, size in sizes.items() if size or files.compression_suffix(path)]
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece, see `Reader.read`."""
-        with files.opened(piece) as file:
-            cut = self.separators is not None and files.codec_of(piece.path) is None
+        with files.open_piece(piece) as file:
+            cut = self.separators is not None and files.compression_suffix(piece.path) is None
             start, stop = (piece.start, piece.stop) if cut else (0, sys.maxsize)
             begin = max(0, start - LOOK_BACK)
             if begin:
                 file.seek(begin)
-            for line, document in Splitter(files.reads_of(file, piece.path), self.separators, begin, start, stop).documents():
+            for line, document in Splitter(files.block_reader(file, piece.path), self.separators, begin, start, stop).documents():
                 yield from self._records(line, document)
 
     def count(self, piece: Piece) -> int:
         """Count positions, see `Reader.count`."""
-        return 0 if files.is_whole(piece) else files.count_lines(piece)
+        return 0 if files.is_complete_file(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
         """Describe a place, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
-    def _records(self, line: int, document: bytes | str | files.Damaged) -> Iterable[Record]:
+    def _records(self, line: int, document: bytes | str | files.CorruptFileError) -> Iterable[Record]:
         if not isinstance(document, bytes):
             return [Record(None, line, str(document), "malformed" if isinstance(document, str) else "damaged")]
         try:
@@ -86,7 +86,7 @@ class Splitter:
         if begin == 0:
             self._start(0)
 
-    def documents(self) -> Iterator[tuple[int, bytes | str | files.Damaged]]:
+    def documents(self) -> Iterator[tuple[int, bytes | str | files.CorruptFileError]]:
         """The line of each document, from 1 at the first line of the piece, and its bytes or why there are none."""
         try:
             while block := self.read():
@@ -101,7 +101,7 @@ class Splitter:
                 if not self.wanted and self.at + len(self.data) >= self.stop:
                     return
                 self._move_on()
-        except files.Damaged as problem:
+        except files.CorruptFileError as problem:
             yield self.line, problem
             return
         if self.separators is not None and self.separators.fullmatch(self.data + b"\n"):

@@ -5,24 +5,24 @@ import math
 from typing import Any
 
 
-class NoText(Exception):
+class NotTextError(Exception):
     """A view that holds something other than text; the message is one line that names the column."""
 
 
-def text_of(value: Any, column: str) -> str | None:
+def to_text(value: Any, column: str) -> str | None:
     """Return a value as text, None for null. A number or a truth value is written as in JSON. Raises NoText for anything else."""
     if value is None:
         return None
     if isinstance(value, bool | int | float):
         if isinstance(value, float) and not math.isfinite(value):
-            raise NoText(f"{column!r} holds {value}, which is not a number that a text could show")
+            raise NotTextError(f"{column!r} holds {value}, which is not a number that a text could show")
         return json.dumps(value)
     if isinstance(value, bytes):
-        raise NoText(f"{column!r} holds bytes that are not UTF-8, not text")
+        raise NotTextError(f"{column!r} holds bytes that are not UTF-8, not text")
     if not isinstance(value, str):
-        raise NoText(f"{column!r} holds a value of type {type(value).__name__}, not text")
+        raise NotTextError(f"{column!r} holds a value of type {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NoText(f"{column!r} holds half a surrogate pair, which is no text") from None
+        raise NotTextError(f"{column!r} holds half a surrogate pair, which is no text") from None
     return value

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.config import AnySource
+from data_prep.config import BaseSource
 from data_prep.console import UserError
 from data_prep.sources.chat import COLUMNS, is_conversation, role_reader
 from data_prep.sources.record import Record
-from data_prep.sources.text_values import NoText, text_of
+from data_prep.sources.text_values import NotTextError, to_text
 
 Row = dict[str, Any]
 Getter = Callable[[Row], str | None]
@@ -19,20 +19,20 @@ TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[^{}]+")
 
 
 @dataclass(frozen=True)
-class Mapping:
+class ViewMapping:
     """How the rows of one source become records."""
 
-    supplies: tuple[bool, ...]
+    provided_views: tuple[bool, ...]
     columns: tuple[str, ...]
     """The columns that it reads."""
     records: Callable[[Row, int], Iterable[Record]]
     """The records of the row at a position, nearly always one; the one malformed record of a row of which a view is no text."""
 
 
-def make_mapping(source: AnySource, views: tuple[str, ...], name: str, default: dict[str, str]) -> Mapping:
+def make_mapping(source: BaseSource, views: tuple[str, ...], name: str, default: dict[str, str]) -> ViewMapping:
     """The mapping that a source gives, or `default`. Raises UserError, with the dotted `name` of the source, for what cannot be meant."""
     if isinstance(source.views, str):
-        return Mapping((True,) * len(views), (source.views,), _records_of_list(source.views, len(views)))
+        return ViewMapping((True,) * len(views), (source.views,), _records_of_list(source.views, len(views)))
     chosen = default if source.views is None else source.views
     if not set(chosen) <= set(views):
         raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}")
@@ -42,7 +42,7 @@ def make_mapping(source: AnySource, views: tuple[str, ...], name: str, default: 
         getter, reads = _getter(chosen[view], f"{name}.views.{view}") if view in chosen else (_absent, [])
         getters.append(getter)
         columns |= dict.fromkeys(reads)
-    return Mapping(tuple(view in chosen for view in views), tuple(columns), _record_of(getters))
+    return ViewMapping(tuple(view in chosen for view in views), tuple(columns), _record_of(getters))
 
 
 def first_and_last(views: tuple[str, ...], first: str, last: str) -> dict[str, str]:
@@ -58,13 +58,13 @@ def chat_columns(views: tuple[str, ...], column: str) -> dict[str, str]:
 class RowMapping:
     """The mapping that each row of a source takes: that of its conversation if it has one, otherwise that of the columns."""
 
-    def __init__(self, source: AnySource, views: tuple[str, ...], name: str):
+    def __init__(self, source: BaseSource, views: tuple[str, ...], name: str):
         self._views = views
         self.columns = make_mapping(source, views, name, {view: view for view in views})
         self._chats = {column: make_mapping(source, views, name, chat_columns(views, column)) for column in COLUMNS
                        if len(views) > 1 and column not in views}
 
-    def of(self, row: Row) -> Mapping:
+    def of(self, row: Row) -> ViewMapping:
         """Return the mapping of a row."""
         for column, mapping in self._chats.items():
             if is_conversation(row.get(column)):
@@ -75,7 +75,7 @@ class RowMapping:
         return next(malformed, self.columns)
 
 
-def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> Mapping:
+def column_mapping(source: BaseSource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> ViewMapping:
     """Return the mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
     by_name = {view: view for view in views}
     chat = next((column for column in COLUMNS if column in columns and column not in views), None)
@@ -88,11 +88,11 @@ def column_mapping(source: AnySource, views: tuple[str, ...], columns: list[str]
     if not set(views) <= set(columns):
         return mapping
     plain = make_mapping(source, views, name, by_name)  # of the rows without a conversation
-    return Mapping(plain.supplies, tuple(dict.fromkeys(mapping.columns + plain.columns)),
+    return ViewMapping(plain.provided_views, tuple(dict.fromkeys(mapping.columns + plain.columns)),
                    lambda row, position: (mapping if is_conversation(row.get(chat)) else plain).records(row, position))
 
 
-def check_columns(mapping: Mapping, known: Iterable[str], where: str, name: str) -> None:
+def check_columns(mapping: ViewMapping, known: Iterable[str], where: str, name: str) -> None:
     """Raises UserError for a mapping that reads a column which `where` does not have."""
     known = list(known)
     for column in mapping.columns:
@@ -129,7 +129,7 @@ def _column(column: str) -> tuple[Getter, list[str]]:
 
     def get(row: Row) -> str | None:
         text = row.get(column)
-        return text if text.__class__ is str and text.isascii() else text_of(text, column)
+        return text if text.__class__ is str and text.isascii() else to_text(text, column)
     return get, [column]
 
 
@@ -158,7 +158,7 @@ def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
             for getter in getters:
                 text = getter(row)
                 views.append("" if not text or text.isspace() else text)  # a blank view is an absent one
-        except NoText as problem:
+        except NotTextError as problem:
             return (Record(None, position, str(problem)),)
         return (new(Record, (tuple(views), position, "", "malformed", "")),)
     return records
@@ -169,9 +169,9 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
         found = row.get(column)
         try:
             if not isinstance(found, list | None):
-                raise NoText(f"{column!r} holds a value of type {type(found).__name__}, not a list of texts")
-            texts = [text for entry in found or () if (text := text_of(entry, column)) and text.strip()]
-        except NoText as problem:
+                raise NotTextError(f"{column!r} holds a value of type {type(found).__name__}, not a list of texts")
+            texts = [text for entry in found or () if (text := to_text(entry, column)) and text.strip()]
+        except NotTextError as problem:
             return [Record(None, position, str(problem))]
         group = texts[views - 1] if len(texts) > views else ""  # a list that becomes one record is drawn as any other
         texts += [""] * (-len(texts) % views or views * (not texts))

@@ -7,13 +7,13 @@ scored are the contexts that are kept out of training. The other half of a task,
 import importlib
 import importlib.util
 
-from data_prep.tasks.form import PublicForm
+from data_prep.tasks.row_format import RowFormat
 
 
-def public_form(task: str) -> PublicForm | None:
+def public_row_format(task: str) -> RowFormat | None:
     """Return the form in which the public data set of a task has its rows, from `data_prep.tasks.TASK`; None if the task knows none."""
     name = f"{__name__}.{task}"
     if not task.isidentifier() or importlib.util.find_spec(name) is None:
         return None
-    form: PublicForm | None = getattr(importlib.import_module(name), "FORM", None)
-    return form
+    row_format: RowFormat | None = getattr(importlib.import_module(name), "ROW_FORMAT", None)
+    return row_format

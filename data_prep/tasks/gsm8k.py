@@ -1,5 +1,5 @@
 """GSM8K: a problem, and its worked solution that ends in `#### NUMBER`."""
 
-from data_prep.tasks.form import PublicForm, text_of
+from data_prep.tasks.row_format import RowFormat, to_text
 
-FORM = PublicForm(frozenset({"question", "answer"}), lambda row: (text_of(row["question"]), text_of(row["answer"])), "question")
+ROW_FORMAT = RowFormat(frozenset({"question", "answer"}), lambda row: (to_text(row["question"]), to_text(row["answer"])), "question")

@@ -1,6 +1,6 @@
 """HellaSwag: the beginning of a text, four endings, and which one is right. The test split of the hub has no labels."""
 
-from data_prep.tasks.form import Columns, PublicForm, label_number, text_of
+from data_prep.tasks.row_format import Columns, RowFormat, label_number, to_text
 
 
 def choices(row: Columns) -> tuple[list[str], int]:
@@ -8,13 +8,13 @@ def choices(row: Columns) -> tuple[list[str], int]:
     endings = row["endings"]
     if not isinstance(endings, list):
         raise ValueError("endings that are not a list of texts")
-    return [text_of(text) for text in endings], label_number(row["label"], len(endings))
+    return [to_text(text) for text in endings], label_number(row["label"], len(endings))
 
 
 def views(row: Columns) -> tuple[str, str]:
     """Return the beginning and the right ending."""
     endings, right = choices(row)
-    return text_of(row["ctx"]), endings[right]
+    return to_text(row["ctx"]), endings[right]
 
 
-FORM = PublicForm(frozenset({"ctx", "endings", "label"}), views, "ctx")
+ROW_FORMAT = RowFormat(frozenset({"ctx", "endings", "label"}), views, "ctx")

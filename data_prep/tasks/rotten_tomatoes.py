@@ -1,6 +1,6 @@
 """Rotten Tomatoes: a sentence of a review, and whether it is good or bad."""
 
-from data_prep.tasks.form import Columns, PublicForm, label_number, text_of
+from data_prep.tasks.row_format import Columns, RowFormat, label_number, to_text
 
 LABELS = ("Bad", "Good")
 """Words of the public LLM-JEPA data for the numbers of the hub."""
@@ -8,7 +8,7 @@ LABELS = ("Bad", "Good")
 
 def views(row: Columns) -> tuple[str, str]:
     """Return the sentence and the word of its label."""
-    return text_of(row["text"]), LABELS[label_number(row["label"], len(LABELS))]
+    return to_text(row["text"]), LABELS[label_number(row["label"], len(LABELS))]
 
 
-FORM = PublicForm(frozenset({"text", "label"}), views, "text")
+ROW_FORMAT = RowFormat(frozenset({"text", "label"}), views, "text")

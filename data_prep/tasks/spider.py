@@ -2,13 +2,13 @@
 
 import re
 
-from data_prep.tasks.form import Columns, PublicForm, text_of
+from data_prep.tasks.row_format import Columns, RowFormat, to_text
 
 
 def views(row: Columns) -> tuple[str, str]:
     """Return the question after the name of its database, and the query."""
-    return f"For db_id:[{text_of(row['db_id'])}]\n\n{text_of(row['question'])}", text_of(row["query"])
+    return f"For db_id:[{to_text(row['db_id'])}]\n\n{to_text(row['question'])}", to_text(row["query"])
 
 
 PROMPT = re.compile(r"For db_id:\[(?P<db_id>[^\]]+)\]\n\n(?P<question>.+)", re.DOTALL)
-FORM = PublicForm(frozenset({"db_id", "question", "query"}), views, "question", PROMPT)
+ROW_FORMAT = RowFormat(frozenset({"db_id", "question", "query"}), views, "question", PROMPT)

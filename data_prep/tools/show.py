@@ -15,26 +15,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def columns(text: str) -> int:
+def display_width(text: str) -> int:
     """Columns of a printable text on a terminal."""
     return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def padded(text: str, width: int) -> str:
     """The text with blanks up to `width` columns."""
-    return text + " " * (width - columns(text))
+    return text + " " * (width - display_width(text))
 
 
 def shortened(text: str, room: int) -> str:
     """The text, or its beginning and its end with an ellipsis between, in at most `room` columns."""
-    if columns(text) <= room:
+    if display_width(text) <= room:
         return text
     tail = _fitting(text[::-1], (room - 1) // 3)[::-1]
-    return _fitting(text, room - 1 - columns(tail)) + "…" + tail
+    return _fitting(text, room - 1 - display_width(tail)) + "…" + tail
 
 
 def _fitting(text: str, room: int) -> str:
-    while columns(text) > room:
+    while display_width(text) > room:
         text = text[: max(room, 0)] if len(text) > room else text[:-1]
     return text
 
@@ -70,7 +70,7 @@ def _pieces(tokenizer: Tokenizer, ids: np.ndarray, width: int) -> list[str]:
     lines, above, below = [], "", ""
     for token in ids.tolist():
         piece = printable(tokenizer.piece(token))
-        room = max(columns(piece), len(str(token)))
+        room = max(display_width(piece), len(str(token)))
         if below and len(below) + room > width:
             lines += [above.rstrip(), below.rstrip()]
             above = below = ""

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data_prep.selection.drops import unknown_tokens
 from data_prep.shards import open_shard, read_manifest, row_lengths
-from data_prep.tools.show import columns, padded
+from data_prep.tools.show import display_width, padded
 
 BAR = 40
 """Columns of the longest bar."""
@@ -60,7 +60,7 @@ def quantile(counts: np.ndarray, share: float) -> float:
 
 
 def _table(views: list[str], counts: list[np.ndarray]) -> list[str]:
-    names = max(4, *(columns(view) for view in views))
+    names = max(4, *(display_width(view) for view in views))
     lines = [f"  {padded('view', names)} {'records':>13} {'tokens':>15} {'mean':>9} {'median':>9} {'90%':>9} {'99%':>9} {'longest':>9}"]
     for view, of_view in zip(views, counts, strict=True):
         records, tokens = int(of_view.sum()), int(of_view @ np.arange(len(of_view)))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data_prep.config import CHECKSUM, CONTINUES
 from data_prep.config_file import validate
 from data_prep.console import UserError
-from data_prep.crew import end_with_parent
+from data_prep.executor import end_with_parent
 from data_prep.files import sha256_file
 from data_prep.shards import MANIFEST, positions_needed, read_manifest, record_checksums, view_hashes
 from data_prep.tokenizer import Tokenizer
@@ -237,8 +237,8 @@ def _look_at_rows(batch: pa.RecordBatch, shard: _Shard, views: list[str], vocab_
                 if bad.any():
                     faults[what][first + np.repeat(np.arange(stop - first), within)[bad]] = True
             hashes[:, v] = view_hashes(tokens, within)
-        closing = _closing(columns, lengths, continues, first, stop)
-        wrong[first:stop] = record_checksums(hashes, lengths[first:stop], closing) != stored[first:stop]
+        continuation_tokens = _closing(columns, lengths, continues, first, stop)
+        wrong[first:stop] = record_checksums(hashes, lengths[first:stop], continuation_tokens) != stored[first:stop]
     return [*_told(faults), *_miscounted(shard, views, lengths, continues)]
 
 
@@ -251,12 +251,12 @@ def _blocks(tokens: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _closing(columns: list[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray, continues: np.ndarray, first: int, stop: int) -> np.ndarray:
     """The first token of the next record where a record goes on in it, else -1, for records [first, stop)."""
-    closing = np.full(stop - first, -1)
+    continuation_tokens = np.full(stop - first, -1)
     places = np.flatnonzero(continues[first : min(stop, len(lengths) - 1)])
     for view, (values, offsets) in reversed(list(enumerate(columns))):
         present = places[lengths[first + places + 1, view] > 0]
-        closing[present] = values[offsets[first + present + 1]]
-    return closing
+        continuation_tokens[present] = values[offsets[first + present + 1]]
+    return continuation_tokens
 
 
 def _told(faults: dict[str, np.ndarray]) -> Iterator[str]:

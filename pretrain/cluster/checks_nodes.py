@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.cluster.findings import Finding, Level, listed, size
-from pretrain.cluster.needs import Needs
-from pretrain.cluster.reach import LOST
+from pretrain.cluster.agent_pool import CONNECTION_LOST
+from pretrain.cluster.estimate import ResourceEstimate
+from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
 
 Facts = Mapping[str, dict[str, Any]]
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0
@@ -23,16 +23,16 @@ TIGHT = 0.85
 """Of the memory, from which on an estimate is no comfort."""
 
 
-def check_reached(nodes: list[str], lost: Mapping[str, str]) -> list[Finding]:
+def check_reachable(nodes: list[str], unreachable: Mapping[str, str]) -> list[Finding]:
     """All nodes answered."""
-    found = [Finding("reached", "fail", reason, _remedy_of(reason, node), (node,)) for node, reason in lost.items()]
-    return found or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {listed(nodes)}")]
+    found = [Finding("reached", "fail", reason, _remedy_of(reason, node), (node,)) for node, reason in unreachable.items()]
+    return found or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
 
 
 def _remedy_of(reason: str, node: str) -> str:
     if "No module named" in reason:
         return f"make the environment and the project of this machine available under the same paths on {node}"
-    if reason.startswith(LOST):
+    if reason.startswith(CONNECTION_LOST):
         return f"look at {node}: it died, or its network did, while it was asked"
     if "answer" in reason and "`time`" not in reason:
         return f"look at {node}: a file system that hangs, or a machine at its limit; umount or remount it, or leave the node out of the hostfile"
@@ -41,7 +41,7 @@ def _remedy_of(reason: str, node: str) -> str:
     return f"`ssh {node} hostname` must work from here without a question: mend that, or leave the node out of the hostfile"
 
 
-def check_alike(check: str, values: Mapping[str, Any], here: Any, seen: str, remedy: str) -> list[Finding]:
+def check_identical(check: str, values: Mapping[str, Any], here: Any, seen: str, remedy: str) -> list[Finding]:
     """All nodes have one value. Where they do not, those are named that differ from this machine, or from most where this machine is no measure."""
     counts = Counter(values.values())
     if len(counts) <= 1:
@@ -54,7 +54,7 @@ def check_alike(check: str, values: Mapping[str, Any], here: Any, seen: str, rem
 
 def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
     """One Python and one system."""
-    found = check_alike("python", {node: fact["python"] for node, fact in facts.items()}, here["python"], "Python",
+    found = check_identical("python", {node: fact["python"] for node, fact in facts.items()}, here["python"], "Python",
                         "install the same Python there, and make the environment anew with it")
     systems = Counter(f"{fact['system']}, {fact['libc']}" for fact in facts.values())
     if len(systems) == 1:
@@ -76,13 +76,13 @@ def check_packages(facts: Facts) -> list[Finding]:
         other += [f"{name} {version}, which the others lack" for name, version in installed.items() if name not in common]
         missing = [name for name in fact["required"] if name not in installed and name not in common]
         if other:
-            found.append(Finding("packages", "fail", listed(other), install, (node,)))
+            found.append(Finding("packages", "fail", shorten_list(other), install, (node,)))
         if missing:
-            found.append(Finding("packages", "fail", f"{listed(missing)} not installed", install, (node,)))
+            found.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
     unlike = [f"{name} {version}, locked is {locked[name]}"
               for name, version in common.items() if version.split("+")[0] != locked[name]]
     if unlike:
-        found.append(Finding("packages", "warn", f"on all nodes: {listed(unlike)}",
+        found.append(Finding("packages", "warn", f"on all nodes: {shorten_list(unlike)}",
                              "pip install -r requirements.lock, or try the run on a few steps first"))
     return found or [Finding("packages", "ok", f"{len(common)} as in requirements.lock" if locked else "no requirements.lock to compare with")]
 
@@ -104,7 +104,7 @@ def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
         differing = sorted(name for name in names if here["files"].get(name) != fact["files"].get(name))
         if differing:
             revision = "" if fact["revision"] == here["revision"] else f" (revision {fact['revision']}, {here['revision']} here)"
-            found.append(Finding("code", "fail", f"other than here: {listed(differing)}{revision}",
+            found.append(Finding("code", "fail", f"other than here: {shorten_list(differing)}{revision}",
                                  "bring the node to the same revision, or share the project's folder", (node,)))
     return found or [Finding("code", "ok", f"{len(here['files'])} files, revision {here['revision'] or 'unknown'}")]
 
@@ -128,9 +128,9 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
         if free < (SHM_GPU_WARN if gpus else SHM_CPU_WARN):
             level: Level = "fail" if gpus and free < SHM_GPU_FAIL else "warn"
             reason = "NCCL passes data between the GPUs of a node through it" if gpus else "processes of a preparation share data through it"
-            found.append(Finding("shared memory", level, f"/dev/shm has {size(free)} free: {reason}",
+            found.append(Finding("shared memory", level, f"/dev/shm has {format_bytes(free)} free: {reason}",
                                  "enlarge it: mount -o remount,size=8G /dev/shm; in a container --shm-size=8g", (node,)))
-    return found or [Finding("shared memory", "ok", f"/dev/shm has at least {size(min(fact['shm_free'] for fact in facts.values()))} free")]
+    return found or [Finding("shared memory", "ok", f"/dev/shm has at least {format_bytes(min(fact['shm_free'] for fact in facts.values()))} free")]
 
 
 def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = None) -> list[Finding]:
@@ -142,7 +142,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
         return [*found, Finding("devices", "fail", f"DeepSpeed takes {accelerators[other[0]]}, DS_ACCELERATOR is {chosen} here",
                                 "write DS_ACCELERATOR to .deepspeed_env (--write-env does), or unset it here", other)]
     if len(set(accelerators.values())) > 1:
-        return found + check_alike("devices", accelerators, None, "DeepSpeed takes", "set DS_ACCELERATOR alike, or leave nodes without GPUs out")
+        return found + check_identical("devices", accelerators, None, "DeepSpeed takes", "set DS_ACCELERATOR alike, or leave nodes without GPUs out")
     if set(accelerators.values()) != {"cuda"}:
         return found or [Finding("devices", "ok", f"{next(iter(accelerators.values()), 'cpu')}, {sum(slots.values())} ranks")]
     for node, fact in facts.items():
@@ -150,15 +150,15 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
             found.append(Finding("devices", "fail", f"{len(fact['gpus'])} GPUs for {slots[node]} slots",
                                  "correct slots= in the hostfile, or look for a GPU that is lost: nvidia-smi, dmesg", (node,)))
         found += _check_driver(node, fact)
-        taken = [f"GPU {place} has {size(gpu['used'])} of {size(gpu['memory'])} taken" for place, gpu in enumerate(fact["gpus"])
+        taken = [f"GPU {place} has {format_bytes(gpu['used'])} of {format_bytes(gpu['memory'])} taken" for place, gpu in enumerate(fact["gpus"])
                  if gpu["used"] > gpu["memory"] / 20]
         if taken:
-            found.append(Finding("devices", "warn", listed(taken), "end the processes that nvidia-smi shows there", (node,)))
-    kinds = {node: ", ".join(sorted({f"{gpu['name']} {size(gpu['memory'])}" for gpu in fact["gpus"]})) for node, fact in facts.items()}
+            found.append(Finding("devices", "warn", shorten_list(taken), "end the processes that nvidia-smi shows there", (node,)))
+    kinds = {node: ", ".join(sorted({f"{gpu['name']} {format_bytes(gpu['memory'])}" for gpu in fact["gpus"]})) for node, fact in facts.items()}
     drivers = {node: ", ".join(sorted({gpu["driver"] for gpu in fact["gpus"]})) for node, fact in facts.items()}
     for values, remedy in ((kinds, "put like GPUs into one run: the slowest sets the pace, the smallest the memory"),
                            (drivers, "install one driver version on all nodes")):
-        found += [item for item in check_alike("devices", values, None, "has", remedy) if item.level != "ok"]
+        found += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
     return found or [Finding("devices", "ok", f"{sum(slots.values())} x {next(iter(kinds.values()))}, driver {next(iter(drivers.values()))}")]
 
 
@@ -192,26 +192,26 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
             found.append(Finding("compiled ops", "fail", f"no {missing}, which compiling FlexAttention on CUDA needs",
                                  "apt install gcc python3-dev, or model.attention=sdpa, which is slower", (node,)))
         if young := [lock["path"] for lock in fact["locks"] if lock not in stale]:
-            found.append(Finding("compiled ops", "warn", f"an op is being built: {listed(young)}", "wait until it is there, then ask again", (node,)))
+            found.append(Finding("compiled ops", "warn", f"an op is being built: {shorten_list(young)}", "wait until it is there, then ask again", (node,)))
     ops = sorted({op for fact in facts.values() for op in fact["ops"]})
-    return found or [Finding("compiled ops", "ok", f"{listed(ops)} built, no lock" if ops else "none built, no lock")]
+    return found or [Finding("compiled ops", "ok", f"{shorten_list(ops)} built, no lock" if ops else "none built, no lock")]
 
 
-def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], needs: Needs) -> list[Finding]:
+def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimate: ResourceEstimate) -> list[Finding]:
     """What a rank needs against what its node has for each."""
     found, least = [], float("inf")
     for node in facts.keys() & devices.keys():
         cuda = devices[node]["accelerator"] == "cuda" and devices[node]["gpus"]
         room = min(gpu["memory"] for gpu in devices[node]["gpus"]) if cuda else facts[node]["available"] / slots[node]
-        need = needs.rank_memory["cuda" if cuda else "cpu"]
+        need = estimate.rank_memory["cuda" if cuda else "cpu"]
         what = "of its GPU" if cuda else f"of host memory for each of {slots[node]} ranks"
         least = min(least, room)
-        if need > TIGHT * room and not needs.offloads:
-            found.append(Finding("memory", "fail" if need > room else "warn", f"a rank needs about {size(need)}, {size(room)} {what}",
+        if need > TIGHT * room and not estimate.offloads:
+            found.append(Finding("memory", "fail" if need > room else "warn", f"a rank needs about {format_bytes(need)}, {format_bytes(room)} {what}",
                                  "more ranks, train.micro_batch_rows=1, train.activation_checkpointing=true, a smaller "
                                  "deepspeed.zero_optimization.reduce_bucket_size, or a smaller model; run.py --dry-run shows the parts", (node,)))
-    if needs.offloads:
+    if estimate.offloads:
         return [Finding("memory", "warn", "not compared: with offloading, part of it lies elsewhere",
                         "watch the memory in the first steps of the run")]
     device = "cuda" if any(fact["accelerator"] == "cuda" for fact in devices.values()) else "cpu"
-    return found or [Finding("memory", "ok", f"a rank needs about {size(needs.rank_memory[device])}, and has {size(least)}")]
+    return found or [Finding("memory", "ok", f"a rank needs about {format_bytes(estimate.rank_memory[device])}, and has {format_bytes(least)}")]

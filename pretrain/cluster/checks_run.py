@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pretrain.cluster.checks_nodes import Facts, check_alike
-from pretrain.cluster.findings import Finding, Level, listed, size
-from pretrain.cluster.needs import Needs
+from pretrain.cluster.checks_nodes import Facts, check_identical
+from pretrain.cluster.estimate import ResourceEstimate
+from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
 
 SLOW_PAIR = 0.5
 """Of the median bandwidth, below which a pair holds the others up."""
@@ -17,17 +17,17 @@ def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]
     """The same manifest, tokenizer and shards everywhere. Every node may have a copy of its own."""
     found = [Finding("corpus", "fail", fact["unreadable"], f"prepare or mount the corpus there: python -m data_prep CONFIG makes {data}", (node,))
              for node, fact in facts.items() if "unreadable" in fact]
-    found += [Finding("corpus", "fail", f"the manifest lists shards that are not there: {listed(fact['missing'])}",
+    found += [Finding("corpus", "fail", f"the manifest lists shards that are not there: {shorten_list(fact['missing'])}",
                       f"copy {data} again, whole", (node,)) for node, fact in facts.items() if fact.get("missing")]
     there = {node: fact for node, fact in facts.items() if "unreadable" not in fact}
     alike = []
     for part, word in (("manifest", "data manifest"), ("tokenizer", "tokenizer")):
-        alike += check_alike(word, {node: fact[part] for node, fact in there.items()}, here.get(part), "it has SHA-256",
+        alike += check_identical(word, {node: fact[part] for node, fact in there.items()}, here.get(part), "it has SHA-256",
                              f"bring the same {data} to all nodes: rsync -a --delete, or a shared file system")
     return found + [item for item in alike if not found or item.level != "ok"]
 
 
-def check_run_folder(facts: Facts, needs: Needs | None, existing: int) -> list[Finding]:
+def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: int) -> list[Finding]:
     """Writable, not taken by another run, and with room for what the run keeps; `existing` checkpoints stand there already."""
     found = []
     for node, fact in facts.items():
@@ -36,23 +36,23 @@ def check_run_folder(facts: Facts, needs: Needs | None, existing: int) -> list[F
                                  "mount it writable for this user, or choose another output_dir", (node,)))
     if locked := tuple(node for node, fact in facts.items() if fact["locked"]):
         found.append(Finding("run folder", "fail", "another run holds its lock", "wait for that run or end it, or choose another `name`", locked))
-    if needs:
-        missing = max(1, needs.checkpoints - existing) * needs.checkpoint
+    if estimate:
+        missing = max(1, estimate.checkpoints - existing) * estimate.checkpoint
         for node, fact in facts.items():
             free = fact["free"]
             if "unwritable" not in fact and free < missing:
-                level: Level = "fail" if free < min(missing, 2 * needs.checkpoint) else "warn"
-                seen = f"{size(free)} free in {fact['folder']}, {needs.checkpoints} checkpoints take {size(missing)} or more"
+                level: Level = "fail" if free < min(missing, 2 * estimate.checkpoint) else "warn"
+                seen = f"{format_bytes(free)} free in {fact['folder']}, {estimate.checkpoints} checkpoints take {format_bytes(missing)} or more"
                 found.append(Finding("free space", level, seen, "make room, lower checkpoint.keep, or choose another output_dir", (node,)))
         if not any(item.check == "free space" for item in found):
-            found.append(Finding("free space", "ok", f"{size(min(fact['free'] for fact in facts.values()))} free, "
-                                 f"{needs.checkpoints} checkpoints take about {size(missing)}"))
+            found.append(Finding("free space", "ok", f"{format_bytes(min(fact['free'] for fact in facts.values()))} free, "
+                                 f"{estimate.checkpoints} checkpoints take about {format_bytes(missing)}"))
     if not any(item.check == "run folder" for item in found):
         found.insert(0, Finding("run folder", "ok", f"writable: {next(iter(facts.values()))['folder']}"))
     return found
 
 
-def check_shared(seen: Mapping[str, list[str]], authors: list[str], here: str, seen_here: list[str], folder: str) -> list[Finding]:
+def check_shared_run_folder(seen: Mapping[str, list[str]], authors: list[str], here: str, seen_here: list[str], folder: str) -> list[Finding]:
     """Every node sees the files of the others, and this machine's (`here`); `authors` are those that could write one."""
     remedy = f"mount the same file system at {folder} on all nodes and on this machine"
     if here in authors and any(here in notes for notes in seen.values()):
@@ -72,23 +72,23 @@ def check_shared(seen: Mapping[str, list[str]], authors: list[str], here: str, s
     return found or [Finding("shared run folder", "ok", "every node sees the files of the others")]
 
 
-def check_environment(ours: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]], faults: list[str]) -> list[Finding]:
+def check_environment(local_env: Mapping[str, str], node_envs: Mapping[str, Mapping[str, str]], faults: list[str]) -> list[Finding]:
     """Variables of this shell arrive at the nodes; `faults` are lines of .deepspeed_env that DeepSpeed cannot read.
 
     One that does not arrive is a warning: whether ranks take the wrong device or network without it, the other checks try.
     """
     found = []
     if faults:
-        found.append(Finding("environment", "fail", listed(faults), "write KEY=VALUE lines only, without blank lines, comments and export"))
-    for name, value in ours.items():
+        found.append(Finding("environment", "fail", shorten_list(faults), "write KEY=VALUE lines only, without blank lines, comments and export"))
+    for name, value in local_env.items():
         there: dict[str, list[str]] = {}
-        for node, values in theirs.items():
+        for node, values in node_envs.items():
             if values.get(name) != value:
                 there.setdefault(f"{values[name]} there" if name in values else "not set there", []).append(node)
         for state, nodes in there.items():
             found.append(Finding("environment", "warn", f"{name}={value} here, {state}",
                                  "write it to .deepspeed_env (--write-env does), or unset it here", tuple(nodes)))
-    return found or [Finding("environment", "ok", f"{len(ours)} variables of this shell that matter are the same on all nodes")]
+    return found or [Finding("environment", "ok", f"{len(local_env)} variables of this shell that matter are the same on all nodes")]
 
 
 def check_launcher(pdsh: str | None) -> list[Finding]:
@@ -97,7 +97,7 @@ def check_launcher(pdsh: str | None) -> list[Finding]:
                                     "apt install pdsh, or give deepspeed another --launcher")]
 
 
-def check_names(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
+def check_hostnames(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
     """A node's own name does not mean its loopback, which gloo would tell the others to connect to; `chosen`: GLOO_SOCKET_IFNAME is set."""
     wrong = tuple(node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127."))
     if not wrong or chosen:
@@ -120,7 +120,7 @@ def check_rendezvous(first: str, address: str | None, port: int, held: dict[str,
     return found or [Finding("rendezvous", "ok", f"{address}:{port} is free" + (", and reachable from all nodes" if tried else ""))]
 
 
-def check_pairs(pairs: Pairs) -> list[Finding]:
+def check_node_pairs(pairs: Pairs) -> list[Finding]:
     """Every node reaches every other one, none much slower than the rest."""
     found = [Finding("network", "fail", f"cannot connect to {pair['to']}: {pair['error']}",
                      f"let the nodes reach all ports of each other; look at names, routes and the firewall of {pair['to']}", (pair["from"],))
@@ -150,6 +150,6 @@ def check_all_reduce(answers: Mapping[str, dict[str, Any]], measured: list[dict[
     if found or not measured:
         return found or [Finding("all-reduce", "fail", "rank 0 measured nothing", "ask again")]
     small, large = measured[0], measured[-1]
-    what = f"a bucket of {size(bucket)}" if large["bytes"] >= bucket else f"{size(large['bytes'])} (the bucket of {size(bucket)} would take long)"
+    what = f"a bucket of {format_bytes(bucket)}" if large["bytes"] >= bucket else f"{format_bytes(large['bytes'])} (the bucket of {format_bytes(bucket)} would take long)"
     return [Finding("all-reduce", "ok", f"{small['ranks']} ranks: {what} in {large['seconds']:.3f} s, bus {large['bus_bytes_per_second'] / 1e9:.2f} "
                                         f"GB/s; {small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms")]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from data_prep.console import UserError, exit_on_user_error
 from pretrain.cluster import environment, facts
+from pretrain.cluster.agent_pool import AgentPool, local_command, srun_command, ssh_command
 from pretrain.cluster.diagnosis import Diagnosis, say
-from pretrain.cluster.findings import as_json, count, table
+from pretrain.cluster.findings import as_json, count_levels, format_table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
-from pretrain.cluster.reach import Crew, local_command, srun_command, ssh_command
 
 CPU_SLOTS = 2
 """Ranks on this machine alone if it has no GPU, and neither a hostfile nor --num_gpus says how many."""
@@ -43,20 +43,20 @@ def run(arguments: argparse.Namespace) -> int:
         path, left_out = environment.write_env_file(os.environ)
         say(f"wrote {path}" + (f", without {', '.join(left_out)}: DeepSpeed cannot hand on such values" if left_out else ""))
     say(f"asking {', '.join(host.name for host in hosts)}")
-    crew = Crew(hosts, command)
-    diagnosis = Diagnosis(crew)
+    agents = AgentPool(hosts, command)
+    diagnosis = Diagnosis(agents)
     try:
         diagnosis.diagnose(arguments.config, arguments.overrides, arguments.master_port)
     finally:
-        crew.close()
-    counts = count(diagnosis.findings)
+        agents.close()
+    counts = count_levels(diagnosis.findings)
     if arguments.json:
         print(json.dumps({
             "findings": as_json(diagnosis.findings), "counts": counts, "measurements": diagnosis.measurements,
             "nodes": [{"name": host.name, "slots": host.slots} for host in hosts], "seconds": time.monotonic() - started,
         }, indent=2))
     else:
-        print(table(diagnosis.findings))
+        print(format_table(diagnosis.findings))
     return 1 if counts["fail"] else 0
 
 

@@ -1,6 +1,6 @@
 """The variables that ranks on other nodes get: those that DeepSpeed's pdsh launcher forwards, and those of `.deepspeed_env`.
 
-deepspeed/launcher/runner.py (0.19.8): names that begin with one of FORWARDED, with NCCL too where the launcher's accelerator is CUDA; then the
+deepspeed/launcher/runner.py (0.19.8): names that begin with one of FORWARDED_PREFIXES, with NCCL too where the launcher's accelerator is CUDA; then the
 lines of `.deepspeed_env` (or of the file that DS_ENV_FILE names) in the home folder and in the working folder, the later one deciding.
 """
 
@@ -13,7 +13,7 @@ from data_prep.console import UserError
 from data_prep.files import write_text
 from pretrain.relevant_env import relevant_env
 
-FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX")
+FORWARDED_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX")
 FORWARDED_FROM_CUDA = "NCCL"
 
 
@@ -24,7 +24,7 @@ def env_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def faults_of(path: Path) -> list[str]:
+def invalid_lines(path: Path) -> list[str]:
     """The lines that DeepSpeed cannot read, or that it would hand to a shell as something else."""
     faults = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -46,9 +46,9 @@ def read_env_files() -> dict[str, str]:
     return values
 
 
-def forwarded(environment: Mapping[str, str], cuda: bool) -> dict[str, str]:
+def forwarded_variables(environment: Mapping[str, str], cuda: bool) -> dict[str, str]:
     """What the launcher hands on from this shell by itself, but PYTHONPATH, which the agents have already."""
-    prefixes = (*FORWARDED, *([FORWARDED_FROM_CUDA] if cuda else []))
+    prefixes = (*FORWARDED_PREFIXES, *([FORWARDED_FROM_CUDA] if cuda else []))
     return {name: value for name, value in environment.items() if name.startswith(prefixes) and name != "PYTHONPATH"}
 
 
@@ -58,10 +58,10 @@ def write_env_file(environment: Mapping[str, str]) -> tuple[Path, list[str]]:
     Left out are values that would not reach the nodes as they are. Raises UserError where the file cannot be written.
     """
     path = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
-    ours = relevant_env(environment)
-    left_out = [name for name, value in ours.items() if not _survives(value) or "\n" in value]
+    local_env = relevant_env(environment)
+    left_out = [name for name, value in local_env.items() if not _survives(value) or "\n" in value]
     try:
-        values = (_read(path) if path.is_file() else {}) | {name: value for name, value in ours.items() if name not in left_out}
+        values = (_read(path) if path.is_file() else {}) | {name: value for name, value in local_env.items() if name not in left_out}
         write_text(path, "".join(f"{name}={value}\n" for name, value in values.items()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

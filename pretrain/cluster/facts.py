@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pretrain.cluster.sharing import nearest_folder
+from pretrain.cluster.sharing import nearest_existing_folder
 from pretrain.revision import ROOT, revision, source_hashes
 
 MANIFEST = "manifest.json"
@@ -83,7 +83,7 @@ def corpus(data: str) -> dict[str, Any]:
 
 def run_folder(run_dir: str) -> dict[str, Any]:
     """Whether the run folder can be written, the free bytes there, and whether a run holds its lock."""
-    folder = nearest_folder(run_dir)
+    folder = nearest_existing_folder(run_dir)
     trial = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
     found: dict[str, Any] = {"folder": str(folder), "free": shutil.disk_usage(folder).free, "locked": _is_locked(Path(run_dir) / ".lock")}
     try:

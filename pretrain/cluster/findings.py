@@ -24,7 +24,7 @@ class Finding:
     """Where; empty where it concerns the run as a whole."""
 
 
-def merged(findings: Iterable[Finding]) -> list[Finding]:
+def merge_findings(findings: Iterable[Finding]) -> list[Finding]:
     """Findings that say the same of several nodes as one, where the first of them stood."""
     nodes: dict[Finding, list[str]] = {}
     for finding in findings:
@@ -32,7 +32,7 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
     return [replace(finding, nodes=tuple(where)) for finding, where in nodes.items()]
 
 
-def table(findings: Iterable[Finding]) -> str:
+def format_table(findings: Iterable[Finding]) -> str:
     """A line for each finding, the remedy below it, and a last line that counts."""
     lines = []
     for finding in findings:
@@ -40,11 +40,11 @@ def table(findings: Iterable[Finding]) -> str:
         lines.append(f"{finding.level:4}  {finding.check:{WIDTH}}  {where}{finding.seen}")
         if finding.remedy:
             lines.append(f"{'':{WIDTH + 8}}-> {finding.remedy}")
-    counts = count(findings)
+    counts = count_levels(findings)
     return "\n".join([*lines, "", f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail"])
 
 
-def count(findings: Iterable[Finding]) -> dict[Level, int]:
+def count_levels(findings: Iterable[Finding]) -> dict[Level, int]:
     """How many findings of each level there are."""
     levels = [finding.level for finding in findings]
     return {level: levels.count(level) for level in ("ok", "warn", "fail")}
@@ -55,11 +55,11 @@ def as_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     return [asdict(finding) for finding in findings]
 
 
-def listed(names: list[str]) -> str:
+def shorten_list(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes for people."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.{0 if number >= 2**20 else 3}f} MiB"

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-CONNECT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 5.0
 ECHOES = 20
 """Round trips that the latency is the median of."""
 CHUNK = 1 << 20
@@ -51,7 +51,7 @@ def measure(host: str, port: int, seconds: float) -> dict[str, Any]:
     """Median round trip in `latency_seconds`, and `bytes_per_second` of a stream to `serve` there for so long; or `error`."""
     try:
         with _connected(host, port) as stream:
-            stream.settimeout(CONNECT_SECONDS + seconds)
+            stream.settimeout(CONNECT_TIMEOUT_SECONDS + seconds)
             round_trips = sorted(_echo(stream) for _ in range(ECHOES))
             stream.sendall(b"S")
             block, started = bytes(CHUNK), time.perf_counter()
@@ -77,7 +77,7 @@ def rounds(nodes: list[str]) -> list[list[tuple[str, str]]]:
 
 
 def _connected(host: str, port: int) -> socket.socket:
-    stream = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+    stream = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_SECONDS)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return stream
 
@@ -107,7 +107,7 @@ def _answer(stream: socket.socket) -> None:
             while count := stream.recv_into(buffer):
                 received += count
             stream.sendall(str(received).encode())
-            select.select([stream], [], [], CONNECT_SECONDS)  # until the other side has read it
+            select.select([stream], [], [], CONNECT_TIMEOUT_SECONDS)  # until the other side has read it
 
 
 def _reason(error: Exception) -> str:

@@ -57,7 +57,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         raise UserError(f"--record {arguments.record}: {arguments.split} holds the records 0 to {len(corpus) - 1:,}")
     width = max(80, shutil.get_terminal_size((110, 24)).columns)
     for record in range(arguments.record, min(arguments.record + arguments.records, len(corpus))):
-        print(show_record(corpus.tokenizer, record, corpus.by_view(record), width), end="\n\n")
+        print(show_record(corpus.tokenizer, record, corpus.tokens_by_view(record), width), end="\n\n")
     try:
         print(picture(corpus, arguments.record, arguments.layout, arguments.predictor_tokens, row_length, width))
     except ValueError as error:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from data_prep.ragged import ranges
-from data_prep.shards import Contents
+from data_prep.ragged import ragged_ranges
+from data_prep.shards import RecordTokens
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Segment, Specials
+from pretrain.data.layout import Layout, Segment, SpecialTokenIds
 from pretrain.data.loader import Rows
 from pretrain.data.spans import STRETCHES, draw_spans
 
@@ -36,7 +36,7 @@ class Batch:
     """(P,) where the context's embedding is read."""
     target_index: torch.Tensor
     """(P,) where the target's embedding is read."""
-    pair_key: torch.Tensor
+    pair_target_hash: torch.Tensor
     """(P,) hash of the target's tokens: equal keys are equal targets."""
     pair_record: torch.Tensor
     """(P,) number of the record: pairs of one record are not strangers to each other."""
@@ -49,7 +49,7 @@ class Batch:
     seed: torch.Tensor
     """A random number of the micro step, on the host: the same on every rank, and for any number of them."""
 
-    def pinned(self) -> "Batch":
+    def pin_memory_copy(self) -> "Batch":
         """A copy in pinned memory, from which copies to a CUDA device run beside the computation."""
         return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
@@ -59,7 +59,7 @@ class Batch:
         return Batch(**moved, seed=self.seed)
 
 
-def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, *,
+def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, *,
                   micro_batch_rows: int, rank: int, ranks: int) -> Iterator[Batch]:
     """The micro batches of one rank. Rank r's share of micro step a is the r-th part of its rows.
 
@@ -72,12 +72,12 @@ def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials
     ends = np.cumsum([len(each.records) for each in mine])
     contents = corpus.read(np.concatenate([each.records for each in mine]))  # of all micro steps at once: fewer, larger reads of each shard
     for together, each, pairs, end in zip(steps, mine, padded, ends, strict=True):
-        seed = int(together.draws.sum(dtype=np.uint64) >> np.uint64(1))
+        seed = int(together.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
         yield assemble(each, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(each.records), end))
 
 
-def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, pairs_padded: int, seed: int = 0,
-             contents: Contents | None = None) -> Batch:
+def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, pairs_padded: int, seed: int = 0,
+             contents: RecordTokens | None = None) -> Batch:
     """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`.
 
     `contents` are the tokens, where they have been read already. In a record that goes on in the next one, the next one's first token
@@ -94,22 +94,22 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: Specials, row
         base, length = in_batch[present, index], lengths[present, index]
         for offset, token in enumerate(segment.prefix):
             ids[base + offset] = token
-        suffixes = _suffixes(segment, layout, rows.lengths[present], contents.closing[present])
+        suffixes = _suffixes(segment, layout, rows.lengths[present], contents.continuation_tokens[present])
         for offset, closing in enumerate(suffixes):
             ids[base + length - len(segment.suffix) + offset] = closing
         inner = length - len(segment.prefix) - len(segment.suffix)
         if segment.view is None:
-            tokens = specials.predictor + ranges(np.zeros_like(inner), inner)
+            tokens = specials.predictor + ragged_ranges(np.zeros_like(inner), inner)
         else:
-            tokens = contents.tokens[ranges(contents.starts[present, segment.view], inner)]
-        ids[ranges(base + len(segment.prefix), inner)] = tokens
-        if segment.lm_from is not None:
-            targets = layout.segment_targets(segment, rows.lengths[present], length)
-            label_index.append(ranges(base + segment.lm_from, targets) - 1)
+            tokens = contents.tokens[ragged_ranges(contents.starts[present, segment.view], inner)]
+        ids[ragged_ranges(base + len(segment.prefix), inner)] = tokens
+        if segment.lm_start is not None:
+            targets = layout.count_segment_targets(segment, rows.lengths[present], length)
+            label_index.append(ragged_ranges(base + segment.lm_start, targets) - 1)
 
     labels = np.concatenate([np.zeros(0, np.int64), *label_index])
     positions, visible_until = _places(rows, layout, in_row, row_length)
-    spans = draw_spans(layout, in_batch, lengths, rows.draws) if layout.spans else np.zeros((0, STRETCHES, 2), np.int64)
+    spans = draw_spans(layout, in_batch, lengths, rows.random_bits) if layout.spans else np.zeros((0, STRETCHES, 2), np.int64)
     return Batch(
         token_ids=torch.from_numpy(ids).view(rows.count, row_length),
         positions=torch.from_numpy(positions).view(rows.count, row_length),
@@ -128,19 +128,19 @@ def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> 
     positions = np.zeros(rows.count * row_length, np.int64)
     visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
     # segments stand one behind the other, in every record
-    everywhere = ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
-    positions[everywhere] = ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
+    everywhere = ragged_ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
+    positions[everywhere] = ragged_ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
     visible_until[everywhere] = np.repeat((in_row + _subtree_lengths(layout, lengths)).ravel(), lengths.ravel())
     return positions, visible_until
 
 
-def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray, closing: np.ndarray) -> list[np.ndarray]:
+def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray, continuation_tokens: np.ndarray) -> list[np.ndarray]:
     """Each closing token of a segment in the records (N, views) that have it, (N,) each; `closing` (N,) takes the place of the last, or is -1."""
     if not segment.suffix:
         return []
     last = layout.is_last(segment, lengths)
     *before, end = (np.where(last, at_last, token) for token, at_last in zip(segment.suffix, segment.last_suffix or segment.suffix, strict=True))
-    return [*before, np.where(last & (closing >= 0), closing, end)]
+    return [*before, np.where(last & (continuation_tokens >= 0), continuation_tokens, end)]
 
 
 def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, size: int) -> dict[str, torch.Tensor]:
@@ -152,7 +152,7 @@ def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, siz
     view = np.array([-1 if segment.view is None else segment.view for segment in layout.segments])[target]
     fields = {
         "prediction_index": ends[record, prediction], "target_index": ends[record, target],
-        "pair_key": hashes[record, view].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
+        "pair_target_hash": hashes[record, view].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
     }
     valid = np.arange(size) < len(record)
     return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {"pair_valid": torch.from_numpy(valid)}

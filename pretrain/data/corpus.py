@@ -12,8 +12,8 @@ import numpy as np
 
 from data_prep.config import DataConfig, Source
 from data_prep.console import UserError
-from data_prep.files import read_json_or_nothing
-from data_prep.shards import Contents, Parts, open_shard, read_manifest, read_rows, row_lengths
+from data_prep.files import read_json_or_none
+from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest, read_rows, row_lengths
 from data_prep.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
@@ -83,11 +83,11 @@ class Corpus:
         lengths[order] = row_lengths(parts)
         return lengths if self._complete else np.take_along_axis(lengths, _present_first(lengths), axis=1)
 
-    def read(self, records: np.ndarray) -> Contents:
+    def read(self, records: np.ndarray) -> RecordTokens:
         """The tokens of records (N,), verified. Views are counted among those that each has."""
         if not len(records):
             none = np.zeros((0, self.views), np.int64)
-            return Contents(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
+            return RecordTokens(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
         order, parts = self._parts(records)
         found = read_rows(parts)
         back = np.empty_like(order)
@@ -95,18 +95,18 @@ class Corpus:
         rows = back[:, None]
         columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[back]
         starts, lengths, hashes = (values[rows, columns] for values in (found.starts, found.lengths, found.hashes))
-        return Contents(found.tokens, starts, lengths, hashes, found.closing[back])
+        return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[back])
 
     def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
         """The tokens of one view of the records (N,), concatenated in their order."""
         return self.read(records).view(view)
 
-    def by_view(self, record: int) -> dict[str, np.ndarray]:
+    def tokens_by_view(self, record: int) -> dict[str, np.ndarray]:
         """The token ids of one record by the names of data.views, none for a view that it lacks."""
         contents = read_rows(self._parts(np.array([record]))[1])
         return {view: contents.view(number) for number, view in enumerate(self.manifest["views"])}
 
-    def _parts(self, records: np.ndarray) -> tuple[np.ndarray, Parts]:
+    def _parts(self, records: np.ndarray) -> tuple[np.ndarray, ShardRows]:
         """The records in the order of their shards, (N,) indices, and their rows by shard."""
         shard_of = np.searchsorted(self._first, records, side="right") - 1
         order = np.argsort(shard_of, kind="stable")
@@ -135,7 +135,7 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
     return [source.weight for source in sources]
 
 
-def describe_corpus(manifest: dict[str, Any]) -> dict[str, Any]:
+def corpus_identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what distinguishes a corpus from any other: the checksum of each split's shards, and of the tokenizer.
 
     The examples of unknown tokens do not count: they name the files that the corpus was made from, and earlier versions had none.
@@ -146,10 +146,10 @@ def describe_corpus(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"corpus": splits, "tokenizer": manifest["tokenizer"]}
 
 
-def is_corpus_of(run_dir: Path, manifest: dict[str, Any]) -> bool:
+def was_trained_on(run_dir: Path, manifest: dict[str, Any]) -> bool:
     """Whether a run was trained on the corpus of a manifest, as far as its environment.json says what it was trained on."""
-    recorded = (read_json_or_nothing(run_dir / "environment.json") or {}).get("data", {})
-    return all(recorded.get(part, found) == found for part, found in describe_corpus(manifest).items())
+    recorded = (read_json_or_none(run_dir / "environment.json") or {}).get("data", {})
+    return all(recorded.get(part, found) == found for part, found in corpus_identity(manifest).items())
 
 
 WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
@@ -163,7 +163,7 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
 
     A key without a value (no sources, a source without a path) says nothing that could differ.
     """
-    now = data.preparation()
+    now = data.shard_settings()
     if not data.sources:
         del now["sources"]
     for key, prepared, given in _differing(manifest["settings"]["data"], now, "data"):

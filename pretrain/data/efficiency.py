@@ -3,7 +3,7 @@
 import numpy as np
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Pairing, Specials, make_layout
+from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.order import BLOCK, WINDOW
 from pretrain.data.packing import pack
 
@@ -18,7 +18,7 @@ def efficiency(corpus: Corpus) -> list[str]:
     """A line a row length: the share of its positions that hold tokens, and of the records that do not fit, joint and independent, k = 1."""
     records = sample(len(corpus))
     lengths = corpus.lengths(records)
-    layouts = [make_layout(kind, Specials(0, 1, 2, 3, 4), views=corpus.views, pairing=Pairing(1) if corpus.views > 1 else None)
+    layouts = [make_layout(kind, SpecialTokenIds(0, 1, 2, 3, 4), views=corpus.views, pairing=Pairing(1) if corpus.views > 1 else None)
                for kind in ("joint", "independent")]
     part = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
     lines = [f"  share of positions that are not padding, and of records that do not fit a row ({len(records):,} of {len(corpus):,} records{part})",

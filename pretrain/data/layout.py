@@ -23,7 +23,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Specials:
+class SpecialTokenIds:
     """Ids of the special tokens. Predictor token i has the id `predictor + i`, beyond the vocabulary."""
 
     pad: int
@@ -43,7 +43,7 @@ class Segment:
     last_suffix: tuple[int, ...] | None = None
     """Instead of `suffix`, and as long, where the record has no further view; None: the same."""
     parent: int | None = None
-    lm_from: int | None = None
+    lm_start: int | None = None
     """The first of its tokens that is a next-token target, predicted at the position before it; None: no token is."""
     lm_if_last: bool = False
     """Labelled only where the record has no further view."""
@@ -87,7 +87,7 @@ class Pairing:
         return forward * (self.direction != "backward") + [(after, before) for before, after in forward] * (self.direction != "forward")
 
 
-SpanForm = Literal["three_points", "sub_span", "views"]
+SpanSampling = Literal["three_points", "sub_span", "views"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Layout:
     read_outs: tuple[ReadOut, ...] = ()
     documents: tuple[tuple[int, ...], ...] = ()
     """Segments that follow each other as one text, in the row too."""
-    spans: SpanForm | None = None
+    spans: SpanSampling | None = None
     """How spans are drawn from the documents, see pretrain/data/spans.py; None: none are."""
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
@@ -116,13 +116,13 @@ class Layout:
         total: np.ndarray = self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
         return total
 
-    def segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
+    def count_segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets that each record has in a segment, from its first target on: (N, views), (N,) of this segment -> (N,)."""
-        if segment.lm_from is None:
+        if segment.lm_start is None:
             return np.zeros(len(lengths), np.int64)
         last = self.is_last(segment, lengths)
         ends = last | (segment.last_suffix is None)
-        counts: np.ndarray = np.maximum(segment_lengths - segment.lm_from - (ends & (not segment.lm_end)), 0)
+        counts: np.ndarray = np.maximum(segment_lengths - segment.lm_start - (ends & (not segment.lm_end)), 0)
         if segment.lm_if_last:
             counts *= last
         return counts
@@ -136,9 +136,9 @@ class Layout:
         absent: np.ndarray = lengths[:, after] == 0
         return absent
 
-    def lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
+    def count_lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
-        columns = [self.segment_targets(segment, lengths, segment_lengths[:, index]) for index, segment in enumerate(self.segments)]
+        columns = [self.count_segment_targets(segment, lengths, segment_lengths[:, index]) for index, segment in enumerate(self.segments)]
         total: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
         return total
 
@@ -151,7 +151,7 @@ class Layout:
         """Tokens of each document, 0 where absent: (N, segments) -> (N, documents)."""
         return np.stack([segment_lengths[:, list(document)].sum(axis=1) for document in self.documents], axis=1)
 
-    def span_counts(self, segment_lengths: np.ndarray) -> np.ndarray:
+    def count_spans(self, segment_lengths: np.ndarray) -> np.ndarray:
         """Spans drawn from each record: (N, segments) -> (N,)."""
         if self.spans is None:
             return np.zeros(len(segment_lengths), np.int64)
@@ -162,7 +162,7 @@ class Layout:
         return drawn
 
 
-def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairing | None = None, spans: SpanForm | None = None,
+def make_layout(kind: str, specials: SpecialTokenIds, *, views: int = 2, pairing: Pairing | None = None, spans: SpanSampling | None = None,
                 lm_views: str = "all", train_end_token: bool = True) -> Layout:
     """The `joint` layout (one text of all views) or the `independent` one (a text of each).
 
@@ -179,7 +179,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
     if kind == "joint":
         for view in range(views):
             segments.append(Segment(view, () if view else bos, sep, eos, parent=view - 1 if view else None,
-                                    lm_from=0 if view else 1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
+                                    lm_start=0 if view else 1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
         documents.append(tuple(range(views)))
         alone[0] = 0
     elif kind != "independent":
@@ -189,7 +189,7 @@ def make_layout(kind: str, specials: Specials, *, views: int = 2, pairing: Pairi
         if kind == "independent":
             alone[view] = len(segments)
             documents.append((len(segments),))
-            segments.append(Segment(view, bos, eos, lm_from=1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
+            segments.append(Segment(view, bos, eos, lm_start=1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
         elif view and (any(target == view for _, target in edges) or (partners and not pairing.prepended)):
             alone[view] = len(segments)
             segments.append(Segment(view, (), eos, needs=view, pair_only=True))

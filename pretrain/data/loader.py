@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.console import UserError
-from data_prep.ragged import mix
+from data_prep.ragged import splitmix64
 from pretrain.data.corpus import Corpus, source_weights
 from pretrain.data.layout import Layout
 from pretrain.data.order import Order
@@ -30,7 +30,7 @@ class Rows:
     """(N,) its first position in the row."""
     paired: np.ndarray
     """(N,) whether it takes part in the pair loss."""
-    draws: np.ndarray
+    random_bits: np.ndarray
     """(N,) uint64: its random number in this pass over its source."""
     lengths: np.ndarray
     """(N, views) its tokens, by view among those that it has."""
@@ -42,7 +42,7 @@ class Rows:
         low, high = np.searchsorted(self.row, [first, stop])
         part = slice(low, high)
         return Rows(stop - first, self.records[part], self.row[part] - first, self.start[part], self.paired[part],
-                    self.draws[part], self.lengths[part], self.segment_lengths[part])
+                    self.random_bits[part], self.lengths[part], self.segment_lengths[part])
 
     @staticmethod
     def join(parts: list["Rows"], count: int) -> "Rows":
@@ -51,24 +51,24 @@ class Rows:
         return Rows(count, np.concatenate([part.records for part in parts]),
                     np.concatenate([part.row + offset for part, offset in zip(parts, first, strict=False)]),
                     *(np.concatenate([getattr(part, name) for part in parts])
-                      for name in ("start", "paired", "draws", "lengths", "segment_lengths")))
+                      for name in ("start", "paired", "random_bits", "lengths", "segment_lengths")))
 
 
-def counts(rows: Rows, layout: Layout) -> dict[str, int]:
+def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
     """What the terms of a loss are normalised by, counted over the rows: next-token `targets`, `pairs`, and `spans`."""
     return {
-        "targets": int(layout.lm_targets(rows.lengths, rows.segment_lengths).sum()),
+        "targets": int(layout.count_lm_targets(rows.lengths, rows.segment_lengths).sum()),
         "pairs": int(layout.pairs(rows.segment_lengths, rows.paired).sum()),
-        "spans": int(layout.span_counts(rows.segment_lengths).sum()),
+        "spans": int(layout.count_spans(rows.segment_lengths).sum()),
     }
 
 
-def draw(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
+def draw_random_bits(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
     """A random number of each record and pass over its source, whatever came before it: (N,), (N,) -> (N,) uint64."""
-    return mix(records.astype(np.uint64) ^ mix(np.array([seed], np.uint64)) ^ mix(mix(passes)))
+    return splitmix64(records.astype(np.uint64) ^ splitmix64(np.array([seed], np.uint64)) ^ splitmix64(splitmix64(passes)))
 
 
-def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, draws: np.ndarray) -> Rows:
+def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, random_bits: np.ndarray) -> Rows:
     """Pack records (N,) with their pair flags (N,) and random numbers (N,) into as few rows as best-fit finds."""
     lengths = corpus.lengths(records)
     segment_lengths = layout.segment_lengths(lengths, paired)
@@ -79,7 +79,7 @@ def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: i
     ends = np.cumsum(positions)
     row_begins = np.searchsorted(row, row)  # the first record of the same row
     start = ends - positions - (ends - positions)[row_begins]
-    return Rows(int(row[-1]) + 1 if len(row) else 0, records[by_row], row, start, paired[by_row], draws[by_row], lengths[by_row],
+    return Rows(int(row[-1]) + 1 if len(row) else 0, records[by_row], row, start, paired[by_row], random_bits[by_row], lengths[by_row],
                 segment_lengths[by_row])
 
 
@@ -97,7 +97,7 @@ class Loader:
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
         weights = source_weights(corpus.manifest) if weights is None else weights
         self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
-        if self.order.until(epochs or 1000) == 0:
+        if self.order.records_in_epochs(epochs or 1000) == 0:
             raise UserError(f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} hold no record: "
                             "raise data.sources.N.weight of its sources")
         self.epoch = self.window = self.row = 0
@@ -107,7 +107,7 @@ class Loader:
     @property
     def records(self) -> int:
         """Records given out in all epochs; 0 where the stream is endless."""
-        return self.order.until(self.epochs) if self.epochs else 0
+        return self.order.records_in_epochs(self.epochs) if self.epochs else 0
 
     def state(self) -> dict[str, int]:
         """Where the stream stands; the same on every rank and for any number of them."""
@@ -148,9 +148,9 @@ class Loader:
     def _plan(self) -> Rows:
         if self._planned != (self.epoch, self.window):
             records, passes = self.order.window(self.epoch, self.window)
-            draws = draw(records, self.seed, passes)
-            paired = (draws >= np.uint64(self.dropout * 2**64)) & bool(self.layout.read_outs)
-            rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, draws)
+            random_bits = draw_random_bits(records, self.seed, passes)
+            paired = (random_bits >= np.uint64(self.dropout * 2**64)) & bool(self.layout.read_outs)
+            rows = plan_rows(self.corpus, records, self.layout, self.row_length, paired, random_bits)
             self._rows = _shuffled(rows, np.random.default_rng([self.seed, self.epoch, self.window, 1]))
             self._planned = (self.epoch, self.window)
         return self._rows
@@ -161,4 +161,4 @@ def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
     place = rng.permutation(rows.count)
     by_row = np.argsort(place[rows.row], kind="stable")
     return Rows(rows.count, *(getattr(rows, name)[by_row] if name != "row" else place[rows.row][by_row]
-                              for name in ("records", "row", "start", "paired", "draws", "lengths", "segment_lengths")))
+                              for name in ("records", "row", "start", "paired", "random_bits", "lengths", "segment_lengths")))

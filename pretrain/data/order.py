@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_prep.ragged import mix
+from data_prep.ragged import splitmix64
 
 BLOCK = 1024
 WINDOW = 64 * BLOCK
@@ -26,17 +26,17 @@ class SourceOrder:
             raise ValueError("an order needs at least one record")
         self.records = records
         self.blocks = records // BLOCK
-        self._key = mix(np.array([key], np.uint64))
+        self._key = splitmix64(np.array([key], np.uint64))
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The records at positions start to stop of the order, and the pass of each, (M,) both."""
         passes, place = np.divmod(np.arange(start, stop), self.records)
         block = place // BLOCK
         begins = np.flatnonzero(np.diff(passes * (self.blocks + 1) + block, prepend=-1))  # of runs within a block of a pass
-        key = mix(self._key + mix(passes[begins]))
+        key = splitmix64(self._key + splitmix64(passes[begins]))
         moved, whole = block[begins], block[begins] < self.blocks
         moved[whole] = _permute(moved[whole], self.blocks, key[whole])
-        first = moved * BLOCK + (mix(key) % np.uint64(self.records)).astype(np.int64)
+        first = moved * BLOCK + (splitmix64(key) % np.uint64(self.records)).astype(np.int64)
         lengths = np.diff(begins, append=len(place))
         return (np.repeat(first, lengths) + place % BLOCK) % self.records, passes
 
@@ -50,7 +50,7 @@ def _permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     while len(outside):
         left, right, key = out[outside] >> np.uint64(half), out[outside] & mask, keys[outside]
         for turn in range(ROUNDS):
-            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(turn))) & mask)
+            left, right = right, left ^ (splitmix64(right ^ splitmix64(key + np.uint64(turn))) & mask)
         out[outside] = (left << np.uint64(half)) | right
         outside = outside[out[outside] >= size]
     return out.astype(np.int64)
@@ -75,13 +75,13 @@ class Order:
         """Records of an epoch, on average."""
         return float(sum(self._shares))
 
-    def until(self, epochs: int) -> int:
+    def records_in_epochs(self, epochs: int) -> int:
         """Records of the first `epochs` epochs."""
         return sum(int(epochs * share) for share in self._shares)
 
     def windows(self, epoch: int) -> int:
         """Number of windows of an epoch, of at most WINDOW records and one for each source."""
-        return max(1, -(-(self.until(epoch + 1) - self.until(epoch)) // WINDOW))
+        return max(1, -(-(self.records_in_epochs(epoch + 1) - self.records_in_epochs(epoch)) // WINDOW))
 
     def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """The records of one window of an epoch, and the pass over its source that each belongs to, (M,) both."""
@@ -100,4 +100,4 @@ class Order:
 def hash_of(seed: int, number: int) -> int:
     """A key of one source."""
     seeds, numbers = np.array([seed], np.uint64), np.array([number], np.uint64)
-    return int((mix(seeds) + mix(mix(numbers)))[0])
+    return int((splitmix64(seeds) + splitmix64(splitmix64(numbers)))[0])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.tools.show import columns, padded, printable, shortened
+from data_prep.tools.show import display_width, padded, printable, shortened
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Pairing, Specials, make_layout
+from pretrain.data.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows, plan_rows
 
 WINDOW = 4096
@@ -40,7 +40,7 @@ def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_l
     `kind` is joint or independent. Raises ValueError where the record does not fit a row of `row_length`.
     """
     tokenizer = corpus.tokenizer
-    specials = Specials(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, tokenizer.vocab_size)
+    specials = SpecialTokenIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, tokenizer.vocab_size)
     pairing = Pairing(predictor_tokens) if corpus.views > 1 else None
     layout = make_layout(kind, specials, views=corpus.views, pairing=pairing)
     rows = _row_of(corpus, record, layout, row_length)
@@ -75,7 +75,7 @@ def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Row
 def _segments(corpus: Corpus, layout: Layout, rows: Rows) -> list[_Segment]:
     segments: list[_Segment] = []
     for record, first, lengths in zip(rows.records.tolist(), rows.start.tolist(), rows.segment_lengths.tolist(), strict=True):
-        views = [view for view, ids in corpus.by_view(record).items() if len(ids)]
+        views = [view for view, ids in corpus.tokens_by_view(record).items() if len(ids)]
         stops = first + np.cumsum(lengths)
         for segment, length, stop in zip(layout.segments, lengths, stops.tolist(), strict=True):
             if length:
@@ -136,7 +136,7 @@ def _numbers(values: np.ndarray, segments: Sequence[_Segment] = ()) -> list[str]
 
 def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -> list[str]:
     """A line a segment."""
-    names = max(4, *(columns(segment.name) for segment in segments))
+    names = max(4, *(display_width(segment.name) for segment in segments))
     places = max(8, 2 * len(str(batch.token_ids.shape[1])) + 1)
     head = f"{'#':>4} {'record':>8}  {padded('view', names)} {'place':>{places}} {'position':>{places}} {'tokens':>6} {'labels':>6}  "
     lines = [head + "content"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.data.loader import Loader, Rows, counts
+from pretrain.data.loader import Loader, Rows, loss_denominators
 
-AHEAD = 2
+PREFETCH_STEPS = 2
 """Steps that wait at most."""
 
 
@@ -21,8 +21,8 @@ class StepData:
     """What a step trains on: rows and counts of the whole global batch, and the micro batches of this rank."""
 
     rows: Rows
-    counts: dict[str, int]
-    """See `counts` of pretrain/data/loader.py."""
+    loss_denominators: dict[str, int]
+    """See `loss_denominators` of pretrain/data/loader.py."""
     batches: list[Batch]
     state: dict[str, int]
     """Of the loader once the step is done."""
@@ -39,7 +39,7 @@ class Prefetch:
         self._pin = device.type == "cuda"
         prepare = functools.partial(torch.cuda.set_device, device) if self._pin else None
         self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
-        self._steps: deque[Future[StepData | None]] = deque(self._thread.submit(self._make) for _ in range(AHEAD))
+        self._steps: deque[Future[StepData | None]] = deque(self._thread.submit(self._make) for _ in range(PREFETCH_STEPS))
         self._waited = 0.0
 
     def __enter__(self) -> "Prefetch":
@@ -64,7 +64,7 @@ class Prefetch:
         self._steps.append(self._thread.submit(self._make))
         return step
 
-    def take_waited(self) -> float:
+    def pop_wait_seconds(self) -> float:
         """Seconds that were spent waiting for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
@@ -73,5 +73,5 @@ class Prefetch:
         if self._loader.exhausted:
             return None
         rows = self._loader.next_rows(self._count)
-        batches = [batch.pinned() if self._pin else batch for batch in self._micro_batches(rows)]
-        return StepData(rows, counts(rows, self._loader.layout), batches, self._loader.state())
+        batches = [batch.pin_memory_copy() if self._pin else batch for batch in self._micro_batches(rows)]
+        return StepData(rows, loss_denominators(rows, self._loader.layout), batches, self._loader.state())

@@ -10,13 +10,13 @@ loss compares the step over the first with the sum of the steps over the other t
 
 import numpy as np
 
-from data_prep.ragged import mix
+from data_prep.ragged import splitmix64
 from pretrain.data.layout import Layout
 
 STRETCHES = 3
 
 
-def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, draws: np.ndarray) -> np.ndarray:
+def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, random_bits: np.ndarray) -> np.ndarray:
     """The stretches of all documents that have them, as (S, 3, 2) positions.
 
     `starts` (N, segments) are the positions of the segments, `draws` (N,) uint64 a random number per record.
@@ -31,7 +31,7 @@ def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, 
             continue
         last = lengths.sum(axis=1) - 1
         members = np.flatnonzero(last > 1)
-        random = mix(draws[members] + np.uint64(index))
+        random = splitmix64(random_bits[members] + np.uint64(index))
         form = _three_points if layout.spans == "three_points" else _sub_span
         found.append(form(last[members], random) + starts[members, document[0]][:, None, None])
     return np.concatenate(found)
@@ -73,4 +73,4 @@ def _stretches(*ends: np.ndarray) -> np.ndarray:
 
 def _below(limit: np.ndarray, random: np.ndarray, number: int) -> np.ndarray:
     """The `number`-th uniform integer below `limit` that a random number gives: (N,), (N,) uint64 -> (N,)."""
-    return (mix(random ^ mix(np.array([number], np.uint64))[0]) % limit.astype(np.uint64)).astype(np.int64)
+    return (splitmix64(random ^ splitmix64(np.array([number], np.uint64))[0]) % limit.astype(np.uint64)).astype(np.int64)

@@ -19,7 +19,7 @@ ATTEMPTS = 2
 
 
 @contextmanager
-def one_at_a_time(run_dir: Path) -> Iterator[None]:
+def evaluation_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's evaluations; wait for a job that has it, for instance one in the background.
 
     It is a flock of evaluation/.lock, which ends with its process. Two machines keep each other out where their file system shares such
@@ -37,7 +37,7 @@ def one_at_a_time(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def release(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> None:
+def unpin_checkpoint(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> None:
     """Let a checkpoint go, when these tasks are done or given up; not where the run has asked for others, which its own job then finds."""
     asked_for_by_run = config.evaluation.every and step % config.evaluation.every == 0
     others = tasks != config.evaluation.tasks or overrides
@@ -45,7 +45,7 @@ def release(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
 
 
-def settle(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool) -> bool:
+def unpin_if_done(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool) -> bool:
     """Release a checkpoint that is evaluated, or has failed ATTEMPTS times, whoever tried: the pin counts. Returns whether that is so."""
     if failed:
         pin = run_dir / "checkpoints" / PINS / step_name(step)
@@ -53,7 +53,7 @@ def settle(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int,
             file.write(b"!")
         if pin.stat().st_size < ATTEMPTS:
             return False
-    release(run_dir, config, tasks, step, overrides)
+    unpin_checkpoint(run_dir, config, tasks, step, overrides)
     return True
 
 

@@ -18,8 +18,8 @@ from data_prep.console import UserError, print_now
 from data_prep.files import atomic_path, read_json
 from data_prep.task_rows import read_rows
 from pretrain.models.export import load_language_model
-from pretrain.models.forms import Form, pairing_of, view_form
 from pretrain.models.language_model import LanguageModel
+from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template
 from pretrain.tasks.options import RowTask
 
 TOKENS = 16_384
@@ -55,7 +55,7 @@ def embed_file(export: Path, file: str) -> None:
     output = _write(export / "embeddings", source, arrays)
     for name, array in arrays.items():
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
-    too_long, not_finite = int((~found.fits).sum()), int((found.fits & ~finite(arrays.values())).sum())
+    too_long, not_finite = int((~found.fits).sum()), int((found.fits & ~finite_rows(arrays.values())).sum())
     if too_long:
         print_now(f"note: {too_long:,} rows are longer than the positions of the model: theirs are NaN")
     if not_finite:
@@ -63,7 +63,7 @@ def embed_file(export: Path, file: str) -> None:
     print_now(f"written to {output}")
 
 
-def finite(arrays: Iterable[np.ndarray]) -> np.ndarray:
+def finite_rows(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """Return which rows of several arrays (N, D) are finite in all of them: (N,) bool."""
     return np.asarray(np.stack([np.isfinite(array).all(axis=1) for array in arrays]).all(axis=0))
 
@@ -110,20 +110,20 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))  # an attention kernel that takes plain rows
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
-    names, pairing = jepa["views"], pairing_of(jepa)
+    names, pairing = jepa["views"], pairing_from_export(jepa)
     tokens = [tokenizer.encode_batch(list(of_view)) for of_view in zip(*texts, strict=True)]
 
     limit, fits = model.causal_lm.config.max_position_embeddings, np.ones(len(texts), bool)
 
     def encoded(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
-        form: Form = view_form(jepa, view)
+        form: ViewTemplate = view_template(jepa, view)
         before, after = ([ids[name] for name in part] for part in form)
         rows = [[*before, *front, *row, *after, *back] for row in tokens[view]]
         np.logical_and(fits, [len(row) <= limit for row in rows], out=fits)
         return encode(model, rows)
 
     views = {name: encoded(number) for number, name in enumerate(names)}
-    predictor = list(range(model.vocabulary, model.vocabulary + (model.predictor.num_embeddings if model.predictor else 0)))
+    predictor = list(range(model.vocab_size, model.vocab_size + (model.predictor.num_embeddings if model.predictor else 0)))
     predictions: dict[tuple[str, str], np.ndarray] = {}
     by_source: dict[int, np.ndarray] = {}
     for source, target in pairing.edges(len(names)):
@@ -136,7 +136,7 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
     """The last hidden state of each row of token ids, (N, D) fp32; NaN for one that does not fit."""
-    found = np.full((len(rows), model.width), np.nan, np.float32)
+    found = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
     for members in tqdm(list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None):
         longest = max(len(rows[place]) for place in members)

@@ -6,9 +6,9 @@ from data_prep.console import UserError
 from data_prep.files import read_json
 from pretrain.config import load_config
 from pretrain.models.export import PREDICTOR_KEY, write_export
-from pretrain.models.export_readme import readme
+from pretrain.models.export_readme import render_readme
 from pretrain.models.lora import merge_adapters
-from pretrain.run_folder import MODEL, step_name
+from pretrain.run_folder import MODEL_DIR, step_name
 from pretrain.training.checkpoint import consolidate
 
 
@@ -17,8 +17,8 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / "export" / step_name(step)
     if folder.exists():
         return folder
-    if not (run_dir / MODEL).exists():
-        raise UserError(f"{run_dir / MODEL} is missing: without the model's configuration and tokenizer there is no export")
+    if not (run_dir / MODEL_DIR).exists():
+        raise UserError(f"{run_dir / MODEL_DIR} is missing: without the model's configuration and tokenizer there is no export")
     config = load_config(run_dir / "config.yaml")
     state = consolidate(run_dir / "checkpoints" / step_name(step))
     if config.model.lora:
@@ -34,6 +34,6 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         "train_end_token": config.data.train_end_token,
         "sequence_length": config.data.sequence_length,
     }
-    family = read_json(run_dir / MODEL / "config.json")["model_type"]
-    write_export(folder, run_dir / MODEL, state, jepa, readme(jepa, family, len(state.get(PREDICTOR_KEY, ()))))
+    family = read_json(run_dir / MODEL_DIR / "config.json")["model_type"]
+    write_export(folder, run_dir / MODEL_DIR, state, jepa, render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ()))))
     return folder

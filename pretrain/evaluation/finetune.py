@@ -10,10 +10,10 @@ from data_prep.console import UserError
 from data_prep.files import write_text
 from pretrain.config import RunConfig, dump_config, finetuning_config
 from pretrain.evaluation.export import export_checkpoint
-from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.task_corpus import prepare_task_corpus
 from pretrain.run_folder import list_steps
 from pretrain.tasks.options import TaskConfig
-from pretrain.training.background import single_process_environment, tied
+from pretrain.training.evaluation_requests import die_with_parent, single_process_environment
 
 
 def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSource, folder: Path, name: str) -> Path:
@@ -22,7 +22,7 @@ def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSourc
     `task` says what differs from the pretraining run `config`. A finetuning that was interrupted starts over, one that has come to its export
     is not repeated. Raises UserError where the run fails.
     """
-    data = prepare_pairs(config, pairs, folder)
+    data = prepare_task_corpus(config, pairs, folder)
     run = finetuning_config(config, task, data, str(export), str(folder / "finetune"), name)
     path, checkpoints = folder / "finetune" / f"{name}.yaml", run.run_dir / "checkpoints"
     path.parent.mkdir(exist_ok=True)
@@ -30,7 +30,7 @@ def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSourc
         shutil.rmtree(run.run_dir, ignore_errors=True)  # what an earlier evaluation with other settings left
     write_text(path, dump_config(run))
     if not (run.run_dir / "export").exists():
-        command = tied([sys.executable, "-m", "pretrain.training", str(path)], "KILL")  # or the next evaluation would meet it in its folder
+        command = die_with_parent([sys.executable, "-m", "pretrain.training", str(path)], "KILL")  # or the next evaluation would meet it in its folder
         done = subprocess.run(command, env=single_process_environment(), check=False)
         if done.returncode or not list_steps(checkpoints):
             raise UserError(f"the finetuning {path} failed with exit code {done.returncode}; what it printed stands above")

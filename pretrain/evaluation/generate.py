@@ -10,14 +10,14 @@ from tqdm import tqdm
 from data_prep.console import UserError
 from data_prep.files import read_json
 from data_prep.tokenizer import Tokenizer
-from pretrain.evaluation.helpers import share_rows
-from pretrain.evaluation.inference import left_padded, load, prompts
+from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_lm
+from pretrain.evaluation.workers import shard_rows
 from pretrain.tasks.scoring import Answer
 
 BATCH = 128
 
 
-def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
+def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 
     An answer is made of text tokens and the end token; no other special or padding id of the vocabulary can be chosen.
@@ -29,16 +29,16 @@ def answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answe
     return answers
 
 
-@share_rows
+@shard_rows
 def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
-    model, tokenizer = load(folder)
-    rows = prompts(tokenizer, contexts)
+    model, tokenizer = load_causal_lm(folder)
+    rows = encode_prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
     no_text = _ids_without_text(tokenizer, model.config.vocab_size)
     answers = [Answer("", False, False)] * len(rows)
     batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
     for room, members in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_padded([rows[place] for place in members], tokenizer.pad_id)
+        ids, mask = left_pad([rows[place] for place in members], tokenizer.pad_id)
         longest = ids.shape[1]
         with torch.inference_mode():
             output = model.generate(  # type: ignore[operator]  # which every causal language model has

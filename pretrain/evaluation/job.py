@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.config_file import apply_overrides
-from data_prep.console import UserError, exit_on_user_error, output_may_be_lost
-from data_prep.launched import started_together
+from data_prep.console import UserError, exit_on_user_error, ignore_output_errors
+from data_prep.launch_env import launched_process_count
 from pretrain.config import RunConfig, check_task, load_config, parse_task
-from pretrain.evaluation.checkpoints import evaluate_step, one_at_a_time, release, settle
+from pretrain.evaluation.checkpoints import evaluate_step, evaluation_lock, unpin_checkpoint, unpin_if_done
 from pretrain.evaluation.results import print_summary
 from pretrain.evaluation.watch import watch
 from pretrain.run_folder import list_steps
 from pretrain.tasks.options import TaskConfig
-from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
+from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
 
 
 def main() -> None:
@@ -35,18 +35,18 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             exit_on_user_error(lambda: _embed(arguments))
         return
-    with output_may_be_lost():  # a full disk below the log must not end an evaluation
+    with ignore_output_errors():  # a full disk below the log must not end an evaluation
         exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
 
 
 def _on_all_ranks(evaluate: Callable[[], None]) -> None:
     """Evaluate on rank 0; the others help it to generate."""
-    if max(int(os.environ.get("WORLD_SIZE", 1)), started_together()) == 1:
+    if max(int(os.environ.get("WORLD_SIZE", 1)), launched_process_count()) == 1:
         evaluate()
         return
-    from pretrain.evaluation.helpers import with_helpers
+    from pretrain.evaluation.workers import run_with_workers
 
-    with_helpers(evaluate)
+    run_with_workers(evaluate)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -69,19 +69,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if arguments.pending and arguments.checkpoint != "latest":
             raise UserError("--pending takes the checkpoints that the run asked for: leave out --checkpoint")
         config, tasks = _read(arguments)
-        with one_at_a_time(run_dir):
-            asked_for = evaluations_asked_for(run_dir)
+        with evaluation_lock(run_dir):
+            asked_for = requested_evaluations(run_dir)
             steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
             for step in set(steps) - set(asked_for):
-                ask_for_evaluation(run_dir, step)  # so that it is not removed meanwhile
+                request_evaluation(run_dir, step)  # so that it is not removed meanwhile
             failures = []
             for step in steps:
                 failed = evaluate_step(run_dir, config, tasks, step, arguments.overrides)
                 failures += failed
                 if arguments.pending:
-                    settle(run_dir, config, tasks, step, arguments.overrides, bool(failed))
+                    unpin_if_done(run_dir, config, tasks, step, arguments.overrides, bool(failed))
                 elif step not in asked_for:
-                    release(run_dir, config, tasks, step, arguments.overrides)
+                    unpin_checkpoint(run_dir, config, tasks, step, arguments.overrides)
         if failures:
             raise failures[0]
     if not arguments.pending:

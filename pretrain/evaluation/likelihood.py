@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pretrain.evaluation.helpers import share_rows
-from pretrain.evaluation.inference import left_padded, load, prompts
+from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_lm
+from pretrain.evaluation.workers import shard_rows
 
 TOKENS = 16_384
 """Of a batch, padding included."""
@@ -16,20 +16,20 @@ LOGITS = 2**28
 """Of a batch: 1 GiB in fp32."""
 
 
-@share_rows
+@shard_rows
 def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
     """Return log P(option and the end token | `[BOS context SEP]`) in nats, for each option of each (context, options).
 
     The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
     model's positions.
     """
-    model, tokenizer = load(folder)
-    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, (_, options) in zip(prompts(tokenizer, [context for context, _ in questions]), questions,
+    model, tokenizer = load_causal_lm(folder)
+    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, (_, options) in zip(encode_prompts(tokenizer, [context for context, _ in questions]), questions,
                                                                                strict=True) for ids in tokenizer.encode_batch(options)]
     found = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
     for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_padded([rows[place][0] + rows[place][1] for place in members], tokenizer.pad_id)
+        ids, mask = left_pad([rows[place][0] + rows[place][1] for place in members], tokenizer.pad_id)
         lengths = torch.tensor([len(rows[place][1]) for place in members])
         kept = int(lengths.max())
         with torch.inference_mode():

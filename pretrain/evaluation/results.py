@@ -10,10 +10,10 @@ from typing import Any
 
 from data_prep.console import UserError
 from data_prep.files import read_json_lines, sha256_file, write_text
-from pretrain.run_folder import read_metrics, read_status, rewinds
+from pretrain.run_folder import read_metrics, read_rewinds, read_status
 from pretrain.tasks.options import TaskConfig
 
-SCORING = 2
+SCORING_VERSION = 2
 """Version of the scoring, raised whenever the same answers may get other scores: scores of two versions are never compared or averaged.
 Results without one are of version 1."""
 TABLE_COLUMNS = 6
@@ -22,7 +22,7 @@ TABLE_COLUMNS = 6
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """All results of a run, in the order in which they came, without those of steps that the run has gone back behind since. Raises UserError."""
-    gone = rewinds(run_dir)
+    gone = read_rewinds(run_dir)
     return [line for line in _read_all(run_dir) if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)):])]
 
 
@@ -35,20 +35,20 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again") from None
 
 
-def scoring_of(result: dict[str, Any]) -> int:
+def scoring_version(result: dict[str, Any]) -> int:
     """Return the version of the scoring that gave a result."""
     version: int = result.get("scoring", 1)
     return version
 
 
-def identity(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return what one result stands for: step, task, version of the scoring, settings, files by their content, and overrides, such as a seed."""
     paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
     settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
         "files": {str(file): sha256_file(file) for path in paths if path is not None for file in _files(Path(path))},
         "overrides": sorted(word for word in overrides if not word.startswith("task.")),
     }
-    return {"step": step, "task": task.title, "scoring": SCORING, "settings": settings}
+    return {"step": step, "task": task.title, "scoring": SCORING_VERSION, "settings": settings}
 
 
 def _files(path: Path) -> list[Path]:
@@ -65,7 +65,7 @@ def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence
 def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Sequence[str] = ()) -> set[int]:
     """The steps at which the result of each task stands."""
     results = read_results(run_dir)
-    wanted = [{key: value for key, value in identity(task, 0, overrides).items() if key != "step"} for task in tasks]
+    wanted = [{key: value for key, value in result_key(task, 0, overrides).items() if key != "step"} for task in tasks]
     return set.intersection(*({result["step"] for result in results if one.items() <= result.items()} for one in wanted))
 
 
@@ -95,12 +95,12 @@ def print_summary(run_dir: Path) -> None:
         if values:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     print_table(rows)
-    for task, version in dict.fromkeys((result["task"], scoring_of(result)) for result in read_results(run_dir)):
-        results = sorted((result for result in read_results(run_dir) if (result["task"], scoring_of(result)) == (task, version)),
+    for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in read_results(run_dir)):
+        results = sorted((result for result in read_results(run_dir) if (result["task"], scoring_version(result)) == (task, version)),
                          key=lambda result: result["step"])
         every = list(dict.fromkeys(name for result in results for name in result["metrics"]))
         names = every[:TABLE_COLUMNS]
-        rows = [[task if version == SCORING else f"{task}, scoring {version}", "rows", "finetuned", *names]]
+        rows = [[task if version == SCORING_VERSION else f"{task}, scoring {version}", "rows", "finetuned", *names]]
         rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
                   *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
         print_table(rows)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pretrain.config import RunConfig, load_config
 from pretrain.evaluation.export import export_checkpoint
-from pretrain.evaluation.results import append_result, identity, is_evaluated
+from pretrain.evaluation.results import append_result, is_evaluated, result_key
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.run_folder import rewinds
+from pretrain.run_folder import read_rewinds
 from pretrain.tasks.directions import direction
 from pretrain.tasks.options import AnswerTask, TaskConfig
 from pretrain.tasks.scoring import TaskResult
@@ -30,13 +30,13 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         print(f"{task.title} at step {step} is evaluated already", flush=True)
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
-    started, gone_back = time.perf_counter(), len(rewinds(run_dir))
+    started, gone_back = time.perf_counter(), len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
     result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     declared = {name: found for name in result.metrics if (found := result.directions.get(name) or direction(task.name, name))}
-    append_result(run_dir, identity(task, step, overrides) | {
+    append_result(run_dir, result_key(task, step, overrides) | {
         "pretrain_seed": load_config(run_dir / "config.yaml").seed,
-        "finetune_seed": config.seed if task.trains else None,
+        "finetune_seed": config.seed if task.finetunes else None,
         "finetune": task.finetune if isinstance(task, AnswerTask) else None,
         "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "directions": declared, "counts": result.counts,
         "seconds": round(time.perf_counter() - started, 1),

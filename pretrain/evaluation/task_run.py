@@ -13,14 +13,14 @@ from data_prep.console import print_now
 from data_prep.files import write_text
 from data_prep.shards import MANIFEST, read_manifest, view_hashes
 from data_prep.task_rows import Row, read_rows, write_views
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig
-from pretrain.data.corpus import Corpus, is_corpus_of
+from pretrain.data.corpus import Corpus, was_trained_on
 from pretrain.evaluation.finetune import finetune
-from pretrain.evaluation.generate import answer
+from pretrain.evaluation.generate import generate_answers
 from pretrain.evaluation.likelihood import log_likelihoods
-from pretrain.evaluation.pairs import GRAMMAR_ROWS, grammar_source
+from pretrain.evaluation.task_corpus import GRAMMAR_ROWS, grammar_source
 from pretrain.run_folder import step_name
 from pretrain.tasks.options import TaskConfig
 from pretrain.tasks.scoring import Answer
@@ -55,28 +55,28 @@ class CheckpointTask:
     def read_test(self, *, every: bool = False) -> list[Row]:
         """Return the rows to score; with `every` also those beyond the option `rows`. Raises UserError."""
         source = self.source("test") or grammar_source(self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS)
-        return read_rows(source, self.config.data.views, "task.test", None if every else self.task.rows, public_form(self.task.name))
+        return read_rows(source, self.config.data.views, "task.test", None if every else self.task.rows, public_row_format(self.task.name))
 
     def read_train(self) -> list[Row]:
         """Return the rows to finetune on: those of the task, or of the grammar if it draws its test rows too. Raises UserError."""
         source = self.source("train")
-        if source is None and self.task.trains:
+        if source is None and self.task.finetunes:
             source = grammar_source(self.folder / "data", "finetune", self.config.data.views)
-        return [] if source is None else read_rows(source, self.config.data.views, "task.train", form=public_form(self.task.name))
+        return [] if source is None else read_rows(source, self.config.data.views, "task.train", row_format=public_row_format(self.task.name))
 
     @cached_property
     def model(self) -> Path:
         """The export that the task looks at: that of the checkpoint, or one finetuned from it on the train rows."""
-        if not self.task.trains:
+        if not self.task.finetunes:
             return self.export
         train = write_views(self.folder / "data" / f"{self.task.title}-train.jsonl", self.config.data.views,
                             (row.views for row in self.read_train()))
         return finetune(self.config, self.task, self.export, train, self.folder, self.name)
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def generate_answers(self, rows: Sequence[Row]) -> list[Answer]:
         """Return the answers to all rows, at most twice as long as the longest target; they are kept in evaluation/answers. Raises UserError."""
         longest = max(map(len, Tokenizer.load(self.model).encode_batch([row.target for row in rows])))
-        answers = answer(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
+        answers = generate_answers(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
         folder = self.folder / "answers"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps({"context": row.context, "target": row.target, "answer": answer.text, "stopped": answer.stopped}, ensure_ascii=False)
@@ -98,7 +98,7 @@ class CheckpointTask:
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets")
             return None
-        if not is_corpus_of(self.folder.parent, read_manifest(Path(self.config.data.path))):
+        if not was_trained_on(self.folder.parent, read_manifest(Path(self.config.data.path))):
             print_now(f"note: {self.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets")
             return None
         known = {normal(row.target) for row in self.read_train()}

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from data_prep.console import UserError
 
 Mask = torch.Tensor | BlockMask
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 NARROWEST_FLEX_HEAD = 16
 """Head width below which FlexAttention's kernel cannot be compiled (torch/_inductor/kernel/flex/flex_attention.py)."""
 
@@ -60,7 +60,7 @@ def attention_mask(visible_until: torch.Tensor, positions: torch.Tensor, attenti
     full = visibility_mask(visible_until, attention, dtype=dtype)
     if getattr(config, "layer_types", None) is None:
         return full
-    return {FULL: full, SLIDING: visibility_mask(visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype)}
+    return {FULL_ATTENTION: full, SLIDING_ATTENTION: visibility_mask(visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype)}
 
 
 def visibility_mask(visible_until: torch.Tensor, attention: str, *, positions: torch.Tensor | None = None, window: int | None = None,

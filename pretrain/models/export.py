@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data_prep.files import copy_folder, write_json, write_text
 from data_prep.tokenizer import Tokenizer
 from pretrain.models.attention import resolve_attention
-from pretrain.models.families import register_family_of
+from pretrain.models.families import register_family_from_folder
 from pretrain.models.language_model import LanguageModel
 
 PREDICTOR_KEY = "predictor.weight"
@@ -35,7 +35,7 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     copy_folder(skeleton, temporary)
-    register_family_of(skeleton)
+    register_family_from_folder(skeleton)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(skeleton), dtype=torch.float32)
     weights = {key.removeprefix("causal_lm."): value for key, value in state.items() if key.startswith("causal_lm.")}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -55,7 +55,7 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
 
 def load_language_model(folder: Path, setting: str, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
     """Model and tokenizer of an export, in fp32, whole, on CPU; with the attention kernel of `setting` for `device`."""
-    register_family_of(folder)
+    register_family_from_folder(folder)
     attention = resolve_attention(setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
     causal_lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True)
     path = folder / "jepa.safetensors"

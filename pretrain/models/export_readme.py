@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pretrain.models.forms import Form, pairing_of, view_form
+from pretrain.models.view_templates import ViewTemplate, pairing_from_export, view_template
 
 PAGE = """# {run}, step {step}
 
@@ -44,13 +44,13 @@ def embed_record({arguments}):
     }}"""
 
 
-def readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
+def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
     """Return the page, from what becomes jepa.json, the model's type and k."""
-    views, pairing = list(jepa["views"]), pairing_of(jepa)
-    lines = [f'        "{view}": {_call(view, view_form(jepa, number))},' for number, view in enumerate(views)]
+    views, pairing = list(jepa["views"]), pairing_from_export(jepa)
+    lines = [f'        "{view}": {_call(view, view_template(jepa, number))},' for number, view in enumerate(views)]
     if predictor_tokens:
         where = "front" if pairing.prepended else "back"
-        lines += [f'        "{views[source]}_to_{views[target]}": {_call(views[source], view_form(jepa, source), f", {where}=predictor")},'
+        lines += [f'        "{views[source]}_to_{views[target]}": {_call(views[source], view_template(jepa, source), f", {where}=predictor")},'
                   for source, target in pairing.edges(len(views))]
     imports = "from safetensors.torch import load_file\n" if predictor_tokens else ""
     if family == "openelm":
@@ -64,5 +64,5 @@ def readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> str:
         code=CODE.format(imports=imports, predictor=load if predictor_tokens else "", arguments=", ".join(views), lines="\n".join(lines)))
 
 
-def _call(view: str, form: Form, more: str = "") -> str:
+def _call(view: str, form: ViewTemplate, more: str = "") -> str:
     return f"embed([{', '.join(form.before)}], {view}, [{', '.join(form.after)}]{more})"

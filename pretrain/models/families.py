@@ -15,7 +15,7 @@ def register_family(family: str) -> None:
         importlib.import_module(MODULES[family])
 
 
-def register_family_of(folder: str | Path) -> None:
+def register_family_from_folder(folder: str | Path) -> None:
     """Register the family of a Hugging Face folder; do nothing if its config.json cannot be read, which transformers then reports."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         register_family(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type"))

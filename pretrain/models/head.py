@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-MOST_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """Logits that exist at a time, by device: in fp32 256 MiB, and 1 GiB on a GPU, where few large chunks are faster."""
 
 
@@ -18,10 +18,10 @@ class Head(nn.Module):
     different numbers of chunks stay in step.
     """
 
-    def __init__(self, linear: nn.Linear, softcap: float | None, most_logits: int | None = None):
+    def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.softcap, self.most_logits = softcap, most_logits
+        self.softcap, self.max_logits = softcap, max_logits
 
     def forward(self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits, or with labels the sum of the cross-entropies.
@@ -30,12 +30,12 @@ class Head(nn.Module):
         """
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
-        most = self.most_logits or MOST_LOGITS[hidden.device.type]
+        most = self.max_logits or MAX_LOGITS[hidden.device.type]
         size = max(1, most // len(self.weight))
         loss: torch.Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled())
         return loss
 
-    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:
         """Gemma 2's soft-capping (arXiv 2408.00118, section 2): cap * tanh(logits / cap)."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -11,36 +11,36 @@ from transformers.activations import ACT2FN
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.batch import Batch
-from pretrain.data.layout import Specials
-from pretrain.models.attention import FULL, SLIDING, Mask, attention_mask
-from pretrain.models.families import register_family, register_family_of
+from pretrain.data.layout import SpecialTokenIds
+from pretrain.models.attention import FULL_ATTENTION, SLIDING_ATTENTION, Mask, attention_mask
+from pretrain.models.families import register_family, register_family_from_folder
 from pretrain.models.head import Head
 from pretrain.sections import Family
 
-VOCABULARY_MULTIPLE = 64
+VOCAB_SIZE_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this before the model is built; it is never resized."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies depend on the configuration alone. The others of transformers look at the longest position of
 the batch: packed rows would not equal separate sequences."""
 
 
-def padded_vocabulary(tokenizer: Tokenizer) -> int:
+def padded_vocab_size(tokenizer: Tokenizer) -> int:
     """Rows of the embedding: the tokenizer's ids, rounded up."""
-    return -(-tokenizer.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return -(-tokenizer.vocab_size // VOCAB_SIZE_MULTIPLE) * VOCAB_SIZE_MULTIPLE
 
 
-def special_ids(tokenizer: Tokenizer, vocabulary: int) -> Specials:
+def special_ids(tokenizer: Tokenizer, vocab_size: int) -> SpecialTokenIds:
     """The ids that a layout puts in; predictor tokens stand beyond the model's vocabulary."""
-    return Specials(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, vocabulary)
+    return SpecialTokenIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, vocab_size)
 
 
-def shape_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, sequence_length: int) -> PretrainedConfig:
+def build_model_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, sequence_length: int) -> PretrainedConfig:
     """The Hugging Face configuration of a family and shape for a tokenizer.
 
     Raises UserError for a key that the family does not have.
     """
     register_family(family)
-    computed = {"vocab_size": padded_vocabulary(tokenizer), "pad_token_id": tokenizer.pad_id,
+    computed = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_id,
                 "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()  # without what is no shape
     for key in shape:
@@ -74,9 +74,9 @@ def _check_shape(config: PretrainedConfig, where: str) -> None:
     if config.rope_parameters["rope_type"] not in ROPE_TYPES:
         raise UserError(f"{where}: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {FULL, SLIDING}:
-        raise UserError(f"{where}: layer_types are {FULL} and {SLIDING}, not {', '.join(sorted(kinds - {FULL, SLIDING}))}")
-    if SLIDING in kinds and (config.sliding_window or 0) < 1:
+    if kinds - {FULL_ATTENTION, SLIDING_ATTENTION}:
+        raise UserError(f"{where}: layer_types are {FULL_ATTENTION} and {SLIDING_ATTENTION}, not {', '.join(sorted(kinds - {FULL_ATTENTION, SLIDING_ATTENTION}))}")
+    if SLIDING_ATTENTION in kinds and (config.sliding_window or 0) < 1:
         raise UserError(f"{where}: {config.model_type} has layers of sliding attention: sliding_window must be positive")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{where}: use_bidirectional_attention lets a token see the one that it predicts; leave it out")
@@ -110,15 +110,15 @@ class LanguageModel(nn.Module):
 
     causal_lm: Any
     """A PreTrainedModel. Its attributes (`model`, `lm_head`, `config`) depend on the family, so the type checker knows none of them."""
-    vocabulary: int
-    width: int
+    vocab_size: int
+    hidden_size: int
 
     def __init__(self, causal_lm: Any, predictor_tokens: int, attention: str):
         super().__init__()
         self.causal_lm, self.attention = causal_lm, attention
         config = causal_lm.config
         causal_lm.lm_head = Head(causal_lm.lm_head, getattr(config, "final_logit_softcapping", None))
-        self.vocabulary, self.width = config.vocab_size, config.hidden_size
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         words = causal_lm.get_input_embeddings()
         self.predictor = PredictorEmbedding(predictor_tokens, config, words) if predictor_tokens else None
 
@@ -138,7 +138,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (M, D) -> (M, V)."""
-        return self.causal_lm.lm_head.capped(self.causal_lm.lm_head(hidden))
+        return self.causal_lm.lm_head.apply_softcap(self.causal_lm.lm_head(hidden))
 
     def cross_entropy(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
         """Sum of the cross-entropies of the next tokens, in nats: (M, D), (M,) -> scalar."""
@@ -151,11 +151,11 @@ class LanguageModel(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """What goes into the first layer, for ids of the vocabulary and, beyond it, of predictor tokens: (B, L) -> (B, L, D)."""
-        embedded = self.causal_lm.get_input_embeddings()(token_ids.clamp(max=self.vocabulary - 1))
+        embedded = self.causal_lm.get_input_embeddings()(token_ids.clamp(max=self.vocab_size - 1))
         if self.predictor is None:
             return embedded
-        predicting = token_ids >= self.vocabulary
-        predictor = self.predictor((token_ids - self.vocabulary).clamp(min=0))
+        predicting = token_ids >= self.vocab_size
+        predictor = self.predictor((token_ids - self.vocab_size).clamp(min=0))
         return torch.where(predicting[..., None], predictor.to(embedded.dtype), embedded)
 
 
@@ -173,7 +173,7 @@ def pretrained_config(folder: str | Path) -> PretrainedConfig:
 
     Raises UserError if it does not load, is of an unknown family, or has a shape that `model.shape` could not have either.
     """
-    register_family_of(folder)
+    register_family_from_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # its validation raises kinds of its own
@@ -186,7 +186,7 @@ def pretrained_config(folder: str | Path) -> PretrainedConfig:
 
 def pretrained_causal_lm(folder: str, attention: str, dtype: torch.dtype) -> nn.Module:
     """The weights of a local Hugging Face folder. Raises UserError where it does not load."""
-    register_family_of(folder)
+    register_family_from_folder(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:

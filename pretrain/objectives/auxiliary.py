@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.objectives.base import CrossEntropy, Output
+from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
 from pretrain.objectives.next_token import next_token_sum
-from pretrain.objectives.pool import Gather, Pool, gather_pool, read_out
+from pretrain.objectives.pool import Gather, Pool, gather_pool, select_pair_embeddings
 from pretrain.objectives.regularizers import Regularizer
 
 
@@ -27,12 +27,12 @@ class AuxiliaryObjective(ABC):
     def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
         """This rank's sum of the auxiliary term: hidden (B * L, D), its read-outs (P, D) each, and the pool where `pooled`."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the terms of a micro batch, see `Objective`."""
-        prediction, target = read_out(hidden, batch)
+        prediction, target = select_pair_embeddings(hidden, batch)
         pooled = with_pool or self.pooled or bool(self.regularizers)
         pool = gather_pool(prediction, target, batch, gather) if pooled else None
         terms = {"lm": next_token_sum(hidden, batch, cross_entropy), "jepa": self.auxiliary_sum(hidden, prediction, target, batch, pool)}
         if pool is not None:
             terms |= {one.name: one(pool, batch.seed) for one in self.regularizers}
-        return Output(terms, pool)
+        return ObjectiveOutput(terms, pool)

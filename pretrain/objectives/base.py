@@ -14,7 +14,7 @@ CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Hidden states (M, D) and the ids of the next tokens (M,) -> the sum of the cross-entropies in nats, a scalar."""
 
 
-class Output(NamedTuple):
+class ObjectiveOutput(NamedTuple):
     """What one forward pass returns."""
 
     terms: dict[str, torch.Tensor]
@@ -31,7 +31,7 @@ class Objective(Protocol):
     units: Mapping[str, str]
     """What each term is summed over, and so divided by: `targets`, `pairs` or `spans`."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
         """Terms of a micro batch from its hidden states (B * L, D).
 
         `with_pool` gathers the pairs even where no term needs them.

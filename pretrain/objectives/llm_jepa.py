@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pretrain.data.batch import Batch
 from pretrain.objectives.auxiliary import AuxiliaryObjective
 from pretrain.objectives.configs.llm_jepa import Config
-from pretrain.objectives.pool import Pool, own_share
+from pretrain.objectives.pool import Pool, local_value_global_grad
 from pretrain.objectives.regularizers import Regularizer, build_regularizers
 
 DEFAULT_TEMPERATURE = 0.07
@@ -46,9 +46,9 @@ def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
     """
     similarity = F.normalize(pool.prediction, dim=-1) @ F.normalize(pool.target, dim=-1).T / temperature
     own_target = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    logits = similarity.masked_fill(~(pool.strangers() | own_target), float("-inf"))
+    logits = similarity.masked_fill(~(pool.negatives_mask() | own_target), float("-inf"))
     losses = (logits.logsumexp(dim=1) - logits.diagonal()) * pool.valid
-    return own_share(losses.sum(), losses[pool.own].sum())
+    return local_value_global_grad(losses.sum(), losses[pool.local_slice].sum())
 
 
 class LlmJepa(AuxiliaryObjective):
@@ -65,7 +65,7 @@ class LlmJepa(AuxiliaryObjective):
         """Return this rank's sum of the distances."""
         if self.distance == "info_nce":
             assert pool is not None
-            return info_nce_sum(pool.with_fixed_targets() if self.stop_gradient else pool, self.temperature)
+            return info_nce_sum(pool.with_detached_targets() if self.stop_gradient else pool, self.temperature)
         distances = DISTANCES[self.distance](prediction, target.detach() if self.stop_gradient else target)
         return torch.where(batch.pair_valid, distances, 0.0).sum()
 

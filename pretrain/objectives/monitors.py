@@ -23,16 +23,16 @@ def embedding_monitors(pool: Pool) -> dict[str, float]:
     if len(prediction) < 2 or not (prediction.isfinite().all() and target.isfinite().all()):
         return {}
     similarity = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T
-    strangers = pool.strangers()[pool.valid][:, pool.valid]
+    negatives_mask = pool.negatives_mask()[pool.valid][:, pool.valid]
     paired = similarity.diagonal()
-    nearest_stranger = similarity.masked_fill(~strangers, float("-inf")).amax(dim=1)
+    nearest_stranger = similarity.masked_fill(~negatives_mask, float("-inf")).amax(dim=1)
     monitors = {
         "paired_cosine": paired.mean(),
         "effective_rank": torch.minimum(effective_rank(prediction[:RANK_PAIRS]), effective_rank(target[:RANK_PAIRS])),
         "retrieval_at_1": (paired > nearest_stranger).double().mean(),  # a rate is exact in fp64: fp32 would make 0.9 another number than 0.9
     }
-    if strangers.any():
-        monitors["shuffled_cosine"] = similarity[strangers].mean()
+    if negatives_mask.any():
+        monitors["shuffled_cosine"] = similarity[negatives_mask].mean()
     return {name: value.item() for name, value in monitors.items()}
 
 

@@ -3,9 +3,9 @@
 import torch
 
 from pretrain.data.batch import Batch
-from pretrain.objectives.base import CrossEntropy, Output
+from pretrain.objectives.base import CrossEntropy, ObjectiveOutput
 from pretrain.objectives.configs.next_token import Config
-from pretrain.objectives.pool import Gather, gather_pool, read_out
+from pretrain.objectives.pool import Gather, gather_pool, select_pair_embeddings
 
 
 def next_token_sum(hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy) -> torch.Tensor:
@@ -19,10 +19,10 @@ class NextToken:
     weights = {"lm": 1.0}
     units = {"lm": "targets"}
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> Output:
+    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
         """Return the term of a micro batch, see `Objective`."""
-        pool = gather_pool(*read_out(hidden, batch), batch, gather) if with_pool else None
-        return Output({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
+        pool = gather_pool(*select_pair_embeddings(hidden, batch), batch, gather) if with_pool else None
+        return ObjectiveOutput({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
 
 
 def from_config(config: Config) -> NextToken:

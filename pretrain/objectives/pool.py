@@ -32,10 +32,10 @@ class Pool:
     """(Q,) FORWARD or BACKWARD."""
     valid: torch.Tensor
     """(Q,) False for padding."""
-    own: slice
+    local_slice: slice
     """The pairs of this rank."""
 
-    def with_fixed_targets(self) -> "Pool":
+    def with_detached_targets(self) -> "Pool":
         """The same without a gradient into the targets."""
         return replace(self, target=self.target.detach())
 
@@ -43,7 +43,7 @@ class Pool:
         """The same without a graph."""
         return replace(self, prediction=self.prediction.detach(), target=self.target.detach())
 
-    def strangers(self) -> torch.Tensor:
+    def negatives_mask(self) -> torch.Tensor:
         """Whose target is another thing than whose: (Q, Q), row i true at the valid pairs of other records with other targets of the same kind."""
         other = (self.key[:, None] != self.key) & (self.record[:, None] != self.record)
         return other & (self.direction[:, None] == self.direction) & self.valid
@@ -53,10 +53,10 @@ class Pool:
         """Several pools as one, without an own slice."""
         joined = {name: torch.cat([getattr(pool, name) for pool in pools])
                   for name in ("prediction", "target", "key", "record", "direction", "valid")}
-        return Pool(**joined, own=slice(0, 0))
+        return Pool(**joined, local_slice=slice(0, 0))
 
 
-def own_share(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def local_value_global_grad(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The value of this rank's share of a loss over the pool, with the gradient of the whole of it.
 
     This rank's embeddings act on the losses of other ranks' pairs too. Each rank computes the whole loss with its own slice
@@ -65,7 +65,7 @@ def own_share(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return share.detach() + (whole - whole.detach())
 
 
-def read_out(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def select_pair_embeddings(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Predictions and targets of this rank's pairs in fp32: (B * L, D) -> (P, D), (P, D)."""
     return hidden[batch.prediction_index].float(), hidden[batch.target_index].float()
 
@@ -73,10 +73,10 @@ def read_out(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Te
 def gather_pool(prediction: torch.Tensor, target: torch.Tensor, batch: Batch, gather: Gather) -> Pool:
     """Put the pairs of all ranks together; gradients flow into this rank's own slice."""
     size = len(prediction)
-    own = slice(gather.rank * size, (gather.rank + 1) * size)
+    local_slice = slice(gather.rank * size, (gather.rank + 1) * size)
     mine = torch.cat([prediction, target], dim=1)
     everyone = gather.all_gather(mine.detach())
-    predictions, targets = torch.cat([everyone[: own.start], mine, everyone[own.stop :]]).chunk(2, dim=1)
+    predictions, targets = torch.cat([everyone[: local_slice.start], mine, everyone[local_slice.stop :]]).chunk(2, dim=1)
     key, record, direction, valid = gather.all_gather(
-        torch.stack([batch.pair_key, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)).unbind(dim=1)
-    return Pool(predictions, targets, key, record, direction, valid.bool(), own)
+        torch.stack([batch.pair_target_hash, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)).unbind(dim=1)
+    return Pool(predictions, targets, key, record, direction, valid.bool(), local_slice)

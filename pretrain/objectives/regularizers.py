@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.objectives.configs.regularizers import CodingRateConfig, RegularizerConfig, SigregConfig, VicregConfig
-from pretrain.objectives.pool import Pool, own_share
+from pretrain.objectives.pool import Pool, local_value_global_grad
 
 SIGREG_POINTS = 17
 SIGREG_RANGE = 3.0
@@ -29,7 +29,7 @@ class Regularizer:
     def __call__(self, pool: Pool, seed: torch.Tensor) -> torch.Tensor:
         """This rank's share: the loss of the pool times this rank's pairs."""
         loss = self.loss(pool.prediction, pool.valid, seed) + self.loss(pool.target, pool.valid, seed)
-        return own_share(loss * pool.valid.sum(), loss * pool.valid[pool.own].sum())
+        return local_value_global_grad(loss * pool.valid.sum(), loss * pool.valid[pool.local_slice].sum())
 
 
 def build_regularizers(configs: Iterable[RegularizerConfig]) -> list[Regularizer]:

@@ -14,7 +14,7 @@ OF_TRAINING = ("data.lm_views", "data.train_end_token", "data.sequence_length")
 """Keys of `data` that decide the training besides the shards."""
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
 """Sections that do not make an arm: they change nothing of what is trained."""
-ABSENT = "none"
+NOT_SET = "none"
 LONGEST_VALUE = 30
 
 
@@ -25,7 +25,7 @@ class Arm:
     name: str
     runs: dict[int, Run]
     """By seed."""
-    absent: dict[int, str]
+    missing_runs: dict[int, str]
     """Planned runs that are not there: the folder of each."""
     flops_per_token: float | None = None
     """As its study planned it."""
@@ -33,7 +33,7 @@ class Arm:
     @property
     def planned(self) -> int:
         """Number of planned runs."""
-        return len(self.runs) + len(self.absent)
+        return len(self.runs) + len(self.missing_runs)
 
     @property
     def first(self) -> Run | None:
@@ -132,11 +132,11 @@ def _comparison(title: str, arms: list[Arm], baseline: str | None, metric: Metri
 
 def group(runs: list[Run]) -> list[Arm]:
     """Runs as arms, by what differs in their configurations but for seed, name and what changes nothing. Raises UserError for a seed twice."""
-    settings = settings_of(runs)
-    keys = differing(settings)
+    settings = training_settings(runs)
+    keys = differing_keys(settings)
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run, values in zip(runs, settings, strict=True):
-        groups.setdefault(tuple(values.get(key, ABSENT) for key in keys), []).append(run)
+        groups.setdefault(tuple(values.get(key, NOT_SET) for key in keys), []).append(run)
     arms = []
     for name, members in zip(_names([members[0] for members in groups.values()]), groups.values(), strict=True):
         by_seed: dict[int, Run] = {}
@@ -148,30 +148,30 @@ def group(runs: list[Run]) -> list[Arm]:
     return arms
 
 
-def _names(firsts: list[Run]) -> list[str]:
+def _names(first_runs: list[Run]) -> list[str]:
     """The objective, and what tells an arm from others of the same objective; no name twice."""
     names: list[str] = []
-    settings = settings_of(firsts)
-    for run, mine in zip(firsts, settings, strict=True):
-        twins = [values for other, values in zip(firsts, settings, strict=True) if other.objective == run.objective]
-        words = [f"{key.removeprefix('objective.')}={brief(mine[key])}" for key in differing(twins) if key in mine]
+    settings = training_settings(first_runs)
+    for run, mine in zip(first_runs, settings, strict=True):
+        twins = [values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective]
+        words = [f"{key.removeprefix('objective.')}={shorten(mine[key])}" for key in differing_keys(twins) if key in mine]
         name = " ".join([run.objective, *words])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
 
 
-def brief(value: str) -> str:
+def shorten(value: str) -> str:
     """The beginning of a long value."""
     return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
 
 
-def differing(settings: list[dict[str, str]]) -> list[str]:
+def differing_keys(settings: list[dict[str, str]]) -> list[str]:
     """Keys, in order, whose values are not the same everywhere."""
     keys = dict.fromkeys(key for values in settings for key in values)
-    return [key for key in keys if len({values.get(key, ABSENT) for values in settings}) > 1]
+    return [key for key in keys if len({values.get(key, NOT_SET) for values in settings}) > 1]
 
 
-def settings_of(runs: list[Run]) -> list[dict[str, str]]:
+def training_settings(runs: list[Run]) -> list[dict[str, str]]:
     """Return what decides the training of each run, as dotted keys.
 
     Runs that recorded the same shards, tokenizer and weights have the keys of `data` in common, wherever their corpora stood.

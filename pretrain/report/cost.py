@@ -3,9 +3,9 @@
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import RunConfig, load_config
-from pretrain.data.corpus import Corpus, is_corpus_of
+from pretrain.data.corpus import Corpus, was_trained_on
 from pretrain.report.runs import Run
-from pretrain.run_folder import MODEL
+from pretrain.run_folder import MODEL_DIR
 from pretrain.training.dry_run import make_plan
 
 
@@ -25,8 +25,8 @@ def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
     if folder is None:
         raise UserError(f"the corpus {config.data.path} is not here")
     corpus = Corpus(folder, split)
-    if (run.folder / MODEL).is_dir() and Tokenizer.load(run.folder / MODEL).fingerprint != corpus.tokenizer.fingerprint:
+    if (run.folder / MODEL_DIR).is_dir() and Tokenizer.load(run.folder / MODEL_DIR).fingerprint != corpus.tokenizer.fingerprint:
         raise UserError(f"{folder} holds the corpus of another run: its tokenizer is another one")
-    if not is_corpus_of(run.folder, corpus.manifest):
+    if not was_trained_on(run.folder, corpus.manifest):
         raise UserError(f"{folder} holds another corpus than the one that {run.folder} was trained on")
     return corpus

@@ -23,27 +23,27 @@ class Band(NamedTuple):
     """The highest seed."""
 
 
-def tag_bands(summaries: Summaries, tag: str, against: str) -> dict[str, Band]:
+def tag_bands(summaries: Summaries, tag: str, x_axis: str) -> dict[str, Band]:
     """A tag of metrics.jsonl by arm, against `tokens`, `flops` or `seconds`. Arms without it are left out."""
-    return _bands(summaries, lambda run: run.curve(tag), against)
+    return _bands(summaries, lambda run: run.curve(tag), x_axis)
 
 
-def metric_bands(summaries: Summaries, metric: Metric, against: str) -> dict[str, Band]:
+def metric_bands(summaries: Summaries, metric: Metric, x_axis: str) -> dict[str, Band]:
     """The same of the metric, wherever checkpoints were evaluated."""
-    return _bands(summaries, lambda run: metric.curve(run, summaries.settings), against)
+    return _bands(summaries, lambda run: metric.curve(run, summaries.settings), x_axis)
 
 
-def _bands(summaries: Summaries, curve: Callable[[Run], Points], against: str) -> dict[str, Band]:
+def _bands(summaries: Summaries, curve: Callable[[Run], Points], x_axis: str) -> dict[str, Band]:
     bands = {}
     for name, summary in summaries.arms.items():
         factor = 1.0
-        if against == "flops":
+        if x_axis == "flops":
             if summary.flops is None:
                 continue
             factor = summary.flops
         runs = [(run, points) for run in _shown(summary.arm) if (points := curve(run))]
         if runs:
-            key = "seconds" if against == "seconds" else "tokens"
+            key = "seconds" if x_axis == "seconds" else "tokens"
             bands[name] = join([([step for step, _ in points], run.consumed(key, [step for step, _ in points]) * factor,
                                  np.array([value for _, value in points])) for run, points in runs])
     return bands

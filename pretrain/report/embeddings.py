@@ -9,10 +9,10 @@ import torch
 from data_prep.console import UserError
 from pretrain.config import load_config
 from pretrain.data.batch import micro_batches
-from pretrain.data.loader import Rows, draw, plan_rows
+from pretrain.data.loader import Rows, draw_random_bits, plan_rows
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import special_ids
-from pretrain.objectives.pool import read_out
+from pretrain.objectives.pool import select_pair_embeddings
 from pretrain.report.cost import open_corpus
 from pretrain.report.runs import Run
 from pretrain.run_folder import list_steps, step_name
@@ -23,7 +23,7 @@ ROWS = 4
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddingProjection:
     """Pairs in the plane."""
 
     names: tuple[str, str]
@@ -36,7 +36,7 @@ class Picture:
     """Share of the variance that the plane shows."""
 
 
-def picture(run: Run) -> Picture:
+def picture(run: Run) -> EmbeddingProjection:
     """The pairs of the run's last export. Raises UserError where something needed is missing.
 
     Unseen records of the run's corpus; where that is not here, a file that `launcher/evaluate.py EXPORT --embed FILE` has left in the export.
@@ -76,22 +76,22 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
     model = model.to(device)
-    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views, validating=True)
     count = min(PAIRS, len(corpus))
     numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
-    rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw(numbers, 0, np.zeros_like(numbers)))
+    rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
     rows = Rows.join([rows], -(-rows.count // ROWS) * ROWS)
     predictions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     for batch in micro_batches(rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1):
         batch = batch.to(device)
-        for found, read in zip((predictions, targets), read_out(model(batch), batch), strict=True):
+        for found, read in zip((predictions, targets), select_pair_embeddings(model(batch), batch), strict=True):
             found.append(read[batch.pair_valid].cpu().numpy())
     return ("prediction", "target"), np.concatenate(predictions), np.concatenate(targets)
 
 
-def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> Picture:
+def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> EmbeddingProjection:
     """The plane of the two widest directions of (n, D) and (n, D) together, of embeddings brought to length 1. Raises UserError.
 
     Only angles count in the cosine. The picture is not stretched: embeddings that all point the same way are one spot in it.
@@ -104,4 +104,4 @@ def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> Pi
     _, widths, directions = np.linalg.svd(points, full_matrices=False)
     plane = points @ directions[:2].T
     variance = (widths**2).sum()
-    return Picture(names, plane[: len(first)], plane[len(first):], float((widths[:2] ** 2).sum() / variance) if variance > 0 else 1.0)
+    return EmbeddingProjection(names, plane[: len(first)], plane[len(first):], float((widths[:2] ** 2).sum() / variance) if variance > 0 else 1.0)

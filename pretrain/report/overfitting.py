@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.report.runs import Run
-from pretrain.report.statistics import Paired, compare, magnitude
+from pretrain.report.statistics import PairedTest, compare, max_magnitude
 from pretrain.report.summary import Spread, Summaries, spread
 from pretrain.tasks.directions import VALIDATION
 
@@ -28,7 +28,7 @@ class Past:
     """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs that have those, and the last."""
     change: dict[int, float]
     """Of the metric, from there to the end."""
-    not_around: list[int]
+    not_bracketed: list[int]
     """Seeds with several evaluated checkpoints, but none before and after the lowest validation loss, or not the last one."""
 
 
@@ -37,9 +37,9 @@ class Overfitting:
     """All arms that have validation losses, and the tests of the others against the baseline."""
 
     arms: dict[str, Past]
-    rises: dict[str, Paired]
+    rises: dict[str, PairedTest]
     """Lower is better."""
-    changes: dict[str, Paired]
+    changes: dict[str, PairedTest]
     """Of the metric; empty where no run was evaluated more than once."""
 
 
@@ -62,7 +62,7 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
 def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
     lowest: dict[int, float] = {}
     rise, times, metric, change = (dict(lowest) for _ in range(4))
-    not_around: list[int] = []
+    not_bracketed: list[int] = []
     for run in runs:
         if not (curve := run.curve(LOSS)):
             continue
@@ -74,12 +74,12 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
             continue
         steps, values = zip(*scores, strict=True)
         if not (steps[0] <= step <= steps[-1] == run.last["step"]):
-            not_around.append(run.seed)
+            not_bracketed.append(run.seed)
             continue
         metric[run.seed] = float(np.interp(step, steps, values))
         change[run.seed] = scores[-1][1] - metric[run.seed]
     of_times = spread(times.values())
-    return Past(lowest, rise, of_times, metric, change, not_around) if of_times else None
+    return Past(lowest, rise, of_times, metric, change, not_bracketed) if of_times else None
 
 
 def _mean(values: dict[int, float]) -> float:
@@ -88,4 +88,4 @@ def _mean(values: dict[int, float]) -> float:
 
 def _magnitude(values: dict[int, float], base: dict[int, float]) -> float:
     """Return the largest magnitude of two arms over the seeds that both have."""
-    return magnitude(value for seed in values.keys() & base.keys() for value in (values[seed], base[seed]))
+    return max_magnitude(value for seed in values.keys() & base.keys() for value in (values[seed], base[seed]))

@@ -7,9 +7,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from data_prep.console import UserError
-from pretrain.report import plots, words
+from pretrain.report import narrative, plots
 from pretrain.report.curves import Band, metric_bands, tag_bands
-from pretrain.report.embeddings import Picture, picture
+from pretrain.report.embeddings import EmbeddingProjection, picture
 from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
 from pretrain.report.summary import MONITORS, Summaries, Summary, spread
@@ -23,7 +23,7 @@ ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoesca
 
 def columns(summaries: Summaries) -> list[str]:
     """Heads of the table by arm."""
-    corrected = " (Holm)" if summaries.corrected_for > 1 else ""
+    corrected = " (Holm)" if summaries.num_tested_arms > 1 else ""
     base = summaries.comparison.baseline
     compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
     costs = ["FLOPs a token", "seconds a token"] if base else []
@@ -38,23 +38,23 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
         compared = ["", "", "", "baseline"]
     elif baseline:
         assert test is not None  # every other arm has one
-        compared = [words.number(test.mean, True), words.interval_text(test), words.p_text(test.corrected_p), test.verdict]
+        compared = [narrative.format_number(test.mean, True), narrative.format_interval(test), narrative.format_p_value(test.corrected_p), test.verdict]
     amounts = [found.mean if (found := summary.consumed(what)) else None for what in AMOUNTS]
     ratio = summary.seconds_ratio
     costs = [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"] if baseline else []
-    return [summary.arm.name, f"{len(summary.values)} of {summary.arm.planned}", words.spread_text(summary.metric), *compared,
-            words.spread_text(summary.losses.get("validation/loss/lm")), *map(_amount, amounts), *costs]
+    return [summary.arm.name, f"{len(summary.values)} of {summary.arm.planned}", narrative.format_spread(summary.metric), *compared,
+            narrative.format_spread(summary.losses.get("validation/loss/lm")), *map(_amount, amounts), *costs]
 
 
 def score_rows(summaries: Summaries) -> list[list[str]]:
     """Each metric of each task, and its values by arm."""
-    return [[name, *(words.spread_text(values[arm]) for arm in summaries.arms)] for name, values in summaries.scores.items()]
+    return [[name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)] for name, values in summaries.scores.items()]
 
 
 def past_rows(past: Overfitting) -> list[list[str]]:
     """The cells of each arm under the heads PAST."""
-    return [[name, words.spread_text(spread(arm.lowest.values())), f"{arm.times.mean:.1f}", words.spread_text(spread(arm.rise.values())),
-             words.spread_text(spread(arm.metric.values())), words.spread_text(spread(arm.change.values()))] for name, arm in past.arms.items()]
+    return [[name, narrative.format_spread(spread(arm.lowest.values())), f"{arm.times.mean:.1f}", narrative.format_spread(spread(arm.rise.values())),
+             narrative.format_spread(spread(arm.metric.values())), narrative.format_spread(spread(arm.change.values()))] for name, arm in past.arms.items()]
 
 
 def _amount(value: float | None) -> str:
@@ -63,22 +63,22 @@ def _amount(value: float | None) -> str:
 
 def markdown(summaries: Summaries) -> str:
     """The table, the verdict above it, the cautions below."""
-    lines = [f"# {_plain(summaries.comparison.title)}", "", f"**{_plain(words.headline(summaries))}**", ""]
+    lines = [f"# {_plain(summaries.comparison.title)}", "", f"**{_plain(narrative.headline(summaries))}**", ""]
     if len(summaries.tests) > 1:
-        lines += [*(f"- {_plain(words.verdict(summaries, name))}" for name in summaries.tests), ""]
+        lines += [*(f"- {_plain(narrative.verdict(summaries, name))}" for name in summaries.tests), ""]
     heads = columns(summaries)
     lines += _table(heads, [row(summaries, summary) for summary in summaries.arms.values()])
     lines += ["", f"Mean ± standard deviation over seeds. Metric: {_plain(summaries.comparison.metric_origin)}."]
-    remarks = [*words.costs(summaries).values(), *words.cautions(summaries)]
-    if summaries.no_flops:
-        remarks.append(f"FLOPs are not counted: {summaries.no_flops}.")
+    remarks = [*narrative.cost_sentences(summaries).values(), *narrative.caveats(summaries)]
+    if summaries.flops_unavailable_reason:
+        remarks.append(f"FLOPs are not counted: {summaries.flops_unavailable_reason}.")
     if remarks:
         lines += ["", *(f"- {_plain(remark)}" for remark in remarks)]
     if summaries.scores:
         lines += ["", "## All scores", "", *_table(["metric", *summaries.arms], score_rows(summaries))]
     if past := overfitting(summaries):
         lines += ["", "## Past the best validation loss", "", *_table(PAST, past_rows(past)), ""]
-        lines += [f"- {_plain(sentence)}" for sentence in words.holding(summaries, past)]
+        lines += [f"- {_plain(sentence)}" for sentence in narrative.overfitting_sentences(summaries, past)]
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +102,7 @@ def html(summaries: Summaries, say: Callable[[str], None]) -> str:
     say("drawing")
     past = overfitting(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
-        comparison=comparison, words=words, summaries=summaries, heads=columns(summaries),
+        comparison=comparison, narrative=narrative, summaries=summaries, heads=columns(summaries),
         rows={name: row(summaries, one) for name, one in summaries.arms.items()},
         legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
         forest=Markup(plots.forest(summaries)), curves=_curves(summaries), diagnostics=Markup(_diagnostics(summaries)), monitors=MONITORS,
@@ -127,8 +127,8 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
         "loss/jepa": ("The auxiliary term, unweighted. Each distance has units of its own: compare a curve with itself.", "units of its own",
                       _bands_of(summaries, "loss/jepa")),
     }
-    against = AMOUNTS if not summaries.no_flops else ("tokens", "seconds")
-    drawn = ({"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, against))}
+    x_axis = AMOUNTS if not summaries.flops_unavailable_reason else ("tokens", "seconds")
+    drawn = ({"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, x_axis))}
              for title, (remark, unit, bands) in measures.items())
     return [one for one in drawn if one["svg"]]
 
@@ -144,9 +144,9 @@ def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]
     return lambda what: tag_bands(summaries, tag, what)
 
 
-def _pictures(summaries: Summaries) -> tuple[dict[str, Picture], list[str]]:
+def _pictures(summaries: Summaries) -> tuple[dict[str, EmbeddingProjection], list[str]]:
     """Of the first finished seed of each arm; and what is missing, and for which arms."""
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, EmbeddingProjection] = {}
     missing: dict[str, list[str]] = {}
     for name, summary in summaries.arms.items():
         if not summary.finished:
@@ -156,4 +156,4 @@ def _pictures(summaries: Summaries) -> tuple[dict[str, Picture], list[str]]:
             pictures[name] = picture(summary.finished[0])
         except UserError as error:
             missing.setdefault(str(error), []).append(name)
-    return pictures, [f"{words.listed(names)}: {reason}" for reason, names in missing.items()]
+    return pictures, [f"{narrative.join_names(names)}: {reason}" for reason, names in missing.items()]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pretrain.report.curves import Band
-from pretrain.report.embeddings import Picture
+from pretrain.report.embeddings import EmbeddingProjection
 from pretrain.report.summary import Summaries
 
 INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
@@ -53,9 +53,9 @@ def arm_variable(number: int) -> str:
     return "var(--arm0)" if number == 0 else f"var(--arm{(number - 1) % HUES + 1})"
 
 
-def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label: str, against: tuple[str, ...]) -> str:
+def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label: str, x_axis: tuple[str, ...]) -> str:
     """One measure against several amounts, side by side, with the same vertical axis; empty where no run has it."""
-    panels = {what: found for what in against if (found := bands(what))}
+    panels = {what: found for what in x_axis if (found := bands(what))}
     if not panels:
         return ""
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
@@ -109,7 +109,7 @@ def forest(summaries: Summaries) -> str:
     return _svg(figure)
 
 
-def embeddings(pictures: dict[str, Picture]) -> str:
+def embeddings(pictures: dict[str, EmbeddingProjection]) -> str:
     """A panel an arm, all with the same scale."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)

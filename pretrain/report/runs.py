@@ -11,12 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from data_prep.console import UserError
-from data_prep.files import read_json_or_nothing
+from data_prep.files import read_json_or_none
 from pretrain.config import dump_config, load_config
-from pretrain.evaluation.results import read_results, scoring_of
+from pretrain.evaluation.results import read_results, scoring_version
 from pretrain.objectives.configs import objective_configs
 from pretrain.run_folder import read_metrics, read_status
-from pretrain.tasks.directions import VALIDATION, Direction, direction
+from pretrain.tasks.directions import VALIDATION, MetricDirection, direction
 
 FINETUNING = ("finetune", "finetune_objective", "finetune_lora")
 """Keys of a task."""
@@ -47,7 +47,7 @@ class Run:
         return name
 
     @property
-    def has_pairs(self) -> bool:
+    def has_pair_term(self) -> bool:
         """Whether its objective has a term on pairs; of one that this version does not read, whether it is another than next_token."""
         try:
             return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
@@ -126,7 +126,7 @@ class Metric:
             return run.curve(f"{self.task}/{self.name}")
         found: dict[int, list[float]] = {}
         for result in self.results(run):
-            if identity(result, run.config) == settings:
+            if comparison_key(result, run.config) == settings:
                 found.setdefault(result["step"], []).append(result["metrics"][self.name])
         return [(step, float(np.mean(found[step]))) for step in sorted(found)]
 
@@ -146,15 +146,15 @@ class Metric:
         """
         votes: dict[str, int] = {}
         for run in runs:
-            for settings in {identity(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
+            for settings in {comparison_key(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
-            votes = {identity(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(sorted(votes), key=lambda settings: (scoring_in(settings), votes[settings])) if votes else None
+            votes = {comparison_key(result, run.config): 1 for run in runs for result in self.results(run)}
+        return max(sorted(votes), key=lambda settings: (parse_scoring_version(settings), votes[settings])) if votes else None
 
-    def scorings(self, run: Run) -> set[int]:
+    def scoring_versions(self, run: Run) -> set[int]:
         """Return the versions of the scoring that gave its values at the last step of a run."""
-        return {scoring_of(result) for result in self.results(run) if result["step"] == run.last.get("step")}
+        return {scoring_version(result) for result in self.results(run) if result["step"] == run.last.get("step")}
 
 
 def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -163,12 +163,12 @@ def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {task.get("label") or task["name"]: task for task in tasks}
 
 
-def declared_direction(task: str, name: str, runs: list[Run]) -> Direction | None:
+def declared_direction(task: str, name: str, runs: list[Run]) -> MetricDirection | None:
     """Return the direction of a metric as a result of it records it or, in results of older versions, as its task declares it."""
     for run in runs:
         for result in run.results:
             if result["task"] == task and name in result.get("directions", {}):
-                recorded: Direction = result["directions"][name]
+                recorded: MetricDirection = result["directions"][name]
                 return recorded
     kinds = {known["name"] for run in runs if (known := tasks_by_title(run.config).get(task))} or {task}
     return next((found for kind in sorted(kinds) if (found := direction(kind, name))), None)
@@ -181,27 +181,27 @@ def known_metrics(runs: list[Run]) -> str:
     return ", ".join(sorted(evaluated | validated)) or "none yet: evaluate the runs with launcher/evaluate.py RUN_DIR"
 
 
-def finetunings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How each task of a run's configuration finetunes, by its title."""
     return {title: {key: task[key] for key in FINETUNING if task.get(key) is not None} for title, task in tasks_by_title(config).items()}
 
 
-def identity(result: dict[str, Any], config: dict[str, Any]) -> str:
+def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     """What must be equal for results to compare: scoring, rows, settings and content of the files, wherever these lie; not a finetuning's seed.
 
     Nor how it finetunes, where that is what the run's configuration says: arms may differ in it.
     """
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
-    if finetuning and finetuning == finetunings(config).get(result["task"]):
+    if finetuning and finetuning == finetune_settings(config).get(result["task"]):
         settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {"finetune": "as the configuration says"}
     kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
             (isinstance(value, dict) and value.get("type") == "hub")}
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
-    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_of(result)], sort_keys=True)
+    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_version(result)], sort_keys=True)
 
 
-def scoring_in(settings: str) -> int:
+def parse_scoring_version(settings: str) -> int:
     """Return the version of the scoring in an `identity`."""
     version: int = json.loads(settings)[-1]
     return version
@@ -224,5 +224,5 @@ def read_run(folder: Path) -> Run:
             config = None
         if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):
             raise UserError(f"{path} is no configuration of a run: it needs name and objective.name") from None
-    return Run(folder, config, read_json_or_nothing(folder / "environment.json") or {}, read_status(folder), read_metrics(folder),
+    return Run(folder, config, read_json_or_none(folder / "environment.json") or {}, read_status(folder), read_metrics(folder),
                read_results(folder))

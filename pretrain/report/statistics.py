@@ -27,7 +27,7 @@ Verdict = Literal["helps", "hurts", "no difference found", "no verdict"]
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTest:
     """An arm against the baseline, over the seeds that both have."""
 
     seeds: list[int]
@@ -43,14 +43,14 @@ class Paired:
     """Confidence level of the interval: 95% after the correction."""
     low: float | None = None
     high: float | None = None
-    detectable: float | None = None
+    min_detectable: float | None = None
     """The smallest true difference that a test of this many seeds, differences of this spread and this many arms finds with 80% power."""
     reason: str = ""
     """Why there is no verdict."""
 
 
 def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool,
-            sizes: Mapping[str, float] | None = None) -> dict[str, Paired]:
+            sizes: Mapping[str, float] | None = None) -> dict[str, PairedTest]:
     """Test each arm against the baseline; all are values of the metric by seed.
 
     An arm is not tested, and gets no corrected p, if its differences cannot be: for one seed, equal differences or values that are not
@@ -58,48 +58,48 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
     """
     pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
     if sizes is None:
-        sizes = {name: magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed])) for name, values in arms.items()}
+        sizes = {name: max_magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed])) for name, values in arms.items()}
     untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
     found = {name: result for name, result in untested.items() if result is not None}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}
     p_values = {name: p_value(differences) for name, differences in tested.items()}
-    for name, (corrected_p, alpha) in holm(p_values).items():
+    for name, (corrected_p, alpha) in holm_correction(p_values).items():
         differences = tested[name]
-        low, high = interval(differences, alpha)
-        found[name] = Paired(
+        low, high = confidence_interval(differences, alpha)
+        found[name] = PairedTest(
             list(pairs[name]), float(differences.mean()), _verdict(differences.mean(), corrected_p, higher_is_better), float(differences.std(ddof=1)),
             p_values[name], corrected_p, 1 - alpha, low, high,
-            detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
+            min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
     return {name: found[name] for name in arms}
 
 
-def magnitude(values: Iterable[float]) -> float:
+def max_magnitude(values: Iterable[float]) -> float:
     """Return the largest magnitude among the finite values; 0 without any."""
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
-def _untested(differences: dict[int, float], baseline: dict[int, float], tolerance: float) -> Paired | None:
+def _untested(differences: dict[int, float], baseline: dict[int, float], tolerance: float) -> PairedTest | None:
     """Return what can be said where no test is possible, or None. Values up to `tolerance` apart count as equal."""
     seeds, values = list(differences), np.array(list(differences.values()))
     if not seeds:
-        return Paired(seeds, None, "no verdict", reason="no seed has a value of both")
+        return PairedTest(seeds, None, "no verdict", reason="no seed has a value of both")
     if infinite := [seed for seed, difference in differences.items() if not math.isfinite(difference)]:
-        return Paired(seeds, None, "no verdict", reason=f"the values of {numbered(infinite)} are not finite numbers in both")
+        return PairedTest(seeds, None, "no verdict", reason=f"the values of {format_seeds(infinite)} are not finite numbers in both")
     mean = float(values.mean())
     if len(seeds) == 1:
-        return Paired(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
+        return PairedTest(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
     same = bool((abs(values) <= tolerance).all())
     if same and np.ptp(list(baseline.values())) <= tolerance:
-        return Paired(seeds, 0.0, "no verdict", reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
+        return PairedTest(seeds, 0.0, "no verdict", reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
                       "every one: this metric cannot tell them apart, another one may (--metric)")
     if same:
-        return Paired(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
+        return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
     if np.ptp(values) <= tolerance:
-        return Paired(seeds, mean, "no verdict", 0.0, reason="the difference is the same in every seed, so its spread cannot be estimated")
+        return PairedTest(seeds, mean, "no verdict", 0.0, reason="the difference is the same in every seed, so its spread cannot be estimated")
     return None
 
 
-def numbered(seeds: list[int]) -> str:
+def format_seeds(seeds: list[int]) -> str:
     """Return `seed 1`, or `seeds 1, 2`."""
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
@@ -115,7 +115,7 @@ def p_value(differences: np.ndarray) -> float:
     return float(2 * t.sf(abs(differences.mean()) / _standard_error(differences), len(differences) - 1))
 
 
-def interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
+def confidence_interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
     """The confidence interval of the mean of differences (n,) at level 1 - alpha."""
     half = t.ppf(1 - alpha / 2, len(differences) - 1) * _standard_error(differences)
     return float(differences.mean() - half), float(differences.mean() + half)
@@ -125,7 +125,7 @@ def _standard_error(differences: np.ndarray) -> float:
     return float(differences.std(ddof=1) / np.sqrt(len(differences)))
 
 
-def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
+def holm_correction(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
     """For each p its corrected value, and the alpha that its own interval takes.
 
     The corrected p is below ALPHA where Holm's step-down procedure rejects, and then, and only then, the interval at level 1 - alpha leaves
@@ -142,7 +142,7 @@ def holm(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
     return result
 
 
-def detectable_difference(sd: float, seeds: int, alpha: float) -> float:
+def min_detectable_difference(sd: float, seeds: int, alpha: float) -> float:
     """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80%, for differences of this standard deviation."""
     return _detectable_effect(seeds, alpha) * sd
 

@@ -11,7 +11,7 @@ from pretrain.objectives.monitors import has_collapsed
 from pretrain.report.arms import Arm, Comparison
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import Metric, Run
-from pretrain.report.statistics import Paired, compare
+from pretrain.report.statistics import PairedTest, compare
 
 MONITORS = ("paired_cosine", "shuffled_cosine", "retrieval_at_1", "effective_rank")
 LOSSES = ("loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa")
@@ -44,7 +44,7 @@ class Summary:
     finished: list[Run]
     values: dict[int, float]
     """The metric at the end of each finished run, by seed."""
-    test: Paired | None
+    test: PairedTest | None
     """Against the baseline; None for the baseline itself."""
     flops: float | None
     """Of a corpus token; None where they could not be counted."""
@@ -77,7 +77,7 @@ class Summaries:
     arms: dict[str, Summary]
     settings: str | None
     """Of the evaluations that are compared."""
-    no_flops: str
+    flops_unavailable_reason: str
     """Why FLOPs are not counted; empty where they are."""
     scores: dict[str, dict[str, Spread | None]]
     """TASK/NAME of each metric of each task -> arm -> its values at the end of the finished runs."""
@@ -89,12 +89,12 @@ class Summaries:
         return None if baseline is None else self.arms.get(baseline)
 
     @property
-    def tests(self) -> dict[str, Paired]:
+    def tests(self) -> dict[str, PairedTest]:
         """Of all arms but the baseline."""
         return {name: summary.test for name, summary in self.arms.items() if summary.test}
 
     @property
-    def corrected_for(self) -> int:
+    def num_tested_arms(self) -> int:
         """Number of arms that could be tested, which is the number that p and intervals are corrected for."""
         return sum(test.corrected_p is not None for test in self.tests.values())
 
@@ -104,7 +104,7 @@ def summarize(comparison: Comparison) -> Summaries:
     settings = comparison.metric.common_settings(comparison.runs)
     values = {name: {seed: value for seed, run in arm.runs.items() if (value := comparison.metric.final(run, settings)) is not None}
               for name, arm in comparison.arms.items()}
-    tests: dict[str, Paired] = {}
+    tests: dict[str, PairedTest] = {}
     of_baseline = None
     if comparison.baseline is not None:
         others = {arm.name: values[arm.name] for arm in comparison.others}
@@ -168,4 +168,4 @@ def monitor(run: Run, name: str) -> float | None:
 def _collapsed(run: Run) -> bool:
     """Of a run that has a term on pairs; other embeddings were never asked to tell pairs apart."""
     monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
-    return run.has_pairs and len(monitors) == len(MONITORS) and has_collapsed(monitors)
+    return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)

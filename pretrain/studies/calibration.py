@@ -12,9 +12,9 @@ from pretrain.run_folder import read_metrics
 from pretrain.sections import BUDGETS
 from pretrain.studies.config import Study, StudyConfig, run_name
 from pretrain.studies.matching import Arm
-from pretrain.studies.processes import Processes
-from pretrain.studies.record import Record
-from pretrain.studies.runner import log_of, write_run_config
+from pretrain.studies.processes import ProcessRunner
+from pretrain.studies.record import StudyRecord
+from pretrain.studies.runner import log_path, write_run_config
 from pretrain.studies.slurm import submit, wait_for
 
 STEPS, LEFT_OUT = 40, 10
@@ -49,7 +49,7 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
             "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])}
 
 
-def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, processes: Processes) -> dict[str, float]:
+def calibrate(study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: Path, processes: ProcessRunner) -> dict[str, float]:
     """Return the tokens per second of each arm.
 
     An earlier measurement stays if the settings are the same, or if the arm has runs, because their budgets follow from it.
@@ -64,13 +64,13 @@ def calibrate(study: Study, arms: list[Arm], record: Record, launcher: Path, pro
         if processes.stopped or (known and (has_runs or known.get("started_as") == started_as)):
             continue
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        log, path = log_of(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
+        log, path = log_path(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
         print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
         if study.config.slurm:
-            job = submit(launcher / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path)
+            job = submit(launcher_dir / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path)
             wait_for(job, lambda: processes.stopped is not None)
         else:
-            processes.train(launcher, study.config.launch, path, log)
+            processes.train(launcher_dir, study.config.launch, path, log)
         if not processes.stopped:
             record.calibration[arm.name] = {"started_as": started_as} | measured(arm, config.run_dir)
             record.save()

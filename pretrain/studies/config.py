@@ -15,7 +15,7 @@ from data_prep.console import UserError
 from pretrain.config import RunConfig, load_config
 from pretrain.report.runs import Metric
 from pretrain.sections import BUDGETS
-from pretrain.tasks.directions import direction, directions_of
+from pretrain.tasks.directions import direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
@@ -146,8 +146,8 @@ def load_study(path: Path, overrides: list[str]) -> Study:
 
 def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
     """Give the metric of a task its declared direction. Raises UserError if it has none, or the task no such metric."""
-    found, declared = direction(task.name, metric.name), [name for name in directions_of(task.name) if task.gives(name, views)]
-    if declared and (found is None or not task.gives(metric.name, views)):
+    found, declared = direction(task.name, metric.name), [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
+    if declared and (found is None or not task.reports_metric(metric.name, views)):
         raise UserError(f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those")
     if metric.higher_is_better is not None:
         return

@@ -82,4 +82,4 @@ def _tests(config: RunConfig) -> list[TaskTest]:
 def _records(config: RunConfig) -> str:
     """Return the settings that decide the shards, as text."""
     tests = [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
-    return json.dumps([config.data.preparation(), tests], sort_keys=True)
+    return json.dumps([config.data.shard_settings(), tests], sort_keys=True)

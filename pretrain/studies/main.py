@@ -5,22 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, print_now
+from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, print_now
 from data_prep.files import try_lock
 from pretrain.studies.config import Study, load_study
 
 
-def main(launcher: Path) -> None:
+def main(launcher_dir: Path) -> None:
     """Parse the command line; `launcher` is the folder of the commands that the study starts."""
     parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study, each with every seed; or go on with that.")
     parser.add_argument("study", type=Path, help="YAML file of the study, such as those in configs/studies")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]")
     parser.add_argument("--dry-run", action="store_true", help="print runs, budgets and FLOPs, and start nothing")
     arguments = parser.parse_intermixed_args()
-    exit_on_user_error(lambda: _main(launcher, arguments))
+    exit_on_user_error(lambda: _main(launcher_dir, arguments))
 
 
-def _main(launcher: Path, arguments: argparse.Namespace) -> None:
+def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
     study = load_study(arguments.study, arguments.overrides)
     if arguments.dry_run:
         _show(study)
@@ -33,17 +33,17 @@ def _main(launcher: Path, arguments: argparse.Namespace) -> None:
     if lock is None:
         raise UserError(f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
                         "another name")
-    with lock, output_may_be_lost():
-        sys.exit(_run(study, launcher, lock))
+    with lock, ignore_output_errors():
+        sys.exit(_run(study, launcher_dir, lock))
 
 
 def _show(study: Study) -> None:
     from pretrain.studies.corpora import assign_corpora, is_prepared
-    from pretrain.studies.matching import Matching, make_base
+    from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import print_plan
-    from pretrain.studies.record import Record
+    from pretrain.studies.record import StudyRecord
 
-    overrides, corpora = assign_corpora(study, make_base(study))
+    overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
     if missing:
         print_now(f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
@@ -51,30 +51,30 @@ def _show(study: Study) -> None:
                   f"or python -m data_prep {study.base}")
         return
     matching = Matching(study, overrides, print_now)
-    speeds = {arm: found["tokens_per_second"] for arm, found in Record(study.folder).calibration.items()}
+    speeds = {arm: found["tokens_per_second"] for arm, found in StudyRecord(study.folder).calibration.items()}
     print_plan(study, matching, speeds)
 
 
-def _run(study: Study, launcher: Path, lock: Any) -> int:
+def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     from pretrain.studies.calibration import calibrate
     from pretrain.studies.corpora import assign_corpora, prepare_corpus
-    from pretrain.studies.matching import Matching, make_base
+    from pretrain.studies.matching import Matching, load_base_config
     from pretrain.studies.plan import check_runs, make_runs, print_outcome, print_plan
-    from pretrain.studies.processes import Processes
-    from pretrain.studies.record import Record
-    from pretrain.studies.runner import STOPPED, check_metric, is_done, run_here
+    from pretrain.studies.processes import ProcessRunner
+    from pretrain.studies.record import StudyRecord
+    from pretrain.studies.runner import EXIT_CODE_STOPPED, check_metric, is_done, run_locally
     from pretrain.studies.slurm import submit_runs
 
-    overrides, corpora = assign_corpora(study, make_base(study))
+    overrides, corpora = assign_corpora(study, load_base_config(study))
     for corpus in corpora:
         prepare_corpus(corpus)
-    record, processes = Record(study.folder), Processes(lock)
+    record, processes = StudyRecord(study.folder), ProcessRunner(lock)
     matching = Matching(study, overrides, print_now)
     speeds = {}
     if study.config.matched_by == "seconds":
-        speeds = calibrate(study, list(matching.arms.values()), record, launcher, processes)
+        speeds = calibrate(study, list(matching.arms.values()), record, launcher_dir, processes)
     if processes.stopped:
-        return STOPPED
+        return EXIT_CODE_STOPPED
     runs = make_runs(study, matching, speeds)
     check_runs(runs)
     for run in filter(is_done, runs):
@@ -83,8 +83,8 @@ def _run(study: Study, launcher: Path, lock: Any) -> int:
                     {name: arm.flops_per_token for name, arm in matching.arms.items()})
     print_plan(study, matching, speeds)
     if study.config.slurm:
-        return submit_runs(study.folder, launcher, study.config.slurm, runs, record)
-    code = run_here(study, launcher, runs, record, processes)
-    if code != STOPPED:
+        return submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)
+    code = run_locally(study, launcher_dir, runs, record, processes)
+    if code != EXIT_CODE_STOPPED:
         print_outcome(study, runs)
     return code

@@ -60,7 +60,7 @@ class Matching:
     def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
         self.study, self._say = study, say
         self._said: set[str] = set()
-        self.base = make_base(study)
+        self.base = load_base_config(study)
         plan = self._plan(self.base)
         self.base_step_tokens = plan.step.tokens
         self.base_tokens = budget_tokens(plan)
@@ -120,7 +120,7 @@ class Matching:
             self._say(line)
 
 
-def make_base(study: Study) -> RunConfig:
+def load_base_config(study: Study) -> RunConfig:
     """The base configuration as it is written, with the study's first seed."""
     return load_config(study.base, [f"seed={study.config.seeds[0]}", "name=base", f"output_dir={study.folder}"])
 
@@ -162,7 +162,7 @@ def budget_tokens(plan: Plan) -> int:
     records = train.records
     if records is None:
         assert train.epochs is not None  # a run has exactly one budget
-        records = order.until(train.epochs)
+        records = order.records_in_epochs(train.epochs)
     weights = source_weights(corpus.manifest, plan.config.data.sources)
     of_an_epoch: float = sum(weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"])
     return math.floor(records * of_an_epoch / order.epoch_records + 1e-6)

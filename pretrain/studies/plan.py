@@ -29,7 +29,7 @@ def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> lis
 def check_runs(runs: list[Run]) -> None:
     """Raise UserError where a run that exists was started with other settings than it has now."""
     for run in runs:
-        if (run.dir / "config.yaml").exists():
+        if (run.run_dir / "config.yaml").exists():
             try:
                 check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
             except UserError as error:
@@ -61,7 +61,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 def print_outcome(study: Study, runs: list[Run]) -> None:
     """Print the metric of each arm over its seeds, and what the runs took."""
     metric = study.metric
-    finished = {run.name: read_run(run.dir) for run in runs if is_done(run)}
+    finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
     rows = [["arm", "runs", str(metric), "spread", "tokens", "training seconds"]]
     seconds = {}

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from pretrain.training.background import tied
+from pretrain.training.evaluation_requests import die_with_parent
 
 
-class Processes:
+class ProcessRunner:
     """Starts one command after another; a signal that asks the study to stop is passed on to the one that runs."""
 
     def __init__(self, lock: IO[bytes]):
@@ -23,14 +23,14 @@ class Processes:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
-    def train(self, launcher: Path, launch: str, config: Path, log: Path) -> int:
+    def train(self, launcher_dir: Path, launch: str, config: Path, log: Path) -> int:
         """Train under launcher/supervise.py, which brings the signals to all ranks and leaves none behind; the exit code."""
         words = shlex.split(launch) or [sys.executable]
-        return self._run([sys.executable, str(launcher / "supervise.py"), "--", *words, str(launcher / "run.py"), str(config)], log)
+        return self._run([sys.executable, str(launcher_dir / "supervise.py"), "--", *words, str(launcher_dir / "run.py"), str(config)], log)
 
-    def evaluate(self, launcher: Path, run_dir: Path, log: Path) -> int:
+    def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
         """Evaluate the last checkpoint of a run; the exit code."""
-        return self._run([sys.executable, str(launcher / "evaluate.py"), str(run_dir)], log, group=True)
+        return self._run([sys.executable, str(launcher_dir / "evaluate.py"), str(run_dir)], log, group=True)
 
     def _run(self, command: list[str], log: Path, group: bool = False) -> int:
         """`group`: a signal goes to all processes of the command, and not to the first alone.
@@ -39,7 +39,7 @@ class Processes:
         """
         with open(log, "a") as output:
             self._group = group
-            self._running = subprocess.Popen(tied(command, "TERM"), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            self._running = subprocess.Popen(die_with_parent(command, "TERM"), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                              start_new_session=True, pass_fds=[self._lock.fileno()])
         if self.stopped:  # while it was started
             self._pass_on(self.stopped)

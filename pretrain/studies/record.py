@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.files import read_json_or_nothing, write_json
+from data_prep.files import read_json_or_none, write_json
 from pretrain.config import RunConfig
 from pretrain.studies.config import Study, run_name
 
@@ -32,7 +32,7 @@ class Run:
     """Of the training, estimated."""
 
     @property
-    def dir(self) -> Path:
+    def run_dir(self) -> Path:
         """Its run directory."""
         return self.config.run_dir
 
@@ -42,12 +42,12 @@ class Run:
         return self.config.name
 
 
-class Record:
+class StudyRecord:
     """The file, read at a start and written whenever something is known."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE
-        before = read_json_or_nothing(self._path) or {}
+        before = read_json_or_none(self._path) or {}
         self.calibration: dict[str, Any] = before.get("calibration", {})
         self.wall_seconds: dict[str, float] = before.get("wall_seconds", {})
         self.jobs: dict[str, list[int]] = before.get("jobs", {})

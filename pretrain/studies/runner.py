@@ -10,11 +10,11 @@ from pretrain.evaluation.results import evaluated_steps
 from pretrain.report.runs import read_run
 from pretrain.run_folder import list_steps, read_status
 from pretrain.studies.config import Study
-from pretrain.studies.processes import Processes
-from pretrain.studies.record import Record, Run
+from pretrain.studies.processes import ProcessRunner
+from pretrain.studies.record import Run, StudyRecord
 from pretrain.training.progress_line import duration
 
-STOPPED = 75
+EXIT_CODE_STOPPED = 75
 """Exit code of a study that was stopped and can go on, as that of a run."""
 
 
@@ -26,12 +26,12 @@ def write_run_config(folder: Path, config: RunConfig) -> Path:
     return path
 
 
-def renew_tasks(run: Run) -> None:
+def rewrite_run_config(run: Run) -> None:
     """Write the configuration of a trained run anew: the base may name other tasks since; all else was checked to be the same."""
-    write_text(run.dir / "config.yaml", dump_config(run.config))
+    write_text(run.run_dir / "config.yaml", dump_config(run.config))
 
 
-def log_of(folder: Path, name: str) -> Path:
+def log_path(folder: Path, name: str) -> Path:
     """Where a run's console goes."""
     (folder / "logs").mkdir(exist_ok=True)
     return folder / "logs" / f"{name}.log"
@@ -39,41 +39,41 @@ def log_of(folder: Path, name: str) -> Path:
 
 def is_trained(run: Run) -> bool:
     """Whether a run has come to its end."""
-    return read_status(run.dir).get("status") == "finished" and bool(list_steps(run.dir / "checkpoints"))
+    return read_status(run.run_dir).get("status") == "finished" and bool(list_steps(run.run_dir / "checkpoints"))
 
 
 def is_done(run: Run) -> bool:
     """Whether a run is trained, and all its tasks evaluated at its last step."""
     tasks = run.config.evaluation.tasks
-    return is_trained(run) and (not tasks or list_steps(run.dir / "checkpoints")[-1] in evaluated_steps(run.dir, tasks))
+    return is_trained(run) and (not tasks or list_steps(run.run_dir / "checkpoints")[-1] in evaluated_steps(run.run_dir, tasks))
 
 
 def check_metric(study: Study, run: Run) -> None:
     """Raise UserError where a run that is done lacks the metric of the study."""
-    metric, found = study.metric, read_run(run.dir)
+    metric, found = study.metric, read_run(run.run_dir)
     if metric.final(found, metric.common_settings([found])) is None:
         names = dict.fromkeys(name for result in found.results if result["task"] == metric.task for name in result["metrics"])
         raise UserError(f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
                         "file: what has run stays")
 
 
-def run_here(study: Study, launcher: Path, runs: list[Run], record: Record, processes: Processes) -> int:
+def run_locally(study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner) -> int:
     """Train and evaluate all runs in their order; the exit code of the study. Raises UserError where a run lacks the study's metric."""
     folder, failed = study.folder, []
     for number, run in enumerate(runs, 1):
         if is_done(run):
             check_metric(study, run)
             continue
-        log = log_of(folder, run.name)
+        log = log_path(folder, run.name)
         print_now(f"[{number}/{len(runs)}] {run.name}{_left(runs, record)}; its output: {log}")
         started = time.monotonic()
-        problem = _train_and_evaluate(run, study, launcher, log, processes)
+        problem = _train_and_evaluate(run, study, launcher_dir, log, processes)
         seconds = time.monotonic() - started
         record.wall_seconds[run.name] = round(record.wall_seconds.get(run.name, 0) + seconds, 1)
         record.save()
         if processes.stopped:
             print_now(f"stopped by {processes.stopped.name}; the same command goes on")
-            return STOPPED
+            return EXIT_CODE_STOPPED
         if problem:
             failed.append(run.name)
             print_now(f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again")
@@ -85,22 +85,22 @@ def run_here(study: Study, launcher: Path, runs: list[Run], record: Record, proc
     return 1 if failed else 0
 
 
-def _train_and_evaluate(run: Run, study: Study, launcher: Path, log: Path, processes: Processes) -> str | None:
+def _train_and_evaluate(run: Run, study: Study, launcher_dir: Path, log: Path, processes: ProcessRunner) -> str | None:
     """None, or why the run is not done."""
     if not is_trained(run):
-        code = processes.train(launcher, study.config.launch, write_run_config(study.folder, run.config), log)
+        code = processes.train(launcher_dir, study.config.launch, write_run_config(study.folder, run.config), log)
         if not is_trained(run):
-            status = read_status(run.dir)
+            status = read_status(run.run_dir)
             return f"training ended with exit code {code}" + (f" ({status['reason']})" if status.get("reason") else "")
     if not processes.stopped and not is_done(run):
-        renew_tasks(run)
-        code = processes.evaluate(launcher, run.dir, log)
+        rewrite_run_config(run)
+        code = processes.evaluate(launcher_dir, run.run_dir, log)
         if not is_done(run):
             return f"the evaluation ended with exit code {code}"
     return None
 
 
-def _left(runs: list[Run], record: Record) -> str:
+def _left(runs: list[Run], record: StudyRecord) -> str:
     """The time that is left, from what the runs that are done took for their FLOPs."""
     done = [run for run in runs if is_done(run)]
     known = [run for run in done if run.name in record.wall_seconds]

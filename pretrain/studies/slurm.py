@@ -8,24 +8,24 @@ from pathlib import Path
 
 from data_prep.console import UserError, print_now
 from pretrain.studies.config import SlurmConfig
-from pretrain.studies.record import Record, Run
-from pretrain.studies.runner import is_done, is_trained, log_of, renew_tasks, write_run_config
+from pretrain.studies.record import Run, StudyRecord
+from pretrain.studies.runner import is_done, is_trained, log_path, rewrite_run_config, write_run_config
 
 
-def submit_runs(folder: Path, launcher: Path, slurm: SlurmConfig, runs: list[Run], record: Record) -> int:
+def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list[Run], record: StudyRecord) -> int:
     """Submit what is not done and not queued; 0."""
     submitted = 0
     for run in runs:
         if is_done(run) or any(_is_queued(job) for job in record.jobs.get(run.name, [])):
             continue
-        log, jobs = log_of(folder, run.name), []
+        log, jobs = log_path(folder, run.name), []
         if is_trained(run):
-            renew_tasks(run)
+            rewrite_run_config(run)
         else:
-            jobs.append(submit(launcher / "slurm" / "pretrain.sbatch", slurm.train, run.name, log, write_run_config(folder, run.config)))
+            jobs.append(submit(launcher_dir / "slurm" / "pretrain.sbatch", slurm.train, run.name, log, write_run_config(folder, run.config)))
         if run.config.evaluation.tasks:
             behind = [f"--dependency=afterany:{jobs[0]}"] if jobs else []
-            jobs.append(submit(launcher / "slurm" / "evaluate.sbatch", slurm.evaluate, f"evaluate-{run.name}", log, run.dir, more=behind))
+            jobs.append(submit(launcher_dir / "slurm" / "evaluate.sbatch", slurm.evaluate, f"evaluate-{run.name}", log, run.run_dir, more=behind))
         record.jobs[run.name] = jobs
         record.save()
         submitted += 1

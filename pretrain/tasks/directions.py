@@ -5,42 +5,42 @@ import importlib.util
 import re
 from typing import Literal
 
-Direction = Literal["higher", "lower", "neither"]
+MetricDirection = Literal["higher", "lower", "neither"]
 """neither: more of it is not better by itself, for instance because collapsed embeddings have it too."""
-Directions = dict[str, Direction]
+MetricDirections = dict[str, MetricDirection]
 
 VALIDATION = "validation"
 """As a task: the metric is a tag of metrics.jsonl that begins with `validation/`."""
-LOSSES: Directions = dict.fromkeys(("lm", "jepa", "sigreg", "vicreg", "coding_rate"), "lower")
+LOSSES: MetricDirections = dict.fromkeys(("lm", "jepa", "sigreg", "vicreg", "coding_rate"), "lower")
 """Terms of the loss."""
-MONITORS: Directions = {"paired_cosine": "neither", "shuffled_cosine": "lower", "effective_rank": "higher", "retrieval_at_1": "higher"}
+MONITORS: MetricDirections = {"paired_cosine": "neither", "shuffled_cosine": "lower", "effective_rank": "higher", "retrieval_at_1": "higher"}
 """Embedding monitors, see pretrain/objectives/monitors.py."""
-_VALIDATION: Directions = {f"loss/{name}": direction for name, direction in LOSSES.items()} | {
+_VALIDATION: MetricDirections = {f"loss/{name}": direction for name, direction in LOSSES.items()} | {
     f"embedding/{name}": direction for name, direction in MONITORS.items()}
 
 
-def higher(*metrics: str) -> Directions:
+def higher(*metrics: str) -> MetricDirections:
     """Declare metrics of which more is better."""
     return dict.fromkeys(metrics, "higher")
 
 
-def directions_of(task: str) -> Directions:
+def metric_directions(task: str) -> MetricDirections:
     """Return the direction of each metric that a task, or `validation`, declares; none for a task that does not exist."""
     if task == VALIDATION:
         return _VALIDATION
     name = f"pretrain.tasks.{task}"
     if not task.isidentifier() or importlib.util.find_spec(name) is None:
         return {}
-    metrics: Directions = getattr(importlib.import_module(name), "METRICS", {})
+    metrics: MetricDirections = getattr(importlib.import_module(name), "METRICS", {})
     return metrics
 
 
-def direction(task: str, metric: str) -> Direction | None:
+def direction(task: str, metric: str) -> MetricDirection | None:
     """Return the direction that a task, or `validation`, declares for a metric; None if it declares none.
 
     The metrics of further directions of prediction have the prefix `A_to_B_`.
     """
-    declared = directions_of(task)
+    declared = metric_directions(task)
     name = split_direction(metric)[1] if task == "retrieval" else metric
     return declared.get(name)
 

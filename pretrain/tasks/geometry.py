@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pretrain.tasks.directions import Directions
+from pretrain.tasks.directions import MetricDirections
 from pretrain.tasks.options import PairTask
 
-METRICS: Directions = {
+METRICS: MetricDirections = {
     "paired_cosine": "neither", "shuffled_cosine": "lower", "effective_rank_context": "higher", "effective_rank_target": "higher",
     "linear_residual": "neither", "linear_residual_unseen": "lower", "difference_singular": "neither"}
 

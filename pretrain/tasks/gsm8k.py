@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, without_room
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate
 
-METRICS: Directions = higher("final", "final_any", "answered", "stopped")
+METRICS: MetricDirections = higher("final", "final_any", "answered", "stopped")
 FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
                    r"(?![\d_]|[.,eExX]\d|[^\S\n]*[-−+*/^]?[^\S\n]*\d|/)")
 
@@ -27,9 +27,9 @@ class Config(AnswerTask):
 def evaluate(run: TaskRun) -> TaskResult:
     """Answer the test rows and score the answers."""
     rows = run.read_test()
-    answers = run.answer(rows)
+    answers = run.generate_answers(rows)
     metrics, counts = score([row.target for row in rows], answers)
-    return TaskResult(len(rows), metrics, counts | without_room(answers))
+    return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, int]]:

@@ -9,11 +9,11 @@ from typing import Literal
 
 from data_prep.console import UserError
 from data_prep.tasks.hellaswag import choices
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.scoring import TaskResult, TaskRun, beyond_positions, rate, sole_best
+from pretrain.tasks.scoring import TaskResult, TaskRun, count_too_long_options, is_strict_argmax, rate
 
-METRICS: Directions = higher("normalised", "likelihood")
+METRICS: MetricDirections = higher("normalised", "likelihood")
 
 
 class Config(AnswerTask):
@@ -33,7 +33,7 @@ def evaluate(run: TaskRun) -> TaskResult:
         raise UserError("task.test: a row has a single ending, which leaves nothing to choose; give each at least two")
     endings, labels = [texts for texts, _ in found], [label for _, label in found]
     likelihoods = run.log_likelihoods([(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
-    return TaskResult(len(rows), score(labels, endings, likelihoods), beyond_positions(likelihoods))
+    return TaskResult(len(rows), score(labels, endings, likelihoods), count_too_long_options(likelihoods))
 
 
 def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -41,6 +41,6 @@ def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: 
     per_character = [[value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
                      for values, texts in zip(likelihoods, endings, strict=True)]
     return {
-        "normalised": rate(sole_best(values, label) for values, label in zip(per_character, labels, strict=True)),
-        "likelihood": rate(sole_best(values, label) for values, label in zip(likelihoods, labels, strict=True)),
+        "normalised": rate(is_strict_argmax(values, label) for values, label in zip(per_character, labels, strict=True)),
+        "likelihood": rate(is_strict_argmax(values, label) for values, label in zip(likelihoods, labels, strict=True)),
     }

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from data_prep.console import UserError
-from pretrain.tasks.directions import Directions, higher
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, beyond_positions, rate, sole_best, without_room
+from pretrain.tasks.directions import MetricDirections, higher
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, count_too_long_options, is_strict_argmax, rate
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
-METRICS: Directions = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
+METRICS: MetricDirections = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
 MOST_LABELS = 50
 
 
@@ -43,16 +43,16 @@ def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
                         "or give task.train with the other labels")
     if len(labels) > MOST_LABELS:
         raise UserError(f"task.test has {len(labels)} different targets, but a task of labels takes at most {MOST_LABELS}; look at the columns")
-    answers = run.answer(rows)
+    answers = run.generate_answers(rows)
     likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])
-    counts = {"labels": len(labels)} | without_room(answers) | beyond_positions(likelihoods)
+    counts = {"labels": len(labels)} | count_too_long_contexts(answers) | count_too_long_options(likelihoods)
     return TaskResult(len(rows), score(targets, labels, likelihoods, answers), counts)
 
 
 def score(targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]) -> dict[str, float]:
     """Rates over all rows; `likelihoods` (rows, labels) are log-likelihoods."""
     return {
-        "likelihood": rate(sole_best(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)),
+        "likelihood": rate(is_strict_argmax(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)),
         "generation": rate(answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)),
         "prefix": rate(answer.text.startswith(target) for target, answer in zip(targets, answers, strict=True)),
         "stopped": rate(answer.stopped for answer in answers),

@@ -8,10 +8,10 @@ from pydantic import Field
 from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath
 from data_prep.console import UserError
-from pretrain.tasks.directions import Directions
+from pretrain.tasks.directions import MetricDirections
 from pretrain.tasks.options import TaskConfig, check_package
 
-METRICS: Directions = {}
+METRICS: MetricDirections = {}
 """The harness reports the directions together with its results."""
 
 
@@ -22,8 +22,8 @@ class Config(TaskConfig):
     harness: list[LocalPath] = Field(min_length=1)
     """The harness' names of its tasks, or YAML files of tasks."""
 
-    def check_needs(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_needs`."""
+    def check_requirements(self, data: DataConfig, where: str) -> None:
+        """Raise UserError, see `TaskConfig.check_requirements`."""
         for path in self.harness:
             if path.endswith((".yaml", ".yml")) and not Path(path).is_file():
                 raise UserError(f"{where}.harness: there is no file {path}; give the YAML file of a task of the harness, or the name of one")

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pretrain.tasks.directions import LOSSES, MONITORS, Directions
+from pretrain.tasks.directions import LOSSES, MONITORS, MetricDirections
 from pretrain.tasks.options import RowTask
 
-METRICS: Directions = LOSSES | MONITORS
+METRICS: MetricDirections = LOSSES | MONITORS
 
 
 class Config(RowTask):

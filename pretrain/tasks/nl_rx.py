@@ -10,12 +10,12 @@ nor in the task's train rows. undecided: share of answers that the checker could
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.regex_equality import compare, is_proper
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
+from pretrain.tasks.regex_equality import compare, is_nontrivial
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 
-METRICS: Directions = {**higher("exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "exact_unseen", "equal_proper", "exact_proper"),
+METRICS: MetricDirections = {**higher("exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "exact_unseen", "equal_proper", "exact_proper"),
                        "undecided": "lower"}
 MOST_UNDECIDED = 50
 """Comparisons given up, at some seconds each, after which the others are not tried."""
@@ -26,15 +26,15 @@ class Config(AnswerTask):
 
     name: Literal["nl_rx"]
 
-    DRAWS_ROWS: ClassVar[bool] = True
+    HAS_DEFAULT_TEST_ROWS: ClassVar[bool] = True
 
 
 def evaluate(run: TaskRun) -> TaskResult:
     """Answer the test rows and score the answers."""
     rows = run.read_test()
-    answers = run.answer(rows)
+    answers = run.generate_answers(rows)
     metrics, counts = score([row.target for row in rows], answers, run.unseen(rows))
-    return TaskResult(len(rows), metrics, counts | without_room(answers))
+    return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> tuple[dict[str, float], dict[str, int]]:
@@ -44,7 +44,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
     verdicts = _verdicts((target, answer.text) for target, answer in rows if answer.stopped and answer.text.strip() and answer.text != target)
     same = [answer.stopped and (answer.text == target or verdicts.get((target, answer.text), False)) for target, answer in rows]
     equal = [verdict is True for verdict in same]
-    kinds = {target: is_proper(target) for target in set(targets)}
+    kinds = {target: is_nontrivial(target) for target in set(targets)}
     proper = [kinds[target] is True for target in targets]
     return {
         "exact": rate(exact),
@@ -52,10 +52,10 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
         "prefix": rate(answer.text.startswith(target) for target, answer in rows),
         "contains": rate(target in answer.text for target, answer in rows),
         "stopped": rate(answer.stopped for _, answer in rows),
-        **rate_of("equal_unseen", equal, is_unseen),
-        **rate_of("exact_unseen", exact, is_unseen),
-        **rate_of("equal_proper", equal, proper),
-        **rate_of("exact_proper", exact, proper),
+        **rate_over_subset("equal_unseen", equal, is_unseen),
+        **rate_over_subset("exact_unseen", exact, is_unseen),
+        **rate_over_subset("equal_proper", equal, proper),
+        **rate_over_subset("exact_proper", exact, proper),
         "undecided": rate(verdict is None for verdict in same),
     }, {"proper": sum(proper)} | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from data_prep.tasks import nq_open
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, without_room
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
-METRICS: Directions = higher("exact", "contains", "stopped")
+METRICS: MetricDirections = higher("exact", "contains", "stopped")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -31,8 +31,8 @@ class Config(AnswerTask):
 def evaluate(run: TaskRun) -> TaskResult:
     """Answer the test rows and score the answers."""
     rows = run.read_test()
-    answers = run.answer(rows)
-    return TaskResult(len(rows), score([right_answers(row) for row in rows], answers), without_room(answers))
+    answers = run.generate_answers(rows)
+    return TaskResult(len(rows), score([right_answers(row) for row in rows], answers), count_too_long_contexts(answers))
 
 
 def right_answers(row: "Row") -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.config import DataConfig, HubSource, JsonSource, TaskSource, task_source
 from data_prep.config_file import LocalPath, Section
 from data_prep.console import UserError
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from pretrain.sections import LoraConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -43,18 +43,18 @@ class TaskConfig(Section):
         return []
 
     @property
-    def trains(self) -> bool:
+    def finetunes(self) -> bool:
         """Whether the task finetunes the checkpoint first."""
         return False
 
-    def gives(self, metric: str, views: tuple[str, ...]) -> bool:
+    def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether a metric that the task declares is among its results with these options and views."""
         return True
 
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError if the task cannot be evaluated on records of these views."""
 
-    def check_needs(self, data: DataConfig, where: str) -> None:
+    def check_requirements(self, data: DataConfig, where: str) -> None:
         """Raise UserError, with the dotted key below `where`, for a file or package that the task needs and that is not there."""
         for key, given in self.sources.items():
             if isinstance(given, str) and not os.path.lexists(given) and not glob.has_magic(given):
@@ -69,7 +69,7 @@ class TaskConfig(Section):
         from data_prep.task_rows import RowReader  # which loads pyarrow
 
         source = task_source(data, self.sources[key])
-        reader = RowReader(source, data.views, f"{where}.{key}", public_form(self.name), incomplete=data.missing_views == "keep")
+        reader = RowReader(source, data.views, f"{where}.{key}", public_row_format(self.name), allow_missing_views=data.missing_views == "keep")
         if isinstance(source, HubSource) and not source.path.startswith((".", "/")) and not os.path.isdir(source.path):
             return []
         found = list(islice(reader.rows(), count))
@@ -84,7 +84,7 @@ class RowTask(TaskConfig):
     test: LocalPath | TaskSource | None = None
     """Rows to score: a file of JSON lines, or a source of type json or hub as in data.sources."""
 
-    DRAWS_ROWS: ClassVar[bool] = False
+    HAS_DEFAULT_TEST_ROWS: ClassVar[bool] = False
     """Whether the task has rows without `test`."""
 
     @property
@@ -101,7 +101,7 @@ class RowTask(TaskConfig):
 
     @model_validator(mode="after")
     def _has_rows(self) -> "RowTask":
-        if self.test is None and not self.DRAWS_ROWS:
+        if self.test is None and not self.HAS_DEFAULT_TEST_ROWS:
             raise ValueError(f"the task {self.name} needs rows: test (on the command line task.test=FILE)")
         return self
 
@@ -124,7 +124,7 @@ class AnswerTask(RowTask):
         return super().sources | ({} if self.train is None else {"train": self.train})
 
     @property
-    def trains(self) -> bool:
+    def finetunes(self) -> bool:
         """Whether the task finetunes the checkpoint first."""
         return self.finetune is not None
 
@@ -133,9 +133,9 @@ class AnswerTask(RowTask):
         if len(views) != 2:
             raise ValueError(f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}")
 
-    def check_needs(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_needs`."""
-        super().check_needs(data, where)
+    def check_requirements(self, data: DataConfig, where: str) -> None:
+        """Raise UserError, see `TaskConfig.check_requirements`."""
+        super().check_requirements(data, where)
         if self.finetune_lora:
             check_package("peft", "lora", f"{where}.finetune_lora")
 

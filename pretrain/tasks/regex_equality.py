@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import Any
 
 MOST_STATES = 20_000
-MOST_NODES = 100_000
-MOST_WORK = 4_000_000
+MAX_NODES = 100_000
+MAX_OPERATIONS = 4_000_000
 """Operands that are looked at: a few seconds. A clock would decide otherwise on another machine."""
 LONGEST = 1_000
 """Characters of an expression, with its counted repeats written out."""
@@ -61,7 +61,7 @@ def compare(first: str, second: str) -> Comparison:
         return Comparison(None)
 
 
-def is_proper(expression: str) -> bool | None:
+def is_nontrivial(expression: str) -> bool | None:
     """Whether an expression matches some lines, but not every one; None where undecided. A malformed one is not proper."""
     found = [compare(expression, trivial).equal for trivial in (".*", "~(.*)")]
     if compare(expression, expression).equal is False or True in found:
@@ -243,14 +243,14 @@ class _Machine:
     def _node(self, *parts: Any) -> int:
         number = self.numbers.setdefault(parts, len(self.nodes))
         if number == len(self.nodes):
-            if number >= MOST_NODES:
+            if number >= MAX_NODES:
                 raise TooComplex
             self.nodes.append(parts)
         return number
 
     def _spend(self, operands: int) -> None:
         self.work += operands
-        if self.work > MOST_WORK:
+        if self.work > MAX_OPERATIONS:
             raise TooComplex
 
     def build(self, tree: Tree) -> int:

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pretrain.tasks.directions import Directions, higher, split_direction
+from pretrain.tasks.directions import MetricDirections, higher, split_direction
 from pretrain.tasks.options import PairTask
 
-METRICS: Directions = higher("recall_at_1", "recall_at_10", "mrr")
+METRICS: MetricDirections = higher("recall_at_1", "recall_at_10", "mrr")
 
 
 class Config(PairTask):
@@ -13,7 +13,7 @@ class Config(PairTask):
 
     name: Literal["retrieval"]
 
-    def gives(self, metric: str, views: tuple[str, ...]) -> bool:
+    def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether a declared metric is among the results: a direction of prediction is one of two views."""
         prefix, _ = split_direction(metric)
         return not prefix or prefix in {f"{source}_to_{target}" for source in views for target in views if source != target}

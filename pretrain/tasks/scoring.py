@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pretrain.tasks.directions import Directions
+from pretrain.tasks.directions import MetricDirections
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row  # which loads pyarrow
@@ -31,7 +31,7 @@ class TaskResult:
     """The most telling ones first, which the closing table shows."""
     counts: dict[str, int] = field(default_factory=dict)
     """Rows behind rates that are not over all rows, and rows that could not be scored as meant, which count as wrong."""
-    directions: Directions = field(default_factory=dict)
+    directions: MetricDirections = field(default_factory=dict)
     """Directions of metrics that the task does not declare in METRICS."""
 
 
@@ -48,7 +48,7 @@ class TaskRun(Protocol):
     def read_train(self) -> "list[Row]":
         """Return the rows to finetune on; none if the task has none. Raises UserError."""
 
-    def answer(self, rows: "Sequence[Row]") -> list[Answer]:
+    def generate_answers(self, rows: "Sequence[Row]") -> list[Answer]:
         """Return the model's answers to the contexts, after the finetuning if the task has one. Raises UserError."""
 
     def log_likelihoods(self, options: Sequence[tuple[str, list[str]]]) -> list[list[float]]:
@@ -64,7 +64,7 @@ def rate(hits: Iterable[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def rate_of(name: str, hits: Sequence[bool], chosen: Sequence[bool] | None) -> dict[str, float]:
+def rate_over_subset(name: str, hits: Sequence[bool], chosen: Sequence[bool] | None) -> dict[str, float]:
     """Return the fraction of hits among the chosen rows, by its name; nothing if none is chosen, or if it is not known which are (None)."""
     if chosen is None:
         return {}
@@ -72,18 +72,18 @@ def rate_of(name: str, hits: Sequence[bool], chosen: Sequence[bool] | None) -> d
     return {name: rate(among)} if among else {}
 
 
-def sole_best(values: Sequence[float], chosen: int) -> bool:
+def is_strict_argmax(values: Sequence[float], chosen: int) -> bool:
     """Return whether the chosen value is above all others. In a tie none is, nor if a value is -inf, which could not be measured."""
     return min(values) > -math.inf and all(values[chosen] > value for place, value in enumerate(values) if place != chosen)
 
 
-def without_room(answers: Sequence[Answer]) -> dict[str, int]:
+def count_too_long_contexts(answers: Sequence[Answer]) -> dict[str, int]:
     """Return how many contexts were too long for the model, as a count of the result; nothing if all had room."""
     count = sum(not answer.fits for answer in answers)
     return {"too_long": count} if count else {}
 
 
-def beyond_positions(likelihoods: Sequence[Sequence[float]]) -> dict[str, int]:
-    """Return how many rows have an option that does not fit into the model's positions, which makes them wrong; as `without_room`."""
+def count_too_long_options(likelihoods: Sequence[Sequence[float]]) -> dict[str, int]:
+    """Return how many rows have an option that does not fit into the model's positions, which makes them wrong; as `count_too_long_contexts`."""
     count = sum(-math.inf in values for values in likelihoods)
     return {"too_long": count} if count else {}

@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 from data_prep.config import DataConfig
 from data_prep.config_file import LocalPath
 from data_prep.console import UserError
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 from pretrain.tasks.sql.databases import find_databases
-from pretrain.tasks.sql.execution import Outcome, Runner, normal, same_rows
-from pretrain.tasks.sql.order import outer_order, same_but_for_ties
+from pretrain.tasks.sql.execution import Outcome, QueryRunner, normal, same_rows
+from pretrain.tasks.sql.order import equal_up_to_ties, outer_order_by
 
-METRICS: Directions = higher("execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled")
+METRICS: MetricDirections = higher("execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled")
 ROWS_LOOKED_AT = 100
 """Rows whose databases are looked for at the start of a run."""
 
@@ -40,9 +40,9 @@ class Config(AnswerTask):
         """The databases."""
         return [self.databases]
 
-    def check_needs(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_needs`, also if none of the first rows has a database."""
-        super().check_needs(data, where)
+    def check_requirements(self, data: DataConfig, where: str) -> None:
+        """Raise UserError, see `TaskConfig.check_requirements`, also if none of the first rows has a database."""
+        super().check_requirements(data, where)
         path, key = Path(self.databases), f"{where}.databases"
         if not path.exists():
             raise UserError(f"{key}: there is no {path}; give a folder of SQLite files, or one file for all rows")
@@ -54,9 +54,9 @@ def evaluate(run: TaskRun) -> TaskResult:
     """Answer the test rows, run answers and targets, score."""
     rows = run.read_test()
     databases = find_databases(rows, Path(run.task.databases))
-    answers = run.answer(rows)
+    answers = run.generate_answers(rows)
     metrics, counts = score([row.target for row in rows], answers, databases, run.unseen(rows, normal))
-    return TaskResult(len(rows), metrics, counts | without_room(answers))
+    return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
 class Verdict(NamedTuple):
@@ -74,7 +74,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence
     from tqdm import tqdm
 
     rows = list(zip(targets, answers, databases, strict=True))
-    with Runner() as runner:
+    with QueryRunner() as runner:
         judge_once = cache(partial(judge, runner))
         verdicts = [judge_once(database, target, answer.text if answer.stopped else None) for target, answer, database in tqdm(
             rows, desc="running queries", unit="row", mininterval=1, disable=None)]
@@ -83,11 +83,11 @@ def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence
     return {
         "execution": rate(right),
         "exact": rate(exact),
-        **rate_of("execution_unseen", right, is_unseen),
-        **rate_of("exact_unseen", exact, is_unseen),
+        **rate_over_subset("execution_unseen", right, is_unseen),
+        **rate_over_subset("exact_unseen", exact, is_unseen),
         "runs": rate(verdict.runs for verdict in verdicts),
         "stopped": rate(answer.stopped for answer in answers),
-        **rate_of("execution_filled", right, [verdict.gold_gives_rows for verdict in verdicts]),
+        **rate_over_subset("execution_filled", right, [verdict.gold_gives_rows for verdict in verdicts]),
     }, {
         "failed_gold": sum(database is not None and not verdict.gold_runs for verdict, database in zip(verdicts, databases, strict=True)),
         "missing_database": sum(database is None for database in databases),
@@ -95,7 +95,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence
     } | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
 
-def judge(runner: Runner, database: Path | None, target: str, answer: str | None) -> Verdict:
+def judge(runner: QueryRunner, database: Path | None, target: str, answer: str | None) -> Verdict:
     """Run a target and an answer, None for one that did not end, on a database, None where it is missing."""
     if database is None:
         return Verdict(False, False, False, False)
@@ -103,5 +103,5 @@ def judge(runner: Runner, database: Path | None, target: str, answer: str | None
     given = runner.run(database, answer) if answer is not None else Outcome(None)
     right = False
     if wanted.rows is not None and given.rows is not None and wanted.columns == given.columns:
-        right = same_rows(wanted.rows, given.rows, outer_order(target) is not None) or same_but_for_ties(runner, database, target, wanted, given)
+        right = same_rows(wanted.rows, given.rows, outer_order_by(target) is not None) or equal_up_to_ties(runner, database, target, wanted, given)
     return Verdict(wanted.rows is not None, bool(wanted.rows), given.rows is not None, right)

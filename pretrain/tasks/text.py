@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from data_prep.config import DataConfig
-from pretrain.tasks.directions import Directions, higher
+from pretrain.tasks.directions import MetricDirections, higher
 from pretrain.tasks.options import AnswerTask, check_package
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, rate, rate_of, without_room
+from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 
-METRICS: Directions = higher("exact", "prefix", "contains", "stopped", "exact_unseen", "chrf", "bleu")
+METRICS: MetricDirections = higher("exact", "prefix", "contains", "stopped", "exact_unseen", "chrf", "bleu")
 Similarity = Literal["chrf", "bleu"]
 
 
@@ -25,13 +25,13 @@ class Config(AnswerTask):
     similarity: list[Similarity] = []
     """Scores of sacrebleu that are computed too: chrf, bleu. They need the extra `similarity`."""
 
-    def gives(self, metric: str, views: tuple[str, ...]) -> bool:
+    def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether a declared metric is among the results: scores of sacrebleu are on request."""
         return metric not in get_args(Similarity) or metric in self.similarity
 
-    def check_needs(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_needs`."""
-        super().check_needs(data, where)
+    def check_requirements(self, data: DataConfig, where: str) -> None:
+        """Raise UserError, see `TaskConfig.check_requirements`."""
+        super().check_requirements(data, where)
         if self.similarity:
             check_package("sacrebleu", "similarity", f"{where}.similarity")
 
@@ -39,11 +39,11 @@ class Config(AnswerTask):
 def evaluate(run: TaskRun) -> TaskResult:
     """Answer the test rows and score the answers."""
     rows = run.read_test()
-    answers = run.answer(rows)
+    answers = run.generate_answers(rows)
     targets, is_unseen = [row.target for row in rows], run.unseen(rows)
     metrics = score(targets, answers, is_unseen) | similarities(targets, answers, run.task.similarity)
     counts = {"unseen": sum(is_unseen)} if is_unseen is not None else {}
-    return TaskResult(len(rows), metrics, counts | without_room(answers))
+    return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> dict[str, float]:
@@ -55,7 +55,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
         "prefix": rate(text.startswith(target) for target, text, _ in rows),
         "contains": rate(target in text for target, text, _ in rows),
         "stopped": rate(stopped for *_, stopped in rows),
-        **rate_of("exact_unseen", exact, is_unseen),
+        **rate_over_subset("exact_unseen", exact, is_unseen),
     }
 
 

@@ -32,8 +32,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from data_prep.console import UserError
 from data_prep.files import sha256_file, sync_folder, write_text
 from pretrain.run_folder import PINS, list_steps, step_name
-from pretrain.training.background import tied
 from pretrain.training.distributed import World
+from pretrain.training.evaluation_requests import die_with_parent
 from pretrain.training.random_state import restore_random_state
 from pretrain.training.stop import Stopped, StopRequest
 
@@ -50,7 +50,7 @@ CONVERTER = ["-m", "deepspeed.checkpoint.ds_to_universal"]
 """Python arguments that start the conversion to another number of ranks."""
 CONVERSION_POLL = 0.2
 """Time between two looks for a signal during a conversion, in seconds."""
-SHOWN = 30.0
+VISIBILITY_TIMEOUT = 30.0
 """Seconds in which a file that one node has written must show on another."""
 
 
@@ -69,14 +69,14 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
 
 def _wait_for(folder: Path, files: dict[str, Any]) -> None:
     """Other nodes' files may take a while to show on a shared file system; where the folder is not shared they never do."""
-    deadline = time.monotonic() + SHOWN
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while missing := [file for file, entry in files.items() if not (folder / file).exists() or (folder / file).stat().st_size != entry["bytes"]]:
         if time.monotonic() > deadline:
             raise FileNotFoundError(errno.ENOENT, f"{missing[0]} of another rank does not show here: all nodes must share output_dir")
         time.sleep(0.1)
 
 
-def retain(folder: Path, keep: int, keep_every: int | None) -> list[str]:
+def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
     """Remove all but the newest `keep`, those of multiples of `keep_every` and the pinned ones; return what could not be removed.
 
     A removal that is cut short leaves no visible checkpoint. One that is pinned, perhaps from another machine, while it is moved away comes back.
@@ -108,7 +108,7 @@ def _pins(folder: Path) -> set[str]:
     return {path.name for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
 
 
-def described(path: Path) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
     """The entry of a file in the manifest; the file is on disk then."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -152,7 +152,7 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 @dataclass(frozen=True)
-class Found:
+class VerifiedCheckpoint:
     """A checkpoint that every rank has found whole."""
 
     path: Path
@@ -160,12 +160,12 @@ class Found:
     """Of the run that wrote it."""
     state: dict[str, Any]
 
-    def shards_for(self, ranks: int) -> Path:
+    def load_path_for(self, ranks: int) -> Path:
         """The folder that an engine on so many ranks loads from."""
         return self.path if ranks == self.ranks else self.path.with_name(f".{self.path.name}.universal.tmp")
 
 
-def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Found | None:
+def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> VerifiedCheckpoint | None:
     """The newest good checkpoint; None where there is none. On all ranks together.
 
     A damaged one is set aside, and the one before it is used. Raises UserError where all are damaged.
@@ -178,7 +178,7 @@ def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Found
             if world.is_main:
                 _repair_latest(folder, checkpoint.name, say)
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-            return Found(checkpoint, manifest["ranks"], manifest["state"])
+            return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
         say(f"WARNING: the checkpoint {checkpoint} is damaged: {problems[0]}; it is set aside as damaged-{checkpoint.name}")
         if world.is_main:
             _set_aside(checkpoint, problems[0])
@@ -207,12 +207,12 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
             write_text(folder / LATEST, name + "\n")
 
 
-def make_universal(found: Found, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False) -> None:
+def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False) -> None:
     """Convert a checkpoint of another number of ranks to DeepSpeed's universal format, next to it, on the main rank.
 
     Raises UserError, also for one of `round_robin` gradients, and Stopped if a signal ends the conversion.
     """
-    target = found.shards_for(world.size)
+    target = found.load_path_for(world.size)
     if target == found.path:
         return
     if round_robin:
@@ -220,7 +220,7 @@ def make_universal(found: Found, world: World, stop: StopRequest, say: Callable[
                         "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of ranks: start with "
                         f"{found.ranks}")
     say(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it")
-    converted = world.agree(lambda: _convert(found.path, target, stop) if world.is_main else True)
+    converted = world.run_and_sync_errors(lambda: _convert(found.path, target, stop) if world.is_main else True)
     if not all(world.gather_objects(converted)):
         raise Stopped("stopped by a signal while a checkpoint was converted")
 
@@ -231,7 +231,7 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
     with without_patterns(checkpoint.parent) as folder:
         command = [sys.executable, *CONVERTER, "--input_folder", str(folder / checkpoint.name), "--output_folder", str(folder / target.name),
                    "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]  # which DeepSpeed wants of stages 1 and 2
-        process = subprocess.Popen(tied(command, "KILL"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        process = subprocess.Popen(die_with_parent(command, "KILL"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                    start_new_session=True)  # Ctrl-C is for this process, which then ends that one
         errors = _wait_for_process(process, stop)
     if errors is None or process.returncode:
@@ -268,9 +268,9 @@ def without_patterns(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def load(engine: deepspeed.DeepSpeedEngine, found: Found, world: World) -> None:
+def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: World) -> None:
     """Load a checkpoint that was found good, and converted where it had to be, into an engine on all ranks."""
-    shards = found.shards_for(world.size)
+    shards = found.load_path_for(world.size)
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with without_patterns(shards.parent) as folder:
@@ -295,7 +295,7 @@ def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: Wor
     frozen = {name.removeprefix("model."): parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
     if not frozen:
         return
-    weights = world.agree(lambda: consolidate(checkpoint) if world.is_main else {})
+    weights = world.run_and_sync_errors(lambda: consolidate(checkpoint) if world.is_main else {})
     for name, parameter in frozen.items():
         with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if world.is_main:

@@ -15,7 +15,7 @@ import yaml
 from data_prep.console import UserError
 from data_prep.files import sha256_file, write_json, write_text
 from pretrain.config import RunConfig, dump_config
-from pretrain.data.corpus import describe_corpus, source_weights
+from pretrain.data.corpus import corpus_identity, source_weights
 from pretrain.revision import ROOT, revision
 
 LOCK = ROOT / "requirements.lock"
@@ -24,12 +24,12 @@ STARTS = "starts.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
 """Keys of deepspeed.zero_optimization that decide how the shards of a checkpoint are laid out, with their defaults."""
-DECIDING = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
+IMMUTABLE_ON_RESUME = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
             "deepspeed.communication_data_type",
             "deepspeed.data_types", "deepspeed.zero_optimization.zero_quantized_gradients", "deepspeed.zero_optimization.zero_quantized_weights",
             *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING))
 """Keys that may not change on resume, besides the shards and the tokenizer: they decide what is computed, or how DeepSpeed's files are read."""
-NOT_DECIDING = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
+MUTABLE_ON_RESUME = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
 """Of these: the ways to compute the same, and the answers to what may come."""
 SILENT = ("name", "output_dir")
 """Where the run is: a folder may move."""
@@ -62,7 +62,7 @@ def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: 
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
-    return describe_corpus(manifest) | {"weights": source_weights(manifest, config.data.sources)}
+    return corpus_identity(manifest) | {"weights": source_weights(manifest, config.data.sources)}
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:
@@ -76,7 +76,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     before = _with_partitioning(_read(run_dir / "config.yaml", yaml.safe_load))
     now = _with_partitioning(yaml.safe_load(dump_config(config)))
     differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))
-    changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in DECIDING) and key not in NOT_DECIDING]
+    changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in IMMUTABLE_ON_RESUME) and key not in MUTABLE_ON_RESUME]
     if changed:
         told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
         raise UserError(f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder")

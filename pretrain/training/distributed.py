@@ -16,9 +16,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data_prep.console import UserError
-from data_prep.launched import find_mpi, started_together
+from data_prep.launch_env import find_mpi, launched_process_count
 from pretrain.local_gpu import select_gpu
-from pretrain.training.notes import Notes
+from pretrain.training.rank_store import RankStore
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -31,7 +31,7 @@ MPI_PORT = 29500
 """Where ranks of mpirun meet, unless MASTER_PORT says otherwise."""
 
 
-class CannotMeet(UserError):
+class RendezvousError(UserError):
     """The ranks have not found each other; another start may succeed."""
 
 
@@ -42,7 +42,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    notes: Notes | None = None
+    rank_store: RankStore | None = None
     """What the ranks leave each other outside of collectives; None for a single rank."""
     hosts: tuple[str, ...] = ()
     """Of each rank."""
@@ -95,7 +95,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, action: Callable[[], Result]) -> Result:
+    def run_and_sync_errors(self, action: Callable[[], Result]) -> Result:
         """Do something on every rank that may fail on some: all return, or all raise the first rank's UserError."""
         result, error = None, None
         try:
@@ -110,7 +110,7 @@ class World:
 
 def init_world() -> World:
     """Join the ranks that the launcher started: deepspeed, torchrun, mpirun, srun, or a single plain process. Raises UserError."""
-    environment_of_the_launcher()
+    normalize_launcher_env()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
@@ -118,26 +118,26 @@ def init_world() -> World:
         if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
             os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR_SETTINGS
         select_gpu()
-    notes, backend = None, accelerator.communication_backend_name()
+    rank_store, backend = None, accelerator.communication_backend_name()
     try:
         if not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
             dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-            notes = Notes(dist.PrefixStore("notes", store)) if size > 1 else None
+            rank_store = RankStore(dist.PrefixStore("notes", store)) if size > 1 else None
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
-        raise CannotMeet(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+        raise RendezvousError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
                         "if another job has that port, give the launcher another one: --master_port") from None
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), notes)
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), rank_store)
     world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.hosts.count(world.hosts[world.rank])))
     return world
 
 
-def environment_of_the_launcher() -> None:
+def normalize_launcher_env() -> None:
     """Rank, ranks and rendezvous as torch wants them, from what the launcher has set. Raises UserError where it has started several runs."""
-    started = started_together()
+    started = launched_process_count()
     if "RANK" not in os.environ:
         if started > 1 and started == int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) and "OMPI_COMM_WORLD_SIZE" not in os.environ:
             _environment_from_slurm(started)

@@ -18,11 +18,11 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from data_prep.console import UserError, print_now
 from data_prep.shards import MANIFEST
-from data_prep.tokenizer import Tokenizer, take_over
+from data_prep.tokenizer import Tokenizer, import_tokenizer
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout, make_layout
-from pretrain.data.loader import counts
+from pretrain.data.loader import loss_denominators
 from pretrain.data.order import Order
 from pretrain.deepspeed_options import FP32_NAMES
 from pretrain.models.attention import resolve_attention
@@ -31,8 +31,8 @@ from pretrain.models.lora import adapter_sizes
 from pretrain.run_folder import list_steps
 from pretrain.sections import BUDGETS
 from pretrain.training.describe import check_same_run
-from pretrain.training.distributed import environment_of_the_launcher
-from pretrain.training.engine import accumulation_type, check_fits, check_zero_options, engine_settings, shape_of
+from pretrain.training.distributed import normalize_launcher_env
+from pretrain.training.engine import check_model_fits_corpus, check_zero_options, engine_settings, gradient_accumulation_dtype, resolve_hf_config
 from pretrain.training.memory import ITEM_BYTES, ModelStates, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
 from pretrain.training.setup import check, make_loader
@@ -55,8 +55,8 @@ def dry_run(config: RunConfig) -> None:
     plan = checked_plan(config, ranks)
     corpus = plan.corpus
 
-    if config.resting_keys:
-        print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
+    if config.ignored_keys:
+        print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.ignored_keys)}")
     if config.model.lora:
         print("note: FLOPs and activations are those of training the whole model; adapters need up to a third fewer FLOPs")
     if corpus is None:
@@ -95,7 +95,7 @@ def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None
 def _launched() -> tuple[int, int | None]:
     """This process's rank and the number of ranks; None where no launcher started it."""
     told = "WORLD_SIZE" in os.environ
-    environment_of_the_launcher()
+    normalize_launcher_env()
     ranks = int(os.environ["WORLD_SIZE"])
     return int(os.environ["RANK"]), ranks if told or ranks > 1 else None
 
@@ -116,20 +116,20 @@ def _future_tokenizer(config: RunConfig) -> Any:
     """The tokenizer that a preparation would make, or, where it would train one, its size and special ids."""
     if config.data.tokenizer.path is not None:
         with tempfile.TemporaryDirectory() as folder:
-            return take_over(Path(config.data.tokenizer.path), Path(folder))
+            return import_tokenizer(Path(config.data.tokenizer.path), Path(folder))
     return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
 
 
 def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
     attention = "eager"  # nothing is computed, and every family has it
-    shape = shape_of(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
+    shape = resolve_hf_config(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
         resolve_attention(config.model.attention, torch.device("cuda"), shape)  # refuses what no device can do
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     with torch.device("meta"):
         model = LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
-    check_fits(config, model, tokenizer)
+    check_model_fits_corpus(config, model, tokenizer)
     return model
 
 
@@ -213,7 +213,7 @@ class Plan:
 
 def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
     """Return means over the steps of a few of the loader's windows of records, spread evenly over the first epoch."""
-    specials, data = special_ids(tokenizer, model.vocabulary), config.data
+    specials, data = special_ids(tokenizer, model.vocab_size), config.data
     layout = config.make_layout(specials, corpus.views)
     plain = make_layout(config.objective.layout, specials, views=corpus.views, lm_views=data.lm_views, train_end_token=data.train_end_token)
     loader = make_loader(config, corpus, layout)
@@ -228,7 +228,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
             rows = loader.next_rows(config.train.global_batch_rows)
             if loader.exhausted and sums["steps"]:
                 break  # the last step of a run is not full
-            sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=counts(rows, layout)["pairs"])
+            sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=loss_denominators(rows, layout)["pairs"])
             stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
             without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
@@ -240,7 +240,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
     """The fields of a Stream, summed over records with views (N, views) and segments (N, segments)."""
     predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
-    return {"positions": int(segment_lengths.sum()), "targets": int(layout.lm_targets(lengths, segment_lengths).sum()),
+    return {"positions": int(segment_lengths.sum()), "targets": int(layout.count_lm_targets(lengths, segment_lengths).sum()),
             "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
             "visible": _visible(layout, segment_lengths)}
 
@@ -262,7 +262,7 @@ def _largest_step(config: RunConfig) -> Step:
 
 def _parameter_table(plan: Plan) -> Table:
     size = plan.parameters
-    embedding = f"embedding, {plan.model.vocabulary:,} x {plan.model.width:,}" + ", is the output head too" * size.tied
+    embedding = f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", is the output head too" * size.tied
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
     adapters = [("adapters", f"{sum(plan.adapters):,}")] if plan.adapters else []
@@ -315,7 +315,7 @@ def _budget_table(plan: Plan) -> Table:
     # without a corpus a full row holds at most as many tokens as positions
     records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
     one = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not whole numbers
-    of_epochs = step.order.until(train.epochs) if train.epochs and step.order else 0
+    of_epochs = step.order.records_in_epochs(train.epochs) if train.epochs and step.order else 0
     exact = round(1 / consumed_fraction(one, train, of_epochs), 6)  # 1 / (1 / 49) is above 49
     steps = math.ceil(exact)
     filled = exact if train.epochs else steps  # the last step of the last epoch holds what is left
@@ -336,7 +336,7 @@ def _states_table(plan: Plan) -> Table:
     """No ZeRO takes the same on any number of ranks, and on one rank its stages are equal."""
     precision, configured = plan.config.train.precision, int(plan.zero.stage)
     cases = [(0, 1)] + [(stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))]
-    states = {case: states_of_rank(plan, *case) for case in cases}
+    states = {case: model_states_per_rank(plan, *case) for case in cases}
     unit, scale = _unit(plan)
     rows: Table = [(f"model states of a rank in {precision}, {unit}", "ranks", "parameters", "gradients", "optimizer", "together", "within the step")]
     for (stage, ranks), held in states.items():
@@ -346,11 +346,11 @@ def _states_table(plan: Plan) -> Table:
     return rows
 
 
-def states_of_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
+def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
     """The model states of the plan under a ZeRO stage on so many ranks."""
     sizes = [*(parameter.numel() for parameter in plan.model.parameters()), *plan.adapters]
     small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
-    accumulated = 4 if accumulation_type(plan.config) in FP32_NAMES else 2
+    accumulated = 4 if gradient_accumulation_dtype(plan.config) in FP32_NAMES else 2
     return model_states(plan.total, plan.trained, small, plan.config.train.precision, stage, ranks, accumulated)
 
 
@@ -367,7 +367,7 @@ def reduce_buffers(plan: Plan) -> dict[str, float]:
     return {"cuda": float(item * buffers * allocated), "cpu": float(item * buffers * filled)}
 
 
-def beside_states(plan: Plan, device: str) -> list[tuple[str, float, float]]:
+def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     """Return what a rank on cuda or cpu holds beside the model states within a step: name, bytes, bytes with activation checkpointing."""
     train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = reduce_buffers(plan)
@@ -387,7 +387,7 @@ def beside_states(plan: Plan, device: str) -> list[tuple[str, float, float]]:
 def _activation_table(plan: Plan) -> Table:
     """Print buffers that gradients do not fill for each device: they take memory on CUDA alone."""
     train, buffers = plan.config.train, reduce_buffers(plan)
-    held = {device: beside_states(plan, device) for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))}
+    held = {device: non_state_memory(plan, device) for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))}
     rows = list(dict.fromkeys(row for each in held.values() for row in each))
     for device, each in held.items():
         name = "together" + f" on {device.upper()}" * (len(held) > 1)

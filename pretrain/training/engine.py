@@ -18,14 +18,20 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
-from pretrain.models.language_model import LanguageModel, pretrained_causal_lm, pretrained_config, random_causal_lm, shape_config
+from pretrain.models.language_model import LanguageModel, build_model_config, pretrained_causal_lm, pretrained_config, random_causal_lm
 from pretrain.models.lora import add_adapters
 from pretrain.models.stored_weights import check_stored_weights
-from pretrain.objectives.base import Objective, Output
+from pretrain.objectives.base import Objective, ObjectiveOutput
 from pretrain.objectives.pool import Gather
-from pretrain.run_folder import MODEL
+from pretrain.run_folder import MODEL_DIR
 from pretrain.training.distributed import World
-from pretrain.training.layers import allow_graphs, compile_layers, gather_layers_whole, recompute_layers, share_compile_threads
+from pretrain.training.layers import (
+    compile_layers,
+    enable_activation_checkpointing,
+    limit_compile_threads,
+    mark_layers_as_z3_leaves,
+    raise_recompile_limit,
+)
 from pretrain.training.random_state import seed_all
 
 
@@ -36,25 +42,25 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.model, self.objective, self.gather = model, objective, gather
 
-    def forward(self, batch: Batch, with_pool: bool = False) -> Output:
+    def forward(self, batch: Batch, with_pool: bool = False) -> ObjectiveOutput:
         """The terms of a micro batch."""
         return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
-def shape_of(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
+def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
     """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from.
 
     A run that resumes has a copy of the latter, and does not need that folder any more.
     """
     model = config.model
-    if model.init_from is not None and resuming and (config.run_dir / MODEL).exists():
-        return pretrained_config(config.run_dir / MODEL)
+    if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():
+        return pretrained_config(config.run_dir / MODEL_DIR)
     if model.init_from is not None:
         shape = pretrained_config(model.init_from)
         check_stored_weights(model.init_from, shape)
         return shape
     assert model.family is not None and model.shape is not None  # the configuration has these or init_from
-    return shape_config(model.family, model.shape, tokenizer, config.data.sequence_length)
+    return build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 
 
 def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, *,
@@ -67,7 +73,7 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings, world.device.type)
-    shape = shape_of(config, tokenizer, resuming)
+    shape = resolve_hf_config(config, tokenizer, resuming)
     attention = resolve_attention(config.model.attention, world.device, shape)
     keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
     seed_all(config.seed)
@@ -75,24 +81,24 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     causal_lm = pretrained_causal_lm(start, attention, dtype) if start else random_causal_lm(shape, attention, dtype)
     model = LanguageModel(causal_lm, config.predictor_tokens, attention)
     if config.model.init_from:
-        check_fits(config, model, tokenizer)
+        check_model_fits_corpus(config, model, tokenizer)
     if start:
         load_predictor(model, start)
     if config.model.lora:
         add_adapters(model, config.model.lora)
     if config.train.activation_checkpointing:
-        recompute_layers(model)
+        enable_activation_checkpointing(model)
     if settings["zero_optimization"]["stage"] == 3 and (config.train.compile or not config.monitor.gradients_every):
-        gather_layers_whole(model)  # gradient_diagnostics cannot look into such layers
+        mark_layers_as_z3_leaves(model)  # gradient_diagnostics cannot look into such layers
     if config.train.compile:
         compile_layers(model)
     if config.train.compile or attention == "flex_attention":
-        allow_graphs(model, print_now if world.is_main else lambda text: None)
-        share_compile_threads(world.hosts.count(world.hosts[world.rank]))
+        raise_recompile_limit(model, print_now if world.is_main else lambda text: None)
+        limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decay = [parameter for parameter in trained if len(whole_shape(parameter)) >= 2]
-    rest = [parameter for parameter in trained if len(whole_shape(parameter)) < 2]
+    decay = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
+    rest = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
     groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = world.device.type == "cuda"  # else it makes several passes over all weights there, and a copy of them
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
@@ -115,7 +121,7 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
                         f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks")
     passed = dict(config.deepspeed)
     zero = {"stage": 3} | passed.pop("zero_optimization", {})
-    data_types = {"data_types": {"grad_accum_dtype": accumulation_type(config)}}
+    data_types = {"data_types": {"grad_accum_dtype": gradient_accumulation_dtype(config)}}
     timers = {"timers": {"throughput": {"enabled": False}} | passed.get("timers", {})}  # DeepSpeed's synchronises with the GPU in every micro step
     return passed | data_types | timers | {
         "zero_optimization": zero,
@@ -129,7 +135,7 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     }
 
 
-def accumulation_type(config: RunConfig) -> str:
+def gradient_accumulation_dtype(config: RunConfig) -> str:
     """Return the type in which gradients are added up over micro steps, by DeepSpeed's name: fp32 also for bf16, whose sums would be off by 1%."""
     return config.deepspeed.get("data_types", {}).get("grad_accum_dtype") or "fp32"
 
@@ -150,21 +156,21 @@ def check_zero_options(settings: dict[str, Any], device: str | None = None) -> N
             raise UserError(f"deepspeed: zero_optimization.{name} does not work on CPU: leave it out")
 
 
-def check_fits(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Raise UserError where the model of model.init_from is too small for the corpus."""
-    if model.vocabulary < tokenizer.vocab_size:
-        raise UserError(f"model.init_from has {model.vocabulary} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.init_from has {model.vocab_size} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
                         "prepare it with data.tokenizer.path set to that folder")
     limit = model.causal_lm.config.max_position_embeddings
     if limit < config.data.sequence_length:
         raise UserError(f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions")
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return the shape of a parameter before ZeRO stage 3 partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def parameter_count(module: nn.Module) -> int:
     """Parameters of the whole model, partitioned or not."""
-    return sum(whole_shape(parameter).numel() for parameter in module.parameters())
+    return sum(full_shape(parameter).numel() for parameter in module.parameters())

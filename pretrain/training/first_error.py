@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from pretrain.training.distributed import World
-from pretrain.training.notes import Unreachable
-from pretrain.training.watchdog import BEAT, last_beats
+from pretrain.training.rank_store import StoreUnreachable
+from pretrain.training.watchdog import HEARTBEAT_INTERVAL, last_heartbeats
 
-SEEN = 4 * BEAT
+SEEN = 4 * HEARTBEAT_INTERVAL
 """Seconds in which every rank that fails has noted it, and every one that lives has noted a beat."""
 PEER_IS_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
 
@@ -35,24 +35,24 @@ class Failure:
         return f"rank {self.rank} on {self.host} at step {self.step}: {self.what}"
 
 
-def tell_first_error(world: World, error: Exception, step: int, tell: Callable[[str], None]) -> str | None:
+def report_first_error(world: World, error: Exception, step: int, tell: Callable[[str], None]) -> str | None:
     """Report the first rank that failed. Each rank that fails calls this: one of them reports and returns that line, the others return None.
 
     A rank that was killed leaves no note: it is the one whose watchdog does not beat any more.
     """
     what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(PEER_IS_GONE.search(what)))
-    notes = world.notes
-    assert notes is not None  # there are other ranks
+    rank_store = world.rank_store
+    assert rank_store is not None  # there are other ranks
     try:
-        order, trace = notes.count("failures"), "".join(traceback.format_exception(error))
+        order, trace = rank_store.count("failures"), "".join(traceback.format_exception(error))
         mine = Failure(order, world.rank, world.hosts[world.rank], step, what, trace, lost)
-        notes.put(_key(world.rank), asdict(mine))
-        before = last_beats(notes, world.hosts)
+        rank_store.put(_key(world.rank), asdict(mine))
+        before = last_heartbeats(rank_store, world.hosts)
         time.sleep(SEEN)
-        failures = [Failure(**values) for values in notes.get([_key(rank) for rank in range(world.size)]) if values]
-        silent = [now for now, earlier in zip(last_beats(notes, world.hosts), before, strict=True) if now.beats == earlier.beats]
-    except Unreachable:
+        failures = [Failure(**values) for values in rank_store.get([_key(rank) for rank in range(world.size)]) if values]
+        silent = [now for now, earlier in zip(last_heartbeats(rank_store, world.hosts), before, strict=True) if now.beats == earlier.beats]
+    except StoreUnreachable:
         line = (f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at step {step} with {what}")
         tell(line)
         return line

@@ -15,7 +15,7 @@ REFERENCE = "lm"
 
 
 def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], weights: Mapping[str, float],
-                         world: World, moved: Callable[[], None] = lambda: None) -> dict[str, float]:
+                         world: World, report_progress: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Return norm and cosine of the terms' gradients over the global batch, keyed like the metric tags.
 
     `batches` are this rank's micro batches. A gradient is that of weight * sum / count, so together they are that of the loss. A term
@@ -28,7 +28,7 @@ def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Ma
     reference: list[torch.Tensor] = []
     for name in sorted((name for name in weights if counts[name]), key=lambda name: name != REFERENCE):
         alone = {other: weight if other == name else 0.0 for other, weight in weights.items()}
-        gradient = _gradient(module, batches, counts, alone, world, moved)
+        gradient = _gradient(module, batches, counts, alone, world, report_progress)
         reference = reference or gradient
         square, product = world.sum([_dot(gradient, gradient), _dot(gradient, reference)])
         values[f"gradient/norm/{name}"] = norms[name] = square**0.5
@@ -39,7 +39,7 @@ def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Ma
 
 
 def _gradient(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], weights: Mapping[str, float],
-              world: World, moved: Callable[[], None]) -> list[torch.Tensor]:
+              world: World, report_progress: Callable[[], None]) -> list[torch.Tensor]:
     """Return the gradient of the global batch, of each parameter the part that falls to this rank, flat and in fp32."""
     parameters = list(module.parameters())
     parts: list[torch.Tensor | float] = [0.0] * len(parameters)
@@ -50,7 +50,7 @@ def _gradient(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, 
 
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         for batch in batches:
-            moved()
+            report_progress()
             # the terms of weight zero stay in the graph: ZeRO-3 then meets the same modules as in every other backward pass
             loss = total_loss(module(batch.to(world.device)).terms, counts, weights, ranks=1)
             hooks = [parameter.register_hook(partial(take, index)) for index, parameter in enumerate(parameters)]

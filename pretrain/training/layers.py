@@ -14,13 +14,13 @@ GRAPHS_OF_A_KIND = 8
 """Graphs that torch._dynamo may make for the layers of one shape: for training, validation and checkpointing, and for each mask of Gemma 2."""
 
 
-def recompute_layers(model: LanguageModel) -> None:
+def enable_activation_checkpointing(model: LanguageModel) -> None:
     """Keep the input of each layer only, and compute the layer again in the backward pass."""
     # not reentrant: that would run ZeRO-3's gradient hooks in a backward pass for each layer, and forbid torch.autograd.grad
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def gather_layers_whole(model: LanguageModel) -> None:
+def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
     """Let ZeRO stage 3 gather and release the parameters of a layer together, by one hook instead of one for each linear map and norm.
 
     To be called before DeepSpeed is initialised.
@@ -38,7 +38,7 @@ def compile_layers(model: LanguageModel) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=False)  # not the call, which runs the hooks around the layer
 
 
-def allow_graphs(model: LanguageModel, warn: Callable[[str], None]) -> None:
+def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> None:
     """Let torch._dynamo compile every layer, or the FlexAttention of every layer; call `warn` once if it does not.
 
     Its limit is one for all layers, since they share their code, and those of OpenELM have different shapes.
@@ -53,7 +53,7 @@ def allow_graphs(model: LanguageModel, warn: Callable[[str], None]) -> None:
     messages.addHandler(_LimitReached(warn))
 
 
-def share_compile_threads(ranks: int) -> None:
+def limit_compile_threads(ranks: int) -> None:
     """Let each of the `ranks` on this machine start its share of torch._inductor's compile workers, not as many as there are cores."""
     settings = torch._inductor.config
     share = max(1, len(os.sched_getaffinity(0)) // ranks)

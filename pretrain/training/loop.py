@@ -15,22 +15,22 @@ import torch
 from data_prep.console import UserError
 from pretrain.config import RunConfig
 from pretrain.data.batch import Batch, micro_batches
-from pretrain.data.layout import Specials
+from pretrain.data.layout import SpecialTokenIds
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.prefetch import Prefetch, StepData
 from pretrain.objectives.base import Objective, total_loss
 from pretrain.objectives.monitors import embedding_monitors, has_collapsed
 from pretrain.objectives.pool import Pool
-from pretrain.run_folder import REWINDING, list_steps, write_status
-from pretrain.training.background import ask_for_evaluation, start_evaluations
+from pretrain.run_folder import REWIND_REASON_PREFIX, list_steps, write_status
 from pretrain.training.distributed import World
+from pretrain.training.evaluation_requests import request_evaluation, start_evaluations
 from pretrain.training.gradients import gradient_diagnostics
 from pretrain.training.metrics import Metrics
-from pretrain.training.notes import LocalNotes, Notes
 from pretrain.training.progress_line import collapse_warning, progress_line, validation_line
+from pretrain.training.rank_store import LocalRankStore, RankStore
 from pretrain.training.saving import Saver
 from pretrain.training.schedule import Progress, consumed_fraction, learning_rate
-from pretrain.training.spikes import CannotRewind, SpikeRule, left_out, rewind
+from pretrain.training.spikes import CannotRewind, SpikeRule, excluded_steps, rewind
 from pretrain.training.stop import StopRequest
 from pretrain.training.throughput import Throughput
 from pretrain.training.validation import Validation
@@ -42,7 +42,7 @@ LAUNCHER_GRACE = 30.0
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepConsensus:
     """What all ranks know of a step, from its one synchronisation."""
 
     losses: dict[str, float]
@@ -63,7 +63,7 @@ class Trainer:
     world: World
     engine: deepspeed.DeepSpeedEngine
     loader: Loader
-    specials: Specials
+    specials: SpecialTokenIds
     objective: Objective
     throughput: Throughput
     validation: Validation | None
@@ -73,22 +73,22 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     collapsed: bool = False
     spikes: SpikeRule = field(default_factory=SpikeRule)
-    owed: dict[str, float] | None = None
+    pending_validation: dict[str, float] | None = None
     """The values of the last step, whose validation a signal has cut short: the next start makes it up."""
     reason: str = ""
     """Why the run has stopped before its end."""
     step_seconds: float = 0.0
     """Duration of the last step."""
     warned_of_launchers: bool = False
-    last_words: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
+    print_fatal: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
     """Says on the console why this process ends, on any rank."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved)
-        self.left_out = left_out(self.config.run_dir)
+        self.excluded_steps = excluded_steps(self.config.run_dir)
         self.watchdog: Watchdog | None = None
-        if self.world.notes is not None:  # the peers wait for this rank from here on
-            self.watchdog = self._watch(self.world.notes)
+        if self.world.rank_store is not None:  # the peers wait for this rank from here on
+            self.watchdog = self._watch(self.world.rank_store)
 
     def train(self) -> str:
         """Train until the budget is used up or a signal comes; return the final status.
@@ -96,7 +96,7 @@ class Trainer:
         Raises UserError, on all ranks, for a damaged shard, and where the last checkpoint cannot be written.
         """
         if self.watchdog is None:
-            self.watchdog = self._watch(LocalNotes())
+            self.watchdog = self._watch(LocalRankStore())
         ended = False
         try:
             with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
@@ -111,7 +111,7 @@ class Trainer:
             self.saver.close()
             if self.watchdog:
                 self.watchdog.close(ended)
-        if self.saver.problem and not self.reason.startswith(REWINDING):
+        if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
                             + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning"))
@@ -122,26 +122,26 @@ class Trainer:
         if stopping:
             self.reason = self._stopped_by()
             return "resumable"
-        if self.owed is not None:
-            stopping = not self._finish_step(self.owed, validating=True)
+        if self.pending_validation is not None:
+            stopping = not self._finish_step(self.pending_validation, validating=True)
         while self.fraction < 1 and not stopping:
-            step = self.world.agree(data.next) if data_failed else data.next()
-            data.take_waited()
+            step = self.world.run_and_sync_errors(data.next) if data_failed else data.next()
+            data.pop_wait_seconds()
             started = time.perf_counter()
             self._count(step.rows)
             self._set_learning_rate()
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
-            divisors = {term: step.counts[unit] for term, unit in self.objective.units.items()}
+            divisors = {term: step.loss_denominators[unit] for term, unit in self.objective.units.items()}
             gradients = self._gradients(step, divisors)
-            agreed, pool, score, void = self._compute(step, divisors, data, with_pool=logging)
-            updated = self._update(agreed.losses, void)
+            agreed, pool, score, skip_update = self._compute(step, divisors, data, with_pool=logging)
+            updated = self._update(agreed.losses, skip_update)
             stopping, data_failed = agreed.stopping, agreed.data_failed
             embeddings = self._diagnose(pool)
             seconds = time.perf_counter() - started
             self.progress.seconds += seconds
             self.step_seconds = seconds
-            self.throughput.add(step.rows, step.counts["targets"], seconds, data.take_waited())
+            self.throughput.add(step.rows, step.loss_denominators["targets"], seconds, data.pop_wait_seconds())
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
             if self.saver.open and not agreed.saving:
@@ -157,7 +157,7 @@ class Trainer:
             stopping |= not self._finish_step(values, validating)
             if last or stopping or data_failed or self._due(self.config.checkpoint.every):
                 self._save(step.state)
-        if self.fraction < 1 or self.owed is not None:
+        if self.fraction < 1 or self.pending_validation is not None:
             self.reason = self._stopped_by()
             return "resumable"
         return "finished"
@@ -165,24 +165,24 @@ class Trainer:
     def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
         """Validate where it is time to, and write down the step; False where a signal cut the validation short, which is then owed."""
         found = self._validate() if validating else {}
-        self.owed = values if found is None else None
+        self.pending_validation = values if found is None else None
         if self.metrics and found is not None and values | found:
             self.metrics.write(self._counters(), values | found)
         return found is not None
 
-    def _watch(self, notes: Notes | LocalNotes) -> Watchdog:
-        return Watchdog(notes, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
+    def _watch(self, rank_store: RankStore | LocalRankStore) -> Watchdog:
+        return Watchdog(rank_store, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
 
     def _moved(self) -> None:
         if self.watchdog:
-            self.watchdog.moved(self.progress.step)
+            self.watchdog.report_progress(self.progress.step)
 
     def _patient(self) -> AbstractContextManager:
-        return self.watchdog.patient() if self.watchdog else nullcontext()
+        return self.watchdog.extended_timeout() if self.watchdog else nullcontext()
 
     def _hung(self, line: str) -> None:
         """The last words of a run that hangs."""
-        self.last_words(f"error: {line}; the run ends here, start the same command again")
+        self.print_fatal(f"error: {line}; the run ends here, start the same command again")
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
@@ -223,7 +223,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
-    def _compute(self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool) -> tuple[Agreed, Pool | None, float, bool]:
+    def _compute(self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool) -> tuple[StepConsensus, Pool | None, float, bool]:
         """Run forward and backward over this rank's micro batches.
 
         Return what all ranks agree on, the last pool, the spike score of the loss, and whether the step is skipped.
@@ -242,17 +242,17 @@ class Trainer:
             if number < len(step.batches):
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.engine.step()
-        agreed = self._agree(sums, divisors, data.failed())
-        score, void = self._judge(agreed.losses, divisors)
-        self.engine.backward(loss * (torch.nan if void else 1.0), scale_wrt_gas=False)
+        agreed = self._reach_consensus(sums, divisors, data.failed())
+        score, skip_update = self._judge(agreed.losses, divisors)
+        self.engine.backward(loss * (torch.nan if skip_update else 1.0), scale_wrt_gas=False)
         if self.watchdog:
-            self.watchdog.started()
-        return agreed, output.pool and output.pool.detached(), score, void
+            self.watchdog.first_step_done()
+        return agreed, output.pool and output.pool.detached(), score, skip_update
 
     def _judge(self, losses: dict[str, float], counts: dict[str, int]) -> tuple[float, bool]:
         """Return the highest spike score of the terms of a step, and whether the step is to be skipped. `counts` are those of the means."""
         train = self.config.train
-        if not math.isfinite(self._total(losses)) or self.progress.step in self.left_out:
+        if not math.isfinite(self._total(losses)) or self.progress.step in self.excluded_steps:
             return 0.0, True
         score, highest = self.spikes.judge(losses, counts, self.weights)
         if score > train.spike_score:
@@ -275,14 +275,14 @@ class Trainer:
         return micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
                              micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size)
 
-    def _agree(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> Agreed:
+    def _reach_consensus(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> StepConsensus:
         """Bring together what the ranks know. The one synchronisation of a step."""
         flags = torch.tensor([self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device)
         *totals, stops, failures, writers = self.world.sum([*sums.values(), *flags])
         losses = {name: total / divisors[name] for name, total in zip(sums, totals, strict=True) if divisors[name]}
-        return Agreed(losses, stops > 0, failures > 0, writers > 0)
+        return StepConsensus(losses, stops > 0, failures > 0, writers > 0)
 
-    def _update(self, losses: dict[str, float], void: bool) -> bool:
+    def _update(self, losses: dict[str, float], skip_update: bool) -> bool:
         """Take the optimizer step; count and report it where none was made."""
         skipped_before = self.engine.skipped_steps
         self.saver.before_update()
@@ -292,7 +292,7 @@ class Trainer:
             self.progress.skipped_steps += 1
             culprits = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
             why = (f"{culprits} was not finite on some rank" if culprits else "its records are left out since a rewind"
-                   if self.progress.step in self.left_out else "its loss is a spike" if void else "the gradient was not finite on some rank")
+                   if self.progress.step in self.excluded_steps else "its loss is a spike" if skip_update else "the gradient was not finite on some rank")
             self._say(f"WARNING: step {self.progress.step} made no update: {why} ({self.progress.skipped_steps} such steps so far)")
         return updated
 
@@ -310,7 +310,7 @@ class Trainer:
         if problem:
             self._say(f"WARNING: no rewind for the spike of step {step} (score {score:.1f}), the step is skipped: {problem}")
             return False
-        self.reason = (f"{REWINDING}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
+        self.reason = (f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
                        f"and leaves out steps {step - 1} and {step}")
         self._say(f"WARNING: {self.reason}")
         return True
@@ -325,7 +325,7 @@ class Trainer:
             "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
             "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
             "optimizer/skipped_steps": self.progress.skipped_steps,
-            "throughput/checkpoint_seconds": self.saver.take_seconds(),
+            "throughput/checkpoint_seconds": self.saver.pop_seconds(),
             "checkpoint/failed": self.saver.failed,
         }
 
@@ -354,11 +354,11 @@ class Trainer:
         step = self.progress.step
         if self._evaluating(step) and self.world.is_main:
             with self._going_on(f"evaluation of step {step}"):
-                ask_for_evaluation(self.config.run_dir, step)
+                request_evaluation(self.config.run_dir, step)
         with self._patient():
             weights = self.saver.timed(lambda: weight_sums(self.engine.module, self.world))
             self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
-                                    "losses": self.spikes.losses, "pool_rows": self.pool_rows, "owed": self.owed,
+                                    "losses": self.spikes.losses, "pool_rows": self.pool_rows, "owed": self.pending_validation,
                                     "weights": weights})
 
     def _finish_save(self) -> None:
@@ -399,7 +399,7 @@ class Trainer:
         """Go on from the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
-        self.collapsed, self.owed = state["collapsed"], state["owed"]
+        self.collapsed, self.pending_validation = state["collapsed"], state["owed"]
         if state.get("pool_rows", self.pool_rows) == self.pool_rows:  # else a contrastive loss is another quantity from here on
             self.spikes.load(state["losses"])
 

@@ -8,20 +8,20 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_prep.console import UserError, exit_on_user_error, output_may_be_lost, report
-from data_prep.launched import another_process_speaks
+from data_prep.console import UserError, exit_on_user_error, ignore_output_errors, report
+from data_prep.launch_env import is_silent_rank
 from pretrain.config import RunConfig, load_config
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
 
-TOLD = 10.0
+ABORT_GRACE_SECONDS = 10.0
 """Seconds in which mpirun ends the other ranks."""
 
 if TYPE_CHECKING:
     from pretrain.training.distributed import World
 
-STOPPED = 75
+EXIT_CODE_STOPPED = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL); launchers may lose it, status.json does not."""
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
     arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
     action = plan if arguments.dry_run else run_alone
-    exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=another_process_speaks)
+    exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=is_silent_rank)
 
 
 def plan(config: RunConfig) -> None:
@@ -53,7 +53,7 @@ def run_alone(config: RunConfig) -> None:
     read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
     code = 0
     try:
-        with output_may_be_lost():
+        with ignore_output_errors():
             run(config)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
@@ -65,18 +65,18 @@ def run_alone(config: RunConfig) -> None:
 
 
 def run(config: RunConfig) -> None:
-    """Train as the configuration says; ends the process with STOPPED where a signal came first."""
+    """Train as the configuration says; ends the process with EXIT_CODE_STOPPED where a signal came first."""
     stop = StopRequest()  # from here on a signal is kept until all ranks can agree on it
     _quiet()
-    from pretrain.training.distributed import CannotMeet, init_world
+    from pretrain.training.distributed import RendezvousError, init_world
 
     try:
         world = init_world()
-    except CannotMeet as error:  # no mistake of the configuration, another start may succeed
-        report(error, silent=another_process_speaks())
+    except RendezvousError as error:  # no mistake of the configuration, another start may succeed
+        report(error, silent=is_silent_rank())
         sys.exit(1)
     try:
-        log = world.agree(lambda: RankLog(config.run_dir, world.rank))
+        log = world.run_and_sync_errors(lambda: RankLog(config.run_dir, world.rank))
     except UserError as error:
         _end(world, error)
     with log:
@@ -84,7 +84,7 @@ def run(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -> None:
-    from pretrain.training.first_error import tell_first_error
+    from pretrain.training.first_error import report_first_error
     from pretrain.training.setup import RunLock, set_up
 
     trainer, lock = None, RunLock(config.run_dir)
@@ -92,11 +92,11 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         trainer = set_up(config, world, stop, lock)
         if trainer is None:
             return
-        trainer.last_words = log.last_words
+        trainer.print_fatal = log.print_fatal
         status = trainer.train()
     except UserError as error:
         if trainer and world.is_main:
-            write_status(config.run_dir, "failed", trainer.progress.step, str(error), again=False)
+            write_status(config.run_dir, "failed", trainer.progress.step, str(error), can_restart=False)
         _end(world, error)
     except Stopped as stopped:
         if world.is_main:
@@ -104,7 +104,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
             write_status(config.run_dir, "resumable", step, str(stopped))
             print(f"resumable at step {step}: {config.run_dir}", flush=True)
         world.barrier()
-        sys.exit(STOPPED)
+        sys.exit(EXIT_CODE_STOPPED)
     except Exception as error:
         step = trainer.progress.step if trainer else read_status(config.run_dir).get("step", 0)
         log.write_traceback(error)
@@ -112,7 +112,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
             if lock.held:
                 write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
             raise
-        line = tell_first_error(world, error, step, log.last_words)
+        line = report_first_error(world, error, step, log.print_fatal)
         if line is not None and lock.held:  # otherwise another run owns the folder
             write_status(config.run_dir, "failed", step, line)
         log.close()
@@ -125,7 +125,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         print(f"{status} at step {trainer.progress.step}: {config.run_dir}", flush=True)
     world.barrier()
     if status == "resumable":
-        sys.exit(STOPPED)
+        sys.exit(EXIT_CODE_STOPPED)
 
 
 def _end(world: "World", error: UserError) -> NoReturn:
@@ -135,7 +135,7 @@ def _end(world: "World", error: UserError) -> NoReturn:
         world.barrier()  # mpirun kills what is left when the first rank ends, before it has spoken, and with an exit code of its own
         if (mpi := sys.modules.get("mpi4py.MPI")) and world.is_main:
             mpi.COMM_WORLD.Abort(2)
-        time.sleep(TOLD if mpi else 0)
+        time.sleep(ABORT_GRACE_SECONDS if mpi else 0)
         os._exit(2)  # at once: gloo aborts a process that is torn down after its peers
     sys.exit(2)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pretrain.models.head import MOST_LOGITS
+from pretrain.models.head import MAX_LOGITS
 from pretrain.models.language_model import LanguageModel
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
@@ -75,7 +75,7 @@ def layer_widths(model: LanguageModel) -> list[LayerWidths]:
         modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
         outputs = {name: module.out_features for name, module in modules.items() if isinstance(module, nn.Linear)}
         of_heads = {"q_norm": outputs["q_proj"], "k_norm": outputs["k_proj"]}
-        norms = sum(of_heads.get(name, model.width) for name, module in modules.items() if type(module).__name__.endswith("Norm"))
+        norms = sum(of_heads.get(name, model.hidden_size) for name, module in modules.items() if type(module).__name__.endswith("Norm"))
         found.append(LayerWidths(outputs["q_proj"], outputs["k_proj"], outputs["up_proj"], norms))
     return found
 
@@ -105,11 +105,11 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     head's weight is in fp32 from the forward pass on, and once more, in bf16 a third time, in the backward pass.
     """
     item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
-    layers = [positions * ((4 + item) * layer.norms + item * (2 * model.width + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward))
+    layers = [positions * ((4 + item) * layer.norms + item * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward))
               for layer in layer_widths(model)]
     return Activations(
         layers=sum(layers),
-        checkpointed_layers=item * model.width * positions * len(layers) + max(layers),
-        logits=min(targets * model.vocabulary, MOST_LOGITS[device]) * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
-        head=float(8 + (item if precision == "bf16" else 0)) * model.vocabulary * model.width if head.weight.requires_grad else 0.0,
+        checkpointed_layers=item * model.hidden_size * positions * len(layers) + max(layers),
+        logits=min(targets * model.vocab_size, MAX_LOGITS[device]) * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
+        head=float(8 + (item if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size if head.weight.requires_grad else 0.0,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.console import print_now
 from data_prep.files import write_text
-from pretrain.run_folder import parse_metrics, warn_of_unreadable
+from pretrain.run_folder import parse_metrics_line, warn_about_corrupt_lines
 
 NEWLINE = b"\n"
 EVENTS = "events.out.tfevents."
@@ -29,8 +29,8 @@ class Metrics:
         path = run_dir / "metrics.jsonl"
         if path.exists():
             *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a kill may cut off the last line
-            found = [parse_metrics(line) for line in lines]
-            warn_of_unreadable(path, [number for number, values in enumerate(found, 1) if values is None], "removed")
+            found = [parse_metrics_line(line) for line in lines]
+            warn_about_corrupt_lines(path, [number for number, values in enumerate(found, 1) if values is None], "removed")
             kept = [line for line, values in zip(lines, found, strict=True) if values is not None and values["step"] <= step]
             write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)

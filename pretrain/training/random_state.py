@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-def file_name(rank: int) -> str:
+def random_state_file_name(rank: int) -> str:
     """Return the file of a rank."""
     return f"random_rank_{rank:05d}.pt"
 
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(checkpoint: Path, rank: int) -> None:
     """Go on with the numbers that came next; a rank that the run did not have before goes on with its own."""
-    path = checkpoint / file_name(rank)
+    path = checkpoint / random_state_file_name(rank)
     if not path.exists():
         return
     state = torch.load(path, weights_only=False)

@@ -88,7 +88,7 @@ class RankLog:
         with contextlib.suppress(OSError):
             traceback.print_exception(error, file=self._file)
 
-    def last_words(self, text: str) -> None:
+    def print_fatal(self, text: str) -> None:
         """Print to the console, from any rank, and to the file."""
         for stream in (self._consoles[1], self._file):
             with contextlib.suppress(OSError):

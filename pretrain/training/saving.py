@@ -21,9 +21,9 @@ from pretrain.run_folder import list_steps, step_name
 from pretrain.sections import CheckpointConfig
 from pretrain.training import checkpoint
 from pretrain.training.distributed import World
-from pretrain.training.engine import whole_shape
+from pretrain.training.engine import full_shape
 from pretrain.training.host_copies import HostCopies
-from pretrain.training.random_state import file_name, random_state
+from pretrain.training.random_state import random_state, random_state_file_name
 
 BYTES_PER_PARAMETER = 12
 """Size of a trained parameter in a checkpoint, at least: the weight and two moments in fp32. A frozen one is saved as it is."""
@@ -74,7 +74,7 @@ class Saver:
         """Whether a save has been begun that is not finished."""
         return self._save is not None
 
-    def take_seconds(self) -> float:
+    def pop_seconds(self) -> float:
         """What saving has cost the training thread since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
@@ -98,7 +98,7 @@ class Saver:
         else:
             self._copies.begin()
             self._engine.save_checkpoint(str(self._folder), tag=temporary.name, save_latest=False)
-            files = self._collector.take() | {temporary / file_name(self._world.rank): random_state()}
+            files = self._collector.take() | {temporary / random_state_file_name(self._world.rank): random_state()}
             self._save = _Save(step, temporary, state, self._thread.submit(_write, files, self._copies))
             self._save.written.add_done_callback(lambda _: self._note_duration(started))
         self._seconds += time.perf_counter() - started
@@ -139,7 +139,7 @@ class Saver:
             checkpoint.publish(save.temporary, save.step, self._world.size, save.state, files)
         except OSError as error:
             return _line(error)
-        if kept := checkpoint.retain(self._folder, self._config.keep, self._config.keep_every):
+        if kept := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
             self._say(f"WARNING: old checkpoints cannot be removed: {', '.join(kept)}")
         return None
 
@@ -165,12 +165,12 @@ class Saver:
     def _size(self) -> float:
         newest = list_steps(self._folder)[-1:]
         before = sum(path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir())
-        return SPARE * (before or smallest_size(self._engine.module))
+        return SPARE * (before or min_checkpoint_bytes(self._engine.module))
 
 
-def smallest_size(module: nn.Module) -> int:
+def min_checkpoint_bytes(module: nn.Module) -> int:
     """Return the bytes that a checkpoint of a module takes at least."""
-    return sum(whole_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
+    return sum(full_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
                for parameter in module.parameters())
 
 
@@ -209,7 +209,7 @@ def _write(files: dict[Path, Any], copies: HostCopies) -> Written:
         try:
             with open(path, "wb") as file:
                 torch.save(files.pop(path), file)
-            entries[path.name] = checkpoint.described(path)
+            entries[path.name] = checkpoint.manifest_entry(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a write that fails
             return {}, _line(error)
     return entries, None

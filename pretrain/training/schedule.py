@@ -26,13 +26,13 @@ class Progress:
         return asdict(self)
 
 
-def consumed_fraction(progress: Progress, train: TrainConfig, epochs_records: int) -> float:
-    """Share of the budget that is used up; the run ends at 1. `epochs_records` are those of train.epochs epochs."""
+def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_records: int) -> float:
+    """Share of the budget that is used up; the run ends at 1. `total_epoch_records` are those of train.epochs epochs."""
     if train.steps is not None:
         return progress.step / train.steps
     if train.tokens is not None:
         return progress.tokens / train.tokens
-    budget = train.records if train.records is not None else epochs_records
+    budget = train.records if train.records is not None else total_epoch_records
     return progress.records / budget
 
 

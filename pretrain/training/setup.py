@@ -13,25 +13,25 @@ import numpy as np
 from data_prep.config import evaluation_tests
 from data_prep.console import UserError, print_now
 from data_prep.files import copy_folder, sha256_file, try_lock
-from data_prep.selection.task_contexts import files_of
+from data_prep.selection.task_contexts import list_test_files
 from data_prep.shards import positions_needed
-from data_prep.tokenizer import find_tokenizer, take_over
+from data_prep.tokenizer import find_tokenizer, import_tokenizer
 from data_prep.tokenizer_difference import first_difference
 from data_prep.units import Job
 from pretrain.config import RunConfig
 from pretrain.data.corpus import Corpus, check_data_section, source_weights
-from pretrain.data.layout import Layout, Specials
+from pretrain.data.layout import Layout, SpecialTokenIds
 from pretrain.data.loader import Loader
 from pretrain.models.language_model import LanguageModel, special_ids
 from pretrain.objectives.base import build_objective
 from pretrain.relevant_env import relevant_env
-from pretrain.run_folder import MODEL, list_steps, read_status, write_status
+from pretrain.run_folder import MODEL_DIR, list_steps, read_status, write_status
 from pretrain.tasks.options import check_package
 from pretrain.training import checkpoint
-from pretrain.training.background import check_device, evaluations_asked_for, start_evaluations
 from pretrain.training.describe import check_same_run, record_start
 from pretrain.training.distributed import World
 from pretrain.training.engine import build_engine, engine_settings, parameter_count
+from pretrain.training.evaluation_requests import check_device, requested_evaluations, start_evaluations
 from pretrain.training.loop import Trainer
 from pretrain.training.metrics import Metrics
 from pretrain.training.stop import StopRequest
@@ -54,7 +54,7 @@ class RunLock:
 
     def take(self, world: World) -> None:
         """Take the lock on all ranks together. Raises UserError if another run has it."""
-        self._file = world.agree(lambda: _claim(self._run_dir) if world.is_main else None)
+        self._file = world.run_and_sync_errors(lambda: _claim(self._run_dir) if world.is_main else None)
         self.held = True
 
     def release(self) -> None:
@@ -74,11 +74,11 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     say = print_now if world.is_main else lambda text: None
     settings = engine_settings(config, world.size)
     _check_same_environment(world, say)
-    corpus = world.agree(lambda: Corpus(config.data.path, "train"))
-    world.agree(lambda: check(config, corpus, say))
-    world.agree(lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None)
+    corpus = world.run_and_sync_errors(lambda: Corpus(config.data.path, "train"))
+    world.run_and_sync_errors(lambda: check(config, corpus, say))
+    world.run_and_sync_errors(lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None)
     lock.take(world)
-    changes = world.agree(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
+    changes = world.run_and_sync_errors(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
     for change in changes:
         say(f"note: going on with a change: {change}")
     checkpoints = config.run_dir / "checkpoints"
@@ -86,19 +86,19 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
         say(f"{config.run_dir} is finished already")
         _resume_evaluations(config, world)
         return None
-    if config.resting_keys:
-        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.resting_keys)}")
+    if config.ignored_keys:
+        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.ignored_keys)}")
 
     found = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
     universal = found is not None and found.ranks != world.size
     objective = build_objective(config.objective)
-    engine = world.agree(lambda: build_engine(config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal))
+    engine = world.run_and_sync_errors(lambda: build_engine(config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal))
     model = engine.module.model
-    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     trainer = Trainer(
         config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop,
-        loader=world.agree(lambda: make_loader(config, corpus, layout)),
+        loader=world.run_and_sync_errors(lambda: make_loader(config, corpus, layout)),
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
@@ -117,16 +117,16 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
         _write_skeleton(config, model, corpus)
         record_start(config, corpus.manifest, world.size, trainer.progress.step, changes)
 
-    world.agree(lambda: _writing(config, describe) if world.is_main else None)
+    world.run_and_sync_errors(lambda: _writing(config, describe) if world.is_main else None)
     if world.is_main:
-        written = trainer.progress.step - (trainer.owed is not None)  # a step whose validation is owed is written when that is made up
+        written = trainer.progress.step - (trainer.pending_validation is not None)  # a step whose validation is owed is written when that is made up
         trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
 
 
-def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]) -> checkpoint.Found | None:
+def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]) -> checkpoint.VerifiedCheckpoint | None:
     """Return the newest good checkpoint, converted if another number of ranks wrote it; None if there is none. Raises UserError and Stopped."""
     if world.is_main:
         checkpoint.remove_leftovers(folder)
@@ -138,7 +138,7 @@ def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: Sto
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:
     """Start the evaluations that a killed run or job left to do."""
-    if world.is_main and evaluations_asked_for(config.run_dir):
+    if world.is_main and requested_evaluations(config.run_dir):
         start_evaluations(config.run_dir, config.evaluation.device)
 
 
@@ -191,7 +191,7 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
     if config.model.lora:
         check_package("peft", "lora", "model.lora")
     for number, task in enumerate(config.evaluation.tasks):
-        task.check_needs(config.data, f"evaluation.tasks.{number}")
+        task.check_requirements(config.data, f"evaluation.tasks.{number}")
     if corpus is not None and config.data.decontaminate:
         _check_compared(config, corpus, say)
     steps = list_steps(config.run_dir / "checkpoints")
@@ -209,8 +209,8 @@ def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None
     known = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
-        described, = Job(data=config.data, tests=(test,)).described_tests
-        files = files_of(test)
+        described, = Job(data=config.data, tests=(test,)).test_descriptions
+        files = list_test_files(test)
         new = [path for path in files if sha256_file(Path(path)) not in known] if files else [] if described in recorded else [test.source.path]
         if new:
             say(f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "
@@ -233,7 +233,7 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         say(f"note: model.init_from: {folder} has no tokenizer, so it is not known whether its model was trained on the token ids of the corpus")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        own = take_over(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
+        own = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
         difference = first_difference(own, corpus.tokenizer)
     if difference is not None:
         raise UserError(f"model.init_from: the tokenizer of {folder} is not the one of {corpus.folder} ({difference}); prepare the corpus with "
@@ -242,13 +242,13 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
     """There must be something for the term to look at."""
-    layout = config.make_layout(Specials(0, 0, 0, 0, 0), corpus.views)
+    layout = config.make_layout(SpecialTokenIds(0, 0, 0, 0, 0), corpus.views)
     if corpus.entry["incomplete"] < len(corpus):
         return  # some record has all views
     for lengths in _all_lengths(corpus):
         everyone = np.ones(len(lengths), bool)
         segment_lengths = layout.segment_lengths(lengths, everyone)
-        pairs, spans = layout.pairs(segment_lengths, everyone), layout.span_counts(segment_lengths)
+        pairs, spans = layout.pairs(segment_lengths, everyone), layout.count_spans(segment_lengths)
         if (pairs.any() or not layout.read_outs) and (spans.any() or not layout.spans):
             return
     raise UserError(f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
@@ -263,7 +263,7 @@ def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
 
 def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
     """No record may be longer than a row, with all copies that the objective and the validation want."""
-    length, specials = config.data.sequence_length, Specials(0, 0, 0, 0, 0)  # only their number counts
+    length, specials = config.data.sequence_length, SpecialTokenIds(0, 0, 0, 0, 0)  # only their number counts
 
     def longest(split: Corpus, validating: bool) -> int:
         layout = config.make_layout(specials, split.views, validating=validating)
@@ -295,21 +295,21 @@ def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
     return max(corpus.entry["positions_needed"], pieces)
 
 
-def _validation(config: RunConfig, corpus: Corpus, specials: Specials, world: World) -> Validation | None:
+def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, world: World) -> Validation | None:
     if "validation" not in corpus.manifest["splits"]:
         return None
-    held_out = world.agree(lambda: Corpus(config.data.path, "validation"))
+    held_out = world.run_and_sync_errors(lambda: Corpus(config.data.path, "validation"))
     layout = config.make_layout(specials, corpus.views, validating=True)
-    return world.agree(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
+    return world.run_and_sync_errors(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
                                           config.train.micro_batch_rows, world))
 
 
 def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:
     """Everything of an export but the weights: the configuration of the model, and its tokenizer."""
-    folder = config.run_dir / MODEL
+    folder = config.run_dir / MODEL_DIR
     if folder.exists():
         return
-    temporary = folder.with_name(f".{MODEL}.tmp")
+    temporary = folder.with_name(f".{MODEL_DIR}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     copy_folder(corpus.folder / "tokenizer", temporary)
     model.causal_lm.config.save_pretrained(temporary)

@@ -9,18 +9,18 @@ from typing import Any
 
 from data_prep.console import UserError
 from data_prep.files import write_json
-from pretrain.run_folder import PINS, REWINDS, list_steps, rewinds, step_name
+from pretrain.run_folder import PINS, REWINDS, list_steps, read_rewinds, step_name
 
-WINDOW, ENOUGH = 100, 20
+WINDOW, MIN_HISTORY = 100, 20
 """Steps that a loss is compared with, and as many as that takes."""
 ALIKE = 2
 """Largest ratio of the numbers of tokens or pairs in two steps whose losses are compared: the mean over few pairs varies more, and a
 contrastive loss grows with their number."""
 LEAST_SPREAD = 0.005
 """Of the median: a loss that hardly varies is not compared with its noise alone."""
-MOST_REWINDS = 3
+MAX_REWINDS_PER_CHECKPOINT = 3
 """Times that a run goes back to one checkpoint."""
-MOST_REWINDS_IN_ALL = 20
+MAX_REWINDS = 20
 """Times that a run goes back at all: a run that diverges would otherwise rewind after each new checkpoint."""
 
 
@@ -41,7 +41,7 @@ class SpikeRule:
     def score(self, term: str, loss: float, count: int) -> float:
         """Return how far a loss is above the last ones of similar counts, in standard deviations; 0 while there are too few."""
         comparable = [before for before, of in self.losses.get(term, []) if of <= ALIKE * count and count <= ALIKE * of]
-        if len(comparable) < ENOUGH:
+        if len(comparable) < MIN_HISTORY:
             return 0.0
         median = statistics.median(comparable)
         spread = 1.4826 * statistics.median(abs(before - median) for before in comparable)
@@ -67,9 +67,9 @@ class SpikeRule:
         self.losses = {term: [(loss, count) for loss, count in last] for term, last in losses.items()} if isinstance(losses, dict) else {}
 
 
-def left_out(run_dir: Path) -> set[int]:
+def excluded_steps(run_dir: Path) -> set[int]:
     """Return the steps whose records train nothing."""
-    return {step for rewind in rewinds(run_dir) for step in rewind["left_out"]}
+    return {step for rewind in read_rewinds(run_dir) for step in rewind["left_out"]}
 
 
 def rewind(run_dir: Path, step: int, score: float) -> int:
@@ -80,21 +80,21 @@ def rewind(run_dir: Path, step: int, score: float) -> int:
     culprits = [step - 1, step]
     to = max((saved for saved in list_steps(run_dir / "checkpoints") if saved < culprits[0]), default=None)
     try:
-        before = rewinds(run_dir)
+        before = read_rewinds(run_dir)
     except (OSError, UserError) as error:
         raise CannotRewind(f"cannot read {run_dir / REWINDS}: {error}") from None
     if to is None:
         raise CannotRewind("no checkpoint is older than the step before it")
-    if sum(one["to"] == to for one in before) >= MOST_REWINDS:
-        raise CannotRewind(f"the run went back to step {to} {MOST_REWINDS} times already")
-    if len(before) >= MOST_REWINDS_IN_ALL:
-        raise CannotRewind(f"the run went back {MOST_REWINDS_IN_ALL} times already, it may be diverging: lower train.learning_rate")
+    if sum(one["to"] == to for one in before) >= MAX_REWINDS_PER_CHECKPOINT:
+        raise CannotRewind(f"the run went back to step {to} {MAX_REWINDS_PER_CHECKPOINT} times already")
+    if len(before) >= MAX_REWINDS:
+        raise CannotRewind(f"the run went back {MAX_REWINDS} times already, it may be diverging: lower train.learning_rate")
     try:
         write_json(run_dir / REWINDS, [*before, {"step": step, "score": score, "to": to, "left_out": culprits}])
         _set_aside(run_dir, to)
     except OSError as error:
         with contextlib.suppress(OSError):
-            if rewinds(run_dir) != before:
+            if read_rewinds(run_dir) != before:
                 write_json(run_dir / REWINDS, before)
         raise CannotRewind(f"cannot write to {run_dir}: {error.strerror}") from None
     return to

@@ -46,7 +46,7 @@ class Parameters:
 
 def count_parameters(model: LanguageModel) -> Parameters:
     """The parameters of a model, partitioned, whole or on the meta device."""
-    embedding = model.vocabulary * model.width
+    embedding = model.vocab_size * model.hidden_size
     tied = bool(model.causal_lm.config.tie_word_embeddings)
     predictor = 0 if model.predictor is None else parameter_count(model.predictor)
     layers = parameter_count(model) - predictor - embedding * (1 if tied else 2)

@@ -8,8 +8,8 @@ import torch
 
 from pretrain.data.batch import micro_batches
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Specials
-from pretrain.data.loader import Rows, counts, draw, plan_rows
+from pretrain.data.layout import Layout, SpecialTokenIds
+from pretrain.data.loader import Rows, draw_random_bits, loss_denominators, plan_rows
 from pretrain.objectives.monitors import embedding_monitors
 from pretrain.objectives.pool import Pool
 from pretrain.training.distributed import World
@@ -22,14 +22,14 @@ class Validation:
     pairs together.
     """
 
-    def __init__(self, corpus: Corpus, layout: Layout, specials: Specials, row_length: int, records: int, micro_batch_rows: int, world: World):
+    def __init__(self, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, records: int, micro_batch_rows: int, world: World):
         count = min(records, len(corpus))
         numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
-        rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw(numbers, 0, np.zeros_like(numbers)))
+        rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
         per_micro_step = micro_batch_rows * world.size
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world
-        self.counts = counts(rows, layout)
+        self.loss_denominators = loss_denominators(rows, layout)
         self.batches = list(micro_batches(rows, corpus, layout, specials, row_length,
                                            micro_batch_rows=micro_batch_rows, rank=world.rank, ranks=world.size))
 
@@ -55,6 +55,6 @@ class Validation:
         engine.train()
         totals = self.world.sum(list(sums.values()))
         losses = {f"validation/loss/{name}": total / count for name, total in zip(sums, totals, strict=True)
-                  if (count := self.counts[units[name]])}  # without a pair there is no loss of pairs, rather than a perfect one
+                  if (count := self.loss_denominators[units[name]])}  # without a pair there is no loss of pairs, rather than a perfect one
         monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}

@@ -10,12 +10,12 @@ import psutil
 import pytest
 
 from benchmarks import gpu, gpu_corpus
-from tests.launching import Running, call
+from tests.commands import BackgroundCommand, run_command
 from tests.processes import wait_for
 
 
 def run(tmp_path, *words: str) -> dict:
-    done = call([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
+    done = run_command([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
     found = json.loads(done.stdout)
     lines = {line.split()[1]: line for line in done.stderr.splitlines() if line.startswith(("pass", "none", "fail", "broken", "ran "))}
     assert lines.keys() == found["checks"].keys()
@@ -77,7 +77,7 @@ def test_what_a_command_has_started_ends_with_it():
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: psutil.Process(process.pid).children())
     started, = psutil.Process(process.pid).children()
-    gpu.end_tree(process)
+    gpu.kill_process_tree(process)
     wait_for(lambda: is_over(started))
     assert process.returncode is not None
 
@@ -96,7 +96,7 @@ def test_the_exit_code_tells_whether_all_is_well(tmp_path, monkeypatch, capsys, 
 
 
 def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
-    running = Running([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), "--checks", "corpus"], tmp_path / "log")
+    running = BackgroundCommand([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), "--checks", "corpus"], tmp_path / "log")
     running.wait_until(lambda: any(tmp_path.glob("*/corpus.log")) and psutil.Process(running.process.pid).children(), "a check")
     started = psutil.Process(running.process.pid).children(recursive=True)
     running.process.send_signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
 
 @pytest.mark.parametrize("words", [["--ranks", "0"], ["--seconds", "nan"], ["--seconds", "-5"], ["--checks", "none"], ["--work", "/proc/x"]])
 def test_nonsense_on_the_command_line_is_a_mistake(words):
-    done = call([sys.executable, "benchmarks/gpu.py", "--small", *words], check=False)
+    done = run_command([sys.executable, "benchmarks/gpu.py", "--small", *words], check=False)
     assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
 
 

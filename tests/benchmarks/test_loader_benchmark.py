@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, call
+from tests.commands import ROOT, run_command
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def result():
-    done = call(["python", str(ROOT / "benchmarks" / "loader.py"), "--rounds", "1", "--tokens", "200000", "--demo-steps", "0"])
+    done = run_command(["python", str(ROOT / "benchmarks" / "loader.py"), "--rounds", "1", "--tokens", "200000", "--demo-steps", "0"])
     return json.loads(done.stdout)
 
 

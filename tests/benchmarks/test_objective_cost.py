@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.launching import ROOT, call
+from tests.commands import ROOT, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ RECORDS = 12
 
 @pytest.fixture(scope="module")
 def result():
-    done = call(["python", str(ROOT / "benchmarks" / "objective_cost.py"), "--rounds", "1", "--steps", "1", "--records", str(RECORDS)])
+    done = run_command(["python", str(ROOT / "benchmarks" / "objective_cost.py"), "--rounds", "1", "--steps", "1", "--records", str(RECORDS)])
     return json.loads(done.stdout)
 
 

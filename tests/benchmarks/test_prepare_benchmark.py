@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, call
+from tests.commands import ROOT, run_command
 
 
 def test_it_reports_the_preparation_beside_the_tokenizer_alone():
-    done = call(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
+    done = run_command(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
     result = json.loads(done.stdout)
     assert 1 <= result["text_megabytes"] < 1.2 and result["records"] > 500 and result["rounds"] == 1
     assert result["megabytes_per_second"].keys() == {"raw_1", "prepare_1", "raw_2", "prepare_2"}

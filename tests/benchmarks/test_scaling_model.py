@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks.scaling_model import RANKS, Cluster, Link, Work, fit, links_of_doctor, step_seconds
+from benchmarks.scaling_model import RANKS, Cluster, Link, Work, fit_link, read_doctor_links, step_seconds
 from data_prep.console import UserError
-from tests.launching import call, tiny_config, write_config
+from tests.commands import run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 WORK = Work(compute_seconds=1.0, micro_steps=2, tokens=1000, gathered=9e9, tensors=10, small=1e9, bucket=1e9)
@@ -15,10 +15,10 @@ FAST, SLOW = Link(1e11, 1e-6), Link(1e10, 1e-5)
 
 def test_a_ring_takes_the_slowest_link_and_a_hop_for_each_rank():
     cluster = Cluster(FAST, SLOW, ranks_per_node=8)
-    assert cluster.one_way(1e10, 1, 1) == 0
-    assert cluster.one_way(1e10, 1, 8) == pytest.approx(7 / 8 * 0.1 + 7e-6)
-    assert cluster.one_way(1e10, 5, 16) == pytest.approx(15 / 16 * 1.0 + 5 * (14 * 1e-6 + 1e-5))
-    assert Cluster(FAST, SLOW, 8, tree=True).one_way(1e10, 1, 64) == pytest.approx(63 / 64 * 1.0 + 3e-6 + 3e-5)
+    assert cluster.collective_seconds(1e10, 1, 1) == 0
+    assert cluster.collective_seconds(1e10, 1, 8) == pytest.approx(7 / 8 * 0.1 + 7e-6)
+    assert cluster.collective_seconds(1e10, 5, 16) == pytest.approx(15 / 16 * 1.0 + 5 * (14 * 1e-6 + 1e-5))
+    assert Cluster(FAST, SLOW, 8, tree=True).collective_seconds(1e10, 1, 64) == pytest.approx(63 / 64 * 1.0 + 3e-6 + 3e-5)
 
 
 def test_what_the_stages_move():
@@ -34,31 +34,31 @@ def test_what_the_stages_move():
 def test_links_that_the_doctor_measured_come_back(tmp_path, nodes):
     ranks, link = 4, Link(2e9, 3e-5)
     sizes = [1 << power for power in range(12, 28, 4)]
-    one_way = Cluster(link, None, ranks).one_way
-    reduced = [{"bytes": size, "ranks": ranks, "seconds": 2 * one_way(size, 1, ranks)} for size in sizes]
+    collective_seconds = Cluster(link, None, ranks).collective_seconds
+    reduced = [{"bytes": size, "ranks": ranks, "seconds": 2 * collective_seconds(size, 1, ranks)} for size in sizes]
     report = {"measurements": {"all_reduce": reduced, "pairs": []}, "nodes": [{"name": str(node), "slots": ranks // nodes} for node in range(nodes)]}
     (tmp_path / "doctor.json").write_text(json.dumps(report))
-    within, between, per_node = links_of_doctor(tmp_path / "doctor.json")
+    within, between, per_node = read_doctor_links(tmp_path / "doctor.json")
     assert per_node == ranks // nodes and (between is None) == (nodes == 1)
     assert (within.bandwidth, within.latency) == pytest.approx((link.bandwidth, link.latency))
     (tmp_path / "doctor.json").write_text("{}")
     with pytest.raises(UserError, match="not what `launcher/doctor"):
-        links_of_doctor(tmp_path / "doctor.json")
+        read_doctor_links(tmp_path / "doctor.json")
 
 
 def test_times_that_rise_too_little_for_a_latency_give_a_bandwidth():
-    assert fit([(1e6, 1e-4), (1e8, 2e-2)], 2).latency == 0
+    assert fit_link([(1e6, 1e-4), (1e8, 2e-2)], 2).latency == 0
 
 
 @pytest.mark.slow
 def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
     command = ["python", "benchmarks/scaling_model.py", str(config), "--flops", "1e10", "--within", "1e9", "1e-5"]
-    result = json.loads(call([*command, "--between", "1e8", "1e-4"]).stdout)
+    result = json.loads(run_command([*command, "--between", "1e8", "1e-4"]).stdout)
     assert [entry["ranks"] for entry in result["by_ranks"]] == list(RANKS) and "model" in result["kind"]
     efficiencies = [entry["stages"]["3"]["efficiency"] for entry in result["by_ranks"]]
     assert efficiencies[0] == 1 and efficiencies == sorted(efficiencies, reverse=True)
-    done = call(command, check=False)
+    done = run_command(command, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: 64 ranks use the link between nodes, of which nothing is known: "
                                         "give --between BYTES_PER_SECOND SECONDS"]
@@ -66,6 +66,6 @@ def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(
 
 @pytest.mark.slow
 def test_the_check_measures_and_predicts():
-    result = json.loads(call(["python", "benchmarks/scaling_model.py", "--check"], timeout=2 * TIMEOUT).stdout)
+    result = json.loads(run_command(["python", "benchmarks/scaling_model.py", "--check"], timeout=2 * TIMEOUT).stdout)
     assert all(seconds > 0 for seconds in result["measured_step_seconds"].values())
     assert all(0.2 < one["predicted_over_measured"] < 5 for one in result["predicted_2_processes"].values())

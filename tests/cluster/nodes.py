@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, TIMEOUT, environment
+from tests.commands import ROOT, TIMEOUT, environment
 
 HOSTS = {"ctl": "10.77.0.1", "n1": "10.77.0.2", "n2": "10.77.0.3"}
 NODES = ("n1", "n2")
@@ -69,11 +69,11 @@ class Cluster:
             self._sshd[node] = subprocess.Popen(self._as_host(node, sshd), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                                 start_new_session=True)
         deadline = time.monotonic() + TIMEOUT
-        while self.on_ctl(["ssh", node, "true"], check=False).returncode:
+        while self.run_on_control(["ssh", node, "true"], check=False).returncode:
             assert time.monotonic() < deadline, (self.folder / f"{node}.log").read_text()
             time.sleep(0.1)
 
-    def on_ctl(self, command: list[str | Path], check: bool = True, timeout: float = TIMEOUT, cwd: Path = ROOT, **more: str,
+    def run_on_control(self, command: list[str | Path], check: bool = True, timeout: float = TIMEOUT, cwd: Path = ROOT, **more: str,
                ) -> subprocess.CompletedProcess:
         """Run a command to its end on the control host; with `check`, fail showing what it printed. `more` are environment variables."""
         env = environment(**more)
@@ -82,7 +82,7 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done
 
-    def start_on_ctl(self, command: list[str | Path], log: Path, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
+    def start_on_control(self, command: list[str | Path], log: Path, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
         """Start a command on the control host; SIGKILL to it ends all that it started there."""
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
@@ -90,7 +90,7 @@ class Cluster:
             return subprocess.Popen(self._as_host("ctl", command), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                     start_new_session=True)
 
-    def on_node(self, node: str, command: list[str | Path], check: bool = True) -> subprocess.CompletedProcess:
+    def run_on_node(self, node: str, command: list[str | Path], check: bool = True) -> subprocess.CompletedProcess:
         """Run a command on a node, past ssh: it sees what the node sees, so that `mount` changes the files of this node alone."""
         done = subprocess.run(["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
@@ -111,11 +111,11 @@ class Cluster:
         self._sshd[node].kill()
         self._sshd[node].wait()
 
-    def cut(self, node: str) -> None:
+    def disconnect(self, node: str) -> None:
         """Pull the plug of a node's network: what is sent to it is lost without a word."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "down")
 
-    def mend(self, node: str) -> None:
+    def reconnect(self, node: str) -> None:
         """Put it in again."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "up")
 

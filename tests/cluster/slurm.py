@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launching import ROOT, environment, free_port
+from tests.commands import ROOT, environment, free_port
 from tests.processes import TIMEOUT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel")
@@ -45,7 +45,7 @@ PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
 """
 
 
-def why_not() -> str:
+def missing_requirements() -> str:
     """What this machine lacks for a cluster; empty where it lacks nothing."""
     missing = [program for program in PROGRAMS if not _find(program)]
     if missing:
@@ -80,13 +80,13 @@ class Cluster:
         self.wait(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-c")
         self._daemon("slurmd", "-D")
-        self.wait(lambda: "idle" in self.call("sinfo", "--noheader", "-o", "%T", check=False), "node")
+        self.wait(lambda: "idle" in self.run_command("sinfo", "--noheader", "-o", "%T", check=False), "node")
 
     def stop(self) -> None:
         """End all jobs and daemons, and whatever is left of them."""
         with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
-            self.call("scancel", "--user=root", check=False, timeout=20)
-            self.wait(lambda: not self.call("squeue", "--noheader", check=False).strip(), "end of the jobs", seconds=20)
+            self.run_command("scancel", "--user=root", check=False, timeout=20)
+            self.wait(lambda: not self.run_command("squeue", "--noheader", check=False).strip(), "end of the jobs", seconds=20)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -117,7 +117,7 @@ class Cluster:
     def environment(self, **more: str) -> dict[str, str]:
         return environment(SLURM_CONF=str(self.settings), **more)
 
-    def call(self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str) -> str:
+    def run_command(self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str) -> str:
         """Run a command to its end; what it printed."""
         done = subprocess.run(list(map(str, command)), cwd=folder, env=self.environment(**more), capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -125,14 +125,14 @@ class Cluster:
 
     def submit(self, log: Path, *arguments: str | Path, folder: Path = ROOT, **more: str) -> int:
         """The number of a new batch job; `arguments` are those of sbatch, `more` its environment."""
-        return int(self.call("sbatch", "--parsable", f"--output={log}", *arguments, folder=folder, **more))
+        return int(self.run_command("sbatch", "--parsable", f"--output={log}", *arguments, folder=folder, **more))
 
     def job(self, number: int) -> dict[str, str]:
         """What Slurm knows of a job: JobState, Reason, Restarts, ExitCode, ..."""
-        words = self.call("scontrol", "show", "job", "--oneliner", number).split()
+        words = self.run_command("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end_of(self, number: int, log: Path, seconds: float = TIMEOUT) -> dict[str, str]:
+    def wait_for_job(self, number: int, log: Path, seconds: float = TIMEOUT) -> dict[str, str]:
         """Wait for the last end of a job, and spare it most of the two minutes that Slurm keeps it back each time it is queued again."""
         hastened = set()
 
@@ -140,7 +140,7 @@ class Cluster:
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in hastened:
                 hastened.add(job["Restarts"])
-                self.call("scontrol", "update", f"JobId={number}", "StartTime=now+2")  # within the second, slurmd takes it for the one it has ended
+                self.run_command("scontrol", "update", f"JobId={number}", "StartTime=now+2")  # within the second, slurmd takes it for the one it has ended
             return job["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
         self.wait(ended, f"end of job {number}", seconds, log)

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from tests.launching import ROOT, call, tiny_config, write_config
+from tests.commands import ROOT, run_command, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
 SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 "
@@ -103,7 +103,7 @@ def test_the_variables_of_the_container_arrive_at_nodes_over_pdsh(nodes, tmp_pat
     script = tmp_path / "show.py"
     script.write_text("import json, os, sys\n"
                       f"open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps({{n: os.environ.get(n) for n in {list(variables)}}}))\n")
-    nodes.on_ctl([Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", script], cwd=tmp_path)
+    nodes.run_on_control([Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", script], cwd=tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"show.py{rank}").read_text()) == variables
 
@@ -162,8 +162,8 @@ def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_un
 @pytest.mark.parametrize("zero", [{}, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}])
 def test_a_start_compiles_no_operator_of_deepspeed(tmp_path, zero):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, deepspeed={"zero_optimization": zero}))
-    call(["python", "-m", "data_prep", str(path)])
-    call(["python", "launcher/run.py", str(path)], TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    run_command(["python", "-m", "data_prep", str(path)])
+    run_command(["python", "launcher/run.py", str(path)], TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert not (tmp_path / "extensions").exists()
 
 

@@ -17,12 +17,12 @@ from data_prep.console import UserError
 from data_prep.files import try_lock
 from data_prep.pipeline import prepare
 from pretrain.cluster import checks_nodes, checks_run, environment, network
+from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding
 from pretrain.cluster.hosts import Host, read_hostfile, slurm_hosts
-from pretrain.cluster.needs import Needs
 from pretrain.config import load_config
 from tests.cluster.nodes import NODES, Cluster
-from tests.launching import ROOT, call, free_port, tiny_config, write_config
+from tests.commands import ROOT, free_port, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 DOCTOR = ROOT / "launcher" / "doctor.py"
@@ -32,7 +32,7 @@ import sys
 
 if any(word.endswith("doctor.py") for word in sys.orig_argv):
     from pretrain.cluster import diagnosis
-    diagnosis.HELLO_SECONDS = diagnosis.FACT_SECONDS = diagnosis.REDUCE_SECONDS = {TIMEOUT}
+    diagnosis.START_TIMEOUT_SECONDS = diagnosis.FACT_SECONDS = diagnosis.REDUCE_SECONDS = {TIMEOUT}
 """
 """Lets the command, as it starts, wait for nodes and ranks that are slow."""
 
@@ -59,7 +59,7 @@ def doctor(nodes: Cluster, config: Path) -> Callable[..., tuple[int, dict]]:
         folder = config.parent
         (folder / ".deepspeed_env").unlink(missing_ok=True)
         (folder / "prepared_env").exists() and shutil.copy(folder / "prepared_env", folder / ".deepspeed_env")
-        done = nodes.on_ctl([sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments], check=False, cwd=folder,
+        done = nodes.run_on_control([sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments], check=False, cwd=folder,
                             PYTHONPATH=f"{ROOT}{os.pathsep}{folder / 'site'}", HOME=str(folder), TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
                             **more)
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
@@ -80,19 +80,19 @@ def undone():
 
 def plant(nodes: Cluster, node: str, original: Path, changed: Path, undone: list) -> None:
     """Let one node alone see another file or folder in the place of the original."""
-    nodes.on_node(node, ["mount", "--bind", changed, original])
-    undone.append(lambda: nodes.on_node(node, ["umount", original]))
+    nodes.run_on_node(node, ["mount", "--bind", changed, original])
+    undone.append(lambda: nodes.run_on_node(node, ["umount", original]))
 
 
 def plant_tmpfs(nodes: Cluster, node: str, folder: Path, size: str, undone: list) -> None:
-    nodes.on_node(node, ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder])
-    undone.append(lambda: nodes.on_node(node, ["umount", folder]))
+    nodes.run_on_node(node, ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder])
+    undone.append(lambda: nodes.run_on_node(node, ["umount", folder]))
 
 
 def drop(nodes: Cluster, node: str, *rule: str, undone: list) -> None:
     """Let a node's firewall drop what comes in and fits the rule."""
-    nodes.on_node(node, ["iptables", "-A", "INPUT", *rule, "-j", "DROP"])
-    undone.append(lambda: nodes.on_node(node, ["iptables", "-D", "INPUT", *rule, "-j", "DROP"]))
+    nodes.run_on_node(node, ["iptables", "-A", "INPUT", *rule, "-j", "DROP"])
+    undone.append(lambda: nodes.run_on_node(node, ["iptables", "-D", "INPUT", *rule, "-j", "DROP"]))
 
 
 def expect(report: dict, check: str, level: str, node: str | None, seen: str) -> None:
@@ -119,7 +119,7 @@ def test_a_healthy_pair_passes(doctor, nodes, config):
     written = (config.parent / ".deepspeed_env").read_text().splitlines()
     assert "DS_ACCELERATOR=cpu" in written and "OMP_NUM_THREADS=1" in written
     for node in NODES:
-        assert "pretrain.cluster" not in nodes.on_node(node, ["ps", "axww"]).stdout
+        assert "pretrain.cluster" not in nodes.run_on_node(node, ["ps", "axww"]).stdout
 
 
 def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, undone):
@@ -168,9 +168,9 @@ def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, un
         pytest.skip("a blocked port takes the Debian package iptables")
     folder = config.parent
     (folder / "three").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
-    nodes.on_node("n2", ["mount", "--bind", folder / "runs", folder / "runs"])
-    undone.append(lambda: nodes.on_node("n2", ["umount", folder / "runs"]))
-    nodes.on_node("n2", ["mount", "-o", "remount,bind,ro", folder / "runs"])
+    nodes.run_on_node("n2", ["mount", "--bind", folder / "runs", folder / "runs"])
+    undone.append(lambda: nodes.run_on_node("n2", ["umount", folder / "runs"]))
+    nodes.run_on_node("n2", ["mount", "-o", "remount,bind,ro", folder / "runs"])
     (folder / "runs" / "run").mkdir(exist_ok=True)
     undone.append(try_lock(folder / "runs" / "run" / ".lock").close)
     drop(nodes, "n1", "-p", "tcp", "--dport", "29500", undone=undone)
@@ -193,13 +193,13 @@ def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, un
 def test_a_taken_port_and_nodes_that_die_are_found(doctor, nodes, undone):
     taken = nodes.start_on_node("n1", [sys.executable, "-m", "http.server", "29500"])
     undone.append(lambda: (taken.kill(), taken.wait()))
-    nodes.cut("n2")
-    undone.append(lambda: nodes.mend("n2"))
+    nodes.disconnect("n2")
+    undone.append(lambda: nodes.reconnect("n2"))
     code, report = doctor("--write-env")
     assert code == 1
     expect(report, "reached", "fail", "n2", "timed out|No route")  # says ssh, after ten seconds
     expect(report, "rendezvous", "fail", "n1", "port 29500 is taken")
-    nodes.mend("n2")
+    nodes.reconnect("n2")
     nodes.kill_node("n2")
     undone.append(lambda: nodes.start_node("n2"))
     code, report = doctor("--write-env", "--master_port", str(free_port()))
@@ -211,20 +211,20 @@ def test_a_taken_port_and_nodes_that_die_are_found(doctor, nodes, undone):
 def test_this_machine_alone_and_mistakes(config, tmp_path):
     port = str(free_port())
     command = [sys.executable, DOCTOR, config, "--master_port", port]
-    done = call(command, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path), PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}")
+    done = run_command(command, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path), PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}")
     assert done.returncode == 0, done.stdout
     assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE)
     assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in done.stderr
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{config.parent / 'site'}"}
-    done = call([*command, "--num_gpus", "3"], check=False, **environment)
+    done = run_command([*command, "--num_gpus", "3"], check=False, **environment)
     assert done.returncode == 0 and re.search(r"^ok +all-reduce +3 ranks", done.stdout, re.MULTILINE) and "assuming" not in done.stderr, done.stdout
     (tmp_path / "hosts").write_text("localhost slots=5\n")
-    done = call([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
+    done = run_command([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
     assert done.returncode == 1 and "must be a multiple of train.micro_batch_rows x ranks (2 x 5)" in done.stdout
     for options, expected in ((["--num_gpus", "0"], "--num_gpus is 0"), (["--num_gpus", "two"], "invalid int value")):
-        done = call([*command, *options], check=False)
+        done = run_command([*command, *options], check=False)
         assert done.returncode == 2 and expected in done.stderr
-    done = call([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
+    done = run_command([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read the hostfile")
 
 
@@ -256,7 +256,7 @@ def test_all_pairs_meet_once_and_no_node_twice_in_a_round():
 def test_deepspeed_forwards_what_we_think():
     spec = importlib.util.find_spec("deepspeed")
     runner = (Path(spec.origin).parent / "launcher" / "runner.py").read_text()
-    assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(environment.FORWARDED)
+    assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(environment.FORWARDED_PREFIXES)
 
 
 def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     (tmp_path / ".deepspeed_env").write_text('A=1\n\n# B=2\nexport C=3\nD="4"\nnonsense\n')
     path, = environment.env_files()
-    assert [fault.split(" ")[1].rstrip(":") for fault in environment.faults_of(path)] == ["2", "3", "4", "5", "6"]
+    assert [fault.split(" ")[1].rstrip(":") for fault in environment.invalid_lines(path)] == ["2", "3", "4", "5", "6"]
     (tmp_path / ".deepspeed_env").write_text("A=1\nOMP_NUM_THREADS=7\n")
     environment.write_env_file({"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret", "HF_HOME": "/data", "PS1": "$", "NCCL_DEBUG": 'a"b'})
     assert (tmp_path / ".deepspeed_env").read_text() == "A=1\nOMP_NUM_THREADS=1\nHF_HOME=/data\n"
@@ -305,8 +305,8 @@ def test_what_gpus_lack_is_told():
 
 @pytest.mark.parametrize(("gib", "level"), [(60, "ok"), (75, "warn"), (90, "fail")])
 def test_memory_of_a_rank_is_compared_with_its_gpu(gib, level):
-    needs = Needs(10**9, {"cuda": gib * GIB, "cpu": 0}, False, 0, "bf16", 0, 4)
-    found = checks_nodes.check_memory({"n1": {"available": 0}}, {"n1": gpu_facts()}, {"n1": 2}, needs)
+    estimate = ResourceEstimate(10**9, {"cuda": gib * GIB, "cpu": 0}, False, 0, "bf16", 0, 4)
+    found = checks_nodes.check_memory({"n1": {"available": 0}}, {"n1": gpu_facts()}, {"n1": 2}, estimate)
     assert [finding.level for finding in found] == [level]
 
 
@@ -320,21 +320,21 @@ def test_the_node_that_differs_from_the_lock_file_is_named():
 
 
 def test_a_run_folder_that_is_taken_or_full_is_told():
-    needs = Needs(10, {}, False, 0, "fp32", checkpoint=GIB, checkpoints=4)
+    estimate = ResourceEstimate(10, {}, False, 0, "fp32", checkpoint=GIB, checkpoints=4)
     fact = {"folder": "runs", "free": 100 * GIB, "locked": False}
-    assert levels(checks_run.check_run_folder({"n1": fact}, needs, 0)) == [("ok", ()), ("ok", ())]
-    assert levels(checks_run.check_run_folder({"n1": fact | {"locked": True}}, needs, 0)) == [("fail", ("n1",)), ("ok", ())]
-    assert [levels(checks_run.check_run_folder({"n1": fact | {"free": gib * GIB}}, needs, existing))[1][0] for gib, existing in
+    assert levels(checks_run.check_run_folder({"n1": fact}, estimate, 0)) == [("ok", ()), ("ok", ())]
+    assert levels(checks_run.check_run_folder({"n1": fact | {"locked": True}}, estimate, 0)) == [("fail", ("n1",)), ("ok", ())]
+    assert [levels(checks_run.check_run_folder({"n1": fact | {"free": gib * GIB}}, estimate, existing))[1][0] for gib, existing in
             ((1, 0), (3, 0), (3, 1))] == ["fail", "warn", "ok"]
 
 
 def test_a_slow_pair_and_a_name_that_means_the_loopback_are_told():
     pair = {"latency_seconds": 1e-4, "bytes_per_second": 1e9}
     pairs = [{"from": one, "to": other} | pair for one in "abc" for other in "abc" if one != other]
-    assert levels(checks_run.check_pairs(pairs)) == [("ok", ())]
+    assert levels(checks_run.check_node_pairs(pairs)) == [("ok", ())]
     pairs[3] |= {"bytes_per_second": 1e8}
-    found = checks_run.check_pairs(pairs)
+    found = checks_run.check_node_pairs(pairs)
     assert levels(found) == [("warn", ())] and f"{pairs[3]['from']} -> {pairs[3]['to']}" in found[0].seen
     facts = {"n1": {"first": "10.0.0.1", "own": "127.0.1.1"}, "n2": {"first": "10.0.0.2", "own": "10.0.0.2"}}
-    assert levels(checks_run.check_names(facts, cuda=False, chosen=False)) == [("fail", ("n1",))]
-    assert levels(checks_run.check_names(facts, cuda=False, chosen=True)) == [("ok", ())]
+    assert levels(checks_run.check_hostnames(facts, cuda=False, chosen=False)) == [("fail", ("n1",))]
+    assert levels(checks_run.check_hostnames(facts, cuda=False, chosen=True)) == [("ok", ())]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run_folder import read_metrics
-from tests.launching import call, deepspeed_command, free_port, prepare_corpus, tiny_config, write_config
+from tests.commands import deepspeed_command, free_port, prepare_corpus, run_command, tiny_config, write_config
 
 RUN = "launcher/run.py"
 ONE_MACHINE = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
@@ -20,7 +20,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "hostfile").write_text("localhost slots=2\n")
     path = config(folder, "plain")
     prepare_corpus(path)
-    call(deepspeed_command(2, RUN, path))
+    run_command(deepspeed_command(2, RUN, path))
     return folder
 
 
@@ -50,19 +50,19 @@ def open_mpi(tmp_path_factory) -> dict[str, str]:
 
 
 def test_mpirun_gives_the_same_run(folder):
-    call(["mpirun", "-n", "2", "python", RUN, str(config(folder, "mpirun"))], MASTER_PORT=str(free_port()))
+    run_command(["mpirun", "-n", "2", "python", RUN, str(config(folder, "mpirun"))], MASTER_PORT=str(free_port()))
     assert losses(folder, "mpirun") == losses(folder, "plain")
 
 
 @pytest.mark.slow
 def test_deepspeed_with_mpich_gives_the_same_run(folder):
-    call([*deepspeed(folder, "mpich"), RUN, str(config(folder, "mpich"))])
+    run_command([*deepspeed(folder, "mpich"), RUN, str(config(folder, "mpich"))])
     assert losses(folder, "mpich") == losses(folder, "plain")
 
 
 @pytest.mark.slow
 def test_deepspeed_with_open_mpi_gives_the_same_run(folder, open_mpi):
-    call([*deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"), RUN, str(config(folder, "openmpi"))], **open_mpi)
+    run_command([*deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"), RUN, str(config(folder, "openmpi"))], **open_mpi)
     assert losses(folder, "openmpi") == losses(folder, "plain")
 
 
@@ -77,6 +77,6 @@ SPLITTING = {
 def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, how):
     command, message = SPLITTING[how]
     library = {name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")}  # Open MPI's, under the mpirun of MPICH
-    done = call(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
+    done = run_command(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
     assert done.returncode and f"error: {message}" in " ".join(done.stderr.split()), done.stderr[-2000:]
     assert not losses(folder, "split")

@@ -8,12 +8,12 @@ import pytest
 
 from pretrain.evaluation.results import read_results
 from pretrain.run_folder import list_steps, read_metrics, read_status
-from tests.cluster.slurm import running_cluster, why_not
-from tests.launching import ROOT, call, free_port, prepare_corpus, tiny_config, write_config
-from tests.pretrain.training.holding import released
+from tests.cluster.slurm import missing_requirements, running_cluster
+from tests.commands import ROOT, free_port, prepare_corpus, run_command, tiny_config, write_config
+from tests.pretrain.training.pause_points import release_file
 from tests.processes import contents
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = pytest.mark.skipif(bool(missing_requirements()), reason=missing_requirements())
 SCRIPTS = ROOT / "launcher" / "slurm"
 
 
@@ -38,7 +38,7 @@ def test_preparation_under_srun_writes_the_same_bytes(cluster, folder, tmp_path)
     log = tmp_path / "log"
     shared = write_config(tmp_path, tiny_config(tmp_path, data__path=str(tmp_path / "shared")))
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "prepare.sbatch", shared)
-    assert cluster.end_of(job, log)["JobState"] == "COMPLETED", log.read_text()
+    assert cluster.wait_for_job(job, log)["JobState"] == "COMPLETED", log.read_text()
     assert "in 2 MPI ranks" in log.read_text()
     assert contents(tmp_path / "shared") == contents(folder / "corpus")
 
@@ -47,7 +47,7 @@ def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_
     log = tmp_path / "log"
     config = write_config(tmp_path, tiny_config(tmp_path))
     job = cluster.submit(log, "--ntasks=2", "--export=ALL,SLURM_MPI_TYPE=none", SCRIPTS / "prepare.sbatch", config)
-    assert cluster.end_of(job, log)["ExitCode"] == "2:0"
+    assert cluster.wait_for_job(job, log)["ExitCode"] == "2:0"
     assert log.read_text().count("error: 2 processes were started together, but MPI sees 1") == 1, log.read_text()
     assert not (tmp_path / "corpus").exists()
 
@@ -57,9 +57,9 @@ def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_tor
     paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("torchrun", "srun", "deepspeed")}
     binaries, hosts = Path(sys.executable).parent, folder / "hosts"
     hosts.write_text("localhost slots=2\n")
-    call([str(binaries / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(paths["torchrun"])])
-    cluster.call("srun", "--ntasks=2", "python", "launcher/run.py", paths["srun"])
-    cluster.call(binaries / "deepspeed", "--hostfile", hosts, "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher", "slurm",
+    run_command([str(binaries / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(paths["torchrun"])])
+    cluster.run_command("srun", "--ntasks=2", "python", "launcher/run.py", paths["srun"])
+    cluster.run_command(binaries / "deepspeed", "--hostfile", hosts, "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher", "slurm",
                  "launcher/run.py", paths["deepspeed"])
     assert len(losses(folder, "torchrun")) == 2
     assert losses(folder, "srun") == losses(folder, "deepspeed") == losses(folder, "torchrun")
@@ -109,7 +109,7 @@ def project(tmp_path):
 def test_a_job_is_queued_again_when_that_helps(cluster, project, ends, starts, code):
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends))
-    ended = cluster.end_of(job, log)
+    ended = cluster.wait_for_job(job, log)
     assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
     assert ("giving up" in log.read_text()) == (code == "137:0")
 
@@ -117,7 +117,7 @@ def test_a_job_is_queued_again_when_that_helps(cluster, project, ends, starts, c
 def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(cluster, project):
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
-    assert cluster.end_of(job, log)["ExitCode"] == "2:0"
+    assert cluster.wait_for_job(job, log)["ExitCode"] == "2:0"
     assert log.read_text().startswith("error: unknown key 'sed' in the command line") and log.read_text().count("\n") == 1, log.read_text()
 
 
@@ -126,7 +126,7 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", "--time=00:02:00", "--signal=USR1@60", SCRIPTS / "pretrain.sbatch", "run.yaml", folder=project,
                          HOW="wait finished")
-    ended = cluster.end_of(job, log)
+    ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
     assert {path.name for path in project.glob("waiting-*")} == {"waiting-0", "waiting-1"}
 
@@ -144,22 +144,22 @@ import sys
 from pathlib import Path
 
 if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
-    from tests.pretrain.training.holding import hold_steps
+    from tests.pretrain.training.pause_points import hold_steps
     hold_steps(Path({str(stopped)!r}), [8])
 """)
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped, PYTHONPATH=f"{waiting}:{ROOT}")
     evaluation = cluster.submit(folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir)
     cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", log=log)
-    cluster.call("scancel", "--signal=USR1", job)
-    released(stopped, 8).touch()
+    cluster.run_command("scancel", "--signal=USR1", job)
+    release_file(stopped, 8).touch()
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "second start", log=log)
     assert read_status(run_dir)["status"] == "resumable" and 5 < list_steps(run_dir / "checkpoints")[-1] < 150
     assert cluster.job(evaluation)["JobState"] == "PENDING"
-    ended = cluster.end_of(job, log)
+    ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
 
-    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
+    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
     assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: saving and stopping" in log.read_text()
     assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
-    cluster.end_of(evaluation, folder / "evaluation.log")
+    cluster.wait_for_job(evaluation, folder / "evaluation.log")
     assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (folder / "evaluation.log").read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from tests.cluster.nodes import Cluster
-from tests.launching import ROOT, call, deepspeed_command, prepare_corpus, tiny_config, write_config
+from tests.commands import ROOT, deepspeed_command, prepare_corpus, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT, wait_for
 
 RUN = ROOT / "launcher" / "run.py"
@@ -47,17 +47,17 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
-    call(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
+    run_command(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
     mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",
               "-genv", "UCX_TLS", "tcp"]  # two nodes on one machine have no memory in common, though they look so
     (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
-    done = nodes.on_ctl([*mpirun, "python", "-m", "data_prep", *demo(folder, "two")], cwd=ROOT)
+    done = nodes.run_on_control([*mpirun, "python", "-m", "data_prep", *demo(folder, "two")], cwd=ROOT)
     assert "2 MPI ranks" in done.stdout
     shards = [sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow")) for corpus in (folder / "corpus-one", folder / "corpus-two")]
     assert shards[0] == shards[1]
 
-    call(deepspeed_command(2, RUN, *demo(folder, "one")))
-    done = nodes.on_ctl(over_pdsh(*demo(folder, "two")), cwd=folder)
+    run_command(deepspeed_command(2, RUN, *demo(folder, "one")))
+    done = nodes.run_on_control(over_pdsh(*demo(folder, "two")), cwd=folder)
     assert "finished at step 4" in done.stdout and "write it into .deepspeed_env" not in done.stdout
     one, two = (folder / "runs" / name for name in ("one", "two"))
     assert losses(one) == losses(two) and losses(one)
@@ -77,7 +77,7 @@ class Run:
     def start(self) -> None:
         """Start it, and wait until it has made a step of its own."""
         steps, begun = len(read_metrics(self.run_dir)), time.monotonic()
-        self.process = self.nodes.start_on_ctl(over_pdsh(self.path), self.log, cwd=self.folder)
+        self.process = self.nodes.start_on_control(over_pdsh(self.path), self.log, cwd=self.folder)
         while len(read_metrics(self.run_dir)) <= steps or not list_steps(self.run_dir / "checkpoints"):
             assert self.process.poll() is None and time.monotonic() < begun + TIMEOUT, self.log.read_text()[-4000:]
             time.sleep(0.1)
@@ -117,7 +117,7 @@ def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fail", "mend"), [("kill_node", "start_node"), ("cut", "mend")])
+@pytest.mark.parametrize(("fail", "reconnect"), [("kill_node", "start_node"), ("disconnect", "reconnect")])
 def test_a_node_that_dies_or_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder, fail, mend):
     run = Run(nodes, folder, fail)
     run.start()
@@ -150,8 +150,8 @@ def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder
     spoiler.write_text("import os\nif os.environ.get('RANK') == '1':\n    import pretrain.data.batch as batch\n"
                        "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n    batch.Batch.to = broken\n")
     try:
-        nodes.on_ctl(over_pdsh(run.path), cwd=folder, check=False)
-        done = nodes.on_ctl(over_pdsh(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
+        nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False)
+        done = nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
     finally:
         spoiler.unlink()
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources import files
-from tests.preparing import SEQUENCE_LENGTH, VOCAB_SIZE, json_source
 from tests.processes import TIMEOUT
+from tests.small_corpora import SEQUENCE_LENGTH, VOCAB_SIZE, json_source
 
-FILES = 8
+NUM_FILES = 8
 """JSON lines files of the fixture `corpus`."""
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
-CHECKOUT = Path(__file__).resolve().parents[2]
+REPO_ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe"]
 
 
@@ -37,7 +37,7 @@ def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def lines_file() -> Callable[[Path, list], Path]:
+def write_jsonl() -> Callable[[Path, list], Path]:
     return write_lines
 
 
@@ -50,7 +50,7 @@ def pairs() -> Callable[..., list[dict[str, str]]]:
 def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
     """The command line of a preparation, and its environment."""
     def build(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
-        return [sys.executable, "-m", "data_prep", str(config), *overrides], os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        return [sys.executable, "-m", "data_prep", str(config), *overrides], os.environ | {"PYTHONPATH": str(REPO_ROOT)}
     return build
 
 
@@ -63,32 +63,32 @@ def run(command) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
-def mistake(run) -> Callable[..., str]:
+def run_expecting_user_error(run) -> Callable[..., str]:
     """Run a preparation that the user got wrong; return its message, which is one line, with exit code 2."""
-    def mistake(config: Path, *overrides: str, **options) -> str:
+    def run_expecting_user_error(config: Path, *overrides: str, **options) -> str:
         done = run(config, *overrides, **options)
         assert done.returncode == 2, done.stderr
         lines = done.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
         assert "Traceback" not in done.stdout
         return lines[0].removeprefix("error: ")
-    return mistake
+    return run_expecting_user_error
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory, lines_file, pairs) -> Path:
+def corpus(tmp_path_factory, write_jsonl, pairs) -> Path:
     """A configuration of many units (a source is one at least), with every reason for dropping a record."""
     folder = tmp_path_factory.mktemp("corpus")
-    for index in range(FILES):
+    for index in range(NUM_FILES):
         rows = pairs(400, seed=index)
         rows[3] = {"text": "no code"}
         rows[5] = {"text": "long", "code": "SELECT name " * 200}
         rows[7 + index] = {"other": "column"}
-        lines_file(folder / f"{index}.jsonl", rows)
+        write_jsonl(folder / f"{index}.jsonl", rows)
         with open(folder / f"{index}.jsonl", "a", encoding="utf-8") as file:
             file.write('\n{"text": [3], "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
                        '{"role": "assistant", "content": "SELECT a dog"}]}')
-    sources = [json_source(folder / f"{index}.jsonl") for index in range(FILES)]
+    sources = [json_source(folder / f"{index}.jsonl") for index in range(NUM_FILES)]
     sources += [{"type": "nlrx", "records": 200, "seed": 5}, {"type": "nlrx", "records": 50, "split": "test"}]
     path = folder / "run.yaml"
     path.write_text(json.dumps({"name": "x", "data": {
@@ -98,7 +98,7 @@ def corpus(tmp_path_factory, lines_file, pairs) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(corpus, run) -> Path:
+def reference_corpus(corpus, run) -> Path:
     """The corpus, prepared by one process."""
     done = run(corpus)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -107,9 +107,9 @@ def undisturbed(corpus, run) -> Path:
 
 
 @pytest.fixture
-def cut_small(monkeypatch) -> Callable[..., None]:
+def set_piece_size(monkeypatch) -> Callable[..., None]:
     """Let plain files be cut into pieces of so many bytes, and be read in blocks of so many."""
-    def cut(piece: int, block: int = files.BLOCK) -> None:
+    def cut(piece: int, block: int = files.BLOCK_BYTES) -> None:
         monkeypatch.setattr(files, "piece_length", lambda total: piece)
-        monkeypatch.setattr(files, "BLOCK", block)
+        monkeypatch.setattr(files, "BLOCK_BYTES", block)
     return cut

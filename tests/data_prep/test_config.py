@@ -8,7 +8,7 @@ from data_prep.config import DataConfig, evaluation_tests
 from data_prep.config_file import load_yaml, validate
 from data_prep.console import UserError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+REPO_ROOT = Path(__file__).resolve().parents[2]
 DATA = {"path": "out", "sources": [{"type": "nlrx", "records": 5}], "tokenizer": {"vocab_size": 400}}
 
 
@@ -147,27 +147,27 @@ def test_a_value_that_cannot_be_meant_names_its_key(changes, expected):
 
 
 def test_only_settings_that_change_shards_count_as_another_preparation():
-    base = validate(DataConfig, DATA).preparation()
+    base = validate(DataConfig, DATA).shard_settings()
     for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
-        assert validate(DataConfig, DATA | same).preparation() == base
+        assert validate(DataConfig, DATA | same).shard_settings() == base
     for other in ({"sequence_length": 64}, {"views": ["a", "b"]}, {"validation_fraction": 0.1}, {"tokenizer": {"vocab_size": 401}},
                   {"sources": [{"type": "nlrx", "records": 5, "seed": 1}]}, {"on_malformed": "drop"}):
-        assert validate(DataConfig, DATA | other).preparation() != base
+        assert validate(DataConfig, DATA | other).shard_settings() != base
 
 
 def test_the_data_sections_in_the_repository_are_valid():
-    configs = sorted((CHECKOUT / "configs").glob("*.yaml"))
+    configs = sorted((REPO_ROOT / "configs").glob("*.yaml"))
     assert configs
     for path in configs:
         validate(DataConfig, load_yaml(path)["data"], "data")
 
 
-def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, mistake, tmp_path):
-    assert "No such file" in mistake(tmp_path / "absent.yaml")
-    assert mistake(config, "data.tokenizer.vocab_sise=3") == (
+def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_expecting_user_error, tmp_path):
+    assert "No such file" in run_expecting_user_error(tmp_path / "absent.yaml")
+    assert run_expecting_user_error(config, "data.tokenizer.vocab_sise=3") == (
         "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'")
     config.write_text("name: x\n")
-    assert "no `data` section" in mistake(config)
+    assert "no `data` section" in run_expecting_user_error(config)
 
 
 def test_a_key_that_is_given_twice_is_named(tmp_path):

@@ -8,9 +8,9 @@ import pyarrow.ipc
 import pytest
 import tokenizers
 
-from data_prep import stretches
+from data_prep import text_chunks
 from data_prep.tokenizer import Tokenizer
-from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
+from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows
 
 WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe", "犬", "🐕"]
 
@@ -32,7 +32,7 @@ def text_source(folder, **settings) -> dict:
 
 
 def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents, tmp_path):
-    manifest = quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"]))
+    manifest = prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"]))
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
     (entry,) = manifest["splits"]["train"]["shards"]
     table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
@@ -49,20 +49,20 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
 
 
 def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
-    quiet(data(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    prepare_quietly(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
     tokenizer = Tokenizer.load(tmp_path / "first" / "tokenizer")
     prefixes = [documents[1][:length] for length in range(1, 1000)]
     tokens = [len(ids) for ids in tokenizer.encode_batch(prefixes)]
     for count, expected in ((SEQUENCE_LENGTH - 2, [SEQUENCE_LENGTH - 2]), (SEQUENCE_LENGTH - 1, [SEQUENCE_LENGTH - 2, 1])):
         (tmp_path / "documents.txt").write_text(prefixes[tokens.index(count)])
         out = tmp_path / str(count)
-        quiet(data(out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
+        prepare_quietly(data_config(out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
         assert [len(tokens) for tokens, in split_rows(out, views=("text",))] == expected
 
 
-def test_plain_documents_stand_beside_pairs(documents, tmp_path, lines_file, pairs):
-    source = json_source(lines_file(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
-    manifest = quiet(data(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
+def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pairs):
+    source = json_source(write_jsonl(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
+    manifest = prepare_quietly(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, "of the source of pairs alone"
     first, second = manifest["splits"]["train"]["shards"]
     assert (first["source"], second["source"], first["incomplete"]) == (0, 1, 0)
@@ -76,13 +76,13 @@ def test_plain_documents_stand_beside_pairs(documents, tmp_path, lines_file, pai
 def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
-    quiet(data(tmp_path / "whole", source, views=["text"]))
-    monkeypatch.setattr(stretches, "STRETCH", 1000)
-    monkeypatch.setattr(stretches, "AROUND", 100)
+    prepare_quietly(data_config(tmp_path / "whole", source, views=["text"]))
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(text_chunks, "AROUND", 100)
     calls = []
     real = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts))
-    quiet(data(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")}))
+    prepare_quietly(data_config(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")}))
     assert 500 < max(calls) <= 1000
     assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
 
@@ -102,19 +102,19 @@ def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch
     tokenizer = gpt2_style(tmp_path)
     text = between.join(words(3000, seed=9).split())
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(stretches, "STRETCH", 1000)
-    monkeypatch.setattr(stretches, "AROUND", 200)
-    quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}))
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(text_chunks, "AROUND", 200)
+    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}))
     assert [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens] == tokenizer.encode(text).ids
-    parts = stretches.stretches(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
+    parts = text_chunks.chunk_text(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
     assert "".join(parts) == text and max(map(len, parts)) <= 1000, "its parts are short, however"
 
 
 def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
-    quiet(data(tmp_path / "first", text_source(tmp_path), views=["text"]))
-    monkeypatch.setattr(stretches, "STRETCH", 1000)
+    prepare_quietly(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     (tmp_path / "documents.txt").write_text("犬" * 2500, encoding="utf-8")
-    quiet(data(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
+    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
     assert decode([token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]) == "犬" * 2500
 
@@ -124,17 +124,17 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, mon
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "documents.txt").write_text("a ab b " * 200)
-    monkeypatch.setattr(stretches, "STRETCH", 100)
+    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 100)
     settings = {"views": ["text"], "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
-    quiet(data(tmp_path / "out", text_source(tmp_path), **settings))
+    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), **settings))
     tokens = [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]
     assert tokens == tokenizer.encode("a ab b " * 200).ids
 
 
-def test_a_list_of_paraphrases_becomes_the_views(tmp_path, lines_file):
+def test_a_list_of_paraphrases_becomes_the_views(tmp_path, write_jsonl):
     rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows), views="phrases")
-    manifest = quiet(data(tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows), views="phrases")
+    manifest = prepare_quietly(data_config(tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}))
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
     texts = [tuple(decode(tokens) if tokens else None for tokens in row) for row in split_rows(tmp_path / "out", views=("one", "two", "three"))]
     assert texts == [("a b", "b c", "c d"), ("d e", None, None), ("e f", "f g", "g h"), ("h a", "a c", None)]

@@ -9,7 +9,7 @@ import pytest
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer, train
 from tests.data_prep.conftest import make_pairs
-from tests.preparing import data, json_source, quiet, split_rows
+from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
 FRACTION = 0.05
 
@@ -44,10 +44,10 @@ DRAWS = {"two words": ["Good", "Bad"] * 1000, "two other words": ["positive", "n
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, lines_file, settings, kind):
+def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, write_jsonl, settings, kind):
     rows = rows_of(DRAWS[kind], contexts=1500)
     said = []
-    prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), **settings), say=said.append)
+    prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings), say=said.append)
     found = texts_of(tmp_path / "out")
     trained, held_out = ({text for text, _ in found[split]} for split in ("train", "validation"))
     assert 0.03 < len(found["validation"]) / sum(map(len, found.values())) < 0.08
@@ -57,12 +57,12 @@ def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path,
 
 
 @pytest.mark.parametrize("frequent", [0.05, 0.2, 0.7])
-def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_path, lines_file, settings, frequent):
+def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_path, write_jsonl, settings, frequent):
     rng = random.Random(1)
     targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
     rows = rows_of(targets)
     said = []
-    prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"), say=said.append)
+    prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"), say=said.append)
     found = texts_of(tmp_path / "out")
     trained, held_out = ({code for _, code in found[split]} for split in ("train", "validation"))
     assert trained & held_out == {"not answerable"}
@@ -73,24 +73,24 @@ def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_pa
 
 @pytest.mark.parametrize("targets", [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
                          ids=["each once", "each some times", "few records", "200 targets of 20"])
-def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, lines_file, settings, targets):
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows_of(targets)))
+def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, write_jsonl, settings, targets):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows_of(targets)))
     said = []
-    prepare(data(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
+    prepare(data_config(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
     found = texts_of(tmp_path / "out")
     assert sorted(code for _, code in found["validation"]) == sorted(filter(held_out_by_hash, targets))
     assert not any("frequent target" in line for line in said)
 
 
-def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_path, lines_file, settings, cut_small):
-    sources = [json_source(lines_file(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
+def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_path, write_jsonl, settings, set_piece_size):
+    sources = [json_source(write_jsonl(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
                for number, targets in enumerate([DRAWS["sorted"], MANY])]
     found = []
     for workers, piece in ((1, 1 << 22), (1, 8000), (3, 8000)):
-        cut_small(piece)
+        set_piece_size(piece)
         out = tmp_path / f"{workers}-{piece}"
         said = []
-        prepare(data(out, *sources, **settings, workers=workers), say=said.append)
+        prepare(data_config(out, *sources, **settings, workers=workers), say=said.append)
         assert [line[:20] for line in said if "frequent target" in line] == ["note: data.sources.0"]
         found.append({split: set(rows) for split, rows in texts_of(out).items()})
     assert found[0] == found[1] == found[2]
@@ -99,16 +99,16 @@ def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_pat
     assert json.loads(read[0])["splits"] == json.loads(read[1])["splits"]
 
 
-def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, lines_file, settings):
+def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, write_jsonl, settings):
     phrases = [[f"list {number} phrase {phrase}" for phrase in range(8)] for number in range(200)]
-    source = json_source(lines_file(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
-    quiet(data(tmp_path / "out", source, **settings | {"validation_fraction": 0.3}))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
+    prepare_quietly(data_config(tmp_path / "out", source, **settings | {"validation_fraction": 0.3}))
     trained, held_out = ({text.split(" phrase")[0] for text, _ in rows} for rows in texts_of(tmp_path / "out").values())
     assert not trained & held_out and len(trained) + len(held_out) == 200 and 40 < len(held_out) < 80
 
 
-def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, lines_file, settings):
+def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, write_jsonl, settings):
     phrases = [[f"one {number}", f"other {number}"] for number in range(400)]
-    source = json_source(lines_file(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
-    quiet(data(tmp_path / "out", source, **settings))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
+    prepare_quietly(data_config(tmp_path / "out", source, **settings))
     assert {tuple(row) for row in texts_of(tmp_path / "out")["validation"]} == {(one, other) for one, other in phrases if held_out_by_hash(other)}

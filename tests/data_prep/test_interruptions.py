@@ -13,9 +13,9 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
-from tests.data_prep.conftest import CHECKOUT, FILES, MPIRUN, needs_mpi
-from tests.preparing import VOCAB_SIZE, data, json_source, quiet
+from tests.data_prep.conftest import MPIRUN, NUM_FILES, REPO_ROOT, needs_mpi
 from tests.processes import TIMEOUT, contents, processes_of_session, wait_for
+from tests.small_corpora import VOCAB_SIZE, data_config, json_source, prepare_quietly
 
 HOLD = """
 import glob, os, sys, time
@@ -35,11 +35,11 @@ def held(tmp_path_factory):
     """Return environment variables with which a preparation waits to be killed: once there are `count` files of a pattern."""
     folder = tmp_path_factory.mktemp("held")
     (folder / "sitecustomize.py").write_text(HOLD)
-    return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{CHECKOUT}", "HOLD": f"{count}:{pattern}"}
+    return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{REPO_ROOT}", "HOLD": f"{count}:{pattern}"}
 
 
 @needs_mpi
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, undisturbed, command, run, held, tmp_path):
+def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, reference_corpus, command, run, held, tmp_path):
     arguments, environment = command(corpus, f"data.path={tmp_path}")
     with open(tmp_path / ".log", "w") as log:
         process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment | held(tmp_path / ".partial/scan/*.json", 2),
@@ -53,13 +53,13 @@ def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, und
     done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
-    assert contents(tmp_path) == contents(undisturbed)
+    assert contents(tmp_path) == contents(reference_corpus)
     again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturbed, command, run, held, tmp_path):
-    units = FILES + 2
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference_corpus, command, run, held, tmp_path):
+    units = NUM_FILES + 2
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
     moments = [(".partial/settings.json", 1), (scans, 1), (scans, units), (".partial/duplicate/00000.npy", 1), (".partial/tokenizer", 1),
@@ -74,7 +74,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturb
             os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         wait_for(lambda process=process: not processes_of_session(process.pid))
-        assert all(shard.read_bytes() == (undisturbed / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
+        assert all(shard.read_bytes() == (reference_corpus / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
         for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
@@ -84,18 +84,18 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, undisturb
     (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"what a killed worker leaves")
     done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(undisturbed)
+    assert contents(tmp_path) == contents(reference_corpus)
     shards = {file: at for file, at in written.items() if file.suffix == ".arrow"}
     assert len(shards) >= units and all(file.stat().st_mtime_ns == at for file, at in shards.items())
 
 
 @pytest.fixture
-def busy(corpus, undisturbed, command, tmp_path):
+def busy(corpus, reference_corpus, command, tmp_path):
     """A preparation with many units before it, two workers, and a first unit behind it."""
     large = tmp_path.parent / f"{tmp_path.name}.jsonl"
     large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
     sources = [json_source(large)] * 40
-    tokenizer = undisturbed / "tokenizer"
+    tokenizer = reference_corpus / "tokenizer"
     arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
                                      f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
     process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -134,34 +134,34 @@ def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
     wait_for(lambda: not processes_of_session(busy.pid))
 
 
-def test_other_settings_start_an_interrupted_run_afresh(lines_file, pairs, tmp_path):
-    good = json_source(lines_file(tmp_path / "good.jsonl", pairs(300)))
-    bad = json_source(lines_file(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
-    tokenizer = data(tmp_path / "first", good).tokenizer
-    quiet(data(tmp_path / "first", good))
+def test_other_settings_start_an_interrupted_run_afresh(write_jsonl, pairs, tmp_path):
+    good = json_source(write_jsonl(tmp_path / "good.jsonl", pairs(300)))
+    bad = json_source(write_jsonl(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
+    tokenizer = data_config(tmp_path / "first", good).tokenizer
+    prepare_quietly(data_config(tmp_path / "first", good))
     taken = {"path": str(tmp_path / "first" / "tokenizer")}
     with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop"):
-        quiet(data(tmp_path / "out", good, good, bad, tokenizer=taken))
+        prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=taken))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
     said = []
     settings = {"tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10}, "sequence_length": 64}
-    prepare(data(tmp_path / "out", good, **settings), say=said.append)
+    prepare(data_config(tmp_path / "out", good, **settings), say=said.append)
     assert "the interrupted preparation had other settings: starting afresh" in said
-    quiet(data(tmp_path / "fresh", good, **settings))
+    prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_remains_of_unknown_origin_are_neither_used_nor_removed(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(300)))
-    quiet(data(tmp_path / "out", source))
+def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
+    prepare_quietly(data_config(tmp_path / "out", source))
     (tmp_path / "out" / "manifest.json").unlink()
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"no manifest\.json that says what of; remove that folder"):
-        quiet(data(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
+        prepare_quietly(data_config(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
     assert contents(tmp_path / "out") == before
 
 
-def test_two_runs_do_not_prepare_one_folder_at_once(corpus, mistake, tmp_path):
+def test_two_runs_do_not_prepare_one_folder_at_once(corpus, run_expecting_user_error, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert mistake(corpus, f"data.path={tmp_path}").startswith(f"another process is preparing {tmp_path}; wait for it")
+        assert run_expecting_user_error(corpus, f"data.path={tmp_path}").startswith(f"another process is preparing {tmp_path}; wait for it")

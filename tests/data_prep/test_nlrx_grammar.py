@@ -32,8 +32,8 @@ from data_prep.nlrx_grammar import (
     within_limits,
 )
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-PUBLISHED = CHECKOUT.parent / "shared" / "data" / "nl-rx-synth"
+REPO_ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = REPO_ROOT.parent / "shared" / "data" / "nl-rx-synth"
 ROWS = 6000  # generated rows a split is checked on
 
 
@@ -243,7 +243,7 @@ def test_rows_are_the_same_in_processes_with_other_hash_seeds():
     )
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", program], cwd=CHECKOUT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            [sys.executable, "-c", program], cwd=REPO_ROOT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True, text=True, check=True,
         ).stdout
         for hash_seed in ("0", "1", "4321")

@@ -21,9 +21,9 @@ from data_prep.shards import open_shard
 from data_prep.sources.nlrx import PIECE_RECORDS, Nlrx
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.verify import verify
-from tests.data_prep.conftest import FILES
-from tests.preparing import SEQUENCE_LENGTH, data, json_source, quiet, shard_rows, split_rows
+from tests.data_prep.conftest import NUM_FILES
 from tests.processes import TIMEOUT, contents
+from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
@@ -37,7 +37,7 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
         held_out = int(hashlib.sha256(target.encode()).hexdigest()[:16], 16) < 0.1 * 2**64
         records.append(("validation" if split == "train" and held_out else split, (context, target), place))
 
-    for index in range(FILES):
+    for index in range(NUM_FILES):
         path = corpus.parent / f"{index}.jsonl"
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line:
@@ -70,12 +70,12 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
     return splits, dropped
 
 
-def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_them(corpus, undisturbed):
-    manifest = json.loads((undisturbed / "manifest.json").read_text())
-    splits, dropped = expected_records(corpus, undisturbed / "tokenizer")
+def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_them(corpus, reference_corpus):
+    manifest = json.loads((reference_corpus / "manifest.json").read_text())
+    splits, dropped = expected_records(corpus, reference_corpus / "tokenizer")
     assert manifest["splits"].keys() == splits.keys() == {"train", "validation", "test"}
     for split, entry in manifest["splits"].items():
-        assert [row for shard in entry["shards"] for row in shard_rows(undisturbed, shard)] == splits[split]
+        assert [row for shard in entry["shards"] for row in shard_rows(reference_corpus, shard)] == splits[split]
         assert entry["records"] == len(splits[split])
         for view, name in enumerate(("text", "code")):
             lengths = [len(record[view]) for record in splits[split]]
@@ -86,64 +86,64 @@ def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_the
     assert {reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()} == {
         reason: places[:5] for reason, places in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
-    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == FILES * 402 + 250, "a record is lost"
+    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record is lost"
 
 
-def test_the_manifest_lists_every_shard_with_its_size_and_checksum(undisturbed):
-    manifest = json.loads((undisturbed / "manifest.json").read_text())
+def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_corpus):
+    manifest = json.loads((reference_corpus / "manifest.json").read_text())
     shards = {shard["file"]: shard for entry in manifest["splits"].values() for shard in entry["shards"]}
-    assert {path.name for path in undisturbed.iterdir()} == {*shards, "manifest.json", "summary.md", "tokenizer", ".lock", ".modified.json"}
+    assert {path.name for path in reference_corpus.iterdir()} == {*shards, "manifest.json", "summary.md", "tokenizer", ".lock", ".modified.json"}
     for name, shard in shards.items():
-        content = (undisturbed / name).read_bytes()
+        content = (reference_corpus / name).read_bytes()
         assert shard["bytes"] == len(content) and shard["sha256"] == hashlib.sha256(content).hexdigest()
-    tokenizer = Tokenizer.load(undisturbed / "tokenizer")
+    tokenizer = Tokenizer.load(reference_corpus / "tokenizer")
     assert manifest["tokenizer"] == {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
 
 
-def test_datasets_and_pandas_open_the_shards(corpus, undisturbed, tmp_path):
+def test_datasets_and_pandas_open_the_shards(corpus, reference_corpus, tmp_path):
     datasets = pytest.importorskip("datasets")
-    expected = expected_records(corpus, undisturbed / "tokenizer")[0]["test"]
-    files = [str(undisturbed / shard["file"])
-             for shard in json.loads((undisturbed / "manifest.json").read_text())["splits"]["test"]["shards"]]
+    expected = expected_records(corpus, reference_corpus / "tokenizer")[0]["test"]
+    files = [str(reference_corpus / shard["file"])
+             for shard in json.loads((reference_corpus / "manifest.json").read_text())["splits"]["test"]["shards"]]
     loaded = datasets.load_dataset("arrow", data_files=files, cache_dir=str(tmp_path), split="train")
     assert list(zip(loaded["text"], loaded["code"], strict=True)) == expected
     frame = pandas.concat([pandas.read_feather(file) for file in files])
     assert [(list(text), list(code)) for text, code in zip(frame.text, frame.code, strict=True)] == expected
 
 
-def test_any_number_of_processes_writes_the_same_bytes(corpus, undisturbed, run, tmp_path):
+def test_any_number_of_processes_writes_the_same_bytes(corpus, reference_corpus, run, tmp_path):
     done = run(corpus, f"data.path={tmp_path}", "data.workers=3")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(undisturbed)
+    assert contents(tmp_path) == contents(reference_corpus)
 
 
-def test_a_second_run_touches_nothing(corpus, undisturbed, run):
+def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
     def times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != ".lock"}
+        return {path: path.stat().st_mtime_ns for path in reference_corpus.rglob("*") if path.name != ".lock"}
     before = times()
     done = run(corpus, "data.workers=2", "data.lm_views=last")
     assert done.returncode == 0 and "is prepared already, nothing to do: train " in done.stdout
     assert times() == before
 
 
-def test_a_run_tells_what_it_dropped(corpus, undisturbed):
+def test_a_run_tells_what_it_dropped(corpus, reference_corpus):
     said = (corpus.parent / "said").read_text().splitlines()
     place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {place}" in said
-    assert said[-6].startswith(f"prepared {undisturbed}: train ")
-    summary = (undisturbed / "summary.md").read_text()
+    assert said[-6].startswith(f"prepared {reference_corpus}: train ")
+    summary = (reference_corpus / "summary.md").read_text()
     assert f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:\n\n    {place}\n" in summary
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
-def test_a_unit_with_much_text_makes_several_shards(lines_file, pairs, tmp_path, monkeypatch):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(400)))
-    other = json_source(lines_file(tmp_path / "b.jsonl", pairs(100, seed=1)))
+def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(400)))
+    other = json_source(write_jsonl(tmp_path / "b.jsonl", pairs(100, seed=1)))
     settings = {"validation_fraction": 0.2}
-    quiet(data(tmp_path / "whole", source, other, **settings))
+    prepare_quietly(data_config(tmp_path / "whole", source, other, **settings))
     monkeypatch.setattr(encode, "SHARD_TOKENS", 1500)
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 2000)
-    manifest = quiet(data(tmp_path / "cut", source, other, **settings))
+    manifest = prepare_quietly(data_config(tmp_path / "cut", source, other, **settings))
     files = [entry["file"] for entry in manifest["splits"]["train"]["shards"]]
     assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"] and files[-1].startswith("train-00001.")
     for split in ("train", "validation"):
@@ -154,67 +154,67 @@ def test_a_unit_with_much_text_makes_several_shards(lines_file, pairs, tmp_path,
     assert said[-1].endswith("all sound")
 
 
-def test_a_prepared_folder_refuses_other_settings_and_other_content(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(300)))
+def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl, pairs, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
     taken = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
-    quiet(data(tmp_path / "trained", source))
-    quiet(data(tmp_path / "taken", source, **taken))
+    prepare_quietly(data_config(tmp_path / "trained", source))
+    prepare_quietly(data_config(tmp_path / "taken", source, **taken))
     before = contents(tmp_path / "trained")
     with pytest.raises(UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"):
-        quiet(data(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
+        prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
     with pytest.raises(UserError, match=r"was prepared with another data\.sources"):
-        quiet(data(tmp_path / "trained", source | {"split": "test"}))
+        prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
     model = Path(taken["tokenizer"]["path"])
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*tokenizer\.model; choose"):
-        quiet(data(tmp_path / "taken", source, **taken))
+        prepare_quietly(data_config(tmp_path / "taken", source, **taken))
     model.write_bytes(content)
-    lines_file(tmp_path / "a.jsonl", pairs(301))
+    write_jsonl(tmp_path / "a.jsonl", pairs(301))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl; choose"):
-        quiet(data(tmp_path / "trained", source))
+        prepare_quietly(data_config(tmp_path / "trained", source))
     assert contents(tmp_path / "trained") == before
 
 
-def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_only_time(lines_file, pairs, tmp_path):
+def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_only_time(write_jsonl, pairs, tmp_path):
     (tmp_path / "set").mkdir()
-    path = lines_file(tmp_path / "set" / "a.jsonl", pairs(100))
-    config = data(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
-    quiet(config)
+    path = write_jsonl(tmp_path / "set" / "a.jsonl", pairs(100))
+    config = data_config(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
+    prepare_quietly(config)
     (tmp_path / "out" / ".modified.json").write_text('{"half')
-    assert quiet(config)["splits"]["train"]["records"] == 100
-    lines_file(path, pairs(101))
+    assert prepare_quietly(config)["splits"]["train"]["records"] == 100
+    write_jsonl(path, pairs(101))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl"):
-        quiet(config)
+        prepare_quietly(config)
 
 
-def test_a_tokenizer_is_taken_over_with_its_ids(lines_file, pairs, undisturbed, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
-    for name, given in (("folder", undisturbed / "tokenizer"), ("model", undisturbed / "tokenizer" / "tokenizer.model")):
-        quiet(data(tmp_path / name, source, tokenizer={"path": str(given)}, sequence_length=512))
+def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
+    for name, given in (("folder", reference_corpus / "tokenizer"), ("model", reference_corpus / "tokenizer" / "tokenizer.model")):
+        prepare_quietly(data_config(tmp_path / name, source, tokenizer={"path": str(given)}, sequence_length=512))
     rows = shard_rows(tmp_path / "folder", {"file": "train-00000.arrow"})
     assert rows == shard_rows(tmp_path / "model", {"file": "train-00000.arrow"})
-    decode = Tokenizer.load(undisturbed / "tokenizer").decode
+    decode = Tokenizer.load(reference_corpus / "tokenizer").decode
     assert [{"text": decode(text), "code": decode(code)} for text, code in rows] == pairs(50)
 
 
-def test_a_vocabulary_beyond_uint16_is_written_whole(lines_file, tmp_path):
+def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
     vocabulary = {f"w{index}": index for index in range(70_000)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    source = json_source(lines_file(tmp_path / "a.jsonl", [{"text": "w69999 w65536", "code": "w65535 w1"}]))
-    manifest = quiet(data(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "w69999 w65536", "code": "w65535 w1"}]))
+    manifest = prepare_quietly(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}))
     entry = manifest["splits"]["train"]["shards"][0]
     assert shard_rows(tmp_path / "out", entry) == [([69999, 65536], [65535, 1])]
     assert open_shard(tmp_path / "out", entry, ["text", "code"]).columns[0].values.dtype == np.uint32
 
 
-def test_held_out_records_share_no_target_with_training_and_have_about_their_share(lines_file, pairs, undisturbed, tmp_path):
+def test_held_out_records_share_no_target_with_training_and_have_about_their_share(write_jsonl, pairs, reference_corpus, tmp_path):
     rows = [row | {"text": f"{row['text']} {again}"} for row in pairs(1500) for again in (1, 2)]
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
-    settings = {"tokenizer": {"path": str(undisturbed / "tokenizer")}, "validation_fraction": 0.2, "sequence_length": 512}
-    manifest = quiet(data(tmp_path / "out", source, **settings))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
+    settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.2, "sequence_length": 512}
+    manifest = prepare_quietly(data_config(tmp_path / "out", source, **settings))
     targets = {split: [tuple(code) for _, code in shard_rows(tmp_path / "out", entry["shards"][0])]
                for split, entry in manifest["splits"].items()}
     assert not set(targets["train"]) & set(targets["validation"])
@@ -222,16 +222,16 @@ def test_held_out_records_share_no_target_with_training_and_have_about_their_sha
     assert abs(len(set(targets["validation"])) - 300) < 4 * (1500 * 0.2 * 0.8) ** 0.5  # four standard deviations
 
 
-def test_only_training_sources_are_held_out_from(lines_file, pairs, undisturbed, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(100)), split="test")
-    settings = {"tokenizer": {"path": str(undisturbed / "tokenizer")}, "validation_fraction": 0.5}
-    assert quiet(data(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
+def test_only_training_sources_are_held_out_from(write_jsonl, pairs, reference_corpus, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(100)), split="test")
+    settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.5}
+    assert prepare_quietly(data_config(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
 
 
 def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
     sources = [{"type": "nlrx", "split": split, "records": 400, "seed": seed}
                for seed, split in enumerate(("train", "validation", "test"))]
-    manifest = quiet(data(tmp_path, *sources, sequence_length=2048, deduplicate="none"))
+    manifest = prepare_quietly(data_config(tmp_path, *sources, sequence_length=2048, deduplicate="none"))
     assert manifest["dropped"] == {}
     decode, targets = Tokenizer.load(tmp_path / "tokenizer").decode, {}
     for seed, (split, entry) in enumerate(manifest["splits"].items()):

@@ -19,8 +19,8 @@ from tests.data_prep.conftest import MPIRUN
 from tests.processes import contents, kill_all
 
 pytestmark = pytest.mark.slow
-CHECKOUT = Path(__file__).resolve().parents[2]
-SHARED = CHECKOUT.parent / "shared" / "data"
+REPO_ROOT = Path(__file__).resolve().parents[2]
+SHARED = REPO_ROOT.parent / "shared" / "data"
 RECORDS = 2_000_000
 KILLS = 20
 
@@ -56,7 +56,7 @@ def big(tmp_path_factory) -> Path:
 
 def prepare(config: Path, out: Path, ranks: int) -> subprocess.Popen:
     command = [MPIRUN, "-n", ranks, sys.executable, "-m", "data_prep", config, f"data.path={out}"]
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, start_new_session=True,
+    return subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -90,7 +90,7 @@ def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp
         assert contents.view(view).tolist() == [token for record in records for token in record[view]]
         assert row_lengths([(shard, every)])[:, view].tolist() == [len(record[view]) for record in records]
     following = [next(view for view in records[number + 1] if view)[0] if goes_on else -1 for number, goes_on in enumerate(continues)]
-    assert contents.closing.tolist() == following
+    assert contents.continuation_tokens.tolist() == following
 
 
 def test_the_manifest_entry_says_what_is_in_the_shard(tmp_path):

@@ -15,16 +15,16 @@ import tokenizers
 
 from data_prep.console import UserError
 from data_prep.files import read_json
-from data_prep.tokenizer import Tokenizer, take_over, train
-from tests.preparing import data, json_source, quiet
+from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from tests.processes import TIMEOUT
+from tests.small_corpora import data_config, json_source, prepare_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 WORDS = ["SELECT", "name", "FROM", "users", "WHERE", "lines", "with", "a", "vowel", "or", "the", "string", "'dog'",
          "[a-z]*", "(\\b)", "count", "=", "AND", "id"]
 LITERALS = "<s></s> <pad><sep> <unk> a<s>b <0x41> <|pad|>"
-ODD = [
+TRICKY_TEXTS = [
     "", " ", "   ", " a", "a ", "  two  blanks  ", "\t", "\ttab\n\nline\r\n end\n", "\n", "a\0b\x01\x7f\x85\xa0",
     "\u2581", " \u2581 \u2581\u2581", "\u241b", "\u241b_ \u241be\u241b\u241b\u2581\u241b", "\u2585", "\ufeff\uffff",
     "e\u0301\u0323 \u0e33", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea", "日本語 العربية", "\U0010ffff",
@@ -97,22 +97,22 @@ def write_json(folder: Path, spec: dict, config: dict | None = None) -> Path:
 
 
 def test_round_trip_and_specials(trained):
-    texts = ODD + random_unicode(20_000)
+    texts = TRICKY_TEXTS + random_unicode(20_000)
     for text, ids in zip(texts, trained.encode_batch(texts), strict=True):
         assert trained.decode(ids) == text
         assert all(5 <= i < trained.vocab_size for i in ids)
-    check_specials(trained, ODD)
+    check_specials(trained, TRICKY_TEXTS)
     assert (trained.pad_id, trained.vocab_size) == (0, 380)
 
 
-@pytest.mark.parametrize("texts", [lambda: ODD + random_unicode(120_000), real_texts], ids=["odd", "real"])
+@pytest.mark.parametrize("texts", [lambda: TRICKY_TEXTS + random_unicode(120_000), real_texts], ids=["odd", "real"])
 def test_ids_equal_in_every_library(trained, texts, tmp_path):
     texts = texts()
     expected = trained.encode_batch(texts)
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
     assert model.encode(texts) == expected
     assert model.decode(expected) == texts
-    from_json = take_over(trained.folder / "tokenizer.json", tmp_path / "json")  # encodes with `tokenizers`
+    from_json = import_tokenizer(trained.folder / "tokenizer.json", tmp_path / "json")  # encodes with `tokenizers`
     assert from_json.encode_batch(texts) == expected
     assert [from_json.decode(ids) for ids in expected] == texts
     assert auto_ids(trained.folder, texts) == expected
@@ -153,14 +153,14 @@ def test_training_is_the_same_in_every_process(model_type, tmp_path):
 
 def test_pickles(trained):
     copy = pickle.loads(pickle.dumps(trained))
-    assert copy.encode_batch(ODD) == trained.encode_batch(ODD)
+    assert copy.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     assert copy.fingerprint == trained.fingerprint
 
 
 @pytest.mark.parametrize("source", ["", "tokenizer.model", "tokenizer.json"])
 def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
-    taken = take_over(trained.folder / source, tmp_path / "taken")
-    assert taken.encode_batch(ODD) == trained.encode_batch(ODD)
+    taken = import_tokenizer(trained.folder / source, tmp_path / "taken")
+    assert taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
         assert getattr(taken, field) == getattr(trained, field)
     assert (taken.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), "the model is the faster one"
@@ -170,11 +170,11 @@ def test_a_model_that_is_not_that_of_the_folder_is_left(trained, tmp_path):
     folder = shutil.copytree(trained.folder, tmp_path / "other")
     train(corpus(), 361, tmp_path / "larger", "bpe")
     shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
-    taken = take_over(folder, tmp_path / "taken")
-    assert taken.encode_batch(ODD) == trained.encode_batch(ODD) and not (taken.folder / "tokenizer.model").exists()
+    taken = import_tokenizer(folder, tmp_path / "taken")
+    assert taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS) and not (taken.folder / "tokenizer.model").exists()
 
 
-def foreign(folder: Path, **options) -> Path:
+def train_sentencepiece(folder: Path, **options) -> Path:
     """A BPE model by sentencepiece's defaults: no pad, no sep, a blank before the text, runs of blanks collapsed."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_prefix=str(folder / "foreign"), byte_fallback=True, minloglevel=2,
@@ -183,39 +183,39 @@ def foreign(folder: Path, **options) -> Path:
 
 
 def test_taking_over_a_foreign_model(tmp_path):
-    path = foreign(tmp_path, normalization_rule_name="identity")
+    path = train_sentencepiece(tmp_path, normalization_rule_name="identity")
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    taken = take_over(path, tmp_path / "taken")
-    texts = ODD + random_unicode(20_000)
+    taken = import_tokenizer(path, tmp_path / "taken")
+    texts = TRICKY_TEXTS + random_unicode(20_000)
     assert taken.encode_batch(texts) == model.encode(texts) == auto_ids(taken.folder, texts)
     assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 2, 360, 361, 362)
-    check_specials(taken, ODD)
+    check_specials(taken, TRICKY_TEXTS)
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 @pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
                          ids=["nmt_nfkc", "unknown characters"])
 def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, tmp_path, capsys):
-    path = foreign(tmp_path, **options, model_type=model_type)
+    path = train_sentencepiece(tmp_path, **options, model_type=model_type)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    taken = take_over(path, tmp_path / "taken")
+    taken = import_tokenizer(path, tmp_path / "taken")
     texts = corpus() + [LITERALS, "\uff26\uff35\uff2c\uff2c \u2460 \ufb01t", "Fu\u00dfg\u00e4nger \u65e5\u672c", "  a \t b\n"]
     found = taken.encode_batch(texts)
     assert found == auto_ids(taken.folder, texts)
     for ids, theirs in zip(found, model.encode(texts), strict=True):
         assert ids == theirs or (model_type == "unigram" and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, theirs))))
-    assert taken.encode_batch(ODD + random_unicode(50_000)) == auto_ids(taken.folder, ODD + random_unicode(50_000))
+    assert taken.encode_batch(TRICKY_TEXTS + random_unicode(50_000)) == auto_ids(taken.folder, TRICKY_TEXTS + random_unicode(50_000))
     said = capsys.readouterr().out
     assert ("letters with combining marks" in said) == (not options) and ("equally likely" in said) == (model_type == "unigram")
     assert said.count("\n") == bool(said)
-    check_specials(taken, ODD)
+    check_specials(taken, TRICKY_TEXTS)
 
 
 def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
     # A symbol splits the text, and `tokenizers` puts the dummy blank before every part.
-    path = foreign(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
+    path = train_sentencepiece(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
     with pytest.raises(UserError, match=r"foreign\.model: .* differs is 'a <tag>b'"):
-        take_over(path, tmp_path / "taken")
+        import_tokenizer(path, tmp_path / "taken")
     assert not (tmp_path / "taken").exists()
 
 
@@ -223,18 +223,18 @@ def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = {"pad_token": {"content": "</s>"}, "eos_token": "</s>", "bos_token": "</s>"}
     source = write_json(tmp_path / "source", spec, config)
-    taken = take_over(source, tmp_path / "taken")
+    taken = import_tokenizer(source, tmp_path / "taken")
     assert taken.eos_id == 3
     assert (taken.pad_id, taken.bos_id) == (0, 2)  # special tokens of these names exist, though undeclared
     assert capsys.readouterr().out.splitlines() == [
         f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
         for name, literal in (("pad", "<pad>"), ("bos", "<s>"))]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
-    taken = take_over(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
+    taken = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
     assert (taken.eos_id, taken.pad_id, taken.bos_id, taken.sep_id, taken.vocab_size) == (3, 380, 381, 382, 383)
     assert '"<|pad|>"' in (taken.folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    check_specials(taken, ODD)
-    assert taken.encode_batch(ODD) == Tokenizer.load(bpe_folder).encode_batch(ODD) == auto_ids(taken.folder, ODD)
+    check_specials(taken, TRICKY_TEXTS)
+    assert taken.encode_batch(TRICKY_TEXTS) == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS) == auto_ids(taken.folder, TRICKY_TEXTS)
 
 
 def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
@@ -247,8 +247,8 @@ def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
     spec["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
     source = write_json(tmp_path / "source", spec, {"add_bos_token": True, "bos_token": "<s>"})
     assert tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode("SELECT").ids[0] == 2
-    taken = take_over(source, tmp_path / "taken")
-    assert taken.encode_batch(ODD) == Tokenizer.load(bpe_folder).encode_batch(ODD) == auto_ids(taken.folder, ODD)
+    taken = import_tokenizer(source, tmp_path / "taken")
+    assert taken.encode_batch(TRICKY_TEXTS) == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS) == auto_ids(taken.folder, TRICKY_TEXTS)
 
 
 def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
@@ -257,7 +257,7 @@ def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
     source = write_json(tmp_path / "source", json.loads(tokenizer.to_str()), {"pad_token": "[PAD]"})
-    taken = take_over(source, tmp_path / "taken")
+    taken = import_tokenizer(source, tmp_path / "taken")
     assert taken.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
     assert (taken.pad_id, taken.vocab_size) == (4, 8)
     assert "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n" in capsys.readouterr().out
@@ -281,13 +281,13 @@ def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
     for empty in ([], [""], ["  ", "\n"], ["\0"]):
         assert "holds no text" in message(train, empty, 400, tmp_path / "new")
     assert "wordpiece" in message(train, corpus(), 400, tmp_path / "new", "wordpiece")
-    assert "missing" in message(take_over, tmp_path / "missing", tmp_path / "new")
+    assert "missing" in message(import_tokenizer, tmp_path / "missing", tmp_path / "new")
     assert "missing" in message(Tokenizer.load, tmp_path / "missing")
-    assert "own folder" in message(take_over, bpe_folder, bpe_folder)
+    assert "own folder" in message(import_tokenizer, bpe_folder, bpe_folder)
     assert "lone surrogate" in message(Tokenizer.load(bpe_folder).encode_batch, ["fine", "a\ud800"])
     for name, content in (("bad.model", "no model"), ("bad.json", "{"), ("tokenizer.json", "{}")):
         (tmp_path / name).write_text(content)
-        assert name in message(take_over, tmp_path / name, tmp_path / "new")
+        assert name in message(import_tokenizer, tmp_path / name, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -328,47 +328,47 @@ DECODER = {"added_tokens_decoder": {"361": {"content": "<|im_end|>", "special": 
 @pytest.mark.parametrize("options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"])
 @pytest.mark.parametrize("given", ["", "tokenizer.model"])
 def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
-    model = foreign(tmp_path, **options)
-    taken = take_over(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
+    model = train_sentencepiece(tmp_path, **options)
+    taken = import_tokenizer(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
     assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 361, 362, 363, 364)
     assert "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, such as '<|im_start|>'" \
         in capsys.readouterr().out
-    texts = [text for text in corpus() + ODD if text]
-    assert taken.encode_batch(texts) == take_over(model, tmp_path / "alone").encode_batch(texts), "other text has the ids of the model alone"
+    texts = [text for text in corpus() + TRICKY_TEXTS if text]
+    assert taken.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), "other text has the ids of the model alone"
     (ids,) = taken.encode_batch(["<|im_start|>count = name<|im_end|>"])
     assert 360 in ids and 361 not in ids, "the end token is one that text never becomes"
     assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", "a model that puts a blank before a text puts one here too"
     assert [taken.encode_batch(["a <|im_start|> b"])] == [auto_ids(taken.folder, ["a <|im_start|> b"])]
-    check_specials(taken, ODD)
+    check_specials(taken, TRICKY_TEXTS)
 
 
-def test_a_changed_file_beside_a_model_is_noticed(tmp_path, lines_file, pairs):
-    folder = with_files(tmp_path / "folder", foreign(tmp_path), added_tokens={"<|im_start|>": 360})
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(40)))
-    config = data(tmp_path / "out", source, tokenizer={"path": str(folder / "tokenizer.model")})
-    quiet(config)
+def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
+    folder = with_files(tmp_path / "folder", train_sentencepiece(tmp_path), added_tokens={"<|im_start|>": 360})
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(40)))
+    config = data_config(tmp_path / "out", source, tokenizer={"path": str(folder / "tokenizer.model")})
+    prepare_quietly(config)
     manifest = read_json(tmp_path / "out" / "manifest.json")
-    quiet(config)
+    prepare_quietly(config)
     old = json.loads(json.dumps(manifest))
     del old["settings"]["files"][str(folder / "added_tokens.json")]  # as earlier versions recorded it
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(old))
-    quiet(config)
+    prepare_quietly(config)
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "added_tokens.json").write_text('{"<|other|>": 360}')
     with pytest.raises(UserError, match=r"was prepared with another content of .*added_tokens.json"):
-        quiet(config)
+        prepare_quietly(config)
 
 
 def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):
     """The ids of LlamaTokenizer of transformers 4, which adds what its vocabulary lacks at the end."""
     beside = {"added_tokens": {"<|im_start|>": 360}, "special_tokens_map": {"pad_token": "[PAD]", "additional_special_tokens": ["<|b|>", "<|a|>"]},
               "tokenizer_config": {"sep_token": {"content": "[SEP]"}, "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": []}}
-    taken = take_over(with_files(tmp_path / "folder", foreign(tmp_path, normalization_rule_name="identity"), **beside), tmp_path / "taken")
+    taken = import_tokenizer(with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside), tmp_path / "taken")
     spec = json.loads((taken.folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert {token["content"]: token["id"] for token in spec["added_tokens"] if token["id"] >= 360} == {
         "<|im_start|>": 360, "[SEP]": 361, "[PAD]": 362, "<|b|>": 363, "<|a|>": 364}
     assert (taken.bos_id, taken.eos_id, taken.sep_id, taken.pad_id, taken.vocab_size) == (1, 2, 361, 362, 365)
-    check_specials(taken, ODD)
+    check_specials(taken, TRICKY_TEXTS)
 
 
 @pytest.mark.parametrize("beside, expected", [
@@ -379,7 +379,7 @@ def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(t
     ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
 ])
 def test_tokens_beside_a_sentencepiece_model_that_cannot_be_kept_are_refused(tmp_path, beside, expected):
-    folder = with_files(tmp_path / "folder", foreign(tmp_path, normalization_rule_name="identity"), **beside)
+    folder = with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside)
     with pytest.raises(UserError, match=expected) as raised:
-        take_over(folder, tmp_path / "taken")
+        import_tokenizer(folder, tmp_path / "taken")
     assert "\n" not in str(raised.value) and not (tmp_path / "taken").exists()

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import transformers
 
-from data_prep.tokenizer import Tokenizer, take_over, train
+from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.tokenizer_difference import first_difference
-from tests.data_prep.test_tokenizer import corpus, foreign
+from tests.data_prep.test_tokenizer import corpus, train_sentencepiece
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "foreign bpe", "foreign unigram"])
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     *taken, kind = request.param.split()
-    return take_over(foreign(folder, model_type=kind), folder / "taken") if taken else train(corpus(), 380, folder / "trained", kind)
+    return import_tokenizer(train_sentencepiece(folder, model_type=kind), folder / "taken") if taken else train(corpus(), 380, folder / "trained", kind)
 
 
 def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
@@ -25,16 +25,16 @@ def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     (folder / "tokenizer_config.json").write_bytes((tokenizer.folder / "tokenizer_config.json").read_bytes())
-    return take_over(folder, folder / "taken")
+    return import_tokenizer(folder, folder / "taken")
 
 
 def test_a_tokenizer_that_was_saved_and_taken_over_is_the_same(tokenizer, tmp_path):
     saved = tokenizer.folder
     for number in range(2):
-        taken = take_over(saved / "tokenizer.json", tmp_path / f"taken {number}")
+        taken = import_tokenizer(saved / "tokenizer.json", tmp_path / f"taken {number}")
         saved = tmp_path / f"saved {number}"
         transformers.AutoTokenizer.from_pretrained(taken.folder).save_pretrained(saved)
-        again = take_over(saved, tmp_path / f"again {number}")
+        again = import_tokenizer(saved, tmp_path / f"again {number}")
         assert [first_difference(one, tokenizer) for one in (taken, again)] == [None, None]
 
 

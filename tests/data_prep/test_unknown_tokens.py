@@ -10,7 +10,7 @@ import tokenizers
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from data_prep.tools.stats import stats
-from tests.preparing import data, json_source, quiet, split_rows
+from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
 LATE = 2100
 """More texts than the preparation tries a tokenizer on before it encodes."""
@@ -46,16 +46,16 @@ MAKERS = {"characters": ascii_json, "words": ascii_words, "sentencepiece": ascii
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, lines_file, kind):
+def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kind):
     rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(LATE)]
     rows[LATE - 2]["code"] = "answer № 3"
     rows[LATE - 1] |= {"text": "question 犬", "code": "answer 🦙"}
     rows[5]["code"] = "№ " * 200  # does not fit a row, so it is not in the corpus
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
-    held_out = json_source(lines_file(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation")
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
+    held_out = json_source(write_jsonl(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation")
     said = []
     out = tmp_path / "out"
-    manifest = prepare(data(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append)
+    manifest = prepare(data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append)
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
     places = [f"{tmp_path / 'a.jsonl'}:{LATE - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{LATE}: '犬'"]
@@ -66,28 +66,28 @@ def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, lines_file, kind
     assert list(stats(out, "train"))[-1] == line and "are unknown" not in list(stats(out, "validation"))[-1]
 
 
-def test_a_tokenizer_with_bytes_knows_everything(tmp_path, lines_file):
+def test_a_tokenizer_with_bytes_knows_everything(tmp_path, write_jsonl):
     rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
     said = []
-    manifest = prepare(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}), say=said.append)
+    manifest = prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}), say=said.append)
     assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in said)
     said = []
-    prepare(data(tmp_path / "again", json_source(tmp_path / "a.jsonl"), tokenizer={"path": str(tmp_path / "out" / "tokenizer")}), say=said.append)
+    prepare(data_config(tmp_path / "again", json_source(tmp_path / "a.jsonl"), tokenizer={"path": str(tmp_path / "out" / "tokenizer")}), say=said.append)
     assert not any("unknown" in line for line in said)
 
 
-def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path, lines_file):
+def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path, write_jsonl):
     vocab = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
-    source = json_source(lines_file(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
     said = []
-    prepare(data(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append)
+    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append)
     assert any(line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token") for line in said)
 
 
-def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, lines_file):
+def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, write_jsonl):
     out = tmp_path / "out"
-    quiet(data(out, json_source(lines_file(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])), tokenizer={"vocab_size": 290}))
+    prepare_quietly(data_config(out, json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])), tokenizer={"vocab_size": 290}))
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["splits"]["train"]["unknown"]
     (out / "manifest.json").write_text(json.dumps(manifest))

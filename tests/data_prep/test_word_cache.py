@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import word_cache
-from data_prep.tokenizer import Tokenizer, take_over, train
-from data_prep.word_cache import WordCache, can_cut
-from tests.data_prep.test_tokenizer import ODD, corpus, foreign, random_unicode
+from data_prep.tokenizer import Tokenizer, import_tokenizer, train
+from data_prep.word_cache import WordCache, is_cacheable
+from tests.data_prep.test_tokenizer import TRICKY_TEXTS, corpus, random_unicode, train_sentencepiece
 
 CODE = ["def f(x):\n    return x  # a comment\n", "if a:\n        b = [1, 2]\n\n\n    else:\n", "    \n  \n", "a  b   c    d" * 50, "\n \n  x"]
 
@@ -28,8 +28,8 @@ def spec_of(tokenizer: Tokenizer) -> dict:
 
 def test_the_tokens_are_those_of_the_whole_texts(trained):
     tokenizer, model = trained
-    texts = ODD + corpus() + CODE + random_unicode(200_000)
-    assert can_cut(spec_of(tokenizer))
+    texts = TRICKY_TEXTS + corpus() + CODE + random_unicode(200_000)
+    assert is_cacheable(spec_of(tokenizer))
     for _ in range(2):  # the second time, every word is known
         assert tokenizer.encode_batch(texts) == model.encode(texts)
     assert tokenizer.encode_batch([]) == [] and tokenizer.encode_batch(["", ""]) == [[], []]
@@ -64,9 +64,9 @@ def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained
     ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "model_type": "unigram"}, False),
 ])
 def test_texts_are_cut_only_where_that_changes_nothing(tmp_path: Path, options, cut):
-    path = foreign(tmp_path, **options)
-    taken = take_over(path, tmp_path / "taken", say=lambda line: None)
-    assert can_cut(spec_of(taken)) == cut
+    path = train_sentencepiece(tmp_path, **options)
+    taken = import_tokenizer(path, tmp_path / "taken", say=lambda line: None)
+    assert is_cacheable(spec_of(taken)) == cut
     if (taken.folder / "tokenizer.model").exists():
-        texts = ODD + corpus() + CODE + ["a dog and a  dog  "]
+        texts = TRICKY_TEXTS + corpus() + CODE + ["a dog and a  dog  "]
         assert taken.encode_batch(texts) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(texts)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.launching import ROOT
+from tests.commands import ROOT
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck (package shellcheck)")

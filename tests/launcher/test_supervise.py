@@ -14,14 +14,14 @@ import pytest
 
 from data_prep.console import UserError
 from launcher import supervise
-from launcher.supervise import main, runs_the_script
+from launcher.supervise import is_rank_command, main
 from pretrain.run_folder import list_steps, read_status, write_status
-from pretrain.training.background import SUPERVISED
-from tests.launching import ROOT, Running, call, deepspeed_command, environment, prepare_corpus, tiny_config, write_config
+from pretrain.training.evaluation_requests import SUPERVISED_VARIABLE
+from tests.commands import ROOT, BackgroundCommand, deepspeed_command, environment, prepare_corpus, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT, kill_all, wait_for
 
 PYTHON = sys.executable
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 NEVER = 2.0 * TIMEOUT
 """Longer than a test waits: what ends within TIMEOUT has not ended because these seconds were over."""
 LIMITS = {"GRACE": NEVER, "LEFT": NEVER, "SAVING": NEVER, "UNKILLABLE": NEVER}
@@ -133,7 +133,7 @@ class Supervised:
 def marked(folder: Path) -> list[psutil.Process]:
     """Living processes of commands that were supervised, and that have this folder in their command line."""
     return [process for process in psutil.process_iter(["cmdline", "environ"])
-            if SUPERVISED in (process.info["environ"] or {}) and str(folder) in shlex.join(process.info["cmdline"] or [])]
+            if SUPERVISED_VARIABLE in (process.info["environ"] or {}) and str(folder) in shlex.join(process.info["cmdline"] or [])]
 
 
 @pytest.fixture
@@ -333,11 +333,11 @@ if rank == 0:
 
 def test_an_evaluation_in_the_background_outlives_the_rank_and_the_supervision(supervised, tmp_path):
     run = supervised("""
-from pretrain.training import background
+from pretrain.training import evaluation_requests
 (folder / "nice").write_text(f"#!/bin/sh\\necho $$ > {folder}/evaluating\\nexec sleep {NEVER}\\n")
 (folder / "nice").chmod(0o755)
 os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"  # in place of the evaluation itself: `setsid --fork nice python ...`
-background.start_evaluations(run_dir, "cpu")
+evaluation_requests.start_evaluations(run_dir, "cpu")
 while not (folder / "evaluating").exists() or not (folder / "evaluating").read_text():
     time.sleep(0.05)
 status("finished", 1)
@@ -364,7 +364,7 @@ def test_a_mistake_is_told_before_anything_is_started(tmp_path, monkeypatch, com
 
 def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
-    done = call([PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False)
+    done = run_command([PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: cannot start no-such-launcher: No such file or directory\n")
 
 
@@ -379,7 +379,7 @@ def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
     ("", False),
 ])
 def test_a_rank_is_known_by_its_command_line(line, runs):
-    assert runs_the_script(line.split()) == runs
+    assert is_rank_command(line.split()) == runs
 
 
 @pytest.mark.slow
@@ -389,9 +389,9 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     supervised = [PYTHON, "launcher/supervise.py", "--"]
     waiting = tmp_path / "run.py"
-    waiting.write_text(f"import runpy, sys\nsys.argv.insert(1, 'hold:30')\nrunpy.run_path({str(SPOILED)!r}, run_name='__main__')\n")
+    waiting.write_text(f"import runpy, sys\nsys.argv.insert(1, 'hold:30')\nrunpy.run_path({str(FAULTY_RUN)!r}, run_name='__main__')\n")
 
-    running = Running([*supervised, *deepspeed_command(2, waiting, path)], tmp_path / "first.log")
+    running = BackgroundCommand([*supervised, *deepspeed_command(2, waiting, path)], tmp_path / "first.log")
     running.wait_until(lambda: len(list_steps(checkpoints)) > 0, "a checkpoint")
     killed = running.ranks()
     killed[1].kill()
@@ -403,6 +403,6 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     status = read_status(tmp_path / "runs" / "run")
     assert status["status"] == "resumable" and status["reason"] == "stopped by SIGTERM" and list_steps(checkpoints)[-1] == status["step"]
 
-    running = Running([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
+    running = BackgroundCommand([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
     assert running.end() == 0 and not marked(tmp_path)
     assert f"going on from step {status['step']}" in running.log.read_text() and read_status(tmp_path / "runs" / "run")["status"] == "finished"

@@ -15,10 +15,10 @@ from data_prep.pipeline import prepare
 from data_prep.shards import FORMAT, MANIFEST, write_shard
 from data_prep.tokenizer import Tokenizer
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Specials
+from pretrain.data.layout import SpecialTokenIds
 from pretrain.models.attention import resolve_attention
-from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
-from tests.launching import ROOT
+from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
+from tests.commands import ROOT
 
 SHAPES = ROOT / "configs" / "models"
 
@@ -43,7 +43,7 @@ def tokenizer(prepared) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def specials(tokenizer) -> Specials:
+def specials(tokenizer) -> SpecialTokenIds:
     return special_ids(tokenizer, 512)
 
 
@@ -96,7 +96,7 @@ def make_model(tokenizer) -> Callable[..., LanguageModel]:
 
     def make(predictor_tokens: int, spread: float = 0.2, dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "llama") -> LanguageModel:
         torch.manual_seed(seed)
-        config = shape_config(family, yaml.safe_load((SHAPES / f"{family}_tiny.yaml").read_text()), tokenizer, 256)
+        config = build_model_config(family, yaml.safe_load((SHAPES / f"{family}_tiny.yaml").read_text()), tokenizer, 256)
         attention = resolve_attention("auto", torch.device("cpu"), config)
         model = LanguageModel(random_causal_lm(config, attention, torch.float32), predictor_tokens, attention)
         with torch.no_grad():

@@ -11,14 +11,14 @@ import torch
 
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Layout, Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, counts
+from pretrain.data.loader import Loader, Rows, loss_denominators
 from pretrain.models.language_model import LanguageModel
 from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
-from tests.planning import plan
 from tests.reference import Ids, Reference
+from tests.row_plans import plan
 
 TOLERANCE = 1e-5
 MUTANT_IN_LOSSES, MUTANT_IN_GRADIENTS = 1e-3, 0.5
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
 
 def packed(corpus, specials, layout: Layout, paired: np.ndarray) -> Packed:
     rows = plan(corpus, np.arange(len(corpus)), layout, ROW, paired)
-    batch = assemble(rows, corpus, layout, specials, ROW, counts(rows, layout)["pairs"] + 2)
+    batch = assemble(rows, corpus, layout, specials, ROW, loss_denominators(rows, layout)["pairs"] + 2)
     assert 1 < rows.count < len(corpus), "the test needs several rows with several records"
     return Packed(rows, batch, layout)
 
@@ -62,7 +62,7 @@ def gradients(model: LanguageModel, loss: torch.Tensor) -> dict[str, torch.Tenso
 
 
 def one_forward(model: LanguageModel, packed: Packed, objective) -> Result:
-    units = counts(packed.rows, packed.layout)
+    units = loss_denominators(packed.rows, packed.layout)
     divisors = {term: units[unit] for term, unit in objective.units.items()}
     terms = objective(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
     loss = total_loss(terms, divisors, objective.weights, ranks=1)
@@ -75,7 +75,7 @@ def separate_forwards(model: LanguageModel, records, specials, **settings) -> Re
     paired = settings.pop("paired", None)
     reference = Reference(model.causal_lm, predictor, Ids(specials.bos, specials.eos, specials.sep), weight=WEIGHT, temperature=TEMPERATURE,
                           softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
-                          scale=model.width**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0, **settings)
+                          scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0, **settings)
     losses = reference.losses(records, paired)
     return Result({name: value.item() for name, value in losses._asdict().items()}, gradients(model, losses.total))
 

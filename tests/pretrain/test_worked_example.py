@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 
-from tests.launching import ROOT, call, tiny_config, write_config
+from tests.commands import ROOT, run_command, tiny_config, write_config
 
 
 def test_the_objective_of_the_documentation_trains(tmp_path):
@@ -15,8 +15,8 @@ def test_the_objective_of_the_documentation_trains(tmp_path):
     (tmp_path / "pretrain" / "objectives" / "huber_jepa.py").write_text(source)
     objective = {"name": "huber_jepa", "weight": 0.5, "delta": 0.3, "regularizers": [{"name": "vicreg", "weight": 0.1}]}
     config = write_config(tmp_path, tiny_config(tmp_path, objective=objective, train__steps=3, monitor__tensorboard=False))
-    call(["python", "-m", "data_prep", str(config)])
-    call(["python", str(tmp_path / "launcher" / "run.py"), str(config)], PYTHONPATH=str(tmp_path))
+    run_command(["python", "-m", "data_prep", str(config)])
+    run_command(["python", str(tmp_path / "launcher" / "run.py"), str(config)], PYTHONPATH=str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(line["loss/jepa"] > 0 and line["loss/vicreg"] > 0 for line in lines)
     assert lines[-1]["validation/loss/jepa"] > 0

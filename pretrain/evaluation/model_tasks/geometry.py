@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.files import write_json
-from pretrain.evaluation.model_tasks.embedded import Pairs, embedded_pairs
+from pretrain.evaluation.model_tasks.embedded import PairEmbeddings, embed_test_pairs
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.objectives.monitors import effective_rank
 from pretrain.tasks.scoring import TaskResult
@@ -27,7 +27,7 @@ NOISE = 1e-6
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and measure; of the first direction, where the objective predicts in several."""
-    pairs, rows, left_out = embedded_pairs(run)
+    pairs, rows, left_out = embed_test_pairs(run)
     metrics, values = measure(pairs[""])
     folder = run.folder / "geometry"
     folder.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     return TaskResult(rows, metrics, left_out)
 
 
-def measure(pairs: Pairs) -> tuple[dict[str, float], dict[str, list[float]]]:
+def measure(pairs: PairEmbeddings) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return the metrics, and the leading singular values of the map and of the differences, largest first."""
     prediction, target = pairs.prediction.double(), pairs.target.double()
     linear = torch.linalg.pinv(prediction, rtol=NOISE) @ target
@@ -61,13 +61,13 @@ def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
     return float(((prediction[1::2] - means[0]) @ fitted - spread).norm() / spread.norm())
 
 
-def shuffled_cosine(pairs: Pairs) -> float:
+def shuffled_cosine(pairs: PairEmbeddings) -> float:
     """Mean cosine of each prediction and the targets with another text; NaN where all targets are the same."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
     total, count = 0.0, 0
     for start in range(0, len(prediction), ROWS):
-        strangers = pairs.key[start : start + ROWS, None] != pairs.key
+        negatives_mask = pairs.key[start : start + ROWS, None] != pairs.key
         similarity = prediction[start : start + ROWS] @ target.T
-        total += similarity[strangers].sum().item()
-        count += int(strangers.sum())
+        total += similarity[negatives_mask].sum().item()
+        count += int(negatives_mask.sum())
     return total / count if count else float("nan")

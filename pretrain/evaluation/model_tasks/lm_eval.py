@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from data_prep.console import UserError
-from pretrain.evaluation.inference import load
+from pretrain.evaluation.inference import load_causal_lm
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.tasks.directions import Direction, Directions
+from pretrain.tasks.directions import MetricDirection, MetricDirections
 from pretrain.tasks.lm_eval import Config
 from pretrain.tasks.scoring import TaskResult
 
@@ -28,7 +28,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     except ImportError:
         raise UserError("the task lm_eval takes the extra lm-eval: pip install '.[lm-eval]' in the project's folder") from None
     assert isinstance(run.task, Config)  # chosen by its name
-    model, _ = load(run.export)
+    model, _ = load_causal_lm(run.export)
     tokenizer = AutoTokenizer.from_pretrained(run.export)
     begin = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)])
@@ -39,12 +39,12 @@ def evaluate(run: CheckpointTask) -> TaskResult:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"the harness cannot run {', '.join(run.task.harness)}: {reason}") from None
     rows = sum(count["effective"] for count in found["n-samples"].values())
-    return TaskResult(rows, flat(found["results"]), directions=directions_of(found["higher_is_better"], found["results"]))
+    return TaskResult(rows, flat(found["results"]), directions=metric_directions(found["higher_is_better"], found["results"]))
 
 
-def directions_of(higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]) -> Directions:
+def metric_directions(higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]) -> MetricDirections:
     """Return the direction of each metric in `flat(results)` for which the harness gives one."""
-    words: dict[bool | None, Direction] = {True: "higher", False: "lower"}
+    words: dict[bool | None, MetricDirection] = {True: "higher", False: "lower"}
     return {f"{task}_{_flat(name)}": words[better] for task, values in results.items() for name in values
             if (better := higher_is_better.get(task, {}).get(name.split(",")[0])) in words and f"{task}_{_flat(name)}" in flat(results)}
 

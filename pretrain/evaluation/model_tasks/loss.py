@@ -6,7 +6,7 @@ import torch
 
 from data_prep.task_rows import read_rows, write_views
 from pretrain.data.corpus import Corpus
-from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.task_corpus import prepare_task_corpus
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.models.export import load_language_model
 from pretrain.models.language_model import special_ids
@@ -23,12 +23,12 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     config, source = run.config, run.source("test")
     assert source is not None  # the configuration requires it
     views = config.data.views
-    rows = read_rows(source, views, "task.test", run.task.rows, incomplete=config.data.missing_views == "keep")
+    rows = read_rows(source, views, "task.test", run.task.rows, allow_missing_views=config.data.missing_views == "keep")
     pairs = write_views(run.folder / "data" / f"{run.task.title}-test.jsonl", views, (row.views for row in rows))
-    corpus = Corpus(prepare_pairs(config, pairs, run.folder).path, "train")
+    corpus = Corpus(prepare_task_corpus(config, pairs, run.folder).path, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_language_model(run.export, config.model.attention, device)
-    specials = special_ids(tokenizer, model.vocabulary)
+    specials = special_ids(tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views, validating=True)
     world = World(0, 1, device)
     ranks = json.loads((run.folder.parent / "environment.json").read_text())["ranks"]

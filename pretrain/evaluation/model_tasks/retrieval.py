@@ -8,7 +8,7 @@ Where the objective predicts in more directions than one, those after the first 
 import torch
 import torch.nn.functional as F
 
-from pretrain.evaluation.model_tasks.embedded import Pairs, embedded_pairs
+from pretrain.evaluation.model_tasks.embedded import PairEmbeddings, embed_test_pairs
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.tasks.scoring import TaskResult, rate
 
@@ -18,19 +18,19 @@ ROWS = 1024
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
-    pairs, rows, left_out = embedded_pairs(run)
+    pairs, rows, left_out = embed_test_pairs(run)
     metrics = {f"{prefix}{name}": value for prefix, of_direction in pairs.items() for name, value in score(of_direction).items()}
     candidates = len(pairs[""].key.unique())
     return TaskResult(rows, metrics, {"candidates": candidates} | left_out)
 
 
-def score(pairs: Pairs) -> dict[str, float]:
+def score(pairs: PairEmbeddings) -> dict[str, float]:
     """Return rates over the rows that fit."""
     rank = ranks(pairs)
     return {"recall_at_1": rate((rank <= 1).tolist()), "recall_at_10": rate((rank <= 10).tolist()), "mrr": (1 / rank.double()).mean().item()}
 
 
-def ranks(pairs: Pairs) -> torch.Tensor:
+def ranks(pairs: PairEmbeddings) -> torch.Tensor:
     """1 + the number of other targets that are at least as near as a row's own: (N,) int64."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
     _, place = pairs.key.unique(return_inverse=True)

@@ -20,9 +20,9 @@ from typing import Any
 from data_prep.config import JsonSource
 from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.task_rows import read_rows
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from pretrain.tasks.sql.databases import database_name
-from pretrain.tasks.sql.execution import Runner, tokens
+from pretrain.tasks.sql.execution import QueryRunner, tokens
 
 FEWEST_ROWS, MOST_ROWS = 24, 60
 """Of a table."""
@@ -46,7 +46,7 @@ def main() -> None:
 def _run(given: argparse.Namespace) -> None:
     queries: dict[str, list[str]] = defaultdict(list)
     for path in given.queries:
-        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", form=public_form("spider")):
+        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", row_format=public_row_format("spider")):
             queries[database_name(row) or ""].append(row.target)
     try:
         schemas = json.loads(given.tables.read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]],
 def look_at(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
     """The queries that do not run, with the reason, and how many of the others give no row."""
     failed, empty = [], 0
-    with Runner() as runner:
+    with QueryRunner() as runner:
         for name, of_database in queries.items():
             for query in of_database:
                 outcome = runner.run(folder / f"{name}.sqlite", query)

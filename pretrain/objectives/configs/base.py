@@ -3,7 +3,7 @@
 from typing import Literal
 
 from data_prep.config_file import Section
-from pretrain.data.layout import Layout, Pairing, SpanForm, Specials, make_layout
+from pretrain.data.layout import Layout, Pairing, SpanSampling, SpecialTokenIds, make_layout
 
 
 class ObjectiveConfig(Section):
@@ -19,7 +19,7 @@ class ObjectiveConfig(Section):
         return None
 
     @property
-    def spans(self) -> SpanForm | None:
+    def spans(self) -> SpanSampling | None:
         """How spans are drawn; None: there is no term on spans."""
         return None
 
@@ -28,7 +28,7 @@ class ObjectiveConfig(Section):
         """Share of the records that take no part in the pair term in an epoch."""
         return 0.0
 
-    def make_layout(self, specials: Specials, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
+    def make_layout(self, specials: SpecialTokenIds, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
         """Return what a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
         pairing = self.pairing
         if validating and pairing is None and views > 1:

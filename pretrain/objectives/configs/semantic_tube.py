@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pretrain.data.layout import Pairing, SpanForm
+from pretrain.data.layout import Pairing, SpanSampling
 from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
 
@@ -11,12 +11,12 @@ class Config(AuxiliaryConfig):
 
     name: Literal["semantic_tube"]
     """Semantic Tube Prediction (arXiv 2602.22617)."""
-    form: SpanForm = "three_points"
+    form: SpanSampling = "three_points"
     """three_points: the paper's, at three random positions. sub_span: the released code's, a random span against what is left of the
     document. views: along the first view, then along the second; layout joint only."""
 
     @property
-    def spans(self) -> SpanForm:
+    def spans(self) -> SpanSampling:
         """How spans are drawn."""
         return self.form
 

@@ -34,14 +34,14 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
-class Runner:
+class QueryRunner:
     """Runs queries one after the other in a process of its own, which is replaced where one ends it."""
 
-    def __init__(self, seconds: float = SECONDS, most_rows: int = MOST_ROWS):
-        self._limits = {"seconds": seconds, "most_rows": most_rows}
+    def __init__(self, seconds: float = SECONDS, max_rows: int = MOST_ROWS):
+        self._limits = {"seconds": seconds, "max_rows": max_rows}
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> "QueryRunner":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,11 +89,11 @@ def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], order
     The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
     in 9 significant digits.
     """
-    one, other = comparable(first, second)
+    one, other = round_float_columns(first, second)
     return one == other if ordered else Counter(one) == Counter(other)
 
 
-def comparable(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+def round_float_columns(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
     """Return several results with the numbers rounded in each column that holds a floating-point number in any of them."""
     inexact = {place for rows in results for row in rows for place, value in enumerate(row) if isinstance(value, float)}
     return [[tuple(_rounded(value) if place in inexact else value for place, value in enumerate(row)) for row in rows] for rows in results]

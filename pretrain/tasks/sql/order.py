@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.tasks.sql.execution import Outcome, Runner, comparable, spans
+from pretrain.tasks.sql.execution import Outcome, QueryRunner, round_float_columns, spans
 
 Rows = list[tuple[Any, ...]]
 
@@ -24,7 +24,7 @@ class Ordered(NamedTuple):
     """Number of rows that its OFFSET skips; None if that is not a plain number."""
 
 
-def outer_order(query: str) -> Ordered | None:
+def outer_order_by(query: str) -> Ordered | None:
     """Split a query that orders its own rows, by an ORDER BY outside of all parentheses but ones around the whole query; None for any other."""
     found = _unwrapped(spans(query))
     words, depth, order, limit = [word for word, _, _ in found], 0, None, len(found)
@@ -64,19 +64,19 @@ def _skipped(limit: str) -> int | None:
     return None
 
 
-def same_but_for_ties(runner: Runner, database: Path, target: str, wanted: Outcome, given: Outcome) -> bool:
+def equal_up_to_ties(runner: QueryRunner, database: Path, target: str, wanted: Outcome, given: Outcome) -> bool:
     """Whether the rows of an answer are those of a target that orders its rows, in an order that the target allows.
 
     Where a LIMIT cuts a group of ties, any of its rows may be the ones that are left.
     """
-    ordered = outer_order(target)
+    ordered = outer_order_by(target)
     if ordered is None or ordered.skipped is None or wanted.rows is None or given.rows is None or len(wanted.rows) != len(given.rows):
         return False
     ways = [runner.run(database, ordered.unlimited + "".join(f", {column} COLLATE BINARY {way}" for column in range(1, wanted.columns + 1))).rows
             for way in ("ASC", "DESC")]
     if ways[0] is None or ways[1] is None:
         return False
-    upward, downward, rows = comparable(ways[0], ways[1], given.rows)
+    upward, downward, rows = round_float_columns(ways[0], ways[1], given.rows)
     if Counter(upward) != Counter(downward):  # it draws random numbers
         return False
     place = -ordered.skipped

@@ -54,7 +54,7 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
     return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
 
 
-def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: int) -> tuple[list[tuple[Any, ...]], int]:
+def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> tuple[list[tuple[Any, ...]], int]:
     """Return the rows of a query, and how many columns they have. Raises sqlite3.Error, TooLarge and what else SQLite's binding raises."""
     end = time.process_time() + seconds
     connection.set_progress_handler(lambda: time.process_time() > end, PERIOD)
@@ -65,8 +65,8 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, most_rows: i
         for row in cursor:
             rows.append(row)
             size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
-            if len(rows) > most_rows:
-                raise TooLarge(f"more than {most_rows:,} rows")
+            if len(rows) > max_rows:
+                raise TooLarge(f"more than {max_rows:,} rows")
             if size > MOST_BYTES:
                 raise TooLarge(f"more than {MOST_BYTES >> 20} MiB")
         return rows, len(cursor.description)
@@ -79,7 +79,7 @@ def answer(connections: dict[str, sqlite3.Connection], request: dict[str, Any]) 
         if request["database"] not in connections:
             connections.clear()
             connections[request["database"]] = open_database(request["database"])
-        rows, columns = run(connections[request["database"]], request["query"], request["seconds"], request["most_rows"])
+        rows, columns = run(connections[request["database"]], request["query"], request["seconds"], request["max_rows"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         return json.dumps({"rows": rows, "columns": columns}, default=lambda value: {"blob": value.hex()})
     except MemoryError:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.selection.contamination import STRETCH, Contamination, letters
+from data_prep.selection.contamination import OVERLAP_LETTERS, Contamination, normalized_letters
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 WORDS = ["list", "the", "names", "of", "all", "dogs", "that", "bark", "at", "cats", "in", "Größe", "or", "NUMBER", "7", "x"]
@@ -17,13 +17,13 @@ WORDS = ["list", "the", "names", "of", "all", "dogs", "that", "bark", "at", "cat
 
 def by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[bool]:
     """The two rules for texts of alphabets, where a letter counts one, and contexts without common phrases."""
-    tests = {letters(context) for context in contexts} - {""}
-    stretches = {test[start:start + STRETCH] for test in tests for start in range(len(test) - STRETCH + 1)}
+    tests = {normalized_letters(context) for context in contexts} - {""}
+    stretches = {test[start:start + OVERLAP_LETTERS] for test in tests for start in range(len(test) - OVERLAP_LETTERS + 1)}
 
     def contaminated(views: tuple[str, ...]) -> bool:
-        present = [letters(view) for view in views if view]
+        present = [normalized_letters(view) for view in views if view]
         return (any(view in tests for view in present[:-1] or present)
-                or any(view[start:start + STRETCH] in stretches for view in present for start in range(len(view) - STRETCH + 1)))
+                or any(view[start:start + OVERLAP_LETTERS] in stretches for view in present for start in range(len(view) - OVERLAP_LETTERS + 1)))
     return [contaminated(views) for views in batch]
 
 
@@ -58,7 +58,7 @@ def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, rec
 @pytest.mark.parametrize("around", range(9))
 def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
     context = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400))
-    for length, expected in ((STRETCH, True), (STRETCH - 1, False)):
+    for length, expected in ((OVERLAP_LETTERS, True), (OVERLAP_LETTERS - 1, False)):
         for start in (0, 1, 200, 400 - length):
             inside = context[start:start + length]
             assert bool(Contamination([context]).find([("q", "Z" * around + inside + "Z" * 99)])[0]) == expected
@@ -100,8 +100,8 @@ def test_other_scripts_are_compared_too(text):
 
 
 def test_letters_are_compared_without_case_accents_and_what_is_between_them():
-    assert letters("Größe, ＦＵＬＬ \u2019n\u2019 café ½") == "grossefullncafe12"
-    assert letters("कि") != letters("की") and letters("!?…\U0001f600") == ""
+    assert normalized_letters("Größe, ＦＵＬＬ \u2019n\u2019 café ½") == "grossefullncafe12"
+    assert normalized_letters("कि") != normalized_letters("की") and normalized_letters("!?…\U0001f600") == ""
     for composed in ("Où est l'élève?", "Ångström"):
         assert Contamination([composed]).find([(unicodedata.normalize("NFD", composed).upper(), "x")])[0]
     assert Contamination(["пара"]).find([("паpа", "x"), ("ПАРА", "x")])[1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.selection.duplicates import PART_ROWS, PREFERENCE, dropped, equals, fingerprints, parts_needed, resolve, write_fingerprints
+from data_prep.selection.duplicates import ROWS_PER_PART, SPLIT_PRIORITY, dropped, equal_groups, fingerprints, num_parts, resolve, write_fingerprints
 
 Corpus = list[list[tuple[tuple[str, ...], int, int]]]  # of each unit: views, ordinal, rank of the split
 VIEWS = st.tuples(st.sampled_from(["", "a", "b", "ab", "ä", "\ud800"]), st.sampled_from(["", "b", "a", "c"]))
@@ -58,7 +58,7 @@ def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
 
 
 def test_the_earlier_split_stays_then_the_earlier_unit_then_the_earlier_record(tmp_path):
-    train, validation, test = (PREFERENCE.index(split) for split in ("train", "validation", "test"))
+    train, validation, test = (SPLIT_PRIORITY.index(split) for split in ("train", "validation", "test"))
     one = ("q", "a")
     assert on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]
     assert on_disk([[(one, 3, train), (one, 9, train)], [(one, 0, train)]], tmp_path, 2) == [[9], [0]]
@@ -79,7 +79,7 @@ def test_fingerprints_equal_in_one_half_are_not_equal(tmp_path):
         for part in range(parts):
             resolve([tmp_path / "unit.npy"], part, parts, tmp_path / f"out-{part}.npy")
         assert dropped([tmp_path / f"out-{part}.npy" for part in range(parts)], 0).tolist() == [3, 5, 7]
-    assert equals([tmp_path / "unit.npy"], 0, 1).sizes.tolist() == [2, 2, 2]
+    assert equal_groups([tmp_path / "unit.npy"], 0, 1).sizes.tolist() == [2, 2, 2]
 
 
 def test_empty_units_and_no_units(tmp_path):
@@ -88,6 +88,6 @@ def test_empty_units_and_no_units(tmp_path):
     assert dropped([tmp_path / "out.npy"], 0).tolist() == [] == dropped([], 3).tolist()
 
 
-@pytest.mark.parametrize("rows, parts", [(0, 1), (1, 1), (PART_ROWS, 1), (PART_ROWS + 1, 2), (10**9, 250)])
+@pytest.mark.parametrize("rows, parts", [(0, 1), (1, 1), (ROWS_PER_PART, 1), (ROWS_PER_PART + 1, 2), (10**9, 250)])
 def test_a_part_stays_small_however_large_the_corpus(rows, parts):
-    assert parts_needed(rows) == parts
+    assert num_parts(rows) == parts

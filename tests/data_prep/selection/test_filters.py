@@ -10,8 +10,8 @@ from data_prep.config_file import validate
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.selection import filters
-from data_prep.selection.filters import limited_searches, why_filtered
-from tests.preparing import data, json_source, quiet
+from data_prep.selection.filters import filter_reason, search_time_limit
+from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
 @pytest.mark.parametrize("views, settings, expected", [
@@ -36,7 +36,7 @@ from tests.preparing import data, json_source, quiet
     (("long and bad", "good"), {"min_characters": 4, "max_characters": 5, "forbidden": "bad"}, "too_many_characters"),
 ])
 def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, expected):
-    assert why_filtered(views, FiltersConfig(**settings)) == expected
+    assert filter_reason(views, FiltersConfig(**settings)) == expected
 
 
 @pytest.mark.parametrize("settings, expected", [
@@ -59,11 +59,11 @@ NEVER = r"^(\d+[ ,.]?)+$"
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("malformed", ["fail", "drop"])
-def test_an_expression_that_does_not_end_names_the_record(tmp_path, lines_file, monkeypatch, workers, malformed):
+def test_an_expression_that_does_not_end_names_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.2)
     rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)]
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
-    config = data(tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed)
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
+    config = data_config(tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed)
     with pytest.raises(UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it") as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)
@@ -73,23 +73,23 @@ def test_an_expression_that_does_not_end_names_the_record(tmp_path, lines_file, 
 def test_the_time_of_an_expression_counts_for_each_record_alone(monkeypatch):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
     config = FiltersConfig(forbidden=r"(a+)+b")  # some milliseconds for each of these
-    with limited_searches(config):
-        assert [why_filtered(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
+    with search_time_limit(config):
+        assert [filter_reason(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
 
 
-def test_a_possessive_expression_decides(tmp_path, lines_file):
+def test_a_possessive_expression_decides(tmp_path, write_jsonl):
     rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"} for number in range(100)]
-    config = data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), filters={"forbidden": r"^(?:\d++[ ,.]?)++$"},
+    config = data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), filters={"forbidden": r"^(?:\d++[ ,.]?)++$"},
                   tokenizer={"vocab_size": 300}, sequence_length=256)
-    assert quiet(config)["splits"]["train"]["records"] == 100
+    assert prepare_quietly(config)["splits"]["train"]["records"] == 100
 
 
 def test_outside_of_the_main_thread_there_is_no_limit():
     config, found = FiltersConfig(forbidden="https?://"), []
 
     def search() -> None:
-        with limited_searches(config):
-            found.append(why_filtered(("see http://x.org", ""), config))
+        with search_time_limit(config):
+            found.append(filter_reason(("see http://x.org", ""), config))
     thread = threading.Thread(target=search)
     thread.start()
     thread.join()

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from data_prep.selection import near_duplicates
 from data_prep.selection.duplicates import dropped
-from data_prep.selection.near_duplicates import HASHES, RECALL, bands_of, resolve_near, sketch, write_sketches
+from data_prep.selection.near_duplicates import NUM_HASHES, RECALL, num_bands, resolve_near, sketch, write_sketches
 
-CHECKOUT = Path(__file__).resolve().parents[3]
-DATA = CHECKOUT.parent / "shared" / "data"
+REPO_ROOT = Path(__file__).resolve().parents[3]
+DATA = REPO_ROOT.parent / "shared" / "data"
 Record = tuple[str, ...]
 
 
@@ -103,7 +103,7 @@ def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, p
     signatures, bands = sketch(records, threshold)
     order = sorted(range(60), key=lambda place: (ranks[place], place))
     expected = [any((bands[early] == bands[late]).all(axis=1).any()
-                    and all((signatures[early, view] == signatures[late, view]).sum() >= threshold * HASHES for view in range(2))
+                    and all((signatures[early, view] == signatures[late, view]).sum() >= threshold * NUM_HASHES for view in range(2))
                     for early in order[:order.index(late)]) for late in range(60)]
     with tempfile.TemporaryDirectory() as folder:
         found = near_duplicates_of(Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold)
@@ -163,13 +163,13 @@ def test_no_records_and_no_units(tmp_path):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
 def test_bands_find_pairs_at_the_threshold(threshold):
-    rows = HASHES // bands_of(threshold)
-    assert 1 - (1 - threshold**rows) ** bands_of(threshold) >= RECALL
+    rows = NUM_HASHES // num_bands(threshold)
+    assert 1 - (1 - threshold**rows) ** num_bands(threshold) >= RECALL
 
 
 def test_a_missing_library_is_one_line():
     program = "import sys; sys.modules['rensa'] = None\nfrom data_prep.selection import near_duplicates\nnear_duplicates.sketch([('a',)])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO_ROOT)
     assert done.stderr.splitlines()[-1].startswith("data_prep.console.UserError: near-duplicates need the package rensa")
     assert "pip install '.[near-duplicates]'" in done.stderr
 

@@ -9,7 +9,7 @@ from data_prep.config import EvaluationFiles, JsonSource, TaskTest, evaluation_t
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
-from tests.preparing import data, json_source, quiet, rows_of_task, split_rows
+from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows, task_tests
 
 
 def texts_of(folder, split: str = "train") -> list[tuple[str, str]]:
@@ -22,20 +22,20 @@ def pair(row: dict[str, str]) -> tuple[str, str]:
 
 
 @pytest.fixture
-def with_duplicates(lines_file, pairs, tmp_path) -> list[list[dict]]:
+def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
     """Rows of three files, with many rows twice or more, within a file and across files."""
     rng = random.Random(0)
     rows = pairs(200)
     files = [rng.choices(rows, k=150) for _ in range(3)]
     for number, of_file in enumerate(files):
-        lines_file(tmp_path / f"{number}.jsonl", of_file)
+        write_jsonl(tmp_path / f"{number}.jsonl", of_file)
     return files
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
-    manifest = quiet(data(tmp_path / "out", *sources, sequence_length=512, workers=workers))
+    manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
     every = [pair(row) for of_file in with_duplicates for row in of_file]
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
     assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
@@ -47,7 +47,7 @@ def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicate
 
 def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_duplicates, tmp_path):
     sources = [json_source(tmp_path / f"{number}.jsonl", split=split) for number, split in enumerate(("train", "validation", "test"))]
-    quiet(data(tmp_path / "out", *sources, sequence_length=512))
+    prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512))
     train, validation, test = ([pair(row) for row in of_file] for of_file in with_duplicates)
     unique = dict.fromkeys
     assert texts_of(tmp_path / "out", "test") == list(unique(test))
@@ -56,14 +56,14 @@ def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_dupli
 
 
 def test_all_records_stay_where_that_is_asked_for(with_duplicates, tmp_path):
-    manifest = quiet(data(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none"))
+    manifest = prepare_quietly(data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none"))
     assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
 
 
-def test_records_that_differ_in_one_view_are_no_duplicates(lines_file, tmp_path):
+def test_records_that_differ_in_one_view_are_no_duplicates(write_jsonl, tmp_path):
     rows = [{"text": "a b", "code": "c d"}, {"text": "a b", "code": "d e"}, {"text": "b c", "code": "c d"}, {"text": "a", "code": "b c d"},
             {"text": "a b", "code": "c d"}]
-    quiet(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}))
+    prepare_quietly(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}))
     assert texts_of(tmp_path / "out") == [pair(row) for row in rows[:4]]
 
 
@@ -71,21 +71,21 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 
 @pytest.fixture
-def leaky(lines_file, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
+def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
     """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [{"text": f"what is {row['text']} number {number}", "code": test[number % 30]["code"] if number % 5 else row["code"]}
              for number, row in enumerate(pairs(100))]  # most have the target of a test row
     leaked = [{"text": test[3]["text"].upper() + " ?!", "code": "another answer"}, {"text": test[4]["text"], "code": test[4]["code"]},
               {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"}, {"text": "of", "code": f"what they asked, {LEAK}"}]
-    path = lines_file(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
-    source = json_source(lines_file(tmp_path / "train.jsonl", clean + leaked))
-    return source, rows_of_task(path), clean
+    path = write_jsonl(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
+    source = json_source(write_jsonl(tmp_path / "train.jsonl", clean + leaked))
+    return source, task_tests(path), clean
 
 
 def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
     source, tests, clean = leaky
-    manifest = quiet(data(tmp_path / "out", source, sequence_length=512), tests)
+    manifest = prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     dropped = manifest["dropped"]["contaminated"]
     assert dropped["count"] == 4 and all("the test context" in place for place in dropped["first"])
@@ -95,14 +95,14 @@ def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, 
 
 def test_contaminated_records_stay_where_that_is_asked_for_and_in_test_sources(leaky, tmp_path):
     source, tests, clean = leaky
-    quiet(data(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
+    prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
     tokenizer = {"path": str(tmp_path / "kept" / "tokenizer")}
-    quiet(data(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests)
+    prepare_quietly(data_config(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests)
     assert len(texts_of(tmp_path / "test", "test")) == len(clean) + 4
 
 
-def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, run, mistake):
+def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, run, run_expecting_user_error):
     source, tests, clean = leaky
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"name": "x", "data": {
@@ -111,16 +111,16 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     done = run(config)
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
-    assert "was prepared with another data.decontaminate" in mistake(config, "data.decontaminate=false")
+    assert "was prepared with another data.decontaminate" in run_expecting_user_error(config, "data.decontaminate=false")
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
-    assert "the corpus was prepared" not in (said := mistake(config)) and f"content of {tmp_path / 'test.jsonl'}" in said
-    assert mistake(config, f"data.path={tmp_path / 'new'}").startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
+    assert "the corpus was prepared" not in (said := run_expecting_user_error(config)) and f"content of {tmp_path / 'test.jsonl'}" in said
+    assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
     (tmp_path / "test.jsonl").unlink()
-    assert str(tmp_path / "test.jsonl") in mistake(config) and "evaluation.tasks" in mistake(config)
+    assert str(tmp_path / "test.jsonl") in run_expecting_user_error(config) and "evaluation.tasks" in run_expecting_user_error(config)
 
 
 def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
-    config = data(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
+    config = data_config(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"},
                        {"name": "nl_rx", "test": "b.jsonl", "label": "again"}]}
     source = JsonSource(type="json", path="b.jsonl", views={"text": "question", "code": "sql"})
@@ -138,7 +138,7 @@ def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
 ])
 def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(tmp_path, evaluation, message):
     with pytest.raises(UserError, match=message):
-        evaluation_tests(data(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
+        evaluation_tests(data_config(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
 
 
 def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
@@ -149,17 +149,17 @@ def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
 
 @pytest.mark.parametrize("mappings", [[{"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}, None],
                                       [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}]])
-def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lines_file, tmp_path):
+def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, write_jsonl, tmp_path):
     test = [{"schema": f"CREATE TABLE t{number} (a INT)", "question": row["text"], "sql": "SELECT COUNT(*) FROM dogs WHERE town = 1"}
             for number, row in enumerate(pairs(20, seed=3))]
     rows = [{"schema": "s", "question": row["text"], "sql": row["code"], "text": row["text"], "code": row["code"]} for row in pairs(60)]
     common = rows[0] | {"question": "how many dogs are there in that town", "sql": test[0]["sql"]}
-    sources = [json_source(lines_file(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views) for views in mappings if views]
+    sources = [json_source(write_jsonl(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views) for views in mappings if views]
     if None in mappings:
-        sources.append(json_source(lines_file(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
+        sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
     said = []
-    config = data(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
-    evaluation = {"tasks": [{"name": "nl_rx", "test": str(lines_file(tmp_path / "test.jsonl", test))}]}
+    config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
+    evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
     manifest = prepare(config, evaluation_tests(config, evaluation), say=said.append)
     # the row with the question of a test is found in each mapping; one with a test's answer in none
     found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
@@ -168,20 +168,20 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, lin
     assert any(line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line for line in said)
 
 
-def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, lines_file, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
+def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, write_jsonl, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
     for decontaminate in (True, False):
         said = []
-        prepare(data(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
+        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
         assert (note in said) == decontaminate
 
 
-def test_filters_drop_and_count(lines_file, tmp_path):
+def test_filters_drop_and_count(write_jsonl, tmp_path):
     rows = [{"text": "long enough", "code": "also long"}, {"text": "no", "code": "long enough"}, {"text": "nul \0 inside", "code": "long enough"},
             {"text": "far too long " * 9, "code": "long enough"}, {"text": "http://spam", "code": "long enough"}]
     filters = {"min_characters": 3, "max_characters": 50, "forbidden": "https?://"}
-    manifest = quiet(data(tmp_path / "out", json_source(lines_file(tmp_path / "a.jsonl", rows)), filters=filters, tokenizer={"vocab_size": 300}))
+    manifest = prepare_quietly(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), filters=filters, tokenizer={"vocab_size": 300}))
     assert texts_of(tmp_path / "out") == [pair(rows[0])]
     assert {reason: [place.partition(": ")[0][-1] for place in drop["first"]] for reason, drop in manifest["dropped"].items()} == {
         "nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
@@ -189,35 +189,35 @@ def test_filters_drop_and_count(lines_file, tmp_path):
     assert all(f"1 as `{reason}`" in summary for reason in manifest["dropped"])
 
 
-def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, lines_file, tmp_path):
+def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, write_jsonl, tmp_path):
     source, tests, clean = leaky
-    quiet(data(tmp_path / "out", source, sequence_length=512), tests)
-    quiet(data(tmp_path / "clean", json_source(lines_file(tmp_path / "clean.jsonl", clean)), sequence_length=512))
+    prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
+    prepare_quietly(data_config(tmp_path / "clean", json_source(write_jsonl(tmp_path / "clean.jsonl", clean)), sequence_length=512))
     model = "tokenizer/tokenizer.json"
     assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "clean" / model).read_bytes()
 
 
-def test_a_test_file_without_a_context_is_an_error(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(9)))
+def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(9)))
     with pytest.raises(UserError, match=r"b\.jsonl:1: no text for the view text and code; the row has q: name the columns"):
-        quiet(data(tmp_path / "out", source), rows_of_task(lines_file(tmp_path / "b.jsonl", [{"q": "a"}])))
+        prepare_quietly(data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}])))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"b\.jsonl \(nl_rx\) \(evaluation\.tasks\.0\.test\) has no rows"):
-        quiet(data(tmp_path / "out", source), rows_of_task(tmp_path / "b.jsonl"))
+        prepare_quietly(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
 
 
-def test_near_duplicates_go_where_that_is_asked_for(lines_file, tmp_path):
+def test_near_duplicates_go_where_that_is_asked_for(write_jsonl, tmp_path):
     rng = random.Random(3)
     words = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "size"]
     long = [" ".join(rng.choices(words, k=120)) for _ in range(20)]
     rows = [{"text": text, "code": text[::-1]} for text in long]
     near = [{"text": text.replace(" ", "  ").upper(), "code": text[::-1]} for text in long[5:10]]
-    sources = [json_source(lines_file(tmp_path / f"{name}.jsonl", of_file)) for name, of_file in (("first", rows), ("near", [*near, rows[3]]))]
+    sources = [json_source(write_jsonl(tmp_path / f"{name}.jsonl", of_file)) for name, of_file in (("first", rows), ("near", [*near, rows[3]]))]
     settings = {"sequence_length": 4096, "deduplicate": "near"}
-    manifest = quiet(data(tmp_path / "out", *sources, **settings))
+    manifest = prepare_quietly(data_config(tmp_path / "out", *sources, **settings))
     assert texts_of(tmp_path / "out") == [pair(row) for row in rows]
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"duplicate": 1, "near_duplicate": 5}
-    quiet(data(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
+    prepare_quietly(data_config(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
     assert len(texts_of(tmp_path / "strict")) >= len(rows)
     with pytest.raises(UserError, match="near_threshold acts with deduplicate: near only"):
-        data(tmp_path / "x", *sources, near_threshold=0.9)
+        data_config(tmp_path / "x", *sources, near_threshold=0.9)

@@ -9,7 +9,7 @@ from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.sources.hub_server import serve
-from tests.preparing import data, split_rows
+from tests.small_corpora import data_config, split_rows
 
 OLD, NEW, OTHER = "a" * 40, "b" * 40, "c" * 40
 
@@ -35,7 +35,7 @@ def found(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
             raise Interrupted
 
     try:
-        manifest = prepare(data(folder, {"type": "hub", "path": "owner/name", "revision": revision}, tokenizer={"vocab_size": 320}), say=say)
+        manifest = prepare(data_config(folder, {"type": "hub", "path": "owner/name", "revision": revision}, tokenizer={"vocab_size": 320}), say=say)
     except (UserError, Interrupted) as error:
         return {"error": str(error), "said": said}
     decode = Tokenizer.load(folder / "tokenizer").decode

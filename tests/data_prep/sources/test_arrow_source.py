@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 
 from data_prep.console import UserError
-from tests.data_prep.sources.reading import located, opened, texts
+from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations
 
 ROWS = {"text": [f"größe {row}" if row % 7 else None for row in range(2500)], "code": [f"2003-04-{row:02}" for row in range(2500)],
         "number": list(range(2500))}
@@ -28,15 +28,15 @@ def saved(tmp_path_factory):
 
 
 def reader(path, views=None, kind="arrow", **more):
-    return opened(type=kind, path=path, views=views, **more)
+    return open_reader(type=kind, path=path, views=views, **more)
 
 
 def test_the_files_that_a_saved_data_set_lists_are_its_pieces(saved):
     source = reader(saved / "train")
-    assert len(source.pieces()) == 3 and texts(source) == EXPECTED
-    places = [place for _, place in located(source)]
+    assert len(source.pieces()) == 3 and read_views(source) == EXPECTED
+    places = [place for _, place in read_with_locations(source)]
     assert places[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and places[-1].endswith("data-00002-of-00003.arrow:833")
-    assert located(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
+    assert read_with_locations(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
 
 
 def test_a_folder_of_splits_says_which_there_are(saved):
@@ -50,7 +50,7 @@ def test_both_formats_are_read_with_their_batches(tmp_path, new):
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=400)
     source = reader(tmp_path / "a.arrow")
-    assert located(source) == [(views, f"{tmp_path / 'a.arrow'}:{row}") for row, views in enumerate(EXPECTED, start=1)]
+    assert read_with_locations(source) == [(views, f"{tmp_path / 'a.arrow'}:{row}") for row, views in enumerate(EXPECTED, start=1)]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
@@ -61,7 +61,7 @@ def test_a_damaged_file_names_itself(tmp_path, new, damage):
         writer.write_table(table)
     (tmp_path / "a.arrow").write_bytes(damage((tmp_path / "a.arrow").read_bytes()))
     with pytest.raises(UserError, match=r"a\.arrow is not an Arrow file, or damaged \(.*\); replace it") as raised:
-        texts(reader(tmp_path / "a.arrow"))
+        read_views(reader(tmp_path / "a.arrow"))
     assert "\n" not in str(raised.value)
 
 
@@ -72,7 +72,7 @@ def test_a_stream_that_is_cut_off_names_itself(tmp_path):
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-5000])
     source = reader(tmp_path / "a.arrow")
     with pytest.raises(UserError, match=r"a\.arrow is not an Arrow file, or damaged"):
-        texts(source)
+        read_views(source)
 
 
 def test_a_saved_folder_that_is_not_complete_names_what_is_missing(saved, tmp_path):

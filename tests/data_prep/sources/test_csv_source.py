@@ -9,12 +9,12 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.sources import files
-from tests.data_prep.sources.reading import VIEWS, located, opened, texts, write
-from tests.preparing import data, quiet, split_rows
+from tests.data_prep.sources.source_helpers import VIEWS, open_reader, read_views, read_with_locations, write
+from tests.small_corpora import data_config, prepare_quietly, split_rows
 
 
 def reader(path, views=None, names=VIEWS):
-    return opened(names, type="csv", path=path, views=views)
+    return open_reader(names, type="csv", path=path, views=views)
 
 
 def content_of(rows: list[list[str]], delimiter: str = ",") -> bytes:
@@ -27,9 +27,9 @@ ODD = ["plain", "größe, 犬", 'a "quoted" word', "two\nlines", "three\r\n\r\nl
 
 
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.zst", "\t")])
-@pytest.mark.parametrize("block", [1, 50, files.BLOCK])
+@pytest.mark.parametrize("block", [1, 50, files.BLOCK_BYTES])
 def test_every_row_is_a_record_with_its_line(tmp_path, monkeypatch, suffix, delimiter, block):
-    monkeypatch.setattr(files, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK_BYTES", block)
     monkeypatch.setattr(files, "SMALL_BLOCK", block)
     rng = random.Random(1)
     rows = [[rng.choice(ODD) for _ in range(3)] for _ in range(60)]
@@ -38,17 +38,17 @@ def test_every_row_is_a_record_with_its_line(tmp_path, monkeypatch, suffix, deli
     for row in rows:
         expected.append(((row[2], row[0]), f"{path}:{line}"))
         line += 1 + sum(field.count("\n") for field in row)
-    assert located(reader(path)) == expected
+    assert read_with_locations(reader(path)) == expected
 
 
 def test_columns_become_views_as_those_of_json_lines(tmp_path):
     path = write(tmp_path / "a.csv", b"name,summary,sql\nx,y,z\n,b,c\n")
-    assert texts(reader(path, {"text": "{name}: {summary}", "code": "sql"})) == [("x: y", "z"), ("", "c")]
+    assert read_views(reader(path, {"text": "{name}: {summary}", "code": "sql"})) == [("x: y", "z"), ("", "c")]
     write(tmp_path / "set" / "b.csv", b"text,code\na,b\n")
     write(tmp_path / "set" / "a.tsv", b"code\ttext\nd\tc\n")
     write(tmp_path / "set" / "c.CSV", b"text,code\nx,y\n")
     source = reader(tmp_path / "set")
-    assert texts(source) == [("c", "d"), ("a", "b")] and "skipping 1 file by name: " in source.note and "c.CSV" in source.note
+    assert read_views(source) == [("c", "d"), ("a", "b")] and "skipping 1 file by name: " in source.note and "c.CSV" in source.note
 
 
 @pytest.mark.parametrize("row, problem", [
@@ -57,14 +57,14 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
 ])
 def test_a_row_that_is_no_record_costs_no_other(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
-    first, ((reason, told), place), last = located(reader(path))
+    first, ((reason, told), place), last = read_with_locations(reader(path))
     assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
     assert reason == "malformed" and told.startswith(problem) and place == f"{path}:4"
 
 
 def test_a_quote_that_does_not_close_is_told_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
-    (good, _), ((reason, told), place) = located(reader(path))
+    (good, _), ((reason, told), place) = read_with_locations(reader(path))
     assert good == ("a", "b") and reason == "malformed" and told == "not CSV (unexpected end of data)" and place == f"{path}:3"
 
 
@@ -82,15 +82,15 @@ def test_a_header_that_does_not_name_the_columns_is_a_mistake(tmp_path, content,
 def test_a_packed_file_that_is_cut_off_loses_nothing_before(tmp_path):
     path = write(tmp_path / "a.csv.gz", content_of([["text", "code"], *(["a", str(number)] for number in range(5000))]))
     path.write_bytes(path.read_bytes()[:-100])
-    *good, ((reason, told), _) = located(reader(path))
+    *good, ((reason, told), _) = read_with_locations(reader(path))
     assert reason == "damaged" and "cut off" in told and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
 
 
-def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, lines_file, pairs):
+def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, write_jsonl, pairs):
     rows = pairs(60)
     write(tmp_path / "a.csv", content_of([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
-    lines_file(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
     for kind in ("csv", "json"):
-        quiet(data(tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1))
+        prepare_quietly(data_config(tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1))
     assert split_rows(tmp_path / "csv") == split_rows(tmp_path / "json")
     assert json.loads((tmp_path / "csv" / "manifest.json").read_text())["sources"][0]["records"] == 60

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from tests.commands import ROOT
 from tests.data_prep.sources.hub_checks import NEW, OLD, OTHER
-from tests.launching import ROOT
 from tests.processes import TIMEOUT
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
-from tests.data_prep.sources.reading import located, opened, texts
-from tests.launching import ROOT
-from tests.preparing import data
+from tests.commands import ROOT
+from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations
+from tests.small_corpora import data_config
 
 ROWS = [{"text": f"t{row}", "code": None if row == 2 else f"c,\n{row}", "n": row} for row in range(5)]
 
@@ -34,7 +34,7 @@ def make(folder, kind: str):
 
 
 def reader(path, names=("text", "code"), **more):
-    return opened(names, type="hub", path=path, **more)
+    return open_reader(names, type="hub", path=path, **more)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
@@ -42,22 +42,22 @@ def test_each_file_of_a_local_folder_is_read_by_the_reader_of_its_kind(tmp_path,
     source = reader(make(tmp_path / "set", kind))
     assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces()) and source.note == ""
     expected = [(f"{shard}-t{row}", "" if row == 2 else f"c,\n{row}") for shard in range(3) for row in range(5)]
-    assert texts(source) == expected
+    assert read_views(source) == expected
     line = 4 if kind == "csv" else 2  # the header, and a line break in the row before
-    assert located(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
+    assert read_with_locations(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
 
 
 @pytest.mark.parametrize("code", ["2003-04-05", "2003-04-05T06:07:08Z", "12:30", "1e5", "007", "true", "NaN"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_text_stays_the_text_of_the_file(tmp_path, code, kind):
     (tmp_path / f"a.{kind}").write_text(f"text,code\nday,{code}\n" if kind == "csv" else json.dumps({"text": "day", "code": code}) + "\n")
-    assert texts(reader(tmp_path)) == [("day", code)]
+    assert read_views(reader(tmp_path)) == [("day", code)]
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 500 + "]" * 500])
 def test_a_column_that_is_not_used_costs_nothing(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "code": "b", "n": {value}}}\n' + json.dumps({"text": "c", "code": "d"}) + "\n")
-    assert texts(reader(tmp_path)) == [("a", "b"), ("c", "d")]
+    assert read_views(reader(tmp_path)) == [("a", "b"), ("c", "d")]
 
 
 def test_files_that_are_in_no_split_are_named(tmp_path):
@@ -67,11 +67,11 @@ def test_files_that_are_in_no_split_are_named(tmp_path):
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name, "code": "x"}) + "\n")
     (folder / "LICENSE").write_text("not data")
     source = reader(folder)
-    assert texts(source) == [("pairs-train", "x")]
+    assert read_views(source) == [("pairs-train", "x")]
     assert source.note == (f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
                            f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json")
     said = []
-    prepare(data(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}), say=said.append)
+    prepare(data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}), say=said.append)
     assert source.note in said
 
 
@@ -82,9 +82,9 @@ def test_a_readme_and_a_folder_of_data_are_read_as_on_the_hub(tmp_path, monkeypa
     readme = "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n- {config_name: two, data_files: more/*.jsonl}\n---\n"
     (tmp_path / "set" / "README.md").write_text(readme)
     monkeypatch.chdir(tmp_path)
-    assert [text for text, _ in texts(reader("set"))] == ["data/a-train.jsonl", "data/b-train.jsonl"]
-    assert located(reader("set", hub_split="test")) == [(("data/test.jsonl", "x"), "set/data/test.jsonl:1")]
-    assert [text for text, _ in texts(reader("./set/", config="two"))] == ["more/train.jsonl"]
+    assert [text for text, _ in read_views(reader("set"))] == ["data/a-train.jsonl", "data/b-train.jsonl"]
+    assert read_with_locations(reader("set", hub_split="test")) == [(("data/test.jsonl", "x"), "set/data/test.jsonl:1")]
+    assert [text for text, _ in read_views(reader("./set/", config="two"))] == ["more/train.jsonl"]
 
 
 def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_library(tmp_path):
@@ -94,14 +94,14 @@ def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_
     plain = {"config_name": "plain", "data_files": "a.csv", "sep": ";"}
     configs = [plain, plain | {"config_name": "quoted", "quotechar": "'"}]
     (folder / "README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
-    assert texts(reader(folder, config="plain")) == [("'a'", "b")]
-    assert texts(reader(folder, config="quoted")) == [("a", "b")]
+    assert read_views(reader(folder, config="plain")) == [("'a'", "b")]
+    assert read_views(reader(folder, config="quoted")) == [("a", "b")]
 
 
 def test_a_file_of_another_kind_is_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     place = f"hub:{tmp_path}:train:shard 0"
-    assert located(reader(tmp_path, names=("text",))) == [(("one",), f"{place}:1"), (("two",), f"{place}:2")]
+    assert read_with_locations(reader(tmp_path, names=("text",))) == [(("one",), f"{place}:1"), (("two",), f"{place}:2")]
 
 
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
@@ -110,8 +110,8 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
     train, test = datasets.Dataset.from_dict(rows), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
     train.save_to_disk(tmp_path / "one")
-    assert texts(reader(tmp_path / "both")) == texts(reader(tmp_path / "one")) == [("2003-04-05", "c"), ("b", "d")]
-    assert texts(reader(tmp_path / "both", hub_split="test")) == [("q", "a")]
+    assert read_views(reader(tmp_path / "both")) == read_views(reader(tmp_path / "one")) == [("2003-04-05", "c"), ("b", "d")]
+    assert read_views(reader(tmp_path / "both", hub_split="test")) == [("q", "a")]
     for folder, more, expected in (("both", {"hub_split": "validation"}, r"both .* has no split 'validation', only train, test: set data\."),
                                    ("one", {"hub_split": "test"}, r"without splits: leave out data\.sources\.0\.hub_split"),
                                    ("one", {"config": "x"}, r"no configurations: leave out data\.sources\.0\.config")):
@@ -121,14 +121,14 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
 
 def test_columns_become_views_as_those_of_json_lines(tmp_path):
     path = make(tmp_path / "set", "parquet")
-    assert texts(reader(path, views={"code": "{text}/{code}"}))[:3] == [("", "0-t0/c,\n0"), ("", "0-t1/c,\n1"), ("", "")]
-    assert located(reader(path, views={"code": "n"}))[0][0] == ("", "0")
+    assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [("", "0-t0/c,\n0"), ("", "0-t1/c,\n1"), ("", "")]
+    assert read_with_locations(reader(path, views={"code": "n"}))[0][0] == ("", "0")
     folder = tmp_path / "chat"
     folder.mkdir()
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (folder / "a.jsonl").write_text(json.dumps({"messages": said, "many": ["x", "y", "z"]}) + "\n")
-    assert texts(reader(folder)) == [("q", "a")]
-    assert texts(reader(folder, views="many")) == [("x", "y"), ("z", "")]
+    assert read_views(reader(folder)) == [("q", "a")]
+    assert read_views(reader(folder, views="many")) == [("x", "y"), ("z", "")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
@@ -158,7 +158,7 @@ def test_a_folder_that_is_no_data_set_says_so(tmp_path):
 def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
     folder = make(tmp_path / "set", "jsonl")
     (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
-    *good, last = located(reader(folder))
+    *good, last = read_with_locations(reader(folder))
     assert len(good) == 11 and last == (("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"), f"{folder / '2.jsonl'}:2")
     folder = make(tmp_path / "other", "parquet")
     (folder / "2.parquet").write_bytes(b"PAR1 no more")
@@ -166,11 +166,11 @@ def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
         reader(folder)
 
 
-def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, mistake):
+def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, run_expecting_user_error):
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"name": "x", "data": {"path": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300},
                                                         "sources": [{"type": "hub", "path": "nobody/nothing-at-all"}]}}))
-    told = mistake(config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    told = run_expecting_user_error(config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
     assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in told
 
 

@@ -5,28 +5,28 @@ import json
 import pytest
 
 from data_prep.sources import files
-from tests.data_prep.sources.reading import VIEWS, located, opened, packed, texts, write
+from tests.data_prep.sources.source_helpers import VIEWS, compress_for_suffix, open_reader, read_views, read_with_locations, write
 
 ROWS = [{"text": f"größe {number}\n犬", "code": ["x", {"n": number}] if number == 7 else f"c{number} ]}}, ["} for number in range(40)]
 GOOD = [(row["text"], row["code"]) for row in ROWS]
 
 
 def reader(path, names=VIEWS):
-    return opened(names, type="json", path=path)
+    return open_reader(names, type="json", path=path)
 
 
 @pytest.mark.parametrize("layout", [
     {}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}, {"indent": 0, "ensure_ascii": False}])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("block", [1, 3, 100, files.BLOCK])
+@pytest.mark.parametrize("block", [1, 3, 100, files.BLOCK_BYTES])
 def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout, suffix, block):
-    monkeypatch.setattr(files, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK_BYTES", block)
     monkeypatch.setattr(files, "SMALL_BLOCK", block)
     path = write(tmp_path / f"a.json{suffix}", b"\xef\xbb\xbf \r\n" + json.dumps(ROWS, **layout).encode() + b"\n\n")
     expected = [(views, f"{path}, element {number}") for number, views in enumerate(GOOD, start=1)]
     expected[7] = (("malformed", "'code' holds a value of type list, not text"), f"{path}, element 8")
     source = reader(path)
-    assert len(source.pieces()) == 1 and located(source) == expected
+    assert len(source.pieces()) == 1 and read_with_locations(source) == expected
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -37,7 +37,7 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
     (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
 ])
 def test_what_an_array_may_hold(tmp_path, content, expected):
-    assert [views for views, _ in located(reader(write(tmp_path / "a.json", content)))] == expected
+    assert [views for views, _ in read_with_locations(reader(write(tmp_path / "a.json", content)))] == expected
 
 
 @pytest.mark.parametrize("rest, problem", [
@@ -49,7 +49,7 @@ def test_what_an_array_may_hold(tmp_path, content, expected):
 ])
 def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
-    *good, ((reason, told), place) = located(reader(path))
+    *good, ((reason, told), place) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
     assert reason == "damaged" and problem in told and told.endswith("the rest of the array is lost: correct the file")
     assert place == f"{path}, element 3"
@@ -57,20 +57,20 @@ def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
 
 def test_a_packed_array_that_is_cut_off_is_damaged(tmp_path):
     path = tmp_path / "a.json.gz"
-    path.write_bytes(packed(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
-    *_, ((reason, told), _) = located(reader(path))
+    path.write_bytes(compress_for_suffix(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
+    *_, ((reason, told), _) = read_with_locations(reader(path))
     assert reason == "damaged" and "the compressed file is cut off" in told
 
 
 def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_LINE", 5000)
-    monkeypatch.setattr(files, "BLOCK", 100)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100)
     rows = [{"text": "a", "code": "b" * 4000}, {"text": "a", "code": "b" * 20_000}]
-    (views, _), ((reason, told), _) = located(reader(write(tmp_path / "a.json", json.dumps(rows).encode())))
+    (views, _), ((reason, told), _) = read_with_locations(reader(write(tmp_path / "a.json", json.dumps(rows).encode())))
     assert views == ("a", "b" * 4000) and reason == "damaged" and "an element of more than 16 MiB" in told
 
 
 def test_json_lines_stay_lines(tmp_path):
-    assert texts(reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))) == [("a", "b"), ("c", "d")]
-    (found, place), _ = located(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
+    assert read_views(reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))) == [("a", "b"), ("c", "d")]
+    (found, place), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
     assert found == ("malformed", "a JSON list, not an object") and place.endswith("b.jsonl:1")

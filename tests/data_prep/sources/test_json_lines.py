@@ -14,7 +14,16 @@ import pytest
 from data_prep.console import UserError
 from data_prep.sources import files
 from data_prep.sources.record import Record
-from tests.data_prep.sources.reading import SHARED, VIEWS, located, needs_shared, opened, packed, texts, write
+from tests.data_prep.sources.source_helpers import (
+    SHARED,
+    VIEWS,
+    compress_for_suffix,
+    needs_shared,
+    open_reader,
+    read_views,
+    read_with_locations,
+    write,
+)
 
 AWKWARD = (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
            b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}')
@@ -22,7 +31,7 @@ GOOD = b'{"text": "a", "code": "b"}\n'
 
 
 def reader(path: Path, views=None, names: tuple[str, ...] = VIEWS):
-    return opened(names, type="json", path=path, views=views)
+    return open_reader(names, type="json", path=path, views=views)
 
 
 def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Record:
@@ -46,24 +55,24 @@ def obvious(path: Path, content: bytes) -> list[tuple]:
 
 
 @pytest.mark.parametrize("content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""])
-def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, cut_small):
+def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, set_piece_size):
     path = write(tmp_path / "lines.jsonl", content)
-    for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK)):
-        cut_small(length, block)
-        assert located(reader(path)) == obvious(path, content), (length, block)
+    for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK_BYTES)):
+        set_piece_size(length, block)
+        assert read_with_locations(reader(path)) == obvious(path, content), (length, block)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_packed_files_read_like_plain_ones(tmp_path, suffix):
     path = write(tmp_path / f"lines.jsonl{suffix}", AWKWARD)
-    assert located(reader(path)) == obvious(path, AWKWARD)
+    assert read_with_locations(reader(path)) == obvious(path, AWKWARD)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_packed_file_of_several_members_is_read_whole(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(b"".join(packed(json.dumps({"text": str(part), "code": "c"}).encode() + b"\n", suffix) for part in range(5)))
-    assert texts(reader(path)) == [(str(part), "c") for part in range(5)]
+    path.write_bytes(b"".join(compress_for_suffix(json.dumps({"text": str(part), "code": "c"}).encode() + b"\n", suffix) for part in range(5)))
+    assert read_views(reader(path)) == [(str(part), "c") for part in range(5)]
 
 
 @pytest.mark.parametrize("total, length", [(0, 4 << 20), (1, 4 << 20), (1 << 30, 4 << 20), ((1 << 30) + 1, 4 << 20), ((1 << 30) + 256, 8 << 20),
@@ -95,17 +104,17 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     write(tmp_path / "elsewhere" / "y.jsonl", b'{"text": "linked", "code": "9"}')
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     names = sorted(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"])
-    assert [text for text, _ in texts(reader(tmp_path / "data"))] == [*names, "linked"]
-    assert [text for text, _ in texts(reader(tmp_path / "data" / "*.ndjson"))] == ["a.ndjson"]
-    assert [text for text, _ in texts(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
-    assert len(texts(reader(tmp_path / "d*" / "c" / "**"))) == 2
+    assert [text for text, _ in read_views(reader(tmp_path / "data"))] == [*names, "linked"]
+    assert [text for text, _ in read_views(reader(tmp_path / "data" / "*.ndjson"))] == ["a.ndjson"]
+    assert [text for text, _ in read_views(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
+    assert len(read_views(reader(tmp_path / "d*" / "c" / "**"))) == 2
     skipped = [tmp_path / "data" / name for name in (".git/", ".hidden.jsonl", "a.jsonl.bak", "notes.txt")]
     assert reader(tmp_path / "data").note == (f"note: {tmp_path / 'data'} (data.sources.0.path): skipping 4 files by name: "
                                               f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ...")
     assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
     assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
     literal = write(tmp_path / "x[1].jsonl", GOOD)
-    assert texts(reader(literal)) == [("a", "b")]
+    assert read_views(reader(literal)) == [("a", "b")]
 
 
 @pytest.mark.parametrize("line, problem", [
@@ -158,16 +167,16 @@ def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path, suffix):
-    longest = GOOD[:-1].replace(b"a", b"a" * (files.LONGEST_LINE - len(GOOD) + 2))
-    assert len(longest) == files.LONGEST_LINE
+    longest = GOOD[:-1].replace(b"a", b"a" * (files.MAX_LINE_BYTES - len(GOOD) + 2))
+    assert len(longest) == files.MAX_LINE_BYTES
     path = write(tmp_path / f"long{suffix}", GOOD + longest + b"\n" + longest.replace(b"aa", b"aaa", 1) + b"\n" + GOOD + b"x" * (200 << 20))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = located(reader(path))
+    found = read_with_locations(reader(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10  # KiB; lines of 16 MiB are kept, one of 200 is not
     assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
     assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
-        ("a", "b"), files.LONGEST_LINE - len(GOOD) + 2, long, ("a", "b"), long]
+        ("a", "b"), files.MAX_LINE_BYTES - len(GOOD) + 2, long, ("a", "b"), long]
 
 
 @cache
@@ -184,8 +193,8 @@ def lines_of(count: int) -> bytes:
 def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path, suffix, damage):
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
-    path.write_bytes(damage(packed(lines_of(rows), suffix)))
-    *good, (problem, place) = located(reader(path))
+    path.write_bytes(damage(compress_for_suffix(lines_of(rows), suffix)))
+    *good, (problem, place) = read_with_locations(reader(path))
     assert all(views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003)) and at == f"{path}:{number}"
                for number, (views, at) in enumerate(good, start=1))
     assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
@@ -194,29 +203,29 @@ def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
 def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
-    data = bytearray(packed(lines_of(50_000), ".gz"))
+    data = bytearray(compress_for_suffix(lines_of(50_000), ".gz"))
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
-    assert any(isinstance(problem, tuple) and problem[0] == "damaged" for problem, _ in located(reader(path)))
+    assert any(isinstance(problem, tuple) and problem[0] == "damaged" for problem, _ in read_with_locations(reader(path)))
 
 
 def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
     rows = [{"text": f"{number}", "code": random.Random(number).randbytes(100).hex()} for number in range(20_000)]
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
-    content = packed(b"".join(lines), ".gz")
+    content = compress_for_suffix(b"".join(lines), ".gz")
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content[:int(0.7 * len(content))])
     unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
     whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
-    *good, (problem, _) = located(reader(path))
+    *good, (problem, _) = read_with_locations(reader(path))
     assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
 
 
 def test_zeros_behind_a_gz_file_are_no_damage(tmp_path):
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(packed(GOOD * 3, ".gz") + bytes(512))
-    assert texts(reader(path)) == [("a", "b")] * 3
+    path.write_bytes(compress_for_suffix(GOOD * 3, ".gz") + bytes(512))
+    assert read_views(reader(path)) == [("a", "b")] * 3
 
 
 def test_null_messages_are_no_chat(tmp_path):
@@ -233,7 +242,7 @@ def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
         with pytest.raises(UserError, match=expected):
             reader(path)
     with pytest.raises(UserError, match=r"data\.sources\.0\.path is not set: .*data\.sources\.0\.path=FILE"):
-        opened(type="json")
+        open_reader(type="json")
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "absent")
     for path in (tmp_path, tmp_path / "broken.jsonl"):
         with pytest.raises(UserError, match=r"cannot read .*broken\.jsonl \(data\.sources\.0\.path\): No such file"):
@@ -263,14 +272,14 @@ def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffi
 
 @needs_shared
 @pytest.mark.parametrize("name", ["nl-rx-synth/train.jsonl", "gsm8k/test.jsonl", "geography/train.jsonl"])
-def test_real_files_cut_small_read_like_json_loads(name, cut_small):
+def test_real_files_cut_small_read_like_json_loads(name, set_piece_size):
     path, expected = SHARED / name, []
     for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
         row = json.loads(line)
         said = {message["role"]: message["content"] for message in row.get("messages", ())}
         expected.append(((said["user"], said["assistant"]) if said else (row["text"], row["code"]), f"{path}:{number}"))
-    cut_small(9973, 4096)
-    assert located(reader(path)) == expected
+    set_piece_size(9973, 4096)
+    assert read_with_locations(reader(path)) == expected
 
 
 @pytest.mark.parametrize("place", ["at the start", "after another frame"])
@@ -279,9 +288,9 @@ def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
     content = GOOD * 3
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
     path = tmp_path / "it's long.jsonl.zst"
-    path.write_bytes((packed(content, ".zst") if place == "after another frame" else b"") + frame)
+    path.write_bytes((compress_for_suffix(content, ".zst") if place == "after another frame" else b"") + frame)
     with pytest.raises(UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d") as raised:
-        located(reader(path))
+        read_with_locations(reader(path))
     assert "\n" not in str(raised.value)
 
 

@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.console import UserError
-from tests.data_prep.sources.reading import SHARED, located, needs_shared, opened, texts
+from tests.data_prep.sources.source_helpers import SHARED, needs_shared, open_reader, read_views, read_with_locations
 
 ROWS = {"text": [f"größe {row}" if row % 7 else None for row in range(3000)], "code": [f"code {row}" for row in range(3000)],
         "number": list(range(3000)), "tags": [[f"t{row}", None, "x"][:row % 4] for row in range(3000)]}
 
 
 def reader(path, views=None, names=("text", "code")):
-    return opened(names, type="parquet", path=path, views=views)
+    return open_reader(names, type="parquet", path=path, views=views)
 
 
 def write(path, rows=ROWS, **options):
@@ -28,13 +28,13 @@ def write(path, rows=ROWS, **options):
 @pytest.mark.parametrize("options", [{}, {"row_group_size": 100}, {"row_group_size": 1}, {"compression": "zstd", "row_group_size": 777},
                                      {"use_dictionary": False, "compression": "none"}])
 @pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
-def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, cut_small):
+def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_piece_size):
     rows = {column: values[:1000] for column, values in ROWS.items()}
     path = write(tmp_path / "a.parquet", rows, **options)
     frame = pd.read_parquet(path)
-    cut_small(smallest)
+    set_piece_size(smallest)
     source = reader(path)
-    assert located(source) == [((text or "", code), f"{path}:{row}") for row, (text, code) in
+    assert read_with_locations(source) == [((text or "", code), f"{path}:{row}") for row, (text, code) in
                                enumerate(zip(frame["text"].fillna(""), frame["code"], strict=True), start=1)]
     groups = pq.ParquetFile(path).num_row_groups
     pieces = source.pieces()
@@ -46,22 +46,22 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     for name in ("b", "a", "c/d"):
         write(tmp_path / f"{name}.parquet", {"text": [name], "code": ["x"]})
     write(tmp_path / "empty.parquet", pa.table({"text": pa.array([], pa.string()), "code": pa.array([], pa.string())}))
-    assert [text for text, _ in texts(reader(tmp_path))] == ["a", "b", "c/d"]
-    assert [text for text, _ in texts(reader(tmp_path / "[ab].parquet"))] == ["a", "b"]
+    assert [text for text, _ in read_views(reader(tmp_path))] == ["a", "b", "c/d"]
+    assert [text for text, _ in read_views(reader(tmp_path / "[ab].parquet"))] == ["a", "b"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
 def test_text_of_any_type_is_text(tmp_path, kind):
     path = write(tmp_path / "a.parquet", pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}))
-    assert texts(reader(path)) == [("a", "x"), ("", "x"), ("größe", "x"), ("", "x")]
+    assert read_views(reader(path)) == [("a", "x"), ("", "x"), ("größe", "x"), ("", "x")]
 
 
 def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
     said = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
     path = write(tmp_path / "a.parquet", {"messages": said, "many": [["a", "b", "c"]] * 4 + [None]})
-    assert texts(reader(path)) == [(f"q{row}", f"a{row}") for row in range(5)]
-    assert texts(reader(path, "many")) == [("a", "b"), ("c", "")] * 4 + [("", "")]
-    assert texts(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
+    assert read_views(reader(path)) == [(f"q{row}", f"a{row}") for row in range(5)]
+    assert read_views(reader(path, "many")) == [("a", "b"), ("c", "")] * 4 + [("", "")]
+    assert read_views(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
 
 
 def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
@@ -79,12 +79,12 @@ def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
 
 def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
     path = write(tmp_path / "a.parquet")
-    assert located(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
-    assert located(reader(path, {"code": "tags"}))[1] == (("malformed", "'tags' holds a value of type list, not text"), f"{path}:2")
+    assert read_with_locations(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
+    assert read_with_locations(reader(path, {"code": "tags"}))[1] == (("malformed", "'tags' holds a value of type list, not text"), f"{path}:2")
     offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32))
     bad = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
     path = write(tmp_path / "bad.parquet", pa.table({"text": bad, "code": pa.array(["x", "y", "z"])}))
-    assert located(reader(path)) == [(("a", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+    assert read_with_locations(reader(path)) == [(("a", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
                                      (("c", "z"), f"{path}:3")]
 
 
@@ -95,7 +95,7 @@ BYTES = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int3
 def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
     text = pa.array(["größe".encode(), b"caf\xe9", None, b""], kind)
     path = write(tmp_path / "a.parquet", pa.table({"text": text, "code": pa.array([b"x"] * 4, pa.binary(1))}))
-    assert located(reader(path)) == [
+    assert read_with_locations(reader(path)) == [
         (("größe", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
         (("", "x"), f"{path}:3"), (("", "x"), f"{path}:4")]
 
@@ -115,7 +115,7 @@ def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, vi
     contents = [f"größe {number}".encode() for number in range(4000)]
     contents[2 * 1500 + 1] = b"caf\xe9"
     path = write(tmp_path / "a.parquet", nested(contents, kind))
-    found = located(reader(path, views))
+    found = read_with_locations(reader(path, views))
     assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8, not text"), f"{path}:1501")
     assert found[1499][0][-1].startswith("größe 299") and len(found) == 2000
     assert sum(views[0] == "malformed" for views, _ in found) == 1
@@ -123,7 +123,7 @@ def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, vi
 
 def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]}))
-    (first, _), (second, place) = located(reader(path))
+    (first, _), (second, place) = read_with_locations(reader(path))
     assert first == ("malformed", "'text' holds a value of type datetime, not text")
     assert second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
 
@@ -147,13 +147,13 @@ def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
     data[2000:2600] = bytes(600)
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
-        texts(reader(path, {"text": "text", "code": "code"}))
+        read_views(reader(path, {"text": "text", "code": "code"}))
 
 
 def test_rows_with_and_without_messages_stand_beside_each_other(tmp_path):
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = pa.table({"messages": [said, None], "text": [None, "t"], "code": ["not this", "c"]})
-    assert texts(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
+    assert read_views(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
 
 
 def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
@@ -163,7 +163,7 @@ def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
     data[data.index(b"text 77")] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
-        texts(reader(path))
+        read_views(reader(path))
 
 
 def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
@@ -195,9 +195,9 @@ def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
 
 
 @needs_shared
-def test_real_rows_read_like_their_json(tmp_path, cut_small):
+def test_real_rows_read_like_their_json(tmp_path, set_piece_size):
     rows = [json.loads(line) for line in (SHARED / "nl-rx-synth" / "test.jsonl").read_text().splitlines()]
     path = write(tmp_path / "a.parquet", pa.Table.from_pylist(rows), row_group_size=123)
-    expected = texts(opened(type="json", path=SHARED / "nl-rx-synth" / "test.jsonl"))
-    cut_small(1)
-    assert texts(reader(path)) == expected
+    expected = read_views(open_reader(type="json", path=SHARED / "nl-rx-synth" / "test.jsonl"))
+    set_piece_size(1)
+    assert read_views(reader(path)) == expected

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from data_prep.console import UserError
-from tests.data_prep.sources.reading import located, opened, texts, write
-from tests.launching import ROOT
+from tests.commands import ROOT
+from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations, write
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 def reader(path, names=("text", "code"), **more):
-    return opened(names, type="python", path=path, **more)
+    return open_reader(names, type="python", path=path, **more)
 
 
 def read_one(tmp_path, source: str, **more) -> list[tuple]:
     write(tmp_path / "a.py", source.encode())
-    return texts(reader(tmp_path / "a.py", **more))
+    return read_views(reader(tmp_path / "a.py", **more))
 
 
 @pytest.mark.parametrize("source, pairs", [
@@ -62,11 +62,11 @@ def test_columns_of_a_function(tmp_path):
     write(tmp_path / "alone.py", b'def h(): "Doc3"; return x\n')
     views = {"text": "{module} {name} {signature}", "code": "docstring"}
     expected = [("alone h h()", "Doc3"), ("pkg.mod g g(x, /)", "Doc2"), ("pkg.sub f f(self, a: int, *, b='x') -> list[int]", "Doc.")]
-    assert texts(reader(tmp_path, views=views)) == expected
-    assert texts(reader(tmp_path / "alone.py", views=views)) == expected[:1]
+    assert read_views(reader(tmp_path, views=views)) == expected
+    assert read_views(reader(tmp_path / "alone.py", views=views)) == expected[:1]
     with pytest.raises(UserError, match="a python source has no column 'body', only docstring, code, name, signature, module"):
         reader(tmp_path, views={"code": "body"})
-    assert texts(reader(tmp_path, ("only",)))[0] == ("def h(): return x",)
+    assert read_views(reader(tmp_path, ("only",)))[0] == ("def h(): return x",)
 
 
 def test_groups_are_the_top_level_packages_in_order(tmp_path):
@@ -104,12 +104,12 @@ def test_a_file_that_is_no_python_is_counted_and_costs_no_other(tmp_path, conten
     assert problem in record.problem and "\n" not in record.problem and len(record.problem) <= 200
     if "RecursionError" not in problem:
         assert record.position == line
-    assert located(source)[1] == (("Doc.", "def f():\n    return 1"), f"{tmp_path}/pkg/b.py:1")
+    assert read_with_locations(source)[1] == (("Doc.", "def f():\n    return 1"), f"{tmp_path}/pkg/b.py:1")
 
 
 def test_a_docstring_with_half_a_surrogate_pair_is_counted_not_fatal(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
-    (problem, place), good = located(reader(tmp_path))
+    (problem, place), good = read_with_locations(reader(tmp_path))
     assert problem == ("unparsable", "'docstring' holds half a surrogate pair, which is no text") and place == f"{tmp_path}/a.py:1"
     assert good[0][0] == "Doc."
 

@@ -10,7 +10,7 @@ from data_prep.config import JsonSource
 from data_prep.console import UserError
 from data_prep.sources import open_source
 from data_prep.task_rows import read_rows
-from tests.preparing import data
+from tests.small_corpora import data_config
 
 USER, ASSISTANT = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"}
 CALL = {"role": "assistant", "content": None}
@@ -49,7 +49,7 @@ ONLY_JSON = {"empty messages beside a conversation", "a large number", "messages
 
 
 def source_of(path, kind: str, **settings):
-    return data(path.parent / "out", {"type": kind, "path": str(path)} | settings).sources[0]
+    return data_config(path.parent / "out", {"type": kind, "path": str(path)} | settings).sources[0]
 
 
 def outcome(source) -> tuple | str:
@@ -59,9 +59,9 @@ def outcome(source) -> tuple | str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_of_json_lines(form, lines_file, tmp_path):
+def test_a_row_of_json_lines(form, write_jsonl, tmp_path):
     row, expected = FORMS[form]
-    assert outcome(source_of(lines_file(tmp_path / "a.jsonl", [row]), "json")) == expected
+    assert outcome(source_of(write_jsonl(tmp_path / "a.jsonl", [row]), "json")) == expected
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in ONLY_JSON])
@@ -72,9 +72,9 @@ def test_a_row_of_parquet(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_test_row(form, lines_file, tmp_path):
+def test_a_test_row(form, write_jsonl, tmp_path):
     row, expected = FORMS[form]
-    source = JsonSource(type="json", path=str(lines_file(tmp_path / "a.jsonl", [row])))
+    source = JsonSource(type="json", path=str(write_jsonl(tmp_path / "a.jsonl", [row])))
     if isinstance(expected, tuple) and all(expected):
         assert [found.views for found in read_rows(source, ("text", "code"), "task.test")] == [expected]
         return
@@ -94,9 +94,9 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("form", TEMPLATES)
-def test_a_mapped_row(form, lines_file, tmp_path):
+def test_a_mapped_row(form, write_jsonl, tmp_path):
     row, views, expected = TEMPLATES[form]
-    assert outcome(source_of(lines_file(tmp_path / "a.jsonl", [row]), "json", views=views)) == expected
+    assert outcome(source_of(write_jsonl(tmp_path / "a.jsonl", [row]), "json", views=views)) == expected
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     assert outcome(source_of(tmp_path / "a.parquet", "parquet", views=views)) == expected
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.sources.record import Record
-from tests.data_prep.sources.reading import opened
+from tests.data_prep.sources.source_helpers import open_reader
 
 ROW = {"name": "cat", "summary": "a small {animal}", "n": 3, "none": None, "empty": "", "messages": [{"role": "user", "content": "hi"}],
        "half": "\ud83d", "raw{": "odd", "tags": ["a", "b"]}
@@ -17,7 +17,7 @@ ROW = {"name": "cat", "summary": "a small {animal}", "n": 3, "none": None, "empt
 def reader(tmp_path, row: dict, views, names=("text", "code")):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row))
-    return opened(names, type="json", path=path, views=views)
+    return open_reader(names, type="json", path=path, views=views)
 
 
 def read(tmp_path, row: dict, views, names=("text", "code")) -> list[Record]:
@@ -55,8 +55,8 @@ def test_what_is_no_text_names_its_column(tmp_path, given, problem):
 
 
 def test_a_mapping_may_leave_views_out_but_name_no_other(tmp_path):
-    assert reader(tmp_path, ROW, {"code": "name"}).supplies == (False, True)
-    assert reader(tmp_path, ROW, None).supplies == (True, True)
+    assert reader(tmp_path, ROW, {"code": "name"}).provided_views == (False, True)
+    assert reader(tmp_path, ROW, None).provided_views == (True, True)
     with pytest.raises(UserError, match=r"data\.sources\.0\.views names \['answer', 'text'\], but data\.views are \['text', 'code'\]"):
         reader(tmp_path, ROW, {"text": "a", "answer": "b"})
 
@@ -73,7 +73,7 @@ def test_a_list_of_texts_becomes_the_views_in_order(tmp_path):
         assert all(len(record.views) == width and record.position == 1 for record in records)
         flat = [text for record in records for text in record.views]
         assert flat[:count] == said and not any(flat[count:]) and len(records) == max(1, -(-count // width))
-    assert reader(tmp_path, {}, "paraphrases", names).supplies == (True,) * 5
+    assert reader(tmp_path, {}, "paraphrases", names).provided_views == (True,) * 5
 
 
 @pytest.mark.parametrize("value, problem", [
@@ -91,10 +91,10 @@ def test_a_list_that_is_absent_or_null_is_an_empty_record(tmp_path):
 
 
 def test_the_grammar_fills_the_views_that_are_asked_for():
-    pairs = opened(type="nlrx", records=3)
-    assert opened(("one", "two", "three"), type="nlrx", records=3).supplies == (True, False, True)
-    both = opened(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})
+    pairs = open_reader(type="nlrx", records=3)
+    assert open_reader(("one", "two", "three"), type="nlrx", records=3).provided_views == (True, False, True)
+    both = open_reader(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})
     (piece,) = both.pieces()
     assert [record.views[0] for record in both.read(piece)] == [f"{code} # {text}" for (text, code), *_ in pairs.read(piece)]
     with pytest.raises(UserError, match="the grammar has no column 'regex', only text, code"):
-        opened(type="nlrx", records=3, views={"code": "regex"})
+        open_reader(type="nlrx", records=3, views={"code": "regex"})

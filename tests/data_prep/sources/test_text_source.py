@@ -7,13 +7,13 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.sources import files, text
-from tests.data_prep.sources.reading import SHARED, located, needs_shared, opened, texts, write
+from tests.data_prep.sources.source_helpers import SHARED, needs_shared, open_reader, read_views, read_with_locations, write
 
 END = "<|endoftext|>"
 
 
 def reader(path, separator=None, names=("text", "code"), **more):
-    return opened(names, type="text", path=path, separator=separator, **more)
+    return open_reader(names, type="text", path=path, separator=separator, **more)
 
 
 def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
@@ -33,7 +33,7 @@ def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
 
 
 def found(path, separator: str) -> list[tuple[int, str]]:
-    return [(int(place.removeprefix(f"{path}:")), views[1]) for views, place in located(reader(path, separator))]
+    return [(int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))]
 
 
 def odd_text(rng: random.Random, separator: str) -> bytes:
@@ -44,25 +44,25 @@ def odd_text(rng: random.Random, separator: str) -> bytes:
 
 
 @pytest.mark.parametrize("separator", ["", END, "-", "größe 👍"])
-def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, cut_small):
+def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, set_piece_size):
     rng = random.Random(separator)
     for trial in range(150):
         content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + odd_text(rng, separator)
         path = write(tmp_path / "a.txt", content)
         expected = obvious(content, separator)
         for _ in range(4):
-            length, block = rng.randint(1, len(content) + 2), rng.choice([3, 5, 64, files.BLOCK])
-            cut_small(length, block)
+            length, block = rng.randint(1, len(content) + 2), rng.choice([3, 5, 64, files.BLOCK_BYTES])
+            set_piece_size(length, block)
             assert found(path, separator) == expected, (trial, length, block, content)
 
 
 @pytest.mark.parametrize("width", [4095, 4096, 4097, 4098, 4099, 9000])
-def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, cut_small):
+def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set_piece_size):
     content = b"first\n" + b" " * width + b"\nsecond\n\nthird"
     path = write(tmp_path / "a.txt", content)
     expected = [(1, "first"), (3, "second"), (5, "third")] if width <= 4096 else [(1, f"first\n{' ' * width}\nsecond"), (5, "third")]
     for length in (1, 6, 7, 1000, width + 6, width + 7, width + 8, width + 15):
-        cut_small(max(length, 50), 700)
+        set_piece_size(max(length, 50), 700)
         assert found(path, "") == expected, length
 
 
@@ -81,7 +81,7 @@ def test_packed_files_read_like_plain_ones(tmp_path, suffix, separator):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_file_is_a_document(tmp_path, content, document, suffix):
     path = write(tmp_path / f"a.md{suffix}", content)
-    assert located(reader(path)) == [(("", document), f"{path}:1")]
+    assert read_with_locations(reader(path)) == [(("", document), f"{path}:1")]
 
 
 def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
@@ -91,13 +91,13 @@ def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
         write(tmp_path / name, b" \n" * (name == "blank.txt"))
     write(tmp_path / ".hidden", b"x")
     source = reader(tmp_path, names=("only",))
-    assert texts(source) == [("a/b.md.gz",), ("a/c",), ("b.txt",), ("z.rst.zst",)] and source.supplies == (True,)
+    assert read_views(source) == [("a/b.md.gz",), ("a/c",), ("b.txt",), ("z.rst.zst",)] and source.provided_views == (True,)
 
 
 def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
     path = write(tmp_path / "a.txt", b"x")
-    assert reader(path).supplies == (False, True)
-    assert texts(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
+    assert reader(path).provided_views == (False, True)
+    assert read_views(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
     with pytest.raises(UserError, match=r"a text source has no column 'body', only text; name its columns in data\.sources\.0\.views"):
         reader(path, views={"text": "{body}"})
 
@@ -112,7 +112,7 @@ def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
 ])
 def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, content, separator, expected):
     path = write(tmp_path / "a.txt", content)
-    shown = {int(place.removeprefix(f"{path}:")): views[1] for views, place in located(reader(path, separator))}
+    shown = {int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))}
     assert shown == expected
 
 
@@ -127,7 +127,7 @@ def test_a_document_that_is_too_long_is_refused_and_costs_no_other(tmp_path, suf
         path = write(tmp_path / f"a.txt{suffix}", content)
         middle = (("", whole.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
         around = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
-        assert located(reader(path, separator)) == [*around[0], middle, *around[1]]
+        assert read_with_locations(reader(path, separator)) == [*around[0], middle, *around[1]]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -138,7 +138,7 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
     documents = [f"document {number}" for number in range(80_000)]
     path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
     path.write_bytes(cut(path.read_bytes()))
-    *good, (problem, _) = located(reader(path, separator))
+    *good, (problem, _) = read_with_locations(reader(path, separator))
     assert [views[1] for views, _ in good] == documents[:len(good)]
     assert problem[0] == "damaged" and "the compressed file is" in problem[1]
     assert bool(good) == (separator is not None and path.stat().st_size > 100)
@@ -146,8 +146,8 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
 
 @needs_shared
 @pytest.mark.parametrize("separator", ["", "======"])
-def test_real_manuals_cut_small_read_like_the_whole(separator, cut_small):
+def test_real_manuals_cut_small_read_like_the_whole(separator, set_piece_size):
     path = SHARED / "text" / "sqlite3-doc.txt"
     expected = obvious(path.read_bytes(), separator)
-    cut_small(77_777, 1 << 16)
+    set_piece_size(77_777, 1 << 16)
     assert found(path, separator) == expected

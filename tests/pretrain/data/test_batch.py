@@ -10,9 +10,9 @@ import torch
 
 from pretrain.data.batch import Batch, assemble, micro_batches
 from pretrain.data.layout import Layout, Pairing, Segment, make_layout
-from pretrain.data.loader import Rows, counts
+from pretrain.data.loader import Rows, loss_denominators
 from pretrain.models.attention import visibility_mask
-from tests.planning import plan
+from tests.row_plans import plan
 
 ROW = 64
 
@@ -167,7 +167,7 @@ def case(request, write_corpus, specials) -> tuple[Batch, Expected, Case]:
     rows = plan(corpus, np.arange(len(records)), layout, ROW, paired)
     rows = Rows.join([rows], rows.count + 1)  # an empty row at the end
     expected = build(rows, records, case, specials)
-    assert counts(rows, layout) == {"targets": len(expected.labels), "pairs": len(expected.read_outs), "spans": 0}
+    assert loss_denominators(rows, layout) == {"targets": len(expected.labels), "pairs": len(expected.read_outs), "spans": 0}
     return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case
 
 
@@ -215,7 +215,7 @@ def test_read_outs_and_the_padding_of_the_gather(case):
 def test_keys_are_equal_exactly_where_targets_are_and_records_are_named(case):
     batch, expected, _ = case
     valid = batch.pair_valid
-    found = sorted(zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_key[valid].tolist(),
+    found = sorted(zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_target_hash[valid].tolist(),
                        batch.pair_record[valid].tolist(), strict=True))
     by_place = sorted(expected.read_outs)
     assert [record for *_, record in found] == [record for *_, record in by_place]
@@ -244,7 +244,7 @@ def test_keys_do_not_depend_on_layout_or_place(write_corpus, specials):
         corpus = write_corpus(records)
         rows = plan(corpus, np.arange(len(records)), layout, row_length, np.ones(len(records), bool))
         batch = assemble(rows, corpus, layout, specials, row_length, len(records))
-        keys.append(dict(zip(rows.records.tolist(), batch.pair_key.tolist(), strict=True)))
+        keys.append(dict(zip(rows.records.tolist(), batch.pair_target_hash.tolist(), strict=True)))
     assert keys[0] == keys[1] == keys[2]
 
 
@@ -276,7 +276,7 @@ def test_a_batch_of_empty_rows_is_padding_alone(write_corpus, specials):
 
 
 def test_prefixes_and_suffixes_may_have_several_tokens(write_corpus, specials):
-    layout = Layout((Segment(0, (specials.bos, 101, 102), (103, specials.eos), lm_from=1), Segment(1, (104,), (105, 106, 107), parent=0)))
+    layout = Layout((Segment(0, (specials.bos, 101, 102), (103, specials.eos), lm_start=1), Segment(1, (104,), (105, 106, 107), parent=0)))
     corpus = write_corpus([([11], [21, 22])])
     rows = plan(corpus, np.zeros(1, np.int64), layout, 14, np.zeros(1, bool))
     batch = assemble(rows, corpus, layout, specials, 14, 0)
@@ -302,9 +302,9 @@ def test_a_batch_moves_to_the_device_but_for_its_seed(some_batch):
 
 def test_every_tensor_of_a_batch_is_pinned(some_batch, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor)  # a copy that shows
-    pinned = some_batch.pinned()
+    pin_memory_copy = some_batch.pin_memory_copy()
     for each in fields(Batch):
-        assert torch.equal(getattr(pinned, each.name), getattr(some_batch, each.name).pin_memory())
+        assert torch.equal(getattr(pin_memory_copy, each.name), getattr(some_batch, each.name).pin_memory())
 
 
 def test_the_micro_batches_of_a_step_are_read_at_once(write_corpus, specials, monkeypatch):

@@ -15,7 +15,7 @@ from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.tokenizer import train
-from pretrain.data.corpus import Corpus, describe_corpus, is_corpus_of, source_weights
+from pretrain.data.corpus import Corpus, corpus_identity, source_weights, was_trained_on
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def read_all(folder) -> list[list]:
     corpus = Corpus(folder, "train")
     every = np.arange(len(corpus))
     contents = corpus.read(every)
-    return [corpus.lengths(every).tolist(), *(contents.view(view).tolist() for view in range(corpus.views)), contents.closing.tolist()]
+    return [corpus.lengths(every).tolist(), *(contents.view(view).tolist() for view in range(corpus.views)), contents.continuation_tokens.tolist()]
 
 
 def test_it_holds_the_views_of_every_record(corpus, tokenizer):
@@ -121,8 +121,8 @@ def test_every_part_of_a_record_is_protected(write_corpus, mutant):
 def test_a_document_that_goes_on_ends_with_the_first_token_of_its_next_piece(write_corpus):
     pieces = [([], [7, 8]), ([], [9]), ([], [10, 11]), ([5], [6]), ([12], []), ([13], [])]
     corpus = write_corpus(pieces, continues=[True, True, False, False, True, False])
-    assert corpus.read(np.arange(6)).closing.tolist() == [9, 10, -1, -1, 13, -1]
-    assert corpus.read(np.array([4, 1, 5, 0])).closing.tolist() == [13, 10, -1, 9]
+    assert corpus.read(np.arange(6)).continuation_tokens.tolist() == [9, 10, -1, -1, 13, -1]
+    assert corpus.read(np.array([4, 1, 5, 0])).continuation_tokens.tolist() == [13, 10, -1, 9]
     assert [shard["continued"] for shard in corpus.entry["shards"]] == [3] and corpus.entry["positions_needed"] == 1 + 2 * 1 + 4 + 12
 
 
@@ -179,18 +179,18 @@ def test_examples_of_unknown_tokens_do_not_make_another_corpus(prepared):
     changed = json.loads(json.dumps(manifest))
     for entry in changed["splits"].values():
         entry["unknown"] = {"tokens": 3, "records": 1, "first": ["elsewhere.jsonl:1: x"]}
-    assert describe_corpus(changed) == describe_corpus(manifest)
+    assert corpus_identity(changed) == corpus_identity(manifest)
     for entry in changed["splits"].values():
         del entry["unknown"]  # as versions before it had it
-    assert describe_corpus(changed) == describe_corpus(manifest)
+    assert corpus_identity(changed) == corpus_identity(manifest)
     changed["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
-    assert describe_corpus(changed) != describe_corpus(manifest)
+    assert corpus_identity(changed) != corpus_identity(manifest)
 
 
 def test_a_corpus_of_the_same_shards_and_another_tokenizer_is_not_the_one_of_a_run(prepared, tmp_path):
     manifest = read_manifest(prepared)
-    assert is_corpus_of(tmp_path, manifest), "a run that recorded nothing"
+    assert was_trained_on(tmp_path, manifest), "a run that recorded nothing"
     for part, other in (("tokenizer", {"sha256": "0"}), ("corpus", {})):
-        for recorded, same in ((describe_corpus(manifest), True), (describe_corpus(manifest) | {part: other}, False)):
+        for recorded, same in ((corpus_identity(manifest), True), (corpus_identity(manifest) | {part: other}, False)):
             (tmp_path / "environment.json").write_text(json.dumps({"data": recorded}))
-            assert is_corpus_of(tmp_path, manifest) == same
+            assert was_trained_on(tmp_path, manifest) == same

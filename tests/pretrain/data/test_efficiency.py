@@ -9,8 +9,8 @@ from pretrain.data import efficiency as module
 from pretrain.data.efficiency import efficiency, sample
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.order import BLOCK
-from tests.planning import plan
 from tests.pretrain.data.test_batch import some_records
+from tests.row_plans import plan
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])

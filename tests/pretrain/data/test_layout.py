@@ -28,7 +28,7 @@ def test_a_record_costs_its_segments_and_without_a_pair_only_the_language_model_
     ("joint", "all", [7, 4, 49]), ("joint", "last", [3, 2, 8]), ("independent", "all", [7, 4, 49]), ("independent", "last", [3, 2, 8])])
 def test_targets_are_counted_whether_or_not_a_record_is_paired(kind, lm_views, pairs, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(1) if pairs else None, lm_views=lm_views)
-    assert layout.lm_targets(LENGTHS, layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
+    assert layout.count_lm_targets(LENGTHS, layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["joint", "independent"])
@@ -62,7 +62,7 @@ def test_as_many_spans_are_counted_as_are_drawn_from_each_record(kind, form, spe
         segment_lengths = np.array([lengths])
         starts = np.cumsum(segment_lengths, axis=1) - segment_lengths
         drawn = len(draw_spans(layout, starts, segment_lengths, np.array([7], np.uint64))) if form else 0
-        counted = layout.span_counts(np.repeat(segment_lengths, 3, axis=0))
+        counted = layout.count_spans(np.repeat(segment_lengths, 3, axis=0))
         assert counted.tolist() == [drawn] * 3 and counted.dtype == np.int64
 
 
@@ -71,9 +71,9 @@ def test_counts_are_integers_for_every_segment(kind, specials):
     layout = make_layout(kind, specials, pairing=Pairing(2))
     lengths = layout.segment_lengths(LENGTHS, PAIRED)
     for index, segment in enumerate(layout.segments):
-        targets = layout.segment_targets(segment, LENGTHS, lengths[:, index])
+        targets = layout.count_segment_targets(segment, LENGTHS, lengths[:, index])
         assert targets.dtype == np.int64 and targets.shape == (len(LENGTHS),)
-    assert lengths.dtype == layout.lm_targets(LENGTHS, lengths).dtype == np.int64
+    assert lengths.dtype == layout.count_lm_targets(LENGTHS, lengths).dtype == np.int64
 
 
 @pytest.mark.parametrize("kind", ["joint", "independent"])

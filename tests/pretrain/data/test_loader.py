@@ -20,7 +20,7 @@ from pretrain.data.corpus import source_weights
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader, Rows
 from pretrain.data.order import WINDOW, Order
-from tests.planning import plan
+from tests.row_plans import plan
 
 ROW = 512
 LARGE = 2 * WINDOW + 3000
@@ -123,7 +123,7 @@ def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, lay
     by_rank = [list(micro_batches(rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows // ranks, rank=rank, ranks=ranks))
                for rank in range(ranks)]
     assert torch.equal(torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), whole.token_ids)
-    assert torch.equal(torch.cat([batches[step].pair_key[batches[step].pair_valid] for step in range(steps) for batches in by_rank]), whole.pair_key)
+    assert torch.equal(torch.cat([batches[step].pair_target_hash[batches[step].pair_valid] for step in range(steps) for batches in by_rank]), whole.pair_target_hash)
     for step in range(steps):
         of_step = [batches[step] for batches in by_rank]
         assert len({len(batch.pair_valid) for batch in of_step}) == 1 and any(batch.pair_valid.all() for batch in of_step)
@@ -229,7 +229,7 @@ def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
 def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 50)
     rows = Loader(corpus, layout, 64, seed=1, weights=[3.0], epochs=1).next_rows(60)
-    assert len(rows.records) == 150 and len(set(rows.draws.tolist())) == 150
+    assert len(rows.records) == 150 and len(set(rows.random_bits.tolist())) == 150
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -242,7 +242,7 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(write_corpus, la
     records = [tuple([int(5 + number % 500)] * int(length) for length in rng.integers(1, longest + 1, 2)) for number in range(total)]
     corpus = write_corpus(records, shard_records=25, sources=sources)
     weights = [weight for _, weight in sources]
-    if Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed).until(epochs) == 0:
+    if Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed).records_in_epochs(epochs) == 0:
         return
 
     def fresh(state: dict | None) -> Loader:
@@ -285,7 +285,7 @@ def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_
     loader.load_state({"epoch": 2, "window": 0, "row": 5})
     rows = loader.next_rows(200)
     assert rows.records[:5].tolist() == [204, 161, 102, 473, 408] and len(rows.records) == 671
-    columns = (rows.records, rows.row, rows.start, rows.paired, rows.draws, rows.lengths, rows.segment_lengths)
+    columns = (rows.records, rows.row, rows.start, rows.paired, rows.random_bits, rows.lengths, rows.segment_lengths)
     assert zlib.crc32(b"".join(column.astype("<i8").tobytes() for column in columns)) == 737748826
 
 

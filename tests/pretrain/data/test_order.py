@@ -111,7 +111,7 @@ def test_a_mixture_takes_every_record_by_its_weight(sources, seed, epochs):
     firsts = np.cumsum([0] + [records for records, _ in sources]).tolist()
     order = Order([(first, records, weight) for first, (records, weight) in zip(firsts, sources, strict=False)], seed)
     count = Counter(record for epoch in range(epochs) for record in whole_epoch(order, epoch).tolist())
-    assert sum(count.values()) == order.until(epochs)
+    assert sum(count.values()) == order.records_in_epochs(epochs)
     for first, (records, weight) in zip(firsts, sources, strict=False):
         times = [count[record] for record in range(first, first + records)]
         assert max(times) - min(times) <= 1

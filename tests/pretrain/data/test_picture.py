@@ -79,7 +79,7 @@ def test_views(case, specials):
         if name == "pred":
             assert bare == list(range(specials.predictor, specials.predictor + len(bare)))
         else:
-            assert bare == corpus.by_view(record)[name].tolist()
+            assert bare == corpus.tokens_by_view(record)[name].tolist()
 
 
 def test_who_sees_whom(case):

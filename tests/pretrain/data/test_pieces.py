@@ -5,8 +5,8 @@ import pytest
 
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, counts
-from tests.planning import plan
+from pretrain.data.loader import Loader, Rows, loss_denominators
+from tests.row_plans import plan
 
 ROW = 16
 PIECE = 14
@@ -53,7 +53,7 @@ def test_every_token_of_a_document_is_a_target_and_the_end_only_at_its_end(write
     ids = batch.token_ids.flatten()
     found = sorted(zip(ids[batch.label_index].tolist(), batch.label_ids.tolist(), strict=True))
     assert found == expected_labels(documents, specials)
-    assert counts(rows, layout)["targets"] == len(found)
+    assert loss_denominators(rows, layout)["targets"] == len(found)
     assert ids.tolist().count(specials.eos) == len(documents)
 
 

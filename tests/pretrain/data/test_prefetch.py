@@ -15,9 +15,9 @@ from data_prep.console import UserError
 from pretrain.data import prefetch
 from pretrain.data.batch import Batch, micro_batches
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, counts
-from pretrain.data.prefetch import AHEAD, Prefetch
-from tests.launching import environment
+from pretrain.data.loader import Loader, loss_denominators
+from pretrain.data.prefetch import PREFETCH_STEPS, Prefetch
+from tests.commands import environment
 from tests.processes import TIMEOUT, wait_for
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_steps_are_those_of_the_loader_and_so_is_the_state_after_each(loader, sp
         while not plain.exhausted:
             rows, step = plain.next_rows(8), steps.next()
             np.testing.assert_array_equal(step.rows.records, rows.records)
-            assert step.state == plain.state() and step.counts == counts(rows, plain.layout)
+            assert step.state == plain.state() and step.loss_denominators == loss_denominators(rows, plain.layout)
             expected = list(batches_of(plain, specials)(rows))
             assert len(step.batches) == len(expected) == 2
             for one, other in zip(step.batches, expected, strict=True):
@@ -78,9 +78,9 @@ def test_no_more_steps_than_agreed_wait(loader, specials):
 
     with Prefetch(loader, 8, counted, CPU) as steps:
         for taken in (0, 1, 2):
-            wait_for(lambda taken=taken: len(made) >= taken + AHEAD)
+            wait_for(lambda taken=taken: len(made) >= taken + PREFETCH_STEPS)
             time.sleep(0.05)  # in which another one would be made
-            assert len(made) == taken + AHEAD
+            assert len(made) == taken + PREFETCH_STEPS
             steps.next()
 
 
@@ -122,10 +122,10 @@ def test_the_time_waited_for_data_is_counted(loader, specials, monkeypatch):
 
     with Prefetch(loader, 8, late, CPU) as steps:
         steps.next()
-        assert steps.take_waited() == 7
+        assert steps.pop_wait_seconds() == 7
         clock.now += 100  # spent on the step
         steps.next()
-        assert steps.take_waited() == 0
+        assert steps.pop_wait_seconds() == 0
 
 
 def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):

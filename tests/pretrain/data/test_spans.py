@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, counts, draw
+from pretrain.data.loader import Loader, draw_random_bits, loss_denominators
 from pretrain.data.spans import draw_spans
 
 DOCUMENT = 6
@@ -20,7 +20,7 @@ def of_one_document(form: str, specials) -> np.ndarray:
     layout = make_layout("joint", specials, spans=form)
     lengths = np.tile([[DOCUMENT - 2, 2]], (DRAWS, 1))
     starts = np.tile([[100, 100 + DOCUMENT - 2]], (DRAWS, 1))
-    return draw_spans(layout, starts, lengths, draw(np.arange(DRAWS), 1, np.full(DRAWS, 2))) - 100
+    return draw_spans(layout, starts, lengths, draw_random_bits(np.arange(DRAWS), 1, np.full(DRAWS, 2))) - 100
 
 
 def assert_uniform(found: list[tuple], choices: set[tuple]) -> None:
@@ -61,7 +61,7 @@ def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pa
     batch = assemble(rows, corpus, layout, specials, 128, 1000)
     spans = batch.span_index.numpy()
     documents = len(rows.records) * (1 if kind == "joint" else 2)
-    assert len(spans) == documents == counts(rows, layout)["spans"]
+    assert len(spans) == documents == loss_denominators(rows, layout)["spans"]
     tokens = batch.token_ids.flatten().numpy()
     within = np.cumsum(tokens == specials.bos)  # a document begins with BOS, a lone target of the joint layout does not matter: it ends the record
     inside = spans.reshape(documents, -1)
@@ -75,7 +75,7 @@ def test_a_view_that_is_missing_leaves_a_document_of_its_own(write_corpus, speci
     for form, spans in (("three_points", 3), ("sub_span", 3), ("views", 1)):
         layout = make_layout("joint", specials, spans=form)
         rows = Loader(corpus, layout, 32, seed=0).next_rows(1)
-        assert counts(rows, layout)["spans"] == len(assemble(rows, corpus, layout, specials, 32, 0).span_index) == spans
+        assert loss_denominators(rows, layout)["spans"] == len(assemble(rows, corpus, layout, specials, 32, 0).span_index) == spans
 
 
 def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_next_epoch(corpus, specials):

@@ -14,9 +14,9 @@ from data_prep.console import exit_on_user_error
 from data_prep.files import write_json
 from data_prep.shards import FORMAT, MANIFEST
 from data_prep.tokenizer import Tokenizer
-from data_prep.tools.show import columns, printable, shortened, show_record
+from data_prep.tools.show import display_width, printable, shortened, show_record
 from pretrain.data.__main__ import main
-from tests.launching import ROOT
+from tests.commands import ROOT
 from tests.processes import TIMEOUT
 
 
@@ -51,7 +51,7 @@ def test_inspect(prepared, corpus, tell):
     assert (code, error) == (0, "")
     first, second, row = re.split(r"\n\n(?=record|A row)", out, maxsplit=2)
     for number, shown in ((5, first), (6, second)):
-        record = corpus.by_view(number)
+        record = corpus.tokens_by_view(number)
         assert shown.startswith(f"record {number}: {sum(map(len, record.values()))} tokens\n")
         assert pieces(shown)[1] == [token for ids in record.values() for token in ids.tolist()]
         assert pieces(shown)[0] == [corpus.tokenizer.piece(token) for token in pieces(shown)[1]]
@@ -106,7 +106,7 @@ def test_odd_text_is_shown_in_columns(prepared, tokenizer):
     ids = tokenizer.encode_batch([text])[0]
     shown = show_record(tokenizer, 3, {"text": np.array(ids), "code": np.array([])}, 80)
     assert all(char.isprintable() for line in shown.splitlines() for char in line)
-    assert max(map(columns, shown.splitlines())) <= 80
+    assert max(map(display_width, shown.splitlines())) <= 80
     assert "code: null, the record lacks it" in shown and printable(text)[:30] in shown
 
 
@@ -114,8 +114,8 @@ def test_odd_text_is_shown_in_columns(prepared, tokenizer):
 @pytest.mark.parametrize("room", [1, 2, 5, 24])
 def test_shortened(text, room):
     short = shortened(text, room)
-    assert columns(short) <= room
-    if columns(text) <= room:
+    assert display_width(short) <= room
+    if display_width(text) <= room:
         assert short == text
     else:
         head, _, tail = short.partition("…")

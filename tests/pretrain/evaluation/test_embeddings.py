@@ -12,17 +12,17 @@ from data_prep.nlrx_grammar import generate
 from pretrain.config import load_config, parse_task
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import FORWARD
-from pretrain.data.loader import draw, plan_rows
+from pretrain.data.loader import draw_random_bits, plan_rows
 from pretrain.evaluation import embed as embed_module
 from pretrain.evaluation.embed import embed, embed_file
 from pretrain.evaluation.model_tasks import geometry, retrieval
-from pretrain.evaluation.model_tasks.embedded import Pairs
+from pretrain.evaluation.model_tasks.embedded import PairEmbeddings
 from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.models.export import write_export
-from pretrain.models.export_readme import readme
-from pretrain.models.forms import objective_of
-from pretrain.objectives.pool import read_out
-from tests.launching import tiny_config, write_config
+from pretrain.models.export_readme import render_readme
+from pretrain.models.view_templates import objective_from_export
+from pretrain.objectives.pool import select_pair_embeddings
+from tests.commands import tiny_config, write_config
 
 VIEWS = ("text", "code")
 OBJECTIVES = [
@@ -38,7 +38,7 @@ def write(folder, prepared, model, tokens, jepa, family):
     model.causal_lm.config.save_pretrained(skeleton)
     for file in (prepared / "tokenizer").iterdir():
         (skeleton / file.name).write_bytes(file.read_bytes())
-    write_export(folder / "export", skeleton, model.state_dict(), jepa, readme(jepa, family, tokens))
+    write_export(folder / "export", skeleton, model.state_dict(), jepa, render_readme(jepa, family, tokens))
     return folder / "export"
 
 
@@ -54,14 +54,14 @@ def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
     jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
     export = write(tmp_path, prepared, model, tokens, jepa, family)
     numbers = np.arange(8)
-    texts = [tuple(corpus.tokenizer.decode(part) for part in corpus.by_view(number).values()) for number in numbers]
+    texts = [tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers]
     found = embed(export, texts)
-    layout = objective_of(jepa).make_layout(specials, 2, "all", validating=True)
-    rows = plan_rows(corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw(numbers, 0, np.zeros_like(numbers)))
+    layout = objective_from_export(jepa).make_layout(specials, 2, "all", validating=True)
+    rows = plan_rows(corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
     seen = 0
     for batch in micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1):
         with torch.no_grad():
-            prediction, target = read_out(model(batch), batch)
+            prediction, target = select_pair_embeddings(model(batch), batch)
         for place in batch.pair_valid.nonzero().flatten().tolist():
             record = batch.pair_record[place]
             source, goal = VIEWS if batch.pair_direction[place] == FORWARD else VIEWS[::-1]
@@ -157,7 +157,7 @@ def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(pre
 
 
 def pairs(prediction, target, key=None):
-    return Pairs(prediction, target, torch.arange(len(target)) if key is None else torch.tensor(key))
+    return PairEmbeddings(prediction, target, torch.arange(len(target)) if key is None else torch.tensor(key))
 
 
 def test_retrieval_finds_what_it_should():

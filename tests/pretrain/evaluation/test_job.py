@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer
 from pretrain.run_folder import PINS
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 STEPS = 20
@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory):
                          evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]})
     config = write_config(folder, values)
     prepare_corpus(config)
-    call(ranks_command(2, "launcher/run.py", config))
+    run_command(ranks_command(2, "launcher/run.py", config))
     return folder / "runs" / "run"
 
 
@@ -59,7 +59,7 @@ def by_hand(run_dir, background):
     train, test = write_pairs(run_dir / "train.jsonl", "finetune", 200), write_pairs(run_dir / "test.jsonl", "test", 30)
     command = ["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={train}", f"task.test={test}",
                "task.finetune={steps: 3}"]
-    return [call(command), call(command)]
+    return [run_command(command), run_command(command)]
 
 
 def test_every_checkpoint_asked_for_is_evaluated_once(background):
@@ -114,7 +114,7 @@ def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_
 def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, background):
     before = set((run_dir / "tensorboard" / "evaluation").iterdir())
     pairs = write_pairs(run_dir / "other_pairs.jsonl", "validation", 40)
-    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "loss", f"task.test={pairs}", "monitor.tensorboard=false"])
+    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "loss", f"task.test={pairs}", "monitor.tensorboard=false"])
     results = run_dir / "evaluation" / "results.jsonl"
     *earlier, last = results.read_text().splitlines(True)
     assert json.loads(last)["rows"] == 40
@@ -125,7 +125,7 @@ def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, backgroun
 def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_dir, by_hand):
     overlapping = run_dir / "overlapping.jsonl"
     overlapping.write_text((run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10]))
-    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={overlapping}", f"task.test={run_dir / 'test.jsonl'}",
+    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={overlapping}", f"task.test={run_dir / 'test.jsonl'}",
           "task.finetune={steps: 2}"])
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
     assert (result["finetune"], result["counts"]["unseen"]) == ({"steps": 2}, 20)
@@ -161,7 +161,7 @@ def tasks_of_every_kind(folder):
 
 def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by_hand, tmp_path):
     tasks = tasks_of_every_kind(tmp_path)
-    done = call(["python", "launcher/evaluate.py", str(run_dir), f"evaluation.tasks={json.dumps(tasks)}"])
+    done = run_command(["python", "launcher/evaluate.py", str(run_dir), f"evaluation.tasks={json.dumps(tasks)}"])
     results = {result["task"]: result for result in read_lines(run_dir / "evaluation" / "results.jsonl")[-len(tasks):]}
     assert list(results) == [task.get("label", task["name"]) for task in tasks]
     assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {"retrieval": 40, "shape": 30}
@@ -180,7 +180,7 @@ def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by
 def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, background, tmp_path):
     pairs = write_pairs(tmp_path / "mine.jsonl", "test", 5)
     export = run_dir / "export" / "step-00000020"
-    done = call(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])
+    done = run_command(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])
     arrays = np.load(export / "embeddings" / "mine.npz")
     assert {name: array.shape for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (5, 32))
     assert "embeddings/mine.npz" in done.stdout
@@ -195,5 +195,5 @@ def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path)
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
         ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",
     }.items():
-        done = call(["python", "launcher/evaluate.py", str(run_dir), *words], check=False)
+        done = run_command(["python", "launcher/evaluate.py", str(run_dir), *words], check=False)
         assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)

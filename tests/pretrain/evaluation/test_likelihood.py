@@ -9,7 +9,7 @@ from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer, train
 from pretrain.evaluation import likelihood
 from pretrain.evaluation.likelihood import log_likelihoods
-from pretrain.models.language_model import shape_config
+from pretrain.models.language_model import build_model_config
 from tests.pretrain.conftest import SHAPES
 
 PAIRS = [generate(0, "test", index) for index in range(6)]
@@ -21,7 +21,7 @@ def export(request, tmp_path_factory):
     tokenizer = train([text for pair in PAIRS * 5 for text in pair], 330, folder)
     torch.manual_seed(0)
     shape = yaml.safe_load((SHAPES / f"{request.param}_tiny.yaml").read_text())
-    model = AutoModelForCausalLM.from_config(shape_config(request.param, shape, tokenizer, 192))
+    model = AutoModelForCausalLM.from_config(build_model_config(request.param, shape, tokenizer, 192))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

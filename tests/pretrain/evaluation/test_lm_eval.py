@@ -12,8 +12,8 @@ from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import train
 from pretrain.evaluation.model_tasks import lm_eval
-from pretrain.models.language_model import shape_config
-from tests.launching import TINY
+from pretrain.models.language_model import build_model_config
+from tests.commands import TINY_SHAPE
 
 
 def test_numbers_of_the_harness_have_flat_names_without_standard_errors():
@@ -24,13 +24,13 @@ def test_numbers_of_the_harness_have_flat_names_without_standard_errors():
 def test_directions_are_those_that_the_harness_gives():
     results = {"said": {"wer,none": 0.5, "wer_stderr,none": 0.1, "acc,none": 0.2, "odd,none": 1}}
     given = {"said": {"wer": False, "acc": True, "odd": None, "unused": True}}
-    assert lm_eval.directions_of(given, results) == {"said_wer": "lower", "said_acc": "higher"}
+    assert lm_eval.metric_directions(given, results) == {"said_wer": "lower", "said_acc": "higher"}
 
 
 def test_each_filter_of_an_answer_has_a_metric_of_its_own():
     results = {"sums": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5}}
     assert lm_eval.flat(results) == {"sums_exact_match_strict-match": 0.25, "sums_exact_match_flexible-extract": 0.5}
-    assert lm_eval.directions_of({"sums": {"exact_match": True}}, results) == dict.fromkeys(lm_eval.flat(results), "higher")
+    assert lm_eval.metric_directions({"sums": {"exact_match": True}}, results) == dict.fromkeys(lm_eval.flat(results), "higher")
 
 
 def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     tokenizer = train([text for index in range(40) for text in generate(0, "test", index)], 330, tmp_path / "export")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shape_config("llama", TINY, tokenizer, 96)).save_pretrained(tmp_path / "export")
+    AutoModelForCausalLM.from_config(build_model_config("llama", TINY_SHAPE, tokenizer, 96)).save_pretrained(tmp_path / "export")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"lines {number}", "choices": ["a", "b"], "gold": number % 2}) + "\n"
                                                  for number in range(8)))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({

@@ -13,8 +13,8 @@ from pretrain.models.export import load_language_model
 from pretrain.models.lora import add_adapters, merge_adapters
 from pretrain.run_folder import step_name
 from pretrain.sections import LoraConfig
-from pretrain.training.saving import smallest_size
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from pretrain.training.saving import min_checkpoint_bytes
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 
 WITHOUT_PEFT = "there is no package peft (the extra lora)"
@@ -25,7 +25,7 @@ LORA = LoraConfig(rank=2, alpha=8)
 def test_merged_weights_compute_what_the_adapted_model_does(make_model, family):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     model, plain = make_model(1, family=family), make_model(1, family=family)
-    embeddings = torch.randn(2, 7, model.width)
+    embeddings = torch.randn(2, 7, model.hidden_size)
     before = model.causal_lm.model(inputs_embeds=embeddings).last_hidden_state
     add_adapters(model, LORA)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -52,7 +52,7 @@ def pretrained(tmp_path_factory):
     task = {"name": "nl_rx", "finetune": {"steps": 3}, "finetune_objective": {"name": "llm_jepa"}, "finetune_lora": {"rank": 2, "alpha": 8}}
     config = write_config(folder, tiny_config(folder, evaluation={"tasks": [task]}))
     prepare_corpus(config)
-    call(["python", "launcher/run.py", str(config)])
+    run_command(["python", "launcher/run.py", str(config)])
     return folder
 
 
@@ -65,7 +65,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     export = export_checkpoint(pretrained / "runs" / "run", 4)
     config = write_config(pretrained, tiny_config(
         pretrained, name="adapted", model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}}, train__steps=6, checkpoint={"every": 3}))
-    call(ranks_command(2, "launcher/run.py", config))
+    run_command(ranks_command(2, "launcher/run.py", config))
     run_dir = pretrained / "runs" / "adapted"
     result = export_checkpoint(run_dir, 6)
     before, after = weights(export), weights(result)
@@ -73,10 +73,10 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if "proj" in key}
     model, _ = load_language_model(result, "auto", torch.device("cpu"))
-    whole = smallest_size(model)
+    whole = min_checkpoint_bytes(model)
     add_adapters(model, LORA)
     size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / step_name(6)).iterdir())
-    assert smallest_size(model) < min(whole, size), "room is asked for that the frozen weights do not take"
+    assert min_checkpoint_bytes(model) < min(whole, size), "room is asked for that the frozen weights do not take"
     last = read_lines(run_dir / "metrics.jsonl")[-1]
 
     for path in (run_dir / "checkpoints" / "step-00000006").iterdir():
@@ -84,7 +84,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     (run_dir / "checkpoints" / "step-00000006").rmdir()
     (run_dir / "status.json").unlink()
     export.rename(export.with_name("moved"))  # the checkpoints hold the frozen weights too
-    call(ranks_command(2, "launcher/run.py", config))
+    run_command(ranks_command(2, "launcher/run.py", config))
     export.with_name("moved").rename(export)
     again = read_lines(run_dir / "metrics.jsonl")[-1]
     assert again["step"] == 6 and again["loss/total"] == last["loss/total"]
@@ -93,7 +93,7 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
 def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     run_dir = pretrained / "runs" / "run"
-    call(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={pretrained / 'train.jsonl'}",
+    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={pretrained / 'train.jsonl'}",
           f"task.test={pretrained / 'test.jsonl'}", "task.finetune={steps: 3}", "task.finetune_objective={name: llm_jepa, weight: 0.5}",
           "task.finetune_lora={rank: 2, alpha: 8}"])
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]

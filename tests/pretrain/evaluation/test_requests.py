@@ -4,13 +4,13 @@ import pytest
 
 from data_prep.console import UserError
 from pretrain.config import RunConfig, load_config, parse_task
-from pretrain.evaluation.checkpoints import release
-from pretrain.evaluation.results import append_result, identity, read_results
-from pretrain.evaluation.watch import Watch
+from pretrain.evaluation.checkpoints import unpin_checkpoint
+from pretrain.evaluation.results import append_result, read_results, result_key
+from pretrain.evaluation.watch import CheckpointWatcher
 from pretrain.run_folder import PINS, step_name
 from pretrain.tasks.options import TaskConfig
-from pretrain.training.background import ask_for_evaluation, evaluations_asked_for
-from tests.launching import tiny_config, write_config
+from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
+from tests.commands import tiny_config, write_config
 
 
 @pytest.fixture
@@ -26,17 +26,17 @@ def config(tmp_path) -> RunConfig:
 
 def finish(config: RunConfig, task: TaskConfig, step: int, overrides: tuple[str, ...] = ()) -> None:
     (config.run_dir / "evaluation").mkdir(exist_ok=True)
-    append_result(config.run_dir, identity(task, step, overrides) | {"metrics": {"exact": 0.5}})
+    append_result(config.run_dir, result_key(task, step, overrides) | {"metrics": {"exact": 0.5}})
 
 
 @pytest.mark.parametrize("path", ["test.jsonl", "*.jsonl", "."])
 def test_another_content_of_the_files_is_another_result(tmp_path, path):
     task = parse_task({"name": "gsm8k", "test": str(tmp_path / path)}, "task")
     (tmp_path / "test.jsonl").write_text("1\n")
-    before = identity(task, 3)
-    assert identity(task, 3, ["b=2", "a=1"]) == identity(task, 3, ["a=1", "b=2"]) != before == identity(task, 3)
+    before = result_key(task, 3)
+    assert result_key(task, 3, ["b=2", "a=1"]) == result_key(task, 3, ["a=1", "b=2"]) != before == result_key(task, 3)
     (tmp_path / "test.jsonl").write_text("2\n")
-    assert identity(task, 3) != before
+    assert result_key(task, 3) != before
 
 
 def test_a_spoiled_line_is_told(config):
@@ -50,28 +50,28 @@ def test_a_spoiled_line_is_told(config):
 def test_what_the_run_asked_for_stays_asked_for_when_another_job_did_other_tasks(config):
     run_dir, tasks = config.run_dir, config.evaluation.tasks
     for step in (20, 25):
-        ask_for_evaluation(run_dir, step)
+        request_evaluation(run_dir, step)
     finish(config, tasks[0], 20)
     for step in (20, 25):
-        release(run_dir, config, tasks[:1], step, [])
-    assert evaluations_asked_for(run_dir) == [20]  # gsm8k is not done; nobody but the job has asked for step 25
+        unpin_checkpoint(run_dir, config, tasks[:1], step, [])
+    assert requested_evaluations(run_dir) == [20]  # gsm8k is not done; nobody but the job has asked for step 25
     finish(config, tasks[1], 20, ["evaluation.every=20"])
-    release(run_dir, config, tasks, 20, ["evaluation.every=20"])
-    assert evaluations_asked_for(run_dir) == [20]  # under overrides it is another result
+    unpin_checkpoint(run_dir, config, tasks, 20, ["evaluation.every=20"])
+    assert requested_evaluations(run_dir) == [20]  # under overrides it is another result
     finish(config, tasks[1], 20)
-    release(run_dir, config, tasks[1:], 20, [])
-    assert evaluations_asked_for(run_dir) == []
-    ask_for_evaluation(run_dir, 20)
-    release(run_dir, config, tasks, 20, [])  # all were tried
+    unpin_checkpoint(run_dir, config, tasks[1:], 20, [])
+    assert requested_evaluations(run_dir) == []
+    request_evaluation(run_dir, 20)
+    unpin_checkpoint(run_dir, config, tasks, 20, [])  # all were tried
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
 
 
 def test_a_watch_pins_what_the_run_evaluates_and_the_last_step_of_a_finished_run(config):
-    watch = Watch(config.run_dir, lambda: (config, config.evaluation.tasks), [])
-    watch.pin_new()
+    watch = CheckpointWatcher(config.run_dir, lambda: (config, config.evaluation.tasks), [])
+    watch.pin_new_checkpoints()
     assert watch.pinned() == [20]
     watch.finished = True
-    watch.pin_new()
+    watch.pin_new_checkpoints()
     assert watch.pinned() == [20, 25]
     watch.settled.add(20)
     assert watch.pinned() == [25]

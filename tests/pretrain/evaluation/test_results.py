@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.config import parse_task
-from pretrain.evaluation.results import SCORING, append_result, identity, is_evaluated, print_summary
+from pretrain.evaluation.results import SCORING_VERSION, append_result, is_evaluated, print_summary, result_key
 from tests.pretrain.report.tiny_study import change_lines
 
 TASK = parse_task({"name": "nl_rx"}, "task")
@@ -13,13 +13,13 @@ TASK = parse_task({"name": "nl_rx"}, "task")
 def run_dir(tmp_path):
     (tmp_path / "evaluation").mkdir()
     for step in (1, 2):
-        append_result(tmp_path, identity(TASK, step) | {"rows": 9, "finetune": None, "metrics": {"exact": step / 4}}, tensorboard=False)
+        append_result(tmp_path, result_key(TASK, step) | {"rows": 9, "finetune": None, "metrics": {"exact": step / 4}}, tensorboard=False)
     return tmp_path
 
 
 def test_a_result_of_an_older_scoring_is_evaluated_again(run_dir):
     assert is_evaluated(run_dir, TASK, 1)
-    for change in (lambda line: line.update(scoring=SCORING - 1), lambda line: line.pop("scoring")):
+    for change in (lambda line: line.update(scoring=SCORING_VERSION - 1), lambda line: line.pop("scoring")):
         change_lines(run_dir / "evaluation" / "results.jsonl", change)
         assert not is_evaluated(run_dir, TASK, 1)
 
@@ -27,7 +27,7 @@ def test_a_result_of_an_older_scoring_is_evaluated_again(run_dir):
 def test_the_closing_table_keeps_versions_of_the_scoring_apart(run_dir, capsys):
     lines = run_dir / "evaluation" / "results.jsonl"
     change_lines(lines, lambda line: line.pop("scoring"))
-    append_result(run_dir, identity(TASK, 2) | {"rows": 9, "finetune": None, "metrics": {"exact": 0.75}}, tensorboard=False)
+    append_result(run_dir, result_key(TASK, 2) | {"rows": 9, "finetune": None, "metrics": {"exact": 0.75}}, tensorboard=False)
     print_summary(run_dir)
     tables = [part.strip().splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
     of_task = {lines[0].split("  ")[0]: [line.split()[-1] for line in lines[2:]] for lines in tables if lines[0].startswith("nl_rx")}
@@ -37,6 +37,6 @@ def test_the_closing_table_keeps_versions_of_the_scoring_apart(run_dir, capsys):
 def test_the_closing_table_names_the_metrics_that_it_has_no_room_for(tmp_path, capsys):
     (tmp_path / "evaluation").mkdir()
     metrics = {f"metric{number}": 0.5 for number in range(8)}
-    append_result(tmp_path, {"step": 3, "task": "text", "rows": 4, "finetune": None, "metrics": metrics, "scoring": SCORING}, tensorboard=False)
+    append_result(tmp_path, {"step": 3, "task": "text", "rows": 4, "finetune": None, "metrics": metrics, "scoring": SCORING_VERSION}, tensorboard=False)
     print_summary(tmp_path)
     assert "(in results.jsonl too: metric6, metric7)" in capsys.readouterr().out

@@ -10,13 +10,13 @@ import time
 import pytest
 
 from pretrain.config import load_config
-from pretrain.evaluation.watch import Watch
+from pretrain.evaluation.watch import CheckpointWatcher
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
-from pretrain.training.background import ask_for_evaluation
-from pretrain.training.checkpoint import retain
+from pretrain.training.checkpoint import prune
+from pretrain.training.evaluation_requests import request_evaluation
 from pretrain.training.spikes import rewind
-from tests.launching import Running, call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_job import read_lines, write_pairs
 from tests.processes import TIMEOUT
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def start_watch(folder, number, *words):
-    return Running(["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words], folder / f"watch-{number}.log")
+    return BackgroundCommand(["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words], folder / f"watch-{number}.log")
 
 
 def results(folder):
@@ -48,7 +48,7 @@ def watched(folder):
     """The run with all evaluated by a watch that was killed twice: within an evaluation, and just behind a result."""
     first = start_watch(folder, 1)
     first.wait_until(lambda: f"waiting for the run {folder / 'runs' / 'run'} to start" in first.log.read_text(), "the wait")
-    call(["python", "launcher/run.py", str(folder / "run.yaml")])
+    run_command(["python", "launcher/run.py", str(folder / "run.yaml")])
     first.wait_until(lambda: "evaluating loss at step 10" in first.log.read_text(), "an evaluation")
     first.kill()
     second = start_watch(folder, 2)
@@ -69,7 +69,7 @@ def test_two_processes_answer_what_one_does(folder, watched):
     answers, metrics = {}, {}
     for ranks, name in ((1, "one"), (2, "two")):
         test = write_pairs(folder / f"{name}.jsonl", "test", 25)
-        call(ranks_command(ranks, "launcher/evaluate.py", watched, "--task", "rotten_tomatoes", f"task.test={test}"))
+        run_command(ranks_command(ranks, "launcher/evaluate.py", watched, "--task", "rotten_tomatoes", f"task.test={test}"))
         answers[name] = (watched / "evaluation" / "answers" / "rotten_tomatoes-step-00000030.jsonl").read_text()
         metrics[name] = read_lines(watched / "evaluation" / "results.jsonl")[-1]["metrics"]
     assert answers["one"] == answers["two"] and metrics["one"] == metrics["two"]
@@ -81,8 +81,8 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
 
     Both come at every moment of a retention: before each call by which it reads or changes the folder, and behind its end.
     """
-    def after(watch, call):
-        return lambda *arguments, **more: (watch(), call(*arguments, **more))[1]
+    def after(watch, run_command):
+        return lambda *arguments, **more: (watch(), run_command(*arguments, **more))[1]
 
     stayed = set()
     for pinned, looked in itertools.combinations_with_replacement(range(8), 2):
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
         def watch(run_dir=run_dir, moments=moments, stands=stands, pinned=pinned, looked=looked):
             moment = next(moments)
             if moment == pinned:
-                ask_for_evaluation(run_dir, 1)
+                request_evaluation(run_dir, 1)
             if moment == looked:
                 stands.append(1 in list_steps(run_dir / "checkpoints"))
             return moment
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
         with monkeypatch.context() as patch:
             for module, name in ((checkpoint, "list_steps"), (checkpoint, "_pins"), (os, "replace"), (shutil, "rmtree")):
                 patch.setattr(module, name, after(watch, getattr(module, name)))
-            retain(run_dir / "checkpoints", 1, None)
+            prune(run_dir / "checkpoints", 1, None)
         while watch() < 8:
             pass
         stayed.add((stands[0], 1 in list_steps(run_dir / "checkpoints")))
@@ -110,20 +110,20 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
 
 def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(folder, tmp_path):
     config = load_config(folder / "run.yaml", ["evaluation.every=10"])
-    watch = Watch(tmp_path, lambda: (config, config.evaluation.tasks), [])
+    watch = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
     for step in (10, 15, 20, 25):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
-    watch.pin_new()
+    watch.pin_new_checkpoints()
     assert watch.pinned() == [10, 20]
     watch.finished = True
-    watch.pin_new()
+    watch.pin_new_checkpoints()
     assert watch.pinned() == [10, 20, 25]
 
 
 def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.evaluation.watch.PAUSE", TIMEOUT)
     config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
-    watch, pins = Watch(tmp_path, lambda: (config, config.evaluation.tasks), []), tmp_path / "checkpoints" / PINS
+    watch, pins = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), []), tmp_path / "checkpoints" / PINS
 
     def save(step: int) -> None:
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
@@ -131,39 +131,39 @@ def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, 
 
     for step in (10, 20, 30):
         save(step)
-    watch.pin_new()
-    watch.take(20)
-    assert watch.pinned() == [10, 20, 30] and watch.ready() == [10, 30] and not watch.given_up
-    watch.take(30)
-    watch.take(30)  # as after the pause
-    assert watch.pinned() == [10, 20] and watch.given_up == {30} and not (pins / step_name(30)).exists()
+    watch.pin_new_checkpoints()
+    watch.evaluate_pinned(20)
+    assert watch.pinned() == [10, 20, 30] and watch.ready() == [10, 30] and not watch.failed_steps
+    watch.evaluate_pinned(30)
+    watch.evaluate_pinned(30)  # as after the pause
+    assert watch.pinned() == [10, 20] and watch.failed_steps == {30} and not (pins / step_name(30)).exists()
 
     assert rewind(tmp_path, 22, 12.0) == 20  # 30 is another one from here on, 20 is not
-    watch.pin_new()
-    assert watch.ready() == [10] and not watch.given_up
+    watch.pin_new_checkpoints()
+    assert watch.ready() == [10] and not watch.failed_steps
     assert rewind(tmp_path, 18, 12.0) == 10
     save(20)
-    watch.pin_new()
+    watch.pin_new_checkpoints()
     assert watch.ready() == [10, 20]
-    watch.take(20)
+    watch.evaluate_pinned(20)
     assert watch.pinned() == [10, 20], "the first failure of the new one"
 
     (pins / step_name(10)).unlink()  # another job has evaluated it meanwhile, and retention has taken it away
     (tmp_path / "checkpoints" / step_name(10)).rmdir()
-    watch.take(10)
-    assert not watch.given_up and watch.pinned() == [20]
+    watch.evaluate_pinned(10)
+    assert not watch.failed_steps and watch.pinned() == [20]
 
 
 def test_what_the_run_asked_for_survives_one_failure(folder, watched):
-    ask_for_evaluation(watched, 20)
+    request_evaluation(watched, 20)
     for still_there in (True, False):
-        done = call(["python", "launcher/evaluate.py", str(watched), "--pending", f"evaluation.tasks.0.test={folder / 'absent.jsonl'}"], check=False)
+        done = run_command(["python", "launcher/evaluate.py", str(watched), "--pending", f"evaluation.tasks.0.test={folder / 'absent.jsonl'}"], check=False)
         assert done.returncode == 2 and "absent.jsonl" in done.stderr
         assert (watched / "checkpoints" / PINS / step_name(20)).exists() == still_there
 
 
 def test_mistakes_end_in_one_line(folder, watched):
-    done = call(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
+    done = run_command(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
     assert done.returncode == 2 and done.stderr == "error: --watch takes every checkpoint: leave out --checkpoint and --pending\n"
 
 
@@ -185,6 +185,6 @@ def test_kills_at_random_while_it_finetunes(folder, watched):
     assert sorted(result["step"] for result in found) == [10, 20, 30], last.log.read_text()
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
     again = write_pairs(folder / "again.jsonl", "test", 20)
-    call(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"])
+    run_command(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"])
     lines = read_lines(run_dir / "evaluation" / "results.jsonl")
     assert json.dumps(lines[-1]["metrics"]) == json.dumps(next(result["metrics"] for result in found if result["step"] == 20))

@@ -12,9 +12,9 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.tokenizer import Tokenizer, take_over, train
+from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from pretrain.models.export import write_export
-from pretrain.models.language_model import random_causal_lm, shape_config
+from pretrain.models.language_model import build_model_config, random_causal_lm
 
 CHARACTERS = 1_000_000
 WORDS = ["SELECT", "name", "FROM", "the", "string", "größe", "naïve", "[a-z]*", "don't", "it's", "x+=1", "日本語", "слово", "שלום",
@@ -112,10 +112,10 @@ def sentencepiece_model(folder: Path, **options) -> Path:
 MADE = {
     "trained bpe": lambda given, folder: train(sample(), 1200, folder),
     "trained unigram": lambda given, folder: train(sample(), 1200, folder, "unigram"),
-    "byte-level tokenizer.json": lambda given, folder: take_over(byte_level(given), folder),
-    "hugging face folder": lambda given, folder: take_over(hugging_face_folder(given), folder),
+    "byte-level tokenizer.json": lambda given, folder: import_tokenizer(byte_level(given), folder),
+    "hugging face folder": lambda given, folder: import_tokenizer(hugging_face_folder(given), folder),
 } | {
-    f"sentencepiece {kind} {rule}": lambda given, folder, kind=kind, rule=rule: take_over(
+    f"sentencepiece {kind} {rule}": lambda given, folder, kind=kind, rule=rule: import_tokenizer(
         sentencepiece_model(given, model_type=kind, normalization_rule_name=rule), folder)
     for kind in ("bpe", "unigram") for rule in ("identity", "nmt_nfkc")
 }
@@ -126,7 +126,7 @@ def test_ids_of_an_exported_model(made, texts, tmp_path):
     (tmp_path / "given").mkdir()
     tokenizer = MADE[made](tmp_path / "given", tmp_path / "skeleton")
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    config = shape_config("llama", shape, tokenizer, 64)
+    config = build_model_config("llama", shape, tokenizer, 64)
     config.save_pretrained(tmp_path / "skeleton")
     model = random_causal_lm(config, "sdpa", torch.float32)
     write_export(tmp_path / "export", tmp_path / "skeleton", {f"causal_lm.{key}": value for key, value in model.state_dict().items()}, {})

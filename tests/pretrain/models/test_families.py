@@ -59,7 +59,7 @@ def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
     """The plain model on every sequence alone, under its own causal mask: (2, ROW, D), padding left at zero."""
     scale = GEMMA_SCALE if model.causal_lm.config.model_type == "gemma2" else 1.0
     predictors, words = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
-    states = torch.zeros(2, ROW, model.width)
+    states = torch.zeros(2, ROW, model.hidden_size)
     for tokens, places in packed.sequences:
         embedded = torch.stack([predictors[token - 512] if token >= 512 else words(torch.tensor(token)) for token in tokens])
         hidden = model.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]

@@ -30,7 +30,7 @@ def test_chunks_give_the_value_and_the_gradients_of_all_logits_at_once(labels_at
     hidden = torch.randn(LABELS, WIDTH, requires_grad=True)
     leaves = [hidden, *layer.parameters()]
     expected = full_cross_entropy(layer, hidden, labels, softcap)
-    value = Head(layer, softcap, most_logits=labels_at_once * VOCABULARY)(hidden, labels)
+    value = Head(layer, softcap, max_logits=labels_at_once * VOCABULARY)(hidden, labels)
     torch.testing.assert_close(value, expected)
     for one, other in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -47,10 +47,10 @@ def test_no_tensor_holds_more_logits_than_stated():
             sizes.extend(tensor.numel() for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, torch.Tensor))
             return out
 
-    def largest(most_logits: int) -> int:
+    def largest(max_logits: int) -> int:
         sizes.clear()
         with Watch():
-            Head(layer, None, most_logits)(hidden, labels).backward()
+            Head(layer, None, max_logits)(hidden, labels).backward()
         return max(sizes)
 
     weight = WIDTH * VOCABULARY  # of the gradient
@@ -61,7 +61,7 @@ def test_no_tensor_holds_more_logits_than_stated():
 def test_the_forward_pass_keeps_gradients_and_no_logits():
     layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
 
-    def kept(most_logits: int) -> int:
+    def kept(max_logits: int) -> int:
         tensors: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_the_forward_pass_keeps_gradients_and_no_logits():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            Head(layer, None, most_logits)(hidden, labels)
+            Head(layer, None, max_logits)(hidden, labels)
         return sum(tensors.values())
 
     assert kept(10**6) == kept(5 * VOCABULARY) == LABELS * WIDTH + VOCABULARY * WIDTH
@@ -124,7 +124,7 @@ def test_large_logits_do_not_overflow():
 
 def test_a_vocabulary_larger_than_the_limit_is_taken_label_by_label():
     layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH)
-    torch.testing.assert_close(Head(layer, None, most_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None))
+    torch.testing.assert_close(Head(layer, None, max_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None))
 
 
 def test_without_gradients_only_logits_are_computed():

@@ -5,8 +5,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pretrain.models.language_model import random_causal_lm, shape_config
-from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from pretrain.models.language_model import build_model_config, random_causal_lm
+from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/models/initial_weights.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
@@ -27,7 +27,7 @@ def folder(prepared, tmp_path_factory):
             folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), data__sources=[], data__tokenizer={"vocab_size": 512},
             model={"family": family, "shape": shape(family)}, objective__predictor_tokens=12, train__precision=precision))
             for family, precision in (*((family, "fp32") for family in FAMILIES), *more)]
-        call(["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs))
+        run_command(["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs))
     return folder
 
 
@@ -38,7 +38,7 @@ def initial(folder, name, rank=0):
 def plain(tokenizer, family):
     """What transformers makes of the family without DeepSpeed: parameters and buffers."""
     torch.manual_seed(9)
-    config = shape_config(family, shape(family), tokenizer, 128)
+    config = build_model_config(family, shape(family), tokenizer, 128)
     model = random_causal_lm(config, "eager", torch.float32)
     return config, {name: value.detach() for name, value in model.named_parameters()}, dict(model.named_buffers())
 

@@ -10,15 +10,15 @@ from data_prep.tokenizer import train
 from pretrain.data.batch import assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.models.language_model import (
-    VOCABULARY_MULTIPLE,
-    padded_vocabulary,
+    VOCAB_SIZE_MULTIPLE,
+    build_model_config,
+    padded_vocab_size,
     pretrained_causal_lm,
     pretrained_config,
-    shape_config,
     special_ids,
 )
 from pretrain.objectives.next_token import next_token_sum
-from tests.planning import plan
+from tests.row_plans import plan
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2}
 
@@ -35,8 +35,8 @@ def test_the_vocabulary_is_rounded_up(pieces, padded, tmp_path):
     texts = [f"some text {number} with words to merge: {'ab' * (number % 7)}" for number in range(300)]
     tokenizer = train(texts, pieces, tmp_path)
     assert tokenizer.vocab_size == pieces
-    assert padded_vocabulary(tokenizer) == padded and padded % VOCABULARY_MULTIPLE == 0
-    config = shape_config("llama", SHAPE, tokenizer, 64)
+    assert padded_vocab_size(tokenizer) == padded and padded % VOCAB_SIZE_MULTIPLE == 0
+    config = build_model_config("llama", SHAPE, tokenizer, 64)
     assert config.vocab_size == padded
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
     specials = special_ids(tokenizer, padded)
@@ -46,18 +46,18 @@ def test_the_vocabulary_is_rounded_up(pieces, padded, tmp_path):
 
 def test_an_unknown_shape_key_is_named(tokenizer):
     with pytest.raises(UserError, match=r"model\.shape: llama has no option 'hidden_sizes'"):
-        shape_config("llama", SHAPE | {"hidden_sizes": 3}, tokenizer, 64)
+        build_model_config("llama", SHAPE | {"hidden_sizes": 3}, tokenizer, 64)
 
 
 def test_a_shape_key_that_the_tokenizer_sets_is_refused(tokenizer):
     with pytest.raises(UserError, match="vocab_size comes from the tokenizer"):
-        shape_config("llama", SHAPE | {"vocab_size": 1000}, tokenizer, 64)
+        build_model_config("llama", SHAPE | {"vocab_size": 1000}, tokenizer, 64)
 
 
 def test_too_few_positions_for_the_rows_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"data\.sequence_length is 64, but the model shape allows 32"):
-        shape_config("llama", SHAPE | {"max_position_embeddings": 32}, tokenizer, 64)
-    assert shape_config("llama", SHAPE, tokenizer, 64).max_position_embeddings == 64
+        build_model_config("llama", SHAPE | {"max_position_embeddings": 32}, tokenizer, 64)
+    assert build_model_config("llama", SHAPE, tokenizer, 64).max_position_embeddings == 64
 
 
 def test_a_folder_that_holds_no_model_is_named(tmp_path):
@@ -76,8 +76,8 @@ def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_m
     model = make_model(3)
     hidden = model(batch)
     logits = model.logits(hidden[batch.label_index])
-    assert logits.shape[1] == model.vocabulary == padded_vocabulary(tokenizer)
-    assert batch.token_ids.max() == model.vocabulary + 2, "the test needs predictor tokens"
+    assert logits.shape[1] == model.vocab_size == padded_vocab_size(tokenizer)
+    assert batch.token_ids.max() == model.vocab_size + 2, "the test needs predictor tokens"
     next_token_sum(hidden, batch, model.cross_entropy).backward()
     assert not model.predictor.weight.grad.any()
     assert model.predictor.weight is not model.causal_lm.lm_head.weight
@@ -89,11 +89,11 @@ def test_predictor_tokens_have_their_own_embeddings_and_no_word_lends_them_its(b
     with torch.no_grad():
         before = model(batch)
         model.causal_lm.get_input_embeddings().weight[-1] += 10.0  # the row to which ids beyond the vocabulary are clamped
-        assert not (batch.token_ids == model.vocabulary - 1).any()
+        assert not (batch.token_ids == model.vocab_size - 1).any()
         assert torch.equal(model(batch), before)
         model.predictor.weight[2] += 1.0
         changed = (model(batch) != before).any(dim=1)
-    last_of_three = (batch.token_ids == model.vocabulary + 2).flatten()
+    last_of_three = (batch.token_ids == model.vocab_size + 2).flatten()
     assert torch.equal(changed, last_of_three), "the last predictor token is seen by itself alone"
 
 
@@ -130,7 +130,7 @@ def test_predictor_tokens_are_scaled_as_the_familys_words_are(make_model, family
     model = make_model(tokens, family=family)
     words = model.causal_lm.get_input_embeddings()
     scale = words(torch.tensor([7]))[0] / words.weight[7]
-    ids = torch.tensor([[model.vocabulary + token for token in range(tokens)]])
+    ids = torch.tensor([[model.vocab_size + token for token in range(tokens)]])
     embedded = model.embed(ids)
     torch.testing.assert_close(embedded[0], model.predictor.weight * scale)
     gradient, = torch.autograd.grad(embedded.sum(), model.predictor.weight)

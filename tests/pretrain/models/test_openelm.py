@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pretrain.models.openelm import OpenELMConfig, OpenELMForCausalLM
-from tests.launching import ROOT, environment
+from tests.commands import ROOT, environment
 
 TINY = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "head_dim": 4, "num_gqa_groups": 2, "ffn_dim_divisor": 8,
         "ffn_multipliers": [0.5, 2.0], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pretrain.models.openelm  # noqa: F401  registers the family
 from data_prep.console import UserError
-from pretrain.models.language_model import pretrained_config, shape_config
+from pretrain.models.language_model import build_model_config, pretrained_config
 from pretrain.sections import Family
-from tests.launching import ROOT
+from tests.commands import ROOT
 
 FOLDER = ROOT / "configs" / "models"
 PUBLISHED = {
@@ -57,7 +57,7 @@ def test_a_shape_has_the_published_rotary_embedding(name):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
 def test_every_file_is_a_shape_of_its_family(name, tokenizer):
-    config = shape_config(family_of(name), read(name), tokenizer, 256)
+    config = build_model_config(family_of(name), read(name), tokenizer, 256)
     assert config.model_type == family_of(name) and config.vocab_size == 512
     for key, value in read(name).items():
         assert getattr(config, key) == value
@@ -85,7 +85,7 @@ def test_every_family_has_a_tiny_shape():
 ])
 def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
     with pytest.raises(UserError, match=message):
-        shape_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
+        build_model_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), [
@@ -102,7 +102,7 @@ def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
     ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
 ])
 def test_a_folder_to_start_from_is_refused_for_what_a_shape_is_refused_for(family, changes, message, tokenizer, tmp_path):
-    shape_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
+    build_model_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
     pretrained_config(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None or key == "sliding_window"}))

@@ -17,7 +17,7 @@ from pretrain.objectives.configs import objective_configs
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
 from pretrain.objectives.semantic_tube import SemanticTube
-from tests.launching import ROOT
+from tests.commands import ROOT
 from tests.reference import tube_distance
 
 ALONE = Gather(all_gather=lambda mine: mine, rank=0)
@@ -86,7 +86,7 @@ def test_what_cannot_act_is_an_error(overrides, expected):
 
 def test_with_next_token_the_keys_of_the_others_rest_and_misspelt_ones_do_not():
     config = load_config(DEMO, ["objective.name=next_token", "objective.form=views"])
-    assert sorted(config.resting_keys) == ["distance", "form", "predictor_tokens", "weight"]
+    assert sorted(config.ignored_keys) == ["distance", "form", "predictor_tokens", "weight"]
     with pytest.raises(UserError, match=r"unknown key 'objective\.wieght'"):
         load_config(DEMO, ["objective.name=next_token", "objective.wieght=3"])
 
@@ -205,7 +205,7 @@ def test_no_value_is_fetched_from_the_device(objective, corpus, specials):
     rows = Loader(corpus, layout, 192, seed=5).next_rows(2)
     batch = assemble(rows, corpus, layout, specials, 192, 40).to(torch.device("meta"))
     hidden = torch.empty(2 * 192, 16, device="meta", requires_grad=True)
-    head = Head(torch.nn.Linear(16, 512, bias=False, device="meta"), None, most_logits=4096)
+    head = Head(torch.nn.Linear(16, 512, bias=False, device="meta"), None, max_logits=4096)
     built = build_objective(config)
     terms = built(hidden, batch, head, ALONE).terms
     total_loss(terms, dict.fromkeys(terms, 7), built.weights, ranks=1).backward()

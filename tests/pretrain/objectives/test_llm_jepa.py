@@ -10,7 +10,7 @@ from pretrain.objectives.base import build_objective
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
 from pretrain.objectives.regularizers import coding_rate_gap, sigreg, vicreg
-from tests.launching import ROOT
+from tests.commands import ROOT
 from tests.reference import Ids, Pair, Reference
 
 ALONE = Gather(all_gather=lambda mine: mine, rank=0)
@@ -36,7 +36,7 @@ def batch() -> Batch:
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(
         none, none, none, label_index=places[:7], label_ids=torch.arange(7), prediction_index=torch.cat([places[7:16], torch.tensor(pad)]),
-        target_index=torch.cat([places[16:25], torch.tensor(pad)]), pair_key=torch.tensor(KEYS + pad), pair_record=torch.tensor(RECORDS + pad),
+        target_index=torch.cat([places[16:25], torch.tensor(pad)]), pair_target_hash=torch.tensor(KEYS + pad), pair_record=torch.tensor(RECORDS + pad),
         pair_direction=torch.tensor(DIRECTIONS + pad), pair_valid=torch.arange(PAIRS + PADDING) < PAIRS, span_index=none, seed=torch.tensor(3))
 
 
@@ -89,5 +89,5 @@ def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, al
     assert (objective(hidden, batch, negative_log, ALONE).pool is not None) == always
     pool = objective(hidden, batch, negative_log, ALONE, with_pool=True).pool
     assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(pool.target, hidden[batch.target_index])
-    assert pool.key.tolist() == batch.pair_key.tolist() and pool.record.tolist() == batch.pair_record.tolist()
+    assert pool.key.tolist() == batch.pair_target_hash.tolist() and pool.record.tolist() == batch.pair_record.tolist()
     assert pool.direction.tolist() == batch.pair_direction.tolist() and torch.equal(pool.valid, batch.pair_valid)

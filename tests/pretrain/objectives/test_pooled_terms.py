@@ -185,4 +185,4 @@ def test_pools_are_joined_in_order_and_detached():
     joined = Pool.join([pool.detached() for pool in pools])
     for name in ("prediction", "target", "key", "record", "direction", "valid"):
         assert getattr(joined, name).tolist() == [value for pool in pools for value in getattr(pool, name).tolist()]
-    assert joined.own == slice(0, 0) and not joined.prediction.requires_grad and not joined.target.requires_grad
+    assert joined.local_slice == slice(0, 0) and not joined.prediction.requires_grad and not joined.target.requires_grad

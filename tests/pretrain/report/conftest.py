@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, call, prepare_corpus, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, run_command, tiny_config, write_config
 from tests.pretrain.report.tiny_study import ARMS, ROWS, SEEDS, copy_run, write_study
 
 EVALUATE = """
@@ -29,14 +29,14 @@ def study(tmp_path_factory) -> Path:
         folder, **changes, name=f"{arm}-seed{seed}", seed=seed, train__steps=6, monitor__validate_every=3, monitor__tensorboard=False))
         for arm, changes in ARMS.items() for seed in SEEDS}
     prepare_corpus(next(iter(configs.values())))
-    call([sys.executable, str(ROOT / "tests/pretrain/training/several_runs.py"), *map(str, configs.values())])
-    call([sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())])
+    run_command([sys.executable, str(ROOT / "tests/pretrain/training/several_runs.py"), *map(str, configs.values())])
+    run_command([sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())])
     write_study(folder, {arm: {seed: f"runs/{arm}-seed{seed}" for seed in SEEDS} for arm in ARMS})
     return folder
 
 
 @pytest.fixture
-def altered(study, tmp_path) -> Callable[..., Path]:
+def study_with_values(study, tmp_path) -> Callable[..., Path]:
     """A study of copies of the runs, with these values of the metric: {arm: {seed: value}}. The arms beyond the baseline are the pair arm."""
 
     numbers = itertools.count()

@@ -4,12 +4,12 @@ import json
 
 from data_prep.files import read_json_lines
 from pretrain.run_folder import read_metrics
-from tests.pretrain.report.reading import check_alone, sections, table
+from tests.pretrain.report.report_helpers import assert_self_contained, parse_table, render_report
 
 
-def test_which_arm_holds_past_the_best_validation_loss(altered):
+def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
     plain = {1: 0.70, 2: 0.69, 3: 0.71}
-    study = altered({"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}})
+    study = study_with_values({"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}})
     at_best = {"arm0": {"loss": 0.5, "exact": 0.8}, "arm1": {"loss": 0.6, "exact": 0.71}, "arm2": {"loss": 0.5, "exact": 0.8}}
     at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}  # validation loss by seed
     for folder in study.glob("arm*"):
@@ -21,8 +21,8 @@ def test_which_arm_holds_past_the_best_validation_loss(altered):
         last = json.loads(results.read_text())
         before = last | {"step": 3, "metrics": {"exact": at_best[arm]["exact"]}}
         results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
-    text, page = sections(study)
-    past = table(text.partition("## Past the best validation loss")[2])
+    text, page = render_report(study)
+    past = parse_table(text.partition("## Past the best validation loss")[2])
     assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith("0.4200")
     assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith("−0.1000")
     sentences = text.partition("## Past the best validation loss")[2]
@@ -31,14 +31,14 @@ def test_which_arm_holds_past_the_best_validation_loss(altered):
     assert "alike: no difference found to plain in validation/loss/lm" in sentences
     assert "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000" in sentences.replace("\\", "")
     assert "Past the best validation loss" in page and "steady holds better than plain" in page
-    assert "Past the best" not in sections(altered({"plain": plain, "other": plain}), page=False)[0]
-    check_alone(page)
+    assert "Past the best" not in render_report(study_with_values({"plain": plain, "other": plain}), page=False)[0]
+    assert_self_contained(page)
 
 
-def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(altered):
+def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(study_with_values):
     """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
     evaluated = {"arm0-1": {2: 0.2, 4: 0.4, 6: 0.7}, "arm0-2": {4: 0.4, 6: 0.7}, "arm1-1": {2: 0.2, 4: 0.4}, "arm1-2": {6: 0.7}}
-    study = altered({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
     for folder in study.glob("arm*"):
         for name, changes in (("metrics.jsonl", {3: 0.5, 6: 0.9}), ("evaluation/results.jsonl", evaluated[folder.name])):
             lines = read_json_lines(folder / name)
@@ -47,10 +47,10 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
             else:
                 lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
             (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text, page = sections(study)
+    text, page = render_report(study)
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
-    assert table(text)["plain"]["metric there, interpolated"] == "0.3000" and table(text)["plain"]["its change to the end"] == "0.4000"
-    assert table(text)["other"]["metric there, interpolated"] == table(text)["other"]["its change to the end"] == "–"
+    assert parse_table(text)["plain"]["metric there, interpolated"] == "0.3000" and parse_table(text)["plain"]["its change to the end"] == "0.4000"
+    assert parse_table(text)["other"]["metric there, interpolated"] == parse_table(text)["other"]["its change to the end"] == "–"
     for arm, seed in (("plain", 2), ("other", 1)):
         told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
         assert told in text and told in page

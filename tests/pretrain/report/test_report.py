@@ -18,8 +18,8 @@ from pretrain.report.cost import flops_per_token
 from pretrain.report.embeddings import picture
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics
-from tests.launching import call
-from tests.pretrain.report.reading import check_alone, sections, table
+from tests.commands import run_command
+from tests.pretrain.report.report_helpers import assert_self_contained, parse_table, render_report
 from tests.pretrain.report.tiny_study import ROWS, SEEDS, change_lines, copy_run
 
 
@@ -27,13 +27,13 @@ from tests.pretrain.report.tiny_study import ROWS, SEEDS, change_lines, copy_run
 def reported(study, tmp_path_factory) -> tuple[str, Path]:
     """What the command prints and writes on the study."""
     folder = tmp_path_factory.mktemp("output")
-    return call([sys.executable, "launcher/report.py", str(study), "--output", str(folder)]).stdout, folder
+    return run_command([sys.executable, "launcher/report.py", str(study), "--output", str(folder)]).stdout, folder
 
 
 def test_the_command_writes_a_table_and_a_page(study, reported):
     printed, folder = reported
     assert (folder / "REPORT.md").read_text() == printed.removesuffix("\n")
-    rows = table(printed)
+    rows = parse_table(printed)
     assert list(rows) == ["next_token", "llm_jepa"] and rows["next_token"]["verdict"] == "baseline"
     for arm, row in rows.items():
         lines = [read_metrics(study / "runs" / f"{arm}-seed{seed}")[-1] for seed in SEEDS]
@@ -43,7 +43,7 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
         assert row["validation/loss/lm"].startswith(f"{np.mean([line['validation/loss/lm'] for line in lines]):.4f} ± ")
     assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it computes copies of the targets
     assert "Metric: chosen in study.json" in printed
-    scores = table(printed.partition("## All scores")[2])
+    scores = parse_table(printed.partition("## All scores")[2])
     for name in ("exact", "equal", "prefix", "contains", "stopped", "exact_unseen"):
         for arm in rows:
             values = [json.loads((study / "runs" / f"{arm}-seed{seed}" / "evaluation" / "results.jsonl").read_text())["metrics"][name]
@@ -53,7 +53,7 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
 
 def test_the_page_stands_alone_and_shows_everything(reported):
     text = (reported[1] / "report.html").read_text()
-    page = check_alone(text)
+    page = assert_self_contained(text)
     words = " ".join(page.text)
     for expected in ("nl_rx/exact", "loss/jepa", "training FLOPs", "training seconds", "retrieval@1", "effective rank", "Blue circles: prediction",
                      "nobody writes the target", "How each number was made", "finished"):
@@ -62,48 +62,48 @@ def test_the_page_stands_alone_and_shows_everything(reported):
     assert sum(tag == "svg" for tag, _ in page.found) >= 8
 
 
-def test_a_verdict_has_its_numbers(altered):
-    study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
-    text, page = sections(study)
+def test_a_verdict_has_its_numbers(study_with_values):
+    study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
+    text, page = render_report(study)
     assert "better helps: nl\\_rx/exact" in text.replace("_", "\\_") and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
-    assert table(text)["better"]["verdict"] == "helps" and "few" in text
+    assert parse_table(text)["better"]["verdict"] == "helps" and "few" in text
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
 
-def test_less_is_better_where_the_study_says_so(altered):
-    study = altered({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "less": {1: 0.5, 2: 0.51, 3: 0.52}})
+def test_less_is_better_where_the_study_says_so(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "less": {1: 0.5, 2: 0.51, 3: 0.52}})
     change_lines(study / "study.json", lambda values: values["metric"].update(higher_is_better=False))
-    assert table(sections(study, page=False)[0])["less"]["verdict"] == "helps"
+    assert parse_table(render_report(study, page=False)[0])["less"]["verdict"] == "helps"
 
 
-def test_a_collapsing_arm_does_not_help(altered):
-    study = altered({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "collapsed": {1: 0.7, 2: 0.71, 3: 0.73}})
+def test_a_collapsing_arm_does_not_help(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "collapsed": {1: 0.7, 2: 0.71, 3: 0.73}})
     tag = "validation/embedding/shuffled_cosine"
     for number, cosines in enumerate([(0.01, 0.02, 0.03), (0.98, 0.99, 0.985)]):
         for seed, cosine in enumerate(cosines, 1):
             change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine}))
-    text, _ = sections(study, page=False, metric=tag)
-    assert table(text)["collapsed"]["verdict"] == "hurts"
+    text, _ = render_report(study, page=False, metric=tag)
+    assert parse_table(text)["collapsed"]["verdict"] == "hurts"
 
 
-def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_called(altered):
-    study = altered({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
+def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_called(study_with_values):
+    study = study_with_values({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
     collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
     for folder in study.glob("arm*"):
         change_lines(folder / "metrics.jsonl", lambda line: line.update({f"validation/embedding/{name}": value for name, value in collapsed.items()}))
     config = study / "arm2-1" / "config.yaml"
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump(values | {"objective": values["objective"] | {"name": "next_jepa"}}))
-    text, _ = sections(study, page=False)
+    text, _ = render_report(study, page=False)
     assert "The embeddings of pairs (seed 1) and new (seed 1) have collapsed" in text
     values["objective"] = {"name": "semantic_tube", "weight": 0.1}
     config.write_text(yaml.safe_dump(values))
-    text, _ = sections(study, page=False)
+    text, _ = render_report(study, page=False)
     assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube alone never saw pairs"
 
 
-def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered):
-    study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
+def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(study_with_values):
+    study = study_with_values({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
     for folder in study.glob("arm*"):
         config = folder / "config.yaml"
@@ -112,14 +112,14 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(altered
         arrays = {name: random.normal(size=(20, 8)).astype(np.float32) for name in ("text", "code", "text_to_code")}
         arrays["text_to_code"][3] = np.nan
         np.savez(folder / "export" / "step-00000006" / "embeddings" / "pairs.npz", **arrays)
-    text, page = sections(study)
+    text, page = render_report(study)
     assert "Blue circles: text_to_code. Orange triangles: code." in page and "No picture of" not in page
     assert "FLOPs are not counted" in page and "nowhere is not here" in page
-    assert {row["FLOPs"] for row in table(text).values()} == {"–"}
-    check_alone(page)
+    assert {row["FLOPs"] for row in parse_table(text).values()} == {"–"}
+    assert_self_contained(page)
     for arm, flops in (("plain", 2.0), ("other", 3.0)):
         change_lines(study / "study.json", lambda values, arm=arm, flops=flops: values["arms"][arm].update(flops_per_token=flops))
-    rows = table(sections(study, page=False)[0])  # what the study wrote down needs no corpus
+    rows = parse_table(render_report(study, page=False)[0])  # what the study wrote down needs no corpus
     tokens = {arm: int(row["tokens"].replace(",", "")) for arm, row in rows.items()}
     assert {arm: row["FLOPs"] for arm, row in rows.items()} == {"plain": f"{2 * tokens['plain']:,}", "other": f"{3 * tokens['other']:,}"}
     assert rows["other"]["FLOPs a token"] == "× 1.50"
@@ -138,103 +138,103 @@ def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
             read(run)
 
 
-def test_several_arms_are_corrected_and_said_so(altered):
-    study = altered({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
+def test_several_arms_are_corrected_and_said_so(study_with_values):
+    study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
                      "c": {1: 0.5, 2: 0.49, 3: 0.512}})
-    several, _ = sections(study, page=False)
-    rows = table(several)
+    several, _ = render_report(study, page=False)
+    rows = parse_table(several)
     assert rows["c"]["verdict"] == "hurts" and rows["b"]["verdict"] == "no difference found"
     assert "3 arms are compared with one baseline" in several and "p (Holm)" in rows["a"]
     assert "c (−0.1993) hurts" in several and "no difference was found" in several
 
 
-def test_the_correction_counts_the_arms_that_were_tested(altered):
+def test_the_correction_counts_the_arms_that_were_tested(study_with_values):
     plain = {1: 0.70, 2: 0.69, 3: 0.71}
     good, broken = {1: 0.72, 2: 0.70, 3: 0.7245}, {1: 0.70, 2: math.nan, 3: 0.70}
-    text, page = sections(altered({"plain": plain, "good": good, "broken": broken}))
-    alone, _ = sections(altered({"plain": plain, "good": good}), page=False)
-    assert table(text)["good"]["p"] == table(alone)["good"]["p"] != "1.000"
+    text, page = render_report(study_with_values({"plain": plain, "good": good, "broken": broken}))
+    alone, _ = render_report(study_with_values({"plain": plain, "good": good}), page=False)
+    assert parse_table(text)["good"]["p"] == parse_table(alone)["good"]["p"] != "1.000"
     assert "after correction" not in text and "arms are compared with one baseline" not in text and "corrected for" not in page
-    assert "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text and table(text)["broken"]["p"] == "–"
+    assert "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text and parse_table(text)["broken"]["p"] == "–"
     third = {1: 0.5, 2: 0.49, 3: 0.512}
-    text, _ = sections(altered({"plain": plain, "good": good, "broken": broken, "third": third}), page=False)
+    text, _ = render_report(study_with_values({"plain": plain, "good": good, "broken": broken, "third": third}), page=False)
     assert "after correction for 2 arms" in text and "2 arms are compared with one baseline" in text
 
 
-def test_ties_are_called_ties(altered):
+def test_ties_are_called_ties(study_with_values):
     same = {1: 0.70, 2: 0.69, 3: 0.71}
-    text, _ = sections(altered({"plain": same, "twin": same}), page=False)
+    text, _ = render_report(study_with_values({"plain": same, "twin": same}), page=False)
     assert "**twin: no difference found to plain" in text and "same values in every seed" in text
     zero = dict.fromkeys(same, 0.0)
-    text, _ = sections(altered({"plain": zero, "as bad": zero}), page=False)
+    text, _ = render_report(study_with_values({"plain": zero, "as bad": zero}), page=False)
     assert "as bad: no verdict, because all runs have the same value, 0, as where no answer is right yet" in text and "(--metric)" in text
-    text, _ = sections(altered({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
+    text, _ = render_report(study_with_values({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
     assert "no difference found" in text and "would have been found with a chance of 80%" in text
 
 
-def test_one_seed_is_no_verdict(altered):
-    text, page = sections(altered({"plain": {1: 0.7}, "better": {1: 0.9}}))
-    assert "better: no verdict, because one seed tells nothing" in text and table(text)["better"]["verdict"] == "no verdict"
-    check_alone(page)
+def test_one_seed_is_no_verdict(study_with_values):
+    text, page = render_report(study_with_values({"plain": {1: 0.7}, "better": {1: 0.9}}))
+    assert "better: no verdict, because one seed tells nothing" in text and parse_table(text)["better"]["verdict"] == "no verdict"
+    assert_self_contained(page)
 
 
-def test_missing_and_unfinished_runs_are_told_and_not_counted(altered):
-    study = altered({"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}})
+def test_missing_and_unfinished_runs_are_told_and_not_counted(study_with_values):
+    study = study_with_values({"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}})
     shutil.rmtree(study / "arm1-1")
     (study / "arm1-2" / "status.json").write_text(json.dumps({"status": "running", "step": 3, "reason": ""}))
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(step=3))
-    text, page = sections(study)
-    assert table(text)["other"]["seeds"] == "1 of 4" and "no verdict" in text
+    text, page = render_report(study)
+    assert parse_table(text)["other"]["seeds"] == "1 of 4" and "no verdict" in text
     for expected in ("seed 1 is not there", "seed 2 is running at step 6", "seed 3 has no nl_rx/exact at its last step"):
         assert expected in text and expected in page
-    check_alone(page)
+    assert_self_contained(page)
 
 
-def test_nothing_yet_is_a_page_too(altered):
-    study = altered({"plain": {1: 0.7}, "other": {1: 0.7}})
+def test_nothing_yet_is_a_page_too(study_with_values):
+    study = study_with_values({"plain": {1: 0.7}, "other": {1: 0.7}})
     for folder in ("arm0-1", "arm1-1"):
         shutil.rmtree(study / folder)
-    text, page = sections(study)
+    text, page = render_report(study)
     assert "no verdict" in text and "0 of 1" in text and "No run has logged anything yet" in page
 
 
-def test_results_under_other_settings_do_not_count(altered):
-    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
+def test_results_under_other_settings_do_not_count(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
-    text, _ = sections(study, page=False)
-    assert table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
+    text, _ = render_report(study, page=False)
+    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
 
 
-def test_scores_of_different_versions_are_named_and_never_averaged(altered):
-    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
+def test_scores_of_different_versions_are_named_and_never_averaged(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
     old = study / "arm1-3" / "evaluation" / "results.jsonl"
     change_lines(old, lambda line: line.pop("scoring"))
-    text, _ = sections(study, page=False)
-    assert table(text)["other"]["nl_rx/exact"].startswith("0.7100") and table(text)["other"]["seeds"] == "2 of 3"
+    text, _ = render_report(study, page=False)
+    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7100") and parse_table(text)["other"]["seeds"] == "2 of 3"
     assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
     line = json.loads(old.read_text())
     again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
     old.write_text(old.read_text() + json.dumps(again) + "\n")  # as the evaluation leaves both
-    text, _ = sections(study, page=False)
-    assert table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
+    text, _ = render_report(study, page=False)
+    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
     for path in study.glob("arm*/evaluation/results.jsonl"):
         if path != old:
             path.write_text(path.read_text() + "".join(json.dumps(json.loads(line) | {"scoring": 1, "metrics": {"exact": 0.1}}) + "\n"
                                                         for line in path.read_text().splitlines()))
-    assert table(sections(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
+    assert parse_table(render_report(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
 
 
-def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(altered):
-    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
+def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(study_with_values):
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
     for path in study.glob("arm*/evaluation/results.jsonl"):
         if path.parts[-3] not in ("arm0-1", "arm1-1"):
             change_lines(path, lambda line: line.pop("scoring"))
-    text = sections(study, page=False)[0].replace("\\", "")
+    text = render_report(study, page=False)[0].replace("\\", "")
     assert "those of version 2 are compared, those of arm0-2 (version 1), arm0-3 (version 1), arm1-2" in text
 
 
-def test_arms_may_differ_in_what_they_finetune_by(altered):
-    study = altered({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
+def test_arms_may_differ_in_what_they_finetune_by(study_with_values):
+    study = study_with_values({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
     for arm, objective in enumerate(("next_token", "llm_jepa")):
         finetuning = {"finetune": {"epochs": 1}, "finetune_objective": {"name": objective}}
         for seed in (1, 2, 3):
@@ -242,28 +242,28 @@ def test_arms_may_differ_in_what_they_finetune_by(altered):
             config = yaml.safe_load((run_dir / "config.yaml").read_text()) | {"evaluation": {"tasks": [{"name": "nl_rx", "rows": ROWS} | finetuning]}}
             (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
             change_lines(run_dir / "evaluation" / "results.jsonl", lambda line, finetuning=finetuning: line["settings"].update(finetuning))
-    text, _ = sections(study, page=False)
-    assert table(text)["other"]["verdict"] == "helps" and "finetuning of nl_rx.finetune_objective.name (next_token, llm_jepa)" in text
+    text, _ = render_report(study, page=False)
+    assert parse_table(text)["other"]["verdict"] == "helps" and "finetuning of nl_rx.finetune_objective.name (next_token, llm_jepa)" in text
 
 
-def test_hostile_text_stays_text(altered):
+def test_hostile_text_stays_text(study_with_values):
     hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ \u2028 \x85 {{ 7 * 7 }} `x` [a](b)"
-    study = altered({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
+    study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
     for path in study.glob("arm*/evaluation/answers/*.jsonl"):
         change_lines(path, lambda line: line.update(answer=hostile, context=hostile, target=line["target"] + "</code></table>"))
-    text, page = sections(study)
-    assert len(table(text)) == 2 and "<script" not in text and "<img" not in text
-    found = check_alone(page)
+    text, page = render_report(study)
+    assert len(parse_table(text)) == 2 and "<script" not in text and "<img" not in text
+    found = assert_self_contained(page)
     assert hostile in "".join(found.text)
 
 
 def test_a_run_alone_is_shown_without_a_verdict(study):
-    text, _ = sections(study / "runs" / "llm_jepa-seed1", page=False)
-    assert "No verdict: there is one arm, llm_jepa" in text and list(table(text)) == ["llm_jepa"]
+    text, _ = render_report(study / "runs" / "llm_jepa-seed1", page=False)
+    assert "No verdict: there is one arm, llm_jepa" in text and list(parse_table(text)) == ["llm_jepa"]
 
 
 def test_mistakes_are_one_line_and_exit_code_2(study, tmp_path):
-    done = call([sys.executable, "launcher/report.py", str(tmp_path)], check=False)
+    done = run_command([sys.executable, "launcher/report.py", str(tmp_path)], check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no run directory" in done.stderr
     run = study / "runs" / "llm_jepa-seed1"
     copy_run(run, tmp_path / "twin", 1, 0.5)

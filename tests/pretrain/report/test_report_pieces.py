@@ -9,7 +9,7 @@ from data_prep.console import UserError
 from pretrain.report.curves import join
 from pretrain.report.embeddings import project
 from pretrain.report.examples import Answer, Example
-from pretrain.report.runs import Metric, Run, identity
+from pretrain.report.runs import Metric, Run, comparison_key
 
 
 def test_seeds_at_the_same_steps_are_averaged_step_by_step():
@@ -48,7 +48,7 @@ def test_collapsed_embeddings_are_a_spot():
 def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
     def result(**test):
         settings = {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}
-        return identity({"task": "a", "settings": settings, "rows": 10}, {})
+        return comparison_key({"task": "a", "settings": settings, "rows": 10}, {})
 
     assert result(type="json", path="here") == result(type="json", path="there")
     assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="a", hub_split="validation")
@@ -56,7 +56,7 @@ def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
 
 def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
     def result(configured, evaluated):
-        return identity({"task": "a", "settings": evaluated, "rows": 10}, {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}})
+        return comparison_key({"task": "a", "settings": evaluated, "rows": 10}, {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}})
 
     two, lora = {"finetune": {"epochs": 2}}, {"finetune": {"epochs": 2}, "finetune_lora": {"rank": 8}}
     assert result(two, two) == result(lora, lora)

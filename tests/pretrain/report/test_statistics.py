@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pretrain.report.statistics import ALPHA, compare, detectable_difference, holm, interval, p_value
+from pretrain.report.statistics import ALPHA, compare, confidence_interval, holm_correction, min_detectable_difference, p_value
 
 BASELINE = {1: 0.70, 2: 0.69, 3: 0.71, 4: 0.70, 5: 0.68}
 
@@ -100,14 +100,14 @@ def test_holm_rejects_what_the_procedure_rejects_and_intervals_agree():
             differences = {str(arm): random.normal(random.choice([0, 0.5, 2]), 1, 5) for arm in range(arms)}
             p_values = {name: p_value(one) for name, one in differences.items()}
             rejected = step_down(p_values)
-            for name, (corrected, alpha) in holm(p_values).items():
-                low, high = interval(differences[name], alpha)
+            for name, (corrected, alpha) in holm_correction(p_values).items():
+                low, high = confidence_interval(differences[name], alpha)
                 assert (corrected < ALPHA) == (name in rejected) == (not low <= 0 <= high), (p_values, name)
                 assert corrected >= p_values[name] and alpha <= ALPHA
 
 
 def test_holm_on_a_worked_example():
-    corrected = {name: value for name, (value, _) in holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}).items()}
+    corrected = {name: value for name, (value, _) in holm_correction({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}).items()}
     assert corrected == {"d": pytest.approx(0.02), "a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06)}
 
 
@@ -127,13 +127,13 @@ def test_what_several_arms_could_have_found_is_at_the_corrected_level():
     baseline = dict(enumerate(random.normal(0.7, 0.02, 5)))
     arms = {str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()} for arm in range(4)}
     for name, found in compare(arms, baseline, True).items():
-        assert found.detectable == pytest.approx(detectable_difference(found.sd, 5, ALPHA / 4)), name
+        assert found.min_detectable == pytest.approx(min_detectable_difference(found.sd, 5, ALPHA / 4)), name
 
 
 @pytest.mark.parametrize("seeds, tests", itertools.product((2, 3, 5, 10), (1, 4)))
 def test_the_detectable_difference_is_found_four_times_in_five(seeds, tests):
     random, alpha = np.random.default_rng(2), ALPHA / tests
-    differences = random.normal(detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
+    differences = random.normal(min_detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
     t_values = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(seeds))
     assert np.mean(np.abs(t_values) > stats.t.ppf(1 - alpha / 2, seeds - 1)) == pytest.approx(0.8, abs=0.01)
 

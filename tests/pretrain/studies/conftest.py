@@ -7,7 +7,7 @@ import yaml
 
 from data_prep.nlrx_grammar import generate
 from pretrain.studies.config import load_study
-from tests.launching import prepare_corpus, tiny_config, write_config
+from tests.commands import prepare_corpus, tiny_config, write_config
 
 STEPS = 40
 

@@ -9,14 +9,14 @@ from data_prep.console import UserError
 from data_prep.files import read_json, write_json
 from pretrain.config import load_config
 from pretrain.studies.corpora import assign_corpora, prepare_corpus
-from pretrain.studies.matching import make_base
-from tests.launching import call, tiny_config, write_config
+from pretrain.studies.matching import load_base_config
+from tests.commands import run_command, tiny_config, write_config
 
 SHORT = {"data.filters.min_characters": 40}
 
 
 def assign(study):
-    return assign_corpora(study, make_base(study))
+    return assign_corpora(study, load_base_config(study))
 
 
 def test_an_arm_cannot_name_the_corpus_of_other_records(make_study, folder):
@@ -70,7 +70,7 @@ def test_a_prepared_corpus_needs_no_hub(tmp_path):
     manifest = read_json(tmp_path / "corpus" / "manifest.json")
     sources = [{"type": "hub", "path": "nobody/nothing-at-all", "hub_split": "train"}]
     prepared = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources)))
-    manifest["settings"]["data"]["sources"] = prepared.data.preparation()["sources"]
+    manifest["settings"]["data"]["sources"] = prepared.data.shard_settings()["sources"]
     write_json(tmp_path / "corpus" / "manifest.json", manifest)
-    told = call([sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout
+    told = run_command([sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout
     assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in told

@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Specials
+from pretrain.data.layout import SpecialTokenIds
 from pretrain.studies.corpora import assign_corpora
-from pretrain.studies.matching import Matching, make_base
+from pretrain.studies.matching import Matching, load_base_config
 from pretrain.studies.plan import make_runs
 from pretrain.training.setup import make_loader
 from tests.pretrain.studies.conftest import STEPS
@@ -15,13 +15,13 @@ ARMS = {"plain": {"objective.name": "next_token"}, "jepa": {}, "dropout": {"obje
 
 
 def match(study):
-    return Matching(study, assign_corpora(study, make_base(study))[0], lambda line: None)
+    return Matching(study, assign_corpora(study, load_base_config(study))[0], lambda line: None)
 
 
 def tokens_of_steps(config, whole_run=False):
     """As the loader gives them out in the first epoch, or in all."""
     corpus = Corpus(config.data.path, "train")
-    loader = make_loader(config, corpus, config.make_layout(Specials(0, 2, 3, 4, 500), corpus.views))
+    loader = make_loader(config, corpus, config.make_layout(SpecialTokenIds(0, 2, 3, 4, 500), corpus.views))
     steps = []
     while not loader.exhausted if whole_run else loader.epoch == 0:
         steps.append(int(loader.next_rows(config.train.global_batch_rows).lengths.sum()))
@@ -50,7 +50,7 @@ def test_budgets_by_tokens_are_those_of_the_base(make_study):
     runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm) for seed in (5, 6) for arm in ARMS]
     assert {run.config.train.tokens for run in runs} == {matching.base_tokens} and all(run.config.seed == run.seed for run in runs)
-    assert all(run.config.train.steps is None and run.dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
+    assert all(run.config.train.steps is None and run.run_dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
 
 
 def test_by_flops_what_is_cheaper_reads_more(make_study):
@@ -103,7 +103,7 @@ def test_arms_with_other_records_get_a_corpus_beside_that_of_the_base(make_study
     arms = {"plain": {}, "short": {"data.filters.min_characters": 40}, "again": {"data.filters.min_characters": 40, "objective.weight": 1},
             "named": {"data.filters.min_characters": 50, "data.path": "elsewhere"}, "answers": {"data.lm_views": "last"}}
     study = make_study(arms=arms)
-    overrides, corpora = assign_corpora(study, make_base(study))
+    overrides, corpora = assign_corpora(study, load_base_config(study))
     assert overrides["plain"] == overrides["answers"] == overrides["named"] == {}
     assert overrides["short"] == overrides["again"] and overrides["short"]["data.path"].startswith(f"{folder / 'corpus'}-")
     assert [config.data.path for config in corpora] == [str(folder / "corpus"), overrides["short"]["data.path"], "elsewhere"]

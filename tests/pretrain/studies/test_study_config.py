@@ -5,7 +5,7 @@ import pytest
 from data_prep.console import UserError
 from pretrain.studies.calibration import fingerprint
 from pretrain.studies.config import as_override, load_study
-from tests.launching import ROOT
+from tests.commands import ROOT
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)

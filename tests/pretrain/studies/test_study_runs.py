@@ -11,10 +11,10 @@ import yaml
 from pretrain.report.cost import flops_per_token
 from pretrain.report.runs import read_run
 from pretrain.run_folder import read_metrics, read_status
-from pretrain.studies.runner import STOPPED
-from tests.launching import ROOT, Running, call
+from pretrain.studies.runner import EXIT_CODE_STOPPED
+from tests.commands import ROOT, BackgroundCommand, run_command
 from tests.pretrain.studies.conftest import STEPS
-from tests.pretrain.training.holding import released
+from tests.pretrain.training.pause_points import release_file
 from tests.processes import TIMEOUT, wait_for
 
 STUDY = ["python", "launcher/study.py"]
@@ -27,7 +27,7 @@ def start():
     started = []
 
     def run(path, log):
-        started.append(Running([*STUDY, str(path)], log))
+        started.append(BackgroundCommand([*STUDY, str(path)], log))
         return started[-1]
 
     yield run
@@ -53,7 +53,7 @@ import sys
 from pathlib import Path
 
 if sys.orig_argv[-1].endswith("/{name}.yaml") and "launcher/run.py" in " ".join(sys.orig_argv):
-    from tests.pretrain.training.holding import hold_steps
+    from tests.pretrain.training.pause_points import hold_steps
     hold_steps(Path(sys.orig_argv[-1]), [{WAIT}])
 """)
         return f"env PYTHONPATH={modules}:{ROOT} {sys.executable}"
@@ -77,22 +77,22 @@ def processes_of(folder):
 def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_study, waiting, folder):
     path, study = write_study(launch=waiting("jepa-seed1")), folder / "studies" / "two"
     plain, jepa = study / "plain-seed1", study / "jepa-seed1"
-    shown = call([*STUDY, str(path), "--dry-run"]).stdout
+    shown = run_command([*STUDY, str(path), "--dry-run"]).stdout
     assert "2 arms x 1 seed = 2 runs, matched by tokens" in shown and not study.exists()
 
     first = start(path, folder / "first.log")
     first.wait_until((study / "configs").exists, "the first run")
-    second = call([*STUDY, str(path)], check=False)
+    second = run_command([*STUDY, str(path)], check=False)
     assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), second.stderr
     first.wait_until(in_the_middle(jepa), "steps of the second run")
     first.process.kill()
-    released(study / "configs" / "jepa-seed1.yaml", WAIT).touch()
+    release_file(study / "configs" / "jepa-seed1.yaml", WAIT).touch()
     wait_for(lambda: not processes_of(study))
     assert read_status(jepa)["status"] == "resumable" and read_status(plain)["status"] == "finished"
     before, reached = (plain / "metrics.jsonl").read_bytes(), read_status(jepa)["step"]
     assert 0 < reached < STEPS and len(results(plain)) == 1 and not results(jepa)
 
-    resumed = call([*STUDY, str(path)], cold=True).stdout
+    resumed = run_command([*STUDY, str(path)], cold=True).stdout
     assert "plain-seed1 done" not in resumed and "[2/2] jepa-seed1 done" in resumed
     assert f"going on from step {reached}" in (study / "logs" / "jepa-seed1.log").read_text()
     assert (plain / "metrics.jsonl").read_bytes() == before
@@ -107,7 +107,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     for arm, run_dir in (("plain", plain), ("jepa", jepa)):
         assert record["arms"][arm]["flops_per_token"] == flops_per_token(read_run(run_dir))
 
-    wrong = call([*STUDY, str(path), "metric.name=ml"], check=False)
+    wrong = run_command([*STUDY, str(path), "metric.name=ml"], check=False)
     assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss gives lm, jepa" in wrong.stderr, wrong.stderr
     assert json.loads((study / "study.json").read_text()) == record
 
@@ -119,21 +119,21 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
     first = start(path, folder / "interrupted.log")
     first.wait_until(in_the_middle(study / "plain-seed1"), "steps of the first run")
     first.process.send_signal(signal.SIGINT)
-    released(study / "configs" / "plain-seed1.yaml", WAIT).touch()
-    assert first.end() == STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
+    release_file(study / "configs" / "plain-seed1.yaml", WAIT).touch()
+    assert first.end() == EXIT_CODE_STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
     assert read_status(study / "plain-seed1")["status"] == "resumable" and not processes_of(study)
 
-    done = call([*STUDY, str(path)], check=False)
+    done = run_command([*STUDY, str(path)], check=False)
     assert done.returncode == 1 and done.stdout.count(" FAILED: training ended with exit code") == 2, done.stdout
     assert all(len(results(study / f"{arm}-seed{seed}")) == 1 for arm in ("plain", "jepa") for seed in (1, 2))
-    changed = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
+    changed = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
     assert changed.returncode == 2 and "objective.weight (0.5, now 0.25)" in changed.stderr and changed.stderr.count("\n") == 1, changed.stderr
-    less = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
+    less = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
     assert " done in " not in less.stdout and "its output" not in less.stdout
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["evaluation"]["tasks"].append(base["evaluation"]["tasks"][0] | {"label": "again"})
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    more = call([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
+    more = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
     assert more.stdout.count(" done in ") == 4
     for run_dir in (study / f"{arm}-seed{seed}" for arm in ("plain", "jepa") for seed in (1, 2)):
         assert [result["task"] for result in results(run_dir)] == ["loss", "again"]
@@ -144,7 +144,7 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
     arms = {"plain": {"objective.name": "next_token"}, "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024}}
     path = write_study(name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873")
-    call([*STUDY, str(path)], timeout=2 * TIMEOUT)
+    run_command([*STUDY, str(path)], timeout=2 * TIMEOUT)
     study = folder / "studies" / "seconds"
     record = json.loads((study / "study.json").read_text())
     speed = {arm: found["tokens_per_second"] for arm, found in record["calibration"].items()}
@@ -157,4 +157,4 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
 
     record["calibration"]["wide"]["started_as"] = "other settings"  # or another version of the project: budgets of runs stay
     (study / "study.json").write_text(json.dumps(record))
-    assert "measuring the speed" not in call([*STUDY, str(path)]).stdout
+    assert "measuring the speed" not in run_command([*STUDY, str(path)]).stdout

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.config import JsonSource
 from data_prep.task_rows import Row, read_rows
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from pretrain.tasks.scoring import Answer
 
 DATA = Path(os.environ.get("JEPA_TEST_DATA", "/nonexistent"))
@@ -19,7 +19,7 @@ def real_rows(name, task="", rows=None) -> list[Row]:
     """Rows of a file of real data; skips the test where the machine has none."""
     if not (DATA / name).exists():
         pytest.skip(f"no real data: JEPA_TEST_DATA names no folder with {name}")
-    return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, public_form(task))
+    return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, public_row_format(task))
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -27,14 +27,14 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def gold(texts) -> list[Answer]:
+def gold_answers(texts) -> list[Answer]:
     return [Answer(text, True) for text in texts]
 
 
-def empty(texts) -> list[Answer]:
+def empty_answers(texts) -> list[Answer]:
     return [Answer("", True) for _ in texts]
 
 
-def shuffled(texts) -> list[str]:
+def rotated(texts) -> list[str]:
     """Every answer moved on by one row."""
     return [*texts[1:], texts[0]]

@@ -12,20 +12,20 @@ from data_prep.files import write_json
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from data_prep.task_rows import Row, read_rows
-from data_prep.tasks import public_form
+from data_prep.tasks import public_row_format
 from data_prep.tokenizer import train
 from pretrain.config import load_config, parse_task
-from pretrain.data.corpus import describe_corpus
+from pretrain.data.corpus import corpus_identity
 from pretrain.evaluation.task_run import CheckpointTask
-from pretrain.models.language_model import shape_config
+from pretrain.models.language_model import build_model_config
 from pretrain.tasks import gsm8k, hellaswag, labels, nq_open, rotten_tomatoes, yelp
-from pretrain.tasks.scoring import Answer, beyond_positions
-from tests.launching import TINY, tiny_config, write_config
-from tests.pretrain.tasks.shared_data import VIEWS, empty, gold, real_rows, shuffled, write_rows
+from pretrain.tasks.scoring import Answer, count_too_long_options
+from tests.commands import TINY_SHAPE, tiny_config, write_config
+from tests.pretrain.tasks.shared_data import VIEWS, empty_answers, gold_answers, real_rows, rotated, write_rows
 
 
 def rows_of(tmp_path, rows, task):
-    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", form=public_form(task))
+    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", row_format=public_row_format(task))
 
 
 @pytest.mark.parametrize("text, number", [
@@ -41,12 +41,12 @@ def test_the_final_number_stands_behind_the_last_mark(text, number):
 
 
 def check_gsm8k(targets):
-    metrics, counts = gsm8k.score(targets, gold(targets))
+    metrics, counts = gsm8k.score(targets, gold_answers(targets))
     assert set(metrics.values()) == {1.0} and counts == {"failed_gold": 0}
-    assert gsm8k.score(targets, empty(targets))[0] == {"final": 0, "final_any": 0, "answered": 0, "stopped": 1}
+    assert gsm8k.score(targets, empty_answers(targets))[0] == {"final": 0, "final_any": 0, "answered": 0, "stopped": 1}
     finals = [target.split("####")[-1].strip().replace(",", "") for target in targets]
-    equal = sum(map(str.__eq__, finals, shuffled(finals))) / len(finals)
-    metrics, _ = gsm8k.score(targets, gold(shuffled(targets)))
+    equal = sum(map(str.__eq__, finals, rotated(finals))) / len(finals)
+    metrics, _ = gsm8k.score(targets, gold_answers(rotated(targets)))
     assert metrics["final"] == metrics["final_any"] == pytest.approx(equal) and equal < 0.5
 
 
@@ -66,7 +66,7 @@ def test_labels_in_columns_with_the_names_of_the_views_are_those_of_the_public_f
     for task, expected in (("yelp", ["1", "5"]), ("rotten_tomatoes", ["Bad", "Good"])):
         rows = [{"text": "fine", "label": 0}, {"text": "poor", "label": 4 if task == "yelp" else 1}]
         source = JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows)))
-        assert [row.target for row in read_rows(source, ("text", "label"), "task.test", form=public_form(task))] == expected
+        assert [row.target for row in read_rows(source, ("text", "label"), "task.test", row_format=public_row_format(task))] == expected
 
 
 @pytest.mark.parametrize("question", [" ", "half \ud83d pair"])
@@ -79,14 +79,14 @@ def check_labels(targets):
     names = sorted(set(targets))
     certain = [[0.0 if name == target else -9.0 for name in names] for target in targets]
     undecided = [[-1.0] * len(names)] * len(targets)
-    metrics = labels.score(targets, names, certain, gold(targets))
+    metrics = labels.score(targets, names, certain, gold_answers(targets))
     assert metrics.pop("majority") <= 1 and set(metrics.values()) == {1}
-    metrics = labels.score(targets, names, undecided, empty(targets))
+    metrics = labels.score(targets, names, undecided, empty_answers(targets))
     assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == 0
     metrics = labels.score(targets, names, certain, [Answer(target, False) for target in targets])
     assert (metrics["generation"], metrics["prefix"], metrics["stopped"]) == (0, 1, 0)
-    equal = sum(map(str.__eq__, targets, shuffled(targets))) / len(targets)
-    metrics = labels.score(targets, names, shuffled(certain), gold(shuffled(targets)))
+    equal = sum(map(str.__eq__, targets, rotated(targets))) / len(targets)
+    metrics = labels.score(targets, names, rotated(certain), gold_answers(rotated(targets)))
     assert metrics["likelihood"] == metrics["generation"] == metrics["prefix"] == pytest.approx(equal)
     return metrics["majority"]
 
@@ -97,7 +97,7 @@ def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tokenizer = train([" ".join(pair) for pair in map(partial(generate, 0, "test"), range(60))], 330, folder)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shape_config("llama", TINY, tokenizer, 96)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(build_model_config("llama", TINY_SHAPE, tokenizer, 96)).save_pretrained(folder)
     return folder
 
 
@@ -143,7 +143,7 @@ def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsy
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
     run = CheckpointTask(config, parse_task({"name": "nl_rx", "test": str(rows)}, "task"), 1, tmp_path, tmp_path / "run" / "evaluation")
     (tmp_path / "run").mkdir()
-    environment = {"data": describe_corpus(read_manifest(prepared))}
+    environment = {"data": corpus_identity(read_manifest(prepared))}
     for recorded in ({}, environment):  # a run of a version that recorded nothing, and one of this corpus
         write_json(tmp_path / "run" / "environment.json", recorded)
         assert run.unseen(run.read_test()) == [False, True]
@@ -180,8 +180,8 @@ def test_columns_that_hold_no_text_are_reported_with_their_place(tmp_path, task,
 def test_what_does_not_fit_is_wrong_and_counted():
     infinite = float("-inf")
     assert hellaswag.score([0], [["a", "b"]], [[-5.0, infinite]]) == {"normalised": 0, "likelihood": 0}
-    assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold(["Good"]))["likelihood"] == 0
-    assert beyond_positions([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and beyond_positions([[-1.0]]) == {}
+    assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold_answers(["Good"]))["likelihood"] == 0
+    assert count_too_long_options([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and count_too_long_options([[-1.0]]) == {}
 
 
 def test_rotten_tomatoes_on_its_test_rows():
@@ -194,12 +194,12 @@ def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path)
     found = rows_of(tmp_path, rows, "nq_open")
     assert found[0].views == ("who wrote it", "The Beatles")
     right = [nq_open.right_answers(row) for row in found]
-    assert nq_open.score(right, gold([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
-    assert nq_open.score(right, gold([answers[-1].upper() + "." for answers in right]))["exact"] == 1
+    assert nq_open.score(right, gold_answers([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
+    assert nq_open.score(right, gold_answers([answers[-1].upper() + "." for answers in right]))["exact"] == 1
     assert nq_open.right_answers(Row(("which", "one"), {"messages": [], "answer": [1, 2]})) == ["one"]
     for nothing in ("", " ", "the", "."):
-        assert nq_open.score(right, gold([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
-    assert nq_open.score(right, gold(shuffled([answers[0] for answers in right])))["exact"] == 1 / 4
+        assert nq_open.score(right, gold_answers([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
+    assert nq_open.score(right, gold_answers(rotated([answers[0] for answers in right])))["exact"] == 1 / 4
     assert nq_open.score([["Lennon"]] * 2, [Answer("It was Lennon!", True), Answer("Lennon", False)]) == {"exact": 0, "contains": 1, "stopped": 1 / 2}
 
 
@@ -211,7 +211,7 @@ def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
     certain = [[-1.0 if place == number else -1000.0 for place in range(4)] for number in numbers]
     assert hellaswag.score(numbers, endings, certain) == {"normalised": 1, "likelihood": 1}
     assert hellaswag.score(numbers, [["same"] * 4] * 5, [[-3.0] * 4] * 5) == {"normalised": 0, "likelihood": 0}
-    assert hellaswag.score(numbers, endings, shuffled(certain)) == {"normalised": 1 / 5, "likelihood": 1 / 5}
+    assert hellaswag.score(numbers, endings, rotated(certain)) == {"normalised": 1 / 5, "likelihood": 1 / 5}
     assert hellaswag.score([1], endings[:1], [[-6.0, -20.0, -9.0, -9.0]]) == {"normalised": 1, "likelihood": 0}
     with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set"):
         rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], "hellaswag")

@@ -7,7 +7,7 @@ from pretrain.tasks import nl_rx
 from pretrain.tasks.nl_rx import score
 from pretrain.tasks.regex_equality import compare
 from pretrain.tasks.scoring import Answer
-from tests.pretrain.tasks.shared_data import empty, gold, real_rows, shuffled
+from tests.pretrain.tasks.shared_data import empty_answers, gold_answers, real_rows, rotated
 
 
 def test_each_rate_counts_what_it_says():
@@ -32,12 +32,12 @@ def targets_of(kind):
 def test_gold_empty_and_shuffled_answers(kind):
     targets = targets_of(kind)
     new = [True] * len(targets)
-    metrics, _ = score(targets, gold(targets), new)
+    metrics, _ = score(targets, gold_answers(targets), new)
     assert {name: value for name, value in metrics.items() if value != 1} == {"undecided": 0}
-    metrics, _ = score(targets, empty(targets), new)
+    metrics, _ = score(targets, empty_answers(targets), new)
     assert {name: value for name, value in metrics.items() if value != 0} == {"stopped": 1}
-    moved = shuffled(targets)
-    metrics, _ = score(targets, gold(moved), new)
+    moved = rotated(targets)
+    metrics, _ = score(targets, gold_answers(moved), new)
     pairs = list(zip(targets, moved, strict=True))
     assert metrics["exact"] == sum(target == answer for target, answer in pairs) / len(pairs)
     assert metrics["equal"] == sum(compare(target, answer).equal is True for target, answer in pairs) / len(pairs)
@@ -50,7 +50,7 @@ def test_regexes_built_to_explode_are_undecided_and_soon_not_tried(monkeypatch):
     monkeypatch.setattr(nl_rx, "compare", lambda *pair: compared.append(pair) or compare(*pair))
     exploding = [f"(.*a.{{20}})|(.*a{number}.{{20}})" for number in range(100)]
     exploding += ["~((" * 200 + "a" + "))" * 200, "(((a{9}){9}){9}){9}", "(" * 100_000]
-    metrics, _ = score([".*a.{20}"] * len(exploding), gold(exploding), [True] * len(exploding))
+    metrics, _ = score([".*a.{20}"] * len(exploding), gold_answers(exploding), [True] * len(exploding))
     assert len(compared) == 1, "each takes some seconds"
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
-    assert score(["(((a{9}){9}){9}){9}"], gold([""]), None)[1] == {"proper": 0}  # whether it is proper is undecided too
+    assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {"proper": 0}  # whether it is proper is undecided too

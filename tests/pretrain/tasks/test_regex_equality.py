@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.nlrx_grammar import generate
 from pretrain.tasks import regex_equality
-from pretrain.tasks.regex_equality import compare, is_proper
+from pretrain.tasks.regex_equality import compare, is_nontrivial
 
 SYNTH = Path(__file__).parents[4] / "shared" / "data" / "nl-rx-synth" / "test.jsonl"
 LETTERS, LONGEST = "a1-", 6
@@ -146,7 +146,7 @@ def test_precedence_is_that_of_nl_rx():
 def test_a_malformed_expression_equals_nothing():
     for malformed in ("(a", "a)", "a{", "a{2", "a{x}", "a{3,2}", "[", "[]", "[b-a]", "*", "a|*", "~", "a\\", "]"):
         assert compare(malformed, malformed).equal is False, malformed
-        assert is_proper(malformed) is False
+        assert is_nontrivial(malformed) is False
 
 
 def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
@@ -157,12 +157,12 @@ def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
     for letters in (string.ascii_lowercase[:16], string.ascii_letters):  # each letter somewhere: a state for each set of letters
         everywhere = "&".join(f"(.*{letter}.*)" for letter in letters)
         assert compare(everywhere, everywhere.replace("a", "!")).equal is None
-    assert machines and all(machine.work <= 1.01 * regex_equality.MOST_WORK for machine in machines)
-    assert all(len(machine.nodes) <= regex_equality.MOST_NODES for machine in machines)
+    assert machines and all(machine.work <= 1.01 * regex_equality.MAX_OPERATIONS for machine in machines)
+    assert all(len(machine.nodes) <= regex_equality.MAX_NODES for machine in machines)
 
 
 def test_proper_targets():
-    assert is_proper("(dog).*") and is_proper(".*") is False and is_proper("(a)&(b)") is False and is_proper("~(.*)|.*") is False
+    assert is_nontrivial("(dog).*") and is_nontrivial(".*") is False and is_nontrivial("(a)&(b)") is False and is_nontrivial("~(.*)|.*") is False
 
 
 def test_pairs_of_the_grammar_are_decided_at_once(machines):
@@ -181,4 +181,4 @@ def test_pairs_of_nl_rx_synth_are_decided_at_once(machines):
 
 def check_pairs(pairs: list[tuple[str, str]], machines: list) -> None:
     assert not [pair for pair in pairs if compare(*pair).equal is None]
-    assert max(machine.work for machine in machines) < regex_equality.MOST_WORK / 40
+    assert max(machine.work for machine in machines) < regex_equality.MAX_OPERATIONS / 40

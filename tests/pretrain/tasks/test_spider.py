@@ -16,9 +16,9 @@ from pretrain.tasks.scoring import Answer
 from pretrain.tasks.spider import judge, score
 from pretrain.tasks.sql import execution
 from pretrain.tasks.sql.databases import database_name, find_databases
-from pretrain.tasks.sql.execution import Runner, normal, same_rows
-from pretrain.tasks.sql.order import outer_order
-from tests.pretrain.tasks.shared_data import DATA, empty, gold, real_rows, shuffled
+from pretrain.tasks.sql.execution import QueryRunner, normal, same_rows
+from pretrain.tasks.sql.order import outer_order_by
+from tests.pretrain.tasks.shared_data import DATA, empty_answers, gold_answers, real_rows, rotated
 from tests.processes import TIMEOUT
 
 TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]
@@ -59,11 +59,11 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
     ("WITH x AS (SELECT 1) SELECT * FROM x ORDER BY 1", True), ('SELECT "order by" FROM t /* ORDER BY a */', False)])
 def test_order_counts_where_the_query_itself_orders(query, ordered):
     for whole in (query, f"({query}\n)", f" ( ({query}\n) ) ; -- end"):
-        assert (outer_order(whole) is not None) is ordered, whole
+        assert (outer_order_by(whole) is not None) is ordered, whole
 
 
 def test_parentheses_side_by_side_are_not_around_the_query():
-    assert outer_order("(SELECT 1) UNION (SELECT a FROM t ORDER BY a)") is None
+    assert outer_order_by("(SELECT 1) UNION (SELECT a FROM t ORDER BY a)") is None
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM p
     ("SELECT share FROM player WHERE share < 0.4 ORDER BY score", "SELECT share FROM player WHERE share < 0.4 ORDER BY -share", True),
 ])
 def test_rows_that_the_target_leaves_tied_may_come_in_any_order(players, target, answer, right):
-    with Runner() as runner:
+    with QueryRunner() as runner:
         assert judge(runner, players, target, target).right
         assert judge(runner, players, target, answer).right is right
 
@@ -133,10 +133,10 @@ def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
 
 def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
     targets = ["SELECT nothing FROM t", "SELECT id FROM t", "SELECT id FROM t", "SELECT id FROM t WHERE 0"]
-    metrics, counts = score(targets, gold(targets), [database, None, database, database], [False, True, True, False])
+    metrics, counts = score(targets, gold_answers(targets), [database, None, database, database], [False, True, True, False])
     assert (metrics["execution"], metrics["exact"], metrics["execution_unseen"], metrics["execution_filled"]) == (0.5, 1, 0.5, 1)
     assert counts == {"failed_gold": 1, "missing_database": 1, "empty_results": 1, "unseen": 2}
-    metrics, counts = score(targets, gold(targets), [database] * 4, None)
+    metrics, counts = score(targets, gold_answers(targets), [database] * 4, None)
     assert "unseen" not in counts and not any("unseen" in name for name in metrics)
 
 
@@ -189,7 +189,7 @@ ATTACKS = {
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_attacks_are_refused_or_cut_off_and_what_follows_runs(database, kind):
     before, files = database.read_bytes(), set(database.parent.iterdir())
-    with Runner(seconds=0.5) as runner:
+    with QueryRunner(seconds=0.5) as runner:
         for query in ATTACKS[kind]:
             outcome = runner.run(database, query)
             assert outcome.rows is None and 0 < len(outcome.error) < 400, query[:80]
@@ -201,7 +201,7 @@ def test_attacks_are_refused_or_cut_off_and_what_follows_runs(database, kind):
 
 
 def test_a_query_takes_no_more_processor_time_than_it_may(database):
-    with Runner(seconds=0.5) as runner:
+    with QueryRunner(seconds=0.5) as runner:
         assert runner.run(database, "SELECT 1").rows == [(1,)]
         worker = psutil.Process(runner._process.pid)
         assert "interrupted" in runner.run(database, f"{ENDLESS} SELECT count(*) FROM n").error
@@ -243,7 +243,7 @@ def share_with_equal_results(targets, answers, databases):
         connection = sqlite3.connect(database)
         try:
             results = [connection.execute(query).fetchall() for query in (target, answer)]
-            equal += results[0] == results[1] if outer_order(target) else Counter(results[0]) == Counter(results[1])
+            equal += results[0] == results[1] if outer_order_by(target) else Counter(results[0]) == Counter(results[1])
         except sqlite3.Error:
             pass
         connection.close()
@@ -252,13 +252,13 @@ def share_with_equal_results(targets, answers, databases):
 
 def check_scores(targets, databases, failing):
     new = [True] * len(targets)
-    metrics, counts = score(targets, gold(targets), databases, new)
+    metrics, counts = score(targets, gold_answers(targets), databases, new)
     assert counts["failed_gold"] == failing and counts["missing_database"] == 0
     assert metrics["execution"] == pytest.approx(1 - failing / len(targets)) and metrics["execution_filled"] == metrics["exact"] == 1
-    metrics, _ = score(targets, empty(targets), databases, new)
+    metrics, _ = score(targets, empty_answers(targets), databases, new)
     assert metrics["execution"] == metrics["exact"] == metrics["runs"] == 0
-    moved = shuffled(targets)
-    metrics, _ = score(targets, gold(moved), databases, new)
+    moved = rotated(targets)
+    metrics, _ = score(targets, gold_answers(moved), databases, new)
     assert metrics["execution"] == pytest.approx(share_with_equal_results(targets, moved, databases)) and metrics["execution"] < 0.5
     return counts
 

@@ -12,9 +12,9 @@ from data_prep.config import JsonSource
 from data_prep.console import UserError
 from pretrain.config import EvaluationConfig, RunConfig, load_config, parse_task
 from pretrain.evaluation.job import choose_tasks
-from pretrain.evaluation.pairs import prepare_pairs
+from pretrain.evaluation.task_corpus import prepare_task_corpus
 from pretrain.training import main
-from tests.launching import prepare_corpus, tiny_config, write_config
+from tests.commands import prepare_corpus, tiny_config, write_config
 
 
 @pytest.mark.parametrize("values, message", [
@@ -224,6 +224,6 @@ def test_the_pairs_of_a_task_may_be_files_of_a_folder(folder, tmp_path):
     (run_dir / "model").symlink_to(folder / "corpus" / "tokenizer")
     for number in range(2):
         (rows / f"{number}.jsonl").write_text(json.dumps({"text": f"lines with a {number}", "code": f"a{number}"}) + "\n")
-    data = prepare_pairs(config, JsonSource(type="json", path=str(rows)), run_dir / "evaluation")
+    data = prepare_task_corpus(config, JsonSource(type="json", path=str(rows)), run_dir / "evaluation")
     manifest = json.loads((Path(data.path) / "manifest.json").read_text())
     assert sum(shard["records"] for shard in manifest["splits"]["train"]["shards"]) == 2

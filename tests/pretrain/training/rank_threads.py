@@ -31,7 +31,7 @@ class RankThread(World):
         self.meeting.wait()
 
 
-def on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
+def run_on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
     """Return the result of `action` on each rank, or the UserError that it raises there."""
     values, meeting = [None] * size, threading.Barrier(size, timeout=TIMEOUT)
 

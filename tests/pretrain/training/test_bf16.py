@@ -10,10 +10,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pretrain.evaluation.export import export_checkpoint
-from pretrain.models.families import register_family_of
+from pretrain.models.families import register_family_from_folder
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
-from tests.launching import ROOT, call, ranks_command, tiny_config, write_config
+from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "several_runs.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
@@ -32,13 +32,13 @@ def folder(prepared, tmp_path_factory):
             model={"family": family, "shape": shape}, checkpoint={"every": STEPS // 2}, monitor__tensorboard=False,
             train={"steps": STEPS, "global_batch_rows": 8, "micro_batch_rows": micro_batch_rows, "learning_rate": 1e-3, "precision": precision})))
 
-    call(ranks_command(2, WORKER, *(add(family, name, precision) for family in FAMILIES for name, precision in (("two", "bf16"), ("fp32", "fp32")))))
+    run_command(ranks_command(2, WORKER, *(add(family, name, precision) for family in FAMILIES for name, precision in (("two", "bf16"), ("fp32", "fp32")))))
     resumed = [add(family, "one", "bf16", micro_batch_rows=4) for family in FAMILIES]
     for family in FAMILIES:
         shutil.copytree(folder / "runs" / f"{family}-two", folder / "runs" / f"{family}-one")
         shutil.rmtree(folder / "runs" / f"{family}-one" / "checkpoints" / step_name(STEPS))
         (folder / "runs" / f"{family}-one" / "status.json").unlink()
-    call(["python", str(WORKER), *resumed])
+    run_command(["python", str(WORKER), *resumed])
     return folder
 
 
@@ -59,7 +59,7 @@ def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
     """Those that the optimizer updates: not what is left of them in bf16."""
     run_dir = folder / "runs" / f"{family}-one"
     export = export_checkpoint(run_dir, STEPS)
-    register_family_of(export)
+    register_family_from_folder(export)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, local_files_only=True)
     weights = {name: weight for name, weight in consolidate(run_dir / "checkpoints" / step_name(STEPS)).items() if name.startswith("causal_lm.")}
     exported = model.state_dict()

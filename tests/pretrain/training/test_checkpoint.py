@@ -20,11 +20,11 @@ from data_prep.console import UserError
 from data_prep.files import sha256_file
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
-from pretrain.training.checkpoint import Found, check, consolidate, described, find_newest, load, make_universal, publish, retain
+from pretrain.training.checkpoint import VerifiedCheckpoint, check, consolidate, find_newest, load, make_universal, manifest_entry, prune, publish
 from pretrain.training.distributed import World
-from pretrain.training.random_state import file_name, random_state
+from pretrain.training.random_state import random_state, random_state_file_name
 from pretrain.training.stop import Stopped
-from tests.pretrain.training.rank_threads import on_ranks
+from tests.pretrain.training.rank_threads import run_on_ranks
 from tests.processes import wait_for
 
 STATE = {"progress": {"step": 3, "seconds": 0.5}, "name": "für α"}
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path, step: int, ranks: int = 2, files: int = 5, st
     temporary.mkdir(parents=True)
     for number in range(files):
         (temporary / f"shard-{number}.pt").write_bytes(bytes([step % 256, number]) * (10 + number))
-    publish(temporary, step, ranks, state, {path.name: described(path) for path in temporary.iterdir()})
+    publish(temporary, step, ranks, state, {path.name: manifest_entry(path) for path in temporary.iterdir()})
     return folder / step_name(step)
 
 
@@ -58,7 +58,7 @@ def test_a_published_checkpoint_is_complete_and_the_latest(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", path.name]
     assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", *(f"shard-{number}.pt" for number in range(5))]
     found = find_newest(tmp_path, ALONE, print)
-    assert found == Found(path, 2, STATE)
+    assert found == VerifiedCheckpoint(path, 2, STATE)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7
     assert list(manifest["files"]) == sorted(manifest["files"])
@@ -82,9 +82,9 @@ def test_publishing_waits_for_the_files_of_other_nodes(tmp_path):
     temporary.mkdir()
     (temporary / "other.pt").write_bytes(b"12")  # the file is visible but not complete yet
     (temporary / "mine.pt").write_bytes(b"1")
-    entries = {"mine.pt": described(temporary / "mine.pt")}
+    entries = {"mine.pt": manifest_entry(temporary / "mine.pt")}
     (tmp_path / "complete").write_bytes(b"12345")
-    entries["other.pt"] = described(tmp_path / "complete")
+    entries["other.pt"] = manifest_entry(tmp_path / "complete")
     thread = threading.Timer(0.5, lambda: os.replace(tmp_path / "complete", temporary / "other.pt"))
     started = time.monotonic()
     thread.start()
@@ -95,11 +95,11 @@ def test_publishing_waits_for_the_files_of_other_nodes(tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"1234", b"123456"])
 def test_publishing_fails_if_a_file_of_another_node_never_appears(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(checkpoint, "SHOWN", 0.3)  # with the 30 s of the product the test would take these
+    monkeypatch.setattr(checkpoint, "VISIBILITY_TIMEOUT", 0.3)  # with the 30 s of the product the test would take these
     temporary = tmp_path / ".step.tmp"
     temporary.mkdir()
     (temporary / "mine.pt").write_bytes(b"1")
-    entries = {"mine.pt": described(temporary / "mine.pt"), "other.pt": {"bytes": 5, "sha256": ""}}
+    entries = {"mine.pt": manifest_entry(temporary / "mine.pt"), "other.pt": {"bytes": 5, "sha256": ""}}
     if content:
         (temporary / "other.pt").write_bytes(content)
     with pytest.raises(FileNotFoundError, match=r"other.pt of another rank.*all nodes must share output_dir") as caught:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_pinned_while_it_is_removed_comes_back(tmp_path, mo
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", pin_then_replace)
-    assert retain(tmp_path, 1, keep_every) == []
+    assert prune(tmp_path, 1, keep_every) == []
     assert list_steps(tmp_path) == [1, 3]
     assert check(tmp_path / step_name(1)) is None
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_cannot_be_moved_is_reported_and_the_others_are_remove
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", refuse_the_first)
-    assert retain(tmp_path, 1, None) == [f"{step_name(1)} (Permission denied)"]
+    assert prune(tmp_path, 1, None) == [f"{step_name(1)} (Permission denied)"]
     assert list_steps(tmp_path) == [1, 3]
 
 
@@ -155,7 +155,7 @@ def test_a_folder_that_cannot_be_deleted_is_reported(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(shutil, "rmtree", refuse_the_first)
-    assert retain(tmp_path, 1, None) == [f".{step_name(1)}.tmp"]
+    assert prune(tmp_path, 1, None) == [f".{step_name(1)}.tmp"]
     assert list_steps(tmp_path) == [3] and not (tmp_path / f".{step_name(2)}.tmp").exists()
 
 
@@ -163,7 +163,7 @@ def test_only_the_leftovers_of_killed_saves_are_removed(tmp_path):
     write_checkpoint(tmp_path, 1)
     for name in (f".{step_name(2)}.tmp", "damaged-step-00000001", ".other.tmp"):
         (tmp_path / name).mkdir()
-    assert retain(tmp_path, 5, None) == []
+    assert prune(tmp_path, 5, None) == []
     assert {path.name for path in tmp_path.iterdir()} == {"latest", step_name(1), "damaged-step-00000001", ".other.tmp"}
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_an_earlier_version_stays_good(tmp_path):
     (path / "shard.pt").write_bytes(b"12")
     (path / "manifest.json").write_text(EARLIER)
     assert check(path) is None
-    assert find_newest(tmp_path, ALONE, print) == Found(path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"})
+    assert find_newest(tmp_path, ALONE, print) == VerifiedCheckpoint(path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"})
 
 
 def test_a_manifest_without_files_is_a_problem(tmp_path):
@@ -273,8 +273,8 @@ def test_ranks_find_the_newest_good_checkpoint_together_and_set_damaged_ones_asi
     (tmp_path / f"damaged-{step_name(3)}").mkdir()
     (tmp_path / f"damaged-{step_name(3)}" / "old").touch()
     said: list[list[str]] = [[] for _ in range(ranks)]
-    found = on_ranks(ranks, lambda world: find_newest(tmp_path, world, said[world.rank].append))
-    assert found == [Found(tmp_path / step_name(2), 2, {"step": 2})] * ranks
+    found = run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, said[world.rank].append))
+    assert found == [VerifiedCheckpoint(tmp_path / step_name(2), 2, {"step": 2})] * ranks
     assert list_steps(tmp_path) == [1, 2]
     for step, problem in ((10, "shard-4.pt is missing"), (3, "shard-1.pt has 0 bytes instead of 22")):
         aside = tmp_path / f"damaged-{step_name(step)}"
@@ -290,7 +290,7 @@ def test_each_file_is_read_by_one_rank(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path, 1)
     read: list[str] = []
     monkeypatch.setattr(checkpoint, "sha256_file", lambda file: read.append(file.name) or sha256_file(file))
-    on_ranks(3, lambda world: find_newest(tmp_path, world, print))
+    run_on_ranks(3, lambda world: find_newest(tmp_path, world, print))
     assert sorted(read) == sorted(file.name for file in path.glob("*.pt"))
 
 
@@ -300,7 +300,7 @@ def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
     write_checkpoint(tmp_path, 2)
     (tmp_path / "other").mkdir()
     shutil.copytree(tmp_path / step_name(1), tmp_path / "other" / step_name(1))
-    found = on_ranks(2, lambda world: find_newest(tmp_path / "other" if world.rank else tmp_path, world, print))
+    found = run_on_ranks(2, lambda world: find_newest(tmp_path / "other" if world.rank else tmp_path, world, print))
     assert [each.path.name for each in found] == [step_name(1)] * 2
 
 
@@ -309,7 +309,7 @@ def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path, ranks):
     for step in (1, 2):
         (write_checkpoint(tmp_path, step) / "shard-0.pt").unlink()
     for _ in range(2):  # the second start finds what the first one set aside
-        for error in on_ranks(ranks, lambda world: find_newest(tmp_path, world, print)):
+        for error in run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, print)):
             assert isinstance(error, UserError) and str(error).startswith(f"every checkpoint in {tmp_path} is damaged")
     assert list_steps(tmp_path) == []
 
@@ -356,10 +356,10 @@ def test_a_latest_that_cannot_be_repaired_is_not_an_error(tmp_path):
 
 def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CONVERTER", None)
-    found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
+    found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     said: list[str] = []
     make_universal(found, ALONE, NOT_STOPPED, said.append)
-    assert found.shards_for(1) == found.path and said == []
+    assert found.load_path_for(1) == found.path and said == []
 
 
 NOT_STOPPED = SimpleNamespace(received=None)
@@ -386,12 +386,12 @@ def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = ""
 @pytest.mark.parametrize(("before", "ranks"), [(1, 2), (4, 2), (2, 1)])
 def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatch, before, ranks):
     fake_conversion(monkeypatch, tmp_path / "converted", 0)
-    found = Found(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
-    target = found.shards_for(ranks)
-    assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), "retain() must find it after a kill"
+    found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
+    target = found.load_path_for(ranks)
+    assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), "prune() must find it after a kill"
     target.mkdir()  # left by a start that was killed
     said: list[list[str]] = [[] for _ in range(ranks)]
-    assert on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append)) == [None] * ranks
+    assert run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append)) == [None] * ranks
     assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
     [line] = said[0]
     assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in line
@@ -402,10 +402,10 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason, writes):
     fake_conversion(monkeypatch, tmp_path / "converted", 3, stderr, writes)
-    found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    for error in on_ranks(2, lambda world: make_universal(found, world, NOT_STOPPED, lambda line: None)):
+    found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
+    for error in run_on_ranks(2, lambda world: make_universal(found, world, NOT_STOPPED, lambda line: None)):
         assert isinstance(error, UserError) and f"({reason})" in str(error)
-    assert not found.shards_for(2).exists()
+    assert not found.load_path_for(2).exists()
 
 
 class StopOnceStarted:
@@ -424,14 +424,14 @@ def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, m
     code = ("import os, subprocess, sys, time; os.mkdir(sys.argv[4]); child = subprocess.Popen(['sleep', '9999']); "
             f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)")
     monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
-    found = Found(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    for error in on_ranks(2, lambda world: _stopped(found, world, StopOnceStarted(started))):
+    found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
+    for error in run_on_ranks(2, lambda world: _stopped(found, world, StopOnceStarted(started))):
         assert isinstance(error, Stopped)
-    assert not found.shards_for(2).exists()
+    assert not found.load_path_for(2).exists()
     wait_for(lambda: not psutil.pid_exists(int(started.read_text())) or psutil.Process(int(started.read_text())).status() == "zombie")
 
 
-def _stopped(found: Found, world: World, stop: StopOnceStarted) -> Stopped | None:
+def _stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> Stopped | None:
     try:
         return make_universal(found, world, stop, lambda line: None)
     except Stopped as error:
@@ -476,11 +476,11 @@ class Engine:
 
 
 @pytest.fixture
-def saved(tmp_path) -> tuple[Found, list[float]]:
+def saved(tmp_path) -> tuple[VerifiedCheckpoint, list[float]]:
     """A checkpoint of one rank with random states, and the random numbers drawn next."""
     path = write_checkpoint(tmp_path, 1, ranks=1)
-    torch.save(random_state(), path / file_name(0))
-    return Found(path, 1, STATE), draw_numbers()
+    torch.save(random_state(), path / random_state_file_name(0))
+    return VerifiedCheckpoint(path, 1, STATE), draw_numbers()
 
 
 def draw_numbers() -> list[float]:
@@ -501,10 +501,10 @@ def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_cou
     load(plain, found, ALONE)
     expected = plain.step()
 
-    converted = found.shards_for(2)
+    converted = found.load_path_for(2)
     converted.mkdir()
     engines = [Engine(), Engine()]
-    assert on_ranks(2, lambda world: load(engines[world.rank], found, world)) == [None, None]
+    assert run_on_ranks(2, lambda world: load(engines[world.rank], found, world)) == [None, None]
     for engine in engines:
         assert engine.loaded == [converted]
         assert [group["weight_decay"] for group in engine.optimizer.optimizer.param_groups] == [0.1, 0.0]
@@ -516,7 +516,7 @@ def test_loading_for_another_number_of_ranks_keeps_the_settings_and_the_step_cou
 
 def test_frozen_weights_are_loaded_for_another_number_of_ranks(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path, 1, ranks=2)
-    torch.save(random_state(), path / file_name(0))
+    torch.save(random_state(), path / random_state_file_name(0))
     engine = Engine()
     engine.module.base = torch.nn.Module()
     engine.module.base.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
@@ -524,13 +524,13 @@ def test_frozen_weights_are_loaded_for_another_number_of_ranks(tmp_path, monkeyp
     engine.module.model.register_parameter("weight", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
     weights = {path: {"weight": torch.tensor([1.0, 2.0]), "base.weight": torch.tensor([3.0, 4.0])}}
     monkeypatch.setattr(checkpoint, "consolidate", weights.__getitem__)
-    load(engine, Found(path, 2, STATE), ALONE)
+    load(engine, VerifiedCheckpoint(path, 2, STATE), ALONE)
     assert engine.module.model.weight.tolist() == [1, 2] and engine.module.base.weight.tolist() == [3, 4]
 
 
 def test_loading_succeeds_even_if_the_converted_folder_cannot_be_removed(saved, monkeypatch):
     found, _ = saved
-    found.shards_for(2).mkdir()
+    found.load_path_for(2).mkdir()
     engine = Engine()
     load_checkpoint = engine.load_checkpoint
 
@@ -546,17 +546,17 @@ def test_loading_succeeds_even_if_the_converted_folder_cannot_be_removed(saved, 
     engine.load_checkpoint = load_without_latest
     monkeypatch.setattr(shutil, "rmtree", refuse)
     load(engine, found, SimpleNamespace(rank=0, size=2, is_main=True, barrier=lambda: None))
-    assert engine.loaded == [found.shards_for(2)]
+    assert engine.loaded == [found.load_path_for(2)]
 
 
 def test_each_rank_continues_with_its_own_random_numbers(saved):
     found, numbers = saved
     torch.manual_seed(9)
-    torch.save(random_state(), found.path / file_name(1))
+    torch.save(random_state(), found.path / random_state_file_name(1))
     of_second = float(torch.rand(()))
 
     def loaded(rank: int) -> float:
-        load(Engine(), Found(found.path, 2, STATE), SimpleNamespace(rank=rank, size=2, is_main=rank == 0, barrier=lambda: None))
+        load(Engine(), VerifiedCheckpoint(found.path, 2, STATE), SimpleNamespace(rank=rank, size=2, is_main=rank == 0, barrier=lambda: None))
         return float(torch.rand(()))
 
     assert loaded(1) == of_second and loaded(0) == numbers[2]
@@ -591,7 +591,7 @@ def test_what_is_not_trained_comes_from_the_whole_module(tmp_path, monkeypatch):
     temporary.mkdir()
     torch.save({"module": {"trained": torch.zeros(2), "frozen": torch.ones(2, dtype=torch.bfloat16)}, "version": Version()},
                temporary / "mp_rank_00_model_states.pt")
-    publish(temporary, 1, 2, STATE, {path.name: described(path) for path in temporary.iterdir()})
+    publish(temporary, 1, 2, STATE, {path.name: manifest_entry(path) for path in temporary.iterdir()})
     monkeypatch.setattr(checkpoint, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)})
     state = consolidate(tmp_path / step_name(1))
     assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {key: (torch.float32, [1, 1]) for key in ("trained", "frozen")}

@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 
 from data_prep.nlrx_grammar import generate
-from tests.launching import ROOT, call, ranks_command
+from tests.commands import ROOT, ranks_command, run_command
 
 NAMES = ("llama_1b_pairs", "llama_8b_pairs")
 COLUMNS = (("func_documentation_string", "func_code_string"), ("sql_prompt", "sql"), ("anchor", "positive"), ("text", "text"))
@@ -30,14 +30,14 @@ def stand_ins(tmp_path_factory) -> list[str]:
             columns["text"] = [" ".join(row[0] for row in rows[first : first + 40]) for first in range(len(rows))]
         Dataset.from_dict(columns).save_to_disk(folder / str(number))
         overrides += [f"data.sources.{number}.path={folder / str(number)}", f"data.sources.{number}.config=null"]
-    call(["python", "-m", "data_prep", ROOT / "configs" / f"{NAMES[0]}.yaml", *overrides, *SMALL])
+    run_command(["python", "-m", "data_prep", ROOT / "configs" / f"{NAMES[0]}.yaml", *overrides, *SMALL])
     return overrides
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_trains_on_two_ranks_in_bf16(stand_ins, name):
     config = ROOT / "configs" / f"{name}.yaml"
-    call(ranks_command(2, "launcher/run.py", config, f"name={name}", *stand_ins, *SMALL))
+    run_command(ranks_command(2, "launcher/run.py", config, f"name={name}", *stand_ins, *SMALL))
     run_dir = ROOT / stand_ins[1].removeprefix("output_dir=") / name
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[-1]["loss/lm"] < lines[0]["loss/lm"] and all("loss/jepa" in line for line in lines)
@@ -49,7 +49,7 @@ def test_a_configuration_trains_on_two_ranks_in_bf16(stand_ins, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_is_planned_as_it_stands(tmp_path, name):
     """For 1, 8 and 64 ranks, without its corpus: docs/cluster.md shows this output."""
-    done = call(["python", "launcher/run.py", ROOT / "configs" / f"{name}.yaml", "--dry-run", f"data.path={tmp_path / 'corpus'}"])
+    done = run_command(["python", "launcher/run.py", ROOT / "configs" / f"{name}.yaml", "--dry-run", f"data.path={tmp_path / 'corpus'}"])
     assert "micro steps of each of 64 ranks" in done.stdout
     printed = done.stdout[done.stdout.index("model states of a rank") :].split("\n\n")[0]
     assert printed in (ROOT / "docs" / "cluster.md").read_text()

@@ -11,7 +11,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.models.language_model import special_ids
 from pretrain.run_folder import list_steps, read_status
 from pretrain.training.setup import make_loader
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 STEP = 4
 """The step that meets the damage."""
@@ -43,7 +43,7 @@ def damaged(tmp_path_factory):
     whole = shard.read_bytes()
     flip_a_token(shard, "code", record)
     command = ranks_command(2, "launcher/run.py", path)
-    done = call(command, check=False)
+    done = run_command(command, check=False)
     return {"run": config.run_dir, "shard": shard, "whole": whole, "record": record, "done": done, "command": command}
 
 
@@ -61,7 +61,7 @@ def test_the_steps_before_are_kept_and_the_run_goes_on_once_the_shard_is_mended(
     assert status["again"] is False  # another start would meet the same
     assert list_steps(run / "checkpoints") == [STEP - 1]
     damaged["shard"].write_bytes(damaged["whole"])
-    assert f"going on from step {STEP - 1}" in call(damaged["command"]).stdout
+    assert f"going on from step {STEP - 1}" in run_command(damaged["command"]).stdout
     assert read_status(run)["status"] == "finished"
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
@@ -71,7 +71,7 @@ def test_a_shard_that_is_truncated_while_a_run_reads_it_is_named(tmp_path):
     prepare_corpus(path)
     [shard] = (tmp_path / "corpus").glob("train-*.arrow")
     size = shard.stat().st_size
-    done = call(["python", str(ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"), "truncate:5", str(path)], check=False)
+    done = run_command(["python", str(ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"), "truncate:5", str(path)], check=False)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr
     assert f"error: the shard {shard} is damaged or of another run: it has {size // 2} bytes, the manifest says {size}" in done.stderr

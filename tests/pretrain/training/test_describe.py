@@ -8,8 +8,8 @@ import subprocess
 from pretrain import revision
 from pretrain.config import load_config
 from pretrain.training import describe
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 
 def recorded(tmp_path, write_corpus) -> dict:
@@ -43,11 +43,11 @@ def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path,
 def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
     first, again = tmp_path / "runs" / "run", tmp_path / "runs" / "again"
     path = write_config(tmp_path, tiny_config(tmp_path))
-    call(["python", "-m", "data_prep", path])
-    call(ranks_command(2, "launcher/run.py", path))
+    run_command(["python", "-m", "data_prep", path])
+    run_command(ranks_command(2, "launcher/run.py", path))
     changes = [f"data.path={tmp_path / 'second'}", "name=again"]
-    call(["python", "-m", "data_prep", first / "config.yaml", *changes])
-    call(ranks_command(2, "launcher/run.py", first / "config.yaml", *changes))
+    run_command(["python", "-m", "data_prep", first / "config.yaml", *changes])
+    run_command(ranks_command(2, "launcher/run.py", first / "config.yaml", *changes))
     assert (first / "environment.json").read_bytes() == (again / "environment.json").read_bytes()
     assert_same_checkpoints(*(run / "checkpoints" / "step-00000004" for run in (first, again)))
 
@@ -55,14 +55,14 @@ def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
 def test_only_a_start_that_trains_is_recorded(tmp_path):
     path, run = write_config(tmp_path, tiny_config(tmp_path)), tmp_path / "runs" / "run"
     prepare_corpus(path)
-    call(["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False)  # refused when the engine is built
+    run_command(["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False)  # refused when the engine is built
     assert not (run / "environment.json").exists() and not (run / "config.yaml").exists()
-    call(ranks_command(2, "launcher/run.py", path))
+    run_command(ranks_command(2, "launcher/run.py", path))
     recorded = [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")]
-    assert "is finished already" in call(["python", "launcher/run.py", path, "monitor.log_every=2"]).stdout
+    assert "is finished already" in run_command(["python", "launcher/run.py", path, "monitor.log_every=2"]).stdout
     assert [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")] == recorded
     (run / "status.json").unlink()  # so that it starts again at its last step
-    call(["python", "launcher/run.py", path, "monitor.log_every=2"])
+    run_command(["python", "launcher/run.py", path, "monitor.log_every=2"])
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["ranks"]) for start in starts] == [(0, 2), (4, 1)]
     assert starts[0]["changes"] == [] and "monitor.log_every is 2, it was 1" in starts[1]["changes"]
@@ -76,6 +76,6 @@ def test_a_corpus_without_write_permission_trains_and_exports(tmp_path):
     for file in tokenizer.iterdir():
         file.chmod(0o444)
     tokenizer.chmod(0o555)
-    call(["python", "launcher/run.py", path])
+    run_command(["python", "launcher/run.py", path])
     model = tmp_path / "runs" / "run" / "model"
     assert all(place.stat().st_mode & 0o200 for place in (model, *model.iterdir()))

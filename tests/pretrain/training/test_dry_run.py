@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pretrain.cluster.needs import PROCESS_BYTES, needs_of
+from pretrain.cluster.estimate import PROCESS_BYTES, estimate_resources
 from pretrain.config import load_config
 from pretrain.data import order
 from pretrain.data.batch import assemble
@@ -16,14 +16,14 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.models import head
 from pretrain.models.attention import visibility_mask
-from pretrain.models.language_model import random_causal_lm, shape_config, special_ids
+from pretrain.models.language_model import build_model_config, random_causal_lm, special_ids
 from pretrain.models.lora import add_adapters
 from pretrain.sections import LoraConfig
 from pretrain.training.main import main
 from pretrain.training.memory import activations
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
-from tests.pretrain.training.test_launchers import MISTAKES, write_mistake
+from tests.pretrain.training.test_launchers import INVALID_CONFIGS, write_invalid_config
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
 """Large enough that its model states outweigh everything else."""
@@ -112,7 +112,7 @@ def test_the_jepa_term_costs_the_copies_of_the_target_and_the_predictor_tokens(f
 def test_the_plan_is_the_run(folder, plan):
     rows = plan(**EPOCH, name="done")
     assert not (folder / "runs" / "done").exists()
-    done = call(["python", "launcher/run.py", str(folder / "done.yaml")])
+    done = run_command(["python", "launcher/run.py", str(folder / "done.yaml")])
     assert f"{rows['total'][0]} parameters, {rows['train'][0]} records" in done.stdout
     metrics = [json.loads(line) for line in (folder / "runs" / "done" / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == number(rows["steps, about"][0])
@@ -165,7 +165,7 @@ def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_windo
 def start(folder):
     """A folder to start from, for model.init_from."""
     config = load_config(write_config(folder, tiny_config(folder, name="start")))
-    shape = shape_config("llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128)
+    shape = build_model_config("llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128)
     torch.manual_seed(1)
     random_causal_lm(shape, "sdpa", torch.float32).save_pretrained(folder / "start-of-lora")
     return folder / "start-of-lora"
@@ -196,8 +196,8 @@ def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, 
     assert parameters == pytest.approx(2 * total, abs=2**13)
     assert gradients == pytest.approx(4 * trained, abs=2**13) and optimizer == pytest.approx(12 * trained, abs=2**13)
     assert number(rows["gathered parameters, at most"][0]) * 2**20 == pytest.approx(2 * total, abs=2**13)
-    needs = needs_of(load_config(folder / "planned.yaml"), 1)
-    assert needs.parameters == total and needs.checkpoint == 12 * trained + 2 * (total - trained) and needs.bucket == 2 * 1000
+    estimate = estimate_resources(load_config(folder / "planned.yaml"), 1)
+    assert estimate.parameters == total and estimate.checkpoint == 12 * trained + 2 * (total - trained) and estimate.bucket == 2 * 1000
 
 
 def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
@@ -205,11 +205,11 @@ def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
     total, item = number(rows["total"][0]), 4
     assert number(rows["gradients to be reduced, on CUDA all of reduce_bucket_size"][0]) * 2**20 == pytest.approx(item * 5e8, rel=1e-4)
     assert number(rows["gradients to be reduced, on CPU as far as it is filled"][0]) * 2**20 == pytest.approx(item * total, abs=2**13)
-    needs = needs_of(load_config(folder / "planned.yaml"), 1)
+    estimate = estimate_resources(load_config(folder / "planned.yaml"), 1)
     held = number(rows["ZeRO 3, as configured 1"][-2])
     for device in ("cuda", "cpu"):
         together = held + number(rows[f"together on {device.upper()}"][0])
-        assert needs.rank_memory[device] - PROCESS_BYTES[device] == pytest.approx(together * 2**20, rel=0.01)
+        assert estimate.rank_memory[device] - PROCESS_BYTES[device] == pytest.approx(together * 2**20, rel=0.01)
     filled = plan(1, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
     assert "together" in filled and "gradients to be reduced" in filled and "together on CPU" not in filled
     doubled = plan(1, deepspeed={"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10_000}})
@@ -224,8 +224,8 @@ def two_steps(name: str, precision: str, stage: int) -> dict:
 
 
 def measure(command: list[str]) -> list[dict]:
-    """Return what tests/pretrain/training/held_bytes.py prints."""
-    return [json.loads(line) for line in call(command).stdout.splitlines() if line.startswith("{")]
+    """Return what tests/pretrain/training/peak_tensor_bytes.py prints."""
+    return [json.loads(line) for line in run_command(command).stdout.splitlines() if line.startswith("{")]
 
 
 def assert_held(row: list[str], found: dict, case: object, tolerance: float = 0.03) -> None:
@@ -241,9 +241,9 @@ def test_model_states_are_what_deepspeed_holds(folder, plan):
     changes = {name: two_steps(name, *case) for name, case in cases.items()}
     changes["bf16-2-bf16"]["deepspeed"]["data_types"] = {"grad_accum_dtype": "bf16"}
     paths = {name: write_config(folder, tiny_config(folder, **change)) for name, change in changes.items()}
-    two = measure(ranks_command(2, "tests/pretrain/training/held_bytes.py", *paths.values()))
+    two = measure(ranks_command(2, "tests/pretrain/training/peak_tensor_bytes.py", *paths.values()))
     alone = write_config(folder, tiny_config(folder, **changes["fp32-3"] | {"name": "alone"}))
-    one = measure(["python", "tests/pretrain/training/held_bytes.py", str(alone)])
+    one = measure(["python", "tests/pretrain/training/peak_tensor_bytes.py", str(alone)])
     assert len(two) == len(cases) and len(one) == 1
     for ranks, measured in ((2, two), (1, one)):
         for found in measured:
@@ -259,7 +259,7 @@ def test_model_states_with_adapters_are_what_deepspeed_holds(folder, plan, start
     del changes["model__shape"]
     changes["model"] = {"init_from": str(start), "lora": {"rank": 16, "alpha": 16}}
     changes["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = 1000
-    found, = measure(ranks_command(2, "tests/pretrain/training/held_bytes.py", write_config(folder, tiny_config(folder, **changes))))
+    found, = measure(ranks_command(2, "tests/pretrain/training/peak_tensor_bytes.py", write_config(folder, tiny_config(folder, **changes))))
     assert_held(plan(2, **changes | {"name": "planned"})[f"ZeRO {stage}, as configured 2"], found, (precision, stage), 0.05)
 
 
@@ -275,7 +275,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(make_model, precisi
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    embedded = torch.randn(rows, length, model.width, dtype=dtype, requires_grad=True)
+    embedded = torch.randn(rows, length, model.hidden_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.causal_lm.model(inputs_embeds=embedded, use_cache=False)
     held = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
@@ -288,9 +288,9 @@ def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, prec
     """For several chunks, with and without soft-capping (gemma2)."""
     model = make_model(0, dtype=dtype, family=family)
     targets, chunk = 4000, 1000
-    monkeypatch.setitem(head.MOST_LOGITS, "cpu", chunk * model.vocabulary)
-    hidden = torch.randn(targets, model.width, dtype=dtype, requires_grad=True)
-    labels = torch.randint(model.vocabulary, (targets,))
+    monkeypatch.setitem(head.MAX_LOGITS, "cpu", chunk * model.vocab_size)
+    hidden = torch.randn(targets, model.hidden_size, dtype=dtype, requires_grad=True)
+    labels = torch.randint(model.vocab_size, (targets,))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model.cross_entropy(hidden, labels).backward()
     held = peak = 0
@@ -300,8 +300,8 @@ def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, prec
         peak = max(peak, held)
     expected = activations(model, precision, 0, targets, "cpu")
     of_hidden = hidden.numel() * hidden.element_size()
-    assert expected.logits == pytest.approx(chunk * model.vocabulary * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2")))
-    of_weight = 4 * model.vocabulary * model.width
+    assert expected.logits == pytest.approx(chunk * model.vocab_size * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2")))
+    of_weight = 4 * model.vocab_size * model.hidden_size
     assert peak == pytest.approx(expected.logits + of_weight + of_hidden, rel=0.1) and expected.head > 2 * of_weight - 1, "in the forward pass"
 
 
@@ -309,11 +309,11 @@ def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):
     values = tiny_config(folder, name="large", data__path=str(folder / "later"), data__tokenizer={"vocab_size": 128_000}, data__sequence_length=4096,
                          model__shape=LLAMA_8B, train={"tokens": 2 * 10**11, "global_batch_rows": 1024, "micro_batch_rows": 1,
                                                        "learning_rate": 3e-4, "precision": "bf16"})
-    done = call([*ranks_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
+    done = run_command([*ranks_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
     rows = rows_of("\n".join(line for line in done.stdout.splitlines() if not line.startswith("[")))
-    width, inner, of_keys = 4096, 14336, 1024
-    layer = 2 * width * width + 2 * width * of_keys + 3 * width * inner + 2 * width
-    assert number(rows["total"][0]) == 2 * 128_000 * width + 32 * layer + width + width  # embedding, head, layers, norm, predictor
+    hidden_size, inner, of_keys = 4096, 14336, 1024
+    layer = 2 * hidden_size * hidden_size + 2 * hidden_size * of_keys + 3 * hidden_size * inner + 2 * hidden_size
+    assert number(rows["total"][0]) == 2 * 128_000 * hidden_size + 32 * layer + hidden_size + hidden_size  # embedding, head, layers, norm, predictor
     assert number(rows["steps, at least"][0]) == -(-2 * 10**11 // (1024 * 4096))
     assert number(rows["micro steps of each of 2 ranks"][0]) == 512
     assert not (folder / "runs" / "large").exists() and not (folder / "later").exists()
@@ -326,9 +326,9 @@ def test_a_tokenizer_that_is_taken_over_gives_the_vocabulary(folder, plan):
     assert "records" not in later
 
 
-@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if mistake != "no corpus"])
+@pytest.mark.parametrize("mistake", [mistake for mistake in INVALID_CONFIGS if mistake != "no corpus"])
 def test_mistakes_are_those_of_a_real_start(folder, tmp_path, monkeypatch, capsys, mistake):
-    path, expected = write_mistake(folder, tmp_path, mistake)
+    path, expected = write_invalid_config(folder, tmp_path, mistake)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pretrain.run_folder import list_steps, read_status
-from tests.launching import ROOT, Running, call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.holding import released
+from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.pause_points import release_file
 
 STEPS = 24
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 ROWS = 8
 CHAIN = (1, 2, 4, 1)
 """Ranks of one start after the other."""
@@ -31,18 +31,18 @@ def story(tmp_path_factory, request) -> dict:
                          deepspeed={"zero_optimization": {"stage": request.param}})
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
     prepare_corpus(fixed)
-    call(ranks_command(2, "launcher/run.py", fixed))
+    run_command(ranks_command(2, "launcher/run.py", fixed))
     stops, logs = [], []
     for number, ranks in enumerate(CHAIN):
         config = write_config(folder, values | {"name": "elastic", "train": values["train"] | {"micro_batch_rows": ROWS // ranks}})
         stop = 6 * (number + 1)
-        running = Running(ranks_command(ranks, SPOILED, f"hold:{stop}", config), folder / f"{number}.log")
+        running = BackgroundCommand(ranks_command(ranks, FAULTY_RUN, f"hold:{stop}", config), folder / f"{number}.log")
         if number == len(CHAIN) - 1:
-            released(config, stop).touch()
+            release_file(config, stop).touch()
         if number < len(CHAIN) - 1:
             running.wait_until(lambda number=number: len(metrics(folder, "elastic")) >= 5 * (number + 1), "five more steps")
             running.ranks()[-1].send_signal(signal.SIGTERM)
-            released(config, stop).touch()
+            release_file(config, stop).touch()
         running.end()
         logs.append(running.log.read_text())
         stops.append(read_status(folder / "runs" / "elastic")["step"])

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.run_folder import step_name
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 CPU = {"device": "cpu"}
@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("options")
     path = write_config(folder, tiny_config(folder, name="base", train__steps=1))
     prepare_corpus(path)
-    call(["python", "launcher/run.py", path])
-    call(["python", "launcher/evaluate.py", folder / "runs" / "base", "--task", "geometry", f"task.test={_rows(folder)}"])
+    run_command(["python", "launcher/run.py", path])
+    run_command(["python", "launcher/evaluate.py", folder / "runs" / "base", "--task", "geometry", f"task.test={_rows(folder)}"])
     return folder
 
 
@@ -76,30 +76,30 @@ def test_a_combination_is_right_or_refused(folder, cell):
     if CELLS[cell][4]:
         pytest.importorskip("peft", reason="there is no package peft (the extra lora)")
     straight, resumed, other = (f"{cell}-{name}" for name in ("straight", "resumed", "other"))
-    call(ranks_command(2, "launcher/run.py", cell_config(folder, cell, straight)))
+    run_command(ranks_command(2, "launcher/run.py", cell_config(folder, cell, straight)))
     for name in (resumed, other):
         shutil.copytree(folder / "runs" / straight, folder / "runs" / name)
         shutil.rmtree(folder / "runs" / name / "checkpoints" / step_name(4))
         (folder / "runs" / name / "status.json").unlink()
 
-    call(ranks_command(2, "launcher/run.py", cell_config(folder, cell, resumed)))
+    run_command(ranks_command(2, "launcher/run.py", cell_config(folder, cell, resumed)))
     assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(4) for name in (straight, resumed)))
 
     command = ["python", "launcher/run.py", cell_config(folder, cell, other, train__micro_batch_rows=8)]
     if cell in CANNOT_CHANGE_RANKS:
-        done = call(command, check=False)
+        done = run_command(command, check=False)
         assert done.returncode == 2 and "round_robin_gradients" in done.stderr, done.stderr
         assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     else:
-        call(command)
+        run_command(command)
         tolerance = 1e-5 if CELLS[cell][1] == "fp32" else 1e-2
         np.testing.assert_allclose(losses(folder, other), losses(folder, straight), rtol=tolerance)
 
     scored = ["--task", "geometry", f"task.test={folder / 'rows.jsonl'}"]
-    call(["python", "launcher/evaluate.py", folder / "runs" / straight, *scored])
+    run_command(["python", "launcher/evaluate.py", folder / "runs" / straight, *scored])
     exports = [exported(folder, straight)]
     if cell not in CANNOT_CHANGE_RANKS:
-        call(["python", "launcher/evaluate.py", folder / "runs" / other, *scored])
+        run_command(["python", "launcher/evaluate.py", folder / "runs" / other, *scored])
         exports.append(exported(folder, other))
     first, *others = exports
     for tensors in others:

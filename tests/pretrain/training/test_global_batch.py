@@ -6,7 +6,7 @@ import math
 import pytest
 import yaml
 
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 FIXED_POOL = {"pool8": ["r1-m8", "r2-m4"], "pool4": ["r1-m4", "r2-m2"]}
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     add("collapse", objective__distance="cosine", objective__weight=20.0, train__steps=40, train__learning_rate=1e-2,
         monitor={"log_every": 20, "validate_every": 20, "validation_records": 60})
     prepare_corpus(configs[1][0])
-    logs = {ranks: call(ranks_command(ranks, WORKER, *paths)).stdout for ranks, paths in configs.items()}
+    logs = {ranks: run_command(ranks_command(ranks, WORKER, *paths)).stdout for ranks, paths in configs.items()}
     (folder / "one-rank.log").write_text(logs[1])
     return folder
 

@@ -11,16 +11,16 @@ from pretrain.config import load_config
 from pretrain.data.batch import assemble
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
-from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config, special_ids
-from pretrain.objectives.base import Output, build_objective
+from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm, special_ids
+from pretrain.objectives.base import ObjectiveOutput, build_objective
 from pretrain.objectives.pool import Gather
 from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
 from pretrain.training.distributed import World
 from pretrain.training.engine import TrainingModule
 from pretrain.training.gradients import gradient_diagnostics
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     add("nan-in-diagnostics", 2, 4, prefix="nan:", monitor__gradients_every=3)
     prepare_corpus(paths[1][0])
     for ranks, files in paths.items():
-        call(ranks_command(ranks, WORKER, *files))
+        run_command(ranks_command(ranks, WORKER, *files))
     return folder
 
 
@@ -72,11 +72,11 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     """Each weighted term's whole gradient at the third step, by torch.autograd.grad, from the weights after the second."""
     config = load_config(folder / f"{name}.yaml")
     corpus = Corpus(config.data.path, "train")
-    shape = shape_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
+    shape = build_model_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
     model = LanguageModel(random_causal_lm(shape, "sdpa", torch.float32), config.predictor_tokens, "sdpa")
     left = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
     assert set(left.missing_keys) <= {"causal_lm.lm_head.weight"} and not left.unexpected_keys
-    specials = special_ids(corpus.tokenizer, model.vocabulary)
+    specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
     rows = [loader.next_rows(8) for _ in range(3)][-1]
@@ -148,8 +148,8 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, batch: torch.Tensor) -> Output:
-        return Output({"lm": self.weight * batch.sum(), "jepa": self.weight * batch.square().sum()}, None)
+    def forward(self, batch: torch.Tensor) -> ObjectiveOutput:
+        return ObjectiveOutput({"lm": self.weight * batch.sum(), "jepa": self.weight * batch.square().sum()}, None)
 
 
 def test_the_watchdog_hears_of_each_micro_batch_and_a_term_without_pairs_is_absent():

@@ -13,19 +13,19 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.evaluation.results import append_result, read_results
-from pretrain.run_folder import list_steps, read_metrics, read_status, rewinds, step_name
+from pretrain.run_folder import list_steps, read_metrics, read_rewinds, read_status, step_name
 from pretrain.training.checkpoint import check
 from pretrain.training.metrics import Metrics
-from pretrain.training.spikes import ENOUGH, MOST_REWINDS, MOST_REWINDS_IN_ALL, WINDOW, CannotRewind, SpikeRule, rewind
-from pretrain.training.watchdog import HUNG
-from tests.launching import ROOT, Running, call, environment, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.holding import released
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from pretrain.training.spikes import MAX_REWINDS, MAX_REWINDS_PER_CHECKPOINT, MIN_HISTORY, WINDOW, CannotRewind, SpikeRule, rewind
+from pretrain.training.watchdog import EXIT_CODE_HUNG
+from tests.commands import ROOT, BackgroundCommand, environment, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
+from tests.pretrain.training.pause_points import release_file
 from tests.processes import wait_for
 from tests.ranks import free_port
 
 WAITING = str(ROOT / "tests" / "pretrain" / "training" / "waiting_ranks.py")
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def test_the_score_is_robust():
     rule = SpikeRule()
-    for number in range(ENOUGH):
+    for number in range(MIN_HISTORY):
         assert rule.score("lm", 1e9, 100) == 0
         rule.add("lm", 2.0 + 0.01 * (number % 5), 100)
-    quiet = rule.score("lm", 2.05, 100)
-    assert quiet < 3 and rule.score("lm", 2.5, 100) > 10 and rule.score("lm", 1.0, 100) < 0
+    prepare_quietly = rule.score("lm", 2.05, 100)
+    assert prepare_quietly < 3 and rule.score("lm", 2.5, 100) > 10 and rule.score("lm", 1.0, 100) < 0
     for _ in range(5):
         rule.add("lm", 100.0, 100)  # outliers hardly move it
     assert rule.score("lm", 2.5, 100) > 10
@@ -63,7 +63,7 @@ def test_the_score_is_robust():
 
 def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
     rule = SpikeRule()
-    for _ in range(ENOUGH):
+    for _ in range(MIN_HISTORY):
         rule.add("lm", 2.0, 100)
         rule.add("jepa", 0.5, 100)
     assert rule.score("jepa", 2.0, 100) > 10 and rule.score("lm", 2.0, 100) == 0
@@ -74,17 +74,17 @@ def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
     restored = SpikeRule()
     restored.load(json.loads(json.dumps(rule.losses)))
     assert restored.losses == rule.losses
-    restored.load([2.5] * ENOUGH)  # the totals that earlier versions saved
+    restored.load([2.5] * MIN_HISTORY)  # the totals that earlier versions saved
     assert restored.score("lm", 1e9, 100) == 0
 
 
 def test_a_term_without_weight_is_noted_but_is_never_a_spike():
     rule = SpikeRule()
     weights, counts = {"lm": 1.0, "jepa": 0.0}, {"lm": 100, "jepa": 100}
-    for _ in range(ENOUGH):
+    for _ in range(MIN_HISTORY):
         assert rule.judge({"lm": 2.0, "jepa": 0.5}, counts, weights) == (0.0, "lm")
     score, term = rule.judge({"lm": 2.0, "jepa": 50.0}, counts, weights)
-    assert (score, term) == (0.0, "lm") and len(rule.losses["jepa"]) == ENOUGH + 1
+    assert (score, term) == (0.0, "lm") and len(rule.losses["jepa"]) == MIN_HISTORY + 1
     score, term = rule.judge({"jepa": 50.0}, counts, weights | {"jepa": 0.1})  # as a scheduled weight begins
     assert score > 10 and term == "jepa"
     assert rule.judge({}, counts, weights) == (0.0, "")
@@ -97,10 +97,10 @@ def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes
     dropout = {"objective__dropout": 0.97, "objective__distance": "cosine", "objective__weight": 20.0}
     path = config(folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__tensorboard=False, **data, **dropout)
     prepare_corpus(path)
-    done = call(["python", "launcher/run.py", str(path)])
+    done = run_command(["python", "launcher/run.py", str(path)])
     lines = metrics(folder / "runs" / "few-pairs")
     having = [line for line in lines if "loss/jepa" in line]
-    assert ENOUGH < len(having) < len(lines) == 60
+    assert MIN_HISTORY < len(having) < len(lines) == 60
     for line in lines:
         assert line["loss/total"] == pytest.approx(line["loss/lm"] + 20 * line.get("loss/jepa", 0)) and line.get("loss/jepa") != 0
     printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
@@ -118,7 +118,7 @@ def spiked(folder) -> dict[str, Path]:
     for name, answer, spoil in answers:
         path = config(folder, name, train__steps=36, train__on_spike=answer, checkpoint={"every": 10, "keep": 9}, monitor__validate_every=100)
         runs[name] = folder / "runs" / name
-        done = call(["python", str(SPOILED), spoil, str(path)], check=False)
+        done = run_command(["python", str(FAULTY_RUN), spoil, str(path)], check=False)
         (folder / f"{name}.log").write_text(done.stdout + done.stderr)
         assert done.returncode == (75 if name == "rewound" else 0), done.stdout + done.stderr
     return runs
@@ -145,7 +145,7 @@ def test_a_rewind_goes_back_and_leaves_the_records_out(spiked, folder):
     run_dir = spiked["rewound"]
     status = read_status(run_dir)
     assert status["status"] == "resumable" and "goes on from step 20 and leaves out steps 29 and 30" in status["reason"]
-    again = call(["python", str(SPOILED), "spike:30", str(folder / "rewound.yaml")])
+    again = run_command(["python", str(FAULTY_RUN), "spike:30", str(folder / "rewound.yaml")])
     assert "going on from step 20" in again.stdout and "finished at step 36" in again.stdout
     lines = {line["step"]: line for line in metrics(run_dir)}
     calm = {line["step"]: line for line in metrics(spiked["calm"])}
@@ -170,29 +170,29 @@ def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
 
 
 def test_rewinds_are_bounded_for_each_checkpoint_and_in_all(tmp_path):
-    for step in range(0, 10 * MOST_REWINDS_IN_ALL, 10):
+    for step in range(0, 10 * MAX_REWINDS, 10):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
     with pytest.raises(CannotRewind, match="no checkpoint is older"):
         rewind(tmp_path, 1, 12.0)
-    for _ in range(MOST_REWINDS):
-        assert rewind(tmp_path, 10 * MOST_REWINDS_IN_ALL, 12.0) == 10 * (MOST_REWINDS_IN_ALL - 1)
-    with pytest.raises(CannotRewind, match=f"went back to step 190 {MOST_REWINDS} times already"):
-        rewind(tmp_path, 10 * MOST_REWINDS_IN_ALL, 12.0)
-    for back in range(MOST_REWINDS, MOST_REWINDS_IN_ALL):
-        assert rewind(tmp_path, 10 * (MOST_REWINDS_IN_ALL - back) + 5, 12.0) == 10 * (MOST_REWINDS_IN_ALL - back)
+    for _ in range(MAX_REWINDS_PER_CHECKPOINT):
+        assert rewind(tmp_path, 10 * MAX_REWINDS, 12.0) == 10 * (MAX_REWINDS - 1)
+    with pytest.raises(CannotRewind, match=f"went back to step 190 {MAX_REWINDS_PER_CHECKPOINT} times already"):
+        rewind(tmp_path, 10 * MAX_REWINDS, 12.0)
+    for back in range(MAX_REWINDS_PER_CHECKPOINT, MAX_REWINDS):
+        assert rewind(tmp_path, 10 * (MAX_REWINDS - back) + 5, 12.0) == 10 * (MAX_REWINDS - back)
     (tmp_path / "checkpoints" / step_name(7)).mkdir()
-    with pytest.raises(CannotRewind, match=f"went back {MOST_REWINDS_IN_ALL} times already"):
+    with pytest.raises(CannotRewind, match=f"went back {MAX_REWINDS} times already"):
         rewind(tmp_path, 9, 12.0)
-    assert len(rewinds(tmp_path)) == MOST_REWINDS_IN_ALL
+    assert len(read_rewinds(tmp_path)) == MAX_REWINDS
 
 
 def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     path = config(folder, "unwritten", train__steps=32, train__on_spike="rewind", checkpoint={"every": 10}, monitor__validate_every=100)
-    running = Running(ranks_command(2, SPOILED, "spike:30+hold:30", path), folder / "unwritten.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "spike:30+hold:30", path), folder / "unwritten.log")
     run_dir = folder / "runs" / "unwritten"
     running.wait_until(lambda: [line for line in metrics(run_dir) if line["step"] == 29], "step 29")
     (run_dir / "rewinds.json").mkdir()  # so that no file of that name can be written
-    released(path, 30).touch()
+    release_file(path, 30).touch()
     assert running.end() == 0, running.log.read_text()
     log = running.log.read_text()
     assert log.count("WARNING: no rewind for the spike of step 30") == 1 and "finished at step 32" in log and "Traceback" not in log
@@ -205,7 +205,7 @@ def test_a_rewind_leaves_no_trace_if_a_checkpoint_cannot_be_set_aside(tmp_path):
     (tmp_path / "checkpoints" / f".{step_name(30)}.tmp").write_text("a folder cannot take the place of this file")
     with pytest.raises(CannotRewind, match="cannot write to"):
         rewind(tmp_path, 31, 12.0)
-    assert rewinds(tmp_path) == [] and list_steps(tmp_path / "checkpoints") == [20, 30]
+    assert read_rewinds(tmp_path) == [] and list_steps(tmp_path / "checkpoints") == [20, 30]
 
 
 def test_damaged_lines_of_metrics_are_reported_when_they_are_read_and_when_a_run_resumes(tmp_path, capfd):
@@ -239,7 +239,7 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_be
 
 def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=40, checkpoint={"every": 1000})
-    running = Running(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
+    running = BackgroundCommand(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
     running.wait_until(lambda: len(metrics(folder / "runs" / "hung")) >= 3, "three steps")
     stopped = running.ranks()[1]
     stopped.send_signal(signal.SIGSTOP)
@@ -255,21 +255,21 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
 
 def test_a_rank_that_died_is_noticed_without_a_collective_that_fails(folder):
     """As under NCCL, whenever it died; one that has ended its work, or pauses for a while, is not taken for dead."""
-    def start_ranks(case: str) -> list[Running]:
+    def start_ranks(case: str) -> list[BackgroundCommand]:
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         command = ["python", WAITING, case]
-        return [Running(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
+        return [BackgroundCommand(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
 
     killed, ended, paused = (start_ranks(case) for case in ("killed", "ended", "paused"))
     assert [running.end() for running in (*ended, *paused)] == [0, 0, 0, 0]
-    assert [running.end() for running in killed] == [HUNG, -signal.SIGKILL]
+    assert [running.end() for running in killed] == [EXIT_CODE_HUNG, -signal.SIGKILL]
     assert re.search(rf"rank 0: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", killed[0].log.read_text())
 
 
 def test_a_single_rank_that_hangs_is_ended(folder):
     path = config(folder, "alone", train__steps=50, monitor__hang_seconds=10)
-    done = call(["python", str(SPOILED), "hang:3", str(path)], check=False)
-    assert done.returncode == HUNG
+    done = run_command(["python", str(FAULTY_RUN), "hang:3", str(path)], check=False)
+    assert done.returncode == EXIT_CODE_HUNG
     assert re.search(rf"error: the run hangs since \d+ s: the process on {os.uname().nodename} is not getting past step 3", done.stderr)
     status = read_status(folder / "runs" / "alone")
     assert status["status"] == "resumable" and "is not getting past step 3" in status["reason"]
@@ -284,17 +284,17 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
     try:
         path = config(folder, "full", output_dir=str(small), train__steps=40, checkpoint={"every": 5, "keep": 2})
         run_dir, filler = small / "full", small / "filler"
-        running = Running(ranks_command(2, SPOILED, "hold:11,17", path), folder / "full.log")
+        running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:11,17", path), folder / "full.log")
         running.wait_until(lambda: list_steps(run_dir / "checkpoints"), "a checkpoint")
         with open(filler, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
             while True:
                 file.write(bytes(4096))
-        released(path, 11).touch()
+        release_file(path, 11).touch()
         running.wait_until(lambda: "was not written" in running.log.read_text(), "a save that fails")
         kept = list_steps(run_dir / "checkpoints")
         assert kept and all(check(run_dir / "checkpoints" / step_name(step)) is None for step in kept)
         filler.unlink()
-        released(path, 17).touch()
+        release_file(path, 17).touch()
         assert running.end() == 0, running.log.read_text()[-3000:]
         log = running.log.read_text()
         assert "the run goes on" in log and "Traceback" not in log and list_steps(run_dir / "checkpoints")[-1] == 40
@@ -309,29 +309,29 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
     settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
     straight = config(folder, "straight", **settings)
-    call(ranks_command(2, SPOILED, "none", straight))
+    run_command(ranks_command(2, FAULTY_RUN, "none", straight))
     path = config(folder, "cut", **settings)
-    running = Running(ranks_command(2, SPOILED, "validation:4", path), folder / "cut.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:4", path), folder / "cut.log")
     running.wait_until(lambda: "waiting in the validation of step 4" in running.log.read_text(), "a validation")
     running.ranks()[1].send_signal(signal.SIGUSR1)
     running.end()
     run_dir = folder / "runs" / "cut"
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4]
-    running = Running(ranks_command(2, SPOILED, "hold:0", path), folder / "cut2.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:0", path), folder / "cut2.log")
     running.wait_until(lambda: "waiting before the start" in running.log.read_text(), "the start")
     running.ranks()[0].send_signal(signal.SIGTERM)
-    released(path, 0).touch()
+    release_file(path, 0).touch()
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], running.log.read_text()
-    running = Running(ranks_command(2, SPOILED, "hold:6", path), folder / "killed.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:6", path), folder / "killed.log")
     running.wait_until(lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up")
     running.kill()  # so that it is made up once more
-    running = Running(ranks_command(2, SPOILED, "validation:8", path), folder / "cut3.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:8", path), folder / "cut3.log")
     running.wait_until(lambda: "waiting in the validation of step 8" in running.log.read_text(), "the last step, which is validated too")
     running.ranks()[1].send_signal(signal.SIGTERM)
     running.end()
     assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints")[-1] == 8, running.log.read_text()
-    assert "finished at step 8" in call(ranks_command(2, SPOILED, "none", path)).stdout
+    assert "finished at step 8" in run_command(ranks_command(2, FAULTY_RUN, "none", path)).stdout
     assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("straight", "cut")))
     tables = [[{tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
                for line in metrics(folder / "runs" / name)] for name in ("straight", "cut")]
@@ -340,14 +340,14 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
 
 def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_asked(folder):
     path = config(folder, "kept", train__steps=12, checkpoint={"every": 2, "keep": 1, "keep_every": 4, "background": False})
-    call(["python", "launcher/run.py", str(path)])
+    run_command(["python", "launcher/run.py", str(path)])
     folder = folder / "runs" / "kept" / "checkpoints"
     assert list_steps(folder) == [4, 8, 12] and all(check(folder / step_name(step)) is None for step in (4, 8, 12))
 
 
 def test_a_damaged_pointer_is_told_and_mended(folder):
     path = config(folder, "pointer", train__steps=4, checkpoint={"every": 2})
-    call(["python", "launcher/run.py", str(path)])
+    run_command(["python", "launcher/run.py", str(path)])
     checkpoints = folder / "runs" / "pointer" / "checkpoints"
     shutil.rmtree(checkpoints / step_name(4))
     (folder / "runs" / "pointer" / "status.json").unlink()
@@ -355,7 +355,7 @@ def test_a_damaged_pointer_is_told_and_mended(folder):
         (checkpoints / "latest").unlink(missing_ok=True)
         if content is not None:
             (checkpoints / "latest").write_text(content)
-        done = call(["python", "launcher/run.py", str(path)], **environment())
+        done = run_command(["python", "launcher/run.py", str(path)], **environment())
         assert "going on from step 2" in done.stdout and ("latest named" in done.stdout or "latest was empty or missing" in done.stdout)
         assert (checkpoints / "latest").read_text() == step_name(4) + "\n"
         shutil.rmtree(checkpoints / step_name(4))
@@ -364,12 +364,12 @@ def test_a_damaged_pointer_is_told_and_mended(folder):
 
 def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(folder):
     path = config(folder, "converted", train__steps=4, checkpoint={"every": 2})
-    call(ranks_command(2, SPOILED, "none", path))
+    run_command(ranks_command(2, FAULTY_RUN, "none", path))
     run_dir = folder / "runs" / "converted"
     checkpoints = run_dir / "checkpoints"
     (run_dir / "status.json").unlink()
     for ends in ("a signal", "a kill"):
-        running = Running(["python", str(SPOILED), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log")
+        running = BackgroundCommand(["python", str(FAULTY_RUN), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log")
         running.wait_until(lambda: list(checkpoints.glob(".step-*")), "a conversion")
         converter = next(child for child in psutil.Process(running.process.pid).children(recursive=True) if "makedirs" in " ".join(child.cmdline()))
         if ends == "a kill":
@@ -381,25 +381,25 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
             assert "Traceback" not in running.log.read_text()
         wait_for(lambda converter=converter: not converter.is_running())
     assert list(checkpoints.glob(".step-*"))
-    call(ranks_command(2, SPOILED, "none", path))  # needs no conversion, and removes what the kill left
+    run_command(ranks_command(2, FAULTY_RUN, "none", path))  # needs no conversion, and removes what the kill left
     assert not list(checkpoints.glob(".step-*")) and list_steps(checkpoints) == [2, 4]
 
 
 def test_a_second_start_that_crashes_leaves_the_status_of_the_live_run_alone(folder):
     path = config(folder, "alive", train__steps=4)
-    running = Running(["python", str(SPOILED), "hold:2", str(path)], folder / "alive.log")
+    running = BackgroundCommand(["python", str(FAULTY_RUN), "hold:2", str(path)], folder / "alive.log")
     running.wait_until(lambda: metrics(folder / "runs" / "alive"), "a step")
-    for command in (["python", str(SPOILED), "crash:0", str(path)], ranks_command(2, SPOILED, "crash:0", path)):
-        done = call(command, check=False)
+    for command in (["python", str(FAULTY_RUN), "crash:0", str(path)], ranks_command(2, FAULTY_RUN, "crash:0", path)):
+        done = run_command(command, check=False)
         assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr
         assert read_status(folder / "runs" / "alive")["status"] == "running"
-    released(path, 2).touch()
+    release_file(path, 2).touch()
     assert running.end() == 0 and read_status(folder / "runs" / "alive")["status"] == "finished"
-    call(["python", str(SPOILED), "crash:0", str(path)], check=False)
+    run_command(["python", str(FAULTY_RUN), "crash:0", str(path)], check=False)
     assert read_status(folder / "runs" / "alive")["status"] == "finished"
 
 
 def test_a_run_whose_save_takes_longer_than_launchers_wait_says_how_to_stop_it(folder):
     path = config(folder, "slow", train__steps=4, checkpoint={"every": 2})
     note = "launchers kill the ranks 0 s after Ctrl-C or SIGTERM"
-    assert call(ranks_command(2, SPOILED, "grace:0", path)).stdout.count(note) == 1
+    assert run_command(ranks_command(2, FAULTY_RUN, "grace:0", path)).stdout.count(note) == 1

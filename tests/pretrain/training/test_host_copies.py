@@ -5,7 +5,7 @@ from itertools import groupby
 import torch
 
 from pretrain.training.host_copies import HostCopies
-from tests.launching import ROOT, call, prepare_corpus, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "copy_order.py"
 
@@ -56,7 +56,7 @@ def test_tensors_of_another_shape_get_memory_of_their_own():
 def test_a_run_waits_for_the_copies_before_it_changes_or_writes_anything(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, checkpoint={"every": 1, "background": False}))
     prepare_corpus(path)
-    printed = call(["python", str(WORKER), path]).stdout
+    printed = run_command(["python", str(WORKER), path]).stdout
     events = [event for event, _ in groupby(line.split()[1] for line in printed.splitlines() if line.startswith("event "))]
     assert [event for event in events if event != "update"] == 2 * ["before_change", "begin", "copy", "wait"]
     changed = [place for place, event in enumerate(events) if event == "update"]

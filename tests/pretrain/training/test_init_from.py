@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from data_prep.nlrx_grammar import generate
 from data_prep.tokenizer import Tokenizer, train
 from pretrain.config import load_config
-from pretrain.models.language_model import random_causal_lm, shape_config
+from pretrain.models.language_model import build_model_config, random_causal_lm
 from pretrain.run_folder import step_name
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 LOST = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
     prepare_corpus(path)
     config = load_config(path)
     torch.manual_seed(1)
-    shape = shape_config("llama", config.model.shape, Tokenizer.load(folder / "corpus" / "tokenizer"), 128)
+    shape = build_model_config("llama", config.model.shape, Tokenizer.load(folder / "corpus" / "tokenizer"), 128)
     random_causal_lm(shape, "sdpa", torch.float32).save_pretrained(folder / "start")
     return folder
 
 
 def started(folder, name, *, check=True, start="start", **changes):
     values = tiny_config(folder, name=name, model={"init_from": str(folder / start)}, **{"train__steps": 1} | changes)
-    return call(ranks_command(2, "launcher/run.py", write_config(folder, values)), check=check)
+    return run_command(ranks_command(2, "launcher/run.py", write_config(folder, values)), check=check)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -105,7 +105,7 @@ def test_a_run_resumes_without_the_folder_that_it_started_from(folder):
     shutil.rmtree(folder / "gone")
     assert "finished at step 4" in started(folder, "moved", start="gone", **changes).stdout
     assert_same_checkpoints(folder / "expected", checkpoints / step_name(4))
-    assert "parameters" in call(["python", "launcher/run.py", folder / "moved.yaml", "--dry-run"]).stdout
+    assert "parameters" in run_command(["python", "launcher/run.py", folder / "moved.yaml", "--dry-run"]).stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
@@ -114,7 +114,7 @@ def test_a_rotary_embedding_that_looks_at_the_batch_is_refused(folder, options):
     original = file.read_text()
     file.write_text(json.dumps(json.loads(original) | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}))
     values = tiny_config(folder, name="rotary", model={"init_from": str(folder / "start")}, train__steps=1)
-    done = call(["python", "launcher/run.py", str(write_config(folder, values)), *options], check=False)
+    done = run_command(["python", "launcher/run.py", str(write_config(folder, values)), *options], check=False)
     file.write_text(original)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count(f"error: model.init_from: {file}: rope_type is one of default, linear, llama3, yarn, not dynamic") == 1

@@ -13,8 +13,8 @@ import pytest
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import ROOT, Running, call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.processes import TIMEOUT
 
 RECORDING = ROOT / "tests" / "pretrain" / "training" / "recording_run.py"
@@ -44,7 +44,7 @@ def evaluating(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
-def wait(running: Running, moment: str, run_dir: Path, rng: random.Random) -> bool:
+def wait(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
     """Until the moment, or the end of the run; whether the moment came."""
     checkpoints, begun = run_dir / "checkpoints", time.time()
     def appears(file: str) -> bool:  # and is not what the kill before left behind
@@ -78,11 +78,11 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     found = runs(tmp_path, ("undisturbed", "killed"), checkpoint={"every": 2, "keep": 2},
                  evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]})
     (calm, command), (run_dir, killed_command) = found.values()
-    call(command, timeout=4 * TIMEOUT)
+    run_command(command, timeout=4 * TIMEOUT)
     rng, kills, started = random.Random(4), Counter(), time.monotonic()
     while kills.total() < KILLS:
         moment = MOMENTS[kills.total() % len(MOMENTS)]
-        running = Running(killed_command, tmp_path / "killed.log")
+        running = BackgroundCommand(killed_command, tmp_path / "killed.log")
         came = wait(running, moment, run_dir, rng)
         assert "every checkpoint" not in running.log.read_text() and "damaged" not in running.log.read_text()
         ranks = running.ranks() if running.process.poll() is None else []
@@ -102,7 +102,7 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
             print(f"{time.monotonic() - started:6.0f} s  kill {kills.total():2} {moment:14} newest checkpoint {step}", flush=True)
         if read_status(run_dir).get("status") == "finished":
             break
-    last = call(killed_command, timeout=4 * TIMEOUT)
+    last = run_command(killed_command, timeout=4 * TIMEOUT)
     assert read_status(run_dir)["status"] == "finished", last.stdout[-2000:]
     assert kills.total() == KILLS, f"the run was over after {kills}"
     newest = list_steps(calm / "checkpoints")[-1]
@@ -138,7 +138,7 @@ def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
 def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
     found = runs(tmp_path, ("run",), checkpoint={"every": 5, "keep": 3})
     run_dir, command = found["run"]
-    call(command)
+    run_command(command)
     newest, before = list_steps(run_dir / "checkpoints")[-1], list_steps(run_dir / "checkpoints")[-2]
     whole = run_dir / "checkpoints" / step_name(newest)
     rng, damages = random.Random(5), []
@@ -156,7 +156,7 @@ def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
         kept = tmp_path / f"kept-{number}"
         shutil.copytree(whole, kept)
         spoil(whole / file, damage, place)
-        done = call(command)
+        done = run_command(command)
         assert f"{step_name(newest)} is damaged: " in done.stdout and f"going on from step {before}" in done.stdout
         aside = whole.with_name(f"damaged-{whole.name}")
         assert file in (aside / "damage.txt").read_text()

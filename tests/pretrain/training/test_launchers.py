@@ -13,10 +13,10 @@ import yaml
 
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from pretrain.training.main import main
-from tests.launching import ROOT, Running, call, deepspeed_command, environment, free_port, prepare_corpus, tiny_config, write_config
+from tests.commands import ROOT, BackgroundCommand, deepspeed_command, environment, free_port, prepare_corpus, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def test_torchrun_starts_a_single_rank(folder):
     path = write_config(folder, tiny_config(folder, name="single", train__steps=1))
-    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "1", "--master-port", str(free_port()), "launcher/run.py", str(path)])
+    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "1", "--master-port", str(free_port()), "launcher/run.py", str(path)])
     assert len(losses(folder, "single")) == 1
 
 
 def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("deepspeed", "torchrun", "srun")}
-    call(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
-    call([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
+    run_command(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
+    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
           "launcher/run.py", str(paths["torchrun"])])
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(free_port())}
@@ -53,7 +53,7 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
 
 
-MISTAKES = {
+INVALID_CONFIGS = {
     "unknown key": ({"objective__wieght": 1}, "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'"),
     "two budgets": ({"train__epochs": 2}, "the budget is exactly one of"),
     "option that cannot act": ({"objective__distance": "cosine", "objective__temperature": 0.1}, "temperature acts on distance info_nce only"),
@@ -134,9 +134,9 @@ def test_an_option_that_needs_cuda_is_one_line_on_cpu_and_none_in_a_plan(folder,
     main()
 
 
-def write_mistake(folder, tmp_path, mistake):
+def write_invalid_config(folder, tmp_path, mistake):
     """A configuration with that mistake, and what the error line says of it."""
-    changes, expected = MISTAKES[mistake]
+    changes, expected = INVALID_CONFIGS[mistake]
     values = tiny_config(folder, output_dir=str(tmp_path))
     values |= changes if "model" in changes else tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
     path = tmp_path / "config.yaml"
@@ -144,9 +144,9 @@ def write_mistake(folder, tmp_path, mistake):
     return path, expected
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", INVALID_CONFIGS)
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys, mistake):
-    path, expected = write_mistake(folder, tmp_path, mistake)
+    path, expected = write_invalid_config(folder, tmp_path, mistake)
     run_main(path, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and expected in lines[0], lines
@@ -167,7 +167,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkey
 
 def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1))
-    call(["python", "launcher/run.py", str(path)])
+    run_command(["python", "launcher/run.py", str(path)])
     values = tiny_config(folder, output_dir=str(tmp_path), train__steps=1, deepspeed={"zero_optimization": {"stage": 2}})
     run_main(write_config(tmp_path, values), monkeypatch, "--dry-run")
     assert "another deepspeed.zero_optimization.stage (3, now 2)" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp
 
 def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
     finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
-    call(["python", "launcher/run.py", str(finished)])
+    run_command(["python", "launcher/run.py", str(finished)])
     run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
     assert "holds a run with another seed" in capsys.readouterr().err
     values = tiny_config(folder, name="finished", train__steps=1)
@@ -212,7 +212,7 @@ def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypa
 
 def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
     path = write_config(folder, tiny_config(folder, name="mistaken", data__sequence_length=16))
-    done = call(deepspeed_command(2, "launcher/run.py", path), check=False)
+    done = run_command(deepspeed_command(2, "launcher/run.py", path), check=False)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("error: data.sequence_length is 16") == 1 and "Traceback" not in done.stderr
 
@@ -220,7 +220,7 @@ def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
 def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
     """The terminal sends the signal to the ranks, and so does their launcher."""
     path = write_config(folder, tiny_config(folder, name="interrupted", train__steps=1000))
-    running = Running(deepspeed_command(2, SPOILED, "hold:3", path), folder / "interrupted.log")
+    running = BackgroundCommand(deepspeed_command(2, FAULTY_RUN, "hold:3", path), folder / "interrupted.log")
     run_dir = folder / "runs" / "interrupted"
     running.wait_until(lambda: len(read_metrics(run_dir)) == 2, "two steps")
     os.killpg(running.process.pid, signal.SIGINT)
@@ -232,7 +232,7 @@ def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
 def test_ranks_that_cannot_meet_end_in_one_line_and_exit_code_1_for_another_start_may_succeed(folder):
     path = write_config(folder, tiny_config(folder, name="alone"))
     with socket.create_server(("", 0)) as taken:
-        done = call(["python", "launcher/run.py", str(path)], check=False, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+        done = run_command(["python", "launcher/run.py", str(path)], check=False, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(taken.getsockname()[1]))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot meet at 127.0.0.1:")]

@@ -10,9 +10,9 @@ import torch
 from pretrain.data.batch import Batch, assemble
 from pretrain.data.layout import Pairing, make_layout
 from pretrain.data.loader import Loader
-from pretrain.models.language_model import LanguageModel, random_causal_lm, shape_config
-from pretrain.training.layers import allow_graphs, compile_layers, recompute_layers
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+from pretrain.models.language_model import LanguageModel, build_model_config, random_causal_lm
+from pretrain.training.layers import compile_layers, enable_activation_checkpointing, raise_recompile_limit
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -23,7 +23,7 @@ REPLICATED = {"zero_optimization": {"stage": 1}}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     prepare_corpus(write_config(folder, tiny_config(folder)))
-    call(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True),
+    run_command(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True),
                        config_of(folder, "by-module", monitor__gradients_every=10**6)))
     return folder
 
@@ -84,8 +84,8 @@ def test_recomputed_layers_keep_fewer_activations(make_model, batches):
     before = kept_bytes(model, batches[0])
     gradients = [parameter.grad.clone() for parameter in model.causal_lm.model.parameters()]
     model.zero_grad()
-    recompute_layers(model)
-    inputs_of_layers = 2 * batches[0].token_ids.numel() * model.width * 4  # which checkpointing holds by itself
+    enable_activation_checkpointing(model)
+    inputs_of_layers = 2 * batches[0].token_ids.numel() * model.hidden_size * 4  # which checkpointing holds by itself
     assert kept_bytes(model, batches[0]) + inputs_of_layers < before / 4
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(model.causal_lm.model.parameters(), gradients, strict=True))
 
@@ -98,7 +98,7 @@ def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
         "compiled-replicated": {"train__compile": True, "deepspeed": REPLICATED, "monitor__gradients_every": 3},
     }
     replicated = config_of(folder, "replicated", deepspeed=REPLICATED, monitor__gradients_every=3)
-    call(ranks_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
+    run_command(ranks_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
     assert_same_losses(folder, "plain", "compiled", 1e-4)
     assert_same_losses(folder, "plain", "compiled-recomputed", 1e-4)
     assert_same_losses(folder, "replicated", "compiled-replicated", 1e-4)
@@ -136,12 +136,12 @@ def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokeniz
     shape = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 10, "num_gqa_groups": 1, "qkv_multipliers": [1.0, 1.0],
              "ffn_multipliers": [1.0, 10.0], "ffn_dim_divisor": 16}
     torch.manual_seed(0)
-    model = LanguageModel(random_causal_lm(shape_config("openelm", shape, tokenizer, 128), "sdpa", torch.float32), 1, "sdpa").train()
+    model = LanguageModel(random_causal_lm(build_model_config("openelm", shape, tokenizer, 128), "sdpa", torch.float32), 1, "sdpa").train()
     assert len(set(model.causal_lm.config.ffn_widths)) == 10
     expected = model(batches[0])
     warnings = []
     compile_layers(model)
-    allow_graphs(model, warnings.append)
+    raise_recompile_limit(model, warnings.append)
     for _ in range(2):
         torch.testing.assert_close(model(batches[0]), expected, rtol=1e-3, atol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10 and not torch._dynamo.utils.counters["unimplemented"]
@@ -154,11 +154,11 @@ def test_layers_that_are_not_compiled_are_warned_of_once(make_model, fresh_dynam
     model = make_model(1).eval()
     warnings = []
     compile_layers(model)
-    allow_graphs(model, warnings.append)
+    raise_recompile_limit(model, warnings.append)
     layer, rotary = model.causal_lm.model.layers[0], model.causal_lm.model.rotary_emb
     with torch.no_grad():
         for length in range(2, 14):
-            hidden = torch.randn(1, length, model.width)
+            hidden = torch.randn(1, length, model.hidden_size)
             layer(hidden, position_embeddings=rotary(hidden, torch.arange(length)[None]))
     assert len(warnings) == 1 and warnings[0].startswith("WARNING: some layers run without being compiled")
     assert "recompile_limit" in warnings[0]

@@ -10,10 +10,10 @@ import torch
 from pretrain.config import RunConfig
 from pretrain.run_folder import step_name
 from pretrain.training import throughput
-from pretrain.training.background import evaluation_environment
 from pretrain.training.engine import engine_settings
-from pretrain.training.layers import share_compile_threads
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+from pretrain.training.evaluation_requests import evaluation_environment
+from pretrain.training.layers import limit_compile_threads
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 WORKER = ROOT / "tests" / "pretrain" / "training" / "fused_resume.py"
 
@@ -24,7 +24,7 @@ def resumable(tmp_path_factory):
     folder = tmp_path_factory.mktemp("on-gpus")
     path = write_config(folder, tiny_config(folder, checkpoint={"every": 2}))
     prepare_corpus(path)
-    call(ranks_command(2, "launcher/run.py", path))
+    run_command(ranks_command(2, "launcher/run.py", path))
     shutil.rmtree(folder / "runs" / "run" / "checkpoints" / step_name(4))
     (folder / "runs" / "run" / "status.json").unlink()
     return folder
@@ -58,7 +58,7 @@ def test_a_background_evaluation_sees_no_gpu_or_the_one_that_is_named(monkeypatc
 
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", "7"])
 def test_another_device_of_evaluations_is_a_mistake(device):
-    done = call(["python", "launcher/run.py", "configs/demo.yaml", f"evaluation.device={device}"], check=False)
+    done = run_command(["python", "launcher/run.py", "configs/demo.yaml", f"evaluation.device={device}"], check=False)
     assert done.returncode == 2 and "evaluation.device" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -77,11 +77,11 @@ def test_ranks_of_a_machine_share_its_cores_for_compiling(monkeypatch):
 
     monkeypatch.setattr(settings, "compile_threads", 32)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(48)))
-    share_compile_threads(8)
+    limit_compile_threads(8)
     assert settings.compile_threads == 6
-    share_compile_threads(1)
+    limit_compile_threads(1)
     assert settings.compile_threads == 6, "never more than was set"
-    share_compile_threads(100)
+    limit_compile_threads(100)
     assert settings.compile_threads == 1
 
 
@@ -93,7 +93,7 @@ def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_pat
     values = tiny_config(resumable, output_dir=str(tmp_path / "runs"), train__micro_batch_rows=micro_batch_rows, checkpoint={"every": 2})
     ranks = 8 // micro_batch_rows
     path = write_config(tmp_path, values)
-    done = call(["python", str(WORKER), path] if ranks == 1 else ranks_command(ranks, WORKER, path))
+    done = run_command(["python", str(WORKER), path] if ranks == 1 else ranks_command(ranks, WORKER, path))
     groups = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))
     assert [group["fused"] for group in groups] == [True, True]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0] and groups[0]["betas"] == [0.9, 0.95]
@@ -104,6 +104,6 @@ def test_a_gpu_for_evaluations_that_the_machine_lacks_is_a_mistake(tmp_path, res
     evaluation = {"every": 2, "device": "cuda:99", "tasks": [{"name": "loss", "test": str(tmp_path / "rows.jsonl")}]}
     (tmp_path / "rows.jsonl").write_text('{"text": "lines with dog", "code": ".*dog.*"}\n')
     path = write_config(tmp_path, tiny_config(resumable, name="device", checkpoint={"every": 2}, data__decontaminate=False, evaluation=evaluation))
-    done = call(["python", "launcher/run.py", path], check=False)
+    done = run_command(["python", "launcher/run.py", path], check=False)
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     assert "evaluation.device is cuda:99, but this machine has" in done.stderr

@@ -8,10 +8,10 @@ from typing import IO
 import pytest
 
 from pretrain.run_folder import read_status
-from tests.launching import ROOT, prepare_corpus, ranks_command, start, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, start, tiny_config, write_config
 from tests.processes import TIMEOUT, wait_for
 
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def end_of(command: list[str], lost: IO[str]) -> int:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_outlives_the_loss_of_its_output(folder, ranks, lost):
     path = write_config(folder, tiny_config(folder, name=f"{lost.__name__}-{ranks}", train__steps=3))
-    command = ["python", str(SPOILED), "none", str(path)] if ranks == 1 else ranks_command(2, SPOILED, "none", path)
+    command = ["python", str(FAULTY_RUN), "none", str(path)] if ranks == 1 else ranks_command(2, FAULTY_RUN, "none", path)
     run_dir = folder / "runs" / f"{lost.__name__}-{ranks}"
     assert end_of(command, lost()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
     assert read_status(run_dir)["status"] == "finished"
@@ -59,7 +59,7 @@ def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, lost):
 
 def test_an_error_of_a_single_rank_keeps_its_exit_code_without_output_and_its_traceback_is_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="failed"))
-    assert end_of(["python", str(SPOILED), "fail:2", str(path)], full_disk()) == 1
+    assert end_of(["python", str(FAULTY_RUN), "fail:2", str(path)], full_disk()) == 1
     log = (folder / "runs" / "failed" / "logs" / "rank-00000.log").read_text()
     assert log.count("Traceback (most recent call last)") == 1 and "RuntimeError: made to fail" in log
     assert read_status(folder / "runs" / "failed")["status"] == "failed"
@@ -68,16 +68,16 @@ def test_an_error_of_a_single_rank_keeps_its_exit_code_without_output_and_its_tr
 def test_a_read_behind_the_end_of_a_mapped_file_leaves_a_traceback(folder):
     path = write_config(folder, tiny_config(folder, name="truncated"))
     with open(os.devnull, "w") as nowhere:
-        assert start(["python", str(SPOILED), "bus:2", str(path)], nowhere, nowhere).wait(TIMEOUT) == -signal.SIGBUS
+        assert start(["python", str(FAULTY_RUN), "bus:2", str(path)], nowhere, nowhere).wait(TIMEOUT) == -signal.SIGBUS
     log = folder / "runs" / "truncated" / "logs" / "rank-00000.log"
-    wait_for(lambda: "Fatal Python error: Bus error" in log.read_text() and "spoiled_run.py" in log.read_text())
+    wait_for(lambda: "Fatal Python error: Bus error" in log.read_text() and "faulty_run.py" in log.read_text())
 
 
 def test_what_a_library_prints_before_it_aborts_rank_0_is_on_the_console_and_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="aborted"))
     errors, log = folder / "errors.txt", folder / "runs" / "aborted" / "logs" / "rank-00000.log"
     with open(errors, "w") as file, open(os.devnull, "w") as output:
-        assert start(["python", str(SPOILED), "abort:2", str(path)], output, file).wait(TIMEOUT) == -signal.SIGABRT
+        assert start(["python", str(FAULTY_RUN), "abort:2", str(path)], output, file).wait(TIMEOUT) == -signal.SIGABRT
     for file in (errors, log):
         wait_for(lambda file=file: file.read_text().count("a library aborts: ") == 1)
     printed = log.read_text()

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from pretrain.run_folder import PINS, list_steps, step_name
-from pretrain.training.checkpoint import retain
+from pretrain.training.checkpoint import prune
 
 
 def made(folder, steps):
@@ -19,7 +19,7 @@ def test_the_newest_and_those_kept_for_good_and_the_pinned_stay(tmp_path):
     made(tmp_path, range(1, 11))
     (tmp_path / PINS).mkdir()
     (tmp_path / PINS / step_name(3)).touch()
-    assert retain(tmp_path, 2, 4) == []
+    assert prune(tmp_path, 2, 4) == []
     assert list_steps(tmp_path) == [3, 4, 8, 9, 10]
     assert not list(tmp_path.glob(".*"))
 
@@ -31,9 +31,9 @@ def test_a_removal_that_fails_is_told_and_the_others_are_removed(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "none", stuck], capture_output=True).returncode:
         pytest.skip("cannot mount here")
     try:
-        failed = retain(tmp_path, 1, None)
+        failed = prune(tmp_path, 1, None)
         assert len(failed) == 1 and failed[0].startswith(step_name(2))
         assert list_steps(tmp_path) == [2, 4]
     finally:
         subprocess.run(["umount", stuck], check=True)
-    assert retain(tmp_path, 1, None) == [] and list_steps(tmp_path) == [4]
+    assert prune(tmp_path, 1, None) == [] and list_steps(tmp_path) == [4]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.evaluation.export import export_checkpoint
-from tests.launching import ROOT, call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tiny_config, write_config
 from tests.processes import TIMEOUT
 
 WORKER = ROOT / "tests/pretrain/training/logits_after_training.py"
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     paths = [write_config(folder, config) for config in configs]
     for path in (paths[0], *paths[-2:]):
         prepare_corpus(path)
-    call(ranks_command(2, WORKER, *paths), timeout=4 * TIMEOUT)
+    run_command(ranks_command(2, WORKER, *paths), timeout=4 * TIMEOUT)
     return folder
 
 

@@ -11,7 +11,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.run_folder import read_status
 from pretrain.training import setup
 from pretrain.training.setup import check
-from tests.launching import call, prepare_corpus, tiny_config, write_config
+from tests.commands import prepare_corpus, run_command, tiny_config, write_config
 
 PLAIN, PREPENDED = {"name": "next_token"}, {"name": "llm_jepa", "distance": "cosine", "predictor_placement": "prepend"}
 
@@ -98,11 +98,11 @@ def test_epochs_are_those_of_the_mixture(tmp_path):
     sources = [{"type": "nlrx", "records": 80, "weight": 1.5}, {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5}]
     values = tiny_config(tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__tensorboard=False)
     path = str(write_config(tmp_path, values))
-    call(["python", "-m", "data_prep", path])
-    printed = call(["python", "launcher/run.py", path, "--dry-run"]).stdout.splitlines()
+    run_command(["python", "-m", "data_prep", path])
+    printed = run_command(["python", "launcher/run.py", path, "--dry-run"]).stdout.splitlines()
     rows = {line.split("  ")[0]: line.split()[-1] for line in printed if "  " in line}
     assert rows["train.epochs"] == "2"
-    call(["python", "launcher/run.py", path])
+    run_command(["python", "launcher/run.py", path])
     run = tmp_path / "runs" / "run"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert read_status(run)["status"] == "finished" and last["records"] == 2 * 120 + 41
@@ -130,11 +130,11 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path))
     prepare_corpus(path)
     for override, expected in CONTRADICTIONS.items():
-        done = call(["python", "launcher/run.py", path, override, "--dry-run"], check=False)
+        done = run_command(["python", "launcher/run.py", path, override, "--dry-run"], check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], done.stderr
         assert "prepare another data.path" in errors[0]
-    call(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
+    run_command(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
 
 
 def test_tests_that_the_preparation_did_not_compare_with_are_named(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.commands import ROOT, environment
 from tests.processes import TIMEOUT
 
 RANK = """

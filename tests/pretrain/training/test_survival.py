@@ -10,12 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.launching import ROOT, Running, call, prepare_corpus, ranks_command, tiny_config, write_config
-from tests.pretrain.training.holding import released
-from tests.pretrain.training.same_state import assert_same_checkpoints
+from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
+from tests.pretrain.training.pause_points import release_file
 
 STEPS = 60
-SPOILED = ROOT / "tests" / "pretrain" / "training" / "spoiled_run.py"
+FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 
 def last_step(run_dir) -> int:
@@ -35,23 +35,23 @@ def story(tmp_path_factory):
         commands[name] = ranks_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
     prepare_corpus(folder / "undisturbed.yaml")
-    call(commands["undisturbed"])
+    run_command(commands["undisturbed"])
 
     run_dir, config = runs["disturbed"], folder / "disturbed.yaml"
-    running = Running(ranks_command(2, SPOILED, "hold:8", config), folder / "stopped.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:8", config), folder / "stopped.log")
     running.wait_until(lambda: last_step(run_dir) >= 6, "step 6")
     running.ranks()[1].send_signal(signal.SIGTERM)
-    released(config, 8).touch()
+    release_file(config, 8).touch()
     running.end()
     stopped = {"status": read_status(run_dir), "steps": list_steps(run_dir / "checkpoints")}
 
-    running = Running(ranks_command(2, SPOILED, "hold:14", config), folder / "interrupted.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:14", config), folder / "interrupted.log")
     running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
     os.killpg(running.process.pid, signal.SIGINT)  # what Ctrl-C does: the launcher passes it on to ranks that have it already
     running.end()
     interrupted = read_status(run_dir)
 
-    running = Running(ranks_command(2, SPOILED, "save:40", config), folder / "killed.log")
+    running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "save:40", config), folder / "killed.log")
     saving = run_dir / "checkpoints" / f".{step_name(40)}.tmp"
     running.wait_until(lambda: saving.exists(), "the saving of step 40")
     running.kill()
@@ -61,7 +61,7 @@ def story(tmp_path_factory):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    resumed = call(commands["disturbed"])
+    resumed = run_command(commands["disturbed"])
     return {"runs": runs, "stopped": stopped, "interrupted": interrupted, "kept": kept,
             "newest": newest, "resumed": resumed.stdout, "commands": commands}
 
@@ -105,7 +105,7 @@ def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):
 
 
 def test_a_finished_run_says_so_and_does_nothing(story):
-    assert "is finished already" in call(story["commands"]["disturbed"]).stdout
+    assert "is finished already" in run_command(story["commands"]["disturbed"]).stdout
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "flip"])

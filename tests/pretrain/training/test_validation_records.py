@@ -2,7 +2,7 @@
 
 import torch
 
-from pretrain.data.layout import Specials, make_layout
+from pretrain.data.layout import SpecialTokenIds, make_layout
 from pretrain.training.distributed import World
 from pretrain.training.validation import Validation
 
@@ -10,10 +10,10 @@ from pretrain.training.validation import Validation
 def test_every_source_has_its_share_of_the_validation(write_corpus):
     short, long = [([5], [6])] * 300, [([5] * 4, [6] * 4)] * 100
     corpus = write_corpus(short + long, shard_records=100, sources=[(300, 1.0), (100, 1.0)])
-    specials = Specials(0, 1, 2, 3, 512)
+    specials = SpecialTokenIds(0, 1, 2, 3, 512)
 
     def targets(records: int) -> int:
-        return Validation(corpus, make_layout("joint", specials), specials, 64, records, 2, World(0, 1, torch.device("cpu"))).counts["targets"]
+        return Validation(corpus, make_layout("joint", specials), specials, 64, records, 2, World(0, 1, torch.device("cpu"))).loss_denominators["targets"]
 
     assert targets(40) == 30 * (1 + 1 + 1 + 1) + 10 * (4 + 1 + 4 + 1)
     assert targets(400) == targets(1000) == 10 * targets(40)

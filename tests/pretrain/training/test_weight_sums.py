@@ -11,7 +11,7 @@ from pretrain.run_folder import step_name
 from pretrain.training.checkpoint import consolidate
 from pretrain.training.distributed import World
 from pretrain.training.weight_sums import PERIOD, check_weights, weight_sums
-from tests.launching import call, prepare_corpus, ranks_command, tiny_config, write_config
+from tests.commands import prepare_corpus, ranks_command, run_command, tiny_config, write_config
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -43,7 +43,7 @@ def test_a_changed_a_permuted_and_a_missing_weight_are_found(tmp_path):
 def test_the_sums_of_a_checkpoint_are_those_of_its_whole_weights(tmp_path, stage):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=1, deepspeed={"zero_optimization": {"stage": stage}}))
     prepare_corpus(path)
-    call(ranks_command(2, "launcher/run.py", path))
+    run_command(ranks_command(2, "launcher/run.py", path))
     checkpoint = tmp_path / "runs" / "run" / "checkpoints" / step_name(1)
     saved = json.loads((checkpoint / "manifest.json").read_text())["state"]["weights"]
     whole = consolidate(checkpoint)
@@ -59,10 +59,10 @@ def test_what_deepspeed_permutes_is_found_after_the_conversion(tmp_path):
     robin = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, train__micro_batch_rows=8, deepspeed=robin))
     prepare_corpus(path)
-    call(["python", "launcher/run.py", path])
+    run_command(["python", "launcher/run.py", path])
     (tmp_path / "runs" / "run" / "status.json").unlink()
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, deepspeed=robin))
-    done = call(ranks_command(2, "tests/pretrain/training/spoiled_run.py", "robin:0", path), check=False)
+    done = run_command(ranks_command(2, "tests/pretrain/training/faulty_run.py", "robin:0", path), check=False)
     assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
     assert "DeepSpeed did not load the weights" in done.stderr and "differs, and" in done.stderr
 
@@ -72,14 +72,14 @@ def test_round_robin_gradients_cannot_be_switched_and_keep_their_number_of_ranks
     plain = {"zero_optimization": {"stage": 2}}
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, checkpoint={"every": 2}, deepspeed=robin))
     prepare_corpus(path)
-    call(ranks_command(2, "launcher/run.py", path))
+    run_command(ranks_command(2, "launcher/run.py", path))
     (tmp_path / "runs" / "run" / "status.json").unlink()
     for key in ("sub_group_size=1000", "parameter_alignment=true"):
-        done = call(ranks_command(2, "launcher/run.py", path, f"deepspeed.zero_optimization.{key}"), check=False)
+        done = run_command(ranks_command(2, "launcher/run.py", path, f"deepspeed.zero_optimization.{key}"), check=False)
         assert done.returncode == 2 and f"another deepspeed.zero_optimization.{key.split('=')[0]}" in done.stderr, done.stderr
     switched = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, checkpoint={"every": 2}, deepspeed=plain))
-    done = call(ranks_command(2, "launcher/run.py", switched), check=False)
+    done = run_command(ranks_command(2, "launcher/run.py", switched), check=False)
     assert done.returncode == 2 and "another deepspeed.zero_optimization.round_robin_gradients (True, now False)" in done.stderr, done.stderr
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, train__micro_batch_rows=8, checkpoint={"every": 2}, deepspeed=robin))
-    done = call(["python", "launcher/run.py", path], check=False)
+    done = run_command(["python", "launcher/run.py", path], check=False)
     assert done.returncode == 2 and "round_robin_gradients" in done.stderr and "2 ranks" in done.stderr, done.stderr

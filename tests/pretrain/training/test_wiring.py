@@ -1,8 +1,8 @@
 """Every option of the configuration reaches what it is for."""
 
-from tests.launching import call
+from tests.commands import run_command
 
 
 def test_options_reach_what_they_are_for():
-    done = call(["python", "-m", "pytest", "-q", "tests/pretrain/training/wiring_checks.py"], check=False)
+    done = run_command(["python", "-m", "pytest", "-q", "tests/pretrain/training/wiring_checks.py"], check=False)
     assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout[-6000:]

@@ -12,21 +12,21 @@ import time
 from pretrain.training import watchdog
 from pretrain.training.distributed import init_world
 
-watchdog.BEAT = 0.4
+watchdog.HEARTBEAT_INTERVAL = 0.4
 case = sys.argv[1]
 world = init_world()
-assert world.notes is not None
+assert world.rank_store is not None
 seconds = 100.0 if case == "paused" else 20.0  # 25 beats without a note, or the 10 that a rank has at least
-watch = watchdog.Watchdog(world.notes, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True))
-watch.moved(7)
-watch.started()
+watch = watchdog.Watchdog(world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True))
+watch.report_progress(7)
+watch.first_step_done()
 if world.rank == 1 and case == "killed":
     os.kill(os.getpid(), signal.SIGKILL)  # before its second beat
 if world.rank == 1 and case == "paused":
-    subprocess.Popen(["sh", "-c", f"sleep {14 * watchdog.BEAT}; kill -CONT {os.getpid()}"])
+    subprocess.Popen(["sh", "-c", f"sleep {14 * watchdog.HEARTBEAT_INTERVAL}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 if world.rank == 1 and case == "ended":
     watch.close(ended=True)
     os._exit(0)
-time.sleep((600 if case == "killed" else 20) * watchdog.BEAT)
+time.sleep((600 if case == "killed" else 20) * watchdog.HEARTBEAT_INTERVAL)
 os._exit(0)

@@ -10,22 +10,22 @@ from safetensors.torch import load_file, save_file
 from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.models.language_model import random_causal_lm, shape_config
-from pretrain.training.background import single_process_environment
+from pretrain.models.language_model import build_model_config, random_causal_lm
 from pretrain.training.distributed import init_world
+from pretrain.training.evaluation_requests import single_process_environment
 from pretrain.training.schedule import learning_rate
 from pretrain.training.setup import set_up
-from tests.launching import tiny_config, write_config
-from tests.preparing import quiet
+from tests.commands import tiny_config, write_config
+from tests.small_corpora import prepare_quietly
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
-    quiet(load_config(write_config(folder, tiny_config(folder))).data)
+    prepare_quietly(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
     torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
-    start = random_causal_lm(shape_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
+    start = random_causal_lm(build_model_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
     start.save_pretrained(folder / "start")
     save_file({"predictor.weight": torch.randn(1, 32)}, folder / "start" / "jepa.safetensors")
     return folder

@@ -14,15 +14,15 @@ from data_prep.pipeline import prepare
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
 from pretrain.data.corpus import Corpus
-from pretrain.data.layout import Layout, Pairing, Specials, make_layout
+from pretrain.data.layout import Layout, Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Rows
-from tests.planning import plan
+from tests.row_plans import plan
 
 ROW = 128
 
 
 @pytest.fixture
-def prepare_here(tmp_path_factory) -> Callable[..., Corpus]:
+def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
     """The corpus of (context, target) texts, tokenized by a trained tokenizer or that of a folder; one worker is this process."""
 
     def corpus_of(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
@@ -38,7 +38,7 @@ def prepare_here(tmp_path_factory) -> Callable[..., Corpus]:
 
 
 @pytest.fixture
-def one_special_tokenizer(tmp_path) -> Path:
+def shared_special_token_tokenizer(tmp_path) -> Path:
     """A Hugging Face folder as many models have it: one token is BOS, EOS and pad, and the tokenizer puts BOS before every text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, []))
@@ -61,7 +61,7 @@ class Packed(NamedTuple):
 @pytest.fixture(scope="session")
 def pack() -> Callable[..., Packed]:
     """All records of a corpus as the micro batch of one rank, and `empty_rows` behind them."""
-    def pack(corpus: Corpus, specials: Specials, kind: str = "joint", pairing: Pairing | None = None, *, lm_views: str = "all",
+    def pack(corpus: Corpus, specials: SpecialTokenIds, kind: str = "joint", pairing: Pairing | None = None, *, lm_views: str = "all",
              empty_rows: int = 0) -> Packed:
         layout = make_layout(kind, specials, pairing=pairing, lm_views=lm_views)
         rows = plan(corpus, np.arange(len(corpus)), layout, ROW, np.full(len(corpus), pairing is not None))

@@ -13,8 +13,8 @@ from data_prep.tokenizer import Tokenizer
 from pretrain.config import load_config
 from pretrain.data import batch as batches
 from pretrain.data.batch import Batch
-from pretrain.data.layout import Pairing, Specials
-from pretrain.data.loader import Loader, counts
+from pretrain.data.layout import Pairing, SpecialTokenIds
+from pretrain.data.loader import Loader, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary, llm_jepa
@@ -22,8 +22,8 @@ from pretrain.objectives.base import build_objective, total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather, Pool
-from tests.launching import ROOT
-from tests.mutants import passes_but_not_with
+from tests.commands import ROOT
+from tests.mutants import assert_detects_mutant
 from tests.reference import Ids, Reference
 
 ROW = 128
@@ -70,7 +70,7 @@ def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_
         terms = NextToken()(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
         reference = Reference(model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last")
         expected = reference.losses(records, paired=[False] * len(records)).lm.item()
-        assert terms["lm"].item() / counts(packed.rows, packed.layout)["targets"] == pytest.approx(expected, rel=1e-5), "prompts are learnt"
+        assert terms["lm"].item() / loss_denominators(packed.rows, packed.layout)["targets"] == pytest.approx(expected, rel=1e-5), "prompts are learnt"
 
     def collator(batch, rows, corpus, specials):
         ids = batch.token_ids.flatten()
@@ -78,15 +78,15 @@ def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_
         return replace(batch, label_index=places, label_ids=ids[places + 1])
 
     with torch.no_grad():
-        passes_but_not_with(other_batches(collator), check_the_loss_is_that_of_the_answers, "prompts are learnt")
+        assert_detects_mutant(other_batches(collator), check_the_loss_is_that_of_the_answers, "prompts are learnt")
 
 
-def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(prepare_here, one_special_tokenizer, pack):
-    corpora = [prepare_here(TEXTS), prepare_here(TEXTS, tokenizer=one_special_tokenizer)]
+def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(prepare_in_process, shared_special_token_tokenizer, pack):
+    corpora = [prepare_in_process(TEXTS), prepare_in_process(TEXTS, tokenizer=shared_special_token_tokenizer)]
 
     def check_every_text_ends_with_a_learnt_end_token():
         for corpus, kind in product(corpora, KINDS):
-            specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocabulary(corpus.tokenizer))
+            specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
             batch = pack(corpus, specials, kind, Pairing(1), empty_rows=1).batch
             texts = len(corpus) * (2 if kind == "independent" else 1)
             assert batch.label_ids.tolist().count(specials.eos) == texts, "the end token is not learnt"
@@ -97,7 +97,7 @@ def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(prepa
         padded = torch.where(batch.token_ids == specials.pad, specials.eos, batch.token_ids)
         return replace(batch, token_ids=padded, label_index=batch.label_index[kept], label_ids=batch.label_ids[kept])
 
-    passes_but_not_with(other_batches(pad_is_eos_and_masked_by_id), check_every_text_ends_with_a_learnt_end_token, "the end token is not learnt")
+    assert_detects_mutant(other_batches(pad_is_eos_and_masked_by_id), check_every_text_ends_with_a_learnt_end_token, "the end token is not learnt")
 
 
 def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus, specials, pack):
@@ -124,26 +124,26 @@ def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus,
         index = torch.tensor(places)
         return replace(batch, label_index=index, label_ids=batch.token_ids.flatten()[index + 1])
 
-    passes_but_not_with(other_batches(searched_for), check_the_answers_behind_their_prompts_are_the_labels, "labels elsewhere")
+    assert_detects_mutant(other_batches(searched_for), check_the_answers_behind_their_prompts_are_the_labels, "labels elsewhere")
 
 
-def test_trap_06_a_text_has_one_bos_whatever_its_tokenizer_adds(prepare_here, one_special_tokenizer, pack):
+def test_trap_06_a_text_has_one_bos_whatever_its_tokenizer_adds(prepare_in_process, shared_special_token_tokenizer, pack):
     def check_one_bos_a_text():
-        for tokenizer, kind in product((None, one_special_tokenizer), KINDS):
-            corpus = prepare_here(TEXTS, tokenizer=tokenizer)
-            specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocabulary(corpus.tokenizer))
+        for tokenizer, kind in product((None, shared_special_token_tokenizer), KINDS):
+            corpus = prepare_in_process(TEXTS, tokenizer=tokenizer)
+            specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
             texts = len(corpus) * (2 if kind == "independent" else 1)
             found = pack(corpus, specials, kind, Pairing(1)).batch.token_ids.flatten().tolist().count(specials.bos)
             assert found == texts, "BOS stands twice"
 
     adds_its_own = other_texts(lambda tokenizer, texts, encode: [[tokenizer.bos_id, *ids] for ids in encode(texts)])
-    passes_but_not_with(adds_its_own, check_one_bos_a_text, "BOS stands twice")
+    assert_detects_mutant(adds_its_own, check_one_bos_a_text, "BOS stands twice")
 
 
-def test_trap_07_no_header_stands_in_both_views(prepare_here, pack):
+def test_trap_07_no_header_stands_in_both_views(prepare_in_process, pack):
     def check_the_views_share_no_beginning():
-        corpus = prepare_here(TEXTS)  # no context begins like its target
-        specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocabulary(corpus.tokenizer))
+        corpus = prepare_in_process(TEXTS)  # no context begins like its target
+        specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
         added = {specials.pad, specials.bos, specials.eos, specials.sep, specials.predictor}
         for kind in KINDS:
             batch = pack(corpus, specials, kind, Pairing(1)).batch
@@ -152,7 +152,7 @@ def test_trap_07_no_header_stands_in_both_views(prepare_here, pack):
                 assert views[0][0] != views[1][0], "both views begin with a header"
 
     dated_header = other_texts(lambda tokenizer, texts, encode: encode([f"26 Jul\n{text}" for text in texts]))
-    passes_but_not_with(dated_header, check_the_views_share_no_beginning, "both views begin with a header")
+    assert_detects_mutant(dated_header, check_the_views_share_no_beginning, "both views begin with a header")
 
 
 def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials, make_model, pack):
@@ -170,7 +170,7 @@ def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials
         return replace(batch, visible_until=batch.visible_until.masked_fill(batch.token_ids == specials.pad, 0))
 
     with torch.no_grad():
-        passes_but_not_with(other_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing")
+        assert_detects_mutant(other_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing")
 
 
 def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer, write_corpus, make_model, pack):
@@ -180,7 +180,7 @@ def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer
 
     def check_the_pair_term_trains_rows_of_text_alone():
         model = make_model(2)
-        specials = language_model.special_ids(tokenizer, model.vocabulary)
+        specials = language_model.special_ids(tokenizer, model.vocab_size)
         batch = pack(corpus, specials, pairing=Pairing(2)).batch
         LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ALONE).terms["jepa"].backward()
         output_layer = model.causal_lm.lm_head.weight
@@ -190,9 +190,9 @@ def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer
 
     def inside_the_vocabulary(patch):
         whole = language_model.special_ids
-        patch.setattr(language_model, "special_ids", lambda tokenizer, vocabulary: replace(whole(tokenizer, vocabulary), predictor=vocabulary - 2))
+        patch.setattr(language_model, "special_ids", lambda tokenizer, vocab_size: replace(whole(tokenizer, vocab_size), predictor=vocab_size - 2))
 
-    passes_but_not_with(inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_alone, "predictor tokens compete in the logits")
+    assert_detects_mutant(inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_alone, "predictor tokens compete in the logits")
 
 
 def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float:
@@ -230,7 +230,7 @@ def test_trap_10_the_negatives_are_those_of_all_ranks(write_corpus, specials, ma
         patch.setattr(auxiliary, "gather_pool", lambda prediction, target, batch, gather: whole(prediction, target, batch, ALONE))
 
     with torch.no_grad():
-        passes_but_not_with(local_negatives, check_four_ranks_have_the_loss_of_one, "negatives are missing")
+        assert_detects_mutant(local_negatives, check_four_ranks_have_the_loss_of_one, "negatives are missing")
 
 
 def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
@@ -249,9 +249,9 @@ def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
             assert terms["jepa"].item() == pytest.approx(values.sum().item(), rel=1e-3), f"{distance} is rounded to bf16"
 
     def left_in_bf16(patch):
-        patch.setattr(auxiliary, "read_out", lambda hidden, batch: (hidden[batch.prediction_index], hidden[batch.target_index]))
+        patch.setattr(auxiliary, "select_pair_embeddings", lambda hidden, batch: (hidden[batch.prediction_index], hidden[batch.target_index]))
 
-    passes_but_not_with(left_in_bf16, check_distances, "cosine is rounded to bf16")
+    assert_detects_mutant(left_in_bf16, check_distances, "cosine is rounded to bf16")
 
 
 OPTIONS = {"temperature": 0.5, "stop_gradient": True, "dropout": 0.5, "predictor_placement": "prepend", "predictor_tokens": 3, "direction": "both",
@@ -267,7 +267,7 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
         layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
-        model, units = make_model(layout.predictor_tokens), counts(rows, layout)
+        model, units = make_model(layout.predictor_tokens), loss_denominators(rows, layout)
         terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
         weights = {term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()}
         loss = total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, weights, ranks=1)
@@ -288,10 +288,10 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
         patch.setattr(llm_jepa.Config, "record_dropout", property(lambda self: self.dropout if self.layout == "joint" else 0.0))
 
     def a_pool_that_holds_no_target_fixed(patch):
-        patch.setattr(Pool, "with_fixed_targets", lambda self: self)
+        patch.setattr(Pool, "with_detached_targets", lambda self: self)
 
-    passes_but_not_with(dropout_for_one_layout, check_every_option_acts_or_is_refused, "dropout is ignored")
-    passes_but_not_with(a_pool_that_holds_no_target_fixed, check_every_option_acts_or_is_refused, "stop_gradient is ignored")
+    assert_detects_mutant(dropout_for_one_layout, check_every_option_acts_or_is_refused, "dropout is ignored")
+    assert_detects_mutant(a_pool_that_holds_no_target_fixed, check_every_option_acts_or_is_refused, "stop_gradient is ignored")
 
 
 def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_tokens(write_corpus, specials, pack):
@@ -299,7 +299,7 @@ def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_toke
     corpus = write_corpus(records)
 
     def check_what_the_read_outs_see():
-        for ids, kind, k, placement in product((specials, Specials(401, 402, 403, 404, 640)), KINDS, (0, 1, 3), ("append", "prepend")):
+        for ids, kind, k, placement in product((specials, SpecialTokenIds(401, 402, 403, 404, 640)), KINDS, (0, 1, 3), ("append", "prepend")):
             batch = pack(corpus, ids, kind, Pairing(k, placement)).batch
             predictor = [ids.predictor + number for number in range(k)]
             closing = ids.sep if kind == "joint" else ids.eos
@@ -312,4 +312,4 @@ def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_toke
     def an_offset_by_hand(batch, rows, corpus, specials):
         return replace(batch, target_index=batch.target_index - 1)
 
-    passes_but_not_with(other_batches(an_offset_by_hand), check_what_the_read_outs_see, "read at another token")
+    assert_detects_mutant(other_batches(an_offset_by_hand), check_what_the_read_outs_see, "read at another token")

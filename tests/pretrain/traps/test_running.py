@@ -13,14 +13,14 @@ from data_prep.console import UserError
 from data_prep.nlrx_grammar import generate
 from data_prep.shards import read_manifest
 from pretrain.config import load_config
-from pretrain.data.layout import Pairing, Specials, make_layout
+from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
 from pretrain.data.loader import Loader
 from pretrain.run_folder import list_steps, step_name
 from pretrain.training.checkpoint import check, consolidate
 from pretrain.training.distributed import World
 from pretrain.training.setup import set_up
-from tests.launching import ROOT, TIMEOUT, call, free_port, start, tiny_config, write_config
-from tests.mutants import fails, passes_but_not_with
+from tests.commands import ROOT, TIMEOUT, free_port, run_command, start, tiny_config, write_config
+from tests.mutants import assert_detects_mutant, assert_fails_with
 
 WORKER = ROOT / "tests/pretrain/traps/trapped_runs.py"
 STEPS = 3
@@ -75,7 +75,7 @@ def prepared_without_torch(tmp_path_factory) -> Prepared:
         for file, content in ({"torch.py": NO_GPU} | more).items():
             (modules / file).write_text(content)
         config = write_config(folder, tiny_config(folder, name=name, data__sources=sources, data__path=str(folder / name)))
-        done[name] = call(["python", "-m", "data_prep", str(config)], check=False, PYTHONPATH=f"{modules}:{ROOT}")
+        done[name] = run_command(["python", "-m", "data_prep", str(config)], check=False, PYTHONPATH=f"{modules}:{ROOT}")
     for source in sources:
         Path(source["path"]).unlink()
     return Prepared(folder, done)
@@ -135,7 +135,7 @@ def test_trap_04_the_pair_loss_is_normalised_over_accumulation(folder):
         assert same(whole, parts, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), "accumulation changes the gradient"
 
     check_against_a_single_micro_batch("accumulated")
-    fails(lambda: check_against_a_single_micro_batch("per-micro-batch"), "accumulation changes the gradient")
+    assert_fails_with(lambda: check_against_a_single_micro_batch("per-micro-batch"), "accumulation changes the gradient")
 
 
 def moments(state) -> list[torch.Tensor]:
@@ -155,7 +155,7 @@ def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
         assert found and all((tensor.float() != tensor.bfloat16().float()).any() for tensor in found), "moments are rounded"
 
     check_what_bf16_would_round_away("bf16")
-    fails(lambda: check_what_bf16_would_round_away("no-master"), "small updates of weights near 1 are lost")
+    assert_fails_with(lambda: check_what_bf16_would_round_away("no-master"), "small updates of weights near 1 are lost")
 
 
 def test_trap_11_a_collapse_is_measured(folder):
@@ -166,27 +166,27 @@ def test_trap_11_a_collapse_is_measured(folder):
             assert measures <= last.keys(), "a loss alone is shown"
 
     check_measures("plain")
-    fails(lambda: check_measures("unmeasured"), "a loss alone is shown")
+    assert_fails_with(lambda: check_measures("unmeasured"), "a loss alone is shown")
 
 
-def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(prepare_here, tmp_path):
+def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(prepare_in_process, tmp_path):
     texts = [(f"number {number}", f"[{number}]") for number in range(30)]
     long = [("0123456789" * 9, "[0-9]"), ("a long one", "0123456789" * 4)]
     corpora = []
 
     def check_every_record_fits_or_is_counted():
-        corpus = prepare_here([*texts, *long], sequence_length=96)
+        corpus = prepare_in_process([*texts, *long], sequence_length=96)
         corpora.append(corpus)
         dropped = read_manifest(corpus.folder)["dropped"]
         assert dropped.get("too_long", {}).get("count") == len(long), "records are too long for a row"
-        layout = make_layout("joint", Specials(0, 1, 2, 3, 400), pairing=Pairing(12))
+        layout = make_layout("joint", SpecialTokenIds(0, 1, 2, 3, 400), pairing=Pairing(12))
         rows = Loader(corpus, layout, 96, seed=0, epochs=1).next_rows(len(texts))
         assert sorted(rows.records) == list(range(len(texts)))
 
     def let_through(patch):
         patch.setattr(encode, "positions_needed", lambda lengths: lengths[:, 0] * 0)
 
-    passes_but_not_with(let_through, check_every_record_fits_or_is_counted, "records are too long for a row")
+    assert_detects_mutant(let_through, check_every_record_fits_or_is_counted, "records are too long for a row")
     right, overfull = corpora
     hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
     for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
@@ -206,7 +206,7 @@ def test_trap_14_the_records_that_sit_out_do_not_depend_on_ranks(folder):
         assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], "the space of what sits out is not used"
 
     check_against_one_rank("two-ranks")
-    fails(lambda: check_against_one_rank("dropout-per-rank"), "ranks draw for themselves")
+    assert_fails_with(lambda: check_against_one_rank("dropout-per-rank"), "ranks draw for themselves")
 
 
 def test_trap_15_a_start_goes_on_with_what_it_finds(folder):
@@ -216,7 +216,7 @@ def test_trap_15_a_start_goes_on_with_what_it_finds(folder):
         assert list_steps(folder / "runs" / name / "checkpoints") == [2, 3], "the first start is lost"
 
     check_the_second_start("resumed")
-    fails(lambda: check_the_second_start("deleted"), "the first start is lost")
+    assert_fails_with(lambda: check_the_second_start("deleted"), "the first start is lost")
 
 
 def test_trap_16_one_rank_of_all_nodes_writes_and_all_save(folder):
@@ -229,8 +229,8 @@ def test_trap_16_one_rank_of_all_nodes_writes_and_all_save(folder):
 
     check_the_run_of_two_nodes("two-ranks")
     assert ["step      1" in (folder / f"rank-{rank}.log").read_text() for rank in range(2)] == [True, False]
-    fails(lambda: check_the_run_of_two_nodes("two-writers"), "the ranks do not agree on who writes")
-    fails(lambda: check_the_run_of_two_nodes("saved-by-rank-0"), "a rank's shard is missing")
+    assert_fails_with(lambda: check_the_run_of_two_nodes("two-writers"), "the ranks do not agree on who writes")
+    assert_fails_with(lambda: check_the_run_of_two_nodes("saved-by-rank-0"), "a rank's shard is missing")
 
 
 def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(folder, prepared_without_torch):
@@ -241,9 +241,9 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
         assert ended(folder, name)["ended"] == "finished", "one process alone cannot train"
 
     check_the_preparation("corpus")
-    fails(lambda: check_the_preparation("mutant"), "tokenizing needs a GPU")
+    assert_fails_with(lambda: check_the_preparation("mutant"), "tokenizing needs a GPU")
     check_the_run_of_one_process("plain")
-    fails(lambda: check_the_run_of_one_process("launcher-needed"), "one process alone cannot train")
+    assert_fails_with(lambda: check_the_run_of_one_process("launcher-needed"), "one process alone cannot train")
 
 
 def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
@@ -252,4 +252,4 @@ def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
         assert [ended(folder, name, rank)["tokenized"] for rank in (0, 1)] == [0, 0], "a rank tokenizes"
 
     check_texts("two-ranks")
-    fails(lambda: check_texts("tokenizing"), "a rank tokenizes")
+    assert_fails_with(lambda: check_texts("tokenizing"), "a rank tokenizes")

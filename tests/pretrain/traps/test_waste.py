@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain.data import loader as loading
 from pretrain.data.batch import micro_batches
 from pretrain.data.layout import Pairing, make_layout
-from pretrain.data.loader import Loader, Rows, counts
+from pretrain.data.loader import Loader, Rows, loss_denominators
 from pretrain.models import language_model
 from pretrain.models.attention import visibility_mask
 from pretrain.objectives import auxiliary
@@ -20,7 +20,7 @@ from pretrain.objectives.base import total_loss
 from pretrain.objectives.llm_jepa import LlmJepa
 from pretrain.objectives.pool import Gather
 from pretrain.training.throughput import Parameters, Throughput
-from tests.mutants import passes_but_not_with
+from tests.mutants import assert_detects_mutant
 
 ALONE = Gather(all_gather=lambda mine: mine, rank=0)
 SYNCS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select,
@@ -64,7 +64,7 @@ def test_trap_19_rows_are_full(corpus, specials):
     def a_record_a_row(patch):
         patch.setattr(loading, "pack", lambda positions, row_length: np.arange(len(positions)))
 
-    passes_but_not_with(a_record_a_row, check_padding, "rows are padded")
+    assert_detects_mutant(a_record_a_row, check_padding, "rows are padded")
 
 
 class MaskSeen(Exception):
@@ -109,8 +109,8 @@ def test_trap_20_no_mask_is_dense_in_fp32(corpus, specials, make_model):
         patch.setattr(language_model, "attention_mask", lambda visible_until, *others: visibility_mask(visible_until, "sdpa"))
 
     with torch.no_grad():
-        passes_but_not_with(additive, check_the_masks, "the mask for sdpa takes")
-        passes_but_not_with(dense, check_the_masks, "the mask for flex_attention takes")
+        assert_detects_mutant(additive, check_the_masks, "the mask for sdpa takes")
+        assert_detects_mutant(dense, check_the_masks, "the mask for flex_attention takes")
 
 
 def test_trap_21_logits_are_those_of_labels_alone(corpus, specials, make_model):
@@ -118,7 +118,7 @@ def test_trap_21_logits_are_those_of_labels_alone(corpus, specials, make_model):
     _, batch, _ = loaded(corpus, specials, 128, 3, lm_views="last")
 
     def check_rows_of_logits():
-        with Operators(width=model.vocabulary) as operators:
+        with Operators(width=model.vocab_size) as operators:
             terms = LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ALONE).terms
             torch.autograd.grad(terms["lm"], model.causal_lm.get_input_embeddings().weight)
         assert operators.rows == len(batch.label_index) < batch.token_ids.numel() / 2, f"{operators.rows} rows of logits"
@@ -130,7 +130,7 @@ def test_trap_21_logits_are_those_of_labels_alone(corpus, specials, make_model):
 
         patch.setattr(auxiliary, "next_token_sum", everywhere)
 
-    passes_but_not_with(labels_of_minus_100, check_rows_of_logits, f"{batch.token_ids.numel()} rows of logits")
+    assert_detects_mutant(labels_of_minus_100, check_rows_of_logits, f"{batch.token_ids.numel()} rows of logits")
 
 
 def test_trap_22_hidden_states_of_the_last_layer_alone_are_kept(corpus, specials, make_model):
@@ -154,7 +154,7 @@ def test_trap_22_hidden_states_of_the_last_layer_alone_are_kept(corpus, specials
         whole = decoder.forward
         patch.setattr(decoder, "forward", lambda **inputs: whole(**inputs, output_hidden_states=True))
 
-    passes_but_not_with(all_of_them, check_what_is_alive_at_the_end, "hidden states of earlier layers are kept")
+    assert_detects_mutant(all_of_them, check_what_is_alive_at_the_end, "hidden states of earlier layers are kept")
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
@@ -165,7 +165,7 @@ def test_trap_23_the_host_does_not_wait_for_the_device_at_every_record(distance,
 
     def check_syncs_of_a_micro_step():
         for rows, batch, layout in steps:
-            units = counts(rows, layout)
+            units = loss_denominators(rows, layout)
             with Operators() as operators:
                 terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
                 total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, objective.weights, ranks=1).backward()
@@ -175,10 +175,10 @@ def test_trap_23_the_host_does_not_wait_for_the_device_at_every_record(distance,
         def one_by_one(hidden, batch):
             return tuple(torch.stack([hidden[place.item()].float() for place in index]) for index in (batch.prediction_index, batch.target_index))
 
-        patch.setattr(auxiliary, "read_out", one_by_one)
+        patch.setattr(auxiliary, "select_pair_embeddings", one_by_one)
 
     records = len(steps[0][0].records)
-    passes_but_not_with(a_loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records")
+    assert_detects_mutant(a_loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records")
 
 
 def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
@@ -189,7 +189,7 @@ def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
         for padded in (rows, Rows.join([rows], 30)):
             throughput = Throughput(Parameters(layers=1000, embedding=50, head=50, tied=True, predictor=7), ranks=1, row_length=512)
             throughput.peak = 1.0  # so that the MFU of one second is the count
-            throughput.add(padded, counts(padded, layout)["targets"], seconds=1.0)
+            throughput.add(padded, loss_denominators(padded, layout)["targets"], seconds=1.0)
             assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), "padding is counted"
 
     def a_profiler(patch):
@@ -201,4 +201,4 @@ def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
 
         patch.setattr(Throughput, "add", add)
 
-    passes_but_not_with(a_profiler, check_flops_are_those_of_tokens_and_labels, "padding is counted")
+    assert_detects_mutant(a_profiler, check_flops_are_those_of_tokens_and_labels, "padding is counted")

@@ -13,34 +13,34 @@ from data_prep import units
 from data_prep.console import UserError
 from data_prep.pipeline import prepare
 from tests.data_prep.conftest import MPIRUN, needs_mpi
-from tests.preparing import data, json_source, quiet
 from tests.processes import TIMEOUT
+from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
-def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, undisturbed, mistake, lines_file, pairs, tmp_path):
+def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, reference_corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
     def with_file(path, *more: str) -> str:
-        return mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more)
+        return run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more)
 
     absent = tmp_path / "absent.jsonl"
     assert with_file(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
     assert with_file("").startswith("data.sources.0.path is not set")
     assert "holds no file that ends in .json, " in with_file(tmp_path)
     # Several units, so that a progress bar would show, and other workers are busy when one fails.
-    bad = lines_file(tmp_path / "bad.jsonl", pairs(9))
+    bad = write_jsonl(tmp_path / "bad.jsonl", pairs(9))
     with bad.open("a") as file:
         file.write('{"text": "a", "code"\n')
-    taken = f"data.tokenizer={{path: {undisturbed / 'tokenizer'}}}"
+    taken = f"data.tokenizer={{path: {reference_corpus / 'tokenizer'}}}"
     message = with_file(bad, taken, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
     assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
-    good = lines_file(tmp_path / "good.jsonl", pairs(9))
+    good = write_jsonl(tmp_path / "good.jsonl", pairs(9))
     assert with_file(good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}").startswith(
         "nowhere: no tokenizer there")
     assert "data.sources is empty" in with_file(bad, "data.sources=[]")
 
 
 @needs_mpi
-def test_a_mistake_under_mpirun_is_one_line(corpus, command, lines_file, tmp_path):
-    bad = lines_file(tmp_path / "bad.jsonl", [3])
+def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [3])
     for sources, expected in (([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"), ([json_source("absent")], "cannot read absent")):
         arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}")
         done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -53,26 +53,26 @@ def test_a_mistake_under_mpirun_is_one_line(corpus, command, lines_file, tmp_pat
     (lambda content: content.replace(b"SELECT", b"select", 1), "a file of the sources changed while the corpus was prepared"),
     (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
 ])
-def test_a_file_that_is_written_meanwhile_is_found_out(lines_file, pairs, tmp_path, changed, message):
-    path = lines_file(tmp_path / "a.jsonl", pairs(300))
+def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_path, changed, message):
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(300))
 
     def change(line: str) -> None:
         if line.startswith("tokenizing"):
             path.write_bytes(changed(path.read_bytes()))
 
     with pytest.raises(UserError, match=message):
-        prepare(data(tmp_path / "out", json_source(path)), say=change)
+        prepare(data_config(tmp_path / "out", json_source(path)), say=change)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(lines_file, pairs, tmp_path, monkeypatch, cut_small):
-    path = lines_file(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
-    cut_small(2000)
+def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(write_jsonl, pairs, tmp_path, monkeypatch, set_piece_size):
+    path = write_jsonl(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
+    set_piece_size(2000)
     message = r"a\.jsonl:301: a JSON int, not an object"
     for counted in (units.COUNTED_BYTES, 2000):
         monkeypatch.setattr(units, "COUNTED_BYTES", counted)
         with pytest.raises(UserError, match=message) as raised:
-            quiet(data(tmp_path / str(counted), json_source(path)))
+            prepare_quietly(data_config(tmp_path / str(counted), json_source(path)))
         message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
     line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
@@ -88,47 +88,47 @@ def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before
     ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
     ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
 ])
-def test_a_corpus_of_which_nothing_is_left_is_an_error(lines_file, undisturbed, tmp_path, rows, settings, expected):
-    source = json_source(lines_file(tmp_path / "a.jsonl", rows))
+def test_a_corpus_of_which_nothing_is_left_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(UserError, match=expected) as raised:
-        quiet(data(tmp_path / "out", source, **({"tokenizer": {"path": str(undisturbed / "tokenizer")}} | settings)))
+        prepare_quietly(data_config(tmp_path / "out", source, **({"tokenizer": {"path": str(reference_corpus / "tokenizer")}} | settings)))
     assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, mistake, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, run_expecting_user_error, tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot write the corpus" in mistake(corpus, f"data.path={tmp_path / 'file'}")
+    assert "cannot write the corpus" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'file'}")
 
     def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk would
 
-    message = mistake(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
+    message = run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
     assert message.startswith(f"cannot write the corpus to {tmp_path / 'out'}: ") and "File too large" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_permission_is_one_clear_line(corpus, mistake, lines_file, pairs, tmp_path):
-    path = lines_file(tmp_path / "a.jsonl", pairs(3))
+def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(3))
     path.chmod(0)
-    assert "Permission denied" in mistake(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}")
+    assert "Permission denied" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}")
 
 
 @pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
 def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
     with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
-        data(tmp_path, views=[name, "code"])
+        data_config(tmp_path, views=[name, "code"])
 
 
-def test_a_source_of_which_nothing_is_kept_is_told(lines_file, pairs, tmp_path):
-    sources = [json_source(lines_file(tmp_path / "a.jsonl", pairs(50))),
-               json_source(lines_file(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
+def test_a_source_of_which_nothing_is_kept_is_told(write_jsonl, pairs, tmp_path):
+    sources = [json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
+               json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
     said = []
-    prepare(data(tmp_path / "out", *sources), say=said.append)
+    prepare(data_config(tmp_path / "out", *sources), say=said.append)
     assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
 
 
-def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(lines_file, pairs, tmp_path):
-    source = json_source(lines_file(tmp_path / "a.jsonl", pairs(50)))
+def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(write_jsonl, pairs, tmp_path):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
@@ -138,12 +138,12 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
             vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
         tokenizer.save(str(tmp_path / f"{name}.json"))
         said = []
-        prepare(data(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
+        prepare(data_config(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
         warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
         assert len(warned) == (name == "lower") and all("does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned)
     said = []
     with pytest.raises(UserError, match="no tokenizer there"):
-        prepare(data(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
+        prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
     assert not any(line.startswith("scanning") for line in said)
 
 
@@ -151,17 +151,17 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
     ("json", "a.jsonl", ["B.JSONL", "c.jsonl.bz2", "d.jsonl.xz", ".e.jsonl"]), ("text", "a.txt", [".b.txt"]),
     ("json", "a.json", ["b.parquet"]), ("python", "a.py", []),
 ])
-def test_files_that_are_left_out_for_their_names_are_told(lines_file, pairs, undisturbed, tmp_path, kind, read, skipped):
+def test_files_that_are_left_out_for_their_names_are_told(write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped):
     folder = tmp_path / "in"
     folder.mkdir()
-    lines_file(folder / read, pairs(3))
+    write_jsonl(folder / read, pairs(3))
     if kind == "python":
         (folder / read).write_text("def f(x):\n    \"Return it.\"\n    return x\n")
         (folder / "README").write_text("not a program")
     for name in skipped:
         (folder / name).write_bytes(b"anything")
     said = []
-    prepare(data(tmp_path / "out", {"type": kind, "path": str(folder)}, tokenizer={"path": str(undisturbed / "tokenizer")},
+    prepare(data_config(tmp_path / "out", {"type": kind, "path": str(folder)}, tokenizer={"path": str(reference_corpus / "tokenizer")},
                  missing_views="keep"), say=said.append)
     notes = [line for line in said if "skipping" in line]
     assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])

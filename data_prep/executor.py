@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_prep.console import INTERRUPTED, UserError
+from data_prep.console import INTERRUPTED_EXIT_CODE, UserError
 from data_prep.progress import Progress
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ Failure = UserError | OSError
 """What a task may end in. After an OSError, a full disk most likely, no other task is begun."""
 
 
-TOLD = 0.5
+ABORT_GRACE_SECONDS = 0.5
 """Seconds that the launcher gets to pass on what a rank has said before it ends them all."""
 WAIT = 0.02
 """Seconds between looks at the mailbox; MPI's own waiting would keep a core busy."""
@@ -41,16 +41,16 @@ class Task(NamedTuple):
     """Bytes of input, for the progress."""
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Processes that prepare one corpus together."""
 
     is_main: bool
     description: str
 
-    def once(self, action: Callable[[], Result]) -> Result:
+    def run_on_main(self, action: Callable[[], Result]) -> Result:
         """Do something in the main process alone; every process gets the result, or raises its UserError."""
 
-    def everywhere(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Do something in every process that called this; all of them raise the UserError of any."""
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
@@ -60,7 +60,7 @@ class Crew(Protocol):
         """Let the processes go."""
 
 
-class Local:
+class LocalExecutor:
     """Processes of this machine, started when there is more than one task."""
 
     is_main = True
@@ -70,11 +70,11 @@ class Local:
         self.description = "1 process" if self.workers == 1 else f"{self.workers} processes"
         self.pool: ProcessPoolExecutor | None = None
 
-    def once(self, action: Callable[[], Result]) -> Result:
+    def run_on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action`: there is only one process."""
         return action()
 
-    everywhere = once
+    run_on_all = run_on_main
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
         """Run the tasks in worker processes. Raises the first UserError when the others are done."""
@@ -130,7 +130,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class Mpi:
+class MpiExecutor:
     """The ranks of an MPI job, which see the same files. Rank r does the tasks r, r + ranks, ..."""
 
     def __init__(self, communicator: Any):
@@ -139,13 +139,13 @@ class Mpi:
         self.is_main = self.rank == 0
         self.description = f"{self.ranks} MPI ranks"
 
-    def once(self, action: Callable[[], Result]) -> Result:
+    def run_on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` on rank 0 and share its result or error."""
         outcome = self._outcome(action) if self.is_main else None
         result: Result = self._share(outcome)
         return result
 
-    def everywhere(self, action: Callable[[], Result]) -> Result:
+    def run_on_all(self, action: Callable[[], Result]) -> Result:
         """Run `action` on every rank; raise the first error on all of them."""
         result: Result
         result, error = self._outcome(action)
@@ -181,13 +181,13 @@ class Mpi:
                     note(*self.communicator.recv())
             while self.is_main and finished < len(tasks):
                 note(*self._receive())
-        self.once(lambda: _raise_first(errors))
+        self.run_on_main(lambda: _raise_first(errors))
 
     def close(self) -> None:
         """Do nothing: the launcher ends the ranks."""
         pass
 
-    def guard(self, main: Callable[[], None]) -> None:
+    def abort_on_error(self, main: Callable[[], None]) -> None:
         """Run `main` on every rank.
 
         All ranks raise a UserError, and the main one reports it. Any other error ends them all, because the others would wait
@@ -202,11 +202,11 @@ class Mpi:
                 raise
             sys.exit(2)
         except KeyboardInterrupt:
-            self.communicator.Abort(INTERRUPTED)
+            self.communicator.Abort(INTERRUPTED_EXIT_CODE)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
-            time.sleep(TOLD)
+            time.sleep(ABORT_GRACE_SECONDS)
             self.communicator.Abort(1)
 
     @staticmethod

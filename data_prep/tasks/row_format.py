@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 Columns = dict[str, Any]
 
 
-class PublicForm(NamedTuple):
+class RowFormat(NamedTuple):
     """The columns of a public data set, and how they become the context and the target."""
 
     columns: frozenset[str]
@@ -27,7 +27,7 @@ def label_number(label: Any, labels: int) -> int:
     return int(label)
 
 
-def text_of(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Return a column that must be text. Raises ValueError for anything else."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a text that is empty, or not a text")

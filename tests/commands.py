@@ -18,7 +18,7 @@ from typing import IO
 import psutil
 import yaml
 
-from pretrain.training.background import single_process_environment
+from pretrain.training.evaluation_requests import single_process_environment
 from tests import warm_process
 from tests.processes import TIMEOUT
 from tests.ranks import free_port
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 READ_AT_IMPORT = {"PYTHONPATH", "PYTHONHASHSEED", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
 """Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
 
-TINY = {
+TINY_SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
     "tie_word_embeddings": True,
     "initializer_range": 0.2,  # enlarged: in a model of tiny weights, an error of the mask or of positions would hardly show
@@ -42,7 +42,7 @@ def tiny_config(folder: Path, **changes) -> dict:
             "path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 400}, "workers": 1, "deduplicate": "none",
             "sources": [{"type": "nlrx", "split": "train", "records": 600}, {"type": "nlrx", "split": "validation", "records": 60}],
         },
-        "model": {"family": "llama", "shape": dict(TINY)},
+        "model": {"family": "llama", "shape": dict(TINY_SHAPE)},
         "objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5},
         "train": {"steps": 4, "global_batch_rows": 8, "micro_batch_rows": 4, "learning_rate": 3e-3},
         "monitor": {"log_every": 1, "validate_every": 100, "validation_records": 60},
@@ -94,7 +94,7 @@ def start(command: list[str], output: IO[str], errors: IO[str], cold: bool = Fal
                             start_new_session=True)
 
 
-def call(command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str) -> subprocess.CompletedProcess:
+def run_command(command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str) -> subprocess.CompletedProcess:
     """Run a command to its end; with `check`, fail showing what it printed."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = start(command, output, errors, cold, **more)
@@ -123,7 +123,7 @@ def prepare_corpus(path: str | Path) -> None:
     if settings in _prepared:
         shutil.copytree(_prepared[settings], corpus)
     else:
-        call(["python", "-m", "data_prep", str(path)])
+        run_command(["python", "-m", "data_prep", str(path)])
         _prepared[settings] = shutil.copytree(corpus, Path(tempfile.mkdtemp(dir=corpus.parent)) / "kept")
 
 
@@ -135,7 +135,7 @@ def rank_of(process: psutil.Process) -> int | None:
     return next((int(word.split("=")[1]) for word in process.cmdline() if word.startswith("--local_rank=")), None)
 
 
-class Running:
+class BackgroundCommand:
     """A command in the background that can be watched and killed."""
 
     def __init__(self, command: list[str], log: Path, cold: bool = False, **more: str):

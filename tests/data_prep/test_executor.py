@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from data_prep.console import UserError
-from data_prep.crew import Local, Task
+from data_prep.executor import LocalExecutor, Task
 from data_prep.progress import Progress
 from tests.data_prep.conftest import MPIRUN, needs_mpi
 from tests.processes import TIMEOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
 def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
-    command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("crew_checks.py"), folder, check]
-    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, timeout=TIMEOUT)
+    command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("executor_checks.py"), folder, check]
+    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 @needs_mpi
@@ -74,10 +74,10 @@ def fail_at_odd_numbers(number: int) -> int:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_processes_of_this_machine_do_the_other_units_too(workers):
     progress = Progress("working", 7, print)
-    crew = Local(workers)
+    executor = LocalExecutor(workers)
     with pytest.raises(UserError, match=r"unit 1 is bad \(2 more units failed\)"):
-        crew.run(fail_at_odd_numbers, [Task((number,), 1) for number in range(7)], progress)
-    crew.close()
+        executor.run(fail_at_odd_numbers, [Task((number,), 1) for number in range(7)], progress)
+    executor.close()
     assert (progress.done, progress.records) == (7, 4)
 
 

@@ -1,4 +1,4 @@
-"""What model states really take: `held_bytes.py CONFIG ...` trains each and prints, on rank 0, a JSON line of bytes.
+"""What model states really take: `peak_tensor_bytes.py CONFIG ...` trains each and prints, on rank 0, a JSON line of bytes.
 
 `held` is the most that tensors hold before a forward pass, beside the gradients of the micro batch before; `in_step` the most inside the
 optimizer step.

@@ -4,8 +4,8 @@ import numpy as np
 
 from pretrain.data.corpus import Corpus
 from pretrain.data.layout import Layout
-from pretrain.data.loader import Rows, draw, plan_rows
+from pretrain.data.loader import Rows, draw_random_bits, plan_rows
 
 
 def plan(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray) -> Rows:
-    return plan_rows(corpus, records, layout, row_length, paired, draw(records, 0, np.zeros_like(records)))
+    return plan_rows(corpus, records, layout, row_length, paired, draw_random_bits(records, 0, np.zeros_like(records)))

@@ -1,6 +1,6 @@
 """Runs that wait at a chosen point, so that a test acts at that point however fast or slow the machine is.
 
-A waiting rank continues when it gets a signal to stop, or when the test has made the file `released(config, step)`.
+A waiting rank continues when it gets a signal to stop, or when the test has made the file `release_file(config, step)`.
 """
 
 import time
@@ -10,7 +10,7 @@ from pretrain.training import checkpoint, loop, setup
 from pretrain.training.stop import StopRequest
 
 
-def released(config: Path, step: int) -> Path:
+def release_file(config: Path, step: int) -> Path:
     """Return the file that lets the run of a configuration go on with a step."""
     return config.with_suffix(f".go-{step}")
 
@@ -23,11 +23,11 @@ def hold_steps(config: Path, steps: list[int]) -> None:
     def held_count(self, rows):
         count(self, rows)
         if self.progress.step in steps:
-            _wait(self.stop, released(config, self.progress.step), self._moved)
+            _wait(self.stop, release_file(config, self.progress.step), self._moved)
 
     def held_set_up(run, world, stop, *arguments):
         print("waiting before the start", flush=True)
-        _wait(stop, released(config, 0))
+        _wait(stop, release_file(config, 0))
         return set_up(run, world, stop, *arguments)
 
     loop.Trainer._count = held_count

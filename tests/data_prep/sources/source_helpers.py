@@ -16,14 +16,14 @@ VIEWS = ("text", "code")
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data are not at {SHARED}")
 
 
-def opened(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
+def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
     """A source as a configuration gives it."""
     source |= {"path": str(source["path"])} if "path" in source else {}
     config = validate(DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
     return open_source(config.sources[0], names, "data.sources.0")
 
 
-def located(reader: Reader) -> list[tuple]:
+def read_with_locations(reader: Reader) -> list[tuple]:
     """(views or (reason, problem), place) of every record."""
     found, before = [], {}
     for piece in reader.pieces():
@@ -35,7 +35,7 @@ def located(reader: Reader) -> list[tuple]:
     return found
 
 
-def texts(reader: Reader) -> list[tuple[str, ...]]:
+def read_views(reader: Reader) -> list[tuple[str, ...]]:
     """The views of every record, all of which are good."""
     records = [record for piece in reader.pieces() for record in reader.read(piece)]
     assert all(record.views is not None for record in records), records
@@ -45,11 +45,11 @@ def texts(reader: Reader) -> list[tuple[str, ...]]:
 def write(path: Path, content: bytes) -> Path:
     """Write a file, packed as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(packed(content, path.suffix))
+    path.write_bytes(compress_for_suffix(content, path.suffix))
     return path
 
 
-def packed(content: bytes, suffix: str) -> bytes:
+def compress_for_suffix(content: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.compress(content)
     if suffix == ".zst":

@@ -2,10 +2,10 @@
 
 from typing import get_args
 
-from pretrain.report.arms import ABSENT, brief, differing, flatten, settings_of
+from pretrain.report.arms import NOT_SET, differing_keys, flatten, shorten, training_settings
 from pretrain.report.overfitting import Overfitting
-from pretrain.report.runs import finetunings, scoring_in
-from pretrain.report.statistics import POWER, Paired, Verdict, numbered
+from pretrain.report.runs import finetune_settings, parse_scoring_version
+from pretrain.report.statistics import POWER, PairedTest, Verdict, format_seeds
 from pretrain.report.summary import Spread, Summaries, Summary, spread
 from pretrain.tasks.directions import VALIDATION
 
@@ -18,7 +18,7 @@ UNEVEN = 1.25
 AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
-def number(value: float | None, sign: bool = False) -> str:
+def format_number(value: float | None, sign: bool = False) -> str:
     """Four decimals from 0.0001 to 10, else four digits; a dash for none."""
     if value is None:
         return "–"
@@ -30,23 +30,23 @@ def number(value: float | None, sign: bool = False) -> str:
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
-def spread_text(value: Spread | None) -> str:
+def format_spread(value: Spread | None) -> str:
     """Mean ± standard deviation, with as many decimals."""
     if value is None:
         return "–"
-    mean = number(value.mean)
+    mean = format_number(value.mean)
     decimals = len(mean.partition(".")[2]) if "e" not in mean else 4
     return mean + (f" ± {value.sd:,.{decimals}f}" if value.sd is not None else "")
 
 
-def p_text(p: float | None) -> str:
+def format_p_value(p: float | None) -> str:
     """Format a p value."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def interval_text(test: Paired | None) -> str:
+def format_interval(test: PairedTest | None) -> str:
     """Format the interval of a test."""
-    return "–" if test is None or test.low is None else f"{number(test.low, True)} to {number(test.high, True)}"
+    return "–" if test is None or test.low is None else f"{format_number(test.low, True)} to {format_number(test.high, True)}"
 
 
 def headline(all_arms: Summaries) -> str:
@@ -57,16 +57,16 @@ def headline(all_arms: Summaries) -> str:
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
     by_verdict = {kind: [name for name, test in tests.items() if test.verdict == kind] for kind in get_args(Verdict)}
-    parts = [f"{listed([f'{name} ({number(tests[name].mean, True)})' for name in names])} {word if len(names) == 1 else word[:-1]}"
+    parts = [f"{join_names([f'{name} ({format_number(tests[name].mean, True)})' for name in names])} {word if len(names) == 1 else word[:-1]}"
              for word in ("helps", "hurts") if (names := by_verdict[word])]
     if names := by_verdict["no difference found"]:
-        parts.append(f"for {listed(names)} no difference was found")
+        parts.append(f"for {join_names(names)} no difference was found")
     if names := by_verdict["no verdict"]:
-        parts.append(f"for {listed(names)} there is no verdict")
+        parts.append(f"for {join_names(names)} there is no verdict")
     return f"Against {comparison.baseline} in {comparison.metric}, {'; '.join(parts)}."
 
 
-def listed(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
@@ -77,26 +77,26 @@ def verdict(all_arms: Summaries, name: str) -> str:
     metric, baseline = comparison.metric, comparison.baseline
     assert baseline is not None  # or there would be no test
     if test.verdict == "no verdict":
-        seen = "" if test.mean is None else f" (the difference to {baseline} in {metric} is {number(test.mean, True)})"
+        seen = "" if test.mean is None else f" (the difference to {baseline} in {metric} is {format_number(test.mean, True)})"
         return f"{name}: no verdict, because {test.reason}{seen}."
     paired = f"over {len(test.seeds)} seeds"
     if test.p is None:
         return f"{name}: no difference found to {baseline} in {metric}: {test.reason} ({len(test.seeds)})."
-    numbers = (f"{number(test.mean, True)} {paired}, 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
-               + (f" after correction for {all_arms.corrected_for} arms" if all_arms.corrected_for > 1 else ""))
+    numbers = (f"{format_number(test.mean, True)} {paired}, 95% interval {format_interval(test)}, p = {format_p_value(test.corrected_p)}".replace("= <", "<")
+               + (f" after correction for {all_arms.num_tested_arms} arms" if all_arms.num_tested_arms > 1 else ""))
     if test.verdict == "no difference found":
         return (f"{name}: no difference found to {baseline} in {metric} ({numbers}). With these seeds and this spread, only a true difference of "
-                f"±{number(test.detectable)} or more would have been found with a chance of {POWER:.0%}.")
+                f"±{format_number(test.min_detectable)} or more would have been found with a chance of {POWER:.0%}.")
     mine, other = (all_arms.arms[arm].values for arm in (name, baseline))
     means = [sum(values[seed] for seed in test.seeds) / len(test.seeds) for values in (mine, other)]
-    return f"{name} {test.verdict}: {metric} is {number(means[0])} against {number(means[1])} of {baseline} ({numbers})."
+    return f"{name} {test.verdict}: {metric} is {format_number(means[0])} against {format_number(means[1])} of {baseline} ({numbers})."
 
 
-def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
+def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
     """Which arm holds past the best validation loss, a sentence for each arm and measure, and for which runs the metric is not known there."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
-    sentences = [f"{name}: {numbered(arm.not_around)} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, "
-                 f"and {'are' if len(arm.not_around) > 1 else 'is'} left out of {metric} here." for name, arm in past.arms.items() if arm.not_around]
+    sentences = [f"{name}: {format_seeds(arm.not_bracketed)} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, "
+                 f"and {'are' if len(arm.not_bracketed) > 1 else 'is'} left out of {metric} here." for name, arm in past.arms.items() if arm.not_bracketed]
     if baseline is None:
         return sentences
     measures = [("validation/loss/lm", past.rises, {name: arm.rise for name, arm in past.arms.items()}),
@@ -105,12 +105,12 @@ def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
         for name, test in tests.items():
             if not test.seeds:
                 continue
-            mine, other = (number(sum(values[arm][seed] for seed in test.seeds) / len(test.seeds), True) for arm in (name, baseline))
+            mine, other = (format_number(sum(values[arm][seed] for seed in test.seeds) / len(test.seeds), True) for arm in (name, baseline))
             told = {"helps": "holds better than", "hurts": "holds worse than", "no difference found": "no difference found to",
                     "no verdict": "no verdict against"}[test.verdict]
-            numbers = f"{number(test.mean, True)} over {len(test.seeds)} seed{'s' * (len(test.seeds) > 1)}"
+            numbers = f"{format_number(test.mean, True)} over {len(test.seeds)} seed{'s' * (len(test.seeds) > 1)}"
             if test.p is not None:
-                numbers += f", 95% interval {interval_text(test)}, p = {p_text(test.corrected_p)}".replace("= <", "<")
+                numbers += f", 95% interval {format_interval(test)}, p = {format_p_value(test.corrected_p)}".replace("= <", "<")
             elif test.reason:
                 numbers += f"; {test.reason}"
             subject = f"{name} {told}" if test.verdict in ("helps", "hurts") else f"{name}: {told}"
@@ -118,7 +118,7 @@ def holding(all_arms: Summaries, past: Overfitting) -> list[str]:
     return sentences
 
 
-def costs(all_arms: Summaries) -> dict[str, str]:
+def cost_sentences(all_arms: Summaries) -> dict[str, str]:
     """What each arm takes for the same corpus tokens, in a sentence."""
     sentences = {}
     for name, arm in all_arms.arms.items():
@@ -131,7 +131,7 @@ def costs(all_arms: Summaries) -> dict[str, str]:
     return sentences
 
 
-def cautions(all_arms: Summaries) -> list[str]:
+def caveats(all_arms: Summaries) -> list[str]:
     """What a reader must know before believing the verdict."""
     parts = (_scorings, _missing, _collapses, _metric, _matching, _differences, _seconds)
     return [sentence for part in parts for sentence in part(all_arms)]
@@ -142,8 +142,8 @@ def _scorings(all_arms: Summaries) -> list[str]:
     metric = all_arms.comparison.metric
     if all_arms.settings is None or metric.task == VALIDATION:
         return []
-    version = scoring_in(all_arms.settings)
-    others = {run.folder.name: found for run in all_arms.comparison.runs if (found := metric.scorings(run)) and version not in found}
+    version = parse_scoring_version(all_arms.settings)
+    others = {run.folder.name: found for run in all_arms.comparison.runs if (found := metric.scoring_versions(run)) and version not in found}
     if not others:
         return []
     told = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
@@ -157,7 +157,7 @@ def _missing(all_arms: Summaries) -> list[str]:
         planned = arm.arm.planned
         if len(arm.values) == planned:
             continue
-        without = [f"seed {seed} is not there" for seed in arm.arm.absent]
+        without = [f"seed {seed} is not there" for seed in arm.arm.missing_runs]
         for seed, run in arm.arm.runs.items():
             if not run.finished:
                 without.append(f"seed {seed} is {run.status.get('status', 'not started')} at step {run.last.get('step', 0)}")
@@ -168,8 +168,8 @@ def _missing(all_arms: Summaries) -> list[str]:
 
 
 def _collapses(all_arms: Summaries) -> list[str]:
-    names = [f"{arm.arm.name} ({numbered(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
-    return [f"The embeddings of {listed(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
+    names = [f"{arm.arm.name} ({format_seeds(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
+    return [f"The embeddings of {join_names(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
             "JEPA loss says nothing there."] if names else []
 
 
@@ -177,8 +177,8 @@ def _metric(all_arms: Summaries) -> list[str]:
     comparison, found = all_arms.comparison, []
     if not comparison.metric_origin.startswith("chosen"):
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
-    if all_arms.corrected_for > 1:
-        found.append(f"{all_arms.corrected_for} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
+    if all_arms.num_tested_arms > 1:
+        found.append(f"{all_arms.num_tested_arms} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
                      "metrics are not tested, but for what a section on overfitting says: their differences are for looking only.")
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
@@ -203,20 +203,20 @@ def _matching(all_arms: Summaries) -> list[str]:
     if matched_by is not None and matched_by in [what for what, _ in unlike]:
         found.append(f"The study is matched by {AMOUNTS[matched_by]}, but the arms did not get the same: see the table.")
     if unlike:
-        same = f"The arms had the same {listed([text for _, text in alike])}" if alike else "The arms had nothing alike"
-        found.append(f"{same}, not the same {listed([text for _, text in unlike])}: the verdict holds at this matching only.")
+        same = f"The arms had the same {join_names([text for _, text in alike])}" if alike else "The arms had nothing alike"
+        found.append(f"{same}, not the same {join_names([text for _, text in unlike])}: the verdict holds at this matching only.")
     return found
 
 
 def _differences(all_arms: Summaries) -> list[str]:
     comparison = all_arms.comparison
-    firsts = [arm.first for arm in comparison.arms.values() if arm.first]
-    settings = [values | flatten(finetunings(run.config), "finetuning of ") for values, run in zip(settings_of(firsts), firsts, strict=True)]
+    first_runs = [arm.first for arm in comparison.arms.values() if arm.first]
+    settings = [values | flatten(finetune_settings(run.config), "finetuning of ") for values, run in zip(training_settings(first_runs), first_runs, strict=True)]
     found = []
-    besides = [key for key in differing(settings) if not key.startswith("objective.")]
+    besides = [key for key in differing_keys(settings) if not key.startswith("objective.")]
     if besides:
-        told = [f"{key} ({', '.join(dict.fromkeys(brief(values.get(key, ABSENT)) for values in settings))})" for key in besides]
-        found.append(f"Besides the objective, arms differ in {listed(told)}.")
+        told = [f"{key} ({', '.join(dict.fromkeys(shorten(values.get(key, NOT_SET)) for values in settings))})" for key in besides]
+        found.append(f"Besides the objective, arms differ in {join_names(told)}.")
     environments = [run.environment for run in comparison.runs if run.environment]
     read = {str([environment.get("data", {}).get(part) for part in ("corpus", "tokenizer")]) for environment in environments}
     if len(read) > 1:
@@ -236,8 +236,8 @@ def _seconds(all_arms: Summaries) -> list[str]:
             "seconds."] if uneven > UNEVEN else []
 
 
-def states(summary: Summary) -> list[tuple[str, str, str, str, str]]:
+def run_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
     """The runs of an arm: seed, state, step, value of the metric, folder."""
-    rows = [(str(seed), run.status.get("status", "unknown"), f"{run.last.get('step', 0):,}", number(summary.values.get(seed)), str(run.folder))
+    rows = [(str(seed), run.status.get("status", "unknown"), f"{run.last.get('step', 0):,}", format_number(summary.values.get(seed)), str(run.folder))
             for seed, run in summary.arm.runs.items()]
-    return rows + [(str(seed), "missing", "–", "–", folder) for seed, folder in summary.arm.absent.items()]
+    return rows + [(str(seed), "missing", "–", "–", folder) for seed, folder in summary.arm.missing_runs.items()]

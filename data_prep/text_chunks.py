@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 
-STRETCH = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 """Characters that the tokenizer gets at once: its memory grows with them."""
 AROUND = 1000
 """Characters on both sides of a place on which it is tried whether a text can be cut there."""
@@ -12,10 +12,10 @@ TRIED = 20
 Encode = Callable[[list[str]], list[list[int]]]
 
 
-def stretches(text: str, encode: Encode) -> list[str]:
+def chunk_text(text: str, encode: Encode) -> list[str]:
     """Return a text in parts, of which `encode` makes the tokens of the whole; in one part from where no place is found to cut it."""
     parts, begin = [], 0
-    while len(text) - begin > STRETCH:
+    while len(text) - begin > CHUNK_CHARACTERS:
         place = next((place for place in _places(text, begin) if _can_cut(text, place, encode)), None)
         if place is None:
             break
@@ -26,7 +26,7 @@ def stretches(text: str, encode: Encode) -> list[str]:
 
 def _places(text: str, begin: int) -> Iterator[int]:
     """Yield places at which the part from `begin` may end, the best first: after a line, before a blank, anywhere."""
-    end = begin + STRETCH
+    end = begin + CHUNK_CHARACTERS
     for found, moved in (("\n", 1), (" ", 0)):
         place = end
         for _ in range(TRIED):

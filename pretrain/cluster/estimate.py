@@ -11,7 +11,7 @@ CHECKPOINT_BYTES = 12
 
 
 @dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
     """Bytes, but where it says otherwise."""
 
     parameters: int
@@ -29,20 +29,20 @@ class Needs:
     """How many stand in the run folder at most, the one that is being written included."""
 
 
-def needs_of(config: RunConfig, ranks: int) -> Needs:
+def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     """Return what a start on so many ranks takes. Raises the UserErrors of that start."""
-    from pretrain.training.dry_run import beside_states, checked_plan, states_of_rank  # torch and DeepSpeed: seconds, which only this needs
+    from pretrain.training.dry_run import checked_plan, model_states_per_rank, non_state_memory  # torch and DeepSpeed: seconds, which only this needs
     from pretrain.training.memory import ITEM_BYTES
 
     plan = checked_plan(config, ranks)
-    states = states_of_rank(plan, int(plan.zero.stage), ranks)
+    states = model_states_per_rank(plan, int(plan.zero.stage), ranks)
     held = {}
     for device in PROCESS_BYTES:
-        beside = [checkpointed if config.train.activation_checkpointing else whole for _, whole, checkpointed in beside_states(plan, device)]
+        beside = [checkpointed if config.train.activation_checkpointing else whole for _, whole, checkpointed in non_state_memory(plan, device)]
         held[device] = max(states.held + sum(beside), states.in_step)
     item = ITEM_BYTES[config.train.precision]
     kept_for_good = config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
-    return Needs(
+    return ResourceEstimate(
         parameters=plan.total,
         rank_memory={device: PROCESS_BYTES[device] + held[device] for device in held},
         offloads=plan.zero.offload_optimizer is not None or plan.zero.offload_param is not None,

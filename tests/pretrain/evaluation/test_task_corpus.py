@@ -8,22 +8,22 @@ import pytest
 from data_prep.config import HubSource, JsonSource
 from data_prep.console import UserError
 from data_prep.task_rows import read_rows
-from data_prep.tasks.form import PublicForm
+from data_prep.tasks.row_format import RowFormat
 from pretrain.config import load_config
 from pretrain.data.corpus import Corpus
 from pretrain.evaluation import task_run
-from pretrain.evaluation.pairs import prepare_pairs
-from pretrain.run_folder import MODEL
-from tests.launching import tiny_config, write_config
+from pretrain.evaluation.task_corpus import prepare_task_corpus
+from pretrain.run_folder import MODEL_DIR
+from tests.commands import tiny_config, write_config
 
 
 def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
-    shutil.copytree(prepared / "tokenizer", tmp_path / MODEL)
+    shutil.copytree(prepared / "tokenizer", tmp_path / MODEL_DIR)
     rows = [{"text": f"lines with {number % 3}", "code": f".*{number % 3}.*"} for number in range(10)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = JsonSource(type="json", path=str(tmp_path / "test.jsonl"))
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
-    assert len(Corpus(prepare_pairs(config, source, tmp_path / "evaluation").path, "train")) == 10
+    assert len(Corpus(prepare_task_corpus(config, source, tmp_path / "evaluation").path, "train")) == 10
     assert [row.views for row in read_rows(source, ("text", "code"), "test")] == [tuple(row.values()) for row in rows]
     assert len(read_rows(source, ("text", "code"), "test", rows=4)) == 4
 
@@ -31,7 +31,7 @@ def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
 def test_pairs_need_a_file(tmp_path):
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
     with pytest.raises(UserError, match="names no file"):
-        prepare_pairs(config, JsonSource(type="json"), tmp_path / "evaluation")
+        prepare_task_corpus(config, JsonSource(type="json"), tmp_path / "evaluation")
 
 
 def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
@@ -41,15 +41,15 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
              {"question": "e", "answers": ["f", "g"]}]
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
 
-    form = PublicForm(frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question")
+    row_format = RowFormat(frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question")
     source = JsonSource(type="json", path=str(tmp_path / "data"))
-    found = read_rows(source, views, "task.test", form=form)
+    found = read_rows(source, views, "task.test", row_format=row_format)
     assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == ["f", "g"]
     with pytest.raises(UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
     with pytest.raises(UserError, match=r"test.jsonl:1: list index out of range, in the form of the public data set"):
-        read_rows(source, views, "task.test", form=form)
+        read_rows(source, views, "task.test", row_format=row_format)
     (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
     hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})
     assert [row.views for row in read_rows(hub, views, "task.test")] == [("e", "f")]
@@ -59,5 +59,5 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
 
 def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
-    trained = [corpus.tokenizer.decode(corpus.by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
+    trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
     assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]

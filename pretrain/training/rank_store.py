@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Result = TypeVar("Result")
-ANSWER = 10.0
+STORE_TIMEOUT = 10.0
 """Seconds that the store has to answer in."""
 
 
-class Unreachable(Exception):
+class StoreUnreachable(Exception):
     """The common store does not answer: rank 0, or the launcher, which keep it, is gone."""
 
 
-class Notes:
+class RankStore:
     """JSON values by key in the ranks' common store, with a connection of its own. Every call may raise Unreachable."""
 
     def __init__(self, store: dist.Store):
@@ -38,12 +38,12 @@ class Notes:
 
     def _ask(self, call: Callable[[], Result]) -> Result:
         try:
-            return self._calls.submit(call).result(ANSWER)
+            return self._calls.submit(call).result(STORE_TIMEOUT)
         except (NoAnswer, RuntimeError):
-            raise Unreachable from None
+            raise StoreUnreachable from None
 
 
-class LocalNotes:
+class LocalRankStore:
     """The same for a single rank, which has no common store."""
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""A run in which something goes wrong, or that waits for the test: `spoiled_run.py WHAT CONFIG`.
+"""A run in which something goes wrong, or that waits for the test: `faulty_run.py WHAT CONFIG`.
 
 none          nothing
 spike:S       the loss of step S is a hundred times itself, in whatever process computes it
-hold:S,...    it waits at the beginning of each of these steps, see holding.py
+hold:S,...    it waits at the beginning of each of these steps, see pause_points.py
 validation:S  it waits in the validation of step S for a signal
 save:S        it waits within the save of step S
 convert:0     it converts a checkpoint for ever
@@ -31,7 +31,7 @@ import torch
 from pretrain.data import prefetch
 from pretrain.training import checkpoint, loop, setup
 from pretrain.training.main import main
-from tests.pretrain.training.holding import hold_save, hold_steps, hold_validation
+from tests.pretrain.training.pause_points import hold_save, hold_steps, hold_validation
 
 place = next(place for place, word in enumerate(sys.argv) if place and not word.startswith("--"))
 parts = dict((part.split(":") + ["0"])[:2] for part in sys.argv.pop(place).split("+"))

@@ -1,6 +1,6 @@
 """Started beside each rank: ends it when it has shown no sign of life for too long, which it cannot do itself while it is stopped.
 
-Without it a launcher would wait for such a rank for ever. `python guard.py PID`: each line on standard input is a sign of life, and
+Without it a launcher would wait for such a rank for ever. `python heartbeat_killer.py PID`: each line on standard input is a sign of life, and
 says for how many seconds none may follow. Standard library only: it starts at once and takes little memory.
 """
 

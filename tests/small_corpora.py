@@ -14,7 +14,7 @@ SEQUENCE_LENGTH = 128
 VOCAB_SIZE = 340
 
 
-def data(path: Path, *sources: dict, **settings) -> DataConfig:
+def data_config(path: Path, *sources: dict, **settings) -> DataConfig:
     return validate(DataConfig, {"path": str(path), "sources": list(sources), "tokenizer": {"vocab_size": VOCAB_SIZE},
                                  "sequence_length": SEQUENCE_LENGTH, "workers": 1} | settings, "data")
 
@@ -23,13 +23,13 @@ def json_source(path: Path, **settings) -> dict:
     return {"type": "json", "path": str(path)} | settings
 
 
-def rows_of_task(path, task: str = "nl_rx", **source) -> list[TaskTest]:
+def task_tests(path, task: str = "nl_rx", **source) -> list[TaskTest]:
     """The test rows of one task: a file of JSON lines, or what `source` says."""
     given = JsonSource(**{"type": "json", "path": str(path)} | source)
     return [TaskTest(task=task, key="evaluation.tasks.0.test", source=given)]
 
 
-def quiet(config: DataConfig, tests=()) -> dict:
+def prepare_quietly(config: DataConfig, tests=()) -> dict:
     return prepare(config, tests, say=lambda line: None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, call, tiny_config, write_config
+from tests.commands import ROOT, run_command, tiny_config, write_config
 
 RECORD = """
 import atexit, runpy, sys
@@ -73,7 +73,7 @@ def modules_after(folder: Path, *command: str, code: int = 0) -> set[str]:
     """Run a command to its end and return the modules that it loaded; it must end with `code`."""
     output = folder / "modules.txt"
     words = command if command[0] == "-m" else ("script", *command)
-    done = call(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
+    done = run_command(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
     assert done.returncode == code, done.stderr[-4000:]
     return set(output.read_text().split())
 

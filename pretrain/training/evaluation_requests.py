@@ -8,10 +8,10 @@ from pathlib import Path
 from data_prep.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
 
-SUPERVISED = "JEPA_SUPERVISED"
+SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
 """Environment variable by which launcher/supervise.py knows the processes of a run, which it ends with the run."""
 OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT",
-                   "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", SUPERVISED)
+                   "OMPI_", "PMI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_", SUPERVISED_VARIABLE)
 """Environment variables, or their beginnings, that would make the job, or others, believe it is a process of the run."""
 
 
@@ -40,19 +40,19 @@ def check_device(device: str) -> None:
         raise UserError(f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose one that training leaves alone, or cpu")
 
 
-def tied(command: list[str], number: str) -> list[str]:
+def die_with_parent(command: list[str], number: str) -> list[str]:
     """A command that gets a signal (TERM, KILL) when the process that starts it dies, however that comes."""
     return ["setpriv", "--pdeathsig", number, *command]
 
 
-def ask_for_evaluation(run_dir: Path, step: int) -> None:
+def request_evaluation(run_dir: Path, step: int) -> None:
     """Pin a checkpoint, before it stands: it is not removed until a job has evaluated it, so no kill loses the request."""
     pins = run_dir / "checkpoints" / PINS
     pins.mkdir(parents=True, exist_ok=True)
     (pins / step_name(step)).touch()
 
 
-def evaluations_asked_for(run_dir: Path) -> list[int]:
+def requested_evaluations(run_dir: Path) -> list[int]:
     """Steps whose checkpoints stand and are pinned."""
     pins = run_dir / "checkpoints" / PINS
     return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]

@@ -38,7 +38,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def check_alone(text: str) -> Page:
+def assert_self_contained(text: str) -> Page:
     """The page is whole, and asks for nothing beside itself: no address, no script, no reference but into itself."""
     page = Page(text)
     assert page.open == [] and len(page.ids) == len(set(page.ids))
@@ -50,13 +50,13 @@ def check_alone(text: str) -> Page:
     return page
 
 
-def sections(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
+def render_report(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
     """The Markdown and the page of a report, without a process of its own."""
     summaries = summarize(read_comparison([study], choices.get("baseline"), choices.get("metric")))
     return markdown(summaries), html(summaries, lambda _: None) if page else ""
 
 
-def table(text: str) -> dict[str, dict[str, str]]:
+def parse_table(text: str) -> dict[str, dict[str, str]]:
     """The rows of the first Markdown table, by arm; or of another part of the text."""
     lines = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines()))
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]

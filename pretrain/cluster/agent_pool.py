@@ -20,15 +20,15 @@ from typing import Any
 from pretrain.cluster.hosts import Host
 
 MODULE = "pretrain.cluster.agent"
-HELLO_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 60.0
 """That a node has to start Python and answer in, from a file system that may be slow."""
-CONNECT_SECONDS = 10
+CONNECT_TIMEOUT_SECONDS = 10
 """That ssh has to connect in."""
-LOST = "the connection was lost"
+CONNECTION_LOST = "the connection was lost"
 """How the reason of a node begins that answered first."""
 
 
-class NoAnswer(Exception):
+class AgentError(Exception):
     """A node that cannot be reached, does not answer in time or has gone; the text says which."""
 
 
@@ -57,12 +57,12 @@ class Agent:
             try:
                 answer = self._answers.get(timeout=seconds)
             except queue.Empty:
-                raise NoAnswer(f"no answer to `{what}` within {seconds:.0f} s") from None
+                raise AgentError(f"no answer to `{what}` within {seconds:.0f} s") from None
             if answer is None:
                 self._errors.join(2)
                 if self._number > 1 and not self._said:
-                    raise NoAnswer(f"{LOST} (exit code {self._process.wait()})")
-                raise NoAnswer(self._said[-1] if self._said else f"no answer: exit code {self._process.wait()}")
+                    raise AgentError(f"{CONNECTION_LOST} (exit code {self._process.wait()})")
+                raise AgentError(self._said[-1] if self._said else f"no answer: exit code {self._process.wait()}")
             if answer.get("id") == self._number:
                 return answer["result"]
 
@@ -85,12 +85,12 @@ class Agent:
         self._answers.put(None)
 
 
-class Crew:
+class AgentPool:
     """The agents of all nodes. A node that fails to answer is asked no more, and stands in `lost`."""
 
     def __init__(self, hosts: list[Host], command: Callable[[Host], list[str]]):
         self.hosts, self.command = hosts, command
-        self.lost: dict[str, str] = {}
+        self.unreachable: dict[str, str] = {}
         """Nodes without an answer, and why."""
         self._pool = ThreadPoolExecutor(max(1, len(hosts)))
         self._agents = {host.name: Agent(command(host)) for host in hosts}
@@ -98,14 +98,14 @@ class Crew:
     @property
     def nodes(self) -> list[str]:
         """Those that answer, in the order of the hosts."""
-        return [host.name for host in self.hosts if host.name not in self.lost]
+        return [host.name for host in self.hosts if host.name not in self.unreachable]
 
-    def ask(self, what: str, seconds: float, arguments: Callable[[str], dict[str, Any]] = lambda node: {}, nodes: Iterable[str] | None = None,
+    def call_nodes(self, what: str, seconds: float, arguments: Callable[[str], dict[str, Any]] = lambda node: {}, nodes: Iterable[str] | None = None,
             ) -> dict[str, Any]:
         """Ask the nodes at once, all by default; what those answered that did. `arguments` gives what is asked of each."""
         asked = [node for node in self.nodes if nodes is None or node in set(nodes)]
         answers = self._pool.map(lambda node: self._ask(node, what, seconds, arguments(node)), asked)
-        return {node: answer for node, answer in zip(asked, answers, strict=True) if node not in self.lost}
+        return {node: answer for node, answer in zip(asked, answers, strict=True) if node not in self.unreachable}
 
     def close(self) -> None:
         """End all agents."""
@@ -116,8 +116,8 @@ class Crew:
     def _ask(self, node: str, what: str, seconds: float, arguments: dict[str, Any]) -> Any:
         try:
             return self._agents[node].call(what, seconds, arguments)
-        except NoAnswer as error:
-            self.lost[node] = str(error)
+        except AgentError as error:
+            self.unreachable[node] = str(error)
             return None
 
 
@@ -132,7 +132,7 @@ def ssh_command(host: Host) -> list[str]:
     folder = os.getcwd()
     python_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     start = shlex.join(["exec", "env", f"PYTHONPATH={python_path}", sys.executable, "-m", MODULE])
-    bounds = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
+    bounds = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT_SECONDS}"]
     return ["ssh", *options, *bounds, host.name, f"cd {shlex.quote(folder)} && {start}"]
 
 

@@ -6,13 +6,13 @@ from typing import Any
 from data_prep.console import UserError
 
 
-def started_together() -> int:
+def launched_process_count() -> int:
     """How many they are; 1 without mpirun and srun, or where PMIx does not tell."""
     sizes = [os.environ[name] for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS") if name in os.environ]
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
 
 
-def another_process_speaks() -> bool:
+def is_silent_rank() -> bool:
     """Where several processes were started, all meet the same mistake; the first one on each node reports it."""
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
     return any(os.environ.get(name) not in (None, "", "0") for name in names)
@@ -20,7 +20,7 @@ def another_process_speaks() -> bool:
 
 def find_mpi() -> Any | None:
     """MPI's communicator of these processes; None for a single one. Raises UserError where it does not hold them all."""
-    expected = started_together()
+    expected = launched_process_count()
     if expected == 1 and "PMIX_RANK" not in os.environ:
         return None
     try:

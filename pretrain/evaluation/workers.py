@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from data_prep.console import UserError, exit_on_user_error
 from pretrain.local_gpu import select_gpu
-from pretrain.training.distributed import environment_of_the_launcher, leave_group
+from pretrain.training.distributed import leave_group, normalize_launcher_env
 
 Entry = TypeVar("Entry")
 
@@ -18,9 +18,9 @@ PATIENCE = timedelta(days=30)
 """Helpers wait as long as rank 0 trains, scores, or waits for a checkpoint; where it dies, they notice at once."""
 
 
-def with_helpers(evaluate: Callable[[], None]) -> None:
+def run_with_workers(evaluate: Callable[[], None]) -> None:
     """Join the ranks; evaluate on rank 0, and help on the others until that has ended. Then end this process, with exit code 2 for a UserError."""
-    environment_of_the_launcher()
+    normalize_launcher_env()
     if torch.cuda.is_available():
         select_gpu()
     dist.init_process_group("gloo", timeout=PATIENCE)  # of Python objects alone
@@ -40,7 +40,7 @@ def with_helpers(evaluate: Callable[[], None]) -> None:
     leave_group(code)
 
 
-def share_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:
+def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:
     """Decorates `function(folder, rows, **more)`, which returns an entry for each row: with helpers, each rank takes every n-th row.
 
     Raises UserError, or RuntimeError with the message of the rank that failed.

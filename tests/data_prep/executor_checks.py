@@ -1,0 +1,62 @@
+"""Run by mpirun from test_executor.py: what the ranks of a crew agree on. `executor_checks.py FOLDER CHECK`."""
+
+import sys
+from pathlib import Path
+
+from data_prep import executor as crews
+from data_prep.console import UserError, exit_on_user_error
+from data_prep.executor import MpiExecutor, Task
+from data_prep.launch_env import find_mpi
+from data_prep.progress import Progress
+
+FOLDER = Path(sys.argv[1])
+crews.ABORT_GRACE_SECONDS = 3.0  # a launcher that is held up has to pass on what a rank said
+
+
+def work(number: int) -> int:
+    if number in (3, 5):
+        raise UserError(f"unit {number} is bad")
+    (FOLDER / f"{number}").write_text(str(executor.rank))
+    return 10
+
+
+def full(number: int) -> int:
+    (FOLDER / f"{number}").touch()
+    raise OSError(28, "No space left on device", "shard")
+
+
+def run(function, count: int) -> Progress:
+    progress = Progress("working", count, print)
+    executor.run(function, [Task((number,), 1) for number in range(count)], progress)
+    return progress
+
+
+def good() -> None:
+    progress = run(work, 3)
+    if executor.is_main:
+        assert (progress.done, progress.records) == (3, 30)
+    assert executor.run_on_main(lambda: f"from {executor.rank}") == "from 0"
+    assert executor.run_on_all(lambda: executor.rank) == executor.rank
+    run(work, 0)
+
+
+def of_one_rank() -> None:
+    def fail() -> None:
+        if executor.rank == 1:
+            raise UserError("rank 1 sees no file")
+    executor.run_on_all(fail)
+
+
+def crash() -> None:
+    if executor.rank == 1:
+        raise ZeroDivisionError("a mistake of ours")
+    executor.run_on_main(lambda: None)
+    executor.run_on_all(lambda: None)  # would wait for rank 1 forever
+
+
+CHECKS = {"good": good, "bad": lambda: run(work, 8), "full": lambda: run(full, 8), "of_one_rank": of_one_rank, "crash": crash}
+
+if __name__ == "__main__":
+    executor = MpiExecutor(find_mpi())
+    assert executor.ranks == 2
+    exit_on_user_error(lambda: executor.abort_on_error(CHECKS[sys.argv[2]]))
