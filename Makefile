@@ -25,7 +25,7 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow or not slow" --durations 20 $(ARGS)
 
 check: $(STAMP)
-	@status=0; $(VENV)/bin/ruff check . || status=1; $(VENV)/bin/mypy || status=1; exit $$status
+	@status=0; $(VENV)/bin/ruff check . || status=1; $(VENV)/bin/ruff format --check . || status=1; $(VENV)/bin/mypy || status=1; exit $$status
 
 mutants: $(STAMP)
 	rm -rf mutants

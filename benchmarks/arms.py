@@ -33,8 +33,14 @@ ARMS = {
     "semantic_tube": "{name: semantic_tube, weight: 0.02}",
     "cosine + coding rate": "{name: llm_jepa, weight: 0.5, regularizers: [{name: coding_rate, weight: 0.5}]}",
 }
-COLUMNS = {"LM loss": "lm", "exact": "exact", "paired cosine": "paired_cosine", "shuffled": "shuffled_cosine", "retrieval@1": "retrieval_at_1",
-           "effective rank": "effective_rank"}
+COLUMNS = {
+    "LM loss": "lm",
+    "exact": "exact",
+    "paired cosine": "paired_cosine",
+    "shuffled": "shuffled_cosine",
+    "retrieval@1": "retrieval_at_1",
+    "effective rank": "effective_rank",
+}
 
 
 def main() -> None:
@@ -46,12 +52,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.jsonl")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="NAME", help="names of arms, or objectives as YAML")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), metavar="NAME", help="names of arms, or objectives as YAML"
+    )
     arguments = parser.parse_args()
     data = [f"data.path={arguments.work}/data", f"data.sources.0.path={arguments.train}"]
     call("-m", "data_prep", CONFIG, *data)
     lock = Lock()
-    todo = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms if (arm, seed) not in done(arguments.results)]
+    todo = [
+        (arm, seed) for seed in arguments.seeds for arm in arguments.arms if (arm, seed) not in done(arguments.results)
+    ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in [pool.submit(run, arm, seed, arguments, data, lock) for arm, seed in todo]:
             result.result()
@@ -64,23 +74,50 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
     rows = PAIR_ROWS if "llm_jepa" in objective or "regularizers" in objective else PLAIN_ROWS
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}").strip("-")
     folder = Path(arguments.work) / name
-    call("launcher/run.py", CONFIG, *data, f"name={name}", f"output_dir={arguments.work}", f"seed={seed}", f"objective={objective}",
-         f"train.epochs={EPOCHS}", f"train.global_batch_rows={rows}", f"train.micro_batch_rows={rows}",
-         "checkpoint.every=1000000", "monitor.tensorboard=false")
+    call(
+        "launcher/run.py",
+        CONFIG,
+        *data,
+        f"name={name}",
+        f"output_dir={arguments.work}",
+        f"seed={seed}",
+        f"objective={objective}",
+        f"train.epochs={EPOCHS}",
+        f"train.global_batch_rows={rows}",
+        f"train.micro_batch_rows={rows}",
+        "checkpoint.every=1000000",
+        "monitor.tensorboard=false",
+    )
     call("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
     call("launcher/evaluate.py", folder, "--task", "loss", f"task.test={arguments.test}", f"task.rows={RETRIEVAL_ROWS}")
     evaluated = {line["task"]: line["metrics"] for line in read(folder / "evaluation" / "results.jsonl")}
     last = read(folder / "metrics.jsonl")[-1]
-    line = {"arm": arm, "objective": objective, "seed": seed, "steps": last["step"], "records": last["records"], "seconds": round(last["seconds"])}
+    line = {
+        "arm": arm,
+        "objective": objective,
+        "seed": seed,
+        "steps": last["step"],
+        "records": last["records"],
+        "seconds": round(last["seconds"]),
+    }
     with lock, open(arguments.results, "a", encoding="utf-8") as results:
         results.write(json.dumps(line | evaluated["loss"] | evaluated["nl_rx"]) + "\n")
-    print(f"{arm}, seed {seed}: exact {evaluated['nl_rx']['exact']:.4f}, retrieval@1 {evaluated['loss']['retrieval_at_1']:.3f}", flush=True)
+    print(
+        f"{arm}, seed {seed}: exact {evaluated['nl_rx']['exact']:.4f}, retrieval@1 {evaluated['loss']['retrieval_at_1']:.3f}",
+        flush=True,
+    )
 
 
 def call(*command: object) -> None:
     """Run a command of the project on one thread; show what it prints if it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-4000:]}")
 
@@ -102,7 +139,11 @@ def table(lines: list[dict]) -> str:
         mine = [line for line in lines if line["arm"] == arm]
         if not mine:
             continue
-        rows.append(f"| {arm} | {len(mine)} | " + " | ".join(spread([line[key] for line in mine]) for key in COLUMNS.values()) + " |")
+        rows.append(
+            f"| {arm} | {len(mine)} | "
+            + " | ".join(spread([line[key] for line in mine]) for key in COLUMNS.values())
+            + " |"
+        )
     return "\n".join(rows)
 
 

@@ -22,8 +22,16 @@ from pretrain.objectives.llm_jepa import LlmJepa, cosine_distance
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.pool import Gather
 
-ARMS = ("next_token_packed", "joint_packed", "joint_dropout_0.75", "next_token_independent_packed", "independent_packed",
-        "two_passes_additive_mask", "three_passes_longest", "three_passes_512")
+ARMS = (
+    "next_token_packed",
+    "joint_packed",
+    "joint_dropout_0.75",
+    "next_token_independent_packed",
+    "independent_packed",
+    "two_passes_additive_mask",
+    "three_passes_longest",
+    "three_passes_512",
+)
 BASELINE = ARMS[0]
 PREDICTOR_TOKENS = 1
 REFERENCE_LENGTH = 512
@@ -34,7 +42,15 @@ IGNORED = -100
 class AllPositions:
     """The language-model loss with logits of every position, those without a label ignored in the cross-entropy."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        cross_entropy: CrossEntropy,
+        gather: Gather,
+        *,
+        with_pool: bool = False,
+    ) -> ObjectiveOutput:
         """Return the sum of the cross-entropies."""
         labels = torch.full((len(hidden),), IGNORED, device=hidden.device)
         labels[batch.label_index] = batch.label_ids
@@ -47,7 +63,15 @@ class Embeddings:
     def __init__(self, *names: Literal["prediction", "target"]):
         self.names = names
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        cross_entropy: CrossEntropy,
+        gather: Gather,
+        *,
+        with_pool: bool = False,
+    ) -> ObjectiveOutput:
         """Return the embeddings of the named views."""
         index = {"prediction": batch.prediction_index, "target": batch.target_index}
         return ObjectiveOutput({name: hidden[index[name][batch.pair_valid]].float() for name in self.names}, None)
@@ -72,7 +96,9 @@ class Pass:
     padded_to: int | Literal["longest"] | None = None
     """Positions of a row of one record; None: packed rows."""
 
-    def plan(self, corpus: Corpus, records: np.ndarray, row_length: int, paired: np.ndarray, random_bits: np.ndarray) -> tuple[Rows, int]:
+    def plan(
+        self, corpus: Corpus, records: np.ndarray, row_length: int, paired: np.ndarray, random_bits: np.ndarray
+    ) -> tuple[Rows, int]:
         """The rows of the records (N,), and their length."""
         if self.padded_to is None:
             return plan_rows(corpus, records, self.layout, row_length, paired, random_bits), row_length
@@ -80,7 +106,9 @@ class Pass:
         segment_lengths = self.layout.segment_lengths(lengths, paired)
         longest = int(segment_lengths.sum(axis=1).max())
         count = len(records)
-        rows = Rows(count, records, np.arange(count), np.zeros(count, np.int64), paired, random_bits, lengths, segment_lengths)
+        rows = Rows(
+            count, records, np.arange(count), np.zeros(count, np.int64), paired, random_bits, lengths, segment_lengths
+        )
         return rows, longest if self.padded_to == "longest" else self.padded_to
 
     def prepare(self, batch: Batch, model: LanguageModel, kernel: str) -> Batch:
@@ -90,8 +118,15 @@ class Pass:
             model.attention = attention
             model.causal_lm.set_attn_implementation(attention)
         model.mask = MASKS[self.mask].__get__(model)  # type: ignore[method-assign]  # a way of its own for each pass
-        if self.mask == "causal":  # transformers takes positions that start again, as those of padding, for packed documents
-            return replace(batch, positions=torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(batch.token_ids))
+        if (
+            self.mask == "causal"
+        ):  # transformers takes positions that start again, as those of padding, for packed documents
+            return replace(
+                batch,
+                positions=torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(
+                    batch.token_ids
+                ),
+            )
         return batch
 
 
@@ -137,8 +172,14 @@ def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
         Arm((Pass(joint, term),), dropout=0.75),
         Arm((Pass(make_layout("independent", specials), NextToken()),)),
         Arm((Pass(make_layout("independent", specials, pairing=pairing), term),)),
-        Arm((Pass(text, NextToken(), "causal", "longest"),
-             Pass(_part(joint, context, predictor, target), Embeddings("prediction", "target"), "additive", "longest"))),
+        Arm(
+            (
+                Pass(text, NextToken(), "causal", "longest"),
+                Pass(
+                    _part(joint, context, predictor, target), Embeddings("prediction", "target"), "additive", "longest"
+                ),
+            )
+        ),
         Arm(_three_passes(text, NextToken(), separate, "longest")),
         Arm(_three_passes(text, AllPositions(), separate, REFERENCE_LENGTH)),
     )
@@ -146,17 +187,30 @@ def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
 
 
 def _three_passes(
-    text: Layout, read_text: Callable[..., ObjectiveOutput], separate: tuple[Layout, Layout], padded_to: int | Literal["longest"],
+    text: Layout,
+    read_text: Callable[..., ObjectiveOutput],
+    separate: tuple[Layout, Layout],
+    padded_to: int | Literal["longest"],
 ) -> tuple[Pass, ...]:
     prediction, target = separate
-    return (Pass(text, read_text, "causal", padded_to), Pass(prediction, Embeddings("prediction"), "causal", padded_to),
-            Pass(target, Embeddings("target"), "causal", padded_to))
+    return (
+        Pass(text, read_text, "causal", padded_to),
+        Pass(prediction, Embeddings("prediction"), "causal", padded_to),
+        Pass(target, Embeddings("target"), "causal", padded_to),
+    )
 
 
 def _part(layout: Layout, *kept: int) -> Layout:
     """Some segments of a layout without labels; a pair of the last predictor token, or else the last token, and the last token."""
     renumbered = {segment: number for number, segment in enumerate(kept)} | {None: None}
-    segments = tuple(replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_start=None) for segment in kept)
+    segments = tuple(
+        replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_start=None)
+        for segment in kept
+    )
     predictors = [number for number, segment in enumerate(segments) if segment.view is None]
     last = len(segments) - 1
-    return Layout(segments, layout.predictor_tokens if predictors else 0, (ReadOut(predictors[-1] if predictors else last, last, FORWARD),))
+    return Layout(
+        segments,
+        layout.predictor_tokens if predictors else 0,
+        (ReadOut(predictors[-1] if predictors else last, last, FORWARD),),
+    )

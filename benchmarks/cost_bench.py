@@ -77,8 +77,10 @@ class Bench:
         """Models with the same weights, and the records of a step."""
         corpus = Corpus(config.data.path, "train")
         plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
-        engines = {tokens: build_engine(one, corpus.tokenizer, build_objective(one.objective), world)
-                   for tokens, one in ((0, plain), (PREDICTOR_TOKENS, config))}
+        engines = {
+            tokens: build_engine(one, corpus.tokenizer, build_objective(one.objective), world)
+            for tokens, one in ((0, plain), (PREDICTOR_TOKENS, config))
+        }
         for engine in engines.values():
             for group in engine.optimizer.param_groups:
                 group["lr"] = 0.0
@@ -86,8 +88,19 @@ class Bench:
         specials = special_ids(corpus.tokenizer, model.vocab_size)
         arms = {name: arm for name, arm in make_arms(specials).items() if name == BASELINE or name in arguments.arms}
         records = np.arange(arguments.records)
-        bench = Bench(config, world, corpus, specials, arms, engines, model.attention, records, draw_random_bits(records, config.seed, np.zeros_like(records)),
-                      arguments.micro_slots, {})
+        bench = Bench(
+            config,
+            world,
+            corpus,
+            specials,
+            arms,
+            engines,
+            model.attention,
+            records,
+            draw_random_bits(records, config.seed, np.zeros_like(records)),
+            arguments.micro_slots,
+            {},
+        )
         bench.measured = {name: bench.count(arm) for name, arm in bench.arms.items()}
         return bench
 
@@ -95,7 +108,10 @@ class Bench:
         """The rows of a step and their lengths, by pass."""
         paired = self.random_bits >= np.uint64(arm.dropout * 2**64)
         length = self.config.data.sequence_length
-        planned = [one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.random_bits) for one in arm.passes]
+        planned = [
+            one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.random_bits)
+            for one in arm.passes
+        ]
         return [rows for rows, _ in planned], [row_length for _, row_length in planned]
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
@@ -119,10 +135,22 @@ class Bench:
         engine = self.engines[arm.predictor_tokens]
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
-        units = loss_denominators(rows[0], arm.passes[0].layout) | {"pairs": loss_denominators(rows[-1], arm.passes[-1].layout)["pairs"]}
-        streams = [micro_batches(part, self.corpus, one.layout, self.specials, length, micro_batch_rows=part.count // (micro_steps * self.world.size),
-                                 rank=self.world.rank, ranks=self.world.size)
-                   for one, part, length in zip(arm.passes, rows, lengths, strict=True)]
+        units = loss_denominators(rows[0], arm.passes[0].layout) | {
+            "pairs": loss_denominators(rows[-1], arm.passes[-1].layout)["pairs"]
+        }
+        streams = [
+            micro_batches(
+                part,
+                self.corpus,
+                one.layout,
+                self.specials,
+                length,
+                micro_batch_rows=part.count // (micro_steps * self.world.size),
+                rank=self.world.rank,
+                ranks=self.world.size,
+            )
+            for one, part, length in zip(arm.passes, rows, lengths, strict=True)
+        ]
         sums: dict[str, torch.Tensor] = {}
         for micro_step, batches in enumerate(zip(*streams, strict=True)):
             engine.set_gradient_accumulation_boundary(micro_step == micro_steps - 1)
@@ -131,7 +159,10 @@ class Bench:
                 engine.module.objective = one.read
                 terms |= engine(one.prepare(batch.to(self.world.device), engine.module.model, self.kernel)).terms
             terms = combine(terms)
-            engine.backward(total_loss(terms, {term: units[UNITS[term]] for term in terms}, WEIGHTS, self.world.size), scale_wrt_gas=False)
+            engine.backward(
+                total_loss(terms, {term: units[UNITS[term]] for term in terms}, WEIGHTS, self.world.size),
+                scale_wrt_gas=False,
+            )
             engine.step()
             for term, value in terms.items():
                 sums[term] = sums.get(term, 0) + value.detach()
@@ -175,7 +206,9 @@ def held_memory(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the memory that the way before has freed would hide what this one needs
+        ctypes.CDLL("libc.so.6").malloc_trim(
+            0
+        )  # else the memory that the way before has freed would hide what this one needs
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (proc(5))
     except (OSError, AttributeError):
         return None

@@ -44,7 +44,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
         for name in names[start:] + names[:start]:
             if number % ROUNDS_APART.get(name, 1) == 0:
                 bench.time(name, number, arguments.steps)
-                say(f"round {number + 1} of {arguments.rounds}: {name} {bench.measured[name].seconds[number]:.2f} s a step")
+                say(
+                    f"round {number + 1} of {arguments.rounds}: {name} {bench.measured[name].seconds[number]:.2f} s a step"
+                )
     if world.is_main:
         (arguments.folder / "result.json").write_text(json.dumps(report(bench, arguments), indent=1))
     world.barrier()
@@ -56,21 +58,42 @@ def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
     arms = {name: describe(bench, name) for name in bench.arms}
     speedups = {}
     if "joint_packed" in arms:
-        speedups = {name: spread(time_ratios(bench.measured[name], bench.measured["joint_packed"]))
-                    for name, arm in bench.arms.items() if len(arm.passes) > 1}
+        speedups = {
+            name: spread(time_ratios(bench.measured[name], bench.measured["joint_packed"]))
+            for name, arm in bench.arms.items()
+            if len(arm.passes) > 1
+        }
     return {
         "device": torch.cuda.get_device_name() if bench.world.device.type == "cuda" else "cpu",
-        "ranks": bench.world.size, "threads_per_rank": torch.get_num_threads(), "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-        "precision": bench.config.train.precision, "zero_stage": 3, "model": arguments.model.name,
-        "parameters": parameter_count(bench.engines[0].module), "row_length": arguments.row_length, "records_per_step": records,
-        "context_tokens_per_record": round(float(lengths[:, 0].mean()), 2), "target_tokens_per_record": round(float(lengths[:, 1].mean()), 2),
-        "rounds": arguments.rounds, "baseline": BASELINE, "arms": arms,
+        "ranks": bench.world.size,
+        "threads_per_rank": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "precision": bench.config.train.precision,
+        "zero_stage": 3,
+        "model": arguments.model.name,
+        "parameters": parameter_count(bench.engines[0].module),
+        "row_length": arguments.row_length,
+        "records_per_step": records,
+        "context_tokens_per_record": round(float(lengths[:, 0].mean()), 2),
+        "target_tokens_per_record": round(float(lengths[:, 1].mean()), 2),
+        "rounds": arguments.rounds,
+        "baseline": BASELINE,
+        "arms": arms,
         "records_per_second_of_joint_packed_over": speedups,
         "targets": {
-            **{f"time_over_positions of {name}": check_target(arms[name]["to_baseline"]["time_over_positions"]["median"], most=TOKEN_TARGET)
-               for name in ONE_FORWARD if name in arms},
-            **{f"joint_packed over {name}": check_target(speedups[name]["median"], least=least) for name, least in SPEEDUP_TARGETS.items()
-               if name in speedups},
+            **{
+                f"time_over_positions of {name}": check_target(
+                    arms[name]["to_baseline"]["time_over_positions"]["median"], most=TOKEN_TARGET
+                )
+                for name in ONE_FORWARD
+                if name in arms
+            },
+            **{
+                f"joint_packed over {name}": check_target(speedups[name]["median"], least=least)
+                for name, least in SPEEDUP_TARGETS.items()
+                if name in speedups
+            },
         },
     }
 
@@ -106,9 +129,13 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
 
 def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None:
     """By the formula of training; None where the peak of the device is not known."""
-    throughput = Throughput(count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length)
+    throughput = Throughput(
+        count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length
+    )
     for number, rows in enumerate(measured.rows):  # targets and time belong to all passes together
-        throughput.add(rows, 0 if number else measured.targets, 0.0 if number else statistics.median(measured.seconds.values()))
+        throughput.add(
+            rows, 0 if number else measured.targets, 0.0 if number else statistics.median(measured.seconds.values())
+        )
     return throughput.take().get("throughput/mfu")
 
 
@@ -124,4 +151,8 @@ def spread(values: Collection[float]) -> dict[str, float]:
 
 def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
     """A figure beside what it should be."""
-    return {"measured": value, **({"at_most": most} if least == 0 else {"at_least": least}), "met": least <= value <= most}
+    return {
+        "measured": value,
+        **({"at_most": most} if least == 0 else {"at_least": least}),
+        "met": least <= value <= most,
+    }

@@ -32,9 +32,24 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PINNED = ("torch", "deepspeed", "transformers")
 LLAMA_1B = ROOT / "configs" / "models" / "llama_1b.yaml"
-GEMMA = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256,
-         "query_pre_attn_scalar": 256, "sliding_window": 1024}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+GEMMA = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "next_token": {"name": "next_token"},
     "joint": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.1},
@@ -84,14 +99,29 @@ class Bench:
         """Write the configuration of a run: Llama 1B in bf16, or a tiny model, with changes of whole sections or, as section__key, of keys."""
         steps = 4 if self.small else 10
         config: dict[str, Any] = {
-            "name": name, "output_dir": str(self.folder / "runs"), "seed": 1,
-            "data": {"path": str(self.folder / "data"), "views": ["context", "target"], "missing_views": "keep", "deduplicate": "none",
-                     "validation_fraction": 0.05, "tokenizer": {"path": str(self.folder / "corpus")}, "sequence_length": self.length,
-                     "sources": [{"type": "json", "path": str(self.folder / "corpus" / "records.jsonl")}]},
+            "name": name,
+            "output_dir": str(self.folder / "runs"),
+            "seed": 1,
+            "data": {
+                "path": str(self.folder / "data"),
+                "views": ["context", "target"],
+                "missing_views": "keep",
+                "deduplicate": "none",
+                "validation_fraction": 0.05,
+                "tokenizer": {"path": str(self.folder / "corpus")},
+                "sequence_length": self.length,
+                "sources": [{"type": "json", "path": str(self.folder / "corpus" / "records.jsonl")}],
+            },
             "model": {"family": "llama", "shape": TINY if self.small else yaml.safe_load(LLAMA_1B.read_text())},
             "objective": OBJECTIVES["joint"],
-            "train": {"steps": steps, "global_batch_rows": 4 * self.rows * self.ranks, "micro_batch_rows": self.rows, "learning_rate": 3e-4,
-                      "warmup_fraction": 0.2, "precision": "bf16"},
+            "train": {
+                "steps": steps,
+                "global_batch_rows": 4 * self.rows * self.ranks,
+                "micro_batch_rows": self.rows,
+                "learning_rate": 3e-4,
+                "warmup_fraction": 0.2,
+                "precision": "bf16",
+            },
             "checkpoint": {"every": 10**6, "keep": 1},
             "monitor": {"log_every": 1, "validate_every": 10**6, "validation_records": 40, "tensorboard": False},
         }
@@ -105,13 +135,17 @@ class Bench:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    def call(self, command: list[str], expected: tuple[int, ...] = (0,), stop_after: Callable[[], bool] | None = None) -> str:
+    def call(
+        self, command: list[str], expected: tuple[int, ...] = (0,), stop_after: Callable[[], bool] | None = None
+    ) -> str:
         """Run a command until the check has used its time and return what it printed; with `stop_after`, stop one of its ranks once that holds."""
         with open(self.log, "ab+") as log:
             begin = log.tell()
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment())
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+            )
             stopped = stop_after is None
             try:
                 while self.process.poll() is None:
@@ -138,7 +172,9 @@ class Bench:
     def train(self, *configs: Path, profile: int | None = None) -> dict[str, Any]:
         """Train runs on all ranks one after another; return what benchmarks/gpu_runs.py finds, by name."""
         words = ["benchmarks/gpu_runs.py", *map(str, configs), *(["--profile", str(profile)] if profile else [])]
-        launcher = [] if self.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+        launcher = (
+            [] if self.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
+        )
         found: dict[str, Any] = self.python(*launcher, *words)
         return found
 
@@ -147,7 +183,9 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Return the processes that train, of a command that is run.py or starts it."""
     started = psutil.Process(process.pid)
     commands = {one: one.cmdline() for one in [started, *started.children(recursive=True)]}
-    return [one for one, words in commands.items() if "launcher/run.py" in words and "torch.distributed.run" not in words]
+    return [
+        one for one, words in commands.items() if "launcher/run.py" in words and "torch.distributed.run" not in words
+    ]
 
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
@@ -178,14 +216,29 @@ Result = tuple[dict[str, Any], bool | None, str]
 def check_corpus(bench: Bench) -> Result:
     """Prepare documents and pairs of 200 to 4,096 tokens in a vocabulary of 128,000 words."""
     records, words = (400, 1000) if bench.small else (6000, 128_000)
-    bench.call([sys.executable, "benchmarks/gpu_corpus.py", str(bench.folder / "corpus"), "--records", str(records), "--words", str(words),
-                "--longest", str(bench.length)])
+    bench.call(
+        [
+            sys.executable,
+            "benchmarks/gpu_corpus.py",
+            str(bench.folder / "corpus"),
+            "--records",
+            str(records),
+            "--words",
+            str(words),
+            "--longest",
+            str(bench.length),
+        ]
+    )
     bench.call([sys.executable, "-m", "data_prep", str(bench.write_config("corpus"))])
     split = json.loads((bench.folder / "data" / "manifest.json").read_text())["splits"]["train"]
     estimates = estimated_bytes(bench, (1, 2, 4))
     if bench.memory:
         bench.rows = max((rows for rows, needed in estimates.items() if needed < FILLED * bench.memory), default=1)
-    figures = {"records": split["records"], "tokens": sum(split["tokens"].values()), "rows_of_a_micro_batch": bench.rows}
+    figures = {
+        "records": split["records"],
+        "tokens": sum(split["tokens"].values()),
+        "rows_of_a_micro_batch": bench.rows,
+    }
     return figures | {"estimated_bytes": estimates}, True, "what the runs train on"
 
 
@@ -199,10 +252,17 @@ def check_attention(bench: Bench) -> Result:
     """Compare FlexAttention with dense attention in fp32."""
     cases = bench.python("benchmarks/gpu_kernels.py", "attention")
     failed = [name for name, case in cases.items() if "error" in case]
-    worst = max((max(case["error_of_output"], case["error_of_gradients"]) for case in cases.values() if "error" not in case), default=math.inf)
+    worst = max(
+        (max(case["error_of_output"], case["error_of_gradients"]) for case in cases.values() if "error" not in case),
+        default=math.inf,
+    )
     slowest_mask = max((case["mask_milliseconds"] for case in cases.values() if "error" not in case), default=math.inf)
     figures = {"worst_error": worst, "slowest_mask_milliseconds": slowest_mask, "failed": failed, "cases": cases}
-    return figures, not failed and worst < 2e-2 and slowest_mask < 5, "errors in bf16 are below 0.02, and a mask takes less than 5 ms"
+    return (
+        figures,
+        not failed and worst < 2e-2 and slowest_mask < 5,
+        "errors in bf16 are below 0.02, and a mask takes less than 5 ms",
+    )
 
 
 def check_train(bench: Bench) -> Result:
@@ -217,7 +277,11 @@ def check_train(bench: Bench) -> Result:
         return figures, None if sound else False, meaning
     busy = profile.get("busy_share", 0.0)
     figures |= {"busy_share": busy, "fused_optimizer": found["fused_optimizer"]}
-    return figures, sound and busy > BUSY and found["fused_optimizer"], f"{meaning}; the GPU computes in {BUSY:.0%} of a step; AdamW is fused"
+    return (
+        figures,
+        sound and busy > BUSY and found["fused_optimizer"],
+        f"{meaning}; the GPU computes in {BUSY:.0%} of a step; AdamW is fused",
+    )
 
 
 def check_head(bench: Bench) -> Result:
@@ -225,8 +289,11 @@ def check_head(bench: Bench) -> Result:
     sizes = bench.python("benchmarks/gpu_kernels.py", "head", *(["--small"] if bench.small else []))
     errors = [size["error_of_weight_gradient"] for size in sizes.values()]
     fastest = min(sizes, key=lambda name: sizes[name]["milliseconds"])
-    return ({"fastest": fastest, **sizes[fastest], "sizes": sizes}, max(errors) < 5e-3 and max(errors) < 1.2 * min(errors),
-            "the error of the weight gradient does not grow with the number of chunks")
+    return (
+        {"fastest": fastest, **sizes[fastest], "sizes": sizes},
+        max(errors) < 5e-3 and max(errors) < 1.2 * min(errors),
+        "the error of the weight gradient does not grow with the number of chunks",
+    )
 
 
 def check_compiled(bench: Bench) -> Result:
@@ -237,34 +304,57 @@ def check_compiled(bench: Bench) -> Result:
     before = bench.found.get("train", {}).get("figures", {}).get("tokens_per_second")
     ratio = figures["tokens_per_second"] / before if before else None
     judged = ratio is not None and not bench.small
-    return (figures | {"of_train": ratio}, figures["finite"] and not found["graph_breaks"] and ratio > 1 if judged and ratio else None,
-            "compiling and stage 1 are faster than the run of `train`, and no graph breaks" if judged else "compiling and stage 1, not compared")
+    return (
+        figures | {"of_train": ratio},
+        figures["finite"] and not found["graph_breaks"] and ratio > 1 if judged and ratio else None,
+        "compiling and stage 1 are faster than the run of `train`, and no graph breaks"
+        if judged
+        else "compiling and stage 1, not compared",
+    )
 
 
 def check_objectives(bench: Bench) -> Result:
     """Compare each layout of the term with next-token training, on the same records."""
-    paths = {name: bench.write_config(f"objective-{number}", objective=objective) for number, (name, objective) in enumerate(OBJECTIVES.items())}
+    paths = {
+        name: bench.write_config(f"objective-{number}", objective=objective)
+        for number, (name, objective) in enumerate(OBJECTIVES.items())
+    }
     found = bench.train(*paths.values())
     figures: dict[str, Any] = {name: run_figures(found[path.stem]) for name, path in paths.items()}
     base = figures["next_token"]["records_per_second"]
     for each in figures.values():
         each["seconds_a_record_of_next_token"] = base / each["records_per_second"]
-        each["seconds_a_position_of_next_token"] = figures["next_token"]["positions_per_second"] / each["positions_per_second"]
+        each["seconds_a_position_of_next_token"] = (
+            figures["next_token"]["positions_per_second"] / each["positions_per_second"]
+        )
     ratios = {name: each["seconds_a_record_of_next_token"] for name, each in figures.items()}
     sound = all(each["finite"] for each in figures.values())
     dearest = max(each["seconds_a_position_of_next_token"] for each in figures.values())
-    return (ratios | {"dearest_position": dearest, "runs": figures}, (None if sound else False) if bench.small else sound and dearest < 1.15,
-            "seconds a record, as multiples of next-token training; a position costs at most 15% more")
+    return (
+        ratios | {"dearest_position": dearest, "runs": figures},
+        (None if sound else False) if bench.small else sound and dearest < 1.15,
+        "seconds a record, as multiples of next-token training; a position costs at most 15% more",
+    )
 
 
 def check_memory(bench: Bench) -> Result:
     """Compare the peak of as many rows as fit with the estimate of --dry-run."""
     estimates = estimated_bytes(bench, (bench.rows, 2 * bench.rows))
-    rows = max((rows for rows, needed in estimates.items() if bench.memory and needed < FILLED * bench.memory), default=bench.rows)
-    path = bench.write_config("memory", train__micro_batch_rows=rows, train__global_batch_rows=rows * bench.ranks, train__steps=3)
+    rows = max(
+        (rows for rows, needed in estimates.items() if bench.memory and needed < FILLED * bench.memory),
+        default=bench.rows,
+    )
+    path = bench.write_config(
+        "memory", train__micro_batch_rows=rows, train__global_batch_rows=rows * bench.ranks, train__steps=3
+    )
     peak = bench.train(path)["memory"].get("peak_bytes")
     share = None if peak is None else peak / estimates[rows]
-    figures = {"rows_of_a_micro_batch": rows, "estimate_bytes": estimates[rows], "peak_bytes": peak, "peak_of_estimate": share}
+    figures = {
+        "rows_of_a_micro_batch": rows,
+        "estimate_bytes": estimates[rows],
+        "peak_bytes": peak,
+        "peak_of_estimate": share,
+    }
     return figures, None if share is None else share < 1.1, "at most 10% above the estimate"
 
 
@@ -288,22 +378,31 @@ def check_pieces(bench: Bench) -> Result:
     faster = figures["adamw_foreach_milliseconds"] / figures["adamw_fused_milliseconds"]
     slowest = max(value for name, value in figures.items() if name.startswith("monitors"))
     sound = figures["copies_are_unchanged"]
-    return ({"fused_adamw_is_faster_by": faster, **figures}, (None if sound else False) if bench.small else sound and faster > 1.5 and slowest < 0.5,
-            "a copy for a checkpoint does not change with the weights, fused AdamW is 1.5 times as fast, monitors take under half a second")
+    return (
+        {"fused_adamw_is_faster_by": faster, **figures},
+        (None if sound else False) if bench.small else sound and faster > 1.5 and slowest < 0.5,
+        "a copy for a checkpoint does not change with the weights, fused AdamW is 1.5 times as fast, monitors take under half a second",
+    )
 
 
 def check_stop(bench: Bench) -> Result:
     """Stop a run by a signal to one of its ranks: all of them save and end."""
     path = bench.write_config("stop", train__steps=10**5, checkpoint__every=5, model__shape=TINY, monitor__log_every=1)
     metrics = bench.folder / "runs" / "stop" / "metrics.jsonl"
-    bench.call(training_command(bench, path), STOPPED, stop_after=lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6)
+    bench.call(
+        training_command(bench, path),
+        STOPPED,
+        stop_after=lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6,
+    )
     return stopped_figures(bench, path), is_resumable(bench, path), "a signal leaves a checkpoint of the very step"
 
 
 def stopped_figures(bench: Bench, path: Path) -> dict[str, Any]:
     """Return the steps that a run has logged, and the newest checkpoint."""
     run_dir = bench.folder / "runs" / path.stem
-    newest = max((int(folder.name.removeprefix("step-")) for folder in (run_dir / "checkpoints").glob("step-*")), default=0)
+    newest = max(
+        (int(folder.name.removeprefix("step-")) for folder in (run_dir / "checkpoints").glob("step-*")), default=0
+    )
     return {"steps": len((run_dir / "metrics.jsonl").read_text().splitlines()), "checkpoint": newest}
 
 
@@ -319,7 +418,9 @@ def check_resume(bench: Bench) -> Result:
     path, metrics = bench.folder / "stop.yaml", bench.folder / "runs" / "stop" / "metrics.jsonl"
     before = [json.loads(line) for line in metrics.read_text().splitlines()]
     wanted = len(before) + 6
-    bench.call(training_command(bench, path), STOPPED, stop_after=lambda: len(metrics.read_text().splitlines()) > wanted)
+    bench.call(
+        training_command(bench, path), STOPPED, stop_after=lambda: len(metrics.read_text().splitlines()) > wanted
+    )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     jump = lines[len(before)]["loss/lm"] - before[-1]["loss/lm"]
     steps = [line["step"] for line in lines]
@@ -330,21 +431,39 @@ def check_resume(bench: Bench) -> Result:
 def check_gemma2(bench: Bench) -> Result:
     """Train Gemma 2, with soft-capping and a sliding window, and validate it."""
     shape = TINY | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64} if bench.small else GEMMA
-    path = bench.write_config("gemma2", model={"family": "gemma2", "shape": shape}, train__steps=3, monitor__validate_every=1)
+    path = bench.write_config(
+        "gemma2", model={"family": "gemma2", "shape": shape}, train__steps=3, monitor__validate_every=1
+    )
     found = bench.train(path)["gemma2"]
     figures = run_figures(found) | {"graphs_after_settling": found["graphs_after_settling"]}
-    return figures, figures["finite"] and not found["graphs_after_settling"], "the losses are finite, and nothing compiles after step 2"
+    return (
+        figures,
+        figures["finite"] and not found["graphs_after_settling"],
+        "the losses are finite, and nothing compiles after step 2",
+    )
 
 
 def check_accumulation(bench: Bench) -> Result:
     """Compare the gradient norms of a first step of 64 micro steps, with sums in bf16 and in fp32."""
     shape = TINY if bench.small else yaml.safe_load(LLAMA_1B.read_text()) | {"num_hidden_layers": 4}
-    paths = [bench.write_config(f"accumulated-{dtype}", model__shape=shape, train__steps=1, train__micro_batch_rows=1,
-                                train__global_batch_rows=64 * bench.ranks, deepspeed={"data_types": {"grad_accum_dtype": dtype}})
-             for dtype in ("fp32", "bf16")]
+    paths = [
+        bench.write_config(
+            f"accumulated-{dtype}",
+            model__shape=shape,
+            train__steps=1,
+            train__micro_batch_rows=1,
+            train__global_batch_rows=64 * bench.ranks,
+            deepspeed={"data_types": {"grad_accum_dtype": dtype}},
+        )
+        for dtype in ("fp32", "bf16")
+    ]
     found = bench.train(*paths)
     fp32, bf16 = (found[path.stem]["metrics"][0]["optimizer/grad_norm"] for path in paths)
-    return {"fp32": fp32, "bf16": bf16, "difference": bf16 / fp32 - 1}, None, "what adding up gradients in bf16 would have cost"
+    return (
+        {"fp32": fp32, "bf16": bf16, "difference": bf16 / fp32 - 1},
+        None,
+        "what adding up gradients in bf16 would have cost",
+    )
 
 
 def run_figures(found: dict[str, Any]) -> dict[str, Any]:
@@ -357,10 +476,16 @@ def run_figures(found: dict[str, Any]) -> dict[str, Any]:
         return values[len(values) // 2] if values else None
 
     losses = [line["loss/lm"] for line in lines]
-    return {"first_loss": losses[0], "last_loss": losses[-1], "finite": all(map(math.isfinite, losses)),
-            "tokens_per_second": median("throughput/tokens_per_second"), "records_per_second": median("throughput/records_per_second"),
-            "positions_per_second": positions_per_second(lines), "mfu": median("throughput/mfu"),
-            "peak_gib": found["peak_bytes"] / 2**30 if "peak_bytes" in found else None}
+    return {
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "finite": all(map(math.isfinite, losses)),
+        "tokens_per_second": median("throughput/tokens_per_second"),
+        "records_per_second": median("throughput/records_per_second"),
+        "positions_per_second": positions_per_second(lines),
+        "mfu": median("throughput/mfu"),
+        "peak_gib": found["peak_bytes"] / 2**30 if "peak_bytes" in found else None,
+    }
 
 
 def positions_per_second(lines: list[dict[str, Any]]) -> float | None:
@@ -372,7 +497,9 @@ def positions_per_second(lines: list[dict[str, Any]]) -> float | None:
 
 def training_command(bench: Bench, path: Path) -> list[str]:
     """Return the command of a run as a user starts it."""
-    launcher = [] if bench.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={bench.ranks}"]
+    launcher = (
+        [] if bench.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={bench.ranks}"]
+    )
     return [sys.executable, *launcher, "launcher/run.py", str(path)]
 
 
@@ -398,10 +525,20 @@ def main() -> None:
     """Run the checks and print what they found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=positive_int, help="GPUs to train on; default: all")
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME",
-                        help=f"in this order: {', '.join(CHECKS)}; those that one needs come too")
-    parser.add_argument("--seconds", type=positive_seconds, default=600.0,
-                        help="time for all; a check starts where a third of its own limit is left, and ends with it (default: 600)")
+    parser.add_argument(
+        "--checks",
+        nargs="+",
+        choices=CHECKS,
+        default=list(CHECKS),
+        metavar="NAME",
+        help=f"in this order: {', '.join(CHECKS)}; those that one needs come too",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive_seconds,
+        default=600.0,
+        help="time for all; a check starts where a third of its own limit is left, and ends with it (default: 600)",
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and runs")
     parser.add_argument("--small", action="store_true", help="a tiny model, also on CPU: a test of this command")
     arguments = parser.parse_args()
@@ -416,12 +553,22 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--work: cannot make {folder}: {error.strerror}")
     memory = min((gpu["bytes"] for gpu in machine["gpus"]), default=None)
-    bench = Bench(folder, arguments.ranks or max(1, len(machine["gpus"])), arguments.small, time.monotonic() + arguments.seconds, memory)
+    bench = Bench(
+        folder,
+        arguments.ranks or max(1, len(machine["gpus"])),
+        arguments.small,
+        time.monotonic() + arguments.seconds,
+        memory,
+    )
     for line in machine_lines(machine, bench):
         print(line, file=sys.stderr, flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C: end the check, and print what was found
-    wanted = [name for name in CHECKS if name in arguments.checks or any(name in CHECKS[other][2] for other in arguments.checks)]
+    wanted = [
+        name
+        for name in CHECKS
+        if name in arguments.checks or any(name in CHECKS[other][2] for other in arguments.checks)
+    ]
     about = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "ranks": bench.ranks, "small": bench.small}
     interrupted = False
     try:
@@ -470,7 +617,11 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
         return {"result": "none", "meaning": f"needs {limit / 3:.0f} s, {max(0.0, bench.limit):.0f} s are left"}
     try:
         figures, passed, meaning = check(bench)
-        result = {"result": "ran" if passed is None else "pass" if passed else "fail", "meaning": meaning, "figures": figures}
+        result = {
+            "result": "ran" if passed is None else "pass" if passed else "fail",
+            "meaning": meaning,
+            "figures": figures,
+        }
     except Failed as error:
         result = {"result": "broken", "meaning": str(error)}
     except Exception as error:  # what a check did not foresee, such as output without figures
@@ -480,9 +631,13 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """Return the GPUs and the versions of what the checks depend on."""
-    code = ("import json, torch; found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); "
-            "print(json.dumps({'gpus': [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in found], 'cuda': torch.version.cuda}))")
-    found: dict[str, Any] = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    code = (
+        "import json, torch; found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); "
+        "print(json.dumps({'gpus': [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in found], 'cuda': torch.version.cuda}))"
+    )
+    found: dict[str, Any] = json.loads(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
     return found | {"python": platform.python_version(), **{name: version(name) for name in PINNED}}
 
 
@@ -497,8 +652,11 @@ def machine_lines(machine: dict[str, Any], bench: Bench) -> Iterator[str]:
 
 def check_line(name: str, check: dict[str, Any]) -> str:
     """Return the line of a check: its result, its figures, and what they mean."""
-    figures = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in check.get("figures", {}).items()
-                        if isinstance(value, int | float | str))
+    figures = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in check.get("figures", {}).items()
+        if isinstance(value, int | float | str)
+    )
     return f"{check['result']:7} {name:13} {figures + ': ' if figures else ''}{check['meaning']}"
 
 

@@ -35,7 +35,9 @@ def main() -> None:
 
 def write_tokenizer(path: Path, words: int) -> None:
     """Write a tokenizer of one token a word: w0, w1, and so on."""
-    vocabulary = {token: number for number, token in enumerate([*SPECIALS.values(), *(f"w{number}" for number in range(words))])}
+    vocabulary = {
+        token: number for number, token in enumerate([*SPECIALS.values(), *(f"w{number}" for number in range(words))])
+    }
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=SPECIALS["unk"]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIALS.values()))
@@ -48,7 +50,9 @@ def record(number: int, words: int, longest: int) -> dict[str, str]:
     Its tokens are log-uniform between SHORTEST and what a row holds. Words come by Zipf's law, as in a natural language.
     """
     draw = random.Random(number)
-    room = longest - 8 if number % 2 else 3 * longest // 5 - 8  # of a pair the target comes twice; the rest is for special tokens
+    room = (
+        longest - 8 if number % 2 else 3 * longest // 5 - 8
+    )  # of a pair the target comes twice; the rest is for special tokens
     tokens = int(math.exp(draw.uniform(math.log(min(SHORTEST, longest // 20)), math.log(room))))
     drawn = [f"w{int(words ** draw.random()) - 1}" for _ in range(tokens)]
     if number % 2:

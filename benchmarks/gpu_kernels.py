@@ -37,8 +37,12 @@ class Case:
 
 
 CASES = {
-    "llama_1b": Case(32, 8, 64, 4096), "llama_3b": Case(24, 8, 128, 1024), "gemma2, full": Case(8, 4, 256, 1024, softcap=50.0),
-    "gemma2, sliding": Case(8, 4, 256, 1024, softcap=50.0, window=64), "rows of 200": Case(6, 6, 24, 200), "rows of 96": Case(4, 2, 16, 96),
+    "llama_1b": Case(32, 8, 64, 4096),
+    "llama_3b": Case(24, 8, 128, 1024),
+    "gemma2, full": Case(8, 4, 256, 1024, softcap=50.0),
+    "gemma2, sliding": Case(8, 4, 256, 1024, softcap=50.0, window=64),
+    "rows of 200": Case(6, 6, 24, 200),
+    "rows of 96": Case(4, 2, 16, 96),
 }
 
 
@@ -89,13 +93,17 @@ def attention(small: bool) -> dict[str, Any]:
 def _attention_case(case: Case) -> dict[str, float]:
     visible_until, positions = _packed_rows(2, case.length)
     where: dict[str, Any] = {"positions": positions, "window": case.window} if case.window else {}
-    inputs = [torch.randn(2, heads, case.length, case.width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-              for heads in (case.queries, case.keys, case.keys)]
+    inputs = [
+        torch.randn(2, heads, case.length, case.width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (case.queries, case.keys, case.keys)
+    ]
 
     def flex() -> list[torch.Tensor]:
         mask = visibility_mask(visible_until, "flex_attention", **where)
         query, key, value = inputs
-        output, _ = flex_attention_forward(nn.Identity(), query, key, value, mask, scaling=case.width**-0.5, softcap=case.softcap)
+        output, _ = flex_attention_forward(
+            nn.Identity(), query, key, value, mask, scaling=case.width**-0.5, softcap=case.softcap
+        )
         output = output.transpose(1, 2)
         return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
 
@@ -115,8 +123,13 @@ def _attention_case(case: Case) -> dict[str, float]:
     expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
     errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
     mask_seconds = seconds_of(lambda: visibility_mask(visible_until, "flex_attention", **where))
-    return {"error_of_output": errors[0], "error_of_gradients": max(errors[1:]), "compile_seconds": compiling,
-            "milliseconds": 1e3 * seconds_of(flex), "mask_milliseconds": 1e3 * mask_seconds}
+    return {
+        "error_of_output": errors[0],
+        "error_of_gradients": max(errors[1:]),
+        "compile_seconds": compiling,
+        "milliseconds": 1e3 * seconds_of(flex),
+        "mask_milliseconds": 1e3 * mask_seconds,
+    }
 
 
 def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +146,9 @@ def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def head(small: bool) -> dict[str, Any]:
     """Time the cross-entropy of the output head and compare its weight gradient with one in fp32, by the logits of a chunk."""
-    width, vocabulary, labels, powers = (64, 1000, 512, (14, 16, 18)) if small else (2048, 128_256, 16_384, (26, 27, 28, 29, 30))
+    width, vocabulary, labels, powers = (
+        (64, 1000, 512, (14, 16, 18)) if small else (2048, 128_256, 16_384, (26, 27, 28, 29, 30))
+    )
     weight = 0.02 * torch.randn(vocabulary, width, device=DEVICE)
     hidden, label_ids = torch.randn(labels, width, device=DEVICE), torch.randint(vocabulary, (labels,), device=DEVICE)
 
@@ -156,8 +171,12 @@ def head(small: bool) -> dict[str, Any]:
     results = {}
     for power in powers:
         found, seconds, peak = gradient(torch.bfloat16, 2**power)
-        results[f"2^{power}"] = {"milliseconds": 1e3 * seconds, "teraflops": 6 * labels * width * vocabulary / seconds / 1e12,
-                                 "error_of_weight_gradient": relative_error(found, exact), "peak_gib": peak / 2**30}
+        results[f"2^{power}"] = {
+            "milliseconds": 1e3 * seconds,
+            "teraflops": 6 * labels * width * vocabulary / seconds / 1e12,
+            "error_of_weight_gradient": relative_error(found, exact),
+            "peak_gib": peak / 2**30,
+        }
         print(power, results[f"2^{power}"], flush=True)
     return results
 

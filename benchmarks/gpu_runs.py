@@ -56,7 +56,9 @@ class Profiler:
             self.profile = None
         if step + 1 == self.step and torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA])
+            self.profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            )
             self.profile.__enter__()
             self.started = time.perf_counter()
 
@@ -87,13 +89,19 @@ def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
     profiler = Profiler(profiled_step, config.train.global_batch_rows // (config.train.micro_batch_rows * world.size))
     trainer.engine.register_forward_pre_hook(profiler)
     trainer.train()
-    found: dict[str, Any] = {"profile": profiler.found, "graphs_after_settling": graphs() - profiler.settled_graphs,
-                             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
-                             "fused_optimizer": bool(trainer.engine.optimizer.optimizer.defaults["fused"])}
+    found: dict[str, Any] = {
+        "profile": profiler.found,
+        "graphs_after_settling": graphs() - profiler.settled_graphs,
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        "fused_optimizer": bool(trainer.engine.optimizer.optimizer.defaults["fused"]),
+    }
     if torch.cuda.is_available():
         statistics = torch.cuda.memory_stats()
-        found |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
-                  "allocator_retries": statistics.get("num_alloc_retries", 0)}
+        found |= {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "allocator_retries": statistics.get("num_alloc_retries", 0),
+        }
     if trainer.metrics:
         trainer.metrics.close()
         found["metrics"] = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -121,8 +129,12 @@ def describe(events: Any, seconds: float) -> dict[str, Any]:
     for event in on_device:
         kernels[event.name[:80]] = kernels.get(event.name[:80], 0.0) + event.time_range.elapsed_us() / 1e3
     longest = sorted(kernels.items(), key=lambda item: -item[1])[:SHOWN]
-    return {"seconds": seconds, "busy_share": busy / 1e6 / seconds, "kernel_milliseconds": dict(longest),
-            "synchronisations": {name: sum(event.name == name for event in events) for name in SYNCHRONISATIONS}}
+    return {
+        "seconds": seconds,
+        "busy_share": busy / 1e6 / seconds,
+        "kernel_milliseconds": dict(longest),
+        "synchronisations": {name: sum(event.name == name for event in events) for name in SYNCHRONISATIONS},
+    }
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "stage 3, every module": {"deepspeed": {"zero_optimization": {"stage": 3}}, "monitor": {"gradients_every": NEVER}},
     "stage 3, whole layers": {"deepspeed": {"zero_optimization": {"stage": 3}}},
     "stage 3, every module, nothing partitioned": {
-        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": NEVER}}, "monitor": {"gradients_every": NEVER}},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": NEVER}},
+        "monitor": {"gradients_every": NEVER},
+    },
 }
 BASELINE = "stage 3, every module"
 
@@ -50,7 +52,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of what DeepSpeed calls
     world = init_world()
     with tempfile.TemporaryDirectory() as temporary:
-        trainers = {way: build(Path(temporary), number, changes, world) for number, (way, changes) in enumerate(WAYS.items())}
+        trainers = {
+            way: build(Path(temporary), number, changes, world) for number, (way, changes) in enumerate(WAYS.items())
+        }
         validation = trainers[BASELINE].validation
         assert validation is not None
         batch = validation.batches[0]
@@ -65,17 +69,34 @@ def main() -> None:
     print(f"{'':40}{'milliseconds':>14}{'of ' + BASELINE:>30}")
     for way, each in seconds.items():
         ratios = [one / other for one, other in zip(each, seconds[BASELINE], strict=True)]
-        print(f"{way:40}{1e3 * statistics.median(each):14.1f}{statistics.median(ratios):22.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{way:40}{1e3 * statistics.median(each):14.1f}{statistics.median(ratios):22.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def build(folder: Path, number: int, changes: dict, world: World) -> Trainer:
     """Return a run of a way, ready to train."""
     config = {
-        "name": f"way-{number}", "output_dir": str(folder / "runs"),
-        "data": {"path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 400}, "workers": 1, "deduplicate": "none",
-                 "sources": [{"type": "nlrx", "split": split, "records": 300} for split in ("train", "validation")]},
-        "model": {"family": "llama", "shape": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 16, "num_attention_heads": 2,
-                                               "num_key_value_heads": 2}},
+        "name": f"way-{number}",
+        "output_dir": str(folder / "runs"),
+        "data": {
+            "path": str(folder / "corpus"),
+            "sequence_length": 128,
+            "tokenizer": {"vocab_size": 400},
+            "workers": 1,
+            "deduplicate": "none",
+            "sources": [{"type": "nlrx", "split": split, "records": 300} for split in ("train", "validation")],
+        },
+        "model": {
+            "family": "llama",
+            "shape": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+        },
         "objective": {"name": "llm_jepa"},
         "train": {"steps": 10, "global_batch_rows": 1, "micro_batch_rows": 1, "learning_rate": 1e-3},
     } | changes

@@ -37,14 +37,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if on_gpu else 2)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of the baseline in a round; slower ways take fewer")
-    parser.add_argument("--records", type=int, default=2048 if on_gpu else 640, help="records of an optimizer step, over all ranks")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps of the baseline in a round; slower ways take fewer"
+    )
+    parser.add_argument(
+        "--records", type=int, default=2048 if on_gpu else 640, help="records of an optimizer step, over all ranks"
+    )
     parser.add_argument("--row-length", type=int, default=4096 if on_gpu else 128, help="positions of a packed row")
-    parser.add_argument("--micro-slots", type=int, default=16384,
-                        help="positions and padding that a rank takes at most in a micro step, all passes together")
+    parser.add_argument(
+        "--micro-slots",
+        type=int,
+        default=16384,
+        help="positions and padding that a rank takes at most in a micro step, all passes together",
+    )
     parser.add_argument("--model", type=Path, default=large if on_gpu and large.exists() else MODELS / "llama_2m.yaml")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="NAME",
-                        help=f"some of: {', '.join(ARMS)}; the first is always there")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=ARMS,
+        choices=ARMS,
+        metavar="NAME",
+        help=f"some of: {', '.join(ARMS)}; the first is always there",
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the prepared corpus: this process is a rank
     arguments = parser.parse_args()
     if arguments.records % arguments.ranks:
@@ -65,8 +79,19 @@ def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
         prepare(load_config(folder / "config.yaml").data, say=lambda text: print(text, file=sys.stderr))
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", arguments.ranks, "--master_port", port, "--no_local_rank",
-                   "--log_level", "warning", __file__, "--folder", folder]
+        command = [
+            Path(sys.executable).parent / "deepspeed",
+            "--num_gpus",
+            arguments.ranks,
+            "--master_port",
+            port,
+            "--no_local_rank",
+            "--log_level",
+            "warning",
+            __file__,
+            "--folder",
+            folder,
+        ]
         for option in ("rounds", "steps", "records", "row_length", "micro_slots", "model"):
             command += ["--" + option.replace("_", "-"), getattr(arguments, option)]
         command += ["--arms", *arguments.arms]
@@ -80,14 +105,26 @@ def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
 def run_values(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> dict[str, Any]:
     """Return the configuration of a run, as far as the benchmark uses it."""
     return {
-        "name": "cost", "seed": SEED, "output_dir": str(folder),
-        "data": {"path": str(folder / "corpus"), "sequence_length": arguments.row_length, "tokenizer": {"vocab_size": 512}, "workers": 1,
-                 "deduplicate": "none",
-                 "sources": [{"type": "nlrx", "records": max(CORPUS_RECORDS, arguments.records)}]},
+        "name": "cost",
+        "seed": SEED,
+        "output_dir": str(folder),
+        "data": {
+            "path": str(folder / "corpus"),
+            "sequence_length": arguments.row_length,
+            "tokenizer": {"vocab_size": 512},
+            "workers": 1,
+            "deduplicate": "none",
+            "sources": [{"type": "nlrx", "records": max(CORPUS_RECORDS, arguments.records)}],
+        },
         "model": {"family": "llama", "shape": yaml.safe_load(arguments.model.read_text())},
         "objective": {"name": "llm_jepa", "predictor_tokens": PREDICTOR_TOKENS, "distance": "cosine"},
-        "train": {"steps": 1, "learning_rate": 1e-3, "precision": "bf16" if on_gpu else "fp32",
-                  "global_batch_rows": arguments.ranks, "micro_batch_rows": 1},
+        "train": {
+            "steps": 1,
+            "learning_rate": 1e-3,
+            "precision": "bf16" if on_gpu else "fp32",
+            "global_batch_rows": arguments.ranks,
+            "micro_batch_rows": 1,
+        },
     }
 
 

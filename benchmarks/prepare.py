@@ -59,8 +59,16 @@ def main() -> None:
 
 def write_corpus(path: Path, wanted: int) -> int:
     """Write JSON lines of pairs with `wanted` bytes of text or a little more; return how many it is."""
-    reader = open_source(PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), VIEWS, "the standard library")
-    mined = (record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views)
+    reader = open_source(
+        PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), VIEWS, "the standard library"
+    )
+    mined = (
+        record.views
+        for piece in reader.pieces()
+        if "site-packages" not in piece.path
+        for record in reader.read(piece)
+        if record.views
+    )
     pairs: list[tuple[str, ...]] = []
     size = copy = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -88,9 +96,17 @@ def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
     seconds = {}
     for workers in WORKERS:
         seconds[f"raw_{workers}"] = raw_seconds(folder, workers)
-        data = validate(DataConfig, {
-            "path": str(folder / f"corpus-{workers}-{number}"), "views": list(VIEWS), "workers": workers, "sequence_length": 4096,
-            "tokenizer": {"path": str(folder / "tokenizer" / "tokenizer.model")}, "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}]})
+        data = validate(
+            DataConfig,
+            {
+                "path": str(folder / f"corpus-{workers}-{number}"),
+                "views": list(VIEWS),
+                "workers": workers,
+                "sequence_length": 4096,
+                "tokenizer": {"path": str(folder / "tokenizer" / "tokenizer.model")},
+                "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}],
+            },
+        )
         seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
     say(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
     return seconds
@@ -100,7 +116,9 @@ def raw_seconds(folder: Path, workers: int) -> float:
     """Seconds that so many processes take to encode the texts, which they have read before."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
-    processes = [context.Process(target=encode_share, args=(folder, share, workers, ready, go)) for share in range(workers)]
+    processes = [
+        context.Process(target=encode_share, args=(folder, share, workers, ready, go)) for share in range(workers)
+    ]
     for process in processes:
         process.start()
     ready.wait()
@@ -118,7 +136,7 @@ def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier)
     ready.wait()
     go.wait()
     for start in range(0, len(texts), BATCH):
-        processor.encode(texts[start:start + BATCH], num_threads=1)
+        processor.encode(texts[start : start + BATCH], num_threads=1)
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -130,16 +148,26 @@ def timed(action: Callable[[], object]) -> float:
 
 def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
     """Medians over the rounds, of ratios within a round."""
-    over_raw = {workers: statistics.median(one["raw_1"] / workers / one[f"prepare_{workers}"] for one in rounds) for workers in WORKERS}
-    speedup = {way: statistics.median(one[f"{way}_1"] / one[f"{way}_2"] for one in rounds) for way in ("prepare", "raw")}
+    over_raw = {
+        workers: statistics.median(one["raw_1"] / workers / one[f"prepare_{workers}"] for one in rounds)
+        for workers in WORKERS
+    }
+    speedup = {
+        way: statistics.median(one[f"{way}_1"] / one[f"{way}_2"] for one in rounds) for way in ("prepare", "raw")
+    }
     seconds = {way: statistics.median(one[way] for one in rounds) for way in rounds[0]}
     return {
-        "text_megabytes": round(size / 1e6, 1), "records": records, "rounds": len(rounds),
+        "text_megabytes": round(size / 1e6, 1),
+        "records": records,
+        "rounds": len(rounds),
         "megabytes_per_second": {way: round(size / 1e6 / value, 4) for way, value in seconds.items()},
         "prepare_over_raw_times_workers": {str(workers): round(ratio, 3) for workers, ratio in over_raw.items()},
         "speedup_of_2_workers": {way: round(ratio, 2) for way, ratio in speedup.items()},
         "targets": {
-            **{f"prepare over raw times workers, {workers}": target(ratio, OVER_RAW_TARGET) for workers, ratio in over_raw.items()},
+            **{
+                f"prepare over raw times workers, {workers}": target(ratio, OVER_RAW_TARGET)
+                for workers, ratio in over_raw.items()
+            },
             "speedup of 2 workers": target(speedup["prepare"], SPEEDUP_TARGET),
         },
     }

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ STEPS, WARM = 14, 4
 """Steps of a run, and those at its beginning that do not count."""
 SIZES = [1 << power for power in range(12, 27, 2)]
 REPEATS = 9
-SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8,
-         "tie_word_embeddings": True}
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
 
 
 def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
@@ -30,7 +37,10 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        configs = {run: _config(folder, run, steps, ranks, shape) for run, ranks in (("alone", 1), ("beside", 1), ("besides", 1), ("two", 2))}
+        configs = {
+            run: _config(folder, run, steps, ranks, shape)
+            for run, ranks in (("alone", 1), ("beside", 1), ("besides", 1), ("two", 2))
+        }
         _call([sys.executable, "-m", "data_prep", str(configs["alone"])])
         links = collectives()
         alone = _steps(folder, [_start(configs["alone"], 1)], ["alone"])
@@ -43,35 +53,73 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
     for how, seconds in (("from one process alone", alone), ("from one process beside another", beside)):
         measured = Work(**(vars(work) | {"compute_seconds": seconds}))
         # the model has one link for both directions; gloo's differ
-        both = [step_seconds(measured, 3, 2, Cluster(link, None, 2), 0.0)["communication_seconds"] for link in (gathering, reducing)]
+        both = [
+            step_seconds(measured, 3, 2, Cluster(link, None, 2), 0.0)["communication_seconds"]
+            for link in (gathering, reducing)
+        ]
         communication = (2 * both[0] + both[1]) / 3
-        predicted[how] = {"compute_seconds": seconds, "communication_seconds": communication, "seconds": seconds + communication,
-                          "predicted_over_measured": (seconds + communication) / two}
-    return {"parameters": plan.parameters.total, "positions_of_a_micro_step": work.tokens, "threads_of_a_rank": 1,
-            "cores": len(os.sched_getaffinity(0)), "load_average_before": round(load, 2), "links": {name: vars(link) for name, link in links.items()},
-            "measured_step_seconds": {"1 process": alone, "1 process beside another": beside, "2 processes, ZeRO-3": two},
-            "predicted_2_processes": predicted}
+        predicted[how] = {
+            "compute_seconds": seconds,
+            "communication_seconds": communication,
+            "seconds": seconds + communication,
+            "predicted_over_measured": (seconds + communication) / two,
+        }
+    return {
+        "parameters": plan.parameters.total,
+        "positions_of_a_micro_step": work.tokens,
+        "threads_of_a_rank": 1,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_before": round(load, 2),
+        "links": {name: vars(link) for name, link in links.items()},
+        "measured_step_seconds": {"1 process": alone, "1 process beside another": beside, "2 processes, ZeRO-3": two},
+        "predicted_2_processes": predicted,
+    }
 
 
 def _config(folder: Path, name: str, steps: int, ranks: int, shape: dict[str, Any]) -> Path:
     """A run whose ranks each have 4 rows of 128 positions a step."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({
-        "name": name, "seed": 1, "output_dir": str(folder),
-        "data": {"path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 512}, "workers": 1, "deduplicate": "none",
-                 "sources": [{"type": "nlrx", "records": 4000}]},
-        "model": {"family": "llama", "shape": shape}, "objective": {"name": "next_token"},
-        "train": {"steps": steps, "learning_rate": 1e-4, "global_batch_rows": 4 * ranks, "micro_batch_rows": 4},
-        "checkpoint": {"every": 10 * steps}, "monitor": {"log_every": 1, "validate_every": 10 * steps, "tensorboard": False}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": name,
+                "seed": 1,
+                "output_dir": str(folder),
+                "data": {
+                    "path": str(folder / "corpus"),
+                    "sequence_length": 128,
+                    "tokenizer": {"vocab_size": 512},
+                    "workers": 1,
+                    "deduplicate": "none",
+                    "sources": [{"type": "nlrx", "records": 4000}],
+                },
+                "model": {"family": "llama", "shape": shape},
+                "objective": {"name": "next_token"},
+                "train": {"steps": steps, "learning_rate": 1e-4, "global_batch_rows": 4 * ranks, "micro_batch_rows": 4},
+                "checkpoint": {"every": 10 * steps},
+                "monitor": {"log_every": 1, "validate_every": 10 * steps, "tensorboard": False},
+            }
+        )
+    )
     return path
 
 
 def _start(config: Path, ranks: int) -> subprocess.Popen:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(port)]
-    return subprocess.Popen([*(launcher if ranks > 1 else [sys.executable]), "launcher/run.py", str(config)], cwd=ROOT, env=_environment(),
-                            stdout=sys.stderr)
+    launcher = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(port),
+    ]
+    return subprocess.Popen(
+        [*(launcher if ranks > 1 else [sys.executable]), "launcher/run.py", str(config)],
+        cwd=ROOT,
+        env=_environment(),
+        stdout=sys.stderr,
+    )
 
 
 def _steps(folder: Path, running: list[subprocess.Popen], names: list[str]) -> float:
@@ -125,8 +173,10 @@ def _rank(rank: int, port: int, results: Any) -> None:
     times: dict[str, list[tuple[float, float]]] = {"all_gather": [], "reduce_scatter": []}
     for size in SIZES:
         whole, part = torch.ones(size // 4), torch.ones(size // 8)
-        calls = {"all_gather": lambda: dist.all_gather_into_tensor(whole, part),  # noqa: B023
-                 "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole)}  # noqa: B023
+        calls = {
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
+        }
         for name, call in calls.items():
             seconds = []
             for _ in range(REPEATS):

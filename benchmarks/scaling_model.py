@@ -62,13 +62,19 @@ class Cluster:
         links = [link for link in used.values() if link is not None]
         for name, link in used.items():
             if link is None:
-                raise UserError(f"{ranks} ranks use the link {name} nodes, of which nothing is known: give --{name} BYTES_PER_SECOND SECONDS")
+                raise UserError(
+                    f"{ranks} ranks use the link {name} nodes, of which nothing is known: give --{name} BYTES_PER_SECOND SECONDS"
+                )
         if self.tree:
             here = min(ranks, self.ranks_per_node)
             hops = (math.ceil(math.log2(here)), math.ceil(math.log2(nodes)))
         else:
             hops = (ranks - nodes, nodes - 1)
-        latency = sum(count * link.latency for count, link in zip(hops, (self.within, self.between), strict=True) if count and link)
+        latency = sum(
+            count * link.latency
+            for count, link in zip(hops, (self.within, self.between), strict=True)
+            if count and link
+        )
         return messages * latency + data * (ranks - 1) / ranks / min(link.bandwidth for link in links)
 
 
@@ -104,13 +110,21 @@ def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: 
         passes = 2 * cluster.collective_seconds(work.gathered, work.tensors, ranks)
         communication = work.micro_steps * (passes + reduce) + cluster.collective_seconds(work.small, 1, ranks)
     else:
-        communication = (work.micro_steps if stage == 2 else 1) * reduce + cluster.collective_seconds(whole, math.ceil(whole / work.bucket), ranks)
+        communication = (work.micro_steps if stage == 2 else 1) * reduce + cluster.collective_seconds(
+            whole, math.ceil(whole / work.bucket), ranks
+        )
     compute = work.micro_steps * work.compute_seconds
     exposed = communication - min(overlap * communication, compute)
     seconds = compute + exposed
-    return {"seconds": seconds, "compute_seconds": compute, "communication_seconds": communication, "exposed_seconds": exposed,
-            "tokens_per_second": ranks * work.micro_steps * work.tokens / seconds, "efficiency": compute / seconds,
-            "share_of_communication": exposed / seconds}
+    return {
+        "seconds": seconds,
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "exposed_seconds": exposed,
+        "tokens_per_second": ranks * work.micro_steps * work.tokens / seconds,
+        "efficiency": compute / seconds,
+        "share_of_communication": exposed / seconds,
+    }
 
 
 def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
@@ -128,9 +142,17 @@ def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
         return (link, None, per_node) if len(nodes) == 1 else (link, link, per_node)
     pairs = [pair for pair in measured["pairs"] if "error" not in pair]
     if not pairs:
-        raise UserError(f"--doctor {path}: holds neither an all-reduce over several ranks nor pairs of nodes: give --within and --between")
-    return None, Link(statistics.median(pair["bytes_per_second"] for pair in pairs),
-                      statistics.median(pair["latency_seconds"] for pair in pairs) / 2), per_node
+        raise UserError(
+            f"--doctor {path}: holds neither an all-reduce over several ranks nor pairs of nodes: give --within and --between"
+        )
+    return (
+        None,
+        Link(
+            statistics.median(pair["bytes_per_second"] for pair in pairs),
+            statistics.median(pair["latency_seconds"] for pair in pairs) / 2,
+        ),
+        per_node,
+    )
 
 
 def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
@@ -156,8 +178,15 @@ def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
     large = [size for size in sizes if size > plan.zero.param_persistence_threshold]
     share = train.micro_batch_rows / train.global_batch_rows
     recomputed = 4 / 3 if train.activation_checkpointing else 1  # the forward pass is a third of it all
-    return Work(share * plan.flops * recomputed / flops, micro_steps, share * plan.step.stream.positions, item * sum(large), len(large),
-                item * (sum(sizes) - sum(large)), item * plan.zero.reduce_bucket_size)
+    return Work(
+        share * plan.flops * recomputed / flops,
+        micro_steps,
+        share * plan.step.stream.positions,
+        item * sum(large),
+        len(large),
+        item * (sum(sizes) - sum(large)),
+        item * plan.zero.reduce_bucket_size,
+    )
 
 
 def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
@@ -165,7 +194,10 @@ def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
     from pretrain.training.dry_run import model_states_per_rank, non_state_memory
 
     states = model_states_per_rank(plan, stage, ranks)
-    beside = {name: recomputed if plan.config.train.activation_checkpointing else whole for name, whole, recomputed in non_state_memory(plan, "cuda")}
+    beside = {
+        name: recomputed if plan.config.train.activation_checkpointing else whole
+        for name, whole, recomputed in non_state_memory(plan, "cuda")
+    }
     if stage < 3:
         beside = {name: size for name, size in beside.items() if not name.startswith("gathered")}
     return max(states.held + sum(beside.values()), states.in_step)
@@ -180,19 +212,44 @@ def predict(plan: Any, cluster: Cluster, arguments: argparse.Namespace) -> dict[
         for stage in STAGES if ranks > 1 else (3,):
             needed = rank_bytes(plan, stage, ranks)
             stages[stage] = step_seconds(work, stage, ranks, cluster, arguments.overlap) | {
-                "memory_bytes": needed, "fits": needed <= USABLE_MEMORY_FRACTION * arguments.memory * 1e9}
+                "memory_bytes": needed,
+                "fits": needed <= USABLE_MEMORY_FRACTION * arguments.memory * 1e9,
+            }
         fitting = [stage for stage in stages if stages[stage]["fits"]]
-        best = min(fitting, key=lambda stage: (round(stages[stage]["seconds"], 6), stages[stage]["memory_bytes"]), default=None)
-        by_ranks.append({"ranks": ranks, "best_stage": best, "global_batch_tokens": ranks * work.micro_steps * work.tokens, "stages": stages})
-    return {"kind": "model, not a measurement", "parameters": plan.parameters.total, "precision": plan.config.train.precision,
-            "assumptions": {"flops_of_a_rank": arguments.flops, "overlap": arguments.overlap, "memory_gb": arguments.memory, "usable": USABLE_MEMORY_FRACTION,
-                            "algorithm": "tree" if cluster.tree else "ring", "batch": "each rank keeps its micro batch"},
-            "cluster": asdict(cluster), "work_of_a_rank": asdict(work), "by_ranks": by_ranks}
+        best = min(
+            fitting, key=lambda stage: (round(stages[stage]["seconds"], 6), stages[stage]["memory_bytes"]), default=None
+        )
+        by_ranks.append(
+            {
+                "ranks": ranks,
+                "best_stage": best,
+                "global_batch_tokens": ranks * work.micro_steps * work.tokens,
+                "stages": stages,
+            }
+        )
+    return {
+        "kind": "model, not a measurement",
+        "parameters": plan.parameters.total,
+        "precision": plan.config.train.precision,
+        "assumptions": {
+            "flops_of_a_rank": arguments.flops,
+            "overlap": arguments.overlap,
+            "memory_gb": arguments.memory,
+            "usable": USABLE_MEMORY_FRACTION,
+            "algorithm": "tree" if cluster.tree else "ring",
+            "batch": "each rank keeps its micro batch",
+        },
+        "cluster": asdict(cluster),
+        "work_of_a_rank": asdict(work),
+        "by_ranks": by_ranks,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     """The best stage, and ZeRO-3 beside it, by number of ranks."""
-    lines = [f"{'ranks':>6}  {'stage':>12}  {'memory':>8}  {'step':>9}  {'tokens/s':>13}  {'efficiency':>10}  {'communication':>13}"]
+    lines = [
+        f"{'ranks':>6}  {'stage':>12}  {'memory':>8}  {'step':>9}  {'tokens/s':>13}  {'efficiency':>10}  {'communication':>13}"
+    ]
     for entry in result["by_ranks"]:
         for stage in dict.fromkeys((entry["best_stage"], 3)):
             if stage is None:
@@ -200,8 +257,10 @@ def table(result: dict[str, Any]) -> str:
                 continue
             one = entry["stages"][stage]
             name = f"{stage}{', best' if stage == entry['best_stage'] else '' if one['fits'] else ', no room'}"
-            lines.append(f"{entry['ranks']:>6}  {name:>12}  {one['memory_bytes'] / 1e9:>5.1f} GB  {one['seconds']:>7.3f} s"
-                         f"  {one['tokens_per_second']:>13,.0f}  {one['efficiency']:>10.1%}  {one['share_of_communication']:>13.1%}")
+            lines.append(
+                f"{entry['ranks']:>6}  {name:>12}  {one['memory_bytes'] / 1e9:>5.1f} GB  {one['seconds']:>7.3f} s"
+                f"  {one['tokens_per_second']:>13,.0f}  {one['efficiency']:>10.1%}  {one['share_of_communication']:>13.1%}"
+            )
     return "\n".join(lines)
 
 
@@ -211,15 +270,28 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     parser.add_argument("--doctor", type=Path, help="what launcher/doctor.py --json printed")
-    parser.add_argument("--within", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link between ranks of a node")
-    parser.add_argument("--between", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link of a node to the others")
+    parser.add_argument(
+        "--within", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link between ranks of a node"
+    )
+    parser.add_argument(
+        "--between", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link of a node to the others"
+    )
     parser.add_argument("--ranks-per-node", type=int, help="default: those of the doctor's nodes, or 8")
-    parser.add_argument("--flops", type=float, default=FLOPS, help=f"FLOP/s of a rank, as measured on one (default {FLOPS:.3g}, 40%% of an H100)")
+    parser.add_argument(
+        "--flops",
+        type=float,
+        default=FLOPS,
+        help=f"FLOP/s of a rank, as measured on one (default {FLOPS:.3g}, 40%% of an H100)",
+    )
     parser.add_argument("--memory", type=float, default=80, help="GB of a GPU (default 80)")
     parser.add_argument("--micro-steps", type=int, default=1, help="micro batches of a rank in a step (default 1)")
-    parser.add_argument("--overlap", type=float, default=OVERLAP, help=f"share of communication beside computing (default {OVERLAP})")
+    parser.add_argument(
+        "--overlap", type=float, default=OVERLAP, help=f"share of communication beside computing (default {OVERLAP})"
+    )
     parser.add_argument("--tree", action="store_true", help="collectives with log2 n hops instead of a ring's n - 1")
-    parser.add_argument("--check", action="store_true", help="compare the model with 1 and 2 measured CPU processes instead")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the model with 1 and 2 measured CPU processes instead"
+    )
     arguments = parser.parse_intermixed_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if arguments.check:
@@ -229,8 +301,12 @@ def main() -> None:
     if arguments.config is None:
         raise UserError("give the CONFIG of a run, or --check")
     within, between, per_node = read_doctor_links(arguments.doctor) if arguments.doctor else (None, None, 8)
-    cluster = Cluster(Link(*arguments.within) if arguments.within else within, Link(*arguments.between) if arguments.between else between,
-                      arguments.ranks_per_node or per_node, arguments.tree)
+    cluster = Cluster(
+        Link(*arguments.within) if arguments.within else within,
+        Link(*arguments.between) if arguments.between else between,
+        arguments.ranks_per_node or per_node,
+        arguments.tree,
+    )
     from pretrain.config import load_config
     from pretrain.training.dry_run import checked_plan
 

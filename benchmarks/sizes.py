@@ -34,11 +34,29 @@ def main() -> None:
         plan = plan_of(path)
         if plan.parameters.total < 10**8:
             continue  # for tests and the demo
-        sizes = [{"memory_gb": memory, "ranks": ranks} | choice(plan, memory, ranks) for memory in MEMORY for ranks in RANKS]
-        result.append({"shape": path.stem, "parameters": plan.parameters.total, "positions_of_a_row": plan.config.data.sequence_length,
-                       "sizes": sizes})
+        sizes = [
+            {"memory_gb": memory, "ranks": ranks} | choice(plan, memory, ranks) for memory in MEMORY for ranks in RANKS
+        ]
+        result.append(
+            {
+                "shape": path.stem,
+                "parameters": plan.parameters.total,
+                "positions_of_a_row": plan.config.data.sequence_length,
+                "sizes": sizes,
+            }
+        )
         print(line(result[-1]), file=sys.stderr, flush=True)
-    print(json.dumps({"kind": "estimate, not a measurement", "precision": "bf16", "usable": USABLE_MEMORY_FRACTION, "shapes": result}, indent=1))
+    print(
+        json.dumps(
+            {
+                "kind": "estimate, not a measurement",
+                "precision": "bf16",
+                "usable": USABLE_MEMORY_FRACTION,
+                "shapes": result,
+            },
+            indent=1,
+        )
+    )
 
 
 def plan_of(path: Path) -> Any:
@@ -48,12 +66,30 @@ def plan_of(path: Path) -> Any:
 
     family, shape = path.stem.split("_")[0], yaml.safe_load(path.read_text())
     length = min(4096, shape.get("max_position_embeddings", 4096))
-    return checked_plan(RunConfig(**{
-        "name": "sizes", "data": {"path": "no-corpus", "sources": [{"type": "nlrx", "records": 1}], "sequence_length": length,
-                                  "tokenizer": {"vocab_size": VOCABULARIES[family]}},
-        "model": {"family": family, "shape": shape}, "objective": {"name": "llm_jepa"},
-        "train": {"steps": 1, "learning_rate": 1e-4, "global_batch_rows": 1, "micro_batch_rows": 1, "precision": "bf16",
-                  "activation_checkpointing": True}}), None)
+    return checked_plan(
+        RunConfig(
+            **{
+                "name": "sizes",
+                "data": {
+                    "path": "no-corpus",
+                    "sources": [{"type": "nlrx", "records": 1}],
+                    "sequence_length": length,
+                    "tokenizer": {"vocab_size": VOCABULARIES[family]},
+                },
+                "model": {"family": family, "shape": shape},
+                "objective": {"name": "llm_jepa"},
+                "train": {
+                    "steps": 1,
+                    "learning_rate": 1e-4,
+                    "global_batch_rows": 1,
+                    "micro_batch_rows": 1,
+                    "precision": "bf16",
+                    "activation_checkpointing": True,
+                },
+            }
+        ),
+        None,
+    )
 
 
 def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:

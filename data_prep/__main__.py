@@ -35,18 +35,27 @@ def main() -> None:
 
 def prepare_corpus(executor: Executor | None) -> None:
     """Parse the command line and prepare the corpus of a configuration."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Turn a corpus into paired-view token shards.",
-                                     epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.")
-    parser.add_argument("config", help="YAML file of the run; its `data` section is used, and the test files of `evaluation.tasks`")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Turn a corpus into paired-view token shards.",
+        epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.",
+    )
+    parser.add_argument(
+        "config", help="YAML file of the run; its `data` section is used, and the test files of `evaluation.tasks`"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     given = parser.parse_args()
     # those of the shape are for a file that the training reads, and the preparation does not
-    values = load_yaml(given.config, [override for override in given.overrides if not override.startswith("model.shape.")])
+    values = load_yaml(
+        given.config, [override for override in given.overrides if not override.startswith("model.shape.")]
+    )
     if "data" not in values:
         raise UserError(f"{given.config} has no `data` section")
     data = validate(DataConfig, values["data"], "data")
     tests = evaluation_tests(data, values.get("evaluation"))
-    from data_prep.pipeline import prepare  # after the configuration is checked, because this imports pyarrow and tokenizers
+    from data_prep.pipeline import (
+        prepare,
+    )  # after the configuration is checked, because this imports pyarrow and tokenizers
 
     prepare(data, tests, executor=executor)
 

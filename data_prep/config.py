@@ -127,7 +127,9 @@ class PythonSource(FileSource):
 
 
 Source = Annotated[
-    NlrxSource | JsonSource | ParquetSource | CsvSource | ArrowSource | HubSource | TextSource | PythonSource, Field(discriminator="type")]
+    NlrxSource | JsonSource | ParquetSource | CsvSource | ArrowSource | HubSource | TextSource | PythonSource,
+    Field(discriminator="type"),
+]
 
 
 class TokenizerConfig(Section):
@@ -163,7 +165,9 @@ class FiltersConfig(Section):
     @model_validator(mode="after")
     def _can_pass(self) -> "FiltersConfig":
         if self.max_characters is not None and self.max_characters < self.min_characters:
-            raise ValueError(f"max_characters ({self.max_characters}) is below min_characters ({self.min_characters}): no record would be left")
+            raise ValueError(
+                f"max_characters ({self.max_characters}) is below min_characters ({self.min_characters}): no record would be left"
+            )
         return self
 
     @field_validator("forbidden")
@@ -222,8 +226,10 @@ class DataConfig(Section):
     def _views_are_names(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         for view in views:
             if not re.fullmatch(r"[^\W\d]\w*", view) or view in COLUMNS_OF_SHARDS:
-                raise ValueError(f"{view!r} cannot be the name of a view: letters, digits and underscores make one, "
-                                 f"and {' and '.join(COLUMNS_OF_SHARDS)} are columns that every shard has")
+                raise ValueError(
+                    f"{view!r} cannot be the name of a view: letters, digits and underscores make one, "
+                    f"and {' and '.join(COLUMNS_OF_SHARDS)} are columns that every shard has"
+                )
         return views
 
     @model_validator(mode="after")
@@ -294,7 +300,10 @@ class TaskTest(Section):
 def evaluation_tests(data: DataConfig, evaluation: Any) -> list[TaskTest]:
     """Return the test rows that the `evaluation` section of a configuration names. Raises UserError for a misspelt key."""
     tasks = validate(EvaluationFiles, evaluation, "evaluation").tasks if evaluation is not None else []
-    tests = [TaskTest(task=task.name, key=f"evaluation.tasks.{number}.test", source=task_source(data, task.test))
-             for number, task in enumerate(tasks) if task.test is not None]
+    tests = [
+        TaskTest(task=task.name, key=f"evaluation.tasks.{number}.test", source=task_source(data, task.test))
+        for number, task in enumerate(tasks)
+        if task.test is not None
+    ]
     different = {(test.task, test.source.model_dump_json()): test for test in reversed(tests)}
     return list(reversed(different.values()))

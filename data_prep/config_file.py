@@ -27,13 +27,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in keys:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
                 keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-SECTIONS = ("name", "seed", "output_dir", "data", "model", "objective", "train", "deepspeed", "checkpoint",
-            "evaluation", "monitor")
+SECTIONS = (
+    "name",
+    "seed",
+    "output_dir",
+    "data",
+    "model",
+    "objective",
+    "train",
+    "deepspeed",
+    "checkpoint",
+    "evaluation",
+    "monitor",
+)
 
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -46,7 +59,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def load_yaml(path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] = SECTIONS) -> dict[str, Any]:
+def load_yaml(
+    path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] = SECTIONS
+) -> dict[str, Any]:
     """Read a configuration file of these top-level keys and apply `dotted.key=value` overrides, whose values are YAML.
 
     `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
@@ -65,7 +80,9 @@ def load_yaml(path: str | Path, overrides: typing.Sequence[str] = (), sections: 
     apply_overrides(config, overrides)
     unknown = [key for key in config if key not in sections]
     if unknown:
-        raise UserError(_unknown_key(str(unknown[0]), sections, str(path) if unknown[0] in in_file else "the command line"))
+        raise UserError(
+            _unknown_key(str(unknown[0]), sections, str(path) if unknown[0] in in_file else "the command line")
+        )
     if isinstance(config.get("name"), str):
         config["name"] = re.sub(r"\{([\w.]+)\}", lambda found: str(_look_up(config, found[1])), config["name"])
     return config
@@ -127,9 +144,15 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
     except ValidationError as error:
         mistakes = error.errors()  # a misspelt key often is a missing one too: the spelling comes first
         order = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found")
-        first = min(mistakes, key=lambda mistake: order.index(mistake["type"]) if mistake["type"] in order else len(order))
+        first = min(
+            mistakes, key=lambda mistake: order.index(mistake["type"]) if mistake["type"] in order else len(order)
+        )
         tags = union_tags(model)
-        parts = [str(part) for part in first["loc"] if part not in tags and not re.match(r"(function|tagged-union)\b", str(part))]
+        parts = [
+            str(part)
+            for part in first["loc"]
+            if part not in tags and not re.match(r"(function|tagged-union)\b", str(part))
+        ]
         key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":
             known = [f"{where}.{known}" if where else known for known in known_keys(model)]
@@ -139,9 +162,13 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
             raise UserError(_unknown_key(key, known)) from None
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]
-            raise UserError(f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}") from None
+            raise UserError(
+                f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}"
+            ) from None
         if first["type"] == "union_tag_not_found":
-            raise UserError(f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing: it says of which kind this section is") from None
+            raise UserError(
+                f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing: it says of which kind this section is"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
         raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given}") from None
@@ -187,7 +214,9 @@ def _with_list_index(key: str) -> str:
 
 def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
     nearest = difflib.get_close_matches(_with_list_index(key), known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}{f' in {where}' if where else ''}" + (f"; the nearest known one is {nearest[0]!r}" if nearest else "")
+    return f"unknown key {key!r}{f' in {where}' if where else ''}" + (
+        f"; the nearest known one is {nearest[0]!r}" if nearest else ""
+    )
 
 
 def _one_line(text: str) -> str:

@@ -49,7 +49,9 @@ def left_out(job: Job, number: int) -> dict[int, str]:
     return out
 
 
-def kept_records(job: Job, reader: Reader, number: int, unit: Unit, drops: DropCounter | None = None) -> Iterator[tuple[int, Record]]:
+def kept_records(
+    job: Job, reader: Reader, number: int, unit: Unit, drops: DropCounter | None = None
+) -> Iterator[tuple[int, Record]]:
     """The records of a scanned unit that nothing speaks against, each with the number of its piece; duplicates are counted in `drops`.
 
     Raises UserError where the unit has other records than the scan saw.
@@ -73,8 +75,15 @@ def encode_unit(serialized: str, number: int, unit: Unit) -> int:
     for piece, record in kept_records(job, readers[unit.source], number, unit, encoder.drops):
         encoder.add(piece, record)
     encoder.finish()
-    write_json(shard_report(job, number), {"kept": encoder.kept, "dropped": encoder.drops.by_reason, "unknown": encoder.unknown,
-                                           "shards": dict(sorted(encoder.shards.items()))})
+    write_json(
+        shard_report(job, number),
+        {
+            "kept": encoder.kept,
+            "dropped": encoder.drops.by_reason,
+            "unknown": encoder.unknown,
+            "shards": dict(sorted(encoder.shards.items())),
+        },
+    )
     return encoder.kept
 
 
@@ -103,7 +112,9 @@ class _Encoder:
     def _encode(self) -> None:
         if not self.batch:
             return
-        columns = [self._tokens([record.texts[view] for _, record in self.batch]) for view in range(len(self.job.data.views))]
+        columns = [
+            self._tokens([record.texts[view] for _, record in self.batch]) for view in range(len(self.job.data.views))
+        ]
         lengths = np.stack([lengths for _, lengths in columns], axis=1)
         fits = self._fitting(lengths)
         splits = np.array([self.split_of(record) for _, record in self.batch])
@@ -134,21 +145,28 @@ class _Encoder:
         """Count unknown tokens, which replace text that the tokenizer does not know; `columns` are the tokens and lengths of each view."""
         if self.tokenizer.unknown_id is None:
             return
-        of_record = sum(ragged_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members] for values, lengths in columns)
+        of_record = sum(
+            ragged_sums((values == self.tokenizer.unknown_id).astype(np.int64), lengths)[members]
+            for values, lengths in columns
+        )
         having = members[np.flatnonzero(of_record)]
         if not len(having):
             return
         entry = self.unknown.setdefault(split, {"tokens": 0, "records": 0, "first": []})
         entry["tokens"] += int(np.sum(of_record))
         entry["records"] += len(having)
-        for row in having[:MAX_EXAMPLES - len(entry["first"])]:
+        for row in having[: MAX_EXAMPLES - len(entry["first"])]:
             piece, record = self.batch[row]
             entry["first"].append([piece, record.position, self._unknown_word(record.texts)])
 
     def _unknown_word(self, texts: tuple[str, ...]) -> str:
         """Return the first word with an unknown token as an example; the beginning of the record if no word has one by itself."""
         words = " ".join(texts).split()
-        found = (word for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True) if self.tokenizer.unknown_id in ids)
+        found = (
+            word
+            for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True)
+            if self.tokenizer.unknown_id in ids
+        )
         return excerpt((next(found, None) or " ".join(words),))
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
@@ -159,9 +177,16 @@ class _Encoder:
         for row in np.flatnonzero(~fits):
             piece, record = self.batch[row]
             if views[row]:
-                self.drops.add("too_long", piece, record.position, f"needs data.sequence_length={needed[row]}: {excerpt(record.texts)}")
+                self.drops.add(
+                    "too_long",
+                    piece,
+                    record.position,
+                    f"needs data.sequence_length={needed[row]}: {excerpt(record.texts)}",
+                )
             else:
-                self.drops.add("empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.texts)}")
+                self.drops.add(
+                    "empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.texts)}"
+                )
         return fits
 
     def finish(self) -> None:
@@ -174,7 +199,10 @@ class _Encoder:
         """Make a shard of what was encoded of a split."""
         tokens, lengths, continues = zip(*self.parts.pop(split), strict=True)
         together = np.concatenate(lengths)
-        views = {name: (np.concatenate([part[view] for part in tokens]), together[:, view]) for view, name in enumerate(self.job.data.views)}
+        views = {
+            name: (np.concatenate([part[view] for part in tokens]), together[:, view])
+            for view, name in enumerate(self.job.data.views)
+        }
         shards = self.shards.setdefault(split, [])
         path = Path(self.job.data.path) / f"{split}-{self.number:05d}{f'.{len(shards):03d}' if shards else ''}.arrow"
         shards.append(write_shard(path, self.unit.source, views, np.concatenate(continues), self.tokenizer.vocab_size))

@@ -89,8 +89,10 @@ class LocalExecutor:
                         errors[number] = error
                     progress.update(tasks[number].size, records)
         except BrokenProcessPool:
-            raise UserError("a worker process of the preparation was killed (out of memory?); "
-                            "start the same command again, or with a smaller data.workers") from None
+            raise UserError(
+                "a worker process of the preparation was killed (out of memory?); "
+                "start the same command again, or with a smaller data.workers"
+            ) from None
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():  # what they were doing is done anew the next time
                 worker.terminate()
@@ -127,6 +129,7 @@ def end_with_parent() -> None:
         assert parent is not None  # this is a worker
         parent.join()
         os._exit(1)
+
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -171,7 +174,10 @@ class MpiExecutor:
         with progress if self.is_main else nullcontext():
             full = None
             for number in range(self.rank, len(tasks), self.ranks):
-                records, error = self._outcome(lambda: function(*tasks[number].arguments)) if full is None else (0, full)  # noqa: B023
+                if full is None:
+                    records, error = self._outcome(partial(function, *tasks[number].arguments))
+                else:
+                    records, error = 0, full
                 full = error if isinstance(error, OSError) else None
                 if not self.is_main:
                     self.communicator.send((number, records or 0, error), 0)

@@ -37,6 +37,7 @@ def split_function(data: DataConfig, source: int, frequent: frozenset[int] = fro
         if draw in frequent and not record.group:
             draw = _number(_context(record))
         return "validation" if draw / 2**64 < fraction else "train"
+
     return drawn
 
 
@@ -87,7 +88,9 @@ def find_frequent_targets(job: Job, units: list[Unit], sample_file: Callable[[in
         samples = [np.load(file) for file in files if file.exists()]  # a unit that an older version scanned has none
         records = sum(int(sample[0]) for sample in samples)
         targets = np.concatenate([np.empty(0, np.uint64), *(sample[1:] for sample in samples)])
-        decided.append(frequent_targets(targets, records, job.data.validation_fraction) if job.data.validation_fraction else [])
+        decided.append(
+            frequent_targets(targets, records, job.data.validation_fraction) if job.data.validation_fraction else []
+        )
     if read_json_or_none(_decision(job)) != decided:
         write_json(_decision(job), decided)
     return [len(targets) for targets in decided]

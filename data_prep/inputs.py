@@ -21,7 +21,9 @@ FILE_STATS_NAME = ".modified.json"
 
 def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
-    paths = {piece.path for reader in readers for piece in reader.pieces()} | {file for test in job.tests for file in list_test_files(test)}
+    paths = {piece.path for reader in readers for piece in reader.pieces()} | {
+        file for test in job.tests for file in list_test_files(test)
+    }
     for source in job.data.sources:
         if isinstance(source, HubSource):  # a local folder; what the hub has is held by `revision`
             paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
@@ -33,7 +35,9 @@ def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     found = {}
     for path in sorted(paths):
         file = Path(path)
-        if file.is_file():  # a data set of the hub is none; a tokenizer that is not there is named when it is taken over
+        if (
+            file.is_file()
+        ):  # a data set of the hub is none; a tokenizer that is not there is named when it is taken over
             found[path] = [file.stat().st_size, file.stat().st_mtime_ns]
     return found
 
@@ -74,14 +78,28 @@ def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Pa
     changed = changed_settings(stored, job)
     if not changed:
         trusted = read_json_or_none(folder / FILE_STATS_NAME) or {}
-        a_model = (job.data.tokenizer.path or "").endswith(".model")  # of which earlier versions did not record the files beside it
-        compared = stored["files"] | {path: stamp for path, stamp in now.items() if not a_model or Path(path).name not in BESIDE}
-        changed = [f"content of {path}" for path in sorted(compared)
-                   if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))]
+        a_model = (job.data.tokenizer.path or "").endswith(
+            ".model"
+        )  # of which earlier versions did not record the files beside it
+        compared = stored["files"] | {
+            path: stamp for path, stamp in now.items() if not a_model or Path(path).name not in BESIDE
+        }
+        changed = [
+            f"content of {path}"
+            for path in sorted(compared)
+            if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))
+        ]
     if changed:
-        raise UserError(f"{folder} was prepared with another {' and '.join(changed[:3])}; "
-                        "choose another data.path, or remove that folder to prepare it anew")
+        raise UserError(
+            f"{folder} was prepared with another {' and '.join(changed[:3])}; "
+            "choose another data.path, or remove that folder to prepare it anew"
+        )
 
 
 def _same(path: str, stored: dict[str, Any] | None, now: list[int] | None) -> bool:
-    return stored is not None and now is not None and stored["bytes"] == now[0] and sha256_file(Path(path)) == stored["sha256"]
+    return (
+        stored is not None
+        and now is not None
+        and stored["bytes"] == now[0]
+        and sha256_file(Path(path)) == stored["sha256"]
+    )

@@ -17,7 +17,9 @@ from data_prep.units import Job, Unit
 Manifest = dict[str, Any]
 
 
-def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, readers: list[Reader], units: list[Unit]) -> Manifest:
+def build_manifest(
+    job: Job, settings: dict[str, Any], tokenizer: Tokenizer, readers: list[Reader], units: list[Unit]
+) -> Manifest:
     """The manifest of all units, from their reports. Raises UserError where no record is left."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     reports = [read_json(shard_report(job, number)) for number in range(len(units))]
@@ -31,18 +33,29 @@ def build_manifest(job: Job, settings: dict[str, Any], tokenizer: Tokenizer, rea
     sources = []
     for source, config in enumerate(job.data.sources):
         mine = [number for number, unit in enumerate(units) if unit.source == source]
-        sources.append({"weight": config.weight, "records": sum(scans[number]["records"] for number in mine),
-                        "kept": sum(reports[number]["kept"] for number in mine),
-                        "tokens": sum(sum(shard["tokens"].values())
-                                      for number in mine for shards in reports[number]["shards"].values() for shard in shards)})
+        sources.append(
+            {
+                "weight": config.weight,
+                "records": sum(scans[number]["records"] for number in mine),
+                "kept": sum(reports[number]["kept"] for number in mine),
+                "tokens": sum(
+                    sum(shard["tokens"].values())
+                    for number in mine
+                    for shards in reports[number]["shards"].values()
+                    for shard in shards
+                ),
+            }
+        )
     return {
         "format": FORMAT,
         "views": list(job.data.views),
         "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "settings": settings,
         "sources": sources,
-        "splits": {split: _split_entry(job, shards) | {"unknown": _unknown(split, readers, units, scans, reports)}
-                   for split, shards in splits.items()},
+        "splits": {
+            split: _split_entry(job, shards) | {"unknown": _unknown(split, readers, units, scans, reports)}
+            for split, shards in splits.items()
+        },
         "dropped": dropped,
     }
 
@@ -56,7 +69,9 @@ def _split_entry(job: Job, shards: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _dropped(
+    readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Counts and first examples by reason, in the order of REASONS; places are counted from the beginning of each file."""
     found: dict[str, dict[str, Any]] = {}
     for scan, report, describe in zip(scans, reports, _describers(readers, units, scans), strict=True):
@@ -67,7 +82,9 @@ def _dropped(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any
     return {reason: found[reason] for reason in REASONS if reason in found}
 
 
-def _unknown(split: str, readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _unknown(
+    split: str, readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return the unknown tokens of a split, the records that have some, and the first of these with their places."""
     entry: dict[str, Any] = {"tokens": 0, "records": 0, "first": []}
     for report, describe in zip(reports, _describers(readers, units, scans), strict=True):
@@ -78,7 +95,9 @@ def _unknown(split: str, readers: list[Reader], units: list[Unit], scans: list[d
     return entry
 
 
-def _describers(readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]]) -> Iterator[Callable[[int, int, str], str]]:
+def _describers(
+    readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]]
+) -> Iterator[Callable[[int, int, str], str]]:
     """Yield for each unit what turns an example (piece, position in it, note) into `place: note`; places count from the start of each file."""
     before: dict[tuple[int, str], int] = {}
     for unit, scan in zip(units, scans, strict=True):
@@ -107,35 +126,58 @@ def drop_summary(job: Job, readers: list[Reader], units: list[Unit]) -> str:
 
 
 def _reasons(dropped: dict[str, Any]) -> str:
-    reasons = "; ".join(f"{drop['count']:,} {reason} ({REASONS[reason]}; the first: {drop['first'][0]})" for reason, drop in dropped.items())
+    reasons = "; ".join(
+        f"{drop['count']:,} {reason} ({REASONS[reason]}; the first: {drop['first'][0]})"
+        for reason, drop in dropped.items()
+    )
     return f"{reasons or 'the sources hold no line'}; check data.views and the columns of the sources, and data.sequence_length"
 
 
 def summary_line(manifest: Manifest) -> str:
     """Splits, records and tokens."""
-    splits = ", ".join(f"{split} {entry['records']:,} records with {sum(entry['tokens'].values()):,} tokens"
-                       for split, entry in manifest["splits"].items())
+    splits = ", ".join(
+        f"{split} {entry['records']:,} records with {sum(entry['tokens'].values()):,} tokens"
+        for split, entry in manifest["splits"].items()
+    )
     return f"{splits}; vocabulary {manifest['tokenizer']['vocab_size']:,}"
 
 
 def summary(job: Job, manifest: Manifest) -> str:
     """The corpus in Markdown: splits, sources with their shares, and what was dropped and why, with examples."""
-    lines = ["# Corpus", "", f"Views: {', '.join(manifest['views'])}. Vocabulary: {manifest['tokenizer']['vocab_size']:,}.", ""]
+    lines = [
+        "# Corpus",
+        "",
+        f"Views: {', '.join(manifest['views'])}. Vocabulary: {manifest['tokenizer']['vocab_size']:,}.",
+        "",
+    ]
     lines += ["| split | records | tokens | shards |", "|---|---|---|---|"]
-    lines += [f"| {split} | {entry['records']:,} | {sum(entry['tokens'].values()):,} | {len(entry['shards']):,} |"
-              for split, entry in manifest["splits"].items()]
-    lines += ["", "| source | split | read | kept | tokens | weight | tokens of an epoch |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {split} | {entry['records']:,} | {sum(entry['tokens'].values()):,} | {len(entry['shards']):,} |"
+        for split, entry in manifest["splits"].items()
+    ]
+    lines += [
+        "",
+        "| source | split | read | kept | tokens | weight | tokens of an epoch |",
+        "|---|---|---|---|---|---|---|",
+    ]
     weights = [source.weight if source.split == "train" else 0.0 for source in job.data.sources]
     total = sum(weight * source["tokens"] for weight, source in zip(weights, manifest["sources"], strict=True))
     for index, (source, config, weight) in enumerate(zip(manifest["sources"], job.data.sources, weights, strict=True)):
         share = f"{weight * source['tokens'] / total:.1%}" if total and weight else "-"
-        lines.append(f"| {index} {config.type} {getattr(config, 'path', '')} | {config.split} | {source['records']:,} | {source['kept']:,} | "
-                     f"{source['tokens']:,} | {weight:g} | {share} |")
+        lines.append(
+            f"| {index} {config.type} {getattr(config, 'path', '')} | {config.split} | {source['records']:,} | {source['kept']:,} | "
+            f"{source['tokens']:,} | {weight:g} | {share} |"
+        )
     if unknown := [line for split, entry in manifest["splits"].items() if (line := unknown_tokens(split, entry))]:
         lines += ["", "## Unknown tokens", "", *unknown]
     lines += ["", "## Dropped", ""]
     if not manifest["dropped"]:
         lines.append("Nothing.")
     for reason, drop in manifest["dropped"].items():
-        lines += [f"{drop['count']:,} as `{reason}`: {REASONS[reason]}. The first:", "", *(f"    {place}" for place in drop["first"]), ""]
+        lines += [
+            f"{drop['count']:,} as `{reason}`: {REASONS[reason]}. The first:",
+            "",
+            *(f"    {place}" for place in drop["first"]),
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"

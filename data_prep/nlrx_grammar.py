@@ -23,6 +23,7 @@ or less than published (followed: 16.1% against 14.2%).
 The language is finite: 381,723 targets can be drawn, and the 9,988 of them with at most two rules make
 58% of the rows. Splits are disjoint as strings; two splits may hold different spellings of one regular language.
 """
+
 import functools
 import hashlib
 import itertools
@@ -102,19 +103,79 @@ class Published(NamedTuple):
 
 
 _TWO_BEFORE = (
-    {"containing": 20, "starting": 42, "ending": 41, "followed": 194, "at_least_once": 41, "zero_or_more": 41,
-     "n_or_more": 247, "or": 195, "and": 190, "not": 21, "and3": 337, "or3": 310},
-    {"containing": 43, "ending": 45, "followed": 155, "at_least_once": 40, "zero_or_more": 40,
-     "n_or_more": 183, "or": 156, "and": 152, "not": 43, "and3": 185, "or3": 167},
+    {
+        "containing": 20,
+        "starting": 42,
+        "ending": 41,
+        "followed": 194,
+        "at_least_once": 41,
+        "zero_or_more": 41,
+        "n_or_more": 247,
+        "or": 195,
+        "and": 190,
+        "not": 21,
+        "and3": 337,
+        "or3": 310,
+    },
+    {
+        "containing": 43,
+        "ending": 45,
+        "followed": 155,
+        "at_least_once": 40,
+        "zero_or_more": 40,
+        "n_or_more": 183,
+        "or": 156,
+        "and": 152,
+        "not": 43,
+        "and3": 185,
+        "or3": 167,
+    },
 )
-_TWO_CONTAINING = {"ending": 7, "followed": 43, "at_least_once": 2, "zero_or_more": 2, "n_or_more": 24, "or": 44,
-                   "and": 42, "not": 3, "before": 22, "and3": 173, "or3": 175}
+_TWO_CONTAINING = {
+    "ending": 7,
+    "followed": 43,
+    "at_least_once": 2,
+    "zero_or_more": 2,
+    "n_or_more": 24,
+    "or": 44,
+    "and": 42,
+    "not": 3,
+    "before": 22,
+    "and3": 173,
+    "or3": 175,
+}
 _TWO_STARTING = {"followed": 43, "at_least_once": 2, "zero_or_more": 3, "n_or_more": 22, "or": 42}
 _TWO_ENDING = {"containing": 7, "followed": 43, "at_least_once": 4, "zero_or_more": 2, "n_or_more": 19, "or": 44}
-_TWO_WORDS = {"containing": 7, "starting": 7, "ending": 7, "followed": 43, "at_least_once": 7, "zero_or_more": 7,
-              "n_or_more": 42, "or": 45, "and": 44, "not": 7, "before": 41, "and3": 198, "or3": 191}
-_TWO_NOT = {"containing": 4, "only": 8, "starting": 7, "ending": 7, "followed": 42, "at_least_once": 7,
-            "zero_or_more": 7, "n_or_more": 42, "or": 42, "and": 42, "before": 20, "and3": 182, "or3": 177}
+_TWO_WORDS = {
+    "containing": 7,
+    "starting": 7,
+    "ending": 7,
+    "followed": 43,
+    "at_least_once": 7,
+    "zero_or_more": 7,
+    "n_or_more": 42,
+    "or": 45,
+    "and": 44,
+    "not": 7,
+    "before": 41,
+    "and3": 198,
+    "or3": 191,
+}
+_TWO_NOT = {
+    "containing": 4,
+    "only": 8,
+    "starting": 7,
+    "ending": 7,
+    "followed": 42,
+    "at_least_once": 7,
+    "zero_or_more": 7,
+    "n_or_more": 42,
+    "or": 42,
+    "and": 42,
+    "before": 20,
+    "and3": 182,
+    "or3": 177,
+}
 PUBLISHED = {
     "before": Published(41, _TWO_BEFORE, 705),
     "words": Published(0, (_TWO_WORDS,), 660),
@@ -136,12 +197,22 @@ ROOT_COUNTS = {root: p.one + sum(sum(two.values()) for two in p.two) + p.three f
 _PER_FORM = {1: 414, 2: 466, 3: 428, 4: 215, 5: 129}
 # Per mille of the published trees with 0, 1, ... literal words, by number of literals: at most two rules, and three.
 _WORDS_SMALL = {1: (857, 143), 2: (676, 299, 25), 3: (403, 490, 102, 5), 4: (73, 395, 430, 98, 4)}
-_WORDS_THREE = {1: (757, 243), 2: (374, 509, 117), 3: (145, 446, 344, 65), 4: (60, 266, 419, 225, 30),
-                5: (30, 180, 380, 300, 110)}  # five literals: smoothed, only 18 published
+_WORDS_THREE = {
+    1: (757, 243),
+    2: (374, 509, 117),
+    3: (145, 446, 344, 65),
+    4: (60, 266, 419, 225, 30),
+    5: (30, 180, 380, 300, 110),
+}  # five literals: smoothed, only 18 published
 
 # Readings that the published sample leaves out.
-_AVOIDED = ("starting with containing", "starting with ending", "containing starting", "ending with starting",
-            "before starting")
+_AVOIDED = (
+    "starting with containing",
+    "starting with ending",
+    "containing starting",
+    "ending with starting",
+    "before starting",
+)
 
 
 def regex(tree: Tree) -> str:

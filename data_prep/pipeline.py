@@ -30,7 +30,13 @@ from data_prep.scan import fingerprint_file, scan_report, scan_unit, target_file
 from data_prep.selection import duplicates, near_duplicates
 from data_prep.selection.contamination import OVERLAP_LETTERS
 from data_prep.selection.drops import REASONS, unknown_tokens
-from data_prep.selection.task_contexts import contexts_file, count_short_contexts, describe_test, read_contexts, skipped_files_note
+from data_prep.selection.task_contexts import (
+    contexts_file,
+    count_short_contexts,
+    describe_test,
+    read_contexts,
+    skipped_files_note,
+)
 from data_prep.shards import MANIFEST, read_manifest
 from data_prep.sources import Reader
 from data_prep.sources.files import piece_length
@@ -51,7 +57,12 @@ SETTINGS = "settings.json"
 """File with the settings of an unfinished preparation, in `.partial`."""
 
 
-def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[str], None] = print_now, executor: Executor | None = None) -> Manifest:
+def prepare(
+    config: DataConfig,
+    tests: Sequence[TaskTest] = (),
+    say: Callable[[str], None] = print_now,
+    executor: Executor | None = None,
+) -> Manifest:
     """Prepare the corpus of `config` unless it stands already; return its manifest.
 
     `tests` are rows that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
@@ -66,8 +77,10 @@ def prepare(config: DataConfig, tests: Sequence[TaskTest] = (), say: Callable[[s
     except BrokenPipeError:  # of what is said, not of the corpus
         raise
     except OSError as error:
-        raise UserError(f"cannot write the corpus to {config.path}: {error.strerror or error}"
-                        f"{f' ({error.filename})' if error.filename else ''}") from None
+        raise UserError(
+            f"cannot write the corpus to {config.path}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}"
+        ) from None
 
 
 class _Preparation:
@@ -123,8 +136,10 @@ class _Preparation:
         before = manifest.get("settings") or read_json_or_none(self.job.partial / SETTINGS) or {}
         if "commits" in before and before.get("data") == self.job.data.shard_settings():
             return tuple(before["commits"])
-        return tuple(commit_of(source, f"data.sources.{number}") if isinstance(source, HubSource) else None
-                     for number, source in enumerate(self.job.data.sources))
+        return tuple(
+            commit_of(source, f"data.sources.{number}") if isinstance(source, HubSource) else None
+            for number, source in enumerate(self.job.data.sources)
+        )
 
     def _settings(self, files: Mapping[str, Any]) -> dict[str, Any]:
         """Return what decides the content of a corpus, for its manifest or an interrupted preparation."""
@@ -155,15 +170,19 @@ class _Preparation:
         else:
             if stored.exists():
                 self.say("the interrupted preparation had other settings: starting afresh")
-                write_json(stored, None)  # else a kill while the old goes would leave some of it to a run with the old settings
+                write_json(
+                    stored, None
+                )  # else a kill while the old goes would leave some of it to a run with the old settings
                 for old in self.folder.glob("*.arrow"):
                     old.unlink()
                 for old in (self.folder / "tokenizer", *(path for path in partial.iterdir() if path.is_dir())):
                     shutil.rmtree(old, ignore_errors=True)
                 contexts_file(partial).unlink(missing_ok=True)
             elif (self.folder / "tokenizer").exists() or any(self.folder.glob("*.arrow")):
-                raise UserError(f"{self.folder} holds a tokenizer or shards, but no {MANIFEST} that says what of; "
-                                "remove that folder, or choose another data.path")
+                raise UserError(
+                    f"{self.folder} holds a tokenizer or shards, but no {MANIFEST} that says what of; "
+                    "remove that folder, or choose another data.path"
+                )
             partial.mkdir(exist_ok=True)
             write_json(stored, settings)
         for name in ("scan", "files", "duplicate", "near_duplicate", "shards"):
@@ -181,13 +200,24 @@ class _Preparation:
             if note := skipped_files_note(test):
                 self.say(note)
             short = count_short_contexts(found)
-            self.say(f"kept out of training: {len(found):,} contexts of {describe_test(test)}"
-                     + (f", {short:,} of them only where a training context equals them: they are shorter than {OVERLAP_LETTERS} letters" if short else ""))
+            self.say(
+                f"kept out of training: {len(found):,} contexts of {describe_test(test)}"
+                + (
+                    f", {short:,} of them only where a training context equals them: they are shorter than {OVERLAP_LETTERS} letters"
+                    if short
+                    else ""
+                )
+            )
             contexts |= dict.fromkeys(found)
         write_json(contexts_file(self.job.partial), list(contexts))
 
-    def _each_unit(self, title: str, function: Callable[[str, int, Unit], int], report: Callable[[Job, int], Path]) -> None:
-        tasks = {report(self.job, number): Task((self.serialized, number, unit), unit.size) for number, unit in enumerate(self.units)}
+    def _each_unit(
+        self, title: str, function: Callable[[str, int, Unit], int], report: Callable[[Job, int], Path]
+    ) -> None:
+        tasks = {
+            report(self.job, number): Task((self.serialized, number, unit), unit.size)
+            for number, unit in enumerate(self.units)
+        }
         self._phase(title, "units", function, tasks)
 
     def _phase(self, title: str, what: str, function: Callable[..., int], tasks: dict[Path, Task]) -> None:
@@ -200,27 +230,47 @@ class _Preparation:
         self.executor.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
 
     def _decide_holdout(self) -> None:
-        for source, count in enumerate(find_frequent_targets(self.job, self.units, lambda number: target_file(self.job, number))):
+        for source, count in enumerate(
+            find_frequent_targets(self.job, self.units, lambda number: target_file(self.job, number))
+        ):
             if count:
-                self.say(f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label, whose records are held out "
-                         "for validation by their context: these targets are on both sides")
+                self.say(
+                    f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label, whose records are held out "
+                    "for validation by their context: these targets are on both sides"
+                )
 
     def _checksums(self) -> None:
         groups = inputs.groups(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
         outs = [self.job.partial / "files" / f"{number:06d}.json" for number in range(len(groups))]
-        self._phase("checksums of", "groups of files", inputs.write_checksums, {
-            out: Task((out, group), sum(self.file_stats[path][0] for path in group)) for out, group in zip(outs, groups, strict=True)})
+        self._phase(
+            "checksums of",
+            "groups of files",
+            inputs.write_checksums,
+            {
+                out: Task((out, group), sum(self.file_stats[path][0] for path in group))
+                for out, group in zip(outs, groups, strict=True)
+            },
+        )
 
     def _find_duplicates(self) -> None:
         """Note all but one of the records that are the same across the whole corpus, or nearly."""
         kinds = {"none": [], "exact": ["duplicate"], "near": ["duplicate", "near_duplicate"]}[self.job.data.deduplicate]
-        records = self.executor.run_on_main(lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units))))
+        records = self.executor.run_on_main(
+            lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units)))
+        )
         for kind in kinds:
             keys = near_duplicates.num_bands(self.job.near_threshold) if kind == "near_duplicate" else 1
             parts = duplicates.num_parts(records * keys)
             outs = [self.job.partial / kind / f"{part:05d}.npy" for part in range(parts)]
-            self._phase("looking for duplicates in", "parts", find_duplicates, {
-                out: Task((self.serialized, kind, len(self.units), part, parts, out), 1) for part, out in enumerate(outs)})
+            self._phase(
+                "looking for duplicates in",
+                "parts",
+                find_duplicates,
+                {
+                    out: Task((self.serialized, kind, len(self.units), part, parts, out), 1)
+                    for part, out in enumerate(outs)
+                },
+            )
 
     def _make_tokenizer(self) -> None:
         final, temporary, wanted = self.folder / "tokenizer", self.job.partial / "tokenizer", self.job.data.tokenizer
@@ -238,9 +288,11 @@ class _Preparation:
             texts = self._sample()
             first = next(texts, None)
             if first is None:
-                raise UserError("no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
-                                + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
-                                + drop_summary(self.job, self.readers, self.units))
+                raise UserError(
+                    "no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
+                    + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
+                    + drop_summary(self.job, self.readers, self.units)
+                )
             train(itertools.chain([first], texts), wanted.vocab_size, temporary, kind)
         for file in temporary.iterdir():
             sync_file(file)
@@ -252,16 +304,20 @@ class _Preparation:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
-            self.say(f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token, so characters that it does not "
-                     "know are left out, uncounted; take one that has either")
+            self.say(
+                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token, so characters that it does not "
+                "know are left out, uncounted; take one that has either"
+            )
         texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
         lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
         if lost:
             first = next((at for at, (one, other) in enumerate(zip(*lost[0], strict=False)) if one != other), 0)
-            text, back = (repr(text[max(0, first - 20):first + 20]) for text in lost[0])
-            self.say(f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not give back {len(lost):,} of {len(texts):,} texts; "
-                     f"of the first, {text} becomes {back}")
+            text, back = (repr(text[max(0, first - 20) : first + 20]) for text in lost[0])
+            self.say(
+                f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not give back {len(lost):,} of {len(texts):,} texts; "
+                f"of the first, {text} becomes {back}"
+            )
 
     def _sample(self) -> Iterator[str]:
         """Text of the training split for the tokenizer: the beginnings of units that are spread over the corpus."""
@@ -282,27 +338,39 @@ class _Preparation:
 
     def _finish(self) -> Manifest:
         if inputs.file_stats(self.job, self.readers) != self.file_stats:
-            raise UserError("a file of the sources changed while the corpus was prepared; start again when nothing writes to them")
+            raise UserError(
+                "a file of the sources changed while the corpus was prepared; start again when nothing writes to them"
+            )
         checksums = inputs.read_checksums(self.job.partial / "files")
-        settings = self._settings({path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.file_stats.items()})
-        manifest = build_manifest(self.job, settings, Tokenizer.load(self.folder / "tokenizer"), self.readers, self.units)
+        settings = self._settings(
+            {path: {"bytes": size, "sha256": checksums[path]} for path, (size, _) in self.file_stats.items()}
+        )
+        manifest = build_manifest(
+            self.job, settings, Tokenizer.load(self.folder / "tokenizer"), self.readers, self.units
+        )
         write_text(self.folder / SUMMARY, summary(self.job, manifest))
         write_json(self.folder / inputs.FILE_STATS_NAME, self.file_stats)
         write_json(self.folder / MANIFEST, manifest)
         self._remove_leftovers()
         self.say(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
-            self.say("note: data.validation_fraction held no record back, so nothing will be validated: there are too few records")
+            self.say(
+                "note: data.validation_fraction held no record back, so nothing will be validated: there are too few records"
+            )
         for number, source in enumerate(manifest["sources"]):
             if not source["records"]:
                 self.say(f"WARNING: data.sources.{number} has no records")
             elif not source["kept"]:
-                self.say(f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}")
+                self.say(
+                    f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}"
+                )
         for split, entry in manifest["splits"].items():
             if line := unknown_tokens(split, entry):
                 self.say(f"WARNING: {line}")
         for reason, drop in manifest["dropped"].items():
-            self.say(f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}")
+            self.say(
+                f"dropped {drop['count']:,} records as {reason} ({REASONS[reason]}), the first: {drop['first'][0]}"
+            )
         return manifest
 
     def _remove_leftovers(self) -> None:
@@ -315,7 +383,9 @@ class _Preparation:
 def find_duplicates(serialized: str, kind: str, units: int, part: int, parts: int, out: Path) -> int:
     """A task: the duplicates or near-duplicates in one part of what the records of all units are recognised by."""
     job, _ = open_job(serialized)
-    exact, signatures, bands = ([fingerprint_file(job, number, name) for number in range(units)] for name in ("exact", "signatures", "bands"))
+    exact, signatures, bands = (
+        [fingerprint_file(job, number, name) for number in range(units)] for name in ("exact", "signatures", "bands")
+    )
     if kind == "duplicate":
         duplicates.resolve(exact, part, parts, out)
     else:
@@ -329,6 +399,13 @@ def _check_still_there(manifest: Manifest, folder: Path) -> None:
         for shard in entry["shards"]:
             path = folder / shard["file"]
             if not path.exists() or path.stat().st_size != shard["bytes"]:
-                raise UserError(f"the shard {path} is missing or damaged; remove the folder {folder} and prepare the corpus again")
-    if not (folder / "tokenizer").exists() or Tokenizer.load(folder / "tokenizer").fingerprint != manifest["tokenizer"]["sha256"]:
-        raise UserError(f"{folder / 'tokenizer'} is not the tokenizer of these shards; remove the folder {folder} and prepare the corpus again")
+                raise UserError(
+                    f"the shard {path} is missing or damaged; remove the folder {folder} and prepare the corpus again"
+                )
+    if (
+        not (folder / "tokenizer").exists()
+        or Tokenizer.load(folder / "tokenizer").fingerprint != manifest["tokenizer"]["sha256"]
+    ):
+        raise UserError(
+            f"{folder / 'tokenizer'} is not the tokenizer of these shards; remove the folder {folder} and prepare the corpus again"
+        )

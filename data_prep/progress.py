@@ -38,5 +38,7 @@ class Progress:
         elif time.monotonic() - self.said >= SECONDS_BETWEEN_LINES and self.done < self.size:
             self.said = time.monotonic()
             left = seconds * (self.size - self.done) / max(1, self.done)
-            self.say(f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, {self.done / seconds / 1e6:,.1f} MB/s, "
-                     f"{max(1, round(left / 60)):,} min left")
+            self.say(
+                f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, {self.done / seconds / 1e6:,.1f} MB/s, "
+                f"{max(1, round(left / 60)):,} min left"
+            )

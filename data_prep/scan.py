@@ -64,8 +64,14 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
                 scan.keep(ordinal, piece, record)
     scan.finish(number)
     records = ordinal + 1
-    write_json(scan_report(job, number), {
-        "records": records, "positions": [reader.count(piece) for piece in unit.pieces], "dropped": scan.drops.by_reason})
+    write_json(
+        scan_report(job, number),
+        {
+            "records": records,
+            "positions": [reader.count(piece) for piece in unit.pieces],
+            "dropped": scan.drops.by_reason,
+        },
+    )
     return records
 
 
@@ -87,7 +93,9 @@ class _Scan:
         self.batch: list[tuple[int, int, Record]] = []
         # For frequent targets, see data_prep/holdout.py, this is not the final split. Of two duplicates the other one may then stay.
         self.split_of = split_function(job.data, unit.source)
-        self.targets = TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
+        self.targets = (
+            TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
+        )
         self.characters = 0
         self.ordinals: list[int] = []
         self.ranks: list[int] = []
@@ -106,7 +114,11 @@ class _Scan:
 
     def _look(self) -> None:
         """Leave out what is contaminated, and note what the others are recognised by."""
-        found = self.contamination.find([record.texts for _, _, record in self.batch]) if self.contamination else [""] * len(self.batch)
+        found = (
+            self.contamination.find([record.texts for _, _, record in self.batch])
+            if self.contamination
+            else [""] * len(self.batch)
+        )
         kept = []
         for (ordinal, piece, record), where in zip(self.batch, found, strict=True):
             if where:
@@ -140,8 +152,14 @@ class _Scan:
             views, bands = len(self.job.data.views), near_duplicates.num_bands(self.job.near_threshold)
             nothing = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
             signatures, keys = (np.concatenate(parts) for parts in zip(nothing, *self.sketches, strict=True))
-            near_duplicates.write_sketches(fingerprint_file(self.job, number, "signatures"), fingerprint_file(self.job, number, "bands"),
-                                           signatures, keys, ordinals, ranks)
+            near_duplicates.write_sketches(
+                fingerprint_file(self.job, number, "signatures"),
+                fingerprint_file(self.job, number, "bands"),
+                signatures,
+                keys,
+                ordinals,
+                ranks,
+            )
 
 
 def lacking(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
@@ -154,6 +172,7 @@ def lacking(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[t
         if len(present) == len(supplied):
             return ""
         return "" if present and keeps_some else "one_sided" if present else "empty"
+
     return reason
 
 

@@ -29,10 +29,16 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
     Raises UserError for a model of a kind that a tokenizer.json cannot hold.
     """
     rules, trained = proto.normalizer_spec, proto.trainer_spec
-    if (trained.model_type not in (UNIGRAM, BPE) or any(piece.type == UNUSED for piece in proto.pieces)
-            or not rules.escape_whitespaces or trained.treat_whitespace_as_suffix):
-        raise UserError(f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
-                        "supported; train a new tokenizer")
+    if (
+        trained.model_type not in (UNIGRAM, BPE)
+        or any(piece.type == UNUSED for piece in proto.pieces)
+        or not rules.escape_whitespaces
+        or trained.treat_whitespace_as_suffix
+    ):
+        raise UserError(
+            f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
+            "supported; train a new tokenizer"
+        )
     escaped = False
     normalizers: list[dict[str, Any]] = []
     if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
@@ -54,34 +60,56 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
     if escaped:
         decoders += [_replace(new, old) for old, new in reversed(ESCAPES)]
     return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [added_token(i, p.piece, p.type != USER_DEFINED) for i, p in enumerate(proto.pieces)
-                         if p.type in (UNKNOWN, CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers}, "pre_tokenizer": _splits(proto),
-        "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto)}
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            added_token(i, p.piece, p.type != USER_DEFINED)
+            for i, p in enumerate(proto.pieces)
+            if p.type in (UNKNOWN, CONTROL, USER_DEFINED)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": _splits(proto),
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto),
+    }
 
 
 def _bpe_json(proto: ModelProto) -> dict[str, Any]:
     # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
     # merges that is every split of every piece, in the order of the scores.
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
-    merges = [(-score, rank, cut, piece[:cut], piece[cut:]) for rank, (piece, score) in enumerate(scores.items())
-              for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
-    return {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN), "fuse_unk": True,
-            "byte_fallback": proto.trainer_spec.byte_fallback, "ignore_merges": False,
-            "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
-            "merges": [[left, right] for *_, left, right in sorted(merges)]}
+    merges = [
+        (-score, rank, cut, piece[:cut], piece[cut:])
+        for rank, (piece, score) in enumerate(scores.items())
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN),
+        "fuse_unk": True,
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece.piece: i for i, piece in enumerate(proto.pieces)},
+        "merges": [[left, right] for *_, left, right in sorted(merges)],
+    }
 
 
 def _unigram_json(proto: ModelProto) -> dict[str, Any]:
     # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
     # a very low score they always lose to single characters, where these all are pieces.
     low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
-    return {"type": "Unigram", "unk_id": [piece.type for piece in proto.pieces].index(UNKNOWN),
-            "byte_fallback": proto.trainer_spec.byte_fallback,
-            "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces]}
+    return {
+        "type": "Unigram",
+        "unk_id": [piece.type for piece in proto.pieces].index(UNKNOWN),
+        "byte_fallback": proto.trainer_spec.byte_fallback,
+        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else low] for piece in proto.pieces],
+    }
 
 
 def _splits(proto: ModelProto) -> dict[str, Any] | None:
@@ -99,7 +127,8 @@ def _splits(proto: ModelProto) -> dict[str, Any] | None:
 def normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool) -> sentencepiece.SentencePieceNormalizer:
     """One that replaces by these rules and changes nothing else."""
     return sentencepiece.SentencePieceNormalizer(
-        norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces)
+        norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces
+    )
 
 
 def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
@@ -109,5 +138,12 @@ def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
 def added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
     """An entry of added_tokens."""
     # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
-    return {"id": token_id, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": SPACE in content, "special": special}
+    return {
+        "id": token_id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": SPACE in content,
+        "special": special,
+    }

@@ -43,11 +43,15 @@ def positions_needed(lengths: np.ndarray) -> np.ndarray:
     """
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
-    needed: np.ndarray = 2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+    needed: np.ndarray = (
+        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+    )
     return needed
 
 
-def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.ndarray]], continues: np.ndarray, vocab_size: int) -> dict[str, Any]:
+def write_shard(
+    path: Path, source: int, views: dict[str, tuple[np.ndarray, np.ndarray]], continues: np.ndarray, vocab_size: int
+) -> dict[str, Any]:
     """Write the N records of one shard atomically; return its manifest entry.
 
     Each of `views` is its tokens, concatenated, and the lengths (N,), 0 where a record lacks the view. `source` is the number of the
@@ -66,12 +70,18 @@ def write_shard(path: Path, source: int, views: dict[str, tuple[np.ndarray, np.n
     continuation_tokens = np.full(len(lengths), -1)
     continuation_tokens[goes_on] = _first_tokens(tokens, starts[goes_on + 1], lengths[goes_on + 1])
     by_view = list(zip(tokens, lengths.T, strict=True))
-    checksums = record_checksums(np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, continuation_tokens)
+    checksums = record_checksums(
+        np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, continuation_tokens
+    )
     columns = {name: _list_array(*view) for name, view in zip(views, by_view, strict=True)}
     columns[CONTINUES] = pa.Array.from_buffers(pa.bool_(), len(continues), [None, _bitmap(continues)])
     columns[CHECKSUM] = _array(pa.uint32(), len(checksums), checksums)
     batch = pa.record_batch(columns)
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
     pieces = continues | np.concatenate([[False], continues[:-1]])
     return {
@@ -117,7 +127,9 @@ def view_hashes(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def record_checksums(hashes: np.ndarray, lengths: np.ndarray, continuation_tokens: np.ndarray) -> np.ndarray:
     """Hashes and lengths of the views (N, views), the first token of the next row or -1 (N,) -> (N,) uint32."""
     numbered = splitmix64(hashes ^ splitmix64(np.arange(hashes.shape[1])))
-    total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + splitmix64(continuation_tokens + 1)
+    total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + splitmix64(
+        continuation_tokens + 1
+    )
     low: np.ndarray = total & np.uint64(0xFFFFFFFF)
     return low.astype(np.uint32)
 
@@ -182,7 +194,9 @@ class RecordTokens:
     def select(self, first: int, stop: int) -> "RecordTokens":
         """Records first to stop."""
         part = slice(first, stop)
-        return RecordTokens(self.tokens, self.starts[part], self.lengths[part], self.hashes[part], self.continuation_tokens[part])
+        return RecordTokens(
+            self.tokens, self.starts[part], self.lengths[part], self.hashes[part], self.continuation_tokens[part]
+        )
 
     def view(self, view: int) -> np.ndarray:
         """The tokens of one view of all records, concatenated."""
@@ -209,12 +223,18 @@ def open_shard(folder: Path, entry: dict[str, Any], views: list[str]) -> Shard:
     try:
         return _map(path, pa.ipc.open_file(source), entry, views)
     except Exception as error:  # whatever Arrow finds in damaged metadata
-        raise damaged(path, f"its Arrow structure is not that of the manifest ({' '.join(str(error).split())[:100]})") from None
+        raise damaged(
+            path, f"its Arrow structure is not that of the manifest ({' '.join(str(error).split())[:100]})"
+        ) from None
 
 
 def _map(path: Path, file: pa.ipc.RecordBatchFileReader, entry: dict[str, Any], views: list[str]) -> Shard:
     batch = file.get_batch(0)
-    if file.num_record_batches != 1 or batch.num_rows != entry["records"] or batch.schema.names != [*views, CONTINUES, CHECKSUM]:
+    if (
+        file.num_record_batches != 1
+        or batch.num_rows != entry["records"]
+        or batch.schema.names != [*views, CONTINUES, CHECKSUM]
+    ):
         raise ValueError(f"{batch.num_rows} rows of {', '.join(batch.schema.names)}")
     columns = []
     for view in views:
@@ -222,16 +242,26 @@ def _map(path: Path, file: pa.ipc.RecordBatchFileReader, entry: dict[str, Any], 
         if kind not in (pa.list_(pa.uint16()), pa.list_(pa.uint32())):
             raise ValueError(f"{view} is {kind}")
         valid, offsets, _, values = batch.column(view).buffers()
-        columns.append(ViewColumn(
-            np.frombuffer(values, kind.value_type.to_pandas_dtype(), entry["tokens"][view]) if entry["tokens"][view] else np.zeros(0, np.uint16),
-            np.frombuffer(offsets, np.int32, entry["records"] + 1),
-            None if valid is None else np.frombuffer(valid, np.uint8, -(-entry["records"] // 8))))
+        columns.append(
+            ViewColumn(
+                np.frombuffer(values, kind.value_type.to_pandas_dtype(), entry["tokens"][view])
+                if entry["tokens"][view]
+                else np.zeros(0, np.uint16),
+                np.frombuffer(offsets, np.int32, entry["records"] + 1),
+                None if valid is None else np.frombuffer(valid, np.uint8, -(-entry["records"] // 8)),
+            )
+        )
     if batch.schema.types[-2:] != [pa.bool_(), pa.uint32()]:
         raise ValueError(f"{CONTINUES} and {CHECKSUM} are {batch.schema.types[-2:]}")
     bits = batch.column(CONTINUES).buffers()[1]
-    return Shard(path, entry["bytes"], columns, np.array([entry["longest"][view] for view in views]),
-                 np.frombuffer(bits, np.uint8, -(-entry["records"] // 8)) if entry["continued"] else None,
-                 np.frombuffer(batch.column(CHECKSUM).buffers()[1], np.uint32, entry["records"]))
+    return Shard(
+        path,
+        entry["bytes"],
+        columns,
+        np.array([entry["longest"][view] for view in views]),
+        np.frombuffer(bits, np.uint8, -(-entry["records"] // 8)) if entry["continued"] else None,
+        np.frombuffer(batch.column(CHECKSUM).buffers()[1], np.uint32, entry["records"]),
+    )
 
 
 def row_lengths(parts: ShardRows) -> np.ndarray:
@@ -273,10 +303,17 @@ def _check_sizes(parts: ShardRows) -> None:
 def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
     """Where each view of rows begins, and its length, (N, views) each."""
     _check_sizes(parts)
-    begins, ends = (np.concatenate([np.stack([column.offsets[rows + after] for column in shard.columns], axis=1) for shard, rows in parts])
-                    .astype(np.int64) for after in (0, 1))
+    begins, ends = (
+        np.concatenate(
+            [np.stack([column.offsets[rows + after] for column in shard.columns], axis=1) for shard, rows in parts]
+        ).astype(np.int64)
+        for after in (0, 1)
+    )
     counts = [len(rows) for _, rows in parts]
-    longest, held = (np.repeat(np.stack([getattr(shard, name) for shard, _ in parts]), counts, axis=0) for name in ("longest", "held"))
+    longest, held = (
+        np.repeat(np.stack([getattr(shard, name) for shard, _ in parts]), counts, axis=0)
+        for name in ("longest", "held")
+    )
     lengths = ends - begins
     wrong = ((begins < 0) | (lengths < 0) | (lengths > longest) | (ends > held)).any(axis=1)
     present = np.concatenate([_present(shard, rows) for shard, rows in parts])
@@ -286,7 +323,10 @@ def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
 
 def _present(shard: Shard, rows: np.ndarray) -> np.ndarray:
     """Which views Arrow says that rows have, (n, views)."""
-    return np.stack([np.ones(len(rows), bool) if column.valid is None else _bits(column.valid, rows) for column in shard.columns], axis=1)
+    return np.stack(
+        [np.ones(len(rows), bool) if column.valid is None else _bits(column.valid, rows) for column in shard.columns],
+        axis=1,
+    )
 
 
 def _bits(bitmap: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -332,14 +372,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no prepared corpus in {folder} (data.path); "
-                        "prepare it first: python -m data_prep CONFIG, with the same key=value overrides") from None
+        raise UserError(
+            f"there is no prepared corpus in {folder} (data.path); "
+            "prepare it first: python -m data_prep CONFIG, with the same key=value overrides"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder / MANIFEST}: {error}; remove the folder and prepare the corpus again") from None
+        raise UserError(
+            f"cannot read {folder / MANIFEST}: {error}; remove the folder and prepare the corpus again"
+        ) from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise UserError(f"{folder / MANIFEST} has format {found!r}, this version reads {FORMAT}; prepare the corpus again")
+        raise UserError(
+            f"{folder / MANIFEST} has format {found!r}, this version reads {FORMAT}; prepare the corpus again"
+        )
     lacks = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
     if lacks:
-        raise UserError(f"{folder / MANIFEST} is damaged, it has no {' and no '.join(lacks)}; remove the folder and prepare the corpus again")
+        raise UserError(
+            f"{folder / MANIFEST} is damaged, it has no {' and no '.join(lacks)}; remove the folder and prepare the corpus again"
+        )
     return manifest

@@ -45,9 +45,22 @@ class RowReader:
     by the names of the views, or as a conversation. `allow_missing_views` also accepts rows that lack some of the views, which are then empty.
     """
 
-    def __init__(self, source: JsonSource | HubSource, views: tuple[str, ...], key: str, row_format: RowFormat | None = None, *,
-                 allow_missing_views: bool = False):
-        self.source, self.views, self.key, self.row_format, self.allow_missing_views = source, views, key, row_format, allow_missing_views
+    def __init__(
+        self,
+        source: JsonSource | HubSource,
+        views: tuple[str, ...],
+        key: str,
+        row_format: RowFormat | None = None,
+        *,
+        allow_missing_views: bool = False,
+    ):
+        self.source, self.views, self.key, self.row_format, self.allow_missing_views = (
+            source,
+            views,
+            key,
+            row_format,
+            allow_missing_views,
+        )
         self._mapping = RowMapping(source, views, key)
         self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
@@ -72,7 +85,9 @@ class RowReader:
             if public:
                 yield self._public_row(columns, place)
                 return
-            records = [record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)] or records
+            records = [
+                record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)
+            ] or records
         for record in records:
             if not self._fits(record):
                 raise UserError(self._problem(record, columns, place))
@@ -88,28 +103,43 @@ class RowReader:
         try:
             return Row(self.row_format.views(columns), columns)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.row_format.columns))}; "
-                            f"for other columns or values set {self.key}.views") from None
+            raise UserError(
+                f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.row_format.columns))}; "
+                f"for other columns or values set {self.key}.views"
+            ) from None
 
     def _problem(self, record: Record, columns: Columns, place: str) -> str:
-        missing = [self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text]
-        return (f"{place}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; the row has {', '.join(columns) or 'no column'}: "
-                f"name the columns of the views in {self.key}, as for a source of data.sources")
+        missing = [
+            self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text
+        ]
+        return (
+            f"{place}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; the row has {', '.join(columns) or 'no column'}: "
+            f"name the columns of the views in {self.key}, as for a source of data.sources"
+        )
 
     def _described(self, view: str) -> str:
         mapped = self.source.views.get(view, view) if isinstance(self.source.views, dict) else view
         return view if mapped == view else f"{view} ({mapped})"
 
 
-def read_rows(source: JsonSource | HubSource, views: tuple[str, ...], key: str, rows: int | None = None, row_format: RowFormat | None = None, *,
-              allow_missing_views: bool = False) -> list[Row]:
+def read_rows(
+    source: JsonSource | HubSource,
+    views: tuple[str, ...],
+    key: str,
+    rows: int | None = None,
+    row_format: RowFormat | None = None,
+    *,
+    allow_missing_views: bool = False,
+) -> list[Row]:
     """Return the first `rows` rows of a source, see `RowReader`. Raises UserError if there are none."""
     reader = RowReader(source, views, key, row_format, allow_missing_views=allow_missing_views)
     found = list(islice(reader.rows(), rows))
     if not found:
         raise UserError(f"{source.path} ({key}) has no rows")
     if reader.remainders:
-        print_now(f"note: {source.path} ({key}): {reader.remainders:,} lists of texts end in too few texts for another row, which are skipped")
+        print_now(
+            f"note: {source.path} ({key}): {reader.remainders:,} lists of texts end in too few texts for another row, which are skipped"
+        )
     return found
 
 

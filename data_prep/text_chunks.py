@@ -39,6 +39,6 @@ def _places(text: str, begin: int) -> Iterator[int]:
 
 def _can_cut(text: str, place: int, encode: Encode) -> bool:
     """Return whether the tokens around a place are those before it and those after it. With a blank put before every text they are not."""
-    before, after = text[max(0, place - AROUND):place], text[place:place + AROUND]
+    before, after = text[max(0, place - AROUND) : place], text[place : place + AROUND]
     whole, *apart = encode([before + after, before, after])
     return whole == apart[0] + apart[1]

@@ -49,13 +49,25 @@ SPECIAL_TOKENS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
 LARGEST_VOCABULARY = 2**24
 SENTENCE = r"[^\n]{1,1000}"  # sentencepiece drops training sentences above 4192 bytes without a word
 EDGE_CASE_TEXTS = [
-    "", " ", "  two  blanks ", "\ttab\nline\r\n\n end \n", "a\0b\x01\x7f\x85\xa0", "1234567890 3.14 \u0663\u00bd",
-    "e\u0301 \u0e33 \u1100\u1161 \ufb01 \u0130", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
-    "\u2581 \u2581\u241b_\u241be\u2585", "<s></s><pad><sep><unk><0x41>", " <s> a</s>b <pad> <sep>",
+    "",
+    " ",
+    "  two  blanks ",
+    "\ttab\nline\r\n\n end \n",
+    "a\0b\x01\x7f\x85\xa0",
+    "1234567890 3.14 \u0663\u00bd",
+    "e\u0301 \u0e33 \u1100\u1161 \ufb01 \u0130",
+    "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\u2581 \u2581\u241b_\u241be\u2585",
+    "<s></s><pad><sep><unk><0x41>",
+    " <s> a</s>b <pad> <sep>",
     "\ufeff\ufffd\uffff",
     *(character * count for character in " a-0(\n\u00e9\u2581\U0001f44d" for count in (2, 3, 7, 40)),
-    *("".join(map(chr, random.Random(i).choices(range(*block), k=20))) for i in range(30) for block in (
-        (32, 127), (0, 0x300), (0x2c0, 0x380), (0x2000, 0x2c00), (0x3000, 0xd800), (0xe000, 0x20000)))]
+    *(
+        "".join(map(chr, random.Random(i).choices(range(*block), k=20)))
+        for i in range(30)
+        for block in ((32, 127), (0, 0x300), (0x2C0, 0x380), (0x2000, 0x2C00), (0x3000, 0xD800), (0xE000, 0x20000))
+    ),
+]
 
 
 class Tokenizer:
@@ -76,12 +88,16 @@ class Tokenizer:
         ids = {name: id_of.get(token_text(config.get(f"{name}_token"))) for name in SPECIAL_TOKENS}
         known = [token_id for token_id in ids.values() if token_id is not None]
         if len(set(known)) < len(ids):
-            raise UserError(f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
-                            "make the folder with `train` or `import_tokenizer`")
+            raise UserError(
+                f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
+                "make the folder with `train` or `import_tokenizer`"
+            )
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
         self.special_ids = frozenset(known)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
-        self.unknown_id: int | None = spec["model"].get("unk_id") if isinstance(vocab, list) else vocab.get(_unknown_token(spec))
+        self.unknown_id: int | None = (
+            spec["model"].get("unk_id") if isinstance(vocab, list) else vocab.get(_unknown_token(spec))
+        )
         self.vocab_size = 1 + max(*id_of.values(), *(vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]))
 
         model_path = self.folder / "tokenizer.model"
@@ -89,7 +105,9 @@ class Tokenizer:
         self._words = WordCache(self._sentencepiece) if self._sentencepiece and is_cacheable(spec) else None
         self._tokenizers = None if self._sentencepiece else _open_tokenizers(spec, self.folder / "tokenizer.json")
         model = model_path.read_bytes() if self._sentencepiece else b""
-        self.fingerprint = hashlib.sha256((self.folder / "tokenizer.json").read_bytes() + model + json.dumps(ids).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            (self.folder / "tokenizer.json").read_bytes() + model + json.dumps(ids).encode()
+        ).hexdigest()
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -146,10 +164,14 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"tokenizer model_type is {model_type!r}; give 'bpe' or 'unigram'")
     if vocab_size > LARGEST_VOCABULARY:  # sentencepiece would take minutes to say so, or never end
-        raise UserError(f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it")
+        raise UserError(
+            f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it"
+        )
     sample: list[str] = []  # doubles as the text on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
-    return _write_sentencepiece(proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer", print_now)
+    return _write_sentencepiece(
+        proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer", print_now
+    )
 
 
 def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
@@ -189,13 +211,26 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model, model_type=model_type,
+            sentence_iterator=sentences(),
+            model_writer=model,
+            model_type=model_type,
             vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 1),  # it tells no number to one who gives fewer
-            normalizer=normalizer(ESCAPES, escape_whitespaces=True), byte_fallback=True, split_digits=True,
-            allow_whitespace_only_pieces=True, pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece=SPECIAL_TOKENS["pad"],
-            bos_piece=SPECIAL_TOKENS["bos"], eos_piece=SPECIAL_TOKENS["eos"], control_symbols=SPECIAL_TOKENS["sep"],
+            normalizer=normalizer(ESCAPES, escape_whitespaces=True),
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=SPECIAL_TOKENS["pad"],
+            bos_piece=SPECIAL_TOKENS["bos"],
+            eos_piece=SPECIAL_TOKENS["eos"],
+            control_symbols=SPECIAL_TOKENS["sep"],
             required_chars="<>/0123456789ABCDEFxpadunkse",  # all of reserved pieces, see `_unigram_json`
-            num_threads=1, minloglevel=2)  # the thread count alters the scores
+            num_threads=1,
+            minloglevel=2,
+        )  # the thread count alters the scores
     except RuntimeError as error:
         if failure:
             raise failure[0] from None
@@ -214,16 +249,26 @@ def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> st
     if not sample or "all_chars_count" in message:
         return "tokenizer training: the corpus holds no text; check the input files and fields"
     if largest := re.search(r"Please set it to a value <= (\d+)", message):
-        return (f"tokenizer vocab_size {vocab_size} is too large for the corpus: "
-                f"the largest possible is {largest[1]}; lower it or give more text")
+        return (
+            f"tokenizer vocab_size {vocab_size} is too large for the corpus: "
+            f"the largest possible is {largest[1]}; lower it or give more text"
+        )
     if smallest := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
-        return (f"tokenizer vocab_size {vocab_size} is too small: specials, bytes and the characters of the corpus "
-                f"alone are {smallest[1]}; raise it to at least that")
+        return (
+            f"tokenizer vocab_size {vocab_size} is too small: specials, bytes and the characters of the corpus "
+            f"alone are {smallest[1]}; raise it to at least that"
+        )
     return "tokenizer training: sentencepiece says " + " ".join(message.split())
 
 
-def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], where: str, say: Callable[[str], None],
-                         beside: Path | None = None) -> Tokenizer:
+def _write_sentencepiece(
+    proto: ModelProto,
+    folder: Path,
+    texts: list[str],
+    where: str,
+    say: Callable[[str], None],
+    beside: Path | None = None,
+) -> Tokenizer:
     """Write the folder of a sentencepiece model, with the tokens that the files in the folder `beside` add to it."""
     content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -245,11 +290,15 @@ def _write_sentencepiece(proto: ModelProto, folder: Path, texts: list[str], wher
     if added:
         content = None  # it lacks these tokens
         texts = [text for text in texts if not any(token in text for token in added)]
-        say(f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that the files beside it add, such as {added[0]!r}")
+        say(
+            f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that the files beside it add, such as {added[0]!r}"
+        )
     if differing:
         content = None
-        say(f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
-            + " and in ".join(differing))
+        say(
+            f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
+            + " and in ".join(differing)
+        )
     _check(spec, lambda batch: _encode_sentencepiece(model, batch), texts, where)
     return _write(folder, spec, config, content)
 
@@ -264,8 +313,9 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())}); "
-                        "give one, or a tokenizer.json") from None
+        raise UserError(
+            f"{path}: not a sentencepiece model ({' '.join(str(error).split())}); give one, or a tokenizer.json"
+        ) from None
 
 
 def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
@@ -278,8 +328,12 @@ def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with
         spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
     config = _give_specials(spec, _declared(source.parent), str(source), say)
     mine = [token["content"] for token in spec["added_tokens"]]
-    _check(spec, lambda batch: _encode_tokenizers(original, batch),
-           [text for text in EDGE_CASE_TEXTS if not any(literal in text for literal in mine)], str(source))
+    _check(
+        spec,
+        lambda batch: _encode_tokenizers(original, batch),
+        [text for text in EDGE_CASE_TEXTS if not any(literal in text for literal in mine)],
+        str(source),
+    )
     return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
 
 
@@ -299,7 +353,9 @@ def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
     return path.read_bytes() if same else None
 
 
-def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _give_specials(
+    spec: dict[str, Any], declared: dict[str, str], where: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Content of tokenizer_config.json; special tokens which are missing or clash are appended to `spec`, a line said of each clash."""
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -327,11 +383,16 @@ def _give_specials(spec: dict[str, Any], declared: dict[str, str], where: str, s
     tokenizer = _open_tokenizers(spec, where)
     for token in spec["added_tokens"]:
         if tokenizer.token_to_id(token["content"]) != token["id"]:
-            raise UserError(f"{where}: token {token['content']!r} cannot have id {token['id']}, the library gives "
-                            f"{tokenizer.token_to_id(token['content'])}; repair added_tokens or the vocabulary")
+            raise UserError(
+                f"{where}: token {token['content']!r} cannot have id {token['id']}, the library gives "
+                f"{tokenizer.token_to_id(token['content'])}; repair added_tokens or the vocabulary"
+            )
     config = {f"{name}_token": chosen[name] for name in SPECIAL_TOKENS} | ({"unk_token": unknown} if unknown else {})
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True,
-                     "clean_up_tokenization_spaces": False}
+    return config | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _unknown_token(spec: dict[str, Any]) -> str | None:
@@ -347,12 +408,16 @@ def _in_text(tokenizer: tokenizers.Tokenizer, literal: str) -> bool:
     return any(tokenizer.token_to_id(literal) in ids for ids in batch)
 
 
-def _check(spec: dict[str, Any], reference: Callable[[list[str]], list[list[int]]], texts: list[str], where: str) -> None:
+def _check(
+    spec: dict[str, Any], reference: Callable[[list[str]], list[list[int]]], texts: list[str], where: str
+) -> None:
     encoded = _encode_tokenizers(_open_tokenizers(spec, where), texts)
     for text, ids, expected in zip(texts, encoded, reference(texts), strict=True):
         if ids != expected:
-            raise UserError(f"{where}: cannot be written as a tokenizer.json with equal ids, the first text which "
-                            f"differs is {text[:80]!r}; give a tokenizer.json instead or train a new tokenizer")
+            raise UserError(
+                f"{where}: cannot be written as a tokenizer.json with equal ids, the first text which "
+                f"differs is {text[:80]!r}; give a tokenizer.json instead or train a new tokenizer"
+            )
 
 
 def _write(folder: Path, spec: dict[str, Any], config: dict[str, Any], model: bytes | None = None) -> Tokenizer:
@@ -370,8 +435,9 @@ def _open_tokenizers(spec: dict[str, Any], where: str | Path) -> tokenizers.Toke
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{where}: not a usable tokenizer.json ({' '.join(str(error).split())}); "
-                        "write it anew with save_pretrained") from None
+        raise UserError(
+            f"{where}: not a usable tokenizer.json ({' '.join(str(error).split())}); write it anew with save_pretrained"
+        ) from None
     tokenizer.encode_special_tokens = True  # a literal of a special token is plain text
     return tokenizer
 
@@ -392,5 +458,7 @@ def find_tokenizer(path: Path) -> Path:
         candidates = list(path.glob("tokenizer.json")) or list(path.glob("*.model"))
     if len(candidates) == 1 and candidates[0].is_file() and candidates[0].suffix in (".json", ".model"):
         return candidates[0]
-    raise UserError(f"{path}: no tokenizer there; give a sentencepiece .model, a tokenizer.json, "
-                    "or a folder with a tokenizer.json or one .model")
+    raise UserError(
+        f"{path}: no tokenizer there; give a sentencepiece .model, a tokenizer.json, "
+        "or a folder with a tokenizer.json or one .model"
+    )

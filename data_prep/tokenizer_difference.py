@@ -22,17 +22,23 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
         ids = [getattr(tokenizer, f"{name}_id") for tokenizer in (one, other)]
         if ids[0] != ids[1]:
             return f"{name} is id {ids[0]} instead of {ids[1]}"
-    mine, theirs = (tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")) for tokenizer in (one, other))
+    mine, theirs = (
+        tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")) for tokenizer in (one, other)
+    )
     for token_id in set(range(one.vocab_size)) - one.special_ids:
         tokens = [tokenizer.id_to_token(token_id) for tokenizer in (mine, theirs)]
         if tokens[0] != tokens[1]:
             return f"id {token_id} is {tokens[0]!r} instead of {tokens[1]!r}"
-    return _model_difference(*(json.loads(tokenizer.to_str()) for tokenizer in (mine, theirs))) or _text_difference(one, other, _literals(mine))
+    return _model_difference(*(json.loads(tokenizer.to_str()) for tokenizer in (mine, theirs))) or _text_difference(
+        one, other, _literals(mine)
+    )
 
 
 def _model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """Return what differs in how two tokenizers of the same tokens, as tokenizer.json has them, choose among these."""
-    settings = [{key: value for key, value in spec["model"].items() if key not in ("vocab", "merges")} for spec in (one, other)]
+    settings = [
+        {key: value for key, value in spec["model"].items() if key not in ("vocab", "merges")} for spec in (one, other)
+    ]
     for key in settings[0] | settings[1]:
         if settings[0].get(key) != settings[1].get(key):
             return f"{key} of its model is {settings[0].get(key)!r} instead of {settings[1].get(key)!r}"
@@ -46,7 +52,9 @@ def _model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     if settings[0]["type"] == "Unigram":
         special = {token["content"] for spec in (one, other) for token in spec["added_tokens"] if token["special"]}
         for (piece, score), (_, expected) in zip(one["model"]["vocab"], other["model"]["vocab"], strict=True):
-            if score != expected and piece not in special:  # taking a tokenizer over lowers the scores of special tokens
+            if (
+                score != expected and piece not in special
+            ):  # taking a tokenizer over lowers the scores of special tokens
                 return f"{piece!r} has the score {score} instead of {expected}"
     return None
 

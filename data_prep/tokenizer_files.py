@@ -19,7 +19,9 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
-    if not isinstance(content, dict) or (path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)):
+    if not isinstance(content, dict) or (
+        path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)
+    ):
         raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
     return content
 
@@ -33,7 +35,9 @@ def special_tokens_by_name(folder: Path) -> dict[str, str]:
                 found[key] = content
             elif key.endswith("special_tokens") and isinstance(value, list | dict):
                 tokens = value if isinstance(value, list) else value.values()
-                found |= {f"{key}.{number}": content for number, token in enumerate(tokens) if (content := token_text(token))}
+                found |= {
+                    f"{key}.{number}": content for number, token in enumerate(tokens) if (content := token_text(token))
+                }
     return found
 
 
@@ -45,7 +49,11 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
     """
     named = special_tokens_by_name(folder)
     special = set(named.values())
-    ids = spec["model"]["vocab"] if isinstance(spec["model"]["vocab"], dict) else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
+    ids = (
+        spec["model"]["vocab"]
+        if isinstance(spec["model"]["vocab"], dict)
+        else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
+    )
     listed = {token["content"] for token in spec["added_tokens"]}
     given = {token["content"]: (token, file) for token, file in _tokens_of_files(folder, special)}
     following, added = len(ids), []
@@ -53,8 +61,10 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
         content = token["content"]
         expected = ids.get(content, following)
         if token["id"] != expected:
-            raise UserError(f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model beside it, it has id {expected}; "
-                            "correct that file, or move the model to a folder of its own")
+            raise UserError(
+                f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model beside it, it has id {expected}; "
+                "correct that file, or move the model to a folder of its own"
+            )
         following += content not in ids
         if content not in listed:
             added.append(token)
@@ -75,7 +85,9 @@ def _tokens_of_files(folder: Path, special: set[str]) -> list[tuple[dict[str, An
         found.append((added_token(_number(token_id, folder / ADDED), content, content in special), folder / ADDED))
     for token_id, token in _read_beside(folder, CONFIG).get("added_tokens_decoder", {}).items():
         content = token_text(token) or ""
-        entry = added_token(_number(token_id, folder / CONFIG), content, content in special or bool(token.get("special")))
+        entry = added_token(
+            _number(token_id, folder / CONFIG), content, content in special or bool(token.get("special"))
+        )
         found.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
     return found
 
@@ -88,7 +100,9 @@ def _number(token_id: Any, file: Path) -> int:
     try:
         return int(token_id)
     except (TypeError, ValueError):
-        raise UserError(f"{file}: {token_id!r} is not the id of a token; write the file anew with save_pretrained") from None
+        raise UserError(
+            f"{file}: {token_id!r} is not the id of a token; write the file anew with save_pretrained"
+        ) from None
 
 
 def token_text(token: Any) -> str | None:

@@ -46,15 +46,20 @@ class Job(BaseModel):
 
     def open_readers(self) -> list[Reader]:
         """The sources. Raises UserError where one cannot be read."""
-        pinned = [source.model_copy(update={"revision": commit}) if commit else source
-                  for source, commit in itertools.zip_longest(self.data.sources, self.commits)]
+        pinned = [
+            source.model_copy(update={"revision": commit}) if commit else source
+            for source, commit in itertools.zip_longest(self.data.sources, self.commits)
+        ]
         return [open_source(source, self.data.views, f"data.sources.{index}") for index, source in enumerate(pinned)]
 
     @property
     def test_descriptions(self) -> list[dict[str, Any]]:
         """The tests as the manifest records them: where their rows are, and in which public form they may be."""
-        return [test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True) | ({"form": test.task} if public_row_format(test.task) else {})
-                for test in self.tests]
+        return [
+            test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True)
+            | ({"form": test.task} if public_row_format(test.task) else {})
+            for test in self.tests
+        ]
 
     @property
     def partial(self) -> Path:
@@ -104,7 +109,9 @@ def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
 
 def malformed_record_error(reader: Reader, piece: Piece, record: Record) -> UserError:
     """The error of a line that is no record."""
-    return UserError(f"{record_location(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop")
+    return UserError(
+        f"{record_location(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop"
+    )
 
 
 def record_location(reader: Reader, piece: Piece, record: Record) -> str:
@@ -116,4 +123,8 @@ def record_location(reader: Reader, piece: Piece, record: Record) -> str:
 
 def positions_before(reader: Reader, piece: Piece) -> int:
     """Positions in the pieces of the same file that come before one. Reads them, so ask seldom."""
-    return sum(reader.count(earlier) for earlier in reader.pieces() if earlier.path == piece.path and earlier.start < piece.start)
+    return sum(
+        reader.count(earlier)
+        for earlier in reader.pieces()
+        if earlier.path == piece.path and earlier.start < piece.start
+    )

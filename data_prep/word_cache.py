@@ -24,9 +24,15 @@ def is_cacheable(spec: dict[str, Any]) -> bool:
     """Whether the tokens of a text are those of its parts, for the tokenizer.json of a sentencepiece model."""
     if spec["model"]["type"] != "BPE" or not all(token["special"] for token in spec["added_tokens"]):
         return False
-    replaced = [rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]]  # None: looks at more than a place
+    replaced = [
+        rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]
+    ]  # None: looks at more than a place
     across = re.compile(f"[^{SPACE}]{SPACE}")
-    return replaced[-1:] == [" "] and all(old and " " not in old for old in replaced[:-1]) and not any(map(across.search, spec["model"]["vocab"]))
+    return (
+        replaced[-1:] == [" "]
+        and all(old and " " not in old for old in replaced[:-1])
+        and not any(map(across.search, spec["model"]["vocab"]))
+    )
 
 
 class WordCache:
@@ -46,7 +52,9 @@ class WordCache:
         by_text = [PART.findall(text) for text in texts]
         counts = [len(parts) for parts in by_text]
         known = len(self.parts)
-        numbers = np.fromiter(map(self.parts.__getitem__, itertools.chain.from_iterable(by_text)), np.int64, sum(counts))
+        numbers = np.fromiter(
+            map(self.parts.__getitem__, itertools.chain.from_iterable(by_text)), np.int64, sum(counts)
+        )
         try:
             self._learn(list(itertools.islice(self.parts, known, None)))
         except BaseException:

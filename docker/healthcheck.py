@@ -33,11 +33,15 @@ def problem(runs: Path, sshd_pid: Path) -> str | None:
 
 
 def _silence(runs: Path) -> str | None:
-    statuses = sorted([*runs.glob("*/status.json"), *runs.glob("*/*/status.json")], key=lambda path: path.stat().st_mtime)
+    statuses = sorted(
+        [*runs.glob("*/status.json"), *runs.glob("*/*/status.json")], key=lambda path: path.stat().st_mtime
+    )
     if not statuses or json.loads(statuses[-1].read_text())["status"] != "running":
         return None
     run = statuses[-1].parent
-    seconds = time.time() - max(path.stat().st_mtime for path in (statuses[-1], run / "metrics.jsonl", run / "checkpoints") if path.exists())
+    seconds = time.time() - max(
+        path.stat().st_mtime for path in (statuses[-1], run / "metrics.jsonl", run / "checkpoints") if path.exists()
+    )
     return f"{run} is said to run, but has written nothing for {seconds / 60:.0f} minutes" if seconds > SILENT else None
 
 

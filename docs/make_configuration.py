@@ -34,7 +34,11 @@ def page() -> str:
 def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel], str]]:
     found = [(model, prefix)]
     for name, field in model.model_fields.items():
-        found += [pair for below, path in subsections(field.annotation, prefix + name) for pair in _sections(below, path + ".")]
+        found += [
+            pair
+            for below, path in subsections(field.annotation, prefix + name)
+            for pair in _sections(below, path + ".")
+        ]
     first: dict[type[BaseModel], str] = {}  # a section that stands in several places is described where it comes first
     for section, path in found:
         first.setdefault(section, path)
@@ -52,7 +56,13 @@ def _section(model: type[BaseModel], prefix: str, shown: set[str]) -> str:
     notes, again = _attribute_docstrings(model), []
     for name, field in model.model_fields.items():
         note = _one_line(notes.get(name, "")).replace("|", chr(92) + "|")
-        default = "required" if field.default is PydanticUndefined else "" if isinstance(field.default, BaseModel) else f"`{field.default}`"
+        default = (
+            "required"
+            if field.default is PydanticUndefined
+            else ""
+            if isinstance(field.default, BaseModel)
+            else f"`{field.default}`"
+        )
         line = f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {note} |"
         if line in shown:
             again.append(f"`{name}`")

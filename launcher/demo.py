@@ -26,7 +26,9 @@ def main() -> None:
     """Run the demo: prepare, train, evaluate and print the table."""
     os.chdir(Path(__file__).parent.parent)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hostfile", help="nodes to train on, started through pdsh; all must see this folder and its runs folder")
+    parser.add_argument(
+        "--hostfile", help="nodes to train on, started through pdsh; all must see this folder and its runs folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     overrides, nodes = arguments.overrides, ["--num_gpus", str(RANKS)]
@@ -40,12 +42,24 @@ def main() -> None:
     steps = {
         "preparing the corpus": [sys.executable, "-m", "data_prep", CONFIG, *overrides],
         f"pretraining on {arguments.hostfile or f'{RANKS} processes'}": [
-            deepspeed, *nodes, "--master_port", str(_free_port()), "--log_level", "warning", "launcher/run.py", CONFIG, *overrides],
+            deepspeed,
+            *nodes,
+            "--master_port",
+            str(_free_port()),
+            "--log_level",
+            "warning",
+            "launcher/run.py",
+            CONFIG,
+            *overrides,
+        ],
         "evaluating the last checkpoint": [sys.executable, "launcher/evaluate.py", str(run_dir)],
     }
     started = time.perf_counter()
     for number, (what, command) in enumerate(steps.items(), 1):
-        print(f"\n[{number}/{len(steps)}] {what} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}", flush=True)
+        print(
+            f"\n[{number}/{len(steps)}] {what} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}",
+            flush=True,
+        )
         done = subprocess.run(command, check=False)
         if done.returncode:
             sys.exit(done.returncode)

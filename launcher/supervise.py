@@ -101,7 +101,9 @@ class Command:
         while left := self._processes() or self._processes():  # the first look may miss one that was just being started
             late = time.monotonic() - deadline
             if late > UNKILLABLE:
-                raise UserError(f"SIGKILL does not end {', '.join(str(process.pid) for process in left)}: look at what these processes wait for")
+                raise UserError(
+                    f"SIGKILL does not end {', '.join(str(process.pid) for process in left)}: look at what these processes wait for"
+                )
             if self.stop.at_once or late > 0:
                 self._send(signal.SIGKILL, left)
             else:
@@ -112,14 +114,19 @@ class Command:
 
     def _processes(self) -> list[psutil.Process]:
         """The living processes of the command, whoever their parents are by now."""
-        return [process for process in psutil.process_iter(["ppid", "cmdline", "environ"])
-                if (process.info["environ"] or {}).get(SUPERVISED_VARIABLE) == self.mark]
+        return [
+            process
+            for process in psutil.process_iter(["ppid", "cmdline", "environ"])
+            if (process.info["environ"] or {}).get(SUPERVISED_VARIABLE) == self.mark
+        ]
 
     def _pass_on(self, number: signal.Signals) -> None:
         """Send a signal to all ranks at once, also to those that come later; to the first process where there is no rank."""
         running = self._processes()
         scripts = {process.pid: process for process in running if is_rank_command(process.info["cmdline"] or [])}
-        ranks = [process for process in scripts.values() if process.info["ppid"] not in scripts]  # not what a rank has forked
+        ranks = [
+            process for process in scripts.values() if process.info["ppid"] not in scripts
+        ]  # not what a rank has forked
         if not ranks and not self.told:
             ranks = [process for process in running if process.pid == self.pid]
         self._send(number, [process for process in ranks if process.pid not in self.told])
@@ -156,7 +163,9 @@ def _run_dir(words: list[str]) -> Path:
     """The run directory of a command. Raises UserError."""
     place = next((place for place, word in enumerate(words) if Path(word).name == SCRIPT), None)
     if place is None:
-        raise UserError(f"the command behind -- has no {SCRIPT} in it: supervise.py -- deepspeed [...] launcher/{SCRIPT} CONFIG [key=value ...]")
+        raise UserError(
+            f"the command behind -- has no {SCRIPT} in it: supervise.py -- deepspeed [...] launcher/{SCRIPT} CONFIG [key=value ...]"
+        )
     if "--dry-run" in words[place:]:
         raise UserError("--dry-run starts nothing that could be supervised: call it without supervise.py")
     arguments = [word for word in words[place + 1 :] if not word.startswith("-")]
@@ -199,7 +208,9 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         finally:
             command.end()
         status = read_status(run_dir)
-        if _written(run_dir) == before and (status.get("status") not in ("finished", "resumable") or not (command.code == 0 or stop.received)):
+        if _written(run_dir) == before and (
+            status.get("status") not in ("finished", "resumable") or not (command.code == 0 or stop.received)
+        ):
             status = {}  # of an earlier start; but one that was finished already, or that a signal met before it wrote anything, is what it was
         ended = f"{_how(command.code)}, {_what(status)}"
         _say(f"start {attempt} ended after {time.monotonic() - started:.0f} s: {ended}")
@@ -209,11 +220,15 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
 
         step = max(list_steps(run_dir / "checkpoints"), default=0)
         went_back = status.get("reason", "").startswith(REWIND_REASON_PREFIX)  # which the run itself bounds
-        in_a_row, pause = (1, FIRST_PAUSE) if step > reached or went_back else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
+        in_a_row, pause = (
+            (1, FIRST_PAUSE) if step > reached or went_back else (in_a_row + 1, min(2 * pause, LONGEST_PAUSE))
+        )
         reached = step if went_back else max(step, reached)
         if in_a_row >= crashes:
-            _say(f"giving up: ended {in_a_row} times in a row with no checkpoint later than step {reached}; the last time: {ended}. "
-                 f"What went wrong stands in the output above; checkpoints and status.json are in {run_dir}")
+            _say(
+                f"giving up: ended {in_a_row} times in a row with no checkpoint later than step {reached}; the last time: {ended}. "
+                f"What went wrong stands in the output above; checkpoints and status.json are in {run_dir}"
+            )
             return 1
         seconds = 0 if status.get("status") == "resumable" else pause
         _say(f"starting again in {seconds:.0f} s from step {step}")
@@ -238,7 +253,9 @@ def _how(code: int | None) -> str:
 def _what(status: dict[str, Any]) -> str:
     if not status:
         return "nothing written to status.json"
-    return f"status.json says {status.get('status')} at step {status.get('step')}" + (f" ({status['reason']})" if status.get("reason") else "")
+    return f"status.json says {status.get('status')} at step {status.get('step')}" + (
+        f" ({status['reason']})" if status.get("reason") else ""
+    )
 
 
 def _say(text: str) -> None:
@@ -249,12 +266,21 @@ def main() -> None:
     """Parse the command line and supervise the command."""
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] [--crashes N] -- COMMAND", description="Run a command of launcher/run.py, and start it again after a crash.")
-    parser.add_argument("--crashes", type=int, default=2, metavar="N",
-                        help="give up after this many crashes in a row without a new checkpoint between them (default 2)")
+        usage="%(prog)s [-h] [--crashes N] -- COMMAND",
+        description="Run a command of launcher/run.py, and start it again after a crash.",
+    )
+    parser.add_argument(
+        "--crashes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="give up after this many crashes in a row without a new checkpoint between them (default 2)",
+    )
     crashes, words = parser.parse_args(sys.argv[1:at]).crashes, sys.argv[at + 1 :]
     run_dir = _run_dir(words)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become children of this process
+    ctypes.CDLL(None).prctl(
+        PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+    )  # orphans of the command become children of this process
     with ignore_output_errors():  # a closed terminal or a full disk must not end this process before the command
         sys.exit(supervise(words, run_dir, crashes))
 

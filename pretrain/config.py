@@ -82,16 +82,22 @@ class RunConfig(Section):
     def _objective_has_its_views(self) -> "RunConfig":
         views, objective = list(self.data.views), self.objective
         if objective.pairing is not None and len(views) == 1:
-            raise ValueError(f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are {views}: choose "
-                             "next_token or semantic_tube without regularizers, or prepare several data.views")
+            raise ValueError(
+                f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are {views}: choose "
+                "next_token or semantic_tube without regularizers, or prepare several data.views"
+            )
         if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
-            raise ValueError("objective.form: views needs two views in one text: several data.views and objective.layout=joint")
+            raise ValueError(
+                "objective.form: views needs two views in one text: several data.views and objective.layout=joint"
+            )
         return self
 
     @model_validator(mode="after")
     def _evaluations_have_checkpoints(self) -> "RunConfig":
         if self.evaluation.every % self.checkpoint.every:
-            raise ValueError(f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every ({self.checkpoint.every})")
+            raise ValueError(
+                f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every ({self.checkpoint.every})"
+            )
         if self.evaluation.every and not self.evaluation.tasks:
             raise ValueError("evaluation.every is set, but evaluation.tasks is empty")
         return self
@@ -99,16 +105,26 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _can_measure_gradients(self) -> "RunConfig":
         if self.monitor.gradients_every and self.model.lora:
-            raise ValueError("monitor.gradients_every looks at the gradients of the whole model, which model.lora leaves out: leave out "
-                             "one of the two")
-        if self.monitor.gradients_every and self.train.compile and self.deepspeed.get("zero_optimization", {}).get("stage", 3) == 3:
-            raise ValueError("monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
-                             "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2")
+            raise ValueError(
+                "monitor.gradients_every looks at the gradients of the whole model, which model.lora leaves out: leave out "
+                "one of the two"
+            )
+        if (
+            self.monitor.gradients_every
+            and self.train.compile
+            and self.deepspeed.get("zero_optimization", {}).get("stage", 3) == 3
+        ):
+            raise ValueError(
+                "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
+                "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2"
+            )
         return self
 
     def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
         """What a record of `views` views looks like in this run; `validating` as of ObjectiveConfig.make_layout."""
-        return self.objective.make_layout(specials, views, self.data.lm_views, self.data.train_end_token, validating=validating)
+        return self.objective.make_layout(
+            specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -165,8 +181,10 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
     except UserError as error:
         raise UserError(f"{where}.{_key_of_task(str(error))}") from None
     if train.global_batch_rows % train.micro_batch_rows:
-        raise UserError(f"{where}.finetune: global_batch_rows ({train.global_batch_rows}) must be a multiple of micro_batch_rows "
-                        f"({train.micro_batch_rows}), which finetuning takes from train unless it sets them")
+        raise UserError(
+            f"{where}.finetune: global_batch_rows ({train.global_batch_rows}) must be a multiple of micro_batch_rows "
+            f"({train.micro_batch_rows}), which finetuning takes from train unless it sets them"
+        )
 
 
 def _key_of_task(mistake: str) -> str:
@@ -180,7 +198,9 @@ def _key_of_task(mistake: str) -> str:
     return f"{keys.get(unknown[1], 'finetune') if unknown else 'finetune'}: {mistake}"
 
 
-def finetuning_config(config: RunConfig, task: TaskConfig, data: DataConfig, export: str, output_dir: str, name: str) -> RunConfig:
+def finetuning_config(
+    config: RunConfig, task: TaskConfig, data: DataConfig, export: str, output_dir: str, name: str
+) -> RunConfig:
     """Return the configuration of the run that finetunes `export` on `data`: that of the pretraining run but for what the task sets.
 
     Raises UserError if it cannot be.
@@ -195,7 +215,11 @@ def finetuning_config(config: RunConfig, task: TaskConfig, data: DataConfig, exp
         "name": name,
         "output_dir": output_dir,
         "data": data.model_dump(mode="json", exclude_none=True) | {"lm_views": "last"},
-        "model": {"init_from": export, "attention": config.model.attention, "lora": task.finetune_lora and task.finetune_lora.model_dump()},
+        "model": {
+            "init_from": export,
+            "attention": config.model.attention,
+            "lora": task.finetune_lora and task.finetune_lora.model_dump(),
+        },
         "objective": task.finetune_objective or {"name": "next_token"},
         "train": train | task.finetune,
         "checkpoint": {"every": sys.maxsize, "keep": 1},
@@ -210,7 +234,9 @@ def _take_out_resting(objective: Any) -> list[str]:
     if not isinstance(objective, dict) or objective.get("name") != "next_token":
         return []
     configs = objective_configs()
-    others = {key for config in configs.values() for key in config.model_fields} - set(configs["next_token"].model_fields)
+    others = {key for config in configs.values() for key in config.model_fields} - set(
+        configs["next_token"].model_fields
+    )
     resting = [key for key in objective if key in others]
     for key in resting:
         del objective[key]
@@ -221,7 +247,9 @@ def _read_shape(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"model.shape: cannot read {path}, which is relative to the configuration: {error.strerror}") from None
+        raise UserError(
+            f"model.shape: cannot read {path}, which is relative to the configuration: {error.strerror}"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -23,9 +23,20 @@ COMPUTED_BY_THE_PROJECT = {
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
 }
-PASSED_THROUGH = ("aio", "communication_data_type", "comms_logger", "data_types", "dump_state", "flops_profiler", "memory_breakdown",
-                  "seq_parallel_communication_data_type", "timers", "wall_clock_breakdown", "zero_allow_untested_optimizer",
-                  "zero_optimization")
+PASSED_THROUGH = (
+    "aio",
+    "communication_data_type",
+    "comms_logger",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "seq_parallel_communication_data_type",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_optimization",
+)
 """Top-level DeepSpeed keys that act on this engine."""
 COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
 FP32_NAMES = ("fp32", "float32", "float")
@@ -102,7 +113,12 @@ class Switches(Options):
 
 
 FEATURES: dict[str, type[Options]] = {
-    "aio": AsynchronousIO, "comms_logger": CommsLogger, "data_types": DataTypes, "flops_profiler": FlopsProfiler, "timers": Timers}
+    "aio": AsynchronousIO,
+    "comms_logger": CommsLogger,
+    "data_types": DataTypes,
+    "flops_profiler": FlopsProfiler,
+    "timers": Timers,
+}
 
 
 def check_deepspeed(section: dict[str, Any]) -> None:
@@ -111,7 +127,9 @@ def check_deepspeed(section: dict[str, Any]) -> None:
         if key in COMPUTED_BY_THE_PROJECT:
             raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
         if key not in PASSED_THROUGH:
-            raise ValueError(f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}")
+            raise ValueError(
+                f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}"
+            )
     for key, options in FEATURES.items():
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"{key} is a mapping of options, not {section[key]!r}")
@@ -119,7 +137,10 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     _check_options(Switches, {key: value for key, value in section.items() if key in Switches.model_fields}, "")
     types: dict[str, tuple[Any, tuple[str, ...]]] = {
         "communication_data_type": (section.get("communication_data_type"), COMMUNICATION_TYPES),
-        "seq_parallel_communication_data_type": (section.get("seq_parallel_communication_data_type"), COMMUNICATION_TYPES),
+        "seq_parallel_communication_data_type": (
+            section.get("seq_parallel_communication_data_type"),
+            COMMUNICATION_TYPES,
+        ),
         "data_types.grad_accum_dtype": (section.get("data_types", {}).get("grad_accum_dtype"), ACCUMULATION_TYPES),
     }
     for key, (chosen, known) in types.items():
@@ -150,8 +171,10 @@ def _check_zero(zero: dict[str, Any]) -> None:
     ):
         if zero.get(key, value) != value:
             raise ValueError(f"zero_optimization.{key} {problem}; leave it out")
-    for key, remedy in (("elastic_checkpoint", "runs resume on any number of ranks without it"),
-                        ("pipeline_loading_checkpoint", "it acts under stage 3 alone")):
+    for key, remedy in (
+        ("elastic_checkpoint", "runs resume on any number of ranks without it"),
+        ("pipeline_loading_checkpoint", "it acts under stage 3 alone"),
+    ):
         if zero.get(key) and stage != 3:
             raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; leave it out: {remedy}")
     for key in ("offload_optimizer", "offload_param"):

@@ -21,7 +21,9 @@ def gpu_index(environment: Mapping[str, str], visible: int) -> int:
     local_rank = int(environment["LOCAL_RANK"])
     ranks = max([local_rank + 1, *(int(environment[name]) for name in LOCAL_SIZES if name in environment)])
     if ranks > visible:
-        raise UserError(f"{ranks} ranks on a machine with {visible} GPUs: start at most as many ranks on it as it has GPUs")
+        raise UserError(
+            f"{ranks} ranks on a machine with {visible} GPUs: start at most as many ranks on it as it has GPUs"
+        )
     return local_rank
 
 

@@ -2,8 +2,28 @@
 
 from collections.abc import Mapping
 
-RELEVANT = ("DS_ACCELERATOR", "DEEPSPEED_", "OMP_", "MKL_", "KMP_", "GLOO_", "NCCL_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_",
-            "HF_", "TRANSFORMERS_", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX", "FI_", "XDG_CACHE_HOME")
+RELEVANT = (
+    "DS_ACCELERATOR",
+    "DEEPSPEED_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GLOO_",
+    "NCCL_",
+    "TORCH_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "CUDA_",
+    "HF_",
+    "TRANSFORMERS_",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "CC",
+    "CXX",
+    "FI_",
+    "XDG_CACHE_HOME",
+)
 """Variables that change how ranks compute, meet or find files; a name that ends in `_` is a prefix."""
 SET_PER_RANK = ("CUDA_VISIBLE_DEVICES",)
 """Variables that the launcher sets for each rank."""
@@ -13,6 +33,7 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of this environment that all nodes should share, sorted by name and without secrets."""
+
     def is_relevant(name: str) -> bool:
         matches = any(name == one or (one.endswith("_") and name.startswith(one)) for one in RELEVANT)
         return matches and name not in SET_PER_RANK and not any(word in name.upper() for word in SECRET)

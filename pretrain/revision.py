@@ -14,7 +14,13 @@ def revision() -> str | None:
     if not (ROOT / ".git").exists():
         return os.environ.get("JEPA_REVISION") or None
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

@@ -39,7 +39,9 @@ def write_status(run_dir: Path, status: str, step: int, reason: str = "", can_re
     try:
         write_json(run_dir / "status.json", values | ({} if can_restart else {"again": False}))
     except OSError as error:
-        print_now(f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}): the run is {status} at step {step}")
+        print_now(
+            f"WARNING: cannot write {run_dir / 'status.json'} ({error.strerror}): the run is {status} at step {step}"
+        )
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -71,7 +73,11 @@ def parse_metrics_line(line: str) -> dict[str, Any] | None:
 def warn_about_corrupt_lines(path: Path, numbers: list[int], what: str) -> None:
     """Print one warning on standard error if there are damaged lines, by their numbers. `what` says what became of them."""
     if numbers:
-        print(f"WARNING: {path}: {len(numbers)} damaged lines are {what}, the first is line {numbers[0]}", file=sys.stderr, flush=True)
+        print(
+            f"WARNING: {path}: {len(numbers)} damaged lines are {what}, the first is line {numbers[0]}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
@@ -80,4 +86,6 @@ def read_rewinds(run_dir: Path) -> list[dict[str, Any]]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     except ValueError as error:
-        raise UserError(f"{path} is corrupt ({error}): fix it, or remove it to train on the skipped steps too") from None
+        raise UserError(
+            f"{path} is corrupt ({error}): fix it, or remove it to train on the skipped steps too"
+        ) from None

@@ -97,11 +97,16 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
         if len(budgets) != 1:
-            raise ValueError(f"the budget is exactly one of steps, tokens, records and epochs, not {' and '.join(budgets) or 'none'}; unset one "
-                             "with train.KEY=null")
+            raise ValueError(
+                f"the budget is exactly one of steps, tokens, records and epochs, not {' and '.join(budgets) or 'none'}; unset one "
+                "with train.KEY=null"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
-        if self.schedule == "warmup_stable_decay" and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1:
+        if (
+            self.schedule == "warmup_stable_decay"
+            and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1
+        ):
             raise ValueError("warmup_fraction and decay_fraction together exceed the run")
         if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
             raise ValueError("decay_fraction acts on the schedule warmup_stable_decay only; leave it out")

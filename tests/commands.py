@@ -28,7 +28,11 @@ READ_AT_IMPORT = {"PYTHONPATH", "PYTHONHASHSEED", "OMP_NUM_THREADS", "DS_ACCELER
 """Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
 
 TINY_SHAPE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "tie_word_embeddings": True,
     "initializer_range": 0.2,  # enlarged: in a model of tiny weights, an error of the mask or of positions would hardly show
 }
@@ -37,10 +41,19 @@ TINY_SHAPE = {
 def tiny_config(folder: Path, **changes) -> dict:
     """The plain values of a run of a tiny model on a small generated corpus; `section__key=value` changes one."""
     config = {
-        "name": "run", "seed": 3, "output_dir": str(folder / "runs"),
+        "name": "run",
+        "seed": 3,
+        "output_dir": str(folder / "runs"),
         "data": {
-            "path": str(folder / "corpus"), "sequence_length": 128, "tokenizer": {"vocab_size": 400}, "workers": 1, "deduplicate": "none",
-            "sources": [{"type": "nlrx", "split": "train", "records": 600}, {"type": "nlrx", "split": "validation", "records": 60}],
+            "path": str(folder / "corpus"),
+            "sequence_length": 128,
+            "tokenizer": {"vocab_size": 400},
+            "workers": 1,
+            "deduplicate": "none",
+            "sources": [
+                {"type": "nlrx", "split": "train", "records": 600},
+                {"type": "nlrx", "split": "validation", "records": 60},
+            ],
         },
         "model": {"family": "llama", "shape": dict(TINY_SHAPE)},
         "objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5},
@@ -70,13 +83,24 @@ def write_config(folder: Path, config: dict) -> Path:
 def environment(**more: str) -> dict[str, str]:
     """One thread a rank, on CPU, this interpreter as `python`, and no trace of a launcher around the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return single_process_environment() | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path} | more
+    return (
+        single_process_environment()
+        | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path}
+        | more
+    )
 
 
 def deepspeed_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
     """DeepSpeed's launcher, whose ranks start cold."""
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-            str(script), *map(str, arguments)]
+    return [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(script),
+        *map(str, arguments),
+    ]
 
 
 def ranks_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
@@ -84,17 +108,28 @@ def ranks_command(ranks: int, script: str | Path, *arguments: str | Path) -> lis
     return ["python", "tests/ranks.py", str(ranks), str(script), *map(str, arguments)]
 
 
-def start(command: list[str], output: IO[str], errors: IO[str], cold: bool = False, **more: str) -> subprocess.Popen | warm_process.Command:
+def start(
+    command: list[str], output: IO[str], errors: IO[str], cold: bool = False, **more: str
+) -> subprocess.Popen | warm_process.Command:
     """Start a command in a session of its own, with these environment variables besides the usual ones."""
     program, *arguments = map(str, command)
     is_script = bool(arguments) and (arguments[0] in ("-m", "-c") or arguments[0].endswith(".py"))
     if program in ("python", sys.executable) and is_script and not cold and not READ_AT_IMPORT & more.keys():
         return warm_process.Command(arguments, environment(**more), output, errors)
-    return subprocess.Popen([program, *arguments], cwd=ROOT, env=environment(**more), stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                            start_new_session=True)
+    return subprocess.Popen(
+        [program, *arguments],
+        cwd=ROOT,
+        env=environment(**more),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=errors,
+        start_new_session=True,
+    )
 
 
-def run_command(command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str) -> subprocess.CompletedProcess:
+def run_command(
+    command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str
+) -> subprocess.CompletedProcess:
     """Run a command to its end; with `check`, fail showing what it printed."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = start(command, output, errors, cold, **more)

@@ -46,4 +46,8 @@ def wait_for(true_by_then: Callable[[], bool], seconds: float = TIMEOUT) -> None
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All that a preparation leaves, but for the lock."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }

@@ -27,7 +27,12 @@ def free_port() -> int:
 
 def fork_ranks(count: int) -> list[int]:
     """Return the processes of the ranks; in a rank, an empty list."""
-    common = {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     ranks = []
     for rank in range(count):
         pid = os.fork()

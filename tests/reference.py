@@ -82,7 +82,10 @@ class Reference:
                 tokens += [*view, sep]
             return [([*tokens[:-1], eos], 1 if self.lm_views == "all" else last)]
         texts = [[bos, *view, eos] for view in views]
-        return [(text, 1 if self.lm_views == "all" or number == len(texts) - 1 else len(text)) for number, text in enumerate(texts)]
+        return [
+            (text, 1 if self.lm_views == "all" or number == len(texts) - 1 else len(text))
+            for number, text in enumerate(texts)
+        ]
 
     def alone(self, views: list[View], number: int) -> View:
         """A view as it is encoded on its own."""
@@ -111,7 +114,10 @@ class Reference:
     def distances(self, pairs: list[Pair]) -> list[torch.Tensor]:
         match self.distance:
             case "cosine":
-                return [1 - (pair.prediction @ pair.target) / (pair.prediction.norm() * pair.target.norm()) for pair in pairs]
+                return [
+                    1 - (pair.prediction @ pair.target) / (pair.prediction.norm() * pair.target.norm())
+                    for pair in pairs
+                ]
             case "l2":
                 return [((pair.prediction - pair.target) ** 2).sum().sqrt() for pair in pairs]
             case "mse":
@@ -138,8 +144,14 @@ def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:
     losses = []
     for pair in pairs:
         own_logit = F.cosine_similarity(pair.prediction, pair.target, dim=0) / temperature
-        others = [other for other in pairs if other.content != pair.content and other.record != pair.record and other.forward == pair.forward]
-        logits = [own_logit] + [F.cosine_similarity(pair.prediction, other.target, dim=0) / temperature for other in others]
+        others = [
+            other
+            for other in pairs
+            if other.content != pair.content and other.record != pair.record and other.forward == pair.forward
+        ]
+        logits = [own_logit] + [
+            F.cosine_similarity(pair.prediction, other.target, dim=0) / temperature for other in others
+        ]
         losses.append(torch.stack(logits).logsumexp(dim=0) - own_logit)
     return losses
 

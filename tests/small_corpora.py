@@ -15,8 +15,18 @@ VOCAB_SIZE = 340
 
 
 def data_config(path: Path, *sources: dict, **settings) -> DataConfig:
-    return validate(DataConfig, {"path": str(path), "sources": list(sources), "tokenizer": {"vocab_size": VOCAB_SIZE},
-                                 "sequence_length": SEQUENCE_LENGTH, "workers": 1} | settings, "data")
+    return validate(
+        DataConfig,
+        {
+            "path": str(path),
+            "sources": list(sources),
+            "tokenizer": {"vocab_size": VOCAB_SIZE},
+            "sequence_length": SEQUENCE_LENGTH,
+            "workers": 1,
+        }
+        | settings,
+        "data",
+    )
 
 
 def json_source(path: Path, **settings) -> dict:
@@ -42,4 +52,8 @@ def shard_rows(folder: Path, entry: dict, views: tuple[str, ...] = ("text", "cod
 def split_rows(folder: Path, split: str = "train", views: tuple[str, ...] = ("text", "code")) -> list[tuple]:
     """The rows of a split, over all of its shards."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    return [row for entry in manifest["splits"].get(split, {"shards": []})["shards"] for row in shard_rows(folder, entry, views)]
+    return [
+        row
+        for entry in manifest["splits"].get(split, {"shards": []})["shards"]
+        for row in shard_rows(folder, entry, views)
+    ]

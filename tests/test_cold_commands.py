@@ -14,11 +14,21 @@ def folder(tmp_path_factory):
     """With pairs, a configuration, and a study of one arm that is this run."""
     folder = tmp_path_factory.mktemp("cold")
     pairs = (generate(0, "test", index) for index in range(20))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs)
+    )
     tasks = [{"name": "loss", "test": str(folder / "pairs.jsonl")}]
     write_config(folder, tiny_config(folder, data__views=["text", "code"], evaluation={"tasks": tasks}))
-    study = {"name": "study", "base": "run.yaml", "output_dir": str(folder / "studies"), "seeds": [1], "matched_by": "tokens", "baseline": "plain",
-             "metric": {"task": "loss", "name": "lm", "higher_is_better": False}, "arms": {"plain": {"objective.name": "next_token"}, "jepa": {}}}
+    study = {
+        "name": "study",
+        "base": "run.yaml",
+        "output_dir": str(folder / "studies"),
+        "seeds": [1],
+        "matched_by": "tokens",
+        "baseline": "plain",
+        "metric": {"task": "loss", "name": "lm", "higher_is_better": False},
+        "arms": {"plain": {"objective.name": "next_token"}, "jepa": {}},
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return folder
 
@@ -37,5 +47,10 @@ def test_from_the_preparation_to_the_report(folder):
     assert "2 arms x 1 seed = 2 runs" in cold("launcher/study.py", folder / "study.yaml", "--dry-run")
     assert "finished at step 4" in cold("launcher/run.py", config)
     assert "loss at step 4" in run_command(deepspeed_command(2, "launcher/evaluate.py", run)).stdout
-    assert "rows of 32 numbers" in cold("launcher/evaluate.py", run / "export" / "step-00000004", "--embed", folder / "pairs.jsonl")
-    assert "# run" in cold("launcher/report.py", run, "--output", folder / "report") and (folder / "report" / "report.html").exists()
+    assert "rows of 32 numbers" in cold(
+        "launcher/evaluate.py", run / "export" / "step-00000004", "--embed", folder / "pairs.jsonl"
+    )
+    assert (
+        "# run" in cold("launcher/report.py", run, "--output", folder / "report")
+        and (folder / "report" / "report.html").exists()
+    )

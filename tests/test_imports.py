@@ -16,7 +16,18 @@ from tests.commands import ROOT
 
 LAYERS = ("launcher", "pretrain", "data_prep")
 """A package imports itself and those after it."""
-DATA_PREP_NEEDS = {"datasets", "mpi4py", "numpy", "pyarrow", "pydantic", "rensa", "sentencepiece", "tokenizers", "tqdm", "yaml"}
+DATA_PREP_NEEDS = {
+    "datasets",
+    "mpi4py",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "rensa",
+    "sentencepiece",
+    "tokenizers",
+    "tqdm",
+    "yaml",
+}
 """Third-party packages that data_prep imports; torch is not among them."""
 Graph = dict[str, dict[str, set[str]]]
 """Unit -> the units that it imports -> the files that do so."""
@@ -75,7 +86,7 @@ def find_cycle(graph: Graph) -> list[str]:
 
     def visit(unit: str, path: list[str]) -> list[str]:
         if unit in path:
-            return [*path[path.index(unit):], unit]
+            return [*path[path.index(unit) :], unit]
         if unit not in done:
             for target in sorted(graph.get(unit, ())):
                 if cycle := visit(target, [*path, unit]):
@@ -85,7 +96,10 @@ def find_cycle(graph: Graph) -> list[str]:
 
     for unit in sorted(graph):
         if cycle := visit(unit, []):
-            return [f"{importer} imports {target}: {', '.join(sorted(graph[importer][target]))}" for importer, target in pairwise(cycle)]
+            return [
+                f"{importer} imports {target}: {', '.join(sorted(graph[importer][target]))}"
+                for importer, target in pairwise(cycle)
+            ]
     return []
 
 
@@ -108,32 +122,53 @@ def test_data_prep_imports_no_torch():
 
 
 def test_only_training_imports_deepspeed():
-    users = {path.relative_to(ROOT).parts[:2] for package in LAYERS for path in source_files(ROOT, package)
-             for name, _ in imported_names(path) if name.split(".")[0] == "deepspeed"}
+    users = {
+        path.relative_to(ROOT).parts[:2]
+        for package in LAYERS
+        for path in source_files(ROOT, package)
+        for name, _ in imported_names(path)
+        if name.split(".")[0] == "deepspeed"
+    }
     assert users == {("pretrain", "training")}
 
 
-@pytest.mark.parametrize("importing", [
-    "from pretrain.two import other\n",
-    "def late():\n    from pretrain.two import other\n",
-    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pretrain.two.other\n",
-])
+@pytest.mark.parametrize(
+    "importing",
+    [
+        "from pretrain.two import other\n",
+        "def late():\n    from pretrain.two import other\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pretrain.two.other\n",
+    ],
+)
 def test_a_cycle_is_found_in_any_kind_of_import(tmp_path, importing):
-    for name, source in {"pretrain/one.py": importing, "pretrain/two/__init__.py": "", "pretrain/two/other.py": "import pretrain.three\n",
-                         "pretrain/three.py": "from pretrain import one\n"}.items():
+    for name, source in {
+        "pretrain/one.py": importing,
+        "pretrain/two/__init__.py": "",
+        "pretrain/two/other.py": "import pretrain.three\n",
+        "pretrain/three.py": "from pretrain import one\n",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
     cycle = find_cycle(import_graph(tmp_path))
     assert [place.split(":")[0] for place in cycle] == [
-        "pretrain.one imports pretrain.two", "pretrain.two imports pretrain.three", "pretrain.three imports pretrain.one"]
+        "pretrain.one imports pretrain.two",
+        "pretrain.two imports pretrain.three",
+        "pretrain.three imports pretrain.one",
+    ]
     (tmp_path / "pretrain" / "three.py").write_text("")
     assert find_cycle(import_graph(tmp_path)) == []
 
 
 def test_an_import_against_the_layers_is_found(tmp_path):
-    for package, source in {"data_prep": "import pretrain.two\n", "pretrain": "def late():\n    import launcher.run\n", "launcher": ""}.items():
+    for package, source in {
+        "data_prep": "import pretrain.two\n",
+        "pretrain": "def late():\n    import launcher.run\n",
+        "launcher": "",
+    }.items():
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
         (tmp_path / package / "one.py").write_text(source)
     assert against_the_layers(import_graph(tmp_path)) == [
-        "pretrain/one.py:2 imports launcher", "data_prep/one.py:1 imports pretrain"]
+        "pretrain/one.py:2 imports launcher",
+        "data_prep/one.py:1 imports pretrain",
+    ]

@@ -25,7 +25,15 @@ if kind == "-m":
 else:
     runpy.run_path(command, run_name="__main__")
 """
-CONFIGURATION = {"annotated_types", "numpy", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection", "yaml"}
+CONFIGURATION = {
+    "annotated_types",
+    "numpy",
+    "pydantic",
+    "pydantic_core",
+    "typing_extensions",
+    "typing_inspection",
+    "yaml",
+}
 """What reading a configuration takes."""
 STARTS = {
     "launcher/run.py --help": CONFIGURATION,
@@ -58,14 +66,45 @@ TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen"
 """torch, and what it loads with torch._dynamo, torch.distributed.tensor and torch._inductor. transformers loads the first two with any model, and
 DeepSpeed loads the third when it is given an optimizer."""
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
-TRANSFORMERS = {"PIL", "accelerate", "anyio", "colorama", "filelock", "h11", "httpcore2", "httpx2", "huggingface_hub", "idna", "jinja2", "markupsafe",
-                "regex", "safetensors", "scipy", "tabulate", "tokenizers", "transformers", "truststore"}
+TRANSFORMERS = {
+    "PIL",
+    "accelerate",
+    "anyio",
+    "colorama",
+    "filelock",
+    "h11",
+    "httpcore2",
+    "httpx2",
+    "huggingface_hub",
+    "idna",
+    "jinja2",
+    "markupsafe",
+    "regex",
+    "safetensors",
+    "scipy",
+    "tabulate",
+    "tokenizers",
+    "transformers",
+    "truststore",
+}
 """transformers, the client of its hub, and what they and torch load if installed: scipy with the losses of any model, PIL and jinja2 with chat
 templates, colorama and tabulate with tables."""
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
-RANK_UNITS = {"config", "data", "deepspeed_options", "local_gpu", "models", "objectives", "relevant_env", "revision", "run_folder", "sections",
-              "tasks", "training"}
+RANK_UNITS = {
+    "config",
+    "data",
+    "deepspeed_options",
+    "local_gpu",
+    "models",
+    "objectives",
+    "relevant_env",
+    "revision",
+    "run_folder",
+    "sections",
+    "tasks",
+    "training",
+}
 """Units of pretrain that a rank may load."""
 
 
@@ -93,9 +132,15 @@ def test_a_start_loads_no_library_that_it_does_not_need(command, tmp_path):
 
 def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
     """The preparation and its tools load no torch. The rank trains gemma2 and loads no other model of transformers."""
-    config = write_config(tmp_path, tiny_config(tmp_path, model__family="gemma2", train__steps=1, monitor__validate_every=1))
+    config = write_config(
+        tmp_path, tiny_config(tmp_path, model__family="gemma2", train__steps=1, monitor__validate_every=1)
+    )
     corpus = str(tmp_path / "corpus")
-    for command in (["-m", "data_prep", str(config)], ["-m", "data_prep", "verify", corpus], ["-m", "pretrain.data", "stats", corpus]):
+    for command in (
+        ["-m", "data_prep", str(config)],
+        ["-m", "data_prep", "verify", corpus],
+        ["-m", "pretrain.data", "stats", corpus],
+    ):
         loaded = packages(modules_after(tmp_path, *command))
         assert loaded <= PREPARATION, f"{' '.join(command[:3])} loads {', '.join(sorted(loaded - PREPARATION))}"
     modules = modules_after(tmp_path, "launcher/run.py", str(config))
@@ -112,4 +157,6 @@ def test_data_prep_loads_no_torch_whatever_it_does(tmp_path):
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "data_prep").rglob("*.py")]
     imports = "\n".join(f"import {name}" for name in [*names, "datasets"])
     (tmp_path / "everything.py").write_text(imports)
-    assert {"deepspeed", "torch", "transformers"}.isdisjoint(packages(modules_after(tmp_path, str(tmp_path / "everything.py"))))
+    assert {"deepspeed", "torch", "transformers"}.isdisjoint(
+        packages(modules_after(tmp_path, str(tmp_path / "everything.py")))
+    )

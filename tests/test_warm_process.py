@@ -25,9 +25,14 @@ process.wait()
 def test_arguments_folder_environment_and_session_are_those_of_a_cold_start(tmp_path):
     script = tmp_path / "show.py"
     script.write_text(SHOW)
-    commands = [["python", str(script), "a", "b c"], ["python", "-c", SHOW, "a"], ["python", "-m", "json.tool", "--help"],
-                ["python", "launcher/run.py", "configs/demo.yaml", "train.stepz=3"], ["python", "-c", "import sys; sys.exit(7)"],
-                ["python", "-c", "raise ValueError('no')"]]
+    commands = [
+        ["python", str(script), "a", "b c"],
+        ["python", "-c", SHOW, "a"],
+        ["python", "-m", "json.tool", "--help"],
+        ["python", "launcher/run.py", "configs/demo.yaml", "train.stepz=3"],
+        ["python", "-c", "import sys; sys.exit(7)"],
+        ["python", "-c", "raise ValueError('no')"],
+    ]
     for command in commands:
         warm, cold = (run_command(command, check=False, cold=cold, JEPA_TRIAL="1") for cold in (False, True))
         assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout), command
@@ -48,17 +53,24 @@ def test_a_signal_ends_a_command_as_it_ends_a_cold_one(tmp_path, number):
 
 def test_ranks_know_each_other_and_the_first_failure_is_the_exit_code(tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text("import json, os, sys\n"
-                      "print(json.dumps({name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | {'argv': sys.argv[1:]}))\n"
-                      "sys.exit(5 * int(os.environ['RANK']) if 'fail' in sys.argv else 0)")
+    script.write_text(
+        "import json, os, sys\n"
+        "print(json.dumps({name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | {'argv': sys.argv[1:]}))\n"
+        "sys.exit(5 * int(os.environ['RANK']) if 'fail' in sys.argv else 0)"
+    )
     done = run_command(ranks_command(2, script, "word"))
     said = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda values: values["RANK"])
-    assert said == [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "argv": [f"--local_rank={rank}", "word"]} for rank in (0, 1)]
+    assert said == [
+        {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "argv": [f"--local_rank={rank}", "word"]}
+        for rank in (0, 1)
+    ]
     assert run_command(ranks_command(2, script, "fail"), check=False).returncode == 5
 
 
 def test_commands_end_with_the_process_that_started_them():
-    tests = subprocess.Popen([sys.executable, "-c", STARTS_A_COMMAND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    tests = subprocess.Popen(
+        [sys.executable, "-c", STARTS_A_COMMAND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     command = psutil.Process(int(tests.stdout.readline().removeprefix("up\n") or tests.stdout.readline()))
     tests.kill()
     tests.wait()

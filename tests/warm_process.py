@@ -22,12 +22,23 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = (
-    "data_prep.pipeline", "deepspeed",
+    "data_prep.pipeline",
+    "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and with it torch's compiler
-    "pretrain.evaluation.workers", "pretrain.evaluation.job", "pretrain.evaluation.task_evaluation", "pretrain.report.page",
-    "pretrain.report.summary", "pretrain.studies.runner", "pretrain.training.dry_run", "pretrain.training.main", "pretrain.training.setup",
-    "torch.utils.tensorboard", "transformers.models.gemma2.modeling_gemma2", "transformers.models.llama.modeling_llama",
-    "transformers.models.olmo2.modeling_olmo2")
+    "pretrain.evaluation.workers",
+    "pretrain.evaluation.job",
+    "pretrain.evaluation.task_evaluation",
+    "pretrain.report.page",
+    "pretrain.report.summary",
+    "pretrain.studies.runner",
+    "pretrain.training.dry_run",
+    "pretrain.training.main",
+    "pretrain.training.setup",
+    "torch.utils.tensorboard",
+    "transformers.models.gemma2.modeling_gemma2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.olmo2.modeling_olmo2",
+)
 SURVIVORS = {"jemalloc_bg_thd"}
 """Names of threads that are started again in a fork."""
 MESSAGE_BYTES = 1 << 17
@@ -85,11 +96,21 @@ def _server() -> socket.socket:
     global _control
     if _control is None:
         _control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                                    "TRANSFORMERS_VERBOSITY": "error"}  # which commands set before they import transformers
+        environment = os.environ | {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TRANSFORMERS_VERBOSITY": "error",
+        }  # which commands set before they import transformers
         with theirs:
-            subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                             pass_fds=[theirs.fileno()], start_new_session=True)
+            subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
     return _control
 
 
@@ -191,7 +212,11 @@ def _main() -> None:
     for name in IMPORTS:
         importlib.import_module(name)
     set_by_imports = {name: value for name, value in os.environ.items() if name not in before}
-    threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())}
+    threads = {
+        (task / "comm").read_text().strip()
+        for task in Path("/proc/self/task").iterdir()
+        if task.name != str(os.getpid())
+    }
     assert threads <= SURVIVORS, f"an import has started {threads - SURVIVORS}: a thread that no fork would have"
     gc.collect()
     gc.freeze()  # a fork that collects garbage would copy the memory that it shares

@@ -96,7 +96,7 @@ class Contamination:
             return {}
         hashes, product = np.zeros(count, np.uint64), np.empty(count, np.uint64)
         for number in range(_BLOCK // 8):
-            hashes += np.multiply(words[number:number + count], _FACTORS[number], out=product)
+            hashes += np.multiply(words[number : number + count], _FACTORS[number], out=product)
         hits = np.flatnonzero(self._blocks[hashes >> self._shift])  # few: the table says no to nearly all
         hits = hits[_which(self._block_hashes, hashes[hits]) >= 0]
         starts = np.unique(np.subtract.outer(hits * _STEP, np.arange(_STEP)))
@@ -104,7 +104,10 @@ class Contamination:
         rows = _which(self._hashes, _hashes(units, starts, OVERLAP_LETTERS))
         starts, positions = starts[rows >= 0], self._places[rows[rows >= 0]]
         inside = np.arange(OVERLAP_LETTERS)
-        same = np.frombuffer(units, np.uint8)[starts[:, None] + inside] == np.frombuffer(self._units, np.uint8)[positions[:, None] + inside]
+        same = (
+            np.frombuffer(units, np.uint8)[starts[:, None] + inside]
+            == np.frombuffer(self._units, np.uint8)[positions[:, None] + inside]
+        )
         starts, positions = starts[same.all(axis=1)], positions[same.all(axis=1)]
         places, first = np.unique(np.searchsorted(_starts(forms), starts, side="right") - 1, return_index=True)
         return dict(zip(places.tolist(), positions[first].tolist(), strict=True))
@@ -147,7 +150,9 @@ def _with_foreign_units(data: bytes) -> bytes:
     foreign = np.flatnonzero(np.frombuffer(data, np.int8) < 0)
     ends = np.flatnonzero(np.diff(foreign) > 1)
     starts, stops = foreign[np.append(0, ends + 1)].tolist(), (foreign[np.append(ends, -1)] + 1).tolist()
-    replaced = _table_units(b"\0".join([data[start:stop] for start, stop in zip(starts, stops, strict=True)])).split(b"\1")
+    replaced = _table_units(b"\0".join([data[start:stop] for start, stop in zip(starts, stops, strict=True)])).split(
+        b"\1"
+    )
     parts: list[bytes] = []
     before = 0
     for start, stop, units in zip(starts, stops, replaced, strict=True):
@@ -187,7 +192,9 @@ def _unit(character: str) -> bytes:
     return out[:3]
 
 
-_CODES = np.zeros(0x110000, "<u4")  # of a code point its units, and a 1 above them once they are known; pages never touched take no memory
+_CODES = np.zeros(
+    0x110000, "<u4"
+)  # of a code point its units, and a 1 above them once they are known; pages never touched take no memory
 
 
 def _starts(forms: list[bytes]) -> np.ndarray:

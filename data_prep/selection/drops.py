@@ -42,8 +42,10 @@ def unknown_tokens(split: str, entry: dict[str, Any]) -> str:
     unknown = entry.get("unknown", {"tokens": 0})
     if not unknown["tokens"]:
         return ""
-    return (f"{unknown['tokens']:,} tokens in {unknown['records']:,} records of split {split} are unknown to the tokenizer, so their text is lost; "
-            f"the first: {unknown['first'][0]}")
+    return (
+        f"{unknown['tokens']:,} tokens in {unknown['records']:,} records of split {split} are unknown to the tokenizer, so their text is lost; "
+        f"the first: {unknown['first'][0]}"
+    )
 
 
 def excerpt(views: tuple[str, ...]) -> str:

@@ -75,8 +75,10 @@ def equal_groups(paths: list[Path], part: int, parts: int) -> EqualGroups:
     for path in paths:
         rows = np.load(path, mmap_mode="r")
         # The bounds are exact integers: a fingerprint falls into one part, whatever the number of parts.
-        start, stop = (len(rows[0]) if bound >> 64 else int(np.searchsorted(rows[0], np.uint64(bound)))
-                       for bound in (part * 2**64 // parts, (part + 1) * 2**64 // parts))
+        start, stop = (
+            len(rows[0]) if bound >> 64 else int(np.searchsorted(rows[0], np.uint64(bound)))
+            for bound in (part * 2**64 // parts, (part + 1) * 2**64 // parts)
+        )
         stretches.append(np.array(rows[:, start:stop]))
         counts.append(stop - start)
     high, low, order = np.concatenate(stretches, axis=1) if stretches else np.empty((3, 0), np.uint64)

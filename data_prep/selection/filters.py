@@ -72,8 +72,10 @@ def _tick(*_: Any) -> None:
         return
     _ticks += 1
     if _ticks > TICKS:
-        raise SearchTimeoutError(f"data.filters.forbidden has not been decided after {LIMIT_SECONDS:g} s of computing: the expression can match in too many "
-                        "ways. Rewrite it so that a repetition is not repeated, or make it possessive, such as (?:a++b?)++")
+        raise SearchTimeoutError(
+            f"data.filters.forbidden has not been decided after {LIMIT_SECONDS:g} s of computing: the expression can match in too many "
+            "ways. Rewrite it so that a repetition is not repeated, or make it possessive, such as (?:a++b?)++"
+        )
 
 
 @cache

@@ -45,8 +45,10 @@ def minhash_library() -> Any:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise UserError("near-duplicates need the package rensa, which is not installed: "
-                        "run pip install '.[near-duplicates]' in the checkout, or leave them out") from None
+        raise UserError(
+            "near-duplicates need the package rensa, which is not installed: "
+            "run pip install '.[near-duplicates]' in the checkout, or leave them out"
+        ) from None
     return RMinHash
 
 
@@ -55,7 +57,11 @@ def num_bands(threshold: float) -> int:
 
     A pair of likeness s shares a band of r hashes with the chance s^r. `duplicates.num_parts` takes this times the records.
     """
-    rows = max(rows for rows in range(1, NUM_HASHES + 1) if rows == 1 or 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= RECALL)
+    rows = max(
+        rows
+        for rows in range(1, NUM_HASHES + 1)
+        if rows == 1 or 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= RECALL
+    )
     return NUM_HASHES // rows
 
 
@@ -65,24 +71,36 @@ def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD)
     Together some 300 bytes a record and 256 a view. Raises UserError where rensa is not installed.
     """
     views = len(records[0]) if records else 0
-    shingles, ends = _shingles([view for record in records for view in record], np.tile(np.arange(views, dtype=np.uint64), len(records)))
+    shingles, ends = _shingles(
+        [view for record in records for view in record], np.tile(np.arange(views, dtype=np.uint64), len(records))
+    )
     each = _minhash(shingles, ends).reshape(len(records), views, NUM_HASHES)
     # The shingles of all views together are never less alike than the least alike views, so that bands of them miss no pair.
-    together = _minhash(shingles, ends[::max(views, 1)]).astype(np.uint64)
+    together = _minhash(shingles, ends[:: max(views, 1)]).astype(np.uint64)
     bands = num_bands(threshold)
     rows = NUM_HASHES // bands
-    split = together[:, :bands * rows].reshape(len(records), bands, rows)
-    keys = [(split * factors[:rows]).sum(axis=2, dtype=np.uint64) + np.arange(bands, dtype=np.uint64) * factors[-1] for factors in _FACTORS[:2]]
+    split = together[:, : bands * rows].reshape(len(records), bands, rows)
+    keys = [
+        (split * factors[:rows]).sum(axis=2, dtype=np.uint64) + np.arange(bands, dtype=np.uint64) * factors[-1]
+        for factors in _FACTORS[:2]
+    ]
     # The low 16 bits of equal hashes are equal, and of others once in 65,536: good enough to compare, and half the disk.
     return each.astype(np.uint16), np.stack(keys, axis=2)
 
 
 def _minhash(shingles: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The hashes of each set `shingles[ends[i]:ends[i + 1]]`: (N, 128) uint32."""
-    digest, hashes = minhash_library().digest_matrix_from_flat_token_hashes, np.empty((len(ends) - 1, NUM_HASHES), np.uint32)
-    for start in range(0, len(hashes), 256):  # they come as lists of Python's integers, which should not leave the cache
-        some = ends[start:start + 257]
-        hashes[start:start + 256] = digest(shingles[some[0]:some[-1]], np.ascontiguousarray(some - some[0]), NUM_HASHES, 1).to_rows()
+    digest, hashes = (
+        minhash_library().digest_matrix_from_flat_token_hashes,
+        np.empty((len(ends) - 1, NUM_HASHES), np.uint32),
+    )
+    for start in range(
+        0, len(hashes), 256
+    ):  # they come as lists of Python's integers, which should not leave the cache
+        some = ends[start : start + 257]
+        hashes[start : start + 256] = digest(
+            shingles[some[0] : some[-1]], np.ascontiguousarray(some - some[0]), NUM_HASHES, 1
+        ).to_rows()
     return hashes
 
 
@@ -102,12 +120,18 @@ def _shingles(texts: list[str], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarr
     words[inside] = [hashes[word] for words in found for word in words]
     shingles = np.repeat(seeds, lengths) * _FACTORS[2, -1]
     for place in range(_WORDS):
-        shingles += words[place:place + len(shingles)] * _FACTORS[2, place]
+        shingles += words[place : place + len(shingles)] * _FACTORS[2, place]
     return shingles ^ shingles >> np.uint64(32), ends.astype(np.uint64)
 
 
-def write_sketches(signatures_path: Path, bands_path: Path, signatures: np.ndarray, bands: np.ndarray, ordinals: np.ndarray,
-                   ranks: np.ndarray) -> None:
+def write_sketches(
+    signatures_path: Path,
+    bands_path: Path,
+    signatures: np.ndarray,
+    bands: np.ndarray,
+    ordinals: np.ndarray,
+    ranks: np.ndarray,
+) -> None:
     """Write the sketches of one unit's records, each file in one atomic step, for `resolve_near`.
 
     `signatures` (N, V, 128) and `bands` (N, bands, 2) come from `sketch`; `ordinals` (N,), ascending, and `ranks` (N,) are those of
@@ -118,14 +142,23 @@ def write_sketches(signatures_path: Path, bands_path: Path, signatures: np.ndarr
     with atomic_path(signatures_path) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
     count = bands.shape[1]
-    write_fingerprints(bands_path, bands.reshape(-1, 2), np.repeat(np.arange(len(ordinals)), count), np.repeat(ranks, count))
+    write_fingerprints(
+        bands_path, bands.reshape(-1, 2), np.repeat(np.arange(len(ordinals)), count), np.repeat(ranks, count)
+    )
 
 
 def _row(views: int) -> np.dtype:
     return np.dtype([("ordinal", "<u8"), ("signature", "<u2", (views, NUM_HASHES))])
 
 
-def resolve_near(signature_paths: list[Path], band_paths: list[Path], part: int, parts: int, out: Path, threshold: float = DEFAULT_THRESHOLD) -> None:
+def resolve_near(
+    signature_paths: list[Path],
+    band_paths: list[Path],
+    part: int,
+    parts: int,
+    out: Path,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> None:
     """Write which records one part of the bands drops, as `duplicates.resolve` does; `duplicates.dropped` reads it.
 
     `signature_paths[unit]` and `band_paths[unit]` are the unit's files from `write_sketches`, made with the same threshold.
@@ -171,7 +204,9 @@ def _near_an_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     places = np.arange(len(starts)) - starts
     near = np.zeros(len(starts), bool)
-    open_ones = np.flatnonzero(places > 0)  # not yet near an earlier one; all are compared with the first of their group, the second, ...
+    open_ones = np.flatnonzero(
+        places > 0
+    )  # not yet near an earlier one; all are compared with the first of their group, the second, ...
     leader = 0
     while len(open_ones):
         same = signatures[open_ones] == signatures[starts[open_ones] + leader]

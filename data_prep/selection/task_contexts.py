@@ -35,7 +35,11 @@ def skipped_files_note(test: TaskTest) -> str:
 def describe_test(test: TaskTest) -> str:
     """Return what messages call a test."""
     source = test.source
-    return f"hub:{source.path}:{source.hub_split} ({test.task})" if isinstance(source, HubSource) else f"{source.path} ({test.task})"
+    return (
+        f"hub:{source.path}:{source.hub_split} ({test.task})"
+        if isinstance(source, HubSource)
+        else f"{source.path} ({test.task})"
+    )
 
 
 def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
@@ -47,8 +51,16 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
     """
     row_format = public_row_format(test.task)
     reader = RowReader(test.source, data.views, test.key, row_format, allow_missing_views=data.missing_views == "keep")
-    mappings = [make_mapping(source, data.views, "data.sources", {view: view for view in data.views}).records for source in _other_forms(data, test)]
-    bare = [column for view, given in _mapped(test.source).items() if view in context_names(data.views) for column in template_columns(given)]
+    mappings = [
+        make_mapping(source, data.views, "data.sources", {view: view for view in data.views}).records
+        for source in _other_forms(data, test)
+    ]
+    bare = [
+        column
+        for view, given in _mapped(test.source).items()
+        if view in context_names(data.views)
+        for column in template_columns(given)
+    ]
     contexts: dict[str, None] = {}
     others: dict[str, None] = {}
     targets: set[str] = set()
@@ -63,7 +75,9 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
         others |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
     contexts |= {view: None for view in others if view not in targets}  # pairs may be trained in both directions
     if not contexts:
-        raise UserError(f"{describe_test(test)} ({test.key}) has no rows; correct the path, or set data.decontaminate=false")
+        raise UserError(
+            f"{describe_test(test)} ({test.key}) has no rows; correct the path, or set data.decontaminate=false"
+        )
     return list(contexts)
 
 
@@ -110,7 +124,10 @@ def _mapped(source: BaseSource) -> dict[str, str]:
 def _other_forms(data: DataConfig, test: TaskTest) -> list[BaseSource]:
     """Return sources of the mappings, the default one included, that rows of the corpus have and the test has not."""
     different: list[BaseSource] = []
-    for source in [BaseSource(), *(source for source in data.sources if not isinstance(source, NlrxSource | PythonSource | TextSource))]:
+    for source in [
+        BaseSource(),
+        *(source for source in data.sources if not isinstance(source, NlrxSource | PythonSource | TextSource)),
+    ]:
         if source.views != test.source.views and all(source.views != other.views for other in different):
             different.append(source)
     return different

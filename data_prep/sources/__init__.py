@@ -7,7 +7,17 @@ text of each view, or the reason why there is none.
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.config import ArrowSource, CsvSource, HubSource, JsonSource, NlrxSource, ParquetSource, PythonSource, Source, TextSource
+from data_prep.config import (
+    ArrowSource,
+    CsvSource,
+    HubSource,
+    JsonSource,
+    NlrxSource,
+    ParquetSource,
+    PythonSource,
+    Source,
+    TextSource,
+)
 from data_prep.sources.arrow import Arrow
 from data_prep.sources.csv_rows import Csv
 from data_prep.sources.hub import open_hub
@@ -21,8 +31,14 @@ from data_prep.sources.text import Text
 __all__ = ["Reader", "open_source"]
 
 READERS: dict[type, Callable[[Any, tuple[str, ...], str], Reader]] = {
-    ArrowSource: Arrow, CsvSource: Csv, HubSource: open_hub, JsonSource: JsonLines, NlrxSource: Nlrx, ParquetSource: Parquet,
-    PythonSource: PythonCode, TextSource: Text,
+    ArrowSource: Arrow,
+    CsvSource: Csv,
+    HubSource: open_hub,
+    JsonSource: JsonLines,
+    NlrxSource: Nlrx,
+    ParquetSource: Parquet,
+    PythonSource: PythonCode,
+    TextSource: Text,
 }
 
 

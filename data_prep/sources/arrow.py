@@ -32,7 +32,9 @@ class Arrow:
         for path in self.files:
             with opened(path) as (schema, _):
                 self.mappings[path] = column_mapping(source, views, schema.names, path, name)
-        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
+        self.provided_views = tuple(
+            map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True))
+        )
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -59,8 +61,10 @@ class Arrow:
 def _find(source: FileSource, name: str) -> tuple[list[str], str]:
     path = Path(source.path or "")
     if (path / SPLITS).is_file():
-        raise UserError(f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: give the folder of one, such as "
-                        f"{path / splits_of(path)[0]}, or type: hub with hub_split")
+        raise UserError(
+            f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: give the folder of one, such as "
+            f"{path / splits_of(path)[0]}, or type: hub with hub_split"
+        )
     return (saved_files(path), "") if (path / DATASET).is_file() else files.find_files_with_note(source, name, SUFFIXES)
 
 
@@ -74,7 +78,9 @@ def saved_files(folder: Path) -> list[str]:
     found = [str(folder / str(entry.get("filename"))) for entry in _listed(folder / DATASET, "_data_files")]
     for path in found:
         if not Path(path).is_file():
-            raise UserError(f"{path} is missing, which {folder / DATASET} lists: write the folder anew with save_to_disk")
+            raise UserError(
+                f"{path} is missing, which {folder / DATASET} lists: write the folder anew with save_to_disk"
+            )
     return found
 
 
@@ -96,8 +102,15 @@ def opened(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
             magic = file.read(len(FILE_FORMAT))
             file.seek(0)
             reader = pa.ipc.open_file(file) if magic == FILE_FORMAT else pa.ipc.open_stream(file)
-            yield reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches)) if magic == FILE_FORMAT else iter(reader)
+            yield (
+                reader.schema,
+                (reader.get_batch(number) for number in range(reader.num_record_batches))
+                if magic == FILE_FORMAT
+                else iter(reader),
+            )
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise files.read_error(path, error) from None
-        raise UserError(f"{path} is not an Arrow file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None
+        raise UserError(
+            f"{path} is not an Arrow file, or damaged ({' '.join(str(error).split())[:200]}); replace it"
+        ) from None

@@ -16,8 +16,12 @@ class Unreadable(str):
 def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterator[Record]:
     """Yield the records of a batch, `before` rows after the first row of its piece. A row with an unreadable value is malformed."""
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
-    unreadable = {row: f"{name!r} holds {value}, not text" for name, column in zip(names, columns, strict=True)
-                  for row, value in enumerate(column) if value.__class__ is Unreadable}
+    unreadable = {
+        row: f"{name!r} holds {value}, not text"
+        for name, column in zip(names, columns, strict=True)
+        for row, value in enumerate(column)
+        if value.__class__ is Unreadable
+    }
     for row, values in enumerate(zip(*columns, strict=True)):
         position = before + row + 1
         if row in unreadable:
@@ -52,7 +56,9 @@ def _value(scalar: pa.Scalar) -> Any:
 def _has_bytes(kind: pa.DataType) -> bool:
     """Return whether a type is bytes without the UTF-8 annotation, as Impala and old Spark write text, or contains such bytes."""
     tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
-    return any(test(kind) for test in tests) or any(_has_bytes(kind.field(index).type) for index in range(kind.num_fields))
+    return any(test(kind) for test in tests) or any(
+        _has_bytes(kind.field(index).type) for index in range(kind.num_fields)
+    )
 
 
 def _decoded(value: Any) -> Any:

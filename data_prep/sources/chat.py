@@ -44,6 +44,7 @@ def role_reader(column: str, role: str) -> Callable[[dict[str, Any]], str | None
         if turns > 1:
             raise NotTextError(f"`{column}` has {turns} turns of the {role}, a view holds one")
         return text
+
     return read
 
 

@@ -18,14 +18,25 @@ BAD = "\udcff"
 class Csv:
     """CSV or TSV files. A file is one piece, because quotes can only be matched from its beginning."""
 
-    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None, delimiter: str | None = None):
+    def __init__(
+        self,
+        source: FileSource,
+        views: tuple[str, ...],
+        name: str,
+        found: list[str] | None = None,
+        delimiter: str | None = None,
+    ):
         self.delimiter = delimiter
         self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
         self.mappings: dict[str, ViewMapping] = {}
         for path in self.files:
             size = files.size_of(path)
-            self.mappings[path] = column_mapping(source, views, header(Piece(path, 0, size, size), delimiter), path, name)
-        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
+            self.mappings[path] = column_mapping(
+                source, views, header(Piece(path, 0, size, size), delimiter), path, name
+            )
+        self.provided_views = tuple(
+            map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True))
+        )
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -52,7 +63,9 @@ class Csv:
         return f"{piece.path}:{before + position}"
 
 
-def read_objects(piece: Piece, delimiter: str | None = None) -> Iterator[tuple[int, dict[str, str] | ValueError | files.CorruptFileError]]:
+def read_objects(
+    piece: Piece, delimiter: str | None = None
+) -> Iterator[tuple[int, dict[str, str] | ValueError | files.CorruptFileError]]:
     """Yield the rows of a file by the names of their columns, each with the line on which it starts, or why it cannot be read."""
     names, rows = header(piece, delimiter), _rows(piece, delimiter)
     next(rows)
@@ -73,8 +86,16 @@ def header(piece: Piece, delimiter: str | None = None) -> list[str]:
     """Return the names of the columns of a file. Raises UserError if the first line does not give them."""
     line, row = next(_rows(piece, delimiter), (1, []))
     if not isinstance(row, list) or not row or len(set(row)) < len(row):
-        problem = row if isinstance(row, Exception) else f"names {max(row, key=row.count)!r} twice" if row else "there is none"
-        raise UserError(f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name")
+        problem = (
+            row
+            if isinstance(row, Exception)
+            else f"names {max(row, key=row.count)!r} twice"
+            if row
+            else "there is none"
+        )
+        raise UserError(
+            f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name"
+        )
     return row
 
 
@@ -83,7 +104,9 @@ def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] 
     kind = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
     csv.field_size_limit(files.MAX_LINE_BYTES)
     with files.open_piece(piece) as file:
-        rows = csv.reader(_lines(file, piece.path), delimiter=delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True)
+        rows = csv.reader(
+            _lines(file, piece.path), delimiter=delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True
+        )
         while True:
             line = rows.line_num + 1
             try:

@@ -49,7 +49,9 @@ def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_
     return find_files_with_note(source, name, suffixes, follow_links)[0]
 
 
-def find_files_with_note(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> tuple[list[str], str]:
+def find_files_with_note(
+    source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True
+) -> tuple[list[str], str]:
     """Return the files of a source, see `find_files`, and a line about the others in its folders, empty if there are none."""
     path, key = source.path, f"{name}.path"
     skipped: list[str] = []
@@ -58,12 +60,18 @@ def find_files_with_note(source: FileSource, name: str, suffixes: tuple[str, ...
     if os.path.isdir(path):
         found = _below(path, suffixes, follow_links, skipped)
         if not found:
-            raise UserError(f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else ""))
+            raise UserError(
+                f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else "")
+            )
     elif os.path.lexists(path) or not glob.has_magic(path):
         found = [path]
     else:
         matches = glob.glob(path, recursive=True)
-        found = [file for match in matches for file in (_below(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])]
+        found = [
+            file
+            for match in matches
+            for file in (_below(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])
+        ]
         if not found:
             raise UserError(f"no file matches {path} ({key}); check the pattern")
     for file in found:
@@ -98,6 +106,7 @@ def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: 
 
     If links to folders are followed, each folder comes once.
     """
+
     def fail(error: OSError) -> None:
         raise read_error(error.filename, error)
 
@@ -167,8 +176,10 @@ def block_reader(file: BinaryIO, path: str) -> Callable[[], bytes]:
     if compression_suffix(path) is None:
         return lambda: file.read(BLOCK_BYTES)
     if not os.path.getsize(path):
+
         def empty() -> bytes:
             raise CorruptFileError("the compressed file is empty, so it was not written to its end: replace it")
+
         return empty
 
     read_some, size = (file.read1, BLOCK_BYTES) if isinstance(file, gzip.GzipFile) else (file.read, SMALL_BLOCK)
@@ -178,10 +189,15 @@ def block_reader(file: BinaryIO, path: str) -> Callable[[], bytes]:
             return read_some(size)
         except (OSError, EOFError, zlib.error) as error:
             if WINDOW_TOO_LONG in str(error):
-                raise UserError(f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
-                                f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst") from None
-            raise CorruptFileError(f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
-                          "replace it") from None
+                raise UserError(
+                    f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
+                    f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst"
+                ) from None
+            raise CorruptFileError(
+                f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
+                "replace it"
+            ) from None
+
     return read
 
 
@@ -235,7 +251,10 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
             block = block[:end] or block
         length -= len(block)
         first, *others = block.split(b"\n")
-        found: list[bytes | None] = [None if too_long or len(held) + len(first) > MAX_LINE_BYTES else held + first, *others]
+        found: list[bytes | None] = [
+            None if too_long or len(held) + len(first) > MAX_LINE_BYTES else held + first,
+            *others,
+        ]
         last = found.pop()
         yield from found
         held, too_long = last or b"", last is None

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 READERS: dict[tuple[str, ...], Callable[..., Reader]] = {
-    arrow.SUFFIXES: Arrow, csv_rows.SUFFIXES: Csv, json_lines.SUFFIXES: JsonLines, parquet.SUFFIXES: Parquet}
+    arrow.SUFFIXES: Arrow,
+    csv_rows.SUFFIXES: Csv,
+    json_lines.SUFFIXES: JsonLines,
+    parquet.SUFFIXES: Parquet,
+}
 WITHOUT_EFFECT = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
 """Settings of a builder of `datasets` that leave the text of its files as it is, or that a reader here has too."""
 
@@ -39,7 +43,9 @@ def check_saved_split(source: HubSource, name: str) -> None:
     if (folder / arrow.SPLITS).is_file():
         _check_split(source, name, arrow.splits_of(folder))
     elif source.hub_split != "train":
-        raise UserError(f"{folder} ({name}.path) is a single data set of save_to_disk, without splits: leave out {name}.hub_split")
+        raise UserError(
+            f"{folder} ({name}.path) is a single data set of save_to_disk, without splits: leave out {name}.hub_split"
+        )
 
 
 def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader | None:
@@ -49,7 +55,9 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
     if not is_saved(source):
         return None
     if source.config is not None:
-        raise UserError(f"{folder} ({name}.path) was written by save_to_disk and has no configurations: leave out {name}.config")
+        raise UserError(
+            f"{folder} ({name}.path) was written by save_to_disk and has no configurations: leave out {name}.config"
+        )
     check_saved_split(source, name)
     if has_splits:
         folder /= source.hub_split
@@ -61,7 +69,9 @@ def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "D
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
     found = files[source.hub_split]
-    make = next((reader for suffixes, reader in READERS.items() if all(file.endswith(suffixes) for file in found)), None)
+    make = next(
+        (reader for suffixes, reader in READERS.items() if all(file.endswith(suffixes) for file in found)), None
+    )
     if make is None or not _is_standard(builder.config):
         return None
     delimiter = {"delimiter": builder.config.sep} if make is Csv else {}
@@ -75,11 +85,19 @@ def text_files(source: HubSource, name: str, builder: "DatasetBuilder") -> list[
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
     found = files[source.hub_split]
-    return found if _is_standard(builder.config) and all(file.endswith(json_lines.SUFFIXES + csv_rows.SUFFIXES) for file in found) else []
+    return (
+        found
+        if _is_standard(builder.config)
+        and all(file.endswith(json_lines.SUFFIXES + csv_rows.SUFFIXES) for file in found)
+        else []
+    )
 
 
 def _files_by_split(source: HubSource, builder: "DatasetBuilder") -> dict[str, list[str]]:
-    return {str(split): [_below(source.path, file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    return {
+        str(split): [_below(source.path, file) for file in found]
+        for split, found in (builder.config.data_files or {}).items()
+    }
 
 
 def _as_files(source: HubSource) -> FileSource:
@@ -88,7 +106,9 @@ def _as_files(source: HubSource) -> FileSource:
 
 def _check_split(source: HubSource, name: str, splits: list[str]) -> None:
     if source.hub_split not in splits:
-        raise UserError(f"{source.path} ({name}.path) has no split {source.hub_split!r}, only {', '.join(splits) or 'none'}: set {name}.hub_split")
+        raise UserError(
+            f"{source.path} ({name}.path) has no split {source.hub_split!r}, only {', '.join(splits) or 'none'}: set {name}.hub_split"
+        )
 
 
 def _is_standard(config: Any) -> bool:
@@ -106,11 +126,15 @@ def _note(source: HubSource, name: str, read: set[str]) -> str:
     """Return a line that names the data files of a folder that are in no split; empty if there are none."""
     folder, suffixes = Path(source.path), tuple(suffix for of_reader in READERS for suffix in of_reader)
     data_files = (path for path in folder.rglob("*") if path.name.endswith(suffixes))
-    visible = {str(path) for path in data_files if not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    visible = {
+        str(path) for path in data_files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
     left_out = sorted(visible - read)
     if not left_out:
         return ""
     examples = ", ".join([*left_out[:SHOWN_FILES], *(["..."] if len(left_out) > SHOWN_FILES else [])])
     some = f"{len(left_out):,} files are" if len(left_out) > 1 else "a file is"
-    return (f"note: {source.path} ({name}.path) is read as the hub does, by the names of files or its README.md, and {some} in no split: {examples}; "
-            "to read all files of a kind, set its type, such as type: json")
+    return (
+        f"note: {source.path} ({name}.path) is read as the hub does, by the names of files or its README.md, and {some} in no split: {examples}; "
+        "to read all files of a kind, set its type, such as type: json"
+    )

@@ -95,7 +95,7 @@ class _Text:
             while self.at < len(self.held) and self.held[self.at] in BLANK:
                 self.at += 1
             if self.at < len(self.held) or not self._more():
-                return self.held[self.at:self.at + 1]
+                return self.held[self.at : self.at + 1]
 
     def value(self) -> Any:
         """Return the value at this place, and move past it."""
@@ -109,7 +109,7 @@ class _Text:
             except ValueError:  # an integer of more digits than Python reads
                 scan = SCAN_ANY_INTEGER
             else:
-                element, self.at = self.held[self.at:end], end
+                element, self.at = self.held[self.at : end], end
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
@@ -117,7 +117,7 @@ class _Text:
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)
-        parts = [self.held[self.at:]]
+        parts = [self.held[self.at :]]
         wanted, size = max(1, len(parts[0])), 0
         while size < wanted and not self.ended:
             block = self.read()

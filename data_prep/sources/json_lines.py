@@ -38,7 +38,9 @@ class JsonLines:
         with files.open_piece(piece) as file:
             read = files.block_reader(file, piece.path)
             packed = files.compression_suffix(piece.path) is not None
-            found = files.lines(read) if packed else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
+            found = (
+                files.lines(read) if packed else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
+            )
             try:
                 for number, line in enumerate(found, start=1):
                     if line is None:

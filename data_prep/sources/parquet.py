@@ -31,8 +31,13 @@ class Parquet:
             with opened(path) as file:
                 self.mappings[path] = column_mapping(source, views, file.schema_arrow.names, path, name)
                 groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-                self.sizes[path] = [sum(group.column(index).total_compressed_size for index in range(group.num_columns)) for group in groups]
-        self.provided_views = tuple(map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True)))
+                self.sizes[path] = [
+                    sum(group.column(index).total_compressed_size for index in range(group.num_columns))
+                    for group in groups
+                ]
+        self.provided_views = tuple(
+            map(any, zip(*(mapping.provided_views for mapping in self.mappings.values()), strict=True))
+        )
 
     def pieces(self) -> list[Piece]:
         """Cut the source, see `Reader.pieces`."""
@@ -51,7 +56,9 @@ class Parquet:
         """Read a piece, see `Reader.read`."""
         mapping, before = self.mappings[piece.path], 0
         with opened(piece.path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False):
+            for batch in file.iter_batches(
+                BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False
+            ):
                 yield from records(batch, mapping, before)
                 before += batch.num_rows
 
@@ -72,12 +79,16 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file. Raises UserError where it cannot be read."""
     try:
         status = os.stat(path)
-        with pq.ParquetFile(path, page_checksum_verification=True, metadata=_metadata(path, status.st_size, status.st_mtime_ns)) as file:
+        with pq.ParquetFile(
+            path, page_checksum_verification=True, metadata=_metadata(path, status.st_size, status.st_mtime_ns)
+        ) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise files.read_error(path, error) from None
-        raise UserError(f"{path} is no Parquet file, or damaged ({' '.join(str(error).split())[:200]}); replace it") from None
+        raise UserError(
+            f"{path} is no Parquet file, or damaged ({' '.join(str(error).split())[:200]}); replace it"
+        ) from None
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,9 @@ class PythonCode:
 
     def __init__(self, source: PythonSource, views: tuple[str, ...], name: str):
         self.root = files.glob_root(source.path or "")
-        self.files = sorted(files.find_files(source, name, (".py",), follow_links=False), key=lambda path: Path(path).parts)
+        self.files = sorted(
+            files.find_files(source, name, (".py",), follow_links=False), key=lambda path: Path(path).parts
+        )
         self.mapping = make_mapping(source, views, name, first_and_last(views, "docstring", "code"))
         check_columns(self.mapping, COLUMNS, "a python source", name)
         self.provided_views = self.mapping.provided_views
@@ -46,7 +48,9 @@ class PythonCode:
             rows = self._rows(content, ".".join(module))
         except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:
             line = getattr(error, "lineno", None) or 1
-            problem = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', None) or str(error) or 'nested too deeply'}".split())
+            problem = " ".join(
+                f"{type(error).__name__}: {getattr(error, 'msg', None) or str(error) or 'nested too deeply'}".split()
+            )
             yield Record(None, line, problem[:200], UNPARSABLE, module[0])
             return
         for line, row in rows:
@@ -57,9 +61,22 @@ class PythonCode:
     def _rows(self, content: bytes, module: str) -> list[tuple[int, Row]]:
         text, functions = parse(content)
         lines = text.split("\n")
-        signature = signature_of if "signature" in self.mapping.columns else lambda function: None  # it takes as long as parsing
-        return [(function.lineno, {"docstring": inspect.cleandoc(ast.get_docstring(function, clean=False) or ""), "code": code_of(function, lines),
-                                   "name": function.name, "signature": signature(function), "module": module}) for function in functions]
+        signature = (
+            signature_of if "signature" in self.mapping.columns else lambda function: None
+        )  # it takes as long as parsing
+        return [
+            (
+                function.lineno,
+                {
+                    "docstring": inspect.cleandoc(ast.get_docstring(function, clean=False) or ""),
+                    "code": code_of(function, lines),
+                    "name": function.name,
+                    "signature": signature(function),
+                    "module": module,
+                },
+            )
+            for function in functions
+        ]
 
     def count(self, piece: Piece) -> int:
         """Count positions, see `Reader.count`."""
@@ -85,7 +102,11 @@ def parse(content: bytes) -> tuple[str, list[Function]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the code that is read, such as "invalid escape sequence"
         tree = ast.parse(text)
-    found = [node for node in ast.walk(tree) if isinstance(node, Function) and len(node.body) > 1 and (ast.get_docstring(node) or "").strip()]
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, Function) and len(node.body) > 1 and (ast.get_docstring(node) or "").strip()
+    ]
     return text, sorted(found, key=lambda node: (node.lineno, node.col_offset))
 
 
@@ -104,10 +125,13 @@ def code_of(function: Function, lines: list[str]) -> str:
     while function.decorator_list and not lines[first].lstrip().startswith("@"):
         first -= 1  # the decorator stands in parentheses, which have no place of their own
     docstring, after = function.body[:2]
-    before = lines[docstring.lineno - 1].encode()[:docstring.col_offset].decode()
+    before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
     if before.strip() or after.lineno == docstring.end_lineno:  # it shares a line with `def` or with the next statement
-        rest = [before + lines[after.lineno - 1].encode()[after.col_offset:].decode(), *lines[after.lineno:function.end_lineno]]
+        rest = [
+            before + lines[after.lineno - 1].encode()[after.col_offset :].decode(),
+            *lines[after.lineno : function.end_lineno],
+        ]
     else:
-        rest = lines[docstring.end_lineno:function.end_lineno]
-    indentation = lines[first][:len(lines[first]) - len(lines[first].lstrip())]
-    return "\n".join(line.removeprefix(indentation) for line in lines[first:docstring.lineno - 1] + rest)
+        rest = lines[docstring.end_lineno : function.end_lineno]
+    indentation = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+    return "\n".join(line.removeprefix(indentation) for line in lines[first : docstring.lineno - 1] + rest)

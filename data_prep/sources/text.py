@@ -43,7 +43,9 @@ class Text:
             begin = max(0, start - LOOK_BACK)
             if begin:
                 file.seek(begin)
-            for line, document in Splitter(files.block_reader(file, piece.path), self.separators, begin, start, stop).documents():
+            for line, document in Splitter(
+                files.block_reader(file, piece.path), self.separators, begin, start, stop
+            ).documents():
                 yield from self._records(line, document)
 
     def count(self, piece: Piece) -> int:
@@ -74,7 +76,9 @@ def separator_pattern(separator: str) -> re.Pattern[bytes]:
 class Splitter:
     """Cuts bytes, read from place `begin` of a file on, into the documents whose first line starts at `start` to `stop`."""
 
-    def __init__(self, read: Callable[[], bytes], separators: re.Pattern[bytes] | None, begin: int, start: int, stop: int):
+    def __init__(
+        self, read: Callable[[], bytes], separators: re.Pattern[bytes] | None, begin: int, start: int, stop: int
+    ):
         self.read, self.separators, self.start, self.stop = read, separators, start, stop
         # `data` starts with the newline before a line that may be a separator; before the first line of the file one is made up
         self.data, self.at = (b"\n", -1) if begin == 0 else (b"", begin)  # at: place of data[0]
@@ -129,7 +133,7 @@ class Splitter:
         """The document at hand, which ends before data[end], its newline if it has one; nothing where it is another piece's."""
         if not self.wanted:
             return b""
-        document = self.data[max(self.first - self.at, 0):end]
+        document = self.data[max(self.first - self.at, 0) : end]
         if self.size + len(document) <= LONGEST_DOCUMENT + 1:  # the byte more may be that of its newline
             if self.parts:
                 document = b"".join(self.parts) + document
@@ -145,7 +149,7 @@ class Splitter:
         cut = len(self.data) if last < 0 or len(self.data) - last > LOOK_BACK else last
         self._count(self.at + cut)
         if self.wanted:
-            part = self.data[max(self.first - self.at, 0):cut]
+            part = self.data[max(self.first - self.at, 0) : cut]
             self.size += len(part)
             if self.size <= LONGEST_DOCUMENT + 1:  # a longer one is refused
                 self.parts.append(part)

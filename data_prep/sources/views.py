@@ -61,8 +61,11 @@ class RowMapping:
     def __init__(self, source: BaseSource, views: tuple[str, ...], name: str):
         self._views = views
         self.columns = make_mapping(source, views, name, {view: view for view in views})
-        self._chats = {column: make_mapping(source, views, name, chat_columns(views, column)) for column in COLUMNS
-                       if len(views) > 1 and column not in views}
+        self._chats = {
+            column: make_mapping(source, views, name, chat_columns(views, column))
+            for column in COLUMNS
+            if len(views) > 1 and column not in views
+        }
 
     def of(self, row: Row) -> ViewMapping:
         """Return the mapping of a row."""
@@ -75,7 +78,9 @@ class RowMapping:
         return next(malformed, self.columns)
 
 
-def column_mapping(source: BaseSource, views: tuple[str, ...], columns: list[str], where: str, name: str) -> ViewMapping:
+def column_mapping(
+    source: BaseSource, views: tuple[str, ...], columns: list[str], where: str, name: str
+) -> ViewMapping:
     """Return the mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
     by_name = {view: view for view in views}
     chat = next((column for column in COLUMNS if column in columns and column not in views), None)
@@ -88,8 +93,11 @@ def column_mapping(source: BaseSource, views: tuple[str, ...], columns: list[str
     if not set(views) <= set(columns):
         return mapping
     plain = make_mapping(source, views, name, by_name)  # of the rows without a conversation
-    return ViewMapping(plain.provided_views, tuple(dict.fromkeys(mapping.columns + plain.columns)),
-                   lambda row, position: (mapping if is_conversation(row.get(chat)) else plain).records(row, position))
+    return ViewMapping(
+        plain.provided_views,
+        tuple(dict.fromkeys(mapping.columns + plain.columns)),
+        lambda row, position: (mapping if is_conversation(row.get(chat)) else plain).records(row, position),
+    )
 
 
 def check_columns(mapping: ViewMapping, known: Iterable[str], where: str, name: str) -> None:
@@ -98,7 +106,9 @@ def check_columns(mapping: ViewMapping, known: Iterable[str], where: str, name: 
     for column in mapping.columns:
         if column not in known:
             shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-            raise UserError(f"{where} has no column {column!r}, only {shown or 'none'}; name its columns in {name}.views")
+            raise UserError(
+                f"{where} has no column {column!r}, only {shown or 'none'}; name its columns in {name}.views"
+            )
 
 
 def template_columns(given: str) -> list[str]:
@@ -130,6 +140,7 @@ def _column(column: str) -> tuple[Getter, list[str]]:
     def get(row: Row) -> str | None:
         text = row.get(column)
         return text if text.__class__ is str and text.isascii() else to_text(text, column)
+
     return get, [column]
 
 
@@ -142,6 +153,7 @@ def _template(parts: list[str | Getter]) -> Getter:
                 return None  # what is put together around nothing is nothing
             texts.append(text)
         return "".join(texts)
+
     return get
 
 
@@ -161,6 +173,7 @@ def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
         except NotTextError as problem:
             return (Record(None, position, str(problem)),)
         return (new(Record, (tuple(views), position, "", "malformed", "")),)
+
     return records
 
 
@@ -175,5 +188,8 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
             return [Record(None, position, str(problem))]
         group = texts[views - 1] if len(texts) > views else ""  # a list that becomes one record is drawn as any other
         texts += [""] * (-len(texts) % views or views * (not texts))
-        return [Record(tuple(texts[start:start + views]), position, group=group) for start in range(0, len(texts), views)]
+        return [
+            Record(tuple(texts[start : start + views]), position, group=group) for start in range(0, len(texts), views)
+        ]
+
     return records

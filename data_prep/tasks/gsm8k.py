@@ -2,4 +2,6 @@
 
 from data_prep.tasks.row_format import RowFormat, to_text
 
-ROW_FORMAT = RowFormat(frozenset({"question", "answer"}), lambda row: (to_text(row["question"]), to_text(row["answer"])), "question")
+ROW_FORMAT = RowFormat(
+    frozenset({"question", "answer"}), lambda row: (to_text(row["question"]), to_text(row["answer"])), "question"
+)

@@ -17,7 +17,9 @@ def printable(text: str) -> str:
 
 def display_width(text: str) -> int:
     """Columns of a printable text on a terminal."""
-    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
 
 
 def padded(text: str, width: int) -> str:
@@ -51,7 +53,9 @@ def show_record(tokenizer: Tokenizer, number: int, views: dict[str, np.ndarray],
             lines.append(f"  {name}: null, the record lacks it")
             continue
         text = tokenizer.decode(ids)
-        lines.append(f"  {name}: {len(ids):,} tokens, {len(text):,} characters, {len(text) / len(ids):.2f} characters a token")
+        lines.append(
+            f"  {name}: {len(ids):,} tokens, {len(text):,} characters, {len(text) / len(ids):.2f} characters a token"
+        )
         lines += [f"    {line}" for line in _wrapped(printable(text), width - 4)]
         lines += [f"    {line}" for line in _pieces(tokenizer, ids, width - 4)]
     return "\n".join(lines)

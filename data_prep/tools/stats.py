@@ -25,12 +25,19 @@ def stats(folder: Path, name: str) -> Iterator[str]:
     manifest = read_manifest(folder)
     split = manifest["splits"][name]
     counts, incomplete = _length_counts(folder, manifest, split)
-    yield "\n".join([f"{name}: {split['records']:,} records, {sum(split['tokens'].values()):,} tokens; "
-                     f"{incomplete / split['records']:.1%} of the records lack a view", *_table(manifest["views"], counts)])
+    yield "\n".join(
+        [
+            f"{name}: {split['records']:,} records, {sum(split['tokens'].values()):,} tokens; "
+            f"{incomplete / split['records']:.1%} of the records lack a view",
+            *_table(manifest["views"], counts),
+        ]
+    )
     for view, of_view in zip(manifest["views"], counts, strict=True):
         if of_view.any():
             yield "\n".join([f"{name}, {view}: records by tokens", *_histogram(of_view)])
-    sources = [given | made for given, made in zip(manifest["settings"]["data"]["sources"], manifest["sources"], strict=True)]
+    sources = [
+        given | made for given, made in zip(manifest["settings"]["data"]["sources"], manifest["sources"], strict=True)
+    ]
     yield "\n".join([f"{name}: tokens by source", *_sources(sources, split["shards"])])
     if unknown := unknown_tokens(name, split):
         yield unknown
@@ -61,12 +68,20 @@ def quantile(counts: np.ndarray, share: float) -> float:
 
 def _table(views: list[str], counts: list[np.ndarray]) -> list[str]:
     names = max(4, *(display_width(view) for view in views))
-    lines = [f"  {padded('view', names)} {'records':>13} {'tokens':>15} {'mean':>9} {'median':>9} {'90%':>9} {'99%':>9} {'longest':>9}"]
+    lines = [
+        f"  {padded('view', names)} {'records':>13} {'tokens':>15} {'mean':>9} {'median':>9} {'90%':>9} {'99%':>9} {'longest':>9}"
+    ]
     for view, of_view in zip(views, counts, strict=True):
         records, tokens = int(of_view.sum()), int(of_view @ np.arange(len(of_view)))
-        numbers = [tokens / records, *(quantile(of_view, share) for share in (0.5, 0.9, 0.99)), np.flatnonzero(of_view)[-1]] if records else []
-        lines.append(f"  {padded(view, names)} {records:>13,} {tokens:>15,} "
-                     + " ".join(f"{number:,.1f}".removesuffix(".0").rjust(9) for number in numbers))
+        numbers = (
+            [tokens / records, *(quantile(of_view, share) for share in (0.5, 0.9, 0.99)), np.flatnonzero(of_view)[-1]]
+            if records
+            else []
+        )
+        lines.append(
+            f"  {padded(view, names)} {records:>13,} {tokens:>15,} "
+            + " ".join(f"{number:,.1f}".removesuffix(".0").rjust(9) for number in numbers)
+        )
     return lines
 
 
@@ -86,8 +101,10 @@ def _histogram(counts: np.ndarray) -> list[str]:
     lines = []
     for number in range(used[0], used[-1] + 1):
         low, high = bounds[number], bounds[number + 1] - 1
-        lines.append(f"  {f'{low:,}' if low == high else f'{low:,}–{high:,}':>15} {held[number]:>13,} {held[number] / sum(held):>6.1%} "
-                     f"{_bar(held[number] / max(held))}".rstrip())
+        lines.append(
+            f"  {f'{low:,}' if low == high else f'{low:,}–{high:,}':>15} {held[number]:>13,} {held[number] / sum(held):>6.1%} "
+            f"{_bar(held[number] / max(held))}".rstrip()
+        )
     return lines
 
 
@@ -106,8 +123,10 @@ def _sources(sources: list[dict[str, Any]], shards: list[dict[str, Any]]) -> lis
     for number, source in enumerate(sources):
         records, tokens = held[number].tolist()
         if records:
-            lines.append(f"  {records:>13,} {tokens:>15,} {tokens / held[:, 1].sum():>6.1%} {source['weight']:>6g} "
-                         f"{of_epoch[number] / of_epoch.sum():>11.1%}  data.sources.{number} {' '.join(_named(source))}")
+            lines.append(
+                f"  {records:>13,} {tokens:>15,} {tokens / held[:, 1].sum():>6.1%} {source['weight']:>6g} "
+                f"{of_epoch[number] / of_epoch.sum():>11.1%}  data.sources.{number} {' '.join(_named(source))}"
+            )
     return lines
 
 

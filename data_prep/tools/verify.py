@@ -95,8 +95,11 @@ def verify(folder: Path, say: Callable[[str], None], workers: int | None = None)
         if found:
             say(found)
     if damaged or problems:
-        raise UserError(f"{folder} is not sound: {damaged:,} of {len(shards):,} shards are damaged"
-                        + f", and {len(problems):,} other faults" * bool(problems) + f", named above; {_remedy(folder)}")
+        raise UserError(
+            f"{folder} is not sound: {damaged:,} of {len(shards):,} shards are damaged"
+            + f", and {len(problems):,} other faults" * bool(problems)
+            + f", named above; {_remedy(folder)}"
+        )
     records = sum(split.records for split in manifest.splits.values())
     tokens = sum(sum(split.tokens.values()) for split in manifest.splits.values())
     say(f"{len(shards):,} shards, {records:,} records, {tokens:,} tokens: all sound")
@@ -129,9 +132,13 @@ def _in_manifest(manifest: _Manifest) -> Iterator[str]:
         if places != sorted(places):
             yield f"{where}.shards: they do not stand in the order in which they were written, by source and file"
         for key, combine in (("records", sum), ("incomplete", sum), ("continued", sum), ("positions_needed", max)):
-            yield from _differs(f"{where}.{key}", getattr(split, key), combine(getattr(shard, key) for shard in split.shards))
+            yield from _differs(
+                f"{where}.{key}", getattr(split, key), combine(getattr(shard, key) for shard in split.shards)
+            )
         for key, combine in (("tokens", sum), ("longest", max)):
-            total = {view: combine(getattr(shard, key).get(view, 0) for shard in split.shards) for view in manifest.views}
+            total = {
+                view: combine(getattr(shard, key).get(view, 0) for shard in split.shards) for view in manifest.views
+            }
             yield from _differs(f"{where}.{key}", getattr(split, key), total)
 
 
@@ -150,12 +157,20 @@ def _in_folder(folder: Path, manifest: _Manifest) -> Iterator[str]:
             yield f"{path.name}: left over by an interrupted preparation; the same preparation, started again, removes it"
 
 
-def _look_at_shards(folder: Path, manifest: _Manifest, shards: list[_Shard], special_ids: frozenset[int], workers: int | None) -> Iterator[str]:
+def _look_at_shards(
+    folder: Path, manifest: _Manifest, shards: list[_Shard], special_ids: frozenset[int], workers: int | None
+) -> Iterator[str]:
     """What is wrong with each shard, in one line, in their order; empty for a sound one."""
-    look = partial(_look_at, folder, views=manifest.views, vocab_size=manifest.tokenizer.vocab_size, special_ids=special_ids)
+    look = partial(
+        _look_at, folder, views=manifest.views, vocab_size=manifest.tokenizer.vocab_size, special_ids=special_ids
+    )
     workers = min(workers or len(os.sched_getaffinity(0)), len(shards))
-    with tqdm(total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, disable=None, mininterval=1) as bar:
-        for shard, found in zip(shards, map(look, shards) if workers == 1 else _in_processes(look, shards, workers), strict=True):
+    with tqdm(
+        total=sum(shard.bytes for shard in shards), unit="B", unit_scale=True, disable=None, mininterval=1
+    ) as bar:
+        for shard, found in zip(
+            shards, map(look, shards) if workers == 1 else _in_processes(look, shards, workers), strict=True
+        ):
             bar.update(shard.bytes)
             yield f"{shard.file}: {'; '.join(found)}" if found else ""
 
@@ -165,12 +180,16 @@ def _in_processes(look: Callable[[_Shard], list[str]], shards: list[_Shard], wor
         try:
             yield from pool.map(look, shards)
         except BrokenProcessPool:
-            raise UserError("a process that looks at shards was killed (out of memory?); start the same command again") from None
+            raise UserError(
+                "a process that looks at shards was killed (out of memory?); start the same command again"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _look_at(folder: Path, shard: _Shard, *, views: list[str], vocab_size: int, special_ids: frozenset[int]) -> list[str]:
+def _look_at(
+    folder: Path, shard: _Shard, *, views: list[str], vocab_size: int, special_ids: frozenset[int]
+) -> list[str]:
     """What is wrong with one shard; where its bytes are not those that were written, as much as can be told from within."""
     path = folder / shard.file
     try:
@@ -186,7 +205,9 @@ def _look_at(folder: Path, shard: _Shard, *, views: list[str], vocab_size: int, 
         return [f"it cannot be read ({error.strerror or error})"]
 
 
-def _within(file: pa.MemoryMappedFile, shard: _Shard, views: list[str], vocab_size: int, special_ids: frozenset[int]) -> list[str]:
+def _within(
+    file: pa.MemoryMappedFile, shard: _Shard, views: list[str], vocab_size: int, special_ids: frozenset[int]
+) -> list[str]:
     """What is wrong inside a shard."""
     dtype = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
     wanted = [*((view, pa.list_(dtype)) for view in views), (CONTINUES, pa.bool_()), (CHECKSUM, pa.uint32())]
@@ -201,7 +222,11 @@ def _within(file: pa.MemoryMappedFile, shard: _Shard, views: list[str], vocab_si
     columns = [(field.name, field.type) for field in batch.schema]
     if columns != wanted:
         return [f"its columns are {_described(columns)}; they should be {_described(wanted)}"]
-    if batch.column(CONTINUES).null_count or batch.column(CHECKSUM).null_count or any(batch.column(view).values.null_count for view in views):
+    if (
+        batch.column(CONTINUES).null_count
+        or batch.column(CHECKSUM).null_count
+        or any(batch.column(view).values.null_count for view in views)
+    ):
         return ["it has nulls in place of tokens, checksums or flags"]
     if not batch.num_rows:
         return ["it holds no record"]
@@ -212,7 +237,9 @@ def _described(columns: list[tuple[str, pa.DataType]]) -> str:
     return ", ".join(f"{name}: {kind}" for name, kind in columns)
 
 
-def _look_at_rows(batch: pa.RecordBatch, shard: _Shard, views: list[str], vocab_size: int, special_ids: frozenset[int]) -> list[str]:
+def _look_at_rows(
+    batch: pa.RecordBatch, shard: _Shard, views: list[str], vocab_size: int, special_ids: frozenset[int]
+) -> list[str]:
     """Every record, and the counts of all."""
     lengths = np.stack([np.diff(batch.column(view).offsets.to_numpy()) for view in views], axis=1).astype(np.int64)
     present = np.stack([batch.column(view).is_valid().to_numpy(zero_copy_only=False) for view in views], axis=1)
@@ -221,19 +248,26 @@ def _look_at_rows(batch: pa.RecordBatch, shard: _Shard, views: list[str], vocab_
         "no view holds a token": np.array(~present.any(axis=1)),
         **{f"{view} is empty, but not null": present[:, v] & (lengths[:, v] == 0) for v, view in enumerate(views)},
         **{f"{view} is null, but holds tokens": ~present[:, v] & (lengths[:, v] > 0) for v, view in enumerate(views)},
-        "it goes on in the next record, which is of other views": continues & np.append((present[:-1] != present[1:]).any(axis=1), True),
+        "it goes on in the next record, which is of other views": continues
+        & np.append((present[:-1] != present[1:]).any(axis=1), True),
     }
-    for name in (f"{view} holds {what}" for view in views for what in ("an id beyond the vocabulary", "a special token")):
+    for name in (
+        f"{view} holds {what}" for view in views for what in ("an id beyond the vocabulary", "a special token")
+    ):
         faults[name] = np.zeros(len(lengths), bool)
     faults["its checksum is not that of its tokens"] = wrong = np.zeros(len(lengths), bool)
     stored = batch.column(CHECKSUM).to_numpy()
-    columns = [(batch.column(view).values.to_numpy(), batch.column(view).offsets.to_numpy().astype(np.int64)) for view in views]
+    columns = [
+        (batch.column(view).values.to_numpy(), batch.column(view).offsets.to_numpy().astype(np.int64)) for view in views
+    ]
     for first, stop in _blocks(lengths.sum(axis=1)):
         hashes = np.empty((stop - first, len(views)), np.uint64)
         for v, (values, offsets) in enumerate(columns):
             tokens, within = values[offsets[first] : offsets[stop]], lengths[first:stop, v]
-            for what, bad in ((f"{views[v]} holds an id beyond the vocabulary", tokens >= vocab_size),
-                              (f"{views[v]} holds a special token", np.isin(tokens, list(special_ids)))):
+            for what, bad in (
+                (f"{views[v]} holds an id beyond the vocabulary", tokens >= vocab_size),
+                (f"{views[v]} holds a special token", np.isin(tokens, list(special_ids))),
+            ):
                 if bad.any():
                     faults[what][first + np.repeat(np.arange(stop - first), within)[bad]] = True
             hashes[:, v] = view_hashes(tokens, within)
@@ -249,7 +283,9 @@ def _blocks(tokens: np.ndarray) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(bounds)
 
 
-def _closing(columns: list[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray, continues: np.ndarray, first: int, stop: int) -> np.ndarray:
+def _closing(
+    columns: list[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray, continues: np.ndarray, first: int, stop: int
+) -> np.ndarray:
     """The first token of the next record where a record goes on in it, else -1, for records [first, stop)."""
     continuation_tokens = np.full(stop - first, -1)
     places = np.flatnonzero(continues[first : min(stop, len(lengths) - 1)])

@@ -39,12 +39,16 @@ class Agent:
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._said: deque[str] = deque(maxlen=20)
         self._number = 0
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         requests, output, errors = self._process.stdin, self._process.stdout, self._process.stderr
         assert requests is not None and output is not None and errors is not None
         self._requests, self._output = requests, output
         threading.Thread(target=self._read, daemon=True).start()
-        self._errors = threading.Thread(target=lambda: self._said.extend(filter(None, map(str.strip, errors))), daemon=True)
+        self._errors = threading.Thread(
+            target=lambda: self._said.extend(filter(None, map(str.strip, errors))), daemon=True
+        )
         self._errors.start()
 
     def call(self, what: str, seconds: float, arguments: dict[str, Any]) -> Any:
@@ -100,8 +104,13 @@ class AgentPool:
         """Those that answer, in the order of the hosts."""
         return [host.name for host in self.hosts if host.name not in self.unreachable]
 
-    def call_nodes(self, what: str, seconds: float, arguments: Callable[[str], dict[str, Any]] = lambda node: {}, nodes: Iterable[str] | None = None,
-            ) -> dict[str, Any]:
+    def call_nodes(
+        self,
+        what: str,
+        seconds: float,
+        arguments: Callable[[str], dict[str, Any]] = lambda node: {},
+        nodes: Iterable[str] | None = None,
+    ) -> dict[str, Any]:
         """Ask the nodes at once, all by default; what those answered that did. `arguments` gives what is asked of each."""
         asked = [node for node in self.nodes if nodes is None or node in set(nodes)]
         answers = self._pool.map(lambda node: self._ask(node, what, seconds, arguments(node)), asked)
@@ -109,7 +118,9 @@ class AgentPool:
 
     def close(self) -> None:
         """End all agents."""
-        with ThreadPoolExecutor(max(1, len(self._agents))) as pool:  # the other one may be waiting for answers, which this ends
+        with ThreadPoolExecutor(
+            max(1, len(self._agents))
+        ) as pool:  # the other one may be waiting for answers, which this ends
             list(pool.map(Agent.close, self._agents.values()))
         self._pool.shutdown()
 
@@ -128,7 +139,9 @@ def local_command(host: Host) -> list[str]:
 
 def ssh_command(host: Host) -> list[str]:
     """An agent as DeepSpeed's pdsh launcher starts ranks: through ssh, in this folder, with this interpreter."""
-    options = [word for name in ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND") for word in shlex.split(os.environ.get(name, ""))]
+    options = [
+        word for name in ("PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND") for word in shlex.split(os.environ.get(name, ""))
+    ]
     folder = os.getcwd()
     python_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     start = shlex.join(["exec", "env", f"PYTHONPATH={python_path}", sys.executable, "-m", MODULE])
@@ -138,4 +151,14 @@ def ssh_command(host: Host) -> list[str]:
 
 def srun_command(host: Host) -> list[str]:
     """An agent as a step of the Slurm allocation, which hands on this folder and all environment variables."""
-    return ["srun", "--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--unbuffered", sys.executable, "-m", MODULE]
+    return [
+        "srun",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={host.name}",
+        "--overlap",
+        "--unbuffered",
+        sys.executable,
+        "-m",
+        MODULE,
+    ]

@@ -46,7 +46,9 @@ class Diagnosis:
         """Ask for everything. Raises UserError for a configuration that cannot be read."""
         pool = ThreadPoolExecutor(1)
         try:
-            reached = pool.submit(self.agents.call_nodes, "time", START_TIMEOUT_SECONDS)  # while this process reads the configuration
+            reached = pool.submit(
+                self.agents.call_nodes, "time", START_TIMEOUT_SECONDS
+            )  # while this process reads the configuration
             self.config = load_config(config, overrides)
             reached.result()
             say("looking at the nodes, and planning the run")
@@ -61,7 +63,9 @@ class Diagnosis:
             say("connecting all pairs")
             can_meet = self._check_network(port)
             self._check_all_reduce(can_meet)
-        self.findings = merge_findings(checks_nodes.check_reachable(self.agents.nodes, self.agents.unreachable) + self.findings)
+        self.findings = merge_findings(
+            checks_nodes.check_reachable(self.agents.nodes, self.agents.unreachable) + self.findings
+        )
 
     @property
     def slots(self) -> dict[str, int]:
@@ -77,7 +81,9 @@ class Diagnosis:
         try:
             estimate = estimate_resources(self.config, sum(host.slots for host in self.agents.hosts))
         except UserError as error:
-            self.findings.append(Finding("configuration", "fail", str(error), "change the configuration, the corpus or the hostfile"))
+            self.findings.append(
+                Finding("configuration", "fail", str(error), "change the configuration, the corpus or the hostfile")
+            )
             return None
         self.findings.append(Finding("configuration", "ok", f"{estimate.parameters:,} parameters"))
         return estimate
@@ -87,8 +93,13 @@ class Diagnosis:
         self.local_env = relevant_env(os.environ)
         values = {}
         if self.agents.command is ssh_command:
-            values = environment.forwarded_variables(os.environ, facts.devices()["accelerator"] == "cuda") | environment.read_env_files()
-        self.node_envs = self.agents.call_nodes("environment", FACT_SECONDS, lambda node: {"values": values, "asked": list(self.local_env)})
+            values = (
+                environment.forwarded_variables(os.environ, facts.devices()["accelerator"] == "cuda")
+                | environment.read_env_files()
+            )
+        self.node_envs = self.agents.call_nodes(
+            "environment", FACT_SECONDS, lambda node: {"values": values, "asked": list(self.local_env)}
+        )
         self.facts = {topic: self._fact(topic) for topic in facts.TOPICS}
         self.offsets = self._clocks()
         self.notes = self._leave_notes()
@@ -112,11 +123,21 @@ class Diagnosis:
         """Files of every node and of this machine in the run folder, and who sees whose."""
         folder, token = str(sharing.nearest_existing_folder(str(self.config.run_dir))), secrets.token_hex(4)
         try:
-            left = self.agents.call_nodes("write_marker", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "author": node})
+            left = self.agents.call_nodes(
+                "write_marker", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "author": node}
+            )
             left[HERE] = sharing.write_marker(folder, token, HERE)
             authors = [author for author, answer in left.items() if "error" not in answer]
-            seen = self.agents.call_nodes("visible_markers", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "authors": authors})
-            return {"seen": seen, "authors": authors, "here": HERE, "seen_here": sharing.visible_markers(folder, token, authors), "folder": folder}
+            seen = self.agents.call_nodes(
+                "visible_markers", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "authors": authors}
+            )
+            return {
+                "seen": seen,
+                "authors": authors,
+                "here": HERE,
+                "seen_here": sharing.visible_markers(folder, token, authors),
+                "folder": folder,
+            }
         finally:
             self.agents.call_nodes("remove_markers", FACT_SECONDS, lambda node: {"folder": folder, "token": token})
             sharing.remove_markers(folder, token)
@@ -127,7 +148,15 @@ class Diagnosis:
         for node in self.agents.nodes:
             fact = self.facts[topic][node]
             if "error" in fact:
-                self.findings.append(Finding(topic.replace("_", " "), "fail", fact["error"], "look at that node: this should not happen", (node,)))
+                self.findings.append(
+                    Finding(
+                        topic.replace("_", " "),
+                        "fail",
+                        fact["error"],
+                        "look at that node: this should not happen",
+                        (node,),
+                    )
+                )
             else:
                 seen[node] = fact
         return seen
@@ -144,11 +173,15 @@ class Diagnosis:
             "packages": checks_nodes.check_packages,
             "code": lambda seen: checks_nodes.check_code(seen, here("code")),
             "corpus": lambda seen: checks_run.check_corpus(seen, here("corpus"), config.data.path),
-            "run_folder": lambda seen: checks_run.check_run_folder(seen, estimate, existing)
-            + (checks_run.check_shared_run_folder(**self.notes) if several else []),
+            "run_folder": lambda seen: (
+                checks_run.check_run_folder(seen, estimate, existing)
+                + (checks_run.check_shared_run_folder(**self.notes) if several else [])
+            ),
             "devices": lambda seen: checks_nodes.check_devices(seen, slots, os.environ.get("DS_ACCELERATOR")),
-            "memory": lambda seen: checks_nodes.check_shared_memory(seen, slots, self.cuda)
-            + (checks_nodes.check_memory(seen, self.seen["devices"], slots, estimate) if estimate else []),
+            "memory": lambda seen: (
+                checks_nodes.check_shared_memory(seen, slots, self.cuda)
+                + (checks_nodes.check_memory(seen, self.seen["devices"], slots, estimate) if estimate else [])
+            ),
             "extensions": lambda seen: checks_nodes.check_extensions(seen, self.cuda, config.train.compile),
         }
         for topic, check in checks.items():
@@ -156,7 +189,9 @@ class Diagnosis:
                 self.findings += check(self.seen[topic])
         self.findings += checks_nodes.check_clock(self.offsets)
         if self.agents.command is ssh_command:
-            faults = [f"{path}: {fault}" for path in environment.env_files() for fault in environment.invalid_lines(path)]
+            faults = [
+                f"{path}: {fault}" for path in environment.env_files() for fault in environment.invalid_lines(path)
+            ]
             self.findings += checks_run.check_environment(self.local_env, self.node_envs, faults)
             self.findings += checks_run.check_launcher(shutil.which("pdsh"))
 
@@ -164,11 +199,18 @@ class Diagnosis:
         """Whether the ranks can meet."""
         found, first = [], self.agents.nodes[0]
         self.address, self.port = self._rendezvous(first, port)
-        held = self.agents.call_nodes("hold_port", FACT_SECONDS, lambda node: {"port": self.port}, [first]).get(first, {"error": "no answer"})
+        held = self.agents.call_nodes("hold_port", FACT_SECONDS, lambda node: {"port": self.port}, [first]).get(
+            first, {"error": "no answer"}
+        )
         tried = {}
         if "error" not in held:
             if self.address:
-                tried = self.agents.call_nodes("connect", FACT_SECONDS, lambda node: {"host": self.address, "port": self.port}, self.agents.nodes[1:])
+                tried = self.agents.call_nodes(
+                    "connect",
+                    FACT_SECONDS,
+                    lambda node: {"host": self.address, "port": self.port},
+                    self.agents.nodes[1:],
+                )
             self.agents.call_nodes("release_port", FACT_SECONDS, lambda node: {"port": self.port}, [first])
         found += checks_run.check_rendezvous(first, self.address, self.port, held, tried)
         if len(self.agents.nodes) > 1:
@@ -202,22 +244,39 @@ class Diagnosis:
                     return {"host": ends[node], "port": ports[ends[node]], "seconds": seconds}
 
                 answers = self.agents.call_nodes("measure", FACT_SECONDS, stream_to, ends)
-                self.measurements["pairs"] += [{"from": node, "to": ends[node]} | answer for node, answer in answers.items()]
+                self.measurements["pairs"] += [
+                    {"from": node, "to": ends[node]} | answer for node, answer in answers.items()
+                ]
 
     def _check_all_reduce(self, can_meet: bool) -> None:
         if not can_meet or self.estimate is None:
             why = "the ranks could not meet" if self.estimate else "the configuration cannot be planned"
-            self.findings.append(Finding("all-reduce", "warn", f"not tried: {why}", "mend what is shown above, and ask again"))
+            self.findings.append(
+                Finding("all-reduce", "warn", f"not tried: {why}", "mend what is shown above, and ask again")
+            )
             return
         slots, bucket, precision = self.slots, self.estimate.bucket, self.estimate.precision
         first_rank, world = {}, 0
         for node, ranks in slots.items():
             first_rank[node], world = world, world + ranks
         say(f"an all-reduce over {world} ranks")
-        answers = self.agents.call_nodes("all_reduce", REDUCE_SECONDS + 10, lambda node: {
-            "ranks": list(range(first_rank[node], first_rank[node] + slots[node])), "world": world, "address": self.address, "port": self.port,
-            "bucket": bucket, "precision": precision, "cuda": self.cuda, "seconds": REDUCE_SECONDS})
-        self.measurements["all_reduce"] = next((answer["measured"] for answer in answers.values() if answer.get("measured")), [])
+        answers = self.agents.call_nodes(
+            "all_reduce",
+            REDUCE_SECONDS + 10,
+            lambda node: {
+                "ranks": list(range(first_rank[node], first_rank[node] + slots[node])),
+                "world": world,
+                "address": self.address,
+                "port": self.port,
+                "bucket": bucket,
+                "precision": precision,
+                "cuda": self.cuda,
+                "seconds": REDUCE_SECONDS,
+            },
+        )
+        self.measurements["all_reduce"] = next(
+            (answer["measured"] for answer in answers.values() if answer.get("measured")), []
+        )
         self.findings += checks_run.check_all_reduce(answers, self.measurements["all_reduce"], bucket)
 
 

@@ -34,7 +34,7 @@ def invalid_lines(path: Path) -> list[str]:
         elif not re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name):
             faults.append(f"line {number}: {name!r} is no name of a variable")
         elif not _survives(value):
-            faults.append(f"line {number}: the shell would change the value of {name.strip()} (\", $, ` or \\)")
+            faults.append(f'line {number}: the shell would change the value of {name.strip()} (", $, ` or \\)')
     return faults
 
 
@@ -61,7 +61,9 @@ def write_env_file(environment: Mapping[str, str]) -> tuple[Path, list[str]]:
     local_env = relevant_env(environment)
     left_out = [name for name, value in local_env.items() if not _survives(value) or "\n" in value]
     try:
-        values = (_read(path) if path.is_file() else {}) | {name: value for name, value in local_env.items() if name not in left_out}
+        values = (_read(path) if path.is_file() else {}) | {
+            name: value for name, value in local_env.items() if name not in left_out
+        }
         write_text(path, "".join(f"{name}={value}\n" for name, value in values.items()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
@@ -70,7 +72,11 @@ def write_env_file(environment: Mapping[str, str]) -> tuple[Path, list[str]]:
 
 def _read(path: Path) -> dict[str, str]:
     pairs = (line.partition("=") for line in path.read_text().splitlines())
-    return {name.strip(): value.strip() for name, equals, value in pairs if equals and re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name)}
+    return {
+        name.strip(): value.strip()
+        for name, equals, value in pairs
+        if equals and re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name)
+    }
 
 
 def _survives(value: str) -> bool:

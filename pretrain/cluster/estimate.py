@@ -31,17 +31,26 @@ class ResourceEstimate:
 
 def estimate_resources(config: RunConfig, ranks: int) -> ResourceEstimate:
     """Return what a start on so many ranks takes. Raises the UserErrors of that start."""
-    from pretrain.training.dry_run import checked_plan, model_states_per_rank, non_state_memory  # torch and DeepSpeed: seconds, which only this needs
+    from pretrain.training.dry_run import (
+        checked_plan,
+        model_states_per_rank,
+        non_state_memory,
+    )  # torch and DeepSpeed: seconds, which only this needs
     from pretrain.training.memory import ITEM_BYTES
 
     plan = checked_plan(config, ranks)
     states = model_states_per_rank(plan, int(plan.zero.stage), ranks)
     held = {}
     for device in PROCESS_BYTES:
-        beside = [checkpointed if config.train.activation_checkpointing else whole for _, whole, checkpointed in non_state_memory(plan, device)]
+        beside = [
+            checkpointed if config.train.activation_checkpointing else whole
+            for _, whole, checkpointed in non_state_memory(plan, device)
+        ]
         held[device] = max(states.held + sum(beside), states.in_step)
     item = ITEM_BYTES[config.train.precision]
-    kept_for_good = config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
+    kept_for_good = (
+        config.train.steps // config.checkpoint.keep_every if config.train.steps and config.checkpoint.keep_every else 0
+    )
     return ResourceEstimate(
         parameters=plan.total,
         rank_memory={device: PROCESS_BYTES[device] + held[device] for device in held},

@@ -34,7 +34,11 @@ SECONDS = 20.0
 
 def python_and_system() -> dict[str, Any]:
     """Versions of Python and of what lies below it."""
-    return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "libc": " ".join(platform.libc_ver())}
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()),
+    }
 
 
 def packages() -> dict[str, Any]:
@@ -42,8 +46,11 @@ def packages() -> dict[str, Any]:
     locked, required = {}, []
     with contextlib.suppress(FileNotFoundError):
         lines = (ROOT / "requirements.lock").read_text().splitlines()
-        locked = {_same_name(name): version.strip().split("+")[0] for name, equals, version in (line.partition("==") for line in lines)
-                  if equals and not name.startswith("#")}
+        locked = {
+            _same_name(name): version.strip().split("+")[0]
+            for name, equals, version in (line.partition("==") for line in lines)
+            if equals and not name.startswith("#")
+        }
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         required = [_same_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
     installed = {}
@@ -77,15 +84,22 @@ def corpus(data: str) -> dict[str, Any]:
         return {"unreadable": f"there is no {error.filename}"}
     except (OSError, ValueError, KeyError) as error:
         return {"unreadable": f"cannot read it: {error}"}
-    return {"manifest": hashlib.sha256(content).hexdigest()[:12], "tokenizer": tokenizer.hexdigest()[:12],
-            "missing": [name for name in listed if name not in present]}
+    return {
+        "manifest": hashlib.sha256(content).hexdigest()[:12],
+        "tokenizer": tokenizer.hexdigest()[:12],
+        "missing": [name for name in listed if name not in present],
+    }
 
 
 def run_folder(run_dir: str) -> dict[str, Any]:
     """Whether the run folder can be written, the free bytes there, and whether a run holds its lock."""
     folder = nearest_existing_folder(run_dir)
     trial = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
-    found: dict[str, Any] = {"folder": str(folder), "free": shutil.disk_usage(folder).free, "locked": _is_locked(Path(run_dir) / ".lock")}
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "free": shutil.disk_usage(folder).free,
+        "locked": _is_locked(Path(run_dir) / ".lock"),
+    }
     try:
         with open(trial, "wb") as file:
             file.write(bytes(4096))
@@ -133,7 +147,10 @@ def devices() -> dict[str, Any]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]
-    return found | {"accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu"), "torch_cuda": _cuda_of_torch()}
+    return found | {
+        "accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu"),
+        "torch_cuda": _cuda_of_torch(),
+    }
 
 
 def _cuda_of_torch() -> str | None:
@@ -141,7 +158,9 @@ def _cuda_of_torch() -> str | None:
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         with contextlib.suppress(OSError):
-            if named := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (Path(folder) / "version.py").read_text(), re.MULTILINE):
+            if named := re.search(
+                r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (Path(folder) / "version.py").read_text(), re.MULTILINE
+            ):
                 return named[1]
     return None
 
@@ -181,6 +200,13 @@ def addresses() -> dict[str, Any]:
 
 
 TOPICS: dict[str, Callable[..., dict[str, Any]]] = {
-    "python_and_system": python_and_system, "packages": packages, "code": code, "corpus": corpus, "run_folder": run_folder, "memory": memory,
-    "devices": devices, "extensions": extensions, "addresses": addresses,
+    "python_and_system": python_and_system,
+    "packages": packages,
+    "code": code,
+    "corpus": corpus,
+    "run_folder": run_folder,
+    "memory": memory,
+    "devices": devices,
+    "extensions": extensions,
+    "addresses": addresses,
 }

@@ -29,10 +29,14 @@ def read_hostfile(path: str) -> list[Host]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the hostfile {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+        raise UserError(
+            f"cannot read the hostfile {path}: {getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from None
     if lines and lines[0].startswith(BOM):
-        raise UserError(f"{path}, line 1: the file starts with a byte order mark, which DeepSpeed takes for the first letter of the first host: "
-                        f"save it as UTF-8 without one, or run: sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(path)}")
+        raise UserError(
+            f"{path}, line 1: the file starts with a byte order mark, which DeepSpeed takes for the first letter of the first host: "
+            f"save it as UTF-8 without one, or run: sed -i '1s/^\\xef\\xbb\\xbf//' {shlex.quote(path)}"
+        )
     hosts: dict[str, Host] = {}
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -42,7 +46,9 @@ def read_hostfile(path: str) -> list[Host]:
         if not found or int(found[2]) < 1 or found[1].startswith("-"):
             raise UserError(f"{path}, line {number}: {line!r} is no entry of a hostfile: write `host slots=N`")
         if found[1] in hosts:
-            raise UserError(f"{path}, line {number}: {found[1]} stands there twice, which DeepSpeed refuses: give it one line")
+            raise UserError(
+                f"{path}, line {number}: {found[1]} stands there twice, which DeepSpeed refuses: give it one line"
+            )
         hosts[found[1]] = Host(found[1], int(found[2]))
     if not hosts:
         raise UserError(f"the hostfile {path} names no host: write `host slots=N` lines")
@@ -55,9 +61,13 @@ def slurm_hosts() -> list[Host]:
     if nodes is None or tasks is None:
         return []
     try:
-        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"cannot expand SLURM_JOB_NODELIST={nodes} with scontrol ({error}); give a --hostfile") from None
+        raise UserError(
+            f"cannot expand SLURM_JOB_NODELIST={nodes} with scontrol ({error}); give a --hostfile"
+        ) from None
     return [Host(name, slots) for name, slots in zip(names, _expand_tasks(tasks), strict=False)]
 
 

@@ -71,7 +71,9 @@ def rounds(nodes: list[str]) -> list[list[tuple[str, str]]]:
     found = []
     for _ in range(len(circle) - 1):
         half = len(circle) // 2
-        found.append([(one, other) for one, other in zip(circle[:half], reversed(circle[half:]), strict=True) if one and other])
+        found.append(
+            [(one, other) for one, other in zip(circle[:half], reversed(circle[half:]), strict=True) if one and other]
+        )
         circle = [circle[0], circle[-1], *circle[1:-1]]
     return found
 
@@ -122,6 +124,11 @@ def _owner(port: int) -> str:
     """Which process listens there, if that can be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port and connection.pid:
+            if (
+                connection.status == psutil.CONN_LISTEN
+                and connection.laddr
+                and connection.laddr.port == port
+                and connection.pid
+            ):
                 return f": {psutil.Process(connection.pid).name()}, process {connection.pid}"
     return ""

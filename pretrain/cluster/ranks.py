@@ -21,17 +21,45 @@ LONGEST = 20.0
 """Seconds that a larger size may be expected to take; else it is left out."""
 
 
-def run_all_reduce(ranks: range | list[int], world: int, address: str, port: int, bucket: int, precision: str, cuda: bool, seconds: float,
-                   ) -> dict[str, Any]:
+def run_all_reduce(
+    ranks: range | list[int],
+    world: int,
+    address: str,
+    port: int,
+    bucket: int,
+    precision: str,
+    cuda: bool,
+    seconds: float,
+) -> dict[str, Any]:
     """Start these ranks, of `world` in all, which meet at address:port, and wait for them; `errors` by rank, and the measurements of rank 0."""
     processes: list[subprocess.Popen] = []
     alive, hold = os.pipe()  # closes with this process, however it ends
     for place, rank in enumerate(ranks):
-        values = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(place), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        settings = {"bucket": bucket, "precision": precision, "cuda": cuda, "meeting": seconds / 2}  # for imports, the meeting, a collective
+        values = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(place),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+        settings = {
+            "bucket": bucket,
+            "precision": precision,
+            "cuda": cuda,
+            "meeting": seconds / 2,
+        }  # for imports, the meeting, a collective
         command = [sys.executable, "-m", "pretrain.cluster.ranks", json.dumps(settings)]
-        processes.append(subprocess.Popen(command, env=os.environ | values, stdin=alive, stdout=subprocess.PIPE,
-                                          stderr=subprocess.PIPE, text=True, errors="replace"))
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=os.environ | values,
+                stdin=alive,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        )
     os.close(alive)
     errors: dict[int, str] = {}
     measured: list[dict[str, Any]] = []
@@ -74,8 +102,14 @@ def main() -> None:
         seconds = _time(elements, measured)
         if seconds is None:
             break
-        measured.append({"bytes": elements.nbytes, "seconds": seconds, "ranks": world,
-                         "bus_bytes_per_second": 2 * (world - 1) / world * elements.nbytes / seconds})
+        measured.append(
+            {
+                "bytes": elements.nbytes,
+                "seconds": seconds,
+                "ranks": world,
+                "bus_bytes_per_second": 2 * (world - 1) / world * elements.nbytes / seconds,
+            }
+        )
     if rank == 0:
         print(json.dumps(measured), flush=True)
     dist.barrier()
@@ -107,7 +141,9 @@ def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
         dist.all_reduce(counted)
         exact = elements.dtype == torch.float32 or world <= BF16_COUNTS
         if counted.item() != world or (exact and any(elements[place].item() != world for place in (0, -1))):
-            raise RuntimeError(f"an all-reduce of ones over {world} ranks gave {counted.item()}, {elements[0].item()} and {elements[-1].item()}")
+            raise RuntimeError(
+                f"an all-reduce of ones over {world} ranks gave {counted.item()}, {elements[0].item()} and {elements[-1].item()}"
+            )
     return statistics.median(times[1:] or times)  # the first one sets up connections
 
 

@@ -16,8 +16,11 @@ from data_prep.console import UserError, exit_on_user_error, print_now
 
 def main() -> None:
     """Parse the command line and run the subcommand."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.data", description="Show what is in a prepared corpus.",
-                                     epilog="python -m data_prep verify PATH checks a corpus.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.data",
+        description="Show what is in a prepared corpus.",
+        epilog="python -m data_prep verify PATH checks a corpus.",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     inspect = _add_command(commands, "inspect", run_inspect)
     inspect.add_argument("records", nargs="?", type=int, default=3, metavar="N", help="records shown (3)")
@@ -25,14 +28,18 @@ def main() -> None:
     inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first one (0)")
     inspect.add_argument("--layout", choices=("joint", "independent"), default="joint")
     inspect.add_argument("--predictor-tokens", type=int, default=1, metavar="K", help="k (1)")
-    inspect.add_argument("--row-length", type=int, metavar="L", help="positions of the row (the corpus' data.sequence_length)")
+    inspect.add_argument(
+        "--row-length", type=int, metavar="L", help="positions of the row (the corpus' data.sequence_length)"
+    )
     _add_command(commands, "stats", run_stats)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
 
 def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Callable[[argparse.Namespace], None],
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, description=run.__doc__, help=run.__doc__)
     parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
@@ -44,7 +51,9 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     """Show records with their pieces, and the packed row that holds the first of them."""
     from data_prep.shards import read_manifest
 
-    read_manifest(arguments.path)  # report a missing corpus before torch is loaded, which assembles the row as in training
+    read_manifest(
+        arguments.path
+    )  # report a missing corpus before torch is loaded, which assembles the row as in training
     from data_prep.tools.show import show_record
     from pretrain.data.corpus import Corpus
     from pretrain.data.picture import picture

@@ -55,29 +55,58 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on `device`, but for the seed."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self) if field.name != "seed"}
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "seed"
+        }
         return Batch(**moved, seed=self.seed)
 
 
-def micro_batches(rows: Rows, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, *,
-                  micro_batch_rows: int, rank: int, ranks: int) -> Iterator[Batch]:
+def micro_batches(
+    rows: Rows,
+    corpus: Corpus,
+    layout: Layout,
+    specials: SpecialTokenIds,
+    row_length: int,
+    *,
+    micro_batch_rows: int,
+    rank: int,
+    ranks: int,
+) -> Iterator[Batch]:
     """The micro batches of one rank. Rank r's share of micro step a is the r-th part of its rows.
 
     So a micro step holds the same rows on any number of ranks. `rows.count` is a multiple of micro_batch_rows * ranks.
     """
-    per_row = np.bincount(rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count).astype(np.int64)
+    per_row = np.bincount(
+        rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count
+    ).astype(np.int64)
     padded = per_row.reshape(-1, ranks, micro_batch_rows).sum(axis=2).max(axis=1)
-    steps = [rows.select(first, first + ranks * micro_batch_rows) for first in range(0, rows.count, ranks * micro_batch_rows)]
+    steps = [
+        rows.select(first, first + ranks * micro_batch_rows) for first in range(0, rows.count, ranks * micro_batch_rows)
+    ]
     mine = [step.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows) for step in steps]
     ends = np.cumsum([len(each.records) for each in mine])
-    contents = corpus.read(np.concatenate([each.records for each in mine]))  # of all micro steps at once: fewer, larger reads of each shard
+    contents = corpus.read(
+        np.concatenate([each.records for each in mine])
+    )  # of all micro steps at once: fewer, larger reads of each shard
     for together, each, pairs, end in zip(steps, mine, padded, ends, strict=True):
         seed = int(together.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
-        yield assemble(each, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(each.records), end))
+        yield assemble(
+            each, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(each.records), end)
+        )
 
 
-def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, pairs_padded: int, seed: int = 0,
-             contents: RecordTokens | None = None) -> Batch:
+def assemble(
+    rows: Rows,
+    corpus: Corpus,
+    layout: Layout,
+    specials: SpecialTokenIds,
+    row_length: int,
+    pairs_padded: int,
+    seed: int = 0,
+    contents: RecordTokens | None = None,
+) -> Batch:
     """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`.
 
     `contents` are the tokens, where they have been read already. In a record that goes on in the next one, the next one's first token
@@ -109,7 +138,11 @@ def assemble(rows: Rows, corpus: Corpus, layout: Layout, specials: SpecialTokenI
 
     labels = np.concatenate([np.zeros(0, np.int64), *label_index])
     positions, visible_until = _places(rows, layout, in_row, row_length)
-    spans = draw_spans(layout, in_batch, lengths, rows.random_bits) if layout.spans else np.zeros((0, STRETCHES, 2), np.int64)
+    spans = (
+        draw_spans(layout, in_batch, lengths, rows.random_bits)
+        if layout.spans
+        else np.zeros((0, STRETCHES, 2), np.int64)
+    )
     return Batch(
         token_ids=torch.from_numpy(ids).view(rows.count, row_length),
         positions=torch.from_numpy(positions).view(rows.count, row_length),
@@ -134,12 +167,17 @@ def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> 
     return positions, visible_until
 
 
-def _suffixes(segment: Segment, layout: Layout, lengths: np.ndarray, continuation_tokens: np.ndarray) -> list[np.ndarray]:
+def _suffixes(
+    segment: Segment, layout: Layout, lengths: np.ndarray, continuation_tokens: np.ndarray
+) -> list[np.ndarray]:
     """Each closing token of a segment in the records (N, views) that have it, (N,) each; `closing` (N,) takes the place of the last, or is -1."""
     if not segment.suffix:
         return []
     last = layout.is_last(segment, lengths)
-    *before, end = (np.where(last, at_last, token) for token, at_last in zip(segment.suffix, segment.last_suffix or segment.suffix, strict=True))
+    *before, end = (
+        np.where(last, at_last, token)
+        for token, at_last in zip(segment.suffix, segment.last_suffix or segment.suffix, strict=True)
+    )
     return [*before, np.where(last & (continuation_tokens >= 0), continuation_tokens, end)]
 
 
@@ -147,15 +185,23 @@ def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, siz
     """The pair fields of a batch, padded to `size`, from the last positions of all segments (N, segments) and hashes of the views (N, views)."""
     present = layout.pairs(rows.segment_lengths, rows.paired)
     record, number = np.nonzero(present)
-    prediction, target, direction = np.array([(pair.prediction, pair.target, pair.direction) for pair in layout.read_outs],
-                                             np.int64).reshape(-1, 3)[number].T
+    prediction, target, direction = (
+        np.array([(pair.prediction, pair.target, pair.direction) for pair in layout.read_outs], np.int64)
+        .reshape(-1, 3)[number]
+        .T
+    )
     view = np.array([-1 if segment.view is None else segment.view for segment in layout.segments])[target]
     fields = {
-        "prediction_index": ends[record, prediction], "target_index": ends[record, target],
-        "pair_target_hash": hashes[record, view].view(np.int64), "pair_record": rows.records[record], "pair_direction": direction,
+        "prediction_index": ends[record, prediction],
+        "target_index": ends[record, target],
+        "pair_target_hash": hashes[record, view].view(np.int64),
+        "pair_record": rows.records[record],
+        "pair_direction": direction,
     }
     valid = np.arange(size) < len(record)
-    return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {"pair_valid": torch.from_numpy(valid)}
+    return {name: torch.from_numpy(_padded(values, size)) for name, values in fields.items()} | {
+        "pair_valid": torch.from_numpy(valid)
+    }
 
 
 def _first_positions(layout: Layout, lengths: np.ndarray) -> np.ndarray:

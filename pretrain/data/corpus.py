@@ -42,13 +42,18 @@ class Corpus:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if split not in self.manifest["splits"]:
-            raise UserError(f"the corpus {folder} has no {split} split (it has {', '.join(self.manifest['splits'])}); "
-                            f"add a source with split: {split}" + (" or set data.validation_fraction" if split == "validation" else ""))
+            raise UserError(
+                f"the corpus {folder} has no {split} split (it has {', '.join(self.manifest['splits'])}); "
+                f"add a source with split: {split}"
+                + (" or set data.validation_fraction" if split == "validation" else "")
+            )
         entry = self.manifest["splits"][split]
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; "
-                            f"remove the folder {folder} and prepare the corpus again")
+            raise UserError(
+                f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; "
+                f"remove the folder {folder} and prepare the corpus again"
+            )
         self.entry = entry
         """What the manifest says of the split."""
         self.longest = np.array([[entry["longest"][view] for view in self.manifest["views"]]])
@@ -72,7 +77,10 @@ class Corpus:
         numbers = np.array([shard["source"] for shard in self.entry["shards"]])
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))
         bounds = self._first[[*begins, len(numbers)]].tolist()
-        return [SourceRecords(int(numbers[begin]), first, stop - first) for begin, first, stop in zip(begins, bounds[:-1], bounds[1:], strict=True)]
+        return [
+            SourceRecords(int(numbers[begin]), first, stop - first)
+            for begin, first, stop in zip(begins, bounds[:-1], bounds[1:], strict=True)
+        ]
 
     def lengths(self, records: np.ndarray) -> np.ndarray:
         """Tokens of each view: record numbers (N,) -> (N, views); 0 behind the last that a record has."""
@@ -113,7 +121,9 @@ class Corpus:
         ordered = shard_of[order]
         begins = np.flatnonzero(np.diff(ordered, prepend=-1))
         rows = np.split(records[order] - self._first[ordered], begins[1:])
-        return order, [(self._shard(number), of_shard) for number, of_shard in zip(ordered[begins].tolist(), rows, strict=True)]
+        return order, [
+            (self._shard(number), of_shard) for number, of_shard in zip(ordered[begins].tolist(), rows, strict=True)
+        ]
 
 
 def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> list[float]:
@@ -123,15 +133,19 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
     """
     prepared = [source["weight"] for source in manifest["sources"]]
     if sources and len(sources) != len(prepared):
-        raise UserError(f"data.sources are {len(sources)}, but the corpus was prepared from {len(prepared)}: name those, or none, "
-                        "or prepare another data.path")
+        raise UserError(
+            f"data.sources are {len(sources)}, but the corpus was prepared from {len(prepared)}: name those, or none, "
+            "or prepare another data.path"
+        )
     if not sources:
         return prepared
     for number, (source, before) in enumerate(zip(sources, manifest["settings"]["data"]["sources"], strict=True)):
         now = {key: getattr(source, key) for key in ("type", "split", "path") if getattr(source, key, None) is not None}
         if differing := [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]:
-            raise UserError(f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
-                            "name those, or none, or prepare another data.path")
+            raise UserError(
+                f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
+                "name those, or none, or prepare another data.path"
+            )
     return [source.weight for source in sources]
 
 
@@ -140,9 +154,17 @@ def corpus_identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
     The examples of unknown tokens do not count: they name the files that the corpus was made from, and earlier versions had none.
     """
-    shards = {split: {key: value for key, value in entry.items() if key != "unknown"} for split, entry in manifest["splits"].items()}
-    splits = {split: {"records": entry["records"], "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()}
-              for split, entry in shards.items()}
+    shards = {
+        split: {key: value for key, value in entry.items() if key != "unknown"}
+        for split, entry in manifest["splits"].items()
+    }
+    splits = {
+        split: {
+            "records": entry["records"],
+            "sha256": hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest(),
+        }
+        for split, entry in shards.items()
+    }
     return {"corpus": splits, "tokenizer": manifest["tokenizer"]}
 
 
@@ -168,13 +190,17 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
         del now["sources"]
     for key, prepared, given in _differing(manifest["settings"]["data"], now, "data"):
         if key.removeprefix("data.") not in NOT_COMPARED:
-            raise UserError(f"{key} is {given}, but {data.path} was prepared with {prepared}: set it so, or prepare another data.path with "
-                            "this configuration: python -m data_prep CONFIG data.path=FOLDER")
+            raise UserError(
+                f"{key} is {given}, but {data.path} was prepared with {prepared}: set it so, or prepare another data.path with "
+                "this configuration: python -m data_prep CONFIG data.path=FOLDER"
+            )
 
 
 def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, prepared and present value of each difference in what both have."""
-    if isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views"):  # there, a key that is absent is a view that is
+    if (
+        isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views")
+    ):  # there, a key that is absent is a view that is
         for part in prepared:
             if part in now:
                 yield from _differing(prepared[part], now[part], f"{key}.{part}")

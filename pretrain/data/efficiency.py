@@ -18,11 +18,17 @@ def efficiency(corpus: Corpus) -> list[str]:
     """A line a row length: the share of its positions that hold tokens, and of the records that do not fit, joint and independent, k = 1."""
     records = sample(len(corpus))
     lengths = corpus.lengths(records)
-    layouts = [make_layout(kind, SpecialTokenIds(0, 1, 2, 3, 4), views=corpus.views, pairing=Pairing(1) if corpus.views > 1 else None)
-               for kind in ("joint", "independent")]
+    layouts = [
+        make_layout(
+            kind, SpecialTokenIds(0, 1, 2, 3, 4), views=corpus.views, pairing=Pairing(1) if corpus.views > 1 else None
+        )
+        for kind in ("joint", "independent")
+    ]
     part = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
-    lines = [f"  share of positions that are not padding, and of records that do not fit a row ({len(records):,} of {len(corpus):,} records{part})",
-             f"  {'row length':>10}  {'joint, k = 1':>23}  {'independent, k = 1':>23}"]
+    lines = [
+        f"  share of positions that are not padding, and of records that do not fit a row ({len(records):,} of {len(corpus):,} records{part})",
+        f"  {'row length':>10}  {'joint, k = 1':>23}  {'independent, k = 1':>23}",
+    ]
     before = 0.0
     for row_length in ROW_LENGTHS:
         found = [fullness(layout.positions(lengths), row_length) for layout in layouts]

@@ -84,7 +84,9 @@ class Pairing:
     def edges(self, views: int) -> list[tuple[int, int]]:
         """(predicting, predicted) views."""
         forward = [(view, view + 1) for view in range(views - 1)]
-        return forward * (self.direction != "backward") + [(after, before) for before, after in forward] * (self.direction != "forward")
+        return forward * (self.direction != "backward") + [(after, before) for before, after in forward] * (
+            self.direction != "forward"
+        )
 
 
 SpanSampling = Literal["three_points", "sub_span", "views"]
@@ -138,13 +140,19 @@ class Layout:
 
     def count_lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
         """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
-        columns = [self.count_segment_targets(segment, lengths, segment_lengths[:, index]) for index, segment in enumerate(self.segments)]
+        columns = [
+            self.count_segment_targets(segment, lengths, segment_lengths[:, index])
+            for index, segment in enumerate(self.segments)
+        ]
         total: np.ndarray = np.stack(columns).sum(axis=0, dtype=np.int64)
         return total
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
         """Which read-outs each record has: (N, segments), (N,) -> (N, read-outs)."""
-        columns = [paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0) for pair in self.read_outs]
+        columns = [
+            paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0)
+            for pair in self.read_outs
+        ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(paired), 0), bool)
 
     def document_lengths(self, segment_lengths: np.ndarray) -> np.ndarray:
@@ -162,8 +170,16 @@ class Layout:
         return drawn
 
 
-def make_layout(kind: str, specials: SpecialTokenIds, *, views: int = 2, pairing: Pairing | None = None, spans: SpanSampling | None = None,
-                lm_views: str = "all", train_end_token: bool = True) -> Layout:
+def make_layout(
+    kind: str,
+    specials: SpecialTokenIds,
+    *,
+    views: int = 2,
+    pairing: Pairing | None = None,
+    spans: SpanSampling | None = None,
+    lm_views: str = "all",
+    train_end_token: bool = True,
+) -> Layout:
     """The `joint` layout (one text of all views) or the `independent` one (a text of each).
 
     Without `pairing` it is the language-model stream alone. `lm_views="last"` labels the last view of a record only (the answer
@@ -178,8 +194,19 @@ def make_layout(kind: str, specials: SpecialTokenIds, *, views: int = 2, pairing
     predicting: dict[int, int] = {}  # view -> the segment whose last token predicts
     if kind == "joint":
         for view in range(views):
-            segments.append(Segment(view, () if view else bos, sep, eos, parent=view - 1 if view else None,
-                                    lm_start=0 if view else 1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
+            segments.append(
+                Segment(
+                    view,
+                    () if view else bos,
+                    sep,
+                    eos,
+                    parent=view - 1 if view else None,
+                    lm_start=0 if view else 1,
+                    lm_if_last=lm_views == "last",
+                    lm_end=train_end_token,
+                    needs=view,
+                )
+            )
         documents.append(tuple(range(views)))
         alone[0] = 0
     elif kind != "independent":
@@ -189,7 +216,9 @@ def make_layout(kind: str, specials: SpecialTokenIds, *, views: int = 2, pairing
         if kind == "independent":
             alone[view] = len(segments)
             documents.append((len(segments),))
-            segments.append(Segment(view, bos, eos, lm_start=1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view))
+            segments.append(
+                Segment(view, bos, eos, lm_start=1, lm_if_last=lm_views == "last", lm_end=train_end_token, needs=view)
+            )
         elif view and (any(target == view for _, target in edges) or (partners and not pairing.prepended)):
             alone[view] = len(segments)
             segments.append(Segment(view, (), eos, needs=view, pair_only=True))
@@ -198,7 +227,9 @@ def make_layout(kind: str, specials: SpecialTokenIds, *, views: int = 2, pairing
             like = segments[alone[view]] if view in alone else Segment(view, (), eos)
             segments += _prediction(pairing, like, alone.get(view), needs, len(segments))
             predicting[view] = len(segments) - 1 if pairing.predictor_tokens else alone[view]
-    read_outs = [ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges]
+    read_outs = [
+        ReadOut(predicting[source], alone[target], FORWARD if source < target else BACKWARD) for source, target in edges
+    ]
     return Layout(tuple(segments), pairing.predictor_tokens, tuple(read_outs), tuple(documents), spans)
 
 
@@ -207,6 +238,8 @@ def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, 
     if not pairing.predictor_tokens:
         return []
     if pairing.prepended:  # to a copy: the language model must not see predictor tokens
-        return [Segment(None, view.prefix, needs=needs, pair_only=True),
-                Segment(view.view, (), view.suffix, parent=first, needs=needs, pair_only=True)]
+        return [
+            Segment(None, view.prefix, needs=needs, pair_only=True),
+            Segment(view.view, (), view.suffix, parent=first, needs=needs, pair_only=True),
+        ]
     return [Segment(None, parent=place, needs=needs, pair_only=True)]

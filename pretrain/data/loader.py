@@ -41,17 +41,30 @@ class Rows:
         """Rows first to stop, numbered from 0."""
         low, high = np.searchsorted(self.row, [first, stop])
         part = slice(low, high)
-        return Rows(stop - first, self.records[part], self.row[part] - first, self.start[part], self.paired[part],
-                    self.random_bits[part], self.lengths[part], self.segment_lengths[part])
+        return Rows(
+            stop - first,
+            self.records[part],
+            self.row[part] - first,
+            self.start[part],
+            self.paired[part],
+            self.random_bits[part],
+            self.lengths[part],
+            self.segment_lengths[part],
+        )
 
     @staticmethod
     def join(parts: list["Rows"], count: int) -> "Rows":
         """Rows one after another, then empty ones up to `count`."""
         first = np.cumsum([0] + [part.count for part in parts])
-        return Rows(count, np.concatenate([part.records for part in parts]),
-                    np.concatenate([part.row + offset for part, offset in zip(parts, first, strict=False)]),
-                    *(np.concatenate([getattr(part, name) for part in parts])
-                      for name in ("start", "paired", "random_bits", "lengths", "segment_lengths")))
+        return Rows(
+            count,
+            np.concatenate([part.records for part in parts]),
+            np.concatenate([part.row + offset for part, offset in zip(parts, first, strict=False)]),
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("start", "paired", "random_bits", "lengths", "segment_lengths")
+            ),
+        )
 
 
 def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
@@ -65,10 +78,14 @@ def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
 
 def draw_random_bits(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
     """A random number of each record and pass over its source, whatever came before it: (N,), (N,) -> (N,) uint64."""
-    return splitmix64(records.astype(np.uint64) ^ splitmix64(np.array([seed], np.uint64)) ^ splitmix64(splitmix64(passes)))
+    return splitmix64(
+        records.astype(np.uint64) ^ splitmix64(np.array([seed], np.uint64)) ^ splitmix64(splitmix64(passes))
+    )
 
 
-def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, random_bits: np.ndarray) -> Rows:
+def plan_rows(
+    corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, random_bits: np.ndarray
+) -> Rows:
     """Pack records (N,) with their pair flags (N,) and random numbers (N,) into as few rows as best-fit finds."""
     lengths = corpus.lengths(records)
     segment_lengths = layout.segment_lengths(lengths, paired)
@@ -79,8 +96,16 @@ def plan_rows(corpus: Corpus, records: np.ndarray, layout: Layout, row_length: i
     ends = np.cumsum(positions)
     row_begins = np.searchsorted(row, row)  # the first record of the same row
     start = ends - positions - (ends - positions)[row_begins]
-    return Rows(int(row[-1]) + 1 if len(row) else 0, records[by_row], row, start, paired[by_row], random_bits[by_row], lengths[by_row],
-                segment_lengths[by_row])
+    return Rows(
+        int(row[-1]) + 1 if len(row) else 0,
+        records[by_row],
+        row,
+        start,
+        paired[by_row],
+        random_bits[by_row],
+        lengths[by_row],
+        segment_lengths[by_row],
+    )
 
 
 class Loader:
@@ -91,15 +116,26 @@ class Loader:
     the space of their extra segments goes to other records. Raises UserError where the epochs hold no record.
     """
 
-    def __init__(self, corpus: Corpus, layout: Layout, row_length: int, seed: int, *, weights: Sequence[float] | None = None,
-                 dropout: float = 0.0, epochs: int | None = None):
+    def __init__(
+        self,
+        corpus: Corpus,
+        layout: Layout,
+        row_length: int,
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+        dropout: float = 0.0,
+        epochs: int | None = None,
+    ):
         self.corpus, self.layout, self.row_length = corpus, layout, row_length
         self.seed, self.dropout, self.epochs = seed, dropout, epochs
         weights = source_weights(corpus.manifest) if weights is None else weights
         self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
         if self.order.records_in_epochs(epochs or 1000) == 0:
-            raise UserError(f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} hold no record: "
-                            "raise data.sources.N.weight of its sources")
+            raise UserError(
+                f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} hold no record: "
+                "raise data.sources.N.weight of its sources"
+            )
         self.epoch = self.window = self.row = 0
         self._planned: tuple[int, int] | None = None
         self._rows: Rows
@@ -160,5 +196,10 @@ def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
     """Rows in random order: packing puts long records first, training should not."""
     place = rng.permutation(rows.count)
     by_row = np.argsort(place[rows.row], kind="stable")
-    return Rows(rows.count, *(getattr(rows, name)[by_row] if name != "row" else place[rows.row][by_row]
-                              for name in ("records", "row", "start", "paired", "random_bits", "lengths", "segment_lengths")))
+    return Rows(
+        rows.count,
+        *(
+            getattr(rows, name)[by_row] if name != "row" else place[rows.row][by_row]
+            for name in ("records", "row", "start", "paired", "random_bits", "lengths", "segment_lengths")
+        ),
+    )

@@ -32,7 +32,9 @@ class SourceOrder:
         """The records at positions start to stop of the order, and the pass of each, (M,) both."""
         passes, place = np.divmod(np.arange(start, stop), self.records)
         block = place // BLOCK
-        begins = np.flatnonzero(np.diff(passes * (self.blocks + 1) + block, prepend=-1))  # of runs within a block of a pass
+        begins = np.flatnonzero(
+            np.diff(passes * (self.blocks + 1) + block, prepend=-1)
+        )  # of runs within a block of a pass
         key = splitmix64(self._key + splitmix64(passes[begins]))
         moved, whole = block[begins], block[begins] < self.blocks
         moved[whole] = _permute(moved[whole], self.blocks, key[whole])

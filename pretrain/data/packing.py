@@ -17,7 +17,9 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
     row_of: list[int] = []  # in the order of placing
     values, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:  # all that the fullest rows take at once: a row that took one is the fullest, as long as it has room
+        while (
+            count
+        ):  # all that the fullest rows take at once: a row that took one is the fullest, as long as it has room
             fitting = has_room >> length
             free = length + (fitting & -fitting).bit_length() - 1 if fitting else row_length
             each = free // length if length else count

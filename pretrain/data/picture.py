@@ -40,23 +40,32 @@ def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_l
     `kind` is joint or independent. Raises ValueError where the record does not fit a row of `row_length`.
     """
     tokenizer = corpus.tokenizer
-    specials = SpecialTokenIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, tokenizer.vocab_size)
+    specials = SpecialTokenIds(
+        tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, tokenizer.vocab_size
+    )
     pairing = Pairing(predictor_tokens) if corpus.views > 1 else None
     layout = make_layout(kind, specials, views=corpus.views, pairing=pairing)
     rows = _row_of(corpus, record, layout, row_length)
-    batch = assemble(rows, corpus, layout, specials, row_length, int(layout.pairs(rows.segment_lengths, rows.paired).sum()))
+    batch = assemble(
+        rows, corpus, layout, specials, row_length, int(layout.pairs(rows.segment_lengths, rows.paired).sum())
+    )
     segments = _segments(corpus, layout, rows)
     used = segments[-1].stop
-    head = (f"A row of {row_length:,} positions, {kind} layout" + (f", k = {predictor_tokens}" if pairing else "")
-            + f": {len(rows.records)} records, {len(segments)} segments, {used:,} tokens, "
-            f"{row_length - used:,} padding ({1 - used / row_length:.1%})")
-    return "\n\n".join([
-        textwrap.fill(head, width),
-        *_strips(batch, segments, used, width),
-        "\n".join(_table(corpus, batch, segments, width)),
-        "\n".join(_matrix(batch, segments, width)),
-        "\n".join(_read_outs(corpus, batch, segments)),
-    ])
+    head = (
+        f"A row of {row_length:,} positions, {kind} layout"
+        + (f", k = {predictor_tokens}" if pairing else "")
+        + f": {len(rows.records)} records, {len(segments)} segments, {used:,} tokens, "
+        f"{row_length - used:,} padding ({1 - used / row_length:.1%})"
+    )
+    return "\n\n".join(
+        [
+            textwrap.fill(head, width),
+            *_strips(batch, segments, used, width),
+            "\n".join(_table(corpus, batch, segments, width)),
+            "\n".join(_matrix(batch, segments, width)),
+            "\n".join(_read_outs(corpus, batch, segments)),
+        ]
+    )
 
 
 def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Rows:
@@ -74,7 +83,9 @@ def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Row
 
 def _segments(corpus: Corpus, layout: Layout, rows: Rows) -> list[_Segment]:
     segments: list[_Segment] = []
-    for record, first, lengths in zip(rows.records.tolist(), rows.start.tolist(), rows.segment_lengths.tolist(), strict=True):
+    for record, first, lengths in zip(
+        rows.records.tolist(), rows.start.tolist(), rows.segment_lengths.tolist(), strict=True
+    ):
         views = [view for view, ids in corpus.tokens_by_view(record).items() if len(ids)]
         stops = first + np.cumsum(lengths)
         for segment, length, stop in zip(layout.segments, lengths, stops.tolist(), strict=True):
@@ -89,10 +100,17 @@ def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> li
     length = batch.token_ids.shape[1]
     shown = length if length <= used + 10 else used + 10  # padding looks the same to the end of the row
     valid = batch.pair_valid
-    lines = {"place": _numbers(np.arange(shown)), "segment": [" "] * shown, "position": _numbers(batch.positions[0, :shown].numpy(), segments),
-             "label": [" "] * shown, "read-out": [" "] * shown}
+    lines = {
+        "place": _numbers(np.arange(shown)),
+        "segment": [" "] * shown,
+        "position": _numbers(batch.positions[0, :shown].numpy(), segments),
+        "label": [" "] * shown,
+        "read-out": [" "] * shown,
+    }
     for segment in segments:
-        lines["segment"][segment.start : segment.stop] = _box(f"{segment.number} {segment.name}", segment.stop - segment.start)
+        lines["segment"][segment.start : segment.stop] = _box(
+            f"{segment.number} {segment.name}", segment.stop - segment.start
+        )
     lines["segment"][used:] = "░" * (shown - used)
     lines["position"][used:] = " " * (shown - used)
     for index, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True):
@@ -102,10 +120,18 @@ def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> li
     for index in batch.target_index[valid].tolist():
         lines["read-out"][index] = "T" if lines["read-out"][index] == " " else "B"
     step = (width - MARGIN) // 10 * 10
-    strips = ["\n".join(f"{name:<{MARGIN}}{''.join(line[first : first + step])}".rstrip() for name, line in lines.items())
-              for first in range(0, shown, step)]
-    return [*strips, textwrap.fill("place: in the row; position: the id that the model gets; • learned as a next token; read out as P prediction, "
-                                   "T target, B both; ░ padding", width)]
+    strips = [
+        "\n".join(f"{name:<{MARGIN}}{''.join(line[first : first + step])}".rstrip() for name, line in lines.items())
+        for first in range(0, shown, step)
+    ]
+    return [
+        *strips,
+        textwrap.fill(
+            "place: in the row; position: the id that the model gets; • learned as a next token; read out as P prediction, "
+            "T target, B both; ░ padding",
+            width,
+        ),
+    ]
 
 
 def _box(label: str, length: int) -> list[str]:
@@ -146,9 +172,11 @@ def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -
         positions = batch.positions[0, part].tolist()
         consecutive = positions == list(range(positions[0], positions[0] + len(positions)))
         labels = int(((batch.label_index + 1 >= segment.start) & (batch.label_index + 1 < segment.stop)).sum())
-        line = (f"{segment.number:>4} {segment.record if segment.record != record_before else '':>8}  {padded(segment.name, names)} "
-                f"{f'{segment.start}–{segment.stop - 1}':>{places}} {f'{positions[0]}–{positions[-1]}' if consecutive else PARTLY:>{places}} "
-                f"{len(positions):>6} {labels or '–':>6}  ")
+        line = (
+            f"{segment.number:>4} {segment.record if segment.record != record_before else '':>8}  {padded(segment.name, names)} "
+            f"{f'{segment.start}–{segment.stop - 1}':>{places}} {f'{positions[0]}–{positions[-1]}' if consecutive else PARTLY:>{places}} "
+            f"{len(positions):>6} {labels or '–':>6}  "
+        )
         lines.append(line + shortened(_content(corpus, batch.token_ids[0, part].tolist()), width - len(head)))
         record_before = segment.record
     return lines
@@ -157,11 +185,16 @@ def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -
 def _content(corpus: Corpus, ids: list[int]) -> str:
     """The text of a segment, its special and predictor tokens by their names."""
     tokenizer, parts = corpus.tokenizer, []
-    for special, run in itertools.groupby(ids, lambda token: token if token in tokenizer.special_ids or token >= tokenizer.vocab_size else -1):
+    for special, run in itertools.groupby(
+        ids, lambda token: token if token in tokenizer.special_ids or token >= tokenizer.vocab_size else -1
+    ):
         if special == -1:
             parts.append(printable(tokenizer.decode(run)))
         else:
-            parts += [tokenizer.piece(token) if token < tokenizer.vocab_size else f"<pred {token - tokenizer.vocab_size}>" for token in run]
+            parts += [
+                tokenizer.piece(token) if token < tokenizer.vocab_size else f"<pred {token - tokenizer.vocab_size}>"
+                for token in run
+            ]
     return " ".join(parts)
 
 
@@ -174,14 +207,29 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
     own = (stops - starts) * (stops - starts + 1) // 2
     cell = len(str(len(segments) - 1)) + 1
     room = max(1, (width - MARGIN) // cell)
-    lines = [textwrap.fill(f"who sees whom (lines look, columns are seen): {ALL} all of it; {OWN} itself, up to the token that looks; "
-                           f"{NOTHING} nothing; {PARTLY} a part", width)]
+    lines = [
+        textwrap.fill(
+            f"who sees whom (lines look, columns are seen): {ALL} all of it; {OWN} itself, up to the token that looks; "
+            f"{NOTHING} nothing; {PARTLY} a part",
+            width,
+        )
+    ]
     for group in _groups(record, room):
         lines.append(" " * MARGIN + "".join(f"{number:>{cell}}" for number in group))
         for query in group:
-            signs = [_sign(counts[query, key], own[query] if query == key else (stops - starts)[[query, key]].prod(), query == key) for key in group]
+            signs = [
+                _sign(
+                    counts[query, key],
+                    own[query] if query == key else (stops - starts)[[query, key]].prod(),
+                    query == key,
+                )
+                for key in group
+            ]
             lines.append(f"{query:>{MARGIN - 1}} " + "".join(f"{sign:>{cell}}" for sign in signs))
-    lines.append("between records: " + ("no token sees a token of another record" if not strange else f"{strange} TOKENS SEE ONE OF ANOTHER RECORD"))
+    lines.append(
+        "between records: "
+        + ("no token sees a token of another record" if not strange else f"{strange} TOKENS SEE ONE OF ANOTHER RECORD")
+    )
     return lines
 
 
@@ -190,7 +238,9 @@ def _visible_pairs(visible_until: np.ndarray, starts: np.ndarray, stops: np.ndar
     keys = np.arange(len(visible_until))
     # of each query segment (S, 1) and key (1, L): the tokens of the segment from the key on and below where its visibility ends
     seen = np.minimum(stops[:, None], visible_until) - np.maximum(starts[:, None], keys)
-    return np.stack([np.maximum(0, seen[:, start:stop]).sum(axis=1) for start, stop in zip(starts, stops, strict=True)], axis=1)
+    return np.stack(
+        [np.maximum(0, seen[:, start:stop]).sum(axis=1) for start, stop in zip(starts, stops, strict=True)], axis=1
+    )
 
 
 def _sign(count: int, possible: int, own: bool) -> str:
@@ -215,13 +265,24 @@ def _groups(record: np.ndarray, room: int) -> list[range]:
 def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[str]:
     """A line a pair."""
     valid = batch.pair_valid
-    pairs = zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_record[valid].tolist(), strict=True)
+    pairs = zip(
+        batch.prediction_index[valid].tolist(),
+        batch.target_index[valid].tolist(),
+        batch.pair_record[valid].tolist(),
+        strict=True,
+    )
     starts = [segment.start for segment in segments]
 
     def place(index: int) -> str:
         segment = segments[bisect.bisect_right(starts, index) - 1]
         token = _content(corpus, [int(batch.token_ids[0, index])])
-        return f"{token} at {index} (end of {segment.number} {segment.name})" if index == segment.stop - 1 else f"{token} at {index} ({PARTLY})"
+        return (
+            f"{token} at {index} (end of {segment.number} {segment.name})"
+            if index == segment.stop - 1
+            else f"{token} at {index} ({PARTLY})"
+        )
 
     lines = [f"  record {record}: {place(prediction)}  ──▶  {place(target)}" for prediction, target, record in pairs]
-    return ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]
+    return (
+        ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]
+    )

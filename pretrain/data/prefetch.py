@@ -34,12 +34,16 @@ class Prefetch:
     On CUDA the batches stand in pinned memory. Until the end the loader belongs to the thread.
     """
 
-    def __init__(self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device):
+    def __init__(
+        self, loader: Loader, count: int, micro_batches: Callable[[Rows], Iterable[Batch]], device: torch.device
+    ):
         self._loader, self._count, self._micro_batches = loader, count, micro_batches
         self._pin = device.type == "cuda"
         prepare = functools.partial(torch.cuda.set_device, device) if self._pin else None
         self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
-        self._steps: deque[Future[StepData | None]] = deque(self._thread.submit(self._make) for _ in range(PREFETCH_STEPS))
+        self._steps: deque[Future[StepData | None]] = deque(
+            self._thread.submit(self._make) for _ in range(PREFETCH_STEPS)
+        )
         self._waited = 0.0
 
     def __enter__(self) -> "Prefetch":

@@ -73,4 +73,6 @@ def _stretches(*ends: np.ndarray) -> np.ndarray:
 
 def _below(limit: np.ndarray, random: np.ndarray, number: int) -> np.ndarray:
     """The `number`-th uniform integer below `limit` that a random number gives: (N,), (N,) uint64 -> (N,)."""
-    return (splitmix64(random ^ splitmix64(np.array([number], np.uint64))[0]) % limit.astype(np.uint64)).astype(np.int64)
+    return (splitmix64(random ^ splitmix64(np.array([number], np.uint64))[0]) % limit.astype(np.uint64)).astype(
+        np.int64
+    )

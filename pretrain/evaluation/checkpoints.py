@@ -29,7 +29,9 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
     path = run_dir / "evaluation" / ".lock"
     lock = try_lock(path)
     if lock is None:
-        print_now(f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}")
+        print_now(
+            f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}"
+        )
     while lock is None:
         time.sleep(1)
         lock = try_lock(path)
@@ -37,7 +39,9 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def unpin_checkpoint(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> None:
+def unpin_checkpoint(
+    run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
+) -> None:
     """Let a checkpoint go, when these tasks are done or given up; not where the run has asked for others, which its own job then finds."""
     asked_for_by_run = config.evaluation.every and step % config.evaluation.every == 0
     others = tasks != config.evaluation.tasks or overrides
@@ -45,7 +49,9 @@ def unpin_checkpoint(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], 
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
 
 
-def unpin_if_done(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool) -> bool:
+def unpin_if_done(
+    run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool
+) -> bool:
     """Release a checkpoint that is evaluated, or has failed ATTEMPTS times, whoever tried: the pin counts. Returns whether that is so."""
     if failed:
         pin = run_dir / "checkpoints" / PINS / step_name(step)
@@ -57,7 +63,9 @@ def unpin_if_done(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], ste
     return True
 
 
-def evaluate_step(run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]) -> list[Exception]:
+def evaluate_step(
+    run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
+) -> list[Exception]:
     """Evaluate all tasks on a checkpoint that is pinned, whatever happens to some; the lock is held."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

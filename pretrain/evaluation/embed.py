@@ -48,9 +48,15 @@ def embed_file(export: Path, file: str) -> None:
     source = _source(file)
     rows = read_rows(source, views, "--embed")
     found = embed(export, [row.views for row in rows])
-    predictions = {f"{source}_to_{target}": array for (source, target), array in found.predictions.items() if array is not found.views[source]}
+    predictions = {
+        f"{source}_to_{target}": array
+        for (source, target), array in found.predictions.items()
+        if array is not found.views[source]
+    }
     if ambiguous := found.views.keys() & predictions.keys():
-        raise UserError(f"{export}: the view {min(ambiguous)!r} has the name of the array for a prediction; name the view otherwise in data.views")
+        raise UserError(
+            f"{export}: the view {min(ambiguous)!r} has the name of the array for a prediction; name the view otherwise in data.views"
+        )
     arrays = found.views | predictions
     output = _write(export / "embeddings", source, arrays)
     for name, array in arrays.items():
@@ -59,7 +65,9 @@ def embed_file(export: Path, file: str) -> None:
     if too_long:
         print_now(f"note: {too_long:,} rows are longer than the positions of the model: theirs are NaN")
     if not_finite:
-        print_now(f"WARNING: the model gives embeddings that are not finite for {not_finite:,} rows: its weights have diverged")
+        print_now(
+            f"WARNING: the model gives embeddings that are not finite for {not_finite:,} rows: its weights have diverged"
+        )
     print_now(f"written to {output}")
 
 
@@ -74,7 +82,9 @@ def _write(folder: Path, source: JsonSource | HubSource, arrays: dict[str, np.nd
     absolute = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
     comment = source.model_copy(update={"path": absolute}).model_dump_json(exclude_none=True).encode()
     folder.mkdir(exist_ok=True)
-    names = itertools.chain([Path(source.path).stem], (f"{Path(source.path).stem}-{number}" for number in itertools.count(2)))
+    names = itertools.chain(
+        [Path(source.path).stem], (f"{Path(source.path).stem}-{number}" for number in itertools.count(2))
+    )
     output = next(path for name in names if not (path := folder / f"{name}.npz").exists() or _comment(path) == comment)
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         archive.comment = comment
@@ -107,7 +117,9 @@ def _source(given: str) -> JsonSource | HubSource:
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     """The embeddings of rows that have all views of the export."""
     jepa = read_json(export / "jepa.json")
-    model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))  # an attention kernel that takes plain rows
+    model, tokenizer = load_language_model(
+        export, "auto", torch.device("cpu")
+    )  # an attention kernel that takes plain rows
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
     names, pairing = jepa["views"], pairing_from_export(jepa)
@@ -123,7 +135,9 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
         return encode(model, rows)
 
     views = {name: encoded(number) for number, name in enumerate(names)}
-    predictor = list(range(model.vocab_size, model.vocab_size + (model.predictor.num_embeddings if model.predictor else 0)))
+    predictor = list(
+        range(model.vocab_size, model.vocab_size + (model.predictor.num_embeddings if model.predictor else 0))
+    )
     predictions: dict[tuple[str, str], np.ndarray] = {}
     by_source: dict[int, np.ndarray] = {}
     for source, target in pairing.edges(len(names)):
@@ -138,12 +152,18 @@ def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
     """The last hidden state of each row of token ids, (N, D) fp32; NaN for one that does not fit."""
     found = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
-    for members in tqdm(list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None):
+    for members in tqdm(
+        list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
+    ):
         longest = max(len(rows[place]) for place in members)
-        ids = torch.tensor([rows[place] + [0] * (longest - len(rows[place])) for place in members])  # no token sees the padding behind it
+        ids = torch.tensor(
+            [rows[place] + [0] * (longest - len(rows[place])) for place in members]
+        )  # no token sees the padding behind it
         last = torch.tensor([len(rows[place]) - 1 for place in members])
         with torch.inference_mode():
-            hidden = model.causal_lm.model(inputs_embeds=model.embed(ids.to(model.device)), use_cache=False).last_hidden_state
+            hidden = model.causal_lm.model(
+                inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
+            ).last_hidden_state
         found[members] = hidden[torch.arange(len(members)), last].float().cpu().numpy()
     return found
 

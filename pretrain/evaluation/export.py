@@ -18,7 +18,9 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
     if folder.exists():
         return folder
     if not (run_dir / MODEL_DIR).exists():
-        raise UserError(f"{run_dir / MODEL_DIR} is missing: without the model's configuration and tokenizer there is no export")
+        raise UserError(
+            f"{run_dir / MODEL_DIR} is missing: without the model's configuration and tokenizer there is no export"
+        )
     config = load_config(run_dir / "config.yaml")
     state = consolidate(run_dir / "checkpoints" / step_name(step))
     if config.model.lora:
@@ -35,5 +37,7 @@ def export_checkpoint(run_dir: Path, step: int) -> Path:
         "sequence_length": config.data.sequence_length,
     }
     family = read_json(run_dir / MODEL_DIR / "config.json")["model_type"]
-    write_export(folder, run_dir / MODEL_DIR, state, jepa, render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ()))))
+    write_export(
+        folder, run_dir / MODEL_DIR, state, jepa, render_readme(jepa, family, len(state.get(PREDICTOR_KEY, ())))
+    )
     return folder

@@ -30,10 +30,14 @@ def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSourc
         shutil.rmtree(run.run_dir, ignore_errors=True)  # what an earlier evaluation with other settings left
     write_text(path, dump_config(run))
     if not (run.run_dir / "export").exists():
-        command = die_with_parent([sys.executable, "-m", "pretrain.training", str(path)], "KILL")  # or the next evaluation would meet it in its folder
+        command = die_with_parent(
+            [sys.executable, "-m", "pretrain.training", str(path)], "KILL"
+        )  # or the next evaluation would meet it in its folder
         done = subprocess.run(command, env=single_process_environment(), check=False)
         if done.returncode or not list_steps(checkpoints):
-            raise UserError(f"the finetuning {path} failed with exit code {done.returncode}; what it printed stands above")
+            raise UserError(
+                f"the finetuning {path} failed with exit code {done.returncode}; what it printed stands above"
+            )
     steps = list_steps(run.run_dir / "export") or list_steps(checkpoints)
     result = export_checkpoint(run.run_dir, steps[-1])
     shutil.rmtree(checkpoints, ignore_errors=True)  # the export holds the weights

@@ -25,7 +25,9 @@ def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> 
     """
     answers = _answer(folder, contexts, max_new_tokens=max_new_tokens)
     if not any(written.fits for written in answers):
-        raise UserError(f"not one of {len(contexts):,} contexts leaves room for an answer: the shortest takes all positions that the model has")
+        raise UserError(
+            f"not one of {len(contexts):,} contexts leaves room for an answer: the shortest takes all positions that the model has"
+        )
     return answers
 
 
@@ -42,11 +44,19 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
         longest = ids.shape[1]
         with torch.inference_mode():
             output = model.generate(  # type: ignore[operator]  # which every causal language model has
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, max_new_tokens=room,
-                suppress_tokens=no_text, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=False,
+                max_new_tokens=room,
+                suppress_tokens=no_text,
+                eos_token_id=tokenizer.eos_id,
+                pad_token_id=tokenizer.pad_id,
+            )
         for place, written in zip(members, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
-            answers[place] = Answer(tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped)
+            answers[place] = Answer(
+                tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped
+            )
     return answers
 
 

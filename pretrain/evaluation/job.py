@@ -21,15 +21,30 @@ def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
     parser.add_argument("run_dir", type=Path, help="folder of the run, or with --embed an export")
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="dotted keys of the run's configuration, or task.KEY for the one task named by --task")
-    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times")
-    parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest")
-    parser.add_argument("--embed", metavar="FILE",
-                        help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings; or of a source as in task.test")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted keys of the run's configuration, or task.KEY for the one task named by --task",
+    )
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times"
+    )
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest"
+    )
+    parser.add_argument(
+        "--embed",
+        metavar="FILE",
+        help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings; or of a source as in task.test",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
-    parser.add_argument("--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead")
-    parser.add_argument("--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead")
+    parser.add_argument(
+        "--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.embed is not None:
         if int(os.environ.get("RANK", 0)) == 0:
@@ -50,10 +65,18 @@ def _on_all_ranks(evaluate: Callable[[], None]) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    if arguments.task or arguments.overrides or arguments.pending or arguments.watch or arguments.checkpoint != "latest":
+    if (
+        arguments.task
+        or arguments.overrides
+        or arguments.pending
+        or arguments.watch
+        or arguments.checkpoint != "latest"
+    ):
         raise UserError("--embed takes an export and a file, and nothing else")
     if not (arguments.run_dir / "jepa.json").exists():  # reported before torch is loaded
-        raise UserError(f"{arguments.run_dir} is not an export: it has no jepa.json; exports are in the folder export of a run")
+        raise UserError(
+            f"{arguments.run_dir} is not an export: it has no jepa.json; exports are in the folder export of a run"
+        )
     from pretrain.evaluation.embed import embed_file
 
     embed_file(arguments.run_dir, arguments.embed)
@@ -94,7 +117,9 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
     if not path.exists():
         raise UserError(f"{arguments.run_dir} is no run directory: it holds no config.yaml")
     config = load_config(path, [word for word in arguments.overrides if not word.startswith("task.")])
-    return config, choose_tasks(config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")])
+    return config, choose_tasks(
+        config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")]
+    )
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
@@ -109,7 +134,9 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
         raise UserError("the run names no evaluation.tasks: choose one with --task NAME")
     if overrides:
         if len(chosen) != 1:
-            raise UserError(f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME")
+            raise UserError(
+                f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME"
+            )
         apply_overrides({"task": chosen[0]}, overrides)
     tasks = [parse_task(values, "task") for values in chosen]
     for task in tasks:

@@ -24,8 +24,13 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
     model's positions.
     """
     model, tokenizer = load_causal_lm(folder)
-    rows = [(prompt, [*ids, tokenizer.eos_id]) for prompt, (_, options) in zip(encode_prompts(tokenizer, [context for context, _ in questions]), questions,
-                                                                               strict=True) for ids in tokenizer.encode_batch(options)]
+    rows = [
+        (prompt, [*ids, tokenizer.eos_id])
+        for prompt, (_, options) in zip(
+            encode_prompts(tokenizer, [context for context, _ in questions]), questions, strict=True
+        )
+        for ids in tokenizer.encode_batch(options)
+    ]
     found = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
     for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
@@ -34,8 +39,13 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
         kept = int(lengths.max())
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), position_ids=positions.to(model.device),
-                           use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
+            logits = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                position_ids=positions.to(model.device),
+                use_cache=False,
+                logits_to_keep=kept + 1,
+            ).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -kept:].to(model.device), reduction="none").cpu()
         inside = torch.arange(kept) >= kept - lengths[:, None]
         for place, loss in zip(members, (losses * inside).sum(dim=1).tolist(), strict=True):

@@ -23,7 +23,11 @@ TABLE_COLUMNS = 6
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
     """All results of a run, in the order in which they came, without those of steps that the run has gone back behind since. Raises UserError."""
     gone = read_rewinds(run_dir)
-    return [line for line in _read_all(run_dir) if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)):])]
+    return [
+        line
+        for line in _read_all(run_dir)
+        if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)) :])
+    ]
 
 
 def _read_all(run_dir: Path) -> list[dict[str, Any]]:
@@ -32,7 +36,9 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
     try:
         return read_json_lines(path) if path.exists() else []
     except ValueError as error:
-        raise UserError(f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again") from None
+        raise UserError(
+            f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again"
+        ) from None
 
 
 def scoring_version(result: dict[str, Any]) -> int:
@@ -53,7 +59,13 @@ def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> di
 
 def _files(path: Path) -> list[Path]:
     """A file, those below a folder, or those of a glob."""
-    found = path.rglob("*") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    found = (
+        path.rglob("*")
+        if path.is_dir()
+        else [path]
+        if path.exists()
+        else map(Path, glob.glob(str(path), recursive=True))
+    )
     return sorted(file for file in found if file.is_file())
 
 
@@ -66,13 +78,17 @@ def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Seque
     """The steps at which the result of each task stands."""
     results = read_results(run_dir)
     wanted = [{key: value for key, value in result_key(task, 0, overrides).items() if key != "step"} for task in tasks]
-    return set.intersection(*({result["step"] for result in results if one.items() <= result.items()} for one in wanted))
+    return set.intersection(
+        *({result["step"] for result in results if one.items() <= result.items()} for one in wanted)
+    )
 
 
 def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = True) -> None:
     """Add a result: one line and, with `tensorboard`, a point per metric under evaluation/<task>/<metric>."""
     lines = [*_read_all(run_dir), result]
-    write_text(run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(
+        run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     if not tensorboard:
         return
     from pretrain.training.metrics import open_tensorboard
@@ -87,8 +103,16 @@ def print_summary(run_dir: Path) -> None:
     """What training and evaluation came to, and how to see more of it."""
     print(f"\n{run_dir}: {read_status(run_dir).get('status', 'unknown')}")
     metrics = read_metrics(run_dir)
-    tags = ["loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa", "validation/embedding/paired_cosine",
-            "validation/embedding/shuffled_cosine", "validation/embedding/retrieval_at_1", "validation/embedding/effective_rank"]
+    tags = [
+        "loss/lm",
+        "loss/jepa",
+        "validation/loss/lm",
+        "validation/loss/jepa",
+        "validation/embedding/paired_cosine",
+        "validation/embedding/shuffled_cosine",
+        "validation/embedding/retrieval_at_1",
+        "validation/embedding/effective_rank",
+    ]
     rows = [["training", "first", "last"]]
     for tag in tags:
         values = [line[tag] for line in metrics if line.get(tag) is not None]
@@ -96,19 +120,35 @@ def print_summary(run_dir: Path) -> None:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     print_table(rows)
     for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in read_results(run_dir)):
-        results = sorted((result for result in read_results(run_dir) if (result["task"], scoring_version(result)) == (task, version)),
-                         key=lambda result: result["step"])
+        results = sorted(
+            (
+                result
+                for result in read_results(run_dir)
+                if (result["task"], scoring_version(result)) == (task, version)
+            ),
+            key=lambda result: result["step"],
+        )
         every = list(dict.fromkeys(name for result in results for name in result["metrics"]))
         names = every[:TABLE_COLUMNS]
         rows = [[task if version == SCORING_VERSION else f"{task}, scoring {version}", "rows", "finetuned", *names]]
-        rows += [[f"step {result['step']}", str(result["rows"]), "yes" if result["finetune"] is not None else "no",
-                  *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names)] for result in results]
+        rows += [
+            [
+                f"step {result['step']}",
+                str(result["rows"]),
+                "yes" if result["finetune"] is not None else "no",
+                *(f"{result['metrics'][name]:.4f}" if name in result["metrics"] else "" for name in names),
+            ]
+            for result in results
+        ]
         print_table(rows)
         if len(every) > len(names):
             print(f"(in results.jsonl too: {', '.join(every[TABLE_COLUMNS:])})", flush=True)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
-    print(f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
-          "        then open the page it names; Custom Scalars shows both loss terms in one chart", flush=True)
+    print(
+        f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
+        "        then open the page it names; Custom Scalars shows both loss terms in one chart",
+        flush=True,
+    )
 
 
 def print_table(rows: list[list[str]]) -> None:

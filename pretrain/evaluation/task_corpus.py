@@ -20,9 +20,16 @@ GRAMMAR_SEED = 0
 
 def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
     """Shards of all pairs of a source below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
-    settings = {"views": config.data.views, "missing_views": config.data.missing_views, "sources": [source],
-                "tokenizer": {"path": str(folder.parent / MODEL_DIR)}, "sequence_length": config.data.sequence_length,
-                "train_end_token": config.data.train_end_token, "deduplicate": "none", "decontaminate": False}
+    settings = {
+        "views": config.data.views,
+        "missing_views": config.data.missing_views,
+        "sources": [source],
+        "tokenizer": {"path": str(folder.parent / MODEL_DIR)},
+        "sequence_length": config.data.sequence_length,
+        "train_end_token": config.data.train_end_token,
+        "deduplicate": "none",
+        "decontaminate": False,
+    }
     if source.path is None:
         raise UserError(f"a task's {source.type} source names no file: give its train or test a path")
     try:

@@ -33,14 +33,29 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
     started, gone_back = time.perf_counter(), len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
     result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
-    declared = {name: found for name in result.metrics if (found := result.directions.get(name) or direction(task.name, name))}
-    append_result(run_dir, result_key(task, step, overrides) | {
-        "pretrain_seed": load_config(run_dir / "config.yaml").seed,
-        "finetune_seed": config.seed if task.finetunes else None,
-        "finetune": task.finetune if isinstance(task, AnswerTask) else None,
-        "rewinds": gone_back, "rows": result.rows, "metrics": result.metrics, "directions": declared, "counts": result.counts,
-        "seconds": round(time.perf_counter() - started, 1),
-    }, config.monitor.tensorboard)
+    declared = {
+        name: found for name in result.metrics if (found := result.directions.get(name) or direction(task.name, name))
+    }
+    append_result(
+        run_dir,
+        result_key(task, step, overrides)
+        | {
+            "pretrain_seed": load_config(run_dir / "config.yaml").seed,
+            "finetune_seed": config.seed if task.finetunes else None,
+            "finetune": task.finetune if isinstance(task, AnswerTask) else None,
+            "rewinds": gone_back,
+            "rows": result.rows,
+            "metrics": result.metrics,
+            "directions": declared,
+            "counts": result.counts,
+            "seconds": round(time.perf_counter() - started, 1),
+        },
+        config.monitor.tensorboard,
+    )
     counts = [f"{name} {count:,}" for name, count in result.counts.items() if count or name == "unseen"]
-    print(f"{task.title} at step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-          + (f"; of {result.rows:,} rows: {', '.join(counts)}" if counts else ""), flush=True)
+    print(
+        f"{task.title} at step {step}: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        + (f"; of {result.rows:,} rows: {', '.join(counts)}" if counts else ""),
+        flush=True,
+    )

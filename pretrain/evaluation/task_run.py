@@ -54,23 +54,38 @@ class CheckpointTask:
 
     def read_test(self, *, every: bool = False) -> list[Row]:
         """Return the rows to score; with `every` also those beyond the option `rows`. Raises UserError."""
-        source = self.source("test") or grammar_source(self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS)
-        return read_rows(source, self.config.data.views, "task.test", None if every else self.task.rows, public_row_format(self.task.name))
+        source = self.source("test") or grammar_source(
+            self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS
+        )
+        return read_rows(
+            source,
+            self.config.data.views,
+            "task.test",
+            None if every else self.task.rows,
+            public_row_format(self.task.name),
+        )
 
     def read_train(self) -> list[Row]:
         """Return the rows to finetune on: those of the task, or of the grammar if it draws its test rows too. Raises UserError."""
         source = self.source("train")
         if source is None and self.task.finetunes:
             source = grammar_source(self.folder / "data", "finetune", self.config.data.views)
-        return [] if source is None else read_rows(source, self.config.data.views, "task.train", row_format=public_row_format(self.task.name))
+        return (
+            []
+            if source is None
+            else read_rows(source, self.config.data.views, "task.train", row_format=public_row_format(self.task.name))
+        )
 
     @cached_property
     def model(self) -> Path:
         """The export that the task looks at: that of the checkpoint, or one finetuned from it on the train rows."""
         if not self.task.finetunes:
             return self.export
-        train = write_views(self.folder / "data" / f"{self.task.title}-train.jsonl", self.config.data.views,
-                            (row.views for row in self.read_train()))
+        train = write_views(
+            self.folder / "data" / f"{self.task.title}-train.jsonl",
+            self.config.data.views,
+            (row.views for row in self.read_train()),
+        )
         return finetune(self.config, self.task, self.export, train, self.folder, self.name)
 
     def generate_answers(self, rows: Sequence[Row]) -> list[Answer]:
@@ -79,8 +94,13 @@ class CheckpointTask:
         answers = generate_answers(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
         folder = self.folder / "answers"
         folder.mkdir(exist_ok=True)
-        lines = [json.dumps({"context": row.context, "target": row.target, "answer": answer.text, "stopped": answer.stopped}, ensure_ascii=False)
-                 for row, answer in zip(rows, answers, strict=True)]
+        lines = [
+            json.dumps(
+                {"context": row.context, "target": row.target, "answer": answer.text, "stopped": answer.stopped},
+                ensure_ascii=False,
+            )
+            for row, answer in zip(rows, answers, strict=True)
+        ]
         write_text(folder / f"{self.name}.jsonl", "\n".join(lines) + "\n")
         return answers
 
@@ -96,10 +116,14 @@ class CheckpointTask:
         result is None, and one line says so.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
-            print_now(f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets")
+            print_now(
+                f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets"
+            )
             return None
         if not was_trained_on(self.folder.parent, read_manifest(Path(self.config.data.path))):
-            print_now(f"note: {self.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets")
+            print_now(
+                f"note: {self.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets"
+            )
             return None
         known = {normal(row.target) for row in self.read_train()}
         pretrained = in_corpus(self.config.data.path, [row.target for row in rows])
@@ -110,7 +134,10 @@ def in_corpus(path: str, texts: Sequence[str]) -> list[bool]:
     """Return whether each text is a view of a record in the training split of a corpus, token for token."""
     corpus = Corpus(path, "train")
     encoded = corpus.tokenizer.encode_batch(list(texts))
-    wanted = view_hashes(np.array([token for ids in encoded for token in ids], np.uint32), np.array([len(ids) for ids in encoded], np.int64))
+    wanted = view_hashes(
+        np.array([token for ids in encoded for token in ids], np.uint32),
+        np.array([len(ids) for ids in encoded], np.int64),
+    )
     found = np.zeros(len(texts), bool)
     for first in range(0, len(corpus), READ_AT_A_TIME):
         hashes = corpus.read(np.arange(first, min(first + READ_AT_A_TIME, len(corpus)))).hashes

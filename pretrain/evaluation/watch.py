@@ -48,7 +48,7 @@ class CheckpointWatcher:
         puts it back (`prune` of training/checkpoint.py).
         """
         gone_back = read_rewinds(self.run_dir)
-        for rewind in gone_back[self.rewinds:]:
+        for rewind in gone_back[self.rewinds :]:
             for known in (self.settled, self.failed_steps):
                 known.intersection_update({step for step in known if step <= rewind["to"]})
             self.not_before = {step: at for step, at in self.not_before.items() if step <= rewind["to"]}
@@ -57,7 +57,11 @@ class CheckpointWatcher:
         pinned = requested_evaluations(self.run_dir)
         steps = list_steps(checkpoints)
         last = steps[-1:] if self.finished else []
-        new = [step for step in steps if step not in pinned and step not in self.settled and (step not in self.passed_over or step in last)]
+        new = [
+            step
+            for step in steps
+            if step not in pinned and step not in self.settled and (step not in self.passed_over or step in last)
+        ]
         if not new:
             return
         config, tasks = self.read()
@@ -113,22 +117,34 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
     `read` gives the configuration and the tasks, once there is one. Raises UserError at the end where some evaluation failed.
     """
     if not (run_dir / "config.yaml").exists():
-        print_now(f"waiting for the run {run_dir} to start" + ("" if run_dir.exists() else "; there is no such folder yet"))
+        print_now(
+            f"waiting for the run {run_dir} to start" + ("" if run_dir.exists() else "; there is no such folder yet")
+        )
     while not (run_dir / "config.yaml").exists():
         time.sleep(POLL)
     config, tasks = read()
-    print_now(f"watching {run_dir}: {', '.join(task.title for task in tasks)} on "
-              + (f"the checkpoints of every {config.evaluation.every} steps and the last" if config.evaluation.every else "every checkpoint"))
+    print_now(
+        f"watching {run_dir}: {', '.join(task.title for task in tasks)} on "
+        + (
+            f"the checkpoints of every {config.evaluation.every} steps and the last"
+            if config.evaluation.every
+            else "every checkpoint"
+        )
+    )
     watching, told = CheckpointWatcher(run_dir, read, overrides), ""
     threading.Thread(target=watching.keep_pinning, daemon=True).start()
     while True:
-        status = read_status(run_dir)  # before the look at the checkpoints: what a finished run has saved stands by then
+        status = read_status(
+            run_dir
+        )  # before the look at the checkpoints: what a finished run has saved stands by then
         watching.finished = status.get("status") == "finished"
         watching.pin_new_checkpoints()
         if todo := watching.ready():
             watching.evaluate_pinned(todo[0])
             continue
-        if not watching.pinned() and (watching.finished or (status.get("status") == "failed" and not status.get("again", True))):
+        if not watching.pinned() and (
+            watching.finished or (status.get("status") == "failed" and not status.get("again", True))
+        ):
             break
         if (line := _why_waiting(status)) != told:
             told = line
@@ -136,14 +152,18 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
         time.sleep(POLL)
     watching.ended.set()
     if watching.failed_steps:
-        raise UserError(f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, sorted(watching.failed_steps)))}, for reasons that "
-                        "stand above")
+        raise UserError(
+            f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, sorted(watching.failed_steps)))}, for reasons that "
+            "stand above"
+        )
 
 
 def _why_waiting(status: dict[str, Any]) -> str:
     match status.get("status"):
         case "failed" | "resumable" as ended:
-            return (f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason given'}): waiting for it to go on; "
-                    "Ctrl-C ends the watch")
+            return (
+                f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason given'}): waiting for it to go on; "
+                "Ctrl-C ends the watch"
+            )
         case _:
             return "waiting for the next checkpoint"

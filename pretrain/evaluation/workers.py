@@ -58,7 +58,11 @@ def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry
         try:
             mine = function(folder, rows[rank::ranks], **more) if rows[rank::ranks] else []
         except Exception as caught:
-            error = caught if isinstance(caught, UserError) else RuntimeError(f"rank {rank}: {type(caught).__name__}: {caught}")
+            error = (
+                caught
+                if isinstance(caught, UserError)
+                else RuntimeError(f"rank {rank}: {type(caught).__name__}: {caught}")
+            )
         found: list[Any] | None = [None] * ranks if rank == 0 else None
         dist.gather_object((error, mine), found)
         if found is None:

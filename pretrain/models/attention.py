@@ -34,13 +34,17 @@ def resolve_attention(setting: str, device: torch.device, config: PretrainedConf
     if setting == "auto":
         setting = "flex_attention" if device.type == "cuda" and not narrow else "eager" if capped else "sdpa"
     if setting == "flex_attention" and narrow:
-        raise UserError(f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, not {head_width(config)}; "
-                        "leave it at auto")
+        raise UserError(
+            f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, not {head_width(config)}; "
+            "leave it at auto"
+        )
     if setting == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention: flex_attention has no backward pass on CPU; leave it at auto")
     if setting == "flex_attention" and config.attention_dropout:
-        raise UserError("model.attention: flex_attention has no attention_dropout; set that to 0 in the model's shape, "
-                        f"or model.attention to {'eager' if capped else 'sdpa'}")
+        raise UserError(
+            "model.attention: flex_attention has no attention_dropout; set that to 0 in the model's shape, "
+            f"or model.attention to {'eager' if capped else 'sdpa'}"
+        )
     if setting == "sdpa" and capped:
         raise UserError("model.attention: sdpa cannot cap attention scores, as gemma2 does; leave it at auto")
     return setting
@@ -51,8 +55,9 @@ def head_width(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention_mask(visible_until: torch.Tensor, positions: torch.Tensor, attention: str, config: PretrainedConfig,
-                   dtype: torch.dtype) -> Mask | dict[str, Mask]:
+def attention_mask(
+    visible_until: torch.Tensor, positions: torch.Tensor, attention: str, config: PretrainedConfig, dtype: torch.dtype
+) -> Mask | dict[str, Mask]:
     """What a model of `config` takes as its attention_mask: one mask, or one by kind of layer.
 
     `visible_until` and `positions` are (B, L), `dtype` is that of the attention scores.
@@ -60,11 +65,22 @@ def attention_mask(visible_until: torch.Tensor, positions: torch.Tensor, attenti
     full = visibility_mask(visible_until, attention, dtype=dtype)
     if getattr(config, "layer_types", None) is None:
         return full
-    return {FULL_ATTENTION: full, SLIDING_ATTENTION: visibility_mask(visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype)}
+    return {
+        FULL_ATTENTION: full,
+        SLIDING_ATTENTION: visibility_mask(
+            visible_until, attention, positions=positions, window=config.sliding_window, dtype=dtype
+        ),
+    }
 
 
-def visibility_mask(visible_until: torch.Tensor, attention: str, *, positions: torch.Tensor | None = None, window: int | None = None,
-                    dtype: torch.dtype = torch.float32) -> Mask:
+def visibility_mask(
+    visible_until: torch.Tensor,
+    attention: str,
+    *,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Mask:
     """(B, L) -> the (B, 1, L, L) mask of a kernel: of `window` positions where that is given.
 
     sdpa: boolean, True where the query may look. eager: 0 there and the smallest finite number elsewhere, to be added.
@@ -84,7 +100,9 @@ def visibility_mask(visible_until: torch.Tensor, attention: str, *, positions: t
         return seen & (positions[row, query] - positions[row, key] < window)
 
     if attention == "flex_attention":
-        make = _compiled_create_block_mask() if visible_until.is_cuda else create_block_mask  # compiled, it never builds the dense mask
+        make = (
+            _compiled_create_block_mask() if visible_until.is_cuda else create_block_mask
+        )  # compiled, it never builds the dense mask
         block_mask: BlockMask = make(visible, rows, None, length, length, device=device.type)
         return block_mask
     place = torch.arange(length, device=device)

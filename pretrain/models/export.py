@@ -27,7 +27,9 @@ from pretrain.models.language_model import LanguageModel
 PREDICTOR_KEY = "predictor.weight"
 
 
-def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], page: str = "") -> None:
+def write_export(
+    folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], page: str = ""
+) -> None:
     """Write an export, complete or absent.
 
     `skeleton` holds config.json and the tokenizer; `state` is the fp32 state of a LanguageModel; `jepa` becomes jepa.json, `page` README.md.
@@ -41,7 +43,9 @@ def write_export(folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     if set(missing) - tied or unexpected:
-        raise ValueError(f"the checkpoint does not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}")
+        raise ValueError(
+            f"the checkpoint does not fit the model: missing {sorted(set(missing) - tied)}, unexpected {unexpected}"
+        )
     model.tie_weights()
     model.save_pretrained(temporary)
     if PREDICTOR_KEY in state:
@@ -57,7 +61,9 @@ def load_language_model(folder: Path, setting: str, device: torch.device) -> tup
     """Model and tokenizer of an export, in fp32, whole, on CPU; with the attention kernel of `setting` for `device`."""
     register_family_from_folder(folder)
     attention = resolve_attention(setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
-    causal_lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True)
+    causal_lm = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=attention, dtype=torch.float32, local_files_only=True
+    )
     path = folder / "jepa.safetensors"
     predictor_tokens = len(load_file(path)[PREDICTOR_KEY]) if path.exists() else 0
     model = LanguageModel(causal_lm, predictor_tokens, attention)

@@ -50,18 +50,33 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> s
     lines = [f'        "{view}": {_call(view, view_template(jepa, number))},' for number, view in enumerate(views)]
     if predictor_tokens:
         where = "front" if pairing.prepended else "back"
-        lines += [f'        "{views[source]}_to_{views[target]}": {_call(views[source], view_template(jepa, source), f", {where}=predictor")},'
-                  for source, target in pairing.edges(len(views))]
+        lines += [
+            f'        "{views[source]}_to_{views[target]}": {_call(views[source], view_template(jepa, source), f", {where}=predictor")},'
+            for source, target in pairing.edges(len(views))
+        ]
     imports = "from safetensors.torch import load_file\n" if predictor_tokens else ""
     if family == "openelm":
-        imports += "import pretrain.models.openelm  # of the project that made this folder: transformers has no OpenELM\n"
+        imports += (
+            "import pretrain.models.openelm  # of the project that made this folder: transformers has no OpenELM\n"
+        )
     load = 'predictor = load_file(f"{folder}/jepa.safetensors")["predictor.weight"] * getattr(words, "scalar_embed_scale", 1.0)\n'
     return PAGE.format(
-        run=jepa["run"], step=jepa["step"], objective=jepa["objective"]["name"], views=", ".join(f"`{view}`" for view in views),
+        run=jepa["run"],
+        step=jepa["step"],
+        objective=jepa["objective"]["name"],
+        views=", ".join(f"`{view}`" for view in views),
         predictor_file=", `jepa.safetensors` the embedding of the predictor tokens" if predictor_tokens else "",
         predicted="; where a view predicts another, that of the last token with the predictor tokens "
-                  f"{'before' if pairing.prepended else 'behind'} it" if predictor_tokens else "",
-        code=CODE.format(imports=imports, predictor=load if predictor_tokens else "", arguments=", ".join(views), lines="\n".join(lines)))
+        f"{'before' if pairing.prepended else 'behind'} it"
+        if predictor_tokens
+        else "",
+        code=CODE.format(
+            imports=imports,
+            predictor=load if predictor_tokens else "",
+            arguments=", ".join(views),
+            lines="\n".join(lines),
+        ),
+    )
 
 
 def _call(view: str, form: ViewTemplate, more: str = "") -> str:

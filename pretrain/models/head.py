@@ -32,7 +32,9 @@ class Head(nn.Module):
             return F.linear(hidden, self.weight, self.bias)
         most = self.max_logits or MAX_LOGITS[hidden.device.type]
         size = max(1, most // len(self.weight))
-        loss: torch.Tensor = _CrossEntropy.apply(hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled())
+        loss: torch.Tensor = _CrossEntropy.apply(
+            hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled()
+        )
         return loss
 
     def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:
@@ -48,8 +50,16 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, label_ids: torch.Tensor,
-                softcap: float | None, size: int, grad_enabled: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        label_ids: torch.Tensor,
+        softcap: float | None,
+        size: int,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
         """`size` labels at a time: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,) -> scalar in fp32."""
         wanted = [grad_enabled and ctx.needs_input_grad[place] for place in range(3)]
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -58,14 +68,18 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
-            chunk_loss, gradient = _loss_and_gradient(F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted))
+            chunk_loss, gradient = _loss_and_gradient(
+                F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted)
+            )
             loss += chunk_loss
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0)
             if of_weight is not None and not hidden.is_cuda:
                 of_weight.addmm_(gradient.T, hidden[chunk].float())
             gradient = gradient.to(hidden.dtype)
-            if of_weight is not None and hidden.is_cuda:  # where products in fp32 are far slower; the sum is in fp32 all the same
+            if (
+                of_weight is not None and hidden.is_cuda
+            ):  # where products in fp32 are far slower; the sum is in fp32 all the same
                 of_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
             if of_hidden is not None:
                 torch.mm(gradient, weight, out=of_hidden[chunk])
@@ -79,12 +93,21 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients by that of the loss. They are kept, so that it may be called again."""
         of_hidden, of_weight, of_bias = ctx.saved_tensors
-        return (*(None if gradient is None else (gradient.float() * grad_loss).to(ctx.dtype) for gradient in (of_hidden, of_weight, of_bias)),
-                None, None, None, None)
+        return (
+            *(
+                None if gradient is None else (gradient.float() * grad_loss).to(ctx.dtype)
+                for gradient in (of_hidden, of_weight, of_bias)
+            ),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _loss_and_gradient(logits: torch.Tensor, label_ids: torch.Tensor, softcap: float | None,
-                       differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(
+    logits: torch.Tensor, label_ids: torch.Tensor, softcap: float | None, differentiate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the cross-entropies of logits (m, V), which may be overwritten, and its gradient (m, V) in fp32.
 
     The gradient is that with respect to the logits before soft-capping: softmax - one-hot, times 1 - tanh^2.

@@ -34,15 +34,23 @@ def special_ids(tokenizer: Tokenizer, vocab_size: int) -> SpecialTokenIds:
     return SpecialTokenIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id, vocab_size)
 
 
-def build_model_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer, sequence_length: int) -> PretrainedConfig:
+def build_model_config(
+    family: str, shape: dict[str, Any], tokenizer: Tokenizer, sequence_length: int
+) -> PretrainedConfig:
     """The Hugging Face configuration of a family and shape for a tokenizer.
 
     Raises UserError for a key that the family does not have.
     """
     register_family(family)
-    computed = {"vocab_size": padded_vocab_size(tokenizer), "pad_token_id": tokenizer.pad_id,
-                "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()  # without what is no shape
+    computed = {
+        "vocab_size": padded_vocab_size(tokenizer),
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    known = (
+        AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()
+    )  # without what is no shape
     for key in shape:
         if key in computed:
             raise UserError(f"model.shape: {key} comes from the tokenizer; leave it out")
@@ -54,7 +62,9 @@ def build_model_config(family: str, shape: dict[str, Any], tokenizer: Tokenizer,
         raise UserError(f"model.shape: {family} cannot be built so: {' '.join(str(error).split())[:300]}") from None
     _check_shape(config, "model.shape")
     if config.max_position_embeddings < sequence_length:
-        raise UserError(f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions")
+        raise UserError(
+            f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} positions"
+        )
     return config
 
 
@@ -63,21 +73,35 @@ def _check_shape(config: PretrainedConfig, where: str) -> None:
     for name in ("hidden_act", "hidden_activation"):
         if getattr(config, name, "silu") not in ACT2FN:
             raise UserError(f"{where}: transformers knows no {name} {getattr(config, name)!r}")
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "query_pre_attn_scalar"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "query_pre_attn_scalar",
+    ):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{where}: {name} must be positive, not {getattr(config, name)}")
     if not 0 <= config.attention_dropout < 1:
         raise UserError(f"{where}: attention_dropout is a share below 1, not {config.attention_dropout}")
     heads, key_value_heads = (getattr(config, name, 1) for name in ("num_attention_heads", "num_key_value_heads"))
     if heads % key_value_heads:
-        raise UserError(f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})")
+        raise UserError(
+            f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({key_value_heads})"
+        )
     if config.rope_parameters["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"{where}: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}")
+        raise UserError(
+            f"{where}: rope_type is one of {', '.join(ROPE_TYPES)}, not {config.rope_parameters['rope_type']}"
+        )
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {FULL_ATTENTION, SLIDING_ATTENTION}:
-        raise UserError(f"{where}: layer_types are {FULL_ATTENTION} and {SLIDING_ATTENTION}, not {', '.join(sorted(kinds - {FULL_ATTENTION, SLIDING_ATTENTION}))}")
+        raise UserError(
+            f"{where}: layer_types are {FULL_ATTENTION} and {SLIDING_ATTENTION}, not {', '.join(sorted(kinds - {FULL_ATTENTION, SLIDING_ATTENTION}))}"
+        )
     if SLIDING_ATTENTION in kinds and (config.sliding_window or 0) < 1:
-        raise UserError(f"{where}: {config.model_type} has layers of sliding attention: sliding_window must be positive")
+        raise UserError(
+            f"{where}: {config.model_type} has layers of sliding attention: sliding_window must be positive"
+        )
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{where}: use_bidirectional_attention lets a token see the one that it predicts; leave it out")
 
@@ -96,7 +120,9 @@ class PredictorEmbedding(nn.Embedding):
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """(...) in 0 to k - 1 -> (..., D)."""
-        if self.num_embeddings == 1:  # the backward pass of a lookup would sort as many equal indices as there are positions
+        if (
+            self.num_embeddings == 1
+        ):  # the backward pass of a lookup would sort as many equal indices as there are positions
             return self.weight[0].expand(*index.shape, -1) * self.scale
         return super().forward(index) * self.scale
 
@@ -134,7 +160,9 @@ class LanguageModel(nn.Module):
 
     def mask(self, batch: Batch) -> Mask | dict[str, Mask]:
         """What each token may see, as the model's attention wants it."""
-        return attention_mask(batch.visible_until, batch.positions, self.attention, self.causal_lm.config, self.causal_lm.dtype)
+        return attention_mask(
+            batch.visible_until, batch.positions, self.attention, self.causal_lm.config, self.causal_lm.dtype
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits: (M, D) -> (M, V)."""
@@ -179,7 +207,9 @@ def pretrained_config(folder: str | Path) -> PretrainedConfig:
     except Exception as error:  # its validation raises kinds of its own
         raise UserError(f"model.init_from: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
     if config.model_type not in get_args(Family):
-        raise UserError(f"model.init_from: {folder} holds a model of the family {config.model_type!r}; known ones: {', '.join(get_args(Family))}")
+        raise UserError(
+            f"model.init_from: {folder} holds a model of the family {config.model_type!r}; known ones: {', '.join(get_args(Family))}"
+        )
     _check_shape(config, f"model.init_from: {Path(folder) / 'config.json'}")
     return config
 
@@ -188,6 +218,8 @@ def pretrained_causal_lm(folder: str, attention: str, dtype: torch.dtype) -> nn.
     """The weights of a local Hugging Face folder. Raises UserError where it does not load."""
     register_family_from_folder(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention, dtype=dtype, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"model.init_from: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None

@@ -18,7 +18,9 @@ def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
     except ImportError:
         raise UserError("model.lora needs the package peft: pip install 'jepa-pretrain[lora]'") from None
     transformer = model.causal_lm.model
-    maps = sorted({name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)})
+    maps = sorted(
+        {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    )
     model.causal_lm.requires_grad_(False)
     # peft declares lora_alpha as an int, and computes with any number
     adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=maps)  # type: ignore[arg-type]

@@ -25,7 +25,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -65,7 +70,9 @@ class OpenELMConfig(PreTrainedConfig):
         for name in ("qkv_multipliers", "ffn_multipliers"):
             multipliers = getattr(self, name)
             if len(multipliers) != 2 or min(multipliers) <= 0:
-                raise ValueError(f"{name} must be two positive numbers, of the first and of the last layer: {list(multipliers)}")
+                raise ValueError(
+                    f"{name} must be two positive numbers, of the first and of the last layer: {list(multipliers)}"
+                )
         for name in ("hidden_size", "num_hidden_layers", "head_dim", "num_gqa_groups", "ffn_dim_divisor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive: {getattr(self, name)}")
@@ -74,7 +81,10 @@ class OpenELMConfig(PreTrainedConfig):
     def query_heads(self) -> list[int]:
         """Query heads of each layer."""
         divisor = self.head_dim * self.num_gqa_groups
-        return [make_divisible(self.hidden_size * multiplier, divisor) // self.head_dim for multiplier in self._by_layer(self.qkv_multipliers)]
+        return [
+            make_divisible(self.hidden_size * multiplier, divisor) // self.head_dim
+            for multiplier in self._by_layer(self.qkv_multipliers)
+        ]
 
     @property
     def key_value_heads(self) -> list[int]:
@@ -84,7 +94,10 @@ class OpenELMConfig(PreTrainedConfig):
     @property
     def ffn_widths(self) -> list[int]:
         """Width of the feed-forward network of each layer."""
-        return [make_divisible(self.hidden_size * multiplier, self.ffn_dim_divisor) for multiplier in self._by_layer(self.ffn_multipliers)]
+        return [
+            make_divisible(self.hidden_size * multiplier, self.ffn_dim_divisor)
+            for multiplier in self._by_layer(self.ffn_multipliers)
+        ]
 
     @property
     def initializer_range(self) -> float:
@@ -113,7 +126,9 @@ class OpenELMAttention(nn.Module):
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        query_width, key_value_width = (heads[layer_idx] * config.head_dim for heads in (config.query_heads, config.key_value_heads))
+        query_width, key_value_width = (
+            heads[layer_idx] * config.head_dim for heads in (config.query_heads, config.key_value_heads)
+        )
         self.num_key_value_groups = config.num_gqa_groups
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
@@ -124,9 +139,14 @@ class OpenELMAttention(nn.Module):
         self.q_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = LlamaRMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor],
-                attention_mask: torch.Tensor | BlockMask | None, past_key_values: Cache | None = None,
-                **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | BlockMask | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, L, D) -> (B, L, D) and the weights, where the kernel has them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -135,9 +155,19 @@ class OpenELMAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(self, query, key, value, attention_mask, dropout=self.config.attention_dropout if self.training else 0.0,
-                                 scaling=self.scaling, **kwargs)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
         return self.o_proj(output.flatten(2)), weights
 
 
@@ -204,7 +234,9 @@ class OpenELMModel(OpenELMPreTrainedModel):
     def __init__(self, config: OpenELMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both have
         self.gradient_checkpointing = False
@@ -212,9 +244,16 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | BlockMask | None = None,
-                position_ids: torch.Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: torch.Tensor | None = None,
-                use_cache: bool | None = None, **kwargs) -> BaseModelOutputWithPast:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm, (B, L, D).
 
         Of `input_ids` (B, L) or `inputs_embeds` (B, L, D). `attention_mask`: (B, L) without padding, or what the attention
@@ -230,13 +269,23 @@ class OpenELMModel(OpenELMPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         # A mask that is ready for the kernel, such as a BlockMask, comes back as it is.
-        mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds,
-                                  attention_mask=attention_mask,  # type: ignore[arg-type]
-                                  past_key_values=past_key_values, position_ids=position_ids)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,  # type: ignore[arg-type]
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         hidden_states, position_embeddings = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, position_ids=position_ids,
-                                  past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -252,17 +301,41 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | BlockMask | None = None,
-                position_ids: torch.Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: torch.Tensor | None = None,
-                labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
-                **kwargs) -> CausalLMOutputWithPast:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
         """Logits (B, L, V), and with `labels` (B, L) the next-token loss; for the other arguments see OpenELMModel."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
-                                      attentions=output.attentions)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
 
 
 AutoConfig.register("openelm", OpenELMConfig)

@@ -38,12 +38,15 @@ def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
         "lacks tensors of the model in its config.json": expected.keys() - stored.keys() - tied,
         "has tensors that the model in its config.json does not have": unknown,
         "has tensors in another shape than its config.json says": {
-            name for name in stored.keys() & expected.keys() if stored[name] != expected[name]},
+            name for name in stored.keys() & expected.keys() if stored[name] != expected[name]
+        },
     }
     for problem, names in problems.items():
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"model.init_from: {folder} {problem}: {listed}; give a folder with all weights of that model")
+            raise UserError(
+                f"model.init_from: {folder} {problem}: {listed}; give a folder with all weights of that model"
+            )
 
 
 def _stored(folder: Path) -> Shapes:

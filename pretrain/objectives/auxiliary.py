@@ -24,15 +24,28 @@ class AuxiliaryObjective(ABC):
         self.units: Mapping[str, str] = {"lm": "targets", "jepa": unit} | {one.name: "pairs" for one in regularizers}
 
     @abstractmethod
-    def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
+    def auxiliary_sum(
+        self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
+    ) -> torch.Tensor:
         """This rank's sum of the auxiliary term: hidden (B * L, D), its read-outs (P, D) each, and the pool where `pooled`."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        cross_entropy: CrossEntropy,
+        gather: Gather,
+        *,
+        with_pool: bool = False,
+    ) -> ObjectiveOutput:
         """Return the terms of a micro batch, see `Objective`."""
         prediction, target = select_pair_embeddings(hidden, batch)
         pooled = with_pool or self.pooled or bool(self.regularizers)
         pool = gather_pool(prediction, target, batch, gather) if pooled else None
-        terms = {"lm": next_token_sum(hidden, batch, cross_entropy), "jepa": self.auxiliary_sum(hidden, prediction, target, batch, pool)}
+        terms = {
+            "lm": next_token_sum(hidden, batch, cross_entropy),
+            "jepa": self.auxiliary_sum(hidden, prediction, target, batch, pool),
+        }
         if pool is not None:
             terms |= {one.name: one(pool, batch.seed) for one in self.regularizers}
         return ObjectiveOutput(terms, pool)

@@ -31,7 +31,15 @@ class Objective(Protocol):
     units: Mapping[str, str]
     """What each term is summed over, and so divided by: `targets`, `pairs` or `spans`."""
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        cross_entropy: CrossEntropy,
+        gather: Gather,
+        *,
+        with_pool: bool = False,
+    ) -> ObjectiveOutput:
         """Terms of a micro batch from its hidden states (B * L, D).
 
         `with_pool` gathers the pairs even where no term needs them.
@@ -44,7 +52,9 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return objective
 
 
-def total_loss(terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int) -> torch.Tensor:
+def total_loss(
+    terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int
+) -> torch.Tensor:
     """The loss to differentiate on one rank: sum over terms of weight * sum / count.
 
     `counts` are those of the whole global batch, by term. DeepSpeed averages gradients over ranks, hence the factor `ranks`:

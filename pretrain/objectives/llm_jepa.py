@@ -54,14 +54,23 @@ def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
 class LlmJepa(AuxiliaryObjective):
     """The language-model loss and `weight` times the distance of the pairs."""
 
-    def __init__(self, weight: float, distance: str, *, temperature: float | None = None, stop_gradient: bool = False,
-                 regularizers: Sequence[Regularizer] = ()):
+    def __init__(
+        self,
+        weight: float,
+        distance: str,
+        *,
+        temperature: float | None = None,
+        stop_gradient: bool = False,
+        regularizers: Sequence[Regularizer] = (),
+    ):
         super().__init__(weight, "pairs", regularizers)
         self.distance, self.stop_gradient = distance, stop_gradient
         self.pooled = distance == "info_nce"
         self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
 
-    def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
+    def auxiliary_sum(
+        self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
+    ) -> torch.Tensor:
         """Return this rank's sum of the distances."""
         if self.distance == "info_nce":
             assert pool is not None
@@ -72,5 +81,10 @@ class LlmJepa(AuxiliaryObjective):
 
 def from_config(config: Config) -> LlmJepa:
     """Return the objective of a configuration."""
-    return LlmJepa(config.weight, config.distance, temperature=config.temperature, stop_gradient=config.stop_gradient,
-                   regularizers=build_regularizers(config.regularizers))
+    return LlmJepa(
+        config.weight,
+        config.distance,
+        temperature=config.temperature,
+        stop_gradient=config.stop_gradient,
+        regularizers=build_regularizers(config.regularizers),
+    )

@@ -29,7 +29,9 @@ def embedding_monitors(pool: Pool) -> dict[str, float]:
     monitors = {
         "paired_cosine": paired.mean(),
         "effective_rank": torch.minimum(effective_rank(prediction[:RANK_PAIRS]), effective_rank(target[:RANK_PAIRS])),
-        "retrieval_at_1": (paired > nearest_stranger).double().mean(),  # a rate is exact in fp64: fp32 would make 0.9 another number than 0.9
+        "retrieval_at_1": (paired > nearest_stranger)
+        .double()
+        .mean(),  # a rate is exact in fp64: fp32 would make 0.9 another number than 0.9
     }
     if negatives_mask.any():
         monitors["shuffled_cosine"] = similarity[negatives_mask].mean()

@@ -19,7 +19,15 @@ class NextToken:
     weights = {"lm": 1.0}
     units = {"lm": "targets"}
 
-    def __call__(self, hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy, gather: Gather, *, with_pool: bool = False) -> ObjectiveOutput:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        batch: Batch,
+        cross_entropy: CrossEntropy,
+        gather: Gather,
+        *,
+        with_pool: bool = False,
+    ) -> ObjectiveOutput:
         """Return the term of a micro batch, see `Objective`."""
         pool = gather_pool(*select_pair_embeddings(hidden, batch), batch, gather) if with_pool else None
         return ObjectiveOutput({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)

@@ -51,8 +51,10 @@ class Pool:
     @staticmethod
     def join(pools: list["Pool"]) -> "Pool":
         """Several pools as one, without an own slice."""
-        joined = {name: torch.cat([getattr(pool, name) for pool in pools])
-                  for name in ("prediction", "target", "key", "record", "direction", "valid")}
+        joined = {
+            name: torch.cat([getattr(pool, name) for pool in pools])
+            for name in ("prediction", "target", "key", "record", "direction", "valid")
+        }
         return Pool(**joined, local_slice=slice(0, 0))
 
 
@@ -76,7 +78,10 @@ def gather_pool(prediction: torch.Tensor, target: torch.Tensor, batch: Batch, ga
     local_slice = slice(gather.rank * size, (gather.rank + 1) * size)
     mine = torch.cat([prediction, target], dim=1)
     everyone = gather.all_gather(mine.detach())
-    predictions, targets = torch.cat([everyone[: local_slice.start], mine, everyone[local_slice.stop :]]).chunk(2, dim=1)
+    predictions, targets = torch.cat([everyone[: local_slice.start], mine, everyone[local_slice.stop :]]).chunk(
+        2, dim=1
+    )
     key, record, direction, valid = gather.all_gather(
-        torch.stack([batch.pair_target_hash, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)).unbind(dim=1)
+        torch.stack([batch.pair_target_hash, batch.pair_record, batch.pair_direction, batch.pair_valid.long()], dim=1)
+    ).unbind(dim=1)
     return Pool(predictions, targets, key, record, direction, valid.bool(), local_slice)

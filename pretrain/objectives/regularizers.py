@@ -67,7 +67,9 @@ def sigreg(embeddings: torch.Tensor, valid: torch.Tensor, projections: int, seed
     characteristic function, by the trapezoidal rule on 0 to 3, doubled for the negative half (arXiv 2511.08544, section 4).
     """
     generator = torch.Generator().manual_seed(int(seed))
-    directions = F.normalize(torch.randn(embeddings.shape[1], projections, generator=generator), dim=0).to(embeddings.device, non_blocking=True)
+    directions = F.normalize(torch.randn(embeddings.shape[1], projections, generator=generator), dim=0).to(
+        embeddings.device, non_blocking=True
+    )
     points = torch.linspace(0, SIGREG_RANGE, SIGREG_POINTS, device=embeddings.device)
     step = SIGREG_RANGE / (SIGREG_POINTS - 1)
     normal = (-points.square() / 2).exp()

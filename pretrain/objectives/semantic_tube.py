@@ -28,7 +28,9 @@ class SemanticTube(AuxiliaryObjective):
     def __init__(self, weight: float, regularizers: Sequence[Regularizer] = ()):
         super().__init__(weight, "spans", regularizers)
 
-    def auxiliary_sum(self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None) -> torch.Tensor:
+    def auxiliary_sum(
+        self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
+    ) -> torch.Tensor:
         """Return this rank's sum of the bends."""
         return tube_distance(hidden[batch.span_index].float()).sum()
 

@@ -80,9 +80,15 @@ def read_comparison(paths: list[Path], baseline: str | None, metric: str | None)
     arms = group([read_run(path) for path in paths])
     runs = [run for arm in arms for run in arm.runs.values()]
     if metric is None:
-        chosen, origin = _default_metric(runs), "not chosen in advance: it is the first one of the first task that was evaluated"
+        chosen, origin = (
+            _default_metric(runs),
+            "not chosen in advance: it is the first one of the first task that was evaluated",
+        )
     else:
-        chosen, origin = Metric.parse(metric, runs), "named on the command line; whether before the runs were seen, only you know"
+        chosen, origin = (
+            Metric.parse(metric, runs),
+            "named on the command line; whether before the runs were seen, only you know",
+        )
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
     return _comparison(title, arms, baseline, chosen, origin, None)
 
@@ -103,24 +109,34 @@ def _read_study(folder: Path, baseline: str | None, given: str | None) -> Compar
     else:
         origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
-            raise UserError(f"{path}: no run has the metric {metric}; there are {known_metrics(runs)}. Name one with --metric, or mend the study "
-                            "file and start it again: what has run stays")
+            raise UserError(
+                f"{path}: no run has the metric {metric}; there are {known_metrics(runs)}. Name one with --metric, or mend the study "
+                "file and start it again: what has run stays"
+            )
     return _comparison(title, arms, baseline or named, metric, origin, matched_by)
 
 
 def _study_arm(folder: Path, name: str, arm: dict[str, Any]) -> Arm:
     paths = {int(seed): folder / path for seed, path in arm["runs"].items()}
-    return Arm(name, {seed: read_run(path) for seed, path in sorted(paths.items()) if is_run(path)},
-               {seed: str(path) for seed, path in sorted(paths.items()) if not is_run(path)}, arm.get("flops_per_token"))
+    return Arm(
+        name,
+        {seed: read_run(path) for seed, path in sorted(paths.items()) if is_run(path)},
+        {seed: str(path) for seed, path in sorted(paths.items()) if not is_run(path)},
+        arm.get("flops_per_token"),
+    )
 
 
-def _comparison(title: str, arms: list[Arm], baseline: str | None, metric: Metric, origin: str, matched_by: str | None) -> Comparison:
+def _comparison(
+    title: str, arms: list[Arm], baseline: str | None, metric: Metric, origin: str, matched_by: str | None
+) -> Comparison:
     by_name = {arm.name: arm for arm in arms}
     if baseline is None and len(arms) > 1:
         plain = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
         if len(plain) != 1:
-            raise UserError(f"which arm is the baseline? {len(plain)} arms have objective.name=next_token; name one with --baseline: "
-                            + "; ".join(by_name))
+            raise UserError(
+                f"which arm is the baseline? {len(plain)} arms have objective.name=next_token; name one with --baseline: "
+                + "; ".join(by_name)
+            )
         baseline = plain[0]
     if baseline is not None and baseline not in by_name:
         raise UserError(f"there is no arm {baseline!r} to be the baseline; there are: {'; '.join(by_name)}")
@@ -142,7 +158,9 @@ def group(runs: list[Run]) -> list[Arm]:
         by_seed: dict[int, Run] = {}
         for run in members:
             if run.seed in by_seed:
-                raise UserError(f"{by_seed[run.seed].folder} and {run.folder} are the same arm with the same seed, {run.seed}: leave one out")
+                raise UserError(
+                    f"{by_seed[run.seed].folder} and {run.folder} are the same arm with the same seed, {run.seed}: leave one out"
+                )
             by_seed[run.seed] = run
         arms.append(Arm(name, dict(sorted(by_seed.items())), {}))
     return arms
@@ -154,7 +172,9 @@ def _names(first_runs: list[Run]) -> list[str]:
     settings = training_settings(first_runs)
     for run, mine in zip(first_runs, settings, strict=True):
         twins = [values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective]
-        words = [f"{key.removeprefix('objective.')}={shorten(mine[key])}" for key in differing_keys(twins) if key in mine]
+        words = [
+            f"{key.removeprefix('objective.')}={shorten(mine[key])}" for key in differing_keys(twins) if key in mine
+        ]
         name = " ".join([run.objective, *words])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names

@@ -21,11 +21,16 @@ def flops_per_token(run: Run) -> float:
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
     """Return the corpus of a run, if it still stands where the run read it, and is the same as then. Raises UserError."""
-    folder = next((folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()), None)
+    folder = next(
+        (folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()),
+        None,
+    )
     if folder is None:
         raise UserError(f"the corpus {config.data.path} is not here")
     corpus = Corpus(folder, split)
-    if (run.folder / MODEL_DIR).is_dir() and Tokenizer.load(run.folder / MODEL_DIR).fingerprint != corpus.tokenizer.fingerprint:
+    if (run.folder / MODEL_DIR).is_dir() and Tokenizer.load(
+        run.folder / MODEL_DIR
+    ).fingerprint != corpus.tokenizer.fingerprint:
         raise UserError(f"{folder} holds the corpus of another run: its tokenizer is another one")
     if not was_trained_on(run.folder, corpus.manifest):
         raise UserError(f"{folder} holds another corpus than the one that {run.folder} was trained on")

@@ -44,8 +44,16 @@ def _bands(summaries: Summaries, curve: Callable[[Run], Points], x_axis: str) ->
         runs = [(run, points) for run in _shown(summary.arm) if (points := curve(run))]
         if runs:
             key = "seconds" if x_axis == "seconds" else "tokens"
-            bands[name] = join([([step for step, _ in points], run.consumed(key, [step for step, _ in points]) * factor,
-                                 np.array([value for _, value in points])) for run, points in runs])
+            bands[name] = join(
+                [
+                    (
+                        [step for step, _ in points],
+                        run.consumed(key, [step for step, _ in points]) * factor,
+                        np.array([value for _, value in points]),
+                    )
+                    for run, points in runs
+                ]
+            )
     return bands
 
 

@@ -80,11 +80,20 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     layout = config.make_layout(specials, corpus.views, validating=True)
     count = min(PAIRS, len(corpus))
     numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
-    rows = plan_rows(corpus, numbers, layout, config.data.sequence_length, np.ones(count, bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
+    rows = plan_rows(
+        corpus,
+        numbers,
+        layout,
+        config.data.sequence_length,
+        np.ones(count, bool),
+        draw_random_bits(numbers, 0, np.zeros_like(numbers)),
+    )
     rows = Rows.join([rows], -(-rows.count // ROWS) * ROWS)
     predictions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    for batch in micro_batches(rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1):
+    for batch in micro_batches(
+        rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1
+    ):
         batch = batch.to(device)
         for found, read in zip((predictions, targets), select_pair_embeddings(model(batch), batch), strict=True):
             found.append(read[batch.pair_valid].cpu().numpy())
@@ -104,4 +113,9 @@ def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> Em
     _, widths, directions = np.linalg.svd(points, full_matrices=False)
     plane = points @ directions[:2].T
     variance = (widths**2).sum()
-    return EmbeddingProjection(names, plane[: len(first)], plane[len(first):], float((widths[:2] ** 2).sum() / variance) if variance > 0 else 1.0)
+    return EmbeddingProjection(
+        names,
+        plane[: len(first)],
+        plane[len(first) :],
+        float((widths[:2] ** 2).sum() / variance) if variance > 0 else 1.0,
+    )

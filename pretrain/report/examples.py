@@ -43,21 +43,33 @@ class Example:
 
 def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
     """Rows by what is bad about them; the most telling first. Empty where no run has answers of the metric's task."""
-    written = {arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))] for arm in comparison.arms.values()}
+    written = {
+        arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))]
+        for arm in comparison.arms.values()
+    }
     written = {name: runs for name, runs in written.items() if runs}
     if not written:
         return {}
     shared = set.intersection(*(set(rows) for runs in written.values() for rows in runs))
     order = [key for key in next(iter(written.values()))[0] if key in shared]
-    examples = [Example(key[0], key[1], [_answer(name, [rows[key] for rows in runs]) for name, runs in written.items()]) for key in order]
+    examples = [
+        Example(key[0], key[1], [_answer(name, [rows[key] for rows in runs]) for name, runs in written.items()])
+        for key in order
+    ]
     kinds: dict[str, list[Example]] = {}
     baseline = comparison.baseline
     if baseline in written and len(written) > 1:
         lead = {id(example): _lead(example, baseline) for example in examples}
         by_lead = sorted(examples, key=lambda example: lead[id(example)])
-        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0][:EACH_KIND]
-        kinds[f"the other arms write the target, {baseline} does not"] = [one for one in reversed(by_lead) if lead[id(one)] > 0][:EACH_KIND]
-    kinds["nobody writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)][:EACH_KIND]
+        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0][
+            :EACH_KIND
+        ]
+        kinds[f"the other arms write the target, {baseline} does not"] = [
+            one for one in reversed(by_lead) if lead[id(one)] > 0
+        ][:EACH_KIND]
+    kinds["nobody writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)][
+        :EACH_KIND
+    ]
     return {kind: chosen for kind, chosen in kinds.items() if chosen}
 
 
@@ -69,12 +81,16 @@ def _lead(example: Example, baseline: str) -> float:
 
 
 def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
-    return Answer(name, rows[0]["answer"], sum(row["answer"] == row["target"] and row["stopped"] for row in rows), len(rows))
+    return Answer(
+        name, rows[0]["answer"], sum(row["answer"] == row["target"] and row["stopped"] for row in rows), len(rows)
+    )
 
 
 def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Return the rows of a finished run's last answers, by context, target and how often that pair came before; empty where there are none."""
-    path = run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
+    path = (
+        run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
+    )
     if path is None or not path.is_file():
         return {}
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}

@@ -13,11 +13,26 @@ from pretrain.report.arms import STUDY, read_comparison
 def main() -> None:
     """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(description="Compare runs: one HTML page and a Markdown table.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR|STUDY", help="run directories, or one study folder")
-    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with; default: that of the study, or next_token")
-    parser.add_argument("--metric", metavar="TASK/NAME", help="what the verdict is about, such as nl_rx/exact or validation/loss/lm; "
-                        "TASK/NAME:higher or TASK/NAME:lower for one that declares no direction")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where report.html and REPORT.md go; default: the study, or beside the run")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="RUN_DIR|STUDY", help="run directories, or one study folder"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="the arm that the others are compared with; default: that of the study, or next_token",
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="TASK/NAME",
+        help="what the verdict is about, such as nl_rx/exact or validation/loss/lm; "
+        "TASK/NAME:higher or TASK/NAME:lower for one that declares no direction",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where report.html and REPORT.md go; default: the study, or beside the run",
+    )
     arguments = parser.parse_args()
     exit_on_user_error(lambda: _report(arguments))
 
@@ -41,7 +56,9 @@ def _report(arguments: argparse.Namespace) -> None:
         write_text(folder / "REPORT.md", table)
         write_text(folder / "report.html", page)
     except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output") from None
+        raise UserError(
+            f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output"
+        ) from None
     print(table)
     _say(f"the page: {folder / 'report.html'}")
 

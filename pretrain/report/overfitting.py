@@ -55,8 +55,11 @@ def overfitting(summaries: Summaries) -> Overfitting | None:
     changes = {name: past.change for name, past in others.items() if past.change}
     losses = {name: _magnitude(past.lowest, base.lowest) for name, past in others.items()}
     scores = {name: _magnitude(past.metric, base.metric) for name, past in others.items()}
-    return Overfitting(arms, compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
-                       compare(changes, base.change, better, scores))
+    return Overfitting(
+        arms,
+        compare({name: past.rise for name, past in others.items()}, base.rise, False, losses),
+        compare(changes, base.change, better, scores),
+    )
 
 
 def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
@@ -69,7 +72,11 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
         step, value = min(curve, key=lambda point: point[1])
         lowest[run.seed], rise[run.seed] = value, curve[-1][1] - value
         times[run.seed] = run.last["tokens"] / run.consumed("tokens", [step])[0]
-        scores = [] if summaries.comparison.metric.task == VALIDATION else summaries.comparison.metric.curve(run, summaries.settings)
+        scores = (
+            []
+            if summaries.comparison.metric.task == VALIDATION
+            else summaries.comparison.metric.curve(run, summaries.settings)
+        )
         if len(scores) < 2:
             continue
         steps, values = zip(*scores, strict=True)

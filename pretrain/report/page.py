@@ -14,11 +14,23 @@ from pretrain.report.examples import worst_examples
 from pretrain.report.overfitting import Overfitting, overfitting
 from pretrain.report.summary import MONITORS, Summaries, Summary, spread
 
-PAST = ["arm", "lowest validation loss", "trained times past it", "rise to the end", "metric there, interpolated", "its change to the end"]
+PAST = [
+    "arm",
+    "lowest validation loss",
+    "trained times past it",
+    "rise to the end",
+    "metric there, interpolated",
+    "its change to the end",
+]
 """Heads of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")
-ENVIRONMENT = Environment(loader=PackageLoader("pretrain.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                          lstrip_blocks=True)
+ENVIRONMENT = Environment(
+    loader=PackageLoader("pretrain.report", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def columns(summaries: Summaries) -> list[str]:
@@ -27,7 +39,17 @@ def columns(summaries: Summaries) -> list[str]:
     base = summaries.comparison.baseline
     compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
     costs = ["FLOPs a token", "seconds a token"] if base else []
-    return ["arm", "seeds", str(summaries.comparison.metric), *compared, "validation/loss/lm", "tokens", "FLOPs", "seconds", *costs]
+    return [
+        "arm",
+        "seeds",
+        str(summaries.comparison.metric),
+        *compared,
+        "validation/loss/lm",
+        "tokens",
+        "FLOPs",
+        "seconds",
+        *costs,
+    ]
 
 
 def row(summaries: Summaries, summary: Summary) -> list[str]:
@@ -38,23 +60,51 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
         compared = ["", "", "", "baseline"]
     elif baseline:
         assert test is not None  # every other arm has one
-        compared = [narrative.format_number(test.mean, True), narrative.format_interval(test), narrative.format_p_value(test.corrected_p), test.verdict]
+        compared = [
+            narrative.format_number(test.mean, True),
+            narrative.format_interval(test),
+            narrative.format_p_value(test.corrected_p),
+            test.verdict,
+        ]
     amounts = [found.mean if (found := summary.consumed(what)) else None for what in AMOUNTS]
     ratio = summary.seconds_ratio
-    costs = [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"] if baseline else []
-    return [summary.arm.name, f"{len(summary.values)} of {summary.arm.planned}", narrative.format_spread(summary.metric), *compared,
-            narrative.format_spread(summary.losses.get("validation/loss/lm")), *map(_amount, amounts), *costs]
+    costs = (
+        [f"× {summary.flops_ratio:.2f}" if summary.flops_ratio else "–", f"× {ratio.mean:.2f}" if ratio else "–"]
+        if baseline
+        else []
+    )
+    return [
+        summary.arm.name,
+        f"{len(summary.values)} of {summary.arm.planned}",
+        narrative.format_spread(summary.metric),
+        *compared,
+        narrative.format_spread(summary.losses.get("validation/loss/lm")),
+        *map(_amount, amounts),
+        *costs,
+    ]
 
 
 def score_rows(summaries: Summaries) -> list[list[str]]:
     """Each metric of each task, and its values by arm."""
-    return [[name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)] for name, values in summaries.scores.items()]
+    return [
+        [name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)]
+        for name, values in summaries.scores.items()
+    ]
 
 
 def past_rows(past: Overfitting) -> list[list[str]]:
     """The cells of each arm under the heads PAST."""
-    return [[name, narrative.format_spread(spread(arm.lowest.values())), f"{arm.times.mean:.1f}", narrative.format_spread(spread(arm.rise.values())),
-             narrative.format_spread(spread(arm.metric.values())), narrative.format_spread(spread(arm.change.values()))] for name, arm in past.arms.items()]
+    return [
+        [
+            name,
+            narrative.format_spread(spread(arm.lowest.values())),
+            f"{arm.times.mean:.1f}",
+            narrative.format_spread(spread(arm.rise.values())),
+            narrative.format_spread(spread(arm.metric.values())),
+            narrative.format_spread(spread(arm.change.values())),
+        ]
+        for name, arm in past.arms.items()
+    ]
 
 
 def _amount(value: float | None) -> str:
@@ -83,7 +133,11 @@ def markdown(summaries: Summaries) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(map(_plain, heads))} |", "|" + "---|" * len(heads), *(f"| {' | '.join(map(_plain, cells))} |" for cells in rows)]
+    return [
+        f"| {' | '.join(map(_plain, heads))} |",
+        "|" + "---|" * len(heads),
+        *(f"| {' | '.join(map(_plain, cells))} |" for cells in rows),
+    ]
 
 
 def _plain(text: str) -> str:
@@ -102,13 +156,25 @@ def html(summaries: Summaries, say: Callable[[str], None]) -> str:
     say("drawing")
     past = overfitting(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
-        comparison=comparison, narrative=narrative, summaries=summaries, heads=columns(summaries),
+        comparison=comparison,
+        narrative=narrative,
+        summaries=summaries,
+        heads=columns(summaries),
         rows={name: row(summaries, one) for name, one in summaries.arms.items()},
         legend=[(name, plots.arm_variable(number), _dash(number)) for number, name in enumerate(summaries.arms)],
-        forest=Markup(plots.forest(summaries)), curves=_curves(summaries), diagnostics=Markup(_diagnostics(summaries)), monitors=MONITORS,
-        embeddings=Markup(plots.embeddings(pictures)) if pictures else "", pictures=pictures, no_picture=no_picture,
-        examples=worst_examples(comparison), scores=score_rows(summaries), score_heads=["metric", *summaries.arms],
-        past=past, past_heads=PAST, past_rows=past_rows(past) if past else [],
+        forest=Markup(plots.forest(summaries)),
+        curves=_curves(summaries),
+        diagnostics=Markup(_diagnostics(summaries)),
+        monitors=MONITORS,
+        embeddings=Markup(plots.embeddings(pictures)) if pictures else "",
+        pictures=pictures,
+        no_picture=no_picture,
+        examples=worst_examples(comparison),
+        scores=score_rows(summaries),
+        score_heads=["metric", *summaries.arms],
+        past=past,
+        past_heads=PAST,
+        past_rows=past_rows(past) if past else [],
     )
 
 
@@ -121,23 +187,46 @@ def _curves(summaries: Summaries) -> list[dict[str, Any]]:
     """Title, remark and chart of each measure that some run has."""
     metric = summaries.comparison.metric
     measures = {
-        f"{metric}": ("Wherever a checkpoint was evaluated.", metric.name, lambda what: metric_bands(summaries, metric, what)),
-        "validation/loss/lm": ("Next-token loss on unseen records.", "nats a token", _bands_of(summaries, "validation/loss/lm")),
+        f"{metric}": (
+            "Wherever a checkpoint was evaluated.",
+            metric.name,
+            lambda what: metric_bands(summaries, metric, what),
+        ),
+        "validation/loss/lm": (
+            "Next-token loss on unseen records.",
+            "nats a token",
+            _bands_of(summaries, "validation/loss/lm"),
+        ),
         "loss/lm": ("Next-token loss of the training batches.", "nats a token", _bands_of(summaries, "loss/lm")),
-        "loss/jepa": ("The auxiliary term, unweighted. Each distance has units of its own: compare a curve with itself.", "units of its own",
-                      _bands_of(summaries, "loss/jepa")),
+        "loss/jepa": (
+            "The auxiliary term, unweighted. Each distance has units of its own: compare a curve with itself.",
+            "units of its own",
+            _bands_of(summaries, "loss/jepa"),
+        ),
     }
     x_axis = AMOUNTS if not summaries.flops_unavailable_reason else ("tokens", "seconds")
-    drawn = ({"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, x_axis))}
-             for title, (remark, unit, bands) in measures.items())
+    drawn = (
+        {"title": title, "remark": remark, "svg": Markup(plots.curves(summaries, bands, unit, x_axis))}
+        for title, (remark, unit, bands) in measures.items()
+    )
     return [one for one in drawn if one["svg"]]
 
 
 def _diagnostics(summaries: Summaries) -> str:
-    prefix = "validation/embedding/" if any(run.curve("validation/embedding/paired_cosine") for run in summaries.comparison.runs) else "embedding/"
-    titles = {"paired_cosine": ("cosine of a pair", "cosine"), "shuffled_cosine": ("cosine of unrelated views", "cosine"),
-              "retrieval_at_1": ("retrieval@1", "share of pairs"), "effective_rank": ("effective rank", "dimensions")}
-    return plots.diagnostics(summaries, {title: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()})
+    prefix = (
+        "validation/embedding/"
+        if any(run.curve("validation/embedding/paired_cosine") for run in summaries.comparison.runs)
+        else "embedding/"
+    )
+    titles = {
+        "paired_cosine": ("cosine of a pair", "cosine"),
+        "shuffled_cosine": ("cosine of unrelated views", "cosine"),
+        "retrieval_at_1": ("retrieval@1", "share of pairs"),
+        "effective_rank": ("effective rank", "dimensions"),
+    }
+    return plots.diagnostics(
+        summaries, {title: (unit, _bands_of(summaries, prefix + name)) for name, (title, unit) in titles.items()}
+    )
 
 
 def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]]:

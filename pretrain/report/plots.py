@@ -35,12 +35,33 @@ NAMES = {"tokens": "corpus tokens", "flops": "training FLOPs", "seconds": "train
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _counter = itertools.count()
 
-plt.rcParams.update({
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 9.5, "axes.edgecolor": GRID, "axes.labelcolor": INK,
-    "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": GRID, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.8,
-    "axes.axisbelow": True, "axes.titlesize": 10, "axes.titlelocation": "left", "figure.constrained_layout.use": True, "text.parse_math": False,
-})
+plt.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "font.family": "sans-serif",
+        "font.size": 9.5,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+        "lines.linewidth": 1.8,
+        "axes.axisbelow": True,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "figure.constrained_layout.use": True,
+        "text.parse_math": False,
+    }
+)
 
 
 def arm_style(number: int) -> tuple[str, Dash]:
@@ -98,14 +119,22 @@ def forest(summaries: Summaries) -> str:
         values = summaries.arms[name].values
         if test.low is not None and test.high is not None:
             axis.plot([test.low, test.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
-        axis.plot([values[seed] - base[seed] for seed in test.seeds], [row] * len(test.seeds), "o", color=color, markersize=4.5)
+        axis.plot(
+            [values[seed] - base[seed] for seed in test.seeds],
+            [row] * len(test.seeds),
+            "o",
+            color=color,
+            markersize=4.5,
+        )
         axis.plot([mean], [row], marker="|", color=INK, markersize=15, markeredgewidth=2)
     axis.axvline(0, color=INK, linewidth=1)
     axis.set_yticks(range(len(tests)), [name for name, _, _ in tests])
     axis.set_ylim(len(tests) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(f"difference to {summaries.comparison.baseline} in {summaries.comparison.metric}"
-                    + (" (to the right: better)" if summaries.comparison.metric.higher_is_better else " (to the left: better)"))
+    axis.set_xlabel(
+        f"difference to {summaries.comparison.baseline} in {summaries.comparison.metric}"
+        + (" (to the right: better)" if summaries.comparison.metric.higher_is_better else " (to the left: better)")
+    )
     return _svg(figure)
 
 
@@ -116,7 +145,7 @@ def embeddings(pictures: dict[str, EmbeddingProjection]) -> str:
     width = WIDTH * (columns if columns > 2 else 3) / 4 if columns < 4 else WIDTH
     figure, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.3)), squeeze=False)
     reach = 1.05 * max(float(np.abs(np.concatenate([one.first, one.second])).max()) for one in pictures.values())
-    for axis in axes.flat[len(pictures):]:
+    for axis in axes.flat[len(pictures) :]:
         axis.set_visible(False)
     for axis, (name, one) in zip(axes.flat, pictures.items(), strict=False):
         axis.plot(*np.stack([one.first, one.second], axis=1).transpose(2, 1, 0), color=INK, linewidth=0.5, alpha=0.3)
@@ -136,17 +165,36 @@ def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
         color, dash = arm_style(number)
         many = len(band.x) > 12
         if len(band.x) == 1:
-            axis.errorbar(band.x, band.mean, [band.mean - band.low, band.high - band.mean], color=color, marker="o", markersize=5, capsize=0,
-                          elinewidth=4, ecolor=matplotlib.colors.to_rgba(color, 0.35))
+            axis.errorbar(
+                band.x,
+                band.mean,
+                [band.mean - band.low, band.high - band.mean],
+                color=color,
+                marker="o",
+                markersize=5,
+                capsize=0,
+                elinewidth=4,
+                ecolor=matplotlib.colors.to_rgba(color, 0.35),
+            )
         else:
             axis.fill_between(band.x, band.low, band.high, color=color, alpha=0.2, linewidth=0)
-            axis.plot(band.x, band.mean, color=color, linestyle=dash, marker=None if many else "o", markersize=3.5, zorder=3 if number == 0 else 2)
+            axis.plot(
+                band.x,
+                band.mean,
+                color=color,
+                linestyle=dash,
+                marker=None if many else "o",
+                markersize=3.5,
+                zorder=3 if number == 0 else 2,
+            )
 
 
 def _label_amount(axis: Axes, what: str, largest: float) -> None:
     """Ticks without powers of ten, which go into the label."""
     power = 3 * int(np.floor(np.log10(max(largest, 1)) / 3)) if largest >= 10_000 else 0
-    unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(power, f" (10{str(power).translate(SUPERSCRIPTS)})")
+    unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(
+        power, f" (10{str(power).translate(SUPERSCRIPTS)})"
+    )
     axis.set_xlabel(NAMES[what] + unit)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**power:,.6g}"))
@@ -155,7 +203,10 @@ def _label_amount(axis: Axes, what: str, largest: float) -> None:
 
 def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
     """Logarithmic for what falls over more than a factor of 5."""
-    low, high = min(float(band.low.min()) for band in found.values()), max(float(band.high.max()) for band in found.values())
+    low, high = (
+        min(float(band.low.min()) for band in found.values()),
+        max(float(band.high.max()) for band in found.values()),
+    )
     logarithmic = low > 0 and high / low > 5
     if logarithmic:
         axis.set_yscale("log")
@@ -168,7 +219,10 @@ def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
 def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
     """The names of the arms to the right of the chart, at the heights of their ends as far as there is room."""
     to_axes = axis.transAxes.inverted()
-    ends = {name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1] for name, band in found.items()}
+    ends = {
+        name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1]
+        for name, band in found.items()
+    }
     order = sorted(ends, key=ends.__getitem__)
     gap = 0.085
     heights: list[float] = []
@@ -176,11 +230,15 @@ def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
         heights.append(max(ends[name], heights[-1] + gap if heights else 0.0))
     excess = max(0.0, heights[-1] - 1.0)
     for place in range(len(heights) - 1, -1, -1):
-        ceiling = heights[place] - excess if place == len(heights) - 1 else min(heights[place], heights[place + 1] - gap)
+        ceiling = (
+            heights[place] - excess if place == len(heights) - 1 else min(heights[place], heights[place + 1] - gap)
+        )
         heights[place] = ceiling
     numbers = {name: number for number, name in enumerate(summaries.arms)}
     for name, height in zip(order, heights, strict=True):
-        axis.text(1.03, height, name, transform=axis.transAxes, color=arm_style(numbers[name])[0], va="center", fontsize=9)
+        axis.text(
+            1.03, height, name, transform=axis.transAxes, color=arm_style(numbers[name])[0], va="center", fontsize=9
+        )
 
 
 def _svg(figure: Figure) -> str:
@@ -189,7 +247,7 @@ def _svg(figure: Figure) -> str:
     figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = written.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)

@@ -69,7 +69,7 @@ class Run:
         """The folder in which it was started, if the run directory still stands where it was written; paths of the configuration start there."""
         written = Path(self.config.get("output_dir", "runs")) / self.config["name"]
         folder = self.folder.resolve()
-        if written.is_absolute() or folder.parts[-len(written.parts):] != written.parts:
+        if written.is_absolute() or folder.parts[-len(written.parts) :] != written.parts:
             return Path()
         return folder.parents[len(written.parts) - 1]
 
@@ -117,7 +117,9 @@ class Metric:
         found = given or declared_direction(task, name, runs)
         if found not in ("higher", "lower"):
             why = "neither more nor less of it is better by itself" if found else "it declares no direction"
-            raise UserError(f"--metric {path}: {why}; write {path}:higher or {path}:lower to say what you take for better")
+            raise UserError(
+                f"--metric {path}: {why}; write {path}:higher or {path}:lower to say what you take for better"
+            )
         return Metric(task, name, found == "higher")
 
     def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
@@ -132,7 +134,11 @@ class Metric:
 
     def results(self, run: Run) -> list[dict[str, Any]]:
         """The results of its task that have it."""
-        return [result for result in run.results if result["task"] == self.task and result["metrics"].get(self.name) is not None]
+        return [
+            result
+            for result in run.results
+            if result["task"] == self.task and result["metrics"].get(self.name) is not None
+        ]
 
     def final(self, run: Run, settings: str | None) -> float | None:
         """The value at the last step of a finished run; None where it has none."""
@@ -146,11 +152,19 @@ class Metric:
         """
         votes: dict[str, int] = {}
         for run in runs:
-            for settings in {comparison_key(result, run.config) for result in self.results(run) if result["step"] == run.last.get("step")}:
+            for settings in {
+                comparison_key(result, run.config)
+                for result in self.results(run)
+                if result["step"] == run.last.get("step")
+            }:
                 votes[settings] = votes.get(settings, 0) + 1
         if not votes:
             votes = {comparison_key(result, run.config): 1 for run in runs for result in self.results(run)}
-        return max(sorted(votes), key=lambda settings: (parse_scoring_version(settings), votes[settings])) if votes else None
+        return (
+            max(sorted(votes), key=lambda settings: (parse_scoring_version(settings), votes[settings]))
+            if votes
+            else None
+        )
 
     def scoring_versions(self, run: Run) -> set[int]:
         """Return the versions of the scoring that gave its values at the last step of a run."""
@@ -183,7 +197,10 @@ def known_metrics(runs: list[Run]) -> str:
 
 def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """How each task of a run's configuration finetunes, by its title."""
-    return {title: {key: task[key] for key in FINETUNING if task.get(key) is not None} for title, task in tasks_by_title(config).items()}
+    return {
+        title: {key: task[key] for key in FINETUNING if task.get(key) is not None}
+        for title, task in tasks_by_title(config).items()
+    }
 
 
 def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
@@ -194,11 +211,20 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
     if finetuning and finetuning == finetune_settings(config).get(result["task"]):
-        settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {"finetune": "as the configuration says"}
-    kept = {key: value for key, value in settings.items() if key not in ("train", "test", "files", "overrides") or
-            (isinstance(value, dict) and value.get("type") == "hub")}
+        settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {
+            "finetune": "as the configuration says"
+        }
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("train", "test", "files", "overrides")
+        or (isinstance(value, dict) and value.get("type") == "hub")
+    }
     overrides = [word for word in settings.get("overrides", []) if not word.startswith("seed=")]
-    return json.dumps([kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_version(result)], sort_keys=True)
+    return json.dumps(
+        [kept, sorted((settings.get("files") or {}).values()), overrides, result.get("rows"), scoring_version(result)],
+        sort_keys=True,
+    )
 
 
 def parse_scoring_version(settings: str) -> int:
@@ -224,5 +250,11 @@ def read_run(folder: Path) -> Run:
             config = None
         if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):
             raise UserError(f"{path} is no configuration of a run: it needs name and objective.name") from None
-    return Run(folder, config, read_json_or_none(folder / "environment.json") or {}, read_status(folder), read_metrics(folder),
-               read_results(folder))
+    return Run(
+        folder,
+        config,
+        read_json_or_none(folder / "environment.json") or {},
+        read_status(folder),
+        read_metrics(folder),
+        read_results(folder),
+    )

@@ -49,16 +49,26 @@ class PairedTest:
     """Why there is no verdict."""
 
 
-def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], higher_is_better: bool,
-            sizes: Mapping[str, float] | None = None) -> dict[str, PairedTest]:
+def compare(
+    arms: dict[str, dict[int, float]],
+    baseline: dict[int, float],
+    higher_is_better: bool,
+    sizes: Mapping[str, float] | None = None,
+) -> dict[str, PairedTest]:
     """Test each arm against the baseline; all are values of the metric by seed.
 
     An arm is not tested, and gets no corrected p, if its differences cannot be: for one seed, equal differences or values that are not
     finite. `sizes` are the magnitudes of the metric by arm where the values are changes of it; by default the largest of the values.
     """
-    pairs = {name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())} for name, values in arms.items()}
+    pairs = {
+        name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
+        for name, values in arms.items()
+    }
     if sizes is None:
-        sizes = {name: max_magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed])) for name, values in arms.items()}
+        sizes = {
+            name: max_magnitude(value for seed in pairs[name] for value in (values[seed], baseline[seed]))
+            for name, values in arms.items()
+        }
     untested = {name: _untested(differences, baseline, EQUAL * sizes[name]) for name, differences in pairs.items()}
     found = {name: result for name, result in untested.items() if result is not None}
     tested = {name: np.array(list(differences.values())) for name, differences in pairs.items() if name not in found}
@@ -67,9 +77,17 @@ def compare(arms: dict[str, dict[int, float]], baseline: dict[int, float], highe
         differences = tested[name]
         low, high = confidence_interval(differences, alpha)
         found[name] = PairedTest(
-            list(pairs[name]), float(differences.mean()), _verdict(differences.mean(), corrected_p, higher_is_better), float(differences.std(ddof=1)),
-            p_values[name], corrected_p, 1 - alpha, low, high,
-            min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)))
+            list(pairs[name]),
+            float(differences.mean()),
+            _verdict(differences.mean(), corrected_p, higher_is_better),
+            float(differences.std(ddof=1)),
+            p_values[name],
+            corrected_p,
+            1 - alpha,
+            low,
+            high,
+            min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)),
+        )
     return {name: found[name] for name in arms}
 
 
@@ -84,18 +102,31 @@ def _untested(differences: dict[int, float], baseline: dict[int, float], toleran
     if not seeds:
         return PairedTest(seeds, None, "no verdict", reason="no seed has a value of both")
     if infinite := [seed for seed, difference in differences.items() if not math.isfinite(difference)]:
-        return PairedTest(seeds, None, "no verdict", reason=f"the values of {format_seeds(infinite)} are not finite numbers in both")
+        return PairedTest(
+            seeds, None, "no verdict", reason=f"the values of {format_seeds(infinite)} are not finite numbers in both"
+        )
     mean = float(values.mean())
     if len(seeds) == 1:
         return PairedTest(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
     same = bool((abs(values) <= tolerance).all())
     if same and np.ptp(list(baseline.values())) <= tolerance:
-        return PairedTest(seeds, 0.0, "no verdict", reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
-                      "every one: this metric cannot tell them apart, another one may (--metric)")
+        return PairedTest(
+            seeds,
+            0.0,
+            "no verdict",
+            reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
+            "every one: this metric cannot tell them apart, another one may (--metric)",
+        )
     if same:
         return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
     if np.ptp(values) <= tolerance:
-        return PairedTest(seeds, mean, "no verdict", 0.0, reason="the difference is the same in every seed, so its spread cannot be estimated")
+        return PairedTest(
+            seeds,
+            mean,
+            "no verdict",
+            0.0,
+            reason="the difference is the same in every seed, so its spread cannot be estimated",
+        )
     return None
 
 
@@ -151,7 +182,9 @@ def min_detectable_difference(sd: float, seeds: int, alpha: float) -> float:
 def _detectable_effect(seeds: int, alpha: float) -> float:
     """The same in standard deviations."""
     bound, quantiles = t.ppf(1 - alpha / 2, seeds - 1), (np.arange(QUANTILES) + 0.5) / QUANTILES
-    seen = bound * np.sqrt(chi2.ppf(quantiles, seeds - 1) / (seeds - 1))  # over the sd that a sample may show; scipy's nct is NaN for few seeds
+    seen = bound * np.sqrt(
+        chi2.ppf(quantiles, seeds - 1) / (seeds - 1)
+    )  # over the sd that a sample may show; scipy's nct is NaN for few seeds
 
     def missing(shift: float) -> float:
         return float(np.mean(norm.sf(seen - shift) + norm.cdf(-seen - shift))) - POWER

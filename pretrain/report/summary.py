@@ -33,7 +33,13 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     found = np.array([value for value in values if value is not None], dtype=float)
     if not len(found):
         return None
-    return Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None, float(found.min()), float(found.max()), len(found))
+    return Spread(
+        float(found.mean()),
+        float(found.std(ddof=1)) if len(found) > 1 else None,
+        float(found.min()),
+        float(found.max()),
+        len(found),
+    )
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,14 @@ class Summaries:
 def summarize(comparison: Comparison) -> Summaries:
     """Count, compare and test."""
     settings = comparison.metric.common_settings(comparison.runs)
-    values = {name: {seed: value for seed, run in arm.runs.items() if (value := comparison.metric.final(run, settings)) is not None}
-              for name, arm in comparison.arms.items()}
+    values = {
+        name: {
+            seed: value
+            for seed, run in arm.runs.items()
+            if (value := comparison.metric.final(run, settings)) is not None
+        }
+        for name, arm in comparison.arms.items()
+    }
     tests: dict[str, PairedTest] = {}
     of_baseline = None
     if comparison.baseline is not None:
@@ -115,7 +127,11 @@ def summarize(comparison: Comparison) -> Summaries:
     for name, arm in comparison.arms.items():
         finished = [run for run in arm.runs.values() if run.finished]
         arms[name] = Summary(
-            arm, finished, values[name], tests.get(name), flops.get(name),
+            arm,
+            finished,
+            values[name],
+            tests.get(name),
+            flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
             _seconds_ratio(arm, of_baseline) if of_baseline else None,
             {tag: found for tag in LOSSES if (found := spread(run.value(tag) for run in finished))},
@@ -126,11 +142,16 @@ def summarize(comparison: Comparison) -> Summaries:
 
 
 def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
-    names = dict.fromkeys((result["task"], name) for run in comparison.runs for result in run.results for name in result["metrics"])
+    names = dict.fromkeys(
+        (result["task"], name) for run in comparison.runs for result in run.results for name in result["metrics"]
+    )
     scores = {}
     for metric in (Metric(task, name, True) for task, name in names):
         settings = metric.common_settings(comparison.runs)
-        scores[str(metric)] = {name: spread(metric.final(run, settings) for run in arm.runs.values()) for name, arm in comparison.arms.items()}
+        scores[str(metric)] = {
+            name: spread(metric.final(run, settings) for run in arm.runs.values())
+            for name, arm in comparison.arms.items()
+        }
     return scores
 
 
@@ -155,9 +176,15 @@ def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
         seconds: float = run.last["seconds"]
         return seconds / float(run.last["tokens"])
 
-    both = [(run, baseline.runs[seed]) for seed, run in arm.runs.items() if run.finished and seed in baseline.runs and baseline.runs[seed].finished]
+    both = [
+        (run, baseline.runs[seed])
+        for seed, run in arm.runs.items()
+        if run.finished and seed in baseline.runs and baseline.runs[seed].finished
+    ]
     ratios = spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
-    return ratios and ratios._replace(mean=sum(seconds_per_token(mine) for mine, _ in both) / sum(seconds_per_token(other) for _, other in both))
+    return ratios and ratios._replace(
+        mean=sum(seconds_per_token(mine) for mine, _ in both) / sum(seconds_per_token(other) for _, other in both)
+    )
 
 
 def monitor(run: Run, name: str) -> float | None:

@@ -25,11 +25,21 @@ NEVER = 10**9
 def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
     """The dotted keys that make a run of an arm its calibration, in a folder of its own."""
     budgets = {f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None}
-    return arm.overrides | budgets | {
-        "train.steps": STEPS, "name": arm.name, "output_dir": folder, "evaluation": {},
-        "checkpoint": {"every": NEVER, "keep": 1}, "monitor.log_every": 1, "monitor.validate_every": NEVER, "monitor.tensorboard": False,
-        "monitor.gradients_every": 0,
-    }
+    return (
+        arm.overrides
+        | budgets
+        | {
+            "train.steps": STEPS,
+            "name": arm.name,
+            "output_dir": folder,
+            "evaluation": {},
+            "checkpoint": {"every": NEVER, "keep": 1},
+            "monitor.log_every": 1,
+            "monitor.validate_every": NEVER,
+            "monitor.tensorboard": False,
+            "monitor.gradients_every": 0,
+        }
+    )
 
 
 def fingerprint(config: RunConfig, study: StudyConfig) -> str:
@@ -45,11 +55,15 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
         raise UserError(f"the calibration of {arm.name} did not come to its end: look at {run_dir} and its log")
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     first, last = lines[LEFT_OUT - 1], lines[-1]
-    return {"steps": f"{LEFT_OUT + 1} to {STEPS}",
-            "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])}
+    return {
+        "steps": f"{LEFT_OUT + 1} to {STEPS}",
+        "tokens_per_second": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]),
+    }
 
 
-def calibrate(study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: Path, processes: ProcessRunner) -> dict[str, float]:
+def calibrate(
+    study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: Path, processes: ProcessRunner
+) -> dict[str, float]:
     """Return the tokens per second of each arm.
 
     An earlier measurement stays if the settings are the same, or if the arm has runs, because their budgets follow from it.
@@ -67,7 +81,13 @@ def calibrate(study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: 
         log, path = log_path(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
         print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
         if study.config.slurm:
-            job = submit(launcher_dir / "slurm" / "pretrain.sbatch", study.config.slurm.train, f"calibration-{arm.name}", log, path)
+            job = submit(
+                launcher_dir / "slurm" / "pretrain.sbatch",
+                study.config.slurm.train,
+                f"calibration-{arm.name}",
+                log,
+                path,
+            )
             wait_for(job, lambda: processes.stopped is not None)
         else:
             processes.train(launcher_dir, study.config.launch, path, log)

@@ -68,7 +68,9 @@ class StudyConfig(Section):
     def _arms_are_named(cls, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for arm, changes in arms.items():
             if not re.fullmatch(r"\w[\w.+-]*", arm):
-                raise ValueError(f"{arm!r} cannot name an arm, which is part of a folder's name: letters, digits and _ . + - make one")
+                raise ValueError(
+                    f"{arm!r} cannot name an arm, which is part of a folder's name: letters, digits and _ . + - make one"
+                )
             for key in changes:
                 if key in OF_THE_STUDY:
                     raise ValueError(f"{arm}: {key} is set by the study: leave it out")
@@ -87,9 +89,13 @@ class StudyConfig(Section):
         if self.launch and self.slurm:
             raise ValueError("launch and slurm exclude each other: under Slurm, srun starts the ranks")
         for arm, changes in self.arms.items():
-            budget = next((key for key in changes if key in ("train", *(f"train.{budget}" for budget in BUDGETS))), None)
+            budget = next(
+                (key for key in changes if key in ("train", *(f"train.{budget}" for budget in BUDGETS))), None
+            )
             if self.matched_by != "none" and budget:
-                raise ValueError(f"arms.{arm}: the budget follows from matched_by={self.matched_by}: leave out {budget}, or set matched_by: none")
+                raise ValueError(
+                    f"arms.{arm}: the budget follows from matched_by={self.matched_by}: leave out {budget}, or set matched_by: none"
+                )
         return self
 
 
@@ -112,8 +118,11 @@ class Study:
 
     def run_config(self, arm: str, seed: int, more: dict[str, Any] | None = None) -> RunConfig:
         """The configuration of a run: base, arm, then `more` dotted keys. Raises UserError naming the arm."""
-        changes = self.config.arms[arm] | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder),
-                                             "checkpoint.resume": "auto"} | (more or {})
+        changes = (
+            self.config.arms[arm]
+            | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder), "checkpoint.resume": "auto"}
+            | (more or {})
+        )
         try:
             return load_config(self.base, [as_override(key, value) for key, value in changes.items()])
         except UserError as error:
@@ -132,25 +141,37 @@ def as_override(key: str, value: Any) -> str:
 
 def load_study(path: Path, overrides: list[str]) -> Study:
     """Read and check a study file; `base=` among the overrides is relative to the working folder. Raises UserError."""
-    overrides = [f"base={os.path.abspath(os.path.expanduser(word[len('base='):]))}" if word.startswith("base=") else word for word in overrides]
+    overrides = [
+        f"base={os.path.abspath(os.path.expanduser(word[len('base=') :]))}" if word.startswith("base=") else word
+        for word in overrides
+    ]
     config = validate(StudyConfig, load_yaml(path, overrides, tuple(StudyConfig.model_fields)))
     study = Study(config, path.parent / config.base)
     base = study.run_config(config.baseline, config.seeds[0])
     tasks = {task.title: task for task in base.evaluation.tasks}
     if config.metric.task not in tasks:
-        raise UserError(f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
-                        f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it")
+        raise UserError(
+            f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
+            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it"
+        )
     _check_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
 
 
 def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
     """Give the metric of a task its declared direction. Raises UserError if it has none, or the task no such metric."""
-    found, declared = direction(task.name, metric.name), [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
+    found, declared = (
+        direction(task.name, metric.name),
+        [name for name in metric_directions(task.name) if task.reports_metric(name, views)],
+    )
     if declared and (found is None or not task.reports_metric(metric.name, views)):
-        raise UserError(f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those")
+        raise UserError(
+            f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those"
+        )
     if metric.higher_is_better is not None:
         return
     if found not in ("higher", "lower"):
-        raise UserError(f"metric.name is {metric.name!r}, which has no declared direction: set metric.higher_is_better to true or false")
+        raise UserError(
+            f"metric.name is {metric.name!r}, which has no declared direction: set metric.higher_is_better to true or false"
+        )
     metric.higher_is_better = found == "higher"

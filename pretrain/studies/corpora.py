@@ -29,12 +29,16 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
         config = study.run_config(arm, study.config.seeds[0])
         overrides[arm] = {}
         if _records(config) != _records(base) and "data.path" not in changes and "data" not in changes:
-            overrides[arm] = {"data.path": f"{base.data.path}-{hashlib.sha256(_records(config).encode()).hexdigest()[:8]}"}
+            overrides[arm] = {
+                "data.path": f"{base.data.path}-{hashlib.sha256(_records(config).encode()).hexdigest()[:8]}"
+            }
             config = study.run_config(arm, study.config.seeds[0], overrides[arm])
         owner, other = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
         if _records(other) != _records(config):
-            raise UserError(f"arms.{arm}: its data settings make other records than those of {owner}, which has the same data.path, "
-                            f"{config.data.path}: give the arm a data.path of its own, or leave data.path out of it to have one made")
+            raise UserError(
+                f"arms.{arm}: its data settings make other records than those of {owner}, which has the same data.path, "
+                f"{config.data.path}: give the arm a data.path of its own, or leave data.path out of it to have one made"
+            )
     return overrides, [config for _, config in corpora.values()]
 
 
@@ -52,8 +56,12 @@ def prepare_corpus(config: RunConfig) -> None:
         prepare(config.data, _tests(config))
     elif reason := _why_gone(config):
         job = Job(data=config.data, tests=tuple(_tests(config)) if config.data.decontaminate else ())
-        if config.data.sources and (changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)):
-            raise UserError(f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, and cannot be prepared again: {reason}")
+        if config.data.sources and (
+            changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)
+        ):
+            raise UserError(
+                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, and cannot be prepared again: {reason}"
+            )
         print_now(f"note: {config.data.path} is used as it stands: {reason}")
     elif config.data.sources:
         prepare(config.data, _tests(config))  # which refuses it where its files have changed
@@ -65,7 +73,9 @@ def _why_gone(config: RunConfig) -> str | None:
     tests = {test.source.path for test in _tests(config)}  # which an evaluation needs anyway
     gone = [path for path in files if path not in tests and not Path(path).exists()]
     if gone:
-        return f"{gone[0]}, which it was prepared from, is gone" + (f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else "")
+        return f"{gone[0]}, which it was prepared from, is gone" + (
+            f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else ""
+        )
     try:
         for number, source in enumerate(config.data.sources):
             if isinstance(source, HubSource):
@@ -81,5 +91,7 @@ def _tests(config: RunConfig) -> list[TaskTest]:
 
 def _records(config: RunConfig) -> str:
     """Return the settings that decide the shards, as text."""
-    tests = [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
+    tests = (
+        [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
+    )
     return json.dumps([config.data.shard_settings(), tests], sort_keys=True)

@@ -12,9 +12,16 @@ from pretrain.studies.config import Study, load_study
 
 def main(launcher_dir: Path) -> None:
     """Parse the command line; `launcher` is the folder of the commands that the study starts."""
-    parser = argparse.ArgumentParser(description="Train and evaluate the arms of a study, each with every seed; or go on with that.")
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate the arms of a study, each with every seed; or go on with that."
+    )
     parser.add_argument("study", type=Path, help="YAML file of the study, such as those in configs/studies")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print runs, budgets and FLOPs, and start nothing")
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _main(launcher_dir, arguments))
@@ -31,8 +38,10 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {study.folder} (output_dir/name): {error.strerror}") from None
     if lock is None:
-        raise UserError(f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
-                        "another name")
+        raise UserError(
+            f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
+            "another name"
+        )
     with lock, ignore_output_errors():
         sys.exit(_run(study, launcher_dir, lock))
 
@@ -46,9 +55,11 @@ def _show(study: Study) -> None:
     overrides, corpora = assign_corpora(study, load_base_config(study))
     missing = [corpus.data.path for corpus in corpora if not is_prepared(corpus)]
     if missing:
-        print_now(f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
-                  f"budgets and FLOPs follow from the corpus, and {', '.join(missing)} is not prepared yet: the start of the study does that, "
-                  f"or python -m data_prep {study.base}")
+        print_now(
+            f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
+            f"budgets and FLOPs follow from the corpus, and {', '.join(missing)} is not prepared yet: the start of the study does that, "
+            f"or python -m data_prep {study.base}"
+        )
         return
     matching = Matching(study, overrides, print_now)
     speeds = {arm: found["tokens_per_second"] for arm, found in StudyRecord(study.folder).calibration.items()}
@@ -79,8 +90,11 @@ def _run(study: Study, launcher_dir: Path, lock: Any) -> int:
     check_runs(runs)
     for run in filter(is_done, runs):
         check_metric(study, run)
-    record.describe(study, {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
-                    {name: arm.flops_per_token for name, arm in matching.arms.items()})
+    record.describe(
+        study,
+        {name: matching.overrides(arm, speeds) for name, arm in matching.arms.items()},
+        {name: arm.flops_per_token for name, arm in matching.arms.items()},
+    )
     print_plan(study, matching, speeds)
     if study.config.slurm:
         return submit_runs(study.folder, launcher_dir, study.config.slurm, runs, record)

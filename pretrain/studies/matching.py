@@ -102,8 +102,10 @@ class Matching:
                 plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
                 notes.append(_change(before, plan, self.base_step_tokens))
             if abs(plan.step.tokens / self.base_step_tokens - 1) > CLOSE:
-                notes.append(f"WARNING: a step holds {plan.step.tokens:,.0f} corpus tokens, one of the base {self.base_step_tokens:,.0f}: the arms "
-                             "differ in batch size too; more train.micro_batch_rows in the base allow a closer match")
+                notes.append(
+                    f"WARNING: a step holds {plan.step.tokens:,.0f} corpus tokens, one of the base {self.base_step_tokens:,.0f}: the arms "
+                    "differ in batch size too; more train.micro_batch_rows in the base allow a closer match"
+                )
         return Arm(name, overrides, plan.config, plan.step.tokens, plan.flops, budget_tokens(plan), notes)
 
     def _plan(self, config: RunConfig) -> Plan:
@@ -131,24 +133,34 @@ def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, i
     micro = max(1, round(train.micro_batch_rows * wanted / tokens))
     if micro == train.micro_batch_rows:
         return {}
-    return {"train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro, "train.micro_batch_rows": micro}
+    return {
+        "train.global_batch_rows": train.global_batch_rows // train.micro_batch_rows * micro,
+        "train.micro_batch_rows": micro,
+    }
 
 
 def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """Dotted keys that let finetunings of an arm take rows and budget from the base, where their task gives none, not from the matched arm."""
-    tasks = {index: task.finetune for index, task in enumerate(config.evaluation.tasks)
-             if isinstance(task, AnswerTask) and task.finetune is not None}
+    tasks = {
+        index: task.finetune
+        for index, task in enumerate(config.evaluation.tasks)
+        if isinstance(task, AnswerTask) and task.finetune is not None
+    }
     train = base.train.model_dump(exclude_none=True)
     rows, budget = ({key: train[key] for key in keys if key in train} for keys in (ROWS, BUDGETS))
-    return {f"evaluation.tasks.{index}.finetune": rows | ({} if set(BUDGETS) & set(finetune) else budget) | finetune
-            for index, finetune in tasks.items()}
+    return {
+        f"evaluation.tasks.{index}.finetune": rows | ({} if set(BUDGETS) & set(finetune) else budget) | finetune
+        for index, finetune in tasks.items()
+    }
 
 
 def _change(before: Plan, now: Plan, wanted: float) -> str:
     rows, rows_before = now.config.train, before.config.train
-    return (f"{rows.global_batch_rows} rows a step instead of {rows_before.global_batch_rows} (micro {rows.micro_batch_rows} instead of "
-            f"{rows_before.micro_batch_rows}), so that a step holds as many corpus tokens as one of the base: {now.step.tokens:,.0f} of "
-            f"{wanted:,.0f}, not {before.step.tokens:,.0f}")
+    return (
+        f"{rows.global_batch_rows} rows a step instead of {rows_before.global_batch_rows} (micro {rows.micro_batch_rows} instead of "
+        f"{rows_before.micro_batch_rows}), so that a step holds as many corpus tokens as one of the base: {now.step.tokens:,.0f} of "
+        f"{wanted:,.0f}, not {before.step.tokens:,.0f}"
+    )
 
 
 def budget_tokens(plan: Plan) -> int:
@@ -157,12 +169,16 @@ def budget_tokens(plan: Plan) -> int:
     if train.tokens is not None:
         return train.tokens
     if train.steps is not None:
-        return round((train.steps - 0.5) * plan.step.tokens)  # a run ends with the step that reaches its tokens: with this one as a rule
+        return round(
+            (train.steps - 0.5) * plan.step.tokens
+        )  # a run ends with the step that reaches its tokens: with this one as a rule
     assert corpus is not None and order is not None  # the corpora of a study are prepared before its plan
     records = train.records
     if records is None:
         assert train.epochs is not None  # a run has exactly one budget
         records = order.records_in_epochs(train.epochs)
     weights = source_weights(corpus.manifest, plan.config.data.sources)
-    of_an_epoch: float = sum(weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"])
+    of_an_epoch: float = sum(
+        weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"]
+    )
     return math.floor(records * of_an_epoch / order.epoch_records + 1e-6)

@@ -33,8 +33,10 @@ def check_runs(runs: list[Run]) -> None:
             try:
                 check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
             except UserError as error:
-                raise UserError(f"arms.{run.arm} or its base has changed since it was started (new arms and seeds may come, arms that have runs "
-                                f"stay; give a changed one another name): {error}") from None
+                raise UserError(
+                    f"arms.{run.arm} or its base has changed since it was started (new arms and seeds may come, arms that have runs "
+                    f"stay; give a changed one another name): {error}"
+                ) from None
 
 
 def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
@@ -46,8 +48,16 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
         cells = ["measured at the start"] + [""] * 3
         if not unknown:
             tokens, baseline = matching.tokens(arm, speeds), matching.baseline
-            flops, of_baseline = tokens * arm.flops_per_token, matching.tokens(baseline, speeds) * baseline.flops_per_token
-            cells = [f"{round(tokens / arm.tokens_per_step):,}", f"{tokens:,}", f"{flops:.3g}", f"{flops / of_baseline:.3f}"]
+            flops, of_baseline = (
+                tokens * arm.flops_per_token,
+                matching.tokens(baseline, speeds) * baseline.flops_per_token,
+            )
+            cells = [
+                f"{round(tokens / arm.tokens_per_step):,}",
+                f"{tokens:,}",
+                f"{flops:.3g}",
+                f"{flops / of_baseline:.3f}",
+            ]
         rows.append([arm.name, f"{arm.config.train.global_batch_rows:,}", f"{arm.tokens_per_step:,.0f}", *cells])
     print_table(rows)
     for arm in matching.arms.values():
@@ -74,11 +84,21 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
         values = [value for run in done if (value := metric.final(run, settings)) is not None]
         seconds[arm] = statistics.fmean(line["seconds"] for line in last)
         mean = f"{statistics.fmean(values):.4f}" if values else ""
-        rows.append([arm, str(len(done)), mean, f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
-                     f"{statistics.fmean(line['tokens'] for line in last):,.0f}", f"{seconds[arm]:,.1f}"])
+        rows.append(
+            [
+                arm,
+                str(len(done)),
+                mean,
+                f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
+                f"{statistics.fmean(line['tokens'] for line in last):,.0f}",
+                f"{seconds[arm]:,.1f}",
+            ]
+        )
     print_table(rows)
     for arm, taken in seconds.items():
         ratio = taken / seconds.get(study.config.baseline, taken)
         if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
-            print_now(f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}: the machine's speed has changed since the "
-                      "calibration")
+            print_now(
+                f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}: the machine's speed has changed since the "
+                "calibration"
+            )

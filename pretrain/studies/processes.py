@@ -26,7 +26,17 @@ class ProcessRunner:
     def train(self, launcher_dir: Path, launch: str, config: Path, log: Path) -> int:
         """Train under launcher/supervise.py, which brings the signals to all ranks and leaves none behind; the exit code."""
         words = shlex.split(launch) or [sys.executable]
-        return self._run([sys.executable, str(launcher_dir / "supervise.py"), "--", *words, str(launcher_dir / "run.py"), str(config)], log)
+        return self._run(
+            [
+                sys.executable,
+                str(launcher_dir / "supervise.py"),
+                "--",
+                *words,
+                str(launcher_dir / "run.py"),
+                str(config),
+            ],
+            log,
+        )
 
     def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
         """Evaluate the last checkpoint of a run; the exit code."""
@@ -39,8 +49,14 @@ class ProcessRunner:
         """
         with open(log, "a") as output:
             self._group = group
-            self._running = subprocess.Popen(die_with_parent(command, "TERM"), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                             start_new_session=True, pass_fds=[self._lock.fileno()])
+            self._running = subprocess.Popen(
+                die_with_parent(command, "TERM"),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=[self._lock.fileno()],
+            )
         if self.stopped:  # while it was started
             self._pass_on(self.stopped)
         code = self._running.wait()

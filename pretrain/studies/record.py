@@ -51,18 +51,35 @@ class StudyRecord:
         self.calibration: dict[str, Any] = before.get("calibration", {})
         self.wall_seconds: dict[str, float] = before.get("wall_seconds", {})
         self.jobs: dict[str, list[int]] = before.get("jobs", {})
-        self._study: dict[str, Any] = {key: value for key, value in before.items() if key in ("name", "matched_by", "baseline", "metric", "arms")}
+        self._study: dict[str, Any] = {
+            key: value for key, value in before.items() if key in ("name", "matched_by", "baseline", "metric", "arms")
+        }
 
     def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
         """Write down what the study is now; `matched` are the dotted keys that matching has set for each arm."""
         config = study.config
-        head = {"name": config.name, "matched_by": config.matched_by, "baseline": config.baseline, "metric": config.metric.model_dump()}
-        self._study = head | {"arms": {
-            arm: {"overrides": overrides, "matched": matched[arm], "flops_per_token": flops_per_token[arm],
-                  "runs": {str(seed): run_name(arm, seed) for seed in config.seeds}}
-            for arm, overrides in config.arms.items()}}
+        head = {
+            "name": config.name,
+            "matched_by": config.matched_by,
+            "baseline": config.baseline,
+            "metric": config.metric.model_dump(),
+        }
+        self._study = head | {
+            "arms": {
+                arm: {
+                    "overrides": overrides,
+                    "matched": matched[arm],
+                    "flops_per_token": flops_per_token[arm],
+                    "runs": {str(seed): run_name(arm, seed) for seed in config.seeds},
+                }
+                for arm, overrides in config.arms.items()
+            }
+        }
         self.save()
 
     def save(self) -> None:
         """Write the file."""
-        write_json(self._path, self._study | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs})
+        write_json(
+            self._path,
+            self._study | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs},
+        )

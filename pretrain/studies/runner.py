@@ -45,19 +45,27 @@ def is_trained(run: Run) -> bool:
 def is_done(run: Run) -> bool:
     """Whether a run is trained, and all its tasks evaluated at its last step."""
     tasks = run.config.evaluation.tasks
-    return is_trained(run) and (not tasks or list_steps(run.run_dir / "checkpoints")[-1] in evaluated_steps(run.run_dir, tasks))
+    return is_trained(run) and (
+        not tasks or list_steps(run.run_dir / "checkpoints")[-1] in evaluated_steps(run.run_dir, tasks)
+    )
 
 
 def check_metric(study: Study, run: Run) -> None:
     """Raise UserError where a run that is done lacks the metric of the study."""
     metric, found = study.metric, read_run(run.run_dir)
     if metric.final(found, metric.common_settings([found])) is None:
-        names = dict.fromkeys(name for result in found.results if result["task"] == metric.task for name in result["metrics"])
-        raise UserError(f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
-                        "file: what has run stays")
+        names = dict.fromkeys(
+            name for result in found.results if result["task"] == metric.task for name in result["metrics"]
+        )
+        raise UserError(
+            f"{run.name} has no {metric} at its last step; {metric.task} gives {', '.join(names) or 'nothing'}. Set metric in the study "
+            "file: what has run stays"
+        )
 
 
-def run_locally(study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner) -> int:
+def run_locally(
+    study: Study, launcher_dir: Path, runs: list[Run], record: StudyRecord, processes: ProcessRunner
+) -> int:
     """Train and evaluate all runs in their order; the exit code of the study. Raises UserError where a run lacks the study's metric."""
     folder, failed = study.folder, []
     for number, run in enumerate(runs, 1):
@@ -76,7 +84,9 @@ def run_locally(study: Study, launcher_dir: Path, runs: list[Run], record: Study
             return EXIT_CODE_STOPPED
         if problem:
             failed.append(run.name)
-            print_now(f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again")
+            print_now(
+                f"[{number}/{len(runs)}] {run.name} FAILED: {problem}; see {log}. The others go on; the same command tries it again"
+            )
         else:
             print_now(f"[{number}/{len(runs)}] {run.name} done in {duration(seconds)}")
             check_metric(study, run)

@@ -22,26 +22,58 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
         if is_trained(run):
             rewrite_run_config(run)
         else:
-            jobs.append(submit(launcher_dir / "slurm" / "pretrain.sbatch", slurm.train, run.name, log, write_run_config(folder, run.config)))
+            jobs.append(
+                submit(
+                    launcher_dir / "slurm" / "pretrain.sbatch",
+                    slurm.train,
+                    run.name,
+                    log,
+                    write_run_config(folder, run.config),
+                )
+            )
         if run.config.evaluation.tasks:
             behind = [f"--dependency=afterany:{jobs[0]}"] if jobs else []
-            jobs.append(submit(launcher_dir / "slurm" / "evaluate.sbatch", slurm.evaluate, f"evaluate-{run.name}", log, run.run_dir, more=behind))
+            jobs.append(
+                submit(
+                    launcher_dir / "slurm" / "evaluate.sbatch",
+                    slurm.evaluate,
+                    f"evaluate-{run.name}",
+                    log,
+                    run.run_dir,
+                    more=behind,
+                )
+            )
         record.jobs[run.name] = jobs
         record.save()
         submitted += 1
         print_now(f"{run.name}: job{'s' * (len(jobs) > 1)} {', '.join(map(str, jobs))}")
     done = sum(map(is_done, runs))
-    print_now(f"{submitted} runs submitted, {done} of {len(runs)} done; the same command submits again what has failed, once it has left the queue")
+    print_now(
+        f"{submitted} runs submitted, {done} of {len(runs)} done; the same command submits again what has failed, once it has left the queue"
+    )
     return 0
 
 
 def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: Sequence[str] = ()) -> int:
     """Return the number of a new job. Raises UserError."""
     if not Path("launcher/run.py").is_file():
-        raise UserError("jobs start in this folder, and launcher/run.py is not in it: start the study from the project's folder")
-    done = _call("sbatch", "--parsable", f"--job-name={name}", f"--output={log}", *more, *shlex.split(options), str(script), str(argument))
+        raise UserError(
+            "jobs start in this folder, and launcher/run.py is not in it: start the study from the project's folder"
+        )
+    done = _call(
+        "sbatch",
+        "--parsable",
+        f"--job-name={name}",
+        f"--output={log}",
+        *more,
+        *shlex.split(options),
+        str(script),
+        str(argument),
+    )
     if done.returncode:
-        raise UserError(f"sbatch refused {name}: {' '.join(done.stderr.split())}; mend the options of slurm in the study file")
+        raise UserError(
+            f"sbatch refused {name}: {' '.join(done.stderr.split())}; mend the options of slurm in the study file"
+        )
     return int(done.stdout.partition(";")[0])
 
 
@@ -60,4 +92,6 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise UserError(f"cannot start {command[0]} ({error.strerror}): the study file has slurm, start it where Slurm is") from None
+        raise UserError(
+            f"cannot start {command[0]} ({error.strerror}): the study file has slurm, start it where Slurm is"
+        ) from None

@@ -13,10 +13,16 @@ VALIDATION = "validation"
 """As a task: the metric is a tag of metrics.jsonl that begins with `validation/`."""
 LOSSES: MetricDirections = dict.fromkeys(("lm", "jepa", "sigreg", "vicreg", "coding_rate"), "lower")
 """Terms of the loss."""
-MONITORS: MetricDirections = {"paired_cosine": "neither", "shuffled_cosine": "lower", "effective_rank": "higher", "retrieval_at_1": "higher"}
+MONITORS: MetricDirections = {
+    "paired_cosine": "neither",
+    "shuffled_cosine": "lower",
+    "effective_rank": "higher",
+    "retrieval_at_1": "higher",
+}
 """Embedding monitors, see pretrain/objectives/monitors.py."""
 _VALIDATION: MetricDirections = {f"loss/{name}": direction for name, direction in LOSSES.items()} | {
-    f"embedding/{name}": direction for name, direction in MONITORS.items()}
+    f"embedding/{name}": direction for name, direction in MONITORS.items()
+}
 
 
 def higher(*metrics: str) -> MetricDirections:

@@ -6,8 +6,14 @@ from pretrain.tasks.directions import MetricDirections
 from pretrain.tasks.options import PairTask
 
 METRICS: MetricDirections = {
-    "paired_cosine": "neither", "shuffled_cosine": "lower", "effective_rank_context": "higher", "effective_rank_target": "higher",
-    "linear_residual": "neither", "linear_residual_unseen": "lower", "difference_singular": "neither"}
+    "paired_cosine": "neither",
+    "shuffled_cosine": "lower",
+    "effective_rank_context": "higher",
+    "effective_rank_target": "higher",
+    "linear_residual": "neither",
+    "linear_residual_unseen": "lower",
+    "difference_singular": "neither",
+}
 
 
 class Config(PairTask):

@@ -14,8 +14,10 @@ from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate
 
 METRICS: MetricDirections = higher("final", "final_any", "answered", "stopped")
-FINAL = re.compile(r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-                   r"(?![\d_]|[.,eExX]\d|[^\S\n]*[-−+*/^]?[^\S\n]*\d|/)")
+FINAL = re.compile(
+    r"\s*\**\s*\$?\s*([-−+]?)\s*\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?![\d_]|[.,eExX]\d|[^\S\n]*[-−+*/^]?[^\S\n]*\d|/)"
+)
 
 
 class Config(AnswerTask):

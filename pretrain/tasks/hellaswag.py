@@ -36,11 +36,17 @@ def evaluate(run: TaskRun) -> TaskResult:
     return TaskResult(len(rows), score(labels, endings, likelihoods), count_too_long_options(likelihoods))
 
 
-def score(labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
+def score(
+    labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]
+) -> dict[str, float]:
     """Rates over all rows; `likelihoods` (rows, endings) are log-likelihoods."""
-    per_character = [[value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
-                     for values, texts in zip(likelihoods, endings, strict=True)]
+    per_character = [
+        [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
+        for values, texts in zip(likelihoods, endings, strict=True)
+    ]
     return {
-        "normalised": rate(is_strict_argmax(values, label) for values, label in zip(per_character, labels, strict=True)),
+        "normalised": rate(
+            is_strict_argmax(values, label) for values, label in zip(per_character, labels, strict=True)
+        ),
         "likelihood": rate(is_strict_argmax(values, label) for values, label in zip(likelihoods, labels, strict=True)),
     }

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 from data_prep.console import UserError
 from pretrain.tasks.directions import MetricDirections, higher
-from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, count_too_long_options, is_strict_argmax, rate
+from pretrain.tasks.scoring import (
+    Answer,
+    TaskResult,
+    TaskRun,
+    count_too_long_contexts,
+    count_too_long_options,
+    is_strict_argmax,
+    rate,
+)
 
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
@@ -39,21 +47,31 @@ def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
     targets = [row.target for row in rows]
     labels = labels_of([*every_row, *run.read_train()], known)
     if len(labels) < 2:
-        raise UserError(f"task.test: every row has the target {labels[0]!r}, which leaves nothing to choose; look at the columns, "
-                        "or give task.train with the other labels")
+        raise UserError(
+            f"task.test: every row has the target {labels[0]!r}, which leaves nothing to choose; look at the columns, "
+            "or give task.train with the other labels"
+        )
     if len(labels) > MOST_LABELS:
-        raise UserError(f"task.test has {len(labels)} different targets, but a task of labels takes at most {MOST_LABELS}; look at the columns")
+        raise UserError(
+            f"task.test has {len(labels)} different targets, but a task of labels takes at most {MOST_LABELS}; look at the columns"
+        )
     answers = run.generate_answers(rows)
     likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])
     counts = {"labels": len(labels)} | count_too_long_contexts(answers) | count_too_long_options(likelihoods)
     return TaskResult(len(rows), score(targets, labels, likelihoods, answers), counts)
 
 
-def score(targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]) -> dict[str, float]:
+def score(
+    targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]
+) -> dict[str, float]:
     """Rates over all rows; `likelihoods` (rows, labels) are log-likelihoods."""
     return {
-        "likelihood": rate(is_strict_argmax(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)),
-        "generation": rate(answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)),
+        "likelihood": rate(
+            is_strict_argmax(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)
+        ),
+        "generation": rate(
+            answer.text == target and answer.stopped for target, answer in zip(targets, answers, strict=True)
+        ),
         "prefix": rate(answer.text.startswith(target) for target, answer in zip(targets, answers, strict=True)),
         "stopped": rate(answer.stopped for answer in answers),
         "majority": max(Counter(targets).values()) / len(targets),

@@ -26,5 +26,7 @@ class Config(TaskConfig):
         """Raise UserError, see `TaskConfig.check_requirements`."""
         for path in self.harness:
             if path.endswith((".yaml", ".yml")) and not Path(path).is_file():
-                raise UserError(f"{where}.harness: there is no file {path}; give the YAML file of a task of the harness, or the name of one")
+                raise UserError(
+                    f"{where}.harness: there is no file {path}; give the YAML file of a task of the harness, or the name of one"
+                )
         check_package("lm_eval", "lm-eval", f"{where}.name: the task lm_eval")

@@ -15,8 +15,20 @@ from pretrain.tasks.options import AnswerTask
 from pretrain.tasks.regex_equality import compare, is_nontrivial
 from pretrain.tasks.scoring import Answer, TaskResult, TaskRun, count_too_long_contexts, rate, rate_over_subset
 
-METRICS: MetricDirections = {**higher("exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "exact_unseen", "equal_proper", "exact_proper"),
-                       "undecided": "lower"}
+METRICS: MetricDirections = {
+    **higher(
+        "exact",
+        "equal",
+        "prefix",
+        "contains",
+        "stopped",
+        "equal_unseen",
+        "exact_unseen",
+        "equal_proper",
+        "exact_proper",
+    ),
+    "undecided": "lower",
+}
 MOST_UNDECIDED = 50
 """Comparisons given up, at some seconds each, after which the others are not tried."""
 
@@ -37,12 +49,21 @@ def evaluate(run: TaskRun) -> TaskResult:
     return TaskResult(len(rows), metrics, counts | count_too_long_contexts(answers))
 
 
-def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> tuple[dict[str, float], dict[str, int]]:
+def score(
+    targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None
+) -> tuple[dict[str, float], dict[str, int]]:
     """Rates, and the rows behind those that are not over all of them. An exact answer is equal, even where the target is no regex."""
     rows = list(zip(targets, answers, strict=True))
     exact = [answer.text == target and answer.stopped for target, answer in rows]
-    verdicts = _verdicts((target, answer.text) for target, answer in rows if answer.stopped and answer.text.strip() and answer.text != target)
-    same = [answer.stopped and (answer.text == target or verdicts.get((target, answer.text), False)) for target, answer in rows]
+    verdicts = _verdicts(
+        (target, answer.text)
+        for target, answer in rows
+        if answer.stopped and answer.text.strip() and answer.text != target
+    )
+    same = [
+        answer.stopped and (answer.text == target or verdicts.get((target, answer.text), False))
+        for target, answer in rows
+    ]
     equal = [verdict is True for verdict in same]
     kinds = {target: is_nontrivial(target) for target in set(targets)}
     proper = [kinds[target] is True for target in targets]

@@ -45,8 +45,10 @@ def right_answers(row: "Row") -> list[str]:
 
 def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[str, float]:
     """Rates over all rows; `targets` are the right answers of each."""
-    rows = [({normal(target) for target in right} - {""}, normal(answer.text), answer.stopped)
-            for right, answer in zip(targets, answers, strict=True)]
+    rows = [
+        ({normal(target) for target in right} - {""}, normal(answer.text), answer.stopped)
+        for right, answer in zip(targets, answers, strict=True)
+    ]
     return {
         "exact": rate(text in right and stopped for right, text, stopped in rows),
         "contains": rate(any(f" {target} " in f" {text} " for target in right) for right, text, _ in rows),

@@ -18,6 +18,7 @@ from pretrain.sections import LoraConfig, TrainConfig
 if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
+
 class TaskConfig(Section):
     """A downstream task of the evaluation job, see docs/evaluation.md."""
 
@@ -69,7 +70,13 @@ class TaskConfig(Section):
         from data_prep.task_rows import RowReader  # which loads pyarrow
 
         source = task_source(data, self.sources[key])
-        reader = RowReader(source, data.views, f"{where}.{key}", public_row_format(self.name), allow_missing_views=data.missing_views == "keep")
+        reader = RowReader(
+            source,
+            data.views,
+            f"{where}.{key}",
+            public_row_format(self.name),
+            allow_missing_views=data.missing_views == "keep",
+        )
         if isinstance(source, HubSource) and not source.path.startswith((".", "/")) and not os.path.isdir(source.path):
             return []
         found = list(islice(reader.rows(), count))
@@ -131,7 +138,9 @@ class AnswerTask(RowTask):
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError unless there are two views."""
         if len(views) != 2:
-            raise ValueError(f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}")
+            raise ValueError(
+                f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}"
+            )
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
         """Raise UserError, see `TaskConfig.check_requirements`."""
@@ -153,7 +162,9 @@ class AnswerTask(RowTask):
         if self.test is not None and self.finetune is not None and self.train is None:
             raise ValueError("finetune needs rows to train on that belong to test: give train too")
         if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
-            raise ValueError("finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}")
+            raise ValueError(
+                "finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}"
+            )
         return self
 
 

@@ -232,7 +232,10 @@ class _Machine:
                 kinds.setdefault(tuple(any(low <= bound <= high for low, high in ranges) for ranges in sets), bound)
         newline = sets.index(((10, 10),))
         letters = [(kind, bound) for kind, bound in kinds.items() if not kind[newline]]  # a line has none
-        masks = {ranges: sum(1 << number for number, (kind, _) in enumerate(letters) if kind[place]) for place, ranges in enumerate(sets)}
+        masks = {
+            ranges: sum(1 << number for number, (kind, _) in enumerate(letters) if kind[place])
+            for place, ranges in enumerate(sets)
+        }
         return [chr(bound) for _, bound in letters], masks
 
     @cached_property
@@ -313,7 +316,9 @@ class _Machine:
             for node in classes[1:]:
                 mask = mask | self.nodes[node][1] if name == "union" else mask & self.nodes[node][1]
             members.add(self._node("class", mask))
-        if absorbing in members or any(self.nodes[node][0] == "not" and self.nodes[node][1] in members for node in members):
+        if absorbing in members or any(
+            self.nodes[node][0] == "not" and self.nodes[node][1] in members for node in members
+        ):
             return absorbing
         if len(members) < 2:
             return members.pop() if members else neutral
@@ -389,6 +394,12 @@ class _Machine:
                 raise TooComplex
             parents[roots[0]] = roots[1]
             for letter, sample in enumerate(self.samples):
-                waiting.append((self.derivative(one, before, letter), self.derivative(other, before, letter),
-                                WORDLIKE if self.wordlike[letter] else OTHER, line + sample))
+                waiting.append(
+                    (
+                        self.derivative(one, before, letter),
+                        self.derivative(other, before, letter),
+                        WORDLIKE if self.wordlike[letter] else OTHER,
+                        line + sample,
+                    )
+                )
         return Comparison(True)

@@ -16,4 +16,6 @@ class Config(PairTask):
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
         """Return whether a declared metric is among the results: a direction of prediction is one of two views."""
         prefix, _ = split_direction(metric)
-        return not prefix or prefix in {f"{source}_to_{target}" for source in views for target in views if source != target}
+        return not prefix or prefix in {
+            f"{source}_to_{target}" for source in views for target in views if source != target
+        }

@@ -74,7 +74,9 @@ def rate_over_subset(name: str, hits: Sequence[bool], chosen: Sequence[bool] | N
 
 def is_strict_argmax(values: Sequence[float], chosen: int) -> bool:
     """Return whether the chosen value is above all others. In a tie none is, nor if a value is -inf, which could not be measured."""
-    return min(values) > -math.inf and all(values[chosen] > value for place, value in enumerate(values) if place != chosen)
+    return min(values) > -math.inf and all(
+        values[chosen] > value for place, value in enumerate(values) if place != chosen
+    )
 
 
 def count_too_long_contexts(answers: Sequence[Answer]) -> dict[str, int]:

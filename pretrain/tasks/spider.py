@@ -23,7 +23,9 @@ from pretrain.tasks.sql.databases import find_databases
 from pretrain.tasks.sql.execution import Outcome, QueryRunner, normal, same_rows
 from pretrain.tasks.sql.order import equal_up_to_ties, outer_order_by
 
-METRICS: MetricDirections = higher("execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled")
+METRICS: MetricDirections = higher(
+    "execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled"
+)
 ROWS_LOOKED_AT = 100
 """Rows whose databases are looked for at the start of a run."""
 
@@ -68,16 +70,22 @@ class Verdict(NamedTuple):
     right: bool
 
 
-def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence[Path | None],
-          is_unseen: Sequence[bool] | None) -> tuple[dict[str, float], dict[str, int]]:
+def score(
+    targets: Sequence[str],
+    answers: Sequence[Answer],
+    databases: Sequence[Path | None],
+    is_unseen: Sequence[bool] | None,
+) -> tuple[dict[str, float], dict[str, int]]:
     """Rates, and counts of rows that could not be scored, of targets that give no row, and of unseen ones."""
     from tqdm import tqdm
 
     rows = list(zip(targets, answers, databases, strict=True))
     with QueryRunner() as runner:
         judge_once = cache(partial(judge, runner))
-        verdicts = [judge_once(database, target, answer.text if answer.stopped else None) for target, answer, database in tqdm(
-            rows, desc="running queries", unit="row", mininterval=1, disable=None)]
+        verdicts = [
+            judge_once(database, target, answer.text if answer.stopped else None)
+            for target, answer, database in tqdm(rows, desc="running queries", unit="row", mininterval=1, disable=None)
+        ]
     right = [verdict.right for verdict in verdicts]
     exact = [answer.stopped and normal(answer.text) == normal(target) for target, answer, _ in rows]
     return {
@@ -89,7 +97,10 @@ def score(targets: Sequence[str], answers: Sequence[Answer], databases: Sequence
         "stopped": rate(answer.stopped for answer in answers),
         **rate_over_subset("execution_filled", right, [verdict.gold_gives_rows for verdict in verdicts]),
     }, {
-        "failed_gold": sum(database is not None and not verdict.gold_runs for verdict, database in zip(verdicts, databases, strict=True)),
+        "failed_gold": sum(
+            database is not None and not verdict.gold_runs
+            for verdict, database in zip(verdicts, databases, strict=True)
+        ),
         "missing_database": sum(database is None for database in databases),
         "empty_results": sum(verdict.gold_runs and not verdict.gold_gives_rows for verdict in verdicts),
     } | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
@@ -103,5 +114,7 @@ def judge(runner: QueryRunner, database: Path | None, target: str, answer: str |
     given = runner.run(database, answer) if answer is not None else Outcome(None)
     right = False
     if wanted.rows is not None and given.rows is not None and wanted.columns == given.columns:
-        right = same_rows(wanted.rows, given.rows, outer_order_by(target) is not None) or equal_up_to_ties(runner, database, target, wanted, given)
+        right = same_rows(wanted.rows, given.rows, outer_order_by(target) is not None) or equal_up_to_ties(
+            runner, database, target, wanted, given
+        )
     return Verdict(wanted.rows is not None, bool(wanted.rows), given.rows is not None, right)

@@ -48,7 +48,9 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> dict[str, float]:
     """Return rates over all rows, and `_unseen` ones over those that are."""
-    rows = [(target.strip(), answer.text.strip(), answer.stopped) for target, answer in zip(targets, answers, strict=True)]
+    rows = [
+        (target.strip(), answer.text.strip(), answer.stopped) for target, answer in zip(targets, answers, strict=True)
+    ]
     exact = [text == target and stopped for target, text, stopped in rows]
     return {
         "exact": rate(exact),

@@ -58,7 +58,10 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
     """Declare the files of a hidden folder, which are on disk, the checkpoint of a step. Raises OSError, also where they are not all here."""
     folder, name = temporary.parent, step_name(step)
     _wait_for(temporary, files)
-    write_text(temporary / MANIFEST, _sealed({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}))
+    write_text(
+        temporary / MANIFEST,
+        _sealed({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}),
+    )
     sync_folder(temporary)
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
@@ -70,9 +73,15 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
 def _wait_for(folder: Path, files: dict[str, Any]) -> None:
     """Other nodes' files may take a while to show on a shared file system; where the folder is not shared they never do."""
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
-    while missing := [file for file, entry in files.items() if not (folder / file).exists() or (folder / file).stat().st_size != entry["bytes"]]:
+    while missing := [
+        file
+        for file, entry in files.items()
+        if not (folder / file).exists() or (folder / file).stat().st_size != entry["bytes"]
+    ]:
         if time.monotonic() > deadline:
-            raise FileNotFoundError(errno.ENOENT, f"{missing[0]} of another rank does not show here: all nodes must share output_dir")
+            raise FileNotFoundError(
+                errno.ENOENT, f"{missing[0]} of another rank does not show here: all nodes must share output_dir"
+            )
         time.sleep(0.1)
 
 
@@ -179,12 +188,16 @@ def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Verif
                 _repair_latest(folder, checkpoint.name, say)
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
-        say(f"WARNING: the checkpoint {checkpoint} is damaged: {problems[0]}; it is set aside as damaged-{checkpoint.name}")
+        say(
+            f"WARNING: the checkpoint {checkpoint} is damaged: {problems[0]}; it is set aside as damaged-{checkpoint.name}"
+        )
         if world.is_main:
             _set_aside(checkpoint, problems[0])
         world.barrier()
     if steps or any(folder.glob("damaged-*")):
-        raise UserError(f"every checkpoint in {folder} is damaged; to start over, remove that folder or choose another `name`")
+        raise UserError(
+            f"every checkpoint in {folder} is damaged; to start over, remove that folder or choose another `name`"
+        )
     return None
 
 
@@ -202,12 +215,16 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
     except OSError:
         named = ""
     if named != name:
-        say(f"note: {folder / LATEST} {f'named {named[:40]}' if named else 'was empty or missing'}; the newest good checkpoint is {name}")
+        say(
+            f"note: {folder / LATEST} {f'named {named[:40]}' if named else 'was empty or missing'}; the newest good checkpoint is {name}"
+        )
         with contextlib.suppress(OSError):
             write_text(folder / LATEST, name + "\n")
 
 
-def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False) -> None:
+def make_universal(
+    found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False
+) -> None:
     """Convert a checkpoint of another number of ranks to DeepSpeed's universal format, next to it, on the main rank.
 
     Raises UserError, also for one of `round_robin` gradients, and Stopped if a signal ends the conversion.
@@ -216,10 +233,14 @@ def make_universal(found: VerifiedCheckpoint, world: World, stop: StopRequest, s
     if target == found.path:
         return
     if round_robin:
-        raise UserError(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)} with "
-                        "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of ranks: start with "
-                        f"{found.ranks}")
-    say(f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it")
+        raise UserError(
+            f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)} with "
+            "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of ranks: start with "
+            f"{found.ranks}"
+        )
+    say(
+        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it"
+    )
     converted = world.run_and_sync_errors(lambda: _convert(found.path, target, stop) if world.is_main else True)
     if not all(world.gather_objects(converted)):
         raise Stopped("stopped by a signal while a checkpoint was converted")
@@ -229,10 +250,27 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
     """Return whether the conversion has come to its end; False if a signal ended it. Raises UserError if it fails."""
     shutil.rmtree(target, ignore_errors=True)
     with without_patterns(checkpoint.parent) as folder:
-        command = [sys.executable, *CONVERTER, "--input_folder", str(folder / checkpoint.name), "--output_folder", str(folder / target.name),
-                   "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]  # which DeepSpeed wants of stages 1 and 2
-        process = subprocess.Popen(die_with_parent(command, "KILL"), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True)  # Ctrl-C is for this process, which then ends that one
+        command = [
+            sys.executable,
+            *CONVERTER,
+            "--input_folder",
+            str(folder / checkpoint.name),
+            "--output_folder",
+            str(folder / target.name),
+            "--num_extract_workers",
+            "1",
+            "--num_merge_workers",
+            "1",
+            "--inject_missing_state",
+        ]  # which DeepSpeed wants of stages 1 and 2
+        process = subprocess.Popen(
+            die_with_parent(command, "KILL"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )  # Ctrl-C is for this process, which then ends that one
         errors = _wait_for_process(process, stop)
     if errors is None or process.returncode:
         shutil.rmtree(target, ignore_errors=True)
@@ -240,8 +278,10 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
         return False
     if process.returncode:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
-        raise UserError(f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with as many ranks as wrote "
-                        "it, or, where the disk is full, make room")
+        raise UserError(
+            f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with as many ranks as wrote "
+            "it, or, where the disk is full, make room"
+        )
     return True
 
 
@@ -292,7 +332,11 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
 
 def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> None:
     """Load the parameters that are not trained, which the universal format lacks; the main rank reads them for all."""
-    frozen = {name.removeprefix("model."): parameter for name, parameter in engine.module.named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name.removeprefix("model."): parameter
+        for name, parameter in engine.module.named_parameters()
+        if not parameter.requires_grad
+    }
     if not frozen:
         return
     weights = world.run_and_sync_errors(lambda: consolidate(checkpoint) if world.is_main else {})
@@ -312,10 +356,16 @@ def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
     problem = check(checkpoint) if checkpoint.exists() else "there is no such folder"
     if problem:
         raise UserError(f"cannot use the checkpoint {checkpoint}: {problem}")
-    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere),
-          without_patterns(checkpoint.parent) as folder):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        without_patterns(checkpoint.parent) as folder,
+    ):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.name)
-    if (whole := checkpoint / WHOLE_MODULE).exists():  # of stages 1 and 2; of stage 1 only this holds what is not trained
+    if (
+        whole := checkpoint / WHOLE_MODULE
+    ).exists():  # of stages 1 and 2; of stage 1 only this holds what is not trained
         module = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
         state |= {key: value.float() for key, value in module.items() if key not in state}
     return {key.removeprefix("model."): value for key, value in state.items()}

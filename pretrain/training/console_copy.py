@@ -30,7 +30,7 @@ def main() -> None:
 def _write(target: int, text: bytes) -> None:
     with contextlib.suppress(OSError):
         while text:
-            text = text[os.write(target, text):]
+            text = text[os.write(target, text) :]
 
 
 if __name__ == "__main__":

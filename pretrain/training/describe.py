@@ -24,12 +24,28 @@ STARTS = "starts.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
 """Keys of deepspeed.zero_optimization that decide how the shards of a checkpoint are laid out, with their defaults."""
-IMMUTABLE_ON_RESUME = ("seed", "model", "objective", "train", "data.lm_views", "data.train_end_token", "data.sequence_length",
-            "deepspeed.communication_data_type",
-            "deepspeed.data_types", "deepspeed.zero_optimization.zero_quantized_gradients", "deepspeed.zero_optimization.zero_quantized_weights",
-            *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING))
+IMMUTABLE_ON_RESUME = (
+    "seed",
+    "model",
+    "objective",
+    "train",
+    "data.lm_views",
+    "data.train_end_token",
+    "data.sequence_length",
+    "deepspeed.communication_data_type",
+    "deepspeed.data_types",
+    "deepspeed.zero_optimization.zero_quantized_gradients",
+    "deepspeed.zero_optimization.zero_quantized_weights",
+    *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING),
+)
 """Keys that may not change on resume, besides the shards and the tokenizer: they decide what is computed, or how DeepSpeed's files are read."""
-MUTABLE_ON_RESUME = ("train.activation_checkpointing", "train.compile", "train.micro_batch_rows", "train.on_spike", "train.spike_score")
+MUTABLE_ON_RESUME = (
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.micro_batch_rows",
+    "train.on_spike",
+    "train.spike_score",
+)
 """Of these: the ways to compute the same, and the answers to what may come."""
 SILENT = ("name", "output_dir")
 """Where the run is: a folder may move."""
@@ -48,7 +64,9 @@ def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: 
         "requirements": sha256_file(LOCK) if LOCK.exists() else None,
         "image": os.environ.get("JEPA_IMAGE") or None,
         "ranks": ranks,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads_per_rank": torch.get_num_threads(),
@@ -75,26 +93,47 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
         return []
     before = _with_partitioning(_read(run_dir / "config.yaml", yaml.safe_load))
     now = _with_partitioning(yaml.safe_load(dump_config(config)))
-    differing = sorted(key for section in before.keys() | now.keys() for key in _differences(before.get(section), now.get(section), section))
-    changed = [key for key in differing if any(f"{key}.".startswith(f"{deciding}.") for deciding in IMMUTABLE_ON_RESUME) and key not in MUTABLE_ON_RESUME]
+    differing = sorted(
+        key
+        for section in before.keys() | now.keys()
+        for key in _differences(before.get(section), now.get(section), section)
+    )
+    changed = [
+        key
+        for key in differing
+        if any(f"{key}.".startswith(f"{deciding}.") for deciding in IMMUTABLE_ON_RESUME)
+        and key not in MUTABLE_ON_RESUME
+    ]
     if changed:
         told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
-        raise UserError(f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder")
-    environment: dict[str, Any] = _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
+        raise UserError(
+            f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder"
+        )
+    environment: dict[str, Any] = (
+        _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
+    )
     for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
-            raise UserError(f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
-                            "point data.path to those, or choose another `name`")
+            raise UserError(
+                f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
+                "point data.path to those, or choose another `name`"
+            )
     if environment["data"]["weights"] != data["weights"]:
-        raise UserError(f"the weights of data.sources are {data['weights']}, but {run_dir} was started with {environment['data']['weights']}: "
-                        "set them so, or choose another `name`")
-    accepted = [f"{key} is {_at(now, key)}, it was {_at(before, key)}" for key in differing if key.split(".")[0] not in SILENT]
+        raise UserError(
+            f"the weights of data.sources are {data['weights']}, but {run_dir} was started with {environment['data']['weights']}: "
+            "set them so, or choose another `name`"
+        )
+    accepted = [
+        f"{key} is {_at(now, key)}, it was {_at(before, key)}" for key in differing if key.split(".")[0] not in SILENT
+    ]
     ranks_before = environment.get("ranks", ranks or 1)
     ranks_now = ranks or ranks_before
     rows, rows_before = ranks_now * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
     if rows != rows_before:
-        accepted.append(f"a micro step has {rows} rows on {ranks_now} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
-                        "each other (info_nce, regularizers) sees other ones")
+        accepted.append(
+            f"a micro step has {rows} rows on {ranks_now} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
+            "each other (info_nce, regularizers) sees other ones"
+        )
     return accepted
 
 
@@ -111,17 +150,25 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is spoiled: it says what the run is; bring it back from a copy, or choose another `name`")
+        raise UserError(
+            f"{path} is spoiled: it says what the run is; bring it back from a copy, or choose another `name`"
+        )
     return values
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with the defaults of PARTITIONING written out, because leaving them out is not a change."""
     deepspeed = values.get("deepspeed") or {}
-    return values | {"deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}}
+    return values | {
+        "deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}
+    }
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        return [found for part in before.keys() | now.keys() for found in _differences(before.get(part), now.get(part), f"{key}.{part}")]
+        return [
+            found
+            for part in before.keys() | now.keys()
+            for found in _differences(before.get(part), now.get(part), f"{key}.{part}")
+        ]
     return [] if before == now else [key]

@@ -122,12 +122,16 @@ def init_world() -> World:
     try:
         if not dist.is_initialized():
             store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-            dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+            )
             rank_store = RankStore(dist.PrefixStore("notes", store)) if size > 1 else None
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
-        raise RendezvousError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
-                        "if another job has that port, give the launcher another one: --master_port") from None
+        raise RendezvousError(
+            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
+            "if another job has that port, give the launcher another one: --master_port"
+        ) from None
     world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), rank_store)
     world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
     if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -139,24 +143,39 @@ def normalize_launcher_env() -> None:
     """Rank, ranks and rendezvous as torch wants them, from what the launcher has set. Raises UserError where it has started several runs."""
     started = launched_process_count()
     if "RANK" not in os.environ:
-        if started > 1 and started == int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        if (
+            started > 1
+            and started == int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+            and "OMPI_COMM_WORLD_SIZE" not in os.environ
+        ):
             _environment_from_slurm(started)
         elif find_mpi() is not None:
             _environment_from_mpi()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if int(os.environ["WORLD_SIZE"]) < started:
-        raise UserError(f"mpirun or srun started {started} processes, each of which would be a run of its own, with "
-                        f"{os.environ['WORLD_SIZE']} rank(s): start run.py itself under mpirun or srun, or the other launcher once for all nodes")
+        raise UserError(
+            f"mpirun or srun started {started} processes, each of which would be a run of its own, with "
+            f"{os.environ['WORLD_SIZE']} rank(s): start run.py itself under mpirun or srun, or the other launcher once for all nodes"
+        )
     if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         os.environ["MASTER_PORT"] = "0"  # alone: any free port
 
 
 def _environment_from_slurm(tasks: int) -> None:
     """Set the variables for srun without MPI."""
-    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks), "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+    }
     if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
-        nodes = subprocess.run(["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True)
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
     os.environ.setdefault("MASTER_PORT", str(slurm_port()))
 

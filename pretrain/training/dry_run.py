@@ -32,7 +32,13 @@ from pretrain.run_folder import list_steps
 from pretrain.sections import BUDGETS
 from pretrain.training.describe import check_same_run
 from pretrain.training.distributed import normalize_launcher_env
-from pretrain.training.engine import check_model_fits_corpus, check_zero_options, engine_settings, gradient_accumulation_dtype, resolve_hf_config
+from pretrain.training.engine import (
+    check_model_fits_corpus,
+    check_zero_options,
+    engine_settings,
+    gradient_accumulation_dtype,
+    resolve_hf_config,
+)
 from pretrain.training.memory import ITEM_BYTES, ModelStates, activations, layer_widths, model_states
 from pretrain.training.schedule import Progress, consumed_fraction
 from pretrain.training.setup import check, make_loader
@@ -58,18 +64,31 @@ def dry_run(config: RunConfig) -> None:
     if config.ignored_keys:
         print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.ignored_keys)}")
     if config.model.lora:
-        print("note: FLOPs and activations are those of training the whole model; adapters need up to a third fewer FLOPs")
+        print(
+            "note: FLOPs and activations are those of training the whole model; adapters need up to a third fewer FLOPs"
+        )
     if corpus is None:
-        print(f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
-              "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG")
+        print(
+            f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
+            "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG"
+        )
     if plan.step.skipped_windows:
         print(f"note: the means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
-    tables = [_parameter_table(plan), _corpus_table(corpus) if corpus else [], _step_table(plan), _budget_table(plan), _states_table(plan),
-              _activation_table(plan)]
+    tables = [
+        _parameter_table(plan),
+        _corpus_table(corpus) if corpus else [],
+        _step_table(plan),
+        _budget_table(plan),
+        _states_table(plan),
+        _activation_table(plan),
+    ]
     for table in filter(None, tables):
         _print_table(table)
-    print("\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
-          "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.", flush=True)
+    print(
+        "\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
+        "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.",
+        flush=True,
+    )
 
 
 def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
@@ -105,11 +124,15 @@ def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) ->
     check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
-    if corpus and (config.run_dir / "config.yaml").exists():  # a start that was killed early leaves a folder without one
+    if (
+        corpus and (config.run_dir / "config.yaml").exists()
+    ):  # a start that was killed early leaves a folder without one
         check_same_run(config, corpus.manifest, ranks)
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to")
+        raise UserError(
+            f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to"
+        )
 
 
 def _future_tokenizer(config: RunConfig) -> Any:
@@ -148,7 +171,11 @@ class Stream:
     def flops(self, parameters: Parameters, model: LanguageModel) -> dict[str, float]:
         """By part; attention scores take 12 per layer, width of the query heads and visible key (2 products, forward and backward)."""
         layers, head = parameters.flops(self.positions, self.targets)
-        return {"layers": layers, "output head": head, "attention scores": 12 * self.visible * sum(layer.queries for layer in layer_widths(model))}
+        return {
+            "layers": layers,
+            "output head": head,
+            "attention scores": 12 * self.visible * sum(layer.queries for layer in layer_widths(model)),
+        }
 
 
 @dataclass(frozen=True)
@@ -215,7 +242,13 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
     """Return means over the steps of a few of the loader's windows of records, spread evenly over the first epoch."""
     specials, data = special_ids(tokenizer, model.vocab_size), config.data
     layout = config.make_layout(specials, corpus.views)
-    plain = make_layout(config.objective.layout, specials, views=corpus.views, lm_views=data.lm_views, train_end_token=data.train_end_token)
+    plain = make_layout(
+        config.objective.layout,
+        specials,
+        views=corpus.views,
+        lm_views=data.lm_views,
+        train_end_token=data.train_end_token,
+    )
     loader = make_loader(config, corpus, layout)
     sums: Counter[str] = Counter()
     stream: Counter[str] = Counter()
@@ -228,21 +261,37 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
             rows = loader.next_rows(config.train.global_batch_rows)
             if loader.exhausted and sums["steps"]:
                 break  # the last step of a run is not full
-            sums.update(steps=1, records=len(rows.records), tokens=int(rows.lengths.sum()), pairs=loss_denominators(rows, layout)["pairs"])
+            sums.update(
+                steps=1,
+                records=len(rows.records),
+                tokens=int(rows.lengths.sum()),
+                pairs=loss_denominators(rows, layout)["pairs"],
+            )
             stream.update(_stream(layout, rows.lengths, rows.segment_lengths))
             without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
-    mean, plain_mean = (Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs))
-    return Step(mean, steps, windows - len(planned), **{name: total / steps for name, total in sums.items()},
-                without_pairs=plain_mean if layout.read_outs else None, order=loader.order)
+    mean, plain_mean = (
+        Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs)
+    )
+    return Step(
+        mean,
+        steps,
+        windows - len(planned),
+        **{name: total / steps for name, total in sums.items()},
+        without_pairs=plain_mean if layout.read_outs else None,
+        order=loader.order,
+    )
 
 
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
     """The fields of a Stream, summed over records with views (N, views) and segments (N, segments)."""
     predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
-    return {"positions": int(segment_lengths.sum()), "targets": int(layout.count_lm_targets(lengths, segment_lengths).sum()),
-            "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
-            "visible": _visible(layout, segment_lengths)}
+    return {
+        "positions": int(segment_lengths.sum()),
+        "targets": int(layout.count_lm_targets(lengths, segment_lengths).sum()),
+        "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
+        "visible": _visible(layout, segment_lengths),
+    }
 
 
 def _visible(layout: Layout, lengths: np.ndarray) -> int:
@@ -262,13 +311,23 @@ def _largest_step(config: RunConfig) -> Step:
 
 def _parameter_table(plan: Plan) -> Table:
     size = plan.parameters
-    embedding = f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", is the output head too" * size.tied
+    embedding = (
+        f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", is the output head too" * size.tied
+    )
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
     adapters = [("adapters", f"{sum(plan.adapters):,}")] if plan.adapters else []
     trained = [("trained", f"{plan.trained:,}")] if plan.adapters else []
-    return [("parameters", ""), (embedding, f"{size.embedding:,}"), *head, ("layers", f"{size.layers:,}"), *predictor, *adapters,
-            ("total", f"{plan.total:,}"), *trained]
+    return [
+        ("parameters", ""),
+        (embedding, f"{size.embedding:,}"),
+        *head,
+        ("layers", f"{size.layers:,}"),
+        *predictor,
+        *adapters,
+        ("total", f"{plan.total:,}"),
+        *trained,
+    ]
 
 
 def _corpus_table(corpus: Corpus) -> Table:
@@ -282,17 +341,30 @@ def _corpus_table(corpus: Corpus) -> Table:
 def _step_table(plan: Plan) -> Table:
     train, step, stream, plain = plan.config.train, plan.step, plan.step.stream, plan.step.without_pairs
     title = f"a step, mean of {step.planned:,}" if step.planned else "a step, at most"
-    rows: Table = [(title, plan.config.objective.name, *(("next_token", "more") if plain else ())), ("rows", f"{train.global_batch_rows:,}")]
+    rows: Table = [
+        (title, plan.config.objective.name, *(("next_token", "more") if plain else ())),
+        ("rows", f"{train.global_batch_rows:,}"),
+    ]
     for ranks in plan.rank_counts:
-        rows.append((f"micro steps of each of {ranks:,} rank{'s' * (ranks > 1)}", f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}"))
+        rows.append(
+            (
+                f"micro steps of each of {ranks:,} rank{'s' * (ranks > 1)}",
+                f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}",
+            )
+        )
     if step.planned:
         rows += [("records", f"{step.records:,.0f}"), ("corpus tokens", f"{step.tokens:,.0f}")]
     rows.append(_compared("positions", stream.positions, plain.positions if plain else None, ",.0f"))
     if plain:
-        parts = {"predictor tokens": stream.predictor, "copies of a view": stream.positions - plain.positions - stream.predictor}
+        parts = {
+            "predictor tokens": stream.predictor,
+            "copies of a view": stream.positions - plain.positions - stream.predictor,
+        }
         rows += [(f"  {name}", f"{count:,.0f}") for name, count in parts.items() if count > 0.5]
     if step.planned:
-        rows.append(("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}"))
+        rows.append(
+            ("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}")
+        )
     rows.append(_compared("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
     if plain:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
@@ -322,23 +394,42 @@ def _budget_table(plan: Plan) -> Table:
     if train.steps is None:
         rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
     if step.order:
-        rows += [("corpus tokens in all", f"{filled * step.tokens:,.0f}"), ("epochs", f"{filled * step.records / step.order.epoch_records:,.2f}")]
+        rows += [
+            ("corpus tokens in all", f"{filled * step.tokens:,.0f}"),
+            ("epochs", f"{filled * step.records / step.order.epoch_records:,.2f}"),
+        ]
     rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{filled * plan.flops:.3g}"))
     peak = peak_flops()
     if peak is not None and train.precision == "bf16":
         speed = SHARE_OF_PEAK * peak * (plan.ranks or 1)
-        rows.append((f"days at {speed:.3g} FLOP/s, {SHARE_OF_PEAK:.0%} of {plan.ranks or 1:,} such device{'s' * ((plan.ranks or 1) > 1)}",
-                     f"{filled * plan.flops / speed / 86400:,.2f}"))
+        rows.append(
+            (
+                f"days at {speed:.3g} FLOP/s, {SHARE_OF_PEAK:.0%} of {plan.ranks or 1:,} such device{'s' * ((plan.ranks or 1) > 1)}",
+                f"{filled * plan.flops / speed / 86400:,.2f}",
+            )
+        )
     return rows
 
 
 def _states_table(plan: Plan) -> Table:
     """No ZeRO takes the same on any number of ranks, and on one rank its stages are equal."""
     precision, configured = plan.config.train.precision, int(plan.zero.stage)
-    cases = [(0, 1)] + [(stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))]
+    cases = [(0, 1)] + [
+        (stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))
+    ]
     states = {case: model_states_per_rank(plan, *case) for case in cases}
     unit, scale = _unit(plan)
-    rows: Table = [(f"model states of a rank in {precision}, {unit}", "ranks", "parameters", "gradients", "optimizer", "together", "within the step")]
+    rows: Table = [
+        (
+            f"model states of a rank in {precision}, {unit}",
+            "ranks",
+            "parameters",
+            "gradients",
+            "optimizer",
+            "together",
+            "within the step",
+        )
+    ]
     for (stage, ranks), held in states.items():
         name = "no ZeRO" if stage == 0 else f"ZeRO {stage}" + ", as configured" * (stage == configured)
         numbers = (held.parameters, held.gradients, held.optimizer, held.held, held.in_step)
@@ -374,10 +465,15 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     reduced, partly = buffers[device], buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU as far as it is filled"}[device] * partly
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
-    kept = activations(plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device)
-    rows = [("activations of the layers", kept.layers, kept.checkpointed_layers), ("logits of the targets", kept.logits, kept.logits),
-            ("gradient of the output head", kept.head, kept.head),
-            (f"gradients to be reduced{extent}", reduced, reduced)]
+    kept = activations(
+        plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
+    )
+    rows = [
+        ("activations of the layers", kept.layers, kept.checkpointed_layers),
+        ("logits of the targets", kept.logits, kept.logits),
+        ("gradient of the output head", kept.head, kept.head),
+        (f"gradients to be reduced{extent}", reduced, reduced),
+    ]
     if int(zero.stage) == 3:
         gathered = item * min(plan.total, zero.max_live_parameters)
         rows.append(("gathered parameters, at most", gathered, gathered))
@@ -387,15 +483,20 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
 def _activation_table(plan: Plan) -> Table:
     """Print buffers that gradients do not fill for each device: they take memory on CUDA alone."""
     train, buffers = plan.config.train, reduce_buffers(plan)
-    held = {device: non_state_memory(plan, device) for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))}
+    held = {
+        device: non_state_memory(plan, device)
+        for device in (("cuda", "cpu") if buffers["cpu"] < buffers["cuda"] else ("cuda",))
+    }
     rows = list(dict.fromkeys(row for each in held.values() for row in each))
     for device, each in held.items():
         name = "together" + f" on {device.upper()}" * (len(held) > 1)
         rows.append((name, sum(row[1] for row in each), sum(row[2] for row in each)))
     unit, scale = _unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
-    return [(f"beside them, {unit}", "as it is" if train.activation_checkpointing else "as configured", recomputed),
-            *((name, f"{whole / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, whole, checkpointed in rows)]
+    return [
+        (f"beside them, {unit}", "as it is" if train.activation_checkpointing else "as configured", recomputed),
+        *((name, f"{whole / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, whole, checkpointed in rows),
+    ]
 
 
 def _unit(plan: Plan) -> tuple[str, int]:

@@ -18,7 +18,13 @@ from pretrain.config import RunConfig
 from pretrain.data.batch import Batch
 from pretrain.models.attention import resolve_attention
 from pretrain.models.export import load_predictor
-from pretrain.models.language_model import LanguageModel, build_model_config, pretrained_causal_lm, pretrained_config, random_causal_lm
+from pretrain.models.language_model import (
+    LanguageModel,
+    build_model_config,
+    pretrained_causal_lm,
+    pretrained_config,
+    random_causal_lm,
+)
 from pretrain.models.lora import add_adapters
 from pretrain.models.stored_weights import check_stored_weights
 from pretrain.objectives.base import Objective, ObjectiveOutput
@@ -63,8 +69,15 @@ def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -
     return build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 
 
-def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, world: World, *,
-                 resuming: bool = False, universal: bool = False) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    world: World,
+    *,
+    resuming: bool = False,
+    universal: bool = False,
+) -> deepspeed.DeepSpeedEngine:
     """Build the model, partitioned from the start, and its optimizer.
 
     `resuming`: a checkpoint will be loaded, which holds all weights. `universal`: one of another number of ranks. Raises UserError if
@@ -101,14 +114,22 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, objective: Objective, 
     rest = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
     groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = world.device.type == "cuda"  # else it makes several passes over all weights there, and a copy of them
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
-                                  lr=config.train.learning_rate, betas=config.train.betas, fused=fused)
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.train.learning_rate,
+        betas=config.train.betas,
+        fused=fused,
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # the optimizer of stage 1 in bf16 prints a dozen lines of memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
-    if config.monitor.gradients_every and any(hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()):
-        raise UserError("monitor.gradients_every cannot look into modules that ZeRO stage 3 gathers whole, as it does mixtures of experts: "
-                        "leave it at 0, or set deepspeed.zero_optimization.stage to 1 or 2")
+    if config.monitor.gradients_every and any(
+        hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()
+    ):
+        raise UserError(
+            "monitor.gradients_every cannot look into modules that ZeRO stage 3 gathers whole, as it does mixtures of experts: "
+            "leave it at 0, or set deepspeed.zero_optimization.stage to 1 or 2"
+        )
     return engine
 
 
@@ -117,22 +138,31 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     train = config.train
     rows_per_micro_step = train.micro_batch_rows * ranks
     if train.global_batch_rows % rows_per_micro_step:
-        raise UserError(f"train.global_batch_rows ({train.global_batch_rows}) must be a multiple of train.micro_batch_rows x ranks "
-                        f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks")
+        raise UserError(
+            f"train.global_batch_rows ({train.global_batch_rows}) must be a multiple of train.micro_batch_rows x ranks "
+            f"({train.micro_batch_rows} x {ranks}): change one of them or the number of ranks"
+        )
     passed = dict(config.deepspeed)
     zero = {"stage": 3} | passed.pop("zero_optimization", {})
     data_types = {"data_types": {"grad_accum_dtype": gradient_accumulation_dtype(config)}}
-    timers = {"timers": {"throughput": {"enabled": False}} | passed.get("timers", {})}  # DeepSpeed's synchronises with the GPU in every micro step
-    return passed | data_types | timers | {
-        "zero_optimization": zero,
-        "train_batch_size": train.global_batch_rows,
-        "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": train.global_batch_rows // rows_per_micro_step,
-        "gradient_clipping": train.gradient_clipping,
-        "bf16": {"enabled": train.precision == "bf16"},
-        "steps_per_print": 10**12,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    timers = {
+        "timers": {"throughput": {"enabled": False}} | passed.get("timers", {})
+    }  # DeepSpeed's synchronises with the GPU in every micro step
+    return (
+        passed
+        | data_types
+        | timers
+        | {
+            "zero_optimization": zero,
+            "train_batch_size": train.global_batch_rows,
+            "train_micro_batch_size_per_gpu": train.micro_batch_rows,
+            "gradient_accumulation_steps": train.global_batch_rows // rows_per_micro_step,
+            "gradient_clipping": train.gradient_clipping,
+            "bf16": {"enabled": train.precision == "bf16"},
+            "steps_per_print": 10**12,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    )
 
 
 def gradient_accumulation_dtype(config: RunConfig) -> str:
@@ -149,9 +179,11 @@ def check_zero_options(settings: dict[str, Any], device: str | None = None) -> N
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise UserError(f"deepspeed: {key}: {first['msg']}") from None
     super_offload = zero.offload_optimizer is not None and zero.offload_optimizer.super_offload
-    for name, value in (("zero_quantized_weights", zero.zero_quantized_weights),
-                        ("zero_quantized_nontrainable_weights", zero.zero_quantized_nontrainable_weights),
-                        ("offload_optimizer.super_offload", super_offload)):
+    for name, value in (
+        ("zero_quantized_weights", zero.zero_quantized_weights),
+        ("zero_quantized_nontrainable_weights", zero.zero_quantized_nontrainable_weights),
+        ("offload_optimizer.super_offload", super_offload),
+    ):
         if value and device == "cpu" and int(zero.stage) == 3:
             raise UserError(f"deepspeed: zero_optimization.{name} does not work on CPU: leave it out")
 
@@ -159,11 +191,15 @@ def check_zero_options(settings: dict[str, Any], device: str | None = None) -> N
 def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Raise UserError where the model of model.init_from is too small for the corpus."""
     if model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.init_from has {model.vocab_size} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
-                        "prepare it with data.tokenizer.path set to that folder")
+        raise UserError(
+            f"model.init_from has {model.vocab_size} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
+            "prepare it with data.tokenizer.path set to that folder"
+        )
     limit = model.causal_lm.config.max_position_embeddings
     if limit < config.data.sequence_length:
-        raise UserError(f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions")
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions"
+        )
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

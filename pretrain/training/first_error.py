@@ -50,10 +50,16 @@ def report_first_error(world: World, error: Exception, step: int, tell: Callable
         rank_store.put(_key(world.rank), asdict(mine))
         before = last_heartbeats(rank_store, world.hosts)
         time.sleep(SEEN)
-        failures = [Failure(**values) for values in rank_store.get([_key(rank) for rank in range(world.size)]) if values]
-        silent = [now for now, earlier in zip(last_heartbeats(rank_store, world.hosts), before, strict=True) if now.beats == earlier.beats]
+        failures = [
+            Failure(**values) for values in rank_store.get([_key(rank) for rank in range(world.size)]) if values
+        ]
+        silent = [
+            now
+            for now, earlier in zip(last_heartbeats(rank_store, world.hosts), before, strict=True)
+            if now.beats == earlier.beats
+        ]
     except StoreUnreachable:
-        line = (f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at step {step} with {what}")
+        line = f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at step {step} with {what}"
         tell(line)
         return line
     if world.rank != min(failure.rank for failure in failures):
@@ -62,8 +68,10 @@ def report_first_error(world: World, error: Exception, step: int, tell: Callable
     gone = [f"rank {beat.rank} on {beat.host} at step {beat.step}" for beat in silent if beat.rank not in failed]
     first = min(failures, key=lambda failure: (failure.peer_is_gone, failure.order))
     if gone and first.peer_is_gone:
-        line = (f"error: without a sign of life: {', '.join(gone[:8])}{' and others' if len(gone) > 8 else ''}; "
-                f"the first to notice was rank {first.rank} on {first.host} at step {first.step}")
+        line = (
+            f"error: without a sign of life: {', '.join(gone[:8])}{' and others' if len(gone) > 8 else ''}; "
+            f"the first to notice was rank {first.rank} on {first.host} at step {first.step}"
+        )
     else:
         tell(first.trace.rstrip())
         line = f"error: the first to fail was {first}"

@@ -14,8 +14,14 @@ REFERENCE = "lm"
 """The term that the others are compared with."""
 
 
-def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], weights: Mapping[str, float],
-                         world: World, report_progress: Callable[[], None] = lambda: None) -> dict[str, float]:
+def gradient_diagnostics(
+    module: nn.Module,
+    batches: Sequence[Batch],
+    counts: Mapping[str, int],
+    weights: Mapping[str, float],
+    world: World,
+    report_progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Return norm and cosine of the terms' gradients over the global batch, keyed like the metric tags.
 
     `batches` are this rank's micro batches. A gradient is that of weight * sum / count, so together they are that of the loss. A term
@@ -38,8 +44,14 @@ def gradient_diagnostics(module: nn.Module, batches: Sequence[Batch], counts: Ma
     return values
 
 
-def _gradient(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, int], weights: Mapping[str, float],
-              world: World, report_progress: Callable[[], None]) -> list[torch.Tensor]:
+def _gradient(
+    module: nn.Module,
+    batches: Sequence[Batch],
+    counts: Mapping[str, int],
+    weights: Mapping[str, float],
+    world: World,
+    report_progress: Callable[[], None],
+) -> list[torch.Tensor]:
     """Return the gradient of the global batch, of each parameter the part that falls to this rank, flat and in fp32."""
     parameters = list(module.parameters())
     parts: list[torch.Tensor | float] = [0.0] * len(parameters)
@@ -54,7 +66,9 @@ def _gradient(module: nn.Module, batches: Sequence[Batch], counts: Mapping[str, 
             # the terms of weight zero stay in the graph: ZeRO-3 then meets the same modules as in every other backward pass
             loss = total_loss(module(batch.to(world.device)).terms, counts, weights, ranks=1)
             hooks = [parameter.register_hook(partial(take, index)) for index, parameter in enumerate(parameters)]
-            torch.autograd.grad(loss, parameters, allow_unused=True)  # runs no hook of DeepSpeed's gradient accumulation
+            torch.autograd.grad(
+                loss, parameters, allow_unused=True
+            )  # runs no hook of DeepSpeed's gradient accumulation
             for hook in hooks:
                 hook.remove()
     return [part for part in parts if isinstance(part, torch.Tensor)]

@@ -26,7 +26,11 @@ def main() -> None:
         seconds = float(lines.split()[-1])
     if os.getppid() == rank:
         with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
-            print(f"error: process {rank} has sent no heartbeat for {seconds:.0f} s; killing it", file=sys.stderr, flush=True)
+            print(
+                f"error: process {rank} has sent no heartbeat for {seconds:.0f} s; killing it",
+                file=sys.stderr,
+                flush=True,
+            )
         os.kill(rank, signal.SIGKILL)
 
 

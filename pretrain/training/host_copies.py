@@ -73,5 +73,7 @@ class HostCopies:
             self._buffers.append(torch.empty(0))
         kept = self._buffers[place]
         if kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._buffers[place] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+            kept = self._buffers[place] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None
+            )
         return kept

@@ -35,7 +35,9 @@ def compile_layers(model: LanguageModel) -> None:
     inside a layer would break its graph at each linear map.
     """
     for layer in model.causal_lm.model.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)  # not the call, which runs the hooks around the layer
+        layer.forward = torch.compile(
+            layer.forward, dynamic=False
+        )  # not the call, which runs the hooks around the layer
 
 
 def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> None:
@@ -62,7 +64,9 @@ def limit_compile_threads(ranks: int) -> None:
 
 def _shape(layer: nn.Module) -> tuple[tuple[int, int], ...]:
     """Return what distinguishes the layers of OpenELM from each other."""
-    return tuple((module.in_features, module.out_features) for module in layer.modules() if isinstance(module, nn.Linear))
+    return tuple(
+        (module.in_features, module.out_features) for module in layer.modules() if isinstance(module, nn.Linear)
+    )
 
 
 class _LimitReached(logging.Handler):
@@ -76,5 +80,7 @@ class _LimitReached(logging.Handler):
         """Pass the message on; ignore all others."""
         message = " ".join(record.getMessage().split())
         if self._warn and message.startswith("torch._dynamo hit config."):
-            self._warn(f"WARNING: some layers run without being compiled, and more slowly: {message[:300]}; TORCH_LOGS=recompiles prints the reasons")
+            self._warn(
+                f"WARNING: some layers run without being compiled, and more slowly: {message[:300]}; TORCH_LOGS=recompiles prints the reasons"
+            )
             self._warn = None

@@ -84,7 +84,9 @@ class Trainer:
     """Says on the console why this process ends, on any rank."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved)
+        self.saver = Saver(
+            self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved
+        )
         self.excluded_steps = excluded_steps(self.config.run_dir)
         self.watchdog: Watchdog | None = None
         if self.world.rank_store is not None:  # the peers wait for this rank from here on
@@ -99,7 +101,9 @@ class Trainer:
             self.watchdog = self._watch(LocalRankStore())
         ended = False
         try:
-            with Prefetch(self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device) as data:
+            with Prefetch(
+                self.loader, self.config.train.global_batch_rows, self._micro_batches, self.world.device
+            ) as data:
                 status = self._train(data)
             self._finish_save()
             ended = True
@@ -113,8 +117,10 @@ class Trainer:
                 self.watchdog.close(ended)
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
-            raise UserError(f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
-                            + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning"))
+            raise UserError(
+                f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
+                + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning")
+            )
         return status
 
     def _train(self, data: Prefetch) -> str:
@@ -223,7 +229,9 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.fraction, self.config.train)
 
-    def _compute(self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool) -> tuple[StepConsensus, Pool | None, float, bool]:
+    def _compute(
+        self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool
+    ) -> tuple[StepConsensus, Pool | None, float, bool]:
         """Run forward and backward over this rank's micro batches.
 
         Return what all ranks agree on, the last pool, the spike score of the loss, and whether the step is skipped.
@@ -256,8 +264,10 @@ class Trainer:
             return 0.0, True
         score, highest = self.spikes.judge(losses, counts, self.weights)
         if score > train.spike_score:
-            self._say(f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
-                      "deviations above the last ones")
+            self._say(
+                f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
+                "deviations above the last ones"
+            )
         return score, score > train.spike_score and train.on_spike != "warn"
 
     def _total(self, losses: dict[str, float]) -> float:
@@ -272,12 +282,24 @@ class Trainer:
 
     def _micro_batches(self, rows: Rows) -> Iterator[Batch]:
         loader = self.loader
-        return micro_batches(rows, loader.corpus, loader.layout, self.specials, loader.row_length,
-                             micro_batch_rows=self.config.train.micro_batch_rows, rank=self.world.rank, ranks=self.world.size)
+        return micro_batches(
+            rows,
+            loader.corpus,
+            loader.layout,
+            self.specials,
+            loader.row_length,
+            micro_batch_rows=self.config.train.micro_batch_rows,
+            rank=self.world.rank,
+            ranks=self.world.size,
+        )
 
-    def _reach_consensus(self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool) -> StepConsensus:
+    def _reach_consensus(
+        self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool
+    ) -> StepConsensus:
         """Bring together what the ranks know. The one synchronisation of a step."""
-        flags = torch.tensor([self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device)
+        flags = torch.tensor(
+            [self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device
+        )
         *totals, stops, failures, writers = self.world.sum([*sums.values(), *flags])
         losses = {name: total / divisors[name] for name, total in zip(sums, totals, strict=True) if divisors[name]}
         return StepConsensus(losses, stops > 0, failures > 0, writers > 0)
@@ -291,9 +313,18 @@ class Trainer:
         if not updated:
             self.progress.skipped_steps += 1
             culprits = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
-            why = (f"{culprits} was not finite on some rank" if culprits else "its records are left out since a rewind"
-                   if self.progress.step in self.excluded_steps else "its loss is a spike" if skip_update else "the gradient was not finite on some rank")
-            self._say(f"WARNING: step {self.progress.step} made no update: {why} ({self.progress.skipped_steps} such steps so far)")
+            why = (
+                f"{culprits} was not finite on some rank"
+                if culprits
+                else "its records are left out since a rewind"
+                if self.progress.step in self.excluded_steps
+                else "its loss is a spike"
+                if skip_update
+                else "the gradient was not finite on some rank"
+            )
+            self._say(
+                f"WARNING: step {self.progress.step} made no update: {why} ({self.progress.skipped_steps} such steps so far)"
+            )
         return updated
 
     def _rewind(self, score: float) -> bool:
@@ -308,10 +339,14 @@ class Trainer:
                 problem = str(error)
         to, problem = self.world.gather_objects((to, problem))[0]
         if problem:
-            self._say(f"WARNING: no rewind for the spike of step {step} (score {score:.1f}), the step is skipped: {problem}")
+            self._say(
+                f"WARNING: no rewind for the spike of step {step} (score {score:.1f}), the step is skipped: {problem}"
+            )
             return False
-        self.reason = (f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
-                       f"and leaves out steps {step - 1} and {step}")
+        self.reason = (
+            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
+            f"and leaves out steps {step - 1} and {step}"
+        )
         self._say(f"WARNING: {self.reason}")
         return True
 
@@ -321,13 +356,17 @@ class Trainer:
         return {f"embedding/{name}": value for name, value in monitors.items()}
 
     def _values(self, losses: dict[str, float], score: float) -> dict[str, float]:
-        return {"loss/total": self._total(losses), "loss/spike_score": score} | {f"loss/{name}": value for name, value in losses.items()} | {
-            "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
-            "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
-            "optimizer/skipped_steps": self.progress.skipped_steps,
-            "throughput/checkpoint_seconds": self.saver.pop_seconds(),
-            "checkpoint/failed": self.saver.failed,
-        }
+        return (
+            {"loss/total": self._total(losses), "loss/spike_score": score}
+            | {f"loss/{name}": value for name, value in losses.items()}
+            | {
+                "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
+                "optimizer/grad_norm": float(self.engine.get_global_grad_norm()),
+                "optimizer/skipped_steps": self.progress.skipped_steps,
+                "throughput/checkpoint_seconds": self.saver.pop_seconds(),
+                "checkpoint/failed": self.saver.failed,
+            }
+        )
 
     def _validate(self) -> dict[str, float] | None:
         assert self.validation is not None
@@ -357,9 +396,18 @@ class Trainer:
                 request_evaluation(self.config.run_dir, step)
         with self._patient():
             weights = self.saver.timed(lambda: weight_sums(self.engine.module, self.world))
-            self.saver.begin(step, {"progress": self.progress.state(), "loader": loader_state, "collapsed": self.collapsed,
-                                    "losses": self.spikes.losses, "pool_rows": self.pool_rows, "owed": self.pending_validation,
-                                    "weights": weights})
+            self.saver.begin(
+                step,
+                {
+                    "progress": self.progress.state(),
+                    "loader": loader_state,
+                    "collapsed": self.collapsed,
+                    "losses": self.spikes.losses,
+                    "pool_rows": self.pool_rows,
+                    "owed": self.pending_validation,
+                    "weights": weights,
+                },
+            )
 
     def _finish_save(self) -> None:
         with self._patient():
@@ -372,7 +420,9 @@ class Trainer:
             write_status(self.config.run_dir, "running", step)
             if self._evaluating(step):
                 device = self.config.evaluation.device
-                self._say(f"evaluating step {step} in the background on {device}, log in {self.config.run_dir / 'evaluation' / 'log.txt'}")
+                self._say(
+                    f"evaluating step {step} in the background on {device}, log in {self.config.run_dir / 'evaluation' / 'log.txt'}"
+                )
                 with self._going_on(f"evaluation of step {step}"):
                     start_evaluations(self.config.run_dir, device)
 
@@ -381,8 +431,10 @@ class Trainer:
         needed = self.step_seconds + self.saver.duration
         if self.world.size > 1 and not self.warned_of_launchers and needed > LAUNCHER_GRACE:
             self.warned_of_launchers = True
-            self._say(f"note: a step and a save take {needed:.0f} s, and launchers kill the ranks {LAUNCHER_GRACE:.0f} s after Ctrl-C or SIGTERM, "
-                      "which loses the steps since the last checkpoint: to stop this run, send SIGUSR1 to one of its ranks")
+            self._say(
+                f"note: a step and a save take {needed:.0f} s, and launchers kill the ranks {LAUNCHER_GRACE:.0f} s after Ctrl-C or SIGTERM, "
+                "which loses the steps since the last checkpoint: to stop this run, send SIGUSR1 to one of its ranks"
+            )
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
@@ -400,7 +452,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
         self.collapsed, self.pending_validation = state["collapsed"], state["owed"]
-        if state.get("pool_rows", self.pool_rows) == self.pool_rows:  # else a contrastive loss is another quantity from here on
+        if (
+            state.get("pool_rows", self.pool_rows) == self.pool_rows
+        ):  # else a contrastive loss is another quantity from here on
             self.spikes.load(state["losses"])
 
     def _say(self, text: str) -> None:

@@ -28,10 +28,15 @@ EXIT_CODE_STOPPED = 75
 def main() -> None:
     """Parse the command line; train, or with --dry-run print what training would take."""
     parser = argparse.ArgumentParser(
-        description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one.")
+        description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one."
+    )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, batch, FLOPs, steps and memory of the run, and start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, batch, FLOPs, steps and memory of the run, and start nothing",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
     arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
     action = plan if arguments.dry_run else run_alone

@@ -27,7 +27,9 @@ class ModelStates:
         return self.parameters + self.gradients + self.optimizer
 
 
-def model_states(parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int, accumulated: int) -> ModelStates:
+def model_states(
+    parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int, accumulated: int
+) -> ModelStates:
     """Return the model states of a ZeRO stage; stage 0 is plain data parallelism with AdamW, for comparison. Without offloading.
 
     Frozen parameters, those that are not among the `trained` ones, have neither gradients nor optimizer states. `accumulated` is the bytes of
@@ -52,7 +54,9 @@ def model_states(parameters: int, trained: int, small: int, precision: str, stag
         return ModelStates(weights, gradients, optimizer, weights + gradients + optimizer)
     gradients = accumulated * trained / (ranks if stage > 1 else 1)
     copied = 0 if stage == 2 and accumulated > item else 4
-    return ModelStates(weights + whole, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer)
+    return ModelStates(
+        weights + whole, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer
+    )
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ def layer_widths(model: LanguageModel) -> list[LayerWidths]:
         modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
         outputs = {name: module.out_features for name, module in modules.items() if isinstance(module, nn.Linear)}
         of_heads = {"q_norm": outputs["q_proj"], "k_norm": outputs["k_proj"]}
-        norms = sum(of_heads.get(name, model.hidden_size) for name, module in modules.items() if type(module).__name__.endswith("Norm"))
+        norms = sum(
+            of_heads.get(name, model.hidden_size)
+            for name, module in modules.items()
+            if type(module).__name__.endswith("Norm")
+        )
         found.append(LayerWidths(outputs["q_proj"], outputs["k_proj"], outputs["up_proj"], norms))
     return found
 
@@ -105,11 +113,20 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     head's weight is in fp32 from the forward pass on, and once more, in bf16 a third time, in the backward pass.
     """
     item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
-    layers = [positions * ((4 + item) * layer.norms + item * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward))
-              for layer in layer_widths(model)]
+    layers = [
+        positions
+        * (
+            (4 + item) * layer.norms
+            + item * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward)
+        )
+        for layer in layer_widths(model)
+    ]
     return Activations(
         layers=sum(layers),
         checkpointed_layers=item * model.hidden_size * positions * len(layers) + max(layers),
-        logits=min(targets * model.vocab_size, MAX_LOGITS[device]) * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
-        head=float(8 + (item if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size if head.weight.requires_grad else 0.0,
+        logits=min(targets * model.vocab_size, MAX_LOGITS[device])
+        * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
+        head=float(8 + (item if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size
+        if head.weight.requires_grad
+        else 0.0,
     )

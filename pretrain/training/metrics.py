@@ -28,10 +28,16 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a kill may cut off the last line
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split(
+                "\n"
+            )  # a kill may cut off the last line
             found = [parse_metrics_line(line) for line in lines]
-            warn_about_corrupt_lines(path, [number for number, values in enumerate(found, 1) if values is None], "removed")
-            kept = [line for line, values in zip(lines, found, strict=True) if values is not None and values["step"] <= step]
+            warn_about_corrupt_lines(
+                path, [number for number, values in enumerate(found, 1) if values is None], "removed"
+            )
+            kept = [
+                line for line, values in zip(lines, found, strict=True) if values is not None and values["step"] <= step
+            ]
             write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._unwritten = b""
@@ -69,19 +75,25 @@ class Metrics:
     def _flush_lines(self) -> None:
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            print_now(f"WARNING: cannot write metrics.jsonl ({error.strerror}); {self._unwritten.count(NEWLINE)} lines are kept until there is room")
+            print_now(
+                f"WARNING: cannot write metrics.jsonl ({error.strerror}); {self._unwritten.count(NEWLINE)} lines are kept until there is room"
+            )
 
     def _open(self, step: int) -> None:
         assert self._folder is not None
         _date_back(self._folder)
         self._writer = open_tensorboard(self._folder, purge_step=step)
         _silence_threads()
-        self._writer.add_custom_scalars({"loss": {
-            "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
-            "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
-        }})
+        self._writer.add_custom_scalars(
+            {
+                "loss": {
+                    "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
+                    "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
+                }
+            }
+        )
 
     def _add(self, entries: list[tuple[int, dict[str, float]]]) -> None:
         try:
@@ -103,14 +115,18 @@ class Metrics:
                 self._unflushed.clear()
         except OSError as error:
             self._writer = None
-            print_now(f"WARNING: cannot write {self._folder} ({error.strerror}); {len(self._unflushed)} steps are kept until there is room")
+            print_now(
+                f"WARNING: cannot write {self._folder} ({error.strerror}); {len(self._unflushed)} steps are kept until there is room"
+            )
 
 
 def _silence_threads() -> None:
     """The thread that writes events hands an error on to the next call; nobody needs its traceback besides."""
     tell = threading.excepthook
     if tell is threading.__excepthook__:
-        threading.excepthook = lambda error: None if type(error.thread).__name__ == "_AsyncWriterThread" else tell(error)
+        threading.excepthook = lambda error: (
+            None if type(error.thread).__name__ == "_AsyncWriterThread" else tell(error)
+        )
 
 
 def _date_back(folder: Path) -> None:

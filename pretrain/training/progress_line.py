@@ -9,28 +9,44 @@ def progress_line(progress: Progress, fraction: float, values: dict[str, float])
     parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in ("lm", "jepa") if f"loss/{term}" in values]
     if "embedding/shuffled_cosine" in values:
         parts.append(f"cos {values['embedding/paired_cosine']:.2f}/{values['embedding/shuffled_cosine']:.2f}")
-    parts += [f"lr {values['optimizer/lr']:.2e}", f"|g| {values['optimizer/grad_norm']:.2f}",
-              f"{values['throughput/tokens_per_second']:,.0f} tokens/s"]
+    parts += [
+        f"lr {values['optimizer/lr']:.2e}",
+        f"|g| {values['optimizer/grad_norm']:.2f}",
+        f"{values['throughput/tokens_per_second']:,.0f} tokens/s",
+    ]
     if "throughput/mfu" in values:
         parts.append(f"mfu {values['throughput/mfu']:.0%}")
-    parts.append(f"{duration(progress.seconds / fraction * (1 - fraction))} left" if fraction < 1 else f"done in {duration(progress.seconds)}")
+    parts.append(
+        f"{duration(progress.seconds / fraction * (1 - fraction))} left"
+        if fraction < 1
+        else f"done in {duration(progress.seconds)}"
+    )
     return "  ".join(parts)
 
 
 def validation_line(progress: Progress, values: dict[str, float]) -> str:
     """One line a validation."""
-    names = {"validation/loss/lm": "lm", "validation/loss/jepa": "jepa", "validation/embedding/paired_cosine": "paired cosine",
-             "validation/embedding/shuffled_cosine": "shuffled", "validation/embedding/retrieval_at_1": "retrieval@1",
-             "validation/embedding/effective_rank": "effective rank"}
-    return f"validation at step {progress.step}: " + ", ".join(f"{name} {values[tag]:.4f}" for tag, name in names.items() if tag in values)
+    names = {
+        "validation/loss/lm": "lm",
+        "validation/loss/jepa": "jepa",
+        "validation/embedding/paired_cosine": "paired cosine",
+        "validation/embedding/shuffled_cosine": "shuffled",
+        "validation/embedding/retrieval_at_1": "retrieval@1",
+        "validation/embedding/effective_rank": "effective rank",
+    }
+    return f"validation at step {progress.step}: " + ", ".join(
+        f"{name} {values[tag]:.4f}" for tag, name in names.items() if tag in values
+    )
 
 
 def collapse_warning(monitors: dict[str, float]) -> str:
     """Collapse in words, because its loss curve reads as success."""
-    return (f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, unrelated views "
-            f"{monitors['shuffled_cosine']:.4f}, and a view finds its partner in {monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa "
-            "says nothing then: the model maps everything to few directions. Distances without negatives invite that; info_nce has negatives, "
-            "and objective.regularizers work against it")
+    return (
+        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, unrelated views "
+        f"{monitors['shuffled_cosine']:.4f}, and a view finds its partner in {monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa "
+        "says nothing then: the model maps everything to few directions. Distances without negatives invite that; info_nce has negatives, "
+        "and objective.regularizers work against it"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -51,10 +51,14 @@ class RankLog:
             sys.stdout = sys.stderr = Tee(self._file)
         faulthandler.enable(2)  # prints the Python traceback of a process that ends by SIGBUS, SIGSEGV or SIGABRT
         with contextlib.suppress(OSError):  # a full disk
-            self._file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n")
+            self._file.write(
+                f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n"
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
         sys.stdout, sys.stderr = self._streams
 
@@ -75,8 +79,11 @@ class RankLog:
             stream.flush()
         pipes = [os.pipe() for _ in self._streams]
         descriptors = [pipes[0][0], pipes[1][0], self._file.fileno()]
-        self._copier = subprocess.Popen([sys.executable, "-S", console_copy.__file__, *map(str, descriptors)],
-                                        stdin=subprocess.DEVNULL, pass_fds=descriptors)
+        self._copier = subprocess.Popen(
+            [sys.executable, "-S", console_copy.__file__, *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+        )
         self._saved = [os.dup(descriptor) for descriptor in (1, 2)]
         for descriptor, (reading, writing) in enumerate(pipes, 1):
             os.dup2(writing, descriptor)

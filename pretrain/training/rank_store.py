@@ -30,7 +30,9 @@ class RankStore:
 
     def get(self, keys: list[str]) -> list[Any]:
         """None for a key that was not put."""
-        return self._ask(lambda: [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys])
+        return self._ask(
+            lambda: [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+        )
 
     def count(self, key: str) -> int:
         """How often this was called for the key, by all ranks together."""

@@ -48,12 +48,28 @@ class _Save:
 class Saver:
     """Saves an engine on all ranks together, one checkpoint at a time."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, config: CheckpointConfig, world: World, say: Callable[[str], None],
-                 saved: Callable[[int], None]):
-        self._engine, self._folder, self._config, self._world, self._say, self._saved = engine, folder, config, world, say, saved
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        folder: Path,
+        config: CheckpointConfig,
+        world: World,
+        say: Callable[[str], None],
+        saved: Callable[[int], None],
+    ):
+        self._engine, self._folder, self._config, self._world, self._say, self._saved = (
+            engine,
+            folder,
+            config,
+            world,
+            say,
+            saved,
+        )
         self._copies = HostCopies(world.device)
         self._collector = engine.checkpoint_engine = _Collector(self._copies)
-        engine._copy_recovery_script = lambda folder: None  # a script beside the shards, and a write that only rank 0 could fail in
+        engine._copy_recovery_script = lambda folder: (
+            None
+        )  # a script beside the shards, and a write that only rank 0 could fail in
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
         self._seconds = 0.0
@@ -148,8 +164,10 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
         self.failed += 1
         self.problem = problem
-        self._say(f"WARNING: the checkpoint of step {step} was not written: {problem}; the run goes on, "
-                  f"{self._folder} keeps what was saved before")
+        self._say(
+            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run goes on, "
+            f"{self._folder} keeps what was saved before"
+        )
 
     def _make_room(self, temporary: Path) -> str | None:
         """Why there is no room for another checkpoint; None where there is, and an empty folder for it."""
@@ -160,7 +178,11 @@ class Saver:
             needed = self._size()
         except OSError as error:
             return _line(error)
-        return f"the disk has {free / 1e6:,.1f} MB free, a checkpoint needs {needed / 1e6:,.1f} MB: make room" if free < needed else None
+        return (
+            f"the disk has {free / 1e6:,.1f} MB free, a checkpoint needs {needed / 1e6:,.1f} MB: make room"
+            if free < needed
+            else None
+        )
 
     def _size(self) -> float:
         newest = list_steps(self._folder)[-1:]
@@ -170,8 +192,10 @@ class Saver:
 
 def min_checkpoint_bytes(module: nn.Module) -> int:
     """Return the bytes that a checkpoint of a module takes at least."""
-    return sum(full_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
-               for parameter in module.parameters())
+    return sum(
+        full_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
+        for parameter in module.parameters()
+    )
 
 
 class _Collector(TorchCheckpointEngine):

@@ -64,7 +64,9 @@ class RunLock:
             self._file.close()
 
 
-def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, lock: RunLock | None = None) -> Trainer | None:
+def set_up(
+    config: RunConfig, world: World, stop: StopRequest | None = None, lock: RunLock | None = None
+) -> Trainer | None:
     """Build the run, resumed from its newest checkpoint; return None if it has finished already.
 
     `stop` may have been set by a signal before; without it signals count from here on. `lock` is taken here. Raises UserError, and Stopped
@@ -76,9 +78,13 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     _check_same_environment(world, say)
     corpus = world.run_and_sync_errors(lambda: Corpus(config.data.path, "train"))
     world.run_and_sync_errors(lambda: check(config, corpus, say))
-    world.run_and_sync_errors(lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None)
+    world.run_and_sync_errors(
+        lambda: check_device(config.evaluation.device) if world.is_main and config.evaluation.every else None
+    )
     lock.take(world)
-    changes = world.run_and_sync_errors(lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else [])
+    changes = world.run_and_sync_errors(
+        lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []
+    )
     for change in changes:
         say(f"note: going on with a change: {change}")
     checkpoints = config.run_dir / "checkpoints"
@@ -92,21 +98,34 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
     found = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
     universal = found is not None and found.ranks != world.size
     objective = build_objective(config.objective)
-    engine = world.run_and_sync_errors(lambda: build_engine(config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal))
+    engine = world.run_and_sync_errors(
+        lambda: build_engine(
+            config, corpus.tokenizer, objective, world, resuming=found is not None, universal=universal
+        )
+    )
     model = engine.module.model
     specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     trainer = Trainer(
-        config=config, world=world, engine=engine, specials=specials, objective=objective, stop=stop,
+        config=config,
+        world=world,
+        engine=engine,
+        specials=specials,
+        objective=objective,
+        stop=stop,
         loader=world.run_and_sync_errors(lambda: make_loader(config, corpus, layout)),
         throughput=Throughput(count_parameters(model), world.size, config.data.sequence_length),
         validation=_validation(config, corpus, specials, world),
     )
-    say(f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}")
+    say(
+        f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
+    )
     if trainer.validation is None:
         say("note: the corpus has no validation split, so nothing is validated")
     if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
-        say("note: because of monitor.gradients_every, ZeRO stage 3 gathers each module by itself, and all steps take longer")
+        say(
+            "note: because of monitor.gradients_every, ZeRO stage 3 gathers each module by itself, and all steps take longer"
+        )
     if found:
         checkpoint.load(engine, found, world)
         check_weights(found.state.get("weights"), weight_sums(engine.module, world), found.path)
@@ -119,20 +138,26 @@ def set_up(config: RunConfig, world: World, stop: StopRequest | None = None, loc
 
     world.run_and_sync_errors(lambda: _writing(config, describe) if world.is_main else None)
     if world.is_main:
-        written = trainer.progress.step - (trainer.pending_validation is not None)  # a step whose validation is owed is written when that is made up
+        written = trainer.progress.step - (
+            trainer.pending_validation is not None
+        )  # a step whose validation is owed is written when that is made up
         trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
     return trainer
 
 
-def _find_checkpoint(folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]) -> checkpoint.VerifiedCheckpoint | None:
+def _find_checkpoint(
+    folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]
+) -> checkpoint.VerifiedCheckpoint | None:
     """Return the newest good checkpoint, converted if another number of ranks wrote it; None if there is none. Raises UserError and Stopped."""
     if world.is_main:
         checkpoint.remove_leftovers(folder)
     found = checkpoint.find_newest(folder, world, say)
     if found is not None:
-        checkpoint.make_universal(found, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False))
+        checkpoint.make_universal(
+            found, world, stop, say, round_robin=zero["stage"] < 3 and zero.get("round_robin_gradients", False)
+        )
     return found
 
 
@@ -145,10 +170,14 @@ def _resume_evaluations(config: RunConfig, world: World) -> None:
 def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
     """Warn of variables that did not reach all ranks, or not as they are."""
     values = world.gather_objects(relevant_env(os.environ))
-    for name in sorted({name for one in values for name in one.keys() | values[0].keys() if one.get(name) != values[0].get(name)}):
+    for name in sorted(
+        {name for one in values for name in one.keys() | values[0].keys() if one.get(name) != values[0].get(name)}
+    ):
         rank = next(rank for rank, one in enumerate(values) if one.get(name) != values[0].get(name))
-        say(f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "
-            f"{world.hosts[rank]}: write it into .deepspeed_env where the launcher is started, or into the environment of all nodes")
+        say(
+            f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "
+            f"{world.hosts[rank]}: write it into .deepspeed_env where the launcher is started, or into the environment of all nodes"
+        )
 
 
 def _writing(config: RunConfig, write: Callable[[], Result]) -> Result:
@@ -173,8 +202,15 @@ def _claim(run_dir: Path) -> IO[bytes]:
 
 def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
     """The loader of the training split. Raises UserError for weights that leave no record."""
-    return Loader(corpus, layout, config.data.sequence_length, config.seed, weights=source_weights(corpus.manifest, config.data.sources),
-                  dropout=config.objective.record_dropout, epochs=config.train.epochs)
+    return Loader(
+        corpus,
+        layout,
+        config.data.sequence_length,
+        config.seed,
+        weights=source_weights(corpus.manifest, config.data.sources),
+        dropout=config.objective.record_dropout,
+        epochs=config.train.epochs,
+    )
 
 
 def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:
@@ -196,8 +232,10 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
         _check_compared(config, corpus, say)
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
-        raise UserError(f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
-                        "choose another `name`, or remove that folder")
+        raise UserError(
+            f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
+            "choose another `name`, or remove that folder"
+        )
     if config.checkpoint.resume == "must" and not steps:
         raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
 
@@ -209,18 +247,28 @@ def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None
     known = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
-        described, = Job(data=config.data, tests=(test,)).test_descriptions
+        (described,) = Job(data=config.data, tests=(test,)).test_descriptions
         files = list_test_files(test)
-        new = [path for path in files if sha256_file(Path(path)) not in known] if files else [] if described in recorded else [test.source.path]
+        new = (
+            [path for path in files if sha256_file(Path(path)) not in known]
+            if files
+            else []
+            if described in recorded
+            else [test.source.path]
+        )
         if new:
-            say(f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "
-                "data; prepare another data.path with this configuration, or set data.decontaminate=false")
+            say(
+                f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "
+                "data; prepare another data.path with this configuration, or set data.decontaminate=false"
+            )
 
 
 def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
-        raise UserError(f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with {corpus.manifest['views']}: "
-                        "set them so, or prepare another data.path")
+        raise UserError(
+            f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with {corpus.manifest['views']}: "
+            "set them so, or prepare another data.path"
+        )
 
 
 def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None]) -> None:
@@ -230,14 +278,18 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
     try:
         find_tokenizer(Path(folder))
     except UserError:
-        say(f"note: model.init_from: {folder} has no tokenizer, so it is not known whether its model was trained on the token ids of the corpus")
+        say(
+            f"note: model.init_from: {folder} has no tokenizer, so it is not known whether its model was trained on the token ids of the corpus"
+        )
         return
     with tempfile.TemporaryDirectory() as temporary:
         own = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
         difference = first_difference(own, corpus.tokenizer)
     if difference is not None:
-        raise UserError(f"model.init_from: the tokenizer of {folder} is not the one of {corpus.folder} ({difference}); prepare the corpus with "
-                        "data.tokenizer.path set to that folder")
+        raise UserError(
+            f"model.init_from: the tokenizer of {folder} is not the one of {corpus.folder} ({difference}); prepare the corpus with "
+            "data.tokenizer.path set to that folder"
+        )
 
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
@@ -251,8 +303,10 @@ def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
         pairs, spans = layout.pairs(segment_lengths, everyone), layout.count_spans(segment_lengths)
         if (pairs.any() or not layout.read_outs) and (spans.any() or not layout.spans):
             return
-    raise UserError(f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
-                    "choose next_token, or look at data.views and the columns of the sources")
+    raise UserError(
+        f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
+        "choose next_token, or look at data.views and the columns of the sources"
+    )
 
 
 def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
@@ -271,15 +325,19 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
         if bound <= length:
             return bound
         if len(split) > LENGTHS_AT_ONCE:
-            say(f"note: reading the lengths of {len(split):,} records: the manifest does not tell whether all fit data.sequence_length={length}")
+            say(
+                f"note: reading the lengths of {len(split):,} records: the manifest does not tell whether all fit data.sequence_length={length}"
+            )
         return max(layout.positions(lengths).max() for lengths in _all_lengths(split))
 
     needed = longest(corpus, validating=False)
     if "validation" in corpus.manifest["splits"]:
         needed = max(needed, longest(Corpus(config.data.path, "validation"), validating=True))
     if needed > length:
-        raise UserError(f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: the longest needs "
-                        f"{needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, which drops and counts them")
+        raise UserError(
+            f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: the longest needs "
+            f"{needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, which drops and counts them"
+        )
 
 
 def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
@@ -287,11 +345,18 @@ def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
 
     Both are linear in the lengths, for each number of views present: so it is enough to compare them at ones, and far along each view.
     """
-    shapes = np.concatenate([(np.ones((count + 1, corpus.views)) + np.eye(count + 1, corpus.views, -1) * 10**6) * (np.arange(corpus.views) < count)
-                             for count in range(1, corpus.views + 1)]).astype(np.int64)
+    shapes = np.concatenate(
+        [
+            (np.ones((count + 1, corpus.views)) + np.eye(count + 1, corpus.views, -1) * 10**6)
+            * (np.arange(corpus.views) < count)
+            for count in range(1, corpus.views + 1)
+        ]
+    ).astype(np.int64)
     if (layout.positions(shapes) > positions_needed(shapes)).any():
         return math.inf
-    pieces = corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0  # documents are cut to fit it
+    pieces = (
+        corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0
+    )  # documents are cut to fit it
     return max(corpus.entry["positions_needed"], pieces)
 
 
@@ -300,8 +365,17 @@ def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, wo
         return None
     held_out = world.run_and_sync_errors(lambda: Corpus(config.data.path, "validation"))
     layout = config.make_layout(specials, corpus.views, validating=True)
-    return world.run_and_sync_errors(lambda: Validation(held_out, layout, specials, config.data.sequence_length, config.monitor.validation_records,
-                                          config.train.micro_batch_rows, world))
+    return world.run_and_sync_errors(
+        lambda: Validation(
+            held_out,
+            layout,
+            specials,
+            config.data.sequence_length,
+            config.monitor.validation_records,
+            config.train.micro_batch_rows,
+            world,
+        )
+    )
 
 
 def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:

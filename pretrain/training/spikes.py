@@ -49,10 +49,14 @@ class SpikeRule:
 
     def add(self, term: str, loss: float, count: int) -> None:
         """Note a finite loss."""
-        last = [*self.losses.get(term, [])[1 - WINDOW:], (loss, count)]
-        self.losses = self.losses | {term: last}  # a new one: the state of a checkpoint that is being written holds the old one
+        last = [*self.losses.get(term, [])[1 - WINDOW :], (loss, count)]
+        self.losses = self.losses | {
+            term: last
+        }  # a new one: the state of a checkpoint that is being written holds the old one
 
-    def judge(self, losses: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]) -> tuple[float, str]:
+    def judge(
+        self, losses: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]
+    ) -> tuple[float, str]:
         """Note the losses of a step; return the highest score among the terms that have a weight, and its term.
 
         `counts` are the numbers of tokens or pairs that the losses are means of.
@@ -64,7 +68,11 @@ class SpikeRule:
 
     def load(self, losses: Any) -> None:
         """Restore the losses from a checkpoint. Earlier versions saved totals, which cannot be compared with terms."""
-        self.losses = {term: [(loss, count) for loss, count in last] for term, last in losses.items()} if isinstance(losses, dict) else {}
+        self.losses = (
+            {term: [(loss, count) for loss, count in last] for term, last in losses.items()}
+            if isinstance(losses, dict)
+            else {}
+        )
 
 
 def excluded_steps(run_dir: Path) -> set[int]:
@@ -88,7 +96,9 @@ def rewind(run_dir: Path, step: int, score: float) -> int:
     if sum(one["to"] == to for one in before) >= MAX_REWINDS_PER_CHECKPOINT:
         raise CannotRewind(f"the run went back to step {to} {MAX_REWINDS_PER_CHECKPOINT} times already")
     if len(before) >= MAX_REWINDS:
-        raise CannotRewind(f"the run went back {MAX_REWINDS} times already, it may be diverging: lower train.learning_rate")
+        raise CannotRewind(
+            f"the run went back {MAX_REWINDS} times already, it may be diverging: lower train.learning_rate"
+        )
     try:
         write_json(run_dir / REWINDS, [*before, {"step": step, "score": score, "to": to, "left_out": culprits}])
         _set_aside(run_dir, to)
@@ -107,6 +117,8 @@ def _set_aside(run_dir: Path, to: int) -> None:
         for saved in list_steps(folder):
             if saved > to:
                 (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
-                (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)  # it is asked for anew when it is saved anew
+                (checkpoints / PINS / step_name(saved)).unlink(
+                    missing_ok=True
+                )  # it is asked for anew when it is saved anew
     for export in (run_dir / "export").glob(".*.tmp"):
         shutil.rmtree(export, ignore_errors=True)

@@ -46,4 +46,7 @@ class StopRequest:
             os._exit(128 + number)
         self.received, self.since = number, time.monotonic()
         with contextlib.suppress(OSError):  # nobody may read it
-            os.write(2, f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n".encode())
+            os.write(
+                2,
+                f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n".encode(),
+            )

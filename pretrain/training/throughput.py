@@ -9,10 +9,19 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.training.engine import parameter_count
 
 PEAK_BF16_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA B200": 2250e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
 }
 """Dense bf16 peak in FLOP/s by the full name of a device, from its maker's data sheet. Other devices get no MFU rather than an invented one."""
 
@@ -90,6 +99,8 @@ class Throughput:
             "throughput/data_wait_fraction": self.waited / self.seconds,
         }
         if self.peak is not None:
-            values["throughput/mfu"] = sum(self.parameters.flops(self.positions, self.targets)) / self.seconds / self.peak
+            values["throughput/mfu"] = (
+                sum(self.parameters.flops(self.positions, self.targets)) / self.seconds / self.peak
+            )
         self._reset()
         return values

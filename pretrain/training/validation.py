@@ -22,18 +22,46 @@ class Validation:
     pairs together.
     """
 
-    def __init__(self, corpus: Corpus, layout: Layout, specials: SpecialTokenIds, row_length: int, records: int, micro_batch_rows: int, world: World):
+    def __init__(
+        self,
+        corpus: Corpus,
+        layout: Layout,
+        specials: SpecialTokenIds,
+        row_length: int,
+        records: int,
+        micro_batch_rows: int,
+        world: World,
+    ):
         count = min(records, len(corpus))
         numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
-        rows = plan_rows(corpus, numbers, layout, row_length, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
+        rows = plan_rows(
+            corpus,
+            numbers,
+            layout,
+            row_length,
+            np.ones(len(numbers), bool),
+            draw_random_bits(numbers, 0, np.zeros_like(numbers)),
+        )
         per_micro_step = micro_batch_rows * world.size
         rows = Rows.join([rows], -(-rows.count // per_micro_step) * per_micro_step)
         self.world = world
         self.loss_denominators = loss_denominators(rows, layout)
-        self.batches = list(micro_batches(rows, corpus, layout, specials, row_length,
-                                           micro_batch_rows=micro_batch_rows, rank=world.rank, ranks=world.size))
+        self.batches = list(
+            micro_batches(
+                rows,
+                corpus,
+                layout,
+                specials,
+                row_length,
+                micro_batch_rows=micro_batch_rows,
+                rank=world.rank,
+                ranks=world.size,
+            )
+        )
 
-    def run(self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    def run(
+        self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """Validate on all ranks; return the values by metric tag, those of the embeddings on the main rank alone.
 
         `units` says what each term of the objective is divided by.
@@ -54,7 +82,10 @@ class Validation:
                     sums[name] = sums.get(name, 0) + value
         engine.train()
         totals = self.world.sum(list(sums.values()))
-        losses = {f"validation/loss/{name}": total / count for name, total in zip(sums, totals, strict=True)
-                  if (count := self.loss_denominators[units[name]])}  # without a pair there is no loss of pairs, rather than a perfect one
+        losses = {
+            f"validation/loss/{name}": total / count
+            for name, total in zip(sums, totals, strict=True)
+            if (count := self.loss_denominators[units[name]])
+        }  # without a pair there is no loss of pairs, rather than a perfect one
         monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}

@@ -48,7 +48,9 @@ class Beat:
     """The rank has done its work, and its process may end."""
 
 
-def last_heartbeats(rank_store: RankStore | LocalRankStore, hosts: tuple[str, ...], ranks: list[int] | None = None) -> list[Beat]:
+def last_heartbeats(
+    rank_store: RankStore | LocalRankStore, hosts: tuple[str, ...], ranks: list[int] | None = None
+) -> list[Beat]:
     """Return the last beat of each rank, or of these, of none where there was none. Raises Unreachable."""
     ranks = list(range(len(hosts))) if ranks is None else ranks
     found = rank_store.get([_key(rank) for rank in ranks])
@@ -66,14 +68,23 @@ def _named(beat: Beat) -> str:
 class Watchdog:
     """The thread of one rank; `end` is called with the line that names who is missing, on the rank that finds out first, and the process ends."""
 
-    def __init__(self, rank_store: RankStore | LocalRankStore, rank: int, hosts: tuple[str, ...], seconds: float, end: Callable[[str], None]):
+    def __init__(
+        self,
+        rank_store: RankStore | LocalRankStore,
+        rank: int,
+        hosts: tuple[str, ...],
+        seconds: float,
+        end: Callable[[str], None],
+    ):
         self._rank_store, self._hosts, self._seconds, self._end = rank_store, hosts, seconds, end
         self._mine = Beat(rank, hosts[rank], beats=1)  # a rank that has noted nothing yet has 0
         self._next = (rank + 1) % len(hosts)
         self._next_beats, self._silence = 0, 0.0
         self._limit = SLOW
         self._stop = threading.Event()
-        self._guard = subprocess.Popen([sys.executable, "-S", heartbeat_killer.__file__, str(os.getpid())], stdin=subprocess.PIPE)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-S", heartbeat_killer.__file__, str(os.getpid())], stdin=subprocess.PIPE
+        )
         assert self._guard.stdin is not None
         self._to_guard = self._guard.stdin.fileno()
         os.set_blocking(self._to_guard, False)
@@ -131,7 +142,13 @@ class Watchdog:
                 late = waited > self._limit and waited - asked >= (SILENT - 1) * HEARTBEAT_INTERVAL
                 missing = self._missing(before, self._beats()) if late and before is not None else ""
             except StoreUnreachable:
-                dead = STORE_GONE if self._count_silence(min(time.monotonic() - began, STORE_TIMEOUT + HEARTBEAT_INTERVAL) / HEARTBEAT_INTERVAL) else ""
+                dead = (
+                    STORE_GONE
+                    if self._count_silence(
+                        min(time.monotonic() - began, STORE_TIMEOUT + HEARTBEAT_INTERVAL) / HEARTBEAT_INTERVAL
+                    )
+                    else ""
+                )
                 missing = STORE_GONE if waited > self._limit else ""
             if missing and self._mine.moves == moves and not self._stop.is_set():
                 self._tell(f"the run hangs since {waited:.0f} s: {missing}")
@@ -141,7 +158,11 @@ class Watchdog:
     def _show_life(self) -> None:
         """Tell the guard, and for how long it may hear nothing now."""
         with contextlib.suppress(OSError):  # the guard has ended
-            os.write(self._to_guard, b"%f\n" % ((self._limit if len(self._hosts) == 1 else self._dead_beats * HEARTBEAT_INTERVAL) + PATIENCE))
+            os.write(
+                self._to_guard,
+                b"%f\n"
+                % ((self._limit if len(self._hosts) == 1 else self._dead_beats * HEARTBEAT_INTERVAL) + PATIENCE),
+            )
 
     def _note(self) -> None:
         self._show_life()
@@ -174,7 +195,9 @@ class Watchdog:
         if not late:
             return f"all {len(now)} ranks wait in step {self._mine.step}"
         named = ", ".join(map(_named, late[:8]))
-        return f"{named}{' and others' if len(late) > 8 else ''} {'without a sign of life' if silent else 'not going on'}"
+        return (
+            f"{named}{' and others' if len(late) > 8 else ''} {'without a sign of life' if silent else 'not going on'}"
+        )
 
     def _beats(self) -> list[Beat]:
         return last_heartbeats(self._rank_store, self._hosts)

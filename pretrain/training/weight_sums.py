@@ -34,11 +34,19 @@ def weight_sums(module: nn.Module, world: World) -> Sums:
     this together.
     """
     named = list(module.named_parameters())
-    local = [_sums_of_fragment(*fragment).to(world.device) for _, parameter in named for fragment in _local_fragments(parameter, world)]
-    replicas = [1 if hasattr(parameter, "ds_id") else world.size for _, parameter in named]  # of what the model computes with
+    local = [
+        _sums_of_fragment(*fragment).to(world.device)
+        for _, parameter in named
+        for fragment in _local_fragments(parameter, world)
+    ]
+    replicas = [
+        1 if hasattr(parameter, "ds_id") else world.size for _, parameter in named
+    ]  # of what the model computes with
     totals = iter(world.sum(list(torch.stack(local).flatten())))
-    return {name: [next(totals), next(totals), next(totals) / copies, next(totals) / copies]
-            for (name, _), copies in zip(named, replicas, strict=True)}
+    return {
+        name: [next(totals), next(totals), next(totals) / copies, next(totals) / copies]
+        for (name, _), copies in zip(named, replicas, strict=True)
+    }
 
 
 def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
@@ -46,17 +54,22 @@ def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
     if saved is None:
         return
     different = sorted(saved.keys() ^ loaded.keys()) + [
-        name for name in saved if name in loaded and not _are_close(saved[name], loaded[name])]
+        name for name in saved if name in loaded and not _are_close(saved[name], loaded[name])
+    ]
     if different:
-        raise UserError(f"DeepSpeed did not load the weights that are in {checkpoint}: {different[0]} differs"
-                        + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-                        + "; start with the number of ranks and the deepspeed section of the run that wrote it")
+        raise UserError(
+            f"DeepSpeed did not load the weights that are in {checkpoint}: {different[0]} differs"
+            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+            + "; start with the number of ranks and the deepspeed section of the run that wrote it"
+        )
 
 
 def _are_close(one: list[float], other: list[float]) -> bool:
     limits = [TOLERANCE * scale for absolute in (1, 3) for scale in [max(one[absolute], other[absolute])] * 2]
-    return all(abs(first - second) <= limit or (not math.isfinite(first + second) and str(first) == str(second))
-               for first, second, limit in zip(one, other, limits, strict=True))
+    return all(
+        abs(first - second) <= limit or (not math.isfinite(first + second) and str(first) == str(second))
+        for first, second, limit in zip(one, other, limits, strict=True)
+    )
 
 
 Fragment = tuple[torch.Tensor, int]
@@ -72,7 +85,11 @@ def _local_fragments(parameter: Any, world: World) -> tuple[Fragment, Fragment]:
     if hasattr(parameter, "ds_id"):  # partitioned by ZeRO stage 3; the partition of the last rank may be padded
         start = world.rank * parameter.partition_numel()
         held = slice(0, max(0, parameter.ds_numel - start))
-        master = (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start) if parameter.requires_grad else nothing
+        master = (
+            (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start)
+            if parameter.requires_grad
+            else nothing
+        )
         return master, (parameter.ds_tensor.flatten()[held], start)
     mapping = getattr(parameter, "_hp_mapping", None)  # None on a rank that holds no part of it
     master = (mapping.get_hp_fragment(), mapping.lp_fragment_address.start) if mapping else nothing
@@ -89,8 +106,8 @@ def _sums_of_fragment(flat: torch.Tensor, start: int) -> torch.Tensor:
     """Return the two sums of a fragment (N,) whose first element has index `start`, (2,) in fp64."""
     total = torch.zeros(2, dtype=torch.float64, device=flat.device)
     for begin in range(0, flat.numel(), AT_ONCE):
-        part = flat.detach()[begin:begin + AT_ONCE].double()
+        part = flat.detach()[begin : begin + AT_ONCE].double()
         first = (start + begin) % PERIOD
-        weighted = part * _coefficients(part.device)[first:first + len(part)]
+        weighted = part * _coefficients(part.device)[first : first + len(part)]
         total += torch.stack([weighted.sum(), weighted.abs().sum()])
     return total

@@ -17,14 +17,23 @@ from tests.processes import wait_for
 def run(tmp_path, *words: str) -> dict:
     done = run_command([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
     found = json.loads(done.stdout)
-    lines = {line.split()[1]: line for line in done.stderr.splitlines() if line.startswith(("pass", "none", "fail", "broken", "ran "))}
+    lines = {
+        line.split()[1]: line
+        for line in done.stderr.splitlines()
+        if line.startswith(("pass", "none", "fail", "broken", "ran "))
+    }
     assert lines.keys() == found["checks"].keys()
     return found["checks"]
 
 
 def test_checks_run_with_those_that_they_need(tmp_path):
     checks = run(tmp_path, "--checks", "train", "head", "attention")
-    assert {name: check["result"] for name, check in checks.items()} == {"corpus": "pass", "attention": "none", "train": "ran", "head": "pass"}
+    assert {name: check["result"] for name, check in checks.items()} == {
+        "corpus": "pass",
+        "attention": "none",
+        "train": "ran",
+        "head": "pass",
+    }
     assert checks["train"]["figures"]["last_loss"] < checks["train"]["figures"]["first_loss"]
     assert checks["head"]["figures"]["sizes"]["2^14"]["error_of_weight_gradient"] < 5e-3
     assert "gpu_runs.py" in (tmp_path / checks["train"]["log"]).read_text()
@@ -33,7 +42,10 @@ def test_checks_run_with_those_that_they_need(tmp_path):
 @pytest.mark.slow
 def test_every_check_runs_on_two_ranks(tmp_path):
     checks = run(tmp_path, "--ranks", "2", "--seconds", "3000")
-    assert len(checks) == 12 and {check["result"] for name, check in checks.items() if name != "attention"} <= {"pass", "ran"}, checks
+    assert len(checks) == 12 and {check["result"] for name, check in checks.items() if name != "attention"} <= {
+        "pass",
+        "ran",
+    }, checks
     assert checks["objectives"]["figures"].keys() >= {"next_token", "joint", "independent"}
 
 
@@ -45,9 +57,13 @@ def test_a_check_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
     def fails(bench):
         bench.call([sys.executable, "-c", "raise ValueError('the kernel is missing')"])
 
-    checks = {"first": (fails, 50, ()), "second": (lambda bench: {}["x"], 50, ()),
-              "third": (lambda bench: ({"speed": 1.5}, False, "too slow"), 50, ()),
-              "fourth": (fails, 50, ("first",)), "fifth": (fails, 50, ("third",))}
+    checks = {
+        "first": (fails, 50, ()),
+        "second": (lambda bench: {}["x"], 50, ()),
+        "third": (lambda bench: ({"speed": 1.5}, False, "too slow"), 50, ()),
+        "fourth": (fails, 50, ("first",)),
+        "fifth": (fails, 50, ("third",)),
+    }
     monkeypatch.setattr(gpu, "CHECKS", checks)
     one = bench(tmp_path)
     for name in checks:
@@ -64,7 +80,7 @@ def test_a_check_is_ended_at_its_limit_and_none_starts_without_time(tmp_path, mo
     monkeypatch.setattr(gpu, "CHECKS", {"hangs": (sleeps, 1, ()), "late": (sleeps, 1000, ())})
     one = bench(tmp_path)
     assert gpu.run_check(one, "hangs")["meaning"] == "not done within 1 s"
-    assert gpu.run_check(one, "late") ["meaning"] == "needs 333 s, 99 s are left"
+    assert gpu.run_check(one, "late")["meaning"] == "needs 333 s, 99 s are left"
 
 
 def is_over(process: psutil.Process) -> bool:
@@ -76,14 +92,21 @@ def test_what_a_command_has_started_ends_with_it():
     code = "import subprocess, time; subprocess.Popen(['sleep', '3600'], start_new_session=True); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: psutil.Process(process.pid).children())
-    started, = psutil.Process(process.pid).children()
+    (started,) = psutil.Process(process.pid).children()
     gpu.kill_process_tree(process)
     wait_for(lambda: is_over(started))
     assert process.returncode is not None
 
 
-@pytest.mark.parametrize(("result", "code"), [((lambda bench: ({}, True, "fine")), 0), ((lambda bench: ({}, None, "ran")), 0),
-                                              ((lambda bench: ({}, False, "bad")), 1), ((lambda bench: {}["x"]), 1)])
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        ((lambda bench: ({}, True, "fine")), 0),
+        ((lambda bench: ({}, None, "ran")), 0),
+        ((lambda bench: ({}, False, "bad")), 1),
+        ((lambda bench: {}["x"]), 1),
+    ],
+)
 def test_the_exit_code_tells_whether_all_is_well(tmp_path, monkeypatch, capsys, result, code):
     monkeypatch.setattr(gpu, "CHECKS", {"one": (result, 5, ())})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--work", str(tmp_path), "--checks", "one"])
@@ -96,8 +119,13 @@ def test_the_exit_code_tells_whether_all_is_well(tmp_path, monkeypatch, capsys, 
 
 
 def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
-    running = BackgroundCommand([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), "--checks", "corpus"], tmp_path / "log")
-    running.wait_until(lambda: any(tmp_path.glob("*/corpus.log")) and psutil.Process(running.process.pid).children(), "a check")
+    running = BackgroundCommand(
+        [sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), "--checks", "corpus"],
+        tmp_path / "log",
+    )
+    running.wait_until(
+        lambda: any(tmp_path.glob("*/corpus.log")) and psutil.Process(running.process.pid).children(), "a check"
+    )
     started = psutil.Process(running.process.pid).children(recursive=True)
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 130
@@ -106,7 +134,9 @@ def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
     assert json.loads(printed[printed.index("{") : printed.rindex("}") + 1])["interrupted"]
 
 
-@pytest.mark.parametrize("words", [["--ranks", "0"], ["--seconds", "nan"], ["--seconds", "-5"], ["--checks", "none"], ["--work", "/proc/x"]])
+@pytest.mark.parametrize(
+    "words", [["--ranks", "0"], ["--seconds", "nan"], ["--seconds", "-5"], ["--checks", "none"], ["--work", "/proc/x"]]
+)
 def test_nonsense_on_the_command_line_is_a_mistake(words):
     done = run_command([sys.executable, "benchmarks/gpu.py", "--small", *words], check=False)
     assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
@@ -124,5 +154,7 @@ def test_lengths_of_the_corpus_span_those_of_real_documents():
     lengths = [sum(len(text.split()) for text in record.values()) for record in records]
     assert min(lengths) < 250 and max(lengths) > 3500
     assert sum(len(record) == 2 for record in records) == 200
-    joint = [len(record["context"].split()) + 2 * len(record["target"].split()) + 6 for record in records if len(record) == 2]
+    joint = [
+        len(record["context"].split()) + 2 * len(record["target"].split()) + 6 for record in records if len(record) == 2
+    ]
     assert max(joint) <= 4096, "also with the target's copy"

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def result():
-    done = run_command(["python", str(ROOT / "benchmarks" / "loader.py"), "--rounds", "1", "--tokens", "200000", "--demo-steps", "0"])
+    done = run_command(
+        ["python", str(ROOT / "benchmarks" / "loader.py"), "--rounds", "1", "--tokens", "200000", "--demo-steps", "0"]
+    )
     return json.loads(done.stdout)
 
 

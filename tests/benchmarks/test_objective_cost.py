@@ -9,14 +9,31 @@ from tests.commands import ROOT, run_command
 
 pytestmark = pytest.mark.slow
 
-PACKED = ["next_token_packed", "joint_packed", "joint_dropout_0.75", "next_token_independent_packed", "independent_packed"]
+PACKED = [
+    "next_token_packed",
+    "joint_packed",
+    "joint_dropout_0.75",
+    "next_token_independent_packed",
+    "independent_packed",
+]
 SEPARATE = ["two_passes_additive_mask", "three_passes_longest", "three_passes_512"]
 RECORDS = 12
 
 
 @pytest.fixture(scope="module")
 def result():
-    done = run_command(["python", str(ROOT / "benchmarks" / "objective_cost.py"), "--rounds", "1", "--steps", "1", "--records", str(RECORDS)])
+    done = run_command(
+        [
+            "python",
+            str(ROOT / "benchmarks" / "objective_cost.py"),
+            "--rounds",
+            "1",
+            "--steps",
+            "1",
+            "--records",
+            str(RECORDS),
+        ]
+    )
     return json.loads(done.stdout)
 
 
@@ -32,7 +49,9 @@ def test_every_way_reports_its_figures(result):
     assert result["arms"]["next_token_packed"]["to_baseline"]["positions"] == 1.0
     assert result["arms"]["three_passes_512"]["slots_per_record"] == 3 * 512
     assert set(result["records_per_second_of_joint_packed_over"]) == set(SEPARATE)
-    assert all({"measured", "met"} < set(target) for target in result["targets"].values()) and len(result["targets"]) == 5
+    assert (
+        all({"measured", "met"} < set(target) for target in result["targets"].values()) and len(result["targets"]) == 5
+    )
 
 
 def test_every_way_takes_the_same_records(result):

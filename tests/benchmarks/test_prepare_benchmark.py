@@ -15,5 +15,7 @@ def test_it_reports_the_preparation_beside_the_tokenizer_alone():
     rates = result["megabytes_per_second"]
     for workers in ("1", "2"):
         ratio = result["prepare_over_raw_times_workers"][workers]
-        assert 0 < ratio == pytest.approx(rates[f"prepare_{workers}"] / rates["raw_1"] / int(workers), rel=0.01, abs=0.001)
+        assert (
+            0 < ratio == pytest.approx(rates[f"prepare_{workers}"] / rates["raw_1"] / int(workers), rel=0.01, abs=0.001)
+        )
     assert {target["met"] for target in result["targets"].values()} <= {True, False}

@@ -18,7 +18,9 @@ def test_a_ring_takes_the_slowest_link_and_a_hop_for_each_rank():
     assert cluster.collective_seconds(1e10, 1, 1) == 0
     assert cluster.collective_seconds(1e10, 1, 8) == pytest.approx(7 / 8 * 0.1 + 7e-6)
     assert cluster.collective_seconds(1e10, 5, 16) == pytest.approx(15 / 16 * 1.0 + 5 * (14 * 1e-6 + 1e-5))
-    assert Cluster(FAST, SLOW, 8, tree=True).collective_seconds(1e10, 1, 64) == pytest.approx(63 / 64 * 1.0 + 3e-6 + 3e-5)
+    assert Cluster(FAST, SLOW, 8, tree=True).collective_seconds(1e10, 1, 64) == pytest.approx(
+        63 / 64 * 1.0 + 3e-6 + 3e-5
+    )
 
 
 def test_what_the_stages_move():
@@ -27,7 +29,9 @@ def test_what_the_stages_move():
     moved = [step_seconds(WORK, stage, 2, cluster, overlap=0)["communication_seconds"] / half for stage in range(4)]
     assert moved == pytest.approx([2, 2, 3, 2 * (2 * 0.9 + 1) + 0.1])
     hidden = step_seconds(WORK, 3, 2, cluster, overlap=1)
-    assert hidden["exposed_seconds"] == pytest.approx(max(0, moved[3] * half - 2)) and hidden["efficiency"] == pytest.approx(2 / hidden["seconds"])
+    assert hidden["exposed_seconds"] == pytest.approx(max(0, moved[3] * half - 2)) and hidden[
+        "efficiency"
+    ] == pytest.approx(2 / hidden["seconds"])
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -36,7 +40,10 @@ def test_links_that_the_doctor_measured_come_back(tmp_path, nodes):
     sizes = [1 << power for power in range(12, 28, 4)]
     collective_seconds = Cluster(link, None, ranks).collective_seconds
     reduced = [{"bytes": size, "ranks": ranks, "seconds": 2 * collective_seconds(size, 1, ranks)} for size in sizes]
-    report = {"measurements": {"all_reduce": reduced, "pairs": []}, "nodes": [{"name": str(node), "slots": ranks // nodes} for node in range(nodes)]}
+    report = {
+        "measurements": {"all_reduce": reduced, "pairs": []},
+        "nodes": [{"name": str(node), "slots": ranks // nodes} for node in range(nodes)],
+    }
     (tmp_path / "doctor.json").write_text(json.dumps(report))
     within, between, per_node = read_doctor_links(tmp_path / "doctor.json")
     assert per_node == ranks // nodes and (between is None) == (nodes == 1)
@@ -60,8 +67,9 @@ def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(
     assert efficiencies[0] == 1 and efficiencies == sorted(efficiencies, reverse=True)
     done = run_command(command, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: 64 ranks use the link between nodes, of which nothing is known: "
-                                        "give --between BYTES_PER_SECOND SECONDS"]
+    assert done.stderr.splitlines() == [
+        "error: 64 ranks use the link between nodes, of which nothing is known: give --between BYTES_PER_SECOND SECONDS"
+    ]
 
 
 @pytest.mark.slow

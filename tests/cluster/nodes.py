@@ -21,13 +21,29 @@ from tests.commands import ROOT, TIMEOUT, environment
 HOSTS = {"ctl": "10.77.0.1", "n1": "10.77.0.2", "n2": "10.77.0.3"}
 NODES = ("n1", "n2")
 SWITCH = "switch"
-PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh",
-            "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "pdsh": "pdsh",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+}
 """And the Debian packages that they come with."""
 PREFIX = "jepatest"
 """Namespaces are PREFIX-PID-HOST, with the id of the process that made them."""
-SSHD_OPTIONS = {"Port": "2222", "PidFile": "none", "StrictModes": "no", "PermitRootLogin": "prohibit-password", "PasswordAuthentication": "no",
-                "UsePAM": "no", "MaxStartups": "50", "AllowUsers": "root"}
+SSHD_OPTIONS = {
+    "Port": "2222",
+    "PidFile": "none",
+    "StrictModes": "no",
+    "PermitRootLogin": "prohibit-password",
+    "PasswordAuthentication": "no",
+    "UsePAM": "no",
+    "MaxStartups": "50",
+    "AllowUsers": "root",
+}
 
 
 class Cluster:
@@ -56,30 +72,51 @@ class Cluster:
             _ip("-n", namespace, "link", "set", "eth0", "up")
             hosts = Path("/etc/netns") / namespace / "hosts"  # `ip netns exec` puts it in the place of /etc/hosts
             hosts.parent.mkdir(parents=True)
-            hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in HOSTS.items()))
+            hosts.write_text(
+                "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in HOSTS.items())
+            )
         for node in NODES:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
         """Start a node, or start it again after `kill_node`."""
         options = SSHD_OPTIONS | {"AuthorizedKeysFile": str(self.folder / "id.pub")}
-        sshd = [shutil.which("sshd"), "-D", "-e", "-f", "/dev/null", "-h", str(self.folder / "hostkey"),
-                *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+        sshd = [
+            shutil.which("sshd"),
+            "-D",
+            "-e",
+            "-f",
+            "/dev/null",
+            "-h",
+            str(self.folder / "hostkey"),
+            *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
+        ]
         with open(self.folder / f"{node}.log", "a") as log:
-            self._sshd[node] = subprocess.Popen(self._as_host(node, sshd), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                                start_new_session=True)
+            self._sshd[node] = subprocess.Popen(
+                self._as_host(node, sshd), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + TIMEOUT
         while self.run_on_control(["ssh", node, "true"], check=False).returncode:
             assert time.monotonic() < deadline, (self.folder / f"{node}.log").read_text()
             time.sleep(0.1)
 
-    def run_on_control(self, command: list[str | Path], check: bool = True, timeout: float = TIMEOUT, cwd: Path = ROOT, **more: str,
-               ) -> subprocess.CompletedProcess:
+    def run_on_control(
+        self,
+        command: list[str | Path],
+        check: bool = True,
+        timeout: float = TIMEOUT,
+        cwd: Path = ROOT,
+        **more: str,
+    ) -> subprocess.CompletedProcess:
         """Run a command to its end on the control host; with `check`, fail showing what it printed. `more` are environment variables."""
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
-        done = subprocess.run(self._as_host("ctl", command), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        done = subprocess.run(
+            self._as_host("ctl", command), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+        )
+        assert not check or done.returncode == 0, (
+            f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        )
         return done
 
     def start_on_control(self, command: list[str | Path], log: Path, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
@@ -87,20 +124,39 @@ class Cluster:
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         with open(log, "a") as output:
-            return subprocess.Popen(self._as_host("ctl", command), cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                    start_new_session=True)
+            return subprocess.Popen(
+                self._as_host("ctl", command),
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
 
     def run_on_node(self, node: str, command: list[str | Path], check: bool = True) -> subprocess.CompletedProcess:
         """Run a command on a node, past ssh: it sees what the node sees, so that `mount` changes the files of this node alone."""
-        done = subprocess.run(["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
-        assert not check or done.returncode == 0, f"{command} on {node} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            ["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert not check or done.returncode == 0, (
+            f"{command} on {node} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def start_on_node(self, node: str, command: list[str | Path]) -> subprocess.Popen:
         """Start a command on a node; it ends with the node."""
-        return subprocess.Popen(["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
-                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            ["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def pid(self, node: str) -> int:
         """The first process of a node, its sshd, counted from outside."""
@@ -130,9 +186,27 @@ class Cluster:
 
     def _as_host(self, host: str, command: list[str | Path]) -> list[str]:
         """The command with network, name, processes and mounts of a host; it ends with this process."""
-        return ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._namespace(host),
-                "unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc",
-                "sh", "-c", f'hostname {host}; exec "$@"', "sh", *map(str, command)]
+        return [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "ip",
+            "netns",
+            "exec",
+            self._namespace(host),
+            "unshare",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child=KILL",
+            "--mount-proc",
+            "sh",
+            "-c",
+            f'hostname {host}; exec "$@"',
+            "sh",
+            *map(str, command),
+        ]
 
 
 @contextlib.contextmanager
@@ -142,7 +216,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         pytest.skip("two nodes on one machine take network namespaces, which only root on Linux can make")
     if missing := sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None}):
         pytest.skip(f"two nodes on one machine take the Debian packages {', '.join(missing)}")
-    if subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True
+    ).returncode:
         pytest.skip("two nodes on one machine take network namespaces, which this machine does not allow")
     hosts = Cluster(folder)
     try:
@@ -163,13 +239,15 @@ def _write_keys(folder: Path, ssh_config: Path) -> None:
     for name in ("id", "hostkey"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     key = (folder / "hostkey.pub").read_text().strip()
-    (folder / "known_hosts").write_text("".join(f"[{name}]:2222 {key}\n" for node in NODES for name in (node, HOSTS[node])))
-    ssh_config.write_text(f"""Host {' '.join(NODES)} {' '.join(HOSTS.values())}
+    (folder / "known_hosts").write_text(
+        "".join(f"[{name}]:2222 {key}\n" for node in NODES for name in (node, HOSTS[node]))
+    )
+    ssh_config.write_text(f"""Host {" ".join(NODES)} {" ".join(HOSTS.values())}
   Port 2222
   User root
-  IdentityFile {folder / 'id'}
+  IdentityFile {folder / "id"}
   IdentitiesOnly yes
-  UserKnownHostsFile {folder / 'known_hosts'}
+  UserKnownHostsFile {folder / "known_hosts"}
   StrictHostKeyChecking yes
   LogLevel ERROR
   ConnectTimeout 10

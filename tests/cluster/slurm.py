@@ -66,8 +66,15 @@ class Cluster:
         for name in ("controller", "node"):
             (folder / name).mkdir(parents=True)
         self.settings = folder / "slurm.conf"
-        self.settings.write_text(CONFIGURATION.format(
-            host=socket.gethostname().partition(".")[0], folder=folder, controller_port=free_port(), node_port=free_port(), cores=os.cpu_count()))
+        self.settings.write_text(
+            CONFIGURATION.format(
+                host=socket.gethostname().partition(".")[0],
+                folder=folder,
+                controller_port=free_port(),
+                node_port=free_port(),
+                cores=os.cpu_count(),
+            )
+        )
 
     def start(self) -> None:
         """Start the daemons; return when the node takes jobs."""
@@ -75,8 +82,13 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        self._daemon("munged", "--foreground", "--force", f"--key-file={key}",
-                     *(f"--{option}={self.folder}/munge.{ending}" for option, ending in files.items()))
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            *(f"--{option}={self.folder}/munge.{ending}" for option, ending in files.items()),
+        )
         self.wait(lambda: (self.folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-c")
         self._daemon("slurmd", "-D")
@@ -86,7 +98,9 @@ class Cluster:
         """End all jobs and daemons, and whatever is left of them."""
         with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
             self.run_command("scancel", "--user=root", check=False, timeout=20)
-            self.wait(lambda: not self.run_command("squeue", "--noheader", check=False).strip(), "end of the jobs", seconds=20)
+            self.wait(
+                lambda: not self.run_command("squeue", "--noheader", check=False).strip(), "end of the jobs", seconds=20
+            )
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -100,8 +114,14 @@ class Cluster:
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with open(self.folder / f"{program}.out", "w") as output:
-            self.daemons[program] = subprocess.Popen([_find(program), *arguments], env=self.environment(), stdout=output, stderr=output,
-                                                     cwd=self.folder, start_new_session=True)
+            self.daemons[program] = subprocess.Popen(
+                [_find(program), *arguments],
+                env=self.environment(),
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                start_new_session=True,
+            )
 
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = TIMEOUT, log: Path | None = None) -> None:
         """Poll until the condition holds."""
@@ -109,7 +129,11 @@ class Cluster:
         while not condition():
             ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if ended or time.monotonic() > deadline:
-                logs = [*self.folder.glob("*.out"), *self.folder.glob("slurm*.log"), *([log] if log and log.exists() else [])]
+                logs = [
+                    *self.folder.glob("*.out"),
+                    *self.folder.glob("slurm*.log"),
+                    *([log] if log and log.exists() else []),
+                ]
                 told = "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
                 raise AssertionError(f"no {what} within {seconds} s; ended: {ended}\n{told}")
             time.sleep(0.2)
@@ -117,10 +141,21 @@ class Cluster:
     def environment(self, **more: str) -> dict[str, str]:
         return environment(SLURM_CONF=str(self.settings), **more)
 
-    def run_command(self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str) -> str:
+    def run_command(
+        self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str
+    ) -> str:
         """Run a command to its end; what it printed."""
-        done = subprocess.run(list(map(str, command)), cwd=folder, env=self.environment(**more), capture_output=True, text=True, timeout=timeout)
-        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=folder,
+            env=self.environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or done.returncode == 0, (
+            f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        )
         return done.stdout + done.stderr
 
     def submit(self, log: Path, *arguments: str | Path, folder: Path = ROOT, **more: str) -> int:
@@ -140,7 +175,9 @@ class Cluster:
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in hastened:
                 hastened.add(job["Restarts"])
-                self.run_command("scontrol", "update", f"JobId={number}", "StartTime=now+2")  # within the second, slurmd takes it for the one it has ended
+                self.run_command(
+                    "scontrol", "update", f"JobId={number}", "StartTime=now+2"
+                )  # within the second, slurmd takes it for the one it has ended
             return job["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
         self.wait(ended, f"end of job {number}", seconds, log)

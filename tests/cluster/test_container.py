@@ -1,6 +1,6 @@
 """The image, its two nodes and its health check: what can be checked without an engine, and, with one, an image that is built and run.
 
-    JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" python -m pytest -m slow tests/cluster/test_container.py
+JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" python -m pytest -m slow tests/cluster/test_container.py
 """
 
 import importlib.util
@@ -28,11 +28,15 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from tests.commands import ROOT, run_command, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
-SHORT = ("train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 "
-         "monitor.validate_every=4")
+SHORT = (
+    "train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 "
+    "monitor.validate_every=4"
+)
 
 
-@pytest.mark.parametrize(("linter", "files"), [("hadolint", [ROOT / "Dockerfile"]), ("shellcheck", sorted(DOCKER.glob("*.sh")))])
+@pytest.mark.parametrize(
+    ("linter", "files"), [("hadolint", [ROOT / "Dockerfile"]), ("shellcheck", sorted(DOCKER.glob("*.sh")))]
+)
 def test_linters_have_nothing_to_say(linter, files):
     if shutil.which(linter) is None:
         pytest.skip(f"{linter} is not installed")
@@ -64,35 +68,73 @@ def test_compose_reads_its_file():
     done = subprocess.run([*compose(), "config"], env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     node1 = yaml.safe_load(done.stdout)["services"]["node1"]
-    assert node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7" and node1["environment"]["JEPA_IMAGE"] == "sha256:1"
+    assert (
+        node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7"
+        and node1["environment"]["JEPA_IMAGE"] == "sha256:1"
+    )
 
 
 def write_deepspeed_env(home: Path, **variables: str) -> str:
     """Write the file of entrypoint.sh for an environment; return what the script printed on standard error."""
-    function = re.search(r"^write_deepspeed_env\(\) \{.*?^\}$", (DOCKER / "entrypoint.sh").read_text(), re.DOTALL | re.MULTILINE)[0]
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", f"{function}\nwrite_deepspeed_env"], capture_output=True, text=True, check=True,
-                          env=variables | {"PATH": os.environ["PATH"], "HOME": str(home)})
+    function = re.search(
+        r"^write_deepspeed_env\(\) \{.*?^\}$", (DOCKER / "entrypoint.sh").read_text(), re.DOTALL | re.MULTILINE
+    )[0]
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"{function}\nwrite_deepspeed_env"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=variables | {"PATH": os.environ["PATH"], "HOME": str(home)},
+    )
     return done.stderr
 
 
-VARIABLES = {"GLOO_SOCKET_IFNAME": "^lo,docker0", "NCCL_SOCKET_IFNAME": "=eth0", "JEPA_NOTE": "two words; 'quoted' & <more> #1", "HF_HOME": "/data",
-             "OMP_EMPTY": ""}
+VARIABLES = {
+    "GLOO_SOCKET_IFNAME": "^lo,docker0",
+    "NCCL_SOCKET_IFNAME": "=eth0",
+    "JEPA_NOTE": "two words; 'quoted' & <more> #1",
+    "HF_HOME": "/data",
+    "OMP_EMPTY": "",
+}
 
 
 def test_deepspeed_hands_on_the_variables_of_the_container_as_they_are(tmp_path):
     said = write_deepspeed_env(tmp_path, **VARIABLES, HF_TOKEN="a$b", JEPA_LINES="a\nb", UNRELATED="c")
     assert [line.split()[1] for line in said.splitlines()] == ["HF_TOKEN", "JEPA_LINES"]
     arguments = defaultdict(str, user_args=[], user_script="true", ssh_port=None, venv_script=None)
-    runner = PDSHRunner(SimpleNamespace(**{name: arguments[name] for name in (
-        "user_args", "user_script", "ssh_port", "venv_script", "launcher_args", "master_addr", "master_port", "no_python", "module",
-        "no_local_rank", "save_pid", "enable_each_rank_log")}), "")
+    runner = PDSHRunner(
+        SimpleNamespace(
+            **{
+                name: arguments[name]
+                for name in (
+                    "user_args",
+                    "user_script",
+                    "ssh_port",
+                    "venv_script",
+                    "launcher_args",
+                    "master_addr",
+                    "master_port",
+                    "no_python",
+                    "module",
+                    "no_local_rank",
+                    "save_pid",
+                    "enable_each_rank_log",
+                )
+            }
+        ),
+        "",
+    )
     for line in (tmp_path / ".deepspeed_env").read_text().splitlines():
         runner.add_export(*line.split("=", maxsplit=1))  # as deepspeed/launcher/runner.py does
     command, _, _ = runner.get_cmd({}, {"n1": 1})
     exports = next(word for word in command if word.startswith("export "))
-    arrived = subprocess.run(["env", "-i", "sh", "-c", f"{exports} env -0"], capture_output=True, text=True, check=True).stdout.split("\0")
+    arrived = subprocess.run(
+        ["env", "-i", "sh", "-c", f"{exports} env -0"], capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     found = dict(pair.split("=", maxsplit=1) for pair in arrived if pair)
-    assert {name: value for name, value in found.items() if name not in ("PWD", "SHLVL", "_")} == VARIABLES | {"PATH": os.environ["PATH"]}
+    assert {name: value for name, value in found.items() if name not in ("PWD", "SHLVL", "_")} == VARIABLES | {
+        "PATH": os.environ["PATH"]
+    }
 
 
 @pytest.mark.slow
@@ -101,8 +143,10 @@ def test_the_variables_of_the_container_arrive_at_nodes_over_pdsh(nodes, tmp_pat
     write_deepspeed_env(tmp_path, **variables)
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     script = tmp_path / "show.py"
-    script.write_text("import json, os, sys\n"
-                      f"open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps({{n: os.environ.get(n) for n in {list(variables)}}}))\n")
+    script.write_text(
+        "import json, os, sys\n"
+        f"open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps({{n: os.environ.get(n) for n in {list(variables)}}}))\n"
+    )
     nodes.run_on_control([Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", script], cwd=tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"show.py{rank}").read_text()) == variables
@@ -123,7 +167,9 @@ def write_run(folder, status: str, age: float) -> None:
         os.utime(folder / file, (time.time() - age,) * 2)
 
 
-@pytest.mark.parametrize(("status", "hours", "healthy"), [("running", 0.1, True), ("running", 2, False), ("finished", 2, True)])
+@pytest.mark.parametrize(
+    ("status", "hours", "healthy"), [("running", 0.1, True), ("running", 2, False), ("finished", 2, True)]
+)
 def test_a_run_that_is_silent_is_unhealthy_as_long_as_it_is_the_newest(health, tmp_path, status, hours, healthy):
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
     write_run(tmp_path / "group" / "run", status, hours * 3600)
@@ -150,7 +196,10 @@ def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_un
             connection.sendall(words)
             connection.close()
 
-        for words, expected in ((b"SSH-2.0-OpenSSH\r\n", None), (b"HTTP", "what answers on the port of sshd is something else")):
+        for words, expected in (
+            (b"SSH-2.0-OpenSSH\r\n", None),
+            (b"HTTP", "what answers on the port of sshd is something else"),
+        ):
             greeter = threading.Thread(target=greet, args=(words,))
             greeter.start()
             assert health.problem(tmp_path, tmp_path / "sshd.pid") == expected
@@ -169,7 +218,9 @@ def test_a_start_compiles_no_operator_of_deepspeed(tmp_path, zero):
 
 def docker(*arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
     done = subprocess.run(["docker", *arguments], env=os.environ | more, capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"docker {arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert not check or done.returncode == 0, (
+        f"docker {arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return done
 
 
@@ -177,11 +228,17 @@ def docker(*arguments: str, check: bool = True, **more: str) -> subprocess.Compl
 def image() -> str:
     """The id of an image built from the working tree."""
     if "JEPA_TEST_BASE" not in os.environ:
-        pytest.skip("an image is built where JEPA_TEST_BASE names its base, JEPA_TEST_BUILD more options of docker build")
+        pytest.skip(
+            "an image is built where JEPA_TEST_BASE names its base, JEPA_TEST_BUILD more options of docker build"
+        )
     if not shutil.which("docker") or docker("info", check=False).returncode:
         pytest.skip("there is no Docker engine")
-    built = subprocess.run([DOCKER / "build.sh", *shlex.split(os.environ.get("JEPA_TEST_BUILD", ""))],
-                           env=os.environ | {"BASE": os.environ["JEPA_TEST_BASE"]}, capture_output=True, text=True)
+    built = subprocess.run(
+        [DOCKER / "build.sh", *shlex.split(os.environ.get("JEPA_TEST_BUILD", ""))],
+        env=os.environ | {"BASE": os.environ["JEPA_TEST_BASE"]},
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
     return built.stdout.splitlines()[-1]
 
@@ -197,19 +254,55 @@ def volume() -> str:
 def test_the_image_runs_the_demo_and_tests_as_a_user_without_rights(image, volume):
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image).stdout)
     assert labels["org.opencontainers.image.base.name"] == os.environ["JEPA_TEST_BASE"]
-    docker("run", "--rm", "--init", "--env", f"JEPA_IMAGE={image}", "--volume", f"{volume}:/app/runs", image,
-           "sh", "-c", f'make demo ARGS="{SHORT}" && ! ls ~/.cache/torch_extensions')
-    read = docker("run", "--rm", "--volume", f"{volume}:/app/runs", image, "sh", "-c", "id -u; cat runs/demo-llm_jepa/environment.json")
+    docker(
+        "run",
+        "--rm",
+        "--init",
+        "--env",
+        f"JEPA_IMAGE={image}",
+        "--volume",
+        f"{volume}:/app/runs",
+        image,
+        "sh",
+        "-c",
+        f'make demo ARGS="{SHORT}" && ! ls ~/.cache/torch_extensions',
+    )
+    read = docker(
+        "run",
+        "--rm",
+        "--volume",
+        f"{volume}:/app/runs",
+        image,
+        "sh",
+        "-c",
+        "id -u; cat runs/demo-llm_jepa/environment.json",
+    )
     user, recorded = read.stdout.split("\n", 1)
     environment = json.loads(recorded)
-    assert user == "10001" and environment["image"] == image and environment["revision"] == labels["org.opencontainers.image.revision"]
-    docker("run", "--rm", "--init", image, "make", "test", "ARGS=tests/data_prep/test_shards.py tests/data_prep/test_ragged.py")
+    assert (
+        user == "10001"
+        and environment["image"] == image
+        and environment["revision"] == labels["org.opencontainers.image.revision"]
+    )
+    docker(
+        "run",
+        "--rm",
+        "--init",
+        image,
+        "make",
+        "test",
+        "ARGS=tests/data_prep/test_shards.py tests/data_prep/test_ragged.py",
+    )
 
 
 def key_files(compose: list[str], service: str) -> set[str]:
     """What stands in the folder of keys of a container that has ended."""
-    container = subprocess.run([*compose, "ps", "--all", "--quiet", service], capture_output=True, text=True, check=True).stdout.strip()
-    archive = subprocess.run(["docker", "cp", f"{container}:/home/jepa/.ssh", "-"], capture_output=True, check=True).stdout
+    container = subprocess.run(
+        [*compose, "ps", "--all", "--quiet", service], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    archive = subprocess.run(
+        ["docker", "cp", f"{container}:/home/jepa/.ssh", "-"], capture_output=True, check=True
+    ).stdout
     return set(tarfile.open(fileobj=io.BytesIO(archive)).getnames())
 
 
@@ -217,13 +310,25 @@ def key_files(compose: list[str], service: str) -> set[str]:
 def test_two_nodes_train_and_the_launcher_alone_has_a_key(image):
     command = [*compose(), "--project-name", "jepatest"]
     try:
-        done = subprocess.run([*command, "up", "--exit-code-from", "node1"], env=os.environ | {"ARGS": SHORT, "JEPA_IMAGE": image},
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "up", "--exit-code-from", "node1"],
+            env=os.environ | {"ARGS": SHORT, "JEPA_IMAGE": image},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout[-6000:]
         assert ".ssh/launcher" in key_files(command, "node1")
         assert key_files(command, "node2") == {".ssh", ".ssh/host", ".ssh/host.pub"}
         volumes = ["--volume", "jepatest_runs:/app/runs", "--volume", "jepatest_cluster:/cluster"]
-        shared = docker("run", "--rm", *volumes, image, "sh", "-c", "cat runs/demo-llm_jepa/environment.json; ! grep -rl PRIVATE /cluster")
+        shared = docker(
+            "run",
+            "--rm",
+            *volumes,
+            image,
+            "sh",
+            "-c",
+            "cat runs/demo-llm_jepa/environment.json; ! grep -rl PRIVATE /cluster",
+        )
         assert json.loads(shared.stdout)["ranks"] == 2 and json.loads(shared.stdout)["image"] == image
     finally:
         subprocess.run([*command, "down", "--volumes"], capture_output=True)

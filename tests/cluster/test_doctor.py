@@ -59,9 +59,15 @@ def doctor(nodes: Cluster, config: Path) -> Callable[..., tuple[int, dict]]:
         folder = config.parent
         (folder / ".deepspeed_env").unlink(missing_ok=True)
         (folder / "prepared_env").exists() and shutil.copy(folder / "prepared_env", folder / ".deepspeed_env")
-        done = nodes.run_on_control([sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments], check=False, cwd=folder,
-                            PYTHONPATH=f"{ROOT}{os.pathsep}{folder / 'site'}", HOME=str(folder), TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
-                            **more)
+        done = nodes.run_on_control(
+            [sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments],
+            check=False,
+            cwd=folder,
+            PYTHONPATH=f"{ROOT}{os.pathsep}{folder / 'site'}",
+            HOME=str(folder),
+            TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
+            **more,
+        )
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
         assert not [name for name in os.listdir(folder) + os.listdir(folder / "runs") if name.startswith(".doctor")]
         return done.returncode, json.loads(done.stdout)
@@ -97,9 +103,21 @@ def drop(nodes: Cluster, node: str, *rule: str, undone: list) -> None:
 
 def expect(report: dict, check: str, level: str, node: str | None, seen: str) -> None:
     """A finding says so, of this node alone, and what to do."""
-    found = [one for one in report["findings"] if one["check"] == check and one["level"] == level and one["nodes"] == ([node] if node else [])
-             and re.search(seen, one["seen"])]
-    assert found and all(one["remedy"] for one in found), (check, level, node, seen, [one for one in report["findings"] if one["level"] != "ok"])
+    found = [
+        one
+        for one in report["findings"]
+        if one["check"] == check
+        and one["level"] == level
+        and one["nodes"] == ([node] if node else [])
+        and re.search(seen, one["seen"])
+    ]
+    assert found and all(one["remedy"] for one in found), (
+        check,
+        level,
+        node,
+        seen,
+        [one for one in report["findings"] if one["level"] != "ok"],
+    )
 
 
 def changed_copy(path: Path, folder: Path, old: bytes, new: bytes) -> Path:
@@ -111,11 +129,17 @@ def changed_copy(path: Path, folder: Path, old: bytes, new: bytes) -> Path:
 
 def test_a_healthy_pair_passes(doctor, nodes, config):
     code, report = doctor("--write-env")
-    assert code == 0 and report["counts"]["fail"] == 0 == report["counts"]["warn"], [one for one in report["findings"] if one["level"] != "ok"]
+    assert code == 0 and report["counts"]["fail"] == 0 == report["counts"]["warn"], [
+        one for one in report["findings"] if one["level"] != "ok"
+    ]
     assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"]} == {("n1", "n2"), ("n2", "n1")}
     assert all(pair["bytes_per_second"] > 0 and pair["latency_seconds"] > 0 for pair in report["measurements"]["pairs"])
     sizes = [one["bytes"] for one in report["measurements"]["all_reduce"]]
-    assert sizes == sorted(sizes) and len(sizes) > 1 and all(one["ranks"] == 2 and one["seconds"] > 0 for one in report["measurements"]["all_reduce"])
+    assert (
+        sizes == sorted(sizes)
+        and len(sizes) > 1
+        and all(one["ranks"] == 2 and one["seconds"] > 0 for one in report["measurements"]["all_reduce"])
+    )
     written = (config.parent / ".deepspeed_env").read_text().splitlines()
     assert "DS_ACCELERATOR=cpu" in written and "OMP_NUM_THREADS=1" in written
     for node in NODES:
@@ -126,7 +150,13 @@ def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, 
     folder = config.parent
     tqdm = importlib.metadata.distribution("tqdm")
     metadata = Path(tqdm.locate_file(next(file for file in tqdm.files if file.name == "METADATA")))
-    plant(nodes, "n2", metadata, changed_copy(metadata, tmp_path, f"Version: {tqdm.version}".encode(), b"Version: 1.2.3"), undone)
+    plant(
+        nodes,
+        "n2",
+        metadata,
+        changed_copy(metadata, tmp_path, f"Version: {tqdm.version}".encode(), b"Version: 1.2.3"),
+        undone,
+    )
     source = ROOT / "pretrain" / "objectives" / "base.py"
     plant(nodes, "n2", source, changed_copy(source, tmp_path, b"\n", b"  \n"), undone)
     manifest = folder / "corpus" / "manifest.json"
@@ -143,7 +173,9 @@ def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, 
     lock.touch()
     os.utime(lock, (time.time() - 7200,) * 2)
     plant(nodes, "n2", folder / "extensions", lock.parent.parent, undone)
-    (folder / "prepared_env").write_text(f"DS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR={folder / 'extensions'}\n# threads\nGLOO_SOCKET_IFNAME=eth0\n")
+    (folder / "prepared_env").write_text(
+        f"DS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR={folder / 'extensions'}\n# threads\nGLOO_SOCKET_IFNAME=eth0\n"
+    )
     undone.append((folder / "prepared_env").unlink)
 
     code, report = doctor()
@@ -158,7 +190,10 @@ def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, 
     expect(report, "shared memory", "warn", "n2", "8 MiB free")
     expect(report, "compiled ops", "warn", "n2", r"cpu_adam/lock is 1\d\d min old")
     expect(report, "environment", "fail", None, "threads")
-    assert any(one["check"] == "environment" and one["level"] == "warn" and "OMP_NUM_THREADS=1" in one["seen"] for one in report["findings"])
+    assert any(
+        one["check"] == "environment" and one["level"] == "warn" and "OMP_NUM_THREADS=1" in one["seen"]
+        for one in report["findings"]
+    )
     assert not [one for one in report["findings"] if one["nodes"] == ["n1"] and one["level"] != "ok"]
 
 
@@ -175,18 +210,29 @@ def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, un
     undone.append(try_lock(folder / "runs" / "run" / ".lock").close)
     drop(nodes, "n1", "-p", "tcp", "--dport", "29500", undone=undone)
     drop(nodes, "n2", "-p", "tcp", "--syn", "--source", "10.77.0.2", undone=undone)
-    code, report = doctor("--write-env", "model.shape.hidden_size=16384", "model.shape.intermediate_size=65536", "model.shape.num_hidden_layers=64",
-                          hostfile="three")
+    code, report = doctor(
+        "--write-env",
+        "model.shape.hidden_size=16384",
+        "model.shape.intermediate_size=65536",
+        "model.shape.num_hidden_layers=64",
+        hostfile="three",
+    )
     assert code == 1
     expect(report, "reached", "fail", "n3", "n3")
     expect(report, "run folder", "fail", "n2", "Read-only")
     assert [one["nodes"] for one in report["findings"] if "another run" in one["seen"]] == [["n1", "n2"]]
     expect(report, "rendezvous", "fail", "n2", "29500: no answer")
     expect(report, "network", "fail", "n1", "cannot connect to n2")
-    too_little = [one for one in report["findings"] if one["check"] == "memory" and one["level"] == "fail" and "a rank needs about" in one["seen"]]
+    too_little = [
+        one
+        for one in report["findings"]
+        if one["check"] == "memory" and one["level"] == "fail" and "a rank needs about" in one["seen"]
+    ]
     assert sorted(node for one in too_little for node in one["nodes"]) == list(NODES)
     expect(report, "all-reduce", "warn", None, "not tried")
-    assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"] if "error" not in pair} == {("n2", "n1")}
+    assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"] if "error" not in pair} == {
+        ("n2", "n1")
+    }
 
 
 @pytest.mark.slow
@@ -211,13 +257,24 @@ def test_a_taken_port_and_nodes_that_die_are_found(doctor, nodes, undone):
 def test_this_machine_alone_and_mistakes(config, tmp_path):
     port = str(free_port())
     command = [sys.executable, DOCTOR, config, "--master_port", port]
-    done = run_command(command, check=False, TORCH_EXTENSIONS_DIR=str(tmp_path), PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}")
+    done = run_command(
+        command,
+        check=False,
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}",
+    )
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(
+        r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE
+    )
     assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in done.stderr
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{config.parent / 'site'}"}
     done = run_command([*command, "--num_gpus", "3"], check=False, **environment)
-    assert done.returncode == 0 and re.search(r"^ok +all-reduce +3 ranks", done.stdout, re.MULTILINE) and "assuming" not in done.stderr, done.stdout
+    assert (
+        done.returncode == 0
+        and re.search(r"^ok +all-reduce +3 ranks", done.stdout, re.MULTILINE)
+        and "assuming" not in done.stderr
+    ), done.stdout
     (tmp_path / "hosts").write_text("localhost slots=5\n")
     done = run_command([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
     assert done.returncode == 1 and "must be a multiple of train.micro_batch_rows x ranks (2 x 5)" in done.stdout
@@ -228,9 +285,15 @@ def test_this_machine_alone_and_mistakes(config, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read the hostfile")
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"), ("n1 slots=1\nn1 slots=1\n", "twice"), ("# none\n", "names no host"),
-    ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed takes for")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n1 slots=1\nn2 slots=two\n", "line 2: 'n2 slots=two'"),
+        ("n1 slots=1\nn1 slots=1\n", "twice"),
+        ("# none\n", "names no host"),
+        ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed takes for"),
+    ],
+)
 def test_a_wrong_hostfile_is_told_by_line(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -256,7 +319,9 @@ def test_all_pairs_meet_once_and_no_node_twice_in_a_round():
 def test_deepspeed_forwards_what_we_think():
     spec = importlib.util.find_spec("deepspeed")
     runner = (Path(spec.origin).parent / "launcher" / "runner.py").read_text()
-    assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(environment.FORWARDED_PREFIXES)
+    assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(
+        environment.FORWARDED_PREFIXES
+    )
 
 
 def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
@@ -264,10 +329,12 @@ def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     (tmp_path / ".deepspeed_env").write_text('A=1\n\n# B=2\nexport C=3\nD="4"\nnonsense\n')
-    path, = environment.env_files()
+    (path,) = environment.env_files()
     assert [fault.split(" ")[1].rstrip(":") for fault in environment.invalid_lines(path)] == ["2", "3", "4", "5", "6"]
     (tmp_path / ".deepspeed_env").write_text("A=1\nOMP_NUM_THREADS=7\n")
-    environment.write_env_file({"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret", "HF_HOME": "/data", "PS1": "$", "NCCL_DEBUG": 'a"b'})
+    environment.write_env_file(
+        {"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret", "HF_HOME": "/data", "PS1": "$", "NCCL_DEBUG": 'a"b'}
+    )
     assert (tmp_path / ".deepspeed_env").read_text() == "A=1\nOMP_NUM_THREADS=1\nHF_HOME=/data\n"
 
 
@@ -277,7 +344,11 @@ def levels(findings: list[Finding]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1", torch_cuda: str | None = "12.8") -> dict:
-    return {"accelerator": "cuda", "torch_cuda": torch_cuda, "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count}
+    return {
+        "accelerator": "cuda",
+        "torch_cuda": torch_cuda,
+        "gpus": [{"name": "GPU", "memory": 80 * GIB, "used": used, "driver": driver}] * count,
+    }
 
 
 def test_what_gpus_lack_is_told():
@@ -289,18 +360,33 @@ def test_what_gpus_lack_is_told():
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts(driver="560.1")}, slots)) == [("fail", ("n2",))]
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts()}, slots, chosen="cpu")) == [("fail", ("n1", "n2"))]
     assert levels(check({"n1": gpu_facts(), "n2": {"accelerator": "cpu", "gpus": []}}, slots)) == [("fail", ("n2",))]
-    assert levels(check({"n1": gpu_facts(torch_cuda="13.0")}, {"n1": 2})) == [("fail", ("n1",))], "the driver is older than CUDA 13 allows"
+    assert levels(check({"n1": gpu_facts(torch_cuda="13.0")}, {"n1": 2})) == [("fail", ("n1",))], (
+        "the driver is older than CUDA 13 allows"
+    )
     assert levels(check({"n1": gpu_facts(torch_cuda="13.0", driver="580.65")}, {"n1": 2})) == [("ok", ())]
-    assert levels(check({"n1": gpu_facts(torch_cuda=None)}, {"n1": 2})) == [("fail", ("n1",))], "torch was built without CUDA"
+    assert levels(check({"n1": gpu_facts(torch_cuda=None)}, {"n1": 2})) == [("fail", ("n1",))], (
+        "torch was built without CUDA"
+    )
     shm = {"n1": {"shm_free": 8 * GIB}, "n2": {"shm_free": 60 * 2**20}}
     assert levels(checks_nodes.check_shared_memory(shm, slots, cuda=True)) == [("fail", ("n2",))]
-    lock = {"locks": [{"path": "x/lock", "age": 3600}], "compiling": False, "compiler": "c++", "c_compiler": "gcc", "python_header": True, "ops": []}
+    lock = {
+        "locks": [{"path": "x/lock", "age": 3600}],
+        "compiling": False,
+        "compiler": "c++",
+        "c_compiler": "gcc",
+        "python_header": True,
+        "ops": [],
+    }
     assert levels(checks_nodes.check_extensions({"n1": lock}, cuda=True, compiles=False)) == [("fail", ("n1",))]
-    assert levels(checks_nodes.check_extensions({"n1": lock | {"locks": [], "compiler": None}}, cuda=True, compiles=True)) == [("fail", ("n1",))]
+    assert levels(
+        checks_nodes.check_extensions({"n1": lock | {"locks": [], "compiler": None}}, cuda=True, compiles=True)
+    ) == [("fail", ("n1",))]
     for lacking in ({"c_compiler": None}, {"python_header": False}):
         found = checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=True, compiles=False)
         assert levels(found) == [("fail", ("n1",))], "FlexAttention is compiled on CUDA, whatever train.compile says"
-        assert levels(checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=False, compiles=False)) == [("ok", ())]
+        assert levels(
+            checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=False, compiles=False)
+        ) == [("ok", ())]
 
 
 @pytest.mark.parametrize(("gib", "level"), [(60, "ok"), (75, "warn"), (90, "fail")])
@@ -316,16 +402,23 @@ def test_the_node_that_differs_from_the_lock_file_is_named():
     found = checks_nodes.check_packages({node: fact | common for node, fact in facts.items()})
     assert levels(found) == [("fail", ("n1",)), ("fail", ("n1",)), ("fail", ("n2",))]
     assert "tqdm 1 instead of 2+cpu" in found[0].seen and "torch" in found[1].seen
-    assert levels(checks_nodes.check_packages({"n1": {"installed": {"tqdm": "3"}, "locked": {"tqdm": "2"}, "required": []}})) == [("warn", ())]
+    assert levels(
+        checks_nodes.check_packages({"n1": {"installed": {"tqdm": "3"}, "locked": {"tqdm": "2"}, "required": []}})
+    ) == [("warn", ())]
 
 
 def test_a_run_folder_that_is_taken_or_full_is_told():
     estimate = ResourceEstimate(10, {}, False, 0, "fp32", checkpoint=GIB, checkpoints=4)
     fact = {"folder": "runs", "free": 100 * GIB, "locked": False}
     assert levels(checks_run.check_run_folder({"n1": fact}, estimate, 0)) == [("ok", ()), ("ok", ())]
-    assert levels(checks_run.check_run_folder({"n1": fact | {"locked": True}}, estimate, 0)) == [("fail", ("n1",)), ("ok", ())]
-    assert [levels(checks_run.check_run_folder({"n1": fact | {"free": gib * GIB}}, estimate, existing))[1][0] for gib, existing in
-            ((1, 0), (3, 0), (3, 1))] == ["fail", "warn", "ok"]
+    assert levels(checks_run.check_run_folder({"n1": fact | {"locked": True}}, estimate, 0)) == [
+        ("fail", ("n1",)),
+        ("ok", ()),
+    ]
+    assert [
+        levels(checks_run.check_run_folder({"n1": fact | {"free": gib * GIB}}, estimate, existing))[1][0]
+        for gib, existing in ((1, 0), (3, 0), (3, 1))
+    ] == ["fail", "warn", "ok"]
 
 
 def test_a_slow_pair_and_a_name_that_means_the_loopback_are_told():

@@ -33,8 +33,17 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def deepspeed(folder: Path, launcher: str, *arguments: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(folder / "hostfile"), *ONE_MACHINE, "--master_port", str(free_port()),
-            "--launcher", launcher, *arguments]
+    return [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--hostfile",
+        str(folder / "hostfile"),
+        *ONE_MACHINE,
+        "--master_port",
+        str(free_port()),
+        "--launcher",
+        launcher,
+        *arguments,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +54,14 @@ def open_mpi(tmp_path_factory) -> dict[str, str]:
         pytest.skip("takes the Debian package openmpi-bin")
     folder = tmp_path_factory.mktemp("openmpi")
     (folder / "mpirun").symlink_to(mpirun)
-    return {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", "MPI4PY_MPIABI": "openmpi", "MPI4PY_LIBMPI": str(library),
-            "OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "MPI4PY_MPIABI": "openmpi",
+        "MPI4PY_LIBMPI": str(library),
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
 
 
 def test_mpirun_gives_the_same_run(folder):
@@ -62,21 +77,35 @@ def test_deepspeed_with_mpich_gives_the_same_run(folder):
 
 @pytest.mark.slow
 def test_deepspeed_with_open_mpi_gives_the_same_run(folder, open_mpi):
-    run_command([*deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"), RUN, str(config(folder, "openmpi"))], **open_mpi)
+    run_command(
+        [
+            *deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"),
+            RUN,
+            str(config(folder, "openmpi")),
+        ],
+        **open_mpi,
+    )
     assert losses(folder, "openmpi") == losses(folder, "plain")
 
 
 SPLITTING = {
-    "mpirun of another library": (["python"], "2 processes were started together, but MPI sees 1: its library is not that of the launcher"),
-    "a launcher in each process": (["torchrun", "--standalone", "--nproc-per-node", "1"],
-                                   "mpirun or srun started 2 processes, each of which would be a run of its own"),
+    "mpirun of another library": (
+        ["python"],
+        "2 processes were started together, but MPI sees 1: its library is not that of the launcher",
+    ),
+    "a launcher in each process": (
+        ["torchrun", "--standalone", "--nproc-per-node", "1"],
+        "mpirun or srun started 2 processes, each of which would be a run of its own",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", SPLITTING)
 def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, how):
     command, message = SPLITTING[how]
-    library = {name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")}  # Open MPI's, under the mpirun of MPICH
+    library = {
+        name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")
+    }  # Open MPI's, under the mpirun of MPICH
     done = run_command(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
     assert done.returncode and f"error: {message}" in " ".join(done.stderr.split()), done.stderr[-2000:]
     assert not losses(folder, "split")

@@ -54,13 +54,37 @@ def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_
 
 @pytest.mark.slow
 def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_torchrun(cluster, folder):
-    paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("torchrun", "srun", "deepspeed")}
+    paths = {
+        name: write_config(folder, tiny_config(folder, name=name, train__steps=2))
+        for name in ("torchrun", "srun", "deepspeed")
+    }
     binaries, hosts = Path(sys.executable).parent, folder / "hosts"
     hosts.write_text("localhost slots=2\n")
-    run_command([str(binaries / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(paths["torchrun"])])
+    run_command(
+        [
+            str(binaries / "torchrun"),
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "launcher/run.py",
+            str(paths["torchrun"]),
+        ]
+    )
     cluster.run_command("srun", "--ntasks=2", "python", "launcher/run.py", paths["srun"])
-    cluster.run_command(binaries / "deepspeed", "--hostfile", hosts, "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher", "slurm",
-                 "launcher/run.py", paths["deepspeed"])
+    cluster.run_command(
+        binaries / "deepspeed",
+        "--hostfile",
+        hosts,
+        "--force_multi",
+        "--no_ssh_check",
+        "--master_addr",
+        "127.0.0.1",
+        "--launcher",
+        "slurm",
+        "launcher/run.py",
+        paths["deepspeed"],
+    )
     assert len(losses(folder, "torchrun")) == 2
     assert losses(folder, "srun") == losses(folder, "deepspeed") == losses(folder, "torchrun")
     assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
@@ -101,14 +125,19 @@ def project(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("ends", "starts", "code"), [
-    (["stopped", "crash", "mistake", "finished"], 3, "2:0"),
-    pytest.param(["stopped", "stopped", "stopped", "stopped", "finished"], 5, "0:0", marks=pytest.mark.slow),
-    pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    ("ends", "starts", "code"),
+    [
+        (["stopped", "crash", "mistake", "finished"], 3, "2:0"),
+        pytest.param(["stopped", "stopped", "stopped", "stopped", "finished"], 5, "0:0", marks=pytest.mark.slow),
+        pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_is_queued_again_when_that_helps(cluster, project, ends, starts, code):
     log = project / "log"
-    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends))
+    job = cluster.submit(
+        log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends)
+    )
     ended = cluster.wait_for_job(job, log)
     assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
     assert ("giving up" in log.read_text()) == (code == "137:0")
@@ -118,14 +147,24 @@ def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(clus
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
     assert cluster.wait_for_job(job, log)["ExitCode"] == "2:0"
-    assert log.read_text().startswith("error: unknown key 'sed' in the command line") and log.read_text().count("\n") == 1, log.read_text()
+    assert (
+        log.read_text().startswith("error: unknown key 'sed' in the command line") and log.read_text().count("\n") == 1
+    ), log.read_text()
 
 
 @pytest.mark.slow
 def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
     log = project / "log"
-    job = cluster.submit(log, "--ntasks=2", "--time=00:02:00", "--signal=USR1@60", SCRIPTS / "pretrain.sbatch", "run.yaml", folder=project,
-                         HOW="wait finished")
+    job = cluster.submit(
+        log,
+        "--ntasks=2",
+        "--time=00:02:00",
+        "--signal=USR1@60",
+        SCRIPTS / "pretrain.sbatch",
+        "run.yaml",
+        folder=project,
+        HOW="wait finished",
+    )
     ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
     assert {path.name for path in project.glob("waiting-*")} == {"waiting-0", "waiting-1"}
@@ -134,7 +173,9 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_is_done(cluster, folder):
     changes = {"train__steps": 150, "evaluation": {"tasks": [{"name": "nl_rx", "test": str(folder / "test.jsonl")}]}}
-    (folder / "test.jsonl").write_text("".join(json.dumps({"text": f"lines having {word}", "code": f".*{word}.*"}) + "\n" for word in ("one", "two")))
+    (folder / "test.jsonl").write_text(
+        "".join(json.dumps({"text": f"lines having {word}", "code": f".*{word}.*"}) + "\n" for word in ("one", "two"))
+    )
     whole, stopped = (write_config(folder, tiny_config(folder, name=name, **changes)) for name in ("whole", "stopped"))
     run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
     waiting = folder / "waiting"
@@ -148,7 +189,9 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
     hold_steps(Path({str(stopped)!r}), [8])
 """)
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped, PYTHONPATH=f"{waiting}:{ROOT}")
-    evaluation = cluster.submit(folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir)
+    evaluation = cluster.submit(
+        folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir
+    )
     cluster.wait(lambda: len(read_metrics(run_dir)) > 5, "steps", log=log)
     cluster.run_command("scancel", "--signal=USR1", job)
     release_file(stopped, 8).touch()
@@ -158,8 +201,20 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
     ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
 
-    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), "launcher/run.py", str(whole)])
+    run_command(
+        [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "launcher/run.py",
+            str(whole),
+        ]
+    )
     assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: saving and stopping" in log.read_text()
     assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
     cluster.wait_for_job(evaluation, folder / "evaluation.log")
-    assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (folder / "evaluation.log").read_text()
+    assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (
+        folder / "evaluation.log"
+    ).read_text()

@@ -34,12 +34,16 @@ def test_each_run_is_a_job_and_its_evaluation_follows(cluster, write_study, fold
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["evaluation"]["tasks"].append(base["evaluation"]["tasks"][0] | {"label": "later"})
     (folder / "later.yaml").write_text(yaml.safe_dump(base))
-    assert "2 runs submitted, 0 of 2 done" in cluster.run_command("python", "launcher/study.py", path, f"base={folder / 'later.yaml'}")
+    assert "2 runs submitted, 0 of 2 done" in cluster.run_command(
+        "python", "launcher/study.py", path, f"base={folder / 'later.yaml'}"
+    )
     for run, (evaluation,) in json.loads((study / "study.json").read_text())["jobs"].items():
         log = study / "logs" / f"{run}.log"
         assert cluster.wait_for_job(evaluation, log)["JobState"] == "COMPLETED", log.read_text()
         assert [result["task"] for result in read_results(study / run)] == ["loss", "later"]
-    assert "0 runs submitted, 2 of 2 done" in cluster.run_command("python", "launcher/study.py", path, f"base={folder / 'later.yaml'}")
+    assert "0 runs submitted, 2 of 2 done" in cluster.run_command(
+        "python", "launcher/study.py", path, f"base={folder / 'later.yaml'}"
+    )
 
 
 def test_options_that_sbatch_refuses_are_one_line(cluster, write_study):  # noqa: F811

@@ -36,24 +36,54 @@ def over_pdsh(config: Path, *overrides: str) -> list[str | Path]:
 
 def demo(folder: Path, name: str) -> list[str | Path]:
     """The demo's configuration, cut to a few steps."""
-    return [ROOT / "configs" / "demo.yaml", f"name={name}", f"output_dir={folder / 'runs'}", f"data.path={folder / f'corpus-{name}'}",
-            "data.sources.0.records=3000", "data.sources.1.records=100", "train.epochs=null", "train.steps=4", "monitor.log_every=1",
-            "monitor.validate_every=2", "evaluation.every=0"]
+    return [
+        ROOT / "configs" / "demo.yaml",
+        f"name={name}",
+        f"output_dir={folder / 'runs'}",
+        f"data.path={folder / f'corpus-{name}'}",
+        "data.sources.0.records=3000",
+        "data.sources.1.records=100",
+        "train.epochs=null",
+        "train.steps=4",
+        "monitor.log_every=1",
+        "monitor.validate_every=2",
+        "evaluation.every=0",
+    ]
 
 
 def losses(run_dir: Path) -> list[dict[str, float]]:
-    return [{tag: value for tag, value in line.items() if tag.startswith(("loss", "validation", "optimizer"))} for line in read_metrics(run_dir)]
+    return [
+        {tag: value for tag, value in line.items() if tag.startswith(("loss", "validation", "optimizer"))}
+        for line in read_metrics(run_dir)
+    ]
 
 
 @pytest.mark.slow
 def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
     run_command(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
-    mpirun = ["mpirun", "-hosts", "n1,n2", "-ppn", "1", "-n", "2", "-launcher", "ssh", "-launcher-exec", folder / "ssh",
-              "-genv", "UCX_TLS", "tcp"]  # two nodes on one machine have no memory in common, though they look so
+    mpirun = [
+        "mpirun",
+        "-hosts",
+        "n1,n2",
+        "-ppn",
+        "1",
+        "-n",
+        "2",
+        "-launcher",
+        "ssh",
+        "-launcher-exec",
+        folder / "ssh",
+        "-genv",
+        "UCX_TLS",
+        "tcp",
+    ]  # two nodes on one machine have no memory in common, though they look so
     (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
     done = nodes.run_on_control([*mpirun, "python", "-m", "data_prep", *demo(folder, "two")], cwd=ROOT)
     assert "2 MPI ranks" in done.stdout
-    shards = [sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow")) for corpus in (folder / "corpus-one", folder / "corpus-two")]
+    shards = [
+        sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow"))
+        for corpus in (folder / "corpus-one", folder / "corpus-two")
+    ]
     assert shards[0] == shards[1]
 
     run_command(deepspeed_command(2, RUN, *demo(folder, "one")))
@@ -69,8 +99,13 @@ class Run:
     """A run on both nodes that would take long, watched from the control host."""
 
     def __init__(self, nodes: Cluster, folder: Path, name: str):
-        values = tiny_config(folder, name=name, train__steps=100_000, checkpoint={"every": 4},
-                             monitor={"log_every": 1, "hang_seconds": HANG, "tensorboard": False, "validate_every": 10**6})
+        values = tiny_config(
+            folder,
+            name=name,
+            train__steps=100_000,
+            checkpoint={"every": 4},
+            monitor={"log_every": 1, "hang_seconds": HANG, "tensorboard": False, "validate_every": 10**6},
+        )
         self.path, self.run_dir, self.log = write_config(folder, values), folder / "runs" / name, folder / f"{name}.log"
         self.nodes, self.folder = nodes, folder
 
@@ -84,8 +119,13 @@ class Run:
 
     def rank(self, rank: int) -> psutil.Process:
         """The process that trains."""
-        return next(process for process in psutil.process_iter(["cmdline", "environ"]) if str(self.path) in (process.info["cmdline"] or ())
-                    and "--local_rank=0" in process.info["cmdline"] and process.info["environ"].get("RANK") == str(rank))
+        return next(
+            process
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if str(self.path) in (process.info["cmdline"] or ())
+            and "--local_rank=0" in process.info["cmdline"]
+            and process.info["environ"].get("RANK") == str(rank)
+        )
 
     def ends(self) -> str:
         """What the command has printed, once it has ended, with an error."""
@@ -111,7 +151,9 @@ def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder
     run.start()
     run.rank(1).kill()
     printed = run.ends()
-    assert re.search(r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", printed)
+    assert re.search(
+        r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", printed
+    )
     assert "rank 1 on n2" in read_status(run.run_dir)["reason"]
     run.goes_on()
 
@@ -135,7 +177,10 @@ def test_a_rank_that_stands_still_is_named_and_killed_and_the_next_start_resumes
     stopped = run.rank(1)
     stopped.suspend()
     printed = run.ends()
-    assert re.search(r"n1: error: (the run hangs since \d+ s: )?rank 1 on n2 at step \d+ (without a|has given no) sign of life", printed)
+    assert re.search(
+        r"n1: error: (the run hangs since \d+ s: )?rank 1 on n2 at step \d+ (without a|has given no) sign of life",
+        printed,
+    )
     wait_for(lambda: not stopped.is_running())
     run.goes_on()
 
@@ -147,12 +192,17 @@ def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder
     run.rank(1).send_signal(signal.SIGTERM)
     run.process.wait(TIMEOUT)
     spoiler = folder / "sitecustomize.py"
-    spoiler.write_text("import os\nif os.environ.get('RANK') == '1':\n    import pretrain.data.batch as batch\n"
-                       "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n    batch.Batch.to = broken\n")
+    spoiler.write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    import pretrain.data.batch as batch\n"
+        "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n    batch.Batch.to = broken\n"
+    )
     try:
         nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False)
         done = nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
     finally:
         spoiler.unlink()
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
-    assert "error: the first to fail was rank 1 on n2" in errors[-1] and "ZeroDivisionError: a planted mistake" in errors[-1]
+    assert (
+        "error: the first to fail was rank 1 on n2" in errors[-1]
+        and "ZeroDivisionError: a planted mistake" in errors[-1]
+    )

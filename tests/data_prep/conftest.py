@@ -31,9 +31,13 @@ def write_lines(path: Path, rows: list) -> Path:
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Rows whose targets all differ, within a seed and between seeds."""
     rng = random.Random(seed)
-    return [{"text": " ".join(rng.choices(WORDS, k=rng.randint(2, 12))),
-             "code": f"SELECT {' , '.join(rng.choices(WORDS, k=rng.randint(1, 4)))} FROM t{seed} WHERE id = {row}"}
-            for row in range(count)]
+    return [
+        {
+            "text": " ".join(rng.choices(WORDS, k=rng.randint(2, 12))),
+            "code": f"SELECT {' , '.join(rng.choices(WORDS, k=rng.randint(1, 4)))} FROM t{seed} WHERE id = {row}",
+        }
+        for row in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +53,10 @@ def pairs() -> Callable[..., list[dict[str, str]]]:
 @pytest.fixture(scope="session")
 def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
     """The command line of a preparation, and its environment."""
+
     def build(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-m", "data_prep", str(config), *overrides], os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+
     return build
 
 
@@ -58,13 +64,17 @@ def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
 def run(command) -> Callable[..., subprocess.CompletedProcess]:
     def run(config: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
         arguments, environment = command(config, *overrides)
-        return subprocess.run(arguments, **{"env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT} | options)
+        return subprocess.run(
+            arguments, **{"env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT} | options
+        )
+
     return run
 
 
 @pytest.fixture(scope="session")
 def run_expecting_user_error(run) -> Callable[..., str]:
     """Run a preparation that the user got wrong; return its message, which is one line, with exit code 2."""
+
     def run_expecting_user_error(config: Path, *overrides: str, **options) -> str:
         done = run(config, *overrides, **options)
         assert done.returncode == 2, done.stderr
@@ -72,6 +82,7 @@ def run_expecting_user_error(run) -> Callable[..., str]:
         assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
         assert "Traceback" not in done.stdout
         return lines[0].removeprefix("error: ")
+
     return run_expecting_user_error
 
 
@@ -86,14 +97,29 @@ def corpus(tmp_path_factory, write_jsonl, pairs) -> Path:
         rows[7 + index] = {"other": "column"}
         write_jsonl(folder / f"{index}.jsonl", rows)
         with open(folder / f"{index}.jsonl", "a", encoding="utf-8") as file:
-            file.write('\n{"text": [3], "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
-                       '{"role": "assistant", "content": "SELECT a dog"}]}')
+            file.write(
+                '\n{"text": [3], "code": "x"}\n{"messages": [{"role": "user", "content": "q"}, '
+                '{"role": "assistant", "content": "SELECT a dog"}]}'
+            )
     sources = [json_source(folder / f"{index}.jsonl") for index in range(NUM_FILES)]
     sources += [{"type": "nlrx", "records": 200, "seed": 5}, {"type": "nlrx", "records": 50, "split": "test"}]
     path = folder / "run.yaml"
-    path.write_text(json.dumps({"name": "x", "data": {
-        "path": str(folder / "out"), "sources": sources, "tokenizer": {"vocab_size": VOCAB_SIZE}, "on_malformed": "drop",
-        "sequence_length": SEQUENCE_LENGTH, "validation_fraction": 0.1, "workers": 1}}))
+    path.write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "data": {
+                    "path": str(folder / "out"),
+                    "sources": sources,
+                    "tokenizer": {"vocab_size": VOCAB_SIZE},
+                    "on_malformed": "drop",
+                    "sequence_length": SEQUENCE_LENGTH,
+                    "validation_fraction": 0.1,
+                    "workers": 1,
+                },
+            }
+        )
+    )
     return path
 
 
@@ -109,7 +135,9 @@ def reference_corpus(corpus, run) -> Path:
 @pytest.fixture
 def set_piece_size(monkeypatch) -> Callable[..., None]:
     """Let plain files be cut into pieces of so many bytes, and be read in blocks of so many."""
+
     def cut(piece: int, block: int = files.BLOCK_BYTES) -> None:
         monkeypatch.setattr(files, "piece_length", lambda total: piece)
         monkeypatch.setattr(files, "BLOCK_BYTES", block)
+
     return cut

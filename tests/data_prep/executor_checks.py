@@ -44,6 +44,7 @@ def of_one_rank() -> None:
     def fail() -> None:
         if executor.rank == 1:
             raise UserError("rank 1 sees no file")
+
     executor.run_on_all(fail)
 
 
@@ -54,7 +55,13 @@ def crash() -> None:
     executor.run_on_all(lambda: None)  # would wait for rank 1 forever
 
 
-CHECKS = {"good": good, "bad": lambda: run(work, 8), "full": lambda: run(full, 8), "of_one_rank": of_one_rank, "crash": crash}
+CHECKS = {
+    "good": good,
+    "bad": lambda: run(work, 8),
+    "full": lambda: run(full, 8),
+    "of_one_rank": of_one_rank,
+    "crash": crash,
+}
 
 if __name__ == "__main__":
     executor = MpiExecutor(find_mpi())

@@ -37,11 +37,22 @@ def complaint(**changes) -> str:
 
 
 def test_overrides_reach_nested_keys_list_entries_and_missing_sections(config):
-    values = load_yaml(config, ["seed=7", "data.sources.1.path=train.jsonl", "data.sources.0={type: nlrx, records: 9}",
-                                "train.learning_rate=1.5e-3", "data.views=[question, answer]", "data.workers="])
+    values = load_yaml(
+        config,
+        [
+            "seed=7",
+            "data.sources.1.path=train.jsonl",
+            "data.sources.0={type: nlrx, records: 9}",
+            "train.learning_rate=1.5e-3",
+            "data.views=[question, answer]",
+            "data.workers=",
+        ],
+    )
     assert values["seed"] == 7 and values["train"] == {"learning_rate": 1.5e-3}
-    assert values["data"]["sources"] == [{"type": "nlrx", "records": 9},
-                                         {"type": "json", "split": "validation", "path": "train.jsonl"}]
+    assert values["data"]["sources"] == [
+        {"type": "nlrx", "records": 9},
+        {"type": "json", "split": "validation", "path": "train.jsonl"},
+    ]
     data = validate(DataConfig, values["data"], "data")
     assert data.views == ("question", "answer") and data.workers is None
     assert data.sources[1].path == "train.jsonl" and data.sources[1].split == "validation"
@@ -51,16 +62,23 @@ def test_an_override_value_may_hold_equals_signs(config):
     assert load_yaml(config, ["data.path=a=b"])["data"]["path"] == "a=b"
 
 
-@pytest.mark.parametrize("override, expected", [
-    ("seed", "write key=value"), ("=3", "write key=value"),
-    ("data.sources.2.path=x", "'2' is no entry of that list, which has 2 (counted from 0)"),
-    ("data.sources.path=x", "'path' is no entry of that list"),
-    ("data.sources.-1.path=x", "'-1' is no entry of that list"),
-    ("data.sources.².path=x", "'²' is no entry of that list"),
-    ("seed.x=1", "seed is a single value, it has no keys below it"),
-    ("seed=[1", "seed: cannot read the value '[1' as YAML"),
-    ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),  # a date to YAML, and an impossible one
-])
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("seed", "write key=value"),
+        ("=3", "write key=value"),
+        ("data.sources.2.path=x", "'2' is no entry of that list, which has 2 (counted from 0)"),
+        ("data.sources.path=x", "'path' is no entry of that list"),
+        ("data.sources.-1.path=x", "'-1' is no entry of that list"),
+        ("data.sources.².path=x", "'²' is no entry of that list"),
+        ("seed.x=1", "seed is a single value, it has no keys below it"),
+        ("seed=[1", "seed: cannot read the value '[1' as YAML"),
+        (
+            "name=2024-13-45",
+            "name: cannot read the value '2024-13-45' as YAML",
+        ),  # a date to YAML, and an impossible one
+    ],
+)
 def test_an_override_that_cannot_be_read_says_why(config, override, expected):
     with pytest.raises(UserError) as raised:
         load_yaml(config, [override])
@@ -78,11 +96,19 @@ def test_a_placeholder_of_no_single_value_is_an_error(config, name):
         load_yaml(config, [f"name={name!r}"])
 
 
-@pytest.mark.parametrize("content, expected", [
-    (b"name: \xff\n", "is not valid YAML"), (b"name: [", "is not valid YAML"), (b"name: 2024-13-45", "is not valid YAML"),
-    (b"- name\n", "no mapping"), (b"", "no mapping"), (b"\x00", "is not valid YAML"),
-    (b"name: x\nobjectve: {}\n", "unknown key 'objectve' in "), (b"1: x\n", "unknown key '1' in "),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"name: \xff\n", "is not valid YAML"),
+        (b"name: [", "is not valid YAML"),
+        (b"name: 2024-13-45", "is not valid YAML"),
+        (b"- name\n", "no mapping"),
+        (b"", "no mapping"),
+        (b"\x00", "is not valid YAML"),
+        (b"name: x\nobjectve: {}\n", "unknown key 'objectve' in "),
+        (b"1: x\n", "unknown key '1' in "),
+    ],
+)
 def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, expected):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
@@ -97,14 +123,20 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     assert load_yaml(path) == {"name": "x"}
 
 
-@pytest.mark.parametrize("changes, unknown, nearest", [
-    ({"sequence_lenght": 3}, "data.sequence_lenght", "data.sequence_length"),
-    ({"tokenizer": {"vocab": 3}}, "data.tokenizer.vocab", "data.tokenizer.vocab_size"),
-    ({"sources": [{"type": "nlrx", "records": 5}, {"type": "nlrx", "record": 5, "records": 1}]},
-     "data.sources.1.record", "data.sources.0.records"),
-    ({"sources": [{"type": "json", "pth": "x"}]}, "data.sources.0.pth", "data.sources.0.path"),
-    ({"on_malfromed": "drop"}, "data.on_malfromed", "data.on_malformed"),
-])
+@pytest.mark.parametrize(
+    "changes, unknown, nearest",
+    [
+        ({"sequence_lenght": 3}, "data.sequence_lenght", "data.sequence_length"),
+        ({"tokenizer": {"vocab": 3}}, "data.tokenizer.vocab", "data.tokenizer.vocab_size"),
+        (
+            {"sources": [{"type": "nlrx", "records": 5}, {"type": "nlrx", "record": 5, "records": 1}]},
+            "data.sources.1.record",
+            "data.sources.0.records",
+        ),
+        ({"sources": [{"type": "json", "pth": "x"}]}, "data.sources.0.pth", "data.sources.0.path"),
+        ({"on_malfromed": "drop"}, "data.on_malfromed", "data.on_malformed"),
+    ],
+)
 def test_an_unknown_key_names_the_nearest_known_one(changes, unknown, nearest):
     assert complaint(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
 
@@ -114,34 +146,58 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
         load_yaml(config, ["chekpoint.every=3"])
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"sequence_length": "long"}, "data.sequence_length: "), ({"sequence_length": 3}, "data.sequence_length: "),
-    ({"validation_fraction": 1.0}, "data.validation_fraction: "), ({"workers": 0}, "data.workers: "),
-    ({"lm_views": "first"}, "data.lm_views: "), ({"on_malformed": "skip"}, "data.on_malformed: "),
-    ({"path": 3}, "data.path: "), ({"path": None}, "data.path: "), ({"views": []}, "data.views"),
-    ({"views": ["text", "text"]}, "a name of its own"),
-    ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "), ({"sources": [{"records": 5}]}, "data.sources.0.type is missing"),
-    ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
-    ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
-    ({"sources": [{"type": "nlrx", "records": 5, "split": "dev"}]}, "data.sources.0.split: "),
-    ({"sources": {"0": {}}}, "data.sources: "),
-    ({"sources": [{"type": "json", "weight": 0}]}, "data.sources.0.weight: "),
-    ({"sources": [{"type": "json", "weight": 2, "split": "test"}]}, "data.sources.0: weight acts on sources of split train only"),
-    ({"sources": [{"type": "nlrx", "records": 1, "weight": 0.5, "split": "validation"}]}, "data.sources.0: weight acts on sources of split train"),
-    ({"sources": [{"type": "json", "views": 3}]}, "data.sources.0.views: give a mapping of views to columns, or the name of a column"),
-    ({"sources": [{"type": "json", "views": {}}]}, "data.sources.0.views: give a mapping"),
-    ({"sources": [{"type": "json", "views": {"text": 3}}]}, "data.sources.0.views: give a mapping"),
-    ({"sources": [{"type": "json", "views": {"text": ""}}]}, "data.sources.0.views: give a mapping"),
-    ({"sources": [{"type": "json", "views": ["a"]}]}, "data.sources.0.views: give a mapping"),
-    ({"sources": [{"type": "hub"}]}, "data.sources.0.path: "),
-    ({"sources": [{"type": "text", "separator": "a\nb"}]}, "data.sources.0.separator: a separator is the text of one line"),
-    ({"sources": [{"type": "text", "separator": "  "}]}, "data.sources.0.separator: a separator is the text of one line"),
-    ({"sources": [{"type": "text", "separator": "x" * 1001}]}, "data.sources.0.separator: "),
-    ({"sources": [{"type": "text", "records": 3}]}, "data.sources.0.records has no effect with text: leave it out"),
-    ({"tokenizer": {}}, "data.tokenizer: give exactly one"),
-    ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "data.tokenizer: give exactly one"),
-    ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"sequence_length": "long"}, "data.sequence_length: "),
+        ({"sequence_length": 3}, "data.sequence_length: "),
+        ({"validation_fraction": 1.0}, "data.validation_fraction: "),
+        ({"workers": 0}, "data.workers: "),
+        ({"lm_views": "first"}, "data.lm_views: "),
+        ({"on_malformed": "skip"}, "data.on_malformed: "),
+        ({"path": 3}, "data.path: "),
+        ({"path": None}, "data.path: "),
+        ({"views": []}, "data.views"),
+        ({"views": ["text", "text"]}, "a name of its own"),
+        ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "),
+        ({"sources": [{"records": 5}]}, "data.sources.0.type is missing"),
+        ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
+        ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
+        ({"sources": [{"type": "nlrx", "records": 5, "split": "dev"}]}, "data.sources.0.split: "),
+        ({"sources": {"0": {}}}, "data.sources: "),
+        ({"sources": [{"type": "json", "weight": 0}]}, "data.sources.0.weight: "),
+        (
+            {"sources": [{"type": "json", "weight": 2, "split": "test"}]},
+            "data.sources.0: weight acts on sources of split train only",
+        ),
+        (
+            {"sources": [{"type": "nlrx", "records": 1, "weight": 0.5, "split": "validation"}]},
+            "data.sources.0: weight acts on sources of split train",
+        ),
+        (
+            {"sources": [{"type": "json", "views": 3}]},
+            "data.sources.0.views: give a mapping of views to columns, or the name of a column",
+        ),
+        ({"sources": [{"type": "json", "views": {}}]}, "data.sources.0.views: give a mapping"),
+        ({"sources": [{"type": "json", "views": {"text": 3}}]}, "data.sources.0.views: give a mapping"),
+        ({"sources": [{"type": "json", "views": {"text": ""}}]}, "data.sources.0.views: give a mapping"),
+        ({"sources": [{"type": "json", "views": ["a"]}]}, "data.sources.0.views: give a mapping"),
+        ({"sources": [{"type": "hub"}]}, "data.sources.0.path: "),
+        (
+            {"sources": [{"type": "text", "separator": "a\nb"}]},
+            "data.sources.0.separator: a separator is the text of one line",
+        ),
+        (
+            {"sources": [{"type": "text", "separator": "  "}]},
+            "data.sources.0.separator: a separator is the text of one line",
+        ),
+        ({"sources": [{"type": "text", "separator": "x" * 1001}]}, "data.sources.0.separator: "),
+        ({"sources": [{"type": "text", "records": 3}]}, "data.sources.0.records has no effect with text: leave it out"),
+        ({"tokenizer": {}}, "data.tokenizer: give exactly one"),
+        ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "data.tokenizer: give exactly one"),
+        ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
+    ],
+)
 def test_a_value_that_cannot_be_meant_names_its_key(changes, expected):
     assert expected in complaint(**changes)
 
@@ -150,8 +206,14 @@ def test_only_settings_that_change_shards_count_as_another_preparation():
     base = validate(DataConfig, DATA).shard_settings()
     for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
         assert validate(DataConfig, DATA | same).shard_settings() == base
-    for other in ({"sequence_length": 64}, {"views": ["a", "b"]}, {"validation_fraction": 0.1}, {"tokenizer": {"vocab_size": 401}},
-                  {"sources": [{"type": "nlrx", "records": 5, "seed": 1}]}, {"on_malformed": "drop"}):
+    for other in (
+        {"sequence_length": 64},
+        {"views": ["a", "b"]},
+        {"validation_fraction": 0.1},
+        {"tokenizer": {"vocab_size": 401}},
+        {"sources": [{"type": "nlrx", "records": 5, "seed": 1}]},
+        {"on_malformed": "drop"},
+    ):
         assert validate(DataConfig, DATA | other).shard_settings() != base
 
 
@@ -165,7 +227,8 @@ def test_the_data_sections_in_the_repository_are_valid():
 def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_expecting_user_error, tmp_path):
     assert "No such file" in run_expecting_user_error(tmp_path / "absent.yaml")
     assert run_expecting_user_error(config, "data.tokenizer.vocab_sise=3") == (
-        "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'")
+        "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'"
+    )
     config.write_text("name: x\n")
     assert "no `data` section" in run_expecting_user_error(config)
 
@@ -178,17 +241,29 @@ def test_a_key_that_is_given_twice_is_named(tmp_path):
     assert load_yaml(tmp_path / "run.yaml")["train"] == {"path": "b"}
 
 
-@pytest.mark.parametrize("source, message", [
-    ({"path": "a.jsonl"}, "data.sources.0.type is missing"), ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of")])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"path": "a.jsonl"}, "data.sources.0.type is missing"),
+        ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of"),
+    ],
+)
 def test_a_source_without_a_known_type_is_named(source, message):
     with pytest.raises(UserError, match=message):
         validate(DataConfig, {"path": "x", "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
 
 
-@pytest.mark.parametrize("test, message", [
-    ({"type": "csv", "path": "a.csv"}, r"evaluation.tasks.0.test.type: 'csv' is none of 'json', 'hub'"),
-    ({"path": "a.jsonl"}, "evaluation.tasks.0.test.type is missing"),
-    ({"type": "json", "paht": "a"}, "unknown key 'evaluation.tasks.0.test.paht'; the nearest known one is 'evaluation.tasks.0.test.path'")])
+@pytest.mark.parametrize(
+    "test, message",
+    [
+        ({"type": "csv", "path": "a.csv"}, r"evaluation.tasks.0.test.type: 'csv' is none of 'json', 'hub'"),
+        ({"path": "a.jsonl"}, "evaluation.tasks.0.test.type is missing"),
+        (
+            {"type": "json", "paht": "a"},
+            "unknown key 'evaluation.tasks.0.test.paht'; the nearest known one is 'evaluation.tasks.0.test.path'",
+        ),
+    ],
+)
 def test_a_wrong_source_of_test_rows_is_named(test, message):
     data = validate(DataConfig, {"path": "x", "tokenizer": {"vocab_size": 300}}, "data")
     with pytest.raises(UserError, match=message):

@@ -12,7 +12,24 @@ from data_prep import text_chunks
 from data_prep.tokenizer import Tokenizer
 from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepare_quietly, shard_rows, split_rows
 
-WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe", "犬", "🐕"]
+WORDS = [
+    "list",
+    "all",
+    "the",
+    "names",
+    "of",
+    "dogs",
+    "and",
+    "cats",
+    "in",
+    "a",
+    "town",
+    "sorted",
+    "by",
+    "größe",
+    "犬",
+    "🐕",
+]
 
 
 def words(count: int, seed: int) -> str:
@@ -44,7 +61,9 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
             found.append(document)
             document = []
     assert found == [tokenizer.encode_batch([text])[0] for text in documents] and document == []
-    assert manifest["splits"]["train"]["continued"] == sum(table["continues"].to_pylist()) == len(table) - len(documents)
+    assert (
+        manifest["splits"]["train"]["continued"] == sum(table["continues"].to_pylist()) == len(table) - len(documents)
+    )
     assert manifest["dropped"] == {}
 
 
@@ -53,21 +72,32 @@ def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "first" / "tokenizer")
     prefixes = [documents[1][:length] for length in range(1, 1000)]
     tokens = [len(ids) for ids in tokenizer.encode_batch(prefixes)]
-    for count, expected in ((SEQUENCE_LENGTH - 2, [SEQUENCE_LENGTH - 2]), (SEQUENCE_LENGTH - 1, [SEQUENCE_LENGTH - 2, 1])):
+    for count, expected in (
+        (SEQUENCE_LENGTH - 2, [SEQUENCE_LENGTH - 2]),
+        (SEQUENCE_LENGTH - 1, [SEQUENCE_LENGTH - 2, 1]),
+    ):
         (tmp_path / "documents.txt").write_text(prefixes[tokens.index(count)])
         out = tmp_path / str(count)
-        prepare_quietly(data_config(out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
-        assert [len(tokens) for tokens, in split_rows(out, views=("text",))] == expected
+        prepare_quietly(
+            data_config(
+                out, text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}
+            )
+        )
+        assert [len(tokens) for (tokens,) in split_rows(out, views=("text",))] == expected
 
 
 def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pairs):
     source = json_source(write_jsonl(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
     manifest = prepare_quietly(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
-    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, "of the source of pairs alone"
+    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, (
+        "of the source of pairs alone"
+    )
     first, second = manifest["splits"]["train"]["shards"]
     assert (first["source"], second["source"], first["incomplete"]) == (0, 1, 0)
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
-    assert [(decode(text), decode(code)) for text, code in shard_rows(tmp_path / "out", first)] == [tuple(row.values()) for row in pairs(50)]
+    assert [(decode(text), decode(code)) for text, code in shard_rows(tmp_path / "out", first)] == [
+        tuple(row.values()) for row in pairs(50)
+    ]
     assert all(text is None for text, _ in shard_rows(tmp_path / "out", second))
     joined = "".join(decode(code) for _, code in shard_rows(tmp_path / "out", second))
     assert joined == "".join(documents) and second["incomplete"] == second["records"]
@@ -81,8 +111,14 @@ def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing
     monkeypatch.setattr(text_chunks, "AROUND", 100)
     calls = []
     real = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts))
-    prepare_quietly(data_config(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")}))
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode_batch",
+        lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts),
+    )
+    prepare_quietly(
+        data_config(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")})
+    )
     assert 500 < max(calls) <= 1000
     assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
 
@@ -90,9 +126,16 @@ def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing
 def gpt2_style(folder) -> tokenizers.Tokenizer:
     """Byte pairs in words with the blank before them, cut by GPT-2's expression."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator([f"{words(3000, seed=1)}\n    indented  twice\n\n"] * 3, tokenizers.trainers.BpeTrainer(
-        vocab_size=330, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        [f"{words(3000, seed=1)}\n    indented  twice\n\n"] * 3,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=330, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     tokenizer.save(str(folder / "gpt2.json"))
     return tokenizer
 
@@ -104,8 +147,14 @@ def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "AROUND", 200)
-    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}))
-    assert [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens] == tokenizer.encode(text).ids
+    prepare_quietly(
+        data_config(
+            tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}
+        )
+    )
+    assert [
+        token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens
+    ] == tokenizer.encode(text).ids
     parts = text_chunks.chunk_text(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
     assert "".join(parts) == text and max(map(len, parts)) <= 1000, "its parts are short, however"
 
@@ -114,29 +163,50 @@ def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
     prepare_quietly(data_config(tmp_path / "first", text_source(tmp_path), views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     (tmp_path / "documents.txt").write_text("犬" * 2500, encoding="utf-8")
-    prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "first" / "tokenizer")}))
+    prepare_quietly(
+        data_config(
+            tmp_path / "out",
+            text_source(tmp_path),
+            views=["text"],
+            tokenizer={"path": str(tmp_path / "first" / "tokenizer")},
+        )
+    )
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
-    assert decode([token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]) == "犬" * 2500
+    assert (
+        decode([token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens])
+        == "犬" * 2500
+    )
 
 
 def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, monkeypatch):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3}, [("▁", "a")], byte_fallback=False))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3}, [("▁", "a")], byte_fallback=False)
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "documents.txt").write_text("a ab b " * 200)
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 100)
     settings = {"views": ["text"], "tokenizer": {"path": str(tmp_path / "tokenizer.json")}}
     prepare_quietly(data_config(tmp_path / "out", text_source(tmp_path), **settings))
-    tokens = [token for tokens, in split_rows(tmp_path / "out", views=("text",)) for token in tokens]
+    tokens = [token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens]
     assert tokens == tokenizer.encode("a ab b " * 200).ids
 
 
 def test_a_list_of_paraphrases_becomes_the_views(tmp_path, write_jsonl):
     rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows), views="phrases")
-    manifest = prepare_quietly(data_config(tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}))
+    manifest = prepare_quietly(
+        data_config(
+            tmp_path / "out", source, views=["one", "two", "three"], missing_views="keep", tokenizer={"vocab_size": 300}
+        )
+    )
     decode = Tokenizer.load(tmp_path / "out" / "tokenizer").decode
-    texts = [tuple(decode(tokens) if tokens else None for tokens in row) for row in split_rows(tmp_path / "out", views=("one", "two", "three"))]
+    texts = [
+        tuple(decode(tokens) if tokens else None for tokens in row)
+        for row in split_rows(tmp_path / "out", views=("one", "two", "three"))
+    ]
     assert texts == [("a b", "b c", "c d"), ("d e", None, None), ("e f", "f g", "g h"), ("h a", "a c", None)]
-    assert manifest["sources"] == [{"weight": 1.0, "records": 4, "kept": 4, "tokens": sum(manifest["splits"]["train"]["tokens"].values())}]
+    assert manifest["sources"] == [
+        {"weight": 1.0, "records": 4, "kept": 4, "tokens": sum(manifest["splits"]["train"]["tokens"].values())}
+    ]
     assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest

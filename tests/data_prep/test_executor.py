@@ -18,7 +18,13 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 
 def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
     command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("executor_checks.py"), folder, check]
-    return subprocess.run(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, capture_output=True, text=True, timeout=TIMEOUT)
+    return subprocess.run(
+        list(map(str, command)),
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
 
 
 @needs_mpi
@@ -32,7 +38,9 @@ def test_ranks_share_the_tasks_and_what_one_of_them_found(tmp_path):
 def test_a_bad_unit_is_one_line_and_the_others_are_done(tmp_path):
     done = ranks(tmp_path, "bad")
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error: unit 3 is bad (1 more unit failed)"]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
+        "error: unit 3 is bad (1 more unit failed)"
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "4", "6", "7"}
 
 
@@ -60,7 +68,9 @@ def test_processes_that_mpi_does_not_know_of_are_noticed(command, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("name: x")
     arguments, environment = command(config)
-    done = subprocess.run(arguments, env=environment | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run(
+        arguments, env=environment | {"SLURM_STEP_NUM_TASKS": "2"}, capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.returncode == 2 and "2 processes were started together, but MPI sees 1" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
 

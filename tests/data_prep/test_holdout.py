@@ -38,20 +38,28 @@ def texts_of(folder) -> dict[str, list[tuple[str, ...]]]:
 
 
 MANY = [f"SELECT {number}" for number in range(1000)]
-DRAWS = {"two words": ["Good", "Bad"] * 1000, "two other words": ["positive", "negative"] * 1000,
-         "sorted": ["positive"] * 1000 + ["negative"] * 1000, "one in ten": (["no"] * 9 + ["yes"]) * 200,
-         "twenty classes": [f"class {number % 20}" for number in range(2000)]}
+DRAWS = {
+    "two words": ["Good", "Bad"] * 1000,
+    "two other words": ["positive", "negative"] * 1000,
+    "sorted": ["positive"] * 1000 + ["negative"] * 1000,
+    "one in ten": (["no"] * 9 + ["yes"]) * 200,
+    "twenty classes": [f"class {number % 20}" for number in range(2000)],
+}
 
 
 @pytest.mark.parametrize("kind", DRAWS)
 def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, write_jsonl, settings, kind):
     rows = rows_of(DRAWS[kind], contexts=1500)
     said = []
-    prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings), say=said.append)
+    prepare(
+        data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings), say=said.append
+    )
     found = texts_of(tmp_path / "out")
     trained, held_out = ({text for text, _ in found[split]} for split in ("train", "validation"))
     assert 0.03 < len(found["validation"]) / sum(map(len, found.values())) < 0.08
-    assert {code for _, code in found["validation"]} >= {target for target in DRAWS[kind] if DRAWS[kind].count(target) > 50}
+    assert {code for _, code in found["validation"]} >= {
+        target for target in DRAWS[kind] if DRAWS[kind].count(target) > 50
+    }
     assert not trained & held_out and held_out == {row["text"] for row in rows if held_out_by_hash(row["text"])}
     assert any(f"data.sources.0 has {len(set(DRAWS[kind]))} frequent targets" in line for line in said)
 
@@ -62,17 +70,29 @@ def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_pa
     targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
     rows = rows_of(targets)
     said = []
-    prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"), say=said.append)
+    prepare(
+        data_config(
+            tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"
+        ),
+        say=said.append,
+    )
     found = texts_of(tmp_path / "out")
     trained, held_out = ({code for _, code in found[split]} for split in ("train", "validation"))
     assert trained & held_out == {"not answerable"}
-    expected = {(row["text"], row["code"]) for row in rows if held_out_by_hash(row["text" if row["code"] == "not answerable" else "code"])}
+    expected = {
+        (row["text"], row["code"])
+        for row in rows
+        if held_out_by_hash(row["text" if row["code"] == "not answerable" else "code"])
+    }
     assert set(found["validation"]) == expected
     assert any("data.sources.0 has 1 frequent target, such as a label" in line for line in said)
 
 
-@pytest.mark.parametrize("targets", [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
-                         ids=["each once", "each some times", "few records", "200 targets of 20"])
+@pytest.mark.parametrize(
+    "targets",
+    [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
+    ids=["each once", "each some times", "few records", "200 targets of 20"],
+)
 def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, write_jsonl, settings, targets):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows_of(targets)))
     said = []
@@ -82,9 +102,13 @@ def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, w
     assert not any("frequent target" in line for line in said)
 
 
-def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(tmp_path, write_jsonl, settings, set_piece_size):
-    sources = [json_source(write_jsonl(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
-               for number, targets in enumerate([DRAWS["sorted"], MANY])]
+def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(
+    tmp_path, write_jsonl, settings, set_piece_size
+):
+    sources = [
+        json_source(write_jsonl(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
+        for number, targets in enumerate([DRAWS["sorted"], MANY])
+    ]
     found = []
     for workers, piece in ((1, 1 << 22), (1, 8000), (3, 8000)):
         set_piece_size(piece)
@@ -111,4 +135,6 @@ def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, write_json
     phrases = [[f"one {number}", f"other {number}"] for number in range(400)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
     prepare_quietly(data_config(tmp_path / "out", source, **settings))
-    assert {tuple(row) for row in texts_of(tmp_path / "out")["validation"]} == {(one, other) for one, other in phrases if held_out_by_hash(other)}
+    assert {tuple(row) for row in texts_of(tmp_path / "out")["validation"]} == {
+        (one, other) for one, other in phrases if held_out_by_hash(other)
+    }

@@ -39,22 +39,35 @@ def held(tmp_path_factory):
 
 
 @needs_mpi
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(corpus, reference_corpus, command, run, held, tmp_path):
+def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
+    corpus, reference_corpus, command, run, held, tmp_path
+):
     arguments, environment = command(corpus, f"data.path={tmp_path}")
     with open(tmp_path / ".log", "w") as log:
-        process = subprocess.Popen([MPIRUN, "-n", "3", *arguments], env=environment | held(tmp_path / ".partial/scan/*.json", 2),
-                                   start_new_session=True, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [MPIRUN, "-n", "3", *arguments],
+            env=environment | held(tmp_path / ".partial/scan/*.json", 2),
+            start_new_session=True,
+            stdout=log,
+            stderr=log,
+        )
     wait_for(lambda: len(list(tmp_path.glob(".partial/scan/*.json"))) > 1)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
     ranks[-1].kill()
-    assert process.wait(timeout=TIMEOUT) != 0 and not psutil.wait_procs(ranks, timeout=TIMEOUT)[1], "ranks outlive one of them"
+    assert process.wait(timeout=TIMEOUT) != 0 and not psutil.wait_procs(ranks, timeout=TIMEOUT)[1], (
+        "ranks outlive one of them"
+    )
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / ".log").unlink()
-    done = subprocess.run([MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run(
+        [MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert done.returncode == 0, done.stderr
     assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
     assert contents(tmp_path) == contents(reference_corpus)
-    again = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    again = subprocess.run(
+        [MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
 
 
@@ -62,19 +75,41 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference
     units = NUM_FILES + 2
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
-    moments = [(".partial/settings.json", 1), (scans, 1), (scans, units), (".partial/duplicate/00000.npy", 1), (".partial/tokenizer", 1),
-               ("tokenizer", 1), (".*.arrow.*.tmp", 1), (reports, units // 2), (reports, units - 1), ("manifest.json", 1)]
+    moments = [
+        (".partial/settings.json", 1),
+        (scans, 1),
+        (scans, units),
+        (".partial/duplicate/00000.npy", 1),
+        (".partial/tokenizer", 1),
+        ("tokenizer", 1),
+        (".*.arrow.*.tmp", 1),
+        (reports, units // 2),
+        (reports, units - 1),
+        ("manifest.json", 1),
+    ]
     killed, written = 0, {}
     for pattern, count in moments:
         arguments, environment = command(corpus, f"data.path={tmp_path}")
         with open(tmp_path / ".log", "w") as log:
-            process = subprocess.Popen(arguments, env=environment | held(tmp_path / pattern, count), start_new_session=True, stdout=log, stderr=log)
-        wait_for(lambda process=process, pattern=pattern, count=count: len(list(tmp_path.glob(pattern))) >= count or process.poll() is not None)
+            process = subprocess.Popen(
+                arguments,
+                env=environment | held(tmp_path / pattern, count),
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(
+            lambda process=process, pattern=pattern, count=count: (
+                len(list(tmp_path.glob(pattern))) >= count or process.poll() is not None
+            )
+        )
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         wait_for(lambda process=process: not processes_of_session(process.pid))
-        assert all(shard.read_bytes() == (reference_corpus / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow"))
+        assert all(
+            shard.read_bytes() == (reference_corpus / shard.name).read_bytes() for shard in tmp_path.glob("*.arrow")
+        )
         for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
@@ -96,10 +131,23 @@ def busy(corpus, reference_corpus, command, tmp_path):
     large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
     sources = [json_source(large)] * 40
     tokenizer = reference_corpus / "tokenizer"
-    arguments, environment = command(corpus, f"data.path={tmp_path}", "data.workers=2", f"data.sources={json.dumps(sources)}",
-                                     f"data.tokenizer={{path: {tokenizer}}}", "data.deduplicate=none")
-    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which tests in the background ignore
+    arguments, environment = command(
+        corpus,
+        f"data.path={tmp_path}",
+        "data.workers=2",
+        f"data.sources={json.dumps(sources)}",
+        f"data.tokenizer={{path: {tokenizer}}}",
+        "data.deduplicate=none",
+    )
+    process = subprocess.Popen(
+        arguments,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # which tests in the background ignore
     wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)
     yield process
     for pid in processes_of_session(process.pid):
@@ -140,11 +188,17 @@ def test_other_settings_start_an_interrupted_run_afresh(write_jsonl, pairs, tmp_
     tokenizer = data_config(tmp_path / "first", good).tokenizer
     prepare_quietly(data_config(tmp_path / "first", good))
     taken = {"path": str(tmp_path / "first" / "tokenizer")}
-    with pytest.raises(UserError, match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop"):
+    with pytest.raises(
+        UserError,
+        match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop",
+    ):
         prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=taken))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
     said = []
-    settings = {"tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10}, "sequence_length": 64}
+    settings = {
+        "tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10},
+        "sequence_length": 64,
+    }
     prepare(data_config(tmp_path / "out", good, **settings), say=said.append)
     assert "the interrupted preparation had other settings: starting afresh" in said
     prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
@@ -164,4 +218,6 @@ def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pai
 def test_two_runs_do_not_prepare_one_folder_at_once(corpus, run_expecting_user_error, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run_expecting_user_error(corpus, f"data.path={tmp_path}").startswith(f"another process is preparing {tmp_path}; wait for it")
+        assert run_expecting_user_error(corpus, f"data.path={tmp_path}").startswith(
+            f"another process is preparing {tmp_path}; wait for it"
+        )

@@ -3,6 +3,7 @@
 The parser below is written from the table of the grammar alone, as a second opinion: from a regex it finds every
 tree that could have written it, and shares no code with the module's rules.
 """
+
 import collections
 import functools
 import itertools
@@ -38,6 +39,7 @@ ROWS = 6000  # generated rows a split is checked on
 
 
 # The parser: regex -> every tree whose regex it is.
+
 
 def closing_brackets(text: str) -> dict[int, int] | None:
     """The position of the closing bracket for each opening one; None where they do not match."""
@@ -148,6 +150,7 @@ def generated() -> dict[str, list[tuple[str, str]]]:
 
 # Against the published pairs.
 
+
 def test_every_published_pair_derives_from_one_tree_within_the_limits(published):
     assert len(published) == 10_000
     for english, target in published:
@@ -175,6 +178,7 @@ def test_generated_text_is_as_long_as_published(published, generated):
 
 
 # The generator.
+
 
 def test_every_generated_pair_is_of_the_grammar_and_within_the_limits(generated):
     for english, target in itertools.chain(*generated.values()):
@@ -243,8 +247,12 @@ def test_rows_are_the_same_in_processes_with_other_hash_seeds():
     )
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", program], cwd=REPO_ROOT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", program],
+            cwd=REPO_ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for hash_seed in ("0", "1", "4321")
     }
@@ -271,6 +279,7 @@ def test_unknown_split_is_an_error_that_names_the_splits():
 
 
 # Readings.
+
 
 def leaf(literal: str) -> Tree:
     return Tree("terminal", (), literal)

@@ -82,9 +82,11 @@ def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_the
             assert entry["tokens"][name] == sum(lengths) and entry["longest"][name] == max(lengths)
         assert entry["positions_needed"] == max(len(text) + 2 * len(code) + 16 for text, code in splits[split])
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {
-        reason: len(places) for reason, places in dropped.items()}
-    assert {reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()} == {
-        reason: places[:5] for reason, places in dropped.items()}
+        reason: len(places) for reason, places in dropped.items()
+    }
+    assert {
+        reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()
+    } == {reason: places[:5] for reason, places in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
     assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record is lost"
 
@@ -92,7 +94,14 @@ def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_the
 def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_corpus):
     manifest = json.loads((reference_corpus / "manifest.json").read_text())
     shards = {shard["file"]: shard for entry in manifest["splits"].values() for shard in entry["shards"]}
-    assert {path.name for path in reference_corpus.iterdir()} == {*shards, "manifest.json", "summary.md", "tokenizer", ".lock", ".modified.json"}
+    assert {path.name for path in reference_corpus.iterdir()} == {
+        *shards,
+        "manifest.json",
+        "summary.md",
+        "tokenizer",
+        ".lock",
+        ".modified.json",
+    }
     for name, shard in shards.items():
         content = (reference_corpus / name).read_bytes()
         assert shard["bytes"] == len(content) and shard["sha256"] == hashlib.sha256(content).hexdigest()
@@ -103,8 +112,10 @@ def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_cor
 def test_datasets_and_pandas_open_the_shards(corpus, reference_corpus, tmp_path):
     datasets = pytest.importorskip("datasets")
     expected = expected_records(corpus, reference_corpus / "tokenizer")[0]["test"]
-    files = [str(reference_corpus / shard["file"])
-             for shard in json.loads((reference_corpus / "manifest.json").read_text())["splits"]["test"]["shards"]]
+    files = [
+        str(reference_corpus / shard["file"])
+        for shard in json.loads((reference_corpus / "manifest.json").read_text())["splits"]["test"]["shards"]
+    ]
     loaded = datasets.load_dataset("arrow", data_files=files, cache_dir=str(tmp_path), split="train")
     assert list(zip(loaded["text"], loaded["code"], strict=True)) == expected
     frame = pandas.concat([pandas.read_feather(file) for file in files])
@@ -120,6 +131,7 @@ def test_any_number_of_processes_writes_the_same_bytes(corpus, reference_corpus,
 def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in reference_corpus.rglob("*") if path.name != ".lock"}
+
     before = times()
     done = run(corpus, "data.workers=2", "data.lm_views=last")
     assert done.returncode == 0 and "is prepared already, nothing to do: train " in done.stdout
@@ -129,10 +141,16 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
 def test_a_run_tells_what_it_dropped(corpus, reference_corpus):
     said = (corpus.parent / "said").read_text().splitlines()
     place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
-    assert f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {place}" in said
+    assert (
+        f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {place}"
+        in said
+    )
     assert said[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
-    assert f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:\n\n    {place}\n" in summary
+    assert (
+        f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:\n\n    {place}\n"
+        in summary
+    )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
@@ -145,7 +163,9 @@ def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 2000)
     manifest = prepare_quietly(data_config(tmp_path / "cut", source, other, **settings))
     files = [entry["file"] for entry in manifest["splits"]["train"]["shards"]]
-    assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"] and files[-1].startswith("train-00001.")
+    assert files[:3] == ["train-00000.arrow", "train-00000.001.arrow", "train-00000.002.arrow"] and files[
+        -1
+    ].startswith("train-00001.")
     for split in ("train", "validation"):
         assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
@@ -160,7 +180,9 @@ def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl,
     prepare_quietly(data_config(tmp_path / "trained", source))
     prepare_quietly(data_config(tmp_path / "taken", source, **taken))
     before = contents(tmp_path / "trained")
-    with pytest.raises(UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"):
+    with pytest.raises(
+        UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"
+    ):
         prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
     with pytest.raises(UserError, match=r"was prepared with another data\.sources"):
         prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
@@ -190,7 +212,10 @@ def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_
 
 def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
-    for name, given in (("folder", reference_corpus / "tokenizer"), ("model", reference_corpus / "tokenizer" / "tokenizer.model")):
+    for name, given in (
+        ("folder", reference_corpus / "tokenizer"),
+        ("model", reference_corpus / "tokenizer" / "tokenizer.model"),
+    ):
         prepare_quietly(data_config(tmp_path / name, source, tokenizer={"path": str(given)}, sequence_length=512))
     rows = shard_rows(tmp_path / "folder", {"file": "train-00000.arrow"})
     assert rows == shard_rows(tmp_path / "model", {"file": "train-00000.arrow"})
@@ -204,19 +229,29 @@ def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "w69999 w65536", "code": "w65535 w1"}]))
-    manifest = prepare_quietly(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}))
+    manifest = prepare_quietly(
+        data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")})
+    )
     entry = manifest["splits"]["train"]["shards"][0]
     assert shard_rows(tmp_path / "out", entry) == [([69999, 65536], [65535, 1])]
     assert open_shard(tmp_path / "out", entry, ["text", "code"]).columns[0].values.dtype == np.uint32
 
 
-def test_held_out_records_share_no_target_with_training_and_have_about_their_share(write_jsonl, pairs, reference_corpus, tmp_path):
+def test_held_out_records_share_no_target_with_training_and_have_about_their_share(
+    write_jsonl, pairs, reference_corpus, tmp_path
+):
     rows = [row | {"text": f"{row['text']} {again}"} for row in pairs(1500) for again in (1, 2)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
-    settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.2, "sequence_length": 512}
+    settings = {
+        "tokenizer": {"path": str(reference_corpus / "tokenizer")},
+        "validation_fraction": 0.2,
+        "sequence_length": 512,
+    }
     manifest = prepare_quietly(data_config(tmp_path / "out", source, **settings))
-    targets = {split: [tuple(code) for _, code in shard_rows(tmp_path / "out", entry["shards"][0])]
-               for split, entry in manifest["splits"].items()}
+    targets = {
+        split: [tuple(code) for _, code in shard_rows(tmp_path / "out", entry["shards"][0])]
+        for split, entry in manifest["splits"].items()
+    }
     assert not set(targets["train"]) & set(targets["validation"])
     assert len(targets["train"]) + len(targets["validation"]) == 3000
     assert abs(len(set(targets["validation"])) - 300) < 4 * (1500 * 0.2 * 0.8) ** 0.5  # four standard deviations
@@ -229,8 +264,10 @@ def test_only_training_sources_are_held_out_from(write_jsonl, pairs, reference_c
 
 
 def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
-    sources = [{"type": "nlrx", "split": split, "records": 400, "seed": seed}
-               for seed, split in enumerate(("train", "validation", "test"))]
+    sources = [
+        {"type": "nlrx", "split": split, "records": 400, "seed": seed}
+        for seed, split in enumerate(("train", "validation", "test"))
+    ]
     manifest = prepare_quietly(data_config(tmp_path, *sources, sequence_length=2048, deduplicate="none"))
     assert manifest["dropped"] == {}
     decode, targets = Tokenizer.load(tmp_path / "tokenizer").decode, {}
@@ -238,7 +275,9 @@ def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
         rows = [(decode(text), decode(code)) for shard in entry["shards"] for text, code in shard_rows(tmp_path, shard)]
         assert rows == [generate(seed, split, index) for index in range(400)]
         targets[split] = {code for _, code in rows}
-    assert not targets["train"] & targets["validation"] and not targets["test"] & (targets["train"] | targets["validation"])
+    assert not targets["train"] & targets["validation"] and not targets["test"] & (
+        targets["train"] | targets["validation"]
+    )
 
 
 @pytest.mark.parametrize("records", [1, PIECE_RECORDS, PIECE_RECORDS + 1])

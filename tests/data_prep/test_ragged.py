@@ -5,7 +5,15 @@ import pytest
 
 from data_prep.ragged import ragged_ranges, ragged_sums, splitmix64
 
-RUNS = [[], [0], [3], [0, 0], [2, 0, 5, 1, 0], [0, 4], *(np.random.default_rng(seed).integers(0, 9, 40).tolist() for seed in range(3))]
+RUNS = [
+    [],
+    [0],
+    [3],
+    [0, 0],
+    [2, 0, 5, 1, 0],
+    [0, 4],
+    *(np.random.default_rng(seed).integers(0, 9, 40).tolist() for seed in range(3)),
+]
 
 
 @pytest.mark.parametrize("lengths", RUNS)
@@ -29,7 +37,11 @@ def test_run_sums_adds_up_every_run_and_wraps_around(lengths, dtype):
 def test_mix_is_splitmix64():
     """The first outputs of the published generator from seed 1234567."""
     state = [(1234567 + step * 0x9E3779B97F4A7C15) % 2**64 for step in range(3)]
-    assert splitmix64(np.array(state, np.uint64)).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert splitmix64(np.array(state, np.uint64)).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 def test_mix_tells_neighbours_apart_in_every_bit():

@@ -35,7 +35,13 @@ def big(tmp_path_factory) -> Path:
     synsets = [json.loads(line) for line in (SHARED / "wordnet" / "synsets.jsonl").read_text().splitlines()]
     pairs = [(synset["gloss"], ", ".join(synset["words"])) for synset in synsets]
     reader = open_source(PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), ("text", "code"), "source")
-    pairs += [record.views for piece in reader.pieces() if "site-packages" not in piece.path for record in reader.read(piece) if record.views]
+    pairs += [
+        record.views
+        for piece in reader.pieces()
+        if "site-packages" not in piece.path
+        for record in reader.read(piece)
+        if record.views
+    ]
     documents = (SHARED / "text" / "sqlite3-doc.txt").read_text()
     (folder / "documents.txt").write_text(documents)
     written = copy = 0
@@ -43,21 +49,43 @@ def big(tmp_path_factory) -> Path:
         rng.shuffle(pairs)
         with open(folder / f"pairs-{copy:02d}.jsonl", "w") as file:
             for text, code in pairs[: RECORDS - written]:
-                file.write(json.dumps({"text": text, "code": code if rng.random() < 0.05 else f"{code} #{copy}"}) + "\n")
+                file.write(
+                    json.dumps({"text": text, "code": code if rng.random() < 0.05 else f"{code} #{copy}"}) + "\n"
+                )
                 written += 1
         copy += 1
     config = folder / "run.yaml"
-    config.write_text(json.dumps({"name": "big", "data": {
-        "path": str(folder / "out"), "tokenizer": {"vocab_size": 8000}, "sequence_length": 1024, "validation_fraction": 0.01, "workers": 2,
-        "sources": [{"type": "json", "path": str(folder / "pairs-*.jsonl")},
-                    {"type": "text", "path": str(folder / "documents.txt"), "separator": ""}]}}))
+    config.write_text(
+        json.dumps(
+            {
+                "name": "big",
+                "data": {
+                    "path": str(folder / "out"),
+                    "tokenizer": {"vocab_size": 8000},
+                    "sequence_length": 1024,
+                    "validation_fraction": 0.01,
+                    "workers": 2,
+                    "sources": [
+                        {"type": "json", "path": str(folder / "pairs-*.jsonl")},
+                        {"type": "text", "path": str(folder / "documents.txt"), "separator": ""},
+                    ],
+                },
+            }
+        )
+    )
     return config
 
 
 def prepare(config: Path, out: Path, ranks: int) -> subprocess.Popen:
     command = [MPIRUN, "-n", ranks, sys.executable, "-m", "data_prep", config, f"data.path={out}"]
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

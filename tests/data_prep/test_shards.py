@@ -18,7 +18,9 @@ Records = list[tuple[list[int], ...]]
 
 
 def arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([token for tokens in records for token in tokens], np.int64), np.array([len(tokens) for tokens in records], np.int64)
+    return np.array([token for tokens in records for token in tokens], np.int64), np.array(
+        [len(tokens) for tokens in records], np.int64
+    )
 
 
 def write(path, records: Records, continues: list[bool], vocab_size: int = 512) -> dict:
@@ -40,7 +42,9 @@ def second_reader(path) -> list[dict]:
         views = [row[name] for name in row if name not in ("continues", "checksum")]
         closing = 0
         if row["continues"]:
-            following = [tokens for name, tokens in rows[number + 1].items() if name not in ("continues", "checksum") and tokens]
+            following = [
+                tokens for name, tokens in rows[number + 1].items() if name not in ("continues", "checksum") and tokens
+            ]
             closing = 1 + following[0][0]
         total = splitmix(closing)
         for view, tokens in enumerate(views):
@@ -81,7 +85,9 @@ def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp
     rows = second_reader(tmp_path / "a.arrow")
     assert [(row["view0"] or [], row["view1"] or []) for row in rows] == [tuple(record) for record in records]
     assert [row["continues"] for row in rows] == continues
-    assert None in [row["view0"] for row in rows] and [] not in [row["view0"] for row in rows], "a view that a record lacks is null"
+    assert None in [row["view0"] for row in rows] and [] not in [row["view0"] for row in rows], (
+        "a view that a record lacks is null"
+    )
     shard = open_shard(tmp_path, entry, ["view0", "view1"])
     assert shard.columns[0].values.dtype == (np.uint16 if vocabulary <= 2**16 else np.uint32)
     every = np.arange(len(records))
@@ -89,7 +95,10 @@ def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp
     for view in range(2):
         assert contents.view(view).tolist() == [token for record in records for token in record[view]]
         assert row_lengths([(shard, every)])[:, view].tolist() == [len(record[view]) for record in records]
-    following = [next(view for view in records[number + 1] if view)[0] if goes_on else -1 for number, goes_on in enumerate(continues)]
+    following = [
+        next(view for view in records[number + 1] if view)[0] if goes_on else -1
+        for number, goes_on in enumerate(continues)
+    ]
     assert contents.continuation_tokens.tolist() == following
 
 
@@ -115,14 +124,18 @@ def test_datasets_pandas_and_pyarrow_open_the_shards_as_documented(tmp_path):
     for seed, name in enumerate(("train-00000.arrow", "train-00001.arrow")):
         records, continues = random_records(seed, 50, 512)
         write(tmp_path / name, records, continues)
-        expected += [(one or None, other or None, goes_on) for (one, other), goes_on in zip(records, continues, strict=True)]
+        expected += [
+            (one or None, other or None, goes_on) for (one, other), goes_on in zip(records, continues, strict=True)
+        ]
     files = sorted(map(str, tmp_path.glob("train-*.arrow")))
 
     loaded = datasets.load_dataset("arrow", data_files=files, cache_dir=str(tmp_path / "cache"), split="train")
     assert list(zip(loaded["view0"], loaded["view1"], loaded["continues"], strict=True)) == expected
     frame = pandas.concat([pandas.read_feather(file) for file in files])
-    assert [tuple(None if view is None else list(view) for view in row) for row in zip(frame.view0, frame.view1, strict=True)] == [
-        row[:2] for row in expected]
+    assert [
+        tuple(None if view is None else list(view) for view in row)
+        for row in zip(frame.view0, frame.view1, strict=True)
+    ] == [row[:2] for row in expected]
     assert frame["continues"].tolist() == [row[2] for row in expected] and frame["checksum"].dtype == np.uint32
     tables = [pa.ipc.open_file(pa.memory_map(file)).read_all() for file in files]
     found = [row for table in tables for row in table.to_pylist()]
@@ -137,7 +150,9 @@ def test_a_shard_is_mapped_without_copying(tmp_path):
     shard = open_shard(tmp_path, entry, ["view0", "view1"])
     assert pa.total_allocated_bytes() == before
     contents = read_rows([(shard, np.array([3, 1]))])
-    assert contents.tokens.nbytes == 2 * sum(len(view) for number in (3, 1) for view in records[number]), "what is read is what was asked for"
+    assert contents.tokens.nbytes == 2 * sum(len(view) for number in (3, 1) for view in records[number]), (
+        "what is read is what was asked for"
+    )
 
 
 def test_equal_records_make_equal_bytes(tmp_path):
@@ -147,16 +162,27 @@ def test_equal_records_make_equal_bytes(tmp_path):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(*[st.lists(st.integers(0, 511), max_size=4)] * 3).filter(any), min_size=1, max_size=30), st.data())
+@given(
+    st.lists(st.tuples(*[st.lists(st.integers(0, 511), max_size=4)] * 3).filter(any), min_size=1, max_size=30),
+    st.data(),
+)
 def test_any_rows_in_any_order_are_read_as_they_were_written(tmp_path_factory, records, data):
     folder = tmp_path_factory.mktemp("shards")
     entries = [write(folder / f"{name}.arrow", records, [False] * len(records)) for name in "ab"]
-    parts = [(open_shard(folder, entry, ["view0", "view1", "view2"]),
-              np.array(data.draw(st.lists(st.integers(0, len(records) - 1), min_size=1, max_size=9)))) for entry in entries]
+    parts = [
+        (
+            open_shard(folder, entry, ["view0", "view1", "view2"]),
+            np.array(data.draw(st.lists(st.integers(0, len(records) - 1), min_size=1, max_size=9))),
+        )
+        for entry in entries
+    ]
     contents, asked = read_rows(parts), [records[row] for _, rows in parts for row in rows]
     for view in range(3):
         assert contents.view(view).tolist() == [token for record in asked for token in record[view]]
     equal = [[one[view] == other[view] for other in asked] for one in asked for view in range(3)]
-    assert equal == [[bool(contents.hashes[one, view] == contents.hashes[other, view]) for other in range(len(asked))]
-                     for one in range(len(asked)) for view in range(3)]
+    assert equal == [
+        [bool(contents.hashes[one, view] == contents.hashes[other, view]) for other in range(len(asked))]
+        for one in range(len(asked))
+        for view in range(3)
+    ]
     shutil.rmtree(folder)

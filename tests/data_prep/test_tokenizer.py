@@ -21,14 +21,54 @@ from tests.small_corpora import data_config, json_source, prepare_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
-WORDS = ["SELECT", "name", "FROM", "users", "WHERE", "lines", "with", "a", "vowel", "or", "the", "string", "'dog'",
-         "[a-z]*", "(\\b)", "count", "=", "AND", "id"]
+WORDS = [
+    "SELECT",
+    "name",
+    "FROM",
+    "users",
+    "WHERE",
+    "lines",
+    "with",
+    "a",
+    "vowel",
+    "or",
+    "the",
+    "string",
+    "'dog'",
+    "[a-z]*",
+    "(\\b)",
+    "count",
+    "=",
+    "AND",
+    "id",
+]
 LITERALS = "<s></s> <pad><sep> <unk> a<s>b <0x41> <|pad|>"
 TRICKY_TEXTS = [
-    "", " ", "   ", " a", "a ", "  two  blanks  ", "\t", "\ttab\n\nline\r\n end\n", "\n", "a\0b\x01\x7f\x85\xa0",
-    "\u2581", " \u2581 \u2581\u2581", "\u241b", "\u241b_ \u241be\u241b\u241b\u2581\u241b", "\u2585", "\ufeff\uffff",
-    "e\u0301\u0323 \u0e33", "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea", "日本語 العربية", "\U0010ffff",
-    LITERALS, "0123456789 3.14", *(c * 300 for c in "a -é\n\u2581"), "ab" * 200]
+    "",
+    " ",
+    "   ",
+    " a",
+    "a ",
+    "  two  blanks  ",
+    "\t",
+    "\ttab\n\nline\r\n end\n",
+    "\n",
+    "a\0b\x01\x7f\x85\xa0",
+    "\u2581",
+    " \u2581 \u2581\u2581",
+    "\u241b",
+    "\u241b_ \u241be\u241b\u241b\u2581\u241b",
+    "\u2585",
+    "\ufeff\uffff",
+    "e\u0301\u0323 \u0e33",
+    "\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "日本語 العربية",
+    "\U0010ffff",
+    LITERALS,
+    "0123456789 3.14",
+    *(c * 300 for c in "a -é\n\u2581"),
+    "ab" * 200,
+]
 
 
 def corpus() -> list[str]:
@@ -39,11 +79,14 @@ def corpus() -> list[str]:
 
 def random_unicode(characters: int) -> list[str]:
     rng, texts = random.Random(2), []
-    blocks = [(0, 128), (0, 128), (0, 0x400), (0x300, 0x370), (0x2000, 0x2c00), (0x3000, 0xd800), (0xe000, 0x110000)]
+    blocks = [(0, 128), (0, 128), (0, 0x400), (0x300, 0x370), (0x2000, 0x2C00), (0x3000, 0xD800), (0xE000, 0x110000)]
     while sum(map(len, texts)) < characters:
-        block = rng.choice([rng.choice(blocks), (0, 0xd800)])
-        texts.append("".join(rng.choice([chr(rng.randrange(*block)), " ", rng.choice(WORDS)[:3]])
-                             for _ in range(rng.randint(1, 200))))
+        block = rng.choice([rng.choice(blocks), (0, 0xD800)])
+        texts.append(
+            "".join(
+                rng.choice([chr(rng.randrange(*block)), " ", rng.choice(WORDS)[:3]]) for _ in range(rng.randint(1, 200))
+            )
+        )
     return texts
 
 
@@ -53,7 +96,11 @@ def real_texts() -> list[str]:
     texts = []
     for name in ("nl-rx-synth", "spider"):
         with (DATA / name / "train.jsonl").open(encoding="utf-8") as rows:
-            texts += [message["content"] for _, row in zip(range(1500), rows, strict=False) for message in json.loads(row)["messages"]]
+            texts += [
+                message["content"]
+                for _, row in zip(range(1500), rows, strict=False)
+                for message in json.loads(row)["messages"]
+            ]
     documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
     # The whole document as one text too: float32 scores of a unigram model would drift over its length.
     return texts + documents.split("\n\n") + [documents]
@@ -141,10 +188,20 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_is_the_same_in_every_process(model_type, tmp_path):
-    code = ("import sys; from pathlib import Path; from data_prep.tokenizer import train; from tests.data_prep.test_tokenizer import corpus; "
-            f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)")
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed}) for seed in ("1", "2")]
+    code = (
+        "import sys; from pathlib import Path; from data_prep.tokenizer import train; from tests.data_prep.test_tokenizer import corpus; "
+        f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / seed)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed},
+        )
+        for seed in ("1", "2")
+    ]
     found = [process.communicate(timeout=TIMEOUT)[0] for process in running]
     assert found[0] == found[1] == train(corpus(), 360, tmp_path / "here", model_type).fingerprint + "\n"
     for path in (tmp_path / "1").iterdir():
@@ -171,14 +228,21 @@ def test_a_model_that_is_not_that_of_the_folder_is_left(trained, tmp_path):
     train(corpus(), 361, tmp_path / "larger", "bpe")
     shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
     taken = import_tokenizer(folder, tmp_path / "taken")
-    assert taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS) and not (taken.folder / "tokenizer.model").exists()
+    assert (
+        taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
+        and not (taken.folder / "tokenizer.model").exists()
+    )
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:
     """A BPE model by sentencepiece's defaults: no pad, no sep, a blank before the text, runs of blanks collapsed."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_prefix=str(folder / "foreign"), byte_fallback=True, minloglevel=2,
-        **{"model_type": "bpe", "vocab_size": 360} | options)
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(folder / "foreign"),
+        byte_fallback=True,
+        minloglevel=2,
+        **{"model_type": "bpe", "vocab_size": 360} | options,
+    )
     return folder / "foreign.model"
 
 
@@ -193,20 +257,35 @@ def test_taking_over_a_foreign_model(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
-                         ids=["nmt_nfkc", "unknown characters"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
+    ids=["nmt_nfkc", "unknown characters"],
+)
 def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, tmp_path, capsys):
     path = train_sentencepiece(tmp_path, **options, model_type=model_type)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     taken = import_tokenizer(path, tmp_path / "taken")
-    texts = corpus() + [LITERALS, "\uff26\uff35\uff2c\uff2c \u2460 \ufb01t", "Fu\u00dfg\u00e4nger \u65e5\u672c", "  a \t b\n"]
+    texts = corpus() + [
+        LITERALS,
+        "\uff26\uff35\uff2c\uff2c \u2460 \ufb01t",
+        "Fu\u00dfg\u00e4nger \u65e5\u672c",
+        "  a \t b\n",
+    ]
     found = taken.encode_batch(texts)
     assert found == auto_ids(taken.folder, texts)
     for ids, theirs in zip(found, model.encode(texts), strict=True):
-        assert ids == theirs or (model_type == "unigram" and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, theirs))))
-    assert taken.encode_batch(TRICKY_TEXTS + random_unicode(50_000)) == auto_ids(taken.folder, TRICKY_TEXTS + random_unicode(50_000))
+        assert ids == theirs or (
+            model_type == "unigram"
+            and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, theirs)))
+        )
+    assert taken.encode_batch(TRICKY_TEXTS + random_unicode(50_000)) == auto_ids(
+        taken.folder, TRICKY_TEXTS + random_unicode(50_000)
+    )
     said = capsys.readouterr().out
-    assert ("letters with combining marks" in said) == (not options) and ("equally likely" in said) == (model_type == "unigram")
+    assert ("letters with combining marks" in said) == (not options) and ("equally likely" in said) == (
+        model_type == "unigram"
+    )
     assert said.count("\n") == bool(said)
     check_specials(taken, TRICKY_TEXTS)
 
@@ -228,27 +307,37 @@ def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
     assert (taken.pad_id, taken.bos_id) == (0, 2)  # special tokens of these names exist, though undeclared
     assert capsys.readouterr().out.splitlines() == [
         f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
-        for name, literal in (("pad", "<pad>"), ("bos", "<s>"))]
+        for name, literal in (("pad", "<pad>"), ("bos", "<s>"))
+    ]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
     taken = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
     assert (taken.eos_id, taken.pad_id, taken.bos_id, taken.sep_id, taken.vocab_size) == (3, 380, 381, 382, 383)
     assert '"<|pad|>"' in (taken.folder / "tokenizer_config.json").read_text(encoding="utf-8")
     check_specials(taken, TRICKY_TEXTS)
-    assert taken.encode_batch(TRICKY_TEXTS) == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS) == auto_ids(taken.folder, TRICKY_TEXTS)
+    assert (
+        taken.encode_batch(TRICKY_TEXTS)
+        == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS)
+        == auto_ids(taken.folder, TRICKY_TEXTS)
+    )
 
 
 def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["post_processor"] = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
-                                                 {"Sequence": {"id": "A", "type_id": 0}}],
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}}}
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}},
+    }
     spec["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
     source = write_json(tmp_path / "source", spec, {"add_bos_token": True, "bos_token": "<s>"})
     assert tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode("SELECT").ids[0] == 2
     taken = import_tokenizer(source, tmp_path / "taken")
-    assert taken.encode_batch(TRICKY_TEXTS) == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS) == auto_ids(taken.folder, TRICKY_TEXTS)
+    assert (
+        taken.encode_batch(TRICKY_TEXTS)
+        == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS)
+        == auto_ids(taken.folder, TRICKY_TEXTS)
+    )
 
 
 def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
@@ -260,7 +349,10 @@ def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
     taken = import_tokenizer(source, tmp_path / "taken")
     assert taken.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
     assert (taken.pad_id, taken.vocab_size) == (4, 8)
-    assert "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n" in capsys.readouterr().out
+    assert (
+        "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
@@ -316,28 +408,44 @@ def with_files(folder: Path, model: Path, **files: dict) -> Path:
 
 
 ADDED = {"<|im_start|>": 360, "<|im_end|>": 361}
-DECODER = {"added_tokens_decoder": {"361": {"content": "<|im_end|>", "special": True}, "360": {"content": "<|im_start|>", "rstrip": False},
-                                    "1": {"content": "<s>", "special": True}}}
+DECODER = {
+    "added_tokens_decoder": {
+        "361": {"content": "<|im_end|>", "special": True},
+        "360": {"content": "<|im_start|>", "rstrip": False},
+        "1": {"content": "<s>", "special": True},
+    }
+}
 
 
-@pytest.mark.parametrize("beside", [
-    {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}}},
-    {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>"}, "tokenizer_config": DECODER},
-    {"tokenizer_config": DECODER | {"eos_token": "<|im_end|>", "pad_token": None}},
-])
-@pytest.mark.parametrize("options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}}},
+        {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>"}, "tokenizer_config": DECODER},
+        {"tokenizer_config": DECODER | {"eos_token": "<|im_end|>", "pad_token": None}},
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"]
+)
 @pytest.mark.parametrize("given", ["", "tokenizer.model"])
 def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
     model = train_sentencepiece(tmp_path, **options)
     taken = import_tokenizer(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
     assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 361, 362, 363, 364)
-    assert "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, such as '<|im_start|>'" \
+    assert (
+        "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, such as '<|im_start|>'"
         in capsys.readouterr().out
+    )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
-    assert taken.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), "other text has the ids of the model alone"
+    assert taken.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
+        "other text has the ids of the model alone"
+    )
     (ids,) = taken.encode_batch(["<|im_start|>count = name<|im_end|>"])
     assert 360 in ids and 361 not in ids, "the end token is one that text never becomes"
-    assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", "a model that puts a blank before a text puts one here too"
+    assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", (
+        "a model that puts a blank before a text puts one here too"
+    )
     assert [taken.encode_batch(["a <|im_start|> b"])] == [auto_ids(taken.folder, ["a <|im_start|> b"])]
     check_specials(taken, TRICKY_TEXTS)
 
@@ -361,25 +469,55 @@ def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
 
 def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):
     """The ids of LlamaTokenizer of transformers 4, which adds what its vocabulary lacks at the end."""
-    beside = {"added_tokens": {"<|im_start|>": 360}, "special_tokens_map": {"pad_token": "[PAD]", "additional_special_tokens": ["<|b|>", "<|a|>"]},
-              "tokenizer_config": {"sep_token": {"content": "[SEP]"}, "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": []}}
-    taken = import_tokenizer(with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside), tmp_path / "taken")
+    beside = {
+        "added_tokens": {"<|im_start|>": 360},
+        "special_tokens_map": {"pad_token": "[PAD]", "additional_special_tokens": ["<|b|>", "<|a|>"]},
+        "tokenizer_config": {
+            "sep_token": {"content": "[SEP]"},
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "extra_special_tokens": [],
+        },
+    }
+    taken = import_tokenizer(
+        with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside),
+        tmp_path / "taken",
+    )
     spec = json.loads((taken.folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert {token["content"]: token["id"] for token in spec["added_tokens"] if token["id"] >= 360} == {
-        "<|im_start|>": 360, "[SEP]": 361, "[PAD]": 362, "<|b|>": 363, "<|a|>": 364}
+        "<|im_start|>": 360,
+        "[SEP]": 361,
+        "[PAD]": 362,
+        "<|b|>": 363,
+        "<|a|>": 364,
+    }
     assert (taken.bos_id, taken.eos_id, taken.sep_id, taken.pad_id, taken.vocab_size) == (1, 2, 361, 362, 365)
     check_specials(taken, TRICKY_TEXTS)
 
 
-@pytest.mark.parametrize("beside, expected", [
-    ({"added_tokens": {"<|im_start|>": 300}}, r"added_tokens\.json: token '<\|im_start\|>' cannot have id 300: .* it has id 360"),
-    ({"added_tokens": {"<|im_start|>": 360, "<|im_end|>": 365}}, r"added_tokens\.json: token '<\|im_end\|>' cannot have id 365: .* it has id 361"),
-    ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<s>"}}}}, r"tokenizer_config\.json: token '<s>' cannot have id 7: .* id 1;"),
-    ({"added_tokens": {"<|im_start|>": "x"}}, r"added_tokens\.json: 'x' is not the id of a token"),
-    ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
-])
+@pytest.mark.parametrize(
+    "beside, expected",
+    [
+        (
+            {"added_tokens": {"<|im_start|>": 300}},
+            r"added_tokens\.json: token '<\|im_start\|>' cannot have id 300: .* it has id 360",
+        ),
+        (
+            {"added_tokens": {"<|im_start|>": 360, "<|im_end|>": 365}},
+            r"added_tokens\.json: token '<\|im_end\|>' cannot have id 365: .* it has id 361",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<s>"}}}},
+            r"tokenizer_config\.json: token '<s>' cannot have id 7: .* id 1;",
+        ),
+        ({"added_tokens": {"<|im_start|>": "x"}}, r"added_tokens\.json: 'x' is not the id of a token"),
+        ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
+    ],
+)
 def test_tokens_beside_a_sentencepiece_model_that_cannot_be_kept_are_refused(tmp_path, beside, expected):
-    folder = with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside)
+    folder = with_files(
+        tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside
+    )
     with pytest.raises(UserError, match=expected) as raised:
         import_tokenizer(folder, tmp_path / "taken")
     assert "\n" not in str(raised.value) and not (tmp_path / "taken").exists()

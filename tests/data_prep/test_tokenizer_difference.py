@@ -15,7 +15,11 @@ from tests.data_prep.test_tokenizer import corpus, train_sentencepiece
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     *taken, kind = request.param.split()
-    return import_tokenizer(train_sentencepiece(folder, model_type=kind), folder / "taken") if taken else train(corpus(), 380, folder / "trained", kind)
+    return (
+        import_tokenizer(train_sentencepiece(folder, model_type=kind), folder / "taken")
+        if taken
+        else train(corpus(), 380, folder / "trained", kind)
+    )
 
 
 def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
@@ -43,9 +47,12 @@ def test_pairs_of_one_token_may_stand_in_another_order(tmp_path):
 
     def reorder(spec: dict) -> None:
         merges = spec["model"]["merges"]
-        places = [place for place, merge in enumerate(merges[1:], start=1) if "".join(merge) == "".join(merges[place - 1])]
+        places = [
+            place for place, merge in enumerate(merges[1:], start=1) if "".join(merge) == "".join(merges[place - 1])
+        ]
         assert places
         merges[places[0]], merges[places[0] - 1] = merges[places[0] - 1], merges[places[0]]
+
     other = changed(tokenizer, tmp_path / "other", reorder)
     assert other.fingerprint != tokenizer.fingerprint and first_difference(other, tokenizer) is None
 
@@ -59,11 +66,14 @@ def drop_merge(spec: dict) -> None:
     del spec["model"]["merges"][-1]
 
 
-
-@pytest.mark.parametrize("change, expected", [
-    (swap_merges, "merge "), (drop_merge, " merges instead of "),
-    (lambda spec: spec["model"].update(byte_fallback=False), "byte_fallback of its model is False instead of True"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (swap_merges, "merge "),
+        (drop_merge, " merges instead of "),
+        (lambda spec: spec["model"].update(byte_fallback=False), "byte_fallback of its model is False instead of True"),
+    ],
+)
 def test_other_merges_of_the_same_tokens_are_a_difference(tmp_path, change, expected):
     tokenizer = train(corpus(), 380, tmp_path / "trained")
     other = changed(tokenizer, tmp_path / "other", change)
@@ -76,6 +86,7 @@ def test_other_scores_of_the_same_tokens_are_a_difference(tmp_path):
 
     def change(spec: dict) -> None:
         spec["model"]["vocab"][-1][1] += 1 / 32
+
     assert "has the score " in first_difference(changed(tokenizer, tmp_path / "other", change), tokenizer)
 
 
@@ -84,9 +95,17 @@ def test_another_token_or_special_token_is_a_difference(tmp_path):
     assert first_difference(train(corpus(), 381, tmp_path / "larger"), tokenizer) == "381 ids instead of 380"
 
     def rename(spec: dict) -> None:
-        spec["model"]["vocab"]["<0xFF>"], spec["model"]["vocab"]["<0xFE>"] = spec["model"]["vocab"]["<0xFE>"], spec["model"]["vocab"]["<0xFF>"]
-    assert first_difference(changed(tokenizer, tmp_path / "other", rename), tokenizer) == "id 259 is '<0xFF>' instead of '<0xFE>'"
+        spec["model"]["vocab"]["<0xFF>"], spec["model"]["vocab"]["<0xFE>"] = (
+            spec["model"]["vocab"]["<0xFE>"],
+            spec["model"]["vocab"]["<0xFF>"],
+        )
+
+    assert (
+        first_difference(changed(tokenizer, tmp_path / "other", rename), tokenizer)
+        == "id 259 is '<0xFF>' instead of '<0xFE>'"
+    )
 
     def blank_is_another(spec: dict) -> None:
         spec["normalizer"]["normalizers"].pop()
+
     assert " has ids [" in first_difference(changed(tokenizer, tmp_path / "normalizer", blank_is_another), tokenizer)

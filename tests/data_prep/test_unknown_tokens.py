@@ -27,8 +27,11 @@ def ascii_json(folder: Path) -> Path:
 
 def ascii_words(folder: Path) -> Path:
     """A tokenizer.json of whole words."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(LATE)},
-                                                                 unk_token="[UNK]"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(LATE)}, unk_token="[UNK]"
+        )
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -36,9 +39,16 @@ def ascii_words(folder: Path) -> Path:
 
 def ascii_model(folder: Path) -> Path:
     """A sentencepiece model without bytes."""
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["question answer 0123456789"] * 50), model_prefix=str(folder / "ascii"),
-                                             model_type="bpe", vocab_size=30, hard_vocab_limit=False, byte_fallback=False, minloglevel=2,
-                                             normalization_rule_name="identity")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["question answer 0123456789"] * 50),
+        model_prefix=str(folder / "ascii"),
+        model_type="bpe",
+        vocab_size=30,
+        hard_vocab_limit=False,
+        byte_fallback=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+    )
     return folder / "ascii.model"
 
 
@@ -52,14 +62,21 @@ def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kin
     rows[LATE - 1] |= {"text": "question 犬", "code": "answer 🦙"}
     rows[5]["code"] = "№ " * 200  # does not fit a row, so it is not in the corpus
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
-    held_out = json_source(write_jsonl(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation")
+    held_out = json_source(
+        write_jsonl(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation"
+    )
     said = []
     out = tmp_path / "out"
-    manifest = prepare(data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append)
+    manifest = prepare(
+        data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append
+    )
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
     places = [f"{tmp_path / 'a.jsonl'}:{LATE - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{LATE}: '犬'"]
-    assert manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": places} and in_shards == 3
+    assert (
+        manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": places}
+        and in_shards == 3
+    )
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
     line = f"3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; the first: {places[0]}"
     assert f"WARNING: {line}" in said and line in (out / "summary.md").read_text()
@@ -69,10 +86,22 @@ def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kin
 def test_a_tokenizer_with_bytes_knows_everything(tmp_path, write_jsonl):
     rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
     said = []
-    manifest = prepare(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}), say=said.append)
+    manifest = prepare(
+        data_config(
+            tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}
+        ),
+        say=said.append,
+    )
     assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in said)
     said = []
-    prepare(data_config(tmp_path / "again", json_source(tmp_path / "a.jsonl"), tokenizer={"path": str(tmp_path / "out" / "tokenizer")}), say=said.append)
+    prepare(
+        data_config(
+            tmp_path / "again",
+            json_source(tmp_path / "a.jsonl"),
+            tokenizer={"path": str(tmp_path / "out" / "tokenizer")},
+        ),
+        say=said.append,
+    )
     assert not any("unknown" in line for line in said)
 
 
@@ -81,13 +110,24 @@ def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
     said = []
-    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append)
-    assert any(line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token") for line in said)
+    prepare(
+        data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append
+    )
+    assert any(
+        line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token")
+        for line in said
+    )
 
 
 def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, write_jsonl):
     out = tmp_path / "out"
-    prepare_quietly(data_config(out, json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])), tokenizer={"vocab_size": 290}))
+    prepare_quietly(
+        data_config(
+            out,
+            json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "code": "b"}])),
+            tokenizer={"vocab_size": 290},
+        )
+    )
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["splits"]["train"]["unknown"]
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -17,9 +17,13 @@ from tests.processes import TIMEOUT
 from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
-def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, reference_corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
+def test_mistakes_in_the_data_end_the_command_in_one_line(
+    corpus, reference_corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path
+):
     def with_file(path, *more: str) -> str:
-        return run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more)
+        return run_expecting_user_error(
+            corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more
+        )
 
     absent = tmp_path / "absent.jsonl"
     assert with_file(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
@@ -33,26 +37,45 @@ def test_mistakes_in_the_data_end_the_command_in_one_line(corpus, reference_corp
     message = with_file(bad, taken, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
     assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
     good = write_jsonl(tmp_path / "good.jsonl", pairs(9))
-    assert with_file(good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}").startswith(
-        "nowhere: no tokenizer there")
+    assert with_file(
+        good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}"
+    ).startswith("nowhere: no tokenizer there")
     assert "data.sources is empty" in with_file(bad, "data.sources=[]")
 
 
 @needs_mpi
 def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [3])
-    for sources, expected in (([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"), ([json_source("absent")], "cannot read absent")):
-        arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}")
-        done = subprocess.run([MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    for sources, expected in (
+        ([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"),
+        ([json_source("absent")], "cannot read absent"),
+    ):
+        arguments, environment = command(
+            corpus, f"data.path={tmp_path / 'out'}", "data.on_malformed=fail", f"data.sources={json.dumps(sources)}"
+        )
+        done = subprocess.run(
+            [MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        )
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and len(errors) == 1 and expected in errors[0] and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and len(errors) == 1 and expected in errors[0] and "Traceback" not in done.stderr, (
+            done.stderr
+        )
 
 
-@pytest.mark.parametrize("changed, message", [
-    (lambda content: content.replace(b"}\n{", b"} {", 1), "a.jsonl changed while it was prepared; start again when nothing writes to it"),
-    (lambda content: content.replace(b"SELECT", b"select", 1), "a file of the sources changed while the corpus was prepared"),
-    (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
-])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            lambda content: content.replace(b"}\n{", b"} {", 1),
+            "a.jsonl changed while it was prepared; start again when nothing writes to it",
+        ),
+        (
+            lambda content: content.replace(b"SELECT", b"select", 1),
+            "a file of the sources changed while the corpus was prepared",
+        ),
+        (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
+    ],
+)
 def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_path, changed, message):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(300))
 
@@ -65,7 +88,9 @@ def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_p
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(write_jsonl, pairs, tmp_path, monkeypatch, set_piece_size):
+def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(
+    write_jsonl, pairs, tmp_path, monkeypatch, set_piece_size
+):
     path = write_jsonl(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
     set_piece_size(2000)
     message = r"a\.jsonl:301: a JSON int, not an object"
@@ -78,20 +103,45 @@ def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
 
 
-@pytest.mark.parametrize("rows, settings, expected", [
-    ([{"question": "a", "answer": "b"}], {}, r"no record is left: 1 empty \(no view holds text; the first: .*a\.jsonl:1: ''\); check data\.views"),
-    ([{"text": "a b"}, {"text": "  ", "code": "\n"}], {}, r"1 empty \(.*a\.jsonl:2: ''\); 1 one_sided \(.*a\.jsonl:1: 'a b'\)"),
-    ([{"text": "a", "code": "b"}], {"sequence_length": 8}, r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)"),
-    ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
-    ([], {}, "no record is left: the sources hold no line"),
-    ([{"question": "a", "answer": "b"}], {"tokenizer": {"vocab_size": 400}}, r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views"),
-    ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
-    ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
-])
-def test_a_corpus_of_which_nothing_is_left_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):
+@pytest.mark.parametrize(
+    "rows, settings, expected",
+    [
+        (
+            [{"question": "a", "answer": "b"}],
+            {},
+            r"no record is left: 1 empty \(no view holds text; the first: .*a\.jsonl:1: ''\); check data\.views",
+        ),
+        (
+            [{"text": "a b"}, {"text": "  ", "code": "\n"}],
+            {},
+            r"1 empty \(.*a\.jsonl:2: ''\); 1 one_sided \(.*a\.jsonl:1: 'a b'\)",
+        ),
+        (
+            [{"text": "a", "code": "b"}],
+            {"sequence_length": 8},
+            r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)",
+        ),
+        ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
+        ([], {}, "no record is left: the sources hold no line"),
+        (
+            [{"question": "a", "answer": "b"}],
+            {"tokenizer": {"vocab_size": 400}},
+            r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views",
+        ),
+        ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
+        ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
+    ],
+)
+def test_a_corpus_of_which_nothing_is_left_is_an_error(
+    write_jsonl, reference_corpus, tmp_path, rows, settings, expected
+):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(UserError, match=expected) as raised:
-        prepare_quietly(data_config(tmp_path / "out", source, **({"tokenizer": {"path": str(reference_corpus / "tokenizer")}} | settings)))
+        prepare_quietly(
+            data_config(
+                tmp_path / "out", source, **({"tokenizer": {"path": str(reference_corpus / "tokenizer")}} | settings)
+            )
+        )
     assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -110,7 +160,9 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, run_expecting
 def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(3))
     path.chmod(0)
-    assert "Permission denied" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}")
+    assert "Permission denied" in run_expecting_user_error(
+        corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}"
+    )
 
 
 @pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
@@ -120,49 +172,84 @@ def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path,
 
 
 def test_a_source_of_which_nothing_is_kept_is_told(write_jsonl, pairs, tmp_path):
-    sources = [json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
-               json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"})]
+    sources = [
+        json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
+        json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"}),
+    ]
     said = []
     prepare(data_config(tmp_path / "out", *sources), say=said.append)
     assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
 
 
-def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(write_jsonl, pairs, tmp_path):
+def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(
+    write_jsonl, pairs, tmp_path
+):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.decoders.ByteLevel(),
+        )
         if normalizer:
             tokenizer.normalizer = normalizer
-        tokenizer.train_from_iterator(["select all"] * 9, tokenizers.trainers.BpeTrainer(
-            vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.train_from_iterator(
+            ["select all"] * 9,
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=300, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+            ),
+        )
         tokenizer.save(str(tmp_path / f"{name}.json"))
         said = []
-        prepare(data_config(tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512), say=said.append)
+        prepare(
+            data_config(
+                tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512
+            ),
+            say=said.append,
+        )
         warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
-        assert len(warned) == (name == "lower") and all("does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned)
+        assert len(warned) == (name == "lower") and all(
+            "does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned
+        )
     said = []
     with pytest.raises(UserError, match="no tokenizer there"):
         prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
     assert not any(line.startswith("scanning") for line in said)
 
 
-@pytest.mark.parametrize("kind, read, skipped", [
-    ("json", "a.jsonl", ["B.JSONL", "c.jsonl.bz2", "d.jsonl.xz", ".e.jsonl"]), ("text", "a.txt", [".b.txt"]),
-    ("json", "a.json", ["b.parquet"]), ("python", "a.py", []),
-])
-def test_files_that_are_left_out_for_their_names_are_told(write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped):
+@pytest.mark.parametrize(
+    "kind, read, skipped",
+    [
+        ("json", "a.jsonl", ["B.JSONL", "c.jsonl.bz2", "d.jsonl.xz", ".e.jsonl"]),
+        ("text", "a.txt", [".b.txt"]),
+        ("json", "a.json", ["b.parquet"]),
+        ("python", "a.py", []),
+    ],
+)
+def test_files_that_are_left_out_for_their_names_are_told(
+    write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped
+):
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / read, pairs(3))
     if kind == "python":
-        (folder / read).write_text("def f(x):\n    \"Return it.\"\n    return x\n")
+        (folder / read).write_text('def f(x):\n    "Return it."\n    return x\n')
         (folder / "README").write_text("not a program")
     for name in skipped:
         (folder / name).write_bytes(b"anything")
     said = []
-    prepare(data_config(tmp_path / "out", {"type": kind, "path": str(folder)}, tokenizer={"path": str(reference_corpus / "tokenizer")},
-                 missing_views="keep"), say=said.append)
+    prepare(
+        data_config(
+            tmp_path / "out",
+            {"type": kind, "path": str(folder)},
+            tokenizer={"path": str(reference_corpus / "tokenizer")},
+            missing_views="keep",
+        ),
+        say=said.append,
+    )
     notes = [line for line in said if "skipping" in line]
     assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])
-    assert not skipped or (f"skipping {len(skipped)} files by name: " if len(skipped) > 1 else "skipping 1 file by name: ") in notes[0]
+    assert (
+        not skipped
+        or (f"skipping {len(skipped)} files by name: " if len(skipped) > 1 else "skipping 1 file by name: ") in notes[0]
+    )

@@ -13,7 +13,13 @@ from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.word_cache import WordCache, is_cacheable
 from tests.data_prep.test_tokenizer import TRICKY_TEXTS, corpus, random_unicode, train_sentencepiece
 
-CODE = ["def f(x):\n    return x  # a comment\n", "if a:\n        b = [1, 2]\n\n\n    else:\n", "    \n  \n", "a  b   c    d" * 50, "\n \n  x"]
+CODE = [
+    "def f(x):\n    return x  # a comment\n",
+    "if a:\n        b = [1, 2]\n\n\n    else:\n",
+    "    \n  \n",
+    "a  b   c    d" * 50,
+    "\n \n  x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,12 @@ def test_the_tokens_are_those_of_the_whole_texts(trained):
 
 
 @settings(max_examples=300, deadline=None)
-@given(texts=st.lists(st.text(st.sampled_from("ab \n\t01éß犬▁␛_e<s>") | st.characters(exclude_categories=["Cs"]), max_size=40), max_size=6))
+@given(
+    texts=st.lists(
+        st.text(st.sampled_from("ab \n\t01éß犬▁␛_e<s>") | st.characters(exclude_categories=["Cs"]), max_size=40),
+        max_size=6,
+    )
+)
 def test_any_texts(trained, texts):
     tokenizer, model = trained
     assert tokenizer.encode_batch(texts) == model.encode(texts)
@@ -47,22 +58,52 @@ def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained
     monkeypatch.setattr(word_cache, "ENOUGH", 2000)
     cache, texts = WordCache(model), corpus() + CODE
     for start in range(0, len(texts), 7):
-        assert cache.encode(texts[start:start + 7]) == model.encode(texts[start:start + 7])
-        assert cache.characters + len(cache.tokens) <= 2000 + sum(map(len, texts[start:start + 7])) * 2
+        assert cache.encode(texts[start : start + 7]) == model.encode(texts[start : start + 7])
+        assert cache.characters + len(cache.tokens) <= 2000 + sum(map(len, texts[start : start + 7])) * 2
         if start % 3 == 0:
             with pytest.raises((TypeError, UnicodeEncodeError)):
                 cache.encode(["new words", "half a pair: \ud800"])
 
 
-@pytest.mark.parametrize("options, cut", [
-    ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}, True),
-    ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, False),  # a blank comes before the text
-    ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),  # blanks in a row are one
-    ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),  # nmt_nfkc looks at several characters
-    ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "split_by_whitespace": False}, False),
-    ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "user_defined_symbols": ["dog"]}, False),
-    ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False, "model_type": "unigram"}, False),
-])
+@pytest.mark.parametrize(
+    "options, cut",
+    [
+        ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}, True),
+        (
+            {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+            False,
+        ),  # a blank comes before the text
+        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),  # blanks in a row are one
+        ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),  # nmt_nfkc looks at several characters
+        (
+            {
+                "normalization_rule_name": "identity",
+                "add_dummy_prefix": False,
+                "remove_extra_whitespaces": False,
+                "split_by_whitespace": False,
+            },
+            False,
+        ),
+        (
+            {
+                "normalization_rule_name": "identity",
+                "add_dummy_prefix": False,
+                "remove_extra_whitespaces": False,
+                "user_defined_symbols": ["dog"],
+            },
+            False,
+        ),
+        (
+            {
+                "normalization_rule_name": "identity",
+                "add_dummy_prefix": False,
+                "remove_extra_whitespaces": False,
+                "model_type": "unigram",
+            },
+            False,
+        ),
+    ],
+)
 def test_texts_are_cut_only_where_that_changes_nothing(tmp_path: Path, options, cut):
     path = train_sentencepiece(tmp_path, **options)
     taken = import_tokenizer(path, tmp_path / "taken", say=lambda line: None)

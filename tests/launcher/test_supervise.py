@@ -17,7 +17,16 @@ from launcher import supervise
 from launcher.supervise import is_rank_command, main
 from pretrain.run_folder import list_steps, read_status, write_status
 from pretrain.training.evaluation_requests import SUPERVISED_VARIABLE
-from tests.commands import ROOT, BackgroundCommand, deepspeed_command, environment, prepare_corpus, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    deepspeed_command,
+    environment,
+    prepare_corpus,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.processes import TIMEOUT, kill_all, wait_for
 
 PYTHON = sys.executable
@@ -100,15 +109,31 @@ class Supervised:
     `limits` replaces constants of supervise.py.
     """
 
-    def __init__(self, folder: Path, body: str, *options: str, ranks: int = 1, launcher: str = LAUNCHER,
-                 limits: dict[str, float] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        body: str,
+        *options: str,
+        ranks: int = 1,
+        launcher: str = LAUNCHER,
+        limits: dict[str, float] | None = None,
+    ):
         self.folder, self.run_dir, self.log = folder, folder / "runs" / "run", folder / "log.txt"
         config = write_config(folder, tiny_config(folder))
         (folder / "run.py").write_text(f"NEVER = {NEVER}\n{RUN}{body}")
         (folder / "launch.py").write_text(launcher)
         supervise = SUPERVISE.format(limits=LIMITS | (limits or {}))
-        command = [PYTHON, "-c", supervise, *options, "--", PYTHON, *[str(folder / "launch.py")] * (ranks > 1),
-                   str(folder / "run.py"), str(config)]
+        command = [
+            PYTHON,
+            "-c",
+            supervise,
+            *options,
+            "--",
+            PYTHON,
+            *[str(folder / "launch.py")] * (ranks > 1),
+            str(folder / "run.py"),
+            str(config),
+        ]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
@@ -132,8 +157,12 @@ class Supervised:
 
 def marked(folder: Path) -> list[psutil.Process]:
     """Living processes of commands that were supervised, and that have this folder in their command line."""
-    return [process for process in psutil.process_iter(["cmdline", "environ"])
-            if SUPERVISED_VARIABLE in (process.info["environ"] or {}) and str(folder) in shlex.join(process.info["cmdline"] or [])]
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if SUPERVISED_VARIABLE in (process.info["environ"] or {})
+        and str(folder) in shlex.join(process.info["cmdline"] or [])
+    ]
 
 
 @pytest.fixture
@@ -172,23 +201,32 @@ status("failed", 10, "RuntimeError: no such thing")
 sys.exit(1)
 """)
     assert run.end() == 1 and run.starts() == 2
-    assert ("supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; the last time: exit code 1, "
-            "status.json says failed at step 10 (RuntimeError: no such thing).") in run.said()
+    assert (
+        "supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; the last time: exit code 1, "
+        "status.json says failed at step 10 (RuntimeError: no such thing)."
+    ) in run.said()
 
 
 def test_the_pause_doubles_while_there_is_no_progress_and_is_short_again_after_it(supervised):
-    run = supervised("""
+    run = supervised(
+        """
 if start == 3:
     save(10)
 sys.exit(1)
-""", "--crashes", "3")
+""",
+        "--crashes",
+        "3",
+    )
     assert run.end() == 1 and run.starts() == 5
     pauses = [line.split(" in ")[1] for line in run.said().splitlines() if "starting again" in line]
     assert pauses == ["1 s from step 0", "2 s from step 0", "1 s from step 10", "2 s from step 10"]
 
 
 def test_a_mistake_that_must_be_mended_first_is_not_tried_again(supervised):
-    bodies = ["status('failed', 3, 'the disk is full', again=False)\nsys.exit(1)", "print('error: no corpus')\nsys.exit(2)"]
+    bodies = [
+        "status('failed', 3, 'the disk is full', again=False)\nsys.exit(1)",
+        "print('error: no corpus')\nsys.exit(2)",
+    ]
     for run in [supervised(body) for body in bodies]:
         assert run.end() == 2 and run.starts() == 1
 
@@ -217,12 +255,19 @@ else:
 
 
 def test_a_signal_reaches_all_ranks_past_the_launcher(supervised):
-    passed_on = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT", signal.SIGUSR1: "SIGUSR1", signal.SIGHUP: "SIGTERM"}
+    passed_on = {
+        signal.SIGTERM: "SIGTERM",
+        signal.SIGINT: "SIGINT",
+        signal.SIGUSR1: "SIGUSR1",
+        signal.SIGHUP: "SIGTERM",
+    }
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the tests run under nohup
         del passed_on[signal.SIGHUP]
     runs = {number: supervised("heed()\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2) for number in passed_on}
     for number, run in runs.items():
-        assert {os.getsid(int(run.noted(f"ready-{rank}"))) for rank in range(2)} == {psutil.Process(run.process.pid).children()[0].pid}
+        assert {os.getsid(int(run.noted(f"ready-{rank}"))) for rank in range(2)} == {
+            psutil.Process(run.process.pid).children()[0].pid
+        }
         run.process.send_signal(number)  # Ctrl-C at a terminal reaches no more than this process
         run.process.send_signal(number)  # a repetition
     for number, run in runs.items():
@@ -284,12 +329,16 @@ def test_a_signal_before_there_is_a_rank_ends_the_launcher(supervised):
 
 
 def test_a_second_signal_ends_everything_at_once(supervised):
-    run = supervised("""
+    run = supervised(
+        """
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: note(f"signal-{rank}", signal.Signals(number).name))  # and goes on
 note(f"ready-{rank}")
 time.sleep(NEVER)
-""", ranks=2, limits={"GRACE": 1.0})
+""",
+        ranks=2,
+        limits={"GRACE": 1.0},
+    )
     run.noted("ready-0"), run.noted("ready-1")
     run.process.terminate()
     assert run.noted("signal-0") == run.noted("signal-1") == "SIGTERM"
@@ -307,7 +356,8 @@ def test_a_signal_in_the_pause_ends_it(supervised):
 
 
 def test_ranks_of_a_launcher_that_was_killed_end_before_the_next_start_and_leave_no_zombie(supervised):
-    run = supervised("""
+    run = supervised(
+        """
 if start == 1:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     note(f"ready-{rank}")
@@ -318,7 +368,10 @@ while not (folder / "looked").exists():
     time.sleep(0.05)
 if rank == 0:
     status("finished", 1)
-""", ranks=2, limits={"LEFT": 1.0})
+""",
+        ranks=2,
+        limits={"LEFT": 1.0},
+    )
     orphans = [int(run.noted(f"ready-{rank}")) for rank in range(2)]
     supervisor = psutil.Process(run.process.pid)
     supervisor.suspend()  # so that the orphans live until they have been looked at
@@ -348,13 +401,16 @@ status("finished", 1)
     job.kill()
 
 
-@pytest.mark.parametrize(("command", "expected"), [
-    (["deepspeed", "launcher/train.py", "{config}"], "has no run.py in it"),
-    ([], "has no run.py in it"),
-    (["deepspeed", "launcher/run.py"], "no configuration stands behind launcher/run.py"),
-    (["python", "launcher/run.py", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
-    (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts nothing"),
-])
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["deepspeed", "launcher/train.py", "{config}"], "has no run.py in it"),
+        ([], "has no run.py in it"),
+        (["deepspeed", "launcher/run.py"], "no configuration stands behind launcher/run.py"),
+        (["python", "launcher/run.py", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
+        (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts nothing"),
+    ],
+)
 def test_a_mistake_is_told_before_anything_is_started(tmp_path, monkeypatch, command, expected):
     config = write_config(tmp_path, tiny_config(tmp_path))
     monkeypatch.setattr(sys, "argv", ["supervise.py", "--", *[word.format(config=config) for word in command]])
@@ -364,20 +420,29 @@ def test_a_mistake_is_told_before_anything_is_started(tmp_path, monkeypatch, com
 
 def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
-    done = run_command([PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: cannot start no-such-launcher: No such file or directory\n")
+    done = run_command(
+        [PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: cannot start no-such-launcher: No such file or directory\n",
+    )
 
 
-@pytest.mark.parametrize(("line", "runs"), [
-    ("python3.11 -u launcher/run.py --local_rank=0 a.yaml", True),
-    ("/usr/bin/python -W ignore -X dev launcher/run.py a.yaml", True),
-    ("python bin/deepspeed --num_gpus 2 launcher/run.py a.yaml", False),
-    ("python -u -m deepspeed.launcher.launch --master_port=1 launcher/run.py a.yaml", False),
-    ("mpirun -n 2 python launcher/run.py a.yaml", False),
-    ("srun launcher/run.py a.yaml", False),
-    ("python -c pass launcher/run.py", False),
-    ("", False),
-])
+@pytest.mark.parametrize(
+    ("line", "runs"),
+    [
+        ("python3.11 -u launcher/run.py --local_rank=0 a.yaml", True),
+        ("/usr/bin/python -W ignore -X dev launcher/run.py a.yaml", True),
+        ("python bin/deepspeed --num_gpus 2 launcher/run.py a.yaml", False),
+        ("python -u -m deepspeed.launcher.launch --master_port=1 launcher/run.py a.yaml", False),
+        ("mpirun -n 2 python launcher/run.py a.yaml", False),
+        ("srun launcher/run.py a.yaml", False),
+        ("python -c pass launcher/run.py", False),
+        ("", False),
+    ],
+)
 def test_a_rank_is_known_by_its_command_line(line, runs):
     assert is_rank_command(line.split()) == runs
 
@@ -389,7 +454,9 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
     supervised = [PYTHON, "launcher/supervise.py", "--"]
     waiting = tmp_path / "run.py"
-    waiting.write_text(f"import runpy, sys\nsys.argv.insert(1, 'hold:30')\nrunpy.run_path({str(FAULTY_RUN)!r}, run_name='__main__')\n")
+    waiting.write_text(
+        f"import runpy, sys\nsys.argv.insert(1, 'hold:30')\nrunpy.run_path({str(FAULTY_RUN)!r}, run_name='__main__')\n"
+    )
 
     running = BackgroundCommand([*supervised, *deepspeed_command(2, waiting, path)], tmp_path / "first.log")
     running.wait_until(lambda: len(list_steps(checkpoints)) > 0, "a checkpoint")
@@ -397,12 +464,21 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     killed[1].kill()
     running.wait_until(lambda: "going on from step" in running.log.read_text(), "the second start")
     assert not any(rank.is_running() for rank in killed)
-    running.wait_until(lambda: "step" in running.log.read_text().split("going on from step")[1].split("\n", 1)[1], "a step")
+    running.wait_until(
+        lambda: "step" in running.log.read_text().split("going on from step")[1].split("\n", 1)[1], "a step"
+    )
     running.process.terminate()
     assert running.end() == 75 and not marked(tmp_path)
     status = read_status(tmp_path / "runs" / "run")
-    assert status["status"] == "resumable" and status["reason"] == "stopped by SIGTERM" and list_steps(checkpoints)[-1] == status["step"]
+    assert (
+        status["status"] == "resumable"
+        and status["reason"] == "stopped by SIGTERM"
+        and list_steps(checkpoints)[-1] == status["step"]
+    )
 
     running = BackgroundCommand([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
     assert running.end() == 0 and not marked(tmp_path)
-    assert f"going on from step {status['step']}" in running.log.read_text() and read_status(tmp_path / "runs" / "run")["status"] == "finished"
+    assert (
+        f"going on from step {status['step']}" in running.log.read_text()
+        and read_status(tmp_path / "runs" / "run")["status"] == "finished"
+    )

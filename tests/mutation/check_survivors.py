@@ -84,7 +84,10 @@ def describe(name: str, path: Path) -> Mutant:
     """Return what a mutant changes."""
     function, class_name = orig_function_and_class_names_from_key(name)
     lines = get_diff_for_mutant(name, path=path).splitlines()
-    before, after = ("\n".join(line[1:].strip() for line in lines if line.startswith(sign) and not line.startswith(sign * 3)) for sign in "-+")
+    before, after = (
+        "\n".join(line[1:].strip() for line in lines if line.startswith(sign) and not line.startswith(sign * 3))
+        for sign in "-+"
+    )
     return Mutant(str(path), f"{class_name}.{function}" if class_name else function, before, after)
 
 
@@ -108,10 +111,19 @@ def main() -> int:
             columns["accepted"][str(path)] += 1
         else:
             columns["unlisted"][str(path)] += 1
-            print(f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name} (mutmut show {name})\n  - {mutant.before}\n  + {mutant.after}")
-    stale = [(entry, after) for entry in entries for after in entry.after or ["*"] if after not in used[entry] and (entry.after or not used[entry])]
+            print(
+                f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name} (mutmut show {name})\n  - {mutant.before}\n  + {mutant.after}"
+            )
+    stale = [
+        (entry, after)
+        for entry in entries
+        for after in entry.after or ["*"]
+        if after not in used[entry] and (entry.after or not used[entry])
+    ]
     for entry, after in stale:
-        print(f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n  - {entry.before}\n  + {after}")
+        print(
+            f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n  - {entry.before}\n  + {after}"
+        )
     print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))
     for file in columns["mutants"]:
         print(f"{file:40}" + "".join(f"{column[file]:10}" for column in columns.values()))

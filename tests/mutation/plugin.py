@@ -17,7 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse tests that pytest does not find again by their ids: mutmut would count that error as a killed mutant."""
     for item in items:
         if "\\" in item.nodeid:
-            raise pytest.UsageError(f"{item.nodeid}: the id has an escaped character. Give the parameters ids of plain characters.")
+            raise pytest.UsageError(
+                f"{item.nodeid}: the id has an escaped character. Give the parameters ids of plain characters."
+            )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -27,8 +27,20 @@ SHAPES = ROOT / "configs" / "models"
 def prepared(tmp_path_factory) -> Path:
     """A corpus as the pipeline leaves it: 400 training and 40 validation records of the embedded grammar."""
     folder = tmp_path_factory.mktemp("prepared")
-    prepare(DataConfig(path=str(folder), tokenizer={"vocab_size": 512}, sequence_length=128, workers=1, deduplicate="none", sources=[
-        {"type": "nlrx", "split": "train", "records": 400}, {"type": "nlrx", "split": "validation", "records": 40}]), say=lambda _: None)
+    prepare(
+        DataConfig(
+            path=str(folder),
+            tokenizer={"vocab_size": 512},
+            sequence_length=128,
+            workers=1,
+            deduplicate="none",
+            sources=[
+                {"type": "nlrx", "split": "train", "records": 400},
+                {"type": "nlrx", "split": "validation", "records": 40},
+            ],
+        ),
+        say=lambda _: None,
+    )
     return folder
 
 
@@ -49,16 +61,21 @@ def specials(tokenizer) -> SpecialTokenIds:
 
 def arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token lists as write_shard takes a view."""
-    return np.array([token for tokens in records for token in tokens], np.int64), np.array([len(tokens) for tokens in records], np.int64)
+    return np.array([token for tokens in records for token in tokens], np.int64), np.array(
+        [len(tokens) for tokens in records], np.int64
+    )
 
 
 def split_entry(shards: list[dict]) -> dict:
     """What the manifest says of a split of these shards."""
     totals = {key: sum(shard[key] for shard in shards) for key in ("records", "incomplete", "continued")}
     views = shards[0]["longest"]
-    return totals | {"longest": {view: max(shard["longest"][view] for shard in shards) for view in views},
-                     "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in views},
-                     "positions_needed": max(shard["positions_needed"] for shard in shards), "shards": shards}
+    return totals | {
+        "longest": {view: max(shard["longest"][view] for shard in shards) for view in views},
+        "tokens": {view: sum(shard["tokens"][view] for shard in shards) for view in views},
+        "positions_needed": max(shard["positions_needed"] for shard in shards),
+        "shards": shards,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +85,12 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
     `continues` tells the pieces of documents that go on; `sources` are the numbers of records of each, and their weights.
     """
 
-    def write(records: list[tuple[list[int], ...]], shard_records: int = 10**9, continues: Sequence[bool] = (),
-              sources: Sequence[tuple[int, float]] = ()) -> Corpus:
+    def write(
+        records: list[tuple[list[int], ...]],
+        shard_records: int = 10**9,
+        continues: Sequence[bool] = (),
+        sources: Sequence[tuple[int, float]] = (),
+    ) -> Corpus:
         folder = tmp_path_factory.mktemp("corpus")
         shutil.copytree(prepared / "tokenizer", folder / "tokenizer")
         sources = sources or [(len(records), 1.0)]
@@ -78,13 +99,27 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
         for number, (count, _) in enumerate(sources):
             for first in range(begin, begin + count, shard_records):
                 part = slice(first, min(first + shard_records, begin + count))
-                columns = {view: arrays([record[place] for record in records[part]]) for place, view in enumerate(views)}
+                columns = {
+                    view: arrays([record[place] for record in records[part]]) for place, view in enumerate(views)
+                }
                 goes_on = np.array(continues or [False] * len(records))[part]
-                shards.append(write_shard(folder / f"train-{len(shards):05d}.arrow", number, columns, goes_on, tokenizer.vocab_size))
+                shards.append(
+                    write_shard(
+                        folder / f"train-{len(shards):05d}.arrow", number, columns, goes_on, tokenizer.vocab_size
+                    )
+                )
             begin += count
-        write_json(folder / MANIFEST, {
-            "format": FORMAT, "views": views, "tokenizer": {"sha256": tokenizer.fingerprint},
-            "sources": [{"weight": weight} for _, weight in sources], "settings": {"data": {}}, "splits": {"train": split_entry(shards)}})
+        write_json(
+            folder / MANIFEST,
+            {
+                "format": FORMAT,
+                "views": views,
+                "tokenizer": {"sha256": tokenizer.fingerprint},
+                "sources": [{"weight": weight} for _, weight in sources],
+                "settings": {"data": {}},
+                "splits": {"train": split_entry(shards)},
+            },
+        )
         return Corpus(folder, "train")
 
     return write
@@ -94,9 +129,17 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
 def make_model(tokenizer) -> Callable[..., LanguageModel]:
     """A small model of a family with k predictor tokens, its random weights enlarged: tiny ones hide what attention does."""
 
-    def make(predictor_tokens: int, spread: float = 0.2, dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "llama") -> LanguageModel:
+    def make(
+        predictor_tokens: int,
+        spread: float = 0.2,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        family: str = "llama",
+    ) -> LanguageModel:
         torch.manual_seed(seed)
-        config = build_model_config(family, yaml.safe_load((SHAPES / f"{family}_tiny.yaml").read_text()), tokenizer, 256)
+        config = build_model_config(
+            family, yaml.safe_load((SHAPES / f"{family}_tiny.yaml").read_text()), tokenizer, 256
+        )
         attention = resolve_attention("auto", torch.device("cpu"), config)
         model = LanguageModel(random_causal_lm(config, attention, torch.float32), predictor_tokens, attention)
         with torch.no_grad():

@@ -31,8 +31,13 @@ ALONE = Gather(all_gather=lambda mine: mine, rank=0)
 
 def random_records(seed: int, count: int = 9) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(seed)
-    records = [([rng.randrange(5, 512) for _ in range(rng.randint(1, 16))], [rng.randrange(5, 512) for _ in range(rng.randint(1, 12))])
-               for _ in range(count)]
+    records = [
+        (
+            [rng.randrange(5, 512) for _ in range(rng.randint(1, 16))],
+            [rng.randrange(5, 512) for _ in range(rng.randint(1, 12))],
+        )
+        for _ in range(count)
+    ]
     records[3] = (records[3][0], records[1][1])  # one target occurs twice
     return records
 
@@ -73,9 +78,16 @@ def one_forward(model: LanguageModel, packed: Packed, objective) -> Result:
 def separate_forwards(model: LanguageModel, records, specials, **settings) -> Result:
     predictor = None if model.predictor is None else model.predictor.weight
     paired = settings.pop("paired", None)
-    reference = Reference(model.causal_lm, predictor, Ids(specials.bos, specials.eos, specials.sep), weight=WEIGHT, temperature=TEMPERATURE,
-                          softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
-                          scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0, **settings)
+    reference = Reference(
+        model.causal_lm,
+        predictor,
+        Ids(specials.bos, specials.eos, specials.sep),
+        weight=WEIGHT,
+        temperature=TEMPERATURE,
+        softcap=getattr(model.causal_lm.config, "final_logit_softcapping", None),
+        scale=model.hidden_size**0.5 if model.causal_lm.config.model_type == "gemma2" else 1.0,
+        **settings,
+    )
     losses = reference.losses(records, paired)
     return Result({name: value.item() for name, value in losses._asdict().items()}, gradients(model, losses.total))
 
@@ -83,9 +95,13 @@ def separate_forwards(model: LanguageModel, records, specials, **settings) -> Re
 def error(result: Result, expected: Result) -> float:
     """The largest relative error of any loss and of any parameter's gradient, in the L2 norm."""
     assert result.gradients.keys() == expected.gradients.keys()
-    of_losses = [abs(value - expected.losses[name]) / abs(expected.losses[name]) for name, value in result.losses.items()]
-    of_gradients = [((gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()).item()
-                    for name, gradient in result.gradients.items()]
+    of_losses = [
+        abs(value - expected.losses[name]) / abs(expected.losses[name]) for name, value in result.losses.items()
+    ]
+    of_gradients = [
+        ((gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()).item()
+        for name, gradient in result.gradients.items()
+    ]
     return max(of_losses + of_gradients)
 
 
@@ -97,8 +113,9 @@ def test_losses_and_gradients_equal_separate_forwards(kind, k, distance, lm_view
     records = random_records(seed=k)
     model = make_model(k)
     layout = make_layout(kind, specials, pairing=Pairing(k), lm_views=lm_views)
-    result = one_forward(model, packed(write_corpus(records), specials, layout, np.ones(len(records), bool)),
-                         jepa(distance))
+    result = one_forward(
+        model, packed(write_corpus(records), specials, layout, np.ones(len(records), bool)), jepa(distance)
+    )
     expected = separate_forwards(model, records, specials, layout=kind, lm_views=lm_views, distance=distance)
     assert set(expected.gradients) == {name for name, _ in model.named_parameters()}
     assert error(result, expected) < TOLERANCE
@@ -114,31 +131,61 @@ def jepa(distance: str, **settings) -> LlmJepa:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
 def test_every_family_distance_and_direction(family, kind, distance, direction, make_model, write_corpus, specials):
     """Gemma's window (6) is shorter than some of the views."""
-    check_equality(make_model(2, family=family), random_records(seed=11), kind, distance, write_corpus, specials,
-                   pairing=Pairing(2, "append", direction))
+    check_equality(
+        make_model(2, family=family),
+        random_records(seed=11),
+        kind,
+        distance,
+        write_corpus,
+        specials,
+        pairing=Pairing(2, "append", direction),
+    )
 
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("placement", ["append", "prepend"])
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_more_views_than_two_and_prepended_predictor_tokens(kind, k, placement, direction, make_model, write_corpus, specials):
-    records = [(*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)]
+def test_more_views_than_two_and_prepended_predictor_tokens(
+    kind, k, placement, direction, make_model, write_corpus, specials
+):
+    records = [
+        (*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)
+    ]
     records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # a view is missing, two are
-    check_equality(make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction))
+    check_equality(
+        make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction)
+    )
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
 def test_a_stopped_gradient_leaves_the_loss_and_changes_the_gradient(distance, make_model, write_corpus, specials):
-    check_equality(make_model(1), random_records(seed=14), "joint", distance, write_corpus, specials, pairing=Pairing(1), stop_gradient=True)
+    check_equality(
+        make_model(1),
+        random_records(seed=14),
+        "joint",
+        distance,
+        write_corpus,
+        specials,
+        pairing=Pairing(1),
+        stop_gradient=True,
+    )
 
 
-def check_equality(model, records, kind, distance, write_corpus, specials, *, pairing: Pairing, stop_gradient: bool = False) -> None:
+def check_equality(
+    model, records, kind, distance, write_corpus, specials, *, pairing: Pairing, stop_gradient: bool = False
+) -> None:
     layout = make_layout(kind, specials, views=len(records[0]), pairing=pairing)
     corpus = write_corpus(records)
-    result = one_forward(model, packed(corpus, specials, layout, np.ones(len(records), bool)), jepa(distance, stop_gradient=stop_gradient))
+    result = one_forward(
+        model,
+        packed(corpus, specials, layout, np.ones(len(records), bool)),
+        jepa(distance, stop_gradient=stop_gradient),
+    )
     settings = {"layout": kind, "distance": distance, "direction": pairing.direction, "placement": pairing.placement}
-    assert error(result, separate_forwards(model, records, specials, stop_gradient=stop_gradient, **settings)) < TOLERANCE
+    assert (
+        error(result, separate_forwards(model, records, specials, stop_gradient=stop_gradient, **settings)) < TOLERANCE
+    )
     if stop_gradient:
         assert error(result, separate_forwards(model, records, specials, **settings)) > MUTANT_IN_GRADIENTS / 5
 
@@ -164,8 +211,12 @@ def test_next_token_is_the_language_model_term_alone(kind, lm_views, make_model,
     records = random_records(seed=5)
     model = make_model(0)
     layout = make_layout(kind, specials, lm_views=lm_views)
-    result = one_forward(model, packed(write_corpus(records), specials, layout, np.zeros(len(records), bool)), NextToken())
-    expected = separate_forwards(model, records, specials, layout=kind, lm_views=lm_views, paired=[False] * len(records))
+    result = one_forward(
+        model, packed(write_corpus(records), specials, layout, np.zeros(len(records), bool)), NextToken()
+    )
+    expected = separate_forwards(
+        model, records, specials, layout=kind, lm_views=lm_views, paired=[False] * len(records)
+    )
     assert result.losses.keys() == {"total", "lm"}
     assert error(result, expected) < TOLERANCE
 
@@ -230,9 +281,20 @@ def the_target_does_not_see_the_context(packed: Packed, batch: Batch) -> None:
         place.visible_until[:] = place.end
 
 
-MUTANTS = [("joint", positions_run_through_the_row), ("joint", predictor_tokens_see_the_target), ("joint", the_target_does_not_see_the_context),
-           *((kind, mutant) for kind in ("joint", "independent") for mutant in (
-               predictor_tokens_start_at_position_0, the_next_record_sees_the_lone_target, the_lone_target_sees_the_context))]
+MUTANTS = [
+    ("joint", positions_run_through_the_row),
+    ("joint", predictor_tokens_see_the_target),
+    ("joint", the_target_does_not_see_the_context),
+    *(
+        (kind, mutant)
+        for kind in ("joint", "independent")
+        for mutant in (
+            predictor_tokens_start_at_position_0,
+            the_next_record_sees_the_lone_target,
+            the_lone_target_sees_the_context,
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
@@ -240,8 +302,14 @@ MUTANTS = [("joint", positions_run_through_the_row), ("joint", predictor_tokens_
 def test_a_wrong_position_or_mask_breaks_the_equality(kind, mutant, distance, make_model, write_corpus, specials):
     records = random_records(seed=7)
     model = make_model(1)
-    right = packed(write_corpus(records), specials, make_layout(kind, specials, pairing=Pairing(1)), np.ones(len(records), bool))
-    wrong = right._replace(batch=replace(right.batch, positions=right.batch.positions.clone(), visible_until=right.batch.visible_until.clone()))
+    right = packed(
+        write_corpus(records), specials, make_layout(kind, specials, pairing=Pairing(1)), np.ones(len(records), bool)
+    )
+    wrong = right._replace(
+        batch=replace(
+            right.batch, positions=right.batch.positions.clone(), visible_until=right.batch.visible_until.clone()
+        )
+    )
     mutant(wrong, wrong.batch)
     objective = jepa(distance)
     expected = separate_forwards(model, records, specials, layout=kind, distance=distance)

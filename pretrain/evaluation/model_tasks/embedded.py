@@ -35,11 +35,14 @@ def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], in
     if found.fits.sum() < 2:
         raise UserError(f"{run.name} (task.test): fewer than two rows fit into the positions of the model")
     if fit.sum() < 2:
-        raise UserError(f"{run.export}: the embeddings of {left_out['not_finite']:,} of {len(rows):,} rows are not finite numbers: the weights of "
-                        "this checkpoint have diverged; evaluate an earlier one")
+        raise UserError(
+            f"{run.export}: the embeddings of {left_out['not_finite']:,} of {len(rows):,} rows are not finite numbers: the weights of "
+            "this checkpoint have diverged; evaluate an earlier one"
+        )
     pairs = {}
     for number, ((source, target), prediction) in enumerate(found.predictions.items()):
         _, key = np.unique([row.views[names.index(target)] for row in rows], return_inverse=True)
         pairs[f"{source}_to_{target}_" if number else ""] = PairEmbeddings(
-            torch.from_numpy(prediction[fit]), torch.from_numpy(found.views[target][fit]), torch.from_numpy(key[fit]))
+            torch.from_numpy(prediction[fit]), torch.from_numpy(found.views[target][fit]), torch.from_numpy(key[fit])
+        )
     return pairs, len(rows), {name: count for name, count in left_out.items() if count}

@@ -19,7 +19,11 @@ ROWS = 1024
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
     pairs, rows, left_out = embed_test_pairs(run)
-    metrics = {f"{prefix}{name}": value for prefix, of_direction in pairs.items() for name, value in score(of_direction).items()}
+    metrics = {
+        f"{prefix}{name}": value
+        for prefix, of_direction in pairs.items()
+        for name, value in score(of_direction).items()
+    }
     candidates = len(pairs[""].key.unique())
     return TaskResult(rows, metrics, {"candidates": candidates} | left_out)
 
@@ -27,7 +31,11 @@ def evaluate(run: CheckpointTask) -> TaskResult:
 def score(pairs: PairEmbeddings) -> dict[str, float]:
     """Return rates over the rows that fit."""
     rank = ranks(pairs)
-    return {"recall_at_1": rate((rank <= 1).tolist()), "recall_at_10": rate((rank <= 10).tolist()), "mrr": (1 / rank.double()).mean().item()}
+    return {
+        "recall_at_1": rate((rank <= 1).tolist()),
+        "recall_at_10": rate((rank <= 10).tolist()),
+        "mrr": (1 / rank.double()).mean().item(),
+    }
 
 
 def ranks(pairs: PairEmbeddings) -> torch.Tensor:

@@ -35,9 +35,17 @@ Values = dict[tuple[str, str], list[Any]]
 
 def main() -> None:
     """Parse the command line and write the databases."""
-    parser = argparse.ArgumentParser(description="Make SQLite files for the schemas of Spider, filled so that its queries find something.")
+    parser = argparse.ArgumentParser(
+        description="Make SQLite files for the schemas of Spider, filled so that its queries find something."
+    )
     parser.add_argument("tables", type=Path, help="tables.json of Spider")
-    parser.add_argument("--queries", type=Path, nargs="+", required=True, help="JSON lines of questions and queries, as the task spider reads them")
+    parser.add_argument(
+        "--queries",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="JSON lines of questions and queries, as the task spider reads them",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     given = parser.parse_args()
     exit_on_user_error(lambda: _run(given))
@@ -46,7 +54,12 @@ def main() -> None:
 def _run(given: argparse.Namespace) -> None:
     queries: dict[str, list[str]] = defaultdict(list)
     for path in given.queries:
-        for row in read_rows(JsonSource(type="json", path=str(path)), ("text", "code"), "--queries", row_format=public_row_format("spider")):
+        for row in read_rows(
+            JsonSource(type="json", path=str(path)),
+            ("text", "code"),
+            "--queries",
+            row_format=public_row_format("spider"),
+        ):
             queries[database_name(row) or ""].append(row.target)
     try:
         schemas = json.loads(given.tables.read_text(encoding="utf-8"))
@@ -57,8 +70,10 @@ def _run(given: argparse.Namespace) -> None:
     total = sum(map(len, queries.values()))
     for line in failed:
         print_now(f"does not run: {line}")
-    print_now(f"{len(schemas)} databases in {given.output}; of {total:,} queries {len(failed)} do not run, "
-              f"{empty:,} ({empty / total:.1%}) give nothing")
+    print_now(
+        f"{len(schemas)} databases in {given.output}; of {total:,} queries {len(failed)} do not run, "
+        f"{empty:,} ({empty / total:.1%}) give nothing"
+    )
 
 
 def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]], folder: Path) -> None:
@@ -98,17 +113,26 @@ class _Filler:
         for number, (table, _) in enumerate(self.names):
             if table >= 0:
                 self.columns[table].append(number)
-        self.primary = {number for key in schema["primary_keys"] for number in (key if isinstance(key, list) else [key])}
+        self.primary = {
+            number for key in schema["primary_keys"] for number in (key if isinstance(key, list) else [key])
+        }
         self.group = list(range(len(self.names)))  # columns tied by foreign keys have the same number
         for first, second in schema["foreign_keys"]:
             old, new = self.group[first], self.group[second]
             self.group = [new if group == old else group for group in self.group]
-        columns_of = {table.lower(): {self.names[number][1].lower() for number in self.columns[place]} for place, table in enumerate(self.tables)}
+        columns_of = {
+            table.lower(): {self.names[number][1].lower() for number in self.columns[place]}
+            for place, table in enumerate(self.tables)
+        }
         self.found = [values for query in queries if (values := compared_values(query, columns_of))]
         self.pools: dict[int, list[Any]] = defaultdict(list)
         for number, (table, name) in enumerate(self.names):
             if table >= 0:
-                known = [value for values in self.found for value in values.get((self.tables[table].lower(), name.lower()), [])]
+                known = [
+                    value
+                    for values in self.found
+                    for value in values.get((self.tables[table].lower(), name.lower()), [])
+                ]
                 pool = self.pools[self.group[number]]
                 pool += [value for value in dict.fromkeys(known) if value not in pool]
 
@@ -129,12 +153,17 @@ class _Filler:
         for values in self.found:
             mine = {column: choices for (of_table, column), choices in values.items() if of_table == name}
             longest = max(map(len, mine.values()), default=0)
-            wanted += [{column: choices[place % len(choices)] for column, choices in mine.items()} for place in range(longest)]
+            wanted += [
+                {column: choices[place % len(choices)] for column, choices in mine.items()} for place in range(longest)
+            ]
         wanted = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items(), key=str)) for row in wanted)]
         self.random.shuffle(wanted)
         count = min(max(FEWEST_ROWS, 2 * len(wanted)), MOST_ROWS)
         wanted += [{}] * (count - len(wanted))
-        by_column = [self._column(number, [row.get(self.names[number][1].lower()) for row in wanted[:count]]) for number in self.columns[table]]
+        by_column = [
+            self._column(number, [row.get(self.names[number][1].lower()) for row in wanted[:count]])
+            for number in self.columns[table]
+        ]
         return list(zip(*by_column, strict=True))
 
     def _column(self, number: int, wanted: list[Any]) -> list[Any]:
@@ -149,7 +178,7 @@ class _Filler:
             return values
         pool += self._made(number, max(12 if not tied else FEWEST_ROWS, len(pool)) - len(pool) + 2)
         if tied:
-            pool = pool[:max(1, len(pool) * 2 // 3)]  # some rows are pointed to twice or more, others by none
+            pool = pool[: max(1, len(pool) * 2 // 3)]  # some rows are pointed to twice or more, others by none
         drawn = [pool[place % len(pool)] for place in range(len(wanted))]
         self.random.shuffle(drawn)
         return [value if value is not None else other for value, other in zip(wanted, drawn, strict=True)]
@@ -168,10 +197,14 @@ def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
     """The values that a query compares the columns of its tables with: the literals themselves, and for `<` and `>` what lies beyond."""
     words = tokens(query)
     tables = {word: word for word in words if word in columns_of}
-    tables |= {words[place + 2]: words[place] for place in range(len(words) - 2) if words[place] in columns_of and words[place + 1] == "as"}
+    tables |= {
+        words[place + 2]: words[place]
+        for place in range(len(words) - 2)
+        if words[place] in columns_of and words[place + 1] == "as"
+    }
     found: Values = defaultdict(list)
     for place, word in enumerate(words):
-        after = words[place + 1:place + 16]
+        after = words[place + 1 : place + 16]
         after = after[1:] if after[:1] == ["not"] else after
         if not after or after[0] not in COMPARISONS:
             continue
@@ -193,7 +226,9 @@ def _literals(words: list[str], comparison: str) -> list[Any]:
         word = words[place]
         if word[0] in "'\"":
             found.append(word[1:-1].replace("%", "") or "x")
-        elif NUMBER.fullmatch(number := "".join(words[place:place + (3 if words[place + 1:place + 2] == ["."] else 1)])):
+        elif NUMBER.fullmatch(
+            number := "".join(words[place : place + (3 if words[place + 1 : place + 2] == ["."] else 1)])
+        ):
             value = float(number) if "." in number else int(number)
             found += {"<": [value - 1], ">": [value + 1], "!=": [value, value + 1]}.get(comparison, [value])
             place += number.count(".") * 2

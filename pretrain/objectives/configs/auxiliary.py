@@ -26,7 +26,11 @@ class AuxiliaryConfig(ObjectiveConfig):
         if points is None:
             return None
         fractions = [fraction for fraction, _ in points]
-        if not points or any(after <= before for before, after in pairwise(fractions)) or not 0 <= fractions[0] <= fractions[-1] <= 1:
+        if (
+            not points
+            or any(after <= before for before, after in pairwise(fractions))
+            or not 0 <= fractions[0] <= fractions[-1] <= 1
+        ):
             raise ValueError("give points (fraction, factor) with rising fractions between 0 and 1")
         if any(factor < 0 for _, factor in points) or not any(factor for _, factor in points):
             raise ValueError("factors are not negative, and one at least is above 0")

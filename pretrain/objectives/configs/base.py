@@ -28,12 +28,28 @@ class ObjectiveConfig(Section):
         """Share of the records that take no part in the pair term in an epoch."""
         return 0.0
 
-    def make_layout(self, specials: SpecialTokenIds, views: int, lm_views: str, train_end_token: bool = True, *, validating: bool = False) -> Layout:
+    def make_layout(
+        self,
+        specials: SpecialTokenIds,
+        views: int,
+        lm_views: str,
+        train_end_token: bool = True,
+        *,
+        validating: bool = False,
+    ) -> Layout:
         """Return what a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
         pairing = self.pairing
         if validating and pairing is None and views > 1:
             pairing = Pairing()
-        return make_layout(self.layout, specials, views=views, pairing=pairing, spans=self.spans, lm_views=lm_views, train_end_token=train_end_token)
+        return make_layout(
+            self.layout,
+            specials,
+            views=views,
+            pairing=pairing,
+            spans=self.spans,
+            lm_views=lm_views,
+            train_end_token=train_end_token,
+        )
 
     def factor(self, fraction: float) -> float:
         """Return the factor of the weights of all terms but the language model's, at a consumed fraction of the budget."""

@@ -36,7 +36,9 @@ class Config(AuxiliaryConfig):
         if self.predictor_placement == "prepend" and not self.predictor_tokens:
             raise ValueError("predictor_placement acts on predictor tokens, but predictor_tokens is 0; leave it out")
         if self.direction != "forward" and self._is_symmetric and not (self.direction == "both" and self.regularizers):
-            raise ValueError("direction acts with predictor tokens, info_nce or stop_gradient; here the term is the same both ways: leave it out")
+            raise ValueError(
+                "direction acts with predictor tokens, info_nce or stop_gradient; here the term is the same both ways: leave it out"
+            )
         return self
 
     @property

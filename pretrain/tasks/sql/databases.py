@@ -20,9 +20,14 @@ def find_databases(rows: "Sequence[Row]", given: Path, key: str = "task.database
     found = [given if given.is_file() else _database(row, given) for row in rows]
     if not any(found):
         name = database_name(rows[0])
-        raise UserError(f"{given} ({key}) has no database of any row: " + (
-            f"the first needs {name}.sqlite or {name}/{name}.sqlite" if name else
-            "the rows name none, in a column db_id or as `For db_id:[NAME]` in the context; give one file for all rows"))
+        raise UserError(
+            f"{given} ({key}) has no database of any row: "
+            + (
+                f"the first needs {name}.sqlite or {name}/{name}.sqlite"
+                if name
+                else "the rows name none, in a column db_id or as `For db_id:[NAME]` in the context; give one file for all rows"
+            )
+        )
     for path in {path for path in found if path}:
         _check(path, key)
     return found
@@ -35,8 +40,10 @@ def _check(path: Path, key: str) -> None:
         raise UserError(f"{path} ({key}) is no SQLite file: it begins with {start!r}")
     log = path.with_name(f"{path.name}-wal")
     if log.exists() and log.stat().st_size:
-        raise UserError(f"{path} ({key}) is read as it stands, without the changes in {log.name}: merge them, by "
-                        f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'")
+        raise UserError(
+            f"{path} ({key}) is read as it stands, without the changes in {log.name}: merge them, by "
+            f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'"
+        )
 
 
 def database_name(row: "Row") -> str | None:

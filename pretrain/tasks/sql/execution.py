@@ -18,10 +18,13 @@ MOST_ROWS = 100_000
 DIGITS = 9
 """Significant digits in which floating-point numbers are compared."""
 
-_TOKENS = re.compile(r"""
+_TOKENS = re.compile(
+    r"""
     (?P<literal> '(?:[^']|'')*'? | "(?:[^"]|"")*"? | `[^`]*`? | \[[^\]]*\]? )
   | (?P<comment> --[^\n]* | /\*.*?(?:\*/|$) )
-  | \w+ | [<>!=|]+ | \S""", re.S | re.X)
+  | \w+ | [<>!=|]+ | \S""",
+    re.S | re.X,
+)
 
 
 class Outcome(NamedTuple):
@@ -50,8 +53,14 @@ class QueryRunner:
     def run(self, database: Path, query: str) -> Outcome:
         """Return the rows of a query on a SQLite file, which it cannot change, or an error if it fails or exceeds the limits."""
         if self._process is None:
-            self._process = subprocess.Popen([sys.executable, "-I", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                             stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None and answers is not None
         timer = threading.Timer(PATIENCE, self._process.kill)
@@ -70,7 +79,10 @@ class QueryRunner:
         answer = json.loads(line)
         if "error" in answer:
             return Outcome(None, error=answer["error"])
-        rows = [tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in row) for row in answer["rows"]]
+        rows = [
+            tuple(bytes.fromhex(value["blob"]) if isinstance(value, dict) else value for value in row)
+            for row in answer["rows"]
+        ]
         return Outcome(rows, answer["columns"])
 
     def _end(self) -> None:
@@ -96,7 +108,10 @@ def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], order
 def round_float_columns(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
     """Return several results with the numbers rounded in each column that holds a floating-point number in any of them."""
     inexact = {place for rows in results for row in rows for place, value in enumerate(row) if isinstance(value, float)}
-    return [[tuple(_rounded(value) if place in inexact else value for place, value in enumerate(row)) for row in rows] for rows in results]
+    return [
+        [tuple(_rounded(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
+        for rows in results
+    ]
 
 
 def _rounded(value: Any) -> Any:
@@ -118,4 +133,8 @@ def tokens(query: str) -> list[str]:
 
 def spans(query: str) -> list[tuple[str, int, int]]:
     """Return the tokens of a query with the place of each: where it begins, and where it ends."""
-    return [(match[0] if match["literal"] else match[0].lower(), *match.span()) for match in _TOKENS.finditer(query) if not match["comment"]]
+    return [
+        (match[0] if match["literal"] else match[0].lower(), *match.span())
+        for match in _TOKENS.finditer(query)
+        if not match["comment"]
+    ]

@@ -70,10 +70,21 @@ def equal_up_to_ties(runner: QueryRunner, database: Path, target: str, wanted: O
     Where a LIMIT cuts a group of ties, any of its rows may be the ones that are left.
     """
     ordered = outer_order_by(target)
-    if ordered is None or ordered.skipped is None or wanted.rows is None or given.rows is None or len(wanted.rows) != len(given.rows):
+    if (
+        ordered is None
+        or ordered.skipped is None
+        or wanted.rows is None
+        or given.rows is None
+        or len(wanted.rows) != len(given.rows)
+    ):
         return False
-    ways = [runner.run(database, ordered.unlimited + "".join(f", {column} COLLATE BINARY {way}" for column in range(1, wanted.columns + 1))).rows
-            for way in ("ASC", "DESC")]
+    ways = [
+        runner.run(
+            database,
+            ordered.unlimited + "".join(f", {column} COLLATE BINARY {way}" for column in range(1, wanted.columns + 1)),
+        ).rows
+        for way in ("ASC", "DESC")
+    ]
     if ways[0] is None or ways[1] is None:
         return False
     upward, downward, rows = round_float_columns(ways[0], ways[1], given.rows)

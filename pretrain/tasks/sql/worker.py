@@ -37,12 +37,18 @@ class TooLarge(Exception):
 
 def open_database(path: str) -> sqlite3.Connection:
     """Open a file that can only be read from."""
-    connection = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None)
+    connection = sqlite3.connect(
+        f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None
+    )
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute(f"PRAGMA hard_heap_limit = {HEAP}")
-    for limit, value in ((sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE), (sqlite3.SQLITE_LIMIT_SQL_LENGTH, LONGEST_QUERY),
-                         (sqlite3.SQLITE_LIMIT_ATTACHED, 0), (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0)):
+    for limit, value in (
+        (sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE),
+        (sqlite3.SQLITE_LIMIT_SQL_LENGTH, LONGEST_QUERY),
+        (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+        (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
+    ):
         connection.setlimit(limit, value)
     connection.set_authorizer(authorize)
     return connection
@@ -50,7 +56,9 @@ def open_database(path: str) -> sqlite3.Connection:
 
 def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
     """Allow an action of SQLite only if it reads."""
-    refused = action not in ALLOWED or (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in REFUSED_FUNCTIONS)
+    refused = action not in ALLOWED or (
+        action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in REFUSED_FUNCTIONS
+    )
     return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
 
 

@@ -10,13 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.selection.duplicates import ROWS_PER_PART, SPLIT_PRIORITY, dropped, equal_groups, fingerprints, num_parts, resolve, write_fingerprints
+from data_prep.selection.duplicates import (
+    ROWS_PER_PART,
+    SPLIT_PRIORITY,
+    dropped,
+    equal_groups,
+    fingerprints,
+    num_parts,
+    resolve,
+    write_fingerprints,
+)
 
 Corpus = list[list[tuple[tuple[str, ...], int, int]]]  # of each unit: views, ordinal, rank of the split
 VIEWS = st.tuples(st.sampled_from(["", "a", "b", "ab", "ä", "\ud800"]), st.sampled_from(["", "b", "a", "c"]))
-CORPORA = st.lists(st.lists(st.tuples(VIEWS, st.integers(1, 3), st.integers(0, 2)), max_size=12).map(
-    lambda rows: [(views, ordinal, rank) for (views, _, rank), ordinal in zip(rows, itertools.accumulate(gap for _, gap, _ in rows), strict=True)]
-), max_size=5)
+CORPORA = st.lists(
+    st.lists(st.tuples(VIEWS, st.integers(1, 3), st.integers(0, 2)), max_size=12).map(
+        lambda rows: [
+            (views, ordinal, rank)
+            for (views, _, rank), ordinal in zip(rows, itertools.accumulate(gap for _, gap, _ in rows), strict=True)
+        ]
+    ),
+    max_size=5,
+)
 
 
 def by_dictionary(corpus: Corpus) -> list[list[int]]:
@@ -32,8 +47,12 @@ def by_dictionary(corpus: Corpus) -> list[list[int]]:
 def on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = None) -> list[list[int]]:
     paths = [folder / f"unit-{unit}.npy" for unit in range(len(corpus))]
     for path, rows in zip(paths, corpus, strict=True):
-        write_fingerprints(path, fingerprints([views for views, _, _ in rows]), np.array([ordinal for _, ordinal, _ in rows], int),
-                           np.array([rank for _, _, rank in rows], int))
+        write_fingerprints(
+            path,
+            fingerprints([views for views, _, _ in rows]),
+            np.array([ordinal for _, ordinal, _ in rows], int),
+            np.array([rank for _, _, rank in rows], int),
+        )
     outs = [folder / f"part-{part}-of-{parts}.npy" for part in range(parts)]
     for part in order or range(parts):
         resolve(paths, part, parts, outs[part])
@@ -49,8 +68,13 @@ def test_the_same_records_are_dropped_as_by_a_dictionary(corpus, parts):
 
 def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
     rng = np.random.default_rng(0)
-    corpus = [[((f"text {number % 700}", f"code {number % 11}"), ordinal, int(rank)) for ordinal, (number, rank) in
-               enumerate(zip(rng.integers(0, 5000, 2000), rng.choice(3, 2000), strict=True))] for _ in range(5)]
+    corpus = [
+        [
+            ((f"text {number % 700}", f"code {number % 11}"), ordinal, int(rank))
+            for ordinal, (number, rank) in enumerate(zip(rng.integers(0, 5000, 2000), rng.choice(3, 2000), strict=True))
+        ]
+        for _ in range(5)
+    ]
     expected = by_dictionary(corpus)
     assert sum(map(len, expected)) > 3000
     assert on_disk(corpus, tmp_path, 4, [2, 0, 3, 1]) == expected
@@ -65,10 +89,25 @@ def test_the_earlier_split_stays_then_the_earlier_unit_then_the_earlier_record(t
 
 
 def test_views_are_told_apart_and_so_are_records_of_more_views():
-    texts = [("ab", ""), ("a", "b"), ("", "ab"), ("ab",), ("a", "b", ""), ("a;", "b"), ("a", ";b"), ("1,1;ab",), (), ("\0", "\0"), ("\0\0", "")]
+    texts = [
+        ("ab", ""),
+        ("a", "b"),
+        ("", "ab"),
+        ("ab",),
+        ("a", "b", ""),
+        ("a;", "b"),
+        ("a", ";b"),
+        ("1,1;ab",),
+        (),
+        ("\0", "\0"),
+        ("\0\0", ""),
+    ]
     assert len(np.unique(fingerprints(texts), axis=0)) == len(texts)
     digest = hashlib.blake2b(b"1,1;ab", digest_size=16).digest()  # the same on any machine
-    assert fingerprints([("a", "b")] * 2).tolist() == [[int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]] * 2
+    assert (
+        fingerprints([("a", "b")] * 2).tolist()
+        == [[int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]] * 2
+    )
     assert fingerprints([]).shape == (0, 2)
 
 

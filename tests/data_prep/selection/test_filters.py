@@ -14,39 +14,49 @@ from data_prep.selection.filters import filter_reason, search_time_limit
 from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
-@pytest.mark.parametrize("views, settings, expected", [
-    (("a question", "an answer"), {}, ""),
-    (("a\0b", "c"), {}, "nul"),
-    (("a", "\0"), {}, "nul"),
-    (("abc", "abcd"), {"min_characters": 4}, "too_short"),
-    (("abcd", "abc"), {"min_characters": 4}, "too_short"),
-    (("abcd", "abcd"), {"min_characters": 4}, ""),
-    (("", "abcd"), {"min_characters": 4}, ""),  # a view that is not there is not short
-    (("äöüß",), {"min_characters": 4, "max_characters": 4}, ""),  # characters, not bytes
-    (("abcde", "a"), {"max_characters": 4}, "too_many_characters"),
-    (("a", "abcde"), {"max_characters": 4}, "too_many_characters"),
-    (("fine", "see http://x.org"), {"forbidden": r"https?://"}, "forbidden"),
-    (("see http://x.org", ""), {"forbidden": r"https?://"}, "forbidden"),
-    (("HTTP", "x"), {"forbidden": "http"}, ""),
-    (("HTTP", "x"), {"forbidden": "(?i)http"}, "forbidden"),
-    (("first\nlast", "x"), {"forbidden": "(?m)^last$"}, "forbidden"),
-    (("", "x"), {"forbidden": "^$"}, ""),
-    (("bad\0", ""), {"min_characters": 9, "forbidden": "bad"}, "nul"),
-    (("bad", "bad and long"), {"min_characters": 4, "max_characters": 5, "forbidden": "bad"}, "too_short"),
-    (("long and bad", "good"), {"min_characters": 4, "max_characters": 5, "forbidden": "bad"}, "too_many_characters"),
-])
+@pytest.mark.parametrize(
+    "views, settings, expected",
+    [
+        (("a question", "an answer"), {}, ""),
+        (("a\0b", "c"), {}, "nul"),
+        (("a", "\0"), {}, "nul"),
+        (("abc", "abcd"), {"min_characters": 4}, "too_short"),
+        (("abcd", "abc"), {"min_characters": 4}, "too_short"),
+        (("abcd", "abcd"), {"min_characters": 4}, ""),
+        (("", "abcd"), {"min_characters": 4}, ""),  # a view that is not there is not short
+        (("äöüß",), {"min_characters": 4, "max_characters": 4}, ""),  # characters, not bytes
+        (("abcde", "a"), {"max_characters": 4}, "too_many_characters"),
+        (("a", "abcde"), {"max_characters": 4}, "too_many_characters"),
+        (("fine", "see http://x.org"), {"forbidden": r"https?://"}, "forbidden"),
+        (("see http://x.org", ""), {"forbidden": r"https?://"}, "forbidden"),
+        (("HTTP", "x"), {"forbidden": "http"}, ""),
+        (("HTTP", "x"), {"forbidden": "(?i)http"}, "forbidden"),
+        (("first\nlast", "x"), {"forbidden": "(?m)^last$"}, "forbidden"),
+        (("", "x"), {"forbidden": "^$"}, ""),
+        (("bad\0", ""), {"min_characters": 9, "forbidden": "bad"}, "nul"),
+        (("bad", "bad and long"), {"min_characters": 4, "max_characters": 5, "forbidden": "bad"}, "too_short"),
+        (
+            ("long and bad", "good"),
+            {"min_characters": 4, "max_characters": 5, "forbidden": "bad"},
+            "too_many_characters",
+        ),
+    ],
+)
 def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, expected):
     assert filter_reason(views, FiltersConfig(**settings)) == expected
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"forbidden": "(a"}, "data.filters.forbidden: '(a' is no regular expression: missing )"),
-    ({"forbidden": "a{99999999999}"}, "is no regular expression"),
-    ({"min_characters": 5, "max_characters": 4}, "data.filters: max_characters (4) is below min_characters (5)"),
-    ({"min_characters": -1}, "data.filters.min_characters"),
-    ({"max_characters": 0}, "data.filters.max_characters"),
-    ({"maximum": 3}, "unknown key 'data.filters.maximum'"),
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"forbidden": "(a"}, "data.filters.forbidden: '(a' is no regular expression: missing )"),
+        ({"forbidden": "a{99999999999}"}, "is no regular expression"),
+        ({"min_characters": 5, "max_characters": 4}, "data.filters: max_characters (4) is below min_characters (5)"),
+        ({"min_characters": -1}, "data.filters.min_characters"),
+        ({"max_characters": 0}, "data.filters.max_characters"),
+        ({"maximum": 3}, "unknown key 'data.filters.maximum'"),
+    ],
+)
 def test_a_filter_that_cannot_act_is_one_line_before_anything_runs(settings, expected):
     with pytest.raises(UserError) as raised:
         validate(FiltersConfig, settings, "data.filters")
@@ -61,10 +71,16 @@ NEVER = r"^(\d+[ ,.]?)+$"
 @pytest.mark.parametrize("malformed", ["fail", "drop"])
 def test_an_expression_that_does_not_end_names_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.2)
-    rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)]
+    rows = [
+        {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)
+    ]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
-    config = data_config(tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed)
-    with pytest.raises(UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it") as raised:
+    config = data_config(
+        tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed
+    )
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it"
+    ) as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "nothing is interrupted later"
@@ -78,9 +94,17 @@ def test_the_time_of_an_expression_counts_for_each_record_alone(monkeypatch):
 
 
 def test_a_possessive_expression_decides(tmp_path, write_jsonl):
-    rows = [{"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"} for number in range(100)]
-    config = data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), filters={"forbidden": r"^(?:\d++[ ,.]?)++$"},
-                  tokenizer={"vocab_size": 300}, sequence_length=256)
+    rows = [
+        {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"}
+        for number in range(100)
+    ]
+    config = data_config(
+        tmp_path / "out",
+        json_source(write_jsonl(tmp_path / "a.jsonl", rows)),
+        filters={"forbidden": r"^(?:\d++[ ,.]?)++$"},
+        tokenizer={"vocab_size": 300},
+        sequence_length=256,
+    )
     assert prepare_quietly(config)["splits"]["train"]["records"] == 100
 
 
@@ -90,6 +114,7 @@ def test_outside_of_the_main_thread_there_is_no_limit():
     def search() -> None:
         with search_time_limit(config):
             found.append(filter_reason(("see http://x.org", ""), config))
+
     thread = threading.Thread(target=search)
     thread.start()
     thread.join()

@@ -22,13 +22,25 @@ DATA = REPO_ROOT.parent / "shared" / "data"
 Record = tuple[str, ...]
 
 
-def near_duplicates_of(folder: Path, units: list[list[Record]], ranks: list[list[int]] | None = None, parts: int = 1,
-                       threshold: float = 0.8) -> list[list[int]]:
+def near_duplicates_of(
+    folder: Path,
+    units: list[list[Record]],
+    ranks: list[list[int]] | None = None,
+    parts: int = 1,
+    threshold: float = 0.8,
+) -> list[list[int]]:
     """Of each unit the numbers of the records that are dropped; their ordinals on disk are twice that and one more."""
-    signatures, bands = ([folder / f"{kind}-{unit}.npy" for unit in range(len(units))] for kind in ("signatures", "bands"))
+    signatures, bands = (
+        [folder / f"{kind}-{unit}.npy" for unit in range(len(units))] for kind in ("signatures", "bands")
+    )
     for unit, records in enumerate(units):
-        write_sketches(signatures[unit], bands[unit], *sketch(records, threshold), np.arange(len(records)) * 2 + 1,
-                       np.array(ranks[unit] if ranks else [2] * len(records), int))
+        write_sketches(
+            signatures[unit],
+            bands[unit],
+            *sketch(records, threshold),
+            np.arange(len(records)) * 2 + 1,
+            np.array(ranks[unit] if ranks else [2] * len(records), int),
+        )
     outs = [folder / f"out-{part}.npy" for part in range(parts)]
     for part in reversed(range(parts)):
         resolve_near(signatures, bands, part, parts, outs[part], threshold)
@@ -38,7 +50,7 @@ def near_duplicates_of(folder: Path, units: list[list[Record]], ranks: list[list
 def shingles(text: str) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+|[^\w\s]", text.lower())
     padded = ["", "", "", "", *words, "", "", "", ""]
-    return {tuple(padded[start:start + 5]) for start in range(len(padded) - 4)} if words else set()
+    return {tuple(padded[start : start + 5]) for start in range(len(padded) - 4)} if words else set()
 
 
 def likeness(one: list[set], other: list[set]) -> float:
@@ -51,7 +63,9 @@ def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
     holders: dict[tuple[str, ...], list[int]] = {}
     found, above, missed = set(found), 0, 0
     for place, mine in enumerate(sets):
-        sharing = {early for shingle in mine[0] if shingle[3] for early in holders.get(shingle, [])}  # any other has a likeness near 0
+        sharing = {
+            early for shingle in mine[0] if shingle[3] for early in holders.get(shingle, [])
+        }  # any other has a likeness near 0
         closest = max((likeness(mine, sets[early]) for early in sharing), default=0.0)
         for shingle in mine[0]:
             holders.setdefault(shingle, []).append(place)
@@ -82,13 +96,15 @@ def synthetic(count: int, seed: int) -> list[Record]:
             context, target = rng.choice(records)
             records.append((edited(context, rng), rng.choice([target, target, edited(target, rng)])))
         else:
-            records.append(tuple(" ".join(f"w{rng.randrange(300)}" for _ in range(rng.randint(10, 150))) for _ in range(2)))
+            records.append(
+                tuple(" ".join(f"w{rng.randrange(300)}" for _ in range(rng.randint(10, 150))) for _ in range(2))
+            )
     return records
 
 
 def test_edited_copies_are_found_as_the_similarity_of_all_pairs_says(tmp_path):
     records = synthetic(600, 0)
-    found, = near_duplicates_of(tmp_path, [records])
+    (found,) = near_duplicates_of(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 100
 
 
@@ -102,31 +118,49 @@ def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, p
     bounds = list(zip([0, *cuts], [*cuts, 60], strict=True))
     signatures, bands = sketch(records, threshold)
     order = sorted(range(60), key=lambda place: (ranks[place], place))
-    expected = [any((bands[early] == bands[late]).all(axis=1).any()
-                    and all((signatures[early, view] == signatures[late, view]).sum() >= threshold * NUM_HASHES for view in range(2))
-                    for early in order[:order.index(late)]) for late in range(60)]
+    expected = [
+        any(
+            (bands[early] == bands[late]).all(axis=1).any()
+            and all(
+                (signatures[early, view] == signatures[late, view]).sum() >= threshold * NUM_HASHES for view in range(2)
+            )
+            for early in order[: order.index(late)]
+        )
+        for late in range(60)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        found = near_duplicates_of(Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold)
-    assert [place + a for (a, _), places in zip(bounds, found, strict=True) for place in places] == np.flatnonzero(expected).tolist()
+        found = near_duplicates_of(
+            Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold
+        )
+    assert [place + a for (a, _), places in zip(bounds, found, strict=True) for place in places] == np.flatnonzero(
+        expected
+    ).tolist()
 
 
 LONG = " ".join(f"word{number}" for number in range(100))
 
 
-@pytest.mark.parametrize("first, second, expected", [
-    ((LONG, "a"), (LONG, "a"), True),
-    ((LONG, "a"), (LONG.replace("word50", "other"), "a"), True),
-    ((LONG, "a"), (LONG.upper().replace(" ", "\n"), "A"), True),
-    ((LONG, "a"), (LONG, "b"), False),  # another target, such as another label
-    ((LONG, "a"), (LONG, ""), False),
-    ((LONG, ""), ("", LONG), False),
-    (("", LONG), ("", LONG), True),
-    (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
-    ((LONG, "~(.*)"), (LONG, "(.*)"), False),
-    ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
-    (("猫" + "一二三四五六七八九十" * 9, "x"), ("犬" + "一二三四五六七八九十" * 9, "x"), False),  # ten shingles again and again, and the edges
-    (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
-])
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [
+        ((LONG, "a"), (LONG, "a"), True),
+        ((LONG, "a"), (LONG.replace("word50", "other"), "a"), True),
+        ((LONG, "a"), (LONG.upper().replace(" ", "\n"), "A"), True),
+        ((LONG, "a"), (LONG, "b"), False),  # another target, such as another label
+        ((LONG, "a"), (LONG, ""), False),
+        ((LONG, ""), ("", LONG), False),
+        (("", LONG), ("", LONG), True),
+        (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
+        ((LONG, "~(.*)"), (LONG, "(.*)"), False),
+        ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
+        (
+            ("猫" + "一二三四五六七八九十" * 9, "x"),
+            ("犬" + "一二三四五六七八九十" * 9, "x"),
+            False,
+        ),  # ten shingles again and again, and the edges
+        (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
+    ],
+)
 def test_records_are_near_where_each_of_their_views_is(tmp_path, first, second, expected):
     assert near_duplicates_of(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
     assert near_duplicates_of(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
@@ -134,16 +168,19 @@ def test_records_are_near_where_each_of_their_views_is(tmp_path, first, second, 
 
 def test_a_chain_of_edits_keeps_its_first(tmp_path):
     chain = [(LONG.replace("word", "other", step),) for step in range(0, 100, 2)]
-    found, = near_duplicates_of(tmp_path, [chain])
+    (found,) = near_duplicates_of(tmp_path, [chain])
     assert found == list(range(1, 50))
-    found, = near_duplicates_of(tmp_path, [[chain[0], chain[-1]]])
+    (found,) = near_duplicates_of(tmp_path, [[chain[0], chain[-1]]])
     assert found == []
 
 
 def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
     records = [(LONG,)] * 25 + [("another " + LONG,), ("quite another text",)]
-    assert near_duplicates_of(tmp_path, [records[:7], records[7:]]) == [[1, 2, 3, 4, 5, 6], [n for n in range(19) if n not in (3, 13)]]
+    assert near_duplicates_of(tmp_path, [records[:7], records[7:]]) == [
+        [1, 2, 3, 4, 5, 6],
+        [n for n in range(19) if n not in (3, 13)],
+    ]
 
 
 def test_a_group_that_fills_its_runs_is_read_to_the_end(tmp_path, monkeypatch):
@@ -170,18 +207,25 @@ def test_bands_find_pairs_at_the_threshold(threshold):
 def test_a_missing_library_is_one_line():
     program = "import sys; sys.modules['rensa'] = None\nfrom data_prep.selection import near_duplicates\nnear_duplicates.sketch([('a',)])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO_ROOT)
-    assert done.stderr.splitlines()[-1].startswith("data_prep.console.UserError: near-duplicates need the package rensa")
+    assert done.stderr.splitlines()[-1].startswith(
+        "data_prep.console.UserError: near-duplicates need the package rensa"
+    )
     assert "pip install '.[near-duplicates]'" in done.stderr
 
 
 def test_real_glosses_and_news_pairs(tmp_path):
     if not (DATA / "wordnet").exists() or not (DATA / "paraphrase").exists():
         pytest.skip("the public sets are not in ../shared/data")
-    with (DATA / "wordnet" / "synsets.jsonl").open() as glosses, (DATA / "paraphrase" / "mrpc_train.jsonl").open() as pairs:
-        records = [(row["text_a"],) for row in map(json.loads, pairs)][:800] + [(json.loads(next(glosses))["gloss"],) for _ in range(1000)]
+    with (
+        (DATA / "wordnet" / "synsets.jsonl").open() as glosses,
+        (DATA / "paraphrase" / "mrpc_train.jsonl").open() as pairs,
+    ):
+        records = [(row["text_a"],) for row in map(json.loads, pairs)][:800] + [
+            (json.loads(next(glosses))["gloss"],) for _ in range(1000)
+        ]
     rng = random.Random(0)
-    records += [(edited(text, rng),) for text, in rng.sample(records, 250)]
-    found, = near_duplicates_of(tmp_path, [records])
+    records += [(edited(text, rng),) for (text,) in rng.sample(records, 250)]
+    (found,) = near_duplicates_of(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 50
 
 
@@ -190,11 +234,14 @@ def test_of_records_made_from_templates_only_exact_copies_go(tmp_path, name):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     with (DATA / name / "test.jsonl").open() as lines:
-        records = [tuple(" ".join(message["content"].lower().split()) for message in json.loads(line)["messages"][1:]) for line in lines]
+        records = [
+            tuple(" ".join(message["content"].lower().split()) for message in json.loads(line)["messages"][1:])
+            for line in lines
+        ]
     seen, copies = set(), []
     for place, record in enumerate(records):
         if record in seen:
             copies.append(place)
         seen.add(record)
-    found, = near_duplicates_of(tmp_path, [records])
+    (found,) = near_duplicates_of(tmp_path, [records])
     assert set(copies) <= set(found) and len(found) <= len(copies) + len(records) // 500

@@ -40,13 +40,20 @@ def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicate
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
     assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
     seen = set()
-    places = [f"{tmp_path / f'{number}.jsonl'}:{line}" for number, of_file in enumerate(with_duplicates)
-              for line, row in enumerate(of_file, 1) if pair(row) in seen or seen.add(pair(row))]
+    places = [
+        f"{tmp_path / f'{number}.jsonl'}:{line}"
+        for number, of_file in enumerate(with_duplicates)
+        for line, row in enumerate(of_file, 1)
+        if pair(row) in seen or seen.add(pair(row))
+    ]
     assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
 
 
 def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_duplicates, tmp_path):
-    sources = [json_source(tmp_path / f"{number}.jsonl", split=split) for number, split in enumerate(("train", "validation", "test"))]
+    sources = [
+        json_source(tmp_path / f"{number}.jsonl", split=split)
+        for number, split in enumerate(("train", "validation", "test"))
+    ]
     prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512))
     train, validation, test = ([pair(row) for row in of_file] for of_file in with_duplicates)
     unique = dict.fromkeys
@@ -56,14 +63,25 @@ def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_dupli
 
 
 def test_all_records_stay_where_that_is_asked_for(with_duplicates, tmp_path):
-    manifest = prepare_quietly(data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none"))
+    manifest = prepare_quietly(
+        data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none")
+    )
     assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
 
 
 def test_records_that_differ_in_one_view_are_no_duplicates(write_jsonl, tmp_path):
-    rows = [{"text": "a b", "code": "c d"}, {"text": "a b", "code": "d e"}, {"text": "b c", "code": "c d"}, {"text": "a", "code": "b c d"},
-            {"text": "a b", "code": "c d"}]
-    prepare_quietly(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}))
+    rows = [
+        {"text": "a b", "code": "c d"},
+        {"text": "a b", "code": "d e"},
+        {"text": "b c", "code": "c d"},
+        {"text": "a", "code": "b c d"},
+        {"text": "a b", "code": "c d"},
+    ]
+    prepare_quietly(
+        data_config(
+            tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 295}
+        )
+    )
     assert texts_of(tmp_path / "out") == [pair(row) for row in rows[:4]]
 
 
@@ -74,10 +92,19 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
     """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
     test = pairs(30, seed=7)
-    clean = [{"text": f"what is {row['text']} number {number}", "code": test[number % 30]["code"] if number % 5 else row["code"]}
-             for number, row in enumerate(pairs(100))]  # most have the target of a test row
-    leaked = [{"text": test[3]["text"].upper() + " ?!", "code": "another answer"}, {"text": test[4]["text"], "code": test[4]["code"]},
-              {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"}, {"text": "of", "code": f"what they asked, {LEAK}"}]
+    clean = [
+        {
+            "text": f"what is {row['text']} number {number}",
+            "code": test[number % 30]["code"] if number % 5 else row["code"],
+        }
+        for number, row in enumerate(pairs(100))
+    ]  # most have the target of a test row
+    leaked = [
+        {"text": test[3]["text"].upper() + " ?!", "code": "another answer"},
+        {"text": test[4]["text"], "code": test[4]["code"]},
+        {"text": f"So I asked: {LEAK}; and he said", "code": "nothing"},
+        {"text": "of", "code": f"what they asked, {LEAK}"},
+    ]
     path = write_jsonl(tmp_path / "test.jsonl", [*test, {"text": LEAK, "code": "4"}])
     source = json_source(write_jsonl(tmp_path / "train.jsonl", clean + leaked))
     return source, task_tests(path), clean
@@ -89,7 +116,9 @@ def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, 
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     dropped = manifest["dropped"]["contaminated"]
     assert dropped["count"] == 4 and all("the test context" in place for place in dropped["first"])
-    assert [place.partition(": ")[0] for place in dropped["first"]] == [f"{tmp_path / 'train.jsonl'}:{line}" for line in (101, 102, 103, 104)]
+    assert [place.partition(": ")[0] for place in dropped["first"]] == [
+        f"{tmp_path / 'train.jsonl'}:{line}" for line in (101, 102, 103, 104)
+    ]
     assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
 
 
@@ -98,44 +127,79 @@ def test_contaminated_records_stay_where_that_is_asked_for_and_in_test_sources(l
     prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
     tokenizer = {"path": str(tmp_path / "kept" / "tokenizer")}
-    prepare_quietly(data_config(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests)
+    prepare_quietly(
+        data_config(tmp_path / "test", {**source, "split": "test"}, sequence_length=512, tokenizer=tokenizer), tests
+    )
     assert len(texts_of(tmp_path / "test", "test")) == len(clean) + 4
 
 
 def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, run, run_expecting_user_error):
     source, tests, clean = leaky
     config = tmp_path / "run.yaml"
-    config.write_text(json.dumps({"name": "x", "data": {
-        "path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 340}, "sequence_length": 512, "workers": 1},
-        "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0].source.path}]}}))
+    config.write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "data": {
+                    "path": str(tmp_path / "out"),
+                    "sources": [source],
+                    "tokenizer": {"vocab_size": 340},
+                    "sequence_length": 512,
+                    "workers": 1,
+                },
+                "evaluation": {"tasks": [{"name": "nl_rx", "test": tests[0].source.path}]},
+            }
+        )
+    )
     done = run(config)
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
-    assert "was prepared with another data.decontaminate" in run_expecting_user_error(config, "data.decontaminate=false")
+    assert "was prepared with another data.decontaminate" in run_expecting_user_error(
+        config, "data.decontaminate=false"
+    )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
-    assert "the corpus was prepared" not in (said := run_expecting_user_error(config)) and f"content of {tmp_path / 'test.jsonl'}" in said
-    assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(f"{tmp_path / 'test.jsonl'}:1: 'text' holds")
+    assert (
+        "the corpus was prepared" not in (said := run_expecting_user_error(config))
+        and f"content of {tmp_path / 'test.jsonl'}" in said
+    )
+    assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
+        f"{tmp_path / 'test.jsonl'}:1: 'text' holds"
+    )
     (tmp_path / "test.jsonl").unlink()
-    assert str(tmp_path / "test.jsonl") in run_expecting_user_error(config) and "evaluation.tasks" in run_expecting_user_error(config)
+    assert str(tmp_path / "test.jsonl") in run_expecting_user_error(
+        config
+    ) and "evaluation.tasks" in run_expecting_user_error(config)
 
 
 def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
     config = data_config(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
-    tasks = {"tasks": [{"name": "nl_rx"}, {"name": "loss", "test": "b.jsonl"}, {"name": "nl_rx", "test": "b.jsonl"},
-                       {"name": "nl_rx", "test": "b.jsonl", "label": "again"}]}
+    tasks = {
+        "tasks": [
+            {"name": "nl_rx"},
+            {"name": "loss", "test": "b.jsonl"},
+            {"name": "nl_rx", "test": "b.jsonl"},
+            {"name": "nl_rx", "test": "b.jsonl", "label": "again"},
+        ]
+    }
     source = JsonSource(type="json", path="b.jsonl", views={"text": "question", "code": "sql"})
-    assert evaluation_tests(config, tasks) == [TaskTest(task="loss", key="evaluation.tasks.1.test", source=source),
-                                               TaskTest(task="nl_rx", key="evaluation.tasks.2.test", source=source)]
+    assert evaluation_tests(config, tasks) == [
+        TaskTest(task="loss", key="evaluation.tasks.1.test", source=source),
+        TaskTest(task="nl_rx", key="evaluation.tasks.2.test", source=source),
+    ]
     assert evaluation_tests(config, None) == evaluation_tests(config, {}) == []
     given = [{"name": "gsm8k", "test": {"type": kind, "path": "c.jsonl"}} for kind in ("json", "hub")]
     assert [test.source.type for test in evaluation_tests(config, {"tasks": given})] == ["json", "hub"]
 
 
-@pytest.mark.parametrize("evaluation, message", [
-    ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'tests'; the nearest known one is 'test'"),
-    ({"task": []}, "unknown key 'evaluation.task'"),
-    ({"tasks": {"name": "loss"}}, "evaluation.tasks"), (["b.jsonl"], "evaluation"),
-])
+@pytest.mark.parametrize(
+    "evaluation, message",
+    [
+        ({"tasks": [{"name": "loss", "tests": "b.jsonl"}]}, "unknown key 'tests'; the nearest known one is 'test'"),
+        ({"task": []}, "unknown key 'evaluation.task'"),
+        ({"tasks": {"name": "loss"}}, "evaluation.tasks"),
+        (["b.jsonl"], "evaluation"),
+    ],
+)
 def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(tmp_path, evaluation, message):
     with pytest.raises(UserError, match=message):
         evaluation_tests(data_config(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
@@ -147,14 +211,32 @@ def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
     assert EvaluationFiles.model_fields.keys() == EvaluationConfig.model_fields.keys()
 
 
-@pytest.mark.parametrize("mappings", [[{"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}, None],
-                                      [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}]])
+@pytest.mark.parametrize(
+    "mappings",
+    [
+        [{"text": "{schema} {question}", "code": "sql"}, {"text": "sql", "code": "question"}, None],
+        [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}],
+    ],
+)
 def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, write_jsonl, tmp_path):
-    test = [{"schema": f"CREATE TABLE t{number} (a INT)", "question": row["text"], "sql": "SELECT COUNT(*) FROM dogs WHERE town = 1"}
-            for number, row in enumerate(pairs(20, seed=3))]
-    rows = [{"schema": "s", "question": row["text"], "sql": row["code"], "text": row["text"], "code": row["code"]} for row in pairs(60)]
+    test = [
+        {
+            "schema": f"CREATE TABLE t{number} (a INT)",
+            "question": row["text"],
+            "sql": "SELECT COUNT(*) FROM dogs WHERE town = 1",
+        }
+        for number, row in enumerate(pairs(20, seed=3))
+    ]
+    rows = [
+        {"schema": "s", "question": row["text"], "sql": row["code"], "text": row["text"], "code": row["code"]}
+        for row in pairs(60)
+    ]
     common = rows[0] | {"question": "how many dogs are there in that town", "sql": test[0]["sql"]}
-    sources = [json_source(write_jsonl(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views) for views in mappings if views]
+    sources = [
+        json_source(write_jsonl(tmp_path / "a.jsonl", [*rows, test[5], common]), views=views)
+        for views in mappings
+        if views
+    ]
     if None in mappings:
         sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
     said = []
@@ -165,7 +247,10 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, wri
     found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
-    assert any(line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line for line in said)
+    assert any(
+        line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line
+        for line in said
+    )
 
 
 def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, write_jsonl, tmp_path):
@@ -178,13 +263,27 @@ def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, writ
 
 
 def test_filters_drop_and_count(write_jsonl, tmp_path):
-    rows = [{"text": "long enough", "code": "also long"}, {"text": "no", "code": "long enough"}, {"text": "nul \0 inside", "code": "long enough"},
-            {"text": "far too long " * 9, "code": "long enough"}, {"text": "http://spam", "code": "long enough"}]
+    rows = [
+        {"text": "long enough", "code": "also long"},
+        {"text": "no", "code": "long enough"},
+        {"text": "nul \0 inside", "code": "long enough"},
+        {"text": "far too long " * 9, "code": "long enough"},
+        {"text": "http://spam", "code": "long enough"},
+    ]
     filters = {"min_characters": 3, "max_characters": 50, "forbidden": "https?://"}
-    manifest = prepare_quietly(data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), filters=filters, tokenizer={"vocab_size": 300}))
+    manifest = prepare_quietly(
+        data_config(
+            tmp_path / "out",
+            json_source(write_jsonl(tmp_path / "a.jsonl", rows)),
+            filters=filters,
+            tokenizer={"vocab_size": 300},
+        )
+    )
     assert texts_of(tmp_path / "out") == [pair(rows[0])]
-    assert {reason: [place.partition(": ")[0][-1] for place in drop["first"]] for reason, drop in manifest["dropped"].items()} == {
-        "nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
+    assert {
+        reason: [place.partition(": ")[0][-1] for place in drop["first"]]
+        for reason, drop in manifest["dropped"].items()
+    } == {"nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert all(f"1 as `{reason}`" in summary for reason in manifest["dropped"])
 
@@ -192,15 +291,21 @@ def test_filters_drop_and_count(write_jsonl, tmp_path):
 def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, write_jsonl, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
-    prepare_quietly(data_config(tmp_path / "clean", json_source(write_jsonl(tmp_path / "clean.jsonl", clean)), sequence_length=512))
+    prepare_quietly(
+        data_config(tmp_path / "clean", json_source(write_jsonl(tmp_path / "clean.jsonl", clean)), sequence_length=512)
+    )
     model = "tokenizer/tokenizer.json"
     assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "clean" / model).read_bytes()
 
 
 def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(9)))
-    with pytest.raises(UserError, match=r"b\.jsonl:1: no text for the view text and code; the row has q: name the columns"):
-        prepare_quietly(data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}])))
+    with pytest.raises(
+        UserError, match=r"b\.jsonl:1: no text for the view text and code; the row has q: name the columns"
+    ):
+        prepare_quietly(
+            data_config(tmp_path / "out", source), task_tests(write_jsonl(tmp_path / "b.jsonl", [{"q": "a"}]))
+        )
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"b\.jsonl \(nl_rx\) \(evaluation\.tasks\.0\.test\) has no rows"):
         prepare_quietly(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
@@ -212,11 +317,17 @@ def test_near_duplicates_go_where_that_is_asked_for(write_jsonl, tmp_path):
     long = [" ".join(rng.choices(words, k=120)) for _ in range(20)]
     rows = [{"text": text, "code": text[::-1]} for text in long]
     near = [{"text": text.replace(" ", "  ").upper(), "code": text[::-1]} for text in long[5:10]]
-    sources = [json_source(write_jsonl(tmp_path / f"{name}.jsonl", of_file)) for name, of_file in (("first", rows), ("near", [*near, rows[3]]))]
+    sources = [
+        json_source(write_jsonl(tmp_path / f"{name}.jsonl", of_file))
+        for name, of_file in (("first", rows), ("near", [*near, rows[3]]))
+    ]
     settings = {"sequence_length": 4096, "deduplicate": "near"}
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, **settings))
     assert texts_of(tmp_path / "out") == [pair(row) for row in rows]
-    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"duplicate": 1, "near_duplicate": 5}
+    assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {
+        "duplicate": 1,
+        "near_duplicate": 5,
+    }
     prepare_quietly(data_config(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
     assert len(texts_of(tmp_path / "strict")) >= len(rows)
     with pytest.raises(UserError, match="near_threshold acts with deduplicate: near only"):

@@ -19,7 +19,13 @@ def question(number: int) -> str:
 
 
 def chat(context: str, target: str) -> dict:
-    return {"messages": [{"role": "system", "content": "Answer."}, {"role": "user", "content": context}, {"role": "assistant", "content": target}]}
+    return {
+        "messages": [
+            {"role": "system", "content": "Answer."},
+            {"role": "user", "content": context},
+            {"role": "assistant", "content": target},
+        ]
+    }
 
 
 FORMS = {
@@ -37,16 +43,28 @@ FORMS = {
 @pytest.mark.parametrize("task", FORMS)
 def test_every_test_row_of_a_public_form_is_kept_out(task, write_jsonl, tmp_path):
     tests = [FORMS[task](number) for number in range(len(NUMBER))]
-    as_scored = read_rows(task_tests(write_jsonl(tmp_path / "test.jsonl", tests), task)[0].source, ("text", "code"), "x", row_format=public_row_format(task))
+    as_scored = read_rows(
+        task_tests(write_jsonl(tmp_path / "test.jsonl", tests), task)[0].source,
+        ("text", "code"),
+        "x",
+        row_format=public_row_format(task),
+    )
     clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
     sources = {
         "as scored": [{"text": row.context, "code": "another answer"} for row in as_scored],
         "in messages": [chat(row.context, "another answer") for row in as_scored],
-        "the question alone": [{"text": question(number).upper(), "code": "another answer"} for number in range(len(NUMBER))],
+        "the question alone": [
+            {"text": question(number).upper(), "code": "another answer"} for number in range(len(NUMBER))
+        ],
         "clean": clean,
     }
-    config = data_config(tmp_path / "out", *(json_source(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in sources.items()),
-                  deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300})
+    config = data_config(
+        tmp_path / "out",
+        *(json_source(write_jsonl(tmp_path / f"{name}.jsonl", rows)) for name, rows in sources.items()),
+        deduplicate="none",
+        sequence_length=512,
+        tokenizer={"vocab_size": 300},
+    )
     manifest = prepare_quietly(config, task_tests(tmp_path / "test.jsonl", task))
     assert [source["kept"] for source in manifest["sources"]] == [0, 0, 0, len(clean)]
     assert manifest["dropped"]["contaminated"]["count"] == 3 * len(NUMBER)
@@ -61,13 +79,24 @@ PROMPTS = {
 
 @pytest.mark.parametrize("of_test", PROMPTS)
 @pytest.mark.parametrize("of_training", PROMPTS)
-def test_questions_of_spider_are_kept_out_whatever_prompt_the_training_and_the_test_have(of_training, of_test, write_jsonl, tmp_path):
+def test_questions_of_spider_are_kept_out_whatever_prompt_the_training_and_the_test_have(
+    of_training, of_test, write_jsonl, tmp_path
+):
     public = [{"db_id": "numbers", "question": question(number), "query": "SELECT 1"} for number in range(len(NUMBER))]
     in_messages = [chat(f"For db_id:[numbers]\n\n{row['question']}", row["query"]) for row in public]
-    clean = [{"db_id": "numbers", "question": f"what comes after {number}?", "query": f"SELECT {number}"} for number in range(40)]
-    train = [*clean, *public] if of_training != "messages" else [*(chat(row["question"], row["query"]) for row in clean), *in_messages]
+    clean = [
+        {"db_id": "numbers", "question": f"what comes after {number}?", "query": f"SELECT {number}"}
+        for number in range(40)
+    ]
+    train = (
+        [*clean, *public]
+        if of_training != "messages"
+        else [*(chat(row["question"], row["query"]) for row in clean), *in_messages]
+    )
     source = json_source(write_jsonl(tmp_path / "train.jsonl", train), views=PROMPTS[of_training])
-    config = data_config(tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306})
+    config = data_config(
+        tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306}
+    )
     path = write_jsonl(tmp_path / "test.jsonl", in_messages if of_test == "messages" else public)
     manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[of_test]))
     assert manifest["dropped"]["contaminated"]["count"] == len(public) and manifest["sources"][0]["kept"] == len(clean)
@@ -83,41 +112,66 @@ MAPPINGS = {
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_mapped_test_rows_are_kept_out_in_a_folder_a_glob_and_a_local_data_set(mapping, write_jsonl, tmp_path):
     (tmp_path / "tests").mkdir()
-    rows = [{"schema": f"t{number}", "ask": question(number), "sql": "SELECT 1"} | chat(question(number), "SELECT 1")
-            for number in range(len(NUMBER))]
+    rows = [
+        {"schema": f"t{number}", "ask": question(number), "sql": "SELECT 1"} | chat(question(number), "SELECT 1")
+        for number in range(len(NUMBER))
+    ]
     for half in range(2):
         write_jsonl(tmp_path / "tests" / f"{half}.jsonl", rows[half::2])
     train = [{"text": question(number), "code": "yes"} for number in range(len(NUMBER))]
-    train += [{"text": f"t{number}: {question(number)}", "code": "yes"} for number in range(len(NUMBER) if mapping == "a template" else 0)]
+    train += [
+        {"text": f"t{number}: {question(number)}", "code": "yes"}
+        for number in range(len(NUMBER) if mapping == "a template" else 0)
+    ]
     clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
     source = json_source(write_jsonl(tmp_path / "train.jsonl", clean + train))
     views = MAPPINGS[mapping]
-    forms = {"folder": {"type": "json", "path": str(tmp_path / "tests")}, "glob": {"type": "json", "path": str(tmp_path / "t*" / "*.jsonl")},
-             "hub": {"type": "hub", "path": str(tmp_path / "tests")}}
+    forms = {
+        "folder": {"type": "json", "path": str(tmp_path / "tests")},
+        "glob": {"type": "json", "path": str(tmp_path / "t*" / "*.jsonl")},
+        "hub": {"type": "hub", "path": str(tmp_path / "tests")},
+    }
     for name, form in forms.items():
-        config = data_config(tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300})
+        config = data_config(
+            tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300}
+        )
         said = []
-        tests = evaluation_tests(config, {"tasks": [{"name": "spider", "databases": "d", "test": form | {"views": views}}]})
+        tests = evaluation_tests(
+            config, {"tasks": [{"name": "spider", "databases": "d", "test": form | {"views": views}}]}
+        )
         manifest = prepare(config, tests, say=said.append)
         assert manifest["dropped"]["contaminated"]["count"] == len(train), name
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
-        assert any(line.startswith("kept out of training: ") and "(spider), " in line and "where a training context equals them" in line
-                   for line in said)
+        assert any(
+            line.startswith("kept out of training: ")
+            and "(spider), " in line
+            and "where a training context equals them" in line
+            for line in said
+        )
 
 
-def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(write_jsonl, tmp_path, run_expecting_user_error):
+def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(
+    write_jsonl, tmp_path, run_expecting_user_error
+):
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "a.jsonl", [{"text": "first question", "code": "1", "other": "x"}])
-    source = json_source(write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
-    config = {"name": "x", "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 295}, "workers": 1},
-              "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "json", "path": str(tests)}}]}}
+    source = json_source(
+        write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
+    )
+    config = {
+        "name": "x",
+        "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 295}, "workers": 1},
+        "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "json", "path": str(tests)}}]},
+    }
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(config))
     prepared = DataConfig(**config["data"])
     prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
     other = json.dumps({"type": "json", "path": str(tests), "views": {"text": "other", "code": "code"}})
-    assert "was prepared with another evaluation.tasks" in run_expecting_user_error(path, f"evaluation.tasks.0.test={other}")
+    assert "was prepared with another evaluation.tasks" in run_expecting_user_error(
+        path, f"evaluation.tasks.0.test={other}"
+    )
     write_jsonl(tests / "b.jsonl", [{"text": "second question", "code": "2"}])
     assert f"was prepared with another content of {tests / 'b.jsonl'}" in run_expecting_user_error(path)
 
@@ -126,16 +180,25 @@ def test_the_end_of_a_list_that_fills_no_record_costs_no_other_row(write_jsonl, 
     rows = [{"paraphrases": ["a", "b", "c"]}, {"paraphrases": ["d"]}, {"paraphrases": ["e", "f"]}]
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
-    assert "(task.test): 2 lists of texts end in too few texts for another row, which are skipped" in capsys.readouterr().out
+    assert (
+        "(task.test): 2 lists of texts end in too few texts for another row, which are skipped"
+        in capsys.readouterr().out
+    )
 
 
 def test_files_of_tests_that_are_not_read_are_named(write_jsonl, tmp_path):
     (tmp_path / "tests").mkdir()
     write_jsonl(tmp_path / "tests" / "a.jsonl", [{"text": "first question", "code": "1"}])
     (tmp_path / "tests" / "b.csv").write_text("text,code\nsecond question,2\n")
-    source = json_source(write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
+    source = json_source(
+        write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
+    )
     said = []
-    prepare(data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}), task_tests(tmp_path / "tests"), say=said.append)
+    prepare(
+        data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}),
+        task_tests(tmp_path / "tests"),
+        say=said.append,
+    )
     assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in said)
 
 
@@ -143,22 +206,36 @@ def test_a_test_in_a_local_data_set_that_changes_is_noticed(write_jsonl, tmp_pat
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "test.jsonl", [{"text": "first question", "code": "1"}])
-    source = json_source(write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)]))
-    config = {"name": "x", "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 296}, "workers": 1},
-              "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "hub", "path": str(tests), "hub_split": "test"}}]}}
+    source = json_source(
+        write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
+    )
+    config = {
+        "name": "x",
+        "data": {"path": str(tmp_path / "out"), "sources": [source], "tokenizer": {"vocab_size": 296}, "workers": 1},
+        "evaluation": {"tasks": [{"name": "nl_rx", "test": {"type": "hub", "path": str(tests), "hub_split": "test"}}]},
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     prepared = DataConfig(**config["data"])
     prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
     write_jsonl(tests / "test.jsonl", [{"text": "another question", "code": "1"}])
-    assert f"was prepared with another content of {tests / 'test.jsonl'}" in run_expecting_user_error(tmp_path / "run.yaml")
+    assert f"was prepared with another content of {tests / 'test.jsonl'}" in run_expecting_user_error(
+        tmp_path / "run.yaml"
+    )
 
 
 def test_a_column_of_a_template_that_is_a_name_is_no_context(write_jsonl, tmp_path):
     test = [{"db": "flights", "ask": "how many are there today", "sql": "SELECT 1"}]
     train = [{"text": "flights", "code": "a"}, {"text": "How many are there today?", "code": "b"}]
     train += [{"text": f"t {number}", "code": "x"} for number in range(40)]
-    config = data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", train)), tokenizer={"vocab_size": 296}, deduplicate="none")
-    tests = task_tests(write_jsonl(tmp_path / "test.jsonl", test), "text", views={"text": "{ask} [{db}]", "code": "sql"})
+    config = data_config(
+        tmp_path / "out",
+        json_source(write_jsonl(tmp_path / "a.jsonl", train)),
+        tokenizer={"vocab_size": 296},
+        deduplicate="none",
+    )
+    tests = task_tests(
+        write_jsonl(tmp_path / "test.jsonl", test), "text", views={"text": "{ask} [{db}]", "code": "sql"}
+    )
     assert prepare_quietly(config, tests)["dropped"]["contaminated"]["count"] == 1
 
 

@@ -46,10 +46,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self._refuse("RevisionNotFound")
         names = list(self.server.commits[commit])
         if kind == "tree":
-            return self._answer([{"type": "file", "path": name, "size": len(self.server.commits[commit][name]), "oid": "0" * 40}
-                                 for name in names if name.startswith("/".join(below))])
-        self._answer({"id": "owner/name", "sha": commit, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                      "siblings": [{"rfilename": name} for name in names]})
+            return self._answer(
+                [
+                    {"type": "file", "path": name, "size": len(self.server.commits[commit][name]), "oid": "0" * 40}
+                    for name in names
+                    if name.startswith("/".join(below))
+                ]
+            )
+        self._answer(
+            {
+                "id": "owner/name",
+                "sha": commit,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [{"rfilename": name} for name in names],
+            }
+        )
 
     def _send_file(self, revision: str, name: str) -> None:
         commit = self._commit(revision)
@@ -57,10 +71,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             return self._refuse("EntryNotFound")
         start, _, end = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-        part = content[int(start):int(end or len(content)) + 1]
-        self._answer(part, HTTPStatus.PARTIAL_CONTENT if "Range" in self.headers else HTTPStatus.OK, {
-            "ETag": f'"{commit}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes",
-            "Content-Range": f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"})
+        part = content[int(start) : int(end or len(content)) + 1]
+        self._answer(
+            part,
+            HTTPStatus.PARTIAL_CONTENT if "Range" in self.headers else HTTPStatus.OK,
+            {
+                "ETag": f'"{commit}"',
+                "X-Repo-Commit": commit,
+                "Accept-Ranges": "bytes",
+                "Content-Range": f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}",
+            },
+        )
 
     def _refuse(self, code: str) -> None:
         self._answer({"error": code}, HTTPStatus.NOT_FOUND, {"X-Error-Code": code})
@@ -68,7 +89,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, body: object, status: HTTPStatus = HTTPStatus.OK, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content)), "Content-Type": "application/json"} | (headers or {})).items():
+        for key, value in (
+            {"Content-Length": str(len(content)), "Content-Type": "application/json"} | (headers or {})
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

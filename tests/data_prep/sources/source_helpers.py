@@ -19,7 +19,9 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data ar
 def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
     """A source as a configuration gives it."""
     source |= {"path": str(source["path"])} if "path" in source else {}
-    config = validate(DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
+    config = validate(
+        DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data"
+    )
     return open_source(config.sources[0], names, "data.sources.0")
 
 
@@ -28,7 +30,9 @@ def read_with_locations(reader: Reader) -> list[tuple]:
     found, before = [], {}
     for piece in reader.pieces():
         for record in reader.read(piece):
-            assert record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
+            assert (
+                record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
+            )
             place = reader.place(piece, record.position, before.get(piece.path, 0))
             found.append((record.views if record.views is not None else (record.reason, record.problem), place))
         before[piece.path] = before.get(piece.path, 0) + reader.count(piece)

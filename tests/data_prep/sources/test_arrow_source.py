@@ -11,8 +11,11 @@ import pytest
 from data_prep.console import UserError
 from tests.data_prep.sources.source_helpers import open_reader, read_views, read_with_locations
 
-ROWS = {"text": [f"größe {row}" if row % 7 else None for row in range(2500)], "code": [f"2003-04-{row:02}" for row in range(2500)],
-        "number": list(range(2500))}
+ROWS = {
+    "text": [f"größe {row}" if row % 7 else None for row in range(2500)],
+    "code": [f"2003-04-{row:02}" for row in range(2500)],
+    "number": list(range(2500)),
+}
 EXPECTED = [(text or "", code) for text, code in zip(ROWS["text"], ROWS["code"], strict=True)]
 
 
@@ -35,12 +38,17 @@ def test_the_files_that_a_saved_data_set_lists_are_its_pieces(saved):
     source = reader(saved / "train")
     assert len(source.pieces()) == 3 and read_views(source) == EXPECTED
     places = [place for _, place in read_with_locations(source)]
-    assert places[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and places[-1].endswith("data-00002-of-00003.arrow:833")
+    assert places[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and places[-1].endswith(
+        "data-00002-of-00003.arrow:833"
+    )
     assert read_with_locations(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
 
 
 def test_a_folder_of_splits_says_which_there_are(saved):
-    with pytest.raises(UserError, match=r"saved0 \(data\.sources\.0\.path\) has the splits train, test: give the folder of one, such as .*train, or"):
+    with pytest.raises(
+        UserError,
+        match=r"saved0 \(data\.sources\.0\.path\) has the splits train, test: give the folder of one, such as .*train, or",
+    ):
         reader(saved)
 
 
@@ -50,7 +58,9 @@ def test_both_formats_are_read_with_their_batches(tmp_path, new):
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=400)
     source = reader(tmp_path / "a.arrow")
-    assert read_with_locations(source) == [(views, f"{tmp_path / 'a.arrow'}:{row}") for row, views in enumerate(EXPECTED, start=1)]
+    assert read_with_locations(source) == [
+        (views, f"{tmp_path / 'a.arrow'}:{row}") for row, views in enumerate(EXPECTED, start=1)
+    ]
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])

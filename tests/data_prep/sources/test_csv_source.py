@@ -23,7 +23,20 @@ def content_of(rows: list[list[str]], delimiter: str = ",") -> bytes:
     return out.getvalue().encode()
 
 
-ODD = ["plain", "größe, 犬", 'a "quoted" word', "two\nlines", "three\r\n\r\nlines", "", "  blanks ", "tab\there", "'", "=1+1", "2003-04-05", "007"]
+ODD = [
+    "plain",
+    "größe, 犬",
+    'a "quoted" word',
+    "two\nlines",
+    "three\r\n\r\nlines",
+    "",
+    "  blanks ",
+    "tab\there",
+    "'",
+    "=1+1",
+    "2003-04-05",
+    "007",
+]
 
 
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.zst", "\t")])
@@ -48,13 +61,23 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
     write(tmp_path / "set" / "a.tsv", b"code\ttext\nd\tc\n")
     write(tmp_path / "set" / "c.CSV", b"text,code\nx,y\n")
     source = reader(tmp_path / "set")
-    assert read_views(source) == [("c", "d"), ("a", "b")] and "skipping 1 file by name: " in source.note and "c.CSV" in source.note
+    assert (
+        read_views(source) == [("c", "d"), ("a", "b")]
+        and "skipping 1 file by name: " in source.note
+        and "c.CSV" in source.note
+    )
 
 
-@pytest.mark.parametrize("row, problem", [
-    (b"only one", "1 fields, but the header has 2"), (b"a,b,c", "3 fields, but the header has 2"), (b"caf\xe9,b", "not UTF-8"),
-    (b'"a"b,c', "not CSV (',' expected after '\"')"), (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
-])
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        (b"only one", "1 fields, but the header has 2"),
+        (b"a,b,c", "3 fields, but the header has 2"),
+        (b"caf\xe9,b", "not UTF-8"),
+        (b'"a"b,c', "not CSV (',' expected after '\"')"),
+        (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
+    ],
+)
 def test_a_row_that_is_no_record_costs_no_other(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
     first, ((reason, told), place), last = read_with_locations(reader(path))
@@ -65,14 +88,27 @@ def test_a_row_that_is_no_record_costs_no_other(tmp_path, row, problem):
 def test_a_quote_that_does_not_close_is_told_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
     (good, _), ((reason, told), place) = read_with_locations(reader(path))
-    assert good == ("a", "b") and reason == "malformed" and told == "not CSV (unexpected end of data)" and place == f"{path}:3"
+    assert (
+        good == ("a", "b")
+        and reason == "malformed"
+        and told == "not CSV (unexpected end of data)"
+        and place == f"{path}:3"
+    )
 
 
-@pytest.mark.parametrize("content, problem", [
-    (b"", r"a\.csv:1: the first line must name the columns \(there is none\)"), (b"a,b,a\n", r"names 'a' twice"),
-    (b"question,answer\n", r"a\.csv has no column 'text', only question, answer; name its columns in data\.sources\.0\.views"),
-    (b"text;code\na;b\n", r"has no column 'text', only text;code"), (b'"text,code\n', r"unexpected end of data"),
-])
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", r"a\.csv:1: the first line must name the columns \(there is none\)"),
+        (b"a,b,a\n", r"names 'a' twice"),
+        (
+            b"question,answer\n",
+            r"a\.csv has no column 'text', only question, answer; name its columns in data\.sources\.0\.views",
+        ),
+        (b"text;code\na;b\n", r"has no column 'text', only text;code"),
+        (b'"text,code\n', r"unexpected end of data"),
+    ],
+)
 def test_a_header_that_does_not_name_the_columns_is_a_mistake(tmp_path, content, problem):
     with pytest.raises(UserError, match=problem) as raised:
         reader(write(tmp_path / "a.csv", content))
@@ -83,7 +119,11 @@ def test_a_packed_file_that_is_cut_off_loses_nothing_before(tmp_path):
     path = write(tmp_path / "a.csv.gz", content_of([["text", "code"], *(["a", str(number)] for number in range(5000))]))
     path.write_bytes(path.read_bytes()[:-100])
     *good, ((reason, told), _) = read_with_locations(reader(path))
-    assert reason == "damaged" and "cut off" in told and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
+    assert (
+        reason == "damaged"
+        and "cut off" in told
+        and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
+    )
 
 
 def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, write_jsonl, pairs):
@@ -91,6 +131,10 @@ def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, write_jsonl, p
     write(tmp_path / "a.csv", content_of([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
     write_jsonl(tmp_path / "a.jsonl", rows)
     for kind in ("csv", "json"):
-        prepare_quietly(data_config(tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1))
+        prepare_quietly(
+            data_config(
+                tmp_path / kind, {"type": kind, "path": str(tmp_path / f"a.{kind}{'l' * (kind == 'json')}")}, workers=1
+            )
+        )
     assert split_rows(tmp_path / "csv") == split_rows(tmp_path / "json")
     assert json.loads((tmp_path / "csv" / "manifest.json").read_text())["sources"][0]["records"] == 60

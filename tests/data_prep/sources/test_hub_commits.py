@@ -20,7 +20,10 @@ def found(tmp_path_factory) -> dict[str, dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("revision, commit, word", [("main", OLD, "old"), ("dev", OTHER, "other"), ("commit", NEW, "new"), ("moved", NEW, "new")])
+@pytest.mark.parametrize(
+    "revision, commit, word",
+    [("main", OLD, "old"), ("dev", OTHER, "other"), ("commit", NEW, "new"), ("moved", NEW, "new")],
+)
 def test_the_manifest_names_the_commit_that_was_read(found, revision, commit, word):
     result = found[revision]
     assert (result["commits"], result["records"], result["words"]) == ([commit], 200, [word])
@@ -39,4 +42,8 @@ def test_an_interrupted_preparation_goes_on_with_its_commit(found):
 
 def test_a_revision_that_there_is_not_is_one_line(found):
     told = found["nowhere"]["error"]
-    assert told.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ") and "nowhere" in told and "\n" not in told
+    assert (
+        told.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")
+        and "nowhere" in told
+        and "\n" not in told
+    )

@@ -29,7 +29,9 @@ def make(folder, kind: str):
         elif kind == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard}.parquet")
         else:
-            (folder / f"{shard}.csv").write_text("text,code,n\n" + "".join(f'{row["text"]},"{row["code"] or ""}",{row["n"]}\n' for row in rows))
+            (folder / f"{shard}.csv").write_text(
+                "text,code,n\n" + "".join(f'{row["text"]},"{row["code"] or ""}",{row["n"]}\n' for row in rows)
+            )
     return folder
 
 
@@ -50,13 +52,17 @@ def test_each_file_of_a_local_folder_is_read_by_the_reader_of_its_kind(tmp_path,
 @pytest.mark.parametrize("code", ["2003-04-05", "2003-04-05T06:07:08Z", "12:30", "1e5", "007", "true", "NaN"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_text_stays_the_text_of_the_file(tmp_path, code, kind):
-    (tmp_path / f"a.{kind}").write_text(f"text,code\nday,{code}\n" if kind == "csv" else json.dumps({"text": "day", "code": code}) + "\n")
+    (tmp_path / f"a.{kind}").write_text(
+        f"text,code\nday,{code}\n" if kind == "csv" else json.dumps({"text": "day", "code": code}) + "\n"
+    )
     assert read_views(reader(tmp_path)) == [("day", code)]
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 500 + "]" * 500])
 def test_a_column_that_is_not_used_costs_nothing(tmp_path, value):
-    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "code": "b", "n": {value}}}\n' + json.dumps({"text": "c", "code": "d"}) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        f'{{"text": "a", "code": "b", "n": {value}}}\n' + json.dumps({"text": "c", "code": "d"}) + "\n"
+    )
     assert read_views(reader(tmp_path)) == [("a", "b"), ("c", "d")]
 
 
@@ -68,10 +74,15 @@ def test_files_that_are_in_no_split_are_named(tmp_path):
     (folder / "LICENSE").write_text("not data")
     source = reader(folder)
     assert read_views(source) == [("pairs-train", "x")]
-    assert source.note == (f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
-                           f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json")
+    assert source.note == (
+        f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
+        f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json"
+    )
     said = []
-    prepare(data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}), say=said.append)
+    prepare(
+        data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}),
+        say=said.append,
+    )
     assert source.note in said
 
 
@@ -101,7 +112,10 @@ def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_
 def test_a_file_of_another_kind_is_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     place = f"hub:{tmp_path}:train:shard 0"
-    assert read_with_locations(reader(tmp_path, names=("text",))) == [(("one",), f"{place}:1"), (("two",), f"{place}:2")]
+    assert read_with_locations(reader(tmp_path, names=("text",))) == [
+        (("one",), f"{place}:1"),
+        (("two",), f"{place}:2"),
+    ]
 
 
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
@@ -110,18 +124,28 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
     train, test = datasets.Dataset.from_dict(rows), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
     train.save_to_disk(tmp_path / "one")
-    assert read_views(reader(tmp_path / "both")) == read_views(reader(tmp_path / "one")) == [("2003-04-05", "c"), ("b", "d")]
+    assert (
+        read_views(reader(tmp_path / "both"))
+        == read_views(reader(tmp_path / "one"))
+        == [("2003-04-05", "c"), ("b", "d")]
+    )
     assert read_views(reader(tmp_path / "both", hub_split="test")) == [("q", "a")]
-    for folder, more, expected in (("both", {"hub_split": "validation"}, r"both .* has no split 'validation', only train, test: set data\."),
-                                   ("one", {"hub_split": "test"}, r"without splits: leave out data\.sources\.0\.hub_split"),
-                                   ("one", {"config": "x"}, r"no configurations: leave out data\.sources\.0\.config")):
+    for folder, more, expected in (
+        ("both", {"hub_split": "validation"}, r"both .* has no split 'validation', only train, test: set data\."),
+        ("one", {"hub_split": "test"}, r"without splits: leave out data\.sources\.0\.hub_split"),
+        ("one", {"config": "x"}, r"no configurations: leave out data\.sources\.0\.config"),
+    ):
         with pytest.raises(UserError, match=expected):
             reader(tmp_path / folder, **more)
 
 
 def test_columns_become_views_as_those_of_json_lines(tmp_path):
     path = make(tmp_path / "set", "parquet")
-    assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [("", "0-t0/c,\n0"), ("", "0-t1/c,\n1"), ("", "")]
+    assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [
+        ("", "0-t0/c,\n0"),
+        ("", "0-t1/c,\n1"),
+        ("", ""),
+    ]
     assert read_with_locations(reader(path, views={"code": "n"}))[0][0] == ("", "0")
     folder = tmp_path / "chat"
     folder.mkdir()
@@ -133,14 +157,23 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_a_wrong_column_is_told_at_opening(tmp_path, kind):
-    with pytest.raises(UserError, match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views"):
+    with pytest.raises(
+        UserError,
+        match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views",
+    ):
         reader(make(tmp_path / "set", kind), views={"code": "answer"})
 
 
-@pytest.mark.parametrize("more, expected", [
-    ({"hub_split": "test"}, r"^.*set \(data\.sources\.0\.path\) has no split 'test', only train: set data\.sources\.0\.hub_split"),
-    ({"config": "other"}, r"cannot open the data set .*set \(data\.sources\.0\.path\), .*other.* not found"),
-])
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (
+            {"hub_split": "test"},
+            r"^.*set \(data\.sources\.0\.path\) has no split 'test', only train: set data\.sources\.0\.hub_split",
+        ),
+        ({"config": "other"}, r"cannot open the data set .*set \(data\.sources\.0\.path\), .*other.* not found"),
+    ],
+)
 def test_a_split_or_configuration_that_there_is_not_says_so(tmp_path, more, expected):
     with pytest.raises(UserError, match=expected) as raised:
         reader(make(tmp_path / "set", "jsonl"), **more)
@@ -159,7 +192,10 @@ def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
     folder = make(tmp_path / "set", "jsonl")
     (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
     *good, last = read_with_locations(reader(folder))
-    assert len(good) == 11 and last == (("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"), f"{folder / '2.jsonl'}:2")
+    assert len(good) == 11 and last == (
+        ("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"),
+        f"{folder / '2.jsonl'}:2",
+    )
     folder = make(tmp_path / "other", "parquet")
     (folder / "2.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"2\.parquet is no Parquet file, or damaged"):
@@ -168,9 +204,21 @@ def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, run_expecting_user_error):
     config = tmp_path / "run.yaml"
-    config.write_text(json.dumps({"name": "x", "data": {"path": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300},
-                                                        "sources": [{"type": "hub", "path": "nobody/nothing-at-all"}]}}))
-    told = run_expecting_user_error(config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    config.write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "data": {
+                    "path": str(tmp_path / "out"),
+                    "tokenizer": {"vocab_size": 300},
+                    "sources": [{"type": "hub", "path": "nobody/nothing-at-all"}],
+                },
+            }
+        )
+    )
+    told = run_expecting_user_error(
+        config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    )
     assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in told
 
 

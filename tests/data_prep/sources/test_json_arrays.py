@@ -5,9 +5,19 @@ import json
 import pytest
 
 from data_prep.sources import files
-from tests.data_prep.sources.source_helpers import VIEWS, compress_for_suffix, open_reader, read_views, read_with_locations, write
+from tests.data_prep.sources.source_helpers import (
+    VIEWS,
+    compress_for_suffix,
+    open_reader,
+    read_views,
+    read_with_locations,
+    write,
+)
 
-ROWS = [{"text": f"größe {number}\n犬", "code": ["x", {"n": number}] if number == 7 else f"c{number} ]}}, ["} for number in range(40)]
+ROWS = [
+    {"text": f"größe {number}\n犬", "code": ["x", {"n": number}] if number == 7 else f"c{number} ]}}, ["}
+    for number in range(40)
+]
 GOOD = [(row["text"], row["code"]) for row in ROWS]
 
 
@@ -15,8 +25,10 @@ def reader(path, names=VIEWS):
     return open_reader(names, type="json", path=path)
 
 
-@pytest.mark.parametrize("layout", [
-    {}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}, {"indent": 0, "ensure_ascii": False}])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"indent": 2}, {"separators": (",", ":"), "ensure_ascii": False}, {"indent": 0, "ensure_ascii": False}],
+)
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("block", [1, 3, 100, files.BLOCK_BYTES])
 def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout, suffix, block):
@@ -29,24 +41,35 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
     assert len(source.pieces()) == 1 and read_with_locations(source) == expected
 
 
-@pytest.mark.parametrize("content, expected", [
-    (b"[]", []), (b" [ ] \n", []), (b'[{"text": "a", "code": "b"}]', [("a", "b")]),
-    (b'[1, {"text": "a", "code": "b"}]', [("malformed", "a JSON int, not an object"), ("a", "b")]),
-    (b'[{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}]", [("a", "b")]),
-    (b'[{"text": "\xff"}, {"text": "a", "code": "\xc3\xa4"}]', [("malformed", "not UTF-8"), ("a", "ä")]),
-    (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"[]", []),
+        (b" [ ] \n", []),
+        (b'[{"text": "a", "code": "b"}]', [("a", "b")]),
+        (b'[1, {"text": "a", "code": "b"}]', [("malformed", "a JSON int, not an object"), ("a", "b")]),
+        (b'[{"text": "a", "code": "b", "n": ' + b"9" * 5000 + b"}]", [("a", "b")]),
+        (b'[{"text": "\xff"}, {"text": "a", "code": "\xc3\xa4"}]', [("malformed", "not UTF-8"), ("a", "ä")]),
+        (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
+    ],
+)
 def test_what_an_array_may_hold(tmp_path, content, expected):
     assert [views for views, _ in read_with_locations(reader(write(tmp_path / "a.json", content)))] == expected
 
 
-@pytest.mark.parametrize("rest, problem", [
-    (b"", "no comma and no closing bracket after an element, line 2"), (b",", "no value after a comma, line 2"), (b", ]", "no value after a comma"),
-    (b' {"text": "c"}]', "no comma and no closing bracket"), (b"] []", "text after the closing bracket"),
-    (b", {'text': 1}]", "Expecting property name"),
-    (b",\n{\"text\": \"c", "Unterminated string starting at, line 3"),
-    (b", " + b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
-])
+@pytest.mark.parametrize(
+    "rest, problem",
+    [
+        (b"", "no comma and no closing bracket after an element, line 2"),
+        (b",", "no value after a comma, line 2"),
+        (b", ]", "no value after a comma"),
+        (b' {"text": "c"}]', "no comma and no closing bracket"),
+        (b"] []", "text after the closing bracket"),
+        (b", {'text': 1}]", "Expecting property name"),
+        (b',\n{"text": "c', "Unterminated string starting at, line 3"),
+        (b", " + b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+    ],
+)
 def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
     *good, ((reason, told), place) = read_with_locations(reader(path))
@@ -71,6 +94,8 @@ def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):
 
 
 def test_json_lines_stay_lines(tmp_path):
-    assert read_views(reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))) == [("a", "b"), ("c", "d")]
+    assert read_views(
+        reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))
+    ) == [("a", "b"), ("c", "d")]
     (found, place), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
     assert found == ("malformed", "a JSON list, not an object") and place.endswith("b.jsonl:1")

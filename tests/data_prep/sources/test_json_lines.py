@@ -25,8 +25,10 @@ from tests.data_prep.sources.source_helpers import (
     write,
 )
 
-AWKWARD = (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
-           b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}')
+AWKWARD = (
+    b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
+    b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}'
+)
 GOOD = b'{"text": "a", "code": "b"}\n'
 
 
@@ -49,12 +51,18 @@ def obvious(path: Path, content: bytes) -> list[tuple]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             value = json.loads(line.decode().lstrip("\ufeff"))
-            views = (value.get("text", ""), value.get("code", "")) if isinstance(value, dict) else ("malformed", "a JSON list, not an object")
+            views = (
+                (value.get("text", ""), value.get("code", ""))
+                if isinstance(value, dict)
+                else ("malformed", "a JSON list, not an object")
+            )
             expected.append((views, f"{path}:{number}"))
     return expected
 
 
-@pytest.mark.parametrize("content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""])
+@pytest.mark.parametrize(
+    "content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""]
+)
 def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, set_piece_size):
     path = write(tmp_path / "lines.jsonl", content)
     for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK_BYTES)):
@@ -71,12 +79,28 @@ def test_packed_files_read_like_plain_ones(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_packed_file_of_several_members_is_read_whole(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(b"".join(compress_for_suffix(json.dumps({"text": str(part), "code": "c"}).encode() + b"\n", suffix) for part in range(5)))
+    path.write_bytes(
+        b"".join(
+            compress_for_suffix(json.dumps({"text": str(part), "code": "c"}).encode() + b"\n", suffix)
+            for part in range(5)
+        )
+    )
     assert read_views(reader(path)) == [(str(part), "c") for part in range(5)]
 
 
-@pytest.mark.parametrize("total, length", [(0, 4 << 20), (1, 4 << 20), (1 << 30, 4 << 20), ((1 << 30) + 1, 4 << 20), ((1 << 30) + 256, 8 << 20),
-                                           (2 << 30, 8 << 20), (10 << 30, 64 << 20), (1 << 40, 64 << 20)])
+@pytest.mark.parametrize(
+    "total, length",
+    [
+        (0, 4 << 20),
+        (1, 4 << 20),
+        (1 << 30, 4 << 20),
+        ((1 << 30) + 1, 4 << 20),
+        ((1 << 30) + 256, 8 << 20),
+        (2 << 30, 8 << 20),
+        (10 << 30, 64 << 20),
+        (1 << 40, 64 << 20),
+    ],
+)
 def test_pieces_grow_with_the_corpus(total, length):
     assert files.piece_length(total) == length
 
@@ -106,56 +130,99 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     names = sorted(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"])
     assert [text for text, _ in read_views(reader(tmp_path / "data"))] == [*names, "linked"]
     assert [text for text, _ in read_views(reader(tmp_path / "data" / "*.ndjson"))] == ["a.ndjson"]
-    assert [text for text, _ in read_views(reader(tmp_path / "data" / "[ac]"))] == ["a/z.json", "c/d.json.zst", "c/d/e.jsonl.gz"]
+    assert [text for text, _ in read_views(reader(tmp_path / "data" / "[ac]"))] == [
+        "a/z.json",
+        "c/d.json.zst",
+        "c/d/e.jsonl.gz",
+    ]
     assert len(read_views(reader(tmp_path / "d*" / "c" / "**"))) == 2
     skipped = [tmp_path / "data" / name for name in (".git/", ".hidden.jsonl", "a.jsonl.bak", "notes.txt")]
-    assert reader(tmp_path / "data").note == (f"note: {tmp_path / 'data'} (data.sources.0.path): skipping 4 files by name: "
-                                              f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ...")
+    assert reader(tmp_path / "data").note == (
+        f"note: {tmp_path / 'data'} (data.sources.0.path): skipping 4 files by name: "
+        f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ..."
+    )
     assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
     assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
     literal = write(tmp_path / "x[1].jsonl", GOOD)
     assert read_views(reader(literal)) == [("a", "b")]
 
 
-@pytest.mark.parametrize("line, problem", [
-    (b'{"text": "a", "code": "b"', "not JSON"), (b"text,code", "not JSON"), (b'{"text": "a\x00", "code": "b"}', "not JSON"),
-    (b'{"text": "a", "code": "b"}\x00', "not JSON"), (b"[" * 200_000 + b"]" * 200_000, "not JSON"), (b'{"a":' * 100_000 + b"1", "not JSON"),
-    (b"\x00", "not JSON"), (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
-    (b'{"text": "a", "code": "b"} {}', "not JSON (Extra data"), (b"{'text': 'a'}", "not JSON"), (b'{"text": "a\tb", "code": "c"}', "not JSON"),
-    (b'{"text": "\xff", "code": "b"}', "not UTF-8 (invalid start byte at byte 10 of the line)"), (b"\x1f\x8b\x08\x00", "not UTF-8"),
-    (b'{"text": "\xe2\x82', "not UTF-8 (unexpected end of data at byte 10 of the line)"), ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
-    (b"[]", "a JSON list, not an object"), (b'"text"', "a JSON str, not an object"), (b"null", "a JSON NoneType, not an object"),
-    (b"NaN", "a JSON float, not an object"), (b'{"text": NaN, "code": "b"}', "'text' holds nan, which is not a number that a text could show"),
-    (b'{"text": {"a": 3}, "code": "b"}', "'text' holds a value of type dict, not text"),
-    (b'{"text": "a", "code": ["b"]}', "'code' holds a value of type list, not text"),
-    (b'{"text": "\\ud83d", "code": "b"}', "'text' holds half a surrogate pair"),
-    (b'{"text": "a", "code": "\\udc4d\\ud83d"}', "'code' holds half a surrogate pair"),
-    (b'{"messages": "hello"}', "`messages` is not a list of objects"), (b'{"messages": ["hello"]}', "`messages` is not a list of objects"),
-    (b'{"messages": 3}', "`messages` is not a list of objects"), (b'{"messages": {"role": "user"}}', "`messages` is not a list of objects"),
-    (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "'messages.user' holds a part of type image_url, not text"),
-])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (b'{"text": "a", "code": "b"', "not JSON"),
+        (b"text,code", "not JSON"),
+        (b'{"text": "a\x00", "code": "b"}', "not JSON"),
+        (b'{"text": "a", "code": "b"}\x00', "not JSON"),
+        (b"[" * 200_000 + b"]" * 200_000, "not JSON"),
+        (b'{"a":' * 100_000 + b"1", "not JSON"),
+        (b"\x00", "not JSON"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+        (b'{"text": "a", "code": "b"} {}', "not JSON (Extra data"),
+        (b"{'text': 'a'}", "not JSON"),
+        (b'{"text": "a\tb", "code": "c"}', "not JSON"),
+        (b'{"text": "\xff", "code": "b"}', "not UTF-8 (invalid start byte at byte 10 of the line)"),
+        (b"\x1f\x8b\x08\x00", "not UTF-8"),
+        (b'{"text": "\xe2\x82', "not UTF-8 (unexpected end of data at byte 10 of the line)"),
+        ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b"[]", "a JSON list, not an object"),
+        (b'"text"', "a JSON str, not an object"),
+        (b"null", "a JSON NoneType, not an object"),
+        (b"NaN", "a JSON float, not an object"),
+        (b'{"text": NaN, "code": "b"}', "'text' holds nan, which is not a number that a text could show"),
+        (b'{"text": {"a": 3}, "code": "b"}', "'text' holds a value of type dict, not text"),
+        (b'{"text": "a", "code": ["b"]}', "'code' holds a value of type list, not text"),
+        (b'{"text": "\\ud83d", "code": "b"}', "'text' holds half a surrogate pair"),
+        (b'{"text": "a", "code": "\\udc4d\\ud83d"}', "'code' holds half a surrogate pair"),
+        (b'{"messages": "hello"}', "`messages` is not a list of objects"),
+        (b'{"messages": ["hello"]}', "`messages` is not a list of objects"),
+        (b'{"messages": 3}', "`messages` is not a list of objects"),
+        (b'{"messages": {"role": "user"}}', "`messages` is not a list of objects"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "'messages.user' holds a part of type image_url, not text",
+        ),
+    ],
+)
 def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
     record = read_one(tmp_path, line)
     assert record.views is None and record.reason == "malformed" and record.position == 1
     assert problem in record.problem and "\n" not in record.problem and len(record.problem) < 200
 
 
-@pytest.mark.parametrize("line, views", [
-    ({"text": "a", "code": "b", "other": [1, {}]}, ("a", "b")), (b'{"text": "a", "code": "b", "other": [NaN, -Infinity]}', ("a", "b")),
-    ({"text": "a\0b\n\r", "code": "\u2028 \ufeff"}, ("a\0b\n\r", "\u2028 \ufeff")),
-    ({"text": "a"}, ("a", "")), ({"text": "a", "code": None}, ("a", "")), ({}, ("", "")), ({"text": " ", "code": ""}, ("", "")),
-    (b'{"text": "\\ud83d\\udc4d", "code": "b"}', ("\U0001f44d", "b")), (b' \t{"text": "a", "code": "b"} \t\r\n', ("a", "b")),
-    (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n', ("a", "b")), ({"messages": None, "code": "c"}, ("", "c")),
-])
+@pytest.mark.parametrize(
+    "line, views",
+    [
+        ({"text": "a", "code": "b", "other": [1, {}]}, ("a", "b")),
+        (b'{"text": "a", "code": "b", "other": [NaN, -Infinity]}', ("a", "b")),
+        ({"text": "a\0b\n\r", "code": "\u2028 \ufeff"}, ("a\0b\n\r", "\u2028 \ufeff")),
+        ({"text": "a"}, ("a", "")),
+        ({"text": "a", "code": None}, ("a", "")),
+        ({}, ("", "")),
+        ({"text": " ", "code": ""}, ("", "")),
+        (b'{"text": "\\ud83d\\udc4d", "code": "b"}', ("\U0001f44d", "b")),
+        (b' \t{"text": "a", "code": "b"} \t\r\n', ("a", "b")),
+        (b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n', ("a", "b")),
+        ({"messages": None, "code": "c"}, ("", "c")),
+    ],
+)
 def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
     assert read_one(tmp_path, line) == (views, 1, "", "malformed", "")
 
 
 def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(tmp_path):
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
     assert read_one(tmp_path, {"messages": messages}).views == ("q", "a")
     assert read_one(tmp_path, {"messages": messages[:2]}).views == ("q", "")
-    assert read_one(tmp_path, {"messages": messages, "m": "between"}, names=("x", "m", "y")).views == ("q", "between", "a")
+    assert read_one(tmp_path, {"messages": messages, "m": "between"}, names=("x", "m", "y")).views == (
+        "q",
+        "between",
+        "a",
+    )
 
 
 def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
@@ -169,34 +236,59 @@ def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
 def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path, suffix):
     longest = GOOD[:-1].replace(b"a", b"a" * (files.MAX_LINE_BYTES - len(GOOD) + 2))
     assert len(longest) == files.MAX_LINE_BYTES
-    path = write(tmp_path / f"long{suffix}", GOOD + longest + b"\n" + longest.replace(b"aa", b"aaa", 1) + b"\n" + GOOD + b"x" * (200 << 20))
+    path = write(
+        tmp_path / f"long{suffix}",
+        GOOD + longest + b"\n" + longest.replace(b"aa", b"aaa", 1) + b"\n" + GOOD + b"x" * (200 << 20),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = read_with_locations(reader(path))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10  # KiB; lines of 16 MiB are kept, one of 200 is not
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
+    )  # KiB; lines of 16 MiB are kept, one of 200 is not
     assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
     assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
-        ("a", "b"), files.MAX_LINE_BYTES - len(GOOD) + 2, long, ("a", "b"), long]
+        ("a", "b"),
+        files.MAX_LINE_BYTES - len(GOOD) + 2,
+        long,
+        ("a", "b"),
+        long,
+    ]
 
 
 @cache
 def lines_of(count: int) -> bytes:
-    return b"".join(b'{"text": "line %d", "code": "%d"}\n' % (number, number * 7919 % 1000003) for number in range(1, count + 1))
+    return b"".join(
+        b'{"text": "line %d", "code": "%d"}\n' % (number, number * 7919 % 1000003) for number in range(1, count + 1)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: data[:-9], lambda data: data[:12], lambda data: data[:3],
-    lambda data: b"", lambda data: b'{"text": "plain", "code": "after all"}\n', lambda data: data + b"trailing garbage",
-    lambda data: b"\0" * 100, lambda data: data + data[:len(data) // 2],
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data[:-9],
+        lambda data: data[:12],
+        lambda data: data[:3],
+        lambda data: b"",
+        lambda data: b'{"text": "plain", "code": "after all"}\n',
+        lambda data: data + b"trailing garbage",
+        lambda data: b"\0" * 100,
+        lambda data: data + data[: len(data) // 2],
+    ],
+)
 def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path, suffix, damage):
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
     path.write_bytes(damage(compress_for_suffix(lines_of(rows), suffix)))
     *good, (problem, place) = read_with_locations(reader(path))
-    assert all(views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003)) and at == f"{path}:{number}"
-               for number, (views, at) in enumerate(good, start=1))
+    assert all(
+        views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003))
+        and at == f"{path}:{number}"
+        for number, (views, at) in enumerate(good, start=1)
+    )
     assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
     assert place == f"{path}:{len(good) + 1}"
 
@@ -207,7 +299,9 @@ def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
-    assert any(isinstance(problem, tuple) and problem[0] == "damaged" for problem, _ in read_with_locations(reader(path)))
+    assert any(
+        isinstance(problem, tuple) and problem[0] == "damaged" for problem, _ in read_with_locations(reader(path))
+    )
 
 
 def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
@@ -215,7 +309,7 @@ def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path)
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     content = compress_for_suffix(b"".join(lines), ".gz")
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(content[:int(0.7 * len(content))])
+    path.write_bytes(content[: int(0.7 * len(content))])
     unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
     whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
     *good, (problem, _) = read_with_locations(reader(path))
@@ -237,7 +331,8 @@ def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
         (tmp_path / "absent.jsonl", r"cannot read .*absent\.jsonl \(data\.sources\.0\.path\): No such file"),
         (tmp_path, r"\(data\.sources\.0\.path\) holds no file that ends in \.json, "),
         (tmp_path / "*.jsonl", r"no file matches .*\*\.jsonl \(data\.sources\.0\.path\); check the pattern"),
-        ("/dev/null", r"/dev/null \(data\.sources\.0\.path\) is no file"), (tmp_path / ("x" * 300), "File name too long"),
+        ("/dev/null", r"/dev/null \(data\.sources\.0\.path\) is no file"),
+        (tmp_path / ("x" * 300), "File name too long"),
     ]:
         with pytest.raises(UserError, match=expected):
             reader(path)
@@ -289,7 +384,9 @@ def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
     path = tmp_path / "it's long.jsonl.zst"
     path.write_bytes((compress_for_suffix(content, ".zst") if place == "after another frame" else b"") + frame)
-    with pytest.raises(UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d") as raised:
+    with pytest.raises(
+        UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d"
+    ) as raised:
         read_with_locations(reader(path))
     assert "\n" not in str(raised.value)
 
@@ -297,8 +394,16 @@ def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
 @pytest.mark.parametrize("start", ["", "\ufeff", "-"])
 def test_an_integer_of_many_digits_in_another_column_costs_nothing(tmp_path, start):
     digits = "9" * 5000
-    line = f'{{"text": "a", "n": -{digits}, "code": "b"}}' if start == "-" else f'{start}{{"text": "a", "n": [{digits}], "code": "b"}}'
+    line = (
+        f'{{"text": "a", "n": -{digits}, "code": "b"}}'
+        if start == "-"
+        else f'{start}{{"text": "a", "n": [{digits}], "code": "b"}}'
+    )
     assert read_one(tmp_path, line.encode()).views == ("a", "b")
     record = read_one(tmp_path, line.encode(), views={"text": "text", "code": "n"})
-    assert record.views == ("a", f"-{digits}") if start == "-" else record.problem == "'n' holds a value of type list, not text"
+    assert (
+        record.views == ("a", f"-{digits}")
+        if start == "-"
+        else record.problem == "'n' holds a value of type list, not text"
+    )
     assert read_one(tmp_path, f'{{"text": {digits}'.encode()).problem.startswith("not JSON (Expecting")

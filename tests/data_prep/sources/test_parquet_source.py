@@ -11,8 +11,12 @@ import pytest
 from data_prep.console import UserError
 from tests.data_prep.sources.source_helpers import SHARED, needs_shared, open_reader, read_views, read_with_locations
 
-ROWS = {"text": [f"größe {row}" if row % 7 else None for row in range(3000)], "code": [f"code {row}" for row in range(3000)],
-        "number": list(range(3000)), "tags": [[f"t{row}", None, "x"][:row % 4] for row in range(3000)]}
+ROWS = {
+    "text": [f"größe {row}" if row % 7 else None for row in range(3000)],
+    "code": [f"code {row}" for row in range(3000)],
+    "number": list(range(3000)),
+    "tags": [[f"t{row}", None, "x"][: row % 4] for row in range(3000)],
+}
 
 
 def reader(path, views=None, names=("text", "code")):
@@ -25,8 +29,16 @@ def write(path, rows=ROWS, **options):
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"row_group_size": 100}, {"row_group_size": 1}, {"compression": "zstd", "row_group_size": 777},
-                                     {"use_dictionary": False, "compression": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"row_group_size": 100},
+        {"row_group_size": 1},
+        {"compression": "zstd", "row_group_size": 777},
+        {"use_dictionary": False, "compression": "none"},
+    ],
+)
 @pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
 def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_piece_size):
     rows = {column: values[:1000] for column, values in ROWS.items()}
@@ -34,8 +46,10 @@ def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_p
     frame = pd.read_parquet(path)
     set_piece_size(smallest)
     source = reader(path)
-    assert read_with_locations(source) == [((text or "", code), f"{path}:{row}") for row, (text, code) in
-                               enumerate(zip(frame["text"].fillna(""), frame["code"], strict=True), start=1)]
+    assert read_with_locations(source) == [
+        ((text or "", code), f"{path}:{row}")
+        for row, (text, code) in enumerate(zip(frame["text"].fillna(""), frame["code"], strict=True), start=1)
+    ]
     groups = pq.ParquetFile(path).num_row_groups
     pieces = source.pieces()
     assert pieces[-1].stop == groups and all(piece.size >= smallest for piece in pieces[:-1])
@@ -50,9 +64,14 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
     assert [text for text, _ in read_views(reader(tmp_path / "[ab].parquet"))] == ["a", "b"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()]
+)
 def test_text_of_any_type_is_text(tmp_path, kind):
-    path = write(tmp_path / "a.parquet", pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}))
+    path = write(
+        tmp_path / "a.parquet",
+        pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}),
+    )
     assert read_views(reader(path)) == [("a", "x"), ("", "x"), ("größe", "x"), ("", "x")]
 
 
@@ -66,9 +85,16 @@ def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
 
 def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
     path = write(tmp_path / "a.parquet")
-    for views, column in [({"text": "texts"}, "texts"), ({"text": "{text} {missing}"}, "missing"), ("list", "list"),
-                          ({"text": "messages.user"}, "messages")]:
-        with pytest.raises(UserError, match=rf"a\.parquet has no column '{column}', only text, code, number, tags; .*data\.sources\.0\.views"):
+    for views, column in [
+        ({"text": "texts"}, "texts"),
+        ({"text": "{text} {missing}"}, "missing"),
+        ("list", "list"),
+        ({"text": "messages.user"}, "messages"),
+    ]:
+        with pytest.raises(
+            UserError,
+            match=rf"a\.parquet has no column '{column}', only text, code, number, tags; .*data\.sources\.0\.views",
+        ):
             reader(path, views)
     with pytest.raises(UserError, match=r"has no column 'question', only text"):
         reader(path, names=("question", "code"))
@@ -80,12 +106,18 @@ def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
 def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
     path = write(tmp_path / "a.parquet")
     assert read_with_locations(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
-    assert read_with_locations(reader(path, {"code": "tags"}))[1] == (("malformed", "'tags' holds a value of type list, not text"), f"{path}:2")
+    assert read_with_locations(reader(path, {"code": "tags"}))[1] == (
+        ("malformed", "'tags' holds a value of type list, not text"),
+        f"{path}:2",
+    )
     offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32))
     bad = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfec")])
     path = write(tmp_path / "bad.parquet", pa.table({"text": bad, "code": pa.array(["x", "y", "z"])}))
-    assert read_with_locations(reader(path)) == [(("a", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
-                                     (("c", "z"), f"{path}:3")]
+    assert read_with_locations(reader(path)) == [
+        (("a", "x"), f"{path}:1"),
+        (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+        (("c", "z"), f"{path}:3"),
+    ]
 
 
 BYTES = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())]
@@ -96,21 +128,28 @@ def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
     text = pa.array(["größe".encode(), b"caf\xe9", None, b""], kind)
     path = write(tmp_path / "a.parquet", pa.table({"text": text, "code": pa.array([b"x"] * 4, pa.binary(1))}))
     assert read_with_locations(reader(path)) == [
-        (("größe", "x"), f"{path}:1"), (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
-        (("", "x"), f"{path}:3"), (("", "x"), f"{path}:4")]
+        (("größe", "x"), f"{path}:1"),
+        (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+        (("", "x"), f"{path}:3"),
+        (("", "x"), f"{path}:4"),
+    ]
 
 
 def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
     """Messages and lists whose texts are these bytes, two in each row, checked by nobody."""
     offsets = pa.py_buffer(np.cumsum([0, *map(len, contents)], dtype=np.int32))
     said = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
-    turns = pa.StructArray.from_arrays([pa.array(["user", "assistant"] * (len(contents) // 2)), said], ["role", "content"])
+    turns = pa.StructArray.from_arrays(
+        [pa.array(["user", "assistant"] * (len(contents) // 2)), said], ["role", "content"]
+    )
     rows = pa.array(range(0, len(contents) + 1, 2), pa.int32())
     return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, said)})
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
-@pytest.mark.parametrize("views, column", [(None, "messages"), ("many", "many"), ({"code": "{messages.user}"}, "messages")])
+@pytest.mark.parametrize(
+    "views, column", [(None, "messages"), ("many", "many"), ({"code": "{messages.user}"}, "messages")]
+)
 def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, views, column):
     contents = [f"größe {number}".encode() for number in range(4000)]
     contents[2 * 1500 + 1] = b"caf\xe9"
@@ -122,16 +161,27 @@ def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, vi
 
 
 def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
-    path = write(tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]}))
+    path = write(
+        tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]})
+    )
     (first, _), (second, place) = read_with_locations(reader(path))
     assert first == ("malformed", "'text' holds a value of type datetime, not text")
-    assert second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
+    assert (
+        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
+    )
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: b"", lambda data: data[:len(data) // 2], lambda data: data[:-1], lambda data: b"text,code\na,b\n",
-    lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: b"text,code\na,b\n",
+        lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1",
+        lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
+    ],
+)
 def test_a_damaged_file_names_itself(tmp_path, damage):
     path = write(tmp_path / "a.parquet")
     path.write_bytes(damage(path.read_bytes()))
@@ -180,8 +230,13 @@ def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
 
 def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
     rows = 60_000
-    table = pa.table({"text": [f"t{row}" for row in range(rows)], "code": ["c"] * rows,
-                      "wide": pa.array(["x" * 2000 + str(row) for row in range(rows)])})
+    table = pa.table(
+        {
+            "text": [f"t{row}" for row in range(rows)],
+            "code": ["c"] * rows,
+            "wide": pa.array(["x" * 2000 + str(row) for row in range(rows)]),
+        }
+    )
     path = write(tmp_path / "a.parquet", table, compression="none", use_dictionary=["code"])
     del table
     before = pa.total_allocated_bytes()

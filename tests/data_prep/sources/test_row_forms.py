@@ -26,25 +26,54 @@ FORMS = {
     "a list": ({"text": "ask", "code": ["reply"]}, "'code' holds a value of type list, not text"),
     "an object": ({"text": "ask", "code": {"a": 1}}, "'code' holds a value of type dict, not text"),
     "messages": ({"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]}, PAIR),
-    "messages with tool calls": ({"messages": [USER, CALL, {"role": "tool", "content": "found"}, CALL | {"content": " "}, ASSISTANT]}, PAIR),
-    "messages of parts": ({"messages": [USER | {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]},
-                                        ASSISTANT | {"content": [{"type": "text", "text": "reply"}]}]}, PAIR),
+    "messages with tool calls": (
+        {"messages": [USER, CALL, {"role": "tool", "content": "found"}, CALL | {"content": " "}, ASSISTANT]},
+        PAIR,
+    ),
+    "messages of parts": (
+        {
+            "messages": [
+                USER | {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]},
+                ASSISTANT | {"content": [{"type": "text", "text": "reply"}]},
+            ]
+        },
+        PAIR,
+    ),
     "messages of texts": ({"messages": [USER | {"content": ["ask"]}, ASSISTANT | {"content": ["rep", "ly"]}]}, PAIR),
-    "an image": ({"messages": [USER | {"content": [{"type": "image"}]}, ASSISTANT | {"content": [{"type": "text"}]}]},
-                 "'messages.user' holds a part of type image, not text"),
-    "several turns": ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, "`messages` has 2 turns of the user, a view holds one"),
+    "an image": (
+        {"messages": [USER | {"content": [{"type": "image"}]}, ASSISTANT | {"content": [{"type": "text"}]}]},
+        "'messages.user' holds a part of type image, not text",
+    ),
+    "several turns": (
+        {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
+        "`messages` has 2 turns of the user, a view holds one",
+    ),
     "no answer": ({"messages": [USER, CALL]}, ("ask", "")),
     "a conversation": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
-    "a conversation of ChatGPT": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "chatgpt", "value": "reply"}]}, PAIR),
+    "a conversation of ChatGPT": (
+        {"conversations": [{"from": "human", "value": "ask"}, {"from": "chatgpt", "value": "reply"}]},
+        PAIR,
+    ),
     "a conversation of roles": ({"conversations": [USER, ASSISTANT]}, PAIR),
-    "messages as ShareGPT": ({"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
+    "messages as ShareGPT": (
+        {"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]},
+        PAIR,
+    ),
     "a conversation that is a name": ({"conversations": "thread-3", "text": "ask", "code": "reply"}, PAIR),
     "an empty conversation": ({"conversations": [], "text": "ask", "code": "reply"}, PAIR),
     "empty messages beside a conversation": ({"messages": [], "conversations": [USER, ASSISTANT]}, PAIR),
     "no messages": ({"messages": None, "text": "ask", "code": "reply"}, PAIR),
 }
 """A row, and its views or the problem that is reported."""
-ONLY_JSON = {"empty messages beside a conversation", "a large number", "messages of texts", "a list", "an object", "an image", "messages of parts"}
+ONLY_JSON = {
+    "empty messages beside a conversation",
+    "a large number",
+    "messages of texts",
+    "a list",
+    "an object",
+    "an image",
+    "messages of parts",
+}
 """Forms that Parquet has no type for, or another one for each."""
 
 
@@ -54,7 +83,7 @@ def source_of(path, kind: str, **settings):
 
 def outcome(source) -> tuple | str:
     reader = open_source(source, ("text", "code"), "data.sources.0")
-    record, = (record for piece in reader.pieces() for record in reader.read(piece))
+    (record,) = (record for piece in reader.pieces() for record in reader.read(piece))
     return record.problem if record.views is None else record.views
 
 
@@ -84,12 +113,22 @@ def test_a_test_row(form, write_jsonl, tmp_path):
 
 
 TEMPLATES = {
-    "a number in a template": ({"id": 7, "ask": "why", "stars": 4}, {"text": "{id}: {ask}", "code": "{stars} of 5"}, ("7: why", "4 of 5")),
+    "a number in a template": (
+        {"id": 7, "ask": "why", "stars": 4},
+        {"text": "{id}: {ask}", "code": "{stars} of 5"},
+        ("7: why", "4 of 5"),
+    ),
     "a role": ({"messages": [USER, ASSISTANT]}, {"text": "messages.user", "code": "messages.assistant"}, PAIR),
-    "a role of ShareGPT": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]},
-                           {"text": "conversations.user", "code": "conversations.gpt"}, PAIR),
-    "a role in a template": ({"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]},
-                             {"text": "{messages.system}\n{messages.user}", "code": "messages.assistant"}, ("s\nask", "reply")),
+    "a role of ShareGPT": (
+        {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]},
+        {"text": "conversations.user", "code": "conversations.gpt"},
+        PAIR,
+    ),
+    "a role in a template": (
+        {"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]},
+        {"text": "{messages.system}\n{messages.user}", "code": "messages.assistant"},
+        ("s\nask", "reply"),
+    ),
 }
 
 
@@ -103,4 +142,7 @@ def test_a_mapped_row(form, write_jsonl, tmp_path):
 
 def test_a_number_that_no_text_could_show_is_malformed(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ask", "code": float("nan")}) + "\n")
-    assert outcome(source_of(tmp_path / "a.jsonl", "json")) == "'code' holds nan, which is not a number that a text could show"
+    assert (
+        outcome(source_of(tmp_path / "a.jsonl", "json"))
+        == "'code' holds nan, which is not a number that a text could show"
+    )

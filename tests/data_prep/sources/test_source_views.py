@@ -10,8 +10,17 @@ from data_prep.console import UserError
 from data_prep.sources.record import Record
 from tests.data_prep.sources.source_helpers import open_reader
 
-ROW = {"name": "cat", "summary": "a small {animal}", "n": 3, "none": None, "empty": "", "messages": [{"role": "user", "content": "hi"}],
-       "half": "\ud83d", "raw{": "odd", "tags": ["a", "b"]}
+ROW = {
+    "name": "cat",
+    "summary": "a small {animal}",
+    "n": 3,
+    "none": None,
+    "empty": "",
+    "messages": [{"role": "user", "content": "hi"}],
+    "half": "\ud83d",
+    "raw{": "odd",
+    "tags": ["a", "b"],
+}
 
 
 def reader(tmp_path, row: dict, views, names=("text", "code")):
@@ -25,19 +34,37 @@ def read(tmp_path, row: dict, views, names=("text", "code")) -> list[Record]:
     return list(source.read(source.pieces()[0]))
 
 
-@pytest.mark.parametrize("template, text", [
-    ("{name}: {summary}", "cat: a small {animal}"), ("{{{name}}}", "{cat}"), ("{{name}} {name}", "{name} cat"), ("{name}{name}", "catcat"),
-    ("{name}}}{{", "cat}{"), ("{messages.user}!", "hi!"), ("{name}{absent}", ""), ("{none}: {name}", ""), ("{empty}: {name}", ""),
-    ("{messages.assistant}{name}", ""), ("name", "cat"), ("{name} {n}", "cat 3"), ("n", "3"),
-    ("messages.user", "hi"), ("messages.assistant", ""), ("absent", ""), ("none", ""),
-])
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{name}: {summary}", "cat: a small {animal}"),
+        ("{{{name}}}", "{cat}"),
+        ("{{name}} {name}", "{name} cat"),
+        ("{name}{name}", "catcat"),
+        ("{name}}}{{", "cat}{"),
+        ("{messages.user}!", "hi!"),
+        ("{name}{absent}", ""),
+        ("{none}: {name}", ""),
+        ("{empty}: {name}", ""),
+        ("{messages.assistant}{name}", ""),
+        ("name", "cat"),
+        ("{name} {n}", "cat 3"),
+        ("n", "3"),
+        ("messages.user", "hi"),
+        ("messages.assistant", ""),
+        ("absent", ""),
+        ("none", ""),
+    ],
+)
 def test_a_template_takes_its_columns_as_they_are(tmp_path, template, text):
     assert read(tmp_path, ROW, {"code": template}) == [Record(("", text), 1)]
 
 
 @pytest.mark.parametrize("template", ["{name", "name}", "{}", "{na{me}", "{{name}", "a}b{name}", "{{{name}}"])
 def test_a_template_that_cannot_be_read_names_its_key(tmp_path, template):
-    with pytest.raises(UserError, match=r"data\.sources\.0\.views\.code: cannot read the template .*a doubled brace for a brace"):
+    with pytest.raises(
+        UserError, match=r"data\.sources\.0\.views\.code: cannot read the template .*a doubled brace for a brace"
+    ):
         reader(tmp_path, ROW, {"code": template})
 
 
@@ -46,10 +73,14 @@ def test_a_template_without_a_column_is_a_mistake(tmp_path):
         reader(tmp_path, ROW, {"code": "{{x}}"})
 
 
-@pytest.mark.parametrize("given, problem", [
-    ("{half}", "'half' holds half a surrogate pair, which is no text"), ("tags", "'tags' holds a value of type list, not text"),
-    ("messages", "'messages' holds a value of type list, not text"),
-])
+@pytest.mark.parametrize(
+    "given, problem",
+    [
+        ("{half}", "'half' holds half a surrogate pair, which is no text"),
+        ("tags", "'tags' holds a value of type list, not text"),
+        ("messages", "'messages' holds a value of type list, not text"),
+    ],
+)
 def test_what_is_no_text_names_its_column(tmp_path, given, problem):
     assert read(tmp_path, ROW, {"text": "name", "code": given}) == [Record(None, 1, problem)]
 
@@ -57,7 +88,9 @@ def test_what_is_no_text_names_its_column(tmp_path, given, problem):
 def test_a_mapping_may_leave_views_out_but_name_no_other(tmp_path):
     assert reader(tmp_path, ROW, {"code": "name"}).provided_views == (False, True)
     assert reader(tmp_path, ROW, None).provided_views == (True, True)
-    with pytest.raises(UserError, match=r"data\.sources\.0\.views names \['answer', 'text'\], but data\.views are \['text', 'code'\]"):
+    with pytest.raises(
+        UserError, match=r"data\.sources\.0\.views names \['answer', 'text'\], but data\.views are \['text', 'code'\]"
+    ):
         reader(tmp_path, ROW, {"text": "a", "answer": "b"})
 
 
@@ -76,18 +109,29 @@ def test_a_list_of_texts_becomes_the_views_in_order(tmp_path):
     assert reader(tmp_path, {}, "paraphrases", names).provided_views == (True,) * 5
 
 
-@pytest.mark.parametrize("value, problem", [
-    ("one", "a value of type str, not a list of texts"), (3, "a value of type int, not a list of texts"),
-    ({"a": 1}, "a value of type dict, not a list"),
-    (["a", {}], "a value of type dict, not text"), (["a", ["b"]], "a value of type list, not text"), (["a", "\udc00"], "half a surrogate pair"),
-])
+@pytest.mark.parametrize(
+    "value, problem",
+    [
+        ("one", "a value of type str, not a list of texts"),
+        (3, "a value of type int, not a list of texts"),
+        ({"a": 1}, "a value of type dict, not a list"),
+        (["a", {}], "a value of type dict, not text"),
+        (["a", ["b"]], "a value of type list, not text"),
+        (["a", "\udc00"], "half a surrogate pair"),
+    ],
+)
 def test_what_is_no_list_of_texts_names_its_column(tmp_path, value, problem):
     (record,) = read(tmp_path, {"p": value}, "p")
     assert record.views is None and record.reason == "malformed" and record.problem.startswith(f"'p' holds {problem}")
 
 
 def test_a_list_that_is_absent_or_null_is_an_empty_record(tmp_path):
-    assert read(tmp_path, {}, "p") == read(tmp_path, {"p": None}, "p") == read(tmp_path, {"p": []}, "p") == [Record(("", ""), 1)]
+    assert (
+        read(tmp_path, {}, "p")
+        == read(tmp_path, {"p": None}, "p")
+        == read(tmp_path, {"p": []}, "p")
+        == [Record(("", ""), 1)]
+    )
 
 
 def test_the_grammar_fills_the_views_that_are_asked_for():
@@ -95,6 +139,8 @@ def test_the_grammar_fills_the_views_that_are_asked_for():
     assert open_reader(("one", "two", "three"), type="nlrx", records=3).provided_views == (True, False, True)
     both = open_reader(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})
     (piece,) = both.pieces()
-    assert [record.views[0] for record in both.read(piece)] == [f"{code} # {text}" for (text, code), *_ in pairs.read(piece)]
+    assert [record.views[0] for record in both.read(piece)] == [
+        f"{code} # {text}" for (text, code), *_ in pairs.read(piece)
+    ]
     with pytest.raises(UserError, match="the grammar has no column 'regex', only text, code"):
         open_reader(type="nlrx", records=3, views={"code": "regex"})

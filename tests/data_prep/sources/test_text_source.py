@@ -7,7 +7,14 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.sources import files, text
-from tests.data_prep.sources.source_helpers import SHARED, needs_shared, open_reader, read_views, read_with_locations, write
+from tests.data_prep.sources.source_helpers import (
+    SHARED,
+    needs_shared,
+    open_reader,
+    read_views,
+    read_with_locations,
+    write,
+)
 
 END = "<|endoftext|>"
 
@@ -21,7 +28,11 @@ def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     documents, held, start = [], [], 1
     for number, line in enumerate([*lines, None], start=1):
-        ends = line is None or line.removesuffix(b"\r") == separator.encode() if separator else line is None or not line.strip()
+        ends = (
+            line is None or line.removesuffix(b"\r") == separator.encode()
+            if separator
+            else line is None or not line.strip()
+        )
         if not ends:
             held.append(line + b"\n" * (number < len(lines)))
             continue
@@ -33,12 +44,30 @@ def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
 
 
 def found(path, separator: str) -> list[tuple[int, str]]:
-    return [(int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))]
+    return [
+        (int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))
+    ]
 
 
 def odd_text(rng: random.Random, separator: str) -> bytes:
-    lines = ["", " \t", "\f", "  ", "a", "größe 👍", "x" * 40, separator, separator, f" {separator}", f"{separator}.", "\r", "end\r",
-             "\u2028", "\0", "\ufeff"]
+    lines = [
+        "",
+        " \t",
+        "\f",
+        "  ",
+        "a",
+        "größe 👍",
+        "x" * 40,
+        separator,
+        separator,
+        f" {separator}",
+        f"{separator}.",
+        "\r",
+        "end\r",
+        "\u2028",
+        "\0",
+        "\ufeff",
+    ]
     parts = [rng.choice(lines) + rng.choice(["\n", "\n", "\n", "\r\n"]) for _ in range(rng.randint(0, 30))]
     return "".join([*parts, rng.choice(["", "last", separator, "last\r", "\r"])]).encode()
 
@@ -60,7 +89,11 @@ def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, se
 def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set_piece_size):
     content = b"first\n" + b" " * width + b"\nsecond\n\nthird"
     path = write(tmp_path / "a.txt", content)
-    expected = [(1, "first"), (3, "second"), (5, "third")] if width <= 4096 else [(1, f"first\n{' ' * width}\nsecond"), (5, "third")]
+    expected = (
+        [(1, "first"), (3, "second"), (5, "third")]
+        if width <= 4096
+        else [(1, f"first\n{' ' * width}\nsecond"), (5, "third")]
+    )
     for length in (1, 6, 7, 1000, width + 6, width + 7, width + 8, width + 15):
         set_piece_size(max(length, 50), 700)
         assert found(path, "") == expected, length
@@ -74,10 +107,17 @@ def test_packed_files_read_like_plain_ones(tmp_path, suffix, separator):
     assert found(path, separator) == obvious(content, separator)
 
 
-@pytest.mark.parametrize("content, document", [
-    (b"one\n\ntwo\n", "one\n\ntwo"), (b"one", "one"),
-    (b"\n\n a \r\n\r\n", "\n\n a \r\n"), (b"\xef\xbb\xbfx\n", "x"), (b"a\r", "a\r"), (b"a\0b", "a\0b"),
-])
+@pytest.mark.parametrize(
+    "content, document",
+    [
+        (b"one\n\ntwo\n", "one\n\ntwo"),
+        (b"one", "one"),
+        (b"\n\n a \r\n\r\n", "\n\n a \r\n"),
+        (b"\xef\xbb\xbfx\n", "x"),
+        (b"a\r", "a\r"),
+        (b"a\0b", "a\0b"),
+    ],
+)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_file_is_a_document(tmp_path, content, document, suffix):
     path = write(tmp_path / f"a.md{suffix}", content)
@@ -91,28 +131,48 @@ def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
         write(tmp_path / name, b" \n" * (name == "blank.txt"))
     write(tmp_path / ".hidden", b"x")
     source = reader(tmp_path, names=("only",))
-    assert read_views(source) == [("a/b.md.gz",), ("a/c",), ("b.txt",), ("z.rst.zst",)] and source.provided_views == (True,)
+    assert read_views(source) == [("a/b.md.gz",), ("a/c",), ("b.txt",), ("z.rst.zst",)] and source.provided_views == (
+        True,
+    )
 
 
 def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
     path = write(tmp_path / "a.txt", b"x")
     assert reader(path).provided_views == (False, True)
     assert read_views(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
-    with pytest.raises(UserError, match=r"a text source has no column 'body', only text; name its columns in data\.sources\.0\.views"):
+    with pytest.raises(
+        UserError, match=r"a text source has no column 'body', only text; name its columns in data\.sources\.0\.views"
+    ):
         reader(path, views={"text": "{body}"})
 
 
-@pytest.mark.parametrize("content, separator, expected", [
-    (b"good\n\nb\xffd\n\ngood", "", {1: "good", 3: "not UTF-8 (invalid start byte at byte 1 of the document)", 5: "good"}),
-    (b"good\n\nok\nbad \xe2\x82\n\ngood", "", {1: "good", 4: "not UTF-8 (unexpected end of data at byte 7 of the document)", 6: "good"}),
-    (b"a\n<|endoftext|>\n\xed\xa0\xbd\n<|endoftext|>\nb", END,
-     {1: "a", 3: "not UTF-8 (invalid continuation byte at byte 0 of the document)", 5: "b"}),
-    ("größe".encode("latin-1"), None, {1: "not UTF-8 (invalid start byte at byte 2 of the document)"}),
-    ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
-])
+@pytest.mark.parametrize(
+    "content, separator, expected",
+    [
+        (
+            b"good\n\nb\xffd\n\ngood",
+            "",
+            {1: "good", 3: "not UTF-8 (invalid start byte at byte 1 of the document)", 5: "good"},
+        ),
+        (
+            b"good\n\nok\nbad \xe2\x82\n\ngood",
+            "",
+            {1: "good", 4: "not UTF-8 (unexpected end of data at byte 7 of the document)", 6: "good"},
+        ),
+        (
+            b"a\n<|endoftext|>\n\xed\xa0\xbd\n<|endoftext|>\nb",
+            END,
+            {1: "a", 3: "not UTF-8 (invalid continuation byte at byte 0 of the document)", 5: "b"},
+        ),
+        ("größe".encode("latin-1"), None, {1: "not UTF-8 (invalid start byte at byte 2 of the document)"}),
+        ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
+    ],
+)
 def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, content, separator, expected):
     path = write(tmp_path / "a.txt", content)
-    shown = {int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))}
+    shown = {
+        int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))
+    }
     assert shown == expected
 
 
@@ -139,7 +199,7 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
     path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
     path.write_bytes(cut(path.read_bytes()))
     *good, (problem, _) = read_with_locations(reader(path, separator))
-    assert [views[1] for views, _ in good] == documents[:len(good)]
+    assert [views[1] for views, _ in good] == documents[: len(good)]
     assert problem[0] == "damaged" and "the compressed file is" in problem[1]
     assert bool(good) == (separator is not None and path.stat().st_size > 100)
 

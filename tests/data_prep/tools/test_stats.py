@@ -34,8 +34,13 @@ def folder(tmp_path_factory):
         shards[0][place] = (shards[0][place][0], [])
     for place in range(0, 400, 50):
         shards[1][place] = (shards[1][place][0] * 60, shards[1][place][1])
-    write(folder, tokenizer, {"train": [(source, records, [False] * 400) for source, records in zip((0, 0, 1), shards, strict=True)]},
-          [{"type": "json", "path": "a.jsonl"}, {"type": "nlrx"}], weights=[1.0, 2.0])
+    write(
+        folder,
+        tokenizer,
+        {"train": [(source, records, [False] * 400) for source, records in zip((0, 0, 1), shards, strict=True)]},
+        [{"type": "json", "path": "a.jsonl"}, {"type": "nlrx"}],
+        weights=[1.0, 2.0],
+    )
     return folder
 
 
@@ -43,7 +48,9 @@ def folder(tmp_path_factory):
 def lengths(folder) -> pandas.DataFrame:
     """Tokens of each view of every record; NaN where it is null."""
     tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in sorted(folder.glob("*.arrow"))]
-    return pandas.DataFrame({view: pa.concat_tables(tables).column(view).to_pandas().map(len, na_action="ignore") for view in VIEWS}).astype(float)
+    return pandas.DataFrame(
+        {view: pa.concat_tables(tables).column(view).to_pandas().map(len, na_action="ignore") for view in VIEWS}
+    ).astype(float)
 
 
 def numbers(line: str) -> list[float]:
@@ -53,11 +60,21 @@ def numbers(line: str) -> list[float]:
 def test_the_table_of_views(folder, lengths):
     table, *_ = stats(folder, "train")
     head, _, *lines = table.splitlines()
-    assert head == (f"train: 1,200 records, {int(lengths.sum().sum()):,} tokens; {lengths.isna().any(axis=1).mean():.1%} of the records lack a view")
+    assert head == (
+        f"train: 1,200 records, {int(lengths.sum().sum()):,} tokens; {lengths.isna().any(axis=1).mean():.1%} of the records lack a view"
+    )
     for view, line in zip(VIEWS, lines, strict=True):
         column = lengths[view].dropna()
         assert line.split()[0] == view
-        expected = [len(column), column.sum(), column.mean(), column.median(), column.quantile(0.9), column.quantile(0.99), column.max()]
+        expected = [
+            len(column),
+            column.sum(),
+            column.mean(),
+            column.median(),
+            column.quantile(0.9),
+            column.quantile(0.99),
+            column.max(),
+        ]
         assert numbers(line) == [pytest.approx(number, abs=0.051) for number in expected]
 
 
@@ -73,13 +90,23 @@ def test_histograms(folder, lengths, view):
     assert counts == [int(column.between(low[0], low[-1]).sum()) for low in bounds] and sum(counts) == len(column)
     bars = [line.count("█") for line in text.splitlines()[1:]]
     assert max(bars) == bars[int(np.argmax(counts))] == 40
-    assert all(bar == pytest.approx(40 * count / max(counts), abs=1.01) for bar, count in zip(bars, counts, strict=True))
+    assert all(
+        bar == pytest.approx(40 * count / max(counts), abs=1.01) for bar, count in zip(bars, counts, strict=True)
+    )
 
 
 def test_tokens_by_source(folder, lengths):
     *_, text = stats(folder, "train")
     tokens = [lengths.iloc[part].sum().sum() for part in (slice(0, 800), slice(800, None))]
-    for line, number, weight, records, name in zip(text.splitlines()[2:], tokens, (1, 2), (800, 400), ("json a.jsonl", "nlrx"), strict=True):
+    for line, number, weight, records, name in zip(
+        text.splitlines()[2:], tokens, (1, 2), (800, 400), ("json a.jsonl", "nlrx"), strict=True
+    ):
         assert line.endswith(name)
-        expected = [records, number, 100 * number / sum(tokens), weight, 100 * weight * number / (tokens[0] + 2 * tokens[1])]
+        expected = [
+            records,
+            number,
+            100 * number / sum(tokens),
+            weight,
+            100 * weight * number / (tokens[0] + 2 * tokens[1]),
+        ]
         assert numbers(line)[:5] == [pytest.approx(value, abs=0.051) for value in expected]

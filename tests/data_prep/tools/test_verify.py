@@ -24,27 +24,61 @@ FIRST = "train-00000.arrow"
 
 
 def columns(records: list[tuple[list[int], ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {view: (np.array([token for record in records for token in record[v]], np.int64), np.array([len(record[v]) for record in records]))
-            for v, view in enumerate(VIEWS)}
+    return {
+        view: (
+            np.array([token for record in records for token in record[v]], np.int64),
+            np.array([len(record[v]) for record in records]),
+        )
+        for v, view in enumerate(VIEWS)
+    }
 
 
-def write(folder: Path, tokenizer: Tokenizer, shards: dict[str, list[tuple[int, list, list[bool]]]], sources: Sequence[dict] = (),
-          weights: Sequence[float] = ()) -> None:
+def write(
+    folder: Path,
+    tokenizer: Tokenizer,
+    shards: dict[str, list[tuple[int, list, list[bool]]]],
+    sources: Sequence[dict] = (),
+    weights: Sequence[float] = (),
+) -> None:
     """Shards of each split as (source, records, which go on), and their manifest."""
     splits = {}
     for split, parts in shards.items():
-        entries = [write_shard(folder / f"{split}-{number:05d}.arrow", source, columns(records), np.array(goes_on), tokenizer.vocab_size)
-                   for number, (source, records, goes_on) in enumerate(parts)]
-        splits[split] = {key: sum(entry[key] for entry in entries) for key in ("records", "incomplete", "continued")} | {
-            key: {view: combine(entry[key][view] for entry in entries) for view in VIEWS} for key, combine in (("tokens", sum), ("longest", max))
-        } | {"positions_needed": max(entry["positions_needed"] for entry in entries), "shards": entries}
+        entries = [
+            write_shard(
+                folder / f"{split}-{number:05d}.arrow",
+                source,
+                columns(records),
+                np.array(goes_on),
+                tokenizer.vocab_size,
+            )
+            for number, (source, records, goes_on) in enumerate(parts)
+        ]
+        splits[split] = (
+            {key: sum(entry[key] for entry in entries) for key in ("records", "incomplete", "continued")}
+            | {
+                key: {view: combine(entry[key][view] for entry in entries) for view in VIEWS}
+                for key, combine in (("tokens", sum), ("longest", max))
+            }
+            | {"positions_needed": max(entry["positions_needed"] for entry in entries), "shards": entries}
+        )
     every = [entry for split in splits.values() for entry in split["shards"]]
     weights = weights or [1.0] * (1 + max(entry["source"] for entry in every))
-    tokens = [sum(sum(entry["tokens"].values()) for entry in every if entry["source"] == number) for number in range(len(weights))]
-    write_json(folder / MANIFEST, {"format": FORMAT, "views": VIEWS, "settings": {"data": {"sources": list(sources)}},
-                                   "splits": splits, "dropped": {},
-                                   "sources": [{"weight": weight, "tokens": of} for weight, of in zip(weights, tokens, strict=True)],
-                                   "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}})
+    tokens = [
+        sum(sum(entry["tokens"].values()) for entry in every if entry["source"] == number)
+        for number in range(len(weights))
+    ]
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "views": VIEWS,
+            "settings": {"data": {"sources": list(sources)}},
+            "splits": splits,
+            "dropped": {},
+            "sources": [{"weight": weight, "tokens": of} for weight, of in zip(weights, tokens, strict=True)],
+            "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        },
+    )
 
 
 def pairs(count: int, seed: int) -> list[tuple[list[int], ...]]:
@@ -65,9 +99,18 @@ def sound(tokenizer, tmp_path_factory) -> Path:
     first = pairs(40, 1)
     first[7], first[9] = (first[7][0], []), ([], first[9][1])
     documents = [([], record[1]) for record in pairs(6, 3)]
-    write(folder, tokenizer, {
-        "train": [(0, first, [False] * 40), (0, pairs(30, 2), [False] * 30), (1, documents, [False, True, True, False, True, False])],
-        "validation": [(0, pairs(10, 4), [False] * 10)]})
+    write(
+        folder,
+        tokenizer,
+        {
+            "train": [
+                (0, first, [False] * 40),
+                (0, pairs(30, 2), [False] * 30),
+                (1, documents, [False, True, True, False, True, False]),
+            ],
+            "validation": [(0, pairs(10, 4), [False] * 10)],
+        },
+    )
     return folder
 
 
@@ -79,6 +122,7 @@ def folder(sound, tmp_path) -> Path:
 @pytest.fixture
 def verdict(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
     """What the command tells: exit code, lines said, and the line on standard error. With several `processes`, as a user calls it."""
+
     def verdict(folder: Path, processes: bool = False) -> tuple[int, list[str], str]:
         monkeypatch.setattr(sys, "argv", ["data_prep", "verify", str(folder)])
         code = 0
@@ -88,6 +132,7 @@ def verdict(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
             code = end.code
         said = capsys.readouterr()
         return code, said.out.splitlines(), said.err
+
     return verdict
 
 
@@ -103,11 +148,13 @@ def entries(manifest: dict, split: str = "train") -> list[dict]:
 
 def acknowledge(folder: Path, file: str = FIRST) -> None:
     """Give the manifest the size and SHA-256 of a changed shard: what is inside must betray it."""
+
     def change(manifest: dict) -> None:
         for split in manifest["splits"].values():
             for entry in split["shards"]:
                 if entry["file"] == file:
                     entry |= {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)}
+
     edit(folder, change)
 
 
@@ -134,17 +181,22 @@ def lists(rows: list, dtype=None) -> pa.Array:
 
 def replaced(folder: Path, row: int, tokens: list[int] | None, view: str = "text") -> None:
     """Other tokens in a row of the first shard, its record's checksum left as it was."""
+
     def change(batch: dict) -> dict:
         rows = batch[view].to_pylist()
         rows[row] = tokens
         return batch | {view: lists(rows)}
+
     rebuild(folder, change)
 
 
 def rewritten(folder: Path, row: int, tokens: list[int], view: int) -> None:
     """The first shard as a preparation would write it with these tokens in a row, checksums and all."""
     batch = pa.ipc.open_file((folder / FIRST).read_bytes()).get_batch(0)
-    records = [tuple(ids or [] for ids in record) for record in zip(*(batch.column(name).to_pylist() for name in VIEWS), strict=True)]
+    records = [
+        tuple(ids or [] for ids in record)
+        for record in zip(*(batch.column(name).to_pylist() for name in VIEWS), strict=True)
+    ]
     records[row] = tuple(tokens if v == view else ids for v, ids in enumerate(records[row]))
     entry = write_shard(folder / FIRST, 0, columns(records), np.zeros(len(records), bool), 340)
     edit(folder, lambda manifest: entries(manifest)[0].update(entry))
@@ -154,6 +206,7 @@ def swap(folder: Path, one: int, other: int) -> None:
     def change(manifest: dict) -> None:
         shards = entries(manifest)
         shards[one], shards[other] = shards[other], shards[one]
+
     edit(folder, change)
 
 
@@ -164,9 +217,11 @@ def other_tokenizer(folder: Path) -> None:
 
 def sealed(damage: Callable[[Path], None]) -> Callable[[Path], None]:
     """A damage that the manifest acknowledges."""
+
     def both(folder: Path) -> None:
         damage(folder)
         acknowledge(folder)
+
     return both
 
 
@@ -177,7 +232,9 @@ def set_value(*path, value) -> Callable[[Path], None]:
             for key in path[:-1]:
                 node = node[key]
             node[path[-1]] = value
+
         edit(folder, change)
+
     return damage
 
 
@@ -193,49 +250,119 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST}: it has 0 bytes, the manifest says"),
     "truncated": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-100]), "its Arrow structure is damaged"),
     "a folder in its place": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), f"{FIRST}: it"),
-    "bit of a token": (lambda f: flip(f, "text", 3, 4), "SHA-256 is not the manifest's; row 0, counted from 0: its checksum"),
+    "bit of a token": (
+        lambda f: flip(f, "text", 3, 4),
+        "SHA-256 is not the manifest's; row 0, counted from 0: its checksum",
+    ),
     "bit of an offset": (lambda f: flip(f, "text", 1, 4, 4), f"{FIRST}: its SHA-256 is not the manifest's"),
-    "bit of validity": (lambda f: flip(f, "text", 0, 0, 3), "its Arrow structure is damaged (In column 0: Invalid: null_count value"),
-    "acknowledged bit of a token": (sealed(lambda f: flip(f, "code", 3, 2)), f"{FIRST}: row 0, counted from 0: its checksum is not that"),
-    "acknowledged bit of an offset": (sealed(lambda f: flip(f, "text", 1, 20, 0)), "row 4, counted from 0 (and 1 others): its checksum is not"),
-    "acknowledged bits of validity": (sealed(lambda f: (flip(f, "text", 0, 0, 3), flip(f, "text", 0, 1, 1))),
-                                      "row 9, counted from 0: text is empty, but not null; row 3, counted from 0: text is null, but holds tokens"),
-    "acknowledged bit of a checksum": (sealed(lambda f: flip(f, CHECKSUM, 1, 8)), f"{FIRST}: row 2, counted from 0: its checksum"),
-    "acknowledged bit of continues": (sealed(lambda f: flip(f, CONTINUES, 1, 0, 5)), "row 5, counted from 0: its checksum"),
-    "last record goes on": (sealed(lambda f: flip(f, CONTINUES, 1, 4, 7)), "row 39, counted from 0: it goes on in the next record"),
-    "garbage": (sealed(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)), "its Arrow structure is damaged"),
-    "another shard of the corpus": (sealed(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)), "it has records 30, the manifest says 40"),
+    "bit of validity": (
+        lambda f: flip(f, "text", 0, 0, 3),
+        "its Arrow structure is damaged (In column 0: Invalid: null_count value",
+    ),
+    "acknowledged bit of a token": (
+        sealed(lambda f: flip(f, "code", 3, 2)),
+        f"{FIRST}: row 0, counted from 0: its checksum is not that",
+    ),
+    "acknowledged bit of an offset": (
+        sealed(lambda f: flip(f, "text", 1, 20, 0)),
+        "row 4, counted from 0 (and 1 others): its checksum is not",
+    ),
+    "acknowledged bits of validity": (
+        sealed(lambda f: (flip(f, "text", 0, 0, 3), flip(f, "text", 0, 1, 1))),
+        "row 9, counted from 0: text is empty, but not null; row 3, counted from 0: text is null, but holds tokens",
+    ),
+    "acknowledged bit of a checksum": (
+        sealed(lambda f: flip(f, CHECKSUM, 1, 8)),
+        f"{FIRST}: row 2, counted from 0: its checksum",
+    ),
+    "acknowledged bit of continues": (
+        sealed(lambda f: flip(f, CONTINUES, 1, 0, 5)),
+        "row 5, counted from 0: its checksum",
+    ),
+    "last record goes on": (
+        sealed(lambda f: flip(f, CONTINUES, 1, 4, 7)),
+        "row 39, counted from 0: it goes on in the next record",
+    ),
+    "garbage": (
+        sealed(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)),
+        "its Arrow structure is damaged",
+    ),
+    "another shard of the corpus": (
+        sealed(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
+        "it has records 30, the manifest says 40",
+    ),
     "tokens of another record": (sealed(lambda f: replaced(f, 3, [11, 12, 13])), "row 3, counted from 0: its checksum"),
     "a view emptied": (sealed(lambda f: replaced(f, 4, [])), "row 4, counted from 0: text is empty, but not null"),
     "a view lost": (sealed(lambda f: replaced(f, 4, None)), "incomplete 3, the manifest says 2"),
-    "a record emptied": (sealed(lambda f: replaced(f, 9, None, "code")), "row 9, counted from 0: no view holds a token"),
-    "records in another order": (sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})), "(and"),
-    "a view left out": (sealed(lambda f: rebuild(f, lambda b: {n: c for n, c in b.items() if n != "code"})), "its columns are text: list<"),
-    "views exchanged": (sealed(lambda f: rebuild(f, lambda b: b | {"text": b["code"], "code": b["text"]})), "(and 39 others): its checksum"),
-    "of another vocabulary": (sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})),
-                              "its columns are text: list<item: uint32>"),
+    "a record emptied": (
+        sealed(lambda f: replaced(f, 9, None, "code")),
+        "row 9, counted from 0: no view holds a token",
+    ),
+    "records in another order": (
+        sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})),
+        "(and",
+    ),
+    "a view left out": (
+        sealed(lambda f: rebuild(f, lambda b: {n: c for n, c in b.items() if n != "code"})),
+        "its columns are text: list<",
+    ),
+    "views exchanged": (
+        sealed(lambda f: rebuild(f, lambda b: b | {"text": b["code"], "code": b["text"]})),
+        "(and 39 others): its checksum",
+    ),
+    "of another vocabulary": (
+        sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})),
+        "its columns are text: list<item: uint32>",
+    ),
     "a null token": (sealed(lambda f: replaced(f, 3, [11, None])), "it has nulls in place of tokens"),
     "no record": (sealed(lambda f: rebuild(f, lambda b: {n: c[:0] for n, c in b.items()})), "it holds no record"),
     "two batches": (sealed(split_batches), "it has 2 record batches instead of one"),
-    "id beyond the vocabulary": (lambda f: rewritten(f, 6, [20, 340], 0), f"{FIRST}: row 6, counted from 0: text holds an id beyond the vocabulary"),
-    "a special token": (lambda f: rewritten(f, 8, [20, 3, 21], 1), f"{FIRST}: row 8, counted from 0: code holds a special token"),
-    "an unlisted shard": (lambda f: shutil.copy(f / FIRST, f / "train-00009.arrow"), "train-00009.arrow: the manifest does not list this shard"),
-    "left over": (lambda f: (f / ".train-00000.arrow.77.tmp").write_bytes(b""), "left over by an interrupted preparation"),
+    "id beyond the vocabulary": (
+        lambda f: rewritten(f, 6, [20, 340], 0),
+        f"{FIRST}: row 6, counted from 0: text holds an id beyond the vocabulary",
+    ),
+    "a special token": (
+        lambda f: rewritten(f, 8, [20, 3, 21], 1),
+        f"{FIRST}: row 8, counted from 0: code holds a special token",
+    ),
+    "an unlisted shard": (
+        lambda f: shutil.copy(f / FIRST, f / "train-00009.arrow"),
+        "train-00009.arrow: the manifest does not list this shard",
+    ),
+    "left over": (
+        lambda f: (f / ".train-00000.arrow.77.tmp").write_bytes(b""),
+        "left over by an interrupted preparation",
+    ),
     "left over folder": (lambda f: (f / ".partial").mkdir(), ".partial: left over by an interrupted preparation"),
     "count of a shard": (set_value(*SHARD, "records", value=39), "it has records 40, the manifest says 39"),
-    "count of a split": (set_value("splits", "train", "records", value=77), "splits.train.records is 77, its shards have 76"),
+    "count of a split": (
+        set_value("splits", "train", "records", value=77),
+        "splits.train.records is 77, its shards have 76",
+    ),
     "tokens of a shard": (set_value(*SHARD, "tokens", "text", value=5), f"{FIRST}: it has tokens {{'text'"),
     "longest": (set_value(*SHARD, "longest", "code", value=500), f"{FIRST}: it has longest {{'text'"),
     "positions": (set_value(*SHARD, "positions_needed", value=5), "it has positions_needed"),
-    "continued": (set_value("splits", "train", "shards", 2, "continued", value=0), "train-00002.arrow: it has continued 3, the manifest says 0"),
+    "continued": (
+        set_value("splits", "train", "shards", 2, "continued", value=0),
+        "train-00002.arrow: it has continued 3, the manifest says 0",
+    ),
     "checksum": (set_value(*SHARD, "sha256", value="0" * 64), f"{FIRST}: its SHA-256 is not the manifest's"),
     "size": (set_value(*SHARD, "bytes", value=1), f"{FIRST}: it has"),
     "a file outside": (set_value(*SHARD, "file", value="../train-00000.arrow"), "splits.train.shards.0.file"),
     "order of shards": (lambda f: swap(f, 0, 1), "they do not stand in the order in which they were written"),
-    "listed twice": (lambda f: edit(f, lambda m: entries(m).insert(1, entries(m)[0])), f"the shard {FIRST} is listed twice"),
+    "listed twice": (
+        lambda f: edit(f, lambda m: entries(m).insert(1, entries(m)[0])),
+        f"the shard {FIRST} is listed twice",
+    ),
     "views of the manifest": (set_value("views", value=["code", "text"]), "its columns are"),
-    "view renamed": (set_value("views", value=["text", "sql"]), "has views ['code', 'text'], the corpus ['sql', 'text']"),
-    "key missing": (lambda f: edit(f, lambda m: entries(m)[0].pop("tokens")), "is damaged: splits.train.shards.0.tokens: Field required"),
+    "view renamed": (
+        set_value("views", value=["text", "sql"]),
+        "has views ['code', 'text'], the corpus ['sql', 'text']",
+    ),
+    "key missing": (
+        lambda f: edit(f, lambda m: entries(m)[0].pop("tokens")),
+        "is damaged: splits.train.shards.0.tokens: Field required",
+    ),
     "no split": (set_value("splits", value={}), "is damaged: splits"),
     "a negative count": (set_value(*SHARD, "records", value=-1), "is damaged: splits.train.shards.0.records"),
     "not JSON": (lambda f: (f / MANIFEST).write_text('{"format": 3,'), "cannot read"),
@@ -250,7 +377,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("processes", [False, True])
 def test_a_sound_corpus_in_one_line(processes, sound, verdict):
-    tokens = sum(split["tokens"][view] for split in json.loads((sound / MANIFEST).read_text())["splits"].values() for view in VIEWS)
+    tokens = sum(
+        split["tokens"][view]
+        for split in json.loads((sound / MANIFEST).read_text())["splits"].values()
+        for view in VIEWS
+    )
     assert verdict(sound, processes) == (0, [f"4 shards, 86 records, {tokens} tokens: all sound"], "")
 
 
@@ -284,10 +415,17 @@ def test_any_flipped_byte(tokenizer, tmp_path, verdict):
     data = pa.py_buffer(content)
     batch = pa.ipc.open_file(data).get_batch(0)
     carrying = set()
-    for name, used in (("text", (0, 4 * 25, 0, 2)), ("code", (3, 4 * 25, 0, 2)), (CONTINUES, (0, 3)), (CHECKSUM, (0, 4 * 24))):
+    for name, used in (
+        ("text", (0, 4 * 25, 0, 2)),
+        ("code", (3, 4 * 25, 0, 2)),
+        (CONTINUES, (0, 3)),
+        (CHECKSUM, (0, 4 * 24)),
+    ):
         for buffer, size in zip(batch.column(name).buffers(), used, strict=True):
             size = size if size != 2 else 2 * len(batch.column(name).values)
-            carrying |= set(range(buffer.address - data.address, buffer.address - data.address + size)) if buffer else set()
+            carrying |= (
+                set(range(buffer.address - data.address, buffer.address - data.address + size)) if buffer else set()
+            )
     for acknowledged in (False, True):
         manifest = json.loads((tmp_path / MANIFEST).read_text())
         shards, (entry, *_) = [], entries(manifest)
@@ -303,10 +441,13 @@ def test_any_flipped_byte(tokenizer, tmp_path, verdict):
         assert named == set(range(len(content))) if not acknowledged else carrying <= named
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, its shards have \d+"),
-    (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, its shards have \d+"),
+        (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
+    ],
+)
 def test_the_sources_of_the_manifest_are_those_of_its_shards(folder, verdict, change, said):
     edit(folder, change)
     code, lines, _ = verdict(folder)

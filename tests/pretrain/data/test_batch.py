@@ -64,13 +64,17 @@ def record_tree(case: Case, views: list[list[int]], paired: bool, s) -> tuple[li
         if joint:
             tokens = [s.bos] * (number == 0) + view + [s.eos if number == last else s.sep]
             no_target = {s.bos} if case.train_end_token else {s.bos, s.eos}
-            nodes.append(Node(tokens, nodes[-1] if nodes else None, [labelled and token not in no_target for token in tokens]))
+            nodes.append(
+                Node(tokens, nodes[-1] if nodes else None, [labelled and token not in no_target for token in tokens])
+            )
     if joint:
         alone[0] = nodes[0]
     for number, view in enumerate(views):
         if not joint:
             labelled = case.lm_views == "all" or number == last
-            alone[number] = Node([s.bos, *view, s.eos], labelled=[False] + [labelled] * len(view) + [labelled and case.train_end_token])
+            alone[number] = Node(
+                [s.bos, *view, s.eos], labelled=[False] + [labelled] * len(view) + [labelled and case.train_end_token]
+            )
             nodes.append(alone[number])
         elif number and (number in targets or (number in sources and not (case.k and case.placement == "prepend"))):
             alone[number] = Node([*view, s.eos])
@@ -135,25 +139,48 @@ def sees(query, key) -> bool:
 
 def some_records(seed: int, views: int = 2, incomplete: bool = False) -> list[tuple[list[int], ...]]:
     rng = random.Random(seed)
-    records = [tuple([rng.randrange(5, 512) for _ in range(rng.randint(1, 10 - 2 * views + place % 2))] for place in range(views)) for _ in range(11)]
+    records = [
+        tuple(
+            [rng.randrange(5, 512) for _ in range(rng.randint(1, 10 - 2 * views + place % 2))] for place in range(views)
+        )
+        for _ in range(11)
+    ]
     for number, target in ((5, records[2][-1]), (6, records[2][-1][::-1] + [9]), (8, [*records[2][-1], 7])):
         records[number] = (*records[number][:-1], target)
     if incomplete:  # each view alone, a hole in the middle, the first one missing
         lacking = {0: {1, 2}, 1: {0, 2}, 3: {0, 1}, 4: {1}, 7: {0}, 9: {2}}
-        records = [tuple([] if view in lacking.get(number, ()) else tokens for view, tokens in enumerate(record))
-                   for number, record in enumerate(records)]
+        records = [
+            tuple([] if view in lacking.get(number, ()) else tokens for view, tokens in enumerate(record))
+            for number, record in enumerate(records)
+        ]
         records = [record if any(record) else (*record[:-1], [11, 12]) for record in records]
     return records
 
 
-CASES = [Case(kind, k, lm_views) for kind in ("joint", "independent") for k in (0, 1, 3) for lm_views in ("all", "last")]
-CASES += [Case(kind, k, "all", direction, placement, views)
-          for kind in ("joint", "independent") for direction in ("forward", "backward", "both")
-          for k, placement in ((0, "append"), (2, "append"), (2, "prepend")) for views in (2, 3)]
-CASES += [Case(kind, 1, lm_views, direction, placement, views, incomplete=True) for kind in ("joint", "independent") for lm_views in ("all", "last")
-          for direction in ("forward", "both") for placement in ("append", "prepend") for views in (2, 3)]
-CASES += [Case(kind, 1, lm_views, views=views, incomplete=incomplete, train_end_token=False) for kind in ("joint", "independent")
-          for lm_views in ("all", "last") for views, incomplete in ((2, False), (3, True))]
+CASES = [
+    Case(kind, k, lm_views) for kind in ("joint", "independent") for k in (0, 1, 3) for lm_views in ("all", "last")
+]
+CASES += [
+    Case(kind, k, "all", direction, placement, views)
+    for kind in ("joint", "independent")
+    for direction in ("forward", "backward", "both")
+    for k, placement in ((0, "append"), (2, "append"), (2, "prepend"))
+    for views in (2, 3)
+]
+CASES += [
+    Case(kind, 1, lm_views, direction, placement, views, incomplete=True)
+    for kind in ("joint", "independent")
+    for lm_views in ("all", "last")
+    for direction in ("forward", "both")
+    for placement in ("append", "prepend")
+    for views in (2, 3)
+]
+CASES += [
+    Case(kind, 1, lm_views, views=views, incomplete=incomplete, train_end_token=False)
+    for kind in ("joint", "independent")
+    for lm_views in ("all", "last")
+    for views, incomplete in ((2, False), (3, True))
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
@@ -161,13 +188,23 @@ def case(request, write_corpus, specials) -> tuple[Batch, Expected, Case]:
     case: Case = request.param
     records = some_records(case.k, case.views, case.incomplete)
     corpus = write_corpus(records, shard_records=4)
-    layout = make_layout(case.kind, specials, views=case.views, pairing=Pairing(case.k, case.placement, case.direction), lm_views=case.lm_views,
-                         train_end_token=case.train_end_token)
+    layout = make_layout(
+        case.kind,
+        specials,
+        views=case.views,
+        pairing=Pairing(case.k, case.placement, case.direction),
+        lm_views=case.lm_views,
+        train_end_token=case.train_end_token,
+    )
     paired = np.array([record % 3 != 1 for record in range(len(records))])
     rows = plan(corpus, np.arange(len(records)), layout, ROW, paired)
     rows = Rows.join([rows], rows.count + 1)  # an empty row at the end
     expected = build(rows, records, case, specials)
-    assert loss_denominators(rows, layout) == {"targets": len(expected.labels), "pairs": len(expected.read_outs), "spans": 0}
+    assert loss_denominators(rows, layout) == {
+        "targets": len(expected.labels),
+        "pairs": len(expected.read_outs),
+        "spans": 0,
+    }
     return assemble(rows, corpus, layout, specials, ROW, len(expected.read_outs) + 2), expected, case
 
 
@@ -215,12 +252,21 @@ def test_read_outs_and_the_padding_of_the_gather(case):
 def test_keys_are_equal_exactly_where_targets_are_and_records_are_named(case):
     batch, expected, _ = case
     valid = batch.pair_valid
-    found = sorted(zip(batch.prediction_index[valid].tolist(), batch.target_index[valid].tolist(), batch.pair_target_hash[valid].tolist(),
-                       batch.pair_record[valid].tolist(), strict=True))
+    found = sorted(
+        zip(
+            batch.prediction_index[valid].tolist(),
+            batch.target_index[valid].tolist(),
+            batch.pair_target_hash[valid].tolist(),
+            batch.pair_record[valid].tolist(),
+            strict=True,
+        )
+    )
     by_place = sorted(expected.read_outs)
     assert [record for *_, record in found] == [record for *_, record in by_place]
     keys, contents = [key for _, _, key, _ in found], [content for _, _, content, _ in by_place]
-    assert [[one == other for other in keys] for one in keys] == [[one == other for other in contents] for one in contents]
+    assert [[one == other for other in keys] for one in keys] == [
+        [one == other for other in contents] for one in contents
+    ]
 
 
 def test_some_target_occurs_twice():
@@ -250,8 +296,14 @@ def test_keys_do_not_depend_on_layout_or_place(write_corpus, specials):
 
 def test_a_segment_sees_its_parents_parents(write_corpus, specials):
     """A deeper tree than any layout of today: 0 - 1 - 2, and 0 - 3."""
-    layout = Layout((Segment(0, (specials.bos,)), Segment(1, parent=0), Segment(0, (), (specials.eos,), parent=1),
-                     Segment(1, (), (specials.eos,), parent=0)))
+    layout = Layout(
+        (
+            Segment(0, (specials.bos,)),
+            Segment(1, parent=0),
+            Segment(0, (), (specials.eos,), parent=1),
+            Segment(1, (), (specials.eos,), parent=0),
+        )
+    )
     corpus = write_corpus([([11, 12], [21, 22])])
     rows = plan(corpus, np.zeros(1, np.int64), layout, 12, np.zeros(1, bool))
     batch = assemble(rows, corpus, layout, specials, 12, 0)
@@ -259,8 +311,13 @@ def test_a_segment_sees_its_parents_parents(write_corpus, specials):
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 0]
     segment = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4]
     above = {0: set(), 1: {0}, 2: {0, 1}, 3: {0}, 4: set()}
-    expected = [[key <= query and (segment[key] == segment[query] or segment[key] in above[segment[query]]) for key in range(12)]
-                for query in range(12)]
+    expected = [
+        [
+            key <= query and (segment[key] == segment[query] or segment[key] in above[segment[query]])
+            for key in range(12)
+        ]
+        for query in range(12)
+    ]
     assert visibility_mask(batch.visible_until, "sdpa")[0, 0].tolist() == expected
     assert len(batch.label_index) == len(batch.prediction_index) == 0
 
@@ -269,24 +326,51 @@ def test_a_batch_of_empty_rows_is_padding_alone(write_corpus, specials):
     corpus = write_corpus(some_records(0))
     layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = plan(corpus, np.arange(3), layout, ROW, np.ones(3, bool))
-    batch = assemble(Rows.join([rows], rows.count + 2).select(rows.count, rows.count + 2), corpus, layout, specials, ROW, 4)
+    batch = assemble(
+        Rows.join([rows], rows.count + 2).select(rows.count, rows.count + 2), corpus, layout, specials, ROW, 4
+    )
     assert batch.token_ids.shape == (2, ROW) and (batch.token_ids == specials.pad).all()
     assert len(batch.label_index) == 0 and not batch.pair_valid.any()
-    assert torch.equal(visibility_mask(batch.visible_until, "sdpa")[:, 0], torch.eye(ROW, dtype=torch.bool).expand(2, ROW, ROW))
+    assert torch.equal(
+        visibility_mask(batch.visible_until, "sdpa")[:, 0], torch.eye(ROW, dtype=torch.bool).expand(2, ROW, ROW)
+    )
 
 
 def test_prefixes_and_suffixes_may_have_several_tokens(write_corpus, specials):
-    layout = Layout((Segment(0, (specials.bos, 101, 102), (103, specials.eos), lm_start=1), Segment(1, (104,), (105, 106, 107), parent=0)))
+    layout = Layout(
+        (
+            Segment(0, (specials.bos, 101, 102), (103, specials.eos), lm_start=1),
+            Segment(1, (104,), (105, 106, 107), parent=0),
+        )
+    )
     corpus = write_corpus([([11], [21, 22])])
     rows = plan(corpus, np.zeros(1, np.int64), layout, 14, np.zeros(1, bool))
     batch = assemble(rows, corpus, layout, specials, 14, 0)
-    assert batch.token_ids[0].tolist() == [specials.bos, 101, 102, 11, 103, specials.eos, 104, 21, 22, 105, 106, 107, 0, 0]
+    assert batch.token_ids[0].tolist() == [
+        specials.bos,
+        101,
+        102,
+        11,
+        103,
+        specials.eos,
+        104,
+        21,
+        22,
+        105,
+        106,
+        107,
+        0,
+        0,
+    ]
     assert batch.label_ids.tolist() == [101, 102, 11, 103, specials.eos]
 
 
 @pytest.fixture
 def some_batch(write_corpus, specials) -> Batch:
-    corpus, layout = write_corpus(some_records(0)), make_layout("joint", specials, pairing=Pairing(1), spans="three_points")
+    corpus, layout = (
+        write_corpus(some_records(0)),
+        make_layout("joint", specials, pairing=Pairing(1), spans="three_points"),
+    )
     rows = plan(corpus, np.arange(4), layout, ROW, np.ones(4, bool))
     return assemble(rows, corpus, layout, specials, ROW, 6, seed=5)
 
@@ -301,7 +385,9 @@ def test_a_batch_moves_to_the_device_but_for_its_seed(some_batch):
 
 
 def test_every_tensor_of_a_batch_is_pinned(some_batch, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor)  # a copy that shows
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor
+    )  # a copy that shows
     pin_memory_copy = some_batch.pin_memory_copy()
     for each in fields(Batch):
         assert torch.equal(getattr(pin_memory_copy, each.name), getattr(some_batch, each.name).pin_memory())

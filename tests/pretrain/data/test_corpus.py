@@ -39,7 +39,11 @@ def read_all(folder) -> list[list]:
     corpus = Corpus(folder, "train")
     every = np.arange(len(corpus))
     contents = corpus.read(every)
-    return [corpus.lengths(every).tolist(), *(contents.view(view).tolist() for view in range(corpus.views)), contents.continuation_tokens.tolist()]
+    return [
+        corpus.lengths(every).tolist(),
+        *(contents.view(view).tolist() for view in range(corpus.views)),
+        contents.continuation_tokens.tolist(),
+    ]
 
 
 def test_it_holds_the_views_of_every_record(corpus, tokenizer):
@@ -54,16 +58,32 @@ def test_it_holds_the_views_of_every_record(corpus, tokenizer):
 
 def test_records_come_in_the_order_asked_for_whatever_their_shards(write_corpus):
     rng = np.random.default_rng(0)
-    records = [(rng.integers(5, 512, rng.integers(1, 6)).tolist(), rng.integers(5, 512, rng.integers(1, 6)).tolist()) for _ in range(23)]
+    records = [
+        (rng.integers(5, 512, rng.integers(1, 6)).tolist(), rng.integers(5, 512, rng.integers(1, 6)).tolist())
+        for _ in range(23)
+    ]
     corpus = write_corpus(records, shard_records=5)
     assert len(corpus.manifest["splits"]["train"]["shards"]) == 5
-    for asked in (np.arange(23), np.arange(23)[::-1], rng.permutation(23)[:9], np.array([4, 5, 5, 22, 0, 4]), np.array([], np.int64)):
+    for asked in (
+        np.arange(23),
+        np.arange(23)[::-1],
+        rng.permutation(23)[:9],
+        np.array([4, 5, 5, 22, 0, 4]),
+        np.array([], np.int64),
+    ):
         assert corpus.lengths(asked).tolist() == [[len(view) for view in records[record]] for record in asked]
         for view in range(2):
             assert corpus.tokens(asked, view).tolist() == [token for record in asked for token in records[record][view]]
 
 
-MIXED = [([11, 12, 13], [21, 22]), ([31, 32], []), ([33], []), ([], [41, 42]), ([51], [61, 62, 63]), *(([n, n + 1], [n + 2]) for n in range(5, 60))]
+MIXED = [
+    ([11, 12, 13], [21, 22]),
+    ([31, 32], []),
+    ([33], []),
+    ([], [41, 42]),
+    ([51], [61, 62, 63]),
+    *(([n, n + 1], [n + 2]) for n in range(5, 60)),
+]
 CONTINUES = [False, True, False, False, False, *[False] * 55]
 
 
@@ -123,7 +143,9 @@ def test_a_document_that_goes_on_ends_with_the_first_token_of_its_next_piece(wri
     corpus = write_corpus(pieces, continues=[True, True, False, False, True, False])
     assert corpus.read(np.arange(6)).continuation_tokens.tolist() == [9, 10, -1, -1, 13, -1]
     assert corpus.read(np.array([4, 1, 5, 0])).continuation_tokens.tolist() == [13, 10, -1, 9]
-    assert [shard["continued"] for shard in corpus.entry["shards"]] == [3] and corpus.entry["positions_needed"] == 1 + 2 * 1 + 4 + 12
+    assert [shard["continued"] for shard in corpus.entry["shards"]] == [3] and corpus.entry[
+        "positions_needed"
+    ] == 1 + 2 * 1 + 4 + 12
 
 
 def test_the_last_record_of_a_shard_cannot_go_on(write_corpus):
@@ -136,7 +158,13 @@ def test_only_so_many_shards_are_mapped_at_a_time(write_corpus, monkeypatch):
     corpus = write_corpus([([number], [number + 1]) for number in range(5, 45)], shard_records=1)
 
     def mapped() -> int:
-        return len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(corpus.folder) in line})
+        return len(
+            {
+                line.split()[-1]
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if str(corpus.folder) in line
+            }
+        )
 
     assert mapped() == 0, "opening a corpus reads no shard"
     for first in range(0, 40, 5):

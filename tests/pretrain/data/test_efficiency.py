@@ -19,7 +19,10 @@ def test_shares_are_those_of_planned_rows(views, write_corpus, specials):
     records = [tuple(rng.integers(5, 512, size).tolist() for size in rng.integers(1, 90, views)) for _ in range(300)]
     corpus = write_corpus(records, shard_records=70)
     lines = efficiency(corpus)
-    found = {int(line.split()[0].replace(",", "")): re.findall(r"([\d.]+)%(?: +([\d.]+)% too long)?", line) for line in lines[2:]}
+    found = {
+        int(line.split()[0].replace(",", "")): re.findall(r"([\d.]+)%(?: +([\d.]+)% too long)?", line)
+        for line in lines[2:]
+    }
     assert list(found)[:2] == [128, 256]
     for row_length, shares in found.items():
         for kind, (full, beyond) in zip(("joint", "independent"), shares, strict=True):

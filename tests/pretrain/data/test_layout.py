@@ -13,9 +13,15 @@ LENGTHS = np.array([[3, 2], [1, 1], [40, 7]])
 PAIRED = np.array([True, False, True])
 
 
-@pytest.mark.parametrize(("kind", "k", "expected"), [
-    ("joint", 0, [[5, 3, 3], [3, 2, 0], [42, 8, 8]]), ("joint", 2, [[5, 3, 2, 3], [3, 2, 0, 0], [42, 8, 2, 8]]),
-    ("independent", 0, [[5, 4], [3, 3], [42, 9]]), ("independent", 2, [[5, 2, 4], [3, 0, 3], [42, 2, 9]])])
+@pytest.mark.parametrize(
+    ("kind", "k", "expected"),
+    [
+        ("joint", 0, [[5, 3, 3], [3, 2, 0], [42, 8, 8]]),
+        ("joint", 2, [[5, 3, 2, 3], [3, 2, 0, 0], [42, 8, 2, 8]]),
+        ("independent", 0, [[5, 4], [3, 3], [42, 9]]),
+        ("independent", 2, [[5, 2, 4], [3, 0, 3], [42, 2, 9]]),
+    ],
+)
 def test_a_record_costs_its_segments_and_without_a_pair_only_the_language_model_stream(kind, k, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(k))
     assert layout.segment_lengths(LENGTHS, PAIRED).tolist() == expected
@@ -24,8 +30,15 @@ def test_a_record_costs_its_segments_and_without_a_pair_only_the_language_model_
 
 
 @pytest.mark.parametrize("pairs", [True, False])
-@pytest.mark.parametrize(("kind", "lm_views", "expected"), [
-    ("joint", "all", [7, 4, 49]), ("joint", "last", [3, 2, 8]), ("independent", "all", [7, 4, 49]), ("independent", "last", [3, 2, 8])])
+@pytest.mark.parametrize(
+    ("kind", "lm_views", "expected"),
+    [
+        ("joint", "all", [7, 4, 49]),
+        ("joint", "last", [3, 2, 8]),
+        ("independent", "all", [7, 4, 49]),
+        ("independent", "last", [3, 2, 8]),
+    ],
+)
 def test_targets_are_counted_whether_or_not_a_record_is_paired(kind, lm_views, pairs, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(1) if pairs else None, lm_views=lm_views)
     assert layout.count_lm_targets(LENGTHS, layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
@@ -42,19 +55,33 @@ def test_an_unknown_layout_is_an_error(specials):
         make_layout("both", specials, pairing=Pairing(0))
 
 
-@pytest.mark.parametrize(("kind", "k", "expected"), [("joint", 0, [11, 7, 58]), ("joint", 2, [13, 9, 60]), ("independent", 2, [11, 8, 53])])
+@pytest.mark.parametrize(
+    ("kind", "k", "expected"), [("joint", 0, [11, 7, 58]), ("joint", 2, [13, 9, 60]), ("independent", 2, [11, 8, 53])]
+)
 def test_positions_are_those_of_a_record_that_is_paired(kind, k, expected, specials):
     assert make_layout(kind, specials, pairing=Pairing(k)).positions(LENGTHS).tolist() == expected
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("joint", [[8], [5], [50]]), ("independent", [[5, 4], [3, 3], [42, 9]])])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("joint", [[8], [5], [50]]), ("independent", [[5, 4], [3, 3], [42, 9]])]
+)
 def test_a_document_is_as_long_as_its_segments_without_those_of_the_pair(kind, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(2))
     assert layout.document_lengths(layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
 
 
-@pytest.mark.parametrize(("kind", "form"), [("joint", None), ("independent", None), ("joint", "three_points"), ("joint", "sub_span"),
-                                            ("joint", "views"), ("independent", "three_points"), ("independent", "sub_span")])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("joint", None),
+        ("independent", None),
+        ("joint", "three_points"),
+        ("joint", "sub_span"),
+        ("joint", "views"),
+        ("independent", "three_points"),
+        ("independent", "sub_span"),
+    ],
+)
 def test_as_many_spans_are_counted_as_are_drawn_from_each_record(kind, form, specials):
     """For segments of any lengths, even those that no record of today has."""
     layout = make_layout(kind, specials, spans=form)
@@ -90,5 +117,7 @@ def test_a_pair_needs_its_flag_a_prediction_and_a_target(kind, specials):
 
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 def test_a_pair_knows_its_direction(kind, specials):
-    directions = [read_out.direction for read_out in make_layout(kind, specials, pairing=Pairing(1, direction="both")).read_outs]
+    directions = [
+        read_out.direction for read_out in make_layout(kind, specials, pairing=Pairing(1, direction="both")).read_outs
+    ]
     assert directions == [FORWARD, BACKWARD]

@@ -32,7 +32,9 @@ def large(write_corpus):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 12, (LARGE, 2)).tolist()
     tokens = rng.integers(5, 512, 24).tolist()
-    return write_corpus([(tokens[:context], tokens[context : context + target]) for context, target in lengths], shard_records=50_000)
+    return write_corpus(
+        [(tokens[:context], tokens[context : context + target]) for context, target in lengths], shard_records=50_000
+    )
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +57,9 @@ def content(rows: Rows) -> list[list[tuple[int, int, bool]]]:
 @pytest.mark.parametrize("size", [1, 2, 7, 300])
 def test_every_record_comes_once_an_epoch(size, write_corpus, layout):
     rng = np.random.default_rng(size)
-    corpus = write_corpus([([5] * int(context), [6] * int(target)) for context, target in rng.integers(1, 20, (size, 2))])
+    corpus = write_corpus(
+        [([5] * int(context), [6] * int(target)) for context, target in rng.integers(1, 20, (size, 2))]
+    )
     loader = Loader(corpus, layout, 64, seed=1, epochs=3)
     epochs = [[] for _ in range(3)]
     while not loader.exhausted:
@@ -93,7 +97,9 @@ def test_a_state_of_three_integers_resumes_anywhere(large, layout):
     while loader.epoch < 2:
         states.append(loader.state())
         stream.append(loader.next_rows(1))
-    edges = [number for number, (before, after) in enumerate(pairwise(states), 1) if before["window"] != after["window"]]
+    edges = [
+        number for number, (before, after) in enumerate(pairwise(states), 1) if before["window"] != after["window"]
+    ]
     assert len(edges) == 5 and all(states[edge]["row"] == 0 for edge in edges)
     for first in [0, 1, 17, len(states) // 3, *edges, *(edge - 1 for edge in edges), len(states) - 20]:
         state = json.loads(json.dumps(states[first]))
@@ -119,22 +125,44 @@ def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, lay
     """Rank r takes the r-th part of each micro step; the pair arrays are as long on all, and the seed is the same."""
     micro_step_rows, steps = 8, 3
     rows = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
-    [whole] = micro_batches(rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows * steps, rank=0, ranks=1)
-    by_rank = [list(micro_batches(rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows // ranks, rank=rank, ranks=ranks))
-               for rank in range(ranks)]
-    assert torch.equal(torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), whole.token_ids)
-    assert torch.equal(torch.cat([batches[step].pair_target_hash[batches[step].pair_valid] for step in range(steps) for batches in by_rank]), whole.pair_target_hash)
+    [whole] = micro_batches(
+        rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows * steps, rank=0, ranks=1
+    )
+    by_rank = [
+        list(
+            micro_batches(
+                rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows // ranks, rank=rank, ranks=ranks
+            )
+        )
+        for rank in range(ranks)
+    ]
+    assert torch.equal(
+        torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), whole.token_ids
+    )
+    assert torch.equal(
+        torch.cat(
+            [batches[step].pair_target_hash[batches[step].pair_valid] for step in range(steps) for batches in by_rank]
+        ),
+        whole.pair_target_hash,
+    )
     for step in range(steps):
         of_step = [batches[step] for batches in by_rank]
-        assert len({len(batch.pair_valid) for batch in of_step}) == 1 and any(batch.pair_valid.all() for batch in of_step)
+        assert len({len(batch.pair_valid) for batch in of_step}) == 1 and any(
+            batch.pair_valid.all() for batch in of_step
+        )
         assert len({batch.seed.item() for batch in of_step}) == 1
     assert len({batch.seed.item() for batch in by_rank[0]}) == steps
-    assert [batch.seed.item() for batch in by_rank[0]] == [batch.seed.item() for batch in micro_batches(
-        rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows, rank=0, ranks=1)]
+    assert [batch.seed.item() for batch in by_rank[0]] == [
+        batch.seed.item()
+        for batch in micro_batches(
+            rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows, rank=0, ranks=1
+        )
+    ]
 
 
 def test_the_stream_does_not_depend_on_how_many_rows_are_asked_for(corpus, layout):
     """Even where a call spans several epochs."""
+
     def stream(count):
         loader = Loader(corpus, layout, 128, seed=4)
         return [row for _ in range(1260 // count) for row in content(loader.next_rows(count))]
@@ -156,10 +184,16 @@ def test_dropout_is_drawn_by_seed_epoch_and_record(large, layout, specials):
     share = 0.3
     one = flags(Loader(large, layout, ROW, seed=1, dropout=share), 0)
     assert abs(1 - one.mean() - share) < 0.005
-    np.testing.assert_array_equal(one, flags(Loader(large, make_layout("independent", specials, pairing=Pairing(0)), 256, seed=1, dropout=share), 0))
+    np.testing.assert_array_equal(
+        one,
+        flags(Loader(large, make_layout("independent", specials, pairing=Pairing(0)), 256, seed=1, dropout=share), 0),
+    )
     more = flags(Loader(large, layout, ROW, seed=1, dropout=0.5), 0)
     assert not (more & ~one).any(), "a larger share leaves out those of a smaller one, and more"
-    for other in (flags(Loader(large, layout, ROW, seed=2, dropout=share), 0), flags(Loader(large, layout, ROW, seed=1, dropout=share), 1)):
+    for other in (
+        flags(Loader(large, layout, ROW, seed=2, dropout=share), 0),
+        flags(Loader(large, layout, ROW, seed=1, dropout=share), 1),
+    ):
         independent = share**2 + (1 - share) ** 2
         assert abs((one == other).mean() - independent) < 0.01
 
@@ -207,12 +241,19 @@ def test_another_number_of_weights_is_refused(write_corpus):
 def test_weights_belong_to_the_sources_that_the_corpus_was_made_of(write_corpus):
     corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
     sources = [NlrxSource(type="nlrx", records=1, weight=3.0), JsonSource(type="json", path="a.jsonl", weight=4.0)]
-    corpus.manifest["settings"]["data"]["sources"] = [source.model_dump(mode="json", exclude={"weight"}) for source in sources]
+    corpus.manifest["settings"]["data"]["sources"] = [
+        source.model_dump(mode="json", exclude={"weight"}) for source in sources
+    ]
     assert source_weights(corpus.manifest, sources) == [3.0, 4.0]
     assert source_weights(corpus.manifest, [sources[0], JsonSource(type="json", weight=5.0)]) == [3.0, 5.0]
-    with pytest.raises(UserError, match=r"data.sources.0 is json train a.jsonl, but the corpus was prepared with type nlrx and path None there"):
+    with pytest.raises(
+        UserError,
+        match=r"data.sources.0 is json train a.jsonl, but the corpus was prepared with type nlrx and path None there",
+    ):
         source_weights(corpus.manifest, sources[::-1])
-    with pytest.raises(UserError, match=r"data.sources.1 is json train b.jsonl, but the corpus was prepared with path a.jsonl there"):
+    with pytest.raises(
+        UserError, match=r"data.sources.1 is json train b.jsonl, but the corpus was prepared with path a.jsonl there"
+    ):
         source_weights(corpus.manifest, [sources[0], JsonSource(type="json", path="b.jsonl")])
 
 
@@ -232,17 +273,34 @@ def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
     assert len(rows.records) == 150 and len(set(rows.random_bits.tolist())) == 150
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(sources=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.5, 1.0, 1.3, 2.0])), min_size=1, max_size=3),
-       seed=st.integers(0, 1000), cuts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
-       dropout=st.sampled_from([0.0, 0.4]), longest=st.integers(1, 20), epochs=st.integers(1, 3))
-def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(write_corpus, layout, specials, sources, seed, cuts, dropout, longest, epochs):
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.5, 1.0, 1.3, 2.0])), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+    cuts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
+    dropout=st.sampled_from([0.0, 0.4]),
+    longest=st.integers(1, 20),
+    epochs=st.integers(1, 3),
+)
+def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(
+    write_corpus, layout, specials, sources, seed, cuts, dropout, longest, epochs
+):
     """Runs of some steps on some ranks, each a fresh loader from the state as a checkpoint holds it; then one run to the end."""
     total, rng = sum(records for records, _ in sources), np.random.default_rng(seed)
-    records = [tuple([int(5 + number % 500)] * int(length) for length in rng.integers(1, longest + 1, 2)) for number in range(total)]
+    records = [
+        tuple([int(5 + number % 500)] * int(length) for length in rng.integers(1, longest + 1, 2))
+        for number in range(total)
+    ]
     corpus = write_corpus(records, shard_records=25, sources=sources)
     weights = [weight for _, weight in sources]
-    if Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed).records_in_epochs(epochs) == 0:
+    if (
+        Order(
+            [(source.first, source.records, weights[source.number]) for source in corpus.sources], seed
+        ).records_in_epochs(epochs)
+        == 0
+    ):
         return
 
     def fresh(state: dict | None) -> Loader:
@@ -258,7 +316,9 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(write_corpus, la
             rows = loader.next_rows(6)
             taken += list(zip(rows.records.tolist(), rows.paired.tolist(), strict=True))
             for rank in range(ranks):
-                for batch in micro_batches(rows, corpus, layout, specials, 128, micro_batch_rows=6 // ranks, rank=rank, ranks=ranks):
+                for batch in micro_batches(
+                    rows, corpus, layout, specials, 128, micro_batch_rows=6 // ranks, rank=rank, ranks=ranks
+                ):
                     read += batch.token_ids[batch.token_ids != specials.pad].tolist()
             steps -= 1
         state = loader.state()

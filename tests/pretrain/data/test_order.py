@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from pretrain.data.order import BLOCK, WINDOW, Order, SourceOrder, _permute
 
-SIZES = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 4 * WINDOW + 3 * BLOCK + 1]
+SIZES = [
+    1,
+    2,
+    BLOCK - 1,
+    BLOCK,
+    BLOCK + 1,
+    5 * BLOCK + 7,
+    WINDOW - 1,
+    WINDOW,
+    WINDOW + 1,
+    2 * WINDOW,
+    4 * WINDOW + 3 * BLOCK + 1,
+]
 
 
 def one_source(records: int, seed: int) -> Order:
@@ -89,7 +101,9 @@ def test_no_records_have_no_order():
 
 
 @settings(deadline=None, max_examples=60)
-@given(records=st.integers(1, 3 * BLOCK + 50), key=st.integers(0, 2**63), cuts=st.lists(st.integers(0, 10**4), max_size=6))
+@given(
+    records=st.integers(1, 3 * BLOCK + 50), key=st.integers(0, 2**63), cuts=st.lists(st.integers(0, 10**4), max_size=6)
+)
 def test_any_cut_of_the_endless_order_gives_the_same_records(records, key, cuts):
     order = SourceOrder(records, key)
     stop = 2 * records + records // 3
@@ -106,7 +120,11 @@ WEIGHTS = st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 7.5])
 
 
 @settings(deadline=None, max_examples=60)
-@given(sources=st.lists(st.tuples(st.integers(1, 300), WEIGHTS), min_size=1, max_size=4), seed=st.integers(0, 100), epochs=st.integers(1, 7))
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 300), WEIGHTS), min_size=1, max_size=4),
+    seed=st.integers(0, 100),
+    epochs=st.integers(1, 7),
+)
 def test_a_mixture_takes_every_record_by_its_weight(sources, seed, epochs):
     firsts = np.cumsum([0] + [records for records, _ in sources]).tolist()
     order = Order([(first, records, weight) for first, (records, weight) in zip(firsts, sources, strict=False)], seed)
@@ -137,7 +155,9 @@ def test_each_window_holds_every_source_in_proportion():
 def test_a_record_that_comes_twice_in_an_epoch_is_in_another_pass():
     order = Order([(0, 100, 2.0)], seed=0)
     records, passes = order.window(0, 0)
-    assert sorted(zip(records.tolist(), passes.tolist(), strict=True)) == [(record, number) for record in range(100) for number in (0, 1)]
+    assert sorted(zip(records.tolist(), passes.tolist(), strict=True)) == [
+        (record, number) for record in range(100) for number in (0, 1)
+    ]
 
 
 def checksum(*columns: np.ndarray) -> int:
@@ -150,9 +170,16 @@ def test_the_order_of_a_seed_stays_the_same_in_every_version_of_the_project():
     assert (len(records), records[:4].tolist(), passes[:4].tolist()) == (4858, [3018, 487, 3176, 275], [2, 2, 3, 2])
     assert checksum(records, passes) == 2706452172
     records, passes = Order([(0, 2 * WINDOW + 10, 1.0)], seed=3).window(2, 1)
-    assert (len(records), records[:4].tolist(), checksum(records, passes)) == (43694, [27410, 70207, 9315, 109646], 4134076059)
+    assert (len(records), records[:4].tolist(), checksum(records, passes)) == (
+        43694,
+        [27410, 70207, 9315, 109646],
+        4134076059,
+    )
     records, passes = SourceOrder(10**12, key=5).take(10**13, 10**13 + 3 * BLOCK)
-    assert (records[::BLOCK].tolist(), checksum(records, passes)) == ([242028733582, 652013053070, 116415284366], 4180071543)
+    assert (records[::BLOCK].tolist(), checksum(records, passes)) == (
+        [242028733582, 652013053070, 116415284366],
+        4180071543,
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 9, 17, 18])
@@ -164,7 +191,10 @@ def test_every_record_of_any_number_of_blocks_comes_once_a_pass(blocks):
 @pytest.mark.parametrize("blocks", [5, 17, 65])
 def test_the_last_block_of_any_number_of_blocks_moves(blocks):
     """One more than a power of four: the number that a network of one bit less leaves where it is."""
-    places = {int(np.flatnonzero(_permute(np.arange(blocks), blocks, np.full(blocks, key, np.uint64)) == blocks - 1)[0]) for key in range(50)}
+    places = {
+        int(np.flatnonzero(_permute(np.arange(blocks), blocks, np.full(blocks, key, np.uint64)) == blocks - 1)[0])
+        for key in range(50)
+    }
     assert len(places) > 3
 
 
@@ -174,4 +204,4 @@ def test_a_window_that_starts_anywhere_is_a_part_of_the_whole_order():
     whole = order.take(0, 2 * size)
     for start in (0, 1, BLOCK, BLOCK + 3, 2 * BLOCK, 3 * BLOCK + 1, size - 1, size, size + BLOCK + 1):
         for part, all_of_it in zip(order.take(start, start + BLOCK), whole, strict=True):
-            assert np.array_equal(part, all_of_it[start:start + BLOCK]), start
+            assert np.array_equal(part, all_of_it[start : start + BLOCK]), start

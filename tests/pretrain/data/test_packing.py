@@ -34,9 +34,17 @@ def naive_best_fit_decreasing(lengths: np.ndarray, row_length: int) -> list[int]
 
 
 CASES = {
-    "none": [], "one": [1], "one full row": [64], "all full": [64] * 5, "all ones": [1] * 130, "pairs that fit exactly": [40, 24] * 9,
-    "nothing fits together": [33] * 7, **{f"uniform {seed}": np.random.default_rng(seed).integers(1, 65, 300) for seed in range(3)},
-    "short": np.random.default_rng(3).integers(1, 9, 300), "skewed": np.minimum(np.random.default_rng(4).geometric(0.06, 300), 64)}
+    "none": [],
+    "one": [1],
+    "one full row": [64],
+    "all full": [64] * 5,
+    "all ones": [1] * 130,
+    "pairs that fit exactly": [40, 24] * 9,
+    "nothing fits together": [33] * 7,
+    **{f"uniform {seed}": np.random.default_rng(seed).integers(1, 65, 300) for seed in range(3)},
+    "short": np.random.default_rng(3).integers(1, 9, 300),
+    "skewed": np.minimum(np.random.default_rng(4).geometric(0.06, 300), 64),
+}
 
 
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
@@ -86,7 +94,9 @@ def test_too_long_a_record_is_an_error():
 def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
     """Of rows of 512 in the joint layout with one predictor token."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
-    lengths = np.array([[len(tokens) for tokens in tokenizer.encode_batch(list(view))] for view in zip(*texts, strict=True)]).T
+    lengths = np.array(
+        [[len(tokens) for tokens in tokenizer.encode_batch(list(view))] for view in zip(*texts, strict=True)]
+    ).T
     positions = layout.segment_lengths(lengths, np.ones(len(texts), bool)).sum(axis=1)
     rows = pack(positions, ROW)
     return float(positions.sum() / ((rows.max() + 1) * ROW))
@@ -100,5 +110,8 @@ def rows_of_task_nl_rx_synth_are_full(tokenizer, specials):
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is absent")
     with (DATA / "train.jsonl").open(encoding="utf-8") as lines:
-        messages = [{message["role"]: message["content"] for message in json.loads(line)["messages"]} for line in itertools.islice(lines, 4000)]
+        messages = [
+            {message["role"]: message["content"] for message in json.loads(line)["messages"]}
+            for line in itertools.islice(lines, 4000)
+        ]
     assert share_filled([(message["user"], message["assistant"]) for message in messages], tokenizer, specials) > 0.97

@@ -13,7 +13,11 @@ from tests.pretrain.data.test_batch import Case, Node, record_tree, some_records
 
 ROW = 64
 CASES = [Case(kind, k, views=views) for kind in ("joint", "independent") for k in (0, 1, 3) for views in (2, 3)]
-CASES += [Case(kind, 1, views=views, incomplete=incomplete) for kind in ("joint", "independent") for views, incomplete in ((1, False), (3, True))]
+CASES += [
+    Case(kind, 1, views=views, incomplete=incomplete)
+    for kind in ("joint", "independent")
+    for views, incomplete in ((1, False), (3, True))
+]
 SEGMENT = re.compile(r" *(\d+) +(\d*)  (\w+) +(\d+)–(\d+) +(\d+)–(\d+) +(\d+) +(\d+|–)  (.*)")
 
 
@@ -26,9 +30,19 @@ class Read:
         self.segments, record = [], ""
         for found in filter(None, map(SEGMENT.fullmatch, lines)):
             record = found[2] or record
-            self.segments.append((int(found[1]), int(record), found[3], *(int(found[place]) for place in range(4, 9)), int(found[9].strip("–") or 0)))
-        self.strips = {name: "".join(line[10:].ljust(70) for line in lines if line.startswith(f"{name} "))
-                       for name in ("segment", "position", "label", "read-out")}
+            self.segments.append(
+                (
+                    int(found[1]),
+                    int(record),
+                    found[3],
+                    *(int(found[place]) for place in range(4, 9)),
+                    int(found[9].strip("–") or 0),
+                )
+            )
+        self.strips = {
+            name: "".join(line[10:].ljust(70) for line in lines if line.startswith(f"{name} "))
+            for name in ("segment", "position", "label", "read-out")
+        }
         self.matrix = {}
         shown: list[int] = []
         for line in lines:
@@ -37,7 +51,10 @@ class Read:
                 shown = list(map(int, numbers))
             elif re.fullmatch(r" *\d+  *[■◣·? ]+", line):
                 self.matrix |= {(int(numbers[0]), key): sign for key, sign in zip(shown, numbers[1:], strict=True)}
-        self.read_outs = [tuple(map(int, found)) for found in re.findall(r"record (\d+): .* at (\d+) \(end .*──▶ .* at (\d+) \(end", text)]
+        self.read_outs = [
+            tuple(map(int, found))
+            for found in re.findall(r"record (\d+): .* at (\d+) \(end .*──▶ .* at (\d+) \(end", text)
+        ]
 
 
 def sign(query: Node, key: Node) -> str:
@@ -48,7 +65,11 @@ def sign(query: Node, key: Node) -> str:
 def case(request, write_corpus, specials):
     """The picture, and the segments that it should show: record, node, its view's number (None: predictor tokens), and first place."""
     case: Case = request.param
-    records = some_records(case.k, case.views, case.incomplete) if case.views > 1 else [record[:1] for record in some_records(0)]
+    records = (
+        some_records(case.k, case.views, case.incomplete)
+        if case.views > 1
+        else [record[:1] for record in some_records(0)]
+    )
     corpus = write_corpus(records, shard_records=4)
     found = Read(picture(corpus, 2, case.kind, case.k, ROW, width=80))
     expected, pairs, place = [], [], 0
@@ -66,10 +87,20 @@ def case(request, write_corpus, specials):
 def test_segments(case):
     found, expected, _, _ = case
     assert found.segments[0][1] >= 2 and 2 in {segment[1] for segment in found.segments}
-    assert [segment[:2] for segment in found.segments] == [(number, record) for number, (record, _, _) in enumerate(expected)]
+    assert [segment[:2] for segment in found.segments] == [
+        (number, record) for number, (record, _, _) in enumerate(expected)
+    ]
     assert [segment[3:] for segment in found.segments] == [
-        (place, place + len(node.tokens) - 1, node.first_position, node.first_position + len(node.tokens) - 1, len(node.tokens), sum(node.labelled))
-        for _, node, place in expected]
+        (
+            place,
+            place + len(node.tokens) - 1,
+            node.first_position,
+            node.first_position + len(node.tokens) - 1,
+            len(node.tokens),
+            sum(node.labelled),
+        )
+        for _, node, place in expected
+    ]
 
 
 def test_views(case, specials):
@@ -85,17 +116,27 @@ def test_views(case, specials):
 def test_who_sees_whom(case):
     found, expected, _, _ = case
     assert "no token sees a token of another record" in found.text and "?" not in found.matrix.values()
-    same = [(query, key) for query, key in itertools.product(range(len(expected)), repeat=2) if expected[query][0] == expected[key][0]]
+    same = [
+        (query, key)
+        for query, key in itertools.product(range(len(expected)), repeat=2)
+        if expected[query][0] == expected[key][0]
+    ]
     assert set(same) <= set(found.matrix), "a pair of segments of one record is not shown"
     assert found.matrix == {(query, key): sign(expected[query][1], expected[key][1]) for query, key in found.matrix}
 
 
 def test_strips_and_read_outs(case):
     found, expected, pairs, _ = case
-    labels = {place + offset for _, node, place in expected for offset, labelled in enumerate(node.labelled) if labelled}
+    labels = {
+        place + offset for _, node, place in expected for offset, labelled in enumerate(node.labelled) if labelled
+    }
     assert {at for at, char in enumerate(found.strips["label"]) if char == "•"} == labels
-    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "PB"} == {prediction for _, prediction, _ in pairs}
-    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "TB"} == {target for _, _, target in pairs}
+    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "PB"} == {
+        prediction for _, prediction, _ in pairs
+    }
+    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "TB"} == {
+        target for _, _, target in pairs
+    }
     assert sorted(found.read_outs) == sorted(pairs)
     for _, node, place in expected:
         if len(node.tokens) > 1:
@@ -105,9 +146,15 @@ def test_strips_and_read_outs(case):
 
 
 MISTAKES = {
-    "all records see each other": (lambda batch: {"visible_until": torch.full_like(batch.visible_until, ROW)}, "TOKENS SEE ONE OF ANOTHER RECORD"),
+    "all records see each other": (
+        lambda batch: {"visible_until": torch.full_like(batch.visible_until, ROW)},
+        "TOKENS SEE ONE OF ANOTHER RECORD",
+    ),
     "a token seen too long": (lambda batch: {"visible_until": batch.visible_until + (batch.positions == 1)}, "?"),
-    "a token of the context not seen": (lambda batch: {"visible_until": torch.where(batch.positions == 1, 2, batch.visible_until)}, "?"),
+    "a token of the context not seen": (
+        lambda batch: {"visible_until": torch.where(batch.positions == 1, 2, batch.visible_until)},
+        "?",
+    ),
     "labels of another place": (lambda batch: {"label_index": batch.label_index + 1}, "?"),
     "positions not reset": (lambda batch: {"positions": torch.arange(ROW).repeat(1, 1).flip(1)}, "?"),
     "a target read out one early": (lambda batch: {"target_index": batch.target_index - 1}, "(?)"),
@@ -119,7 +166,9 @@ def test_a_mistake_in_the_batch_is_seen(mistake, write_corpus, monkeypatch):
     change, sign = MISTAKES[mistake]
     corpus = write_corpus(some_records(0))
     right = picture(corpus, 2, "joint", 1, ROW, width=200)
-    monkeypatch.setattr("pretrain.data.picture.assemble", lambda *arguments: replace(made := assemble(*arguments), **change(made)))
+    monkeypatch.setattr(
+        "pretrain.data.picture.assemble", lambda *arguments: replace(made := assemble(*arguments), **change(made))
+    )
     wrong = picture(corpus, 2, "joint", 1, ROW, width=200)
     assert wrong.count(sign) > right.count(sign)
 

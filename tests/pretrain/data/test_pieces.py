@@ -39,7 +39,9 @@ def expected_labels(documents: list[list[int]], specials) -> list[tuple[int, int
 @pytest.mark.parametrize("view", [0, 1])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 @pytest.mark.parametrize("lm_views", ["all", "last"])
-def test_every_token_of_a_document_is_a_target_and_the_end_only_at_its_end(write_corpus, specials, kind, lm_views, view):
+def test_every_token_of_a_document_is_a_target_and_the_end_only_at_its_end(
+    write_corpus, specials, kind, lm_views, view
+):
     rng = np.random.default_rng(view)
     documents = [rng.integers(10, 500, length).tolist() for length in (1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 40)]
     records, continues = cut(documents, view)
@@ -65,8 +67,15 @@ def test_pieces_of_a_document_in_one_batch_or_in_several_read_the_same(write_cor
     for record in range(3):
         rows = plan(corpus, np.array([record]), layout, ROW, np.zeros(1, bool))
         alone += assemble(rows, corpus, layout, specials, ROW, 0).token_ids[0].tolist()
-    assert alone == [specials.bos, *documents[0][:PIECE + 1], specials.bos, *documents[0][PIECE : 2 * PIECE + 1],
-                     specials.bos, *documents[0][2 * PIECE :], specials.eos]
+    assert alone == [
+        specials.bos,
+        *documents[0][: PIECE + 1],
+        specials.bos,
+        *documents[0][PIECE : 2 * PIECE + 1],
+        specials.bos,
+        *documents[0][2 * PIECE :],
+        specials.eos,
+    ]
 
 
 def test_a_piece_may_be_followed_by_one_that_begins_with_the_first_token_of_the_vocabulary(write_corpus, specials):
@@ -74,7 +83,10 @@ def test_a_piece_may_be_followed_by_one_that_begins_with_the_first_token_of_the_
     records, continues = cut([document], 0)
     corpus, layout = write_corpus(records, continues=continues), make_layout("joint", specials)
     rows = plan(corpus, np.array([0]), layout, ROW, np.zeros(1, bool))
-    assert assemble(rows, corpus, layout, specials, ROW, 0).token_ids[0].tolist() == [specials.bos, *document[: PIECE + 1]]
+    assert assemble(rows, corpus, layout, specials, ROW, 0).token_ids[0].tolist() == [
+        specials.bos,
+        *document[: PIECE + 1],
+    ]
 
 
 def test_a_loader_over_pieces_teaches_each_end_once_an_epoch(write_corpus, specials):

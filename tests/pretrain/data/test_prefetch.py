@@ -29,7 +29,9 @@ def loader(corpus, specials) -> Loader:
 
 
 def batches_of(loader: Loader, specials):
-    return lambda rows: micro_batches(rows, loader.corpus, loader.layout, specials, 128, micro_batch_rows=2, rank=1, ranks=2)
+    return lambda rows: micro_batches(
+        rows, loader.corpus, loader.layout, specials, 128, micro_batch_rows=2, rank=1, ranks=2
+    )
 
 
 def prefetch_threads() -> int:
@@ -136,7 +138,9 @@ def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):
     assert prefetch_threads() == before
 
 
-@pytest.mark.parametrize("end", ["raise RuntimeError", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"])
+@pytest.mark.parametrize(
+    "end", ["raise RuntimeError", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"]
+)
 def test_a_process_ends_that_never_left_it(end, tmp_path):
     """Where nothing is tidied up: the thread holds up no exit."""
     code = f"""
@@ -161,7 +165,9 @@ def test_on_cuda_batches_are_pinned(loader, specials):
     device = torch.device("cuda:0")
     with Prefetch(loader, 8, batches_of(loader, specials), device) as steps:
         [batch, _] = steps.next().batches
-    plain = next(iter(batches_of(loader, specials)(Loader(loader.corpus, loader.layout, 128, seed=5, dropout=0.3).next_rows(8))))
+    plain = next(
+        iter(batches_of(loader, specials)(Loader(loader.corpus, loader.layout, 128, seed=5, dropout=0.3).next_rows(8)))
+    )
     assert batch.token_ids.is_pinned() and batch.pair_valid.is_pinned()
     assert_same(batch, plain)
     moved = batch.to(device)

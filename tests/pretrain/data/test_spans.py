@@ -35,16 +35,20 @@ def test_three_points_are_any_three_in_order(specials):
     stretches = of_one_document("three_points", specials)
     (r, t), (s, r_again), (nothing, as_much) = stretches.transpose(1, 2, 0)
     assert (r == r_again).all() and (nothing == as_much).all()
-    assert_uniform(list(zip(s.tolist(), r.tolist(), t.tolist(), strict=True)),
-                   {(s, r, t) for t in range(DOCUMENT) for r in range(t) for s in range(r)})
+    assert_uniform(
+        list(zip(s.tolist(), r.tolist(), t.tolist(), strict=True)),
+        {(s, r, t) for t in range(DOCUMENT) for r in range(t) for s in range(r)},
+    )
 
 
 def test_a_sub_span_is_any_but_the_whole_against_what_is_left(specials):
     stretches = of_one_document("sub_span", specials)
     (a, b), (zero, a_again), (b_again, last) = stretches.transpose(1, 2, 0)
     assert (a == a_again).all() and (b == b_again).all() and (zero == 0).all() and (last == DOCUMENT - 1).all()
-    assert_uniform(list(zip(a.tolist(), b.tolist(), strict=True)),
-                   {(a, b) for b in range(DOCUMENT) for a in range(b)} - {(0, DOCUMENT - 1)})
+    assert_uniform(
+        list(zip(a.tolist(), b.tolist(), strict=True)),
+        {(a, b) for b in range(DOCUMENT) for a in range(b)} - {(0, DOCUMENT - 1)},
+    )
 
 
 def test_the_form_of_views_runs_to_the_end_of_each(specials):
@@ -52,8 +56,16 @@ def test_the_form_of_views_runs_to_the_end_of_each(specials):
     assert (stretches == [[3, 5], [0, 3], [3, 3]]).all()
 
 
-@pytest.mark.parametrize(("kind", "form"), [("joint", "three_points"), ("joint", "sub_span"), ("joint", "views"),
-                                            ("independent", "three_points"), ("independent", "sub_span")])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("joint", "three_points"),
+        ("joint", "sub_span"),
+        ("joint", "views"),
+        ("independent", "three_points"),
+        ("independent", "sub_span"),
+    ],
+)
 @pytest.mark.parametrize("pairing", [None, Pairing(2)])
 def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pairing, corpus, specials):
     layout = make_layout(kind, specials, pairing=pairing, spans=form)
@@ -63,7 +75,9 @@ def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pa
     documents = len(rows.records) * (1 if kind == "joint" else 2)
     assert len(spans) == documents == loss_denominators(rows, layout)["spans"]
     tokens = batch.token_ids.flatten().numpy()
-    within = np.cumsum(tokens == specials.bos)  # a document begins with BOS, a lone target of the joint layout does not matter: it ends the record
+    within = np.cumsum(
+        tokens == specials.bos
+    )  # a document begins with BOS, a lone target of the joint layout does not matter: it ends the record
     inside = spans.reshape(documents, -1)
     assert (within[inside] == within[inside[:, :1]]).all()
     assert len(set(within[inside[:, 0]])) == documents
@@ -75,7 +89,11 @@ def test_a_view_that_is_missing_leaves_a_document_of_its_own(write_corpus, speci
     for form, spans in (("three_points", 3), ("sub_span", 3), ("views", 1)):
         layout = make_layout("joint", specials, spans=form)
         rows = Loader(corpus, layout, 32, seed=0).next_rows(1)
-        assert loss_denominators(rows, layout)["spans"] == len(assemble(rows, corpus, layout, specials, 32, 0).span_index) == spans
+        assert (
+            loss_denominators(rows, layout)["spans"]
+            == len(assemble(rows, corpus, layout, specials, 32, 0).span_index)
+            == spans
+        )
 
 
 def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_next_epoch(corpus, specials):
@@ -87,7 +105,10 @@ def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_nex
         rows = loader.next_rows(40 if row_length == 128 else 20)
         spans = assemble(rows, corpus, layout, specials, row_length, 0).span_index.numpy()
         starts = rows.row * row_length + rows.start
-        return {record: (span - start).tolist() for record, span, start in zip(rows.records.tolist(), spans, starts, strict=True)}
+        return {
+            record: (span - start).tolist()
+            for record, span, start in zip(rows.records.tolist(), spans, starts, strict=True)
+        }
 
     one, other, later = relative(0, 128), relative(0, 256), relative(1, 256)
     common = one.keys() & other.keys()

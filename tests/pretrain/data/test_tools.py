@@ -23,6 +23,7 @@ from tests.processes import TIMEOUT
 @pytest.fixture
 def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """A command's exit code, output and error."""
+
     def tell(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         code = 0
@@ -31,6 +32,7 @@ def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+
     return tell
 
 
@@ -72,30 +74,42 @@ def test_stats(prepared, tell):
     assert out.count("row length") == 2 and out.count("records by tokens") == 4
 
 
-@pytest.mark.parametrize(("arguments", "because"), [
-    (["inspect", "PATH", "--split", "test"], "has no test split"),
-    (["inspect", "PATH", "--record", "400"], "--record 400: train holds the records 0 to 399"),
-    (["inspect", "PATH", "--record", "-1"], "--record -1"),
-    (["inspect", "PATH", "-1"], ""),
-    (["inspect", "PATH", "--row-length", "9"], "positions in this layout, the row has 9; give another --record or --row-length"),
-    (["inspect", "PATH", "--predictor-tokens", "-1"], "cannot be negative"),
-    (["inspect", "elsewhere"], "there is no prepared corpus in elsewhere"),
-    (["stats", "elsewhere"], "there is no prepared corpus in elsewhere"),
-    (["stats"], "the following arguments are required: path"),
-    ([], "the following arguments are required: COMMAND"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "because"),
+    [
+        (["inspect", "PATH", "--split", "test"], "has no test split"),
+        (["inspect", "PATH", "--record", "400"], "--record 400: train holds the records 0 to 399"),
+        (["inspect", "PATH", "--record", "-1"], "--record -1"),
+        (["inspect", "PATH", "-1"], ""),
+        (
+            ["inspect", "PATH", "--row-length", "9"],
+            "positions in this layout, the row has 9; give another --record or --row-length",
+        ),
+        (["inspect", "PATH", "--predictor-tokens", "-1"], "cannot be negative"),
+        (["inspect", "elsewhere"], "there is no prepared corpus in elsewhere"),
+        (["stats", "elsewhere"], "there is no prepared corpus in elsewhere"),
+        (["stats"], "the following arguments are required: path"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
 def test_mistakes(arguments, because, prepared, tell):
     code, _, error = tell(*[prepared if argument == "PATH" else argument for argument in arguments])
     assert code == 2 and because in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize(("arguments", "because"), [
-    (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
-    (["verify"], "the following arguments are required: path"),
-    (["verification"], "cannot read the configuration verification"),
-    (["inspect", "elsewhere"], "error: python -m data_prep inspect has moved: run python -m pretrain.data inspect PATH\n"),
-    (["stats"], "error: python -m data_prep stats has moved: run python -m pretrain.data stats PATH\n"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "because"),
+    [
+        (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
+        (["verify"], "the following arguments are required: path"),
+        (["verification"], "cannot read the configuration verification"),
+        (
+            ["inspect", "elsewhere"],
+            "error: python -m data_prep inspect has moved: run python -m pretrain.data inspect PATH\n",
+        ),
+        (["stats"], "error: python -m data_prep stats has moved: run python -m pretrain.data stats PATH\n"),
+    ],
+)
 def test_mistakes_of_data_prep(arguments, because, tell):
     code, _, error = tell(*arguments, main=data_prep_main)
     assert code == 2 and because in error and "Traceback" not in error
@@ -139,4 +153,8 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
 def test_a_manifest_with_nothing_in_it_is_one_line(tmp_path, tell, command, left):
     write_json(tmp_path / MANIFEST, {"format": FORMAT} | left)
     code, _, error = tell(command, tmp_path, main=data_prep_main if command == "verify" else main)
-    assert code == 2 and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ") and error.count("\n") == 1
+    assert (
+        code == 2
+        and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ")
+        and error.count("\n") == 1
+    )

@@ -26,10 +26,19 @@ from tests.commands import tiny_config, write_config
 
 VIEWS = ("text", "code")
 OBJECTIVES = [
-    {"name": "next_token"}, {"name": "next_token", "layout": "independent"}, {"name": "llm_jepa", "predictor_tokens": 2, "direction": "both"},
+    {"name": "next_token"},
+    {"name": "next_token", "layout": "independent"},
+    {"name": "llm_jepa", "predictor_tokens": 2, "direction": "both"},
     {"name": "llm_jepa", "predictor_tokens": 1, "layout": "independent", "direction": "backward"},
     {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend"},
-    {"name": "llm_jepa", "predictor_tokens": 2, "predictor_placement": "prepend", "direction": "both", "layout": "independent"}]
+    {
+        "name": "llm_jepa",
+        "predictor_tokens": 2,
+        "predictor_placement": "prepend",
+        "direction": "both",
+        "layout": "independent",
+    },
+]
 
 
 def write(folder, prepared, model, tokens, jepa, family):
@@ -42,22 +51,33 @@ def write(folder, prepared, model, tokens, jepa, family):
     return folder / "export"
 
 
-CASES = [("llama", objective) for objective in OBJECTIVES] + [(family, OBJECTIVES[2]) for family in ("gemma2", "olmo2", "openelm")]
+CASES = [("llama", objective) for objective in OBJECTIVES] + [
+    (family, OBJECTIVES[2]) for family in ("gemma2", "olmo2", "openelm")
+]
 
 
-@pytest.mark.parametrize("family, objective", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())))
+@pytest.mark.parametrize(
+    "family, objective",
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
 def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
-        family, objective, prepared, corpus, specials, make_model, tmp_path, monkeypatch):
+    family, objective, prepared, corpus, specials, make_model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(embed_module, "TOKENS", 100)  # several batches
     tokens = objective.get("predictor_tokens", 0)
     model = make_model(tokens, family=family)
     jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
     export = write(tmp_path, prepared, model, tokens, jepa, family)
     numbers = np.arange(8)
-    texts = [tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers]
+    texts = [
+        tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers
+    ]
     found = embed(export, texts)
     layout = objective_from_export(jepa).make_layout(specials, 2, "all", validating=True)
-    rows = plan_rows(corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers)))
+    rows = plan_rows(
+        corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers))
+    )
     seen = 0
     for batch in micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1):
         with torch.no_grad():
@@ -84,13 +104,19 @@ def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(pr
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
     export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
     pairs = [*(generate(0, "test", index) for index in range(5)), ("number " * 400, "[0-9]")]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(VIEWS, pair, strict=True))) + "\n" for pair in pairs))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(dict(zip(VIEWS, pair, strict=True))) + "\n" for pair in pairs)
+    )
     embed_file(export, str(tmp_path / "pairs.jsonl"))
     arrays = np.load(export / "embeddings" / "pairs.npz")
-    assert {name: (array.shape[0], array.dtype) for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (6, np.float32))
+    assert {name: (array.shape[0], array.dtype) for name, array in arrays.items()} == dict.fromkeys(
+        ("text", "code", "text_to_code"), (6, np.float32)
+    )
     assert np.isnan(arrays["text"]).any(axis=1).tolist() == [False] * 5 + [True] and not np.isnan(arrays["code"]).any()
 
-    (tmp_path / "mine.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace('"text"', '"question"').replace('"code"', '"regex"'))
+    (tmp_path / "mine.jsonl").write_text(
+        (tmp_path / "pairs.jsonl").read_text().replace('"text"', '"question"').replace('"code"', '"regex"')
+    )
     with pytest.raises(UserError, match="name the columns of the views in --embed, as for a source"):
         embed_file(export, str(tmp_path / "mine.jsonl"))
     embed_file(export, f"{{type: json, path: {tmp_path / 'mine.jsonl'}, views: {{text: question, code: regex}}}}")
@@ -113,11 +139,21 @@ def test_views_may_have_any_name_and_files_of_one_name_do_not_overwrite_each_oth
     texts = [generate(0, "test", index) for index in range(5)]
     (export / "embeddings").mkdir()
     np.savez(export / "embeddings" / "old.npz", text=np.zeros((1, 2)))  # as older versions wrote them
-    rows = {"a/pairs.jsonl": texts[:2], "b/pairs.jsonl": texts, "old.jsonl": texts[:1], "a/pairs.jsonl again": texts[:3]}
+    rows = {
+        "a/pairs.jsonl": texts[:2],
+        "b/pairs.jsonl": texts,
+        "old.jsonl": texts[:1],
+        "a/pairs.jsonl again": texts[:3],
+    }
     for name, of_file in rows.items():
         embed_file(export, str(write_pairs(tmp_path / name.removesuffix(" again"), views, of_file)))
     found = {path.stem: np.load(path) for path in (export / "embeddings").iterdir()}
-    assert {name: len(next(iter(arrays.values()))) for name, arrays in found.items()} == {"pairs": 3, "pairs-2": 5, "old": 1, "old-2": 1}
+    assert {name: len(next(iter(arrays.values()))) for name, arrays in found.items()} == {
+        "pairs": 3,
+        "pairs-2": 5,
+        "old": 1,
+        "old-2": 1,
+    }
     assert found["old"].files == ["text"] and set(found["pairs"].files) == {*views, "file_to_allow_pickle"}
     assert np.array_equal(found["pairs"]["file"], found["pairs-2"]["file"][:3])
 
@@ -131,29 +167,45 @@ def test_a_view_that_is_named_like_a_prediction_is_refused(prepared, make_model,
     assert not (export / "embeddings").exists()
 
 
-def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(prepared, make_model, tokenizer, tmp_path, capsys):
+def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(
+    prepared, make_model, tokenizer, tmp_path, capsys
+):
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
     model = make_model(1)
-    broken, = tokenizer.encode_batch(["~"])
+    (broken,) = tokenizer.encode_batch(["~"])
     with torch.no_grad():
         model.causal_lm.get_input_embeddings().weight[broken] = math.nan
     export = write(tmp_path, prepared, model, 1, jepa, "llama")
-    texts = [*(generate(0, "test", index) for index in range(5)), ("number " * 400, "[0-9]"), ("a ~ b", "~"), ("b ~", "[0-9]"), ("c ~", "x")]
+    texts = [
+        *(generate(0, "test", index) for index in range(5)),
+        ("number " * 400, "[0-9]"),
+        ("a ~ b", "~"),
+        ("b ~", "[0-9]"),
+        ("c ~", "x"),
+    ]
     (tmp_path / "evaluation").mkdir()
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
 
     def evaluate(of_file):
-        task = parse_task({"name": "retrieval", "test": str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, of_file))}, "task")
+        task = parse_task(
+            {"name": "retrieval", "test": str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, of_file))}, "task"
+        )
         return retrieval.evaluate(CheckpointTask(config, task, 7, export, tmp_path / "evaluation"))
 
     assert evaluate(texts).counts == {"candidates": 5, "too_long": 1, "not_finite": 3}
-    with pytest.raises(UserError, match="the embeddings of 3 of 4 rows are not finite numbers: the weights of this checkpoint have diverged"):
+    with pytest.raises(
+        UserError,
+        match="the embeddings of 3 of 4 rows are not finite numbers: the weights of this checkpoint have diverged",
+    ):
         evaluate(texts[-4:])
     with pytest.raises(UserError, match="fewer than two rows fit"):
         evaluate([texts[0], texts[5], texts[5]])
     embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
     told = capsys.readouterr().out
-    assert "note: 1 rows are longer than the positions of the model" in told and "embeddings that are not finite for 3 rows" in told
+    assert (
+        "note: 1 rows are longer than the positions of the model" in told
+        and "embeddings that are not finite for 3 rows" in told
+    )
 
 
 def pairs(prediction, target, key=None):
@@ -167,10 +219,17 @@ def test_retrieval_finds_what_it_should():
     found = retrieval.score(pairs(target.roll(1, 0), target))
     assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
     nine = torch.eye(10)
-    assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, "not its nearest number in fp32"
+    assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, (
+        "not its nearest number in fp32"
+    )
     same = torch.ones(3000, 16)
     assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings find nothing
-    assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [1, 1, 3, 3]
+    assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [
+        1,
+        1,
+        3,
+        3,
+    ]
 
 
 def test_geometry_tells_a_linear_image_from_noise_and_from_collapse():
@@ -179,10 +238,20 @@ def test_geometry_tells_a_linear_image_from_noise_and_from_collapse():
     linear, values = geometry.measure(pairs(context, context @ torch.randn(24, 24)))
     assert linear["linear_residual"] < 1e-4 and linear["linear_residual_unseen"] < 1e-4 and len(values["map"]) == 24
     noise, _ = geometry.measure(pairs(context, torch.randn(400, 24)))
-    assert noise["linear_residual"] > 0.9 and noise["linear_residual_unseen"] > 1 and abs(noise["shuffled_cosine"]) < 0.02
+    assert (
+        noise["linear_residual"] > 0.9 and noise["linear_residual_unseen"] > 1 and abs(noise["shuffled_cosine"]) < 0.02
+    )
     collapsed, _ = geometry.measure(pairs(1 + 1e-3 * torch.randn(400, 24), 1 + 1e-3 * torch.randn(400, 24)))
-    assert collapsed["linear_residual"] < 0.01 and collapsed["linear_residual_unseen"] > 0.95 and collapsed["shuffled_cosine"] > 0.99
+    assert (
+        collapsed["linear_residual"] < 0.01
+        and collapsed["linear_residual_unseen"] > 0.95
+        and collapsed["shuffled_cosine"] > 0.99
+    )
     equal, values = geometry.measure(pairs(context, context))
-    assert equal["paired_cosine"] == pytest.approx(1) and equal["difference_singular"] == 0 and math.isclose(values["map"][0], 1, rel_tol=1e-6)
+    assert (
+        equal["paired_cosine"] == pytest.approx(1)
+        and equal["difference_singular"] == 0
+        and math.isclose(values["map"][0], 1, rel_tol=1e-6)
+    )
     assert 20 < equal["effective_rank_context"] <= 24
     assert "shuffled_cosine" not in geometry.measure(pairs(context, context, [0] * 400))[0]

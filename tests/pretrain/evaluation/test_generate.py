@@ -23,7 +23,9 @@ def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tokenizer = train(CONTEXTS * 5, 330, folder)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build_model_config("llama", TINY_SHAPE | {"initializer_range": 0.6}, tokenizer, 96))
+    model = AutoModelForCausalLM.from_config(
+        build_model_config("llama", TINY_SHAPE | {"initializer_range": 0.6}, tokenizer, 96)
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -36,9 +38,9 @@ def test_batched_answers_equal_those_one_by_one_in_the_order_of_the_contexts(exp
 
 def test_a_long_context_shortens_no_other_answer(export):
     short = generate_answers(export, CONTEXTS, 12)
-    length, = Tokenizer.load(export).encode_batch(["number " * 60])
+    (length,) = Tokenizer.load(export).encode_batch(["number " * 60])
     for room in (1, 5):
-        long = Tokenizer.load(export).decode(length[:94 - room])
+        long = Tokenizer.load(export).decode(length[: 94 - room])
         assert len(Tokenizer.load(export).encode_batch([long])[0]) == 94 - room
         assert generate_answers(export, [*CONTEXTS, long], 12) == [*short, *generate_answers(export, [long], 12)]
 
@@ -59,10 +61,14 @@ def test_an_answer_holds_no_special_token_that_decoding_would_hide(export, tmp_p
     first = model.config.vocab_size
     spec = json.loads((export / "tokenizer.json").read_text())
     added = [added_token(first + number, f"<|note{number}|>", special) for number in range(64)]
-    (tmp_path / "export" / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": spec["added_tokens"] + added}))
+    (tmp_path / "export" / "tokenizer.json").write_text(
+        json.dumps(spec | {"added_tokens": spec["added_tokens"] + added})
+    )
     model.resize_token_embeddings(first + 64, mean_resizing=False)
     with torch.no_grad():
-        model.get_output_embeddings().weight[first:] = 10 * torch.randn(64, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        model.get_output_embeddings().weight[first:] = 10 * torch.randn(
+            64, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+        )
     model.save_pretrained(tmp_path / "export")
     found = generate_answers(tmp_path / "export", CONTEXTS, 12)
     if special or with_model:
@@ -72,13 +78,18 @@ def test_an_answer_holds_no_special_token_that_decoding_would_hide(export, tmp_p
 
 
 def test_a_context_without_room_gets_no_answer_and_is_told_apart(export):
-    assert generate_answers(export, [CONTEXTS[0], "number " * 200], 12) == [*generate_answers(export, CONTEXTS[:1], 12), ("", False, False)]
+    assert generate_answers(export, [CONTEXTS[0], "number " * 200], 12) == [
+        *generate_answers(export, CONTEXTS[:1], 12),
+        ("", False, False),
+    ]
     with pytest.raises(UserError, match="not one of 1 contexts leaves room for an answer"):
         generate_answers(export, ["number " * 200], 12)
 
 
 def test_a_model_that_never_stops_is_cut_off_and_has_not_stopped(export):
-    found = generate_answers(export, CONTEXTS[:4], 300)  # more than the model has positions: random weights hardly ever choose the end token
+    found = generate_answers(
+        export, CONTEXTS[:4], 300
+    )  # more than the model has positions: random weights hardly ever choose the end token
     assert not all(written.stopped for written in found)
     tokenizer = Tokenizer.load(export)
     assert all(len(tokenizer.encode_batch([written.text])[0]) <= 96 for written in found)

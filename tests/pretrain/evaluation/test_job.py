@@ -34,9 +34,16 @@ def run_dir(tmp_path_factory):
     """A run whose checkpoints are evaluated in the background on its own validation pairs."""
     folder = tmp_path_factory.mktemp("evaluation")
     pairs = write_pairs(folder / "pairs.jsonl", "validation", 60)
-    values = tiny_config(folder, train__steps=STEPS, train__micro_batch_rows=4, objective__distance="cosine", objective__predictor_tokens=2,
-                         checkpoint={"every": 10, "keep": 1}, monitor__validate_every=10,
-                         evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]})
+    values = tiny_config(
+        folder,
+        train__steps=STEPS,
+        train__micro_batch_rows=4,
+        objective__distance="cosine",
+        objective__predictor_tokens=2,
+        checkpoint={"every": 10, "keep": 1},
+        monitor__validate_every=10,
+        evaluation={"every": 10, "tasks": [{"name": "loss", "test": str(pairs)}]},
+    )
     config = write_config(folder, values)
     prepare_corpus(config)
     run_command(ranks_command(2, "launcher/run.py", config))
@@ -57,8 +64,16 @@ def background(run_dir):
 def by_hand(run_dir, background):
     """nl_rx by the command, finetuned on 200 rows and scored on 30."""
     train, test = write_pairs(run_dir / "train.jsonl", "finetune", 200), write_pairs(run_dir / "test.jsonl", "test", 30)
-    command = ["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={train}", f"task.test={test}",
-               "task.finetune={steps: 3}"]
+    command = [
+        "python",
+        "launcher/evaluate.py",
+        str(run_dir),
+        "--task",
+        "nl_rx",
+        f"task.train={train}",
+        f"task.test={test}",
+        "task.finetune={steps: 3}",
+    ]
     return [run_command(command), run_command(command)]
 
 
@@ -96,7 +111,9 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     tokenizer = Tokenizer.load(run_dir / "export" / "step-00000020")
     longest = max(map(len, tokenizer.encode_batch([row["target"] for row in answers])))
     endless = [len(ids) for ids in tokenizer.encode_batch([row["answer"] for row in answers if not row["stopped"]])]
-    assert 1.5 * longest < min(endless) <= max(endless) < 3 * longest, "about twice: encoded again, the text may come to other tokens"
+    assert 1.5 * longest < min(endless) <= max(endless) < 3 * longest, (
+        "about twice: encoded again, the text may come to other tokens"
+    )
     finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
     assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
     config = yaml.safe_load((run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "config.yaml").read_text())
@@ -114,7 +131,17 @@ def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_
 def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, background):
     before = set((run_dir / "tensorboard" / "evaluation").iterdir())
     pairs = write_pairs(run_dir / "other_pairs.jsonl", "validation", 40)
-    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "loss", f"task.test={pairs}", "monitor.tensorboard=false"])
+    run_command(
+        [
+            "python",
+            "launcher/evaluate.py",
+            str(run_dir),
+            "--task",
+            "loss",
+            f"task.test={pairs}",
+            "monitor.tensorboard=false",
+        ]
+    )
     results = run_dir / "evaluation" / "results.jsonl"
     *earlier, last = results.read_text().splitlines(True)
     assert json.loads(last)["rows"] == 40
@@ -124,9 +151,21 @@ def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, backgroun
 
 def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_dir, by_hand):
     overlapping = run_dir / "overlapping.jsonl"
-    overlapping.write_text((run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10]))
-    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={overlapping}", f"task.test={run_dir / 'test.jsonl'}",
-          "task.finetune={steps: 2}"])
+    overlapping.write_text(
+        (run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10])
+    )
+    run_command(
+        [
+            "python",
+            "launcher/evaluate.py",
+            str(run_dir),
+            "--task",
+            "nl_rx",
+            f"task.train={overlapping}",
+            f"task.test={run_dir / 'test.jsonl'}",
+            "task.finetune={steps: 2}",
+        ]
+    )
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
     assert (result["finetune"], result["counts"]["unseen"]) == ({"steps": 2}, 20)
     finetuning = run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020"
@@ -143,37 +182,55 @@ def tasks_of_every_kind(folder):
     connection.close()
     rows = {
         "gsm8k": [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(6)],
-        "spider": [{"db_id": "shop", "question": f"above {number}", "query": f"SELECT a FROM t WHERE a > {number}"} for number in range(6)],
+        "spider": [
+            {"db_id": "shop", "question": f"above {number}", "query": f"SELECT a FROM t WHERE a > {number}"}
+            for number in range(6)
+        ],
         "rotten_tomatoes": [{"text": f"lines {number}", "label": number % 2} for number in range(6)],
         "nq_open": [{"question": f"who {number}", "answer": ["one", "two"]} for number in range(6)],
-        "hellaswag": [{"ctx": f"a man {number}", "endings": ["runs", "walks", "sits", "sleeps"], "label": str(number % 4)} for number in range(6)],
+        "hellaswag": [
+            {"ctx": f"a man {number}", "endings": ["runs", "walks", "sits", "sleeps"], "label": str(number % 4)}
+            for number in range(6)
+        ],
     }
     tasks = []
     for name, of_task in rows.items():
         (folder / name).mkdir()
         (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task))
-        tasks.append({"name": name, "test": str(folder / name / "test.jsonl")} | ({"databases": str(folder)} if name == "spider" else {}))
+        tasks.append(
+            {"name": name, "test": str(folder / name / "test.jsonl")}
+            | ({"databases": str(folder)} if name == "spider" else {})
+        )
     tasks[0]["test"] = {"type": "hub", "path": str(folder / "gsm8k"), "hub_split": "test"}
     tasks[2] |= {"train": tasks[2]["test"], "finetune": {"steps": 2}}
     pairs = write_pairs(folder / "pairs.jsonl", "validation", 40)
-    return [*tasks, {"name": "retrieval", "test": str(pairs)}, {"name": "geometry", "label": "shape", "test": str(pairs), "rows": 30}]
+    return [
+        *tasks,
+        {"name": "retrieval", "test": str(pairs)},
+        {"name": "geometry", "label": "shape", "test": str(pairs), "rows": 30},
+    ]
 
 
 def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by_hand, tmp_path):
     tasks = tasks_of_every_kind(tmp_path)
     done = run_command(["python", "launcher/evaluate.py", str(run_dir), f"evaluation.tasks={json.dumps(tasks)}"])
-    results = {result["task"]: result for result in read_lines(run_dir / "evaluation" / "results.jsonl")[-len(tasks):]}
+    results = {result["task"]: result for result in read_lines(run_dir / "evaluation" / "results.jsonl")[-len(tasks) :]}
     assert list(results) == [task.get("label", task["name"]) for task in tasks]
-    assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {"retrieval": 40, "shape": 30}
+    assert {task: result["rows"] for task, result in results.items()} == dict.fromkeys(results, 6) | {
+        "retrieval": 40,
+        "shape": 30,
+    }
     for task, result in results.items():
         rates = {name: value for name, value in result["metrics"].items() if task != "shape"}
         assert result["directions"].keys() == result["metrics"].keys(), task
         assert result["metrics"] and all(0 <= value <= 1 for value in rates.values()), (task, result)
     assert results["spider"]["counts"] == {"failed_gold": 0, "missing_database": 0, "empty_results": 4, "unseen": 6}
-    assert results["rotten_tomatoes"]["counts"] == {"labels": 2} and results["rotten_tomatoes"]["finetune"] == {"steps": 2}
+    assert results["rotten_tomatoes"]["counts"] == {"labels": 2} and results["rotten_tomatoes"]["finetune"] == {
+        "steps": 2
+    }
     assert len(read_lines(run_dir / "evaluation" / "answers" / "gsm8k-step-00000020.jsonl")) == 6
     assert "recall_at_1" in done.stdout and "effective_rank_context" in done.stdout
-    tables = done.stdout[done.stdout.rindex("\ntraining "):]
+    tables = done.stdout[done.stdout.rindex("\ntraining ") :]
     assert max(map(len, tables.splitlines()[:-2])) <= 150, "the closing tables are readable"
 
 
@@ -182,7 +239,9 @@ def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, backgro
     export = run_dir / "export" / "step-00000020"
     done = run_command(["python", "launcher/evaluate.py", str(export), "--embed", str(pairs)])
     arrays = np.load(export / "embeddings" / "mine.npz")
-    assert {name: array.shape for name, array in arrays.items()} == dict.fromkeys(("text", "code", "text_to_code"), (5, 32))
+    assert {name: array.shape for name, array in arrays.items()} == dict.fromkeys(
+        ("text", "code", "text_to_code"), (5, 32)
+    )
     assert "embeddings/mine.npz" in done.stdout
 
 

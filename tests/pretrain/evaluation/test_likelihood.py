@@ -41,7 +41,9 @@ def test_likelihoods_are_those_of_one_unpadded_row(export, monkeypatch):
             answer = [*tokenizer.encode_batch([text])[0], tokenizer.eos_id]
             with torch.no_grad():
                 log_probabilities = model(torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
-            expected = sum(log_probabilities[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer))
+            expected = sum(
+                log_probabilities[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer)
+            )
             assert value == pytest.approx(expected, rel=1e-4)
 
 

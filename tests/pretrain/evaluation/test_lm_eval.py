@@ -28,9 +28,17 @@ def test_directions_are_those_that_the_harness_gives():
 
 
 def test_each_filter_of_an_answer_has_a_metric_of_its_own():
-    results = {"sums": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5}}
+    results = {
+        "sums": {
+            "exact_match,strict-match": 0.25,
+            "exact_match_stderr,strict-match": 0.1,
+            "exact_match,flexible-extract": 0.5,
+        }
+    }
     assert lm_eval.flat(results) == {"sums_exact_match_strict-match": 0.25, "sums_exact_match_flexible-extract": 0.5}
-    assert lm_eval.metric_directions({"sums": {"exact_match": True}}, results) == dict.fromkeys(lm_eval.flat(results), "higher")
+    assert lm_eval.metric_directions({"sums": {"exact_match": True}}, results) == dict.fromkeys(
+        lm_eval.flat(results), "higher"
+    )
 
 
 def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
@@ -39,14 +47,33 @@ def test_a_task_of_the_harness_runs_on_an_export(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     tokenizer = train([text for index in range(40) for text in generate(0, "test", index)], 330, tmp_path / "export")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(build_model_config("llama", TINY_SHAPE, tokenizer, 96)).save_pretrained(tmp_path / "export")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"lines {number}", "choices": ["a", "b"], "gold": number % 2}) + "\n"
-                                                 for number in range(8)))
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({
-        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}))
-    run = SimpleNamespace(export=tmp_path / "export", task=SimpleNamespace(harness=[str(tmp_path / "mine.yaml")], rows=6))
+    AutoModelForCausalLM.from_config(build_model_config("llama", TINY_SHAPE, tokenizer, 96)).save_pretrained(
+        tmp_path / "export"
+    )
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"q": f"lines {number}", "choices": ["a", "b"], "gold": number % 2}) + "\n"
+            for number in range(8)
+        )
+    )
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "mine",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "gold",
+                "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            }
+        )
+    )
+    run = SimpleNamespace(
+        export=tmp_path / "export", task=SimpleNamespace(harness=[str(tmp_path / "mine.yaml")], rows=6)
+    )
     result = lm_eval.evaluate(run)
     assert result.directions == {"mine_acc": "higher", "mine_acc_norm": "higher"}
     assert result.rows == 6 and set(result.metrics) == {"mine_acc", "mine_acc_norm"}

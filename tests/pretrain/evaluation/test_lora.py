@@ -49,7 +49,12 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     write_pairs(folder / "train.jsonl", "finetune", 200)
     write_pairs(folder / "test.jsonl", "test", 20)
-    task = {"name": "nl_rx", "finetune": {"steps": 3}, "finetune_objective": {"name": "llm_jepa"}, "finetune_lora": {"rank": 2, "alpha": 8}}
+    task = {
+        "name": "nl_rx",
+        "finetune": {"steps": 3},
+        "finetune_objective": {"name": "llm_jepa"},
+        "finetune_lora": {"rank": 2, "alpha": 8},
+    }
     config = write_config(folder, tiny_config(folder, evaluation={"tasks": [task]}))
     prepare_corpus(config)
     run_command(["python", "launcher/run.py", str(config)])
@@ -63,8 +68,16 @@ def weights(folder):
 def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(pretrained):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     export = export_checkpoint(pretrained / "runs" / "run", 4)
-    config = write_config(pretrained, tiny_config(
-        pretrained, name="adapted", model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}}, train__steps=6, checkpoint={"every": 3}))
+    config = write_config(
+        pretrained,
+        tiny_config(
+            pretrained,
+            name="adapted",
+            model={"init_from": str(export), "lora": {"rank": 2, "alpha": 8}},
+            train__steps=6,
+            checkpoint={"every": 3},
+        ),
+    )
     run_command(ranks_command(2, "launcher/run.py", config))
     run_dir = pretrained / "runs" / "adapted"
     result = export_checkpoint(run_dir, 6)
@@ -93,9 +106,20 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
 def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     run_dir = pretrained / "runs" / "run"
-    run_command(["python", "launcher/evaluate.py", str(run_dir), "--task", "nl_rx", f"task.train={pretrained / 'train.jsonl'}",
-          f"task.test={pretrained / 'test.jsonl'}", "task.finetune={steps: 3}", "task.finetune_objective={name: llm_jepa, weight: 0.5}",
-          "task.finetune_lora={rank: 2, alpha: 8}"])
+    run_command(
+        [
+            "python",
+            "launcher/evaluate.py",
+            str(run_dir),
+            "--task",
+            "nl_rx",
+            f"task.train={pretrained / 'train.jsonl'}",
+            f"task.test={pretrained / 'test.jsonl'}",
+            "task.finetune={steps: 3}",
+            "task.finetune_objective={name: llm_jepa, weight: 0.5}",
+            "task.finetune_lora={rank: 2, alpha: 8}",
+        ]
+    )
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
     assert result["settings"]["finetune_objective"] == {"name": "llm_jepa", "weight": 0.5}
     assert result["settings"]["finetune_lora"] == {"rank": 2, "alpha": 8.0}
@@ -107,10 +131,13 @@ def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
     assert not (finetuned / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"finetune_lora": {"rank": 2, "alpha": 4}}, "finetune_objective and finetune_lora act with finetune only"),
-    ({"finetune": {}, "finetune_lora": {"rank": 0, "alpha": 4}}, "greater than 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"finetune_lora": {"rank": 2, "alpha": 4}}, "finetune_objective and finetune_lora act with finetune only"),
+        ({"finetune": {}, "finetune_lora": {"rank": 0, "alpha": 4}}, "greater than 0"),
+    ],
+)
 def test_mistakes(changes, expected):
     with pytest.raises(UserError, match=expected):
         parse_task({"name": "nl_rx"} | changes, "task")

@@ -16,8 +16,19 @@ from tests.commands import tiny_config, write_config
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
     """Of a run whose checkpoints of steps 10, 20 and 25 stand, and that evaluates every 20 steps."""
-    config = load_config(write_config(tmp_path, tiny_config(tmp_path, checkpoint={"every": 5}, evaluation={"every": 20, "tasks": [
-        {"name": "nl_rx"}, {"name": "gsm8k", "test": str(tmp_path / "test.jsonl")}]})))
+    config = load_config(
+        write_config(
+            tmp_path,
+            tiny_config(
+                tmp_path,
+                checkpoint={"every": 5},
+                evaluation={
+                    "every": 20,
+                    "tasks": [{"name": "nl_rx"}, {"name": "gsm8k", "test": str(tmp_path / "test.jsonl")}],
+                },
+            ),
+        )
+    )
     (tmp_path / "test.jsonl").write_text("{}\n")
     for step in (10, 20, 25):
         (config.run_dir / "checkpoints" / step_name(step)).mkdir(parents=True)

@@ -13,7 +13,11 @@ TASK = parse_task({"name": "nl_rx"}, "task")
 def run_dir(tmp_path):
     (tmp_path / "evaluation").mkdir()
     for step in (1, 2):
-        append_result(tmp_path, result_key(TASK, step) | {"rows": 9, "finetune": None, "metrics": {"exact": step / 4}}, tensorboard=False)
+        append_result(
+            tmp_path,
+            result_key(TASK, step) | {"rows": 9, "finetune": None, "metrics": {"exact": step / 4}},
+            tensorboard=False,
+        )
     return tmp_path
 
 
@@ -27,16 +31,26 @@ def test_a_result_of_an_older_scoring_is_evaluated_again(run_dir):
 def test_the_closing_table_keeps_versions_of_the_scoring_apart(run_dir, capsys):
     lines = run_dir / "evaluation" / "results.jsonl"
     change_lines(lines, lambda line: line.pop("scoring"))
-    append_result(run_dir, result_key(TASK, 2) | {"rows": 9, "finetune": None, "metrics": {"exact": 0.75}}, tensorboard=False)
+    append_result(
+        run_dir, result_key(TASK, 2) | {"rows": 9, "finetune": None, "metrics": {"exact": 0.75}}, tensorboard=False
+    )
     print_summary(run_dir)
     tables = [part.strip().splitlines() for part in capsys.readouterr().out.strip().split("\n\n")]
-    of_task = {lines[0].split("  ")[0]: [line.split()[-1] for line in lines[2:]] for lines in tables if lines[0].startswith("nl_rx")}
+    of_task = {
+        lines[0].split("  ")[0]: [line.split()[-1] for line in lines[2:]]
+        for lines in tables
+        if lines[0].startswith("nl_rx")
+    }
     assert of_task == {"nl_rx, scoring 1": ["0.2500", "0.5000"], "nl_rx": ["0.7500"]}
 
 
 def test_the_closing_table_names_the_metrics_that_it_has_no_room_for(tmp_path, capsys):
     (tmp_path / "evaluation").mkdir()
     metrics = {f"metric{number}": 0.5 for number in range(8)}
-    append_result(tmp_path, {"step": 3, "task": "text", "rows": 4, "finetune": None, "metrics": metrics, "scoring": SCORING_VERSION}, tensorboard=False)
+    append_result(
+        tmp_path,
+        {"step": 3, "task": "text", "rows": 4, "finetune": None, "metrics": metrics, "scoring": SCORING_VERSION},
+        tensorboard=False,
+    )
     print_summary(tmp_path)
     assert "(in results.jsonl too: metric6, metric7)" in capsys.readouterr().out

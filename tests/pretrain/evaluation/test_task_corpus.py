@@ -37,15 +37,25 @@ def test_pairs_need_a_file(tmp_path):
 def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
     views = ("text", "code")
     (tmp_path / "data").mkdir()
-    lines = [{"text": "a", "code": "b"}, {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
-             {"question": "e", "answers": ["f", "g"]}]
+    lines = [
+        {"text": "a", "code": "b"},
+        {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+        {"question": "e", "answers": ["f", "g"]},
+    ]
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
 
-    row_format = RowFormat(frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question")
+    row_format = RowFormat(
+        frozenset({"question", "answers"}), lambda row: (row["question"], row["answers"][0]), "question"
+    )
     source = JsonSource(type="json", path=str(tmp_path / "data"))
     found = read_rows(source, views, "task.test", row_format=row_format)
-    assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == ["f", "g"]
-    with pytest.raises(UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"):
+    assert [row.views for row in found] == [("a", "b"), ("c", "d"), ("e", "f")] and found[2].columns["answers"] == [
+        "f",
+        "g",
+    ]
+    with pytest.raises(
+        UserError, match=r"test.jsonl:3: no text for the view text and code; the row has question, answers"
+    ):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
     with pytest.raises(UserError, match=r"test.jsonl:1: list index out of range, in the form of the public data set"):
@@ -60,4 +70,10 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
 def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
-    assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [True, False, True, True, False]
+    assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]

@@ -28,14 +28,24 @@ def folder(tmp_path_factory):
     """A prepared corpus, and the configuration of a run that keeps its checkpoints."""
     folder = tmp_path_factory.mktemp("watch")
     pairs = write_pairs(folder / "pairs.jsonl", "test", 30)
-    write_config(folder, tiny_config(folder, train__steps=STEPS, checkpoint={"every": EVERY, "keep": 9},
-                                     evaluation={"tasks": [{"name": "loss", "test": str(pairs)}]}))
+    write_config(
+        folder,
+        tiny_config(
+            folder,
+            train__steps=STEPS,
+            checkpoint={"every": EVERY, "keep": 9},
+            evaluation={"tasks": [{"name": "loss", "test": str(pairs)}]},
+        ),
+    )
     prepare_corpus(folder / "run.yaml")
     return folder
 
 
 def start_watch(folder, number, *words):
-    return BackgroundCommand(["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words], folder / f"watch-{number}.log")
+    return BackgroundCommand(
+        ["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words],
+        folder / f"watch-{number}.log",
+    )
 
 
 def results(folder):
@@ -47,7 +57,9 @@ def results(folder):
 def watched(folder):
     """The run with all evaluated by a watch that was killed twice: within an evaluation, and just behind a result."""
     first = start_watch(folder, 1)
-    first.wait_until(lambda: f"waiting for the run {folder / 'runs' / 'run'} to start" in first.log.read_text(), "the wait")
+    first.wait_until(
+        lambda: f"waiting for the run {folder / 'runs' / 'run'} to start" in first.log.read_text(), "the wait"
+    )
     run_command(["python", "launcher/run.py", str(folder / "run.yaml")])
     first.wait_until(lambda: "evaluating loss at step 10" in first.log.read_text(), "an evaluation")
     first.kill()
@@ -69,7 +81,9 @@ def test_two_processes_answer_what_one_does(folder, watched):
     answers, metrics = {}, {}
     for ranks, name in ((1, "one"), (2, "two")):
         test = write_pairs(folder / f"{name}.jsonl", "test", 25)
-        run_command(ranks_command(ranks, "launcher/evaluate.py", watched, "--task", "rotten_tomatoes", f"task.test={test}"))
+        run_command(
+            ranks_command(ranks, "launcher/evaluate.py", watched, "--task", "rotten_tomatoes", f"task.test={test}")
+        )
         answers[name] = (watched / "evaluation" / "answers" / "rotten_tomatoes-step-00000030.jsonl").read_text()
         metrics[name] = read_lines(watched / "evaluation" / "results.jsonl")[-1]["metrics"]
     assert answers["one"] == answers["two"] and metrics["one"] == metrics["two"]
@@ -81,6 +95,7 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
 
     Both come at every moment of a retention: before each call by which it reads or changes the folder, and behind its end.
     """
+
     def after(watch, run_command):
         return lambda *arguments, **more: (watch(), run_command(*arguments, **more))[1]
 
@@ -99,7 +114,12 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
         for step in (1, 2):
             (run_dir / "checkpoints" / step_name(step)).mkdir(parents=True)
         with monkeypatch.context() as patch:
-            for module, name in ((checkpoint, "list_steps"), (checkpoint, "_pins"), (os, "replace"), (shutil, "rmtree")):
+            for module, name in (
+                (checkpoint, "list_steps"),
+                (checkpoint, "_pins"),
+                (os, "replace"),
+                (shutil, "rmtree"),
+            ):
                 patch.setattr(module, name, after(watch, getattr(module, name)))
             prune(run_dir / "checkpoints", 1, None)
         while watch() < 8:
@@ -123,7 +143,10 @@ def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(
 def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.evaluation.watch.PAUSE", TIMEOUT)
     config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
-    watch, pins = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), []), tmp_path / "checkpoints" / PINS
+    watch, pins = (
+        CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), []),
+        tmp_path / "checkpoints" / PINS,
+    )
 
     def save(step: int) -> None:
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
@@ -157,14 +180,26 @@ def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, 
 def test_what_the_run_asked_for_survives_one_failure(folder, watched):
     request_evaluation(watched, 20)
     for still_there in (True, False):
-        done = run_command(["python", "launcher/evaluate.py", str(watched), "--pending", f"evaluation.tasks.0.test={folder / 'absent.jsonl'}"], check=False)
+        done = run_command(
+            [
+                "python",
+                "launcher/evaluate.py",
+                str(watched),
+                "--pending",
+                f"evaluation.tasks.0.test={folder / 'absent.jsonl'}",
+            ],
+            check=False,
+        )
         assert done.returncode == 2 and "absent.jsonl" in done.stderr
         assert (watched / "checkpoints" / PINS / step_name(20)).exists() == still_there
 
 
 def test_mistakes_end_in_one_line(folder, watched):
     done = run_command(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
-    assert done.returncode == 2 and done.stderr == "error: --watch takes every checkpoint: leave out --checkpoint and --pending\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: --watch takes every checkpoint: leave out --checkpoint and --pending\n"
+    )
 
 
 @pytest.mark.slow
@@ -185,6 +220,19 @@ def test_kills_at_random_while_it_finetunes(folder, watched):
     assert sorted(result["step"] for result in found) == [10, 20, 30], last.log.read_text()
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
     again = write_pairs(folder / "again.jsonl", "test", 20)
-    run_command(["python", "launcher/evaluate.py", str(run_dir), *words[:3], f"task.test={again}", words[-1], "--checkpoint", "20"])
+    run_command(
+        [
+            "python",
+            "launcher/evaluate.py",
+            str(run_dir),
+            *words[:3],
+            f"task.test={again}",
+            words[-1],
+            "--checkpoint",
+            "20",
+        ]
+    )
     lines = read_lines(run_dir / "evaluation" / "results.jsonl")
-    assert json.dumps(lines[-1]["metrics"]) == json.dumps(next(result["metrics"] for result in found if result["step"] == 20))
+    assert json.dumps(lines[-1]["metrics"]) == json.dumps(
+        next(result["metrics"] for result in found if result["step"] == 20)
+    )

@@ -54,7 +54,10 @@ def test_a_window_counts_positions_within_the_record(batch, visible_until, windo
     until, positions = visible_until.numpy(), batch.positions.numpy()
     for row in range(4):
         for query in range(0, LENGTH, 7):
-            expected = [key <= query < until[row, key] and positions[row, query] - positions[row, key] < WINDOW for key in range(LENGTH)]
+            expected = [
+                key <= query < until[row, key] and positions[row, query] - positions[row, key] < WINDOW
+                for key in range(LENGTH)
+            ]
             np.testing.assert_array_equal(mask[row, 0, query], expected)
     assert mask.diagonal(dim1=2, dim2=3).all(), "every query sees itself"
 
@@ -88,8 +91,12 @@ def test_flex_attention_has_the_same_output(visible_until, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query = 3 * torch.randn(4, 4, LENGTH, 16, generator=generator)
     key, value = (torch.randn(4, 2, LENGTH, 16, generator=generator) for _ in range(2))
-    flex = flex_attention.flex_attention(query, key, value, block_mask=visibility_mask(visible_until, "flex_attention"), enable_gqa=True)
-    sdpa = F.scaled_dot_product_attention(query, key, value, attn_mask=visibility_mask(visible_until, "sdpa"), enable_gqa=True)
+    flex = flex_attention.flex_attention(
+        query, key, value, block_mask=visibility_mask(visible_until, "flex_attention"), enable_gqa=True
+    )
+    sdpa = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visibility_mask(visible_until, "sdpa"), enable_gqa=True
+    )
     torch.testing.assert_close(flex, sdpa, rtol=1e-5, atol=1e-5)
     causal = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert (sdpa - causal).abs().max() > 0.1, "the mask must matter"
@@ -100,16 +107,24 @@ def config_of(family, **changes):
 
 
 def test_gemma_takes_a_mask_for_each_kind_of_layer(batch, visible_until):
-    masks = attention_mask(visible_until, batch.positions, "eager", config_of("gemma2", sliding_window=WINDOW), torch.float32)
+    masks = attention_mask(
+        visible_until, batch.positions, "eager", config_of("gemma2", sliding_window=WINDOW), torch.float32
+    )
     assert masks.keys() == {"full_attention", "sliding_attention"}
     assert torch.equal(masks["full_attention"], visibility_mask(visible_until, "eager"))
-    assert torch.equal(masks["sliding_attention"], visibility_mask(visible_until, "eager", positions=batch.positions, window=WINDOW))
+    assert torch.equal(
+        masks["sliding_attention"], visibility_mask(visible_until, "eager", positions=batch.positions, window=WINDOW)
+    )
     for family in ("llama", "olmo2", "openelm"):
-        assert torch.equal(attention_mask(visible_until, batch.positions, "sdpa", config_of(family), torch.float32),
-                           visibility_mask(visible_until, "sdpa"))
+        assert torch.equal(
+            attention_mask(visible_until, batch.positions, "sdpa", config_of(family), torch.float32),
+            visibility_mask(visible_until, "sdpa"),
+        )
 
 
-@pytest.mark.parametrize(("family", "on_cpu"), [("llama", "sdpa"), ("gemma2", "eager"), ("olmo2", "sdpa"), ("openelm", "sdpa")])
+@pytest.mark.parametrize(
+    ("family", "on_cpu"), [("llama", "sdpa"), ("gemma2", "eager"), ("olmo2", "sdpa"), ("openelm", "sdpa")]
+)
 def test_auto_is_what_the_device_can_differentiate_and_the_family_can_use(family, on_cpu):
     config = config_of(family)
     assert resolve_attention("auto", CPU, config) == on_cpu
@@ -119,8 +134,15 @@ def test_auto_is_what_the_device_can_differentiate_and_the_family_can_use(family
         assert resolve_attention("sdpa", CUDA, config) == "sdpa"
 
 
-@pytest.mark.parametrize(("family", "changes"), [
-    ("llama", {"head_dim": 12}), ("llama", {"hidden_size": 96, "num_attention_heads": 8}), ("gemma2", {"head_dim": 8}), ("openelm", {"head_dim": 8})])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"head_dim": 12}),
+        ("llama", {"hidden_size": 96, "num_attention_heads": 8}),
+        ("gemma2", {"head_dim": 8}),
+        ("openelm", {"head_dim": 8}),
+    ],
+)
 def test_heads_too_narrow_for_flex_attention_get_another_kernel(family, changes):
     config = config_of(family, **changes)
     assert resolve_attention("auto", CUDA, config) == resolve_attention("auto", CPU, config)
@@ -134,13 +156,26 @@ def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
     assert len(read) == 2 and {tensor.dtype for tensor in read} == {torch.int32}
 
 
-@pytest.mark.parametrize(("setting", "device", "config", "message"), [
-    ("flex_attention", CPU, config_of("llama"), "no backward pass on CPU"),
-    ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
-    ("sdpa", CUDA, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
-    ("auto", CUDA, config_of("llama", attention_dropout=0.1), "flex_attention has no attention_dropout; .* or model.attention to sdpa"),
-    ("auto", CUDA, config_of("gemma2", attention_dropout=0.1), "flex_attention has no attention_dropout; .* or model.attention to eager"),
-])
+@pytest.mark.parametrize(
+    ("setting", "device", "config", "message"),
+    [
+        ("flex_attention", CPU, config_of("llama"), "no backward pass on CPU"),
+        ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
+        ("sdpa", CUDA, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
+        (
+            "auto",
+            CUDA,
+            config_of("llama", attention_dropout=0.1),
+            "flex_attention has no attention_dropout; .* or model.attention to sdpa",
+        ),
+        (
+            "auto",
+            CUDA,
+            config_of("gemma2", attention_dropout=0.1),
+            "flex_attention has no attention_dropout; .* or model.attention to eager",
+        ),
+    ],
+)
 def test_a_kernel_that_cannot_work_is_refused(setting, device, config, message):
     with pytest.raises(UserError, match=message):
         resolve_attention(setting, device, config)

@@ -17,17 +17,106 @@ from pretrain.models.export import write_export
 from pretrain.models.language_model import build_model_config, random_causal_lm
 
 CHARACTERS = 1_000_000
-WORDS = ["SELECT", "name", "FROM", "the", "string", "größe", "naïve", "[a-z]*", "don't", "it's", "x+=1", "日本語", "слово", "שלום",
-         "مرحبا", "हिन्दी", "ภาษาไทย", "한국어", "Ελλάδα", "12345", "3.14", "ﬁne", "Å", "ﷺ"]
-LITERALS = ["<s>", "</s>", "<pad>", "<sep>", "<unk>", "<mask>", "<|endoftext|>", "<|pad|>", "[CLS]", "[SEP]", "[UNK]", "<0x41>", "<0xE2>", "<tag>",
-            "\u2581", "\u2581\u2581", "\u241b", "\u241b_", "\u241be", "Ġ", "Ċ", "Â", "##ing", "@@", "\ufffd", "\ufeff", "\uffff"]
-EMOJI = ["\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea\U0001f1eb", "\u2764\ufe0f", "\U0001f44d\U0001f3fd", "1\ufe0f\u20e3",
-         "\U0001f3f4\U000e0067\U000e0062\U000e007f"]
-BLOCKS = [(0x20, 0x7f), (0x80, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xe80), (0x1100, 0x1200), (0x1e00, 0x2000), (0x2000, 0x2c00),
-          (0x3000, 0x3400), (0x4e00, 0xa000), (0xac00, 0xd7a4), (0xe000, 0xf900), (0xf900, 0x10000), (0x10000, 0x20000), (0x20000, 0x30000),
-          (0x30000, 0xe0000), (0xe0000, 0xf0000), (0xf0000, 0x110000)]
+WORDS = [
+    "SELECT",
+    "name",
+    "FROM",
+    "the",
+    "string",
+    "größe",
+    "naïve",
+    "[a-z]*",
+    "don't",
+    "it's",
+    "x+=1",
+    "日本語",
+    "слово",
+    "שלום",
+    "مرحبا",
+    "हिन्दी",
+    "ภาษาไทย",
+    "한국어",
+    "Ελλάδα",
+    "12345",
+    "3.14",
+    "ﬁne",
+    "Å",
+    "ﷺ",
+]
+LITERALS = [
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<sep>",
+    "<unk>",
+    "<mask>",
+    "<|endoftext|>",
+    "<|pad|>",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "<0x41>",
+    "<0xE2>",
+    "<tag>",
+    "\u2581",
+    "\u2581\u2581",
+    "\u241b",
+    "\u241b_",
+    "\u241be",
+    "Ġ",
+    "Ċ",
+    "Â",
+    "##ing",
+    "@@",
+    "\ufffd",
+    "\ufeff",
+    "\uffff",
+]
+EMOJI = [
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea\U0001f1eb",
+    "\u2764\ufe0f",
+    "\U0001f44d\U0001f3fd",
+    "1\ufe0f\u20e3",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f",
+]
+BLOCKS = [
+    (0x20, 0x7F),
+    (0x80, 0x250),
+    (0x370, 0x530),
+    (0x590, 0x700),
+    (0x900, 0xE80),
+    (0x1100, 0x1200),
+    (0x1E00, 0x2000),
+    (0x2000, 0x2C00),
+    (0x3000, 0x3400),
+    (0x4E00, 0xA000),
+    (0xAC00, 0xD7A4),
+    (0xE000, 0xF900),
+    (0xF900, 0x10000),
+    (0x10000, 0x20000),
+    (0x20000, 0x30000),
+    (0x30000, 0xE0000),
+    (0xE0000, 0xF0000),
+    (0xF0000, 0x110000),
+]
 COMBINING = [chr(code) for code in range(0x300, 0x3100) if unicodedata.combining(chr(code))]
-CONTROLS = [chr(code) for code in (*range(1, 0x20), *range(0x7f, 0xa1), 0xad, 0x200b, 0x200e, 0x200f, 0x2028, 0x2029, 0x202e, 0x2066, 0x3000)]
+CONTROLS = [
+    chr(code)
+    for code in (
+        *range(1, 0x20),
+        *range(0x7F, 0xA1),
+        0xAD,
+        0x200B,
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        0x202E,
+        0x2066,
+        0x3000,
+    )
+]
 
 
 def odd_texts(characters: int) -> list[str]:
@@ -70,7 +159,10 @@ def texts() -> list[str]:
 def sample() -> list[str]:
     """What the tokenizers of this test are trained on: some of everything."""
     rng = random.Random(3)
-    words = WORDS + ["".join(rng.choices(["ta", "ble", "row", "s", "in", "er", "a", "_", "но", "日", "本"], k=5)) for _ in range(3000)]
+    words = WORDS + [
+        "".join(rng.choices(["ta", "ble", "row", "s", "in", "er", "a", "_", "но", "日", "本"], k=5))
+        for _ in range(3000)
+    ]
     plain = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(3000)]
     return plain + [text[:300] for text in odd_texts(30_000)]
 
@@ -81,8 +173,15 @@ def byte_level(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.train_from_iterator(sample(), trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        sample(),
+        trainers.BpeTrainer(
+            vocab_size=700,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
@@ -90,13 +189,23 @@ def byte_level(folder: Path) -> Path:
 def hugging_face_folder(folder: Path) -> Path:
     """A folder as save_pretrained leaves it: unigram, normalised, a template that adds special tokens, pad equal to eos, added words."""
     tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(sample(), trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.train_from_iterator(
+        sample(),
+        trainers.UnigramTrainer(
+            vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     fast.add_tokens(["<tag>", "don't"])
     fast.save_pretrained(folder / "saved")
     return folder / "saved"
@@ -104,8 +213,16 @@ def hugging_face_folder(folder: Path) -> Path:
 
 def sentencepiece_model(folder: Path, **options) -> Path:
     """By sentencepiece's defaults: a blank put before the text, runs of blanks one blank, and, unless told otherwise, normalised by nmt_nfkc."""
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sample()), model_prefix=str(folder / "given"), vocab_size=1000,
-                                             character_coverage=0.98, byte_fallback=True, minloglevel=2, num_threads=1, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample()),
+        model_prefix=str(folder / "given"),
+        vocab_size=1000,
+        character_coverage=0.98,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
     return folder / "given.model"
 
 
@@ -116,8 +233,10 @@ MADE = {
     "hugging face folder": lambda given, folder: import_tokenizer(hugging_face_folder(given), folder),
 } | {
     f"sentencepiece {kind} {rule}": lambda given, folder, kind=kind, rule=rule: import_tokenizer(
-        sentencepiece_model(given, model_type=kind, normalization_rule_name=rule), folder)
-    for kind in ("bpe", "unigram") for rule in ("identity", "nmt_nfkc")
+        sentencepiece_model(given, model_type=kind, normalization_rule_name=rule), folder
+    )
+    for kind in ("bpe", "unigram")
+    for rule in ("identity", "nmt_nfkc")
 }
 
 
@@ -125,15 +244,30 @@ MADE = {
 def test_ids_of_an_exported_model(made, texts, tmp_path):
     (tmp_path / "given").mkdir()
     tokenizer = MADE[made](tmp_path / "given", tmp_path / "skeleton")
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     config = build_model_config("llama", shape, tokenizer, 64)
     config.save_pretrained(tmp_path / "skeleton")
     model = random_causal_lm(config, "sdpa", torch.float32)
-    write_export(tmp_path / "export", tmp_path / "skeleton", {f"causal_lm.{key}": value for key, value in model.state_dict().items()}, {})
+    write_export(
+        tmp_path / "export",
+        tmp_path / "skeleton",
+        {f"causal_lm.{key}": value for key, value in model.state_dict().items()},
+        {},
+    )
     auto = AutoTokenizer.from_pretrained(tmp_path / "export")
     expected = tokenizer.encode_batch(texts)
-    differing = [text for text, mine, theirs in zip(texts, expected, auto(texts)["input_ids"], strict=True) if mine != theirs]
+    differing = [
+        text for text, mine, theirs in zip(texts, expected, auto(texts)["input_ids"], strict=True) if mine != theirs
+    ]
     assert not differing, f"{len(differing)} of {len(texts)} texts, the shortest {min(differing, key=len)[:200]!r}"
     specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
     assert not specials & {token for ids in expected for token in ids}
-    assert sum(map(len, texts)) >= CHARACTERS and Tokenizer.load(tmp_path / "export").fingerprint == tokenizer.fingerprint
+    assert (
+        sum(map(len, texts)) >= CHARACTERS and Tokenizer.load(tmp_path / "export").fingerprint == tokenizer.fingerprint
+    )

@@ -14,7 +14,10 @@ from pretrain.models.export import load_language_model, write_export
 from pretrain.models.language_model import LanguageModel
 
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
-KERNELS = [("gemma2", "eager"), *((family, kernel) for family in ("llama", "olmo2", "openelm") for kernel in ("sdpa", "eager"))]
+KERNELS = [
+    ("gemma2", "eager"),
+    *((family, kernel) for family in ("llama", "olmo2", "openelm") for kernel in ("sdpa", "eager")),
+]
 TOLERANCE, MUTANT = 1e-5, 0.1
 ROW, K = 80, 2
 GEMMA_SCALE = 48**0.5
@@ -34,7 +37,11 @@ class Packed(NamedTuple):
 def packed() -> Packed:
     """Rows of records [context] -- [target] and [predictor tokens], and [target] alone, with views longer than the window of 6."""
     rng = random.Random(0)
-    ids, positions, until = torch.zeros(2, ROW, dtype=torch.long), torch.zeros(2, ROW, dtype=torch.long), torch.arange(1, ROW + 1).repeat(2, 1)
+    ids, positions, until = (
+        torch.zeros(2, ROW, dtype=torch.long),
+        torch.zeros(2, ROW, dtype=torch.long),
+        torch.arange(1, ROW + 1).repeat(2, 1),
+    )
     sequences = []
     for row in range(2):
         begin = 0
@@ -49,8 +56,11 @@ def packed() -> Packed:
             until[row, begin + c : begin + c + t] = begin + c + t
             until[row, begin + c + t : begin + c + t + K] = begin + c + t + K
             until[row, begin + c + t + K : end] = end
-            sequences += [(context + target, places[: c + t]), (context + predictors, places[:c] + places[c + t : c + t + K]),
-                          (target, places[c + t + K :])]
+            sequences += [
+                (context + target, places[: c + t]),
+                (context + predictors, places[:c] + places[c + t : c + t + K]),
+                (target, places[c + t + K :]),
+            ]
             begin = end
     return Packed(ids, positions, until, sequences)
 
@@ -61,7 +71,9 @@ def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
     predictors, words = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
     states = torch.zeros(2, ROW, model.hidden_size)
     for tokens, places in packed.sequences:
-        embedded = torch.stack([predictors[token - 512] if token >= 512 else words(torch.tensor(token)) for token in tokens])
+        embedded = torch.stack(
+            [predictors[token - 512] if token >= 512 else words(torch.tensor(token)) for token in tokens]
+        )
         hidden = model.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
         for state, (row, place) in zip(hidden, places, strict=True):
             states[row, place] = state
@@ -69,8 +81,9 @@ def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
 
 
 def states_under(model: LanguageModel, packed: Packed, mask) -> torch.Tensor:
-    return model.causal_lm.model(inputs_embeds=model.embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions,
-                                 use_cache=False).last_hidden_state
+    return model.causal_lm.model(
+        inputs_embeds=model.embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions, use_cache=False
+    ).last_hidden_state
 
 
 def error(states: torch.Tensor, expected: torch.Tensor) -> float:
@@ -96,7 +109,13 @@ def test_packed_rows_equal_separate_unpadded_forwards(family, kernel, packed, ma
 
 
 def masks(model, packed, positions=None):
-    return attention_mask(packed.visible_until, packed.positions if positions is None else positions, "eager", model.causal_lm.config, torch.float32)
+    return attention_mask(
+        packed.visible_until,
+        packed.positions if positions is None else positions,
+        "eager",
+        model.causal_lm.config,
+        torch.float32,
+    )
 
 
 def window_by_row_index(model, packed):
@@ -112,7 +131,9 @@ def window_everywhere(model, packed):
 
 
 def window_off_by_one(model, packed):
-    sliding = visibility_mask(packed.visible_until, "eager", positions=packed.positions, window=model.causal_lm.config.sliding_window + 1)
+    sliding = visibility_mask(
+        packed.visible_until, "eager", positions=packed.positions, window=model.causal_lm.config.sliding_window + 1
+    )
     return masks(model, packed) | {"sliding_attention": sliding}
 
 
@@ -125,7 +146,9 @@ def one_mask(model, packed):
     return visibility_mask(packed.visible_until, "eager")
 
 
-@pytest.mark.parametrize("mutant", [window_by_row_index, window_ignored, window_everywhere, window_off_by_one, boolean_masks, one_mask])
+@pytest.mark.parametrize(
+    "mutant", [window_by_row_index, window_ignored, window_everywhere, window_off_by_one, boolean_masks, one_mask]
+)
 @torch.no_grad()
 def test_a_wrong_mask_for_gemma_breaks_the_equality(mutant, packed, make_model):
     model = make_model(K, family="gemma2")
@@ -188,7 +211,9 @@ def test_predictor_tokens_come_in_on_the_scale_of_words(family, make_model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_an_export_loads_in_transformers_with_the_same_logits(family, packed, make_model, tokenizer, prepared, tmp_path):
+def test_an_export_loads_in_transformers_with_the_same_logits(
+    family, packed, make_model, tokenizer, prepared, tmp_path
+):
     model = make_model(K, family=family).eval()
     skeleton, folder = tmp_path / "model", tmp_path / "export"
     shutil.copytree(prepared / "tokenizer", skeleton)

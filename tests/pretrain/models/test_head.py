@@ -15,7 +15,9 @@ def linear(bias: bool = False) -> nn.Linear:
     return nn.Linear(WIDTH, VOCABULARY, bias=bias)
 
 
-def full_cross_entropy(layer: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def full_cross_entropy(
+    layer: nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
     logits = hidden @ layer.weight.T + (0 if layer.bias is None else layer.bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -38,13 +40,21 @@ def test_chunks_give_the_value_and_the_gradients_of_all_logits_at_once(labels_at
 
 def test_no_tensor_holds_more_logits_than_stated():
     """Neither in the forward nor in the backward pass: every tensor that an operation makes is looked at."""
-    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    layer, labels, hidden = (
+        linear(),
+        torch.randint(VOCABULARY, (LABELS,)),
+        torch.randn(LABELS, WIDTH, requires_grad=True),
+    )
     sizes: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             out = function(*arguments, **(keywords or {}))
-            sizes.extend(tensor.numel() for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, torch.Tensor))
+            sizes.extend(
+                tensor.numel()
+                for tensor in (out if isinstance(out, tuple | list) else [out])
+                if isinstance(tensor, torch.Tensor)
+            )
             return out
 
     def largest(max_logits: int) -> int:
@@ -59,7 +69,11 @@ def test_no_tensor_holds_more_logits_than_stated():
 
 
 def test_the_forward_pass_keeps_gradients_and_no_logits():
-    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    layer, labels, hidden = (
+        linear(),
+        torch.randint(VOCABULARY, (LABELS,)),
+        torch.randn(LABELS, WIDTH, requires_grad=True),
+    )
 
     def kept(max_logits: int) -> int:
         tensors: dict[int, int] = {}
@@ -88,7 +102,9 @@ def test_in_bf16_the_sums_over_chunks_are_as_exact_as_one_chunk(softcap):
     expected = full_cross_entropy(exact, hidden.detach().double(), labels, softcap)
     expected.backward()
 
-    exact_hidden = torch.autograd.grad(full_cross_entropy(exact, precise := hidden.detach().double().requires_grad_(), labels, softcap), precise)[0]
+    exact_hidden = torch.autograd.grad(
+        full_cross_entropy(exact, precise := hidden.detach().double().requires_grad_(), labels, softcap), precise
+    )[0]
 
     def errors(labels_at_once: int) -> tuple[float, float, float]:
         """Of the loss, the weight's gradient, and the common factor by which the gradient of `hidden` is off."""
@@ -124,11 +140,17 @@ def test_large_logits_do_not_overflow():
 
 def test_a_vocabulary_larger_than_the_limit_is_taken_label_by_label():
     layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH)
-    torch.testing.assert_close(Head(layer, None, max_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None))
+    torch.testing.assert_close(
+        Head(layer, None, max_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None)
+    )
 
 
 def test_without_gradients_only_logits_are_computed():
-    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    layer, labels, hidden = (
+        linear(),
+        torch.randint(VOCABULARY, (LABELS,)),
+        torch.randn(LABELS, WIDTH, requires_grad=True),
+    )
     products = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -143,7 +165,11 @@ def test_without_gradients_only_logits_are_computed():
 
 def test_a_gradient_can_be_taken_twice():
     """As monitor.gradients_every takes it of each term."""
-    layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH, requires_grad=True)
+    layer, labels, hidden = (
+        linear(),
+        torch.randint(VOCABULARY, (LABELS,)),
+        torch.randn(LABELS, WIDTH, requires_grad=True),
+    )
     loss = Head(layer, None)(hidden, labels)
     first = torch.autograd.grad(loss, [hidden, layer.weight], retain_graph=True)
     second = torch.autograd.grad(3 * loss, [hidden, layer.weight])
@@ -156,7 +182,7 @@ def test_a_frozen_layer_passes_the_gradient_on():
     layer.weight.requires_grad_(False)
     hidden = torch.randn(LABELS, WIDTH, requires_grad=True)
     Head(layer, None)(hidden, labels).backward()
-    expected, = torch.autograd.grad(full_cross_entropy(layer, hidden, labels, None), hidden)
+    (expected,) = torch.autograd.grad(full_cross_entropy(layer, hidden, labels, None), hidden)
     assert layer.weight.grad is None
     torch.testing.assert_close(hidden.grad, expected)
 

@@ -23,11 +23,25 @@ def folder(prepared, tmp_path_factory):
     """Each family on one rank and on two, and one in bf16."""
     folder = tmp_path_factory.mktemp("initial-weights")
     for ranks, more in ((1, [("gemma2", "bf16")]), (2, [])):
-        configs = [write_config(folder, tiny_config(
-            folder, name=f"{family}-{precision}-r{ranks}", data__path=str(prepared), data__sources=[], data__tokenizer={"vocab_size": 512},
-            model={"family": family, "shape": shape(family)}, objective__predictor_tokens=12, train__precision=precision))
-            for family, precision in (*((family, "fp32") for family in FAMILIES), *more)]
-        run_command(["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs))
+        configs = [
+            write_config(
+                folder,
+                tiny_config(
+                    folder,
+                    name=f"{family}-{precision}-r{ranks}",
+                    data__path=str(prepared),
+                    data__sources=[],
+                    data__tokenizer={"vocab_size": 512},
+                    model={"family": family, "shape": shape(family)},
+                    objective__predictor_tokens=12,
+                    train__precision=precision,
+                ),
+            )
+            for family, precision in (*((family, "fp32") for family in FAMILIES), *more)
+        ]
+        run_command(
+            ["python", str(WORKER), *map(str, configs)] if ranks == 1 else ranks_command(ranks, WORKER, *configs)
+        )
     return folder
 
 
@@ -62,10 +76,15 @@ def test_each_weight_has_the_spread_of_the_familys_own_initialisation(folder, to
         started = state[f"causal_lm.{name}"]
         assert started.shape == expected.shape
         if expected.unique().numel() == 1:
-            assert torch.equal(started, expected), f"{name}: a norm starts at one, Gemma's, to which one is added, at zero"
+            assert torch.equal(started, expected), (
+                f"{name}: a norm starts at one, Gemma's, to which one is added, at zero"
+            )
         else:
             assert expected.numel() >= LARGE
-            assert started.std() == pytest.approx(expected.std().item(), rel=0.15) and abs(started.mean()) < 0.15 * expected.std(), name
+            assert (
+                started.std() == pytest.approx(expected.std().item(), rel=0.15)
+                and abs(started.mean()) < 0.15 * expected.std()
+            ), name
             assert not torch.equal(started, expected)
     for name, expected in buffers.items():
         assert torch.equal(state[f"causal_lm.{name}"], expected), name

@@ -38,7 +38,11 @@ def test_the_vocabulary_is_rounded_up(pieces, padded, tmp_path):
     assert padded_vocab_size(tokenizer) == padded and padded % VOCAB_SIZE_MULTIPLE == 0
     config = build_model_config("llama", SHAPE, tokenizer, 64)
     assert config.vocab_size == padded
-    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (
+        tokenizer.pad_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+    )
     specials = special_ids(tokenizer, padded)
     assert len({specials.pad, specials.bos, specials.eos, specials.sep}) == 4
     assert specials.predictor == padded
@@ -88,7 +92,9 @@ def test_predictor_tokens_have_their_own_embeddings_and_no_word_lends_them_its(b
     model = make_model(3)
     with torch.no_grad():
         before = model(batch)
-        model.causal_lm.get_input_embeddings().weight[-1] += 10.0  # the row to which ids beyond the vocabulary are clamped
+        model.causal_lm.get_input_embeddings().weight[-1] += (
+            10.0  # the row to which ids beyond the vocabulary are clamped
+        )
         assert not (batch.token_ids == model.vocab_size - 1).any()
         assert torch.equal(model(batch), before)
         model.predictor.weight[2] += 1.0
@@ -133,5 +139,5 @@ def test_predictor_tokens_are_scaled_as_the_familys_words_are(make_model, family
     ids = torch.tensor([[model.vocab_size + token for token in range(tokens)]])
     embedded = model.embed(ids)
     torch.testing.assert_close(embedded[0], model.predictor.weight * scale)
-    gradient, = torch.autograd.grad(embedded.sum(), model.predictor.weight)
+    (gradient,) = torch.autograd.grad(embedded.sum(), model.predictor.weight)
     torch.testing.assert_close(gradient, scale.detach().expand_as(gradient))

@@ -13,8 +13,18 @@ from transformers import AutoModelForCausalLM
 from pretrain.models.openelm import OpenELMConfig, OpenELMForCausalLM
 from tests.commands import ROOT, environment
 
-TINY = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "head_dim": 4, "num_gqa_groups": 2, "ffn_dim_divisor": 8,
-        "ffn_multipliers": [0.5, 2.0], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "head_dim": 4,
+    "num_gqa_groups": 2,
+    "ffn_dim_divisor": 8,
+    "ffn_multipliers": [0.5, 2.0],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def runs(*counted):
@@ -23,16 +33,117 @@ def runs(*counted):
 
 
 PUBLISHED = {  # width, layers and head width; query heads, widths of the feed-forward networks; parameters with 32,000 tokens
-    "270M": ((1280, 16, 64), runs((5, 12), (7, 16), (4, 20)),
-             [768, 1024, 1280, 1536, 1792, 2048, 2560, 2816, 3072, 3328, 3584, 3840, 4352, 4608, 4864, 5120], 271_527_168),
-    "450M": ((1536, 20, 64), runs((3, 12), (7, 16), (6, 20), (4, 24)),
-             [768, 1024, 1280, 1536, 1792, 2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096, 4352, 4608, 5120, 5376, 5632, 5888, 6144], 457_179_136),
-    "1.1B": ((2048, 28, 64), runs((3, 16), (7, 20), (8, 24), (6, 28), (4, 32)),
-             [1024, 1280, 1536, 1792, 2048, 2304, 2560, 2816, 3072, 3328, 3584, 3840, 4096, 4608, 4608, 5120, 5376, 5632, 5888, 6144, 6400, 6656,
-              6912, 7168, 7424, 7680, 7936, 8192], 1_079_891_456),
-    "3B": ((3072, 36, 128), runs((4, 12), (14, 16), (12, 20), (6, 24)),
-           [1536, 1792, 2048, 2560, 2816, 3072, 3328, 3584, 4096, 4352, 4608, 4864, 5120, 5632, 5888, 6144, 6400, 6656, 7168, 7424, 7680, 7936,
-            8192, 8704, 8960, 9216, 9472, 9728, 10240, 10496, 10752, 11008, 11264, 11776, 12032, 12288], 3_036_647_424),
+    "270M": (
+        (1280, 16, 64),
+        runs((5, 12), (7, 16), (4, 20)),
+        [768, 1024, 1280, 1536, 1792, 2048, 2560, 2816, 3072, 3328, 3584, 3840, 4352, 4608, 4864, 5120],
+        271_527_168,
+    ),
+    "450M": (
+        (1536, 20, 64),
+        runs((3, 12), (7, 16), (6, 20), (4, 24)),
+        [
+            768,
+            1024,
+            1280,
+            1536,
+            1792,
+            2304,
+            2560,
+            2816,
+            3072,
+            3328,
+            3584,
+            3840,
+            4096,
+            4352,
+            4608,
+            5120,
+            5376,
+            5632,
+            5888,
+            6144,
+        ],
+        457_179_136,
+    ),
+    "1.1B": (
+        (2048, 28, 64),
+        runs((3, 16), (7, 20), (8, 24), (6, 28), (4, 32)),
+        [
+            1024,
+            1280,
+            1536,
+            1792,
+            2048,
+            2304,
+            2560,
+            2816,
+            3072,
+            3328,
+            3584,
+            3840,
+            4096,
+            4608,
+            4608,
+            5120,
+            5376,
+            5632,
+            5888,
+            6144,
+            6400,
+            6656,
+            6912,
+            7168,
+            7424,
+            7680,
+            7936,
+            8192,
+        ],
+        1_079_891_456,
+    ),
+    "3B": (
+        (3072, 36, 128),
+        runs((4, 12), (14, 16), (12, 20), (6, 24)),
+        [
+            1536,
+            1792,
+            2048,
+            2560,
+            2816,
+            3072,
+            3328,
+            3584,
+            4096,
+            4352,
+            4608,
+            4864,
+            5120,
+            5632,
+            5888,
+            6144,
+            6400,
+            6656,
+            7168,
+            7424,
+            7680,
+            7936,
+            8192,
+            8704,
+            8960,
+            9216,
+            9472,
+            9728,
+            10240,
+            10496,
+            10752,
+            11008,
+            11264,
+            11776,
+            12032,
+            12288,
+        ],
+        3_036_647_424,
+    ),
 }
 
 
@@ -63,10 +174,18 @@ def test_layers_scale_as_published(name):
         query, shared = heads * head, heads // 4 * head
         shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
         assert shapes == {
-            "attention.q_proj.weight": (query, width), "attention.k_proj.weight": (shared, width), "attention.v_proj.weight": (shared, width),
-            "attention.o_proj.weight": (width, query), "attention.q_norm.weight": (head,), "attention.k_norm.weight": (head,),
-            "ffn.gate_proj.weight": (ffn, width), "ffn.up_proj.weight": (ffn, width), "ffn.down_proj.weight": (width, ffn),
-            "attention_norm.weight": (width,), "ffn_norm.weight": (width,)}
+            "attention.q_proj.weight": (query, width),
+            "attention.k_proj.weight": (shared, width),
+            "attention.v_proj.weight": (shared, width),
+            "attention.o_proj.weight": (width, query),
+            "attention.q_norm.weight": (head,),
+            "attention.k_norm.weight": (head,),
+            "ffn.gate_proj.weight": (ffn, width),
+            "ffn.up_proj.weight": (ffn, width),
+            "ffn.down_proj.weight": (width, ffn),
+            "attention_norm.weight": (width,),
+            "ffn_norm.weight": (width,),
+        }
         counted += 2 * (query + shared) * width + 3 * ffn * width + 2 * head + 2 * width
     assert sum(parameter.numel() for parameter in model.parameters()) == counted == parameters
 
@@ -89,7 +208,9 @@ def attention(weights, prefix, inputs, head_dim):
     heads, shared = (len(weights[f"{prefix}.{name}_proj.weight"]) // head_dim for name in ("q", "k"))
     keys, values, outputs = [], [], []
     for place, x in enumerate(inputs):
-        query, key, value = ((weights[f"{prefix}.{name}_proj.weight"] @ x).reshape(-1, head_dim) for name in ("q", "k", "v"))
+        query, key, value = (
+            (weights[f"{prefix}.{name}_proj.weight"] @ x).reshape(-1, head_dim) for name in ("q", "k", "v")
+        )
         keys.append([rotate(norm(key[head], weights[f"{prefix}.k_norm.weight"]), place) for head in range(shared)])
         values.append(value)
         joined = []
@@ -104,7 +225,9 @@ def attention(weights, prefix, inputs, head_dim):
 
 def feed_forward(weights, prefix, x):
     gate = weights[f"{prefix}.gate_proj.weight"] @ x
-    return weights[f"{prefix}.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * (weights[f"{prefix}.up_proj.weight"] @ x))
+    return weights[f"{prefix}.down_proj.weight"] @ (
+        gate / (1 + np.exp(-gate)) * (weights[f"{prefix}.up_proj.weight"] @ x)
+    )
 
 
 def logits_in_loops(model, tokens):
@@ -114,8 +237,15 @@ def logits_in_loops(model, tokens):
     for layer in range(model.config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         normed = [norm(x, weights[f"{prefix}.attention_norm.weight"]) for x in states]
-        states = [x + y for x, y in zip(states, attention(weights, f"{prefix}.attention", normed, model.config.head_dim), strict=True)]
-        states = [x + feed_forward(weights, f"{prefix}.ffn", norm(x, weights[f"{prefix}.ffn_norm.weight"])) for x in states]
+        states = [
+            x + y
+            for x, y in zip(
+                states, attention(weights, f"{prefix}.attention", normed, model.config.head_dim), strict=True
+            )
+        ]
+        states = [
+            x + feed_forward(weights, f"{prefix}.ffn", norm(x, weights[f"{prefix}.ffn_norm.weight"])) for x in states
+        ]
     return np.stack([weights["model.embed_tokens.weight"] @ norm(x, weights["model.norm.weight"]) for x in states])
 
 
@@ -125,7 +255,9 @@ def test_logits_equal_a_forward_pass_in_loops(model, kernel):
     tokens = torch.randint(3, 61, (17,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model.double()(tokens[None]).logits[0]
-    np.testing.assert_allclose(logits, logits_in_loops(model, tokens.tolist()), rtol=1e-5, atol=1e-4)  # norms and angles are of fp32
+    np.testing.assert_allclose(
+        logits, logits_in_loops(model, tokens.tolist()), rtol=1e-5, atol=1e-4
+    )  # norms and angles are of fp32
     assert len({layer.attention.q_proj.out_features for layer in model.model.layers}) > 1
 
 
@@ -176,18 +308,30 @@ def test_initialisation_is_that_of_corenet():
             assert (parameter == 1).all(), name
         else:
             added = name.endswith(("o_proj.weight", "down_proj.weight"))
-            assert parameter.std().item() == pytest.approx(width**-0.5 * ((2 * layers) ** -0.5 if added else 1), rel=0.02), name
+            assert parameter.std().item() == pytest.approx(
+                width**-0.5 * ((2 * layers) ** -0.5 if added else 1), rel=0.02
+            ), name
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_saved_model_loads_where_only_this_module_was_imported(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors"), "tied"
-    program = ("import sys, torch, pretrain.models.openelm; from transformers import AutoModelForCausalLM; "
-               "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
-               "torch.save(model(torch.arange(3, 20)[None]).logits.detach(), sys.argv[2])")
-    subprocess.run([sys.executable, "-c", program, str(tmp_path), str(tmp_path / "logits.pt")], cwd=ROOT, env=environment(), check=True)
+    program = (
+        "import sys, torch, pretrain.models.openelm; from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "torch.save(model(torch.arange(3, 20)[None]).logits.detach(), sys.argv[2])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "logits.pt")],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+    )
     with torch.no_grad():
         expected = model(torch.arange(3, 20)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")(torch.arange(3, 20)[None]).logits, expected)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")(torch.arange(3, 20)[None]).logits,
+        expected,
+    )

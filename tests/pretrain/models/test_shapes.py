@@ -51,8 +51,14 @@ def test_a_shape_has_the_published_rotary_embedding(name):
     rope = read(name)["rope_parameters"]
     assert rope["rope_theta"] == THETA[family_of(name)]
     if family_of(name) == "llama":  # Llama 3.1 stretches low frequencies by 8, Llama 3.2 by 32
-        assert rope == {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0 if name == "llama_8b" else 32.0, "low_freq_factor": 1.0,
-                        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        assert rope == {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0 if name == "llama_8b" else 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
@@ -67,44 +73,86 @@ def test_every_family_has_a_tiny_shape():
     assert {family_of(path.stem) for path in FOLDER.glob("*_tiny.yaml")} == set(get_args(Family))
 
 
-@pytest.mark.parametrize(("family", "changes", "message"), [
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is one of default, linear, llama3, yarn, not dynamic"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "llama cannot be built so"),
-    ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
-    ("gemma2", {"hidden_activation": "nonsense"}, "transformers knows no hidden_activation 'nonsense'"),
-    ("gemma2", {"sliding_window": None}, "sliding_window must be positive"),
-    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types are full_attention and sliding_attention, not chunked"),
-    ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 cannot be built so"),
-    ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the one that it predicts"),
-    ("olmo2", {"intermediate": 3}, "olmo2 has no option 'intermediate'"),
-    ("openelm", {"num_attention_heads": 4}, "openelm has no option 'num_attention_heads'"),
-    ("openelm", {"initializer_range": 0.1}, "openelm has no option 'initializer_range'"),
-    ("openelm", {"qkv_multipliers": [0.5]}, "qkv_multipliers must be two positive numbers"),
-    ("openelm", {"head_dim": 7}, "openelm cannot be built so"),
-    ("openelm", {"vocab_size": 7}, "vocab_size comes from the tokenizer"),
-])
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type is one of default, linear, llama3, yarn, not dynamic",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "llama cannot be built so"),
+        ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ("gemma2", {"hidden_activation": "nonsense"}, "transformers knows no hidden_activation 'nonsense'"),
+        ("gemma2", {"sliding_window": None}, "sliding_window must be positive"),
+        (
+            "gemma2",
+            {"layer_types": ["chunked_attention", "full_attention"]},
+            "layer_types are full_attention and sliding_attention, not chunked",
+        ),
+        ("gemma2", {"layer_types": ["full_attention"]}, "gemma2 cannot be built so"),
+        ("gemma2", {"use_bidirectional_attention": True}, "lets a token see the one that it predicts"),
+        ("olmo2", {"intermediate": 3}, "olmo2 has no option 'intermediate'"),
+        ("openelm", {"num_attention_heads": 4}, "openelm has no option 'num_attention_heads'"),
+        ("openelm", {"initializer_range": 0.1}, "openelm has no option 'initializer_range'"),
+        ("openelm", {"qkv_multipliers": [0.5]}, "qkv_multipliers must be two positive numbers"),
+        ("openelm", {"head_dim": 7}, "openelm cannot be built so"),
+        ("openelm", {"vocab_size": 7}, "vocab_size comes from the tokenizer"),
+    ],
+)
 def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
     with pytest.raises(UserError, match=message):
         build_model_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
 
 
-@pytest.mark.parametrize(("family", "changes", "message"), [
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "config.json: rope_type is one of default, linear"),
-    ("openelm", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "config.json: rope_type is one of default, linear"),
-    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_type is one of default, linear"),
-    ("llama", {"num_key_value_heads": 3}, "config.json: num_attention_heads .* must be a multiple of num_key_value_heads"),
-    ("llama", {"attention_dropout": 1.5}, "config.json: attention_dropout is a share below 1"),
-    ("llama", {"num_hidden_layers": "two"}, "cannot load "),
-    ("gemma2", {"sliding_window": None}, "config.json: gemma2 has layers of sliding attention: sliding_window must be positive"),
-    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, "config.json: layer_types are full_attention and sliding_attention"),
-    ("gemma2", {"use_bidirectional_attention": True}, "config.json: use_bidirectional_attention"),
-    ("gemma2", {"hidden_activation": "nonsense"}, "config.json: transformers knows no hidden_activation"),
-    ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
-])
-def test_a_folder_to_start_from_is_refused_for_what_a_shape_is_refused_for(family, changes, message, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "config.json: rope_type is one of default, linear",
+        ),
+        (
+            "openelm",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "config.json: rope_type is one of default, linear",
+        ),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "config.json: rope_type is one of default, linear",
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 3},
+            "config.json: num_attention_heads .* must be a multiple of num_key_value_heads",
+        ),
+        ("llama", {"attention_dropout": 1.5}, "config.json: attention_dropout is a share below 1"),
+        ("llama", {"num_hidden_layers": "two"}, "cannot load "),
+        (
+            "gemma2",
+            {"sliding_window": None},
+            "config.json: gemma2 has layers of sliding attention: sliding_window must be positive",
+        ),
+        (
+            "gemma2",
+            {"layer_types": ["chunked_attention", "full_attention"]},
+            "config.json: layer_types are full_attention and sliding_attention",
+        ),
+        ("gemma2", {"use_bidirectional_attention": True}, "config.json: use_bidirectional_attention"),
+        ("gemma2", {"hidden_activation": "nonsense"}, "config.json: transformers knows no hidden_activation"),
+        ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
+    ],
+)
+def test_a_folder_to_start_from_is_refused_for_what_a_shape_is_refused_for(
+    family, changes, message, tokenizer, tmp_path
+):
     build_model_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
     pretrained_config(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None or key == "sliding_window"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in values.items() if value is not None or key == "sliding_window"})
+    )
     with pytest.raises(UserError, match=f"^model.init_from: .*{message}"):
         pretrained_config(tmp_path)

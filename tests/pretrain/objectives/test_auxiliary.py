@@ -28,13 +28,22 @@ def test_objectives_are_found_by_the_names_of_their_files():
     assert set(objective_configs()) >= {"next_token", "llm_jepa", "semantic_tube"}
 
 
-@pytest.mark.parametrize("overrides, terms", [
-    (["objective.name=next_token"], {"lm": 1.0}),
-    (["objective.distance=cosine", "objective.weight=2"], {"lm": 1.0, "jepa": 2.0}),
-    (["objective={name: semantic_tube, weight: 0.02}"], {"lm": 1.0, "jepa": 0.02}),
-    (["objective={name: semantic_tube, weight: 0.02, regularizers: [{name: vicreg, weight: 2}]}"], {"lm": 1.0, "jepa": 0.02, "vicreg": 2.0}),
-    (["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"], {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2}),
-])
+@pytest.mark.parametrize(
+    "overrides, terms",
+    [
+        (["objective.name=next_token"], {"lm": 1.0}),
+        (["objective.distance=cosine", "objective.weight=2"], {"lm": 1.0, "jepa": 2.0}),
+        (["objective={name: semantic_tube, weight: 0.02}"], {"lm": 1.0, "jepa": 0.02}),
+        (
+            ["objective={name: semantic_tube, weight: 0.02, regularizers: [{name: vicreg, weight: 2}]}"],
+            {"lm": 1.0, "jepa": 0.02, "vicreg": 2.0},
+        ),
+        (
+            ["objective.regularizers=[{name: sigreg, weight: 0.1}, {name: vicreg, weight: 0.2}]"],
+            {"lm": 1.0, "jepa": 0.1, "sigreg": 0.1, "vicreg": 0.2},
+        ),
+    ],
+)
 def test_a_configuration_builds_its_objective(overrides, terms):
     objective = build_objective(load_config(DEMO, overrides).objective)
     assert objective.weights == terms
@@ -47,37 +56,82 @@ def test_a_configuration_builds_its_objective(overrides, terms):
 REGULARIZED = "regularizers: [{name: vicreg, weight: 1}]"
 
 
-@pytest.mark.parametrize(("settings", "kind", "pairing", "spans"), [
-    ("name: next_token", "joint", None, None), ("name: next_token, layout: independent", "independent", None, None),
-    ("name: llm_jepa", "joint", Pairing(1), None),
-    ("name: llm_jepa, predictor_tokens: 3, predictor_placement: prepend, direction: both", "joint", Pairing(3, "prepend", "both"), None),
-    ("name: semantic_tube", "joint", None, "three_points"),
-    (f"name: semantic_tube, layout: independent, form: sub_span, {REGULARIZED}", "independent", Pairing(0), "sub_span")])
+@pytest.mark.parametrize(
+    ("settings", "kind", "pairing", "spans"),
+    [
+        ("name: next_token", "joint", None, None),
+        ("name: next_token, layout: independent", "independent", None, None),
+        ("name: llm_jepa", "joint", Pairing(1), None),
+        (
+            "name: llm_jepa, predictor_tokens: 3, predictor_placement: prepend, direction: both",
+            "joint",
+            Pairing(3, "prepend", "both"),
+            None,
+        ),
+        ("name: semantic_tube", "joint", None, "three_points"),
+        (
+            f"name: semantic_tube, layout: independent, form: sub_span, {REGULARIZED}",
+            "independent",
+            Pairing(0),
+            "sub_span",
+        ),
+    ],
+)
 def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pairing, spans, specials):
     config = load_config(DEMO, [f"objective={{{settings}}}"]).objective
     for views in (1, 2, 3):
         for lm_views, train_end_token in (("all", True), ("last", False)):
             same = {"views": views, "spans": spans, "lm_views": lm_views, "train_end_token": train_end_token}
-            assert config.make_layout(specials, views, lm_views, train_end_token) == make_layout(kind, specials, pairing=pairing, **same)
+            assert config.make_layout(specials, views, lm_views, train_end_token) == make_layout(
+                kind, specials, pairing=pairing, **same
+            )
             read_out = pairing or (Pairing() if views > 1 else None)
             validating = config.make_layout(specials, views, lm_views, train_end_token, validating=True)
             assert validating == make_layout(kind, specials, pairing=read_out, **same)
     assert config.make_layout(specials, 2, "all") == make_layout(kind, specials, pairing=pairing, spans=spans)
 
 
-@pytest.mark.parametrize("overrides, expected", [
-    (["objective.name=llm_jepo"], "objective.name: 'llm_jepo' is none of "),
-    (["objective={name: semantic_tube, distance: l2}"], "objective.distance has no effect with semantic_tube: leave it out"),
-    (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
-    (["objective.distance=l2", "objective.temperature=0.1"], "objective: temperature acts on distance info_nce only; leave it out"),
-    (["objective.predictor_tokens=0", "objective.predictor_placement=prepend"], "objective: predictor_placement acts on predictor tokens"),
-    (["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"], "objective: direction acts with predictor tokens, info_nce or"),
-    (["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"], "objective.regularizers.0.projections has no effect with vicreg"),
-    (["objective.regularizers=[{name: vicreg, weight: 1}, {name: vicreg, weight: 2}]"], "objective.regularizers: a regularizer is named twice"),
-    (["objective.weight_schedule=[[0.5, 1], [0.2, 0]]"], "objective.weight_schedule: give points (fraction, factor) with rising fractions"),
-    (["objective.weight=.inf"], "objective.weight: "), (["objective.weight_schedule=[[0, .nan], [1, 1]]"], "objective.weight_schedule.0.1: "),
-    (["objective.weight_schedule=[[0, 0], [1, 0]]"], "objective.weight_schedule: factors are not negative, and one at least is above 0"),
-])
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["objective.name=llm_jepo"], "objective.name: 'llm_jepo' is none of "),
+        (
+            ["objective={name: semantic_tube, distance: l2}"],
+            "objective.distance has no effect with semantic_tube: leave it out",
+        ),
+        (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
+        (
+            ["objective.distance=l2", "objective.temperature=0.1"],
+            "objective: temperature acts on distance info_nce only; leave it out",
+        ),
+        (
+            ["objective.predictor_tokens=0", "objective.predictor_placement=prepend"],
+            "objective: predictor_placement acts on predictor tokens",
+        ),
+        (
+            ["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"],
+            "objective: direction acts with predictor tokens, info_nce or",
+        ),
+        (
+            ["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"],
+            "objective.regularizers.0.projections has no effect with vicreg",
+        ),
+        (
+            ["objective.regularizers=[{name: vicreg, weight: 1}, {name: vicreg, weight: 2}]"],
+            "objective.regularizers: a regularizer is named twice",
+        ),
+        (
+            ["objective.weight_schedule=[[0.5, 1], [0.2, 0]]"],
+            "objective.weight_schedule: give points (fraction, factor) with rising fractions",
+        ),
+        (["objective.weight=.inf"], "objective.weight: "),
+        (["objective.weight_schedule=[[0, .nan], [1, 1]]"], "objective.weight_schedule.0.1: "),
+        (
+            ["objective.weight_schedule=[[0, 0], [1, 0]]"],
+            "objective.weight_schedule: factors are not negative, and one at least is above 0",
+        ),
+    ],
+)
 def test_what_cannot_act_is_an_error(overrides, expected):
     with pytest.raises(UserError) as raised:
         load_config(DEMO, overrides)
@@ -95,7 +149,11 @@ def test_the_weight_follows_its_broken_line():
     config = load_config(DEMO, ["objective.weight_schedule=[[0.1, 0], [0.2, 1], [0.6, 1], [0.8, 0.25]]"]).objective
     places = {0.0: 0, 0.1: 0, 0.15: 0.5, 0.2: 1, 0.4: 1, 0.7: 0.625, 0.8: 0.25, 1.0: 0.25}
     assert {fraction: pytest.approx(config.factor(fraction)) for fraction in places} == places
-    assert load_config(DEMO).objective.factor(0.3) == load_config(DEMO, ["objective.name=next_token"]).objective.factor(0.3) == 1
+    assert (
+        load_config(DEMO).objective.factor(0.3)
+        == load_config(DEMO, ["objective.name=next_token"]).objective.factor(0.3)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 15])
@@ -116,7 +174,7 @@ def test_sigreg_is_the_trapezoidal_rule_at_seventeen_points(count):
     points = torch.linspace(0, 3, 17, dtype=torch.float64)
     statistics = []
     for projected in (embeddings[:count] @ directions.double()).T:
-        phi, normal = torch.exp(1j * points[:, None] * projected).mean(dim=1), torch.exp(-points**2 / 2)
+        phi, normal = torch.exp(1j * points[:, None] * projected).mean(dim=1), torch.exp(-(points**2) / 2)
         statistics.append(count * 2 * torch.trapezoid((phi - normal).abs() ** 2 * normal, points).item())
     assert sigreg(embeddings.float(), valid, 4, torch.tensor(5)).item() == pytest.approx(sum(statistics) / 4, rel=1e-4)
 
@@ -130,7 +188,7 @@ def test_sigreg_equals_the_epps_pulley_integral_along_its_directions():
     statistics = []
     for projected in (embeddings[:33] @ directions).T:
         phi = torch.exp(1j * points[:, None] * projected).mean(dim=1)
-        window = torch.exp(-points**2 / 2)
+        window = torch.exp(-(points**2) / 2)
         statistics.append(33 * torch.trapezoid((phi - window).abs() ** 2 * window, points))
     assert sigreg(embeddings, valid, 8, torch.tensor(9)).item() == pytest.approx(sum(statistics).item() / 8, rel=0.02)
 
@@ -139,7 +197,9 @@ def test_sigreg_tells_a_normal_cloud_from_a_collapsed_one():
     generator, valid = torch.Generator().manual_seed(0), torch.ones(500, dtype=torch.bool)
     normal = torch.randn(500, 16, generator=generator)
     line = torch.outer(normal[:, 0], torch.ones(16) / 4)
-    values = [sigreg(cloud, valid, 64, torch.tensor(1)).item() for cloud in (normal, line, torch.zeros(500, 16), normal + 2)]
+    values = [
+        sigreg(cloud, valid, 64, torch.tensor(1)).item() for cloud in (normal, line, torch.zeros(500, 16), normal + 2)
+    ]
     assert values[0] < 2 < 10 * values[0] < min(values[1:])
 
 
@@ -157,24 +217,43 @@ def test_the_coding_rate_gap_is_that_of_the_definition(count, width):
     gap = coding_rate_gap(embeddings.float(), valid, 0.1).item()
     bound = min(count, width) * math.log1p(width / (min(count, width) * 0.1)) / 2
     assert gap == pytest.approx((bound - rate(unit).item()) / count, rel=1e-4)
-    assert not even or coding_rate_gap(evenly.float(), torch.ones(count, dtype=torch.bool), 0.1).item() == pytest.approx(0, abs=1e-6)
+    assert not even or coding_rate_gap(
+        evenly.float(), torch.ones(count, dtype=torch.bool), 0.1
+    ).item() == pytest.approx(0, abs=1e-6)
     assert coding_rate_gap(torch.ones(count, width), torch.ones(count, dtype=torch.bool), 0.1).item() > gap > 0
 
 
-@pytest.mark.parametrize("regularizer", [lambda pool, valid: vicreg(pool, valid, 0.04), lambda pool, valid: sigreg(pool, valid, 4, torch.tensor(0)),
-                                         lambda pool, valid: coding_rate_gap(pool, valid, 0.05)], ids=["vicreg", "sigreg", "coding_rate"])
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        lambda pool, valid: vicreg(pool, valid, 0.04),
+        lambda pool, valid: sigreg(pool, valid, 4, torch.tensor(0)),
+        lambda pool, valid: coding_rate_gap(pool, valid, 0.05),
+    ],
+    ids=["vicreg", "sigreg", "coding_rate"],
+)
 @pytest.mark.parametrize("valid", [0, 1])
 def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid, request):
     embeddings = torch.randn(3, 4, requires_grad=True)
     value = regularizer(embeddings, torch.arange(3) < valid)
     value.backward()
     assert embeddings.grad.isfinite().all()
-    if "sigreg" not in request.node.name:  # the loss is multiplied by the number of pairs, and one embedding has no spread to miss
+    if (
+        "sigreg" not in request.node.name
+    ):  # the loss is multiplied by the number of pairs, and one embedding has no spread to miss
         assert valid * value.item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("joint", "three_points"), ("joint", "sub_span"), ("joint", "views"),
-                                            ("independent", "three_points"), ("independent", "sub_span")])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("joint", "three_points"),
+        ("joint", "sub_span"),
+        ("joint", "views"),
+        ("independent", "three_points"),
+        ("independent", "sub_span"),
+    ],
+)
 def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, form, corpus, specials, make_model):
     model, layout = make_model(0), make_layout(kind, specials, spans=form)
     rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
@@ -194,10 +273,18 @@ def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, f
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7
 
 
-@pytest.mark.parametrize("objective", [
-    "{name: next_token}", *(f"{{name: llm_jepa, distance: {distance}, direction: both}}" for distance in ("cosine", "l2", "mse", "info_nce")),
-    "{name: semantic_tube, form: sub_span}",
-    "{name: llm_jepa, regularizers: [{name: vicreg, weight: 1}, {name: sigreg, weight: 1}, {name: coding_rate, weight: 1}]}"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: next_token}",
+        *(
+            f"{{name: llm_jepa, distance: {distance}, direction: both}}"
+            for distance in ("cosine", "l2", "mse", "info_nce")
+        ),
+        "{name: semantic_tube, form: sub_span}",
+        "{name: llm_jepa, regularizers: [{name: vicreg, weight: 1}, {name: sigreg, weight: 1}, {name: coding_rate, weight: 1}]}",
+    ],
+)
 def test_no_value_is_fetched_from_the_device(objective, corpus, specials):
     """On the meta device there is none to fetch: `.item()`, `.tolist()`, `.cpu()`, `.numpy()` and boolean indexing all fail."""
     config = load_config(DEMO, [f"objective={objective}"]).objective

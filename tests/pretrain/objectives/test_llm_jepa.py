@@ -21,7 +21,9 @@ DIRECTIONS = [FORWARD, FORWARD, BACKWARD, FORWARD, FORWARD, BACKWARD, BACKWARD, 
 
 
 def built(settings: str) -> LlmJepa:
-    return build_objective(load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"]).objective)
+    return build_objective(
+        load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"]).objective
+    )
 
 
 def negative_log(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -35,9 +37,20 @@ def batch() -> Batch:
     pad = [0] * PADDING
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(
-        none, none, none, label_index=places[:7], label_ids=torch.arange(7), prediction_index=torch.cat([places[7:16], torch.tensor(pad)]),
-        target_index=torch.cat([places[16:25], torch.tensor(pad)]), pair_target_hash=torch.tensor(KEYS + pad), pair_record=torch.tensor(RECORDS + pad),
-        pair_direction=torch.tensor(DIRECTIONS + pad), pair_valid=torch.arange(PAIRS + PADDING) < PAIRS, span_index=none, seed=torch.tensor(3))
+        none,
+        none,
+        none,
+        label_index=places[:7],
+        label_ids=torch.arange(7),
+        prediction_index=torch.cat([places[7:16], torch.tensor(pad)]),
+        target_index=torch.cat([places[16:25], torch.tensor(pad)]),
+        pair_target_hash=torch.tensor(KEYS + pad),
+        pair_record=torch.tensor(RECORDS + pad),
+        pair_direction=torch.tensor(DIRECTIONS + pad),
+        pair_valid=torch.arange(PAIRS + PADDING) < PAIRS,
+        span_index=none,
+        seed=torch.tensor(3),
+    )
 
 
 @pytest.fixture
@@ -46,30 +59,69 @@ def hidden() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
-@pytest.mark.parametrize(("settings", "distance", "temperature"), [
-    ("distance: cosine", "cosine", 0.0), ("distance: l2", "l2", 0.0), ("distance: mse", "mse", 0.0), ("distance: info_nce", "info_nce", 0.07),
-    ("distance: info_nce, temperature: 0.5", "info_nce", 0.5)])
-def test_each_distance_and_its_gradient_equal_the_reference(settings, distance, temperature, stop_gradient, batch, hidden):
+@pytest.mark.parametrize(
+    ("settings", "distance", "temperature"),
+    [
+        ("distance: cosine", "cosine", 0.0),
+        ("distance: l2", "l2", 0.0),
+        ("distance: mse", "mse", 0.0),
+        ("distance: info_nce", "info_nce", 0.07),
+        ("distance: info_nce, temperature: 0.5", "info_nce", 0.5),
+    ],
+)
+def test_each_distance_and_its_gradient_equal_the_reference(
+    settings, distance, temperature, stop_gradient, batch, hidden
+):
     terms = built(f"{settings}, stop_gradient: {str(stop_gradient).lower()}")(hidden, batch, negative_log, ALONE).terms
     reference = Reference(None, None, Ids(0, 0, 0), "joint", distance=distance, temperature=temperature)
     pairs = []
     for place in range(PAIRS):
         prediction, target = hidden[batch.prediction_index[place]], hidden[batch.target_index[place]]
-        pairs.append(Pair(prediction, target.detach() if stop_gradient else target, [KEYS[place]], RECORDS[place], DIRECTIONS[place] == FORWARD))
+        pairs.append(
+            Pair(
+                prediction,
+                target.detach() if stop_gradient else target,
+                [KEYS[place]],
+                RECORDS[place],
+                DIRECTIONS[place] == FORWARD,
+            )
+        )
     expected = sum(reference.distances(pairs))
     torch.testing.assert_close(terms["jepa"], expected)
     torch.testing.assert_close(torch.autograd.grad(terms["jepa"], hidden), torch.autograd.grad(expected, hidden))
-    lm = sum(hidden[place].square().sum() * (1 + label) for place, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True))
+    lm = sum(
+        hidden[place].square().sum() * (1 + label)
+        for place, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)
+    )
     torch.testing.assert_close(terms["lm"], lm)
 
 
-@pytest.mark.parametrize(("settings", "loss"), [
-    ("{name: vicreg, weight: 2}", lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.04)),
-    ("{name: vicreg, weight: 2, covariance: 0.5}", lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.5)),
-    ("{name: sigreg, weight: 2}", lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 256, torch.tensor(3))),
-    ("{name: sigreg, weight: 2, projections: 5}", lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 5, torch.tensor(3))),
-    ("{name: coding_rate, weight: 2}", lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.05)),
-    ("{name: coding_rate, weight: 2, precision: 0.2}", lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.2))])
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ("{name: vicreg, weight: 2}", lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.04)),
+        (
+            "{name: vicreg, weight: 2, covariance: 0.5}",
+            lambda cloud: vicreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.5),
+        ),
+        (
+            "{name: sigreg, weight: 2}",
+            lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 256, torch.tensor(3)),
+        ),
+        (
+            "{name: sigreg, weight: 2, projections: 5}",
+            lambda cloud: sigreg(cloud, torch.ones(PAIRS, dtype=torch.bool), 5, torch.tensor(3)),
+        ),
+        (
+            "{name: coding_rate, weight: 2}",
+            lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.05),
+        ),
+        (
+            "{name: coding_rate, weight: 2, precision: 0.2}",
+            lambda cloud: coding_rate_gap(cloud, torch.ones(PAIRS, dtype=torch.bool), 0.2),
+        ),
+    ],
+)
 def test_a_regularizer_acts_on_predictions_and_targets_apart(settings, loss, batch, hidden):
     objective = built(f"weight: 3, regularizers: [{settings}]")
     name = settings.split(":")[1].split(",")[0].strip()
@@ -82,12 +134,20 @@ def test_a_regularizer_acts_on_predictions_and_targets_apart(settings, loss, bat
     torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
 
 
-@pytest.mark.parametrize(("settings", "always"), [("distance: cosine", False), ("distance: info_nce", True),
-                                                  ("regularizers: [{name: coding_rate, weight: 1}]", True)])
+@pytest.mark.parametrize(
+    ("settings", "always"),
+    [
+        ("distance: cosine", False),
+        ("distance: info_nce", True),
+        ("regularizers: [{name: coding_rate, weight: 1}]", True),
+    ],
+)
 def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, always, batch, hidden):
     objective = built(settings)
     assert (objective(hidden, batch, negative_log, ALONE).pool is not None) == always
     pool = objective(hidden, batch, negative_log, ALONE, with_pool=True).pool
-    assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(pool.target, hidden[batch.target_index])
+    assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(
+        pool.target, hidden[batch.target_index]
+    )
     assert pool.key.tolist() == batch.pair_target_hash.tolist() and pool.record.tolist() == batch.pair_record.tolist()
     assert pool.direction.tolist() == batch.pair_direction.tolist() and torch.equal(pool.valid, batch.pair_valid)

@@ -8,10 +8,19 @@ from pretrain.objectives.monitors import effective_rank, embedding_monitors, has
 from pretrain.objectives.pool import Pool
 
 
-def pool(prediction: torch.Tensor, target: torch.Tensor, key: list[int] | None = None, valid: list[bool] | None = None) -> Pool:
+def pool(
+    prediction: torch.Tensor, target: torch.Tensor, key: list[int] | None = None, valid: list[bool] | None = None
+) -> Pool:
     size = len(prediction)
-    return Pool(prediction, target, torch.tensor(key or list(range(size))), torch.arange(size), torch.zeros(size, dtype=torch.int64),
-                torch.tensor(valid or [True] * size), slice(0, size))
+    return Pool(
+        prediction,
+        target,
+        torch.tensor(key or list(range(size))),
+        torch.arange(size),
+        torch.zeros(size, dtype=torch.int64),
+        torch.tensor(valid or [True] * size),
+        slice(0, size),
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 32])
@@ -56,7 +65,9 @@ def test_the_effective_rank_looks_at_the_first_pairs_alone(monkeypatch):
 def test_cosines_of_pairs_and_of_strangers():
     monitors = embedding_monitors(pool(torch.eye(3), torch.eye(3)))
     assert monitors["paired_cosine"] == 1 and monitors["shuffled_cosine"] == 0 and monitors["retrieval_at_1"] == 1
-    with_equal = embedding_monitors(pool(torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]]), key=[1, 1, 2]))
+    with_equal = embedding_monitors(
+        pool(torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]]), key=[1, 1, 2])
+    )
     assert with_equal["shuffled_cosine"] == 0, "equal targets are no strangers"
 
 
@@ -69,8 +80,14 @@ def test_a_rate_is_the_count_over_the_pairs():
 def test_padding_is_left_out():
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
-    padded = embedding_monitors(pool(torch.cat([prediction, torch.full((3, 4), 1e6)]), torch.cat([target, torch.full((3, 4), 1e6)]),
-                                     list(range(6)) + [0] * 3, [True] * 6 + [False] * 3))
+    padded = embedding_monitors(
+        pool(
+            torch.cat([prediction, torch.full((3, 4), 1e6)]),
+            torch.cat([target, torch.full((3, 4), 1e6)]),
+            list(range(6)) + [0] * 3,
+            [True] * 6 + [False] * 3,
+        )
+    )
     assert padded == pytest.approx(embedding_monitors(pool(prediction, target)))
 
 
@@ -88,7 +105,9 @@ def test_collapse_is_seen_where_the_loss_looks_like_success():
 
 def test_untrained_embeddings_that_point_everywhere_are_not_collapsed():
     generator = torch.Generator().manual_seed(0)
-    assert not has_collapsed(embedding_monitors(pool(torch.randn(100, 16, generator=generator), torch.randn(100, 16, generator=generator))))
+    assert not has_collapsed(
+        embedding_monitors(pool(torch.randn(100, 16, generator=generator), torch.randn(100, 16, generator=generator)))
+    )
 
 
 def test_too_few_pairs_give_no_verdict():
@@ -111,13 +130,22 @@ def test_equal_embeddings_find_no_partner():
 
 def test_a_collapse_to_a_few_directions_is_told_too():
     """A prototype's cosine with a variance hinge: pairs at 0.999, strangers at 0.002, and a retrieval of 0.006."""
-    assert has_collapsed({"paired_cosine": 0.999, "shuffled_cosine": 0.002, "retrieval_at_1": 0.006, "effective_rank": 4.5})
-    assert not has_collapsed({"paired_cosine": 0.979, "shuffled_cosine": 0.003, "retrieval_at_1": 1.0, "effective_rank": 184.0})
+    assert has_collapsed(
+        {"paired_cosine": 0.999, "shuffled_cosine": 0.002, "retrieval_at_1": 0.006, "effective_rank": 4.5}
+    )
+    assert not has_collapsed(
+        {"paired_cosine": 0.979, "shuffled_cosine": 0.003, "retrieval_at_1": 1.0, "effective_rank": 184.0}
+    )
 
 
 def test_pairs_hardly_closer_than_strangers_have_collapsed():
     def monitors(paired: float, shuffled: float, retrieval: float = 0.05) -> dict[str, float]:
-        return {"paired_cosine": paired, "shuffled_cosine": shuffled, "retrieval_at_1": retrieval, "effective_rank": 2.0}
+        return {
+            "paired_cosine": paired,
+            "shuffled_cosine": shuffled,
+            "retrieval_at_1": retrieval,
+            "effective_rank": 2.0,
+        }
 
     assert has_collapsed(monitors(0.62, 0.55))
     assert not has_collapsed(monitors(0.62, 0.55, retrieval=0.2))
@@ -132,10 +160,18 @@ def test_the_monitors_equal_loops_over_pairs(size):
     target, key = prediction + 1.2 * noise, [number % 17 for number in range(size)]
     cosines = [[torch.cosine_similarity(one, other, dim=0).item() for other in target] for one in prediction]
     strangers = {(one, other) for one in range(size) for other in range(size) if key[one] != key[other]}
-    hits = [all(cosines[one][one] > cosines[one][other] for other in range(size) if (one, other) in strangers) for one in range(size)]
+    hits = [
+        all(cosines[one][one] > cosines[one][other] for other in range(size) if (one, other) in strangers)
+        for one in range(size)
+    ]
     monitors = embedding_monitors(pool(prediction, target, key))
     assert size < 20 or 0 < sum(hits) < size
-    assert monitors == pytest.approx({
-        "paired_cosine": sum(cosines[one][one] for one in range(size)) / size, "retrieval_at_1": sum(hits) / size,
-        "shuffled_cosine": sum(cosines[one][other] for one, other in strangers) / len(strangers),
-        "effective_rank": min(effective_rank(prediction).item(), effective_rank(target).item())}, rel=1e-5)
+    assert monitors == pytest.approx(
+        {
+            "paired_cosine": sum(cosines[one][one] for one in range(size)) / size,
+            "retrieval_at_1": sum(hits) / size,
+            "shuffled_cosine": sum(cosines[one][other] for one, other in strangers) / len(strangers),
+            "effective_rank": min(effective_rank(prediction).item(), effective_rank(target).item()),
+        },
+        rel=1e-5,
+    )

@@ -65,7 +65,11 @@ def test_a_pool_is_gathered_where_asked_for(batch, make_model):
     model = make_model(1)
     with torch.no_grad():
         hidden = model(batch)
-        for objective, always in ((NextToken(), False), (LlmJepa(1.0, "cosine"), False), (LlmJepa(1.0, "info_nce"), True)):
+        for objective, always in (
+            (NextToken(), False),
+            (LlmJepa(1.0, "cosine"), False),
+            (LlmJepa(1.0, "info_nce"), True),
+        ):
             assert (objective(hidden, batch, model.cross_entropy, ALONE).pool is not None) == always
             pool = objective(hidden, batch, model.cross_entropy, ALONE, with_pool=True).pool
             torch.testing.assert_close(pool.prediction, hidden[batch.prediction_index])
@@ -75,6 +79,8 @@ def test_a_pool_is_gathered_where_asked_for(batch, make_model):
 def test_each_term_is_normalised_by_its_own_global_count():
     terms = {"lm": torch.tensor(6.0), "jepa": torch.tensor(4.0)}
     assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=1).item() == 6 / 12 + 0.5 * 4 / 8
-    assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=4).item() == 4 * (6 / 12 + 0.5 * 4 / 8)
+    assert total_loss(terms, {"lm": 12, "jepa": 8}, {"lm": 1.0, "jepa": 0.5}, ranks=4).item() == 4 * (
+        6 / 12 + 0.5 * 4 / 8
+    )
     assert total_loss(terms, {"lm": 1, "jepa": 2}, {"lm": 1.0, "jepa": 1.0}, ranks=1).item() == 6 + 4 / 2
     assert np.isfinite(total_loss({"lm": torch.tensor(0.0)}, {"lm": 0}, {"lm": 1.0}, ranks=1).item())

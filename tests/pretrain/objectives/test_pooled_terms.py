@@ -19,13 +19,19 @@ KEYS = [1, 2, 3, 1, 5, 6, 2, 8, 9, 10, 1, 12]
 
 
 SEED = torch.tensor(7)
-vicreg_term, sigreg_term, rate_term = build_regularizers([
-    VicregConfig(name="vicreg", weight=1.0),
-    SigregConfig(name="sigreg", weight=1.0, projections=16),
-    CodingRateConfig(name="coding_rate", weight=1.0),
-])
-TERMS = {"info_nce": lambda pool: info_nce_sum(pool, TEMPERATURE), "vicreg": lambda pool: vicreg_term(pool, SEED),
-         "sigreg": lambda pool: sigreg_term(pool, SEED), "coding_rate": lambda pool: rate_term(pool, SEED)}
+vicreg_term, sigreg_term, rate_term = build_regularizers(
+    [
+        VicregConfig(name="vicreg", weight=1.0),
+        SigregConfig(name="sigreg", weight=1.0, projections=16),
+        CodingRateConfig(name="coding_rate", weight=1.0),
+    ]
+)
+TERMS = {
+    "info_nce": lambda pool: info_nce_sum(pool, TEMPERATURE),
+    "vicreg": lambda pool: vicreg_term(pool, SEED),
+    "sigreg": lambda pool: sigreg_term(pool, SEED),
+    "coding_rate": lambda pool: rate_term(pool, SEED),
+}
 
 
 class Share(NamedTuple):
@@ -47,9 +53,15 @@ def shares(ranks: int, padding: int = 0, filling: float = 0.0) -> list[Share]:
     for rank in range(ranks):
         mine = slice(rank * size, (rank + 1) * size)
         pad = torch.full((padding, WIDTH), filling)
-        out.append(Share(torch.cat([prediction[mine], pad]).requires_grad_(), torch.cat([target[mine], pad + 1]).requires_grad_(),
-                         torch.cat([key[mine], torch.zeros(padding, dtype=torch.int64)]),
-                         torch.cat([torch.arange(PAIRS)[mine], torch.zeros(padding, dtype=torch.int64)]), torch.arange(size + padding) < size))
+        out.append(
+            Share(
+                torch.cat([prediction[mine], pad]).requires_grad_(),
+                torch.cat([target[mine], pad + 1]).requires_grad_(),
+                torch.cat([key[mine], torch.zeros(padding, dtype=torch.int64)]),
+                torch.cat([torch.arange(PAIRS)[mine], torch.zeros(padding, dtype=torch.int64)]),
+                torch.arange(size + padding) < size,
+            )
+        )
     return out
 
 
@@ -59,15 +71,35 @@ def pool_of(everyone: list[Share], rank: int) -> Pool:
 
     def packed(share: Share) -> list[torch.Tensor]:
         """The two tensors that a rank sends: embeddings, and what identifies them."""
-        return [torch.cat([share.prediction, share.target], dim=1).detach(),
-                torch.stack([share.key, share.record, torch.zeros_like(share.key), share.valid.long()], dim=1)]
+        return [
+            torch.cat([share.prediction, share.target], dim=1).detach(),
+            torch.stack([share.key, share.record, torch.zeros_like(share.key), share.valid.long()], dim=1),
+        ]
 
     def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-        which = next(number for number, value in enumerate(packed(mine)) if value.shape == tensor.shape and torch.equal(value, tensor))
+        which = next(
+            number
+            for number, value in enumerate(packed(mine))
+            if value.shape == tensor.shape and torch.equal(value, tensor)
+        )
         return torch.cat([packed(share)[which] for share in everyone])
 
     none = torch.zeros(0, dtype=torch.int64)
-    batch = Batch(none, none, none, none, none, none, none, mine.key, mine.record, torch.zeros_like(mine.key), mine.valid, none, none)
+    batch = Batch(
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
+        none,
+        mine.key,
+        mine.record,
+        torch.zeros_like(mine.key),
+        mine.valid,
+        none,
+        none,
+    )
     return gather_pool(mine.prediction, mine.target, batch, Gather(all_gather, rank))
 
 
@@ -78,7 +110,9 @@ def losses_and_gradients(term: str, everyone: list[Share]) -> tuple[list[float],
         value = TERMS[term](pool_of(everyone, rank))
         value.backward()
         values.append(value.item())
-    gradients = [torch.cat([getattr(share, side).grad[share.valid] for share in everyone]) for side in ("prediction", "target")]
+    gradients = [
+        torch.cat([getattr(share, side).grad[share.valid] for share in everyone]) for side in ("prediction", "target")
+    ]
     return values, *gradients
 
 
@@ -90,7 +124,13 @@ def single() -> dict[str, tuple[list[float], torch.Tensor, torch.Tensor]]:
 def test_the_single_pool_of_info_nce_equals_the_loops_of_the_reference(single):
     single = single["info_nce"]
     [share] = shares(1)
-    each = info_nce([Pair(*pair, record, True) for record, pair in enumerate(zip(share.prediction, share.target, KEYS, strict=True))], TEMPERATURE)
+    each = info_nce(
+        [
+            Pair(*pair, record, True)
+            for record, pair in enumerate(zip(share.prediction, share.target, KEYS, strict=True))
+        ],
+        TEMPERATURE,
+    )
     sum(each).backward()
     torch.testing.assert_close(single[0][0], sum(each).item(), rtol=1e-6, atol=0)
     torch.testing.assert_close(single[1], share.prediction.grad, rtol=1e-5, atol=1e-6)
@@ -133,8 +173,13 @@ def test_padding_has_no_influence_and_no_gradient(term, filling, single):
 def test_a_rank_without_pairs_still_takes_part(term):
     """It computes the same pool on padding alone: value 0, gradient 0, nothing undefined."""
     with_pairs, _ = shares(2, padding=1)
-    empty = Share(torch.zeros(7, WIDTH, requires_grad=True), torch.ones(7, WIDTH, requires_grad=True),
-                  torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.bool))
+    empty = Share(
+        torch.zeros(7, WIDTH, requires_grad=True),
+        torch.ones(7, WIDTH, requires_grad=True),
+        torch.zeros(7, dtype=torch.int64),
+        torch.zeros(7, dtype=torch.int64),
+        torch.zeros(7, dtype=torch.bool),
+    )
     value = TERMS[term](pool_of([with_pairs, empty], 1))
     value.backward()
     assert value.item() == 0
@@ -152,8 +197,15 @@ def test_targets_of_one_record_and_of_the_other_direction_are_no_negatives():
 
 
 def of_two_pairs(key, record=(0, 1), direction=(0, 0)) -> float:
-    pool = Pool(torch.randn(2, WIDTH), torch.ones(2, WIDTH), torch.tensor(key), torch.tensor(record), torch.tensor(direction),
-                torch.tensor([True, True]), slice(0, 2))
+    pool = Pool(
+        torch.randn(2, WIDTH),
+        torch.ones(2, WIDTH),
+        torch.tensor(key),
+        torch.tensor(record),
+        torch.tensor(direction),
+        torch.tensor([True, True]),
+        slice(0, 2),
+    )
     return info_nce_sum(pool, TEMPERATURE).item()
 
 
@@ -164,7 +216,9 @@ def test_an_equal_target_is_a_hit_of_retrieval():
     valid = torch.ones(3, dtype=torch.bool)
 
     def retrieval(keys):
-        return embedding_monitors(Pool(prediction, target, torch.tensor(keys), torch.arange(3), torch.zeros(3), valid, slice(0, 3)))["retrieval_at_1"]
+        return embedding_monitors(
+            Pool(prediction, target, torch.tensor(keys), torch.arange(3), torch.zeros(3), valid, slice(0, 3))
+        )["retrieval_at_1"]
 
     assert retrieval([1, 2, 3]) == pytest.approx(1 / 3)  # predictions 0 and 1 are nearest to each other's target
     assert retrieval([1, 1, 3]) == 1

@@ -25,12 +25,27 @@ for run_dir in run_dirs:
 def study(tmp_path_factory) -> Path:
     """The folder of the study, as launcher/study.py leaves it."""
     folder = tmp_path_factory.mktemp("report") / "study"
-    configs = {(arm, seed): write_config(folder / "configs", tiny_config(
-        folder, **changes, name=f"{arm}-seed{seed}", seed=seed, train__steps=6, monitor__validate_every=3, monitor__tensorboard=False))
-        for arm, changes in ARMS.items() for seed in SEEDS}
+    configs = {
+        (arm, seed): write_config(
+            folder / "configs",
+            tiny_config(
+                folder,
+                **changes,
+                name=f"{arm}-seed{seed}",
+                seed=seed,
+                train__steps=6,
+                monitor__validate_every=3,
+                monitor__tensorboard=False,
+            ),
+        )
+        for arm, changes in ARMS.items()
+        for seed in SEEDS
+    }
     prepare_corpus(next(iter(configs.values())))
     run_command([sys.executable, str(ROOT / "tests/pretrain/training/several_runs.py"), *map(str, configs.values())])
-    run_command([sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())])
+    run_command(
+        [sys.executable, "-c", EVALUATE, str(ROWS), *(str(folder / "runs" / path.stem) for path in configs.values())]
+    )
     write_study(folder, {arm: {seed: f"runs/{arm}-seed{seed}" for seed in SEEDS} for arm in ARMS})
     return folder
 
@@ -45,8 +60,17 @@ def study_with_values(study, tmp_path) -> Callable[..., Path]:
         folder = tmp_path / f"study{next(numbers)}"
         for number, seeds in enumerate(values.values()):
             for seed, value in seeds.items():
-                copy_run(study / "runs" / f"{list(ARMS)[min(number, 1)]}-seed1", folder / f"arm{number}-{seed}", seed, value)
-        write_study(folder, {arm: {seed: f"arm{number}-{seed}" for seed in seeds} for number, (arm, seeds) in enumerate(values.items())}, name)
+                copy_run(
+                    study / "runs" / f"{list(ARMS)[min(number, 1)]}-seed1", folder / f"arm{number}-{seed}", seed, value
+                )
+        write_study(
+            folder,
+            {
+                arm: {seed: f"arm{number}-{seed}" for seed in seeds}
+                for number, (arm, seeds) in enumerate(values.items())
+            },
+            name,
+        )
         return folder
 
     return alter

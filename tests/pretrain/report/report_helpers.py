@@ -43,7 +43,12 @@ def assert_self_contained(text: str) -> Page:
     page = Page(text)
     assert page.open == [] and len(page.ids) == len(set(page.ids))
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.found}
-    references = [value for _, attributes in page.found for name, value in attributes.items() if name.endswith(("href", "src", "srcset"))]
+    references = [
+        value
+        for _, attributes in page.found
+        for name, value in attributes.items()
+        if name.endswith(("href", "src", "srcset"))
+    ]
     references += re.findall(r"url\(([^)]*)\)", text)
     assert references and all(reference.startswith("#") and reference[1:] in page.ids for reference in references)
     assert "@import" not in text and not re.search(r"https?:", re.sub(r">[^<]*<", "><", text))
@@ -58,7 +63,9 @@ def render_report(study: Path, *, page: bool = True, **choices) -> tuple[str, st
 
 def parse_table(text: str) -> dict[str, dict[str, str]]:
     """The rows of the first Markdown table, by arm; or of another part of the text."""
-    lines = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines()))
+    lines = itertools.takewhile(
+        lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    )
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
     return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}

@@ -18,7 +18,10 @@ def test_run_directories_become_arms_by_what_differs(study, tmp_path):
             copy_run(study / "runs" / f"{arm}-seed1", tmp_path / f"{arm}{seed}", seed, 0.5 + 0.01 * seed)
     paths = sorted(tmp_path.iterdir())
     comparison = read_comparison(paths, None, None)
-    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2, 3], "llm_jepa": [1, 2, 3]}
+    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {
+        "next_token": [1, 2, 3],
+        "llm_jepa": [1, 2, 3],
+    }
     assert comparison.baseline == "next_token" and "not chosen in advance" in comparison.metric_origin
     assert "not chosen in advance" in markdown(summarize(comparison))
     validation = read_comparison(paths, None, "validation/loss/lm")
@@ -39,11 +42,18 @@ def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
     paths = sorted(tmp_path.iterdir())
     comparison = read_comparison(paths, None, None)
-    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {"next_token": [1, 2], "llm_jepa": [1, 2]}
+    assert {name: sorted(arm.runs) for name, arm in comparison.arms.items()} == {
+        "next_token": [1, 2],
+        "llm_jepa": [1, 2],
+    }
     assert "Besides the objective, arms differ in" not in markdown(summarize(comparison))
     values["data"]["lm_views"] = "last"
     (paths[-1] / "config.yaml").write_text(yaml.safe_dump(values))
-    assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa data.lm_views=all", "llm_jepa data.lm_views=last"}
+    assert set(read_comparison(paths, None, None).arms) == {
+        "next_token",
+        "llm_jepa data.lm_views=all",
+        "llm_jepa data.lm_views=last",
+    }
 
 
 def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):

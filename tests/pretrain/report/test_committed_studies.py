@@ -8,9 +8,13 @@ from pretrain.report.arms import read_comparison
 from pretrain.report.page import markdown
 from pretrain.report.summary import summarize
 
-STUDIES = sorted(path.parent for path in (Path(__file__).resolve().parents[3] / "docs" / "studies").glob("*/study.json"))
+STUDIES = sorted(
+    path.parent for path in (Path(__file__).resolve().parents[3] / "docs" / "studies").glob("*/study.json")
+)
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_a_report_is_that_of_its_records(study):
-    assert markdown(summarize(read_comparison([study], None, None))) == (study / "REPORT.md").read_text(encoding="utf-8")
+    assert markdown(summarize(read_comparison([study], None, None))) == (study / "REPORT.md").read_text(
+        encoding="utf-8"
+    )

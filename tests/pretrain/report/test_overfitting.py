@@ -9,13 +9,26 @@ from tests.pretrain.report.report_helpers import assert_self_contained, parse_ta
 
 def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
     plain = {1: 0.70, 2: 0.69, 3: 0.71}
-    study = study_with_values({"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}})
-    at_best = {"arm0": {"loss": 0.5, "exact": 0.8}, "arm1": {"loss": 0.6, "exact": 0.71}, "arm2": {"loss": 0.5, "exact": 0.8}}
-    at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}  # validation loss by seed
+    study = study_with_values(
+        {"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}}
+    )
+    at_best = {
+        "arm0": {"loss": 0.5, "exact": 0.8},
+        "arm1": {"loss": 0.6, "exact": 0.71},
+        "arm2": {"loss": 0.5, "exact": 0.8},
+    }
+    at_end = {
+        "arm0": (0.91, 0.92, 0.93),
+        "arm1": (0.63, 0.66, 0.71),
+        "arm2": (0.90, 0.89, 0.88),
+    }  # validation loss by seed
     for folder in study.glob("arm*"):
         arm, seed = folder.name.split("-")
         losses = {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]}
-        lines = [line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {}) for line in read_metrics(folder)]
+        lines = [
+            line | ({"validation/loss/lm": losses[line["step"]]} if line["step"] in losses else {})
+            for line in read_metrics(folder)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         results = folder / "evaluation" / "results.jsonl"
         last = json.loads(results.read_text())
@@ -23,13 +36,22 @@ def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
         results.write_text("".join(json.dumps(line) + "\n" for line in (before, last)))
     text, page = render_report(study)
     past = parse_table(text.partition("## Past the best validation loss")[2])
-    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith("0.4200")
-    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith("−0.1000")
+    assert past["plain"]["lowest validation loss"].startswith("0.5000") and past["plain"]["rise to the end"].startswith(
+        "0.4200"
+    )
+    assert past["plain"]["trained times past it"] == "2.0" and past["plain"]["its change to the end"].startswith(
+        "−0.1000"
+    )
     sentences = text.partition("## Past the best validation loss")[2]
-    assert ("steady holds better than plain in validation/loss/lm past the best validation loss: +0.0667 against +0.4200 "
-            "(−0.3533 over 3 seeds, 95% interval") in sentences
+    assert (
+        "steady holds better than plain in validation/loss/lm past the best validation loss: +0.0667 against +0.4200 "
+        "(−0.3533 over 3 seeds, 95% interval"
+    ) in sentences
     assert "alike: no difference found to plain in validation/loss/lm" in sentences
-    assert "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000" in sentences.replace("\\", "")
+    assert (
+        "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000"
+        in sentences.replace("\\", "")
+    )
     assert "Past the best validation loss" in page and "steady holds better than plain" in page
     assert "Past the best" not in render_report(study_with_values({"plain": plain, "other": plain}), page=False)[0]
     assert_self_contained(page)
@@ -37,20 +59,38 @@ def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
 
 def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(study_with_values):
     """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
-    evaluated = {"arm0-1": {2: 0.2, 4: 0.4, 6: 0.7}, "arm0-2": {4: 0.4, 6: 0.7}, "arm1-1": {2: 0.2, 4: 0.4}, "arm1-2": {6: 0.7}}
+    evaluated = {
+        "arm0-1": {2: 0.2, 4: 0.4, 6: 0.7},
+        "arm0-2": {4: 0.4, 6: 0.7},
+        "arm1-1": {2: 0.2, 4: 0.4},
+        "arm1-2": {6: 0.7},
+    }
     study = study_with_values({"plain": {1: 0.7, 2: 0.7}, "other": {1: 0.7, 2: 0.7}})
     for folder in study.glob("arm*"):
-        for name, changes in (("metrics.jsonl", {3: 0.5, 6: 0.9}), ("evaluation/results.jsonl", evaluated[folder.name])):
+        for name, changes in (
+            ("metrics.jsonl", {3: 0.5, 6: 0.9}),
+            ("evaluation/results.jsonl", evaluated[folder.name]),
+        ):
             lines = read_json_lines(folder / name)
             if name == "metrics.jsonl":
-                lines = [line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {}) for line in lines]
+                lines = [
+                    line | ({"validation/loss/lm": changes[line["step"]]} if line["step"] in changes else {})
+                    for line in lines
+                ]
             else:
                 lines = [lines[0] | {"step": step, "metrics": {"exact": value}} for step, value in changes.items()]
             (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, page = render_report(study)
     text = text.partition("## Past the best validation loss")[2].replace("\\", "")
-    assert parse_table(text)["plain"]["metric there, interpolated"] == "0.3000" and parse_table(text)["plain"]["its change to the end"] == "0.4000"
-    assert parse_table(text)["other"]["metric there, interpolated"] == parse_table(text)["other"]["its change to the end"] == "–"
+    assert (
+        parse_table(text)["plain"]["metric there, interpolated"] == "0.3000"
+        and parse_table(text)["plain"]["its change to the end"] == "0.4000"
+    )
+    assert (
+        parse_table(text)["other"]["metric there, interpolated"]
+        == parse_table(text)["other"]["its change to the end"]
+        == "–"
+    )
     for arm, seed in (("plain", 2), ("other", 1)):
         told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
         assert told in text and told in page

@@ -46,17 +46,33 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
     scores = parse_table(printed.partition("## All scores")[2])
     for name in ("exact", "equal", "prefix", "contains", "stopped", "exact_unseen"):
         for arm in rows:
-            values = [json.loads((study / "runs" / f"{arm}-seed{seed}" / "evaluation" / "results.jsonl").read_text())["metrics"][name]
-                      for seed in SEEDS]
-            assert scores[f"nl\\_rx/{name}" if f"nl\\_rx/{name}" in scores else f"nl_rx/{name}"][arm].startswith(f"{np.mean(values):.4f}")
+            values = [
+                json.loads((study / "runs" / f"{arm}-seed{seed}" / "evaluation" / "results.jsonl").read_text())[
+                    "metrics"
+                ][name]
+                for seed in SEEDS
+            ]
+            assert scores[f"nl\\_rx/{name}" if f"nl\\_rx/{name}" in scores else f"nl_rx/{name}"][arm].startswith(
+                f"{np.mean(values):.4f}"
+            )
 
 
 def test_the_page_stands_alone_and_shows_everything(reported):
     text = (reported[1] / "report.html").read_text()
     page = assert_self_contained(text)
     words = " ".join(page.text)
-    for expected in ("nl_rx/exact", "loss/jepa", "training FLOPs", "training seconds", "retrieval@1", "effective rank", "Blue circles: prediction",
-                     "nobody writes the target", "How each number was made", "finished"):
+    for expected in (
+        "nl_rx/exact",
+        "loss/jepa",
+        "training FLOPs",
+        "training seconds",
+        "retrieval@1",
+        "effective rank",
+        "Blue circles: prediction",
+        "nobody writes the target",
+        "How each number was made",
+        "finished",
+    ):
         assert expected in words, expected
     assert "No picture of" not in words and "FLOPs are not counted" not in words
     assert sum(tag == "svg" for tag, _ in page.found) >= 8
@@ -65,7 +81,10 @@ def test_the_page_stands_alone_and_shows_everything(reported):
 def test_a_verdict_has_its_numbers(study_with_values):
     study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
     text, page = render_report(study)
-    assert "better helps: nl\\_rx/exact" in text.replace("_", "\\_") and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
+    assert (
+        "better helps: nl\\_rx/exact" in text.replace("_", "\\_")
+        and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
+    )
     assert parse_table(text)["better"]["verdict"] == "helps" and "few" in text
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
@@ -81,7 +100,9 @@ def test_a_collapsing_arm_does_not_help(study_with_values):
     tag = "validation/embedding/shuffled_cosine"
     for number, cosines in enumerate([(0.01, 0.02, 0.03), (0.98, 0.99, 0.985)]):
         for seed, cosine in enumerate(cosines, 1):
-            change_lines(study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine}))
+            change_lines(
+                study / f"arm{number}-{seed}" / "metrics.jsonl", lambda line, cosine=cosine: line.update({tag: cosine})
+            )
     text, _ = render_report(study, page=False, metric=tag)
     assert parse_table(text)["collapsed"]["verdict"] == "hurts"
 
@@ -90,7 +111,10 @@ def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_calle
     study = study_with_values({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
     collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
     for folder in study.glob("arm*"):
-        change_lines(folder / "metrics.jsonl", lambda line: line.update({f"validation/embedding/{name}": value for name, value in collapsed.items()}))
+        change_lines(
+            folder / "metrics.jsonl",
+            lambda line: line.update({f"validation/embedding/{name}": value for name, value in collapsed.items()}),
+        )
     config = study / "arm2-1" / "config.yaml"
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump(values | {"objective": values["objective"] | {"name": "next_jepa"}}))
@@ -118,10 +142,15 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(study_w
     assert {row["FLOPs"] for row in parse_table(text).values()} == {"–"}
     assert_self_contained(page)
     for arm, flops in (("plain", 2.0), ("other", 3.0)):
-        change_lines(study / "study.json", lambda values, arm=arm, flops=flops: values["arms"][arm].update(flops_per_token=flops))
+        change_lines(
+            study / "study.json", lambda values, arm=arm, flops=flops: values["arms"][arm].update(flops_per_token=flops)
+        )
     rows = parse_table(render_report(study, page=False)[0])  # what the study wrote down needs no corpus
     tokens = {arm: int(row["tokens"].replace(",", "")) for arm, row in rows.items()}
-    assert {arm: row["FLOPs"] for arm, row in rows.items()} == {"plain": f"{2 * tokens['plain']:,}", "other": f"{3 * tokens['other']:,}"}
+    assert {arm: row["FLOPs"] for arm, row in rows.items()} == {
+        "plain": f"{2 * tokens['plain']:,}",
+        "other": f"{3 * tokens['other']:,}",
+    }
     assert rows["other"]["FLOPs a token"] == "× 1.50"
 
 
@@ -139,8 +168,14 @@ def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
 
 
 def test_several_arms_are_corrected_and_said_so(study_with_values):
-    study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "a": {1: 0.72, 2: 0.70, 3: 0.7245}, "b": {1: 0.70, 2: 0.70, 3: 0.70},
-                     "c": {1: 0.5, 2: 0.49, 3: 0.512}})
+    study = study_with_values(
+        {
+            "plain": {1: 0.70, 2: 0.69, 3: 0.71},
+            "a": {1: 0.72, 2: 0.70, 3: 0.7245},
+            "b": {1: 0.70, 2: 0.70, 3: 0.70},
+            "c": {1: 0.5, 2: 0.49, 3: 0.512},
+        }
+    )
     several, _ = render_report(study, page=False)
     rows = parse_table(several)
     assert rows["c"]["verdict"] == "hurts" and rows["b"]["verdict"] == "no difference found"
@@ -154,10 +189,19 @@ def test_the_correction_counts_the_arms_that_were_tested(study_with_values):
     text, page = render_report(study_with_values({"plain": plain, "good": good, "broken": broken}))
     alone, _ = render_report(study_with_values({"plain": plain, "good": good}), page=False)
     assert parse_table(text)["good"]["p"] == parse_table(alone)["good"]["p"] != "1.000"
-    assert "after correction" not in text and "arms are compared with one baseline" not in text and "corrected for" not in page
-    assert "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text and parse_table(text)["broken"]["p"] == "–"
+    assert (
+        "after correction" not in text
+        and "arms are compared with one baseline" not in text
+        and "corrected for" not in page
+    )
+    assert (
+        "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text
+        and parse_table(text)["broken"]["p"] == "–"
+    )
     third = {1: 0.5, 2: 0.49, 3: 0.512}
-    text, _ = render_report(study_with_values({"plain": plain, "good": good, "broken": broken, "third": third}), page=False)
+    text, _ = render_report(
+        study_with_values({"plain": plain, "good": good, "broken": broken, "third": third}), page=False
+    )
     assert "after correction for 2 arms" in text and "2 arms are compared with one baseline" in text
 
 
@@ -167,25 +211,37 @@ def test_ties_are_called_ties(study_with_values):
     assert "**twin: no difference found to plain" in text and "same values in every seed" in text
     zero = dict.fromkeys(same, 0.0)
     text, _ = render_report(study_with_values({"plain": zero, "as bad": zero}), page=False)
-    assert "as bad: no verdict, because all runs have the same value, 0, as where no answer is right yet" in text and "(--metric)" in text
+    assert (
+        "as bad: no verdict, because all runs have the same value, 0, as where no answer is right yet" in text
+        and "(--metric)" in text
+    )
     text, _ = render_report(study_with_values({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
     assert "no difference found" in text and "would have been found with a chance of 80%" in text
 
 
 def test_one_seed_is_no_verdict(study_with_values):
     text, page = render_report(study_with_values({"plain": {1: 0.7}, "better": {1: 0.9}}))
-    assert "better: no verdict, because one seed tells nothing" in text and parse_table(text)["better"]["verdict"] == "no verdict"
+    assert (
+        "better: no verdict, because one seed tells nothing" in text
+        and parse_table(text)["better"]["verdict"] == "no verdict"
+    )
     assert_self_contained(page)
 
 
 def test_missing_and_unfinished_runs_are_told_and_not_counted(study_with_values):
-    study = study_with_values({"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}})
+    study = study_with_values(
+        {"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}}
+    )
     shutil.rmtree(study / "arm1-1")
     (study / "arm1-2" / "status.json").write_text(json.dumps({"status": "running", "step": 3, "reason": ""}))
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(step=3))
     text, page = render_report(study)
     assert parse_table(text)["other"]["seeds"] == "1 of 4" and "no verdict" in text
-    for expected in ("seed 1 is not there", "seed 2 is running at step 6", "seed 3 has no nl_rx/exact at its last step"):
+    for expected in (
+        "seed 1 is not there",
+        "seed 2 is running at step 6",
+        "seed 3 has no nl_rx/exact at its last step",
+    ):
         assert expected in text and expected in page
     assert_self_contained(page)
 
@@ -210,7 +266,10 @@ def test_scores_of_different_versions_are_named_and_never_averaged(study_with_va
     old = study / "arm1-3" / "evaluation" / "results.jsonl"
     change_lines(old, lambda line: line.pop("scoring"))
     text, _ = render_report(study, page=False)
-    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7100") and parse_table(text)["other"]["seeds"] == "2 of 3"
+    assert (
+        parse_table(text)["other"]["nl_rx/exact"].startswith("0.7100")
+        and parse_table(text)["other"]["seeds"] == "2 of 3"
+    )
     assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
     line = json.loads(old.read_text())
     again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
@@ -219,9 +278,16 @@ def test_scores_of_different_versions_are_named_and_never_averaged(study_with_va
     assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
     for path in study.glob("arm*/evaluation/results.jsonl"):
         if path != old:
-            path.write_text(path.read_text() + "".join(json.dumps(json.loads(line) | {"scoring": 1, "metrics": {"exact": 0.1}}) + "\n"
-                                                        for line in path.read_text().splitlines()))
-    assert parse_table(render_report(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), "all have both: the newest counts"
+            path.write_text(
+                path.read_text()
+                + "".join(
+                    json.dumps(json.loads(line) | {"scoring": 1, "metrics": {"exact": 0.1}}) + "\n"
+                    for line in path.read_text().splitlines()
+                )
+            )
+    assert parse_table(render_report(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), (
+        "all have both: the newest counts"
+    )
 
 
 def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(study_with_values):
@@ -239,18 +305,28 @@ def test_arms_may_differ_in_what_they_finetune_by(study_with_values):
         finetuning = {"finetune": {"epochs": 1}, "finetune_objective": {"name": objective}}
         for seed in (1, 2, 3):
             run_dir = study / f"arm{arm}-{seed}"
-            config = yaml.safe_load((run_dir / "config.yaml").read_text()) | {"evaluation": {"tasks": [{"name": "nl_rx", "rows": ROWS} | finetuning]}}
+            config = yaml.safe_load((run_dir / "config.yaml").read_text()) | {
+                "evaluation": {"tasks": [{"name": "nl_rx", "rows": ROWS} | finetuning]}
+            }
             (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-            change_lines(run_dir / "evaluation" / "results.jsonl", lambda line, finetuning=finetuning: line["settings"].update(finetuning))
+            change_lines(
+                run_dir / "evaluation" / "results.jsonl",
+                lambda line, finetuning=finetuning: line["settings"].update(finetuning),
+            )
     text, _ = render_report(study, page=False)
-    assert parse_table(text)["other"]["verdict"] == "helps" and "finetuning of nl_rx.finetune_objective.name (next_token, llm_jepa)" in text
+    assert (
+        parse_table(text)["other"]["verdict"] == "helps"
+        and "finetuning of nl_rx.finetune_objective.name (next_token, llm_jepa)" in text
+    )
 
 
 def test_hostile_text_stays_text(study_with_values):
     hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ \u2028 \x85 {{ 7 * 7 }} `x` [a](b)"
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
     for path in study.glob("arm*/evaluation/answers/*.jsonl"):
-        change_lines(path, lambda line: line.update(answer=hostile, context=hostile, target=line["target"] + "</code></table>"))
+        change_lines(
+            path, lambda line: line.update(answer=hostile, context=hostile, target=line["target"] + "</code></table>")
+        )
     text, page = render_report(study)
     assert len(parse_table(text)) == 2 and "<script" not in text and "<img" not in text
     found = assert_self_contained(page)

@@ -13,12 +13,19 @@ from pretrain.report.runs import Metric, Run, comparison_key
 
 
 def test_seeds_at_the_same_steps_are_averaged_step_by_step():
-    band = join([([10, 20], np.array([1.0, 2.0]), np.array([5.0, 3.0])), ([10, 20], np.array([3.0, 4.0]), np.array([7.0, 4.0]))])
+    band = join(
+        [([10, 20], np.array([1.0, 2.0]), np.array([5.0, 3.0])), ([10, 20], np.array([3.0, 4.0]), np.array([7.0, 4.0]))]
+    )
     assert [part.tolist() for part in band] == [[2, 3], [6, 3.5], [5, 3], [7, 4]]
 
 
 def test_a_shorter_seed_ends_the_band():
-    band = join([([1, 2, 3], np.array([10.0, 20.0, 30.0]), np.array([3.0, 2.0, 1.0])), ([1, 2], np.array([10.0, 25.0]), np.array([4.0, 1.0]))])
+    band = join(
+        [
+            ([1, 2, 3], np.array([10.0, 20.0, 30.0]), np.array([3.0, 2.0, 1.0])),
+            ([1, 2], np.array([10.0, 25.0]), np.array([4.0, 1.0])),
+        ]
+    )
     assert band.x.tolist() == [10, 20, 25] and band.mean.tolist() == pytest.approx([3.5, 2.0, 1.25])
     assert (band.low <= band.mean).all() and (band.mean <= band.high).all()
 
@@ -56,7 +63,10 @@ def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
 
 def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
     def result(configured, evaluated):
-        return comparison_key({"task": "a", "settings": evaluated, "rows": 10}, {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}})
+        return comparison_key(
+            {"task": "a", "settings": evaluated, "rows": 10},
+            {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}},
+        )
 
     two, lora = {"finetune": {"epochs": 2}}, {"finetune": {"epochs": 2}, "finetune_lora": {"rank": 8}}
     assert result(two, two) == result(lora, lora)
@@ -66,17 +76,31 @@ def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
 
 def run_with(metrics, directions=None, tasks=(), tags=()):
     """A run of one step, with a result of each task: {title: {metric: value}}; without directions, as older versions wrote it."""
-    results = [{"task": task, "step": 1, "settings": {}, "rows": 5, "metrics": of_task} | ({"directions": directions} if directions else {})
-               for task, of_task in metrics.items()]
+    results = [
+        {"task": task, "step": 1, "settings": {}, "rows": 5, "metrics": of_task}
+        | ({"directions": directions} if directions else {})
+        for task, of_task in metrics.items()
+    ]
     line = {"step": 1, "tokens": 9, "seconds": 1.0} | dict.fromkeys(tags, 0.5)
     config = {"name": "run", "objective": {"name": "next_token"}, "evaluation": {"tasks": list(tasks)}}
     return Run(Path("run"), config, {}, {"status": "finished"}, [line], results)
 
 
-@pytest.mark.parametrize("metric, higher", [
-    ("nl_rx/exact", True), ("retrieval/mrr", True), ("retrieval/code_to_text_recall_at_1", True), ("validation/embedding/effective_rank", True),
-    ("validation/loss/lm", False), ("validation/embedding/shuffled_cosine", False), ("loss/jepa", False), ("geometry/shuffled_cosine", False),
-    ("geometry/linear_residual_unseen", False), ("nl_rx/undecided", False)])
+@pytest.mark.parametrize(
+    "metric, higher",
+    [
+        ("nl_rx/exact", True),
+        ("retrieval/mrr", True),
+        ("retrieval/code_to_text_recall_at_1", True),
+        ("validation/embedding/effective_rank", True),
+        ("validation/loss/lm", False),
+        ("validation/embedding/shuffled_cosine", False),
+        ("loss/jepa", False),
+        ("geometry/shuffled_cosine", False),
+        ("geometry/linear_residual_unseen", False),
+        ("nl_rx/undecided", False),
+    ],
+)
 def test_a_metric_has_the_direction_that_its_task_declares(metric, higher):
     task, _, name = metric.partition("/")
     run = run_with({}, tags=[metric]) if task == "validation" else run_with({task: {name: 0.5}})
@@ -87,20 +111,31 @@ def test_a_labelled_task_has_the_directions_of_its_kind_and_a_result_may_record_
     labelled = run_with({"geography": {"execution": 0.5}}, tasks=[{"name": "spider", "label": "geography"}])
     assert Metric.parse("geography/execution", [labelled]).higher_is_better
     recorded = run_with({"speech": {"said_wer": 0.5, "said_acc": 0.5}}, {"said_wer": "lower", "said_acc": "higher"})
-    assert [Metric.parse(f"speech/said_{name}", [recorded]).higher_is_better for name in ("wer", "acc")] == [False, True]
+    assert [Metric.parse(f"speech/said_{name}", [recorded]).higher_is_better for name in ("wer", "acc")] == [
+        False,
+        True,
+    ]
 
 
-@pytest.mark.parametrize("metric", ["lm_eval/said_wer", "lm_eval/said_brier_score", "lm_eval/said_mse", "nl_rx/nll", "geometry/paired_cosine"])
+@pytest.mark.parametrize(
+    "metric",
+    ["lm_eval/said_wer", "lm_eval/said_brier_score", "lm_eval/said_mse", "nl_rx/nll", "geometry/paired_cosine"],
+)
 def test_a_direction_that_nobody_declared_must_be_given(metric):
     task, _, name = metric.partition("/")
     run = run_with({task: {name: 0.5}})
     with pytest.raises(UserError, match=rf"write {metric}:higher or {metric}:lower"):
         Metric.parse(metric, [run])
     assert [Metric.parse(f"{metric}:{word}", [run]).higher_is_better for word in ("higher", "lower")] == [True, False]
-    assert Metric.parse(metric, [run], Metric(task, name, False)) == Metric(task, name, False), "as the study planned it"
+    assert Metric.parse(metric, [run], Metric(task, name, False)) == Metric(task, name, False), (
+        "as the study planned it"
+    )
 
 
 def test_arms_that_wrote_the_same_stand_together():
     example = Example("context", "t", [Answer("a", "x", 0, 3), Answer("b", "t", 3, 3), Answer("c", "x", 1, 3)])
-    assert {text: [answer.arm for answer in answers] for text, answers in example.by_text.items()} == {"t": ["b"], "x": ["a", "c"]}
+    assert {text: [answer.arm for answer in answers] for text, answers in example.by_text.items()} == {
+        "t": ["b"],
+        "x": ["a", "c"],
+    }
     assert list(example.by_text) == ["t", "x"]

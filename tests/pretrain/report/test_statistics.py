@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pretrain.report.statistics import ALPHA, compare, confidence_interval, holm_correction, min_detectable_difference, p_value
+from pretrain.report.statistics import (
+    ALPHA,
+    compare,
+    confidence_interval,
+    holm_correction,
+    min_detectable_difference,
+    p_value,
+)
 
 BASELINE = {1: 0.70, 2: 0.69, 3: 0.71, 4: 0.70, 5: 0.68}
 
@@ -25,10 +32,15 @@ def test_one_arm_is_students_paired_test():
     assert (found.low, found.high) == (pytest.approx(bounds.low), pytest.approx(bounds.high))
     sd = math.sqrt(sum((shift - 0.03) ** 2 for shift in (0.03, 0.05, 0.01, 0.02, 0.04)) / 4)
     assert found.mean == pytest.approx(0.03) and found.sd == pytest.approx(sd)
-    assert found.low == pytest.approx(0.03 - 2.776445 * sd / math.sqrt(5), rel=1e-5)  # the table's t for 4 degrees of freedom
+    assert found.low == pytest.approx(
+        0.03 - 2.776445 * sd / math.sqrt(5), rel=1e-5
+    )  # the table's t for 4 degrees of freedom
 
 
-@pytest.mark.parametrize("sign, higher_is_better, verdict", [(1, True, "helps"), (1, False, "hurts"), (-1, True, "hurts"), (-1, False, "helps")])
+@pytest.mark.parametrize(
+    "sign, higher_is_better, verdict",
+    [(1, True, "helps"), (1, False, "hurts"), (-1, True, "hurts"), (-1, False, "helps")],
+)
 def test_better_is_what_the_metric_says(sign, higher_is_better, verdict):
     arm = shifted([sign * shift for shift in (0.03, 0.031, 0.029, 0.03, 0.032)])
     assert compare({"arm": arm}, BASELINE, higher_is_better)["arm"].verdict == verdict
@@ -42,9 +54,22 @@ def test_pairing_finds_what_the_spread_of_the_values_hides():
 
 
 def test_ties_and_too_little_are_no_verdict():
-    found = compare({"same": dict(BASELINE), "constant": {seed: value + 0.01 for seed, value in BASELINE.items()}, "one seed": {1: 0.9},
-                     "other seeds": {7: 0.9, 8: 0.9}, "noise": shifted([0.01, -0.01, 0.02, -0.02, 0.001])}, BASELINE, True)
-    assert found["same"].verdict == "no difference found" and found["same"].mean == 0 and "same values" in found["same"].reason
+    found = compare(
+        {
+            "same": dict(BASELINE),
+            "constant": {seed: value + 0.01 for seed, value in BASELINE.items()},
+            "one seed": {1: 0.9},
+            "other seeds": {7: 0.9, 8: 0.9},
+            "noise": shifted([0.01, -0.01, 0.02, -0.02, 0.001]),
+        },
+        BASELINE,
+        True,
+    )
+    assert (
+        found["same"].verdict == "no difference found"
+        and found["same"].mean == 0
+        and "same values" in found["same"].reason
+    )
     assert found["constant"].verdict == "no verdict" and "spread cannot be estimated" in found["constant"].reason
     assert found["one seed"].verdict == "no verdict" and found["one seed"].mean == pytest.approx(0.2)
     assert found["other seeds"].verdict == "no verdict" and found["other seeds"].mean is None
@@ -107,8 +132,15 @@ def test_holm_rejects_what_the_procedure_rejects_and_intervals_agree():
 
 
 def test_holm_on_a_worked_example():
-    corrected = {name: value for name, (value, _) in holm_correction({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}).items()}
-    assert corrected == {"d": pytest.approx(0.02), "a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06)}
+    corrected = {
+        name: value for name, (value, _) in holm_correction({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}).items()
+    }
+    assert corrected == {
+        "d": pytest.approx(0.02),
+        "a": pytest.approx(0.03),
+        "c": pytest.approx(0.06),
+        "b": pytest.approx(0.06),
+    }
 
 
 def test_without_an_effect_one_study_in_twenty_at_most_says_there_is_one():
@@ -117,7 +149,10 @@ def test_without_an_effect_one_study_in_twenty_at_most_says_there_is_one():
         wrong = 0
         for _ in range(studies):
             baseline = dict(enumerate(random.normal(0.7, 0.02, 4)))
-            values = {str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()} for arm in range(arms)}
+            values = {
+                str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()}
+                for arm in range(arms)
+            }
             wrong += any(found.verdict != "no difference found" for found in compare(values, baseline, True).values())
         assert wrong / studies < 0.07 and (arms > 1 or wrong / studies > 0.03), (arms, wrong)
 
@@ -142,7 +177,11 @@ def test_seeds_that_are_not_compared_do_not_decide_what_is_equal():
     arm, baseline = {0: 2.5, 1: 2.4, 2: 2.8}, {0: 3.0, 1: 3.1, 2: 3.2}
     expected = compare({"a": arm}, baseline, False)["a"]
     assert expected.verdict == "helps"
-    assert compare({"a": arm}, baseline | {3: 2.5e6}, False)["a"] == expected == compare({"a": arm | {4: 1e9}}, baseline, False)["a"]
+    assert (
+        compare({"a": arm}, baseline | {3: 2.5e6}, False)["a"]
+        == expected
+        == compare({"a": arm | {4: 1e9}}, baseline, False)["a"]
+    )
 
 
 def test_a_difference_of_a_thousandth_of_the_metric_is_not_equal():

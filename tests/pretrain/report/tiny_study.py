@@ -10,15 +10,29 @@ import yaml
 from data_prep.files import read_json_lines
 
 SEEDS = (1, 2)
-ARMS = {"next_token": {"objective": {"name": "next_token"}}, "llm_jepa": {"objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5}}}
+ARMS = {
+    "next_token": {"objective": {"name": "next_token"}},
+    "llm_jepa": {"objective": {"name": "llm_jepa", "distance": "info_nce", "weight": 0.5}},
+}
 ROWS = 12
 
 
 def write_study(folder: Path, arms: dict[str, dict[int, str]], name: str = "tiny") -> None:
     """study.json, of runs given relative to its folder."""
-    (folder / "study.json").write_text(json.dumps({
-        "name": name, "matched_by": "tokens", "baseline": next(iter(arms)), "metric": {"task": "nl_rx", "name": "exact", "higher_is_better": True},
-        "arms": {arm: {"overrides": {}, "runs": {str(seed): path for seed, path in runs.items()}} for arm, runs in arms.items()}}))
+    (folder / "study.json").write_text(
+        json.dumps(
+            {
+                "name": name,
+                "matched_by": "tokens",
+                "baseline": next(iter(arms)),
+                "metric": {"task": "nl_rx", "name": "exact", "higher_is_better": True},
+                "arms": {
+                    arm: {"overrides": {}, "runs": {str(seed): path for seed, path in runs.items()}}
+                    for arm, runs in arms.items()
+                },
+            }
+        )
+    )
 
 
 def copy_run(source: Path, target: Path, seed: int, exact: float) -> None:

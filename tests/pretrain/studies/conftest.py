@@ -17,10 +17,21 @@ def folder(tmp_path_factory):
     """With base.yaml, whose corpus is prepared: no rows of the evaluation are looked for in it."""
     folder = tmp_path_factory.mktemp("study")
     pairs = (generate(0, "test", index) for index in range(20))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs))
-    config = write_config(folder, tiny_config(
-        folder, name="base", train__steps=STEPS, train__global_batch_rows=8, train__micro_batch_rows=4, monitor__log_every=5,
-        evaluation={"tasks": [{"name": "loss", "test": str(folder / "pairs.jsonl")}]}))
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in pairs)
+    )
+    config = write_config(
+        folder,
+        tiny_config(
+            folder,
+            name="base",
+            train__steps=STEPS,
+            train__global_batch_rows=8,
+            train__micro_batch_rows=4,
+            monitor__log_every=5,
+            evaluation={"tasks": [{"name": "loss", "test": str(folder / "pairs.jsonl")}]},
+        ),
+    )
     prepare_corpus(config)
     return folder
 
@@ -30,9 +41,16 @@ def write_study(folder):
     """Writes a study file; `key=value` changes a key."""
 
     def write(**changes):
-        values = {"name": "two", "base": "base.yaml", "output_dir": str(folder / "studies"), "seeds": [1], "matched_by": "tokens",
-                  "baseline": "plain", "metric": {"task": "loss", "name": "lm", "higher_is_better": False},
-                  "arms": {"plain": {"objective.name": "next_token"}, "jepa": {}}} | changes
+        values = {
+            "name": "two",
+            "base": "base.yaml",
+            "output_dir": str(folder / "studies"),
+            "seeds": [1],
+            "matched_by": "tokens",
+            "baseline": "plain",
+            "metric": {"task": "loss", "name": "lm", "higher_is_better": False},
+            "arms": {"plain": {"objective.name": "next_token"}, "jepa": {}},
+        } | changes
         path = folder / f"study-{values['name']}.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
         return path

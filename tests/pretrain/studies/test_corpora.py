@@ -22,21 +22,37 @@ def assign(study):
 def test_an_arm_cannot_name_the_corpus_of_other_records(make_study, folder):
     path = str(folder / "corpus")
     for name in (path, f"{folder}/./corpus"):
-        with pytest.raises(UserError, match=rf"arms.short: .* than those of the base, .* {re.escape(name)}: give the arm a data.path of its own"):
+        with pytest.raises(
+            UserError,
+            match=rf"arms.short: .* than those of the base, .* {re.escape(name)}: give the arm a data.path of its own",
+        ):
             assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": name}}))
     with pytest.raises(UserError, match=r"arms.longer: .* than those of arms.short, .* elsewhere: give the arm"):
-        assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": "elsewhere"},
-                                "longer": {"data.filters.min_characters": 50, "data.path": "elsewhere"}}))
-    overrides, corpora = assign(make_study(arms={"plain": {"data.path": path}, "short": SHORT | {"data.path": "elsewhere"}}))
+        assign(
+            make_study(
+                arms={
+                    "plain": {},
+                    "short": SHORT | {"data.path": "elsewhere"},
+                    "longer": {"data.filters.min_characters": 50, "data.path": "elsewhere"},
+                }
+            )
+        )
+    overrides, corpora = assign(
+        make_study(arms={"plain": {"data.path": path}, "short": SHORT | {"data.path": "elsewhere"}})
+    )
     assert overrides == {"plain": {}, "short": {}} and len(corpora) == 2
 
 
 def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
     files = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
     for number, file in enumerate(files):
-        file.write_text("".join(f'{{"text": "lines {row} of file {number}", "code": "[0-9]{{{row}}}"}}\n' for row in range(60)))
+        file.write_text(
+            "".join(f'{{"text": "lines {row} of file {number}", "code": "[0-9]{{{row}}}"}}\n' for row in range(60))
+        )
     sources = [{"type": "json", "path": str(file)} for file in files]
-    config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310})))
+    config = load_config(
+        write_config(tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310}))
+    )
     prepare_corpus(config)
     content = files[1].read_text()
     files[1].write_text(content.replace("lines", "rows "))
@@ -51,8 +67,14 @@ def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
     test = tmp_path / "test.jsonl"
     test.write_text('{"text": "another question", "code": "a"}\n')
     others = {"evaluation": {"tasks": [{"name": "nl_rx", "test": str(test)}]}}
-    other = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310}, **others)))
-    with pytest.raises(UserError, match=r"was prepared with another evaluation.tasks, and cannot be prepared again: .*is gone"):
+    other = load_config(
+        write_config(
+            tmp_path, tiny_config(tmp_path, data__sources=sources, data__tokenizer={"vocab_size": 310}, **others)
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"was prepared with another evaluation.tasks, and cannot be prepared again: .*is gone"
+    ):
         prepare_corpus(other)
 
 
@@ -72,5 +94,7 @@ def test_a_prepared_corpus_needs_no_hub(tmp_path):
     prepared = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources)))
     manifest["settings"]["data"]["sources"] = prepared.data.shard_settings()["sources"]
     write_json(tmp_path / "corpus" / "manifest.json", manifest)
-    told = run_command([sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).stdout
+    told = run_command(
+        [sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
+    ).stdout
     assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in told

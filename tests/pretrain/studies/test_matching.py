@@ -11,7 +11,12 @@ from pretrain.studies.plan import make_runs
 from pretrain.training.setup import make_loader
 from tests.pretrain.studies.conftest import STEPS
 
-ARMS = {"plain": {"objective.name": "next_token"}, "jepa": {}, "dropout": {"objective.dropout": 0.5}, "wide": {"model.shape.hidden_size": 64}}
+ARMS = {
+    "plain": {"objective.name": "next_token"},
+    "jepa": {},
+    "dropout": {"objective.dropout": 0.5},
+    "wide": {"model.shape.hidden_size": 64},
+}
 
 
 def match(study):
@@ -34,7 +39,9 @@ def test_steps_of_all_arms_hold_as_many_corpus_tokens(make_study):
     assert matching.arms["plain"].config.train.global_batch_rows < 8
     for arm in matching.arms.values():
         steps = tokens_of_steps(arm.config)[:-1]
-        assert sum(steps) / len(steps) == pytest.approx(matching.base_step_tokens, rel=0.15), arm.name  # whole rows of micro steps of 4
+        assert sum(steps) / len(steps) == pytest.approx(matching.base_step_tokens, rel=0.15), (
+            arm.name
+        )  # whole rows of micro steps of 4
         assert arm.config.train.global_batch_rows == 2 * arm.config.train.micro_batch_rows
     assert "rows a step instead of 8" in matching.arms["plain"].notes[0]
 
@@ -49,7 +56,9 @@ def test_budgets_by_tokens_are_those_of_the_base(make_study):
     assert matching.base_tokens == pytest.approx((STEPS - 0.5) * matching.base_step_tokens, abs=1)
     runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm) for seed in (5, 6) for arm in ARMS]
-    assert {run.config.train.tokens for run in runs} == {matching.base_tokens} and all(run.config.seed == run.seed for run in runs)
+    assert {run.config.train.tokens for run in runs} == {matching.base_tokens} and all(
+        run.config.seed == run.seed for run in runs
+    )
     assert all(run.config.train.steps is None and run.run_dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
 
 
@@ -57,7 +66,12 @@ def test_by_flops_what_is_cheaper_reads_more(make_study):
     matching = match(make_study(arms=ARMS, matched_by="flops"))
     runs = {run.arm: run for run in make_runs(matching.study, matching, {})}
     assert runs["plain"].config.train.tokens == matching.base_tokens
-    assert runs["wide"].config.train.tokens < runs["jepa"].config.train.tokens < runs["dropout"].config.train.tokens < matching.base_tokens
+    assert (
+        runs["wide"].config.train.tokens
+        < runs["jepa"].config.train.tokens
+        < runs["dropout"].config.train.tokens
+        < matching.base_tokens
+    )
     for run in runs.values():
         assert run.flops == pytest.approx(runs["plain"].flops, rel=1e-3)
 
@@ -70,17 +84,26 @@ def test_by_seconds_the_faster_arm_reads_more(make_study):
 
 
 def test_without_matching_each_arm_has_its_own(make_study):
-    arms = {"plain": {"objective.name": "next_token"}, "long": {"objective.name": "next_token", "train.steps": 4 * STEPS}}
+    arms = {
+        "plain": {"objective.name": "next_token"},
+        "long": {"objective.name": "next_token", "train.steps": 4 * STEPS},
+    }
     matching = match(make_study(arms=arms, matched_by="none"))
     runs = make_runs(matching.study, matching, {})
-    assert [(run.config.train.steps, run.config.train.global_batch_rows) for run in runs] == [(STEPS, 8), (4 * STEPS, 8)]
+    assert [(run.config.train.steps, run.config.train.global_batch_rows) for run in runs] == [
+        (STEPS, 8),
+        (4 * STEPS, 8),
+    ]
     assert runs[1].flops == pytest.approx(4 * runs[0].flops, rel=0.01)
 
 
-@pytest.mark.parametrize("given, wanted", [
-    ({"epochs": 2}, {"epochs": 2, "global_batch_rows": 8, "micro_batch_rows": 4}),
-    ({"global_batch_rows": 4}, {"steps": STEPS, "global_batch_rows": 4, "micro_batch_rows": 4}),
-])
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ({"epochs": 2}, {"epochs": 2, "global_batch_rows": 8, "micro_batch_rows": 4}),
+        ({"global_batch_rows": 4}, {"steps": STEPS, "global_batch_rows": 4, "micro_batch_rows": 4}),
+    ],
+)
 def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given, wanted):
     base = yaml.safe_load((folder / "base.yaml").read_text())
     pairs = str(folder / "pairs.jsonl")
@@ -90,7 +113,9 @@ def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given
     matching = match(make_study(base="finetuned.yaml", arms=ARMS, matched_by="flops"))
     assert matching.arms["plain"].config.train.global_batch_rows < 8
     for run in make_runs(matching.study, matching, {}):
-        assert [getattr(task, "finetune", None) for task in run.config.evaluation.tasks] == [None, wanted, None], run.arm
+        assert [getattr(task, "finetune", None) for task in run.config.evaluation.tasks] == [None, wanted, None], (
+            run.arm
+        )
 
 
 def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):
@@ -100,10 +125,21 @@ def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):
 
 
 def test_arms_with_other_records_get_a_corpus_beside_that_of_the_base(make_study, folder):
-    arms = {"plain": {}, "short": {"data.filters.min_characters": 40}, "again": {"data.filters.min_characters": 40, "objective.weight": 1},
-            "named": {"data.filters.min_characters": 50, "data.path": "elsewhere"}, "answers": {"data.lm_views": "last"}}
+    arms = {
+        "plain": {},
+        "short": {"data.filters.min_characters": 40},
+        "again": {"data.filters.min_characters": 40, "objective.weight": 1},
+        "named": {"data.filters.min_characters": 50, "data.path": "elsewhere"},
+        "answers": {"data.lm_views": "last"},
+    }
     study = make_study(arms=arms)
     overrides, corpora = assign_corpora(study, load_base_config(study))
     assert overrides["plain"] == overrides["answers"] == overrides["named"] == {}
-    assert overrides["short"] == overrides["again"] and overrides["short"]["data.path"].startswith(f"{folder / 'corpus'}-")
-    assert [config.data.path for config in corpora] == [str(folder / "corpus"), overrides["short"]["data.path"], "elsewhere"]
+    assert overrides["short"] == overrides["again"] and overrides["short"]["data.path"].startswith(
+        f"{folder / 'corpus'}-"
+    )
+    assert [config.data.path for config in corpora] == [
+        str(folder / "corpus"),
+        overrides["short"]["data.path"],
+        "elsewhere",
+    ]

@@ -14,12 +14,18 @@ def test_a_preset_loads_with_each_of_its_arms(preset):
     assert study.config.name == preset.stem and len(study.config.seeds) >= 3
     configs = {arm: study.run_config(arm, study.config.seeds[0]) for arm in study.config.arms}
     assert len({config.objective.model_dump_json() for config in configs.values()}) == len(configs)
-    assert {config.train.model_dump_json() for config in configs.values()} == {study.run_config(study.config.baseline, 7).train.model_dump_json()}
+    assert {config.train.model_dump_json() for config in configs.values()} == {
+        study.run_config(study.config.baseline, 7).train.model_dump_json()
+    }
 
 
 def test_the_grid_of_the_paper_is_whole():
     arms = load_study(ROOT / "configs" / "studies" / "lambda_k_grid.yaml", []).config.arms
-    found = {(arm["objective"]["weight"], arm["objective"]["predictor_tokens"]) for arm in arms.values() if arm["objective"]["name"] == "llm_jepa"}
+    found = {
+        (arm["objective"]["weight"], arm["objective"]["predictor_tokens"])
+        for arm in arms.values()
+        if arm["objective"]["name"] == "llm_jepa"
+    }
     assert found == {(weight, k) for weight in (0.5, 1, 2, 4) for k in range(5)}
 
 
@@ -43,10 +49,22 @@ def test_a_measured_speed_is_that_of_one_configuration_and_start(make_study):
         return fingerprint(study.run_config("jepa", 1), study.config)
 
     assert of() == of()
-    assert len({of(), of(arms={"plain": {}, "jepa": {"objective.weight": 2}}), of(launch="deepspeed --num_gpus 2"), of(launch="deepspeed")}) == 4
+    assert (
+        len(
+            {
+                of(),
+                of(arms={"plain": {}, "jepa": {"objective.weight": 2}}),
+                of(launch="deepspeed --num_gpus 2"),
+                of(launch="deepspeed"),
+            }
+        )
+        == 4
+    )
 
 
-@pytest.mark.parametrize("value", [1e-05, "a: b", None, True, "1e5", {"name": "llm_jepa", "weight": 0.5}, [1, 2], "x" * 300])
+@pytest.mark.parametrize(
+    "value", [1e-05, "a: b", None, True, "1e5", {"name": "llm_jepa", "weight": 0.5}, [1, 2], "x" * 300]
+)
 def test_values_of_arms_survive_the_way_through_the_command_line(value):
     import yaml
 
@@ -54,23 +72,29 @@ def test_values_of_arms_survive_the_way_through_the_command_line(value):
     assert key == "a.b" and yaml.safe_load(text) == value and "\n" not in text
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"sedes": [1]}, "nearest known one is 'seeds'"),
-    ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
-    ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
-    ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),
-    ({"metric": {"task": "nl_rx", "name": "exact"}}, "has the tasks loss"),
-    ({"metric": {"task": "loss", "name": "exact"}}, "metric.name is 'exact', but the task loss gives lm, jepa"),
-    ({"metric": {"task": "loss", "name": "exact", "higher_is_better": True}}, "metric.name is 'exact', but the task loss gives lm, jepa"),
-    ({"metric": {"task": "loss", "name": "paired_cosine"}}, "set metric.higher_is_better to true or false"),
-    ({"arms": {"plain": {"objective.nmae": "next_token"}}}, "arms.plain: unknown key 'objective.nmae'"),
-    ({"arms": {"plain": {"seed": 3}}}, "seed is set by the study"),
-    ({"arms": {"plain": {"train.steps": 3}}}, "leave out train.steps, or set matched_by: none"),
-    ({"arms": {"plain/x": {}}}, "'plain/x' cannot name an arm"),
-    ({"base": "none.yaml"}, "none.yaml: No such file"),
-    ({"launch": "deepspeed", "slurm": {}}, "launch and slurm exclude each other"),
-    ({"launch": "deepspeed --num_gpus '8"}, "launch is no command line: No closing quotation"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sedes": [1]}, "nearest known one is 'seeds'"),
+        ({"seeds": [1, 1]}, "a seed stands in seeds twice"),
+        ({"baseline": "plian"}, "baseline is 'plian', but the arms are plain, jepa"),
+        ({"matched_by": "time"}, "matched_by: Input should be 'tokens', 'flops', 'seconds' or 'none'"),
+        ({"metric": {"task": "nl_rx", "name": "exact"}}, "has the tasks loss"),
+        ({"metric": {"task": "loss", "name": "exact"}}, "metric.name is 'exact', but the task loss gives lm, jepa"),
+        (
+            {"metric": {"task": "loss", "name": "exact", "higher_is_better": True}},
+            "metric.name is 'exact', but the task loss gives lm, jepa",
+        ),
+        ({"metric": {"task": "loss", "name": "paired_cosine"}}, "set metric.higher_is_better to true or false"),
+        ({"arms": {"plain": {"objective.nmae": "next_token"}}}, "arms.plain: unknown key 'objective.nmae'"),
+        ({"arms": {"plain": {"seed": 3}}}, "seed is set by the study"),
+        ({"arms": {"plain": {"train.steps": 3}}}, "leave out train.steps, or set matched_by: none"),
+        ({"arms": {"plain/x": {}}}, "'plain/x' cannot name an arm"),
+        ({"base": "none.yaml"}, "none.yaml: No such file"),
+        ({"launch": "deepspeed", "slurm": {}}, "launch and slurm exclude each other"),
+        ({"launch": "deepspeed --num_gpus '8"}, "launch is no command line: No closing quotation"),
+    ],
+)
 def test_mistakes_are_named(write_study, changes, expected):
     with pytest.raises(UserError) as error:
         load_study(write_study(**changes), [])

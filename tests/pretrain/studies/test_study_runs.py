@@ -69,7 +69,9 @@ def processes_of(folder):
     """Living processes that this study has started, and what these have."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in process.info["cmdline"] or []):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+            str(folder) in word for word in process.info["cmdline"] or []
+        ):
             found.append(process)
     return found
 
@@ -83,7 +85,9 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     first = start(path, folder / "first.log")
     first.wait_until((study / "configs").exists, "the first run")
     second = run_command([*STUDY, str(path)], check=False)
-    assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), second.stderr
+    assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), (
+        second.stderr
+    )
     first.wait_until(in_the_middle(jepa), "steps of the second run")
     first.process.kill()
     release_file(study / "configs" / "jepa-seed1.yaml", WAIT).touch()
@@ -99,23 +103,34 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     assert [len(results(run_dir)) for run_dir in (plain, jepa)] == [1, 1]
     record = json.loads((study / "study.json").read_text())
     assert {key: record[key] for key in ("name", "matched_by", "baseline", "metric")} == {
-        "name": "two", "matched_by": "tokens", "baseline": "plain", "metric": {"task": "loss", "name": "lm", "higher_is_better": False}}
+        "name": "two",
+        "matched_by": "tokens",
+        "baseline": "plain",
+        "metric": {"task": "loss", "name": "lm", "higher_is_better": False},
+    }
     assert {arm: (entry["overrides"], entry["runs"]) for arm, entry in record["arms"].items()} == {
-        "plain": ({"objective.name": "next_token"}, {"1": "plain-seed1"}), "jepa": ({}, {"1": "jepa-seed1"})}
+        "plain": ({"objective.name": "next_token"}, {"1": "plain-seed1"}),
+        "jepa": ({}, {"1": "jepa-seed1"}),
+    }
     tokens = [read_metrics(run_dir)[-1]["tokens"] for run_dir in (plain, jepa)]
     assert tokens[0] == pytest.approx(tokens[1], rel=1.5 / STEPS)
     for arm, run_dir in (("plain", plain), ("jepa", jepa)):
         assert record["arms"][arm]["flops_per_token"] == flops_per_token(read_run(run_dir))
 
     wrong = run_command([*STUDY, str(path), "metric.name=ml"], check=False)
-    assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss gives lm, jepa" in wrong.stderr, wrong.stderr
+    assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss gives lm, jepa" in wrong.stderr, (
+        wrong.stderr
+    )
     assert json.loads((study / "study.json").read_text()) == record
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, waiting, folder):
     arms = {"plain": {"objective.name": "next_token"}, "broken": {"model.attention": "flex_attention"}, "jepa": {}}
-    path, study = write_study(name="three", seeds=[1, 2], arms=arms, launch=waiting("plain-seed1")), folder / "studies" / "three"
+    path, study = (
+        write_study(name="three", seeds=[1, 2], arms=arms, launch=waiting("plain-seed1")),
+        folder / "studies" / "three",
+    )
     first = start(path, folder / "interrupted.log")
     first.wait_until(in_the_middle(study / "plain-seed1"), "steps of the first run")
     first.process.send_signal(signal.SIGINT)
@@ -126,14 +141,25 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
     done = run_command([*STUDY, str(path)], check=False)
     assert done.returncode == 1 and done.stdout.count(" FAILED: training ended with exit code") == 2, done.stdout
     assert all(len(results(study / f"{arm}-seed{seed}")) == 1 for arm in ("plain", "jepa") for seed in (1, 2))
-    changed = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))], check=False)
-    assert changed.returncode == 2 and "objective.weight (0.5, now 0.25)" in changed.stderr and changed.stderr.count("\n") == 1, changed.stderr
-    less = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
+    changed = run_command(
+        [*STUDY, str(write_study(name="three", seeds=[1, 2], arms=arms | {"jepa": {"objective.weight": 0.25}}))],
+        check=False,
+    )
+    assert (
+        changed.returncode == 2
+        and "objective.weight (0.5, now 0.25)" in changed.stderr
+        and changed.stderr.count("\n") == 1
+    ), changed.stderr
+    less = run_command(
+        [*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))]
+    )
     assert " done in " not in less.stdout and "its output" not in less.stdout
     base = yaml.safe_load((folder / "base.yaml").read_text())
     base["evaluation"]["tasks"].append(base["evaluation"]["tasks"][0] | {"label": "again"})
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    more = run_command([*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))])
+    more = run_command(
+        [*STUDY, str(write_study(name="three", seeds=[1, 2], arms={arm: arms[arm] for arm in ("plain", "jepa")}))]
+    )
     assert more.stdout.count(" done in ") == 4
     for run_dir in (study / f"{arm}-seed{seed}" for arm in ("plain", "jepa") for seed in (1, 2)):
         assert [result["task"] for result in results(run_dir)] == ["loss", "again"]
@@ -142,8 +168,13 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
 @pytest.mark.slow
 def test_matched_by_seconds_on_two_ranks(write_study, folder):
     """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
-    arms = {"plain": {"objective.name": "next_token"}, "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024}}
-    path = write_study(name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873")
+    arms = {
+        "plain": {"objective.name": "next_token"},
+        "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024},
+    }
+    path = write_study(
+        name="seconds", matched_by="seconds", arms=arms, launch="deepspeed --num_gpus 2 --master_port 29873"
+    )
     run_command([*STUDY, str(path)], timeout=2 * TIMEOUT)
     study = folder / "studies" / "seconds"
     record = json.loads((study / "study.json").read_text())
@@ -153,8 +184,12 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     budget = {arm: record["arms"][arm]["matched"]["train.tokens"] for arm in arms}
     assert budget["wide"] / budget["plain"] == pytest.approx(speed["wide"] / speed["plain"], rel=1e-3)
     for arm, line in last.items():
-        assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]  # it ends with the step that reaches the budget
+        assert (
+            0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]
+        )  # it ends with the step that reaches the budget
 
-    record["calibration"]["wide"]["started_as"] = "other settings"  # or another version of the project: budgets of runs stay
+    record["calibration"]["wide"]["started_as"] = (
+        "other settings"  # or another version of the project: budgets of runs stay
+    )
     (study / "study.json").write_text(json.dumps(record))
     assert "measuring the speed" not in run_command([*STUDY, str(path)]).stdout

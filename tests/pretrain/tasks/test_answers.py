@@ -25,16 +25,47 @@ from tests.pretrain.tasks.shared_data import VIEWS, empty_answers, gold_answers,
 
 
 def rows_of(tmp_path, rows, task):
-    return read_rows(JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))), VIEWS, "task.test", row_format=public_row_format(task))
+    return read_rows(
+        JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows))),
+        VIEWS,
+        "task.test",
+        row_format=public_row_format(task),
+    )
 
 
-@pytest.mark.parametrize("text, number", [
-    ("so\n#### 18", "18"), ("#### 1,450,000", "1450000"), ("#### $18.00 a day", "18"), ("####-3", "-3"), ("#### -$3", "-3"), ("#### .5", "0.5"),
-    ("#### 1\nno\n#### 2", "2"), ("#### +7 apples.", "7"), ("#### −7", "-7"), ("#### **18**", "18"), ("#### 1/2", None), ("#### 1e3", None),
-    ("#### 1 000", None), ("#### 18.5.3", None), ("#### 1,2,3", None), ("#### 18-20", None), ("#### 3*4", None), ("#### 1_000", None),
-    ("#### 0x12", None), ("#### 18 / 2", None),
-    ("#### 18\n2 apples are left", "18"), ("#### 18 \r\n3. Next", "18"), ("#### 18\n- 2 pears", "18"), ("#### 18\n\n7", "18"),
-    ("18", None), ("####", None), ("#### eighteen", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("so\n#### 18", "18"),
+        ("#### 1,450,000", "1450000"),
+        ("#### $18.00 a day", "18"),
+        ("####-3", "-3"),
+        ("#### -$3", "-3"),
+        ("#### .5", "0.5"),
+        ("#### 1\nno\n#### 2", "2"),
+        ("#### +7 apples.", "7"),
+        ("#### −7", "-7"),
+        ("#### **18**", "18"),
+        ("#### 1/2", None),
+        ("#### 1e3", None),
+        ("#### 1 000", None),
+        ("#### 18.5.3", None),
+        ("#### 1,2,3", None),
+        ("#### 18-20", None),
+        ("#### 3*4", None),
+        ("#### 1_000", None),
+        ("#### 0x12", None),
+        ("#### 18 / 2", None),
+        ("#### 18\n2 apples are left", "18"),
+        ("#### 18 \r\n3. Next", "18"),
+        ("#### 18\n- 2 pears", "18"),
+        ("#### 18\n\n7", "18"),
+        ("18", None),
+        ("####", None),
+        ("#### eighteen", None),
+        ("", None),
+    ],
+)
 def test_the_final_number_stands_behind_the_last_mark(text, number):
     found = gsm8k.final_number(text)
     assert found is None if number is None else found == gsm8k.Decimal(number)
@@ -51,11 +82,19 @@ def check_gsm8k(targets):
 
 
 def test_gsm8k_on_rows_as_the_hub_has_them(tmp_path):
-    rows = [{"question": f"{number} + 1?", "answer": f"That is {number + 1}.\n#### {number % 4 + 1:,}"} for number in range(9)]
+    rows = [
+        {"question": f"{number} + 1?", "answer": f"That is {number + 1}.\n#### {number % 4 + 1:,}"}
+        for number in range(9)
+    ]
     found = rows_of(tmp_path, rows, "gsm8k")
     assert found[3].views == ("3 + 1?", "That is 4.\n#### 4")
     check_gsm8k([row.target for row in found])
-    assert gsm8k.score(["#### 18"], [Answer("#### 18 and on and on", False)])[0] == {"final": 0, "final_any": 1, "answered": 1, "stopped": 0}
+    assert gsm8k.score(["#### 18"], [Answer("#### 18 and on and on", False)])[0] == {
+        "final": 0,
+        "final_any": 1,
+        "answered": 1,
+        "stopped": 0,
+    }
 
 
 def test_gsm8k_on_its_test_rows():
@@ -66,12 +105,16 @@ def test_labels_in_columns_with_the_names_of_the_views_are_those_of_the_public_f
     for task, expected in (("yelp", ["1", "5"]), ("rotten_tomatoes", ["Bad", "Good"])):
         rows = [{"text": "fine", "label": 0}, {"text": "poor", "label": 4 if task == "yelp" else 1}]
         source = JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows)))
-        assert [row.target for row in read_rows(source, ("text", "label"), "task.test", row_format=public_row_format(task))] == expected
+        assert [
+            row.target for row in read_rows(source, ("text", "label"), "task.test", row_format=public_row_format(task))
+        ] == expected
 
 
 @pytest.mark.parametrize("question", [" ", "half \ud83d pair"])
 def test_a_public_form_holds_text_as_other_rows_do(tmp_path, question):
-    with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set with the columns answer, question"):
+    with pytest.raises(
+        UserError, match=r"test.jsonl:1: .*in the form of the public data set with the columns answer, question"
+    ):
         rows_of(tmp_path, [{"question": question, "answer": "#### 1"}], "gsm8k")
 
 
@@ -116,14 +159,18 @@ def test_the_labels_to_choose_from_do_not_follow_from_the_rows_used(export, tmp_
     for test in (REVIEWS, REVIEWS[:20]):
         few = evaluated(rotten_tomatoes, export, tmp_path, test=test, rows=20)
         assert (few.rows, few.counts["labels"], few.metrics["majority"]) == (20, 2, 1)
-    assert evaluated(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, "an untrained model does not know them"
+    assert evaluated(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, (
+        "an untrained model does not know them"
+    )
     third = [*REVIEWS[:2], {"text": "lines", "code": "Neutral"}]
     assert evaluated(rotten_tomatoes, export, tmp_path, test=third, rows=2).counts["labels"] == 3
     assert evaluated(yelp, export, tmp_path, test=REVIEWS[:3], rows=2).counts["labels"] == 5
 
 
 def test_labels_of_other_words_are_those_of_the_whole_test_and_train_files(export, tmp_path):
-    words = [{"text": f"lines {number}", "code": word} for number, word in enumerate(["good", "good", "bad", "neither"])]
+    words = [
+        {"text": f"lines {number}", "code": word} for number, word in enumerate(["good", "good", "bad", "neither"])
+    ]
     assert evaluated(rotten_tomatoes, export, tmp_path, test=words, rows=2).counts["labels"] == 3
     with_train = evaluated(rotten_tomatoes, export, tmp_path, test=words[:2], train=words[3:])
     assert with_train.counts["labels"] == 2
@@ -141,7 +188,9 @@ def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsy
     seen, new = generate(0, "train", 3), generate(0, "test", 0)
     rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(VIEWS, pair, strict=True)) for pair in (seen, new)])
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
-    run = CheckpointTask(config, parse_task({"name": "nl_rx", "test": str(rows)}, "task"), 1, tmp_path, tmp_path / "run" / "evaluation")
+    run = CheckpointTask(
+        config, parse_task({"name": "nl_rx", "test": str(rows)}, "task"), 1, tmp_path, tmp_path / "run" / "evaluation"
+    )
     (tmp_path / "run").mkdir()
     environment = {"data": corpus_identity(read_manifest(prepared))}
     for recorded in ({}, environment):  # a run of a version that recorded nothing, and one of this corpus
@@ -158,20 +207,30 @@ def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsy
 def test_labels_as_the_hub_has_them(tmp_path):
     rows = [{"text": "fine", "label": 1}, {"text": "poor", "label": 0}, {"text": "great", "label": 1}]
     found = rows_of(tmp_path, rows, "rotten_tomatoes")
-    assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels([row.target for row in found]) == 2 / 3
+    assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels(
+        [row.target for row in found]
+    ) == 2 / 3
     found = rows_of(tmp_path, [{"label": stars, "text": "..."} for stars in (0, 4, 4, 2)], "yelp")
-    assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels([row.target for row in found]) == 1 / 2
-    for task, label in (("rotten_tomatoes", -1), ("rotten_tomatoes", 2), ("yelp", 5), ("yelp", 2.7),
-                       ("yelp", True)):
+    assert [row.target for row in found] == ["1", "5", "5", "3"] and check_labels(
+        [row.target for row in found]
+    ) == 1 / 2
+    for task, label in (("rotten_tomatoes", -1), ("rotten_tomatoes", 2), ("yelp", 5), ("yelp", 2.7), ("yelp", True)):
         with pytest.raises(UserError, match=rf"test.jsonl:1: .*the label {label}, where labels are 0 to"):
             rows_of(tmp_path, [{"text": "?", "label": label}], task)
 
 
-@pytest.mark.parametrize("task, row", [
-    ("gsm8k", {"question": "q", "answer": ["5"]}), ("gsm8k", {"question": "q", "answer": ""}),
-    ("nq_open", {"question": "q", "answer": ["5", 5]}), ("spider", {"db_id": "a", "question": "q", "query": None}),
-    ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": -1}),
-    ("hellaswag", {"ctx": "c", "endings": ["a", 2], "label": 0}), ("hellaswag", {"ctx": "c", "endings": "ab", "label": 0})])
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("gsm8k", {"question": "q", "answer": ["5"]}),
+        ("gsm8k", {"question": "q", "answer": ""}),
+        ("nq_open", {"question": "q", "answer": ["5", 5]}),
+        ("spider", {"db_id": "a", "question": "q", "query": None}),
+        ("hellaswag", {"ctx": "c", "endings": ["a", "b"], "label": -1}),
+        ("hellaswag", {"ctx": "c", "endings": ["a", 2], "label": 0}),
+        ("hellaswag", {"ctx": "c", "endings": "ab", "label": 0}),
+    ],
+)
 def test_columns_that_hold_no_text_are_reported_with_their_place(tmp_path, task, row):
     with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set"):
         rows_of(tmp_path, [row], task)
@@ -181,7 +240,10 @@ def test_what_does_not_fit_is_wrong_and_counted():
     infinite = float("-inf")
     assert hellaswag.score([0], [["a", "b"]], [[-5.0, infinite]]) == {"normalised": 0, "likelihood": 0}
     assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold_answers(["Good"]))["likelihood"] == 0
-    assert count_too_long_options([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1} and count_too_long_options([[-1.0]]) == {}
+    assert (
+        count_too_long_options([[-5.0, infinite], [-1.0, -2.0]]) == {"too_long": 1}
+        and count_too_long_options([[-1.0]]) == {}
+    )
 
 
 def test_rotten_tomatoes_on_its_test_rows():
@@ -189,22 +251,37 @@ def test_rotten_tomatoes_on_its_test_rows():
 
 
 def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path):
-    rows = [{"question": "who wrote it", "answer": ["The Beatles", "Lennon"]}, {"question": "which letter", "answer": ["A", "the letter a"]},
-            {"question": "when", "answer": ["June 5, 1998"]}, {"question": "when then", "answer": ["June 5, 1998"]}]
+    rows = [
+        {"question": "who wrote it", "answer": ["The Beatles", "Lennon"]},
+        {"question": "which letter", "answer": ["A", "the letter a"]},
+        {"question": "when", "answer": ["June 5, 1998"]},
+        {"question": "when then", "answer": ["June 5, 1998"]},
+    ]
     found = rows_of(tmp_path, rows, "nq_open")
     assert found[0].views == ("who wrote it", "The Beatles")
     right = [nq_open.right_answers(row) for row in found]
-    assert nq_open.score(right, gold_answers([answers[0] for answers in right])) == {"exact": 1, "contains": 1, "stopped": 1}
+    assert nq_open.score(right, gold_answers([answers[0] for answers in right])) == {
+        "exact": 1,
+        "contains": 1,
+        "stopped": 1,
+    }
     assert nq_open.score(right, gold_answers([answers[-1].upper() + "." for answers in right]))["exact"] == 1
     assert nq_open.right_answers(Row(("which", "one"), {"messages": [], "answer": [1, 2]})) == ["one"]
     for nothing in ("", " ", "the", "."):
         assert nq_open.score(right, gold_answers([nothing] * 4)) == {"exact": 0, "contains": 0, "stopped": 1}
     assert nq_open.score(right, gold_answers(rotated([answers[0] for answers in right])))["exact"] == 1 / 4
-    assert nq_open.score([["Lennon"]] * 2, [Answer("It was Lennon!", True), Answer("Lennon", False)]) == {"exact": 0, "contains": 1, "stopped": 1 / 2}
+    assert nq_open.score([["Lennon"]] * 2, [Answer("It was Lennon!", True), Answer("Lennon", False)]) == {
+        "exact": 0,
+        "contains": 1,
+        "stopped": 1 / 2,
+    }
 
 
 def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
-    rows = [{"ctx": "A man", "endings": ["runs.", "is a very long way of saying it.", "c", "d"], "label": label} for label in ("0", "1", 2, "3", "3")]
+    rows = [
+        {"ctx": "A man", "endings": ["runs.", "is a very long way of saying it.", "c", "d"], "label": label}
+        for label in ("0", "1", 2, "3", "3")
+    ]
     found = rows_of(tmp_path, rows, "hellaswag")
     assert [row.target for row in found] == ["runs.", "is a very long way of saying it.", "c", "d", "d"]
     numbers, endings = [int(row.columns["label"]) for row in found], [row.columns["endings"] for row in found]
@@ -218,5 +295,7 @@ def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
 
 
 def test_spider_as_the_hub_has_it(tmp_path):
-    found = rows_of(tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], "spider")
+    found = rows_of(
+        tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], "spider"
+    )
     assert found[0].views == ("For db_id:[shop]\n\nhow many", "SELECT 1")

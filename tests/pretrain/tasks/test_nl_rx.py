@@ -12,12 +12,32 @@ from tests.pretrain.tasks.shared_data import empty_answers, gold_answers, real_r
 
 def test_each_rate_counts_what_it_says():
     targets = [".*a.*"] * 7 + ["~(.*)", "(a)|(b)"]
-    answers = [Answer(".*a.*", True), Answer(".*a.*", False), Answer(".*a.*(b)", True), Answer("(.*a.*)", True), Answer("", False),
-               Answer("(.*a.*", True), Answer("(.*a.*)", False), Answer("~(.*)", True), Answer("(b)|(a)", True)]
+    answers = [
+        Answer(".*a.*", True),
+        Answer(".*a.*", False),
+        Answer(".*a.*(b)", True),
+        Answer("(.*a.*)", True),
+        Answer("", False),
+        Answer("(.*a.*", True),
+        Answer("(.*a.*)", False),
+        Answer("~(.*)", True),
+        Answer("(b)|(a)", True),
+    ]
     metrics, counts = score(targets, answers, [True] * 2 + [False] * 7)
-    assert metrics == pytest.approx({
-        "exact": 2 / 9, "equal": 4 / 9, "prefix": 4 / 9, "contains": 7 / 9, "stopped": 6 / 9, "exact_unseen": 1 / 2, "equal_unseen": 1 / 2,
-        "exact_proper": 1 / 8, "equal_proper": 3 / 8, "undecided": 0})
+    assert metrics == pytest.approx(
+        {
+            "exact": 2 / 9,
+            "equal": 4 / 9,
+            "prefix": 4 / 9,
+            "contains": 7 / 9,
+            "stopped": 6 / 9,
+            "exact_unseen": 1 / 2,
+            "equal_unseen": 1 / 2,
+            "exact_proper": 1 / 8,
+            "equal_proper": 3 / 8,
+            "undecided": 0,
+        }
+    )
     assert counts == {"proper": 8, "unseen": 2}
 
 
@@ -53,4 +73,6 @@ def test_regexes_built_to_explode_are_undecided_and_soon_not_tried(monkeypatch):
     metrics, _ = score([".*a.{20}"] * len(exploding), gold_answers(exploding), [True] * len(exploding))
     assert len(compared) == 1, "each takes some seconds"
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
-    assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {"proper": 0}  # whether it is proper is undecided too
+    assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {
+        "proper": 0
+    }  # whether it is proper is undecided too

@@ -37,7 +37,9 @@ class Brute:
         match tree:
             case ("set", members):
                 found = np.zeros_like(self.stretches)
-                found[:, np.arange(self.size - 1), np.arange(1, self.size)] = np.isin(self.codes, [*map(ord, members)])[:, :-1]
+                found[:, np.arange(self.size - 1), np.arange(1, self.size)] = np.isin(self.codes, [*map(ord, members)])[
+                    :, :-1
+                ]
                 return found & self.stretches
             case ("any",):
                 return self.stretches & np.eye(self.size, k=1, dtype=bool)
@@ -84,12 +86,16 @@ def write(tree) -> str:
         case ("then", one, other):
             return f"({write(one)})({write(other)})"
         case ("repeat", part, low, high):
-            return f"({write(part)})" + {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((low, high), f"{{{low},{'' if high is None else high}}}")
+            return f"({write(part)})" + {(0, None): "*", (1, None): "+", (0, 1): "?"}.get(
+                (low, high), f"{{{low},{'' if high is None else high}}}"
+            )
 
 
 def draw(rng: random.Random, depth: int):
     if depth == 0 or rng.random() < 0.1:
-        return rng.choice([("set", "a"), ("set", "1"), ("set", "-"), ("set", "a1"), ("set", "1-"), ("any",), ("boundary",)])
+        return rng.choice(
+            [("set", "a"), ("set", "1"), ("set", "-"), ("set", "a1"), ("set", "1-"), ("any",), ("boundary",)]
+        )
     kind = rng.choice(["not", "union", "and", "then", "then", "repeat"])
     if kind == "repeat":
         return kind, draw(rng, depth - 1), *rng.choice([(0, None), (0, None), (1, None), (0, 1), (2, None), (1, 2)])
@@ -98,10 +104,16 @@ def draw(rng: random.Random, depth: int):
 
 def vary(rng: random.Random, tree):
     """An equal expression most of the time, or one that is nearly so."""
-    return rng.choice([
-        ("not", ("not", tree)), ("union", tree, tree), ("and", tree, ("repeat", ("any",), 0, None)), ("repeat", ("repeat", tree, 0, None), 0, None),
-        ("union", tree, ("then", tree, ("set", "a"))), ("not", ("and", ("not", tree), ("not", ("set", "1")))),
-    ])
+    return rng.choice(
+        [
+            ("not", ("not", tree)),
+            ("union", tree, tree),
+            ("and", tree, ("repeat", ("any",), 0, None)),
+            ("repeat", ("repeat", tree, 0, None), 0, None),
+            ("union", tree, ("then", tree, ("set", "a"))),
+            ("not", ("and", ("not", tree), ("not", ("set", "1")))),
+        ]
+    )
 
 
 @pytest.mark.parametrize("pairs", [150, pytest.param(2000, marks=pytest.mark.slow)])
@@ -150,11 +162,20 @@ def test_a_malformed_expression_equals_nothing():
 
 
 def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
-    for expression in ("(a|b)*a" + "(a|b)" * 60, "a{999999}", "(" * 5000 + "a" + ")" * 5000, "((a{30}){30}){30}", "a{" + "9" * 5000 + "}",
-                       "~((a|b)*a(a|b){40})&~((b|a)*b.{40})"):
+    for expression in (
+        "(a|b)*a" + "(a|b)" * 60,
+        "a{999999}",
+        "(" * 5000 + "a" + ")" * 5000,
+        "((a{30}){30}){30}",
+        "a{" + "9" * 5000 + "}",
+        "~((a|b)*a(a|b){40})&~((b|a)*b.{40})",
+    ):
         assert compare(expression, expression + "b").equal is not True
     assert compare("(a|b)*a(a|b){25}", "(b|a)*a(b|a){25}b?").equal is not True
-    for letters in (string.ascii_lowercase[:16], string.ascii_letters):  # each letter somewhere: a state for each set of letters
+    for letters in (
+        string.ascii_lowercase[:16],
+        string.ascii_letters,
+    ):  # each letter somewhere: a state for each set of letters
         everywhere = "&".join(f"(.*{letter}.*)" for letter in letters)
         assert compare(everywhere, everywhere.replace("a", "!")).equal is None
     assert machines and all(machine.work <= 1.01 * regex_equality.MAX_OPERATIONS for machine in machines)
@@ -162,13 +183,21 @@ def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
 
 
 def test_proper_targets():
-    assert is_nontrivial("(dog).*") and is_nontrivial(".*") is False and is_nontrivial("(a)&(b)") is False and is_nontrivial("~(.*)|.*") is False
+    assert (
+        is_nontrivial("(dog).*")
+        and is_nontrivial(".*") is False
+        and is_nontrivial("(a)&(b)") is False
+        and is_nontrivial("~(.*)|.*") is False
+    )
 
 
 def test_pairs_of_the_grammar_are_decided_at_once(machines):
     rng = random.Random(2)
     targets = [generate(0, "test", index)[1] for index in range(400)]
-    check_pairs([(target, rng.choice(targets)) for target in targets] + [(target, f"({target})") for target in targets], machines)
+    check_pairs(
+        [(target, rng.choice(targets)) for target in targets] + [(target, f"({target})") for target in targets],
+        machines,
+    )
 
 
 def test_pairs_of_nl_rx_synth_are_decided_at_once(machines):

@@ -45,7 +45,9 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
     assert same_rows([(1, "a"), (2, "b")], [(2.0, "b"), (1, "a")], ordered=False)
     assert not same_rows([(1, "a"), (2, "b")], [(2, "b"), (1, "a")], ordered=True)
     assert not same_rows([(1,), (1,)], [(1,)], ordered=False)
-    assert same_rows([(0.1 + 0.2, None)], [(0.3, None)], ordered=True) and not same_rows([(0.3,)], [(0.3001,)], ordered=True)
+    assert same_rows([(0.1 + 0.2, None)], [(0.3, None)], ordered=True) and not same_rows(
+        [(0.3,)], [(0.3001,)], ordered=True
+    )
     assert not same_rows([(1, 2)], [(2, 1)], ordered=False)  # columns have an order
     assert same_rows([(12345678901,)], [(12345678901.0,)], ordered=True)
     assert same_rows([(123456789012.4,), (1,)], [(1,), (123456789012,)], ordered=False)
@@ -53,10 +55,18 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
     assert not same_rows([("1",)], [(1,)], ordered=False) and not same_rows([], [(None,)], ordered=False)
 
 
-@pytest.mark.parametrize("query, ordered", [
-    ("SELECT a FROM t ORDER BY a", True), ("select a from t order  by a limit 1", True), ("SELECT a FROM (SELECT a FROM t ORDER BY a)", False),
-    ("SELECT 'ORDER BY' FROM t -- ORDER BY a", False), ("SELECT a, rank() OVER (ORDER BY b) FROM t", False),
-    ("WITH x AS (SELECT 1) SELECT * FROM x ORDER BY 1", True), ('SELECT "order by" FROM t /* ORDER BY a */', False)])
+@pytest.mark.parametrize(
+    "query, ordered",
+    [
+        ("SELECT a FROM t ORDER BY a", True),
+        ("select a from t order  by a limit 1", True),
+        ("SELECT a FROM (SELECT a FROM t ORDER BY a)", False),
+        ("SELECT 'ORDER BY' FROM t -- ORDER BY a", False),
+        ("SELECT a, rank() OVER (ORDER BY b) FROM t", False),
+        ("WITH x AS (SELECT 1) SELECT * FROM x ORDER BY 1", True),
+        ('SELECT "order by" FROM t /* ORDER BY a */', False),
+    ],
+)
 def test_order_counts_where_the_query_itself_orders(query, ordered):
     for whole in (query, f"({query}\n)", f" ( ({query}\n) ) ; -- end"):
         assert (outer_order_by(whole) is not None) is ordered, whole
@@ -71,8 +81,17 @@ def players(tmp_path_factory):
     path = tmp_path_factory.mktemp("ties") / "players.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE player (id INTEGER, name TEXT COLLATE NOCASE, score INTEGER, share REAL)")
-    connection.executemany("INSERT INTO player VALUES (?, ?, ?, ?)", [
-        (1, "ann", 3, 1 / 3), (2, "bob", 3, 0.1 + 0.2), (3, "cyd", 1, 0.5), (4, "Dee", 2, 0.5), (5, "dee", 2, None), (6, "bob", 3, 0.3)])
+    connection.executemany(
+        "INSERT INTO player VALUES (?, ?, ?, ?)",
+        [
+            (1, "ann", 3, 1 / 3),
+            (2, "bob", 3, 0.1 + 0.2),
+            (3, "cyd", 1, 0.5),
+            (4, "Dee", 2, 0.5),
+            (5, "dee", 2, None),
+            (6, "bob", 3, 0.3),
+        ],
+    )
     connection.commit()
     connection.close()
     return path
@@ -84,29 +103,40 @@ COUNTS = "SELECT score AS s, count(*) AS n FROM player GROUP BY s HAVING n > 0 O
 UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM player WHERE id > 4 ORDER BY 2"
 
 
-@pytest.mark.parametrize("target, answer, right", [
-    (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, id DESC", True),
-    (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, name COLLATE BINARY DESC", True),
-    (BY_SCORE, "SELECT name FROM player ORDER BY score", False),
-    (BY_SCORE, "SELECT name FROM player ORDER BY id = 6, score DESC", False),
-    (BY_SCORE, "SELECT name FROM player", False),
-    (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 6)", True),
-    (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 3)", False),
-    (f"{BY_SCORE} LIMIT 2", f"{BY_SCORE} LIMIT 3", False),
-    (f"{BY_SCORE} LIMIT 3 OFFSET 2", "SELECT name FROM player WHERE id IN (2, 4, 5)", True),
-    (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (1, 4, 5)", True),
-    (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (3, 4, 5) ORDER BY id DESC", False),
-    (f"{BY_SCORE} LIMIT 1 + 1", "SELECT name FROM player WHERE id IN (2, 6)", False),  # not a plain number: the rows of the target alone
-    (f"{BY_SCORE} -- LIMIT 1\n ;", "SELECT name FROM player ORDER BY score DESC, id DESC", True),
-    (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY score, name DESC", True),
-    (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY -score, name", False),
-    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1", True),
-    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1 DESC", True),
-    (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY 2 DESC, 1", False),
-    (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY score, -id", True),
-    (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY -score, id", False),
-    ("SELECT share FROM player WHERE share < 0.4 ORDER BY score", "SELECT share FROM player WHERE share < 0.4 ORDER BY -share", True),
-])
+@pytest.mark.parametrize(
+    "target, answer, right",
+    [
+        (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, id DESC", True),
+        (BY_SCORE, "SELECT name FROM player ORDER BY score DESC, name COLLATE BINARY DESC", True),
+        (BY_SCORE, "SELECT name FROM player ORDER BY score", False),
+        (BY_SCORE, "SELECT name FROM player ORDER BY id = 6, score DESC", False),
+        (BY_SCORE, "SELECT name FROM player", False),
+        (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 6)", True),
+        (f"{BY_SCORE} LIMIT 2", "SELECT name FROM player WHERE id IN (2, 3)", False),
+        (f"{BY_SCORE} LIMIT 2", f"{BY_SCORE} LIMIT 3", False),
+        (f"{BY_SCORE} LIMIT 3 OFFSET 2", "SELECT name FROM player WHERE id IN (2, 4, 5)", True),
+        (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (1, 4, 5)", True),
+        (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (3, 4, 5) ORDER BY id DESC", False),
+        (
+            f"{BY_SCORE} LIMIT 1 + 1",
+            "SELECT name FROM player WHERE id IN (2, 6)",
+            False,
+        ),  # not a plain number: the rows of the target alone
+        (f"{BY_SCORE} -- LIMIT 1\n ;", "SELECT name FROM player ORDER BY score DESC, id DESC", True),
+        (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY score, name DESC", True),
+        (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY -score, name", False),
+        (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1", True),
+        (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY count(*) > 1, 1 DESC", True),
+        (COUNTS, "SELECT score, count(*) FROM player GROUP BY 1 ORDER BY 2 DESC, 1", False),
+        (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY score, -id", True),
+        (UNION, "SELECT id, score FROM player WHERE id NOT IN (3, 4) ORDER BY -score, id", False),
+        (
+            "SELECT share FROM player WHERE share < 0.4 ORDER BY score",
+            "SELECT share FROM player WHERE share < 0.4 ORDER BY -share",
+            True,
+        ),
+    ],
+)
 def test_rows_that_the_target_leaves_tied_may_come_in_any_order(players, target, answer, right):
     with QueryRunner() as runner:
         assert judge(runner, players, target, target).right
@@ -114,14 +144,24 @@ def test_rows_that_the_target_leaves_tied_may_come_in_any_order(players, target,
 
 
 def test_a_query_is_normal_in_white_space_and_case_but_not_within_quotes():
-    assert normal("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normal("select count(*) from t where A = 'It''s A'")
+    assert normal("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normal(
+        "select count(*) from t where A = 'It''s A'"
+    )
     assert normal("SELECT a FROM t WHERE a = 'x'") != normal("SELECT a FROM t WHERE a = 'X'")
 
 
 def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
     target = "SELECT name, count(*) FROM t GROUP BY name"
-    answers = {"SELECT name, sum(1.0) FROM t GROUP BY 1 ORDER BY 2 DESC": True, "SELECT name FROM t": False, "SELEC": False, "": False, "-- x": False,
-               "SELECT count(*), name FROM t GROUP BY name": False, f"{target}; {target}": False, f"{target};": True}
+    answers = {
+        "SELECT name, sum(1.0) FROM t GROUP BY 1 ORDER BY 2 DESC": True,
+        "SELECT name FROM t": False,
+        "SELEC": False,
+        "": False,
+        "-- x": False,
+        "SELECT count(*), name FROM t GROUP BY name": False,
+        f"{target}; {target}": False,
+        f"{target};": True,
+    }
     for text, right in answers.items():
         assert score([target], [Answer(text, True)], [database], [True])[0]["execution"] == right, text
     endless = score([target], [Answer(target, False)], [database], [True])[0]
@@ -133,8 +173,15 @@ def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
 
 def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
     targets = ["SELECT nothing FROM t", "SELECT id FROM t", "SELECT id FROM t", "SELECT id FROM t WHERE 0"]
-    metrics, counts = score(targets, gold_answers(targets), [database, None, database, database], [False, True, True, False])
-    assert (metrics["execution"], metrics["exact"], metrics["execution_unseen"], metrics["execution_filled"]) == (0.5, 1, 0.5, 1)
+    metrics, counts = score(
+        targets, gold_answers(targets), [database, None, database, database], [False, True, True, False]
+    )
+    assert (metrics["execution"], metrics["exact"], metrics["execution_unseen"], metrics["execution_filled"]) == (
+        0.5,
+        1,
+        0.5,
+        1,
+    )
     assert counts == {"failed_gold": 1, "missing_database": 1, "empty_results": 1, "unseen": 2}
     metrics, counts = score(targets, gold_answers(targets), [database] * 4, None)
     assert "unseen" not in counts and not any("unseen" in name for name in metrics)
@@ -144,8 +191,12 @@ def test_databases_are_found_by_the_name_in_the_row(tmp_path):
     for path in ("a.sqlite", "b/b.sqlite"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    rows = [Row(("For db_id:[a]\n\nhow many", "SELECT 1"), {}), Row(("how many", "SELECT 1"), {"db_id": "b"}),
-            Row(("how many", "SELECT 1"), {"db_id": "../a"}), Row(("how many", "SELECT 1"), {})]
+    rows = [
+        Row(("For db_id:[a]\n\nhow many", "SELECT 1"), {}),
+        Row(("how many", "SELECT 1"), {"db_id": "b"}),
+        Row(("how many", "SELECT 1"), {"db_id": "../a"}),
+        Row(("how many", "SELECT 1"), {}),
+    ]
     assert find_databases(rows, tmp_path) == [tmp_path / "a.sqlite", tmp_path / "b" / "b.sqlite", None, None]
     assert find_databases(rows, tmp_path / "a.sqlite") == [tmp_path / "a.sqlite"] * 4
     with pytest.raises(UserError, match=r"has no database of any row: the first needs a.sqlite or a/a.sqlite"):
@@ -171,18 +222,50 @@ def test_files_that_cannot_be_read_as_they_stand_are_refused(tmp_path, database)
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
 LONG_FUNCTION = "SELECT instr(hex(zeroblob(1000000)), hex(zeroblob(500000)) || 'x')"
 ATTACKS = {
-    "a write": ["DROP TABLE t", "DELETE FROM t", "INSERT INTO t VALUES (1, '', 0)", "CREATE TABLE u (a)", "UPDATE t SET id = 0", "VACUUM INTO 'x.db'",
-                "PRAGMA journal_mode = DELETE", "PRAGMA writable_schema = 1",
-                "BEGIN", "REINDEX", "SELECT 1; DROP TABLE t", "PRAGMA hard_heap_limit = 0"],
-    "another file": ["ATTACH 'other.sqlite' AS o", "SELECT load_extension('x.so')", "SELECT readfile('/etc/passwd')", "SELECT * FROM dbstat"],
-    "endless": [f"{ENDLESS} SELECT count(*) FROM n", "SELECT count(*) FROM " + ", ".join(f"t AS t{number}" for number in range(30)),
-                f"{ENDLESS} SELECT sum(i) FROM n", LONG_FUNCTION],
-    "memory": [f"{ENDLESS} SELECT group_concat(i) FROM n", "SELECT randomblob(2000000000)", "SELECT zeroblob(1000000000)",
-               "SELECT printf('%.*c', 2000000000, 'x')",
-               f"{ENDLESS} SELECT randomblob(4000000) FROM n", f"{ENDLESS} SELECT i FROM n ORDER BY -i", f"{ENDLESS} SELECT DISTINCT i FROM n",
-               "SELECT replace(hex(zeroblob(1000000)), '0', hex(zeroblob(1000000)))", f"{ENDLESS} SELECT i FROM n"],
-    "the parser": ["SELECT " + "(" * 5000 + "1" + ")" * 5000, "SELECT 1 " + "UNION SELECT 1 " * 3000, "SELECT '" + "x" * 10**6 + "'",
-                   "\0", "SELECT \ud800"],
+    "a write": [
+        "DROP TABLE t",
+        "DELETE FROM t",
+        "INSERT INTO t VALUES (1, '', 0)",
+        "CREATE TABLE u (a)",
+        "UPDATE t SET id = 0",
+        "VACUUM INTO 'x.db'",
+        "PRAGMA journal_mode = DELETE",
+        "PRAGMA writable_schema = 1",
+        "BEGIN",
+        "REINDEX",
+        "SELECT 1; DROP TABLE t",
+        "PRAGMA hard_heap_limit = 0",
+    ],
+    "another file": [
+        "ATTACH 'other.sqlite' AS o",
+        "SELECT load_extension('x.so')",
+        "SELECT readfile('/etc/passwd')",
+        "SELECT * FROM dbstat",
+    ],
+    "endless": [
+        f"{ENDLESS} SELECT count(*) FROM n",
+        "SELECT count(*) FROM " + ", ".join(f"t AS t{number}" for number in range(30)),
+        f"{ENDLESS} SELECT sum(i) FROM n",
+        LONG_FUNCTION,
+    ],
+    "memory": [
+        f"{ENDLESS} SELECT group_concat(i) FROM n",
+        "SELECT randomblob(2000000000)",
+        "SELECT zeroblob(1000000000)",
+        "SELECT printf('%.*c', 2000000000, 'x')",
+        f"{ENDLESS} SELECT randomblob(4000000) FROM n",
+        f"{ENDLESS} SELECT i FROM n ORDER BY -i",
+        f"{ENDLESS} SELECT DISTINCT i FROM n",
+        "SELECT replace(hex(zeroblob(1000000)), '0', hex(zeroblob(1000000)))",
+        f"{ENDLESS} SELECT i FROM n",
+    ],
+    "the parser": [
+        "SELECT " + "(" * 5000 + "1" + ")" * 5000,
+        "SELECT 1 " + "UNION SELECT 1 " * 3000,
+        "SELECT '" + "x" * 10**6 + "'",
+        "\0",
+        "SELECT \ud800",
+    ],
 }
 
 
@@ -211,16 +294,33 @@ def test_a_query_takes_no_more_processor_time_than_it_may(database):
 
 
 SCHEMA = {
-    "db_id": "shop", "table_names_original": ["customer", "Orders", "sqlite_sequence"],
-    "column_names_original": [[-1, "*"], [0, "id"], [0, "Name"], [0, "city"], [1, "id"], [1, "customer_id"], [1, "price"], [1, "day of order"]],
-    "column_types": ["text", "number", "text", "text", "number", "number", "number", "time"], "primary_keys": [1, 4], "foreign_keys": [[5, 1]]}
+    "db_id": "shop",
+    "table_names_original": ["customer", "Orders", "sqlite_sequence"],
+    "column_names_original": [
+        [-1, "*"],
+        [0, "id"],
+        [0, "Name"],
+        [0, "city"],
+        [1, "id"],
+        [1, "customer_id"],
+        [1, "price"],
+        [1, "day of order"],
+    ],
+    "column_types": ["text", "number", "text", "text", "number", "number", "number", "time"],
+    "primary_keys": [1, 4],
+    "foreign_keys": [[5, 1]],
+}
 QUERIES = [
     "SELECT count(*) FROM customer WHERE city = 'Ulm'",
-    "SELECT T2.price FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id WHERE T1.name = \"Ann\"",
-    "SELECT name FROM customer WHERE city = 'Bonn' OR city = 'Ulm' ORDER BY name", "SELECT id FROM orders WHERE price > 950.5",
+    'SELECT T2.price FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id WHERE T1.name = "Ann"',
+    "SELECT name FROM customer WHERE city = 'Bonn' OR city = 'Ulm' ORDER BY name",
+    "SELECT id FROM orders WHERE price > 950.5",
     "SELECT id FROM orders WHERE price < 3",
-    "SELECT name FROM customer WHERE name LIKE '%ob%' AND city IN ('Rome', 'Oslo')", "SELECT count(*) FROM orders WHERE price BETWEEN 40 AND 42",
-    "SELECT T1.name FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id GROUP BY T1.id HAVING count(*) > 1", "SELECT shoe FROM customer"]
+    "SELECT name FROM customer WHERE name LIKE '%ob%' AND city IN ('Rome', 'Oslo')",
+    "SELECT count(*) FROM orders WHERE price BETWEEN 40 AND 42",
+    "SELECT T1.name FROM customer AS T1 JOIN orders AS T2 ON T1.id = T2.customer_id GROUP BY T1.id HAVING count(*) > 1",
+    "SELECT shoe FROM customer",
+]
 
 
 def test_made_databases_answer_the_queries_they_are_made_for(tmp_path):
@@ -229,7 +329,9 @@ def test_made_databases_answer_the_queries_they_are_made_for(tmp_path):
     assert len(failed) == 1 and "no such column: shoe" in failed[0] and empty_results == 0
     first = (tmp_path / "shop.sqlite").read_bytes()
     connection = sqlite3.connect(tmp_path / "shop.sqlite")
-    assert connection.execute("SELECT count(*) FROM orders WHERE customer_id NOT IN (SELECT id FROM customer)").fetchone() == (0,)
+    assert connection.execute(
+        "SELECT count(*) FROM orders WHERE customer_id NOT IN (SELECT id FROM customer)"
+    ).fetchone() == (0,)
     assert connection.execute("SELECT count(*), count(DISTINCT id) FROM customer").fetchone()[0] >= 24
     connection.close()
     make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
@@ -254,12 +356,18 @@ def check_scores(targets, databases, failing):
     new = [True] * len(targets)
     metrics, counts = score(targets, gold_answers(targets), databases, new)
     assert counts["failed_gold"] == failing and counts["missing_database"] == 0
-    assert metrics["execution"] == pytest.approx(1 - failing / len(targets)) and metrics["execution_filled"] == metrics["exact"] == 1
+    assert (
+        metrics["execution"] == pytest.approx(1 - failing / len(targets))
+        and metrics["execution_filled"] == metrics["exact"] == 1
+    )
     metrics, _ = score(targets, empty_answers(targets), databases, new)
     assert metrics["execution"] == metrics["exact"] == metrics["runs"] == 0
     moved = rotated(targets)
     metrics, _ = score(targets, gold_answers(moved), databases, new)
-    assert metrics["execution"] == pytest.approx(share_with_equal_results(targets, moved, databases)) and metrics["execution"] < 0.5
+    assert (
+        metrics["execution"] == pytest.approx(share_with_equal_results(targets, moved, databases))
+        and metrics["execution"] < 0.5
+    )
     return counts
 
 
@@ -270,7 +378,9 @@ def test_gold_empty_and_shuffled_answers_on_a_small_set(tmp_path):
 
 def test_gold_empty_and_shuffled_answers_on_geography():
     targets = [row.target for row in real_rows("geography/test.jsonl")]
-    check_scores(targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2)  # which name a table that is not theirs
+    check_scores(
+        targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2
+    )  # which name a table that is not theirs
 
 
 def test_gold_empty_and_shuffled_answers_on_spider(tmp_path):
@@ -279,7 +389,9 @@ def test_gold_empty_and_shuffled_answers_on_spider(tmp_path):
     queries = defaultdict(list)
     for row in rows:
         queries[database_name(row)].append(row.target)
-    schemas = [schema for schema in json.loads((DATA / "spider" / "tables.json").read_text()) if schema["db_id"] in queries]
+    schemas = [
+        schema for schema in json.loads((DATA / "spider" / "tables.json").read_text()) if schema["db_id"] in queries
+    ]
     make_databases(schemas, queries, tmp_path)
     failed, _ = look_at(queries, tmp_path)
     databases = find_databases(rows, tmp_path)

@@ -17,19 +17,33 @@ from pretrain.training import main
 from tests.commands import prepare_corpus, tiny_config, write_config
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"name": "gsm8k"}, "task: the task gsm8k needs rows: test"),
-    ({"name": "spider", "test": "x"}, "task.databases: Field required"),
-    ({"name": "loss", "test": "x", "databases": "y"}, "unknown key 'task.databases'"),
-    ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "unknown key 'task.finetune'"),
-    ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "give train too"),
-    ({"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}}, "task.test: weight and split are for data.sources"),
-    ({"name": "gsm8k", "test": {"type": "text", "path": "x"}}, "'text'"),
-    ({"name": "lm_eval"}, "task.harness: Field required"), ({"name": "lm_eval", "harness": ["a"], "test": "x"}, "unknown key 'task.test'"),
-    ({"name": "nl_rx", "harness": ["a"]}, "unknown key 'task.harness'"), ({"name": "nl_rx", "label": "a/b"}, "task.label"),
-    ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"), ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
-    ({"name": "nl_rx", "finetune": {"epoch": 1}}, "task.finetune: unknown key 'epoch' of train; the nearest known one is 'epochs'"),
-    ({"name": "gsm9k", "test": "x"}, "task.name: 'gsm9k' is none of"), ({}, "task.name: None is none of")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"name": "gsm8k"}, "task: the task gsm8k needs rows: test"),
+        ({"name": "spider", "test": "x"}, "task.databases: Field required"),
+        ({"name": "loss", "test": "x", "databases": "y"}, "unknown key 'task.databases'"),
+        ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "unknown key 'task.finetune'"),
+        ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "give train too"),
+        (
+            {"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}},
+            "task.test: weight and split are for data.sources",
+        ),
+        ({"name": "gsm8k", "test": {"type": "text", "path": "x"}}, "'text'"),
+        ({"name": "lm_eval"}, "task.harness: Field required"),
+        ({"name": "lm_eval", "harness": ["a"], "test": "x"}, "unknown key 'task.test'"),
+        ({"name": "nl_rx", "harness": ["a"]}, "unknown key 'task.harness'"),
+        ({"name": "nl_rx", "label": "a/b"}, "task.label"),
+        ({"name": "nl_rx", "label": "x" * 101}, "at most 100 characters"),
+        ({"name": "geometry", "test": "x", "rows": 1}, "task.rows: the task compares"),
+        (
+            {"name": "nl_rx", "finetune": {"epoch": 1}},
+            "task.finetune: unknown key 'epoch' of train; the nearest known one is 'epochs'",
+        ),
+        ({"name": "gsm9k", "test": "x"}, "task.name: 'gsm9k' is none of"),
+        ({}, "task.name: None is none of"),
+    ],
+)
 def test_options_that_cannot_act_are_errors(tmp_path, values, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_task(values, "task")
@@ -48,7 +62,10 @@ def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
     two = [{"name": "gsm8k", "test": "x"}, {"name": "gsm8k", "test": "y"}]
     with pytest.raises(ValidationError, match="give one a label"):
         EvaluationConfig(tasks=two)
-    assert [task.title for task in EvaluationConfig(tasks=[two[0], two[1] | {"label": "other"}]).tasks] == ["gsm8k", "other"]
+    assert [task.title for task in EvaluationConfig(tasks=[two[0], two[1] | {"label": "other"}]).tasks] == [
+        "gsm8k",
+        "other",
+    ]
     for name in ("gsm8k", "retrieval"):
         task = parse_task({"name": name, "test": "x"}, "task")
         task.check_views(("text", "code"))
@@ -58,17 +75,29 @@ def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
 
 
 FINETUNINGS = {
-    "learning_rate": ({"finetune": {"learning_rate": -1, "epochs": 2}}, "finetune.learning_rate: Input should be greater than 0"),
+    "learning_rate": (
+        {"finetune": {"learning_rate": -1, "epochs": 2}},
+        "finetune.learning_rate: Input should be greater than 0",
+    ),
     "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget is exactly one of"),
     "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget is exactly one of"),
-    "a key of another schedule": ({"finetune": {"decay_fraction": 0.5}}, "finetune: decay_fraction acts on the schedule warmup_stable_decay only"),
+    "a key of another schedule": (
+        {"finetune": {"decay_fraction": 0.5}},
+        "finetune: decay_fraction acts on the schedule warmup_stable_decay only",
+    ),
     "no number": ({"finetune": {"steps": "five"}}, "finetune.steps: Input should be a valid integer"),
-    "rows that do not divide": ({"finetune": {"micro_batch_rows": 3}},
-                                "finetune: global_batch_rows (8) must be a multiple of micro_batch_rows (3)"),
-    "misspelt key of the objective": ({"finetune": {}, "finetune_objective": {"name": "llm_jepa", "weigth": 1}},
-                                      "finetune_objective: unknown key 'objective.weigth'; the nearest known one is 'objective.weight'"),
-    "spans between views apart": ({"finetune": {}, "finetune_objective": {"name": "semantic_tube", "form": "views", "layout": "independent"}},
-                                  "finetune_objective.form: views needs two views in one text"),
+    "rows that do not divide": (
+        {"finetune": {"micro_batch_rows": 3}},
+        "finetune: global_batch_rows (8) must be a multiple of micro_batch_rows (3)",
+    ),
+    "misspelt key of the objective": (
+        {"finetune": {}, "finetune_objective": {"name": "llm_jepa", "weigth": 1}},
+        "finetune_objective: unknown key 'objective.weigth'; the nearest known one is 'objective.weight'",
+    ),
+    "spans between views apart": (
+        {"finetune": {}, "finetune_objective": {"name": "semantic_tube", "form": "views", "layout": "independent"}},
+        "finetune_objective.form: views needs two views in one text",
+    ),
 }
 """A task's keys that its finetuning would refuse, and what the error line says after the task's own key."""
 
@@ -93,11 +122,20 @@ def test_keys_of_train_that_a_task_leaves_alone_stay_those_of_the_run(tmp_path):
     stable = {"train__schedule": "warmup_stable_decay", "train__decay_fraction": 0.5}
 
     def load(finetune: dict) -> RunConfig:
-        return load_config(write_config(tmp_path, tiny_config(tmp_path, **stable, evaluation={"tasks": [{"name": "nl_rx", "finetune": finetune}]})))
+        return load_config(
+            write_config(
+                tmp_path,
+                tiny_config(tmp_path, **stable, evaluation={"tasks": [{"name": "nl_rx", "finetune": finetune}]}),
+            )
+        )
 
     with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.finetune: decay_fraction acts on"):
         load({"schedule": "cosine"})
-    for finetune in ({"schedule": "cosine", "decay_fraction": None}, {"epochs": 2}, {"global_batch_rows": 3, "micro_batch_rows": 3}):
+    for finetune in (
+        {"schedule": "cosine", "decay_fraction": None},
+        {"epochs": 2},
+        {"global_batch_rows": 3, "micro_batch_rows": 3},
+    ):
         load(finetune)
 
 
@@ -108,8 +146,17 @@ def test_an_objective_on_pairs_of_a_corpus_of_documents_is_refused_without_a_cor
         with pytest.raises(UserError, match=rf"objective\.{key} needs pairs of views, but data\.views are \['text'\]"):
             load_config(write_config(tmp_path, values))
     with pytest.raises(UserError, match=r"evaluation\.tasks\.0: the task gsm8k takes the second of two views"):
-        load_config(write_config(tmp_path, tiny_config(tmp_path, data__views=["text"], objective={"name": "next_token"},
-                                                       evaluation={"tasks": [{"name": "gsm8k", "test": "x"}]})))
+        load_config(
+            write_config(
+                tmp_path,
+                tiny_config(
+                    tmp_path,
+                    data__views=["text"],
+                    objective={"name": "next_token"},
+                    evaluation={"tasks": [{"name": "gsm8k", "test": "x"}]},
+                ),
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +176,26 @@ NEEDS = {
     "databases": ({"name": "spider", "databases": "FOLDER/nowhere"}, "databases: there is no FOLDER/nowhere"),
     "test": ({"name": "gsm8k", "test": "FOLDER/nowhere"}, "test: there is no file FOLDER/nowhere"),
     "train": ({"name": "gsm8k", "finetune": {}, "train": "FOLDER/nowhere"}, "train: there is no file FOLDER/nowhere"),
-    "views": ({"name": "gsm8k", "test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"question": "text"}}},
-              "test.views names ['question'], but data.views are ['text', 'code']"),
-    "template": ({"name": "gsm8k", "test": {"type": "hub", "path": "x", "views": {"text": "{text", "code": "code"}}},
-                 "test.views.text: cannot read the template"),
-    "harness": ({"name": "lm_eval", "test": None, "harness": ["arc_easy", "FOLDER/mine.yaml"]}, "harness: there is no file FOLDER/mine.yaml"),
-    "lm_eval": ({"name": "lm_eval", "test": None, "harness": ["arc_easy"]}, "name: the task lm_eval needs the package lm_eval"),
-    "peft": ({"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
-             "finetune_lora needs the package peft"),
+    "views": (
+        {"name": "gsm8k", "test": {"type": "json", "path": "FOLDER/rows.jsonl", "views": {"question": "text"}}},
+        "test.views names ['question'], but data.views are ['text', 'code']",
+    ),
+    "template": (
+        {"name": "gsm8k", "test": {"type": "hub", "path": "x", "views": {"text": "{text", "code": "code"}}},
+        "test.views.text: cannot read the template",
+    ),
+    "harness": (
+        {"name": "lm_eval", "test": None, "harness": ["arc_easy", "FOLDER/mine.yaml"]},
+        "harness: there is no file FOLDER/mine.yaml",
+    ),
+    "lm_eval": (
+        {"name": "lm_eval", "test": None, "harness": ["arc_easy"]},
+        "name: the task lm_eval needs the package lm_eval",
+    ),
+    "peft": (
+        {"name": "nl_rx", "finetune": {}, "train": "FOLDER/rows.jsonl", "finetune_lora": {"rank": 2, "alpha": 4}},
+        "finetune_lora needs the package peft",
+    ),
 }
 """Tasks that lack something on this machine, each with the error line after the key of the task."""
 
@@ -146,7 +205,7 @@ def refusal(capsys) -> str:
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 2
-    line, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     return line
 
 
@@ -164,17 +223,33 @@ def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypat
 
 
 UNREADABLE = {
-    "no database": ({"databases": "FOLDER/empty", "name": "spider"}, "FOLDER/empty (evaluation.tasks.0.databases) has no database of any row"),
+    "no database": (
+        {"databases": "FOLDER/empty", "name": "spider"},
+        "FOLDER/empty (evaluation.tasks.0.databases) has no database of any row",
+    ),
     "no rows": ({"test": "FOLDER/blank.jsonl"}, "evaluation.tasks.0.test: FOLDER/blank.jsonl has no rows"),
     "no JSON": ({"test": "FOLDER/plain.jsonl"}, "FOLDER/plain.jsonl:1: not JSON"),
-    "other columns": ({"train": "FOLDER/others.jsonl", "finetune": {}}, "FOLDER/others.jsonl:1: no text for the view text and code; the row has "
-                      "a, b: name the columns of the views in evaluation.tasks.0.train"),
-    "a view is missing": ({"test": {"type": "json", "path": "FOLDER/others.jsonl", "views": {"text": "a"}}},
-                          "FOLDER/others.jsonl:1: no text for the view code; the row has a, b"),
-    "a later row": ({"train": "FOLDER/second.jsonl", "finetune": {}}, "FOLDER/second.jsonl:2: no text for the view code; the row has text"),
-    "no such local data set": ({"test": {"type": "hub", "path": "FOLDER/nowhere"}},
-                               "there is no folder FOLDER/nowhere (evaluation.tasks.0.test.path)"),
-    "no such folder": ({"test": {"type": "json", "path": "FOLDER/empty"}}, "FOLDER/empty (evaluation.tasks.0.test.path) holds no file"),
+    "other columns": (
+        {"train": "FOLDER/others.jsonl", "finetune": {}},
+        "FOLDER/others.jsonl:1: no text for the view text and code; the row has "
+        "a, b: name the columns of the views in evaluation.tasks.0.train",
+    ),
+    "a view is missing": (
+        {"test": {"type": "json", "path": "FOLDER/others.jsonl", "views": {"text": "a"}}},
+        "FOLDER/others.jsonl:1: no text for the view code; the row has a, b",
+    ),
+    "a later row": (
+        {"train": "FOLDER/second.jsonl", "finetune": {}},
+        "FOLDER/second.jsonl:2: no text for the view code; the row has text",
+    ),
+    "no such local data set": (
+        {"test": {"type": "hub", "path": "FOLDER/nowhere"}},
+        "there is no folder FOLDER/nowhere (evaluation.tasks.0.test.path)",
+    ),
+    "no such folder": (
+        {"test": {"type": "json", "path": "FOLDER/empty"}},
+        "FOLDER/empty (evaluation.tasks.0.test.path) holds no file",
+    ),
 }
 """Rows that an evaluation could not read, each with what the error line starts with."""
 
@@ -184,7 +259,9 @@ UNREADABLE = {
 def test_rows_that_an_evaluation_could_not_read_end_the_start(folder, tmp_path, monkeypatch, capsys, rows, start):
     task, expected = json.loads(json.dumps(UNREADABLE[rows]).replace("FOLDER", str(folder)))
     task = {"name": "gsm8k", "test": str(folder / "rows.jsonl")} | task
-    path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}, data__decontaminate=False))
+    path = write_config(
+        tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}, data__decontaminate=False)
+    )
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
     assert refusal(capsys).startswith(f"error: {expected}")
 
@@ -195,21 +272,37 @@ def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypa
     public.mkdir()
     (public / "test.jsonl").write_text('{"question": "how many?", "answer": "#### 1"}\n')
     mapped = {"text": "question", "code": "answer"}
-    tests = [{"type": "json", "path": str(public / "test.jsonl"), "views": mapped}, {"type": "json", "path": str(public)},
-             {"type": "hub", "path": str(public), "hub_split": "test"}, str(public), str(public / "*.jsonl"), str(public / "test.jsonl")]
+    tests = [
+        {"type": "json", "path": str(public / "test.jsonl"), "views": mapped},
+        {"type": "json", "path": str(public)},
+        {"type": "hub", "path": str(public), "hub_split": "test"},
+        str(public),
+        str(public / "*.jsonl"),
+        str(public / "test.jsonl"),
+    ]
     tasks = [{"name": "gsm8k", "label": f"form{number}", "test": test} for number, test in enumerate(tests)]
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": tasks}))
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     main.main()
     assert "next-token targets" in capsys.readouterr().out
-    assert [[row.views for row in task.first_rows(load_config(path).data, "tasks", "test", None)] for task in load_config(path).evaluation.tasks] == [
-        [("how many?", "#### 1")]] * len(tests)
+    assert [
+        [row.views for row in task.first_rows(load_config(path).data, "tasks", "test", None)]
+        for task in load_config(path).evaluation.tasks
+    ] == [[("how many?", "#### 1")]] * len(tests)
 
 
 def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     model = {"init_from": str(folder), "lora": {"rank": 2, "alpha": 4}}
-    monkeypatch.setattr(sys, "argv", ["run.py", str(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), model=model))), "--dry-run"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "run.py",
+            str(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), model=model))),
+            "--dry-run",
+        ],
+    )
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 2 and "error: model.lora needs the package peft" in capsys.readouterr().err
@@ -223,7 +316,9 @@ def test_the_pairs_of_a_task_may_be_files_of_a_folder(folder, tmp_path):
     rows.mkdir()
     (run_dir / "model").symlink_to(folder / "corpus" / "tokenizer")
     for number in range(2):
-        (rows / f"{number}.jsonl").write_text(json.dumps({"text": f"lines with a {number}", "code": f"a{number}"}) + "\n")
+        (rows / f"{number}.jsonl").write_text(
+            json.dumps({"text": f"lines with a {number}", "code": f"a{number}"}) + "\n"
+        )
     data = prepare_task_corpus(config, JsonSource(type="json", path=str(rows)), run_dir / "evaluation")
     manifest = json.loads((Path(data.path) / "manifest.json").read_text())
     assert sum(shard["records"] for shard in manifest["splits"]["train"]["shards"]) == 2

@@ -16,12 +16,22 @@ TARGETS = ["A short title", "Another, longer title of a text", "Ein kurzer Titel
 
 def test_gold_empty_and_shuffled_answers():
     assert text.score(TARGETS, gold_answers(f" {target}\n" for target in TARGETS), [True, False, False, False]) == {
-        "exact": 1, "prefix": 1, "contains": 1, "stopped": 1, "exact_unseen": 1}
+        "exact": 1,
+        "prefix": 1,
+        "contains": 1,
+        "stopped": 1,
+        "exact_unseen": 1,
+    }
     assert text.score(TARGETS, empty_answers(TARGETS), None) == {"exact": 0, "prefix": 0, "contains": 0, "stopped": 1}
     assert text.score(TARGETS, gold_answers(rotated(TARGETS)), None)["exact"] == 0
     unended = [Answer(target + " and so on", False) for target in TARGETS]
     assert text.score(TARGETS, unended, None) == {"exact": 0, "prefix": 1, "contains": 1, "stopped": 0}
-    assert text.score(["title"], [Answer("the title", True)], None) == {"exact": 0, "prefix": 0, "contains": 1, "stopped": 1}
+    assert text.score(["title"], [Answer("the title", True)], None) == {
+        "exact": 0,
+        "prefix": 0,
+        "contains": 1,
+        "stopped": 1,
+    }
 
 
 def test_similarities_are_those_of_sacrebleu_as_fractions():
@@ -41,5 +51,7 @@ def test_a_missing_package_ends_the_start(tmp_path, monkeypatch):
     write_rows(tmp_path / "test.jsonl", [{"text": "a", "code": "b"}])
     task = {"name": "text", "test": str(tmp_path / "test.jsonl"), "similarity": ["bleu"]}
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [task]})))
-    with pytest.raises(UserError, match=r"tasks\.0\.similarity needs the package sacrebleu: pip install '\.\[similarity\]'"):
+    with pytest.raises(
+        UserError, match=r"tasks\.0\.similarity needs the package sacrebleu: pip install '\.\[similarity\]'"
+    ):
         config.evaluation.tasks[0].check_requirements(config.data, "evaluation.tasks.0")

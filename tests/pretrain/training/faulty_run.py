@@ -37,9 +37,13 @@ place = next(place for place, word in enumerate(sys.argv) if place and not word.
 parts = dict((part.split(":") + ["0"])[:2] for part in sys.argv.pop(place).split("+"))
 
 if "spike" in parts:
+
     class Spoiled(loop.Trainer):
         def _agree(self, sums, divisors, data_failed):
-            sums = {name: value * torch.tensor(100.0 if self.progress.step == int(parts["spike"]) else 1.0) for name, value in sums.items()}
+            sums = {
+                name: value * torch.tensor(100.0 if self.progress.step == int(parts["spike"]) else 1.0)
+                for name, value in sums.items()
+            }
             return super()._agree(sums, divisors, data_failed)
 
     setup.Trainer = Spoiled
@@ -80,13 +84,19 @@ if {"hang", "fail", "abort", "bus"} & set(parts):
     loop.Trainer._count = failing
 
 if "convert" in parts:
-    checkpoint.CONVERTER = ["-c", "import os, sys, time; os.makedirs(sys.argv[4]); print('converting', flush=True); time.sleep(9999)"]
+    checkpoint.CONVERTER = [
+        "-c",
+        "import os, sys, time; os.makedirs(sys.argv[4]); print('converting', flush=True); time.sleep(9999)",
+    ]
 if "robin" in parts:
     make_universal = checkpoint.make_universal
-    checkpoint.make_universal = lambda found, world, stop, say, round_robin=False: make_universal(found, world, stop, say)
+    checkpoint.make_universal = lambda found, world, stop, say, round_robin=False: make_universal(
+        found, world, stop, say
+    )
 if "grace" in parts:
     loop.LAUNCHER_GRACE = 0.0
 if "crash" in parts:
+
     def crash(*arguments):
         raise RuntimeError("a bug")
 

@@ -14,5 +14,8 @@ torch.optim.AdamW = lambda *arguments, **options: AdamW(*arguments, **options | 
 trainer = set_up(load_config(sys.argv[-1]), init_world())
 assert trainer is not None and trainer.progress.step == 2
 optimizer = trainer.engine.optimizer.optimizer
-print(json.dumps([{key: group[key] for key in ("fused", "weight_decay", "betas")} for group in optimizer.param_groups]), flush=True)
+print(
+    json.dumps([{key: group[key] for key in ("fused", "weight_decay", "betas")} for group in optimizer.param_groups]),
+    flush=True,
+)
 trainer.train()

@@ -25,4 +25,7 @@ for word in sys.argv[1:]:
         logits = model.logits(model(batch))[batch.label_index]
     if world.is_main:
         trainer.metrics.close()
-        torch.save({"token_ids": batch.token_ids.flatten(), "label_index": batch.label_index, "logits": logits}, config.run_dir / "logits.pt")
+        torch.save(
+            {"token_ids": batch.token_ids.flatten(), "label_index": batch.label_index, "logits": logits},
+            config.run_dir / "logits.pt",
+        )

@@ -27,12 +27,40 @@ def folder(prepared, tmp_path_factory):
 
     def add(family: str, name: str, precision: str, micro_batch_rows: int = 2) -> str:
         shape = yaml.safe_load((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
-        return str(write_config(folder, tiny_config(
-            folder, name=f"{family}-{name}", data__path=str(prepared), data__sources=[], data__tokenizer={"vocab_size": 512},
-            model={"family": family, "shape": shape}, checkpoint={"every": STEPS // 2}, monitor__tensorboard=False,
-            train={"steps": STEPS, "global_batch_rows": 8, "micro_batch_rows": micro_batch_rows, "learning_rate": 1e-3, "precision": precision})))
+        return str(
+            write_config(
+                folder,
+                tiny_config(
+                    folder,
+                    name=f"{family}-{name}",
+                    data__path=str(prepared),
+                    data__sources=[],
+                    data__tokenizer={"vocab_size": 512},
+                    model={"family": family, "shape": shape},
+                    checkpoint={"every": STEPS // 2},
+                    monitor__tensorboard=False,
+                    train={
+                        "steps": STEPS,
+                        "global_batch_rows": 8,
+                        "micro_batch_rows": micro_batch_rows,
+                        "learning_rate": 1e-3,
+                        "precision": precision,
+                    },
+                ),
+            )
+        )
 
-    run_command(ranks_command(2, WORKER, *(add(family, name, precision) for family in FAMILIES for name, precision in (("two", "bf16"), ("fp32", "fp32")))))
+    run_command(
+        ranks_command(
+            2,
+            WORKER,
+            *(
+                add(family, name, precision)
+                for family in FAMILIES
+                for name, precision in (("two", "bf16"), ("fp32", "fp32"))
+            ),
+        )
+    )
     resumed = [add(family, "one", "bf16", micro_batch_rows=4) for family in FAMILIES]
     for family in FAMILIES:
         shutil.copytree(folder / "runs" / f"{family}-two", folder / "runs" / f"{family}-one")
@@ -43,7 +71,9 @@ def folder(prepared, tmp_path_factory):
 
 
 def losses(folder, name: str) -> np.ndarray:
-    return np.array([json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()])
+    return np.array(
+        [json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +91,11 @@ def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
     export = export_checkpoint(run_dir, STEPS)
     register_family_from_folder(export)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, local_files_only=True)
-    weights = {name: weight for name, weight in consolidate(run_dir / "checkpoints" / step_name(STEPS)).items() if name.startswith("causal_lm.")}
+    weights = {
+        name: weight
+        for name, weight in consolidate(run_dir / "checkpoints" / step_name(STEPS)).items()
+        if name.startswith("causal_lm.")
+    }
     exported = model.state_dict()
     for name, weight in weights.items():
         assert torch.equal(exported[name.removeprefix("causal_lm.")], weight), name

@@ -20,7 +20,17 @@ from data_prep.console import UserError
 from data_prep.files import sha256_file
 from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training import checkpoint
-from pretrain.training.checkpoint import VerifiedCheckpoint, check, consolidate, find_newest, load, make_universal, manifest_entry, prune, publish
+from pretrain.training.checkpoint import (
+    VerifiedCheckpoint,
+    check,
+    consolidate,
+    find_newest,
+    load,
+    make_universal,
+    manifest_entry,
+    prune,
+    publish,
+)
 from pretrain.training.distributed import World
 from pretrain.training.random_state import random_state, random_state_file_name
 from pretrain.training.stop import Stopped
@@ -56,7 +66,10 @@ def test_a_published_checkpoint_is_complete_and_the_latest(tmp_path):
     assert check(path) is None
     assert (tmp_path / "latest").read_text() == f"{path.name}\n"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", path.name]
-    assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", *(f"shard-{number}.pt" for number in range(5))]
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "manifest.json",
+        *(f"shard-{number}.pt" for number in range(5)),
+    ]
     found = find_newest(tmp_path, ALONE, print)
     assert found == VerifiedCheckpoint(path, 2, STATE)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -174,20 +187,42 @@ DAMAGES = {
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "folder missing": (shutil.rmtree, "manifest.json is missing"),
     "manifest truncated": (lambda path: os.truncate(path / "manifest.json", 300), "manifest.json is not readable"),
-    "manifest of bytes": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json is not readable"),
+    "manifest of bytes": (
+        lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"),
+        "manifest.json is not readable",
+    ),
     "manifest a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
     "manifest a number": (lambda path: (path / "manifest.json").write_text("3"), "manifest.json is not readable"),
-    "manifest a folder": (lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()), "manifest.json is not readable"),
-    "files a list": (lambda path: rewrite_manifest(path, lambda manifest: manifest.update(files=[])), "manifest.json is not readable"),
-    "no seal": (lambda path: rewrite_manifest(path, lambda manifest: manifest.pop("seal")), "manifest.json is not readable"),
-    "another step": (lambda path: rewrite_manifest(path, lambda manifest: manifest.update(step=8)), "the content of manifest.json has changed"),
-    "another state": (lambda path: rewrite_manifest(path, lambda manifest: manifest["state"]["progress"].update(step=4)),
-                      "the content of manifest.json has changed"),
-    "one file less": (lambda path: rewrite_manifest(path, lambda manifest: manifest["files"].pop("shard-0.pt")),
-                      "the content of manifest.json has changed"),
+    "manifest a folder": (
+        lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()),
+        "manifest.json is not readable",
+    ),
+    "files a list": (
+        lambda path: rewrite_manifest(path, lambda manifest: manifest.update(files=[])),
+        "manifest.json is not readable",
+    ),
+    "no seal": (
+        lambda path: rewrite_manifest(path, lambda manifest: manifest.pop("seal")),
+        "manifest.json is not readable",
+    ),
+    "another step": (
+        lambda path: rewrite_manifest(path, lambda manifest: manifest.update(step=8)),
+        "the content of manifest.json has changed",
+    ),
+    "another state": (
+        lambda path: rewrite_manifest(path, lambda manifest: manifest["state"]["progress"].update(step=4)),
+        "the content of manifest.json has changed",
+    ),
+    "one file less": (
+        lambda path: rewrite_manifest(path, lambda manifest: manifest["files"].pop("shard-0.pt")),
+        "the content of manifest.json has changed",
+    ),
     "shard missing": (lambda path: (path / "shard-3.pt").unlink(), "shard-3.pt is missing"),
     "shard truncated": (lambda path: (path / "shard-3.pt").write_bytes(b"1"), "shard-3.pt has 1 bytes instead of 26"),
-    "shard changed": (lambda path: (path / "shard-3.pt").write_bytes(b"\0" * 26), "the content of shard-3.pt has changed"),
+    "shard changed": (
+        lambda path: (path / "shard-3.pt").write_bytes(b"\0" * 26),
+        "the content of shard-3.pt has changed",
+    ),
 }
 
 
@@ -227,7 +262,9 @@ def test_a_checkpoint_of_an_earlier_version_stays_good(tmp_path):
     (path / "shard.pt").write_bytes(b"12")
     (path / "manifest.json").write_text(EARLIER)
     assert check(path) is None
-    assert find_newest(tmp_path, ALONE, print) == VerifiedCheckpoint(path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"})
+    assert find_newest(tmp_path, ALONE, print) == VerifiedCheckpoint(
+        path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"}
+    )
 
 
 def test_a_manifest_without_files_is_a_problem(tmp_path):
@@ -281,7 +318,12 @@ def test_ranks_find_the_newest_good_checkpoint_together_and_set_damaged_ones_asi
         assert (aside / "damage.txt").read_text() == problem + "\n"
         assert (aside / "manifest.json").exists() and not (aside / "old").exists()
         for lines in said:
-            assert sum(problem in line and f"{step_name(step)} is damaged" in line and aside.name in line for line in lines) == 1
+            assert (
+                sum(
+                    problem in line and f"{step_name(step)} is damaged" in line and aside.name in line for line in lines
+                )
+                == 1
+            )
     assert [len(lines) for lines in said] == [3] + [2] * (ranks - 1)
     assert (tmp_path / "latest").read_text() == step_name(2) + "\n"
 
@@ -323,9 +365,14 @@ def test_a_damaged_checkpoint_is_set_aside_even_if_the_reason_cannot_be_written(
 
 
 LATEST = {
-    "right": (b"step-00000002\n", None), "right but for spaces": (b" step-00000002 ", None), "old": (b"step-00000001\n", "named step-00000001"),
-    "empty": (b"", "was empty or missing"), "missing": (None, "was empty or missing"), "long": (b"x" * 100, f"named {'x' * 40};"),
-    "not text": (b"\xff", "named \N{REPLACEMENT CHARACTER};")}
+    "right": (b"step-00000002\n", None),
+    "right but for spaces": (b" step-00000002 ", None),
+    "old": (b"step-00000001\n", "named step-00000001"),
+    "empty": (b"", "was empty or missing"),
+    "missing": (None, "was empty or missing"),
+    "long": (b"x" * 100, f"named {'x' * 40};"),
+    "not text": (b"\xff", "named \N{REPLACEMENT CHARACTER};"),
+}
 
 
 @pytest.mark.parametrize(("content", "note"), LATEST.values(), ids=LATEST)
@@ -388,17 +435,30 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
     fake_conversion(monkeypatch, tmp_path / "converted", 0)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.load_path_for(ranks)
-    assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), "prune() must find it after a kill"
+    assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), (
+        "prune() must find it after a kill"
+    )
     target.mkdir()  # left by a start that was killed
     said: list[list[str]] = [[] for _ in range(ranks)]
-    assert run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append)) == [None] * ranks
+    assert (
+        run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append))
+        == [None] * ranks
+    )
     assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
     [line] = said[0]
     assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in line
 
 
-@pytest.mark.parametrize(("stderr", "reason"), [("Traceback\n  No space left \n \n", "No space left"), ("", "exit code 3"), ("\n", "exit code 3"),
-                                                ("y" * 300, "y" * 200)], ids=["error", "nothing", "empty line", "long line"])
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("Traceback\n  No space left \n \n", "No space left"),
+        ("", "exit code 3"),
+        ("\n", "exit code 3"),
+        ("y" * 300, "y" * 200),
+    ],
+    ids=["error", "nothing", "empty line", "long line"],
+)
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch, stderr, reason, writes):
     fake_conversion(monkeypatch, tmp_path / "converted", 3, stderr, writes)
@@ -421,14 +481,21 @@ class StopOnceStarted:
 
 def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, monkeypatch):
     started = tmp_path / "started"
-    code = ("import os, subprocess, sys, time; os.mkdir(sys.argv[4]); child = subprocess.Popen(['sleep', '9999']); "
-            f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)")
+    code = (
+        "import os, subprocess, sys, time; os.mkdir(sys.argv[4]); child = subprocess.Popen(['sleep', '9999']); "
+        f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)"
+    )
     monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
     for error in run_on_ranks(2, lambda world: _stopped(found, world, StopOnceStarted(started))):
         assert isinstance(error, Stopped)
     assert not found.load_path_for(2).exists()
-    wait_for(lambda: not psutil.pid_exists(int(started.read_text())) or psutil.Process(int(started.read_text())).status() == "zombie")
+    wait_for(
+        lambda: (
+            not psutil.pid_exists(int(started.read_text()))
+            or psutil.Process(int(started.read_text())).status() == "zombie"
+        )
+    )
 
 
 def _stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> Stopped | None:
@@ -449,7 +516,10 @@ class Engine:
 
     def __init__(self):
         self.parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
-        groups = [{"params": self.parameters[:2], "weight_decay": 0.1}, {"params": self.parameters[2:], "weight_decay": 0.0}]
+        groups = [
+            {"params": self.parameters[:2], "weight_decay": 0.1},
+            {"params": self.parameters[2:], "weight_decay": 0.0},
+        ]
         inner = torch.optim.AdamW(groups, lr=0.5)
         self.optimizer, self.module = SimpleNamespace(optimizer=inner), torch.nn.ParameterList(self.parameters)
         self.loaded: list[Path] = []
@@ -460,8 +530,11 @@ class Engine:
         shared = torch.tensor(5.0)
         universal = tag.startswith(".")
         for parameter in self.parameters:
-            self.optimizer.optimizer.state[parameter] = {"step": shared if universal else torch.tensor(5.0), "exp_avg": torch.zeros(2),
-                                                         "exp_avg_sq": torch.ones(2)}
+            self.optimizer.optimizer.state[parameter] = {
+                "step": shared if universal else torch.tensor(5.0),
+                "exp_avg": torch.zeros(2),
+                "exp_avg_sq": torch.ones(2),
+            }
         if universal:
             (Path(folder) / "latest_universal").write_text(tag)
             for group in self.optimizer.optimizer.param_groups:
@@ -556,7 +629,11 @@ def test_each_rank_continues_with_its_own_random_numbers(saved):
     of_second = float(torch.rand(()))
 
     def loaded(rank: int) -> float:
-        load(Engine(), VerifiedCheckpoint(found.path, 2, STATE), SimpleNamespace(rank=rank, size=2, is_main=rank == 0, barrier=lambda: None))
+        load(
+            Engine(),
+            VerifiedCheckpoint(found.path, 2, STATE),
+            SimpleNamespace(rank=rank, size=2, is_main=rank == 0, barrier=lambda: None),
+        )
         return float(torch.rand(()))
 
     assert loaded(1) == of_second and loaded(0) == numbers[2]
@@ -589,12 +666,18 @@ def test_consolidated_weights_are_named_as_in_the_model_and_nothing_is_printed(t
 def test_what_is_not_trained_comes_from_the_whole_module(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    torch.save({"module": {"trained": torch.zeros(2), "frozen": torch.ones(2, dtype=torch.bfloat16)}, "version": Version()},
-               temporary / "mp_rank_00_model_states.pt")
+    torch.save(
+        {"module": {"trained": torch.zeros(2), "frozen": torch.ones(2, dtype=torch.bfloat16)}, "version": Version()},
+        temporary / "mp_rank_00_model_states.pt",
+    )
     publish(temporary, 1, 2, STATE, {path.name: manifest_entry(path) for path in temporary.iterdir()})
-    monkeypatch.setattr(checkpoint, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)})
+    monkeypatch.setattr(
+        checkpoint, "get_fp32_state_dict_from_zero_checkpoint", lambda folder, tag: {"trained": torch.ones(2)}
+    )
     state = consolidate(tmp_path / step_name(1))
-    assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {key: (torch.float32, [1, 1]) for key in ("trained", "frozen")}
+    assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {
+        key: (torch.float32, [1, 1]) for key in ("trained", "frozen")
+    }
 
 
 class Version:

@@ -52,7 +52,10 @@ def test_all_ranks_end_and_one_says_in_a_line_which_row_it_is(damaged):
     assert done.returncode == 2
     said = done.stdout + done.stderr
     assert said.count("error: ") == 1 and "Traceback" not in said
-    assert f"error: the shard {shard} is damaged or of another run: row {record}, counted from 0: its checksum does not hold; " in said
+    assert (
+        f"error: the shard {shard} is damaged or of another run: row {record}, counted from 0: its checksum does not hold; "
+        in said
+    )
 
 
 def test_the_steps_before_are_kept_and_the_run_goes_on_once_the_shard_is_mended(damaged):
@@ -71,7 +74,13 @@ def test_a_shard_that_is_truncated_while_a_run_reads_it_is_named(tmp_path):
     prepare_corpus(path)
     [shard] = (tmp_path / "corpus").glob("train-*.arrow")
     size = shard.stat().st_size
-    done = run_command(["python", str(ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"), "truncate:5", str(path)], check=False)
+    done = run_command(
+        ["python", str(ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"), "truncate:5", str(path)],
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr
-    assert f"error: the shard {shard} is damaged or of another run: it has {size // 2} bytes, the manifest says {size}" in done.stderr
+    assert (
+        f"error: the shard {shard} is damaged or of another run: it has {size // 2} bytes, the manifest says {size}"
+        in done.stderr
+    )

@@ -25,7 +25,9 @@ def test_a_working_tree_tells_its_revision_and_its_lock_file(tmp_path, write_cor
     monkeypatch.setenv("JEPA_IMAGE", "")
     environment = recorded(tmp_path, write_corpus)
     if (ROOT / ".git").exists():
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+        )
         assert environment["revision"] == (found.stdout.strip() or None)
     assert environment["requirements"] == hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
     assert environment["packages"]["torch"] == importlib.metadata.version("torch")
@@ -55,7 +57,9 @@ def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
 def test_only_a_start_that_trains_is_recorded(tmp_path):
     path, run = write_config(tmp_path, tiny_config(tmp_path)), tmp_path / "runs" / "run"
     prepare_corpus(path)
-    run_command(["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False)  # refused when the engine is built
+    run_command(
+        ["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False
+    )  # refused when the engine is built
     assert not (run / "environment.json").exists() and not (run / "config.yaml").exists()
     run_command(ranks_command(2, "launcher/run.py", path))
     recorded = [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")]

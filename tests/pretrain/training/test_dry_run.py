@@ -25,9 +25,21 @@ from tests.commands import prepare_corpus, ranks_command, run_command, tiny_conf
 from tests.pretrain.evaluation.test_lora import WITHOUT_PEFT
 from tests.pretrain.training.test_launchers import INVALID_CONFIGS, write_invalid_config
 
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 """Large enough that its model states outweigh everything else."""
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 EPOCH = {"train__steps": None, "train__epochs": 1}
 
 
@@ -87,10 +99,15 @@ def test_the_plan_of_a_step_is_what_the_loader_and_the_mask_give(folder, plan):
         padding = batch.count * 128 - int(batch.segment_lengths.sum())
         visible += int(visibility_mask(tensors.visible_until, "sdpa").sum()) - padding  # padding sees itself
         targets += len(tensors.label_index)
-    expected = {"records": sum(len(batch.records) for batch in batches), "corpus tokens": sum(batch.lengths.sum() for batch in batches),
-                "pairs": sum(batch.paired.sum() for batch in batches), "positions": sum(batch.segment_lengths.sum() for batch in batches),
-                "predictor tokens": 2 * sum(batch.paired.sum() for batch in batches), "next-token targets": targets,
-                "FLOPs, attention scores": 12 * 2 * 32 * visible}
+    expected = {
+        "records": sum(len(batch.records) for batch in batches),
+        "corpus tokens": sum(batch.lengths.sum() for batch in batches),
+        "pairs": sum(batch.paired.sum() for batch in batches),
+        "positions": sum(batch.segment_lengths.sum() for batch in batches),
+        "predictor tokens": 2 * sum(batch.paired.sum() for batch in batches),
+        "next-token targets": targets,
+        "FLOPs, attention scores": 12 * 2 * 32 * visible,
+    }
     for name, total in expected.items():
         assert number(rows[name][0]) == pytest.approx(total / planned, rel=0.01, abs=0.5), name
     assert number(rows["padding"][0]) / 100 == pytest.approx(1 - expected["positions"] / planned / (8 * 128), abs=0.001)
@@ -101,9 +118,13 @@ def test_the_jepa_term_costs_the_copies_of_the_target_and_the_predictor_tokens(f
     shards = Corpus(folder / "corpus", "train").manifest["splits"]["train"]["shards"]
     records = sum(shard["records"] for shard in shards)
     context, target = (sum(shard["tokens"][view] for shard in shards) for view in ("text", "code"))
-    extra = (target + 2 * records) / (context + target + 3 * records)  # [target EOS] and one predictor token, on [BOS context SEP target EOS]
+    extra = (target + 2 * records) / (
+        context + target + 3 * records
+    )  # [target EOS] and one predictor token, on [BOS context SEP target EOS]
     assert number(rows["positions"][2]) / 100 == pytest.approx(extra, abs=0.01)
-    assert number(rows["FLOPs, layers"][2]) == number(rows["positions"][2]) and number(rows["next-token targets"][2]) == 0
+    assert (
+        number(rows["FLOPs, layers"][2]) == number(rows["positions"][2]) and number(rows["next-token targets"][2]) == 0
+    )
     plain = plan(**EPOCH, objective={"name": "next_token", "weight": 0.5})
     assert len(plain["positions"]) == 1 and "pairs" not in plain
     assert any(name.endswith("these keys of objective rest: weight") for name in plain)
@@ -132,7 +153,9 @@ def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan)
     while not loader.exhausted:
         steps.append(loader.next_rows(240))
     in_an_epoch = len(corpus) / len(steps[0].records)
-    assert in_an_epoch % 1 and len(steps) != 3 * -(-in_an_epoch // 1), "batches span epochs, and the last one is not full"
+    assert in_an_epoch % 1 and len(steps) != 3 * -(-in_an_epoch // 1), (
+        "batches span epochs, and the last one is not full"
+    )
     assert number(rows["steps, about"][0]) == len(steps) and rows["epochs"][0] == "3.00"
     assert number(rows["corpus tokens in all"][0]) == pytest.approx(sum(step.lengths.sum() for step in steps), rel=0.02)
     flops = number(rows["FLOPs"][0]) * sum(len(step.records) for step in steps) / number(rows["records"][0])
@@ -140,12 +163,21 @@ def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan)
 
 
 @pytest.mark.parametrize("window", [1024, 256])
-def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_window(tmp_path, write_corpus, monkeypatch, capsys, window):
+def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_window(
+    tmp_path, write_corpus, monkeypatch, capsys, window
+):
     """Pairs come after 3,072 documents: a window has none or holds little else."""
     monkeypatch.setattr(order, "WINDOW", window)
     corpus = write_corpus([([5] * 9, [])] * 3072 + [([5] * 4, [6] * 5)] * 1024)
-    values = tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[], data__views=["view0", "view1"], data__missing_views="keep",
-                         data__tokenizer={"vocab_size": 512}, train__global_batch_rows=4)
+    values = tiny_config(
+        tmp_path,
+        data__path=str(corpus.folder),
+        data__sources=[],
+        data__views=["view0", "view1"],
+        data__missing_views="keep",
+        data__tokenizer={"vocab_size": 512},
+        train__global_batch_rows=4,
+    )
     corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}, "missing_views": "keep"}
     (corpus.folder / "manifest.json").write_text(json.dumps(corpus.manifest))
     monkeypatch.setattr(sys, "argv", ["run.py", str(write_config(tmp_path, values)), "--dry-run"])
@@ -158,14 +190,18 @@ def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_windo
     tolerance = 0.02 if window == 1024 else 0.3  # four windows are all, or a quarter
     assert number(rows["pairs"][0]) / number(rows["records"][0]) == pytest.approx(0.25, abs=tolerance)
     planned = int(next(name for name in rows if name.startswith("a step, mean of")).split()[-1])
-    assert (f"note: the means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (window == 256)
+    assert (f"note: the means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (
+        window == 256
+    )
 
 
 @pytest.fixture(scope="module")
 def start(folder):
     """A folder to start from, for model.init_from."""
     config = load_config(write_config(folder, tiny_config(folder, name="start")))
-    shape = build_model_config("llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128)
+    shape = build_model_config(
+        "llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128
+    )
     torch.manual_seed(1)
     random_causal_lm(shape, "sdpa", torch.float32).save_pretrained(folder / "start-of-lora")
     return folder / "start-of-lora"
@@ -178,7 +214,9 @@ def test_adapters_are_counted_as_peft_adds_them(folder, plan, make_model, family
     model.causal_lm.config.max_position_embeddings = 128
     model.causal_lm.save_pretrained(folder / family)
     corpus = Corpus(folder / "corpus", "train")
-    rows = plan(model={"init_from": str(folder / family), "lora": {"rank": 3, "alpha": 6}}, objective__predictor_tokens=2)
+    rows = plan(
+        model={"init_from": str(folder / family), "lora": {"rank": 3, "alpha": 6}}, objective__predictor_tokens=2
+    )
     before = sum(parameter.numel() for parameter in model.parameters())
     add_adapters(model, LoraConfig(rank=3, alpha=6))
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
@@ -197,14 +235,22 @@ def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, 
     assert gradients == pytest.approx(4 * trained, abs=2**13) and optimizer == pytest.approx(12 * trained, abs=2**13)
     assert number(rows["gathered parameters, at most"][0]) * 2**20 == pytest.approx(2 * total, abs=2**13)
     estimate = estimate_resources(load_config(folder / "planned.yaml"), 1)
-    assert estimate.parameters == total and estimate.checkpoint == 12 * trained + 2 * (total - trained) and estimate.bucket == 2 * 1000
+    assert (
+        estimate.parameters == total
+        and estimate.checkpoint == 12 * trained + 2 * (total - trained)
+        and estimate.bucket == 2 * 1000
+    )
 
 
 def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
     rows = plan(1)
     total, item = number(rows["total"][0]), 4
-    assert number(rows["gradients to be reduced, on CUDA all of reduce_bucket_size"][0]) * 2**20 == pytest.approx(item * 5e8, rel=1e-4)
-    assert number(rows["gradients to be reduced, on CPU as far as it is filled"][0]) * 2**20 == pytest.approx(item * total, abs=2**13)
+    assert number(rows["gradients to be reduced, on CUDA all of reduce_bucket_size"][0]) * 2**20 == pytest.approx(
+        item * 5e8, rel=1e-4
+    )
+    assert number(rows["gradients to be reduced, on CPU as far as it is filled"][0]) * 2**20 == pytest.approx(
+        item * total, abs=2**13
+    )
     estimate = estimate_resources(load_config(folder / "planned.yaml"), 1)
     held = number(rows["ZeRO 3, as configured 1"][-2])
     for device in ("cuda", "cpu"):
@@ -218,9 +264,16 @@ def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
 
 def two_steps(name: str, precision: str, stage: int) -> dict:
     """Changes of the tiny configuration whose model states are measured."""
-    return {"name": name, "model__shape": {**SHAPE, "tie_word_embeddings": True}, "train__precision": precision, "train__steps": 2,
-            "train__micro_batch_rows": 2, "monitor__tensorboard": False, "monitor__validation_records": 2,
-            "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}}}
+    return {
+        "name": name,
+        "model__shape": {**SHAPE, "tie_word_embeddings": True},
+        "train__precision": precision,
+        "train__steps": 2,
+        "train__micro_batch_rows": 2,
+        "monitor__tensorboard": False,
+        "monitor__validation_records": 2,
+        "deepspeed": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000}},
+    }
 
 
 def measure(command: list[str]) -> list[dict]:
@@ -236,8 +289,14 @@ def assert_held(row: list[str], found: dict, case: object, tolerance: float = 0.
 
 @pytest.mark.slow
 def test_model_states_are_what_deepspeed_holds(folder, plan):
-    cases = {"fp32-3": ("fp32", 3), "fp32-1": ("fp32", 1), "bf16-3": ("bf16", 3), "bf16-2": ("bf16", 2), "bf16-1": ("bf16", 1),
-             "bf16-2-bf16": ("bf16", 2)}
+    cases = {
+        "fp32-3": ("fp32", 3),
+        "fp32-1": ("fp32", 1),
+        "bf16-3": ("bf16", 3),
+        "bf16-2": ("bf16", 2),
+        "bf16-1": ("bf16", 1),
+        "bf16-2-bf16": ("bf16", 2),
+    }
     changes = {name: two_steps(name, *case) for name, case in cases.items()}
     changes["bf16-2-bf16"]["deepspeed"]["data_types"] = {"grad_accum_dtype": "bf16"}
     paths = {name: write_config(folder, tiny_config(folder, **change)) for name, change in changes.items()}
@@ -248,7 +307,11 @@ def test_model_states_are_what_deepspeed_holds(folder, plan):
     for ranks, measured in ((2, two), (1, one)):
         for found in measured:
             name = "fp32-3" if ranks == 1 else found["name"]
-            assert_held(plan(ranks, **changes[name] | {"name": "planned"})[f"ZeRO {cases[name][1]}, as configured {ranks}"], found, (name, ranks))
+            assert_held(
+                plan(ranks, **changes[name] | {"name": "planned"})[f"ZeRO {cases[name][1]}, as configured {ranks}"],
+                found,
+                (name, ranks),
+            )
 
 
 @pytest.mark.slow
@@ -259,8 +322,14 @@ def test_model_states_with_adapters_are_what_deepspeed_holds(folder, plan, start
     del changes["model__shape"]
     changes["model"] = {"init_from": str(start), "lora": {"rank": 16, "alpha": 16}}
     changes["deepspeed"]["zero_optimization"]["reduce_bucket_size"] = 1000
-    found, = measure(ranks_command(2, "tests/pretrain/training/peak_tensor_bytes.py", write_config(folder, tiny_config(folder, **changes))))
-    assert_held(plan(2, **changes | {"name": "planned"})[f"ZeRO {stage}, as configured 2"], found, (precision, stage), 0.05)
+    (found,) = measure(
+        ranks_command(
+            2, "tests/pretrain/training/peak_tensor_bytes.py", write_config(folder, tiny_config(folder, **changes))
+        )
+    )
+    assert_held(
+        plan(2, **changes | {"name": "planned"})[f"ZeRO {stage}, as configured 2"], found, (precision, stage), 0.05
+    )
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -268,7 +337,9 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(make_model, precisi
     """Within 15% of a layer's tensors, where all heads have keys of their own; else the CPU kernel repeats keys and values."""
     model = make_model(0, dtype=dtype)
     rows, length = 4, 64
-    kept: dict[int, torch.Tensor] = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {
+        parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()
+    }
     own = set(kept)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -300,20 +371,38 @@ def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, prec
         peak = max(peak, held)
     expected = activations(model, precision, 0, targets, "cpu")
     of_hidden = hidden.numel() * hidden.element_size()
-    assert expected.logits == pytest.approx(chunk * model.vocab_size * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2")))
+    assert expected.logits == pytest.approx(
+        chunk * model.vocab_size * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2"))
+    )
     of_weight = 4 * model.vocab_size * model.hidden_size
-    assert peak == pytest.approx(expected.logits + of_weight + of_hidden, rel=0.1) and expected.head > 2 * of_weight - 1, "in the forward pass"
+    assert (
+        peak == pytest.approx(expected.logits + of_weight + of_hidden, rel=0.1) and expected.head > 2 * of_weight - 1
+    ), "in the forward pass"
 
 
 def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):
-    values = tiny_config(folder, name="large", data__path=str(folder / "later"), data__tokenizer={"vocab_size": 128_000}, data__sequence_length=4096,
-                         model__shape=LLAMA_8B, train={"tokens": 2 * 10**11, "global_batch_rows": 1024, "micro_batch_rows": 1,
-                                                       "learning_rate": 3e-4, "precision": "bf16"})
+    values = tiny_config(
+        folder,
+        name="large",
+        data__path=str(folder / "later"),
+        data__tokenizer={"vocab_size": 128_000},
+        data__sequence_length=4096,
+        model__shape=LLAMA_8B,
+        train={
+            "tokens": 2 * 10**11,
+            "global_batch_rows": 1024,
+            "micro_batch_rows": 1,
+            "learning_rate": 3e-4,
+            "precision": "bf16",
+        },
+    )
     done = run_command([*ranks_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
     rows = rows_of("\n".join(line for line in done.stdout.splitlines() if not line.startswith("[")))
     hidden_size, inner, of_keys = 4096, 14336, 1024
     layer = 2 * hidden_size * hidden_size + 2 * hidden_size * of_keys + 3 * hidden_size * inner + 2 * hidden_size
-    assert number(rows["total"][0]) == 2 * 128_000 * hidden_size + 32 * layer + hidden_size + hidden_size  # embedding, head, layers, norm, predictor
+    assert (
+        number(rows["total"][0]) == 2 * 128_000 * hidden_size + 32 * layer + hidden_size + hidden_size
+    )  # embedding, head, layers, norm, predictor
     assert number(rows["steps, at least"][0]) == -(-2 * 10**11 // (1024 * 4096))
     assert number(rows["micro steps of each of 2 ranks"][0]) == 512
     assert not (folder / "runs" / "large").exists() and not (folder / "later").exists()
@@ -339,7 +428,9 @@ def test_mistakes_are_those_of_a_real_start(folder, tmp_path, monkeypatch, capsy
 
 def test_another_run_in_the_folder_is_refused(folder, plan, capsys):
     (folder / "runs" / "taken").mkdir(parents=True)
-    (folder / "runs" / "taken" / "config.yaml").write_text((folder / "run.yaml").read_text().replace("seed: 3", "seed: 4"))
+    (folder / "runs" / "taken" / "config.yaml").write_text(
+        (folder / "run.yaml").read_text().replace("seed: 3", "seed: 4")
+    )
     with pytest.raises(SystemExit):
         plan(name="taken")
     assert "holds a run with another" in capsys.readouterr().err

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from pretrain.run_folder import list_steps, read_status
-from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    prepare_corpus,
+    ranks_command,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.pretrain.training.pause_points import release_file
 
 STEPS = 24
@@ -27,20 +35,30 @@ def metrics(folder: Path, name: str) -> list[dict]:
 def story(tmp_path_factory, request) -> dict:
     """A run on two ranks from start to end, and one whose starts have other numbers of ranks, all with the same rows per micro step."""
     folder = tmp_path_factory.mktemp("elastic")
-    values = tiny_config(folder, train__steps=STEPS, train__global_batch_rows=ROWS, checkpoint={"every": 50}, monitor__log_every=1,
-                         deepspeed={"zero_optimization": {"stage": request.param}})
+    values = tiny_config(
+        folder,
+        train__steps=STEPS,
+        train__global_batch_rows=ROWS,
+        checkpoint={"every": 50},
+        monitor__log_every=1,
+        deepspeed={"zero_optimization": {"stage": request.param}},
+    )
     fixed = write_config(folder, values | {"name": "fixed", "train": values["train"] | {"micro_batch_rows": ROWS // 2}})
     prepare_corpus(fixed)
     run_command(ranks_command(2, "launcher/run.py", fixed))
     stops, logs = [], []
     for number, ranks in enumerate(CHAIN):
-        config = write_config(folder, values | {"name": "elastic", "train": values["train"] | {"micro_batch_rows": ROWS // ranks}})
+        config = write_config(
+            folder, values | {"name": "elastic", "train": values["train"] | {"micro_batch_rows": ROWS // ranks}}
+        )
         stop = 6 * (number + 1)
         running = BackgroundCommand(ranks_command(ranks, FAULTY_RUN, f"hold:{stop}", config), folder / f"{number}.log")
         if number == len(CHAIN) - 1:
             release_file(config, stop).touch()
         if number < len(CHAIN) - 1:
-            running.wait_until(lambda number=number: len(metrics(folder, "elastic")) >= 5 * (number + 1), "five more steps")
+            running.wait_until(
+                lambda number=number: len(metrics(folder, "elastic")) >= 5 * (number + 1), "five more steps"
+            )
             running.ranks()[-1].send_signal(signal.SIGTERM)
             release_file(config, stop).touch()
         running.end()

@@ -45,26 +45,49 @@ def folder(tmp_path_factory):
     path = write_config(folder, tiny_config(folder, name="base", train__steps=1))
     prepare_corpus(path)
     run_command(["python", "launcher/run.py", path])
-    run_command(["python", "launcher/evaluate.py", folder / "runs" / "base", "--task", "geometry", f"task.test={_rows(folder)}"])
+    run_command(
+        ["python", "launcher/evaluate.py", folder / "runs" / "base", "--task", "geometry", f"task.test={_rows(folder)}"]
+    )
     return folder
 
 
 def _rows(folder):
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("dog", "cat", "ring", "truck")))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n"
+            for word in ("dog", "cat", "ring", "truck")
+        )
+    )
     return path
 
 
 def cell_config(folder, cell: str, name: str, **changes):
     stage, precision, zero, others, lora = CELLS[cell]
-    model = {"init_from": str(folder / "runs" / "base" / "export" / step_name(1)), "lora": {"rank": 2, "alpha": 4}} if lora else None
-    return write_config(folder, tiny_config(
-        folder, name=name, train__precision=precision, checkpoint={"every": 2}, monitor__tensorboard=False,
-        deepspeed=others | {"zero_optimization": {"stage": stage} | zero}, **({"model": model} if model else {}), **changes))
+    model = (
+        {"init_from": str(folder / "runs" / "base" / "export" / step_name(1)), "lora": {"rank": 2, "alpha": 4}}
+        if lora
+        else None
+    )
+    return write_config(
+        folder,
+        tiny_config(
+            folder,
+            name=name,
+            train__precision=precision,
+            checkpoint={"every": 2},
+            monitor__tensorboard=False,
+            deepspeed=others | {"zero_optimization": {"stage": stage} | zero},
+            **({"model": model} if model else {}),
+            **changes,
+        ),
+    )
 
 
 def losses(folder, name: str) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def exported(folder, name: str) -> dict[str, torch.Tensor]:
@@ -105,4 +128,6 @@ def test_a_combination_is_right_or_refused(folder, cell):
     for tensors in others:
         assert tensors.keys() == first.keys()
         for key in first:
-            torch.testing.assert_close(tensors[key], first[key], rtol=0, atol=1e-4 if CELLS[cell][1] == "fp32" else 2e-2)
+            torch.testing.assert_close(
+                tensors[key], first[key], rtol=0, atol=1e-4 if CELLS[cell][1] == "fp32" else 2e-2
+            )

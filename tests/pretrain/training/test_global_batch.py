@@ -18,10 +18,16 @@ def metrics(folder, name):
 
 JEPA = {"name": "llm_jepa", "weight": 0.5}
 SPREAD = [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")]
-SUMS = {"cosine": JEPA | {"dropout": 0.3}, "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
-        "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"}}
+SUMS = {
+    "cosine": JEPA | {"dropout": 0.3},
+    "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
+    "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"},
+}
 """Objectives that are sums over their pairs or spans."""
-POOLED = {"info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3}, "regularized": JEPA | {"distance": "mse", "regularizers": SPREAD}}
+POOLED = {
+    "info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3},
+    "regularized": JEPA | {"distance": "mse", "regularizers": SPREAD},
+}
 """Objectives that look at all pairs of a micro step together."""
 FAMILIES = ("gemma2", "olmo2", "openelm")
 
@@ -39,14 +45,28 @@ def folder(tmp_path_factory):
     for name, objective in (SUMS | POOLED).items():
         for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2)):
             length = 192 if "predictor_placement" in objective else 128  # a copy of both views needs room
-            add(f"{name}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=objective, data__sequence_length=length)
+            add(
+                f"{name}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=objective, data__sequence_length=length
+            )
     for family in FAMILIES:
         shape = yaml.safe_load((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
         for ranks, micro in ((1, 8), (2, 2)):
-            add(f"{family}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=SUMS["cosine"], model={"family": family, "shape": shape})
+            add(
+                f"{family}-r{ranks}-m{micro}",
+                ranks=ranks,
+                micro=micro,
+                objective=SUMS["cosine"],
+                model={"family": family, "shape": shape},
+            )
     add("nan", "nan:", ranks=2, micro=4, objective__distance="cosine", train__steps=5)
-    add("collapse", objective__distance="cosine", objective__weight=20.0, train__steps=40, train__learning_rate=1e-2,
-        monitor={"log_every": 20, "validate_every": 20, "validation_records": 60})
+    add(
+        "collapse",
+        objective__distance="cosine",
+        objective__weight=20.0,
+        train__steps=40,
+        train__learning_rate=1e-2,
+        monitor={"log_every": 20, "validate_every": 20, "validation_records": 60},
+    )
     prepare_corpus(configs[1][0])
     logs = {ranks: run_command(ranks_command(ranks, WORKER, *paths)).stdout for ranks, paths in configs.items()}
     (folder / "one-rank.log").write_text(logs[1])
@@ -57,7 +77,12 @@ def assert_same_losses(folder, first, second):
     pairs = list(zip(metrics(folder, first), metrics(folder, second), strict=True))
     assert len(pairs) == 4
     for one, other in pairs:
-        tags = [tag for tag in one if tag.startswith("loss/")] + ["optimizer/grad_norm", "records", "tokens", "positions"]
+        tags = [tag for tag in one if tag.startswith("loss/")] + [
+            "optimizer/grad_norm",
+            "records",
+            "tokens",
+            "positions",
+        ]
         assert len(tags) >= 7
         for tag in tags:
             assert one[tag] == pytest.approx(other[tag], rel=1e-5, abs=1e-6), (tag, one["step"], first, second)

@@ -51,8 +51,17 @@ def folder(tmp_path_factory):
     paths: dict[int, list[str]] = {1: [], 2: []}
 
     def add(name, ranks, micro, prefix="", **changes):
-        values = tiny_config(folder, **{"name": name, "train__micro_batch_rows": micro, "objective__distance": "cosine", "checkpoint": {"every": 2},
-                                        "monitor__tensorboard": name == "r1-m8"} | changes)
+        values = tiny_config(
+            folder,
+            **{
+                "name": name,
+                "train__micro_batch_rows": micro,
+                "objective__distance": "cosine",
+                "checkpoint": {"every": 2},
+                "monitor__tensorboard": name == "r1-m8",
+            }
+            | changes,
+        )
         paths[ranks].append(prefix + str(write_config(folder, values)))
 
     for name, (ranks, micro, changes) in RUNS.items():
@@ -84,9 +93,21 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     objective = build_objective(config.objective)
     terms = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))(batch).terms
     counts = {"lm": len(batch.label_ids), "jepa": int(batch.pair_valid.sum())}
-    return {term: torch.cat([gradient.flatten() for gradient in torch.autograd.grad(
-        objective.weights[term] * value / counts[term], list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True)])
-        for term, value in terms.items()}
+    return {
+        term: torch.cat(
+            [
+                gradient.flatten()
+                for gradient in torch.autograd.grad(
+                    objective.weights[term] * value / counts[term],
+                    list(model.parameters()),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            ]
+        )
+        for term, value in terms.items()
+    }
 
 
 @pytest.mark.parametrize("name", IN_FP32)
@@ -95,7 +116,9 @@ def test_norms_and_cosines_are_those_of_a_plain_process(folder, name):
     plain = plain_gradients(folder, name)
     for term, gradient in plain.items():
         assert measured[f"gradient/norm/{term}"] == pytest.approx(gradient.norm().item(), rel=1e-4)
-    assert measured["gradient/cosine/jepa"] == pytest.approx(torch.cosine_similarity(plain["lm"], plain["jepa"], dim=0).item(), abs=1e-4)
+    assert measured["gradient/cosine/jepa"] == pytest.approx(
+        torch.cosine_similarity(plain["lm"], plain["jepa"], dim=0).item(), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", [*IN_FP32, "dropout"])
@@ -103,20 +126,38 @@ def test_together_they_are_the_gradient_of_the_step(folder, name):
     """Of the very dropout masks, too."""
     step = metrics(folder, name)[2]
     lm, jepa = step["gradient/norm/lm"], step["gradient/norm/jepa"]
-    assert lm**2 + jepa**2 + 2 * lm * jepa * step["gradient/cosine/jepa"] == pytest.approx(step["optimizer/grad_norm"] ** 2, rel=1e-4)
+    assert lm**2 + jepa**2 + 2 * lm * jepa * step["gradient/cosine/jepa"] == pytest.approx(
+        step["optimizer/grad_norm"] ** 2, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_training_is_bitwise_what_it_is_without(folder, name):
-    lines = [[{tag: value for tag, value in line.items() if tag != "seconds" and not tag.startswith(("throughput/", "gradient/"))}
-              for line in metrics(folder, run)] for run in (name, f"{name}-without")]
+    lines = [
+        [
+            {
+                tag: value
+                for tag, value in line.items()
+                if tag != "seconds" and not tag.startswith(("throughput/", "gradient/"))
+            }
+            for line in metrics(folder, run)
+        ]
+        for run in (name, f"{name}-without")
+    ]
     assert len(lines[0]) == 4 and lines[0] == lines[1]
-    assert_same_checkpoints(*(folder / "runs" / run / "checkpoints" / step_name(4) for run in (name, f"{name}-without")))
+    assert_same_checkpoints(
+        *(folder / "runs" / run / "checkpoints" / step_name(4) for run in (name, f"{name}-without"))
+    )
 
 
 def test_the_tags_stand_in_metrics_and_tensorboard_on_that_step_only(folder):
     tags = {"gradient/norm/lm", "gradient/norm/jepa", "gradient/cosine/jepa"}
-    assert [{tag for tag in line if tag.startswith("gradient/")} for line in metrics(folder, "r1-m8")] == [set(), set(), tags, set()]
+    assert [{tag for tag in line if tag.startswith("gradient/")} for line in metrics(folder, "r1-m8")] == [
+        set(),
+        set(),
+        tags,
+        set(),
+    ]
     events = EventAccumulator(str(folder / "runs" / "r1-m8" / "tensorboard" / "train"))
     events.Reload()
     assert {tag: [event.step for event in events.Scalars(tag)] for tag in tags} == {tag: [3] for tag in tags}
@@ -138,7 +179,9 @@ def test_a_step_that_is_not_finite_is_left_out_as_ever(folder):
 def test_diagnostics_that_are_not_finite_leave_no_step_out(folder):
     lines = metrics(folder, "nan-in-diagnostics")
     assert lines[2]["gradient/norm/lm"] is None and lines[3]["skipped_steps"] == 0
-    assert [line["loss/total"] for line in lines] == pytest.approx([line["loss/total"] for line in metrics(folder, "r1-m8")], rel=1e-5)
+    assert [line["loss/total"] for line in lines] == pytest.approx(
+        [line["loss/total"] for line in metrics(folder, "r1-m8")], rel=1e-5
+    )
 
 
 class Linear(torch.nn.Module):

@@ -16,9 +16,26 @@ from pretrain.evaluation.results import append_result, read_results
 from pretrain.run_folder import list_steps, read_metrics, read_rewinds, read_status, step_name
 from pretrain.training.checkpoint import check
 from pretrain.training.metrics import Metrics
-from pretrain.training.spikes import MAX_REWINDS, MAX_REWINDS_PER_CHECKPOINT, MIN_HISTORY, WINDOW, CannotRewind, SpikeRule, rewind
+from pretrain.training.spikes import (
+    MAX_REWINDS,
+    MAX_REWINDS_PER_CHECKPOINT,
+    MIN_HISTORY,
+    WINDOW,
+    CannotRewind,
+    SpikeRule,
+    rewind,
+)
 from pretrain.training.watchdog import EXIT_CODE_HUNG
-from tests.commands import ROOT, BackgroundCommand, environment, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    environment,
+    prepare_corpus,
+    ranks_command,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.pretrain.training.pause_points import release_file
 from tests.processes import wait_for
@@ -91,22 +108,34 @@ def test_a_term_without_weight_is_noted_but_is_never_a_spike():
 
 
 def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes(folder):
-    (folder / "documents.jsonl").write_text(json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n")
-    sources = [{"type": "nlrx", "records": 600}, {"type": "json", "path": str(folder / "documents.jsonl"), "split": "validation"}]
+    (folder / "documents.jsonl").write_text(
+        json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n"
+    )
+    sources = [
+        {"type": "nlrx", "records": 600},
+        {"type": "json", "path": str(folder / "documents.jsonl"), "split": "validation"},
+    ]
     data = {"data__path": str(folder / "few"), "data__sources": sources, "data__missing_views": "keep"}
     dropout = {"objective__dropout": 0.97, "objective__distance": "cosine", "objective__weight": 20.0}
-    path = config(folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__tensorboard=False, **data, **dropout)
+    path = config(
+        folder, "few-pairs", train__steps=60, train__on_spike="skip", monitor__tensorboard=False, **data, **dropout
+    )
     prepare_corpus(path)
     done = run_command(["python", "launcher/run.py", str(path)])
     lines = metrics(folder / "runs" / "few-pairs")
     having = [line for line in lines if "loss/jepa" in line]
     assert MIN_HISTORY < len(having) < len(lines) == 60
     for line in lines:
-        assert line["loss/total"] == pytest.approx(line["loss/lm"] + 20 * line.get("loss/jepa", 0)) and line.get("loss/jepa") != 0
+        assert (
+            line["loss/total"] == pytest.approx(line["loss/lm"] + 20 * line.get("loss/jepa", 0))
+            and line.get("loss/jepa") != 0
+        )
     printed = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     assert ["jepa" in line for line in printed] == ["loss/jepa" in line for line in lines]
     assert lines[-1]["optimizer/skipped_steps"] == 0 and "spike" not in done.stdout
-    assert "validation/loss/lm" in lines[-1] and "validation/loss/jepa" not in lines[-1], "no validation record is a pair"
+    assert "validation/loss/lm" in lines[-1] and "validation/loss/jepa" not in lines[-1], (
+        "no validation record is a pair"
+    )
     assert "validation at step 60: lm " in done.stdout
 
 
@@ -114,9 +143,21 @@ def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes
 def spiked(folder) -> dict[str, Path]:
     """Runs on one rank whose step 30 has a spike, by what they are told to do, and one without."""
     runs = {}
-    answers = (("calm", "rewind", "none"), ("warned", "warn", "spike:30"), ("skipped", "skip", "spike:30"), ("rewound", "rewind", "spike:30"))
+    answers = (
+        ("calm", "rewind", "none"),
+        ("warned", "warn", "spike:30"),
+        ("skipped", "skip", "spike:30"),
+        ("rewound", "rewind", "spike:30"),
+    )
     for name, answer, spoil in answers:
-        path = config(folder, name, train__steps=36, train__on_spike=answer, checkpoint={"every": 10, "keep": 9}, monitor__validate_every=100)
+        path = config(
+            folder,
+            name,
+            train__steps=36,
+            train__on_spike=answer,
+            checkpoint={"every": 10, "keep": 9},
+            monitor__validate_every=100,
+        )
         runs[name] = folder / "runs" / name
         done = run_command(["python", str(FAULTY_RUN), spoil, str(path)], check=False)
         (folder / f"{name}.log").write_text(done.stdout + done.stderr)
@@ -136,7 +177,9 @@ def test_a_spike_is_warned_of_and_skipped_if_that_is_asked_for(spiked, folder):
         lines = {line["step"]: line for line in metrics(spiked[name])}
         assert lines[30]["loss/spike_score"] > 10 and skipped_of(spiked[name])[36] == (name == "skipped")
     assert "spike" not in (folder / "calm.log").read_text() and skipped_of(spiked["calm"])[36] == 0
-    calm, warned, skipped = ({line["step"]: line for line in metrics(spiked[name])} for name in ("calm", "warned", "skipped"))
+    calm, warned, skipped = (
+        {line["step"]: line for line in metrics(spiked[name])} for name in ("calm", "warned", "skipped")
+    )
     assert calm[31]["loss/lm"] == warned[31]["loss/lm"], "only what was shown of the loss was spoilt"
     assert calm[31]["loss/lm"] != skipped[31]["loss/lm"] and calm[30]["records"] == skipped[30]["records"]
 
@@ -149,7 +192,9 @@ def test_a_rewind_goes_back_and_leaves_the_records_out(spiked, folder):
     assert "going on from step 20" in again.stdout and "finished at step 36" in again.stdout
     lines = {line["step"]: line for line in metrics(run_dir)}
     calm = {line["step"]: line for line in metrics(spiked["calm"])}
-    assert sorted(lines) == sorted(calm) and [lines[step]["records"] for step in lines] == [calm[step]["records"] for step in calm]
+    assert sorted(lines) == sorted(calm) and [lines[step]["records"] for step in lines] == [
+        calm[step]["records"] for step in calm
+    ]
     assert lines[28]["loss/lm"] == calm[28]["loss/lm"] and lines[36]["loss/lm"] != calm[36]["loss/lm"]
     assert (skipped_of(run_dir)[28], skipped_of(run_dir)[29], skipped_of(run_dir)[36]) == (0, 1, 2)
     events = EventAccumulator(str(run_dir / "tensorboard" / "train")).Reload()
@@ -164,7 +209,10 @@ def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
     for result in before:
         append_result(tmp_path, result)
     assert rewind(tmp_path, 31, 12.0) == 20
-    assert list_steps(tmp_path / "checkpoints") == list_steps(tmp_path / "export") == [20] and read_results(tmp_path) == before[:1]
+    assert (
+        list_steps(tmp_path / "checkpoints") == list_steps(tmp_path / "export") == [20]
+        and read_results(tmp_path) == before[:1]
+    )
     append_result(tmp_path, again := before[1] | {"rewinds": 1})
     assert read_results(tmp_path) == [before[0], again]
 
@@ -187,7 +235,14 @@ def test_rewinds_are_bounded_for_each_checkpoint_and_in_all(tmp_path):
 
 
 def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
-    path = config(folder, "unwritten", train__steps=32, train__on_spike="rewind", checkpoint={"every": 10}, monitor__validate_every=100)
+    path = config(
+        folder,
+        "unwritten",
+        train__steps=32,
+        train__on_spike="rewind",
+        checkpoint={"every": 10},
+        monitor__validate_every=100,
+    )
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "spike:30+hold:30", path), folder / "unwritten.log")
     run_dir = folder / "runs" / "unwritten"
     running.wait_until(lambda: [line for line in metrics(run_dir) if line["step"] == 29], "step 29")
@@ -195,7 +250,11 @@ def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     release_file(path, 30).touch()
     assert running.end() == 0, running.log.read_text()
     log = running.log.read_text()
-    assert log.count("WARNING: no rewind for the spike of step 30") == 1 and "finished at step 32" in log and "Traceback" not in log
+    assert (
+        log.count("WARNING: no rewind for the spike of step 30") == 1
+        and "finished at step 32" in log
+        and "Traceback" not in log
+    )
     assert skipped_of(run_dir)[32] == 1
 
 
@@ -248,29 +307,41 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     log = running.log.read_text()
     assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", log)
     own_log = (folder / "runs" / "hung" / "logs" / "rank-00001.log").read_text()
-    assert "has sent no heartbeat for 25 s" in own_log, "its guard ends it soon after the others, though hang_seconds are not over"
+    assert "has sent no heartbeat for 25 s" in own_log, (
+        "its guard ends it soon after the others, though hang_seconds are not over"
+    )
     status = read_status(folder / "runs" / "hung")
     assert status["status"] == "resumable" and "rank 1" in status["reason"]
 
 
 def test_a_rank_that_died_is_noticed_without_a_collective_that_fails(folder):
     """As under NCCL, whenever it died; one that has ended its work, or pauses for a while, is not taken for dead."""
+
     def start_ranks(case: str) -> list[BackgroundCommand]:
         place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         command = ["python", WAITING, case]
-        return [BackgroundCommand(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
+        return [
+            BackgroundCommand(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place)
+            for rank in range(2)
+        ]
 
     killed, ended, paused = (start_ranks(case) for case in ("killed", "ended", "paused"))
     assert [running.end() for running in (*ended, *paused)] == [0, 0, 0, 0]
     assert [running.end() for running in killed] == [EXIT_CODE_HUNG, -signal.SIGKILL]
-    assert re.search(rf"rank 0: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", killed[0].log.read_text())
+    assert re.search(
+        rf"rank 0: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s",
+        killed[0].log.read_text(),
+    )
 
 
 def test_a_single_rank_that_hangs_is_ended(folder):
     path = config(folder, "alone", train__steps=50, monitor__hang_seconds=10)
     done = run_command(["python", str(FAULTY_RUN), "hang:3", str(path)], check=False)
     assert done.returncode == EXIT_CODE_HUNG
-    assert re.search(rf"error: the run hangs since \d+ s: the process on {os.uname().nodename} is not getting past step 3", done.stderr)
+    assert re.search(
+        rf"error: the run hangs since \d+ s: the process on {os.uname().nodename} is not getting past step 3",
+        done.stderr,
+    )
     status = read_status(folder / "runs" / "alone")
     assert status["status"] == "resumable" and "is not getting past step 3" in status["reason"]
 
@@ -307,7 +378,12 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
 
 
 def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
-    settings = {"train__steps": 8, "monitor__validate_every": 4, "checkpoint": {"every": 8}, "train__micro_batch_rows": 2}
+    settings = {
+        "train__steps": 8,
+        "monitor__validate_every": 4,
+        "checkpoint": {"every": 8},
+        "train__micro_batch_rows": 2,
+    }
     straight = config(folder, "straight", **settings)
     run_command(ranks_command(2, FAULTY_RUN, "none", straight))
     path = config(folder, "cut", **settings)
@@ -322,24 +398,40 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
     running.ranks()[0].send_signal(signal.SIGTERM)
     release_file(path, 0).touch()
     running.end()
-    assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], running.log.read_text()
+    assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints") == [4], (
+        running.log.read_text()
+    )
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:6", path), folder / "killed.log")
-    running.wait_until(lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up")
+    running.wait_until(
+        lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up"
+    )
     running.kill()  # so that it is made up once more
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:8", path), folder / "cut3.log")
-    running.wait_until(lambda: "waiting in the validation of step 8" in running.log.read_text(), "the last step, which is validated too")
+    running.wait_until(
+        lambda: "waiting in the validation of step 8" in running.log.read_text(),
+        "the last step, which is validated too",
+    )
     running.ranks()[1].send_signal(signal.SIGTERM)
     running.end()
-    assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints")[-1] == 8, running.log.read_text()
+    assert read_status(run_dir)["status"] == "resumable" and list_steps(run_dir / "checkpoints")[-1] == 8, (
+        running.log.read_text()
+    )
     assert "finished at step 8" in run_command(ranks_command(2, FAULTY_RUN, "none", path)).stdout
     assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("straight", "cut")))
-    tables = [[{tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
-               for line in metrics(folder / "runs" / name)] for name in ("straight", "cut")]
+    tables = [
+        [
+            {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
+            for line in metrics(folder / "runs" / name)
+        ]
+        for name in ("straight", "cut")
+    ]
     assert tables[0] == tables[1] and all("validation/loss/lm" in tables[1][step - 1] for step in (4, 8))
 
 
 def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_asked(folder):
-    path = config(folder, "kept", train__steps=12, checkpoint={"every": 2, "keep": 1, "keep_every": 4, "background": False})
+    path = config(
+        folder, "kept", train__steps=12, checkpoint={"every": 2, "keep": 1, "keep_every": 4, "background": False}
+    )
     run_command(["python", "launcher/run.py", str(path)])
     folder = folder / "runs" / "kept" / "checkpoints"
     assert list_steps(folder) == [4, 8, 12] and all(check(folder / step_name(step)) is None for step in (4, 8, 12))
@@ -356,7 +448,9 @@ def test_a_damaged_pointer_is_told_and_mended(folder):
         if content is not None:
             (checkpoints / "latest").write_text(content)
         done = run_command(["python", "launcher/run.py", str(path)], **environment())
-        assert "going on from step 2" in done.stdout and ("latest named" in done.stdout or "latest was empty or missing" in done.stdout)
+        assert "going on from step 2" in done.stdout and (
+            "latest named" in done.stdout or "latest was empty or missing" in done.stdout
+        )
         assert (checkpoints / "latest").read_text() == step_name(4) + "\n"
         shutil.rmtree(checkpoints / step_name(4))
         (folder / "runs" / "pointer" / "status.json").unlink()
@@ -369,9 +463,15 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
     checkpoints = run_dir / "checkpoints"
     (run_dir / "status.json").unlink()
     for ends in ("a signal", "a kill"):
-        running = BackgroundCommand(["python", str(FAULTY_RUN), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log")
+        running = BackgroundCommand(
+            ["python", str(FAULTY_RUN), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log"
+        )
         running.wait_until(lambda: list(checkpoints.glob(".step-*")), "a conversion")
-        converter = next(child for child in psutil.Process(running.process.pid).children(recursive=True) if "makedirs" in " ".join(child.cmdline()))
+        converter = next(
+            child
+            for child in psutil.Process(running.process.pid).children(recursive=True)
+            if "makedirs" in " ".join(child.cmdline())
+        )
         if ends == "a kill":
             running.kill()
         else:

@@ -13,7 +13,12 @@ WORKER = ROOT / "tests" / "pretrain" / "training" / "copy_order.py"
 def state(seed: int, width: int = 5) -> dict:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(3, width, generator=generator)
-    return {"weights": weights, "again": weights, "moments": [torch.randn(7, generator=generator).bfloat16(), (torch.tensor(seed),)], "step": seed}
+    return {
+        "weights": weights,
+        "again": weights,
+        "moments": [torch.randn(7, generator=generator).bfloat16(), (torch.tensor(seed),)],
+        "step": seed,
+    }
 
 
 def flat(value: dict) -> list[torch.Tensor]:
@@ -30,7 +35,10 @@ def test_a_copy_does_not_change_with_the_original():
     original["moments"].append("later")
     copies.wait()
     assert copied["step"] == 1 and len(copied["moments"]) == 2
-    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(flat(copied), flat(state(1)), strict=True))
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype
+        for one, other in zip(flat(copied), flat(state(1)), strict=True)
+    )
     assert copied["again"] is copied["weights"], "what stands in two places is copied once"
 
 
@@ -57,7 +65,9 @@ def test_a_run_waits_for_the_copies_before_it_changes_or_writes_anything(tmp_pat
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, checkpoint={"every": 1, "background": False}))
     prepare_corpus(path)
     printed = run_command(["python", str(WORKER), path]).stdout
-    events = [event for event, _ in groupby(line.split()[1] for line in printed.splitlines() if line.startswith("event "))]
+    events = [
+        event for event, _ in groupby(line.split()[1] for line in printed.splitlines() if line.startswith("event "))
+    ]
     assert [event for event in events if event != "update"] == 2 * ["before_change", "begin", "copy", "wait"]
     changed = [place for place, event in enumerate(events) if event == "update"]
     assert len(changed) == 2 and all(events[place - 1] == "before_change" for place in changed)

@@ -18,10 +18,18 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 LOST = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = {
     "lost": (lambda tensors: tensors.pop(LOST), f"lacks tensors of the model in its config.json: {LOST};"),
-    "half": (lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:10]], "in its config.json: model.layers.0.input_layernorm.weight, "),
-    "added": (lambda tensors: tensors.update({"model.extra": torch.zeros(2)}),
-              "has tensors that the model in its config.json does not have: model.extra;"),
-    "reshaped": (lambda tensors: tensors.update({LOST: torch.zeros(3, 3)}), f"has tensors in another shape than its config.json says: {LOST};"),
+    "half": (
+        lambda tensors: [tensors.pop(name) for name in sorted(tensors)[1:10]],
+        "in its config.json: model.layers.0.input_layernorm.weight, ",
+    ),
+    "added": (
+        lambda tensors: tensors.update({"model.extra": torch.zeros(2)}),
+        "has tensors that the model in its config.json does not have: model.extra;",
+    ),
+    "reshaped": (
+        lambda tensors: tensors.update({LOST: torch.zeros(3, 3)}),
+        f"has tensors in another shape than its config.json says: {LOST};",
+    ),
 }
 """What is done to the weights, and what the error line says."""
 
@@ -77,7 +85,9 @@ def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
     with_tokenizer(folder, "same")
     shutil.copytree(folder / "corpus" / "tokenizer", folder / "same", dirs_exist_ok=True)
     spec = json.loads((folder / "same" / "tokenizer.json").read_text())
-    (folder / "same" / "tokenizer.json").write_text(json.dumps(spec, indent=2))  # as another version of the library may write it
+    (folder / "same" / "tokenizer.json").write_text(
+        json.dumps(spec, indent=2)
+    )  # as another version of the library may write it
     done = started(folder, "of-the-same", start="same")
     assert "finished at step 1" in done.stdout and "tokenizer" not in done.stdout
     with_tokenizer(folder, "other")
@@ -112,9 +122,18 @@ def test_a_run_resumes_without_the_folder_that_it_started_from(folder):
 def test_a_rotary_embedding_that_looks_at_the_batch_is_refused(folder, options):
     file = folder / "start" / "config.json"
     original = file.read_text()
-    file.write_text(json.dumps(json.loads(original) | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}))
+    file.write_text(
+        json.dumps(
+            json.loads(original) | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+        )
+    )
     values = tiny_config(folder, name="rotary", model={"init_from": str(folder / "start")}, train__steps=1)
     done = run_command(["python", "launcher/run.py", str(write_config(folder, values)), *options], check=False)
     file.write_text(original)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.count(f"error: model.init_from: {file}: rope_type is one of default, linear, llama3, yarn, not dynamic") == 1
+    assert (
+        done.stderr.count(
+            f"error: model.init_from: {file}: rope_type is one of default, linear, llama3, yarn, not dynamic"
+        )
+        == 1
+    )

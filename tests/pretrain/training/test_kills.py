@@ -13,7 +13,15 @@ import pytest
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    prepare_corpus,
+    ranks_command,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.processes import TIMEOUT
 
@@ -27,8 +35,16 @@ def runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Pat
     """Folders and commands of runs that differ in nothing but their names; their corpus is prepared."""
     found = {}
     for name in names:
-        values = tiny_config(folder, name=name, train__steps=None, train__epochs=EPOCHS, train__micro_batch_rows=2, monitor__log_every=1,
-                             monitor__validate_every=50, **changes)
+        values = tiny_config(
+            folder,
+            name=name,
+            train__steps=None,
+            train__epochs=EPOCHS,
+            train__micro_batch_rows=2,
+            monitor__log_every=1,
+            monitor__validate_every=50,
+            **changes,
+        )
         found[name] = folder / "runs" / name, ranks_command(2, RECORDING, write_config(folder, values))
     prepare_corpus(folder / f"{names[0]}.yaml")
     return found
@@ -47,6 +63,7 @@ def evaluating(run_dir: Path) -> list[psutil.Process]:
 def wait(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
     """Until the moment, or the end of the run; whether the moment came."""
     checkpoints, begun = run_dir / "checkpoints", time.time()
+
     def appears(file: str) -> bool:  # and is not what the kill before left behind
         with contextlib.suppress(FileNotFoundError):
             return any(path.stat().st_mtime > begun for path in checkpoints.glob(f".step-*.tmp/{file}"))
@@ -74,9 +91,18 @@ def wait(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Ran
 
 def test_fifty_kills_change_nothing(tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("a", "bc", "dog", "truck")))
-    found = runs(tmp_path, ("undisturbed", "killed"), checkpoint={"every": 2, "keep": 2},
-                 evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]})
+    pairs.write_text(
+        "".join(
+            json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n"
+            for word in ("a", "bc", "dog", "truck")
+        )
+    )
+    found = runs(
+        tmp_path,
+        ("undisturbed", "killed"),
+        checkpoint={"every": 2, "keep": 2},
+        evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]},
+    )
     (calm, command), (run_dir, killed_command) = found.values()
     run_command(command, timeout=4 * TIMEOUT)
     rng, kills, started = random.Random(4), Counter(), time.monotonic()
@@ -99,7 +125,10 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
         running.kill()
         with capsys.disabled():
             step = (list_steps(run_dir / "checkpoints") or [0])[-1]
-            print(f"{time.monotonic() - started:6.0f} s  kill {kills.total():2} {moment:14} newest checkpoint {step}", flush=True)
+            print(
+                f"{time.monotonic() - started:6.0f} s  kill {kills.total():2} {moment:14} newest checkpoint {step}",
+                flush=True,
+            )
         if read_status(run_dir).get("status") == "finished":
             break
     last = run_command(killed_command, timeout=4 * TIMEOUT)
@@ -108,8 +137,13 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     newest = list_steps(calm / "checkpoints")[-1]
     assert_same_checkpoints(*(folder / "checkpoints" / step_name(newest) for folder in (calm, run_dir)))
     assert_every_record_once_an_epoch(tmp_path / "runs" / "killed.records", newest)
-    tables = [[{tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
-               for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (calm, run_dir)]
+    tables = [
+        [
+            {tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (calm, run_dir)
+    ]
     assert tables[0] == tables[1]
     expected = [("loss", step) for step in range(40, newest + 1, 40)]
     assert evaluated(calm) == evaluated(run_dir) == expected
@@ -121,7 +155,10 @@ def evaluated(run_dir: Path) -> list[tuple[str, int]]:
     while any((run_dir / "checkpoints" / "pins").iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()[-2000:]
         time.sleep(1)
-    return sorted((line["task"], line["step"]) for line in map(json.loads, (run_dir / "evaluation" / "results.jsonl").read_text().splitlines()))
+    return sorted(
+        (line["task"], line["step"])
+        for line in map(json.loads, (run_dir / "evaluation" / "results.jsonl").read_text().splitlines())
+    )
 
 
 def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
@@ -144,7 +181,13 @@ def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
     rng, damages = random.Random(5), []
     files = sorted(path.name for path in whole.iterdir())
     for number in range(100):
-        damages.append((files[number % len(files)], ("truncate", "empty", "delete", "flip")[(number // len(files)) % 4], rng.random()))
+        damages.append(
+            (
+                files[number % len(files)],
+                ("truncate", "empty", "delete", "flip")[(number // len(files)) % 4],
+                rng.random(),
+            )
+        )
     for file, damage, place in damages:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
@@ -167,11 +210,11 @@ def spoil(path: Path, damage: str, place: float) -> None:
     content = path.read_bytes()
     match damage:
         case "truncate":
-            path.write_bytes(content[:int(place * (len(content) - 1))])
+            path.write_bytes(content[: int(place * (len(content) - 1))])
         case "empty":
             path.write_bytes(b"")
         case "delete":
             path.unlink()
         case "flip":
             at = int(place * len(content))
-            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(8 * place)]) + content[at + 1:])
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(8 * place)]) + content[at + 1 :])

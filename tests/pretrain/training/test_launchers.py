@@ -13,7 +13,17 @@ import yaml
 
 from pretrain.run_folder import list_steps, read_metrics, read_status
 from pretrain.training.main import main
-from tests.commands import ROOT, BackgroundCommand, deepspeed_command, environment, free_port, prepare_corpus, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    deepspeed_command,
+    environment,
+    free_port,
+    prepare_corpus,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.processes import TIMEOUT
 
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
@@ -27,25 +37,61 @@ def folder(tmp_path_factory):
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss/total"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_torchrun_starts_a_single_rank(folder):
     path = write_config(folder, tiny_config(folder, name="single", train__steps=1))
-    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "1", "--master-port", str(free_port()), "launcher/run.py", str(path)])
+    run_command(
+        [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--nproc-per-node",
+            "1",
+            "--master-port",
+            str(free_port()),
+            "launcher/run.py",
+            str(path),
+        ]
+    )
     assert len(losses(folder, "single")) == 1
 
 
 def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
-    paths = {name: write_config(folder, tiny_config(folder, name=name, train__steps=2)) for name in ("deepspeed", "torchrun", "srun")}
+    paths = {
+        name: write_config(folder, tiny_config(folder, name=name, train__steps=2))
+        for name in ("deepspeed", "torchrun", "srun")
+    }
     run_command(deepspeed_command(2, "launcher/run.py", paths["deepspeed"]))
-    run_command([str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()),
-          "launcher/run.py", str(paths["torchrun"])])
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": "77", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(free_port())}
-    ranks = [subprocess.Popen([sys.executable, "launcher/run.py", str(paths["srun"])], cwd=ROOT,
-                              env=environment(**slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **{"NCCL_DEBUG": "WARN"} if rank else {}))
-             for rank in range(2)]
+    run_command(
+        [
+            str(Path(sys.executable).parent / "torchrun"),
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            "launcher/run.py",
+            str(paths["torchrun"]),
+        ]
+    )
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_JOB_ID": "77",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "launcher/run.py", str(paths["srun"])],
+            cwd=ROOT,
+            env=environment(
+                **slurm, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **{"NCCL_DEBUG": "WARN"} if rank else {}
+            ),
+        )
+        for rank in range(2)
+    ]
     assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0]
     log = (folder / "runs" / "srun" / "logs" / "rank-00000.log").read_text()
     assert "WARNING: NCCL_DEBUG is None for rank 0" in log and "and 'WARN' for rank 1" in log
@@ -54,59 +100,128 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
 
 
 INVALID_CONFIGS = {
-    "unknown key": ({"objective__wieght": 1}, "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'"),
+    "unknown key": (
+        {"objective__wieght": 1},
+        "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'",
+    ),
     "two budgets": ({"train__epochs": 2}, "the budget is exactly one of"),
-    "option that cannot act": ({"objective__distance": "cosine", "objective__temperature": 0.1}, "temperature acts on distance info_nce only"),
+    "option that cannot act": (
+        {"objective__distance": "cosine", "objective__temperature": 0.1},
+        "temperature acts on distance info_nce only",
+    ),
     "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
-    "DeepSpeed key that could not act": ({"deepspeed": {"activation_checkpointing": {}}}, "set train.activation_checkpointing instead"),
-    "gradients of compiled layers": ({"train__compile": True, "monitor__gradients_every": 10},
-                                     "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3"),
+    "DeepSpeed key that could not act": (
+        {"deepspeed": {"activation_checkpointing": {}}},
+        "set train.activation_checkpointing instead",
+    ),
+    "gradients of compiled layers": (
+        {"train__compile": True, "monitor__gradients_every": 10},
+        "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3",
+    ),
     "unknown DeepSpeed key": ({"deepspeed": {"zero_optimization": {"stge": 3}}}, "deepspeed: zero_optimization.stge"),
-    "communication type": ({"deepspeed": {"communication_data_type": "fp8"}},
-                           "deepspeed: communication_data_type is one of fp16, bf16, fp32, not 'fp8'"),
-    "accumulation type": ({"deepspeed": {"data_types": {"grad_accum_dtype": "fp8"}}}, "deepspeed: data_types.grad_accum_dtype is one of fp16, "),
+    "communication type": (
+        {"deepspeed": {"communication_data_type": "fp8"}},
+        "deepspeed: communication_data_type is one of fp16, bf16, fp32, not 'fp8'",
+    ),
+    "accumulation type": (
+        {"deepspeed": {"data_types": {"grad_accum_dtype": "fp8"}}},
+        "deepspeed: data_types.grad_accum_dtype is one of fp16, ",
+    ),
     "options that are a number": ({"deepspeed": {"aio": 3}}, "deepspeed: aio is a mapping of options, not 3"),
-    "ZenFlow": ({"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {}}}}, "deepspeed: zero_optimization.zenflow does not work with"),
-    "the old stage 1": ({"deepspeed": {"zero_optimization": {"stage": 1, "legacy_stage1": True}}},
-                        "deepspeed: zero_optimization.legacy_stage1 is not supported by DeepSpeed any more"),
-    "no gradient norm": ({"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
-                         "deepspeed: zero_optimization.compute_grad_norm must be true: gradients are clipped"),
-    "granularity": ({"deepspeed": {"zero_optimization": {"stage3_module_granularity_threshold": 10**9}}},
-                    "deepspeed: zero_optimization.stage3_module_granularity_threshold can leave the gradients of a module unreduced"),
-    "elastic checkpoints": ({"deepspeed": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
-                            "deepspeed: zero_optimization.elastic_checkpoint cannot resume a run of stage 2"),
-    "checkpoints loaded in turn": ({"deepspeed": {"zero_optimization": {"stage": 1, "pipeline_loading_checkpoint": True}}},
-                                   "deepspeed: zero_optimization.pipeline_loading_checkpoint cannot resume a run of stage 1"),
-    "a disk without a path": ({"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
-                              "deepspeed: zero_optimization.offload_param: device nvme needs nvme_path"),
-    "offloading of a part": ({"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
-                             "deepspeed: zero_optimization.offload_optimizer.ratio does not work with"),
-    "a stage that is a switch": ({"deepspeed": {"zero_optimization": {"stage": True}}}, "with stage 1, 2 or 3 (default)"),
-    "a file as a disk": ({"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/dev/null"}}}},
-                         "deepspeed: zero_optimization.offload_param.nvme_path: /dev/null is not a folder"),
-    "a value of another type": ({"deepspeed": {"comms_logger": {"enabled": "maybe"}}},
-                                "deepspeed: comms_logger.enabled: Input should be a valid boolean (given: 'maybe')"),
-    "a deeper value of another type": ({"deepspeed": {"timers": {"throughput": {"enabled": "x"}}}}, "deepspeed: timers.throughput.enabled: Input"),
-    "a value that DeepSpeed would ignore": ({"deepspeed": {"aio": {"block_size": "x"}}}, "deepspeed: aio.block_size: Input should be a valid int"),
-    "a switch that is a text": ({"deepspeed": {"wall_clock_breakdown": "false"}}, "deepspeed: wall_clock_breakdown: Input should be a valid bool"),
-    "misspelt option": ({"deepspeed": {"data_types": {"grad_acum_dtype": "fp32"}}},
-                        "deepspeed: unknown key 'data_types.grad_acum_dtype'; the nearest known one is 'data_types.grad_accum_dtype'"),
-    "evaluation between checkpoints": ({"evaluation": {"every": 30, "tasks": [{"name": "nl_rx"}]}, "checkpoint": {"every": 20}},
-                                       "must be a multiple of checkpoint.every"),
-    "batch that does not divide": ({"train__micro_batch_rows": 3}, "(8) must be a multiple of train.micro_batch_rows x ranks (3 x 1)"),
+    "ZenFlow": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {}}}},
+        "deepspeed: zero_optimization.zenflow does not work with",
+    ),
+    "the old stage 1": (
+        {"deepspeed": {"zero_optimization": {"stage": 1, "legacy_stage1": True}}},
+        "deepspeed: zero_optimization.legacy_stage1 is not supported by DeepSpeed any more",
+    ),
+    "no gradient norm": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
+        "deepspeed: zero_optimization.compute_grad_norm must be true: gradients are clipped",
+    ),
+    "granularity": (
+        {"deepspeed": {"zero_optimization": {"stage3_module_granularity_threshold": 10**9}}},
+        "deepspeed: zero_optimization.stage3_module_granularity_threshold can leave the gradients of a module unreduced",
+    ),
+    "elastic checkpoints": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
+        "deepspeed: zero_optimization.elastic_checkpoint cannot resume a run of stage 2",
+    ),
+    "checkpoints loaded in turn": (
+        {"deepspeed": {"zero_optimization": {"stage": 1, "pipeline_loading_checkpoint": True}}},
+        "deepspeed: zero_optimization.pipeline_loading_checkpoint cannot resume a run of stage 1",
+    ),
+    "a disk without a path": (
+        {"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
+        "deepspeed: zero_optimization.offload_param: device nvme needs nvme_path",
+    ),
+    "offloading of a part": (
+        {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
+        "deepspeed: zero_optimization.offload_optimizer.ratio does not work with",
+    ),
+    "a stage that is a switch": (
+        {"deepspeed": {"zero_optimization": {"stage": True}}},
+        "with stage 1, 2 or 3 (default)",
+    ),
+    "a file as a disk": (
+        {"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/dev/null"}}}},
+        "deepspeed: zero_optimization.offload_param.nvme_path: /dev/null is not a folder",
+    ),
+    "a value of another type": (
+        {"deepspeed": {"comms_logger": {"enabled": "maybe"}}},
+        "deepspeed: comms_logger.enabled: Input should be a valid boolean (given: 'maybe')",
+    ),
+    "a deeper value of another type": (
+        {"deepspeed": {"timers": {"throughput": {"enabled": "x"}}}},
+        "deepspeed: timers.throughput.enabled: Input",
+    ),
+    "a value that DeepSpeed would ignore": (
+        {"deepspeed": {"aio": {"block_size": "x"}}},
+        "deepspeed: aio.block_size: Input should be a valid int",
+    ),
+    "a switch that is a text": (
+        {"deepspeed": {"wall_clock_breakdown": "false"}},
+        "deepspeed: wall_clock_breakdown: Input should be a valid bool",
+    ),
+    "misspelt option": (
+        {"deepspeed": {"data_types": {"grad_acum_dtype": "fp32"}}},
+        "deepspeed: unknown key 'data_types.grad_acum_dtype'; the nearest known one is 'data_types.grad_accum_dtype'",
+    ),
+    "evaluation between checkpoints": (
+        {"evaluation": {"every": 30, "tasks": [{"name": "nl_rx"}]}, "checkpoint": {"every": 20}},
+        "must be a multiple of checkpoint.every",
+    ),
+    "batch that does not divide": (
+        {"train__micro_batch_rows": 3},
+        "(8) must be a multiple of train.micro_batch_rows x ranks (3 x 1)",
+    ),
     "no corpus": ({"data__path": "nowhere"}, "there is no prepared corpus in nowhere"),
     "row too short": ({"data__sequence_length": 16}, "data.sequence_length is 16, too short for the records"),
     "model too short": ({"model__shape__max_position_embeddings": 64}, "the model shape allows 64 positions"),
     "unknown shape key": ({"model__shape__hiden_size": 64}, "llama has no option 'hiden_size'"),
     "shape that cannot be": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built so"),
-    "heads that do not divide": ({"model__shape__num_key_value_heads": 3, "model__shape__num_attention_heads": 4},
-                                 "must be a multiple of num_key_value_heads"),
+    "heads that do not divide": (
+        {"model__shape__num_key_value_heads": 3, "model__shape__num_attention_heads": 4},
+        "must be a multiple of num_key_value_heads",
+    ),
     "unknown activation": ({"model__shape__hidden_act": "nonsense"}, "transformers knows no hidden_act 'nonsense'"),
-    "misspelt DeepSpeed key": ({"deepspeed": {"zero_optimisation": {}}}, "the nearest known one is 'zero_optimization'"),
-    "misspelt finetune key": ({"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
-                              "nearest known one is 'learning_rate'"),
-    "finetuning without its rows": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}}, "give train too"),
-    "missing task file": ({"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}}, "evaluation.tasks.0.test: there is no file nowhere"),
+    "misspelt DeepSpeed key": (
+        {"deepspeed": {"zero_optimisation": {}}},
+        "the nearest known one is 'zero_optimization'",
+    ),
+    "misspelt finetune key": (
+        {"evaluation": {"tasks": [{"name": "nl_rx", "finetune": {"learnin_rate": 1}}]}},
+        "nearest known one is 'learning_rate'",
+    ),
+    "finetuning without its rows": (
+        {"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}},
+        "give train too",
+    ),
+    "missing task file": (
+        {"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}},
+        "evaluation.tasks.0.test: there is no file nowhere",
+    ),
     "name that is no folder": ({"name": ".."}, "name: String should match pattern"),
     "output that is no folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
     "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
@@ -124,8 +239,12 @@ ON_CPU = {
 
 @pytest.mark.parametrize("option", ON_CPU)
 def test_an_option_that_needs_cuda_is_one_line_on_cpu_and_none_in_a_plan(folder, tmp_path, monkeypatch, capsys, option):
-    (key, value), = ON_CPU[option].items()
-    zero = {key: value} if "." not in key else {"offload_optimizer": {"device": "cpu", "pin_memory": False, "super_offload": True}}
+    ((key, value),) = ON_CPU[option].items()
+    zero = (
+        {key: value}
+        if "." not in key
+        else {"offload_optimizer": {"device": "cpu", "pin_memory": False, "super_offload": True}}
+    )
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), deepspeed={"zero_optimization": zero}))
     run_main(path, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -161,19 +280,28 @@ def run_main(path, monkeypatch, *options):
 
 def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
-    run_main(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), checkpoint={"resume": "never"})), monkeypatch)
+    run_main(
+        write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), checkpoint={"resume": "never"})),
+        monkeypatch,
+    )
     assert "checkpoint.resume is never" in capsys.readouterr().err
 
 
 def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1))
     run_command(["python", "launcher/run.py", str(path)])
-    values = tiny_config(folder, output_dir=str(tmp_path), train__steps=1, deepspeed={"zero_optimization": {"stage": 2}})
+    values = tiny_config(
+        folder, output_dir=str(tmp_path), train__steps=1, deepspeed={"zero_optimization": {"stage": 2}}
+    )
     run_main(write_config(tmp_path, values), monkeypatch, "--dry-run")
     assert "another deepspeed.zero_optimization.stage (3, now 2)" in capsys.readouterr().err
     for file in ("environment.json", "config.yaml"):
         (tmp_path / "run" / file).write_text("")
-        run_main(write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1)), monkeypatch, "--dry-run")
+        run_main(
+            write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1)),
+            monkeypatch,
+            "--dry-run",
+        )
         assert f"{file} is spoiled" in capsys.readouterr().err
 
 
@@ -214,7 +342,9 @@ def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
     path = write_config(folder, tiny_config(folder, name="mistaken", data__sequence_length=16))
     done = run_command(deepspeed_command(2, "launcher/run.py", path), check=False)
     assert done.returncode == 2
-    assert (done.stdout + done.stderr).count("error: data.sequence_length is 16") == 1 and "Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).count(
+        "error: data.sequence_length is 16"
+    ) == 1 and "Traceback" not in done.stderr
 
 
 def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
@@ -226,13 +356,22 @@ def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
     os.killpg(running.process.pid, signal.SIGINT)
     running.end()
     status = read_status(run_dir)
-    assert (status["status"], list_steps(run_dir / "checkpoints")) == ("resumable", [status["step"]]), running.log.read_text()
+    assert (status["status"], list_steps(run_dir / "checkpoints")) == ("resumable", [status["step"]]), (
+        running.log.read_text()
+    )
 
 
 def test_ranks_that_cannot_meet_end_in_one_line_and_exit_code_1_for_another_start_may_succeed(folder):
     path = write_config(folder, tiny_config(folder, name="alone"))
     with socket.create_server(("", 0)) as taken:
-        done = run_command(["python", "launcher/run.py", str(path)], check=False, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(taken.getsockname()[1]))
+        done = run_command(
+            ["python", "launcher/run.py", str(path)],
+            check=False,
+            RANK="0",
+            WORLD_SIZE="2",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(taken.getsockname()[1]),
+        )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot meet at 127.0.0.1:")]

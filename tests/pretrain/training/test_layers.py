@@ -23,19 +23,44 @@ REPLICATED = {"zero_optimization": {"stage": 1}}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
     prepare_corpus(write_config(folder, tiny_config(folder)))
-    run_command(ranks_command(2, WORKER, config_of(folder, "plain"), config_of(folder, "recomputed", train__activation_checkpointing=True),
-                       config_of(folder, "by-module", monitor__gradients_every=10**6)))
+    run_command(
+        ranks_command(
+            2,
+            WORKER,
+            config_of(folder, "plain"),
+            config_of(folder, "recomputed", train__activation_checkpointing=True),
+            config_of(folder, "by-module", monitor__gradients_every=10**6),
+        )
+    )
     return folder
 
 
 def config_of(folder, name: str, **changes) -> str:
     """Six steps of two micro batches, with a validation in their midst."""
-    return str(write_config(folder, tiny_config(folder, **{"name": name, "train__steps": 6, "train__micro_batch_rows": 2, "deepspeed": PARTITIONED,
-                                                           "monitor__validate_every": 3, "monitor__tensorboard": False} | changes)))
+    return str(
+        write_config(
+            folder,
+            tiny_config(
+                folder,
+                **{
+                    "name": name,
+                    "train__steps": 6,
+                    "train__micro_batch_rows": 2,
+                    "deepspeed": PARTITIONED,
+                    "monitor__validate_every": 3,
+                    "monitor__tensorboard": False,
+                }
+                | changes,
+            ),
+        )
+    )
 
 
 def assert_same_losses(folder, one: str, other: str, tolerance: float) -> None:
-    tables = [[json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()] for name in (one, other)]
+    tables = [
+        [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in (one, other)
+    ]
     assert len(tables[0]) == 6
     for first, second in zip(*tables, strict=True):
         for tag in [tag for tag in first if "loss/" in tag or tag == "optimizer/grad_norm"]:
@@ -87,7 +112,10 @@ def test_recomputed_layers_keep_fewer_activations(make_model, batches):
     enable_activation_checkpointing(model)
     inputs_of_layers = 2 * batches[0].token_ids.numel() * model.hidden_size * 4  # which checkpointing holds by itself
     assert kept_bytes(model, batches[0]) + inputs_of_layers < before / 4
-    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(model.causal_lm.model.parameters(), gradients, strict=True))
+    assert all(
+        torch.equal(parameter.grad, gradient)
+        for parameter, gradient in zip(model.causal_lm.model.parameters(), gradients, strict=True)
+    )
 
 
 @pytest.mark.slow
@@ -98,7 +126,11 @@ def test_compiled_layers_give_the_same_losses_and_are_compiled_once(folder):
         "compiled-replicated": {"train__compile": True, "deepspeed": REPLICATED, "monitor__gradients_every": 3},
     }
     replicated = config_of(folder, "replicated", deepspeed=REPLICATED, monitor__gradients_every=3)
-    run_command(ranks_command(2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())))
+    run_command(
+        ranks_command(
+            2, WORKER, replicated, *(f"compiled:{config_of(folder, name, **changes)}" for name, changes in runs.items())
+        )
+    )
     assert_same_losses(folder, "plain", "compiled", 1e-4)
     assert_same_losses(folder, "plain", "compiled-recomputed", 1e-4)
     assert_same_losses(folder, "replicated", "compiled-replicated", 1e-4)
@@ -133,10 +165,19 @@ def fresh_dynamo():
 @needs_compiler
 @pytest.mark.slow
 def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokenizer, batches, fresh_dynamo):
-    shape = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 10, "num_gqa_groups": 1, "qkv_multipliers": [1.0, 1.0],
-             "ffn_multipliers": [1.0, 10.0], "ffn_dim_divisor": 16}
+    shape = {
+        "hidden_size": 32,
+        "head_dim": 16,
+        "num_hidden_layers": 10,
+        "num_gqa_groups": 1,
+        "qkv_multipliers": [1.0, 1.0],
+        "ffn_multipliers": [1.0, 10.0],
+        "ffn_dim_divisor": 16,
+    }
     torch.manual_seed(0)
-    model = LanguageModel(random_causal_lm(build_model_config("openelm", shape, tokenizer, 128), "sdpa", torch.float32), 1, "sdpa").train()
+    model = LanguageModel(
+        random_causal_lm(build_model_config("openelm", shape, tokenizer, 128), "sdpa", torch.float32), 1, "sdpa"
+    ).train()
     assert len(set(model.causal_lm.config.ffn_widths)) == 10
     expected = model(batches[0])
     warnings = []
@@ -144,7 +185,10 @@ def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokeniz
     raise_recompile_limit(model, warnings.append)
     for _ in range(2):
         torch.testing.assert_close(model(batches[0]), expected, rtol=1e-3, atol=1e-3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10 and not torch._dynamo.utils.counters["unimplemented"]
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
+        and not torch._dynamo.utils.counters["unimplemented"]
+    )
     assert warnings == []
 
 

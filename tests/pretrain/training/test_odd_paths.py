@@ -8,12 +8,19 @@ from tests.commands import ranks_command, run_command, tiny_config, write_config
 
 
 def test_a_run_in_an_odd_folder_resumes_on_other_ranks_and_is_evaluated(tmp_path):
-    home = tmp_path / "it's [a] \"b\" * ? $HOME `c` (ü) 例 {d} + ^"
+    home = tmp_path / 'it\'s [a] "b" * ? $HOME `c` (ü) 例 {d} + ^'
     home.mkdir()
     rows = home / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("dog", "cat")))
+    rows.write_text(
+        "".join(json.dumps({"text": f"lines with {word}", "code": f".*{word}.*"}) + "\n" for word in ("dog", "cat"))
+    )
     tasks = [{"name": "geometry", "test": "~/rows.jsonl"}]
-    path = write_config(home, tiny_config(home, output_dir="~/runs", data__path="~/corpus", evaluation={"tasks": tasks}, checkpoint={"every": 2}))
+    path = write_config(
+        home,
+        tiny_config(
+            home, output_dir="~/runs", data__path="~/corpus", evaluation={"tasks": tasks}, checkpoint={"every": 2}
+        ),
+    )
     run_command(["python", "-m", "data_prep", path], HOME=str(home))
     run_command(ranks_command(2, "launcher/run.py", path), HOME=str(home))
     run_dir = home / "runs" / "run"

@@ -66,7 +66,14 @@ def test_the_peak_is_that_of_the_very_device(monkeypatch):
     """An H100 for PCIe is slower than one for SXM, whose name begins alike; an unknown device has no peak."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     peaks = {}
-    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA H20", "NVIDIA A100-SXM4-80GB"):
+    for name in (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200",
+        "NVIDIA H20",
+        "NVIDIA A100-SXM4-80GB",
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         peaks[name] = throughput.peak_flops()
     assert list(peaks.values()) == [989e12, 756e12, 835e12, 989e12, None, 312e12]
@@ -90,7 +97,9 @@ def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_pat
     """Not those of the checkpoint, which may come from a CPU, whose AdamW is not fused; with and without a conversion of it."""
     run_dir = tmp_path / "runs" / "run"
     shutil.copytree(resumable / "runs" / "run", run_dir)
-    values = tiny_config(resumable, output_dir=str(tmp_path / "runs"), train__micro_batch_rows=micro_batch_rows, checkpoint={"every": 2})
+    values = tiny_config(
+        resumable, output_dir=str(tmp_path / "runs"), train__micro_batch_rows=micro_batch_rows, checkpoint={"every": 2}
+    )
     ranks = 8 // micro_batch_rows
     path = write_config(tmp_path, values)
     done = run_command(["python", str(WORKER), path] if ranks == 1 else ranks_command(ranks, WORKER, path))
@@ -103,7 +112,12 @@ def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_pat
 def test_a_gpu_for_evaluations_that_the_machine_lacks_is_a_mistake(tmp_path, resumable):
     evaluation = {"every": 2, "device": "cuda:99", "tasks": [{"name": "loss", "test": str(tmp_path / "rows.jsonl")}]}
     (tmp_path / "rows.jsonl").write_text('{"text": "lines with dog", "code": ".*dog.*"}\n')
-    path = write_config(tmp_path, tiny_config(resumable, name="device", checkpoint={"every": 2}, data__decontaminate=False, evaluation=evaluation))
+    path = write_config(
+        tmp_path,
+        tiny_config(
+            resumable, name="device", checkpoint={"every": 2}, data__decontaminate=False, evaluation=evaluation
+        ),
+    )
     done = run_command(["python", "launcher/run.py", path], check=False)
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     assert "evaluation.device is cuda:99, but this machine has" in done.stderr

@@ -42,7 +42,9 @@ def end_of(command: list[str], lost: IO[str]) -> int:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_outlives_the_loss_of_its_output(folder, ranks, lost):
     path = write_config(folder, tiny_config(folder, name=f"{lost.__name__}-{ranks}", train__steps=3))
-    command = ["python", str(FAULTY_RUN), "none", str(path)] if ranks == 1 else ranks_command(2, FAULTY_RUN, "none", path)
+    command = (
+        ["python", str(FAULTY_RUN), "none", str(path)] if ranks == 1 else ranks_command(2, FAULTY_RUN, "none", path)
+    )
     run_dir = folder / "runs" / f"{lost.__name__}-{ranks}"
     assert end_of(command, lost()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
     assert read_status(run_dir)["status"] == "finished"
@@ -51,7 +53,9 @@ def test_a_run_outlives_the_loss_of_its_output(folder, ranks, lost):
 
 
 @pytest.mark.parametrize("lost", [full_disk, closed_pipe])
-@pytest.mark.parametrize("mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}])  # of the file, and found in the run
+@pytest.mark.parametrize(
+    "mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}]
+)  # of the file, and found in the run
 def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, lost):
     path = write_config(folder, tiny_config(folder, name="mistaken", **mistake))
     assert end_of(["python", "launcher/run.py", str(path)], lost()) == 2

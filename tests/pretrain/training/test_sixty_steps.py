@@ -19,10 +19,14 @@ TUBE = {"name": "semantic_tube", "weight": 0.02}
 OBJECTIVES = {
     "next-token": {"name": "next_token"},
     **{distance: JEPA | {"distance": distance} for distance in ("cosine", "l2", "mse", "info_nce")},
-    "both-prepended": JEPA | {"direction": "both", "predictor_placement": "prepend", "predictor_tokens": 2, "stop_gradient": True},
+    "both-prepended": JEPA
+    | {"direction": "both", "predictor_placement": "prepend", "predictor_tokens": 2, "stop_gradient": True},
     "backward-independent": JEPA | {"direction": "backward", "layout": "independent", "dropout": 0.5},
-    "regularized": JEPA | {"regularizers": [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")],
-                           "weight_schedule": [[0, 0], [0.5, 1]]},
+    "regularized": JEPA
+    | {
+        "regularizers": [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")],
+        "weight_schedule": [[0, 0], [0.5, 1]],
+    },
     **{form: TUBE | {"form": form} for form in ("three_points", "sub_span", "views")},
 }
 PARAPHRASES, DOCUMENTS = ("one", "two", "three"), ("text",)
@@ -32,13 +36,24 @@ PARAPHRASES, DOCUMENTS = ("one", "two", "three"), ("text",)
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sixty")
     settings = {"train__steps": 60, "monitor__log_every": 20, "monitor__tensorboard": False}
-    configs = [tiny_config(folder, name=f"family-{family}", model={"family": family, "shape": f"{family}_tiny.yaml"}, **settings)
-               for family in FAMILIES]
-    configs += [tiny_config(folder, name=f"objective-{name}", objective=objective, **settings) for name, objective in OBJECTIVES.items()]
+    configs = [
+        tiny_config(
+            folder, name=f"family-{family}", model={"family": family, "shape": f"{family}_tiny.yaml"}, **settings
+        )
+        for family in FAMILIES
+    ]
+    configs += [
+        tiny_config(folder, name=f"objective-{name}", objective=objective, **settings)
+        for name, objective in OBJECTIVES.items()
+    ]
     for config in configs:
-        config["data"]["sequence_length"] = 192 if "prepended" in config["name"] else 128  # a copy of both views needs room
-    configs += [on_other_views(folder, "paraphrases", PARAPHRASES, OBJECTIVES["info_nce"], settings),
-                on_other_views(folder, "documents", DOCUMENTS, OBJECTIVES["sub_span"], settings)]
+        config["data"]["sequence_length"] = (
+            192 if "prepended" in config["name"] else 128
+        )  # a copy of both views needs room
+    configs += [
+        on_other_views(folder, "paraphrases", PARAPHRASES, OBJECTIVES["info_nce"], settings),
+        on_other_views(folder, "documents", DOCUMENTS, OBJECTIVES["sub_span"], settings),
+    ]
     for family in FAMILIES:
         (folder / f"{family}_tiny.yaml").write_text((ROOT / "configs" / "models" / f"{family}_tiny.yaml").read_text())
     paths = [write_config(folder, config) for config in configs]
@@ -50,20 +65,38 @@ def folder(tmp_path_factory):
 
 def on_other_views(folder, name, views, objective, settings):
     """Groups of paraphrases, of which some lack a view; or plain documents."""
-    lines = [{view: f"{view} says {number * 7 % 31} of {number}" for place, view in enumerate(views) if (number + place) % 4 or len(views) == 1}
-             for number in range(400)]
+    lines = [
+        {
+            view: f"{view} says {number * 7 % 31} of {number}"
+            for place, view in enumerate(views)
+            if (number + place) % 4 or len(views) == 1
+        }
+        for number in range(400)
+    ]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tiny_config(folder, name=name, objective=objective, **settings)
-    config["data"] |= {"tokenizer": {"vocab_size": 300}, "path": str(folder / f"{name}-corpus"), "views": list(views), "validation_fraction": 0.1,
-                       "sources": [{"type": "json", "path": str(folder / f"{name}.jsonl")}]}
+    config["data"] |= {
+        "tokenizer": {"vocab_size": 300},
+        "path": str(folder / f"{name}-corpus"),
+        "views": list(views),
+        "validation_fraction": 0.1,
+        "sources": [{"type": "json", "path": str(folder / f"{name}.jsonl")}],
+    }
     if len(views) > 1:
         config["data"]["missing_views"] = "keep"
     return config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(f"family-{family}" for family in FAMILIES), *(f"objective-{name}" for name in OBJECTIVES),
-                                  "paraphrases", "documents"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"family-{family}" for family in FAMILIES),
+        *(f"objective-{name}" for name in OBJECTIVES),
+        "paraphrases",
+        "documents",
+    ],
+)
 def test_it_learns_and_its_export_gives_the_logits_of_the_trained_engine(folder, name):
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 20, 40, 60]

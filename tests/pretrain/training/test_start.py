@@ -19,49 +19,77 @@ PLAIN, PREPENDED = {"name": "next_token"}, {"name": "llm_jepa", "distance": "cos
 @pytest.fixture
 def config(tmp_path):
     def make(corpus: Corpus, **changes) -> RunConfig:
-        values = tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[], data__views=["view0", "view1"],
-                             data__tokenizer={"vocab_size": 512}, **changes)
+        values = tiny_config(
+            tmp_path,
+            data__path=str(corpus.folder),
+            data__sources=[],
+            data__views=["view0", "view1"],
+            data__tokenizer={"vocab_size": 512},
+            **changes,
+        )
         return load_config(write_config(tmp_path, values))
+
     return make
 
 
 @pytest.fixture
 def small_corpus(write_corpus):
     """Forty pairs, of which the longest needs 2 * 20 - 10 + 4 + 12 positions, then a document in pieces that fill rows of 48."""
+
     def make() -> Corpus:
         rng = np.random.default_rng(0)
-        pairs = [tuple(rng.integers(5, 500, length).tolist() for length in lengths) for lengths in rng.integers(1, 11, (39, 2))]
+        pairs = [
+            tuple(rng.integers(5, 500, length).tolist() for length in lengths)
+            for lengths in rng.integers(1, 11, (39, 2))
+        ]
         document = [([7] * 46, []), ([8] * 46, []), ([9], [])]
-        corpus = write_corpus([*pairs, ([5] * 10, [6] * 10), *document, ([5], [6])], continues=[False] * 40 + [True, True, False, False])
+        corpus = write_corpus(
+            [*pairs, ([5] * 10, [6] * 10), *document, ([5], [6])], continues=[False] * 40 + [True, True, False, False]
+        )
         manifest = json.loads((corpus.folder / "manifest.json").read_text())
         manifest["settings"]["data"] |= {"sequence_length": 48, "tokenizer": {"vocab_size": 512}}
         (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
         return Corpus(corpus.folder, "train")
+
     return make
 
 
-@pytest.mark.parametrize(("length", "objective", "needed"), [
-    (48, PLAIN, None), (48, PREPENDED, None), (47, PLAIN, 48), (46, {"name": "llm_jepa", "distance": "cosine"}, 48)])
-def test_rows_that_are_too_short_are_refused_by_what_the_longest_record_needs(config, small_corpus, length, objective, needed):
+@pytest.mark.parametrize(
+    ("length", "objective", "needed"),
+    [(48, PLAIN, None), (48, PREPENDED, None), (47, PLAIN, 48), (46, {"name": "llm_jepa", "distance": "cosine"}, 48)],
+)
+def test_rows_that_are_too_short_are_refused_by_what_the_longest_record_needs(
+    config, small_corpus, length, objective, needed
+):
     corpus = small_corpus()
     chosen = config(corpus, data__sequence_length=length, objective=objective)
     if needed is None:
         check(chosen, corpus, pytest.fail if objective is PLAIN else print)
     else:
-        with pytest.raises(UserError, match=rf"data.sequence_length is {length}, too short .*the longest needs {needed} positions"):
+        with pytest.raises(
+            UserError, match=rf"data.sequence_length is {length}, too short .*the longest needs {needed} positions"
+        ):
             check(chosen, corpus, print)
 
 
 def test_lengths_are_read_only_where_the_manifest_does_not_know_and_that_is_said(config, small_corpus, monkeypatch):
     monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
     corpus, said = small_corpus(), []
-    check(config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}), corpus, said.append)
+    check(
+        config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}),
+        corpus,
+        said.append,
+    )
     assert said == []
     check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, said.append)
-    assert said == ["note: reading the lengths of 44 records: the manifest does not tell whether all fit data.sequence_length=48"]
+    assert said == [
+        "note: reading the lengths of 44 records: the manifest does not tell whether all fit data.sequence_length=48"
+    ]
 
 
-def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_are_none(config, write_corpus, monkeypatch):
+def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_are_none(
+    config, write_corpus, monkeypatch
+):
     monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
     objective = {"name": "llm_jepa", "distance": "cosine"}
     for records, pairs in (([([5], [])] * 50 + [([5], [6])], True), ([([5], [])] * 50, False)):
@@ -81,7 +109,11 @@ def rows_of_task_a_task_may_be_a_source(config, write_corpus, tmp_path):
     said = []
 
     def start(test):
-        check(config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}), corpus, said.append)
+        check(
+            config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}),
+            corpus,
+            said.append,
+        )
 
     start({"type": "hub", "path": "owner/name"})
     assert said == []
@@ -95,8 +127,13 @@ def rows_of_task_a_task_may_be_a_source(config, write_corpus, tmp_path):
 
 def test_epochs_are_those_of_the_mixture(tmp_path):
     """In the budget, in the metrics, and in what a dry run expects."""
-    sources = [{"type": "nlrx", "records": 80, "weight": 1.5}, {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5}]
-    values = tiny_config(tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__tensorboard=False)
+    sources = [
+        {"type": "nlrx", "records": 80, "weight": 1.5},
+        {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5},
+    ]
+    values = tiny_config(
+        tmp_path, data__sources=sources, train__steps=None, train__epochs=2, monitor__tensorboard=False
+    )
     path = str(write_config(tmp_path, values))
     run_command(["python", "-m", "data_prep", path])
     printed = run_command(["python", "launcher/run.py", path, "--dry-run"]).stdout.splitlines()
@@ -122,8 +159,14 @@ CONTRADICTIONS = {
     "data.on_malformed=drop": "data.on_malformed is drop, but {corpus} was prepared with fail",
     "data.sources=[{type: nlrx, records: 600}]": "data.sources are 1, but the corpus was prepared from 2",
 }
-ALLOWED = ["data.sources=[]", "data.sequence_length=160", "data.decontaminate=false", "data.workers=2", "data.lm_views=last",
-           "data.tokenizer.model_type=bpe"]
+ALLOWED = [
+    "data.sources=[]",
+    "data.sequence_length=160",
+    "data.decontaminate=false",
+    "data.workers=2",
+    "data.lm_views=last",
+    "data.tokenizer.model_type=bpe",
+]
 
 
 def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
@@ -132,7 +175,9 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
     for override, expected in CONTRADICTIONS.items():
         done = run_command(["python", "launcher/run.py", path, override, "--dry-run"], check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], done.stderr
+        assert done.returncode == 2 and len(errors) == 1 and expected.format(corpus=tmp_path / "corpus") in errors[0], (
+            done.stderr
+        )
         assert "prepare another data.path" in errors[0]
     run_command(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
 
@@ -140,7 +185,11 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
 def test_tests_that_the_preparation_did_not_compare_with_are_named(tmp_path):
     (tmp_path / "seen.jsonl").write_text('{"text": "a question that is seen", "code": "a"}\n')
     (tmp_path / "new.jsonl").write_text('{"text": "a question that is new", "code": "a"}\n')
-    tests = {"seen": str(tmp_path / "seen.jsonl"), "new": str(tmp_path / "new.jsonl"), "hub": {"type": "hub", "path": "nobody/nothing"}}
+    tests = {
+        "seen": str(tmp_path / "seen.jsonl"),
+        "new": str(tmp_path / "new.jsonl"),
+        "hub": {"type": "hub", "path": "nobody/nothing"},
+    }
 
     def warnings(*names: str, **changes) -> list[str]:
         tasks = [{"name": "nl_rx", "label": name, "test": tests[name]} for name in names]

@@ -49,8 +49,15 @@ else:
 
 
 def start(code: str, **more: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(**more), text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(**more),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -87,7 +94,7 @@ def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path):
 
 
 def test_a_signal_that_nobody_can_read_of_is_kept_all_the_same():
-    done = subprocess.run([sys.executable, "-c", """
+    script = """
 import signal, time
 from pretrain.training.stop import StopRequest
 
@@ -95,5 +102,8 @@ stop = StopRequest()
 signal.raise_signal(signal.SIGTERM)
 while stop.received is None:
     time.sleep(0.01)
-"""], cwd=ROOT, env=environment(), stderr=open("/dev/full", "w"), timeout=TIMEOUT)  # noqa: SIM115
+"""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stderr=full, timeout=TIMEOUT)
     assert done.returncode == 0

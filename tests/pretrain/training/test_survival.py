@@ -10,7 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain.run_folder import list_steps, read_status, step_name
 from pretrain.training.checkpoint import check
-from tests.commands import ROOT, BackgroundCommand, prepare_corpus, ranks_command, run_command, tiny_config, write_config
+from tests.commands import (
+    ROOT,
+    BackgroundCommand,
+    prepare_corpus,
+    ranks_command,
+    run_command,
+    tiny_config,
+    write_config,
+)
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 from tests.pretrain.training.pause_points import release_file
 
@@ -30,8 +38,16 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survival")
     commands, runs = {}, {}
     for name in ("undisturbed", "disturbed"):
-        values = tiny_config(folder, name=name, train__steps=STEPS, train__micro_batch_rows=2, checkpoint={"every": 10, "keep": 3},
-                             model__shape__attention_dropout=0.1, monitor__log_every=3, monitor__validate_every=15)
+        values = tiny_config(
+            folder,
+            name=name,
+            train__steps=STEPS,
+            train__micro_batch_rows=2,
+            checkpoint={"every": 10, "keep": 3},
+            model__shape__attention_dropout=0.1,
+            monitor__log_every=3,
+            monitor__validate_every=15,
+        )
         commands[name] = ranks_command(2, "launcher/run.py", write_config(folder, values))
         runs[name] = folder / "runs" / name
     prepare_corpus(folder / "undisturbed.yaml")
@@ -47,7 +63,9 @@ def story(tmp_path_factory):
 
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:14", config), folder / "interrupted.log")
     running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
-    os.killpg(running.process.pid, signal.SIGINT)  # what Ctrl-C does: the launcher passes it on to ranks that have it already
+    os.killpg(
+        running.process.pid, signal.SIGINT
+    )  # what Ctrl-C does: the launcher passes it on to ranks that have it already
     running.end()
     interrupted = read_status(run_dir)
 
@@ -62,8 +80,15 @@ def story(tmp_path_factory):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     resumed = run_command(commands["disturbed"])
-    return {"runs": runs, "stopped": stopped, "interrupted": interrupted, "kept": kept,
-            "newest": newest, "resumed": resumed.stdout, "commands": commands}
+    return {
+        "runs": runs,
+        "stopped": stopped,
+        "interrupted": interrupted,
+        "kept": kept,
+        "newest": newest,
+        "resumed": resumed.stdout,
+        "commands": commands,
+    }
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story):
@@ -73,7 +98,10 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story
 
 
 def test_ctrl_c_saves_and_stops(story):
-    assert story["interrupted"]["status"] == "resumable" and story["interrupted"]["step"] > story["stopped"]["status"]["step"]
+    assert (
+        story["interrupted"]["status"] == "resumable"
+        and story["interrupted"]["step"] > story["stopped"]["status"]["step"]
+    )
 
 
 def test_a_kill_while_saving_leaves_whole_checkpoints_only(story):
@@ -95,7 +123,12 @@ def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):
     tables = []
     for run in story["runs"].values():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        tables.append([{tag: value for tag, value in line.items() if tag != "seconds" and "throughput" not in tag} for line in lines])
+        tables.append(
+            [
+                {tag: value for tag, value in line.items() if tag != "seconds" and "throughput" not in tag}
+                for line in lines
+            ]
+        )
         events = EventAccumulator(str(run / "tensorboard" / "train"))
         events.Reload()
         logged = [line["step"] for line in lines if "loss/jepa" in line]

@@ -13,7 +13,9 @@ def test_every_source_has_its_share_of_the_validation(write_corpus):
     specials = SpecialTokenIds(0, 1, 2, 3, 512)
 
     def targets(records: int) -> int:
-        return Validation(corpus, make_layout("joint", specials), specials, 64, records, 2, World(0, 1, torch.device("cpu"))).loss_denominators["targets"]
+        return Validation(
+            corpus, make_layout("joint", specials), specials, 64, records, 2, World(0, 1, torch.device("cpu"))
+        ).loss_denominators["targets"]
 
     assert targets(40) == 30 * (1 + 1 + 1 + 1) + 10 * (4 + 1 + 4 + 1)
     assert targets(400) == targets(1000) == 10 * targets(40)

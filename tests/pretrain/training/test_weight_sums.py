@@ -31,7 +31,11 @@ def test_a_changed_a_permuted_and_a_missing_weight_are_found(tmp_path):
     check_weights(None, saved, tmp_path)  # of a version without sums
     broken = weight_sums(frozen(one=torch.tensor([1.0, torch.nan]), other=torch.tensor([torch.inf, 1.0])), ALONE)
     check_weights(broken, json.loads(json.dumps(broken)), tmp_path)
-    changed = {"changed": {"one": weights["one"] + 1e-6}, "permuted": {"one": weights["one"].flip(0)}, "swapped": {"other": weights["other"].roll(1)}}
+    changed = {
+        "changed": {"one": weights["one"] + 1e-6},
+        "permuted": {"one": weights["one"].flip(0)},
+        "swapped": {"other": weights["other"].roll(1)},
+    }
     for spoilt in changed.values():
         with pytest.raises(UserError, match=f"{next(iter(spoilt))} differs; start with the number of ranks"):
             check_weights(saved, weight_sums(frozen(**weights | spoilt), ALONE), tmp_path)
@@ -41,7 +45,9 @@ def test_a_changed_a_permuted_and_a_missing_weight_are_found(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_sums_of_a_checkpoint_are_those_of_its_whole_weights(tmp_path, stage):
-    path = write_config(tmp_path, tiny_config(tmp_path, train__steps=1, deepspeed={"zero_optimization": {"stage": stage}}))
+    path = write_config(
+        tmp_path, tiny_config(tmp_path, train__steps=1, deepspeed={"zero_optimization": {"stage": stage}})
+    )
     prepare_corpus(path)
     run_command(ranks_command(2, "launcher/run.py", path))
     checkpoint = tmp_path / "runs" / "run" / "checkpoints" / step_name(1)
@@ -76,10 +82,18 @@ def test_round_robin_gradients_cannot_be_switched_and_keep_their_number_of_ranks
     (tmp_path / "runs" / "run" / "status.json").unlink()
     for key in ("sub_group_size=1000", "parameter_alignment=true"):
         done = run_command(ranks_command(2, "launcher/run.py", path, f"deepspeed.zero_optimization.{key}"), check=False)
-        assert done.returncode == 2 and f"another deepspeed.zero_optimization.{key.split('=')[0]}" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"another deepspeed.zero_optimization.{key.split('=')[0]}" in done.stderr, (
+            done.stderr
+        )
     switched = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, checkpoint={"every": 2}, deepspeed=plain))
     done = run_command(ranks_command(2, "launcher/run.py", switched), check=False)
-    assert done.returncode == 2 and "another deepspeed.zero_optimization.round_robin_gradients (True, now False)" in done.stderr, done.stderr
-    path = write_config(tmp_path, tiny_config(tmp_path, train__steps=4, train__micro_batch_rows=8, checkpoint={"every": 2}, deepspeed=robin))
+    assert (
+        done.returncode == 2
+        and "another deepspeed.zero_optimization.round_robin_gradients (True, now False)" in done.stderr
+    ), done.stderr
+    path = write_config(
+        tmp_path,
+        tiny_config(tmp_path, train__steps=4, train__micro_batch_rows=8, checkpoint={"every": 2}, deepspeed=robin),
+    )
     done = run_command(["python", "launcher/run.py", path], check=False)
     assert done.returncode == 2 and "round_robin_gradients" in done.stderr and "2 ranks" in done.stderr, done.stderr

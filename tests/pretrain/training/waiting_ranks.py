@@ -17,7 +17,9 @@ case = sys.argv[1]
 world = init_world()
 assert world.rank_store is not None
 seconds = 100.0 if case == "paused" else 20.0  # 25 beats without a note, or the 10 that a rank has at least
-watch = watchdog.Watchdog(world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True))
+watch = watchdog.Watchdog(
+    world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True)
+)
 watch.report_progress(7)
 watch.first_step_done()
 if world.rank == 1 and case == "killed":

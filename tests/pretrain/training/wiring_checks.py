@@ -25,21 +25,35 @@ def folder(tmp_path_factory):
     prepare_quietly(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
     torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
-    start = random_causal_lm(build_model_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32)
+    start = random_causal_lm(
+        build_model_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32
+    )
     start.save_pretrained(folder / "start")
     save_file({"predictor.weight": torch.randn(1, 32)}, folder / "start" / "jepa.safetensors")
     return folder
 
 
 def trainer_of(folder, name, **changes):
-    return set_up(load_config(write_config(folder, tiny_config(folder, name=name, monitor__tensorboard=False, **changes))), init_world())
+    return set_up(
+        load_config(write_config(folder, tiny_config(folder, name=name, monitor__tensorboard=False, **changes))),
+        init_world(),
+    )
 
 
 def test_optimizer_schedule_and_precision(folder):
-    trainer = trainer_of(folder, "optimizer", train__weight_decay=0.3, train__betas=[0.8, 0.9], train__gradient_clipping=0.7,
-                         train__precision="bf16", train__steps=2)
+    trainer = trainer_of(
+        folder,
+        "optimizer",
+        train__weight_decay=0.3,
+        train__betas=[0.8, 0.9],
+        train__gradient_clipping=0.7,
+        train__precision="bf16",
+        train__steps=2,
+    )
     groups = trainer.engine.optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and {
+        tuple(group["betas"]) for group in groups
+    } == {(0.8, 0.9)}
     shapes = [len(parameter.ds_shape) for parameter in trainer.engine.module.parameters()]
     assert sorted(set(shapes)) == [1, 2]
     assert trainer.engine.gradient_clipping() == 0.7
@@ -51,10 +65,20 @@ def test_optimizer_schedule_and_precision(folder):
 
 
 def test_layout_labels_dropout_and_budget(folder):
-    trainer = trainer_of(folder, "layout", objective__layout="independent", objective__predictor_tokens=2, objective__dropout=0.25,
-                         data__lm_views="last", data__train_end_token=False, train__steps=None, train__epochs=3)
-    assert trainer.loader.layout == make_layout("independent", trainer.specials, pairing=Pairing(2), lm_views="last",
-                                                  train_end_token=False)
+    trainer = trainer_of(
+        folder,
+        "layout",
+        objective__layout="independent",
+        objective__predictor_tokens=2,
+        objective__dropout=0.25,
+        data__lm_views="last",
+        data__train_end_token=False,
+        train__steps=None,
+        train__epochs=3,
+    )
+    assert trainer.loader.layout == make_layout(
+        "independent", trainer.specials, pairing=Pairing(2), lm_views="last", train_end_token=False
+    )
     assert (trainer.loader.dropout, trainer.loader.epochs, trainer.loader.seed) == (0.25, 3, 3)
     assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
 
@@ -69,7 +93,10 @@ def test_the_weight_schedule_weighs_the_loss_that_is_trained(folder):
 
 
 def test_layers_are_recomputed_and_compiled_where_the_configuration_says_so(folder):
-    plain, changed = trainer_of(folder, "plain"), trainer_of(folder, "changed", train__activation_checkpointing=True, train__compile=True)
+    plain, changed = (
+        trainer_of(folder, "plain"),
+        trainer_of(folder, "changed", train__activation_checkpointing=True, train__compile=True),
+    )
     for trainer, wanted in ((plain, False), (changed, True)):
         model = trainer.engine.module.model.causal_lm
         assert model.is_gradient_checkpointing == wanted
@@ -93,4 +120,12 @@ def test_a_job_beside_a_rank_is_no_rank(monkeypatch):
     monkeypatch.setenv("RANKING", "kept")
     environment = single_process_environment()
     assert environment["RANKING"] == "kept"
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & set(environment)
+    assert not {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_PORT",
+        "SLURM_PROCID",
+        "OMPI_COMM_WORLD_RANK",
+        "PMI_RANK",
+    } & set(environment)

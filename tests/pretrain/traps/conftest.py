@@ -29,9 +29,16 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
         folder = tmp_path_factory.mktemp("prepared-here")
         lines = folder / "pairs.jsonl"
         lines.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in records))
-        prepare(DataConfig(
-            path=str(folder / "corpus"), sources=[{"type": "json", "path": str(lines)}], sequence_length=sequence_length, workers=1,
-            tokenizer={"path": str(tokenizer)} if tokenizer else {"vocab_size": 320}), say=lambda line: None)
+        prepare(
+            DataConfig(
+                path=str(folder / "corpus"),
+                sources=[{"type": "json", "path": str(lines)}],
+                sequence_length=sequence_length,
+                workers=1,
+                tokenizer={"path": str(tokenizer)} if tokenizer else {"vocab_size": 320},
+            ),
+            say=lambda line: None,
+        )
         return Corpus(folder / "corpus", "train")
 
     return corpus_of
@@ -41,14 +48,20 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
 def shared_special_token_tokenizer(tmp_path) -> Path:
     """A Hugging Face folder as many models have it: one token is BOS, EOS and pad, and the tokenizer puts BOS before every text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, []))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, [])
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     end = "<|endoftext|>"
     tokenizer.add_special_tokens([end])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), end))
+    )
     return tmp_path
 
 
@@ -61,12 +74,22 @@ class Packed(NamedTuple):
 @pytest.fixture(scope="session")
 def pack() -> Callable[..., Packed]:
     """All records of a corpus as the micro batch of one rank, and `empty_rows` behind them."""
-    def pack(corpus: Corpus, specials: SpecialTokenIds, kind: str = "joint", pairing: Pairing | None = None, *, lm_views: str = "all",
-             empty_rows: int = 0) -> Packed:
+
+    def pack(
+        corpus: Corpus,
+        specials: SpecialTokenIds,
+        kind: str = "joint",
+        pairing: Pairing | None = None,
+        *,
+        lm_views: str = "all",
+        empty_rows: int = 0,
+    ) -> Packed:
         layout = make_layout(kind, specials, pairing=pairing, lm_views=lm_views)
         rows = plan(corpus, np.arange(len(corpus)), layout, ROW, np.full(len(corpus), pairing is not None))
         rows = Rows.join([rows], rows.count + empty_rows)
-        [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=rows.count, rank=0, ranks=1)
+        [batch] = batches.micro_batches(
+            rows, corpus, layout, specials, ROW, micro_batch_rows=rows.count, rank=0, ranks=1
+        )
         return Packed(rows, batch, layout)
 
     return pack

@@ -34,8 +34,13 @@ TEXTS = [(f"lines {number} times", f"({letter}){{{number}}}") for number, letter
 
 def some_records(count: int = 8) -> list[tuple[list[int], list[int]]]:
     rng = random.Random(count)
-    return [([rng.randrange(5, 400) for _ in range(rng.randint(2, 9))], [rng.randrange(5, 400) for _ in range(rng.randint(2, 6))])
-            for _ in range(count)]
+    return [
+        (
+            [rng.randrange(5, 400) for _ in range(rng.randint(2, 9))],
+            [rng.randrange(5, 400) for _ in range(rng.randint(2, 6))],
+        )
+        for _ in range(count)
+    ]
 
 
 def other_batches(change):
@@ -51,7 +56,9 @@ def other_batches(change):
 def other_texts(change):
     """A mutant: the tokenizer encodes `change(tokenizer, texts, encode)`."""
     whole = Tokenizer.encode_batch
-    return lambda patch: patch.setattr(Tokenizer, "encode_batch", lambda self, texts: change(self, texts, lambda others: whole(self, others)))
+    return lambda patch: patch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: change(self, texts, lambda others: whole(self, others))
+    )
 
 
 def seen_from(batch: Batch, place: int) -> list[int]:
@@ -68,9 +75,13 @@ def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_
     def check_the_loss_is_that_of_the_answers():
         packed = pack(corpus, specials, lm_views="last")
         terms = NextToken()(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
-        reference = Reference(model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last")
+        reference = Reference(
+            model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last"
+        )
         expected = reference.losses(records, paired=[False] * len(records)).lm.item()
-        assert terms["lm"].item() / loss_denominators(packed.rows, packed.layout)["targets"] == pytest.approx(expected, rel=1e-5), "prompts are learnt"
+        assert terms["lm"].item() / loss_denominators(packed.rows, packed.layout)["targets"] == pytest.approx(
+            expected, rel=1e-5
+        ), "prompts are learnt"
 
     def collator(batch, rows, corpus, specials):
         ids = batch.token_ids.flatten()
@@ -81,7 +92,9 @@ def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_
         assert_detects_mutant(other_batches(collator), check_the_loss_is_that_of_the_answers, "prompts are learnt")
 
 
-def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(prepare_in_process, shared_special_token_tokenizer, pack):
+def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(
+    prepare_in_process, shared_special_token_tokenizer, pack
+):
     corpora = [prepare_in_process(TEXTS), prepare_in_process(TEXTS, tokenizer=shared_special_token_tokenizer)]
 
     def check_every_text_ends_with_a_learnt_end_token():
@@ -97,11 +110,20 @@ def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(prepa
         padded = torch.where(batch.token_ids == specials.pad, specials.eos, batch.token_ids)
         return replace(batch, token_ids=padded, label_index=batch.label_index[kept], label_ids=batch.label_ids[kept])
 
-    assert_detects_mutant(other_batches(pad_is_eos_and_masked_by_id), check_every_text_ends_with_a_learnt_end_token, "the end token is not learnt")
+    assert_detects_mutant(
+        other_batches(pad_is_eos_and_masked_by_id),
+        check_every_text_ends_with_a_learnt_end_token,
+        "the end token is not learnt",
+    )
 
 
 def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus, specials, pack):
-    records = [([7, 8, 9, 7, 8], [7, 8]), ([5, 6], [5, 6]), ([11, 12, 13], [12]), *some_records()]  # answers that stand in their prompts
+    records = [
+        ([7, 8, 9, 7, 8], [7, 8]),
+        ([5, 6], [5, 6]),
+        ([11, 12, 13], [12]),
+        *some_records(),
+    ]  # answers that stand in their prompts
     corpus = write_corpus(records)
 
     def check_the_answers_behind_their_prompts_are_the_labels():
@@ -124,10 +146,14 @@ def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus,
         index = torch.tensor(places)
         return replace(batch, label_index=index, label_ids=batch.token_ids.flatten()[index + 1])
 
-    assert_detects_mutant(other_batches(searched_for), check_the_answers_behind_their_prompts_are_the_labels, "labels elsewhere")
+    assert_detects_mutant(
+        other_batches(searched_for), check_the_answers_behind_their_prompts_are_the_labels, "labels elsewhere"
+    )
 
 
-def test_trap_06_a_text_has_one_bos_whatever_its_tokenizer_adds(prepare_in_process, shared_special_token_tokenizer, pack):
+def test_trap_06_a_text_has_one_bos_whatever_its_tokenizer_adds(
+    prepare_in_process, shared_special_token_tokenizer, pack
+):
     def check_one_bos_a_text():
         for tokenizer, kind in product((None, shared_special_token_tokenizer), KINDS):
             corpus = prepare_in_process(TEXTS, tokenizer=tokenizer)
@@ -170,7 +196,9 @@ def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials
         return replace(batch, visible_until=batch.visible_until.masked_fill(batch.token_ids == specials.pad, 0))
 
     with torch.no_grad():
-        assert_detects_mutant(other_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing")
+        assert_detects_mutant(
+            other_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing"
+        )
 
 
 def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer, write_corpus, make_model, pack):
@@ -186,13 +214,21 @@ def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer
         output_layer = model.causal_lm.lm_head.weight
         assert output_layer is model.causal_lm.get_input_embeddings().weight, "the test needs tied embeddings"
         trained = set(output_layer.grad.abs().sum(dim=1).nonzero().flatten().tolist())
-        assert of_text <= trained <= of_text | {specials.bos, specials.sep, specials.eos}, "predictor tokens compete in the logits"
+        assert of_text <= trained <= of_text | {specials.bos, specials.sep, specials.eos}, (
+            "predictor tokens compete in the logits"
+        )
 
     def inside_the_vocabulary(patch):
         whole = language_model.special_ids
-        patch.setattr(language_model, "special_ids", lambda tokenizer, vocab_size: replace(whole(tokenizer, vocab_size), predictor=vocab_size - 2))
+        patch.setattr(
+            language_model,
+            "special_ids",
+            lambda tokenizer, vocab_size: replace(whole(tokenizer, vocab_size), predictor=vocab_size - 2),
+        )
 
-    assert_detects_mutant(inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_alone, "predictor tokens compete in the logits")
+    assert_detects_mutant(
+        inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_alone, "predictor tokens compete in the logits"
+    )
 
 
 def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float:
@@ -200,7 +236,9 @@ def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float
     objective, handed_over, losses = LlmJepa(1.0, "info_nce"), [[] for _ in range(ranks)], []
     for sending in (True, False):
         for rank in range(ranks):
-            [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=rows.count // ranks, rank=rank, ranks=ranks)
+            [batch] = batches.micro_batches(
+                rows, corpus, layout, specials, ROW, micro_batch_rows=rows.count // ranks, rank=rank, ranks=ranks
+            )
             calls = iter(range(2))
 
             def all_gather(mine, sending=sending, rank=rank, calls=calls):
@@ -227,7 +265,9 @@ def test_trap_10_the_negatives_are_those_of_all_ranks(write_corpus, specials, ma
 
     def local_negatives(patch):
         whole = auxiliary.gather_pool
-        patch.setattr(auxiliary, "gather_pool", lambda prediction, target, batch, gather: whole(prediction, target, batch, ALONE))
+        patch.setattr(
+            auxiliary, "gather_pool", lambda prediction, target, batch, gather: whole(prediction, target, batch, ALONE)
+        )
 
     with torch.no_grad():
         assert_detects_mutant(local_negatives, check_four_ranks_have_the_loss_of_one, "negatives are missing")
@@ -240,24 +280,45 @@ def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
     hidden[batch.target_index] = hidden[batch.prediction_index] + 0.03 * hidden[batch.target_index]
     hidden = hidden.bfloat16()
     prediction, target = hidden[batch.prediction_index].double(), hidden[batch.target_index].double()
-    expected = {"cosine": 1 - F.cosine_similarity(prediction, target), "l2": (prediction - target).norm(dim=1),
-                "mse": (prediction - target).square().mean(dim=1)}
+    expected = {
+        "cosine": 1 - F.cosine_similarity(prediction, target),
+        "l2": (prediction - target).norm(dim=1),
+        "mse": (prediction - target).square().mean(dim=1),
+    }
 
     def check_distances():
         for distance, values in expected.items():
             terms = LlmJepa(1.0, distance)(hidden, batch, lambda hidden, label_ids: hidden.sum(), ALONE).terms
-            assert terms["jepa"].item() == pytest.approx(values.sum().item(), rel=1e-3), f"{distance} is rounded to bf16"
+            assert terms["jepa"].item() == pytest.approx(values.sum().item(), rel=1e-3), (
+                f"{distance} is rounded to bf16"
+            )
 
     def left_in_bf16(patch):
-        patch.setattr(auxiliary, "select_pair_embeddings", lambda hidden, batch: (hidden[batch.prediction_index], hidden[batch.target_index]))
+        patch.setattr(
+            auxiliary,
+            "select_pair_embeddings",
+            lambda hidden, batch: (hidden[batch.prediction_index], hidden[batch.target_index]),
+        )
 
     assert_detects_mutant(left_in_bf16, check_distances, "cosine is rounded to bf16")
 
 
-OPTIONS = {"temperature": 0.5, "stop_gradient": True, "dropout": 0.5, "predictor_placement": "prepend", "predictor_tokens": 3, "direction": "both",
-           "weight": 3.0, "weight_schedule": "[[0, 0.5]]", "regularizers": "[{name: vicreg, weight: 1}]", "form": "sub_span"}
-COMBINATIONS = [f"name: llm_jepa, distance: {distance}, predictor_tokens: {k}, layout: {kind}"
-                for distance, k, kind in product(("cosine", "info_nce"), (0, 1), KINDS)] + [f"name: semantic_tube, layout: {kind}" for kind in KINDS]
+OPTIONS = {
+    "temperature": 0.5,
+    "stop_gradient": True,
+    "dropout": 0.5,
+    "predictor_placement": "prepend",
+    "predictor_tokens": 3,
+    "direction": "both",
+    "weight": 3.0,
+    "weight_schedule": "[[0, 0.5]]",
+    "regularizers": "[{name: vicreg, weight: 1}]",
+    "form": "sub_span",
+}
+COMBINATIONS = [
+    f"name: llm_jepa, distance: {distance}, predictor_tokens: {k}, layout: {kind}"
+    for distance, k, kind in product(("cosine", "info_nce"), (0, 1), KINDS)
+] + [f"name: semantic_tube, layout: {kind}" for kind in KINDS]
 
 
 def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, specials, make_model):
@@ -269,7 +330,9 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
         model, units = make_model(layout.predictor_tokens), loss_denominators(rows, layout)
         terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
-        weights = {term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()}
+        weights = {
+            term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()
+        }
         loss = total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, weights, ranks=1)
         loss.backward()
         return [loss.item(), *(parameter.grad.norm().item() for parameter in model.parameters())]
@@ -285,13 +348,17 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
                 assert after != pytest.approx(before, rel=1e-4), f"{option} is ignored"
 
     def dropout_for_one_layout(patch):
-        patch.setattr(llm_jepa.Config, "record_dropout", property(lambda self: self.dropout if self.layout == "joint" else 0.0))
+        patch.setattr(
+            llm_jepa.Config, "record_dropout", property(lambda self: self.dropout if self.layout == "joint" else 0.0)
+        )
 
     def a_pool_that_holds_no_target_fixed(patch):
         patch.setattr(Pool, "with_detached_targets", lambda self: self)
 
     assert_detects_mutant(dropout_for_one_layout, check_every_option_acts_or_is_refused, "dropout is ignored")
-    assert_detects_mutant(a_pool_that_holds_no_target_fixed, check_every_option_acts_or_is_refused, "stop_gradient is ignored")
+    assert_detects_mutant(
+        a_pool_that_holds_no_target_fixed, check_every_option_acts_or_is_refused, "stop_gradient is ignored"
+    )
 
 
 def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_tokens(write_corpus, specials, pack):
@@ -299,15 +366,25 @@ def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_toke
     corpus = write_corpus(records)
 
     def check_what_the_read_outs_see():
-        for ids, kind, k, placement in product((specials, SpecialTokenIds(401, 402, 403, 404, 640)), KINDS, (0, 1, 3), ("append", "prepend")):
+        for ids, kind, k, placement in product(
+            (specials, SpecialTokenIds(401, 402, 403, 404, 640)), KINDS, (0, 1, 3), ("append", "prepend")
+        ):
             batch = pack(corpus, ids, kind, Pairing(k, placement)).batch
             predictor = [ids.predictor + number for number in range(k)]
             closing = ids.sep if kind == "joint" else ids.eos
-            for prediction, target, record in zip(batch.prediction_index.tolist(), batch.target_index.tolist(), batch.pair_record, strict=True):
+            for prediction, target, record in zip(
+                batch.prediction_index.tolist(), batch.target_index.tolist(), batch.pair_record, strict=True
+            ):
                 context, answer = records[record]
-                expected = [ids.bos, *context, closing, *predictor] if placement == "append" else [ids.bos, *predictor, *context, closing]
+                expected = (
+                    [ids.bos, *context, closing, *predictor]
+                    if placement == "append"
+                    else [ids.bos, *predictor, *context, closing]
+                )
                 assert seen_from(batch, prediction) == expected, "read at another token"
-                assert seen_from(batch, target) == [ids.bos] * (kind == "independent") + [*answer, ids.eos], "read at another token"
+                assert seen_from(batch, target) == [ids.bos] * (kind == "independent") + [*answer, ids.eos], (
+                    "read at another token"
+                )
 
     def an_offset_by_hand(batch, rows, corpus, specials):
         return replace(batch, target_index=batch.target_index - 1)

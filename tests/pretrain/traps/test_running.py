@@ -27,16 +27,36 @@ STEPS = 3
 RUNS = {
     "plain": {"train__micro_batch_rows": 8},
     "accumulated": {"train__micro_batch_rows": 2},
-    "bf16": {"train__precision": "bf16", "train__learning_rate": 1e-4, "train__warmup_fraction": 0.0, "train__final_rate": 1.0},
+    "bf16": {
+        "train__precision": "bf16",
+        "train__learning_rate": 1e-4,
+        "train__warmup_fraction": 0.0,
+        "train__final_rate": 1.0,
+    },
     "dropout": {"objective__dropout": 0.3},
 }
-ALONE = [("launcher-needed", "launcher_needed", "plain"), ("plain", "", "plain"), ("accumulated", "", "accumulated"),
-         ("per-micro-batch", "pairs_of_a_micro_batch", "accumulated"), ("bf16", "", "bf16"), ("no-master", "no_master_weights", "bf16"),
-         ("unmeasured", "losses_alone", "plain"), ("dropout", "", "dropout"), ("resumed", "stopped", "plain"), ("resumed", "", "plain"),
-         ("deleted", "stopped+deleted_at_start", "plain"), ("deleted", "deleted_at_start", "plain")]
+ALONE = [
+    ("launcher-needed", "launcher_needed", "plain"),
+    ("plain", "", "plain"),
+    ("accumulated", "", "accumulated"),
+    ("per-micro-batch", "pairs_of_a_micro_batch", "accumulated"),
+    ("bf16", "", "bf16"),
+    ("no-master", "no_master_weights", "bf16"),
+    ("unmeasured", "losses_alone", "plain"),
+    ("dropout", "", "dropout"),
+    ("resumed", "stopped", "plain"),
+    ("resumed", "", "plain"),
+    ("deleted", "stopped+deleted_at_start", "plain"),
+    ("deleted", "deleted_at_start", "plain"),
+]
 """Name, changes and settings of the runs of one process, in their order: `launcher_needed` shows in a process that had no run before."""
-TOGETHER = [("two-ranks", "", "dropout"), ("dropout-per-rank", "dropout_in_the_loss", "dropout"), ("saved-by-rank-0", "saved_by_rank_0", ""),
-            ("tokenizing", "tokenized_at_start", ""), ("two-writers", "device_0_is_rank_0", "")]
+TOGETHER = [
+    ("two-ranks", "", "dropout"),
+    ("dropout-per-rank", "dropout_in_the_loss", "dropout"),
+    ("saved-by-rank-0", "saved_by_rank_0", ""),
+    ("tokenizing", "tokenized_at_start", ""),
+    ("two-writers", "device_0_is_rank_0", ""),
+]
 """Those of two ranks; `device_0_is_rank_0` ends both."""
 NO_GPU = 'raise RuntimeError("no CUDA GPUs are available")\n'
 TOKENIZING_ON_A_GPU = """
@@ -74,8 +94,12 @@ def prepared_without_torch(tmp_path_factory) -> Prepared:
         modules.mkdir()
         for file, content in ({"torch.py": NO_GPU} | more).items():
             (modules / file).write_text(content)
-        config = write_config(folder, tiny_config(folder, name=name, data__sources=sources, data__path=str(folder / name)))
-        done[name] = run_command(["python", "-m", "data_prep", str(config)], check=False, PYTHONPATH=f"{modules}:{ROOT}")
+        config = write_config(
+            folder, tiny_config(folder, name=name, data__sources=sources, data__path=str(folder / name))
+        )
+        done[name] = run_command(
+            ["python", "-m", "data_prep", str(config)], check=False, PYTHONPATH=f"{modules}:{ROOT}"
+        )
     for source in sources:
         Path(source["path"]).unlink()
     return Prepared(folder, done)
@@ -85,8 +109,15 @@ def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
     """The runs as arguments of the worker."""
     words = []
     for name, changes, settings in runs:
-        values = tiny_config(folder, name=name, objective__distance="cosine", train__steps=STEPS, monitor__tensorboard=False,
-                             data__sources=[], **RUNS.get(settings, {}))
+        values = tiny_config(
+            folder,
+            name=name,
+            objective__distance="cosine",
+            train__steps=STEPS,
+            monitor__tensorboard=False,
+            data__sources=[],
+            **RUNS.get(settings, {}),
+        )
         words.append(f"{changes}:{write_config(folder, values)}")
     return words
 
@@ -95,10 +126,18 @@ def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
 def folder(prepared_without_torch) -> Path:
     """All runs, one process beside two ranks."""
     folder = prepared_without_torch.folder
-    two_nodes = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port())}
+    two_nodes = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_LOCALID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     together = written(folder, TOGETHER)
-    places = {"alone": (written(folder, ALONE), {}), **{f"rank-{rank}": (together, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)}}
+    places = {
+        "alone": (written(folder, ALONE), {}),
+        **{f"rank-{rank}": (together, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)},
+    }
     processes = []
     for place, (words, variables) in places.items():
         with open(folder / f"{place}.log", "w") as output:
@@ -109,7 +148,9 @@ def folder(prepared_without_torch) -> Path:
     finally:
         for process in processes:
             process.kill()
-    for place, process, code in zip(places, processes, (0, 2, 2), strict=True):  # 2: device_0_is_rank_0 is a mistake of the user's
+    for place, process, code in zip(
+        places, processes, (0, 2, 2), strict=True
+    ):  # 2: device_0_is_rank_0 is a mistake of the user's
         assert process.returncode == code, (folder / f"{place}.log").read_text()[-4000:]
     return folder
 
@@ -125,23 +166,33 @@ def ended(folder: Path, name: str, rank: int = 0) -> dict:
 
 
 def same(one: list[dict], other: list[dict], tags: tuple[str, ...]) -> bool:
-    return [[line[tag] for tag in tags] for line in one] == [pytest.approx([line[tag] for tag in tags], rel=1e-4) for line in other]
+    return [[line[tag] for tag in tags] for line in one] == [
+        pytest.approx([line[tag] for tag in tags], rel=1e-4) for line in other
+    ]
 
 
 def test_trap_04_the_pair_loss_is_normalised_over_accumulation(folder):
     def check_against_a_single_micro_batch(name):
         whole, parts = metrics(folder, "plain"), metrics(folder, name)
         assert len(whole) == len(parts) == STEPS
-        assert same(whole, parts, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), "accumulation changes the gradient"
+        assert same(whole, parts, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), (
+            "accumulation changes the gradient"
+        )
 
     check_against_a_single_micro_batch("accumulated")
-    assert_fails_with(lambda: check_against_a_single_micro_batch("per-micro-batch"), "accumulation changes the gradient")
+    assert_fails_with(
+        lambda: check_against_a_single_micro_batch("per-micro-batch"), "accumulation changes the gradient"
+    )
 
 
 def moments(state) -> list[torch.Tensor]:
     """All first and second moments in the nested state of an optimizer."""
     if isinstance(state, dict):
-        return [tensor for key, value in state.items() for tensor in ([value] if key in ("exp_avg", "exp_avg_sq") else moments(value))]
+        return [
+            tensor
+            for key, value in state.items()
+            for tensor in ([value] if key in ("exp_avg", "exp_avg_sq") else moments(value))
+        ]
     return [tensor for part in state for tensor in moments(part)] if isinstance(state, list | tuple) else []
 
 
@@ -149,10 +200,14 @@ def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
     def check_what_bf16_would_round_away(name):
         checkpoint = folder / "runs" / name / "checkpoints" / step_name(STEPS)
         norms = {key: value for key, value in consolidate(checkpoint).items() if "norm" in key}
-        assert norms and all(((value.double() - 1).abs() > 1e-5).any() for value in norms.values()), "small updates of weights near 1 are lost"
+        assert norms and all(((value.double() - 1).abs() > 1e-5).any() for value in norms.values()), (
+            "small updates of weights near 1 are lost"
+        )
         [shard] = checkpoint.glob("*optim_states.pt")
         found = moments(torch.load(shard, weights_only=False))
-        assert found and all((tensor.float() != tensor.bfloat16().float()).any() for tensor in found), "moments are rounded"
+        assert found and all((tensor.float() != tensor.bfloat16().float()).any() for tensor in found), (
+            "moments are rounded"
+        )
 
     check_what_bf16_would_round_away("bf16")
     assert_fails_with(lambda: check_what_bf16_would_round_away("no-master"), "small updates of weights near 1 are lost")
@@ -162,7 +217,9 @@ def test_trap_11_a_collapse_is_measured(folder):
     def check_measures(name):
         last = metrics(folder, name)[-1]
         for prefix in ("embedding/", "validation/embedding/"):
-            measures = {prefix + measure for measure in ("paired_cosine", "shuffled_cosine", "effective_rank", "retrieval_at_1")}
+            measures = {
+                prefix + measure for measure in ("paired_cosine", "shuffled_cosine", "effective_rank", "retrieval_at_1")
+            }
             assert measures <= last.keys(), "a loss alone is shown"
 
     check_measures("plain")
@@ -190,8 +247,14 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
     right, overfull = corpora
     hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
     for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
-        values = tiny_config(tmp_path, name=name, data__path=str(corpus.folder), data__sources=[], data__deduplicate="exact",
-                             data__sequence_length=length)
+        values = tiny_config(
+            tmp_path,
+            name=name,
+            data__path=str(corpus.folder),
+            data__sources=[],
+            data__deduplicate="exact",
+            data__sequence_length=length,
+        )
         values["data"]["tokenizer"] = {"vocab_size": 320}
         values["objective"] |= objective
         with pytest.raises(UserError, match="too short for the records"):
@@ -248,6 +311,7 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
 
 def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
     """Nor could it: the sources were removed before."""
+
     def check_texts(name):
         assert [ended(folder, name, rank)["tokenized"] for rank in (0, 1)] == [0, 0], "a rank tokenizes"
 

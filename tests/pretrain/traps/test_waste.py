@@ -23,8 +23,16 @@ from pretrain.training.throughput import Parameters, Throughput
 from tests.mutants import assert_detects_mutant
 
 ALONE = Gather(all_gather=lambda mine: mine, rank=0)
-SYNCS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select,
-         torch.ops.aten.is_nonzero, torch.ops.aten.unique_dim, torch.ops.aten._unique2, torch.ops.aten.repeat_interleave}
+SYNCS = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.equal,
+    torch.ops.aten.masked_select,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.unique_dim,
+    torch.ops.aten._unique2,
+    torch.ops.aten.repeat_interleave,
+}
 """Operators whose result the host waits for."""
 
 
@@ -36,7 +44,11 @@ class Operators(TorchDispatchMode):
         self.width, self.syncs, self.rows = width, 0, 0
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        masks = [index for index in arguments[1] if index is not None and index.dtype == torch.bool] if _indexes(operator) else []
+        masks = (
+            [index for index in arguments[1] if index is not None and index.dtype == torch.bool]
+            if _indexes(operator)
+            else []
+        )
         self.syncs += operator.overloadpacket in SYNCS or bool(masks)
         output = operator(*arguments, **(options or {}))
         if isinstance(output, torch.Tensor) and output.dim() > 1 and output.shape[-1] == self.width:
@@ -73,6 +85,7 @@ class MaskSeen(Exception):
 
 def mask_of_the_first_layer(model, batch) -> torch.Tensor | BlockMask:
     """What attention is handed by the model's forward pass."""
+
     def stop(module, arguments, options):
         raise MaskSeen(options["attention_mask"])
 
@@ -86,7 +99,11 @@ def mask_of_the_first_layer(model, batch) -> torch.Tensor | BlockMask:
 
 
 def held_bytes(mask: torch.Tensor | BlockMask) -> int:
-    tensors = [mask] if isinstance(mask, torch.Tensor) else [part for part in mask.as_tuple() if isinstance(part, torch.Tensor)]
+    tensors = (
+        [mask]
+        if isinstance(mask, torch.Tensor)
+        else [part for part in mask.as_tuple() if isinstance(part, torch.Tensor)]
+    )
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -102,11 +119,16 @@ def test_trap_20_no_mask_is_dense_in_fp32(corpus, specials, make_model):
             assert held <= bytes_per_entry * 2 * length**2, f"the mask for {attention} takes {held:,} bytes"
 
     def additive(patch):
-        patch.setattr(language_model, "attention_mask", lambda visible_until, *others: torch.where(
-            visibility_mask(visible_until, "sdpa"), 0.0, float("-inf")))
+        patch.setattr(
+            language_model,
+            "attention_mask",
+            lambda visible_until, *others: torch.where(visibility_mask(visible_until, "sdpa"), 0.0, float("-inf")),
+        )
 
     def dense(patch):
-        patch.setattr(language_model, "attention_mask", lambda visible_until, *others: visibility_mask(visible_until, "sdpa"))
+        patch.setattr(
+            language_model, "attention_mask", lambda visible_until, *others: visibility_mask(visible_until, "sdpa")
+        )
 
     with torch.no_grad():
         assert_detects_mutant(additive, check_the_masks, "the mask for sdpa takes")
@@ -121,7 +143,9 @@ def test_trap_21_logits_are_those_of_labels_alone(corpus, specials, make_model):
         with Operators(width=model.vocab_size) as operators:
             terms = LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ALONE).terms
             torch.autograd.grad(terms["lm"], model.causal_lm.get_input_embeddings().weight)
-        assert operators.rows == len(batch.label_index) < batch.token_ids.numel() / 2, f"{operators.rows} rows of logits"
+        assert operators.rows == len(batch.label_index) < batch.token_ids.numel() / 2, (
+            f"{operators.rows} rows of logits"
+        )
 
     def labels_of_minus_100(patch):
         def everywhere(hidden, batch, cross_entropy):
@@ -141,9 +165,19 @@ def test_trap_22_hidden_states_of_the_last_layer_alone_are_kept(corpus, specials
     def check_what_is_alive_at_the_end():
         """Without a graph, which keeps what it needs."""
         states, alive = [], []
-        hooks = [layer.register_forward_hook(lambda module, arguments, output: states.append(
-            weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))) for layer in decoder.layers]
-        hooks.append(decoder.norm.register_forward_pre_hook(lambda module, arguments: alive.extend(state() is not None for state in states)))
+        hooks = [
+            layer.register_forward_hook(
+                lambda module, arguments, output: states.append(
+                    weakref.ref(output if isinstance(output, torch.Tensor) else output[0])
+                )
+            )
+            for layer in decoder.layers
+        ]
+        hooks.append(
+            decoder.norm.register_forward_pre_hook(
+                lambda module, arguments: alive.extend(state() is not None for state in states)
+            )
+        )
         with torch.no_grad():
             model(batch)
         for hook in hooks:
@@ -168,17 +202,24 @@ def test_trap_23_the_host_does_not_wait_for_the_device_at_every_record(distance,
             units = loss_denominators(rows, layout)
             with Operators() as operators:
                 terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
-                total_loss(terms, {term: units[unit] for term, unit in objective.units.items()}, objective.weights, ranks=1).backward()
+                total_loss(
+                    terms, {term: units[unit] for term, unit in objective.units.items()}, objective.weights, ranks=1
+                ).backward()
             assert operators.syncs == 0, f"{operators.syncs} syncs for {len(rows.records)} records"
 
     def a_loop_over_records(patch):
         def one_by_one(hidden, batch):
-            return tuple(torch.stack([hidden[place.item()].float() for place in index]) for index in (batch.prediction_index, batch.target_index))
+            return tuple(
+                torch.stack([hidden[place.item()].float() for place in index])
+                for index in (batch.prediction_index, batch.target_index)
+            )
 
         patch.setattr(auxiliary, "select_pair_embeddings", one_by_one)
 
     records = len(steps[0][0].records)
-    assert_detects_mutant(a_loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records")
+    assert_detects_mutant(
+        a_loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records"
+    )
 
 
 def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
@@ -187,10 +228,14 @@ def test_trap_25_flops_are_counted_on_real_tokens(corpus, specials):
 
     def check_flops_are_those_of_tokens_and_labels():
         for padded in (rows, Rows.join([rows], 30)):
-            throughput = Throughput(Parameters(layers=1000, embedding=50, head=50, tied=True, predictor=7), ranks=1, row_length=512)
+            throughput = Throughput(
+                Parameters(layers=1000, embedding=50, head=50, tied=True, predictor=7), ranks=1, row_length=512
+            )
             throughput.peak = 1.0  # so that the MFU of one second is the count
             throughput.add(padded, loss_denominators(padded, layout)["targets"], seconds=1.0)
-            assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), "padding is counted"
+            assert throughput.take()["throughput/mfu"] == 6 * (1000 * tokens + 50 * len(batch.label_index)), (
+                "padding is counted"
+            )
 
     def a_profiler(patch):
         whole = Throughput.add

@@ -43,12 +43,19 @@ def stopped(patch: pytest.MonkeyPatch) -> None:
 def pairs_of_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
     """Trap 4: the pair loss is a mean over a micro batch, of which a step has four."""
     whole = loop.total_loss
-    patch.setattr(loop, "total_loss", lambda terms, counts, weights, ranks: whole(terms, counts | {"jepa": counts["jepa"] / 4}, weights, ranks))
+    patch.setattr(
+        loop,
+        "total_loss",
+        lambda terms, counts, weights, ranks: whole(terms, counts | {"jepa": counts["jepa"] / 4}, weights, ranks),
+    )
 
 
 def no_master_weights(patch: pytest.MonkeyPatch) -> None:
     """Trap 5."""
-    whole, bf16 = engine.engine_settings, {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    whole, bf16 = (
+        engine.engine_settings,
+        {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+    )
     patch.setattr(engine, "engine_settings", lambda config, ranks: whole(config, ranks) | {"bf16": bf16})
 
 
@@ -64,7 +71,9 @@ def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
     def micro_batches(*arguments, **options):
         for batch in whole(*arguments, **options):
-            yield replace(batch, pair_valid=batch.pair_valid & (torch.rand(len(batch.pair_valid), generator=generator) >= DROPOUT))
+            yield replace(
+                batch, pair_valid=batch.pair_valid & (torch.rand(len(batch.pair_valid), generator=generator) >= DROPOUT)
+            )
 
     patch.setattr(loop, "micro_batches", micro_batches)
     patch.setattr(llm_jepa.Config, "record_dropout", property(lambda self: 0.0))
@@ -94,15 +103,22 @@ def saved_by_rank_0(patch: pytest.MonkeyPatch) -> None:
 
 def launcher_needed(patch: pytest.MonkeyPatch) -> None:
     """Trap 17: a process that no launcher started."""
-    patch.setattr(distributed, "init_world", lambda: distributed.World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu")))
+    patch.setattr(
+        distributed,
+        "init_world",
+        lambda: distributed.World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.device("cpu")),
+    )
 
 
 def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
     """Trap 24."""
+
     class Texts(Corpus):
         def __init__(self, folder, split):
             super().__init__(folder, split)
-            self.tokenizer.encode_batch([self.tokenizer.decode(self.tokens(np.array([record]), 0)) for record in range(len(self))])
+            self.tokenizer.encode_batch(
+                [self.tokenizer.decode(self.tokens(np.array([record]), 0)) for record in range(len(self))]
+            )
 
     patch.setattr(setup, "Corpus", Texts)
 
