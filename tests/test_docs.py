@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import tomllib
+from pathlib import Path
 
 from tests.commands import ROOT
 
@@ -26,5 +27,13 @@ def test_no_page_has_a_gap_or_a_dead_link():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         assert not re.search(r"@[A-Z0-9]+@", text), page
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (page.parent / target).exists(), (page, target)
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+            target = page.parent / path if path else page
+            assert target.exists(), (page, path)
+            assert not anchor or anchor in anchors(target), (page, path, anchor)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
