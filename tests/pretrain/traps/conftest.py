@@ -31,7 +31,9 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
     It trains a tokenizer or loads the one in the folder `tokenizer`. With one worker, this process does all the work.
     """
 
-    def prepare_corpus(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
+    def prepare_corpus(
+        records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None
+    ) -> Corpus:
         folder = tmp_path_factory.mktemp("prepared-here")
         lines = folder / "pairs.jsonl"
         lines.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in records))

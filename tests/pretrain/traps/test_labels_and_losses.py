@@ -160,10 +160,14 @@ def test_trap_06_a_text_has_one_bos_even_if_its_tokenizer_adds_one(
             corpus = prepare_in_process(TEXTS, tokenizer=tokenizer)
             specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
             texts = len(corpus) * (2 if layout_name == "independent" else 1)
-            found = pack(corpus, specials, layout_name, Pairing(1)).batch.token_ids.flatten().tolist().count(specials.bos)
+            found = (
+                pack(corpus, specials, layout_name, Pairing(1)).batch.token_ids.flatten().tolist().count(specials.bos)
+            )
             assert found == texts, "a text has two BOS tokens"
 
-    tokenizer_adds_bos = mutate_texts(lambda tokenizer, texts, encode: [[tokenizer.bos_id, *ids] for ids in encode(texts)])
+    tokenizer_adds_bos = mutate_texts(
+        lambda tokenizer, texts, encode: [[tokenizer.bos_id, *ids] for ids in encode(texts)]
+    )
     assert_detects_mutant(tokenizer_adds_bos, check_one_bos_per_text, "a text has two BOS tokens")
 
 
@@ -228,7 +232,9 @@ def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenize
         )
 
     assert_detects_mutant(
-        predictor_inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_tokens_only, "predictor tokens compete in the logits"
+        predictor_inside_the_vocabulary,
+        check_the_pair_term_trains_rows_of_text_tokens_only,
+        "predictor tokens compete in the logits",
     )
 
 
@@ -270,7 +276,9 @@ def test_trap_10_negatives_come_from_all_ranks(write_corpus, specials, make_mode
     def local_negatives(patch):
         original = auxiliary.gather_pool
         patch.setattr(
-            auxiliary, "gather_pool", lambda prediction, target, batch, gather: original(prediction, target, batch, ONE_RANK)
+            auxiliary,
+            "gather_pool",
+            lambda prediction, target, batch, gather: original(prediction, target, batch, ONE_RANK),
         )
 
     with torch.no_grad():
@@ -359,7 +367,9 @@ def test_trap_12_an_option_has_an_effect_in_every_combination_or_is_refused(corp
     def pool_without_detached_targets(patch):
         patch.setattr(Pool, "with_detached_targets", lambda self: self)
 
-    assert_detects_mutant(dropout_in_one_layout_only, check_every_option_has_an_effect_or_is_refused, "dropout is ignored")
+    assert_detects_mutant(
+        dropout_in_one_layout_only, check_every_option_has_an_effect_or_is_refused, "dropout is ignored"
+    )
     assert_detects_mutant(
         pool_without_detached_targets, check_every_option_has_an_effect_or_is_refused, "stop_gradient is ignored"
     )
@@ -386,9 +396,10 @@ def test_trap_18_embeddings_are_read_at_the_last_token_for_any_special_tokens(wr
                     else [ids.bos, *predictor, *context, closing]
                 )
                 assert tokens_visible_at(batch, prediction) == expected, "read at another token"
-                assert tokens_visible_at(batch, target) == [ids.bos] * (layout_name == "independent") + [*answer, ids.eos], (
-                    "read at another token"
-                )
+                assert tokens_visible_at(batch, target) == [ids.bos] * (layout_name == "independent") + [
+                    *answer,
+                    ids.eos,
+                ], "read at another token"
 
     def offset_by_one(batch, rows, corpus, specials):
         return replace(batch, target_index=batch.target_index - 1)

@@ -215,7 +215,9 @@ def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
         )
 
     check_fp32_master_weights_and_moments("bf16")
-    assert_fails_with(lambda: check_fp32_master_weights_and_moments("no-master"), "small updates of weights near 1 are lost")
+    assert_fails_with(
+        lambda: check_fp32_master_weights_and_moments("no-master"), "small updates of weights near 1 are lost"
+    )
 
 
 def test_trap_11_a_collapse_is_measured(folder):
@@ -271,7 +273,9 @@ def test_trap_14_the_records_without_pairs_do_not_depend_on_ranks(folder):
         one, two = metrics(folder, "dropout"), metrics(folder, name)
         assert len(one) == len(two) == STEPS
         assert equal_metrics(one, two, ("records", "loss/jepa")), "every rank draws its own records"
-        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], "the positions that dropped pairs free are not used"
+        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], (
+            "the positions that dropped pairs free are not used"
+        )
 
     check_against_one_rank("two-ranks")
     assert_fails_with(lambda: check_against_one_rank("dropout-per-rank"), "every rank draws its own records")

@@ -33,11 +33,11 @@ SYNCS = {
     torch.ops.aten._unique2,
     torch.ops.aten.repeat_interleave,
 }
-"""OperatorCounter that make the host wait for their result."""
+"""Operators that make the host wait for their result."""
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counter of counter that make the host wait, and the most rows of an output of the given width."""
+    """Counter of operators that make the host wait; `rows` is the most rows of an output with `width` columns."""
 
     def __init__(self, width: int = 0):
         super().__init__()
@@ -143,9 +143,7 @@ def test_trap_21_logits_are_computed_for_labels_only(corpus, specials, make_mode
         with OperatorCounter(width=model.vocab_size) as counter:
             terms = LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ONE_RANK).terms
             torch.autograd.grad(terms["lm"], model.causal_lm.get_input_embeddings().weight)
-        assert counter.rows == len(batch.label_index) < batch.token_ids.numel() / 2, (
-            f"{counter.rows} rows of logits"
-        )
+        assert counter.rows == len(batch.label_index) < batch.token_ids.numel() / 2, f"{counter.rows} rows of logits"
 
     def labels_of_minus_100(patch):
         def loss_over_all_positions(hidden, batch, cross_entropy):
@@ -188,7 +186,9 @@ def test_trap_22_only_hidden_states_of_the_last_layer_are_kept(corpus, specials,
         original = decoder.forward
         patch.setattr(decoder, "forward", lambda **inputs: original(**inputs, output_hidden_states=True))
 
-    assert_detects_mutant(all_hidden_states, check_hidden_states_after_the_last_layer, "hidden states of earlier layers are kept")
+    assert_detects_mutant(
+        all_hidden_states, check_hidden_states_after_the_last_layer, "hidden states of earlier layers are kept"
+    )
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
@@ -217,9 +217,7 @@ def test_trap_23_the_host_does_not_wait_for_the_device_once_per_record(distance,
         patch.setattr(auxiliary, "select_pair_embeddings", select_one_by_one)
 
     records = len(steps[0][0].records)
-    assert_detects_mutant(
-        loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records"
-    )
+    assert_detects_mutant(loop_over_records, check_syncs_of_a_micro_step, f"{2 * records} syncs for {records} records")
 
 
 def test_trap_25_flops_are_counted_for_real_tokens(corpus, specials):
