@@ -65,7 +65,7 @@ def background(run_dir):
 
 @pytest.fixture(scope="module")
 def by_hand(run_dir, background):
-    """Run the task nl_rx twice by the same command, finetuned on 200 rows and scored on 30, and return both processes."""
+    """Run the same nl_rx command twice, finetuned on 200 rows and scored on 30, and return both processes."""
     train, test = write_pairs(run_dir / "train.jsonl", "finetune", 200), write_pairs(run_dir / "test.jsonl", "test", 30)
     command = [
         "python",
@@ -248,7 +248,7 @@ def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, backgro
     assert "embeddings/mine.npz" in done.stdout
 
 
-def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path):
+def test_user_errors_are_one_line_with_exit_code_2(run_dir, background, tmp_path):
     for arguments, expected in {
         ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
         ("--task", "nl_rex"): "task.name: 'nl_rex' is none of geometry, gsm8k",

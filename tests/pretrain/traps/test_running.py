@@ -1,4 +1,7 @@
-"""Traps of complete runs on real ranks: a single process, and two ranks on two simulated nodes (see trapped_runs.py)."""
+"""Traps of complete runs on real ranks: a single process, and two ranks on two simulated nodes.
+
+The runs are trained by trapped_runs.py.
+"""
 
 import json
 import subprocess
