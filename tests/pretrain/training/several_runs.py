@@ -1,7 +1,7 @@
 """Train several runs in the same ranks, which saves start-up time: `several_runs.py CONFIG ...`.
 
-With `nan:CONFIG`, the JEPA term of the third step is NaN on rank 1. With `compiled:CONFIG`, it is an error if a layer is
-compiled more than twice: once for training and once for validation.
+With `nan:CONFIG`, the JEPA term of the third step is NaN on rank 1. With `compiled:CONFIG`, it is an error if a layer
+is compiled more than twice: once for training and once for validation.
 """
 
 import sys

@@ -515,8 +515,8 @@ def _convert_until_stopped(found: VerifiedCheckpoint, world: World, stop: StopOn
 class Engine:
     """An engine that loads like DeepSpeed 0.19.8.
 
-    After a load from the universal format, all parameter groups have the weight decay of the first one, and all parameters
-    share one step counter.
+    After a load from the universal format, all parameter groups have the weight decay of the first one, and all
+    parameters share one step counter.
     """
 
     def __init__(self):

@@ -17,7 +17,9 @@ watchdog.HEARTBEAT_INTERVAL = 0.4
 case = sys.argv[1]
 world = init_world()
 assert world.rank_store is not None
-seconds = 100.0 if case == "paused" else 20.0  # a limit of 25 heartbeats without progress, or the minimum of 10
+seconds = (
+    100.0 if case == "paused" else 20.0
+)  # a rank counts as dead after 25 missed heartbeats, or after the minimum of 10
 watch = watchdog.Watchdog(
     world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True)
 )
