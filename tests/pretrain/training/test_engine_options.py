@@ -1,4 +1,4 @@
-"""Accepted combinations of DeepSpeed options can be resumed, exported, evaluated and moved to another number of ranks."""
+"""Runs with any accepted combination of DeepSpeed options resume, change the number of ranks, export and evaluate."""
 
 import json
 import shutil
