@@ -321,7 +321,10 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
 
 
 def test_a_dead_rank_is_noticed_without_a_failing_collective(folder):
-    """Check it without a collective, as with NCCL. A rank that has finished or pauses for a while does not count as dead."""
+    """Check it without a collective that could fail, as under NCCL.
+
+    A rank that has finished, or that pauses for a while, does not count as dead.
+    """
 
     def start_ranks(case: str) -> list[BackgroundCommand]:
         variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -411,7 +414,7 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_without_lo
     running.wait_until(
         lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step after the pending validation"
     )
-    running.kill()  # the next start has to do the validation new_result
+    running.kill()  # the next start has to do the validation again
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:8", path), folder / "cut3.log")
     running.wait_until(
         lambda: "waiting in the validation of step 8" in running.log.read_text(),

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 def prepare_runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Path, list[str]]]:
-    """Prepare the corpus of prepare_runs that differ only in their names, and return their folders and commands."""
+    """Prepare the corpus of runs that differ only in their names, and return their folders and commands."""
     found = {}
     for name in names:
         values = tiny_config(
