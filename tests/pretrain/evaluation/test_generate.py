@@ -53,7 +53,7 @@ def test_an_answer_contains_no_padding_or_special_ids(export):
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("with_model", [True, False])
 def test_an_answer_contains_no_special_token_that_decoding_would_hide(export, tmp_path, with_model, special):
-    """Check it with a model whose likeliest tokens by far are in tokenizer.json but not in tokenizer.model."""
+    """Use a model whose likeliest tokens by far are in tokenizer.json but not in tokenizer.model."""
     shutil.copytree(export, tmp_path / "export")
     if not with_model:
         (tmp_path / "export" / "tokenizer.model").unlink()

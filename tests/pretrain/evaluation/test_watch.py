@@ -55,7 +55,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def watched(folder):
-    """Train the run, evaluate it by a watch that is killed twice, and return its folder.
+    """Train the run, evaluate its checkpoints by a watcher that is killed twice, and return the run folder.
 
     The first kill comes during an evaluation, the second right after a result.
     """
@@ -94,11 +94,10 @@ def test_two_processes_give_the_same_answers_as_one(folder, watched):
 
 
 def test_a_checkpoint_that_is_seen_after_its_pin_survives_retention(tmp_path, monkeypatch):
-    """Check it for a watcher that pins a checkpoint and then looks whether it exists.
+    """Pin a checkpoint and then look whether it exists, at all moments of a retention.
 
-    A checkpoint that it sees may disappear for a moment, but comes back. One that it does not see may be gone for good.
-    Both actions happen at every moment of the retention: before each call that reads or changes the folder, and after
-    the end.
+    The moments are before each call that reads or changes the folder, and after the end. A checkpoint that is seen may
+    disappear for a moment, but comes back. One that is not seen may be gone for good.
     """
 
     def act_before(act, call):

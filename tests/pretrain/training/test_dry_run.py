@@ -167,7 +167,7 @@ def test_three_epochs_are_planned_as_three_if_a_batch_spans_two(folder, plan):
 def test_the_cost_of_pairs_is_averaged_over_the_epoch_not_over_its_first_window(
     tmp_path, write_corpus, monkeypatch, capsys, window
 ):
-    """Check it with pairs that follow 3,072 documents: some windows have no pairs, others hardly anything else."""
+    """Place the pairs after 3,072 documents: some windows have no pairs, others hardly anything else."""
     monkeypatch.setattr(order, "WINDOW", window)
     corpus = write_corpus([([5] * 9, [])] * 3072 + [([5] * 4, [6] * 5)] * 1024)
     values = tiny_config(
@@ -337,7 +337,7 @@ def test_planned_model_states_with_adapters_match_those_of_deepspeed(folder, pla
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_activation_estimate_is_close_to_the_tensors_that_autograd_keeps(make_model, precision, dtype):
-    """Check it within 15%, with one key head per query head: otherwise the CPU kernel repeats keys and values."""
+    """Compare within 15%, with one key head per query head: otherwise the CPU kernel repeats keys and values."""
     model = make_model(0, dtype=dtype)
     rows, length = 4, 64
     kept: dict[int, torch.Tensor] = {
@@ -359,7 +359,7 @@ def test_the_activation_estimate_is_close_to_the_tensors_that_autograd_keeps(mak
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_estimate_of_the_head_is_close_to_its_peak(make_model, monkeypatch, precision, dtype, family):
-    """Check it for several chunks, without soft-capping and with it (gemma2)."""
+    """Compare for several chunks, without soft-capping and with it (gemma2)."""
     model = make_model(0, dtype=dtype, family=family)
     targets, chunk = 4000, 1000
     monkeypatch.setitem(head.MAX_LOGITS, "cpu", chunk * model.vocab_size)

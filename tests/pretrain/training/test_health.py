@@ -321,7 +321,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
 
 
 def test_a_dead_rank_is_noticed_without_a_failing_collective(folder):
-    """Check it without a collective that could fail, as under NCCL.
+    """Run no collective that could fail, as under NCCL.
 
     A rank that has finished, or that pauses for a while, does not count as dead.
     """

@@ -353,7 +353,7 @@ def test_a_mistake_on_two_ranks_is_reported_once_and_keeps_its_exit_code(folder)
 
 
 def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
-    """Check it with both signals that a rank gets: one from the terminal and one from its launcher."""
+    """Signal the whole process group, as a terminal does; the launcher then repeats the signal to the ranks."""
     path = write_config(folder, tiny_config(folder, name="interrupted", train__steps=1000))
     running = BackgroundCommand(deepspeed_command(2, FAULTY_RUN, "hold:3", path), folder / "interrupted.log")
     run_dir = folder / "runs" / "interrupted"

@@ -17,7 +17,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def frozen_module(**tensors) -> torch.nn.Module:
-    """Return a module with frozen_module parameters, which need no engine."""
+    """Return a module with frozen parameters, which need no engine."""
     module = torch.nn.Module()
     for name, tensor in tensors.items():
         module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -61,7 +61,8 @@ def test_the_sums_of_a_checkpoint_match_its_full_weights(tmp_path, stage):
 
 
 def test_weights_that_deepspeed_permutes_are_detected_after_the_conversion(tmp_path):
-    # with round robin gradients, DeepSpeed loads the fp32 copies correctly on other ranks, but not the weights of the model
+    # With round robin gradients, DeepSpeed loads the fp32 copies correctly on other ranks. The weights that the model
+    # computes with are wrong.
     robin = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, train__micro_batch_rows=8, deepspeed=robin))
     prepare_corpus(path)

@@ -286,7 +286,7 @@ def test_trap_10_negatives_come_from_all_ranks(write_corpus, specials, make_mode
 
 
 def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
-    """Check it with bf16 embeddings that are close to each other, like pairs late in training."""
+    """Use bf16 embeddings that are close to each other, like pairs late in training."""
     batch = pack(write_corpus(some_records()), specials, pairing=Pairing(1)).batch
     hidden = torch.randn(batch.token_ids.numel(), 64, generator=torch.Generator().manual_seed(0))
     hidden[batch.target_index] = hidden[batch.prediction_index] + 0.03 * hidden[batch.target_index]
