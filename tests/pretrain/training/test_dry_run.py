@@ -190,7 +190,7 @@ def test_the_cost_of_pairs_is_averaged_over_the_epoch_not_over_its_first_window(
     assert max(pair_fractions) - min(pair_fractions) > 0.5
     tolerance = (
         0.02 if window == 1024 else 0.3
-    )  # the plan reads all four windows, or a quarter of the sixteen smaller ones
+    )  # the plan reads four windows: all of them, or a quarter of the smaller ones
     assert number(rows["pairs"][0]) / number(rows["records"][0]) == pytest.approx(0.25, abs=tolerance)
     planned = int(next(name for name in rows if name.startswith("a step, mean of")).split()[-1])
     assert (f"note: the means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (

@@ -33,7 +33,7 @@ CELLS = {  # stage, precision, options of zero_optimization, other keys of deeps
     "3-bf16-sums-offload-lora": (3, "bf16", {"offload_optimizer": CPU}, FP32_SUMS, True),
 }
 FAST = ("1-bf16-sums-lora",)
-"""Cells that are not marked slow. This one covers bf16, frozen weights and fp32 accumulation at once."""
+"""Cells that are not marked slow. This one has the optimizer, frozen weights and accumulation that most others lack."""
 CANNOT_CHANGE_RANKS = {"1-bf16-sums-robin", "2-fp32-robin", "2-bf16-robin-lora", "2-fp32-robin-offload"}
 """Cells whose checkpoints cannot be converted: a start with another number of ranks is refused."""
 

@@ -31,7 +31,7 @@ DAMAGES = {
         f"has tensors in another shape than its config.json says: {LOST};",
     ),
 }
-"""Changes to the weights, with a part of the error line."""
+"""Damages to the weights: a function that changes the tensors, and a part of the error line."""
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def evaluation_processes(run_dir: Path) -> list[psutil.Process]:
 
 
 def wait_for_moment(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
-    """Wait for the moment or the end of the run, and return whether the moment came."""
+    """Wait for the moment or the end of the run, and return whether the moment moment_came."""
     checkpoints, start_time = run_dir / "checkpoints", time.time()
 
     def appears(file: str) -> bool:
@@ -82,12 +82,12 @@ def wait_for_moment(running: BackgroundCommand, moment: str, run_dir: Path, rng:
         "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluation_processes(run_dir),
     }[moment]
     deadline = time.monotonic() + TIMEOUT
-    while not (came := bool(has_come())) and running.process.poll() is None:
+    while not (moment_came := bool(has_come())) and running.process.poll() is None:
         assert time.monotonic() < deadline, running.log.read_text()[-2000:]
         time.sleep(0.001)
     if moment == "mid-step":
         time.sleep(rng.uniform(0, 0.5))
-    return came
+    return moment_came
 
 
 def test_fifty_kills_change_nothing(tmp_path, capsys):
@@ -110,10 +110,10 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     while kills.total() < KILLS:
         moment = MOMENTS[kills.total() % len(MOMENTS)]
         running = BackgroundCommand(killed_command, tmp_path / "killed.log")
-        came = wait_for_moment(running, moment, run_dir, rng)
+        moment_came = wait_for_moment(running, moment, run_dir, rng)
         assert "every checkpoint" not in running.log.read_text() and "damaged" not in running.log.read_text()
         ranks = running.ranks() if running.process.poll() is None else []
-        if ranks and came:
+        if ranks and moment_came:
             rng.choice(ranks).kill()
             kills[moment] += 1
             if moment == "mid-evaluation":
@@ -138,16 +138,17 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
     newest = list_steps(undisturbed / "checkpoints")[-1]
     assert_same_checkpoints(*(folder / "checkpoints" / step_name(newest) for folder in (undisturbed, run_dir)))
     assert_every_record_once_per_epoch(tmp_path / "runs" / "killed.records", newest)
-    tables = [
-        [
-            {tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        for folder in (undisturbed, run_dir)
-    ]
-    assert tables[0] == tables[1]
+    assert comparable_metrics(undisturbed) == comparable_metrics(run_dir)
     expected = [("loss", step) for step in range(40, newest + 1, 40)]
     assert finished_evaluations(undisturbed) == finished_evaluations(run_dir) == expected
+
+
+def comparable_metrics(run_dir: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl without the elapsed time and the throughput."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))} for line in lines
+    ]
 
 
 def finished_evaluations(run_dir: Path) -> list[tuple[str, int]]:
@@ -163,7 +164,10 @@ def finished_evaluations(run_dir: Path) -> list[tuple[str, int]]:
 
 
 def assert_every_record_once_per_epoch(path: Path, steps: int) -> None:
-    """Assert it from the records that rank 0 wrote; a repeated step must read the same records."""
+    """Assert that rank 0 wrote every record once per epoch to the file at `path`.
+
+    A step that was repeated after a kill must have read the same records.
+    """
     records_of_step: dict[int, list[int]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)

@@ -32,32 +32,32 @@ def closed_pipe() -> IO[str]:
     return os.fdopen(writing, "w")
 
 
-def exit_code_of(command: list[str], lost: IO[str]) -> int:
+def exit_code_of(command: list[str], broken_output: IO[str]) -> int:
     """Return the exit code of a command whose stdout and stderr are lost."""
-    with lost:
-        return start(command, lost, lost).wait(TIMEOUT)
+    with broken_output:
+        return start(command, broken_output, broken_output).wait(TIMEOUT)
 
 
-@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
+@pytest.mark.parametrize("broken_output", [full_disk, closed_pipe])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_survives_the_loss_of_its_output(folder, ranks, lost):
-    path = write_config(folder, tiny_config(folder, name=f"{lost.__name__}-{ranks}", train__steps=3))
+def test_a_run_survives_the_loss_of_its_output(folder, ranks, broken_output):
+    path = write_config(folder, tiny_config(folder, name=f"{broken_output.__name__}-{ranks}", train__steps=3))
     command = (
         ["python", str(FAULTY_RUN), "none", str(path)] if ranks == 1 else ranks_command(2, FAULTY_RUN, "none", path)
     )
-    run_dir = folder / "runs" / f"{lost.__name__}-{ranks}"
-    assert exit_code_of(command, lost()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
+    run_dir = folder / "runs" / f"{broken_output.__name__}-{ranks}"
+    assert exit_code_of(command, broken_output()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
     assert read_status(run_dir)["status"] == "finished"
     log = (run_dir / "logs" / "rank-00000.log").read_text()
     assert "step 3" in log and "finished at step 3" in log and "Traceback" not in log
 
 
-@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
+@pytest.mark.parametrize("broken_output", [full_disk, closed_pipe])
 # the first mistake is found in the file, the second one in the run
 @pytest.mark.parametrize("mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}])
-def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, lost):
+def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, broken_output):
     path = write_config(folder, tiny_config(folder, name="mistaken", **mistake))
-    assert exit_code_of(["python", "launcher/run.py", str(path)], lost()) == 2
+    assert exit_code_of(["python", "launcher/run.py", str(path)], broken_output()) == 2
 
 
 def test_an_error_without_output_keeps_its_exit_code_and_its_traceback_is_in_the_log(folder):

@@ -66,12 +66,16 @@ def folder(tmp_path_factory):
 
 
 def config_on_other_views(folder, name, views, objective, settings):
-    """Write groups of paraphrases, some without one view, or plain documents; return the configuration of a run."""
+    """Write groups of paraphrases, some of them without one view, or plain documents; return the configuration of a run."""
+
+    def has_view(number: int, view_number: int) -> bool:
+        return len(views) == 1 or (number + view_number) % 4 != 0
+
     lines = [
         {
             view: f"{view} says {number * 7 % 31} of {number}"
-            for place, view in enumerate(views)
-            if (number + place) % 4 or len(views) == 1
+            for view_number, view in enumerate(views)
+            if has_view(number, view_number)
         }
         for number in range(400)
     ]

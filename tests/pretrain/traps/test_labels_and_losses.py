@@ -33,14 +33,13 @@ TEXTS = [(f"lines {number} times", f"({letter}){{{number}}}") for number, letter
 
 
 def some_records(count: int = 8) -> list[tuple[list[int], list[int]]]:
+    """Return random records, each a context and a target of token ids."""
     rng = random.Random(count)
-    return [
-        (
-            [rng.randrange(5, 400) for _ in range(rng.randint(2, 9))],
-            [rng.randrange(5, 400) for _ in range(rng.randint(2, 6))],
-        )
-        for _ in range(count)
-    ]
+
+    def random_tokens(longest: int) -> list[int]:
+        return [rng.randrange(5, 400) for _ in range(rng.randint(2, longest))]
+
+    return [(random_tokens(9), random_tokens(6)) for _ in range(count)]
 
 
 def mutate_batches(change):
@@ -209,7 +208,7 @@ def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials
 def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenizer, write_corpus, make_model, pack):
     records = some_records()
     corpus = write_corpus(records)
-    text_tokens = {token for record in records for view in record for token in view}
+    text_tokens = {token for context, target in records for token in (*context, *target)}
 
     def check_the_pair_term_trains_rows_of_text_tokens_only():
         model = make_model(2)
