@@ -66,7 +66,10 @@ def folder(tmp_path_factory):
 
 
 def config_on_other_views(folder, name, views, objective, settings):
-    """Write groups of paraphrases, some of them without one view, or plain documents; return the configuration of a run."""
+    """Write groups of paraphrases or plain documents, and return the configuration of a run.
+
+    Some groups of paraphrases lack a view.
+    """
 
     def has_view(number: int, view_number: int) -> bool:
         return len(views) == 1 or (number + view_number) % 4 != 0
