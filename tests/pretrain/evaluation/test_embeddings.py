@@ -1,4 +1,4 @@
-"""Embeddings from an export alone are those that the objective reads out; retrieval and geometry say what they should of known embeddings."""
+"""Embeddings from an export match those of the objective; retrieval and geometry are right on known embeddings."""
 
 import json
 import math
@@ -41,8 +41,8 @@ OBJECTIVES = [
 ]
 
 
-def write(folder, prepared, model, tokens, jepa, family):
-    """An export of a model, as the evaluation makes it."""
+def write_model_export(folder, prepared, model, tokens, jepa, family):
+    """Write an export of a model as the evaluation does, and return its folder."""
     skeleton = folder / "skeleton"
     model.causal_lm.config.save_pretrained(skeleton)
     for file in (prepared / "tokenizer").iterdir():
@@ -61,14 +61,14 @@ CASES = [("llama", objective) for objective in OBJECTIVES] + [
     CASES,
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
+def test_embeddings_match_those_of_the_objective_and_of_the_readme(
     family, objective, prepared, corpus, specials, make_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(embed_module, "TOKENS", 100)  # several batches
+    monkeypatch.setattr(embed_module, "TOKENS", 100)  # small enough for several batches
     tokens = objective.get("predictor_tokens", 0)
     model = make_model(tokens, family=family)
     jepa = {"run": "tiny", "step": 7, "objective": objective, "views": list(VIEWS)}
-    export = write(tmp_path, prepared, model, tokens, jepa, family)
+    export = write_model_export(tmp_path, prepared, model, tokens, jepa, family)
     numbers = np.arange(8)
     texts = [
         tuple(corpus.tokenizer.decode(part) for part in corpus.tokens_by_view(number).values()) for number in numbers
@@ -78,7 +78,7 @@ def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
     rows = plan_rows(
         corpus, numbers, layout, 256, np.ones(len(numbers), bool), draw_random_bits(numbers, 0, np.zeros_like(numbers))
     )
-    seen = 0
+    compared = 0
     for batch in micro_batches(rows, corpus, layout, specials, 256, micro_batch_rows=rows.count, rank=0, ranks=1):
         with torch.no_grad():
             prediction, target = select_pair_embeddings(model(batch), batch)
@@ -87,22 +87,22 @@ def test_embeddings_are_those_that_the_objective_reads_out_and_the_readme_gives(
             source, goal = VIEWS if batch.pair_direction[place] == FORWARD else VIEWS[::-1]
             np.testing.assert_allclose(found.predictions[source, goal][record], prediction[place], rtol=2e-4, atol=2e-4)
             np.testing.assert_allclose(found.views[goal][record], target[place], rtol=2e-4, atol=2e-4)
-            seen += 1
-    assert seen == 8 * len(found.predictions)
+            compared += 1
+    assert compared == 8 * len(found.predictions)
 
-    page = (export / "README.md").read_text()
+    readme = (export / "README.md").read_text()
     monkeypatch.chdir(export)
-    names: dict = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
+    namespace: dict = {}
+    exec(readme.split("```python\n")[1].split("```")[0], namespace)
     for number in range(3):
-        for name, vector in names["embed_record"](*texts[number]).items():
+        for name, vector in namespace["embed_record"](*texts[number]).items():
             expected = found.views[name] if name in VIEWS else found.predictions[tuple(name.split("_to_"))]
             np.testing.assert_allclose(vector, expected[number], rtol=2e-4, atol=2e-4)
 
 
-def test_a_file_becomes_an_array_a_view_and_what_does_not_fit_is_not_a_number(prepared, make_model, tmp_path):
+def test_a_file_becomes_one_array_per_view_with_nan_for_rows_that_do_not_fit(prepared, make_model, tmp_path):
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
-    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    export = write_model_export(tmp_path, prepared, make_model(1), 1, jepa, "llama")
     pairs = [*(generate(0, "test", index) for index in range(5)), ("number " * 400, "[0-9]")]
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps(dict(zip(VIEWS, pair, strict=True))) + "\n" for pair in pairs)
@@ -132,21 +132,23 @@ def write_pairs(path, views, texts):
     return path
 
 
-def test_views_may_have_any_name_and_files_of_one_name_do_not_overwrite_each_other(prepared, make_model, tmp_path):
+def test_views_may_have_any_name_and_files_with_the_same_name_do_not_overwrite_each_other(
+    prepared, make_model, tmp_path
+):
     views = ("file", "allow_pickle")
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(views)}
-    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    export = write_model_export(tmp_path, prepared, make_model(1), 1, jepa, "llama")
     texts = [generate(0, "test", index) for index in range(5)]
     (export / "embeddings").mkdir()
-    np.savez(export / "embeddings" / "old.npz", text=np.zeros((1, 2)))  # as older versions wrote them
+    np.savez(export / "embeddings" / "old.npz", text=np.zeros((1, 2)))  # a file in the format of older versions
     rows = {
         "a/pairs.jsonl": texts[:2],
         "b/pairs.jsonl": texts,
         "old.jsonl": texts[:1],
         "a/pairs.jsonl again": texts[:3],
     }
-    for name, of_file in rows.items():
-        embed_file(export, str(write_pairs(tmp_path / name.removesuffix(" again"), views, of_file)))
+    for name, file_rows in rows.items():
+        embed_file(export, str(write_pairs(tmp_path / name.removesuffix(" again"), views, file_rows)))
     found = {path.stem: np.load(path) for path in (export / "embeddings").iterdir()}
     assert {name: len(next(iter(arrays.values()))) for name, arrays in found.items()} == {
         "pairs": 3,
@@ -158,16 +160,16 @@ def test_views_may_have_any_name_and_files_of_one_name_do_not_overwrite_each_oth
     assert np.array_equal(found["pairs"]["file"], found["pairs-2"]["file"][:3])
 
 
-def test_a_view_that_is_named_like_a_prediction_is_refused(prepared, make_model, tmp_path):
+def test_a_view_with_the_name_of_a_prediction_array_is_refused(prepared, make_model, tmp_path):
     views = ("text", "code", "text_to_code")
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(views)}
-    export = write(tmp_path, prepared, make_model(1), 1, jepa, "llama")
+    export = write_model_export(tmp_path, prepared, make_model(1), 1, jepa, "llama")
     with pytest.raises(UserError, match="the view 'text_to_code' has the name of the array for a prediction"):
         embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", views, [("a", "b", "c"), ("d", "e", "f")])))
     assert not (export / "embeddings").exists()
 
 
-def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(
+def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     prepared, make_model, tokenizer, tmp_path, capsys
 ):
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(VIEWS)}
@@ -175,7 +177,7 @@ def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(
     (broken,) = tokenizer.encode_batch(["~"])
     with torch.no_grad():
         model.causal_lm.get_input_embeddings().weight[broken] = math.nan
-    export = write(tmp_path, prepared, model, 1, jepa, "llama")
+    export = write_model_export(tmp_path, prepared, model, 1, jepa, "llama")
     texts = [
         *(generate(0, "test", index) for index in range(5)),
         ("number " * 400, "[0-9]"),
@@ -186,9 +188,9 @@ def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(
     (tmp_path / "evaluation").mkdir()
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
 
-    def evaluate(of_file):
+    def evaluate(file_rows):
         task = parse_task(
-            {"name": "retrieval", "test": str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, of_file))}, "task"
+            {"name": "retrieval", "test": str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, file_rows))}, "task"
         )
         return retrieval.evaluate(CheckpointTask(config, task, 7, export, tmp_path / "evaluation"))
 
@@ -201,10 +203,10 @@ def test_embeddings_that_are_not_finite_are_told_from_rows_that_are_too_long(
     with pytest.raises(UserError, match="fewer than two rows fit"):
         evaluate([texts[0], texts[5], texts[5]])
     embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "note: 1 rows are longer than the positions of the model" in told
-        and "embeddings that are not finite for 3 rows" in told
+        "note: 1 rows are longer than the positions of the model" in printed
+        and "embeddings that are not finite for 3 rows" in printed
     )
 
 
@@ -212,7 +214,7 @@ def pairs(prediction, target, key=None):
     return PairEmbeddings(prediction, target, torch.arange(len(target)) if key is None else torch.tensor(key))
 
 
-def test_retrieval_finds_what_it_should():
+def test_retrieval_scores_of_known_embeddings():
     torch.manual_seed(0)
     target = torch.randn(3000, 16)
     assert retrieval.score(pairs(2 * target, target)) == {"recall_at_1": 1, "recall_at_10": 1, "mrr": 1}
@@ -220,10 +222,10 @@ def test_retrieval_finds_what_it_should():
     assert found["recall_at_1"] == 0 and found["mrr"] < 0.02
     nine = torch.eye(10)
     assert retrieval.score(pairs(torch.cat([nine[:9], nine[:1]]), nine))["recall_at_1"] == 9 / 10, (
-        "not its nearest number in fp32"
+        "the rate is exact, not rounded to fp32"
     )
     same = torch.ones(3000, 16)
-    assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings find nothing
+    assert retrieval.score(pairs(same, same))["recall_at_10"] == 0  # collapsed embeddings retrieve nothing
     assert retrieval.ranks(pairs(torch.eye(4)[[0, 1, 2, 0]], torch.eye(4)[[0, 1, 1, 3]], [0, 1, 1, 2])).tolist() == [
         1,
         1,
@@ -232,7 +234,7 @@ def test_retrieval_finds_what_it_should():
     ]
 
 
-def test_geometry_tells_a_linear_image_from_noise_and_from_collapse():
+def test_geometry_distinguishes_a_linear_map_from_noise_and_from_collapse():
     torch.manual_seed(0)
     context = torch.randn(400, 24)
     linear, values = geometry.measure(pairs(context, context @ torch.randn(24, 24)))

@@ -1,4 +1,4 @@
-"""Batched generation gives each context its own answer, as one by one."""
+"""Batched generation returns the same answer for each context as generation one context at a time."""
 
 import json
 import shutil
@@ -30,34 +30,35 @@ def export(tmp_path_factory):
     return folder
 
 
-def test_batched_answers_equal_those_one_by_one_in_the_order_of_the_contexts(export):
-    together = generate_answers(export, CONTEXTS, 12)
-    assert together == [generate_answers(export, [context], 12)[0] for context in CONTEXTS]
-    assert len({answer.text for answer in together}) > 6
+def test_batched_answers_equal_single_answers_in_the_order_of_the_contexts(export):
+    batched = generate_answers(export, CONTEXTS, 12)
+    assert batched == [generate_answers(export, [context], 12)[0] for context in CONTEXTS]
+    assert len({answer.text for answer in batched}) > 6
 
 
-def test_a_long_context_shortens_no_other_answer(export):
+def test_a_long_context_does_not_shorten_other_answers(export):
     short = generate_answers(export, CONTEXTS, 12)
-    (length,) = Tokenizer.load(export).encode_batch(["number " * 60])
+    (long_ids,) = Tokenizer.load(export).encode_batch(["number " * 60])
     for room in (1, 5):
-        long = Tokenizer.load(export).decode(length[: 94 - room])
+        long = Tokenizer.load(export).decode(long_ids[: 94 - room])
         assert len(Tokenizer.load(export).encode_batch([long])[0]) == 94 - room
         assert generate_answers(export, [*CONTEXTS, long], 12) == [*short, *generate_answers(export, [long], 12)]
 
 
-def test_an_answer_holds_no_padding_or_special_ids(export):
+def test_an_answer_contains_no_padding_or_special_ids(export):
     assert Tokenizer.load(export).vocab_size < AutoModelForCausalLM.from_pretrained(export).config.vocab_size
-    generate_answers(export, CONTEXTS, 40)  # a padded id would have no text
+    generate_answers(export, CONTEXTS, 40)  # an id of the padded vocabulary has no text, and decoding it would fail
 
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("with_model", [True, False])
-def test_an_answer_holds_no_special_token_that_decoding_would_hide(export, tmp_path, with_model, special):
-    """The likeliest tokens by far are ones that a tokenizer.json adds, and that sentencepiece does not have."""
+def test_an_answer_contains_no_special_token_that_decoding_would_hide(export, tmp_path, with_model, special):
+    """Use a model whose likeliest tokens by far are in tokenizer.json but not in tokenizer.model."""
     shutil.copytree(export, tmp_path / "export")
     if not with_model:
         (tmp_path / "export" / "tokenizer.model").unlink()
-    plain, model = generate_answers(tmp_path / "export", CONTEXTS, 12), AutoModelForCausalLM.from_pretrained(export)
+    expected = generate_answers(tmp_path / "export", CONTEXTS, 12)
+    model = AutoModelForCausalLM.from_pretrained(export)
     first = model.config.vocab_size
     spec = json.loads((export / "tokenizer.json").read_text())
     added = [added_token(first + number, f"<|note{number}|>", special) for number in range(64)]
@@ -72,12 +73,14 @@ def test_an_answer_holds_no_special_token_that_decoding_would_hide(export, tmp_p
     model.save_pretrained(tmp_path / "export")
     found = generate_answers(tmp_path / "export", CONTEXTS, 12)
     if special or with_model:
-        assert found == plain
+        assert found == expected
     else:
-        assert any("<|note" in written.text for written in found), "they are text here, and are shown"
+        assert any("<|note" in answer.text for answer in found), (
+            "without tokenizer.model, tokens that are not special are text and are shown"
+        )
 
 
-def test_a_context_without_room_gets_no_answer_and_is_told_apart(export):
+def test_a_context_without_room_gets_no_answer_and_is_marked(export):
     assert generate_answers(export, [CONTEXTS[0], "number " * 200], 12) == [
         *generate_answers(export, CONTEXTS[:1], 12),
         ("", False, False),
@@ -86,10 +89,9 @@ def test_a_context_without_room_gets_no_answer_and_is_told_apart(export):
         generate_answers(export, ["number " * 200], 12)
 
 
-def test_a_model_that_never_stops_is_cut_off_and_has_not_stopped(export):
-    found = generate_answers(
-        export, CONTEXTS[:4], 300
-    )  # more than the model has positions: random weights hardly ever choose the end token
-    assert not all(written.stopped for written in found)
+def test_an_endless_answer_is_cut_off_and_not_marked_as_stopped(export):
+    # 300 tokens are more than the model has positions. Random weights hardly ever choose the end token.
+    found = generate_answers(export, CONTEXTS[:4], 300)
+    assert not all(answer.stopped for answer in found)
     tokenizer = Tokenizer.load(export)
-    assert all(len(tokenizer.encode_batch([written.text])[0]) <= 96 for written in found)
+    assert all(len(tokenizer.encode_batch([answer.text])[0]) <= 96 for answer in found)

@@ -1,4 +1,4 @@
-"""The evaluation job on a real run: beside the training, by hand, with finetuning, and from the export alone."""
+"""The evaluation job on a real run: in the background, by command, with finetuning, and from the export alone."""
 
 import json
 import sqlite3
@@ -31,7 +31,7 @@ def read_lines(path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run whose checkpoints are evaluated in the background on its own validation pairs."""
+    """Return the folder of a run whose checkpoints are evaluated in the background on its own validation pairs."""
     folder = tmp_path_factory.mktemp("evaluation")
     pairs = write_pairs(folder / "pairs.jsonl", "validation", 60)
     values = tiny_config(
@@ -52,7 +52,10 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def background(run_dir):
-    """The results once the background jobs have taken all requests, though retention wanted to remove step 10."""
+    """Return the results after the background jobs have handled all requests.
+
+    Retention would have removed the checkpoint of step 10 in the meantime.
+    """
     deadline = time.monotonic() + TIMEOUT
     while list((run_dir / "checkpoints" / PINS).iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()
@@ -62,7 +65,7 @@ def background(run_dir):
 
 @pytest.fixture(scope="module")
 def by_hand(run_dir, background):
-    """nl_rx by the command, finetuned on 200 rows and scored on 30."""
+    """Run the same nl_rx command twice, finetuned on 200 rows and scored on 30, and return both processes."""
     train, test = write_pairs(run_dir / "train.jsonl", "finetune", 200), write_pairs(run_dir / "test.jsonl", "test", 30)
     command = [
         "python",
@@ -77,11 +80,11 @@ def by_hand(run_dir, background):
     return [run_command(command), run_command(command)]
 
 
-def test_every_checkpoint_asked_for_is_evaluated_once(background):
+def test_every_requested_checkpoint_is_evaluated_once(background):
     assert [(result["task"], result["step"]) for result in background] == [("loss", 10), ("loss", 20)]
 
 
-def test_the_export_alone_gives_the_losses_that_validation_saw(run_dir, background):
+def test_the_export_alone_has_the_losses_of_the_validation(run_dir, background):
     validation = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "validation/loss/lm" in line}
     for result in background:
         assert result["rows"] == 60 and result["directions"].keys() == result["metrics"].keys()
@@ -104,15 +107,15 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     result = read_lines(run_dir / "evaluation" / "results.jsonl")[-1]
     assert (result["task"], result["step"], result["rows"], result["finetune"]) == ("nl_rx", 20, 30, {"steps": 3})
     assert {"exact", "equal", "prefix", "contains", "stopped", "equal_unseen", "undecided"} <= set(result["metrics"])
-    assert result["counts"]["unseen"] == 30  # the grammar's splits share no target
+    assert result["counts"]["unseen"] == 30  # the splits of the grammar have no target in common
     assert result["pretrain_seed"] == result["finetune_seed"] == 3
     answers = read_lines(run_dir / "evaluation" / "answers" / "nl_rx-step-00000020.jsonl")
     assert [(row["context"], row["target"]) for row in answers] == [generate(0, "test", index) for index in range(30)]
     tokenizer = Tokenizer.load(run_dir / "export" / "step-00000020")
     longest = max(map(len, tokenizer.encode_batch([row["target"] for row in answers])))
-    endless = [len(ids) for ids in tokenizer.encode_batch([row["answer"] for row in answers if not row["stopped"]])]
-    assert 1.5 * longest < min(endless) <= max(endless) < 3 * longest, (
-        "about twice: encoded again, the text may come to other tokens"
+    cut_lengths = [len(ids) for ids in tokenizer.encode_batch([row["answer"] for row in answers if not row["stopped"]])]
+    assert 1.5 * longest < min(cut_lengths) <= max(cut_lengths) < 3 * longest, (
+        "about twice the longest target: a text that is encoded again may have another number of tokens"
     )
     finetuning = read_lines(run_dir / "evaluation" / "finetune" / "nl_rx-step-00000020" / "metrics.jsonl")
     assert [line["step"] for line in finetuning] == [1, 2, 3] and "loss/jepa" not in finetuning[0]
@@ -122,13 +125,13 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
     assert (run_dir / "tensorboard" / "evaluation").exists()
 
 
-def test_the_same_evaluation_is_not_repeated_and_the_table_is_shown(run_dir, by_hand):
+def test_an_evaluation_is_not_repeated_but_its_table_is_shown(run_dir, by_hand):
     assert "is evaluated already" in by_hand[1].stdout
     assert len(read_lines(run_dir / "evaluation" / "results.jsonl")) == 3
     assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
 
 
-def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, background):
+def test_no_tensorboard_file_is_written_if_the_run_disables_it(run_dir, background):
     before = set((run_dir / "tensorboard" / "evaluation").iterdir())
     pairs = write_pairs(run_dir / "other_pairs.jsonl", "validation", 40)
     run_command(
@@ -146,10 +149,10 @@ def test_no_tensorboard_file_is_written_if_the_run_wants_none(run_dir, backgroun
     *earlier, last = results.read_text().splitlines(True)
     assert json.loads(last)["rows"] == 40
     assert set((run_dir / "tensorboard" / "evaluation").iterdir()) == before
-    results.write_text("".join(earlier))  # as the other tests want it
+    results.write_text("".join(earlier))  # restore the file for the other tests
 
 
-def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_dir, by_hand):
+def test_other_settings_finetune_again_and_rows_of_the_training_file_are_not_unseen(run_dir, by_hand):
     overlapping = run_dir / "overlapping.jsonl"
     overlapping.write_text(
         (run_dir / "train.jsonl").read_text() + "".join((run_dir / "test.jsonl").read_text().splitlines(True)[:10])
@@ -173,8 +176,8 @@ def test_other_settings_finetune_anew_and_what_was_trained_on_is_not_unseen(run_
     assert [path.name for path in (finetuning / "export").iterdir()] == ["step-00000002"]
 
 
-def tasks_of_every_kind(folder):
-    """Small files of the forms that the public data sets have, and settings of tasks on them."""
+def write_tasks_of_every_kind(folder):
+    """Write small files in the formats of the public data sets, and return the settings of tasks on them."""
     connection = sqlite3.connect(folder / "shop.sqlite")
     connection.execute("CREATE TABLE t (a)")
     connection.executemany("INSERT INTO t VALUES (?)", [(1,), (2,)])
@@ -194,9 +197,9 @@ def tasks_of_every_kind(folder):
         ],
     }
     tasks = []
-    for name, of_task in rows.items():
+    for name, task_rows in rows.items():
         (folder / name).mkdir()
-        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_task))
+        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows))
         tasks.append(
             {"name": name, "test": str(folder / name / "test.jsonl")}
             | ({"databases": str(folder)} if name == "spider" else {})
@@ -211,8 +214,8 @@ def tasks_of_every_kind(folder):
     ]
 
 
-def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by_hand, tmp_path):
-    tasks = tasks_of_every_kind(tmp_path)
+def test_every_kind_of_task_runs_on_the_export_and_writes_its_result(run_dir, by_hand, tmp_path):
+    tasks = write_tasks_of_every_kind(tmp_path)
     done = run_command(["python", "launcher/evaluate.py", str(run_dir), f"evaluation.tasks={json.dumps(tasks)}"])
     results = {result["task"]: result for result in read_lines(run_dir / "evaluation" / "results.jsonl")[-len(tasks) :]}
     assert list(results) == [task.get("label", task["name"]) for task in tasks]
@@ -231,7 +234,7 @@ def test_every_kind_of_task_runs_on_the_export_and_leaves_its_result(run_dir, by
     assert len(read_lines(run_dir / "evaluation" / "answers" / "gsm8k-step-00000020.jsonl")) == 6
     assert "recall_at_1" in done.stdout and "effective_rank_context" in done.stdout
     tables = done.stdout[done.stdout.rindex("\ntraining ") :]
-    assert max(map(len, tables.splitlines()[:-2])) <= 150, "the closing tables are readable"
+    assert max(map(len, tables.splitlines()[:-2])) <= 150, "the final tables fit the screen"
 
 
 def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, background, tmp_path):
@@ -245,8 +248,8 @@ def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, backgro
     assert "embeddings/mine.npz" in done.stdout
 
 
-def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path):
-    for words, expected in {
+def test_user_errors_are_one_line_with_exit_code_2(run_dir, background, tmp_path):
+    for arguments, expected in {
         ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
         ("--task", "nl_rex"): "task.name: 'nl_rex' is none of geometry, gsm8k",
         ("--embed", "x"): "is not an export",
@@ -254,5 +257,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(run_dir, background, tmp_path)
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",
         ("--task", "loss", f"task.test={tmp_path / 'none.jsonl'}"): "No such file",
     }.items():
-        done = run_command(["python", "launcher/evaluate.py", str(run_dir), *words], check=False)
-        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+        done = run_command(["python", "launcher/evaluate.py", str(run_dir), *arguments], check=False)
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, (
+            arguments,
+            done.stderr,
+        )

@@ -1,4 +1,4 @@
-"""Batched likelihoods are those of each answer by itself, for every model family."""
+"""Batched log-likelihoods equal those of each answer alone, for every model family."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ def export(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(10)  # enlarged: tiny weights hide errors of masks and positions
+                parameter.mul_(10)  # tiny weights would hide wrong masks and positions
     model.save_pretrained(folder)
     return folder
 
 
-def test_likelihoods_are_those_of_one_unpadded_row(export, monkeypatch):
-    monkeypatch.setattr(likelihood, "TOKENS", 150)  # several batches
+def test_likelihoods_equal_those_of_a_single_unpadded_row(export, monkeypatch):
+    monkeypatch.setattr(likelihood, "TOKENS", 150)  # small enough for several batches
     options = [[PAIRS[place][1], "", PAIRS[place - 1][1] * 2] for place in range(len(PAIRS))]
     found = log_likelihoods(export, [(context, texts) for (context, _), texts in zip(PAIRS, options, strict=True)])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval(), Tokenizer.load(export)
@@ -47,6 +47,6 @@ def test_likelihoods_are_those_of_one_unpadded_row(export, monkeypatch):
             assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_answer_that_does_not_fit_is_impossible(export):
+def test_an_answer_that_does_not_fit_has_zero_probability(export):
     found = log_likelihoods(export, [("lines", ["number " * 200, "[0-9]"])])
     assert found[0][0] == float("-inf") and -1000 < found[0][1] < 0

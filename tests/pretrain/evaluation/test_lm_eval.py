@@ -1,4 +1,4 @@
-"""The harness runs on an export, with a task of its own form; skipped where the extra lm-eval is not installed."""
+"""The lm-eval harness runs a custom task on an export. Skipped if the extra lm-eval is not installed."""
 
 import json
 from types import SimpleNamespace
@@ -16,18 +16,18 @@ from pretrain.models.language_model import build_model_config
 from tests.commands import TINY_SHAPE
 
 
-def test_numbers_of_the_harness_have_flat_names_without_standard_errors():
+def test_metrics_of_the_harness_get_flat_names_without_standard_errors():
     results = {"mine": {"alias": "mine", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 1, "samples": 9}}
     assert lm_eval.flat(results) == {"mine_acc": 0.5, "mine_acc_norm": 1.0}
 
 
-def test_directions_are_those_that_the_harness_gives():
-    results = {"said": {"wer,none": 0.5, "wer_stderr,none": 0.1, "acc,none": 0.2, "odd,none": 1}}
-    given = {"said": {"wer": False, "acc": True, "odd": None, "unused": True}}
-    assert lm_eval.metric_directions(given, results) == {"said_wer": "lower", "said_acc": "higher"}
+def test_directions_come_from_the_harness():
+    results = {"speech": {"wer,none": 0.5, "wer_stderr,none": 0.1, "acc,none": 0.2, "odd,none": 1}}
+    higher_is_better = {"speech": {"wer": False, "acc": True, "odd": None, "unused": True}}
+    assert lm_eval.metric_directions(higher_is_better, results) == {"speech_wer": "lower", "speech_acc": "higher"}
 
 
-def test_each_filter_of_an_answer_has_a_metric_of_its_own():
+def test_each_answer_filter_has_its_own_metric():
     results = {
         "sums": {
             "exact_match,strict-match": 0.25,

@@ -1,4 +1,4 @@
-"""Finetuning with adapters, and with an objective on pairs, as the evaluation does it."""
+"""Finetuning with LoRA adapters and with an objective on pairs."""
 
 import json
 
@@ -22,7 +22,7 @@ LORA = LoraConfig(rank=2, alpha=8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
-def test_merged_weights_compute_what_the_adapted_model_does(make_model, family):
+def test_merged_weights_have_the_outputs_of_the_adapted_model(make_model, family):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     model, plain = make_model(1, family=family), make_model(1, family=family)
     embeddings = torch.randn(2, 7, model.hidden_size)
@@ -45,7 +45,7 @@ def test_merged_weights_compute_what_the_adapted_model_does(make_model, family):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A run of a few steps, and task files."""
+    """Train a run of a few steps, write task files, and return their folder."""
     folder = tmp_path_factory.mktemp("lora")
     write_pairs(folder / "train.jsonl", "finetune", 200)
     write_pairs(folder / "test.jsonl", "test", 20)
@@ -61,7 +61,7 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-def weights(folder):
+def load_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
@@ -81,22 +81,22 @@ def test_adapters_are_trained_under_zero_3_on_two_ranks_and_resumed_and_merged(p
     run_command(ranks_command(2, "launcher/run.py", config))
     run_dir = pretrained / "runs" / "adapted"
     result = export_checkpoint(run_dir, 6)
-    before, after = weights(export), weights(result)
+    before, after = load_weights(export), load_weights(result)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key in before if "proj" in key}
     model, _ = load_language_model(result, "auto", torch.device("cpu"))
-    whole = min_checkpoint_bytes(model)
+    full_bytes = min_checkpoint_bytes(model)
     add_adapters(model, LORA)
     size = sum(file.stat().st_size for file in (run_dir / "checkpoints" / step_name(6)).iterdir())
-    assert min_checkpoint_bytes(model) < min(whole, size), "room is asked for that the frozen weights do not take"
+    assert min_checkpoint_bytes(model) < min(full_bytes, size), "the estimate counts optimizer states of frozen weights"
     last = read_lines(run_dir / "metrics.jsonl")[-1]
 
     for path in (run_dir / "checkpoints" / "step-00000006").iterdir():
         path.unlink()
     (run_dir / "checkpoints" / "step-00000006").rmdir()
     (run_dir / "status.json").unlink()
-    export.rename(export.with_name("moved"))  # the checkpoints hold the frozen weights too
+    export.rename(export.with_name("moved"))  # the checkpoints contain the frozen weights too
     run_command(ranks_command(2, "launcher/run.py", config))
     export.with_name("moved").rename(export)
     again = read_lines(run_dir / "metrics.jsonl")[-1]
@@ -138,6 +138,6 @@ def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
         ({"finetune": {}, "finetune_lora": {"rank": 0, "alpha": 4}}, "greater than 0"),
     ],
 )
-def test_mistakes(changes, expected):
+def test_invalid_finetuning_settings_are_refused(changes, expected):
     with pytest.raises(UserError, match=expected):
         parse_task({"name": "nl_rx"} | changes, "task")

@@ -1,4 +1,4 @@
-"""What is done and what is still asked for: the identity of a result, and the pins of checkpoints."""
+"""Pending and finished evaluations: the key of a result, and the pins of checkpoints."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from tests.commands import tiny_config, write_config
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    """Of a run whose checkpoints of steps 10, 20 and 25 stand, and that evaluates every 20 steps."""
+    """Return the configuration of a run that has checkpoints of steps 10, 20 and 25 and evaluates every 20 steps."""
     config = load_config(
         write_config(
             tmp_path,
@@ -41,7 +41,7 @@ def finish(config: RunConfig, task: TaskConfig, step: int, overrides: tuple[str,
 
 
 @pytest.mark.parametrize("path", ["test.jsonl", "*.jsonl", "."])
-def test_another_content_of_the_files_is_another_result(tmp_path, path):
+def test_changed_task_files_need_a_new_result(tmp_path, path):
     task = parse_task({"name": "gsm8k", "test": str(tmp_path / path)}, "task")
     (tmp_path / "test.jsonl").write_text("1\n")
     before = result_key(task, 3)
@@ -50,7 +50,7 @@ def test_another_content_of_the_files_is_another_result(tmp_path, path):
     assert result_key(task, 3) != before
 
 
-def test_a_spoiled_line_is_told(config):
+def test_a_corrupt_line_is_reported(config):
     finish(config, config.evaluation.tasks[0], 20)
     path = config.run_dir / "evaluation" / "results.jsonl"
     path.write_text(path.read_text() + '{"a": {"b": 1}\n')
@@ -58,31 +58,31 @@ def test_a_spoiled_line_is_told(config):
         read_results(config.run_dir)
 
 
-def test_what_the_run_asked_for_stays_asked_for_when_another_job_did_other_tasks(config):
+def test_a_request_of_the_run_stays_pending_until_all_its_tasks_are_done(config):
     run_dir, tasks = config.run_dir, config.evaluation.tasks
     for step in (20, 25):
         request_evaluation(run_dir, step)
     finish(config, tasks[0], 20)
     for step in (20, 25):
         unpin_checkpoint(run_dir, config, tasks[:1], step, [])
-    assert requested_evaluations(run_dir) == [20]  # gsm8k is not done; nobody but the job has asked for step 25
+    assert requested_evaluations(run_dir) == [20]  # gsm8k is not done. The run itself does not evaluate step 25.
     finish(config, tasks[1], 20, ["evaluation.every=20"])
     unpin_checkpoint(run_dir, config, tasks, 20, ["evaluation.every=20"])
-    assert requested_evaluations(run_dir) == [20]  # under overrides it is another result
+    assert requested_evaluations(run_dir) == [20]  # with overrides it is another result
     finish(config, tasks[1], 20)
     unpin_checkpoint(run_dir, config, tasks[1:], 20, [])
     assert requested_evaluations(run_dir) == []
     request_evaluation(run_dir, 20)
-    unpin_checkpoint(run_dir, config, tasks, 20, [])  # all were tried
+    unpin_checkpoint(run_dir, config, tasks, 20, [])  # all tasks were tried
     assert not list((run_dir / "checkpoints" / PINS).iterdir())
 
 
-def test_a_watch_pins_what_the_run_evaluates_and_the_last_step_of_a_finished_run(config):
-    watch = CheckpointWatcher(config.run_dir, lambda: (config, config.evaluation.tasks), [])
-    watch.pin_new_checkpoints()
-    assert watch.pinned() == [20]
-    watch.finished = True
-    watch.pin_new_checkpoints()
-    assert watch.pinned() == [20, 25]
-    watch.settled.add(20)
-    assert watch.pinned() == [25]
+def test_a_watcher_pins_the_steps_that_the_run_evaluates_and_the_last_step_of_a_finished_run(config):
+    watcher = CheckpointWatcher(config.run_dir, lambda: (config, config.evaluation.tasks), [])
+    watcher.pin_new_checkpoints()
+    assert watcher.pinned() == [20]
+    watcher.finished = True
+    watcher.pin_new_checkpoints()
+    assert watcher.pinned() == [20, 25]
+    watcher.settled.add(20)
+    assert watcher.pinned() == [25]

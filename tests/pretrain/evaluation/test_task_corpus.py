@@ -1,4 +1,4 @@
-"""A task's file is taken as it is."""
+"""The corpus of a task keeps all rows of its file unchanged."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from pretrain.run_folder import MODEL_DIR
 from tests.commands import tiny_config, write_config
 
 
-def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
+def test_equal_rows_of_a_task_are_all_kept(prepared, tmp_path):
     shutil.copytree(prepared / "tokenizer", tmp_path / MODEL_DIR)
     rows = [{"text": f"lines with {number % 3}", "code": f".*{number % 3}.*"} for number in range(10)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -28,13 +28,13 @@ def test_all_rows_of_a_task_count_though_some_are_equal(prepared, tmp_path):
     assert len(read_rows(source, ("text", "code"), "test", rows=4)) == 4
 
 
-def test_pairs_need_a_file(tmp_path):
+def test_a_task_corpus_needs_a_file(tmp_path):
     config = load_config(write_config(tmp_path, tiny_config(tmp_path)))
     with pytest.raises(UserError, match="names no file"):
         prepare_task_corpus(config, JsonSource(type="json"), tmp_path / "evaluation")
 
 
-def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
+def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(tmp_path):
     views = ("text", "code")
     (tmp_path / "data").mkdir()
     lines = [
@@ -67,7 +67,7 @@ def test_rows_come_from_columns_messages_lists_and_local_data_sets(tmp_path):
         read_rows(hub.model_copy(update={"hub_split": "validation"}), views, "task.test")
 
 
-def test_targets_that_stand_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
+def test_targets_that_occur_in_the_training_corpus_are_found(prepared, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(task_run, "READ_AT_A_TIME", 37)
     trained = [corpus.tokenizer.decode(corpus.tokens_by_view(number)["code"]) for number in (0, 99, len(corpus) - 1)]
     assert task_run.in_corpus(str(prepared), [trained[0], "[0-9]never", *trained[1:], ""]) == [

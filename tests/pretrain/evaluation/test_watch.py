@@ -1,4 +1,4 @@
-"""`evaluate.py --watch`: every checkpoint once, whatever is killed; and several processes that answer together."""
+"""`evaluate.py --watch` evaluates every checkpoint once, despite kills; several processes share the work."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ STEPS, EVERY = 30, 10
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared corpus, and the configuration of a run that keeps its checkpoints."""
+    """Prepare a corpus and the configuration of a run that keeps its checkpoints, and return their folder."""
     folder = tmp_path_factory.mktemp("watch")
     pairs = write_pairs(folder / "pairs.jsonl", "test", 30)
     write_config(
@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start_watch(folder, number, *words):
+def start_watch(folder, number, *arguments):
     return BackgroundCommand(
-        ["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *words],
+        ["python", "launcher/evaluate.py", str(folder / "runs" / "run"), "--watch", *arguments],
         folder / f"watch-{number}.log",
     )
 
@@ -55,7 +55,10 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def watched(folder):
-    """The run with all evaluated by a watch that was killed twice: within an evaluation, and just behind a result."""
+    """Train the run, evaluate its checkpoints by a watcher that is killed twice, and return the run folder.
+
+    The first kill comes during an evaluation, the second right after a result.
+    """
     first = start_watch(folder, 1)
     first.wait_until(
         lambda: f"waiting for the run {folder / 'runs' / 'run'} to start" in first.log.read_text(), "the wait"
@@ -71,13 +74,13 @@ def watched(folder):
     return folder / "runs" / "run"
 
 
-def test_a_watch_that_is_killed_repeats_and_loses_nothing(folder, watched):
+def test_a_killed_watch_neither_repeats_nor_loses_a_result(folder, watched):
     assert results(folder) == [("loss", 10), ("loss", 20), ("loss", 30)]
     assert not list((watched / "checkpoints" / PINS).iterdir())
     assert "validation/embedding/retrieval_at_1" in (folder / "watch-3.log").read_text()
 
 
-def test_two_processes_answer_what_one_does(folder, watched):
+def test_two_processes_give_the_same_answers_as_one(folder, watched):
     answers, metrics = {}, {}
     for ranks, name in ((1, "one"), (2, "two")):
         test = write_pairs(folder / f"{name}.jsonl", "test", 25)
@@ -90,25 +93,26 @@ def test_two_processes_answer_what_one_does(folder, watched):
     assert len(answers["one"].splitlines()) == 25 and results(folder)[-2:] == [("rotten_tomatoes", 30)] * 2
 
 
-def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path, monkeypatch):
-    """The watch pins, and then looks. What it sees may be moved away for a moment, and comes back; what it does not see is gone for good.
+def test_a_checkpoint_that_is_seen_after_its_pin_survives_retention(tmp_path, monkeypatch):
+    """Pin a checkpoint and then look whether it exists, at all moments of a retention.
 
-    Both come at every moment of a retention: before each call by which it reads or changes the folder, and behind its end.
+    The moments are before each call that reads or changes the folder, and after the end. A checkpoint that is seen may
+    disappear for a moment, but comes back. One that is not seen may be gone for good.
     """
 
-    def after(watch, run_command):
-        return lambda *arguments, **more: (watch(), run_command(*arguments, **more))[1]
+    def act_before(act, call):
+        return lambda *arguments, **options: (act(), call(*arguments, **options))[1]
 
-    stayed = set()
+    outcomes = set()
     for pinned, looked in itertools.combinations_with_replacement(range(8), 2):
-        run_dir, moments, stands = tmp_path / f"{pinned}-{looked}", itertools.count(), []
+        run_dir, moments, seen = tmp_path / f"{pinned}-{looked}", itertools.count(), []
 
-        def watch(run_dir=run_dir, moments=moments, stands=stands, pinned=pinned, looked=looked):
+        def act(run_dir=run_dir, moments=moments, seen=seen, pinned=pinned, looked=looked):
             moment = next(moments)
             if moment == pinned:
                 request_evaluation(run_dir, 1)
             if moment == looked:
-                stands.append(1 in list_steps(run_dir / "checkpoints"))
+                seen.append(1 in list_steps(run_dir / "checkpoints"))
             return moment
 
         for step in (1, 2):
@@ -120,33 +124,31 @@ def test_a_checkpoint_that_is_pinned_before_retention_has_decided_stays(tmp_path
                 (os, "replace"),
                 (shutil, "rmtree"),
             ):
-                patch.setattr(module, name, after(watch, getattr(module, name)))
+                patch.setattr(module, name, act_before(act, getattr(module, name)))
             prune(run_dir / "checkpoints", 1, None)
-        while watch() < 8:
+        while act() < 8:
             pass
-        stayed.add((stands[0], 1 in list_steps(run_dir / "checkpoints")))
-    assert stayed == {(True, True), (False, True), (False, False)}
+        outcomes.add((seen[0], 1 in list_steps(run_dir / "checkpoints")))
+    assert outcomes == {(True, True), (False, True), (False, False)}
 
 
-def test_the_last_checkpoint_of_a_finished_run_is_wanted_whatever_every_divides(folder, tmp_path):
+def test_the_last_checkpoint_of_a_finished_run_is_evaluated_whatever_every_is(folder, tmp_path):
     config = load_config(folder / "run.yaml", ["evaluation.every=10"])
-    watch = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
+    watcher = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
     for step in (10, 15, 20, 25):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
-    watch.pin_new_checkpoints()
-    assert watch.pinned() == [10, 20]
-    watch.finished = True
-    watch.pin_new_checkpoints()
-    assert watch.pinned() == [10, 20, 25]
+    watcher.pin_new_checkpoints()
+    assert watcher.pinned() == [10, 20]
+    watcher.finished = True
+    watcher.pin_new_checkpoints()
+    assert watcher.pinned() == [10, 20, 25]
 
 
-def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, monkeypatch):
+def test_a_failed_evaluation_is_retried_once_and_a_rewind_resets_it(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.evaluation.watch.PAUSE", TIMEOUT)
     config = load_config(folder / "run.yaml", [f"evaluation.tasks.0.test={tmp_path / 'absent.jsonl'}"])
-    watch, pins = (
-        CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), []),
-        tmp_path / "checkpoints" / PINS,
-    )
+    watcher = CheckpointWatcher(tmp_path, lambda: (config, config.evaluation.tasks), [])
+    pins = tmp_path / "checkpoints" / PINS
 
     def save(step: int) -> None:
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
@@ -154,32 +156,32 @@ def test_a_failure_is_tried_once_more_and_a_rewind_forgets_it(folder, tmp_path, 
 
     for step in (10, 20, 30):
         save(step)
-    watch.pin_new_checkpoints()
-    watch.evaluate_pinned(20)
-    assert watch.pinned() == [10, 20, 30] and watch.ready() == [10, 30] and not watch.failed_steps
-    watch.evaluate_pinned(30)
-    watch.evaluate_pinned(30)  # as after the pause
-    assert watch.pinned() == [10, 20] and watch.failed_steps == {30} and not (pins / step_name(30)).exists()
+    watcher.pin_new_checkpoints()
+    watcher.evaluate_pinned(20)
+    assert watcher.pinned() == [10, 20, 30] and watcher.ready() == [10, 30] and not watcher.failed_steps
+    watcher.evaluate_pinned(30)
+    watcher.evaluate_pinned(30)  # the second try, which comes after a pause
+    assert watcher.pinned() == [10, 20] and watcher.failed_steps == {30} and not (pins / step_name(30)).exists()
 
-    assert rewind(tmp_path, 22, 12.0) == 20  # 30 is another one from here on, 20 is not
-    watch.pin_new_checkpoints()
-    assert watch.ready() == [10] and not watch.failed_steps
+    assert rewind(tmp_path, 22, 12.0) == 20  # step 30 will have another checkpoint, step 20 keeps its own
+    watcher.pin_new_checkpoints()
+    assert watcher.ready() == [10] and not watcher.failed_steps
     assert rewind(tmp_path, 18, 12.0) == 10
     save(20)
-    watch.pin_new_checkpoints()
-    assert watch.ready() == [10, 20]
-    watch.evaluate_pinned(20)
-    assert watch.pinned() == [10, 20], "the first failure of the new one"
+    watcher.pin_new_checkpoints()
+    assert watcher.ready() == [10, 20]
+    watcher.evaluate_pinned(20)
+    assert watcher.pinned() == [10, 20], "the new checkpoint of step 20 has failed only once"
 
-    (pins / step_name(10)).unlink()  # another job has evaluated it meanwhile, and retention has taken it away
+    (pins / step_name(10)).unlink()  # another job has evaluated step 10, and retention has removed it
     (tmp_path / "checkpoints" / step_name(10)).rmdir()
-    watch.evaluate_pinned(10)
-    assert not watch.failed_steps and watch.pinned() == [20]
+    watcher.evaluate_pinned(10)
+    assert not watcher.failed_steps and watcher.pinned() == [20]
 
 
-def test_what_the_run_asked_for_survives_one_failure(folder, watched):
+def test_a_request_survives_one_failed_evaluation(folder, watched):
     request_evaluation(watched, 20)
-    for still_there in (True, False):
+    for still_pinned in (True, False):
         done = run_command(
             [
                 "python",
@@ -191,10 +193,10 @@ def test_what_the_run_asked_for_survives_one_failure(folder, watched):
             check=False,
         )
         assert done.returncode == 2 and "absent.jsonl" in done.stderr
-        assert (watched / "checkpoints" / PINS / step_name(20)).exists() == still_there
+        assert (watched / "checkpoints" / PINS / step_name(20)).exists() == still_pinned
 
 
-def test_mistakes_end_in_one_line(folder, watched):
+def test_a_wrong_option_is_one_error_line(folder, watched):
     done = run_command(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
     assert (
         done.returncode == 2
@@ -203,18 +205,18 @@ def test_mistakes_end_in_one_line(folder, watched):
 
 
 @pytest.mark.slow
-def test_kills_at_random_while_it_finetunes(folder, watched):
-    """Each result once, and each of them as an undisturbed evaluation has it."""
+def test_random_kills_during_finetuning_change_no_result(folder, watched):
+    """Check that each result appears once and equals that of an undisturbed evaluation."""
     run_dir, draw = folder / "runs" / "run", random.Random(5)
     train, test = write_pairs(folder / "train.jsonl", "finetune", 300), write_pairs(folder / "test.jsonl", "test", 20)
-    words = ["--task", "nl_rx", f"task.train={train}", f"task.test={test}", "task.finetune={steps: 40}"]
+    options = ["--task", "nl_rx", f"task.train={train}", f"task.test={test}", "task.finetune={steps: 40}"]
     for number in range(8):
-        watch = start_watch(folder, f"random-{number}", *words)
+        watch = start_watch(folder, f"random-{number}", *options)
         time.sleep(draw.uniform(5, 60))
         if watch.process.poll() is None:
-            watch.process.kill()  # and not what it has started: that must end by itself
+            watch.process.kill()  # its children must end without being killed
         watch.process.wait()
-    last = start_watch(folder, "random-last", *words)
+    last = start_watch(folder, "random-last", *options)
     last.process.wait(TIMEOUT)
     found = [result for result in read_lines(run_dir / "evaluation" / "results.jsonl") if result["finetune"]]
     assert sorted(result["step"] for result in found) == [10, 20, 30], last.log.read_text()
@@ -225,9 +227,9 @@ def test_kills_at_random_while_it_finetunes(folder, watched):
             "python",
             "launcher/evaluate.py",
             str(run_dir),
-            *words[:3],
+            *options[:3],
             f"task.test={again}",
-            words[-1],
+            options[-1],
             "--checkpoint",
             "20",
         ]

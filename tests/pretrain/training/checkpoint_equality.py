@@ -1,4 +1,4 @@
-"""Whether two checkpoints hold the same bits."""
+"""Bitwise comparison of two checkpoints."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 
 def equal(one, other) -> bool:
-    """Bitwise equality of nested state."""
+    """Return whether two nested states are bitwise equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -21,7 +21,7 @@ def equal(one, other) -> bool:
 
 
 def assert_same_checkpoints(one: Path, other: Path) -> None:
-    """Weights, optimizer state, random numbers and progress of every rank; the time that it took apart."""
+    """Assert equal weights, optimizer states, random states and progress of every rank; elapsed time may differ."""
     files = sorted(path.name for path in one.glob("*.pt"))
     assert files == sorted(path.name for path in other.glob("*.pt")) and files
     for file in files:
@@ -30,5 +30,5 @@ def assert_same_checkpoints(one: Path, other: Path) -> None:
     first, second = (json.loads((folder / "manifest.json").read_text())["state"] for folder in (one, other))
     for state in (first, second):
         state["progress"].pop("seconds")
-        state.pop("owed")  # a validation that is made up changes no checkpoint
+        state.pop("owed")  # a pending validation does not change the training state
     assert first == second

@@ -1,4 +1,7 @@
-"""Train and print, in order, when a checkpoint is copied, when the run waits for the copies, and its optimizer steps: `copy_order.py CONFIG`."""
+"""Train and print events in their order: `copy_order.py CONFIG`.
+
+The events are the calls that copy a checkpoint, the waits for these copies, and the optimizer steps.
+"""
 
 import sys
 
@@ -9,8 +12,8 @@ from pretrain.training.host_copies import HostCopies
 from pretrain.training.setup import set_up
 
 
-class Told(HostCopies):
-    """Says what is asked of it."""
+class PrintingHostCopies(HostCopies):
+    """Host copies that print each call."""
 
     def begin(self) -> None:
         print("event begin", flush=True)
@@ -29,7 +32,7 @@ class Told(HostCopies):
         super().wait()
 
 
-saving.HostCopies = Told
+saving.HostCopies = PrintingHostCopies
 trainer = set_up(load_config(sys.argv[1]), init_world())
 assert trainer is not None
 trainer.engine.optimizer.optimizer.register_step_pre_hook(lambda *_: print("event update", flush=True))

@@ -1,21 +1,21 @@
-"""A run in which something goes wrong, or that waits for the test: `faulty_run.py WHAT CONFIG`.
+"""Train with a fault, or wait for the test at a chosen point: `faulty_run.py FAULTS CONFIG`.
 
-none          nothing
-spike:S       the loss of step S is a hundred times itself, in whatever process computes it
-hold:S,...    it waits at the beginning of each of these steps, see pause_points.py
-validation:S  it waits in the validation of step S for a signal
-save:S        it waits within the save of step S
-convert:0     it converts a checkpoint for ever
-robin:0       it converts checkpoints of round robin gradients, which DeepSpeed then loads wrongly
-grace:0       launchers wait no time before they kill its ranks
-crash:0       it raises an error before it has a trainer
-bus:S         rank 0 reads a mapped file behind its end in step S
+none          no fault
+spike:S       the loss of step S is multiplied by 100, in every process that computes it
+hold:S,...    the run waits at the beginning of each of these steps (see pause_points.py)
+validation:S  the run waits in the validation of step S for a signal
+save:S        the run waits during the save of step S
+convert:0     the conversion of a checkpoint never ends
+robin:0       checkpoints of round robin gradients are converted, which DeepSpeed then loads wrongly
+grace:0       the run assumes that launchers kill its ranks without a grace period
+crash:0       the run raises an error before the trainer exists
+bus:S         rank 0 gets SIGBUS in step S, as after a read past the end of a mapped file
 truncate:S    the shards are cut in half before the rows of step S are read
-hang:S        rank 0 waits for ever in step S
+hang:S        rank 0 hangs in step S
 fail:S        rank 0 raises an error in step S
-abort:S       a library of C on rank 0 prints and aborts the process in step S
+abort:S       a C library on rank 0 prints a message and aborts the process in step S
 
-Several are joined by +.
+Several faults are joined by +.
 """
 
 import ctypes
@@ -33,69 +33,69 @@ from pretrain.training import checkpoint, loop, setup
 from pretrain.training.main import main
 from tests.pretrain.training.pause_points import hold_save, hold_steps, hold_validation
 
-place = next(place for place, word in enumerate(sys.argv) if place and not word.startswith("--"))
-parts = dict((part.split(":") + ["0"])[:2] for part in sys.argv.pop(place).split("+"))
+position = next(index for index, argument in enumerate(sys.argv) if index and not argument.startswith("--"))
+faults = dict((fault.split(":") + ["0"])[:2] for fault in sys.argv.pop(position).split("+"))
 
-if "spike" in parts:
+if "spike" in faults:
 
-    class Spoiled(loop.Trainer):
+    class SpikingTrainer(loop.Trainer):
         def _agree(self, sums, divisors, data_failed):
             sums = {
-                name: value * torch.tensor(100.0 if self.progress.step == int(parts["spike"]) else 1.0)
+                name: value * torch.tensor(100.0 if self.progress.step == int(faults["spike"]) else 1.0)
                 for name, value in sums.items()
             }
             return super()._agree(sums, divisors, data_failed)
 
-    setup.Trainer = Spoiled
+    setup.Trainer = SpikingTrainer
 
-if "hold" in parts:
-    hold_steps(Path(sys.argv[-1]), list(map(int, parts["hold"].split(","))))
-if "validation" in parts:
-    hold_validation(int(parts["validation"]))
-if "save" in parts:
-    hold_save(int(parts["save"]))
-if "truncate" in parts:
-    make, made = prefetch.Prefetch._make, itertools.count(1)
+if "hold" in faults:
+    hold_steps(Path(sys.argv[-1]), list(map(int, faults["hold"].split(","))))
+if "validation" in faults:
+    hold_validation(int(faults["validation"]))
+if "save" in faults:
+    hold_save(int(faults["save"]))
+if "truncate" in faults:
+    original_make, calls = prefetch.Prefetch._make, itertools.count(1)
 
-    def cut(self):
-        if next(made) == int(parts["truncate"]):
+    def truncate_then_make(self):
+        if next(calls) == int(faults["truncate"]):
             for shard in self._loader.corpus.folder.glob("train-*.arrow"):
                 os.truncate(shard, shard.stat().st_size // 2)
-        return make(self)
+        return original_make(self)
 
-    prefetch.Prefetch._make = cut
+    prefetch.Prefetch._make = truncate_then_make
 
-if {"hang", "fail", "abort", "bus"} & set(parts):
-    count = loop.Trainer._count
+if {"hang", "fail", "abort", "bus"} & set(faults):
+    original_count = loop.Trainer._count
 
-    def failing(self, rows):
-        count(self, rows)
+    def count_then_fail(self, rows):
+        original_count(self, rows)
         self._moved()
-        if self.world.is_main and self.progress.step == int(parts.get("hang", 0)):
+        if self.world.is_main and self.progress.step == int(faults.get("hang", 0)):
             threading.Event().wait()
-        if self.world.is_main and self.progress.step == int(parts.get("fail", 0)):
+        if self.world.is_main and self.progress.step == int(faults.get("fail", 0)):
             raise RuntimeError("made to fail")
-        if self.world.is_main and self.progress.step == int(parts.get("abort", 0)):
+        if self.world.is_main and self.progress.step == int(faults.get("abort", 0)):
             ctypes.CDLL(None).perror(b"a library aborts")
             ctypes.CDLL(None).abort()
-        if self.world.is_main and self.progress.step == int(parts.get("bus", 0)):
+        if self.world.is_main and self.progress.step == int(faults.get("bus", 0)):
             os.kill(os.getpid(), signal.SIGBUS)
 
-    loop.Trainer._count = failing
+    loop.Trainer._count = count_then_fail
 
-if "convert" in parts:
+if "convert" in faults:
     checkpoint.CONVERTER = [
         "-c",
         "import os, sys, time; os.makedirs(sys.argv[4]); print('converting', flush=True); time.sleep(9999)",
     ]
-if "robin" in parts:
+if "robin" in faults:
     make_universal = checkpoint.make_universal
     checkpoint.make_universal = lambda found, world, stop, say, round_robin=False: make_universal(
         found, world, stop, say
     )
-if "grace" in parts:
+if "grace" in faults:
     loop.LAUNCHER_GRACE = 0.0
-if "crash" in parts:
+if "crash" in faults:
 
     def crash(*arguments):
         raise RuntimeError("a bug")

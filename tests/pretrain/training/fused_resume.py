@@ -1,4 +1,7 @@
-"""Resume a run with the fused AdamW of a run on GPUs: `fused_resume.py CONFIG` prints, as JSON, the settings of its groups after the load."""
+"""Resume a run with fused AdamW, as on GPUs: `fused_resume.py CONFIG`.
+
+Print the settings of its parameter groups after the load as JSON.
+"""
 
 import json
 import sys

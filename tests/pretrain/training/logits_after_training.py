@@ -1,4 +1,7 @@
-"""Trains each configuration in the same ranks, and keeps the logits of the trained engine: `logits_after_training.py CONFIG ...`."""
+"""Train each configuration in the same ranks and save logits of the trained engine in its run folder.
+
+Usage: `logits_after_training.py CONFIG ...`.
+"""
 
 import sys
 
@@ -10,10 +13,10 @@ from pretrain.data.loader import Loader
 from pretrain.training.distributed import init_world
 from pretrain.training.setup import set_up
 
-for word in sys.argv[1:]:
-    if word.startswith("--local_rank"):
+for argument in sys.argv[1:]:
+    if argument.startswith("--local_rank"):
         continue
-    config, world = load_config(word), init_world()
+    config, world = load_config(argument), init_world()
     trainer = set_up(config, world)
     assert trainer.train() == "finished"
     loader = trainer.loader

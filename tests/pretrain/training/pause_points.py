@@ -1,6 +1,6 @@
-"""Runs that wait at a chosen point, so that a test acts at that point however fast or slow the machine is.
+"""Runs that wait at a chosen point, to let a test act at that point on a machine of any speed.
 
-A waiting rank continues when it gets a signal to stop, or when the test has made the file `release_file(config, step)`.
+A waiting rank continues when it gets a signal to stop, or when the test has created `release_file(config, step)`.
 """
 
 import time
@@ -11,13 +11,13 @@ from pretrain.training.stop import StopRequest
 
 
 def release_file(config: Path, step: int) -> Path:
-    """Return the file that lets the run of a configuration go on with a step."""
+    """Return the file that makes the run of a configuration continue with a step once it exists."""
     return config.with_suffix(f".go-{step}")
 
 
 def hold_steps(config: Path, steps: list[int]) -> None:
-    """Wait at the beginning of each of these steps; step 0 is the time before the model is built."""
-    StopRequest.GRACE = 3600.0  # a launcher that repeats a signal may be late
+    """Wait at the beginning of each of these steps; step 0 stands for the time before the model is built."""
+    StopRequest.GRACE = 3600.0  # the launcher may repeat a signal late
     count, set_up = loop.Trainer._count, setup.set_up
 
     def held_count(self, rows):
@@ -36,7 +36,7 @@ def hold_steps(config: Path, steps: list[int]) -> None:
 
 
 def hold_validation(step: int) -> None:
-    """Stay in the validation of a step until some rank has a signal."""
+    """Wait in the validation of a step until any rank has received a signal."""
     asked_to_stop = loop.Trainer._asked_to_stop
 
     def held(self):
@@ -50,7 +50,7 @@ def hold_validation(step: int) -> None:
 
 
 def hold_save(step: int) -> None:
-    """Write the files of a step's checkpoint, and wait to be killed before they are declared a checkpoint."""
+    """Write the checkpoint files of a step, and wait to be killed before they are published as a checkpoint."""
     publish = checkpoint.publish
 
     def held(temporary, number, *arguments):

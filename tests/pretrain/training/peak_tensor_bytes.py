@@ -1,7 +1,7 @@
-"""What model states really take: `peak_tensor_bytes.py CONFIG ...` trains each and prints, on rank 0, a JSON line of bytes.
+"""Measured memory of model states: `peak_tensor_bytes.py CONFIG ...`.
 
-`held` is the most that tensors hold before a forward pass, beside the gradients of the micro batch before; `in_step` the most inside the
-optimizer step.
+Train each configuration, and print a JSON line of bytes on rank 0. `held` is the peak of all tensors before a forward
+pass, including the gradients of the previous micro batch. `in_step` is the peak at the optimizer step.
 """
 
 import gc
@@ -16,43 +16,43 @@ from pretrain.training.setup import set_up
 
 
 def tensors() -> list[torch.Tensor]:
-    """Every tensor there is, gradients and ZeRO-3's partitions too."""
+    """Return every tensor that exists, including gradients and the partitions of ZeRO-3."""
     found = []
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            found += [thing, getattr(thing, "ds_tensor", None), thing.grad if thing.is_leaf else None]
+    for value in gc.get_objects():
+        if isinstance(value, torch.Tensor):
+            found += [value, getattr(value, "ds_tensor", None), value.grad if value.is_leaf else None]
     return [tensor for tensor in found if tensor is not None]
 
 
-def storages(of: list[torch.Tensor]) -> dict[int, int]:
-    """Bytes by address."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in of}
+def storages(members: list[torch.Tensor]) -> dict[int, int]:
+    """Return the bytes of each storage by its address."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in members}
 
 
-class Watch:
-    """The most bytes in tensors that came since it was made, by moment."""
+class PeakWatch:
+    """Peak bytes of the tensors created since the watch began, by moment."""
 
     def __init__(self) -> None:
-        self.earlier = tensors()  # kept, so that no address is given out again
+        self.earlier = tensors()  # kept alive: otherwise new tensors could reuse their addresses
         self.known = storages(self.earlier)
-        self.most = {"held": 0, "in_step": 0}
+        self.peak = {"held": 0, "in_step": 0}
 
     def measure(self, moment: str) -> None:
         gc.collect()
         new = {address: size for address, size in storages(tensors()).items() if address not in self.known}
-        self.most[moment] = max(self.most[moment], sum(new.values()))
+        self.peak[moment] = max(self.peak[moment], sum(new.values()))
 
 
 def main() -> None:
     world = init_world()
-    for path in [word for word in sys.argv[1:] if not word.startswith("--local_rank")]:
-        watch = Watch()
+    for path in [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]:
+        watch = PeakWatch()
         trainer = set_up(load_config(path), world)
         trainer.engine.register_forward_pre_hook(lambda *_, watch=watch: watch.measure("held"))
         trainer.engine.optimizer.optimizer.register_step_pre_hook(lambda *_, watch=watch: watch.measure("in_step"))
         trainer.train()
         if world.is_main:
-            print(json.dumps({"name": trainer.config.name} | watch.most), flush=True)
+            print(json.dumps({"name": trainer.config.name} | watch.peak), flush=True)
 
 
 main()

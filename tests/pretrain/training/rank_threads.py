@@ -1,4 +1,4 @@
-"""Ranks as threads of the test process, for code that needs nothing but gather_objects and barrier."""
+"""Ranks as threads of the test process, for code that needs only gather_objects and barrier."""
 
 import threading
 from collections.abc import Callable
@@ -15,33 +15,33 @@ from tests.processes import TIMEOUT
 
 @dataclass(frozen=True, kw_only=True)
 class RankThread(World):
-    """One rank; `values` and `meeting` are shared by all of them."""
+    """A rank that is a thread. All ranks share `values` and `thread_barrier`."""
 
     values: list[Any]
-    meeting: threading.Barrier
+    thread_barrier: threading.Barrier
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.values[self.rank] = value
-        self.meeting.wait()
+        self.thread_barrier.wait()
         gathered = list(self.values)
-        self.meeting.wait()
+        self.thread_barrier.wait()
         return gathered
 
     def barrier(self) -> None:
-        self.meeting.wait()
+        self.thread_barrier.wait()
 
 
 def run_on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
     """Return the result of `action` on each rank, or the UserError that it raises there."""
-    values, meeting = [None] * size, threading.Barrier(size, timeout=TIMEOUT)
+    values, thread_barrier = [None] * size, threading.Barrier(size, timeout=TIMEOUT)
 
     def run(rank: int) -> Any:
         try:
-            return action(RankThread(rank, size, torch.device("cpu"), values=values, meeting=meeting))
-        except UserError as error:  # which all ranks raise together
+            return action(RankThread(rank, size, torch.device("cpu"), values=values, thread_barrier=thread_barrier))
+        except UserError as error:  # all ranks raise it together
             return error
         except Exception:
-            meeting.abort()
+            thread_barrier.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:

@@ -1,4 +1,4 @@
-"""A run whose rank 0 writes down the records of each step that it takes: `recording_run.py CONFIG`."""
+"""Train a run whose rank 0 writes the records of each step to NAME.records: `recording_run.py CONFIG`."""
 
 import json
 
@@ -7,7 +7,7 @@ from pretrain.training.loop import Trainer
 from pretrain.training.main import main
 
 
-class Recording(Trainer):
+class RecordingTrainer(Trainer):
     def _count(self, rows):
         super()._count(rows)
         if self.world.is_main:
@@ -15,5 +15,5 @@ class Recording(Trainer):
                 file.write(json.dumps({"step": self.progress.step, "records": sorted(rows.records.tolist())}) + "\n")
 
 
-pretrain.training.setup.Trainer = Recording
+pretrain.training.setup.Trainer = RecordingTrainer
 main()

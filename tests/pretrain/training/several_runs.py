@@ -1,7 +1,7 @@
-"""Several runs one after another in the same ranks, to save start-ups: `several_runs.py CONFIG ...`.
+"""Train several runs in the same ranks, which saves start-up time: `several_runs.py CONFIG ...`.
 
-With `nan:CONFIG`, rank 1's JEPA term of the third step is not a number. With `compiled:CONFIG`, compiling a layer more than
-twice, once for training and once for validation, is an error.
+With `nan:CONFIG`, the JEPA term of the third step is NaN on rank 1. With `compiled:CONFIG`, it is an error if a layer
+is compiled more than twice: once for training and once for validation.
 """
 
 import sys
@@ -14,15 +14,15 @@ from pretrain.config import load_config
 from pretrain.training.main import run
 
 
-def spoil_third_call() -> None:
-    whole, calls = llm_jepa.cosine_distance, 0
+def make_third_call_nan() -> None:
+    original, calls = llm_jepa.cosine_distance, 0
 
-    def spoiled(*arguments):
+    def distance(*arguments):
         nonlocal calls
         calls += 1
-        return whole(*arguments) * (torch.nan if calls == 3 and dist.get_rank() == 1 else 1.0)
+        return original(*arguments) * (torch.nan if calls == 3 and dist.get_rank() == 1 else 1.0)
 
-    llm_jepa.DISTANCES["cosine"] = spoiled
+    llm_jepa.DISTANCES["cosine"] = distance
 
 
 def limit_compilations() -> None:
@@ -31,11 +31,11 @@ def limit_compilations() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-for word in sys.argv[1:]:
-    if word.startswith("--local_rank"):
+for argument in sys.argv[1:]:
+    if argument.startswith("--local_rank"):
         continue
-    if word.startswith("nan:"):
-        spoil_third_call()
-    if word.startswith("compiled:"):
+    if argument.startswith("nan:"):
+        make_third_call_nan()
+    if argument.startswith("compiled:"):
         limit_compilations()
-    run(load_config(word.removeprefix("nan:").removeprefix("compiled:")))
+    run(load_config(argument.removeprefix("nan:").removeprefix("compiled:")))

@@ -1,4 +1,7 @@
-"""Every family trains in bf16 on two ranks, resumes on one, and is exported: what a run on GPUs does, as far as bf16 on CPU shows it."""
+"""Every family trains in bf16 on two ranks, resumes on one rank, and is exported.
+
+Bf16 on CPU stands in for a run on GPUs.
+"""
 
 import json
 import shutil
@@ -22,7 +25,10 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folder(prepared, tmp_path_factory):
-    """For each family a run on two ranks, one in fp32, and one that goes on from the middle of the first on a single rank."""
+    """Train three runs per family and return their folder.
+
+    The first runs in bf16 on two ranks, the second in fp32. The third resumes from the middle of the first on one rank.
+    """
     folder = tmp_path_factory.mktemp("bf16")
 
     def add(family: str, name: str, precision: str, micro_batch_rows: int = 2) -> str:
@@ -77,7 +83,7 @@ def losses(folder, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_losses_are_near_those_in_fp32_and_of_another_number_of_ranks(folder, family):
+def test_the_losses_are_close_to_those_in_fp32_and_on_another_number_of_ranks(folder, family):
     two = losses(folder, f"{family}-two")
     assert len(two) == STEPS and two[-1] < two[0]
     np.testing.assert_allclose(two, losses(folder, f"{family}-fp32"), rtol=1e-2)
@@ -86,7 +92,7 @@ def test_the_losses_are_near_those_in_fp32_and_of_another_number_of_ranks(folder
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
-    """Those that the optimizer updates: not what is left of them in bf16."""
+    """Check that the export has the weights that the optimizer updates, not their rounded copies in bf16."""
     run_dir = folder / "runs" / f"{family}-one"
     export = export_checkpoint(run_dir, STEPS)
     register_family_from_folder(export)
@@ -99,5 +105,7 @@ def test_the_export_has_the_fp32_weights_of_the_checkpoint(folder, family):
     exported = model.state_dict()
     for name, weight in weights.items():
         assert torch.equal(exported[name.removeprefix("causal_lm.")], weight), name
-    assert any((weight != weight.bfloat16()).any() for weight in weights.values()), "more than bf16 can hold"
+    assert any((weight != weight.bfloat16()).any() for weight in weights.values()), (
+        "the weights have more digits than bf16"
+    )
     assert model(torch.arange(3, 40)[None]).logits.isfinite().all()

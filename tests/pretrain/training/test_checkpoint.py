@@ -1,4 +1,4 @@
-"""Checkpoints, tested in one process: publish, retain, check, find, convert, load, consolidate."""
+"""Unit tests of checkpoints in one process: publish, retain, check, find, convert, load, consolidate."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_publishing_waits_for_the_files_of_other_nodes(tmp_path):
 
 @pytest.mark.parametrize("content", [None, b"1234", b"123456"])
 def test_publishing_fails_if_a_file_of_another_node_never_appears(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(checkpoint, "VISIBILITY_TIMEOUT", 0.3)  # with the 30 s of the product the test would take these
+    monkeypatch.setattr(checkpoint, "VISIBILITY_TIMEOUT", 0.3)  # the real timeout of 30 s would slow the test down
     temporary = tmp_path / ".step.tmp"
     temporary.mkdir()
     (temporary / "mine.pt").write_bytes(b"1")
@@ -124,7 +124,7 @@ def test_publishing_fails_if_a_file_of_another_node_never_appears(tmp_path, monk
 
 
 @pytest.mark.parametrize("keep_every", [None, 4])
-def test_a_checkpoint_that_is_pinned_while_it_is_removed_comes_back(tmp_path, monkeypatch, keep_every):
+def test_a_checkpoint_that_is_pinned_during_its_removal_is_restored(tmp_path, monkeypatch, keep_every):
     for step in (1, 2, 3):
         write_checkpoint(tmp_path, step)
     (tmp_path / PINS).mkdir()
@@ -233,7 +233,7 @@ def test_every_damage_is_named(tmp_path, damage, problem):
     assert check(path) == problem
 
 
-EARLIER = """\
+EARLIER_MANIFEST = """\
 {
   "step": 3,
   "ranks": 2,
@@ -253,21 +253,21 @@ EARLIER = """\
   "seal": "f4a9c3cdd21246adf74e035de5e1cca8884f6c1690268da6673b51e488771ba3"
 }
 """
-"""The manifest of a checkpoint of an earlier version, with a file of the bytes b"12"."""
+"""The manifest of a checkpoint that an earlier version wrote; its only file contains b"12"."""
 
 
-def test_a_checkpoint_of_an_earlier_version_stays_good(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_stays_valid(tmp_path):
     path = tmp_path / step_name(3)
     path.mkdir()
     (path / "shard.pt").write_bytes(b"12")
-    (path / "manifest.json").write_text(EARLIER)
+    (path / "manifest.json").write_text(EARLIER_MANIFEST)
     assert check(path) is None
     assert find_newest(tmp_path, ALONE, print) == VerifiedCheckpoint(
         path, 2, {"progress": {"step": 3, "seconds": 0.5}, "name": "run"}
     )
 
 
-def test_a_manifest_without_files_is_a_problem(tmp_path):
+def test_a_manifest_without_files_is_invalid(tmp_path):
     assert check(write_checkpoint(tmp_path, 7, files=0)) == "manifest.json lists no files"
 
 
@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_each_file_is_checked_by_one_part(tmp_path, parts):
+def test_each_file_is_checked_by_exactly_one_part(tmp_path, parts):
     path = write_checkpoint(tmp_path, 7)
     files = sorted(path.glob("*.pt"))
     for file in files:
@@ -302,29 +302,29 @@ def test_nothing_is_found_in_a_folder_without_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_ranks_find_the_newest_good_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks):
+def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_aside(tmp_path, ranks):
     for step in (1, 2, 3, 10):
         write_checkpoint(tmp_path, step, state={"step": step})
     (tmp_path / step_name(10) / "shard-4.pt").unlink()
     (tmp_path / step_name(3) / "shard-1.pt").write_bytes(b"")
     (tmp_path / f"damaged-{step_name(3)}").mkdir()
     (tmp_path / f"damaged-{step_name(3)}" / "old").touch()
-    said: list[list[str]] = [[] for _ in range(ranks)]
-    found = run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, said[world.rank].append))
+    messages: list[list[str]] = [[] for _ in range(ranks)]
+    found = run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, messages[world.rank].append))
     assert found == [VerifiedCheckpoint(tmp_path / step_name(2), 2, {"step": 2})] * ranks
     assert list_steps(tmp_path) == [1, 2]
     for step, problem in ((10, "shard-4.pt is missing"), (3, "shard-1.pt has 0 bytes instead of 22")):
         aside = tmp_path / f"damaged-{step_name(step)}"
         assert (aside / "damage.txt").read_text() == problem + "\n"
         assert (aside / "manifest.json").exists() and not (aside / "old").exists()
-        for lines in said:
+        for lines in messages:
             assert (
                 sum(
                     problem in line and f"{step_name(step)} is damaged" in line and aside.name in line for line in lines
                 )
                 == 1
             )
-    assert [len(lines) for lines in said] == [3] + [2] * (ranks - 1)
+    assert [len(lines) for lines in messages] == [3] + [2] * (ranks - 1)
     assert (tmp_path / "latest").read_text() == step_name(2) + "\n"
 
 
@@ -337,13 +337,13 @@ def test_each_file_is_read_by_one_rank(tmp_path, monkeypatch):
 
 
 def test_all_ranks_check_the_checkpoints_that_the_main_rank_lists(tmp_path):
-    """The file system of another node may lag behind."""
+    # the file system of another node may show files late
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     (tmp_path / "other").mkdir()
     shutil.copytree(tmp_path / step_name(1), tmp_path / "other" / step_name(1))
     found = run_on_ranks(2, lambda world: find_newest(tmp_path / "other" if world.rank else tmp_path, world, print))
-    assert [each.path.name for each in found] == [step_name(1)] * 2
+    assert [result.path.name for result in found] == [step_name(1)] * 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -376,7 +376,7 @@ LATEST = {
 
 
 @pytest.mark.parametrize(("content", "note"), LATEST.values(), ids=LATEST)
-def test_a_wrong_latest_is_noted_and_repaired(tmp_path, content, note):
+def test_a_wrong_latest_file_is_reported_and_repaired(tmp_path, content, note):
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2)
     latest = tmp_path / "latest"
@@ -384,14 +384,14 @@ def test_a_wrong_latest_is_noted_and_repaired(tmp_path, content, note):
         latest.unlink()
     else:
         latest.write_bytes(content)
-    said: list[str] = []
-    assert find_newest(tmp_path, ALONE, said.append).path.name == step_name(2)
-    assert len(said) == (note is not None) and all(note in line and step_name(2) in line for line in said)
+    messages: list[str] = []
+    assert find_newest(tmp_path, ALONE, messages.append).path.name == step_name(2)
+    assert len(messages) == (note is not None) and all(note in line and step_name(2) in line for line in messages)
     assert latest.read_text().strip() == step_name(2)
     assert note is None or latest.read_text() == step_name(2) + "\n"
 
 
-def test_a_latest_that_cannot_be_repaired_is_not_an_error(tmp_path):
+def test_a_latest_file_that_cannot_be_repaired_is_not_an_error(tmp_path):
     write_checkpoint(tmp_path, 1)
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
@@ -404,9 +404,9 @@ def test_a_latest_that_cannot_be_repaired_is_not_an_error(tmp_path):
 def test_the_same_number_of_ranks_loads_the_checkpoint_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CONVERTER", None)
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    said: list[str] = []
-    make_universal(found, ALONE, NOT_STOPPED, said.append)
-    assert found.load_path_for(1) == found.path and said == []
+    messages: list[str] = []
+    make_universal(found, ALONE, NOT_STOPPED, messages.append)
+    assert found.load_path_for(1) == found.path and messages == []
 
 
 NOT_STOPPED = SimpleNamespace(received=None)
@@ -421,11 +421,14 @@ if {writes}:
 sys.stderr.write({stderr!r})
 sys.exit({returncode})
 """
-"""Code that replaces DeepSpeed's conversion; it fails if the target exists."""
+"""Code that replaces the conversion by DeepSpeed; it fails if the target exists."""
 
 
 def fake_conversion(monkeypatch, record: Path, returncode: int, stderr: str = "", writes: bool = True) -> None:
-    """Replace the conversion with one that may write a file and exits with `returncode`. It adds the folder that it converts to a file."""
+    """Replace the conversion with a script that exits with `returncode` and may write a converted folder.
+
+    The script appends the path of the folder that it converts to the file `record`.
+    """
     code = CONVERSION.format(record=str(record), returncode=returncode, stderr=stderr, writes=writes)
     monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
 
@@ -436,16 +439,16 @@ def test_the_main_rank_converts_for_another_number_of_ranks(tmp_path, monkeypatc
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=before), before, STATE)
     target = found.load_path_for(ranks)
     assert target.parent == tmp_path and target.name.startswith(".step-") and target.name.endswith(".tmp"), (
-        "prune() must find it after a kill"
+        "prune() must be able to find it after a kill"
     )
-    target.mkdir()  # left by a start that was killed
-    said: list[list[str]] = [[] for _ in range(ranks)]
+    target.mkdir()  # left over from a killed start
+    messages: list[list[str]] = [[] for _ in range(ranks)]
     assert (
-        run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, said[world.rank].append))
+        run_on_ranks(ranks, lambda world: make_universal(found, world, NOT_STOPPED, messages[world.rank].append))
         == [None] * ranks
     )
     assert (tmp_path / "converted").read_text() == f"{found.path}\n" and (target / "part").exists()
-    [line] = said[0]
+    [line] = messages[0]
     assert f"was written by {before} rank{'s' if before > 1 else ''}, this run has {ranks}" in line
 
 
@@ -469,7 +472,7 @@ def test_a_conversion_that_fails_is_an_error_on_every_rank(tmp_path, monkeypatch
 
 
 class StopOnceStarted:
-    """A request to stop that comes once a file exists."""
+    """A request to stop that arrives once a file exists."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -483,11 +486,12 @@ def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, m
     started = tmp_path / "started"
     code = (
         "import os, subprocess, sys, time; os.mkdir(sys.argv[4]); child = subprocess.Popen(['sleep', '9999']); "
-        f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)"
+        f"open({str(started)!r} + '.tmp', 'w').write(f'{{child.pid}}'); "
+        f"os.rename({str(started)!r} + '.tmp', {str(started)!r}); time.sleep(9999)"
     )
     monkeypatch.setattr(checkpoint, "CONVERTER", ["-c", code])
     found = VerifiedCheckpoint(write_checkpoint(tmp_path, 1, ranks=1), 1, STATE)
-    for error in run_on_ranks(2, lambda world: _stopped(found, world, StopOnceStarted(started))):
+    for error in run_on_ranks(2, lambda world: _convert_until_stopped(found, world, StopOnceStarted(started))):
         assert isinstance(error, Stopped)
     assert not found.load_path_for(2).exists()
     wait_for(
@@ -498,7 +502,7 @@ def test_a_signal_ends_the_conversion_and_its_children_on_every_rank(tmp_path, m
     )
 
 
-def _stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> Stopped | None:
+def _convert_until_stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> Stopped | None:
     try:
         return make_universal(found, world, stop, lambda line: None)
     except Stopped as error:
@@ -511,7 +515,8 @@ def _stopped(found: VerifiedCheckpoint, world: World, stop: StopOnceStarted) -> 
 class Engine:
     """An engine that loads like DeepSpeed 0.19.8.
 
-    From the universal format, all groups get the first one's weight decay, and all parameters share one step counter.
+    After a load from the universal format, all parameter groups have the weight decay of the first one, and all
+    parameters share one step counter.
     """
 
     def __init__(self):
@@ -550,7 +555,7 @@ class Engine:
 
 @pytest.fixture
 def saved(tmp_path) -> tuple[VerifiedCheckpoint, list[float]]:
-    """A checkpoint of one rank with random states, and the random numbers drawn next."""
+    """Return a checkpoint of one rank with its random state, and the random numbers drawn next."""
     path = write_checkpoint(tmp_path, 1, ranks=1)
     torch.save(random_state(), path / random_state_file_name(0))
     return VerifiedCheckpoint(path, 1, STATE), draw_numbers()
@@ -626,9 +631,9 @@ def test_each_rank_continues_with_its_own_random_numbers(saved):
     found, numbers = saved
     torch.manual_seed(9)
     torch.save(random_state(), found.path / random_state_file_name(1))
-    of_second = float(torch.rand(()))
+    second_number = float(torch.rand(()))
 
-    def loaded(rank: int) -> float:
+    def number_after_load(rank: int) -> float:
         load(
             Engine(),
             VerifiedCheckpoint(found.path, 2, STATE),
@@ -636,10 +641,10 @@ def test_each_rank_continues_with_its_own_random_numbers(saved):
         )
         return float(torch.rand(()))
 
-    assert loaded(1) == of_second and loaded(0) == numbers[2]
+    assert number_after_load(1) == second_number and number_after_load(0) == numbers[2]
 
 
-def test_an_engine_that_loads_nothing_is_an_error(saved):
+def test_it_is_an_error_if_the_engine_loads_nothing(saved):
     engine = Engine()
     engine.load_checkpoint = lambda folder, tag: (None, {})
     with pytest.raises(AssertionError, match="did not load"):
@@ -663,7 +668,7 @@ def test_consolidated_weights_are_named_as_in_the_model_and_nothing_is_printed(t
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_not_trained_comes_from_the_whole_module(tmp_path, monkeypatch):
+def test_frozen_weights_come_from_the_state_of_the_module(tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     torch.save(
@@ -681,7 +686,7 @@ def test_what_is_not_trained_comes_from_the_whole_module(tmp_path, monkeypatch):
 
 
 class Version:
-    """An object that only a complete unpickling restores, as DeepSpeed's files have them."""
+    """An object that only complete unpickling restores, like those in the files of DeepSpeed."""
 
 
 def test_a_damaged_or_missing_checkpoint_is_not_consolidated(tmp_path):

@@ -1,4 +1,7 @@
-"""The configurations for clusters of GPUs train on stand-ins for the hub's data sets, with a small shape on two CPU ranks."""
+"""The configurations for GPU clusters train with a small shape on two CPU ranks.
+
+Local data sets replace those of the Hugging Face hub.
+"""
 
 import json
 
@@ -16,7 +19,7 @@ COLUMNS = (
     ("anchor", "positive"),
     ("text", "text"),
 )
-"""Columns of each source that views are made of, the context's and the target's."""
+"""Columns of each source that become the context view and the target view."""
 SMALL = [
     "model.shape.hidden_size=64",
     "model.shape.intermediate_size=128",
@@ -39,8 +42,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory) -> list[str]:
-    """Overrides that put local data sets with the columns of those on the hub in their places."""
+def local_data_sets(tmp_path_factory) -> list[str]:
+    """Write local data sets with the columns of those on the hub, and return overrides that use them instead."""
     folder = tmp_path_factory.mktemp("stand-ins")
     overrides = [f"data.path={folder / 'corpus'}", f"output_dir={folder / 'runs'}"]
     for number, (context, target) in enumerate(COLUMNS):
@@ -59,10 +62,10 @@ def stand_ins(tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_configuration_trains_on_two_ranks_in_bf16(stand_ins, name):
+def test_a_configuration_trains_on_two_ranks_in_bf16(local_data_sets, name):
     config = ROOT / "configs" / f"{name}.yaml"
-    run_command(ranks_command(2, "launcher/run.py", config, f"name={name}", *stand_ins, *SMALL))
-    run_dir = ROOT / stand_ins[1].removeprefix("output_dir=") / name
+    run_command(ranks_command(2, "launcher/run.py", config, f"name={name}", *local_data_sets, *SMALL))
+    run_dir = ROOT / local_data_sets[1].removeprefix("output_dir=") / name
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[-1]["loss/lm"] < lines[0]["loss/lm"] and all("loss/jepa" in line for line in lines)
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -74,8 +77,8 @@ def test_a_configuration_trains_on_two_ranks_in_bf16(stand_ins, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_configuration_is_planned_as_it_stands(tmp_path, name):
-    """For 1, 8 and 64 ranks, without its corpus: docs/cluster.md shows this output."""
+def test_docs_show_the_plan_of_an_unchanged_configuration(tmp_path, name):
+    """Check that docs/cluster.md shows the plan for 1, 8 and 64 ranks, which needs no corpus."""
     done = run_command(
         [
             "python",

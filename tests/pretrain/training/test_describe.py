@@ -1,4 +1,4 @@
-"""What a run records of itself, so that someone else can repeat it."""
+"""The records that a run keeps of itself to be reproducible."""
 
 import hashlib
 import importlib.metadata
@@ -12,7 +12,7 @@ from tests.commands import ROOT, prepare_corpus, ranks_command, run_command, tin
 from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 
-def recorded(tmp_path, write_corpus) -> dict:
+def record_environment(tmp_path, write_corpus) -> dict:
     corpus = write_corpus([([5, 6], [7])] * 4)
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(corpus.folder), data__sources=[])))
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -20,10 +20,10 @@ def recorded(tmp_path, write_corpus) -> dict:
     return json.loads((config.run_dir / "environment.json").read_text())
 
 
-def test_a_working_tree_tells_its_revision_and_its_lock_file(tmp_path, write_corpus, monkeypatch):
+def test_a_working_tree_records_its_revision_and_its_lock_file(tmp_path, write_corpus, monkeypatch):
     monkeypatch.setenv("JEPA_REVISION", "of an image")
     monkeypatch.setenv("JEPA_IMAGE", "")
-    environment = recorded(tmp_path, write_corpus)
+    environment = record_environment(tmp_path, write_corpus)
     if (ROOT / ".git").exists():
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
@@ -34,11 +34,11 @@ def test_a_working_tree_tells_its_revision_and_its_lock_file(tmp_path, write_cor
     assert environment["image"] is None and environment["ranks"] == 2 and environment["cpu_capability"]
 
 
-def test_an_image_has_no_working_tree_and_tells_what_it_was_built_from(tmp_path, write_corpus, monkeypatch):
+def test_an_image_records_the_revision_that_it_was_built_from(tmp_path, write_corpus, monkeypatch):
     monkeypatch.setattr(revision, "ROOT", tmp_path)
     monkeypatch.setenv("JEPA_REVISION", "0123abc")
     monkeypatch.setenv("JEPA_IMAGE", "sha256:4567")
-    environment = recorded(tmp_path, write_corpus)
+    environment = record_environment(tmp_path, write_corpus)
     assert (environment["revision"], environment["image"]) == ("0123abc", "sha256:4567")
 
 
@@ -57,15 +57,14 @@ def test_a_run_is_repeated_bit_for_bit_from_what_it_recorded(tmp_path):
 def test_only_a_start_that_trains_is_recorded(tmp_path):
     path, run = write_config(tmp_path, tiny_config(tmp_path)), tmp_path / "runs" / "run"
     prepare_corpus(path)
-    run_command(
-        ["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False
-    )  # refused when the engine is built
+    # this batch size is refused when the engine is built
+    run_command(["python", "launcher/run.py", path, "train.micro_batch_rows=3"], check=False)
     assert not (run / "environment.json").exists() and not (run / "config.yaml").exists()
     run_command(ranks_command(2, "launcher/run.py", path))
-    recorded = [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")]
+    before = [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")]
     assert "is finished already" in run_command(["python", "launcher/run.py", path, "monitor.log_every=2"]).stdout
-    assert [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")] == recorded
-    (run / "status.json").unlink()  # so that it starts again at its last step
+    assert [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")] == before
+    (run / "status.json").unlink()  # without a status, the run starts again at its last step
     run_command(["python", "launcher/run.py", path, "monitor.log_every=2"])
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["ranks"]) for start in starts] == [(0, 2), (4, 1)]
@@ -82,4 +81,4 @@ def test_a_corpus_without_write_permission_trains_and_exports(tmp_path):
     tokenizer.chmod(0o555)
     run_command(["python", "launcher/run.py", path])
     model = tmp_path / "runs" / "run" / "model"
-    assert all(place.stat().st_mode & 0o200 for place in (model, *model.iterdir()))
+    assert all(path.stat().st_mode & 0o200 for path in (model, *model.iterdir()))

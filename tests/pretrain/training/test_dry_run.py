@@ -1,4 +1,4 @@
-"""The plan that `--dry-run` prints is what a run then does, and costs seconds."""
+"""The plan that `--dry-run` prints within seconds matches the run."""
 
 import json
 import re
@@ -32,7 +32,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-"""Large enough that its model states outweigh everything else."""
+"""A shape whose model states need much more memory than anything else."""
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def plan(folder, monkeypatch, capsys):
-    """Calls the command on a changed tiny configuration; what it printed, as rows by name."""
+    """Return a function that plans a changed tiny configuration and returns the printed rows by name."""
 
     def plan(ranks: int | None = None, **changes) -> dict[str, list[str]]:
         if ranks:
@@ -67,7 +67,7 @@ def plan(folder, monkeypatch, capsys):
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """Columns of each line by what stands first; columns are at least two blanks apart."""
+    """Return the columns of each line by its first column; columns are separated by at least two spaces."""
     split = [re.split(r"  +", line.strip()) for line in text.splitlines()]
     rows: dict[str, list[str]] = {}
     for name, *columns in split:
@@ -81,7 +81,7 @@ def number(text: str) -> float:
     return float(text.replace(",", "").removesuffix("%"))
 
 
-def test_the_plan_of_a_step_is_what_the_loader_and_the_mask_give(folder, plan):
+def test_the_plan_of_a_step_matches_the_loader_and_the_mask(folder, plan):
     rows = plan(**EPOCH, objective__dropout=0.25, objective__predictor_tokens=2)
     config = load_config(folder / "planned.yaml")
     corpus = Corpus(config.data.path, "train")
@@ -92,12 +92,14 @@ def test_the_plan_of_a_step_is_what_the_loader_and_the_mask_give(folder, plan):
     batches = [loader.next_rows(8) for _ in range(planned)]
     assert planned > 10 and loader.epoch == 0
     loader.next_rows(8)
-    assert loader.epoch == 1, "the last, partial step of the epoch is left out"
+    assert loader.epoch == 1, "the plan skips the last, partial step of the epoch"
     visible = targets = 0
     for batch in batches:
         tensors = assemble(batch, corpus, layout, specials, 128, len(batch.records))
         padding = batch.count * 128 - int(batch.segment_lengths.sum())
-        visible += int(visibility_mask(tensors.visible_until, "sdpa").sum()) - padding  # padding sees itself
+        visible += (
+            int(visibility_mask(tensors.visible_until, "sdpa").sum()) - padding
+        )  # each padding position sees itself
         targets += len(tensors.label_index)
     expected = {
         "records": sum(len(batch.records) for batch in batches),
@@ -113,14 +115,13 @@ def test_the_plan_of_a_step_is_what_the_loader_and_the_mask_give(folder, plan):
     assert number(rows["padding"][0]) / 100 == pytest.approx(1 - expected["positions"] / planned / (8 * 128), abs=0.001)
 
 
-def test_the_jepa_term_costs_the_copies_of_the_target_and_the_predictor_tokens(folder, plan):
+def test_the_jepa_term_adds_target_copies_and_predictor_tokens(folder, plan):
     rows = plan(**EPOCH)
     shards = Corpus(folder / "corpus", "train").manifest["splits"]["train"]["shards"]
     records = sum(shard["records"] for shard in shards)
     context, target = (sum(shard["tokens"][view] for shard in shards) for view in ("text", "code"))
-    extra = (target + 2 * records) / (
-        context + target + 3 * records
-    )  # [target EOS] and one predictor token, on [BOS context SEP target EOS]
+    # [target EOS] and one predictor token are added to [BOS context SEP target EOS]
+    extra = (target + 2 * records) / (context + target + 3 * records)
     assert number(rows["positions"][2]) / 100 == pytest.approx(extra, abs=0.01)
     assert (
         number(rows["FLOPs, layers"][2]) == number(rows["positions"][2]) and number(rows["next-token targets"][2]) == 0
@@ -130,7 +131,7 @@ def test_the_jepa_term_costs_the_copies_of_the_target_and_the_predictor_tokens(f
     assert any(name.endswith("these keys of objective rest: weight") for name in plain)
 
 
-def test_the_plan_is_the_run(folder, plan):
+def test_the_plan_matches_the_run(folder, plan):
     rows = plan(**EPOCH, name="done")
     assert not (folder / "runs" / "done").exists()
     done = run_command(["python", "launcher/run.py", str(folder / "done.yaml")])
@@ -142,7 +143,7 @@ def test_the_plan_is_the_run(folder, plan):
     assert json.loads((folder / "runs" / "done" / "status.json").read_text())["status"] == "finished"
 
 
-def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan):
+def test_three_epochs_are_planned_as_three_if_a_batch_spans_two(folder, plan):
     changes = {"train__steps": None, "train__epochs": 3, "train__global_batch_rows": 240}
     rows = plan(**changes)
     config = load_config(folder / "planned.yaml")
@@ -152,8 +153,8 @@ def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan)
     steps = []
     while not loader.exhausted:
         steps.append(loader.next_rows(240))
-    in_an_epoch = len(corpus) / len(steps[0].records)
-    assert in_an_epoch % 1 and len(steps) != 3 * -(-in_an_epoch // 1), (
+    steps_per_epoch = len(corpus) / len(steps[0].records)
+    assert steps_per_epoch % 1 and len(steps) != 3 * -(-steps_per_epoch // 1), (
         "batches span epochs, and the last one is not full"
     )
     assert number(rows["steps, about"][0]) == len(steps) and rows["epochs"][0] == "3.00"
@@ -163,10 +164,10 @@ def test_three_epochs_are_planned_as_three_where_a_batch_spans_two(folder, plan)
 
 
 @pytest.mark.parametrize("window", [1024, 256])
-def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_window(
+def test_the_cost_of_pairs_is_averaged_over_the_epoch_not_over_its_first_window(
     tmp_path, write_corpus, monkeypatch, capsys, window
 ):
-    """Pairs come after 3,072 documents: a window has none or holds little else."""
+    """Place the pairs after 3,072 documents: some windows have no pairs, others hardly anything else."""
     monkeypatch.setattr(order, "WINDOW", window)
     corpus = write_corpus([([5] * 9, [])] * 3072 + [([5] * 4, [6] * 5)] * 1024)
     values = tiny_config(
@@ -185,9 +186,11 @@ def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_windo
     printed = capsys.readouterr().out
     rows = rows_of(printed)
     first_windows = order.Order([(0, 4096, 1.0)], 3)
-    shares = [(first_windows.window(0, number)[0] >= 3072).mean() for number in range(first_windows.windows(0))]
-    assert max(shares) - min(shares) > 0.5
-    tolerance = 0.02 if window == 1024 else 0.3  # four windows are all, or a quarter
+    pair_fractions = [(first_windows.window(0, number)[0] >= 3072).mean() for number in range(first_windows.windows(0))]
+    assert max(pair_fractions) - min(pair_fractions) > 0.5
+    tolerance = (
+        0.02 if window == 1024 else 0.3
+    )  # the plan reads four windows: all of them, or a quarter of the smaller ones
     assert number(rows["pairs"][0]) / number(rows["records"][0]) == pytest.approx(0.25, abs=tolerance)
     planned = int(next(name for name in rows if name.startswith("a step, mean of")).split()[-1])
     assert (f"note: the means of a step are over {planned} steps, spread evenly over the first epoch" in printed) == (
@@ -197,7 +200,7 @@ def test_the_cost_of_pairs_is_a_mean_over_the_epoch_and_not_over_its_first_windo
 
 @pytest.fixture(scope="module")
 def start(folder):
-    """A folder to start from, for model.init_from."""
+    """Write a model for model.init_from and return its folder."""
     config = load_config(write_config(folder, tiny_config(folder, name="start")))
     shape = build_model_config(
         "llama", {**config.model.shape, **SHAPE}, Corpus(config.data.path, "train").tokenizer, 128
@@ -225,7 +228,7 @@ def test_adapters_are_counted_as_peft_adds_them(folder, plan, make_model, family
     assert number(rows["trained"][0]) == sum(trained) and corpus.views == 2
 
 
-def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, plan):
+def test_a_run_with_adapters_needs_optimizer_memory_only_for_the_adapters(folder, start, plan):
     lora = {"init_from": str(start), "lora": {"rank": 2, "alpha": 4}}
     rows = plan(1, model=lora, train__precision="bf16", deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
     total, trained = number(rows["total"][0]), number(rows["trained"][0])
@@ -242,7 +245,7 @@ def test_a_run_with_adapters_needs_memory_for_their_states_alone(folder, start, 
     )
 
 
-def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
+def test_unfilled_gradient_buckets_count_only_on_cuda(folder, plan):
     rows = plan(1)
     total, item = number(rows["total"][0]), 4
     assert number(rows["gradients to be reduced, on CUDA all of reduce_bucket_size"][0]) * 2**20 == pytest.approx(
@@ -263,7 +266,7 @@ def test_buckets_that_no_gradient_fills_count_on_cuda_alone(folder, plan):
 
 
 def two_steps(name: str, precision: str, stage: int) -> dict:
-    """Changes of the tiny configuration whose model states are measured."""
+    """Return the changes to the tiny configuration for a run whose model states are measured."""
     return {
         "name": name,
         "model__shape": {**SHAPE, "tie_word_embeddings": True},
@@ -277,18 +280,18 @@ def two_steps(name: str, precision: str, stage: int) -> dict:
 
 
 def measure(command: list[str]) -> list[dict]:
-    """Return what tests/pretrain/training/peak_tensor_bytes.py prints."""
+    """Return the JSON lines that peak_tensor_bytes.py prints."""
     return [json.loads(line) for line in run_command(command).stdout.splitlines() if line.startswith("{")]
 
 
 def assert_held(row: list[str], found: dict, case: object, tolerance: float = 0.03) -> None:
-    """Within the tolerance: batches, buckets and small buffers are not among model states."""
+    """Assert the planned bytes within a tolerance: batches, buckets and small buffers are not model states."""
     assert number(row[-2]) * 2**20 == pytest.approx(found["held"], rel=tolerance), case
     assert number(row[-1]) * 2**20 == pytest.approx(found["in_step"], rel=tolerance), case
 
 
 @pytest.mark.slow
-def test_model_states_are_what_deepspeed_holds(folder, plan):
+def test_planned_model_states_match_those_of_deepspeed(folder, plan):
     cases = {
         "fp32-3": ("fp32", 3),
         "fp32-1": ("fp32", 1),
@@ -316,7 +319,7 @@ def test_model_states_are_what_deepspeed_holds(folder, plan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 3), ("fp32", 1)])
-def test_model_states_with_adapters_are_what_deepspeed_holds(folder, plan, start, precision, stage):
+def test_planned_model_states_with_adapters_match_those_of_deepspeed(folder, plan, start, precision, stage):
     pytest.importorskip("peft", reason=WITHOUT_PEFT)
     changes = two_steps(f"adapted-{stage}", precision, stage)
     del changes["model__shape"]
@@ -333,8 +336,8 @@ def test_model_states_with_adapters_are_what_deepspeed_holds(folder, plan, start
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_activation_estimate_is_near_what_autograd_keeps(make_model, precision, dtype):
-    """Within 15% of a layer's tensors, where all heads have keys of their own; else the CPU kernel repeats keys and values."""
+def test_the_activation_estimate_is_close_to_the_tensors_that_autograd_keeps(make_model, precision, dtype):
+    """Compare within 15%, with one key head per query head: otherwise the CPU kernel repeats keys and values."""
     model = make_model(0, dtype=dtype)
     rows, length = 4, 64
     kept: dict[int, torch.Tensor] = {
@@ -355,8 +358,8 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(make_model, precisi
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, precision, dtype, family):
-    """For several chunks, with and without soft-capping (gemma2)."""
+def test_the_estimate_of_the_head_is_close_to_its_peak(make_model, monkeypatch, precision, dtype, family):
+    """Compare for several chunks, without soft-capping and with it (gemma2)."""
     model = make_model(0, dtype=dtype, family=family)
     targets, chunk = 4000, 1000
     monkeypatch.setitem(head.MAX_LOGITS, "cpu", chunk * model.vocab_size)
@@ -370,17 +373,18 @@ def test_the_estimate_of_the_head_is_near_its_peak(make_model, monkeypatch, prec
         held += event.nbytes()
         peak = max(peak, held)
     expected = activations(model, precision, 0, targets, "cpu")
-    of_hidden = hidden.numel() * hidden.element_size()
+    hidden_bytes = hidden.numel() * hidden.element_size()
     assert expected.logits == pytest.approx(
         chunk * model.vocab_size * (4 + 2 * (precision == "bf16") + 4 * (family == "gemma2"))
     )
-    of_weight = 4 * model.vocab_size * model.hidden_size
+    weight_bytes = 4 * model.vocab_size * model.hidden_size
     assert (
-        peak == pytest.approx(expected.logits + of_weight + of_hidden, rel=0.1) and expected.head > 2 * of_weight - 1
-    ), "in the forward pass"
+        peak == pytest.approx(expected.logits + weight_bytes + hidden_bytes, rel=0.1)
+        and expected.head > 2 * weight_bytes - 1
+    ), "the peak is in the forward pass"
 
 
-def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):
+def test_a_large_model_without_a_corpus_is_planned_once_on_two_ranks(folder):
     values = tiny_config(
         folder,
         name="large",
@@ -398,17 +402,21 @@ def test_a_large_model_without_a_corpus_on_two_ranks_is_told_once(folder):
     )
     done = run_command([*ranks_command(2, "launcher/run.py", write_config(folder, values)), "--dry-run"])
     rows = rows_of("\n".join(line for line in done.stdout.splitlines() if not line.startswith("[")))
-    hidden_size, inner, of_keys = 4096, 14336, 1024
-    layer = 2 * hidden_size * hidden_size + 2 * hidden_size * of_keys + 3 * hidden_size * inner + 2 * hidden_size
-    assert (
-        number(rows["total"][0]) == 2 * 128_000 * hidden_size + 32 * layer + hidden_size + hidden_size
-    )  # embedding, head, layers, norm, predictor
+    hidden_size, intermediate_size, key_width = 4096, 14336, 1024
+    layer = (
+        2 * hidden_size * hidden_size
+        + 2 * hidden_size * key_width
+        + 3 * hidden_size * intermediate_size
+        + 2 * hidden_size
+    )
+    # embedding and head, layers, norm, predictor
+    assert number(rows["total"][0]) == 2 * 128_000 * hidden_size + 32 * layer + hidden_size + hidden_size
     assert number(rows["steps, at least"][0]) == -(-2 * 10**11 // (1024 * 4096))
     assert number(rows["micro steps of each of 2 ranks"][0]) == 512
     assert not (folder / "runs" / "large").exists() and not (folder / "later").exists()
 
 
-def test_a_tokenizer_that_is_taken_over_gives_the_vocabulary(folder, plan):
+def test_an_imported_tokenizer_determines_the_vocabulary(folder, plan):
     prepared = plan()
     later = plan(data__path=str(folder / "later"), data__tokenizer={"path": str(folder / "corpus" / "tokenizer")})
     assert later["total"] == prepared["total"]
@@ -416,7 +424,7 @@ def test_a_tokenizer_that_is_taken_over_gives_the_vocabulary(folder, plan):
 
 
 @pytest.mark.parametrize("mistake", [mistake for mistake in INVALID_CONFIGS if mistake != "no corpus"])
-def test_mistakes_are_those_of_a_real_start(folder, tmp_path, monkeypatch, capsys, mistake):
+def test_a_dry_run_reports_the_errors_of_a_real_start(folder, tmp_path, monkeypatch, capsys, mistake):
     path, expected = write_invalid_config(folder, tmp_path, mistake)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
@@ -426,7 +434,7 @@ def test_mistakes_are_those_of_a_real_start(folder, tmp_path, monkeypatch, capsy
     assert printed.out == "" and expected in printed.err
 
 
-def test_another_run_in_the_folder_is_refused(folder, plan, capsys):
+def test_a_folder_with_another_run_is_refused(folder, plan, capsys):
     (folder / "runs" / "taken").mkdir(parents=True)
     (folder / "runs" / "taken" / "config.yaml").write_text(
         (folder / "run.yaml").read_text().replace("seed: 3", "seed: 4")

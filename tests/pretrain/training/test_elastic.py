@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks: the same records in the same order, the same losses, the optimizer state kept."""
+"""A run resumes with another number of ranks: same records, same order, same losses, same optimizer state."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ STEPS = 24
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 ROWS = 8
 CHAIN = (1, 2, 4, 1)
-"""Ranks of one start after the other."""
+"""Number of ranks of each start, in order."""
 
 
 def metrics(folder: Path, name: str) -> list[dict]:
@@ -33,7 +33,10 @@ def metrics(folder: Path, name: str) -> list[dict]:
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)], ids=lambda stage: f"ZeRO {stage}")
 def story(tmp_path_factory, request) -> dict:
-    """A run on two ranks from start to end, and one whose starts have other numbers of ranks, all with the same rows per micro step."""
+    """Train a run on two ranks, and one whose starts have different numbers of ranks.
+
+    All have the same number of rows per micro step. Return the folder, and the last step and the log of each start.
+    """
     folder = tmp_path_factory.mktemp("elastic")
     values = tiny_config(
         folder,
@@ -67,24 +70,24 @@ def story(tmp_path_factory, request) -> dict:
     return {"folder": folder, "stops": stops, "logs": logs}
 
 
-def test_the_losses_are_those_of_the_run_that_was_not_stopped(story):
+def test_the_losses_match_those_of_an_uninterrupted_run(story):
     fixed, elastic = (metrics(story["folder"], name) for name in ("fixed", "elastic"))
     assert [line["step"] for line in elastic] == [line["step"] for line in fixed] == list(range(1, STEPS + 1))
     assert story["stops"][-1] == STEPS and sorted(set(story["stops"])) == story["stops"]
     for tag in ("loss/lm", "loss/jepa", "optimizer/grad_norm"):
         one, other = (np.array([line[tag] for line in lines]) for lines in (fixed, elastic))
-        first = [stop for stop in story["stops"][:-1]]  # counted from 0: the first step of the next start
+        first = [stop for stop in story["stops"][:-1]]  # the index of the first step of the next start
         np.testing.assert_allclose(other[first], one[first], rtol=1e-5)
         np.testing.assert_allclose(other, one, rtol=1e-4)
 
 
-def test_the_same_records_come_in_the_same_order(story):
+def test_the_records_and_their_order_are_the_same(story):
     fixed, elastic = (metrics(story["folder"], name) for name in ("fixed", "elastic"))
     for tag in ("records", "tokens", "positions", "optimizer/lr", "epoch"):
         assert [line[tag] for line in elastic] == [line[tag] for line in fixed]
 
 
-def test_each_change_is_told_and_nothing_of_it_is_left(story):
+def test_each_change_of_ranks_is_reported_and_leaves_no_files(story):
     for before, now, log in zip(CHAIN, CHAIN[1:], story["logs"][1:], strict=False):
         assert f"was written by {before} rank{'s' * (before > 1)}, this run has {now}: converting it" in log
         assert f"note: going on with a change: train.micro_batch_rows is {ROWS // now}, it was {ROWS // before}" in log

@@ -1,4 +1,4 @@
-"""Every combination of DeepSpeed's options that a run accepts resumes, changes its number of ranks, exports and is evaluated."""
+"""Runs with any accepted combination of DeepSpeed options resume, change the number of ranks, export and evaluate."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 CPU = {"device": "cpu"}
-CELLS = {  # stage, precision, options of zero_optimization, other keys of deepspeed, whether adapters are trained
+CELLS = {  # stage, precision, options of zero_optimization, other keys of deepspeed, with or without adapters
     "1-fp32": (1, "fp32", {}, {}, False),
     "1-bf16": (1, "bf16", {}, {}, False),
     "1-bf16-sums": (1, "bf16", {}, FP32_SUMS, False),
@@ -33,14 +33,14 @@ CELLS = {  # stage, precision, options of zero_optimization, other keys of deeps
     "3-bf16-sums-offload-lora": (3, "bf16", {"offload_optimizer": CPU}, FP32_SUMS, True),
 }
 FAST = ("1-bf16-sums-lora",)
-"""Cells that are not slow: this one has the optimizer, the frozen weights and the accumulation that most other ones lack."""
+"""Cells that are not marked slow. This one has the optimizer, frozen weights and accumulation that most others lack."""
 CANNOT_CHANGE_RANKS = {"1-bf16-sums-robin", "2-fp32-robin", "2-bf16-robin-lora", "2-fp32-robin-offload"}
 """Cells whose checkpoints cannot be converted: a start with another number of ranks is refused."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared corpus, test rows, and the export of a run to start adapters from."""
+    """Prepare a corpus, test rows and an export for training adapters, and return their folder."""
     folder = tmp_path_factory.mktemp("options")
     path = write_config(folder, tiny_config(folder, name="base", train__steps=1))
     prepare_corpus(path)
@@ -95,18 +95,20 @@ def exported(folder, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("cell", [pytest.param(cell, marks=() if cell in FAST else pytest.mark.slow) for cell in CELLS])
-def test_a_combination_is_right_or_refused(folder, cell):
+def test_a_combination_works_or_is_refused(folder, cell):
     if CELLS[cell][4]:
         pytest.importorskip("peft", reason="there is no package peft (the extra lora)")
-    straight, resumed, other = (f"{cell}-{name}" for name in ("straight", "resumed", "other"))
-    run_command(ranks_command(2, "launcher/run.py", cell_config(folder, cell, straight)))
+    uninterrupted, resumed, other = (f"{cell}-{name}" for name in ("uninterrupted", "resumed", "other"))
+    run_command(ranks_command(2, "launcher/run.py", cell_config(folder, cell, uninterrupted)))
     for name in (resumed, other):
-        shutil.copytree(folder / "runs" / straight, folder / "runs" / name)
+        shutil.copytree(folder / "runs" / uninterrupted, folder / "runs" / name)
         shutil.rmtree(folder / "runs" / name / "checkpoints" / step_name(4))
         (folder / "runs" / name / "status.json").unlink()
 
     run_command(ranks_command(2, "launcher/run.py", cell_config(folder, cell, resumed)))
-    assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(4) for name in (straight, resumed)))
+    assert_same_checkpoints(
+        *(folder / "runs" / name / "checkpoints" / step_name(4) for name in (uninterrupted, resumed))
+    )
 
     command = ["python", "launcher/run.py", cell_config(folder, cell, other, train__micro_batch_rows=8)]
     if cell in CANNOT_CHANGE_RANKS:
@@ -116,13 +118,13 @@ def test_a_combination_is_right_or_refused(folder, cell):
     else:
         run_command(command)
         tolerance = 1e-5 if CELLS[cell][1] == "fp32" else 1e-2
-        np.testing.assert_allclose(losses(folder, other), losses(folder, straight), rtol=tolerance)
+        np.testing.assert_allclose(losses(folder, other), losses(folder, uninterrupted), rtol=tolerance)
 
-    scored = ["--task", "geometry", f"task.test={folder / 'rows.jsonl'}"]
-    run_command(["python", "launcher/evaluate.py", folder / "runs" / straight, *scored])
-    exports = [exported(folder, straight)]
+    task_arguments = ["--task", "geometry", f"task.test={folder / 'rows.jsonl'}"]
+    run_command(["python", "launcher/evaluate.py", folder / "runs" / uninterrupted, *task_arguments])
+    exports = [exported(folder, uninterrupted)]
     if cell not in CANNOT_CHANGE_RANKS:
-        run_command(["python", "launcher/evaluate.py", folder / "runs" / other, *scored])
+        run_command(["python", "launcher/evaluate.py", folder / "runs" / other, *task_arguments])
         exports.append(exported(folder, other))
     first, *others = exports
     for tensors in others:

@@ -1,4 +1,4 @@
-"""Invariant 2: losses and gradients depend on the global batch alone. And a rank's NaN leaves a step out on all ranks."""
+"""Invariant 2: losses and gradients depend on the global batch only. A NaN on one rank skips the step on all ranks."""
 
 import json
 import math
@@ -17,24 +17,24 @@ def metrics(folder, name):
 
 
 JEPA = {"name": "llm_jepa", "weight": 0.5}
-SPREAD = [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")]
+REGULARIZERS = [{"name": name, "weight": 0.05} for name in ("vicreg", "sigreg", "coding_rate")]
 SUMS = {
     "cosine": JEPA | {"dropout": 0.3},
     "l2-both": JEPA | {"distance": "l2", "direction": "both", "predictor_placement": "prepend"},
     "tube": {"name": "semantic_tube", "weight": 0.5, "form": "sub_span"},
 }
-"""Objectives that are sums over their pairs or spans."""
+"""Objectives that are sums over pairs or spans."""
 POOLED = {
     "info_nce": JEPA | {"distance": "info_nce", "dropout": 0.3},
-    "regularized": JEPA | {"distance": "mse", "regularizers": SPREAD},
+    "regularized": JEPA | {"distance": "mse", "regularizers": REGULARIZERS},
 }
-"""Objectives that look at all pairs of a micro step together."""
+"""Objectives that depend on all pairs of a micro step at once."""
 FAMILIES = ("gemma2", "olmo2", "openelm")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Splits of 8 rows over ranks and micro batches: two launches in all."""
+    """Train with different splits of 8 rows over ranks and micro batches, in two launches, and return the folder."""
     folder = tmp_path_factory.mktemp("global-batch")
     configs: dict[int, list] = {1: [], 2: []}
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
     for name, objective in (SUMS | POOLED).items():
         for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2)):
-            length = 192 if "predictor_placement" in objective else 128  # a copy of both views needs room
+            length = 192 if "predictor_placement" in objective else 128  # a copy of both views needs longer rows
             add(
                 f"{name}-r{ranks}-m{micro}", ranks=ranks, micro=micro, objective=objective, data__sequence_length=length
             )
@@ -95,37 +95,37 @@ def test_losses_and_gradients_do_not_depend_on_ranks_or_micro_batches(folder, ob
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nor_do_they_in_any_family(folder, family):
+def test_losses_and_gradients_of_any_family_do_not_depend_on_ranks_or_micro_batches(folder, family):
     assert_same_losses(folder, f"{family}-r1-m8", f"{family}-r2-m2")
 
 
 @pytest.mark.parametrize("pool", FIXED_POOL)
 @pytest.mark.parametrize("objective", POOLED)
-def test_a_pooled_term_depends_on_the_rows_of_a_micro_step_not_on_their_ranks(folder, objective, pool):
+def test_a_pooled_term_depends_on_the_rows_of_a_micro_step_but_not_on_their_ranks(folder, objective, pool):
     one_rank, two_ranks = FIXED_POOL[pool]
     assert_same_losses(folder, f"{objective}-{one_rank}", f"{objective}-{two_ranks}")
 
 
 def test_a_contrastive_term_sees_the_negatives_of_all_ranks(folder):
     wide, narrow = (metrics(folder, f"info_nce-{name}")[0]["loss/jepa"] for name in ("r2-m4", "r2-m2"))
-    assert wide > narrow  # twice the negatives: a larger loss from the same weights
+    assert wide > narrow  # twice as many negatives give a larger loss with the same weights
 
 
-def test_first_loss_is_that_of_a_guess_over_the_vocabulary_on_any_number_of_ranks(folder):
+def test_the_first_loss_is_that_of_a_uniform_guess_on_any_number_of_ranks(folder):
     one, two = (metrics(folder, f"cosine-r{ranks}-m4")[0]["loss/lm"] for ranks in (1, 2))
     assert one == pytest.approx(two, rel=1e-5)
-    # logits of a normed hidden state have variance D * std^2 (here 32 * 0.2^2), which costs half of it
+    # The logits of a normalised hidden state have the variance D * std^2, here 32 * 0.2^2. Half of it adds to the loss.
     assert one == pytest.approx(math.log(448) + 32 * 0.2**2 / 2, abs=0.35)
 
 
-def test_a_nan_of_one_rank_leaves_the_step_out_on_all_and_is_counted(folder):
+def test_a_nan_on_one_rank_skips_the_step_on_all_ranks_and_is_counted(folder):
     lines = metrics(folder, "nan")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
     assert lines[2]["loss/jepa"] is None and math.isfinite(lines[2]["loss/lm"])
     assert all(math.isfinite(line["loss/total"]) for line in lines if line["step"] != 3)
 
 
-def test_a_collapse_of_the_published_term_is_told_in_words(folder):
+def test_a_collapse_of_the_published_term_is_reported_by_a_warning(folder):
     last = metrics(folder, "collapse")[-1]
     assert last["validation/embedding/paired_cosine"] - last["validation/embedding/shuffled_cosine"] < 0.1
     assert "WARNING: the embeddings have collapsed" in (folder / "one-rank.log").read_text()

@@ -1,4 +1,4 @@
-"""The gradients of the loss terms: what they are against a plain process, and that measuring them leaves the training alone."""
+"""Gradient diagnostics equal the gradients of a plain process, and measuring them does not change the training."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from tests.pretrain.training.checkpoint_equality import assert_same_checkpoints
 
 WORKER = ROOT / "tests/pretrain/training/several_runs.py"
 PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-RUNS = {  # ranks, rows of a micro batch (of 8 a step), changes
+RUNS = {  # ranks, rows of a micro batch (8 rows per step), changes
     "r1-m8": (1, 8, {}),
     "r1-m4": (1, 4, {}),
     "r2-m4": (2, 4, {"deepspeed": PARTITIONED, "objective__distance": "info_nce"}),
@@ -36,7 +36,10 @@ RUNS = {  # ranks, rows of a micro batch (of 8 a step), changes
     "dropout": (2, 2, {"model__shape__attention_dropout": 0.2}),
 }
 NEVER = 10**6
-"""Not 0, with which ZeRO stage 3 gathers layers whole: the gradient norm is then added up in another order, see test_layers.py."""
+"""An interval that no run reaches.
+
+With 0, ZeRO stage 3 would gather complete layers and sum the gradient norm in another order (see test_layers.py).
+"""
 IN_FP32 = ["r1-m8", "r1-m4", "r2-m4", "r2-m2", "stage1", "stage2", "recomputed"]
 
 
@@ -46,7 +49,10 @@ def metrics(folder, name) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of four steps that measure the third one, each beside one that never does: two launches in all."""
+    """Train each run with and without diagnostics, in two launches, and return the folder.
+
+    A run has four steps; the third one is measured.
+    """
     folder = tmp_path_factory.mktemp("gradients")
     paths: dict[int, list[str]] = {1: [], 2: []}
 
@@ -78,13 +84,16 @@ def folder(tmp_path_factory):
 
 
 def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
-    """Each weighted term's whole gradient at the third step, by torch.autograd.grad, from the weights after the second."""
+    """Return the full gradient of each weighted term at the third step, by torch.autograd.grad.
+
+    The weights are those of the checkpoint after the second step.
+    """
     config = load_config(folder / f"{name}.yaml")
     corpus = Corpus(config.data.path, "train")
     shape = build_model_config("llama", config.model.shape, corpus.tokenizer, config.data.sequence_length)
     model = LanguageModel(random_causal_lm(shape, "sdpa", torch.float32), config.predictor_tokens, "sdpa")
-    left = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
-    assert set(left.missing_keys) <= {"causal_lm.lm_head.weight"} and not left.unexpected_keys
+    keys = model.load_state_dict(consolidate(folder / "runs" / name / "checkpoints" / step_name(2)), strict=False)
+    assert set(keys.missing_keys) <= {"causal_lm.lm_head.weight"} and not keys.unexpected_keys
     specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views)
     loader = Loader(corpus, layout, config.data.sequence_length, config.seed, dropout=0.0, epochs=None)
@@ -93,25 +102,21 @@ def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     objective = build_objective(config.objective)
     terms = TrainingModule(model, objective, Gather(lambda tensor: tensor, 0))(batch).terms
     counts = {"lm": len(batch.label_ids), "jepa": int(batch.pair_valid.sum())}
-    return {
-        term: torch.cat(
-            [
-                gradient.flatten()
-                for gradient in torch.autograd.grad(
-                    objective.weights[term] * value / counts[term],
-                    list(model.parameters()),
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            ]
+    flat_gradients = {}
+    for term, value in terms.items():
+        gradients = torch.autograd.grad(
+            objective.weights[term] * value / counts[term],
+            list(model.parameters()),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
-        for term, value in terms.items()
-    }
+        flat_gradients[term] = torch.cat([gradient.flatten() for gradient in gradients])
+    return flat_gradients
 
 
 @pytest.mark.parametrize("name", IN_FP32)
-def test_norms_and_cosines_are_those_of_a_plain_process(folder, name):
+def test_norms_and_cosines_equal_those_of_a_plain_process(folder, name):
     measured = metrics(folder, name)[2]
     plain = plain_gradients(folder, name)
     for term, gradient in plain.items():
@@ -122,8 +127,8 @@ def test_norms_and_cosines_are_those_of_a_plain_process(folder, name):
 
 
 @pytest.mark.parametrize("name", [*IN_FP32, "dropout"])
-def test_together_they_are_the_gradient_of_the_step(folder, name):
-    """Of the very dropout masks, too."""
+def test_the_measured_gradients_add_up_to_the_gradient_of_the_step(folder, name):
+    # the run `dropout` also needs the same dropout masks for both
     step = metrics(folder, name)[2]
     lm, jepa = step["gradient/norm/lm"], step["gradient/norm/jepa"]
     assert lm**2 + jepa**2 + 2 * lm * jepa * step["gradient/cosine/jepa"] == pytest.approx(
@@ -132,25 +137,19 @@ def test_together_they_are_the_gradient_of_the_step(folder, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_training_is_bitwise_what_it_is_without(folder, name):
-    lines = [
-        [
-            {
-                tag: value
-                for tag, value in line.items()
-                if tag != "seconds" and not tag.startswith(("throughput/", "gradient/"))
-            }
-            for line in metrics(folder, run)
-        ]
-        for run in (name, f"{name}-without")
-    ]
-    assert len(lines[0]) == 4 and lines[0] == lines[1]
+def test_training_is_bitwise_the_same_without_diagnostics(folder, name):
+    def comparable(line: dict) -> dict:
+        excluded = ("throughput/", "gradient/")
+        return {tag: value for tag, value in line.items() if tag != "seconds" and not tag.startswith(excluded)}
+
+    measured, unmeasured = (list(map(comparable, metrics(folder, run))) for run in (name, f"{name}-without"))
+    assert len(measured) == 4 and measured == unmeasured
     assert_same_checkpoints(
         *(folder / "runs" / run / "checkpoints" / step_name(4) for run in (name, f"{name}-without"))
     )
 
 
-def test_the_tags_stand_in_metrics_and_tensorboard_on_that_step_only(folder):
+def test_metrics_and_tensorboard_have_the_tags_for_the_measured_step_only(folder):
     tags = {"gradient/norm/lm", "gradient/norm/jepa", "gradient/cosine/jepa"}
     assert [{tag for tag in line if tag.startswith("gradient/")} for line in metrics(folder, "r1-m8")] == [
         set(),
@@ -163,20 +162,20 @@ def test_the_tags_stand_in_metrics_and_tensorboard_on_that_step_only(folder):
     assert {tag: [event.step for event in events.Scalars(tag)] for tag in tags} == {tag: [3] for tag in tags}
 
 
-def test_twice_the_weight_is_twice_the_norm_in_the_same_direction(folder):
+def test_doubling_the_weight_doubles_the_norm_and_keeps_the_direction(folder):
     once, twice = (metrics(folder, f"weight-{weight}")[0] for weight in (0.5, 1.0))
     assert twice["gradient/norm/jepa"] == pytest.approx(2 * once["gradient/norm/jepa"], rel=1e-6)
     for tag in ("gradient/norm/lm", "gradient/cosine/jepa"):
         assert twice[tag] == pytest.approx(once[tag], rel=1e-6)
 
 
-def test_a_step_that_is_not_finite_is_left_out_as_ever(folder):
+def test_a_non_finite_step_is_skipped_as_without_diagnostics(folder):
     lines = metrics(folder, "nan-in-training")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1]
     assert all(math.isfinite(value) for tag, value in lines[3].items() if tag.startswith("gradient/"))
 
 
-def test_diagnostics_that_are_not_finite_leave_no_step_out(folder):
+def test_non_finite_diagnostics_do_not_skip_a_step(folder):
     lines = metrics(folder, "nan-in-diagnostics")
     assert lines[2]["gradient/norm/lm"] is None and lines[3]["skipped_steps"] == 0
     assert [line["loss/total"] for line in lines] == pytest.approx(
@@ -185,7 +184,7 @@ def test_diagnostics_that_are_not_finite_leave_no_step_out(folder):
 
 
 class Linear(torch.nn.Module):
-    """Two terms of a batch (N,): its sum and the sum of its squares, each times a weight."""
+    """A model with two terms of a batch (N,): the sum and the sum of squares, each times a weight."""
 
     def __init__(self):
         super().__init__()
@@ -195,10 +194,10 @@ class Linear(torch.nn.Module):
         return ObjectiveOutput({"lm": self.weight * batch.sum(), "jepa": self.weight * batch.square().sum()}, None)
 
 
-def test_the_watchdog_hears_of_each_micro_batch_and_a_term_without_pairs_is_absent():
-    batches, heard = [torch.ones(3), 2 * torch.ones(3)], []
+def test_each_micro_batch_reports_progress_and_a_term_without_pairs_is_absent():
+    batches, progress = [torch.ones(3), 2 * torch.ones(3)], []
     weights, world = {"lm": 1.0, "jepa": 0.5}, World(0, 1, torch.device("cpu"))
-    values = gradient_diagnostics(Linear(), batches, {"lm": 3, "jepa": 6}, weights, world, lambda: heard.append(1))
-    assert len(heard) == 2 * 2
+    values = gradient_diagnostics(Linear(), batches, {"lm": 3, "jepa": 6}, weights, world, lambda: progress.append(1))
+    assert len(progress) == 2 * 2
     assert values == {"gradient/norm/lm": 3.0, "gradient/norm/jepa": 1.25, "gradient/cosine/jepa": 1.0}
     assert gradient_diagnostics(Linear(), batches, {"lm": 3, "jepa": 0}, weights, world) == {"gradient/norm/lm": 3.0}

@@ -1,4 +1,4 @@
-"""What ends a run and what does not: spikes, a rank that hangs, a full disk, signals while there is no step."""
+"""Health of a run: spikes, hanging ranks, a full disk, and signals outside a step."""
 
 import json
 import os
@@ -47,7 +47,7 @@ FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With a prepared corpus."""
+    """Prepare a corpus and return its folder."""
     folder = tmp_path_factory.mktemp("health")
     prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
@@ -62,15 +62,15 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_the_score_is_robust():
+def test_the_spike_score_is_robust_to_outliers():
     rule = SpikeRule()
     for number in range(MIN_HISTORY):
         assert rule.score("lm", 1e9, 100) == 0
         rule.add("lm", 2.0 + 0.01 * (number % 5), 100)
-    prepare_quietly = rule.score("lm", 2.05, 100)
-    assert prepare_quietly < 3 and rule.score("lm", 2.5, 100) > 10 and rule.score("lm", 1.0, 100) < 0
+    usual = rule.score("lm", 2.05, 100)
+    assert usual < 3 and rule.score("lm", 2.5, 100) > 10 and rule.score("lm", 1.0, 100) < 0
     for _ in range(5):
-        rule.add("lm", 100.0, 100)  # outliers hardly move it
+        rule.add("lm", 100.0, 100)  # outliers hardly change the score
     assert rule.score("lm", 2.5, 100) > 10
     for _ in range(2 * WINDOW):
         rule.add("lm", 5.0, 100)
@@ -78,7 +78,7 @@ def test_the_score_is_robust():
     assert rule.score("lm", 5.2, 100) == pytest.approx(0.2 / 0.025)
 
 
-def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
+def test_a_loss_is_compared_with_losses_of_the_same_term_and_of_similar_counts():
     rule = SpikeRule()
     for _ in range(MIN_HISTORY):
         rule.add("lm", 2.0, 100)
@@ -86,28 +86,31 @@ def test_a_loss_is_compared_with_those_of_its_term_and_of_similar_counts():
     assert rule.score("jepa", 2.0, 100) > 10 and rule.score("lm", 2.0, 100) == 0
     for count in (200, 50):
         assert rule.score("jepa", 2.0, count) > 10
-    for count in (201, 49):  # a contrastive loss over more pairs is larger, and a mean over few varies more
+    # a contrastive loss over more pairs is larger, and a mean over few pairs varies more
+    for count in (201, 49):
         assert rule.score("jepa", 2.0, count) == 0
     restored = SpikeRule()
     restored.load(json.loads(json.dumps(rule.losses)))
     assert restored.losses == rule.losses
-    restored.load([2.5] * MIN_HISTORY)  # the totals that earlier versions saved
+    restored.load([2.5] * MIN_HISTORY)  # the format of earlier versions, which saved total losses
     assert restored.score("lm", 1e9, 100) == 0
 
 
-def test_a_term_without_weight_is_noted_but_is_never_a_spike():
+def test_a_term_with_weight_zero_is_recorded_but_never_a_spike():
     rule = SpikeRule()
     weights, counts = {"lm": 1.0, "jepa": 0.0}, {"lm": 100, "jepa": 100}
     for _ in range(MIN_HISTORY):
         assert rule.judge({"lm": 2.0, "jepa": 0.5}, counts, weights) == (0.0, "lm")
     score, term = rule.judge({"lm": 2.0, "jepa": 50.0}, counts, weights)
     assert (score, term) == (0.0, "lm") and len(rule.losses["jepa"]) == MIN_HISTORY + 1
-    score, term = rule.judge({"jepa": 50.0}, counts, weights | {"jepa": 0.1})  # as a scheduled weight begins
+    score, term = rule.judge(
+        {"jepa": 50.0}, counts, weights | {"jepa": 0.1}
+    )  # like a scheduled weight that starts to grow
     assert score > 10 and term == "jepa"
     assert rule.judge({}, counts, weights) == (0.0, "")
 
 
-def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes(folder):
+def test_steps_without_pairs_have_no_pair_loss_and_steps_with_few_pairs_are_not_spikes(folder):
     (folder / "documents.jsonl").write_text(
         json.dumps({"code": ".*dog.*"}) + "\n" + json.dumps({"code": ".*cat.*"}) + "\n"
     )
@@ -123,8 +126,8 @@ def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes
     prepare_corpus(path)
     done = run_command(["python", "launcher/run.py", str(path)])
     lines = metrics(folder / "runs" / "few-pairs")
-    having = [line for line in lines if "loss/jepa" in line]
-    assert MIN_HISTORY < len(having) < len(lines) == 60
+    with_pairs = [line for line in lines if "loss/jepa" in line]
+    assert MIN_HISTORY < len(with_pairs) < len(lines) == 60
     for line in lines:
         assert (
             line["loss/total"] == pytest.approx(line["loss/lm"] + 20 * line.get("loss/jepa", 0))
@@ -141,25 +144,28 @@ def test_steps_without_pairs_have_no_pair_loss_and_those_with_some_are_no_spikes
 
 @pytest.fixture(scope="module")
 def spiked(folder) -> dict[str, Path]:
-    """Runs on one rank whose step 30 has a spike, by what they are told to do, and one without."""
+    """Train a run without a spike and runs with a spike in step 30, one per setting of train.on_spike.
+
+    All have one rank. Return their folders by name.
+    """
     runs = {}
-    answers = (
+    cases = (
         ("calm", "rewind", "none"),
         ("warned", "warn", "spike:30"),
         ("skipped", "skip", "spike:30"),
         ("rewound", "rewind", "spike:30"),
     )
-    for name, answer, spoil in answers:
+    for name, on_spike, fault in cases:
         path = config(
             folder,
             name,
             train__steps=36,
-            train__on_spike=answer,
+            train__on_spike=on_spike,
             checkpoint={"every": 10, "keep": 9},
             monitor__validate_every=100,
         )
         runs[name] = folder / "runs" / name
-        done = run_command(["python", str(FAULTY_RUN), spoil, str(path)], check=False)
+        done = run_command(["python", str(FAULTY_RUN), fault, str(path)], check=False)
         (folder / f"{name}.log").write_text(done.stdout + done.stderr)
         assert done.returncode == (75 if name == "rewound" else 0), done.stdout + done.stderr
     return runs
@@ -169,7 +175,7 @@ def skipped_of(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["optimizer/skipped_steps"] for line in metrics(run_dir)}
 
 
-def test_a_spike_is_warned_of_and_skipped_if_that_is_asked_for(spiked, folder):
+def test_a_spike_is_reported_and_skipped_only_if_configured(spiked, folder):
     for name in ("warned", "skipped"):
         log = (folder / f"{name}.log").read_text()
         assert log.count("WARNING: the loss of step 30 is a spike") == 1
@@ -180,16 +186,16 @@ def test_a_spike_is_warned_of_and_skipped_if_that_is_asked_for(spiked, folder):
     calm, warned, skipped = (
         {line["step"]: line for line in metrics(spiked[name])} for name in ("calm", "warned", "skipped")
     )
-    assert calm[31]["loss/lm"] == warned[31]["loss/lm"], "only what was shown of the loss was spoilt"
+    assert calm[31]["loss/lm"] == warned[31]["loss/lm"], "the fault changes only the reported loss"
     assert calm[31]["loss/lm"] != skipped[31]["loss/lm"] and calm[30]["records"] == skipped[30]["records"]
 
 
-def test_a_rewind_goes_back_and_leaves_the_records_out(spiked, folder):
+def test_a_rewind_goes_back_and_skips_the_records_of_the_spike(spiked, folder):
     run_dir = spiked["rewound"]
     status = read_status(run_dir)
     assert status["status"] == "resumable" and "goes on from step 20 and leaves out steps 29 and 30" in status["reason"]
-    again = run_command(["python", str(FAULTY_RUN), "spike:30", str(folder / "rewound.yaml")])
-    assert "going on from step 20" in again.stdout and "finished at step 36" in again.stdout
+    resumed = run_command(["python", str(FAULTY_RUN), "spike:30", str(folder / "rewound.yaml")])
+    assert "going on from step 20" in resumed.stdout and "finished at step 36" in resumed.stdout
     lines = {line["step"]: line for line in metrics(run_dir)}
     calm = {line["step"]: line for line in metrics(spiked["calm"])}
     assert sorted(lines) == sorted(calm) and [lines[step]["records"] for step in lines] == [
@@ -201,7 +207,7 @@ def test_a_rewind_goes_back_and_leaves_the_records_out(spiked, folder):
     assert {event.step: event.value for event in events.Scalars("optimizer/skipped_steps")}[36] == 2
 
 
-def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
+def test_steps_after_the_target_of_a_rewind_are_evaluated_again(tmp_path):
     for folder, step in (("checkpoints", 20), ("checkpoints", 30), ("export", 20), ("export", 30)):
         (tmp_path / folder / step_name(step)).mkdir(parents=True)
     (tmp_path / "evaluation").mkdir()
@@ -213,11 +219,11 @@ def test_what_a_rewind_goes_back_behind_is_evaluated_again(tmp_path):
         list_steps(tmp_path / "checkpoints") == list_steps(tmp_path / "export") == [20]
         and read_results(tmp_path) == before[:1]
     )
-    append_result(tmp_path, again := before[1] | {"rewinds": 1})
-    assert read_results(tmp_path) == [before[0], again]
+    append_result(tmp_path, new_result := before[1] | {"rewinds": 1})
+    assert read_results(tmp_path) == [before[0], new_result]
 
 
-def test_rewinds_are_bounded_for_each_checkpoint_and_in_all(tmp_path):
+def test_rewinds_are_limited_per_checkpoint_and_in_total(tmp_path):
     for step in range(0, 10 * MAX_REWINDS, 10):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
     with pytest.raises(CannotRewind, match="no checkpoint is older"):
@@ -246,7 +252,7 @@ def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "spike:30+hold:30", path), folder / "unwritten.log")
     run_dir = folder / "runs" / "unwritten"
     running.wait_until(lambda: [line for line in metrics(run_dir) if line["step"] == 29], "step 29")
-    (run_dir / "rewinds.json").mkdir()  # so that no file of that name can be written
+    (run_dir / "rewinds.json").mkdir()  # a folder with this name prevents writing the file
     release_file(path, 30).touch()
     assert running.end() == 0, running.log.read_text()
     log = running.log.read_text()
@@ -258,7 +264,7 @@ def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     assert skipped_of(run_dir)[32] == 1
 
 
-def test_a_rewind_leaves_no_trace_if_a_checkpoint_cannot_be_set_aside(tmp_path):
+def test_a_rewind_changes_nothing_if_a_checkpoint_cannot_be_set_aside(tmp_path):
     for step in (20, 30):
         (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
     (tmp_path / "checkpoints" / f".{step_name(30)}.tmp").write_text("a folder cannot take the place of this file")
@@ -267,7 +273,7 @@ def test_a_rewind_leaves_no_trace_if_a_checkpoint_cannot_be_set_aside(tmp_path):
     assert read_rewinds(tmp_path) == [] and list_steps(tmp_path / "checkpoints") == [20, 30]
 
 
-def test_damaged_lines_of_metrics_are_reported_when_they_are_read_and_when_a_run_resumes(tmp_path, capfd):
+def test_damaged_lines_of_metrics_are_reported_on_reading_and_on_resuming(tmp_path, capfd):
     lines = [json.dumps({"step": step, "loss/lm": 1.0}) for step in range(1, 8)]
     damaged = [*lines[:2], "\0" * 20, *lines[2:4], '"a text"', '{"step": null}', *lines[4:]]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(damaged).encode() + b"\n\xff\xfe\n" + b'{"step": 8, "lo')
@@ -278,7 +284,7 @@ def test_damaged_lines_of_metrics_are_reported_when_they_are_read_and_when_a_run
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7)) and capfd.readouterr().err == ""
 
 
-def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_behind(tmp_path):
+def test_tensorboard_shows_the_new_steps_after_a_resume_even_if_the_clock_went_back(tmp_path):
     folder = tmp_path / "tensorboard" / "train"
 
     def train(start: int, stop: int, value: float) -> None:
@@ -288,7 +294,7 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_be
         metrics.close()
 
     for start, value in ((0, 1.0), (5, 2.0), (8, 3.0)):
-        for path in folder.glob("*"):  # as if the earlier starts had been made by a clock that is ahead
+        for path in folder.glob("*"):  # date the files of earlier starts an hour ahead
             created, rest = path.name.removeprefix("events.out.tfevents.").split(".", 1)
             path.rename(folder / f"events.out.tfevents.{int(created) + 3600:010d}.{rest}")
         train(start, 10, value)
@@ -296,7 +302,7 @@ def test_tensorboard_shows_the_new_steps_after_a_resume_although_the_clock_is_be
     assert shown == [(step, 1.0 if step <= 5 else 2.0 if step <= 8 else 3.0) for step in range(1, 11)]
 
 
-def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
+def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
     path = config(folder, "hung", train__steps=5000, monitor__hang_seconds=40, checkpoint={"every": 1000})
     running = BackgroundCommand(ranks_command(2, "launcher/run.py", path), folder / "hung.log")
     running.wait_until(lambda: len(metrics(folder / "runs" / "hung")) >= 3, "three steps")
@@ -308,20 +314,23 @@ def test_a_rank_that_stands_still_is_named_and_the_run_ends(folder):
     assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", log)
     own_log = (folder / "runs" / "hung" / "logs" / "rank-00001.log").read_text()
     assert "has sent no heartbeat for 25 s" in own_log, (
-        "its guard ends it soon after the others, though hang_seconds are not over"
+        "its heartbeat killer ends it soon after its peers, before hang_seconds are over"
     )
     status = read_status(folder / "runs" / "hung")
     assert status["status"] == "resumable" and "rank 1" in status["reason"]
 
 
-def test_a_rank_that_died_is_noticed_without_a_collective_that_fails(folder):
-    """As under NCCL, whenever it died; one that has ended its work, or pauses for a while, is not taken for dead."""
+def test_a_dead_rank_is_noticed_without_a_failing_collective(folder):
+    """Detect the dead rank by its heartbeats alone, because under NCCL no collective fails when a rank dies.
+
+    A rank that has finished, or that pauses for a while, does not count as dead.
+    """
 
     def start_ranks(case: str) -> list[BackgroundCommand]:
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         command = ["python", WAITING, case]
         return [
-            BackgroundCommand(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **place)
+            BackgroundCommand(command, folder / f"{case}-{rank}.log", RANK=str(rank), LOCAL_RANK=str(rank), **variables)
             for rank in range(2)
         ]
 
@@ -347,7 +356,7 @@ def test_a_single_rank_that_hangs_is_ended(folder):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
+def test_a_full_disk_fails_the_save_but_not_the_run(folder, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], capture_output=True).returncode:
@@ -377,15 +386,15 @@ def test_a_full_disk_ends_the_save_and_not_the_run(folder, tmp_path):
         subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothing_is_lost(folder):
+def test_a_signal_during_validation_or_start_leaves_the_run_resumable_without_loss(folder):
     settings = {
         "train__steps": 8,
         "monitor__validate_every": 4,
         "checkpoint": {"every": 8},
         "train__micro_batch_rows": 2,
     }
-    straight = config(folder, "straight", **settings)
-    run_command(ranks_command(2, FAULTY_RUN, "none", straight))
+    uninterrupted = config(folder, "uninterrupted", **settings)
+    run_command(ranks_command(2, FAULTY_RUN, "none", uninterrupted))
     path = config(folder, "cut", **settings)
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:4", path), folder / "cut.log")
     running.wait_until(lambda: "waiting in the validation of step 4" in running.log.read_text(), "a validation")
@@ -403,13 +412,13 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
     )
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:6", path), folder / "killed.log")
     running.wait_until(
-        lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step behind the validation that was made up"
+        lambda: any(line["step"] == 5 for line in metrics(run_dir)), "the step after the pending validation"
     )
-    running.kill()  # so that it is made up once more
+    running.kill()  # the next start has to do the validation again
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "validation:8", path), folder / "cut3.log")
     running.wait_until(
         lambda: "waiting in the validation of step 8" in running.log.read_text(),
-        "the last step, which is validated too",
+        "the validation of the last step",
     )
     running.ranks()[1].send_signal(signal.SIGTERM)
     running.end()
@@ -417,18 +426,18 @@ def test_a_signal_during_validation_or_start_leaves_the_run_resumable_and_nothin
         running.log.read_text()
     )
     assert "finished at step 8" in run_command(ranks_command(2, FAULTY_RUN, "none", path)).stdout
-    assert_same_checkpoints(*(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("straight", "cut")))
-    tables = [
-        [
-            {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
-            for line in metrics(folder / "runs" / name)
-        ]
-        for name in ("straight", "cut")
-    ]
-    assert tables[0] == tables[1] and all("validation/loss/lm" in tables[1][step - 1] for step in (4, 8))
+    assert_same_checkpoints(
+        *(folder / "runs" / name / "checkpoints" / step_name(8) for name in ("uninterrupted", "cut"))
+    )
+
+    def comparable(line: dict) -> dict:
+        return {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))}
+
+    expected, found = (list(map(comparable, metrics(folder / "runs" / name))) for name in ("uninterrupted", "cut"))
+    assert expected == found and all("validation/loss/lm" in found[step - 1] for step in (4, 8))
 
 
-def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_asked(folder):
+def test_checkpoints_are_kept_permanently_and_written_on_the_training_thread_if_configured(folder):
     path = config(
         folder, "kept", train__steps=12, checkpoint={"every": 2, "keep": 1, "keep_every": 4, "background": False}
     )
@@ -437,7 +446,7 @@ def test_checkpoints_are_kept_for_good_and_written_on_the_training_thread_if_ask
     assert list_steps(folder) == [4, 8, 12] and all(check(folder / step_name(step)) is None for step in (4, 8, 12))
 
 
-def test_a_damaged_pointer_is_told_and_mended(folder):
+def test_a_wrong_latest_file_is_reported_and_fixed(folder):
     path = config(folder, "pointer", train__steps=4, checkpoint={"every": 2})
     run_command(["python", "launcher/run.py", str(path)])
     checkpoints = folder / "runs" / "pointer" / "checkpoints"
@@ -462,7 +471,7 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
     run_dir = folder / "runs" / "converted"
     checkpoints = run_dir / "checkpoints"
     (run_dir / "status.json").unlink()
-    for ends in ("a signal", "a kill"):
+    for ending in ("a signal", "a kill"):
         running = BackgroundCommand(
             ["python", str(FAULTY_RUN), "convert:0", str(path), "train.micro_batch_rows=8"], folder / "converted.log"
         )
@@ -472,7 +481,7 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
             for child in psutil.Process(running.process.pid).children(recursive=True)
             if "makedirs" in " ".join(child.cmdline())
         )
-        if ends == "a kill":
+        if ending == "a kill":
             running.kill()
         else:
             os.kill(running.process.pid, signal.SIGTERM)
@@ -481,11 +490,13 @@ def test_a_conversion_that_is_interrupted_leaves_the_run_resumable_and_no_files(
             assert "Traceback" not in running.log.read_text()
         wait_for(lambda converter=converter: not converter.is_running())
     assert list(checkpoints.glob(".step-*"))
-    run_command(ranks_command(2, FAULTY_RUN, "none", path))  # needs no conversion, and removes what the kill left
+    run_command(
+        ranks_command(2, FAULTY_RUN, "none", path)
+    )  # needs no conversion and removes the files that the kill left
     assert not list(checkpoints.glob(".step-*")) and list_steps(checkpoints) == [2, 4]
 
 
-def test_a_second_start_that_crashes_leaves_the_status_of_the_live_run_alone(folder):
+def test_a_second_start_that_crashes_does_not_change_the_status_of_the_live_run(folder):
     path = config(folder, "alive", train__steps=4)
     running = BackgroundCommand(["python", str(FAULTY_RUN), "hold:2", str(path)], folder / "alive.log")
     running.wait_until(lambda: metrics(folder / "runs" / "alive"), "a step")
@@ -499,7 +510,7 @@ def test_a_second_start_that_crashes_leaves_the_status_of_the_live_run_alone(fol
     assert read_status(folder / "runs" / "alive")["status"] == "finished"
 
 
-def test_a_run_whose_save_takes_longer_than_launchers_wait_says_how_to_stop_it(folder):
+def test_a_run_warns_if_a_save_takes_longer_than_the_grace_period_of_launchers(folder):
     path = config(folder, "slow", train__steps=4, checkpoint={"every": 2})
     note = "launchers kill the ranks 0 s after Ctrl-C or SIGTERM"
     assert run_command(ranks_command(2, FAULTY_RUN, "grace:0", path)).stdout.count(note) == 1

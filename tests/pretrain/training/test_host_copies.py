@@ -1,4 +1,4 @@
-"""The copies from which a checkpoint is written."""
+"""Host copies of the state from which a checkpoint is written."""
 
 from itertools import groupby
 
@@ -21,40 +21,42 @@ def state(seed: int, width: int = 5) -> dict:
     }
 
 
-def flat(value: dict) -> list[torch.Tensor]:
+def tensors_of(value: dict) -> list[torch.Tensor]:
     return [value["weights"], value["moments"][0], value["moments"][1][0]]
 
 
-def test_a_copy_does_not_change_with_the_original():
+def test_a_copy_does_not_change_when_the_original_does():
     copies, original = HostCopies(torch.device("cpu")), state(1)
     copies.begin()
     copied = copies.copy(original)
     copies.before_change()
-    for tensor in flat(original):
+    for tensor in tensors_of(original):
         tensor.zero_()
     original["moments"].append("later")
     copies.wait()
     assert copied["step"] == 1 and len(copied["moments"]) == 2
     assert all(
         torch.equal(one, other) and one.dtype == other.dtype
-        for one, other in zip(flat(copied), flat(state(1)), strict=True)
+        for one, other in zip(tensors_of(copied), tensors_of(state(1)), strict=True)
     )
-    assert copied["again"] is copied["weights"], "what stands in two places is copied once"
+    assert copied["again"] is copied["weights"], "a tensor that is referenced twice is copied once"
 
 
-def test_the_next_save_takes_the_same_memory():
+def test_the_next_save_reuses_the_same_memory():
     copies = HostCopies(torch.device("cpu"))
     addresses = []
     for seed in (1, 2):
         copies.begin()
         files = [copies.copy(state(seed)), copies.copy(state(seed + 10))]
-        addresses.append([tensor.data_ptr() for file in files for tensor in flat(file)])
+        addresses.append([tensor.data_ptr() for file in files for tensor in tensors_of(file)])
         for file, number in zip(files, (seed, seed + 10), strict=True):
-            assert all(torch.equal(one, other) for one, other in zip(flat(file), flat(state(number)), strict=True))
+            assert all(
+                torch.equal(one, other) for one, other in zip(tensors_of(file), tensors_of(state(number)), strict=True)
+            )
     assert addresses[0] == addresses[1] and len(set(addresses[0])) == 6
 
 
-def test_tensors_of_another_shape_get_memory_of_their_own():
+def test_tensors_of_another_shape_get_new_memory():
     copies = HostCopies(torch.device("cpu"))
     for width in (5, 9, 5):
         copies.begin()
@@ -69,5 +71,5 @@ def test_a_run_waits_for_the_copies_before_it_changes_or_writes_anything(tmp_pat
         event for event, _ in groupby(line.split()[1] for line in printed.splitlines() if line.startswith("event "))
     ]
     assert [event for event in events if event != "update"] == 2 * ["before_change", "begin", "copy", "wait"]
-    changed = [place for place, event in enumerate(events) if event == "update"]
-    assert len(changed) == 2 and all(events[place - 1] == "before_change" for place in changed)
+    updates = [index for index, event in enumerate(events) if event == "update"]
+    assert len(updates) == 2 and all(events[index - 1] == "before_change" for index in updates)

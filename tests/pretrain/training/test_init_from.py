@@ -1,4 +1,4 @@
-"""model.init_from takes complete models alone."""
+"""model.init_from accepts only complete models."""
 
 import json
 import shutil
@@ -31,12 +31,12 @@ DAMAGES = {
         f"has tensors in another shape than its config.json says: {LOST};",
     ),
 }
-"""What is done to the weights, and what the error line says."""
+"""Damages to the weights: a function that changes the tensors, and a part of the error line."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A prepared corpus and, in `start`, a model for it."""
+    """Prepare a corpus and a model for it, in the folder `start`, and return their folder."""
     folder = tmp_path_factory.mktemp("init-from")
     path = write_config(folder, tiny_config(folder))
     prepare_corpus(path)
@@ -47,79 +47,78 @@ def folder(tmp_path_factory):
     return folder
 
 
-def started(folder, name, *, check=True, start="start", **changes):
+def run_from(folder, name, *, check=True, start="start", **changes):
     values = tiny_config(folder, name=name, model={"init_from": str(folder / start)}, **{"train__steps": 1} | changes)
     return run_command(ranks_command(2, "launcher/run.py", write_config(folder, values)), check=check)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_weights_that_are_not_those_of_the_model_are_named(folder, damage):
+def test_wrong_weights_are_named(folder, damage):
     change, expected = DAMAGES[damage]
     file = folder / "start" / "model.safetensors"
-    whole = file.read_bytes()
+    content = file.read_bytes()
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
-    done = started(folder, damage, check=False)
-    file.write_bytes(whole)
+    done = run_from(folder, damage, check=False)
+    file.write_bytes(content)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and expected in errors[0], done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_truncated_weights_are_one_line(folder):
+def test_truncated_weights_are_one_error_line(folder):
     file = folder / "start" / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-100])
-    done = started(folder, "truncated", check=False)
-    file.write_bytes(whole)
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    done = run_from(folder, "truncated", check=False)
+    file.write_bytes(content)
     assert done.returncode == 2 and done.stderr.count("error: model.init_from: cannot read ") == 1, done.stderr
 
 
 def test_a_complete_model_trains(folder):
-    done = started(folder, "complete")
+    done = run_from(folder, "complete")
     assert "finished at step 1" in done.stdout and "start has no tokenizer, so it is not known" in done.stdout
 
 
 def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
-    with_tokenizer(folder, "same")
+    copy_start(folder, "same")
     shutil.copytree(folder / "corpus" / "tokenizer", folder / "same", dirs_exist_ok=True)
     spec = json.loads((folder / "same" / "tokenizer.json").read_text())
-    (folder / "same" / "tokenizer.json").write_text(
-        json.dumps(spec, indent=2)
-    )  # as another version of the library may write it
-    done = started(folder, "of-the-same", start="same")
+    # another version of the library may indent the file differently
+    (folder / "same" / "tokenizer.json").write_text(json.dumps(spec, indent=2))
+    done = run_from(folder, "of-the-same", start="same")
     assert "finished at step 1" in done.stdout and "tokenizer" not in done.stdout
-    with_tokenizer(folder, "other")
+    copy_start(folder, "other")
     texts = [view[::-1] for index in range(600) for view in generate(0, "train", index)]
     assert train(texts, 400, folder / "other").vocab_size == 400
-    done = started(folder, "of-another", start="other", check=False)
+    done = run_from(folder, "of-another", start="other", check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr
     assert f"the tokenizer of {folder / 'other'} is not the one of {folder / 'corpus'} (id " in errors[0]
     assert "prepare the corpus with data.tokenizer.path set to that folder" in errors[0]
 
 
-def with_tokenizer(folder, name):
-    """A copy of the model in `start`, which a test gives a tokenizer."""
+def copy_start(folder, name):
+    """Copy the model in `start`, for a test that adds a tokenizer to it."""
     shutil.copytree(folder / "start", folder / name)
 
 
-def test_a_run_resumes_without_the_folder_that_it_started_from(folder):
+def test_a_run_resumes_without_its_init_from_folder(folder):
     shutil.copytree(folder / "start", folder / "gone")
     changes = {"train__steps": 4, "checkpoint": {"every": 2}}
-    started(folder, "moved", start="gone", **changes)
+    run_from(folder, "moved", start="gone", **changes)
     checkpoints = folder / "runs" / "moved" / "checkpoints"
     (checkpoints / step_name(4)).rename(folder / "expected")
     (folder / "runs" / "moved" / "status.json").unlink()
     shutil.rmtree(folder / "gone")
-    assert "finished at step 4" in started(folder, "moved", start="gone", **changes).stdout
+    assert "finished at step 4" in run_from(folder, "moved", start="gone", **changes).stdout
     assert_same_checkpoints(folder / "expected", checkpoints / step_name(4))
     assert "parameters" in run_command(["python", "launcher/run.py", folder / "moved.yaml", "--dry-run"]).stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_rotary_embedding_that_looks_at_the_batch_is_refused(folder, options):
+def test_a_rotary_embedding_that_depends_on_the_batch_is_refused(folder, options):
     file = folder / "start" / "config.json"
     original = file.read_text()
     file.write_text(

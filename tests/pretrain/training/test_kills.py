@@ -1,4 +1,4 @@
-"""Fifty kills and a hundred damages: what is left at the end is bit for bit what an undisturbed run leaves."""
+"""After fifty kills or a hundred damages, a run ends bitwise equal to an undisturbed run."""
 
 import contextlib
 import json
@@ -31,8 +31,8 @@ MOMENTS = ("start-up", "mid-step", "mid-save", "mid-rename", "mid-evaluation")
 pytestmark = pytest.mark.slow
 
 
-def runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Path, list[str]]]:
-    """Folders and commands of runs that differ in nothing but their names; their corpus is prepared."""
+def prepare_runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Path, list[str]]]:
+    """Prepare the corpus of runs that differ only in their names, and return their folders and commands."""
     found = {}
     for name in names:
         values = tiny_config(
@@ -50,8 +50,8 @@ def runs(folder: Path, names: tuple[str, ...], **changes) -> dict[str, tuple[Pat
     return found
 
 
-def evaluating(run_dir: Path) -> list[psutil.Process]:
-    """The processes of the evaluation job."""
+def evaluation_processes(run_dir: Path) -> list[psutil.Process]:
+    """Return the processes of the evaluation job."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -60,13 +60,14 @@ def evaluating(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
-def wait(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
-    """Until the moment, or the end of the run; whether the moment came."""
-    checkpoints, begun = run_dir / "checkpoints", time.time()
+def wait_for_moment(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Random) -> bool:
+    """Wait for the moment or the end of the run, and return whether the moment moment_came."""
+    checkpoints, start_time = run_dir / "checkpoints", time.time()
 
-    def appears(file: str) -> bool:  # and is not what the kill before left behind
+    def appears(file: str) -> bool:
+        # older files are left over from the previous kill
         with contextlib.suppress(FileNotFoundError):
-            return any(path.stat().st_mtime > begun for path in checkpoints.glob(f".step-*.tmp/{file}"))
+            return any(path.stat().st_mtime > start_time for path in checkpoints.glob(f".step-*.tmp/{file}"))
         return False
 
     steps = len(list_steps(checkpoints))
@@ -74,19 +75,19 @@ def wait(running: BackgroundCommand, moment: str, run_dir: Path, rng: random.Ran
     if moment == "start-up":
         time.sleep(rng.uniform(0, 15))
         return True
-    happens = {
+    has_come = {
         "mid-step": lambda: (list_steps(checkpoints) or [0])[-1] > newest,
         "mid-save": lambda: appears("*.pt"),
         "mid-rename": lambda: appears("manifest.json") or len(list_steps(checkpoints)) != steps,
-        "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluating(run_dir),
+        "mid-evaluation": lambda: (list_steps(checkpoints) or [0])[-1] > newest and evaluation_processes(run_dir),
     }[moment]
     deadline = time.monotonic() + TIMEOUT
-    while not (came := bool(happens())) and running.process.poll() is None:
+    while not (moment_came := bool(has_come())) and running.process.poll() is None:
         assert time.monotonic() < deadline, running.log.read_text()[-2000:]
         time.sleep(0.001)
     if moment == "mid-step":
         time.sleep(rng.uniform(0, 0.5))
-    return came
+    return moment_came
 
 
 def test_fifty_kills_change_nothing(tmp_path, capsys):
@@ -97,31 +98,31 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
             for word in ("a", "bc", "dog", "truck")
         )
     )
-    found = runs(
+    found = prepare_runs(
         tmp_path,
         ("undisturbed", "killed"),
         checkpoint={"every": 2, "keep": 2},
         evaluation={"every": 40, "tasks": [{"name": "loss", "test": str(pairs)}]},
     )
-    (calm, command), (run_dir, killed_command) = found.values()
+    (undisturbed, command), (run_dir, killed_command) = found.values()
     run_command(command, timeout=4 * TIMEOUT)
     rng, kills, started = random.Random(4), Counter(), time.monotonic()
     while kills.total() < KILLS:
         moment = MOMENTS[kills.total() % len(MOMENTS)]
         running = BackgroundCommand(killed_command, tmp_path / "killed.log")
-        came = wait(running, moment, run_dir, rng)
+        moment_came = wait_for_moment(running, moment, run_dir, rng)
         assert "every checkpoint" not in running.log.read_text() and "damaged" not in running.log.read_text()
         ranks = running.ranks() if running.process.poll() is None else []
-        if ranks and came:
+        if ranks and moment_came:
             rng.choice(ranks).kill()
             kills[moment] += 1
             if moment == "mid-evaluation":
-                for job in evaluating(run_dir):
+                for job in evaluation_processes(run_dir):
                     with contextlib.suppress(psutil.Error):
                         job.kill()
             time.sleep(rng.uniform(0, 1))
         elif moment == "start-up":
-            kills[moment] += 1  # the launcher itself
+            kills[moment] += 1  # kills the launcher only
         running.kill()
         with capsys.disabled():
             step = (list_steps(run_dir / "checkpoints") or [0])[-1]
@@ -133,24 +134,25 @@ def test_fifty_kills_change_nothing(tmp_path, capsys):
             break
     last = run_command(killed_command, timeout=4 * TIMEOUT)
     assert read_status(run_dir)["status"] == "finished", last.stdout[-2000:]
-    assert kills.total() == KILLS, f"the run was over after {kills}"
-    newest = list_steps(calm / "checkpoints")[-1]
-    assert_same_checkpoints(*(folder / "checkpoints" / step_name(newest) for folder in (calm, run_dir)))
-    assert_every_record_once_an_epoch(tmp_path / "runs" / "killed.records", newest)
-    tables = [
-        [
-            {tag: value for tag, value in json.loads(line).items() if not tag.startswith(("seconds", "throughput"))}
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        for folder in (calm, run_dir)
-    ]
-    assert tables[0] == tables[1]
+    assert kills.total() == KILLS, f"the run finished after only {kills}"
+    newest = list_steps(undisturbed / "checkpoints")[-1]
+    assert_same_checkpoints(*(folder / "checkpoints" / step_name(newest) for folder in (undisturbed, run_dir)))
+    assert_every_record_once_per_epoch(tmp_path / "runs" / "killed.records", newest)
+    assert comparable_metrics(undisturbed) == comparable_metrics(run_dir)
     expected = [("loss", step) for step in range(40, newest + 1, 40)]
-    assert evaluated(calm) == evaluated(run_dir) == expected
+    assert finished_evaluations(undisturbed) == finished_evaluations(run_dir) == expected
 
 
-def evaluated(run_dir: Path) -> list[tuple[str, int]]:
-    """Tasks and steps of the evaluations, once the job has taken all that it was asked for."""
+def comparable_metrics(run_dir: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl without the elapsed time and the throughput."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {tag: value for tag, value in line.items() if not tag.startswith(("seconds", "throughput"))} for line in lines
+    ]
+
+
+def finished_evaluations(run_dir: Path) -> list[tuple[str, int]]:
+    """Return tasks and steps of the evaluations after the job has handled all requests."""
     deadline = time.monotonic() + TIMEOUT
     while any((run_dir / "checkpoints" / "pins").iterdir()):
         assert time.monotonic() < deadline, (run_dir / "evaluation" / "log.txt").read_text()[-2000:]
@@ -161,25 +163,28 @@ def evaluated(run_dir: Path) -> list[tuple[str, int]]:
     )
 
 
-def assert_every_record_once_an_epoch(path: Path, steps: int) -> None:
-    """By what rank 0 wrote down: a step that was made again took the same records."""
-    taken: dict[int, list[int]] = {}
+def assert_every_record_once_per_epoch(path: Path, steps: int) -> None:
+    """Assert that rank 0 wrote every record once per epoch to the file at `path`.
+
+    A step that was repeated after a kill must have read the same records.
+    """
+    records_of_step: dict[int, list[int]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        assert taken.setdefault(entry["step"], entry["records"]) == entry["records"]
-    assert sorted(taken) == list(range(1, steps + 1))
-    counts = Counter(record for step in range(1, steps + 1) for record in taken[step])
+        assert records_of_step.setdefault(entry["step"], entry["records"]) == entry["records"]
+    assert sorted(records_of_step) == list(range(1, steps + 1))
+    counts = Counter(record for step in range(1, steps + 1) for record in records_of_step[step])
     assert counts == dict.fromkeys(range(RECORDS), EPOCHS)
 
 
-def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
-    found = runs(tmp_path, ("run",), checkpoint={"every": 5, "keep": 3})
+def test_a_hundred_damages_are_detected_and_never_loaded(tmp_path):
+    found = prepare_runs(tmp_path, ("run",), checkpoint={"every": 5, "keep": 3})
     run_dir, command = found["run"]
     run_command(command)
     newest, before = list_steps(run_dir / "checkpoints")[-1], list_steps(run_dir / "checkpoints")[-2]
-    whole = run_dir / "checkpoints" / step_name(newest)
+    checkpoint = run_dir / "checkpoints" / step_name(newest)
     rng, damages = random.Random(5), []
-    files = sorted(path.name for path in whole.iterdir())
+    files = sorted(path.name for path in checkpoint.iterdir())
     for number in range(100):
         damages.append(
             (
@@ -188,33 +193,33 @@ def test_a_hundred_damages_are_found_and_none_is_loaded(tmp_path):
                 rng.random(),
             )
         )
-    for file, damage, place in damages:
+    for file, damage, fraction in damages:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(whole, copy)
-        spoil(copy / file, damage, place)
+        shutil.copytree(checkpoint, copy)
+        apply_damage(copy / file, damage, fraction)
         assert check(copy), (file, damage)
-    for number, (file, damage, place) in enumerate(rng.sample(damages, 5)):
+    for number, (file, damage, fraction) in enumerate(rng.sample(damages, 5)):
         (run_dir / "status.json").unlink()
         kept = tmp_path / f"kept-{number}"
-        shutil.copytree(whole, kept)
-        spoil(whole / file, damage, place)
+        shutil.copytree(checkpoint, kept)
+        apply_damage(checkpoint / file, damage, fraction)
         done = run_command(command)
         assert f"{step_name(newest)} is damaged: " in done.stdout and f"going on from step {before}" in done.stdout
-        aside = whole.with_name(f"damaged-{whole.name}")
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         assert file in (aside / "damage.txt").read_text()
-        assert_same_checkpoints(kept, whole)
+        assert_same_checkpoints(kept, checkpoint)
 
 
-def spoil(path: Path, damage: str, place: float) -> None:
+def apply_damage(path: Path, damage: str, fraction: float) -> None:
     content = path.read_bytes()
     match damage:
         case "truncate":
-            path.write_bytes(content[: int(place * (len(content) - 1))])
+            path.write_bytes(content[: int(fraction * (len(content) - 1))])
         case "empty":
             path.write_bytes(b"")
         case "delete":
             path.unlink()
         case "flip":
-            at = int(place * len(content))
-            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << int(8 * place)]) + content[at + 1 :])
+            index = int(fraction * len(content))
+            path.write_bytes(content[:index] + bytes([content[index] ^ 1 << int(8 * fraction)]) + content[index + 1 :])

@@ -1,4 +1,4 @@
-"""The same run under deepspeed, torchrun and srun's variables; and what a user's mistakes end in."""
+"""Launchers and user errors: deepspeed, torchrun and srun give the same run, and an error is one line."""
 
 import json
 import os
@@ -105,12 +105,12 @@ INVALID_CONFIGS = {
         "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'",
     ),
     "two budgets": ({"train__epochs": 2}, "the budget is exactly one of"),
-    "option that cannot act": (
+    "option without effect": (
         {"objective__distance": "cosine", "objective__temperature": 0.1},
         "temperature acts on distance info_nce only",
     ),
     "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
-    "DeepSpeed key that could not act": (
+    "DeepSpeed key without effect": (
         {"deepspeed": {"activation_checkpointing": {}}},
         "set train.activation_checkpointing instead",
     ),
@@ -142,7 +142,8 @@ INVALID_CONFIGS = {
     ),
     "granularity": (
         {"deepspeed": {"zero_optimization": {"stage3_module_granularity_threshold": 10**9}}},
-        "deepspeed: zero_optimization.stage3_module_granularity_threshold can leave the gradients of a module unreduced",
+        "deepspeed: zero_optimization.stage3_module_granularity_threshold "
+        "can leave the gradients of a module unreduced",
     ),
     "elastic checkpoints": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}},
@@ -156,7 +157,7 @@ INVALID_CONFIGS = {
         {"deepspeed": {"zero_optimization": {"offload_param": {"device": "nvme"}}}},
         "deepspeed: zero_optimization.offload_param: device nvme needs nvme_path",
     ),
-    "offloading of a part": (
+    "partial offloading": (
         {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
         "deepspeed: zero_optimization.offload_optimizer.ratio does not work with",
     ),
@@ -200,7 +201,7 @@ INVALID_CONFIGS = {
     "row too short": ({"data__sequence_length": 16}, "data.sequence_length is 16, too short for the records"),
     "model too short": ({"model__shape__max_position_embeddings": 64}, "the model shape allows 64 positions"),
     "unknown shape key": ({"model__shape__hiden_size": 64}, "llama has no option 'hiden_size'"),
-    "shape that cannot be": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built so"),
+    "impossible shape": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built so"),
     "heads that do not divide": (
         {"model__shape__num_key_value_heads": 3, "model__shape__num_attention_heads": 4},
         "must be a multiple of num_key_value_heads",
@@ -222,24 +223,26 @@ INVALID_CONFIGS = {
         {"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}},
         "evaluation.tasks.0.test: there is no file nowhere",
     ),
-    "name that is no folder": ({"name": ".."}, "name: String should match pattern"),
-    "output that is no folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
+    "name that is not a folder name": ({"name": ".."}, "name: String should match pattern"),
+    "output that is not a folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
     "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
-    "no such start": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
+    "missing init_from": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
 }
 
 
-ON_CPU = {
+CUDA_ONLY = {
     "quantized weights": {"zero_quantized_weights": True},
     "quantized frozen weights": {"zero_quantized_nontrainable_weights": True},
     "super offload": {"offload_optimizer.super_offload": True},
 }
-"""Options of ZeRO that work on CUDA alone."""
+"""ZeRO options that work only on CUDA."""
 
 
-@pytest.mark.parametrize("option", ON_CPU)
-def test_an_option_that_needs_cuda_is_one_line_on_cpu_and_none_in_a_plan(folder, tmp_path, monkeypatch, capsys, option):
-    ((key, value),) = ON_CPU[option].items()
+@pytest.mark.parametrize("option", CUDA_ONLY)
+def test_an_option_that_needs_cuda_is_an_error_on_cpu_but_not_in_a_dry_run(
+    folder, tmp_path, monkeypatch, capsys, option
+):
+    ((key, value),) = CUDA_ONLY[option].items()
     zero = (
         {key: value}
         if "." not in key
@@ -254,7 +257,7 @@ def test_an_option_that_needs_cuda_is_one_line_on_cpu_and_none_in_a_plan(folder,
 
 
 def write_invalid_config(folder, tmp_path, mistake):
-    """A configuration with that mistake, and what the error line says of it."""
+    """Write a configuration with the mistake, and return its path and a part of the error line."""
     changes, expected = INVALID_CONFIGS[mistake]
     values = tiny_config(folder, output_dir=str(tmp_path))
     values |= changes if "model" in changes else tiny_config(folder, **({"output_dir": str(tmp_path)} | changes))
@@ -287,7 +290,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(folder, tmp_path, monkey
     assert "checkpoint.resume is never" in capsys.readouterr().err
 
 
-def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp_path, monkeypatch, capsys):
+def test_a_changed_zero_stage_and_corrupt_files_of_a_run_are_refused(folder, tmp_path, monkeypatch, capsys):
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), train__steps=1))
     run_command(["python", "launcher/run.py", str(path)])
     values = tiny_config(
@@ -305,21 +308,23 @@ def test_a_changed_zero_stage_and_spoiled_files_of_a_run_are_refused(folder, tmp
         assert f"{file} is spoiled" in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_other_settings(folder, monkeypatch, capsys):
+def test_a_run_does_not_resume_with_other_settings(folder, monkeypatch, capsys):
     finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
     run_command(["python", "launcher/run.py", str(finished)])
     run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
     assert "holds a run with another seed" in capsys.readouterr().err
     values = tiny_config(folder, name="finished", train__steps=1)
     values["data"]["sources"][0]["weight"] = 2.0
-    run_main(write_config(folder, values), monkeypatch, "--dry-run")  # the process above holds the lock of the folder
+    run_main(
+        write_config(folder, values), monkeypatch, "--dry-run"
+    )  # a dry run, because the process above still holds the lock of the folder
     assert "the weights of data.sources are [2.0, 1.0], but" in capsys.readouterr().err
     del values["data"]["sources"][1]
     run_main(write_config(folder, values), monkeypatch, "--dry-run")
     assert "data.sources are 1, but the corpus was prepared from 2" in capsys.readouterr().err
 
 
-def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypatch, capsys):
+def test_shards_or_a_tokenizer_of_another_corpus_are_refused(folder, tmp_path, monkeypatch, capsys):
     corpora = {name: tmp_path / name for name in ("first", "second")}
     sources = {name: [{"type": "nlrx", "records": 300, "seed": seed}] for seed, name in enumerate(corpora)}
 
@@ -338,7 +343,7 @@ def test_another_runs_shards_or_tokenizer_are_refused(folder, tmp_path, monkeypa
     assert "is not the tokenizer that the shards were made with" in capsys.readouterr().err
 
 
-def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
+def test_a_mistake_on_two_ranks_is_reported_once_and_keeps_its_exit_code(folder):
     path = write_config(folder, tiny_config(folder, name="mistaken", data__sequence_length=16))
     done = run_command(deepspeed_command(2, "launcher/run.py", path), check=False)
     assert done.returncode == 2
@@ -348,7 +353,7 @@ def test_a_mistake_on_two_ranks_is_told_once_and_keeps_its_exit_code(folder):
 
 
 def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
-    """The terminal sends the signal to the ranks, and so does their launcher."""
+    """Signal the whole process group, as a terminal does; the launcher then repeats the signal to the ranks."""
     path = write_config(folder, tiny_config(folder, name="interrupted", train__steps=1000))
     running = BackgroundCommand(deepspeed_command(2, FAULTY_RUN, "hold:3", path), folder / "interrupted.log")
     run_dir = folder / "runs" / "interrupted"
@@ -361,7 +366,7 @@ def test_ctrl_c_at_the_terminal_of_deepspeed_saves_and_stops(folder):
     )
 
 
-def test_ranks_that_cannot_meet_end_in_one_line_and_exit_code_1_for_another_start_may_succeed(folder):
+def test_ranks_that_cannot_meet_end_in_one_line_and_the_retryable_exit_code_1(folder):
     path = write_config(folder, tiny_config(folder, name="alone"))
     with socket.create_server(("", 0)) as taken:
         done = run_command(

@@ -1,4 +1,4 @@
-"""Layers that are computed again or compiled: the same losses, fewer activations, no compilation at each step."""
+"""Recomputed and compiled layers: the same losses, fewer activations, and no compilation at every step."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, name: str, **changes) -> str:
-    """Six steps of two micro batches, with a validation in their midst."""
+    """Write the configuration of six steps of two micro batches with a validation in the middle; return its path."""
     return str(
         write_config(
             folder,
@@ -71,31 +71,36 @@ def test_recomputed_layers_give_the_same_losses_and_gradient_norms(folder):
     assert_same_losses(folder, "plain", "recomputed", 1e-6)
 
 
-def test_layers_that_are_gathered_whole_give_the_same_losses_and_gradient_norms(folder):
-    """As all are unless monitor.gradients_every has to look into them."""
+def test_completely_gathered_layers_give_the_same_losses_and_gradient_norms(folder):
+    # layers are gathered completely unless monitor.gradients_every needs their modules
     assert_same_losses(folder, "plain", "by-module", 1e-6)
 
 
 @pytest.fixture(scope="module")
 def batches(corpus, specials) -> list[Batch]:
-    """Micro batches of the same shape, with other numbers of labels and pairs."""
+    """Return micro batches of the same shape with different numbers of labels and pairs."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
     loader = Loader(corpus, layout, 128, 0, dropout=0.3, epochs=None)
     rows = [loader.next_rows(4) for _ in range(3)]
-    made = [assemble(each, corpus, layout, specials, 128, int(each.paired.sum())) for each in rows]
-    assert len({len(batch.label_index) for batch in made}) == len({len(batch.pair_valid) for batch in made}) == 3
-    return made
+    assembled = [assemble(each, corpus, layout, specials, 128, int(each.paired.sum())) for each in rows]
+    assert (
+        len({len(batch.label_index) for batch in assembled}) == len({len(batch.pair_valid) for batch in assembled}) == 3
+    )
+    return assembled
 
 
 def kept_bytes(model, batch: Batch) -> int:
-    """Bytes of the activations that a forward pass keeps for the backward pass: parameters are not counted, storages once."""
+    """Return the bytes of activations that a forward pass keeps for the backward pass.
+
+    Parameters are not counted, and each storage is counted once.
+    """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # alive, so that no other takes its address
+            kept[storage.data_ptr()] = storage  # kept alive: otherwise another storage could reuse its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -110,7 +115,8 @@ def test_recomputed_layers_keep_fewer_activations(make_model, batches):
     gradients = [parameter.grad.clone() for parameter in model.causal_lm.model.parameters()]
     model.zero_grad()
     enable_activation_checkpointing(model)
-    inputs_of_layers = 2 * batches[0].token_ids.numel() * model.hidden_size * 4  # which checkpointing holds by itself
+    # checkpointing also keeps the input of each of the two layers, which the hooks do not see
+    inputs_of_layers = 2 * batches[0].token_ids.numel() * model.hidden_size * 4
     assert kept_bytes(model, batches[0]) + inputs_of_layers < before / 4
     assert all(
         torch.equal(parameter.grad, gradient)
@@ -154,7 +160,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reaso
 
 @pytest.fixture
 def fresh_dynamo():
-    """torch._dynamo as in a new process, with its own limits."""
+    """Reset torch._dynamo to the state and the limits of a new process."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
@@ -164,7 +170,7 @@ def fresh_dynamo():
 
 @needs_compiler
 @pytest.mark.slow
-def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokenizer, batches, fresh_dynamo):
+def test_layers_with_more_shapes_than_the_recompile_limit_are_all_compiled(tokenizer, batches, fresh_dynamo):
     shape = {
         "hidden_size": 32,
         "head_dim": 16,
@@ -194,7 +200,7 @@ def test_layers_of_more_shapes_than_the_limit_of_dynamo_are_all_compiled(tokeniz
 
 @needs_compiler
 @pytest.mark.slow
-def test_layers_that_are_not_compiled_are_warned_of_once(make_model, fresh_dynamo):
+def test_uncompiled_layers_are_reported_once(make_model, fresh_dynamo):
     model = make_model(1).eval()
     warnings = []
     compile_layers(model)

@@ -1,4 +1,4 @@
-"""Folders with names that mean something to a shell, to a pattern or to nobody."""
+"""Folder names with characters that are special in shells or glob patterns, or that are not ASCII."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pretrain.run_folder import list_steps, step_name
 from tests.commands import ranks_command, run_command, tiny_config, write_config
 
 
-def test_a_run_in_an_odd_folder_resumes_on_other_ranks_and_is_evaluated(tmp_path):
+def test_a_run_in_an_odd_folder_resumes_on_another_number_of_ranks_and_is_evaluated(tmp_path):
     home = tmp_path / 'it\'s [a] "b" * ? $HOME `c` (ü) 例 {d} + ^'
     home.mkdir()
     rows = home / "rows.jsonl"

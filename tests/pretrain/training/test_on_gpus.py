@@ -1,4 +1,4 @@
-"""What a run does differently on GPUs, as far as a CPU shows it."""
+"""Behaviour specific to runs on GPUs, as far as it can be tested on CPU."""
 
 import json
 import os
@@ -20,7 +20,7 @@ WORKER = ROOT / "tests" / "pretrain" / "training" / "fused_resume.py"
 
 @pytest.fixture(scope="module")
 def resumable(tmp_path_factory):
-    """A run on two ranks that was stopped after the second of four steps."""
+    """Train a run on two ranks that looks as if it was stopped after step 2 of 4, and return its folder."""
     folder = tmp_path_factory.mktemp("on-gpus")
     path = write_config(folder, tiny_config(folder, checkpoint={"every": 2}))
     prepare_corpus(path)
@@ -34,20 +34,20 @@ def settings(tmp_path, **changes) -> dict:
     return engine_settings(RunConfig(**tiny_config(tmp_path, **changes)), ranks=1)
 
 
-def test_gradients_are_added_up_in_fp32_unless_another_type_is_chosen(tmp_path):
+def test_gradients_are_accumulated_in_fp32_unless_another_type_is_chosen(tmp_path):
     assert settings(tmp_path, train__precision="bf16")["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings(tmp_path)["data_types"] == {"grad_accum_dtype": "fp32"}
     chosen = {"data_types": {"grad_accum_dtype": "bf16"}}
     assert settings(tmp_path, train__precision="bf16", deepspeed=chosen)["data_types"] == {"grad_accum_dtype": "bf16"}
 
 
-def test_the_timer_that_waits_for_the_gpu_in_every_micro_step_is_off_unless_it_is_asked_for(tmp_path):
+def test_the_timer_that_synchronizes_every_micro_step_is_off_by_default(tmp_path):
     assert settings(tmp_path)["timers"] == {"throughput": {"enabled": False}}
     chosen = {"throughput": {"enabled": True, "synchronized": False}}
     assert settings(tmp_path, deepspeed={"timers": chosen})["timers"] == chosen
 
 
-def test_a_background_evaluation_sees_no_gpu_or_the_one_that_is_named(monkeypatch):
+def test_a_background_evaluation_sees_no_gpu_or_only_the_configured_one(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     on_cpu, on_gpu = evaluation_environment("cpu"), evaluation_environment("cuda:7")
@@ -57,13 +57,13 @@ def test_a_background_evaluation_sees_no_gpu_or_the_one_that_is_named(monkeypatc
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", "7"])
-def test_another_device_of_evaluations_is_a_mistake(device):
+def test_an_unknown_device_for_evaluations_is_an_error(device):
     done = run_command(["python", "launcher/run.py", "configs/demo.yaml", f"evaluation.device={device}"], check=False)
     assert done.returncode == 2 and "evaluation.device" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_peak_is_that_of_the_very_device(monkeypatch):
-    """An H100 for PCIe is slower than one for SXM, whose name begins alike; an unknown device has no peak."""
+def test_the_peak_flops_depend_on_the_exact_device_name(monkeypatch):
+    # the names of an H100 for PCIe and of a faster one for SXM begin alike; an unknown device has no peak
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     peaks = {}
     for name in (
@@ -79,7 +79,7 @@ def test_the_peak_is_that_of_the_very_device(monkeypatch):
     assert list(peaks.values()) == [989e12, 756e12, 835e12, 989e12, None, 312e12]
 
 
-def test_ranks_of_a_machine_share_its_cores_for_compiling(monkeypatch):
+def test_ranks_on_a_machine_share_its_cores_for_compiling(monkeypatch):
     import torch._inductor.config as settings
 
     monkeypatch.setattr(settings, "compile_threads", 32)
@@ -87,14 +87,17 @@ def test_ranks_of_a_machine_share_its_cores_for_compiling(monkeypatch):
     limit_compile_threads(8)
     assert settings.compile_threads == 6
     limit_compile_threads(1)
-    assert settings.compile_threads == 6, "never more than was set"
+    assert settings.compile_threads == 6, "never more threads than configured"
     limit_compile_threads(100)
     assert settings.compile_threads == 1
 
 
 @pytest.mark.parametrize("micro_batch_rows", [4, 8])
-def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_path, resumable, micro_batch_rows):
-    """Not those of the checkpoint, which may come from a CPU, whose AdamW is not fused; with and without a conversion of it."""
+def test_a_load_keeps_the_optimizer_settings_of_the_run(tmp_path, resumable, micro_batch_rows):
+    """Check that the settings in the checkpoint are ignored, with and without a conversion to other ranks.
+
+    The checkpoint may come from a CPU, where AdamW is not fused.
+    """
     run_dir = tmp_path / "runs" / "run"
     shutil.copytree(resumable / "runs" / "run", run_dir)
     values = tiny_config(
@@ -109,7 +112,7 @@ def test_the_settings_of_the_optimizer_are_those_of_the_run_after_a_load(tmp_pat
     assert (run_dir / "checkpoints" / step_name(4)).exists()
 
 
-def test_a_gpu_for_evaluations_that_the_machine_lacks_is_a_mistake(tmp_path, resumable):
+def test_a_missing_gpu_for_evaluations_is_an_error(tmp_path, resumable):
     evaluation = {"every": 2, "device": "cuda:99", "tasks": [{"name": "loss", "test": str(tmp_path / "rows.jsonl")}]}
     (tmp_path / "rows.jsonl").write_text('{"text": "lines with dog", "code": ".*dog.*"}\n')
     path = write_config(

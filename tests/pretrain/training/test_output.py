@@ -1,4 +1,4 @@
-"""The output of a run goes to the console and to its log, and a run survives the loss of either."""
+"""The output of a run goes to the console and to its log; a run survives the loss of its console."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With a prepared corpus."""
+    """Prepare a corpus and return its folder."""
     folder = tmp_path_factory.mktemp("output")
     prepare_corpus(write_config(folder, tiny_config(folder)))
     return folder
@@ -32,44 +32,43 @@ def closed_pipe() -> IO[str]:
     return os.fdopen(writing, "w")
 
 
-def end_of(command: list[str], lost: IO[str]) -> int:
-    """The exit code of a command whose output and errors go nowhere."""
-    with lost:
-        return start(command, lost, lost).wait(TIMEOUT)
+def exit_code_of(command: list[str], broken_output: IO[str]) -> int:
+    """Return the exit code of a command whose stdout and stderr are lost."""
+    with broken_output:
+        return start(command, broken_output, broken_output).wait(TIMEOUT)
 
 
-@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
+@pytest.mark.parametrize("broken_output", [full_disk, closed_pipe])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_outlives_the_loss_of_its_output(folder, ranks, lost):
-    path = write_config(folder, tiny_config(folder, name=f"{lost.__name__}-{ranks}", train__steps=3))
+def test_a_run_survives_the_loss_of_its_output(folder, ranks, broken_output):
+    path = write_config(folder, tiny_config(folder, name=f"{broken_output.__name__}-{ranks}", train__steps=3))
     command = (
         ["python", str(FAULTY_RUN), "none", str(path)] if ranks == 1 else ranks_command(2, FAULTY_RUN, "none", path)
     )
-    run_dir = folder / "runs" / f"{lost.__name__}-{ranks}"
-    assert end_of(command, lost()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
+    run_dir = folder / "runs" / f"{broken_output.__name__}-{ranks}"
+    assert exit_code_of(command, broken_output()) == 0, (run_dir / "logs" / "rank-00000.log").read_text()
     assert read_status(run_dir)["status"] == "finished"
     log = (run_dir / "logs" / "rank-00000.log").read_text()
     assert "step 3" in log and "finished at step 3" in log and "Traceback" not in log
 
 
-@pytest.mark.parametrize("lost", [full_disk, closed_pipe])
-@pytest.mark.parametrize(
-    "mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}]
-)  # of the file, and found in the run
-def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, lost):
+@pytest.mark.parametrize("broken_output", [full_disk, closed_pipe])
+# the first mistake is found in the file, the second one in the run
+@pytest.mark.parametrize("mistake", [{"objective__wieght": 1}, {"data__sequence_length": 16}])
+def test_a_mistake_keeps_its_exit_code_without_output(folder, mistake, broken_output):
     path = write_config(folder, tiny_config(folder, name="mistaken", **mistake))
-    assert end_of(["python", "launcher/run.py", str(path)], lost()) == 2
+    assert exit_code_of(["python", "launcher/run.py", str(path)], broken_output()) == 2
 
 
-def test_an_error_of_a_single_rank_keeps_its_exit_code_without_output_and_its_traceback_is_in_the_log(folder):
+def test_an_error_without_output_keeps_its_exit_code_and_its_traceback_is_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="failed"))
-    assert end_of(["python", str(FAULTY_RUN), "fail:2", str(path)], full_disk()) == 1
+    assert exit_code_of(["python", str(FAULTY_RUN), "fail:2", str(path)], full_disk()) == 1
     log = (folder / "runs" / "failed" / "logs" / "rank-00000.log").read_text()
     assert log.count("Traceback (most recent call last)") == 1 and "RuntimeError: made to fail" in log
     assert read_status(folder / "runs" / "failed")["status"] == "failed"
 
 
-def test_a_read_behind_the_end_of_a_mapped_file_leaves_a_traceback(folder):
+def test_a_bus_error_leaves_a_traceback_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="truncated"))
     with open(os.devnull, "w") as nowhere:
         assert start(["python", str(FAULTY_RUN), "bus:2", str(path)], nowhere, nowhere).wait(TIMEOUT) == -signal.SIGBUS
@@ -77,7 +76,7 @@ def test_a_read_behind_the_end_of_a_mapped_file_leaves_a_traceback(folder):
     wait_for(lambda: "Fatal Python error: Bus error" in log.read_text() and "faulty_run.py" in log.read_text())
 
 
-def test_what_a_library_prints_before_it_aborts_rank_0_is_on_the_console_and_in_the_log(folder):
+def test_the_last_output_of_an_aborting_library_is_on_the_console_and_in_the_log(folder):
     path = write_config(folder, tiny_config(folder, name="aborted"))
     errors, log = folder / "errors.txt", folder / "runs" / "aborted" / "logs" / "rank-00000.log"
     with open(errors, "w") as file, open(os.devnull, "w") as output:

@@ -1,4 +1,4 @@
-"""Old checkpoints go, but for those that are kept for good, pinned, or cannot be removed."""
+"""Old checkpoints are removed unless they are permanent, pinned or impossible to remove."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ from pretrain.run_folder import PINS, list_steps, step_name
 from pretrain.training.checkpoint import prune
 
 
-def made(folder, steps):
+def write_checkpoints(folder, steps):
     for step in steps:
         (folder / step_name(step)).mkdir(parents=True)
         (folder / step_name(step) / "shard.pt").write_bytes(b"x")
 
 
-def test_the_newest_and_those_kept_for_good_and_the_pinned_stay(tmp_path):
-    made(tmp_path, range(1, 11))
+def test_the_newest_the_permanent_and_the_pinned_checkpoints_are_kept(tmp_path):
+    write_checkpoints(tmp_path, range(1, 11))
     (tmp_path / PINS).mkdir()
     (tmp_path / PINS / step_name(3)).touch()
     assert prune(tmp_path, 2, 4) == []
@@ -24,9 +24,9 @@ def test_the_newest_and_those_kept_for_good_and_the_pinned_stay(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a folder that cannot be moved is a mount, which takes root")
-def test_a_removal_that_fails_is_told_and_the_others_are_removed(tmp_path):
-    made(tmp_path, (1, 2, 3, 4))
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is needed to mount a folder that cannot be moved")
+def test_a_failed_removal_is_reported_and_other_checkpoints_are_removed(tmp_path):
+    write_checkpoints(tmp_path, (1, 2, 3, 4))
     stuck = tmp_path / step_name(2)
     if subprocess.run(["mount", "-t", "tmpfs", "none", stuck], capture_output=True).returncode:
         pytest.skip("cannot mount here")

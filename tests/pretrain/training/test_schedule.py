@@ -1,4 +1,4 @@
-"""Budget and learning rate follow the consumed fraction of the run."""
+"""The budget and the learning rate depend on the consumed fraction of the run."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_the_stable_phase_ends_where_the_decay_begins():
     ("budget", "fraction"),
     [({"steps": 40}, 0.25), ({"tokens": 1000}, 0.5), ({"records": 400}, 0.75), ({"epochs": 2}, 1.5)],
 )
-def test_each_budget_counts_its_own(budget, fraction):
+def test_each_budget_counts_its_own_unit(budget, fraction):
     assert (
         consumed_fraction(Progress(step=10, tokens=500, records=300), train(**budget), total_epoch_records=200)
         == fraction

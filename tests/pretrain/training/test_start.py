@@ -1,4 +1,7 @@
-"""What is read at the start of a run: nothing that grows with the records, where the manifest knows; and epochs of a mixture."""
+"""The checks at the start of a run, and the epochs of a mixture of sources.
+
+A start reads the lengths of the records only if the manifest does not contain the answer.
+"""
 
 import json
 
@@ -34,7 +37,10 @@ def config(tmp_path):
 
 @pytest.fixture
 def small_corpus(write_corpus):
-    """Forty pairs, of which the longest needs 2 * 20 - 10 + 4 + 12 positions, then a document in pieces that fill rows of 48."""
+    """Return a function that writes a corpus of 40 pairs, a document in pieces that fill rows of 48, and one more pair.
+
+    The longest pair needs 2 * 20 - 10 + 4 + 12 positions.
+    """
 
     def make() -> Corpus:
         rng = np.random.default_rng(0)
@@ -58,9 +64,7 @@ def small_corpus(write_corpus):
     ("length", "objective", "needed"),
     [(48, PLAIN, None), (48, PREPENDED, None), (47, PLAIN, 48), (46, {"name": "llm_jepa", "distance": "cosine"}, 48)],
 )
-def test_rows_that_are_too_short_are_refused_by_what_the_longest_record_needs(
-    config, small_corpus, length, objective, needed
-):
+def test_rows_shorter_than_the_longest_record_are_refused(config, small_corpus, length, objective, needed):
     corpus = small_corpus()
     chosen = config(corpus, data__sequence_length=length, objective=objective)
     if needed is None:
@@ -72,22 +76,24 @@ def test_rows_that_are_too_short_are_refused_by_what_the_longest_record_needs(
             check(chosen, corpus, print)
 
 
-def test_lengths_are_read_only_where_the_manifest_does_not_know_and_that_is_said(config, small_corpus, monkeypatch):
+def test_lengths_are_read_only_if_the_manifest_lacks_the_answer_and_the_read_is_reported(
+    config, small_corpus, monkeypatch
+):
     monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
-    corpus, said = small_corpus(), []
+    corpus, messages = small_corpus(), []
     check(
         config(corpus, data__sequence_length=48, objective={"name": "llm_jepa", "distance": "cosine"}),
         corpus,
-        said.append,
+        messages.append,
     )
-    assert said == []
-    check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, said.append)
-    assert said == [
+    assert messages == []
+    check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, messages.append)
+    assert messages == [
         "note: reading the lengths of 44 records: the manifest does not tell whether all fit data.sequence_length=48"
     ]
 
 
-def test_pairs_are_found_behind_any_number_of_documents_and_missed_where_there_are_none(
+def test_pairs_are_found_after_any_number_of_documents_and_missing_pairs_are_an_error(
     config, write_corpus, monkeypatch
 ):
     monkeypatch.setattr(setup, "LENGTHS_AT_ONCE", 10)
@@ -106,27 +112,28 @@ def rows_of_task_a_task_may_be_a_source(config, write_corpus, tmp_path):
     corpus = write_corpus([([5], [6])] * 4)
     corpus.manifest["settings"]["data"] |= {"tokenizer": {"vocab_size": 512}}
     (tmp_path / "test.jsonl").write_text('{"view0": "a", "view1": "b"}\n')
-    said = []
+    messages = []
 
     def start(test):
         check(
             config(corpus, objective=PLAIN, evaluation={"tasks": [{"name": "retrieval", "test": test}]}),
             corpus,
-            said.append,
+            messages.append,
         )
 
     start({"type": "hub", "path": "owner/name"})
-    assert said == []
+    assert messages == []
     start({"type": "json", "path": str(tmp_path / "test.jsonl")})
-    assert [line.split(":")[0] for line in said] == ["WARNING"]  # it was not kept out of training
+    # the corpus was not decontaminated against these rows
+    assert [line.split(":")[0] for line in messages] == ["WARNING"]
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         start({"type": "json", "path": str(tmp_path / "nowhere.jsonl")})
     with pytest.raises(UserError, match=r"evaluation.tasks.0.test.path is not set"):
         start({"type": "json"})
 
 
-def test_epochs_are_those_of_the_mixture(tmp_path):
-    """In the budget, in the metrics, and in what a dry run expects."""
+def test_an_epoch_is_one_pass_over_the_mixture(tmp_path):
+    """Check the budget, the metrics and the plan of a dry run."""
     sources = [
         {"type": "nlrx", "records": 80, "weight": 1.5},
         {"type": "nlrx", "records": 41, "seed": 1, "weight": 0.5},
@@ -155,7 +162,9 @@ CONTRADICTIONS = {
     "data.deduplicate=exact": "data.deduplicate is exact, but {corpus} was prepared with none",
     "data.tokenizer={path: elsewhere}": "data.tokenizer.vocab_size is None, but {corpus} was prepared with 400",
     "data.tokenizer.model_type=unigram": "data.tokenizer.model_type is unigram, but {corpus} was prepared with None",
-    "data.sources.0.views={text: text}": "data.sources.0.views is {{'text': 'text'}}, but {corpus} was prepared with None",
+    "data.sources.0.views={text: text}": (
+        "data.sources.0.views is {{'text': 'text'}}, but {corpus} was prepared with None"
+    ),
     "data.on_malformed=drop": "data.on_malformed is drop, but {corpus} was prepared with fail",
     "data.sources=[{type: nlrx, records: 600}]": "data.sources are 1, but the corpus was prepared from 2",
 }
@@ -182,7 +191,7 @@ def test_a_data_section_that_contradicts_the_corpus_is_refused(tmp_path):
     run_command(["python", "launcher/run.py", path, *ALLOWED, "--dry-run"])
 
 
-def test_tests_that_the_preparation_did_not_compare_with_are_named(tmp_path):
+def test_task_files_that_the_preparation_did_not_decontaminate_against_are_named(tmp_path):
     (tmp_path / "seen.jsonl").write_text('{"text": "a question that is seen", "code": "a"}\n')
     (tmp_path / "new.jsonl").write_text('{"text": "a question that is new", "code": "a"}\n')
     tests = {
@@ -196,9 +205,11 @@ def test_tests_that_the_preparation_did_not_compare_with_are_named(tmp_path):
         config = load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": tasks}, **changes)))
         if not (tmp_path / "corpus" / "manifest.json").exists():
             prepare_corpus(tmp_path / "run.yaml")
-        said: list[str] = []
-        check(config, Corpus(config.data.path, "train"), said.append)
-        return [line.split(" (task")[0].rsplit(" ", 1)[1] for line in said if "was prepared without a look at" in line]
+        messages: list[str] = []
+        check(config, Corpus(config.data.path, "train"), messages.append)
+        return [
+            line.split(" (task")[0].rsplit(" ", 1)[1] for line in messages if "was prepared without a look at" in line
+        ]
 
     assert warnings("seen") == []
     assert warnings("seen", "new", "hub") == [tests["new"], "nobody/nothing"]

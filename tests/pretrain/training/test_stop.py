@@ -1,4 +1,4 @@
-"""A second signal ends a rank at once, but not within the seconds in which launchers repeat the first one."""
+"""A second signal ends a rank immediately, except during the grace period in which launchers repeat the first."""
 
 import signal
 import subprocess
@@ -13,18 +13,18 @@ RANK = """
 import os, sys
 from pretrain.training.stop import StopRequest
 
-class Heard(StopRequest):
+class EchoingStop(StopRequest):
     GRACE = 3600.0
 
     def _receive(self, number):
         super()._receive(number)
-        os.write(1, b"heard\\n")
+        os.write(1, b"received\\n")
 
-stop = Heard()
+stop = EchoingStop()
 os.write(1, b"up\\n")
 sys.stdin.readline()
-Heard.GRACE = 0.0
-os.write(1, b"the seconds are over\\n")
+EchoingStop.GRACE = 0.0
+os.write(1, b"the grace period is over\\n")
 sys.stdin.readline()
 """
 IN_A_COLLECTIVE = """
@@ -32,14 +32,14 @@ import os, torch, torch.distributed as dist
 from datetime import timedelta
 from pretrain.training.stop import StopRequest
 
-class Impatient(StopRequest):
+class StopWithoutGrace(StopRequest):
     GRACE = 0.0
 
 rank = int(os.environ["RANK"])
 store = dist.FileStore(os.environ["STORE"], 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(days=1))
 dist.barrier()
-stop = Impatient()
+stop = StopWithoutGrace()
 print("up", flush=True)
 if rank == 1:
     input()  # the peer waits for this rank
@@ -48,11 +48,11 @@ else:
 """
 
 
-def start(code: str, **more: str) -> subprocess.Popen:
+def start(code: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(**more),
+        env=environment(**variables),
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -66,10 +66,10 @@ def test_a_second_signal_ends_the_rank_but_a_repeated_one_does_not(number):
     assert rank.stdout.readline() == "up\n"
     for _ in range(2):
         rank.send_signal(number)
-        assert rank.stdout.readline() == "heard\n"
+        assert rank.stdout.readline() == "received\n"
     rank.stdin.write("\n")
     rank.stdin.flush()
-    assert rank.stdout.readline() == "the seconds are over\n"
+    assert rank.stdout.readline() == "the grace period is over\n"
     rank.send_signal(number)
     assert rank.wait(TIMEOUT) == 128 + number
     assert rank.stderr.read().count("saving and stopping") == 1
@@ -84,7 +84,7 @@ def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path):
                 assert line, "the rank ended early"
         waiting.send_signal(signal.SIGTERM)
         while "saving and stopping" not in (line := waiting.stderr.readline()):
-            assert line, "the rank ended by the first signal"
+            assert line, "the first signal ended the rank"
         waiting.send_signal(signal.SIGTERM)
         assert waiting.wait(TIMEOUT) == 128 + signal.SIGTERM
     finally:
@@ -93,7 +93,7 @@ def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path):
             rank.wait()
 
 
-def test_a_signal_that_nobody_can_read_of_is_kept_all_the_same():
+def test_a_signal_is_recorded_even_if_its_message_cannot_be_written():
     script = """
 import signal, time
 from pretrain.training.stop import StopRequest

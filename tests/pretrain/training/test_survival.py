@@ -1,4 +1,4 @@
-"""Invariants 3 and 4: a run that is stopped, killed and finds its newest checkpoint damaged ends with the same bits."""
+"""Invariants 3 and 4: a run that is stopped, killed and damaged ends bitwise equal to an undisturbed run."""
 
 import json
 import os
@@ -34,7 +34,11 @@ def last_step(run_dir) -> int:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """An undisturbed run, and one that is stopped by a signal to one rank, goes on, is killed, damaged, and goes on."""
+    """Train an undisturbed and a disturbed run, and return what happened.
+
+    The disturbed run is stopped by a signal to one rank, interrupted by Ctrl-C, and killed during a save. Its newest
+    checkpoint is then damaged. It resumes after each of these events.
+    """
     folder = tmp_path_factory.mktemp("survival")
     commands, runs = {}, {}
     for name in ("undisturbed", "disturbed"):
@@ -63,15 +67,14 @@ def story(tmp_path_factory):
 
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "hold:14", config), folder / "interrupted.log")
     running.wait_until(lambda: last_step(run_dir) >= 12, "some more steps")
-    os.killpg(
-        running.process.pid, signal.SIGINT
-    )  # what Ctrl-C does: the launcher passes it on to ranks that have it already
+    # like Ctrl-C: the ranks get the signal directly, and again from the launcher
+    os.killpg(running.process.pid, signal.SIGINT)
     running.end()
     interrupted = read_status(run_dir)
 
     running = BackgroundCommand(ranks_command(2, FAULTY_RUN, "save:40", config), folder / "killed.log")
     saving = run_dir / "checkpoints" / f".{step_name(40)}.tmp"
-    running.wait_until(lambda: saving.exists(), "the saving of step 40")
+    running.wait_until(lambda: saving.exists(), "the save of step 40")
     running.kill()
     kept = {step: check(run_dir / "checkpoints" / step_name(step)) for step in list_steps(run_dir / "checkpoints")}
     newest = list_steps(run_dir / "checkpoints")[-1]
@@ -91,7 +94,7 @@ def story(tmp_path_factory):
     }
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_very_step(story):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_current_step(story):
     status = story["stopped"]["status"]
     assert status["status"] == "resumable" and 6 <= status["step"] < STEPS
     assert status["step"] in story["stopped"]["steps"]
@@ -104,22 +107,22 @@ def test_ctrl_c_saves_and_stops(story):
     )
 
 
-def test_a_kill_while_saving_leaves_whole_checkpoints_only(story):
+def test_a_kill_during_a_save_leaves_only_complete_checkpoints(story):
     assert len(story["kept"]) >= 2 and set(story["kept"].values()) == {None}
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(story):
+def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_previous_one_is_used(story):
     before = sorted(story["kept"])[-2]
     assert f"{step_name(story['newest'])} is damaged" in story["resumed"]
     assert f"going on from step {before}" in story["resumed"]
     assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()
 
 
-def test_the_end_state_is_bitwise_that_of_an_undisturbed_run(story):
+def test_the_end_state_is_bitwise_equal_to_that_of_an_undisturbed_run(story):
     assert_same_checkpoints(*(run / "checkpoints" / step_name(STEPS) for run in story["runs"].values()))
 
 
-def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):
+def test_no_step_is_repeated_or_lost_in_metrics_and_tensorboard(story):
     tables = []
     for run in story["runs"].values():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -137,7 +140,7 @@ def test_no_step_is_doubled_or_lost_in_metrics_and_tensorboard(story):
     assert tables[0] == [line for line in tables[1] if line["step"] in {line["step"] for line in tables[0]}]
 
 
-def test_a_finished_run_says_so_and_does_nothing(story):
+def test_a_finished_run_reports_it_and_does_nothing(story):
     assert "is finished already" in run_command(story["commands"]["disturbed"]).stdout
 
 
@@ -163,7 +166,7 @@ def test_every_damage_to_every_file_is_detected(story, tmp_path, damage):
         assert check(copy), (damage, path.name)
 
 
-def test_checkpoints_are_kept_as_many_as_asked_and_latest_names_the_newest(story):
+def test_the_configured_number_of_checkpoints_is_kept_and_latest_names_the_newest(story):
     folder = story["runs"]["undisturbed"] / "checkpoints"
     assert list_steps(folder) == [40, 50, 60]
     assert (folder / "latest").read_text().strip() == step_name(60)

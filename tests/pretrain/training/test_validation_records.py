@@ -1,4 +1,4 @@
-"""Which records a validation takes."""
+"""The choice of validation records."""
 
 import torch
 
@@ -7,7 +7,7 @@ from pretrain.training.distributed import World
 from pretrain.training.validation import Validation
 
 
-def test_every_source_has_its_share_of_the_validation(write_corpus):
+def test_every_source_has_its_fraction_of_the_validation_records(write_corpus):
     short, long = [([5], [6])] * 300, [([5] * 4, [6] * 4)] * 100
     corpus = write_corpus(short + long, shard_records=100, sources=[(300, 1.0), (100, 1.0)])
     specials = SpecialTokenIds(0, 1, 2, 3, 512)

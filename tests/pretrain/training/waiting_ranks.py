@@ -1,6 +1,7 @@
-"""Ranks that wait as in a collective that never returns, while rank 1 dies, ends or pauses: `waiting_ranks.py killed|ended|paused`.
+"""Ranks that wait as if in a hanging collective: `waiting_ranks.py killed|ended|paused`.
 
-The others end with exit code 0 after 20 beats, if no watchdog ends them before.
+The argument says what happens to rank 1. Its peer ends with exit code 0 after 20 heartbeats unless a watchdog ends it
+earlier; in the case `killed` it would wait for 600 heartbeats.
 """
 
 import os
@@ -16,14 +17,16 @@ watchdog.HEARTBEAT_INTERVAL = 0.4
 case = sys.argv[1]
 world = init_world()
 assert world.rank_store is not None
-seconds = 100.0 if case == "paused" else 20.0  # 25 beats without a note, or the 10 that a rank has at least
+seconds = (
+    100.0 if case == "paused" else 20.0
+)  # a rank counts as dead after 25 missed heartbeats, or after the minimum of 10
 watch = watchdog.Watchdog(
     world.rank_store, world.rank, world.hosts, seconds, lambda line: print(f"rank {world.rank}: {line}", flush=True)
 )
 watch.report_progress(7)
 watch.first_step_done()
 if world.rank == 1 and case == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)  # before its second beat
+    os.kill(os.getpid(), signal.SIGKILL)  # before its second heartbeat
 if world.rank == 1 and case == "paused":
     subprocess.Popen(["sh", "-c", f"sleep {14 * watchdog.HEARTBEAT_INTERVAL}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)

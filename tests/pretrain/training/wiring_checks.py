@@ -1,4 +1,7 @@
-"""Every option of the configuration reaches what it is for. Run by test_wiring.py in a process of its own: engines leave traces."""
+"""Every option of the configuration reaches the object that it configures.
+
+test_wiring.py runs these tests in a separate process because engines leave global state behind.
+"""
 
 import json
 
@@ -24,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring")
     prepare_quietly(load_config(write_config(folder, tiny_config(folder))).data)
     tokenizer = Tokenizer.load(folder / "corpus" / "tokenizer")
-    torch.manual_seed(77)  # before any engine: while one lives, transformers partitions what it builds
+    torch.manual_seed(77)  # before any engine exists: afterwards transformers partitions new models
     start = random_causal_lm(
         build_model_config("llama", tiny_config(folder)["model"]["shape"], tokenizer, 128), "sdpa", torch.float32
     )
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def trainer_of(folder, name, **changes):
+def make_trainer(folder, name, **changes):
     return set_up(
         load_config(write_config(folder, tiny_config(folder, name=name, monitor__tensorboard=False, **changes))),
         init_world(),
@@ -41,7 +44,7 @@ def trainer_of(folder, name, **changes):
 
 
 def test_optimizer_schedule_and_precision(folder):
-    trainer = trainer_of(
+    trainer = make_trainer(
         folder,
         "optimizer",
         train__weight_decay=0.3,
@@ -65,7 +68,7 @@ def test_optimizer_schedule_and_precision(folder):
 
 
 def test_layout_labels_dropout_and_budget(folder):
-    trainer = trainer_of(
+    trainer = make_trainer(
         folder,
         "layout",
         objective__layout="independent",
@@ -83,8 +86,8 @@ def test_layout_labels_dropout_and_budget(folder):
     assert trainer.weights == {"lm": 1.0, "jepa": 0.5}
 
 
-def test_the_weight_schedule_weighs_the_loss_that_is_trained(folder):
-    trainer = trainer_of(folder, "scheduled", objective__weight_schedule=[[0.25, 0.2], [1.0, 1.0]])
+def test_the_weight_schedule_scales_the_training_loss(folder):
+    trainer = make_trainer(folder, "scheduled", objective__weight_schedule=[[0.25, 0.2], [1.0, 1.0]])
     assert [trainer.weights["jepa"], trainer.weights["lm"]] == [0.5 * 0.2, 1.0]
     trainer.train()
     lines = [json.loads(line) for line in (folder / "runs" / "scheduled" / "metrics.jsonl").read_text().splitlines()]
@@ -92,19 +95,19 @@ def test_the_weight_schedule_weighs_the_loss_that_is_trained(folder):
         assert line["loss/total"] == pytest.approx(line["loss/lm"] + 0.5 * factor * line["loss/jepa"], rel=1e-5)
 
 
-def test_layers_are_recomputed_and_compiled_where_the_configuration_says_so(folder):
+def test_layers_are_recomputed_and_compiled_only_if_configured(folder):
     plain, changed = (
-        trainer_of(folder, "plain"),
-        trainer_of(folder, "changed", train__activation_checkpointing=True, train__compile=True),
+        make_trainer(folder, "plain"),
+        make_trainer(folder, "changed", train__activation_checkpointing=True, train__compile=True),
     )
-    for trainer, wanted in ((plain, False), (changed, True)):
+    for trainer, expected in ((plain, False), (changed, True)):
         model = trainer.engine.module.model.causal_lm
-        assert model.is_gradient_checkpointing == wanted
-        assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") == wanted for layer in model.model.layers)
+        assert model.is_gradient_checkpointing == expected
+        assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") == expected for layer in model.model.layers)
 
 
-def test_init_from_starts_from_those_weights(folder):
-    trainer = trainer_of(folder, "started", model={"init_from": str(folder / "start")})
+def test_init_from_loads_the_weights(folder):
+    trainer = make_trainer(folder, "started", model={"init_from": str(folder / "start")})
     loaded = load_file(folder / "start" / "model.safetensors")
     for name, parameter in trainer.engine.module.model.causal_lm.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
@@ -114,7 +117,7 @@ def test_init_from_starts_from_those_weights(folder):
         assert torch.equal(predictor, load_file(folder / "start" / "jepa.safetensors")["predictor.weight"])
 
 
-def test_a_job_beside_a_rank_is_no_rank(monkeypatch):
+def test_a_job_started_by_a_rank_is_not_a_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("RANKING", "kept")

@@ -1,4 +1,7 @@
-"""Corpora prepared inside the test process, so that a mutant of the preparation is felt, and their records as one batch."""
+"""Fixtures that prepare corpora inside the test process and pack their records into one batch.
+
+A mutant of the preparation acts in the test process alone.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,9 +26,14 @@ ROW = 128
 
 @pytest.fixture
 def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
-    """The corpus of (context, target) texts, tokenized by a trained tokenizer or that of a folder; one worker is this process."""
+    """Return a function that prepares a corpus of (context, target) texts.
 
-    def corpus_of(records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None) -> Corpus:
+    It trains a tokenizer or loads the one in the folder `tokenizer`. With one worker, this process does all the work.
+    """
+
+    def prepare_corpus(
+        records: list[tuple[str, str]], sequence_length: int = ROW, tokenizer: Path | None = None
+    ) -> Corpus:
         folder = tmp_path_factory.mktemp("prepared-here")
         lines = folder / "pairs.jsonl"
         lines.write_text("".join(json.dumps({"text": text, "code": code}) + "\n" for text, code in records))
@@ -41,26 +49,29 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
         )
         return Corpus(folder / "corpus", "train")
 
-    return corpus_of
+    return prepare_corpus
 
 
 @pytest.fixture
 def shared_special_token_tokenizer(tmp_path) -> Path:
-    """A Hugging Face folder as many models have it: one token is BOS, EOS and pad, and the tokenizer puts BOS before every text."""
+    """Write a Hugging Face tokenizer whose only special token is BOS, EOS and padding, and return its folder.
+
+    Like those of many models, the tokenizer puts BOS in front of every text.
+    """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({character: number for number, character in enumerate(alphabet)}, [])
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    end = "<|endoftext|>"
-    tokenizer.add_special_tokens([end])
+    special = "<|endoftext|>"
+    tokenizer.add_special_tokens([special])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{end} $A", special_tokens=[(end, tokenizer.token_to_id(end))]
+        single=f"{special} $A", special_tokens=[(special, tokenizer.token_to_id(special))]
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), end))
+        json.dumps(dict.fromkeys(("bos_token", "eos_token", "pad_token"), special))
     )
     return tmp_path
 
@@ -73,18 +84,18 @@ class Packed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pack() -> Callable[..., Packed]:
-    """All records of a corpus as the micro batch of one rank, and `empty_rows` behind them."""
+    """Return a function that packs all records of a corpus, then `empty_rows`, into the micro batch of one rank."""
 
     def pack(
         corpus: Corpus,
         specials: SpecialTokenIds,
-        kind: str = "joint",
+        layout_name: str = "joint",
         pairing: Pairing | None = None,
         *,
         lm_views: str = "all",
         empty_rows: int = 0,
     ) -> Packed:
-        layout = make_layout(kind, specials, pairing=pairing, lm_views=lm_views)
+        layout = make_layout(layout_name, specials, pairing=pairing, lm_views=lm_views)
         rows = plan(corpus, np.arange(len(corpus)), layout, ROW, np.full(len(corpus), pairing is not None))
         rows = Rows.join([rows], rows.count + empty_rows)
         [batch] = batches.micro_batches(

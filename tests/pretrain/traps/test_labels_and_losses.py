@@ -1,4 +1,4 @@
-"""Traps of labels, tokens and losses: each check fails on a mutant that brings its trap back."""
+"""Traps of labels, tokens and losses: each check fails on a mutant that reintroduces its trap."""
 
 import random
 from dataclasses import replace
@@ -27,61 +27,60 @@ from tests.mutants import assert_detects_mutant
 from tests.reference import Ids, Reference
 
 ROW = 128
-KINDS = ("joint", "independent")
-ALONE = Gather(all_gather=lambda mine: mine, rank=0)
+LAYOUTS = ("joint", "independent")
+ONE_RANK = Gather(all_gather=lambda mine: mine, rank=0)
 TEXTS = [(f"lines {number} times", f"({letter}){{{number}}}") for number, letter in enumerate("abcdefgh", 2)]
 
 
 def some_records(count: int = 8) -> list[tuple[list[int], list[int]]]:
+    """Return random records, each a context and a target of token ids."""
     rng = random.Random(count)
-    return [
-        (
-            [rng.randrange(5, 400) for _ in range(rng.randint(2, 9))],
-            [rng.randrange(5, 400) for _ in range(rng.randint(2, 6))],
-        )
-        for _ in range(count)
-    ]
+
+    def random_tokens(longest: int) -> list[int]:
+        return [rng.randrange(5, 400) for _ in range(rng.randint(2, longest))]
+
+    return [(random_tokens(9), random_tokens(6)) for _ in range(count)]
 
 
-def other_batches(change):
-    """A mutant: what is assembled is changed, `change(batch, rows, corpus, specials) -> batch`."""
-    whole = batches.assemble
+def mutate_batches(change):
+    """Return a mutant that changes each assembled batch by `change(batch, rows, corpus, specials) -> batch`."""
+    original = batches.assemble
 
     def assemble(rows, corpus, layout, specials, *rest) -> Batch:
-        return change(whole(rows, corpus, layout, specials, *rest), rows, corpus, specials)
+        return change(original(rows, corpus, layout, specials, *rest), rows, corpus, specials)
 
     return lambda patch: patch.setattr(batches, "assemble", assemble)
 
 
-def other_texts(change):
-    """A mutant: the tokenizer encodes `change(tokenizer, texts, encode)`."""
-    whole = Tokenizer.encode_batch
+def mutate_texts(change):
+    """Return a mutant whose tokenizer returns `change(tokenizer, texts, encode)` for a batch of texts."""
+    original = Tokenizer.encode_batch
     return lambda patch: patch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts: change(self, texts, lambda others: whole(self, others))
+        Tokenizer, "encode_batch", lambda self, texts: change(self, texts, lambda others: original(self, others))
     )
 
 
-def seen_from(batch: Batch, place: int) -> list[int]:
-    """The tokens that the query at a place of the flattened batch sees: itself last."""
+def tokens_visible_at(batch: Batch, place: int) -> list[int]:
+    """Return the tokens visible to the query at a position of the flattened batch; its own token is the last."""
     row, query = divmod(place, batch.token_ids.shape[1])
     visible = visibility_mask(batch.visible_until, "sdpa")[row, 0, query].clone()
     return batch.token_ids[row][visible].tolist()
 
 
-def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_model, pack):
+def test_trap_01_labels_are_not_overwritten_by_a_collator(write_corpus, specials, make_model, pack):
     records, model = some_records(), make_model(0)
     corpus = write_corpus(records)
 
-    def check_the_loss_is_that_of_the_answers():
+    def check_only_answers_are_trained():
         packed = pack(corpus, specials, lm_views="last")
-        terms = NextToken()(model(packed.batch), packed.batch, model.cross_entropy, ALONE).terms
+        terms = NextToken()(model(packed.batch), packed.batch, model.cross_entropy, ONE_RANK).terms
         reference = Reference(
             model.causal_lm, None, Ids(specials.bos, specials.eos, specials.sep), "joint", lm_views="last"
         )
         expected = reference.losses(records, paired=[False] * len(records)).lm.item()
         assert terms["lm"].item() / loss_denominators(packed.rows, packed.layout)["targets"] == pytest.approx(
             expected, rel=1e-5
-        ), "prompts are learnt"
+        ), "prompts are trained"
 
     def collator(batch, rows, corpus, specials):
         ids = batch.token_ids.flatten()
@@ -89,20 +88,20 @@ def test_trap_01_no_collator_overwrites_the_labels(write_corpus, specials, make_
         return replace(batch, label_index=places, label_ids=ids[places + 1])
 
     with torch.no_grad():
-        assert_detects_mutant(other_batches(collator), check_the_loss_is_that_of_the_answers, "prompts are learnt")
+        assert_detects_mutant(mutate_batches(collator), check_only_answers_are_trained, "prompts are trained")
 
 
-def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(
+def test_trap_02_the_end_token_is_a_target_even_if_a_tokenizer_pads_with_it(
     prepare_in_process, shared_special_token_tokenizer, pack
 ):
     corpora = [prepare_in_process(TEXTS), prepare_in_process(TEXTS, tokenizer=shared_special_token_tokenizer)]
 
-    def check_every_text_ends_with_a_learnt_end_token():
-        for corpus, kind in product(corpora, KINDS):
+    def check_every_end_token_is_a_target():
+        for corpus, layout_name in product(corpora, LAYOUTS):
             specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
-            batch = pack(corpus, specials, kind, Pairing(1), empty_rows=1).batch
-            texts = len(corpus) * (2 if kind == "independent" else 1)
-            assert batch.label_ids.tolist().count(specials.eos) == texts, "the end token is not learnt"
+            batch = pack(corpus, specials, layout_name, Pairing(1), empty_rows=1).batch
+            texts = len(corpus) * (2 if layout_name == "independent" else 1)
+            assert batch.label_ids.tolist().count(specials.eos) == texts, "the end token is not trained"
             assert batch.token_ids[-1].tolist() == [specials.pad] * ROW and specials.pad not in batch.label_ids
 
     def pad_is_eos_and_masked_by_id(batch, rows, corpus, specials):
@@ -111,32 +110,33 @@ def test_trap_02_the_end_token_is_a_target_though_a_tokenizer_pads_with_it(
         return replace(batch, token_ids=padded, label_index=batch.label_index[kept], label_ids=batch.label_ids[kept])
 
     assert_detects_mutant(
-        other_batches(pad_is_eos_and_masked_by_id),
-        check_every_text_ends_with_a_learnt_end_token,
-        "the end token is not learnt",
+        mutate_batches(pad_is_eos_and_masked_by_id),
+        check_every_end_token_is_a_target,
+        "the end token is not trained",
     )
 
 
-def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus, specials, pack):
+def test_trap_03_labels_are_set_by_construction_not_by_search(write_corpus, specials, pack):
+    # the answers of the first three records also occur in their prompts
     records = [
         ([7, 8, 9, 7, 8], [7, 8]),
         ([5, 6], [5, 6]),
         ([11, 12, 13], [12]),
         *some_records(),
-    ]  # answers that stand in their prompts
+    ]
     corpus = write_corpus(records)
 
-    def check_the_answers_behind_their_prompts_are_the_labels():
+    def check_the_answers_are_the_labels():
         packed = pack(corpus, specials, lm_views="last", pairing=Pairing(1))
         expected = {}
         for record, row, start in zip(packed.rows.records, packed.rows.row, packed.rows.start, strict=True):
             context, target = records[record]
-            before = int(row) * ROW + int(start) + 1 + len(context)
-            expected |= {before + number: token for number, token in enumerate([*target, specials.eos])}
+            first = int(row) * ROW + int(start) + 1 + len(context)
+            expected |= {first + number: token for number, token in enumerate([*target, specials.eos])}
         found = dict(zip(packed.batch.label_index.tolist(), packed.batch.label_ids.tolist(), strict=True))
-        assert found == expected, "labels elsewhere"
+        assert found == expected, "labels at wrong positions"
 
-    def searched_for(batch, rows, corpus, specials):
+    def labels_by_search(batch, rows, corpus, specials):
         ids, places = batch.token_ids.flatten().tolist(), []
         for record, row, start in zip(rows.records, rows.row, rows.start, strict=True):
             target, place = records[record][1], int(row) * ROW + int(start)
@@ -147,37 +147,41 @@ def test_trap_03_labels_are_known_by_construction_not_searched_for(write_corpus,
         return replace(batch, label_index=index, label_ids=batch.token_ids.flatten()[index + 1])
 
     assert_detects_mutant(
-        other_batches(searched_for), check_the_answers_behind_their_prompts_are_the_labels, "labels elsewhere"
+        mutate_batches(labels_by_search), check_the_answers_are_the_labels, "labels at wrong positions"
     )
 
 
-def test_trap_06_a_text_has_one_bos_whatever_its_tokenizer_adds(
+def test_trap_06_a_text_has_one_bos_even_if_its_tokenizer_adds_one(
     prepare_in_process, shared_special_token_tokenizer, pack
 ):
-    def check_one_bos_a_text():
-        for tokenizer, kind in product((None, shared_special_token_tokenizer), KINDS):
+    def check_one_bos_per_text():
+        for tokenizer, layout_name in product((None, shared_special_token_tokenizer), LAYOUTS):
             corpus = prepare_in_process(TEXTS, tokenizer=tokenizer)
             specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
-            texts = len(corpus) * (2 if kind == "independent" else 1)
-            found = pack(corpus, specials, kind, Pairing(1)).batch.token_ids.flatten().tolist().count(specials.bos)
-            assert found == texts, "BOS stands twice"
+            texts = len(corpus) * (2 if layout_name == "independent" else 1)
+            found = (
+                pack(corpus, specials, layout_name, Pairing(1)).batch.token_ids.flatten().tolist().count(specials.bos)
+            )
+            assert found == texts, "a text has two BOS tokens"
 
-    adds_its_own = other_texts(lambda tokenizer, texts, encode: [[tokenizer.bos_id, *ids] for ids in encode(texts)])
-    assert_detects_mutant(adds_its_own, check_one_bos_a_text, "BOS stands twice")
+    tokenizer_adds_bos = mutate_texts(
+        lambda tokenizer, texts, encode: [[tokenizer.bos_id, *ids] for ids in encode(texts)]
+    )
+    assert_detects_mutant(tokenizer_adds_bos, check_one_bos_per_text, "a text has two BOS tokens")
 
 
-def test_trap_07_no_header_stands_in_both_views(prepare_in_process, pack):
+def test_trap_07_no_header_is_added_to_both_views(prepare_in_process, pack):
     def check_the_views_share_no_beginning():
-        corpus = prepare_in_process(TEXTS)  # no context begins like its target
+        corpus = prepare_in_process(TEXTS)  # no context begins with the same token as its target
         specials = language_model.special_ids(corpus.tokenizer, language_model.padded_vocab_size(corpus.tokenizer))
         added = {specials.pad, specials.bos, specials.eos, specials.sep, specials.predictor}
-        for kind in KINDS:
-            batch = pack(corpus, specials, kind, Pairing(1)).batch
+        for layout_name in LAYOUTS:
+            batch = pack(corpus, specials, layout_name, Pairing(1)).batch
             for pair in zip(batch.prediction_index.tolist(), batch.target_index.tolist(), strict=True):
-                views = [[token for token in seen_from(batch, place) if token not in added] for place in pair]
+                views = [[token for token in tokens_visible_at(batch, place) if token not in added] for place in pair]
                 assert views[0][0] != views[1][0], "both views begin with a header"
 
-    dated_header = other_texts(lambda tokenizer, texts, encode: encode([f"26 Jul\n{text}" for text in texts]))
+    dated_header = mutate_texts(lambda tokenizer, texts, encode: encode([f"26 Jul\n{text}" for text in texts]))
     assert_detects_mutant(dated_header, check_the_views_share_no_beginning, "both views begin with a header")
 
 
@@ -185,8 +189,8 @@ def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials
     corpus, model = write_corpus(some_records()), make_model(1)
 
     def check_attention_is_defined_everywhere():
-        for kind in KINDS:
-            batch = pack(corpus, specials, kind, Pairing(1), empty_rows=1).batch
+        for layout_name in LAYOUTS:
+            batch = pack(corpus, specials, layout_name, Pairing(1), empty_rows=1).batch
             mask = visibility_mask(batch.visible_until, "sdpa")
             additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
             assert additive.softmax(dim=-1).isfinite().all(), "a query sees nothing"
@@ -197,43 +201,48 @@ def test_trap_08_no_row_of_the_mask_is_all_minus_infinity(write_corpus, specials
 
     with torch.no_grad():
         assert_detects_mutant(
-            other_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing"
+            mutate_batches(padding_sees_nothing), check_attention_is_defined_everywhere, "a query sees nothing"
         )
 
 
-def test_trap_09_predictor_tokens_are_no_rows_of_the_tied_output_layer(tokenizer, write_corpus, make_model, pack):
+def test_trap_09_predictor_tokens_are_not_rows_of_the_tied_output_layer(tokenizer, write_corpus, make_model, pack):
     records = some_records()
     corpus = write_corpus(records)
-    of_text = {token for record in records for view in record for token in view}
+    text_tokens = {token for context, target in records for token in (*context, *target)}
 
-    def check_the_pair_term_trains_rows_of_text_alone():
+    def check_the_pair_term_trains_rows_of_text_tokens_only():
         model = make_model(2)
         specials = language_model.special_ids(tokenizer, model.vocab_size)
         batch = pack(corpus, specials, pairing=Pairing(2)).batch
-        LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ALONE).terms["jepa"].backward()
+        LlmJepa(1.0, "cosine")(model(batch), batch, model.cross_entropy, ONE_RANK).terms["jepa"].backward()
         output_layer = model.causal_lm.lm_head.weight
         assert output_layer is model.causal_lm.get_input_embeddings().weight, "the test needs tied embeddings"
         trained = set(output_layer.grad.abs().sum(dim=1).nonzero().flatten().tolist())
-        assert of_text <= trained <= of_text | {specials.bos, specials.sep, specials.eos}, (
+        assert text_tokens <= trained <= text_tokens | {specials.bos, specials.sep, specials.eos}, (
             "predictor tokens compete in the logits"
         )
 
-    def inside_the_vocabulary(patch):
-        whole = language_model.special_ids
+    def predictor_inside_the_vocabulary(patch):
+        original = language_model.special_ids
         patch.setattr(
             language_model,
             "special_ids",
-            lambda tokenizer, vocab_size: replace(whole(tokenizer, vocab_size), predictor=vocab_size - 2),
+            lambda tokenizer, vocab_size: replace(original(tokenizer, vocab_size), predictor=vocab_size - 2),
         )
 
     assert_detects_mutant(
-        inside_the_vocabulary, check_the_pair_term_trains_rows_of_text_alone, "predictor tokens compete in the logits"
+        predictor_inside_the_vocabulary,
+        check_the_pair_term_trains_rows_of_text_tokens_only,
+        "predictor tokens compete in the logits",
     )
 
 
 def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float:
-    """The sum of InfoNCE over ranks that hand each other their pairs; each computes twice, first to learn what the others hand over."""
-    objective, handed_over, losses = LlmJepa(1.0, "info_nce"), [[] for _ in range(ranks)], []
+    """Return the InfoNCE loss summed over ranks that exchange their pairs.
+
+    Every rank computes its loss twice: first to record the tensors that it sends, then with the tensors of all ranks.
+    """
+    objective, sent_by_rank, losses = LlmJepa(1.0, "info_nce"), [[] for _ in range(ranks)], []
     for sending in (True, False):
         for rank in range(ranks):
             [batch] = batches.micro_batches(
@@ -243,17 +252,17 @@ def contrastive_loss(model, rows, corpus, layout, specials, ranks: int) -> float
 
             def all_gather(mine, sending=sending, rank=rank, calls=calls):
                 if sending:
-                    handed_over[rank].append(mine)
+                    sent_by_rank[rank].append(mine)
                     return torch.cat([mine] * ranks)
                 call = next(calls)
-                return torch.cat([of_rank[call] for of_rank in handed_over])
+                return torch.cat([sent[call] for sent in sent_by_rank])
 
             value = objective(model(batch), batch, model.cross_entropy, Gather(all_gather, rank)).terms["jepa"].item()
             losses += [] if sending else [value]
     return sum(losses)
 
 
-def test_trap_10_the_negatives_are_those_of_all_ranks(write_corpus, specials, make_model, pack):
+def test_trap_10_negatives_come_from_all_ranks(write_corpus, specials, make_model, pack):
     corpus, model = write_corpus(some_records(40)), make_model(1)
     packed = pack(corpus, specials, pairing=Pairing(1))
     layout, count = packed.layout, packed.rows.count // 4 * 4
@@ -264,9 +273,11 @@ def test_trap_10_the_negatives_are_those_of_all_ranks(write_corpus, specials, ma
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), "negatives are missing"
 
     def local_negatives(patch):
-        whole = auxiliary.gather_pool
+        original = auxiliary.gather_pool
         patch.setattr(
-            auxiliary, "gather_pool", lambda prediction, target, batch, gather: whole(prediction, target, batch, ALONE)
+            auxiliary,
+            "gather_pool",
+            lambda prediction, target, batch, gather: original(prediction, target, batch, ONE_RANK),
         )
 
     with torch.no_grad():
@@ -274,7 +285,7 @@ def test_trap_10_the_negatives_are_those_of_all_ranks(write_corpus, specials, ma
 
 
 def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
-    """Of bf16 embeddings that are close, as pairs are late in training."""
+    """Use bf16 embeddings that are close to each other, like pairs late in training."""
     batch = pack(write_corpus(some_records()), specials, pairing=Pairing(1)).batch
     hidden = torch.randn(batch.token_ids.numel(), 64, generator=torch.Generator().manual_seed(0))
     hidden[batch.target_index] = hidden[batch.prediction_index] + 0.03 * hidden[batch.target_index]
@@ -288,19 +299,19 @@ def test_trap_11_distances_are_computed_in_fp32(write_corpus, specials, pack):
 
     def check_distances():
         for distance, values in expected.items():
-            terms = LlmJepa(1.0, distance)(hidden, batch, lambda hidden, label_ids: hidden.sum(), ALONE).terms
+            terms = LlmJepa(1.0, distance)(hidden, batch, lambda hidden, label_ids: hidden.sum(), ONE_RANK).terms
             assert terms["jepa"].item() == pytest.approx(values.sum().item(), rel=1e-3), (
                 f"{distance} is rounded to bf16"
             )
 
-    def left_in_bf16(patch):
+    def embeddings_in_bf16(patch):
         patch.setattr(
             auxiliary,
             "select_pair_embeddings",
             lambda hidden, batch: (hidden[batch.prediction_index], hidden[batch.target_index]),
         )
 
-    assert_detects_mutant(left_in_bf16, check_distances, "cosine is rounded to bf16")
+    assert_detects_mutant(embeddings_in_bf16, check_distances, "cosine is rounded to bf16")
 
 
 OPTIONS = {
@@ -316,20 +327,20 @@ OPTIONS = {
     "form": "sub_span",
 }
 COMBINATIONS = [
-    f"name: llm_jepa, distance: {distance}, predictor_tokens: {k}, layout: {kind}"
-    for distance, k, kind in product(("cosine", "info_nce"), (0, 1), KINDS)
-] + [f"name: semantic_tube, layout: {kind}" for kind in KINDS]
+    f"name: llm_jepa, distance: {distance}, predictor_tokens: {k}, layout: {layout_name}"
+    for distance, k, layout_name in product(("cosine", "info_nce"), (0, 1), LAYOUTS)
+] + [f"name: semantic_tube, layout: {layout_name}" for layout_name in LAYOUTS]
 
 
-def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, specials, make_model):
+def test_trap_12_an_option_has_an_effect_in_every_combination_or_is_refused(corpus, specials, make_model):
     def outcome(*overrides: str) -> list[float]:
-        """The loss of two rows and its gradient's norms, halfway through a run of that configuration."""
+        """Return the loss of two rows and the gradient norms, halfway through a run of that configuration."""
         config = load_config(ROOT / "configs" / "demo.yaml", list(overrides)).objective
         layout, objective = config.make_layout(specials, 2, "all"), build_objective(config)
         rows = Loader(corpus, layout, ROW, seed=0, dropout=config.record_dropout).next_rows(2)
         [batch] = batches.micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=1)
         model, units = make_model(layout.predictor_tokens), loss_denominators(rows, layout)
-        terms = objective(model(batch), batch, model.cross_entropy, ALONE).terms
+        terms = objective(model(batch), batch, model.cross_entropy, ONE_RANK).terms
         weights = {
             term: weight * (1.0 if term == "lm" else config.factor(0.5)) for term, weight in objective.weights.items()
         }
@@ -337,7 +348,7 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
         loss.backward()
         return [loss.item(), *(parameter.grad.norm().item() for parameter in model.parameters())]
 
-    def check_every_option_acts_or_is_refused():
+    def check_every_option_has_an_effect_or_is_refused():
         for combination in COMBINATIONS:
             before = outcome(f"objective={{{combination}}}")
             for option, value in OPTIONS.items():
@@ -347,31 +358,33 @@ def test_trap_12_an_option_acts_in_every_combination_or_is_refused(corpus, speci
                     continue
                 assert after != pytest.approx(before, rel=1e-4), f"{option} is ignored"
 
-    def dropout_for_one_layout(patch):
+    def dropout_in_one_layout_only(patch):
         patch.setattr(
             llm_jepa.Config, "record_dropout", property(lambda self: self.dropout if self.layout == "joint" else 0.0)
         )
 
-    def a_pool_that_holds_no_target_fixed(patch):
+    def pool_without_detached_targets(patch):
         patch.setattr(Pool, "with_detached_targets", lambda self: self)
 
-    assert_detects_mutant(dropout_for_one_layout, check_every_option_acts_or_is_refused, "dropout is ignored")
     assert_detects_mutant(
-        a_pool_that_holds_no_target_fixed, check_every_option_acts_or_is_refused, "stop_gradient is ignored"
+        dropout_in_one_layout_only, check_every_option_has_an_effect_or_is_refused, "dropout is ignored"
+    )
+    assert_detects_mutant(
+        pool_without_detached_targets, check_every_option_has_an_effect_or_is_refused, "stop_gradient is ignored"
     )
 
 
-def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_tokens(write_corpus, specials, pack):
+def test_trap_18_embeddings_are_read_at_the_last_token_for_any_special_tokens(write_corpus, specials, pack):
     records = some_records()
     corpus = write_corpus(records)
 
-    def check_what_the_read_outs_see():
-        for ids, kind, k, placement in product(
-            (specials, SpecialTokenIds(401, 402, 403, 404, 640)), KINDS, (0, 1, 3), ("append", "prepend")
+    def check_the_tokens_that_embeddings_see():
+        for ids, layout_name, k, placement in product(
+            (specials, SpecialTokenIds(401, 402, 403, 404, 640)), LAYOUTS, (0, 1, 3), ("append", "prepend")
         ):
-            batch = pack(corpus, ids, kind, Pairing(k, placement)).batch
+            batch = pack(corpus, ids, layout_name, Pairing(k, placement)).batch
             predictor = [ids.predictor + number for number in range(k)]
-            closing = ids.sep if kind == "joint" else ids.eos
+            closing = ids.sep if layout_name == "joint" else ids.eos
             for prediction, target, record in zip(
                 batch.prediction_index.tolist(), batch.target_index.tolist(), batch.pair_record, strict=True
             ):
@@ -381,12 +394,13 @@ def test_trap_18_embeddings_are_read_at_the_last_token_whatever_the_special_toke
                     if placement == "append"
                     else [ids.bos, *predictor, *context, closing]
                 )
-                assert seen_from(batch, prediction) == expected, "read at another token"
-                assert seen_from(batch, target) == [ids.bos] * (kind == "independent") + [*answer, ids.eos], (
-                    "read at another token"
-                )
+                assert tokens_visible_at(batch, prediction) == expected, "read at another token"
+                assert tokens_visible_at(batch, target) == [ids.bos] * (layout_name == "independent") + [
+                    *answer,
+                    ids.eos,
+                ], "read at another token"
 
-    def an_offset_by_hand(batch, rows, corpus, specials):
+    def offset_by_one(batch, rows, corpus, specials):
         return replace(batch, target_index=batch.target_index - 1)
 
-    assert_detects_mutant(other_batches(an_offset_by_hand), check_what_the_read_outs_see, "read at another token")
+    assert_detects_mutant(mutate_batches(offset_by_one), check_the_tokens_that_embeddings_see, "read at another token")

@@ -1,4 +1,7 @@
-"""Traps of whole runs, seen on real ranks: one process alone, and two as on two nodes of a device each. See trapped_runs.py."""
+"""Traps of complete runs on real ranks: a single process, and two ranks on two simulated nodes.
+
+The runs are trained by trapped_runs.py.
+"""
 
 import json
 import subprocess
@@ -35,7 +38,7 @@ RUNS = {
     },
     "dropout": {"objective__dropout": 0.3},
 }
-ALONE = [
+SINGLE_PROCESS_RUNS = [
     ("launcher-needed", "launcher_needed", "plain"),
     ("plain", "", "plain"),
     ("accumulated", "", "accumulated"),
@@ -49,22 +52,25 @@ ALONE = [
     ("deleted", "stopped+deleted_at_start", "plain"),
     ("deleted", "deleted_at_start", "plain"),
 ]
-"""Name, changes and settings of the runs of one process, in their order: `launcher_needed` shows in a process that had no run before."""
-TOGETHER = [
+"""Name, changes and settings of the single-process runs, in their order.
+
+`launcher_needed` only has an effect in a process that has not run before, so it is the first.
+"""
+TWO_RANK_RUNS = [
     ("two-ranks", "", "dropout"),
     ("dropout-per-rank", "dropout_in_the_loss", "dropout"),
     ("saved-by-rank-0", "saved_by_rank_0", ""),
     ("tokenizing", "tokenized_at_start", ""),
     ("two-writers", "device_0_is_rank_0", ""),
 ]
-"""Those of two ranks; `device_0_is_rank_0` ends both."""
+"""Name, changes and settings of the two-rank runs. `device_0_is_rank_0` is the last because it ends both ranks."""
 NO_GPU = 'raise RuntimeError("no CUDA GPUs are available")\n'
 TOKENIZING_ON_A_GPU = """
 from data_prep.tokenizer import Tokenizer
-whole = Tokenizer.encode_batch
+original = Tokenizer.encode_batch
 def encode_batch(self, texts):
     import torch
-    return torch.tensor(whole(self, texts)).cuda().tolist()
+    return torch.tensor(original(self, texts)).cuda().tolist()
 Tokenizer.encode_batch = encode_batch
 """
 
@@ -86,7 +92,10 @@ class Prepared(NamedTuple):
 
 @pytest.fixture(scope="module")
 def prepared_without_torch(tmp_path_factory) -> Prepared:
-    """The corpus, prepared where torch cannot be imported, and, as `mutant`, with a tokenizer that wants it. The sources are removed."""
+    """Prepare the corpus where torch cannot be imported, then try it as `mutant` with a tokenizer that needs torch.
+
+    The sources are removed afterwards.
+    """
     folder, done = tmp_path_factory.mktemp("running"), {}
     sources = write_sources(folder)
     for name, more in (("corpus", {}), ("mutant", {"sitecustomize.py": TOKENIZING_ON_A_GPU})):
@@ -105,9 +114,9 @@ def prepared_without_torch(tmp_path_factory) -> Prepared:
     return Prepared(folder, done)
 
 
-def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
-    """The runs as arguments of the worker."""
-    words = []
+def write_arguments(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
+    """Write the configurations of the runs and return the arguments of the worker."""
+    arguments = []
     for name, changes, settings in runs:
         values = tiny_config(
             folder,
@@ -118,13 +127,13 @@ def written(folder: Path, runs: list[tuple[str, str, str]]) -> list[str]:
             data__sources=[],
             **RUNS.get(settings, {}),
         )
-        words.append(f"{changes}:{write_config(folder, values)}")
-    return words
+        arguments.append(f"{changes}:{write_config(folder, values)}")
+    return arguments
 
 
 @pytest.fixture(scope="module")
 def folder(prepared_without_torch) -> Path:
-    """All runs, one process beside two ranks."""
+    """Run the single process and the two ranks at the same time, and return the folder of all runs."""
     folder = prepared_without_torch.folder
     two_nodes = {
         "SLURM_STEP_NUM_TASKS": "2",
@@ -133,25 +142,24 @@ def folder(prepared_without_torch) -> Path:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    together = written(folder, TOGETHER)
-    places = {
-        "alone": (written(folder, ALONE), {}),
-        **{f"rank-{rank}": (together, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)},
+    two_rank_arguments = write_arguments(folder, TWO_RANK_RUNS)
+    commands = {
+        "alone": (write_arguments(folder, SINGLE_PROCESS_RUNS), {}),
+        **{f"rank-{rank}": (two_rank_arguments, two_nodes | {"SLURM_PROCID": str(rank)}) for rank in range(2)},
     }
     processes = []
-    for place, (words, variables) in places.items():
-        with open(folder / f"{place}.log", "w") as output:
-            processes.append(start(["python", WORKER, *words], output, output, **variables))
+    for process_name, (arguments, variables) in commands.items():
+        with open(folder / f"{process_name}.log", "w") as output:
+            processes.append(start(["python", WORKER, *arguments], output, output, **variables))
     try:
         for process in processes:
             process.wait(TIMEOUT)
     finally:
         for process in processes:
             process.kill()
-    for place, process, code in zip(
-        places, processes, (0, 2, 2), strict=True
-    ):  # 2: device_0_is_rank_0 is a mistake of the user's
-        assert process.returncode == code, (folder / f"{place}.log").read_text()[-4000:]
+    expected_codes = (0, 2, 2)  # both ranks report device_0_is_rank_0 as an error of the user
+    for process_name, process, code in zip(commands, processes, expected_codes, strict=True):
+        assert process.returncode == code, (folder / f"{process_name}.log").read_text()[-4000:]
     return folder
 
 
@@ -160,22 +168,22 @@ def metrics(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def ended(folder: Path, name: str, rank: int = 0) -> dict:
+def outcome(folder: Path, name: str, rank: int = 0) -> dict:
     path = folder / f"{name}.rank{rank}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def same(one: list[dict], other: list[dict], tags: tuple[str, ...]) -> bool:
+def equal_metrics(one: list[dict], other: list[dict], tags: tuple[str, ...]) -> bool:
     return [[line[tag] for tag in tags] for line in one] == [
         pytest.approx([line[tag] for tag in tags], rel=1e-4) for line in other
     ]
 
 
-def test_trap_04_the_pair_loss_is_normalised_over_accumulation(folder):
+def test_trap_04_the_pair_loss_is_normalised_over_accumulated_micro_batches(folder):
     def check_against_a_single_micro_batch(name):
-        whole, parts = metrics(folder, "plain"), metrics(folder, name)
-        assert len(whole) == len(parts) == STEPS
-        assert same(whole, parts, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), (
+        single, accumulated = metrics(folder, "plain"), metrics(folder, name)
+        assert len(single) == len(accumulated) == STEPS
+        assert equal_metrics(single, accumulated, ("loss/total", "loss/lm", "loss/jepa", "optimizer/grad_norm")), (
             "accumulation changes the gradient"
         )
 
@@ -186,7 +194,7 @@ def test_trap_04_the_pair_loss_is_normalised_over_accumulation(folder):
 
 
 def moments(state) -> list[torch.Tensor]:
-    """All first and second moments in the nested state of an optimizer."""
+    """Return all first and second moments in the nested state of an optimizer."""
     if isinstance(state, dict):
         return [
             tensor
@@ -197,7 +205,7 @@ def moments(state) -> list[torch.Tensor]:
 
 
 def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
-    def check_what_bf16_would_round_away(name):
+    def check_fp32_master_weights_and_moments(name):
         checkpoint = folder / "runs" / name / "checkpoints" / step_name(STEPS)
         norms = {key: value for key, value in consolidate(checkpoint).items() if "norm" in key}
         assert norms and all(((value.double() - 1).abs() > 1e-5).any() for value in norms.values()), (
@@ -209,8 +217,10 @@ def test_trap_05_bf16_has_fp32_master_weights_and_moments(folder):
             "moments are rounded"
         )
 
-    check_what_bf16_would_round_away("bf16")
-    assert_fails_with(lambda: check_what_bf16_would_round_away("no-master"), "small updates of weights near 1 are lost")
+    check_fp32_master_weights_and_moments("bf16")
+    assert_fails_with(
+        lambda: check_fp32_master_weights_and_moments("no-master"), "small updates of weights near 1 are lost"
+    )
 
 
 def test_trap_11_a_collapse_is_measured(folder):
@@ -220,13 +230,13 @@ def test_trap_11_a_collapse_is_measured(folder):
             measures = {
                 prefix + measure for measure in ("paired_cosine", "shuffled_cosine", "effective_rank", "retrieval_at_1")
             }
-            assert measures <= last.keys(), "a loss alone is shown"
+            assert measures <= last.keys(), "only the loss is shown"
 
     check_measures("plain")
-    assert_fails_with(lambda: check_measures("unmeasured"), "a loss alone is shown")
+    assert_fails_with(lambda: check_measures("unmeasured"), "only the loss is shown")
 
 
-def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(prepare_in_process, tmp_path):
+def test_trap_13_records_longer_than_a_row_are_dropped_and_counted_or_refused(prepare_in_process, tmp_path):
     texts = [(f"number {number}", f"[{number}]") for number in range(30)]
     long = [("0123456789" * 9, "[0-9]"), ("a long one", "0123456789" * 4)]
     corpora = []
@@ -240,13 +250,13 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
         rows = Loader(corpus, layout, 96, seed=0, epochs=1).next_rows(len(texts))
         assert sorted(rows.records) == list(range(len(texts)))
 
-    def let_through(patch):
+    def no_length_limit(patch):
         patch.setattr(encode, "positions_needed", lambda lengths: lengths[:, 0] * 0)
 
-    assert_detects_mutant(let_through, check_every_record_fits_or_is_counted, "records are too long for a row")
-    right, overfull = corpora
-    hungry = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
-    for name, corpus, length, objective in (("overfull", overfull, 96, {}), ("hungry", right, 40, hungry)):
+    assert_detects_mutant(no_length_limit, check_every_record_fits_or_is_counted, "records are too long for a row")
+    fitting, too_long = corpora
+    prepended = {"direction": "both", "predictor_tokens": 12, "predictor_placement": "prepend"}
+    for name, corpus, length, objective in (("too-long", too_long, 96, {}), ("prepended", fitting, 40, prepended)):
         values = tiny_config(
             tmp_path,
             name=name,
@@ -261,20 +271,22 @@ def test_trap_13_records_longer_than_a_row_are_dropped_counted_and_else_refused(
             set_up(load_config(write_config(tmp_path, values)), World(0, 1, torch.device("cpu")))
 
 
-def test_trap_14_the_records_that_sit_out_do_not_depend_on_ranks(folder):
+def test_trap_14_the_records_without_pairs_do_not_depend_on_ranks(folder):
     def check_against_one_rank(name):
         one, two = metrics(folder, "dropout"), metrics(folder, name)
         assert len(one) == len(two) == STEPS
-        assert same(one, two, ("records", "loss/jepa")), "ranks draw for themselves"
-        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], "the space of what sits out is not used"
+        assert equal_metrics(one, two, ("records", "loss/jepa")), "every rank draws its own records"
+        assert two[-1]["records"] > metrics(folder, "plain")[-1]["records"], (
+            "the positions that dropped pairs free are not used"
+        )
 
     check_against_one_rank("two-ranks")
-    assert_fails_with(lambda: check_against_one_rank("dropout-per-rank"), "ranks draw for themselves")
+    assert_fails_with(lambda: check_against_one_rank("dropout-per-rank"), "every rank draws its own records")
 
 
-def test_trap_15_a_start_goes_on_with_what_it_finds(folder):
+def test_trap_15_a_second_start_resumes_the_run(folder):
     def check_the_second_start(name):
-        assert ended(folder, name)["ended"] == "finished"
+        assert outcome(folder, name)["ended"] == "finished"
         assert [line["step"] for line in metrics(folder, name)] == [1, 2, 3]
         assert list_steps(folder / "runs" / name / "checkpoints") == [2, 3], "the first start is lost"
 
@@ -282,17 +294,17 @@ def test_trap_15_a_start_goes_on_with_what_it_finds(folder):
     assert_fails_with(lambda: check_the_second_start("deleted"), "the first start is lost")
 
 
-def test_trap_16_one_rank_of_all_nodes_writes_and_all_save(folder):
+def test_trap_16_one_rank_writes_metrics_and_all_ranks_save(folder):
     def check_the_run_of_two_nodes(name):
         steps = [line["step"] for line in metrics(folder, name)]
-        assert steps == [1, 2, 3], "the ranks do not agree on who writes"
+        assert steps == [1, 2, 3], "two ranks write metrics"
         checkpoint = folder / "runs" / name / "checkpoints" / step_name(STEPS)
         assert len(list(checkpoint.glob("*optim_states.pt"))) == 2, "a rank's shard is missing"
-        assert check(checkpoint) is None and ended(folder, name, rank=1)["ended"] == "finished"
+        assert check(checkpoint) is None and outcome(folder, name, rank=1)["ended"] == "finished"
 
     check_the_run_of_two_nodes("two-ranks")
     assert ["step      1" in (folder / f"rank-{rank}.log").read_text() for rank in range(2)] == [True, False]
-    assert_fails_with(lambda: check_the_run_of_two_nodes("two-writers"), "the ranks do not agree on who writes")
+    assert_fails_with(lambda: check_the_run_of_two_nodes("two-writers"), "two ranks write metrics")
     assert_fails_with(lambda: check_the_run_of_two_nodes("saved-by-rank-0"), "a rank's shard is missing")
 
 
@@ -301,7 +313,7 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
         assert prepared_without_torch.done[name].returncode == 0, "tokenizing needs a GPU"
 
     def check_the_run_of_one_process(name):
-        assert ended(folder, name)["ended"] == "finished", "one process alone cannot train"
+        assert outcome(folder, name)["ended"] == "finished", "one process alone cannot train"
 
     check_the_preparation("corpus")
     assert_fails_with(lambda: check_the_preparation("mutant"), "tokenizing needs a GPU")
@@ -310,10 +322,10 @@ def test_trap_17_neither_a_gpu_to_tokenize_nor_a_launcher_to_train_is_needed(fol
 
 
 def test_trap_24_no_rank_tokenizes_at_the_start_of_a_run(folder):
-    """Nor could it: the sources were removed before."""
+    # the sources were removed before these runs, and the ranks could not tokenize them anyway
 
     def check_texts(name):
-        assert [ended(folder, name, rank)["tokenized"] for rank in (0, 1)] == [0, 0], "a rank tokenizes"
+        assert [outcome(folder, name, rank)["tokenized"] for rank in (0, 1)] == [0, 0], "a rank tokenizes"
 
     check_texts("two-ranks")
     assert_fails_with(lambda: check_texts("tokenizing"), "a rank tokenizes")

@@ -1,6 +1,7 @@
-"""Runs one after another in the same ranks, some with a trap brought back: `trapped_runs.py [CHANGE+...:]CONFIG ...`.
+"""Train several runs in the same ranks, some with a trap reintroduced: `trapped_runs.py [CHANGE+...:]CONFIG ...`.
 
-How each ended, and how many texts it tokenized, stands beside its configuration in NAME.rankR.json; of two starts of a run, the second.
+The file NAME.rankR.json next to the configuration records how the run ended and how many texts it tokenized. A second
+start of a run overwrites it.
 """
 
 import json
@@ -29,11 +30,11 @@ STOP_AT = 2
 
 
 def stopped(patch: pytest.MonkeyPatch) -> None:
-    """No trap: the run is asked to stop in its second step."""
-    whole = loop.Trainer._count
+    """Stop the run by a signal in its second step; this is not a trap."""
+    original = loop.Trainer._count
 
     def count(self, rows):
-        whole(self, rows)
+        original(self, rows)
         if self.progress.step == STOP_AT:
             signal.raise_signal(signal.SIGTERM)
 
@@ -41,36 +42,34 @@ def stopped(patch: pytest.MonkeyPatch) -> None:
 
 
 def pairs_of_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    """Trap 4: the pair loss is a mean over a micro batch, of which a step has four."""
-    whole = loop.total_loss
+    """Reintroduce trap 4: normalise the pair loss over a micro batch, a quarter of the step."""
+    original = loop.total_loss
     patch.setattr(
         loop,
         "total_loss",
-        lambda terms, counts, weights, ranks: whole(terms, counts | {"jepa": counts["jepa"] / 4}, weights, ranks),
+        lambda terms, counts, weights, ranks: original(terms, counts | {"jepa": counts["jepa"] / 4}, weights, ranks),
     )
 
 
 def no_master_weights(patch: pytest.MonkeyPatch) -> None:
-    """Trap 5."""
-    whole, bf16 = (
-        engine.engine_settings,
-        {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
-    )
-    patch.setattr(engine, "engine_settings", lambda config, ranks: whole(config, ranks) | {"bf16": bf16})
+    """Reintroduce trap 5: train in bf16 without fp32 master weights."""
+    original = engine.engine_settings
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    patch.setattr(engine, "engine_settings", lambda config, ranks: original(config, ranks) | {"bf16": bf16})
 
 
 def losses_alone(patch: pytest.MonkeyPatch) -> None:
-    """Trap 11: nothing is measured but losses."""
+    """Reintroduce trap 11: measure nothing but losses."""
     for module in (loop, validation):
         patch.setattr(module, "embedding_monitors", lambda pool: {})
 
 
 def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
-    """Trap 14: every rank draws on its own, after packing."""
-    whole, generator = loop.micro_batches, torch.Generator().manual_seed(RANK)
+    """Reintroduce trap 14: draw the dropped pairs separately on every rank, after packing."""
+    original, generator = loop.micro_batches, torch.Generator().manual_seed(RANK)
 
     def micro_batches(*arguments, **options):
-        for batch in whole(*arguments, **options):
+        for batch in original(*arguments, **options):
             yield replace(
                 batch, pair_valid=batch.pair_valid & (torch.rand(len(batch.pair_valid), generator=generator) >= DROPOUT)
             )
@@ -80,29 +79,29 @@ def dropout_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def deleted_at_start(patch: pytest.MonkeyPatch) -> None:
-    """Trap 15."""
-    whole = setup.set_up
+    """Reintroduce trap 15: delete the run folder at the start."""
+    original = setup.set_up
 
     def set_up(config, *arguments):
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        return whole(config, *arguments)
+        return original(config, *arguments)
 
     patch.setattr(setup, "set_up", set_up)
 
 
 def device_0_is_rank_0(patch: pytest.MonkeyPatch) -> None:
-    """Trap 16: each node has a process that writes."""
+    """Reintroduce trap 16: let one process per node write."""
     patch.setattr(distributed.World, "is_main", property(lambda self: os.environ["LOCAL_RANK"] == "0"))
 
 
 def saved_by_rank_0(patch: pytest.MonkeyPatch) -> None:
-    """Trap 16: the shards of other ranks stay in their memory."""
+    """Reintroduce trap 16: save the optimizer shard of rank 0 only."""
     if RANK:
         patch.setattr(DeepSpeedEngine, "_save_zero_checkpoint", lambda self, *arguments, **options: None)
 
 
 def launcher_needed(patch: pytest.MonkeyPatch) -> None:
-    """Trap 17: a process that no launcher started."""
+    """Reintroduce trap 17: require the environment variables of a launcher."""
     patch.setattr(
         distributed,
         "init_world",
@@ -111,33 +110,33 @@ def launcher_needed(patch: pytest.MonkeyPatch) -> None:
 
 
 def tokenized_at_start(patch: pytest.MonkeyPatch) -> None:
-    """Trap 24."""
+    """Reintroduce trap 24: tokenize all texts of the corpus at the start."""
 
-    class Texts(Corpus):
+    class RetokenizedCorpus(Corpus):
         def __init__(self, folder, split):
             super().__init__(folder, split)
             self.tokenizer.encode_batch(
                 [self.tokenizer.decode(self.tokens(np.array([record]), 0)) for record in range(len(self))]
             )
 
-    patch.setattr(setup, "Corpus", Texts)
+    patch.setattr(setup, "Corpus", RetokenizedCorpus)
 
 
 def tokenized_texts(patch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that are tokenized from here on."""
-    whole, seen = Tokenizer.encode_batch, []
+    """Return a list that collects the texts tokenized from now on."""
+    original, seen = Tokenizer.encode_batch, []
 
     def encode_batch(self, texts):
         seen.extend(texts)
-        return whole(self, texts)
+        return original(self, texts)
 
     patch.setattr(Tokenizer, "encode_batch", encode_batch)
     return seen
 
 
 def main() -> None:
-    for word in sys.argv[1:]:
-        changes, _, path = word.rpartition(":")
+    for argument in sys.argv[1:]:
+        changes, _, path = argument.rpartition(":")
         with pytest.MonkeyPatch.context() as patch:
             for change in filter(None, changes.split("+")):
                 globals()[change](patch)
