@@ -1,1 +1,1 @@
-"""Checks of a run's nodes before it starts: an agent on each node collects facts, and checks turn them into findings."""
+"""Checks of a run's nodes before it starts: agents on the nodes collect facts, and checks turn them into findings."""

@@ -29,7 +29,7 @@ CONNECTION_LOST = "the connection was lost"
 
 
 class AgentError(Exception):
-    """A node that cannot be reached, did not answer in time or was lost, as the text says."""
+    """A failed call: the node cannot be reached, did not answer in time, or lost its connection."""
 
 
 class Agent:

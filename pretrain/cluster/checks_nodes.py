@@ -322,9 +322,7 @@ def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
     """Check that torch was built for CUDA, and that the driver of the node is new enough for that build."""
     if fact["torch_cuda"] is None:
         return [
-            Finding(
-                "devices", "fail", "torch was built without CUDA", "install a CUDA build of torch there", (node,)
-            )
+            Finding("devices", "fail", "torch was built without CUDA", "install a CUDA build of torch there", (node,))
         ]
     oldest = OLDEST_DRIVERS.get(int(fact["torch_cuda"].split(".")[0]), 0)
     drivers = sorted({gpu["driver"] for gpu in fact["gpus"] if int(gpu["driver"].split(".")[0]) < oldest})

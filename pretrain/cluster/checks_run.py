@@ -115,8 +115,8 @@ def check_shared_run_folder(
 ) -> list[Finding]:
     """Check that every node sees the marker files of all nodes and of this machine.
 
-    `seen` holds the authors whose markers each node sees, and `seen_here` the ones that this machine sees. `authors` are
-    the machines that could write a marker, and `here` is the name of this machine.
+    `seen` holds the authors whose markers each node sees, and `seen_here` the ones that this machine sees. `authors`
+    are the machines that could write a marker, and `here` is the name of this machine.
     """
     remedy = f"mount the same file system at {folder} on all nodes and on this machine"
     if here in authors and any(here in visible for visible in seen.values()):
@@ -342,6 +342,7 @@ def check_all_reduce(
             "all-reduce",
             "ok",
             f"{small['ranks']} ranks: {size} in {large['seconds']:.3f} s, "
-            f"bus {large['bus_bytes_per_second'] / 1e9:.2f} GB/s; {small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms",
+            f"bus {large['bus_bytes_per_second'] / 1e9:.2f} GB/s; "
+            f"{small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms",
         )
     ]

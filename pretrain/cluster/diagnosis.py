@@ -260,7 +260,9 @@ class Diagnosis:
         if not ranks_can_connect or self.estimate is None:
             reason = "the ranks cannot connect" if self.estimate else "no plan for this configuration"
             self.findings.append(
-                Finding("all-reduce", "warn", f"not tried: {reason}", "fix the failures above, then run doctor.py again")
+                Finding(
+                    "all-reduce", "warn", f"not tried: {reason}", "fix the failures above, then run doctor.py again"
+                )
             )
             return
         slots, bucket, precision = self.slots, self.estimate.bucket, self.estimate.precision
