@@ -1,8 +1,9 @@
 """The environment variables of ranks on other nodes: forwarded by DeepSpeed's launcher, or set in `.deepspeed_env`.
 
-Source: deepspeed/launcher/runner.py (0.19.8). The pdsh launcher forwards names that begin with one of FORWARDED_PREFIXES. If
-its accelerator is CUDA, it also forwards names that begin with NCCL. Then it reads `.deepspeed_env`, or the file that
-DS_ENV_FILE names, in the home folder and in the working folder. The later value of a variable wins.
+Source: deepspeed/launcher/runner.py (0.19.8). The pdsh launcher forwards names that begin with one of
+FORWARDED_PREFIXES. If its accelerator is CUDA, it also forwards names that begin with NCCL. Then it reads
+`.deepspeed_env`, or the file that DS_ENV_FILE names, in the home folder and in the working folder. The later value of a
+variable wins.
 """
 
 import os
