@@ -1,7 +1,8 @@
 """Two nodes and a control host on one machine.
 
-Each of them has its own network, host name, processes and mounts; each node runs an sshd. They are network namespaces on
-their own bridge. The machine's network does not change, and the hosts can only reach each other. Needs root.
+Each of them has its own network, host name, processes and mounts. Each node runs an sshd. The hosts are network
+namespaces on their own bridge. The machine's network does not change, and the hosts can only reach each other. Needs
+root.
 """
 
 import contextlib
