@@ -1,8 +1,8 @@
 """The warm process: it has imported the packages of the commands, and forks one process for each command under test.
 
-Importing torch, transformers and DeepSpeed takes seconds. Forking a process that has imported them takes milliseconds. A
-fork is a normal process with its own session, environment, exit code and signals. It only shares the imports of the warm
-process. Commands that need other imports are started cold, and so are launchers, because their ranks start new
+Importing torch, transformers and DeepSpeed takes seconds. Forking a process that has imported them takes milliseconds.
+A fork is a normal process with its own session, environment, exit code and signals. It only shares the imports of the
+warm process. Commands that need other imports are started cold, and so are launchers, because their ranks start new
 interpreters (tests/commands.py).
 """
 

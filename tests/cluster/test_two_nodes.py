@@ -135,7 +135,7 @@ class Run:
         return self.log.read_text()
 
     def assert_resumes(self) -> None:
-        """Assert that the next start resumes without repeating or losing a step, and stops after a signal to one rank."""
+        """Assert that the next start resumes without repeating or losing a step; stop it with a signal to one rank."""
         saved = list_steps(self.run_dir / "checkpoints")[-1]
         self.start()
         assert f"going on from step {saved}" in self.log.read_text()
