@@ -34,20 +34,10 @@ def run_all_reduce(
     cuda: bool,
     seconds: float,
 ) -> dict[str, Any]:
-    """Start these ranks and wait for them up to `seconds`.
+    """Start the ranks of this node, and wait until they exit or `seconds` have passed.
 
-    Args:
-        ranks: the ranks of this node.
-        world: the number of ranks on all nodes.
-        address: the address of the rendezvous.
-        port: the port of the rendezvous.
-        bucket: the size of the largest all-reduce, in bytes.
-        precision: `bf16` or any other precision, which is measured with fp32.
-        cuda: whether the ranks use GPUs.
-        seconds: the time limit.
-
-    Returns:
-        The `errors` by rank, and the measurements of rank 0 as `measured`.
+    `world` is the number of ranks on all nodes. The ranks connect at `address` and `port`. `bucket` is the size of the
+    largest all-reduce, in bytes. Returns the `errors` by rank, and the measurements of rank 0 as `measured`.
     """
     processes: list[subprocess.Popen] = []
     rank_input, pipe_end = os.pipe()  # the pipe closes when this process exits, even if it is killed

@@ -423,7 +423,7 @@ def test_a_locked_or_full_run_folder_is_reported():
     ] == ["fail", "warn", "ok"]
 
 
-def test_a_slow_pair_and_a_name_of_the_loopback_are_reported():
+def test_a_slow_pair_and_a_host_name_of_the_loopback_are_reported():
     pair = {"latency_seconds": 1e-4, "bytes_per_second": 1e9}
     pairs = [{"from": one, "to": other} | pair for one in "abc" for other in "abc" if one != other]
     assert levels(checks_run.check_node_pairs(pairs)) == [("ok", ())]

@@ -95,25 +95,28 @@ import os, signal, sys, time
 from pathlib import Path
 
 rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-how = os.environ["HOW"].split()[start]
-print(f"rank {rank} of start {start + 1}: {how}", flush=True)
-if how == "wait":
+outcome = os.environ["OUTCOMES"].split()[start]
+print(f"rank {rank} of start {start + 1}: {outcome}", flush=True)
+if outcome == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     Path(f"waiting-{rank}").touch()
     time.sleep(3600)
 time.sleep(0.5 * rank)
-if how == "progress" and rank == 0:
+if outcome == "progress" and rank == 0:
     checkpoints = Path("runs/run/checkpoints")
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "latest").write_text(f"step-{start:08d}")
-if how == "progress" and rank == 1:
+if outcome == "progress" and rank == 1:
     while not (file := Path("runs/run/checkpoints/latest")).exists() or file.read_text() != f"step-{start:08d}":
         time.sleep(0.05)
-if how in ("progress", "crash") and rank == 1:
+if outcome in ("progress", "crash") and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-sys.exit({"stopped": 75, "mistake": 2}.get(how, 0))
+sys.exit({"stopped": 75, "mistake": 2}.get(outcome, 0))
 """
-"""A stand-in for run.py. HOW lists the outcome of each start of a job; `progress` is a crash after a new checkpoint."""
+"""A stand-in for run.py. OUTCOMES lists the outcome of each start of a job.
+
+`progress` is a crash after a new checkpoint.
+"""
 
 
 @pytest.fixture
@@ -126,17 +129,23 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "starts", "code"),
+    ("outcomes", "starts", "code"),
     [
         (["stopped", "crash", "mistake", "finished"], 3, "2:0"),
         pytest.param(["stopped", "stopped", "stopped", "stopped", "finished"], 5, "0:0", marks=pytest.mark.slow),
         pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_is_requeued_only_while_that_helps(cluster, project, ends, starts, code):
+def test_a_job_is_requeued_only_while_that_helps(cluster, project, outcomes, starts, code):
     log = project / "log"
     job = cluster.submit(
-        log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends)
+        log,
+        "--ntasks=2",
+        SCRIPTS / "pretrain.sbatch",
+        "run.yaml",
+        "seed=1",
+        folder=project,
+        OUTCOMES=" ".join(outcomes),
     )
     ended = cluster.wait_for_job(job, log)
     assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
@@ -163,7 +172,7 @@ def test_the_signal_before_the_time_limit_reaches_the_ranks(cluster, project):
         SCRIPTS / "pretrain.sbatch",
         "run.yaml",
         folder=project,
-        HOW="wait finished",
+        OUTCOMES="wait finished",
     )
     ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()

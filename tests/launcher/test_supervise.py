@@ -281,7 +281,7 @@ def test_a_signal_is_sent_to_all_ranks_directly(supervised):
         assert f"ending with exit code 75 after {number.name}" in run.output()
 
 
-def test_processes_of_a_rank_get_no_signal_and_are_killed_after_it(supervised):
+def test_child_processes_of_a_rank_get_no_signal_and_are_killed_after_it(supervised):
     run = supervised("""
 handle_signals()
 saving, parent = 1, os.getpid()
