@@ -1,7 +1,7 @@
-"""Starting the project's commands as its users do: real processes, real launchers.
+"""Helpers that start the project's commands like its users do: with real processes and real launchers.
 
-A command of Python starts warm, as a fork of a process that has imported everything (tests/warm_process.py), unless `cold` is set. Launchers
-start cold, and so do the ranks that they start; `ranks_command` is the warm counterpart of DeepSpeed's launcher.
+A Python command starts warm, as a fork of a process that has imported everything (tests/warm_process.py), unless `cold`
+is set. Launchers and their ranks start cold. `ranks_command` is the warm counterpart of DeepSpeed's launcher.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 READ_AT_IMPORT = {"PYTHONPATH", "PYTHONHASHSEED", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR"}
-"""Variables that the libraries, or Python itself, read before a command can: a command with another value of one starts cold."""
+"""Variables that Python or the libraries read at import. A command with another value of one of them starts cold."""
 
 TINY_SHAPE = {
     "hidden_size": 32,
@@ -34,12 +34,15 @@ TINY_SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
-    "initializer_range": 0.2,  # enlarged: in a model of tiny weights, an error of the mask or of positions would hardly show
+    "initializer_range": 0.2,  # large: with tiny weights, a wrong mask or wrong positions would hardly change the loss
 }
 
 
 def tiny_config(folder: Path, **changes) -> dict:
-    """The plain values of a run of a tiny model on a small generated corpus; `section__key=value` changes one."""
+    """Return the configuration of a run of a tiny model on a small generated corpus.
+
+    `section__key=value` changes a value, and the value None removes the key.
+    """
     config = {
         "name": "run",
         "seed": 3,
@@ -73,7 +76,7 @@ def tiny_config(folder: Path, **changes) -> dict:
 
 
 def write_config(folder: Path, config: dict) -> Path:
-    """The configuration as a file named after the run."""
+    """Write the configuration to a file named after the run, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config['name']}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -81,7 +84,11 @@ def write_config(folder: Path, config: dict) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank, on CPU, this interpreter as `python`, and no trace of a launcher around the tests."""
+    """Return the environment of a command under test.
+
+    It selects the CPU, one thread per rank and this interpreter as `python`. Variables of a launcher that started the
+    tests are removed.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return (
         single_process_environment()
@@ -91,7 +98,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def deepspeed_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
-    """DeepSpeed's launcher, whose ranks start cold."""
+    """Return a command with DeepSpeed's launcher, whose ranks start cold."""
     return [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
@@ -104,14 +111,14 @@ def deepspeed_command(ranks: int, script: str | Path, *arguments: str | Path) ->
 
 
 def ranks_command(ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
-    """The same ranks without DeepSpeed's launcher."""
+    """Return a command that starts the same ranks warm, without DeepSpeed's launcher."""
     return ["python", "tests/ranks.py", str(ranks), str(script), *map(str, arguments)]
 
 
 def start(
     command: list[str], output: IO[str], errors: IO[str], cold: bool = False, **more: str
 ) -> subprocess.Popen | warm_process.Command:
-    """Start a command in a session of its own, with these environment variables besides the usual ones."""
+    """Start a command in its own session. `more` are environment variables in addition to those of `environment`."""
     program, *arguments = map(str, command)
     is_script = bool(arguments) and (arguments[0] in ("-m", "-c") or arguments[0].endswith(".py"))
     if program in ("python", sys.executable) and is_script and not cold and not READ_AT_IMPORT & more.keys():
@@ -130,7 +137,7 @@ def start(
 def run_command(
     command: list[str], check: bool = True, timeout: float = TIMEOUT, cold: bool = False, **more: str
 ) -> subprocess.CompletedProcess:
-    """Run a command to its end; with `check`, fail showing what it printed."""
+    """Run a command until it exits. With `check`, fail with its output if it fails."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = start(command, output, errors, cold, **more)
         try:
@@ -147,11 +154,11 @@ def run_command(
 
 
 _prepared: dict[str, Path] = {}
-"""Corpora that this process has prepared, each kept as it was, by the settings that determine it."""
+"""Copies of the corpora that this process has prepared, by the settings that determine them."""
 
 
 def prepare_corpus(path: str | Path) -> None:
-    """Prepare the corpus of a configuration, as a copy of an earlier one of the same settings if there is one."""
+    """Prepare the corpus of a configuration, or copy an earlier one with the same settings."""
     config = yaml.safe_load(Path(path).read_text())
     corpus = Path(config["data"].pop("path"))
     settings = json.dumps([config["data"], config.get("evaluation")], sort_keys=True)
@@ -159,11 +166,11 @@ def prepare_corpus(path: str | Path) -> None:
         shutil.copytree(_prepared[settings], corpus)
     else:
         run_command(["python", "-m", "data_prep", str(path)])
-        _prepared[settings] = shutil.copytree(corpus, Path(tempfile.mkdtemp(dir=corpus.parent)) / "kept")
+        _prepared[settings] = shutil.copytree(corpus, Path(tempfile.mkdtemp(dir=corpus.parent)) / "copy")
 
 
 def rank_of(process: psutil.Process) -> int | None:
-    """The rank that a process trains as; None for another process."""
+    """Return the rank of a training process, or None for another process."""
     name = process.name()
     if name.startswith("rank "):  # tests/ranks.py
         return int(name.removeprefix("rank "))
@@ -178,16 +185,16 @@ class BackgroundCommand:
         with open(log, "w") as output:
             self.process = start(command, output, output, cold, **more)
 
-    def wait_until(self, condition, what: str) -> None:
-        """Poll until the condition holds; fail if the command ends before."""
+    def wait_until(self, condition, event: str) -> None:
+        """Poll until the condition holds; fail if the command exits before that. `event` names the condition."""
         deadline = time.monotonic() + TIMEOUT
         while not condition():
-            assert self.process.poll() is None, f"the command ended before {what}:\n{self.log.read_text()[-4000:]}"
-            assert time.monotonic() < deadline, f"no {what} within {TIMEOUT} s:\n{self.log.read_text()[-4000:]}"
+            assert self.process.poll() is None, f"the command ended before {event}:\n{self.log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"no {event} within {TIMEOUT} s:\n{self.log.read_text()[-4000:]}"
             time.sleep(0.02)
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, by rank."""
+        """Return the training processes, in the order of their ranks."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         found = {}
         for child in children:
@@ -198,7 +205,7 @@ class BackgroundCommand:
         return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
-        """SIGKILL every process of it at once."""
+        """Send SIGKILL to all processes of the command."""
         found: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             started = psutil.Process(self.process.pid)
@@ -209,5 +216,5 @@ class BackgroundCommand:
         self.process.wait(TIMEOUT)
 
     def end(self) -> int:
-        """Wait for its own end."""
+        """Wait until the command exits, and return its exit code."""
         return self.process.wait(TIMEOUT)

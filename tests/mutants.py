@@ -1,4 +1,4 @@
-"""Tests of tests: a check passes on the project as it is, and fails where a mistake is put in."""
+"""Helpers that test the tests: a check passes on the unchanged project, and fails after a mistake is planted."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Mutant = Callable[[pytest.MonkeyPatch], None]
 
 
 def assert_detects_mutant(mutant: Mutant, check: Callable[[], None], because: str) -> None:
-    """`check` raises AssertionError with the words `because`, once `mutant` has patched the project, and not before."""
+    """Assert that `check` passes, and that it fails with the text `because` after `mutant` has patched the project."""
     check()
     with pytest.MonkeyPatch.context() as patch:
         mutant(patch)
@@ -17,6 +17,6 @@ def assert_detects_mutant(mutant: Mutant, check: Callable[[], None], because: st
 
 
 def assert_fails_with(check: Callable[[], None], because: str) -> None:
-    """The check raises AssertionError for that reason."""
+    """Assert that the check raises AssertionError with the text `because`."""
     with pytest.raises(AssertionError, match=re.escape(because)):
         check()

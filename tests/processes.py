@@ -1,4 +1,4 @@
-"""What tests ask about other processes and about the folders that these leave."""
+"""Helpers for processes under test and the folders that they write."""
 
 import contextlib
 import subprocess
@@ -9,16 +9,16 @@ from pathlib import Path
 import psutil
 
 TIMEOUT = 1800
-"""Seconds that anything waited for may take, on a machine that is ten times too busy: it only ends a test that hangs."""
+"""Time limit of every wait, in seconds. It only ends hanging tests, also on a machine with ten times too much load."""
 
 
 def processes_of_session(leader: int) -> dict[int, int]:
-    """The living processes of a session, and their parents."""
+    """Return the parent of each living process of a session, by process id."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # ended meanwhile
+        except OSError:  # the process has just ended
             continue
         if int(session) == leader and state != "Z":
             found[int(stat.parent.name)] = int(parent)
@@ -26,26 +26,26 @@ def processes_of_session(leader: int) -> dict[int, int]:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL a process and all below it, in whatever session, and wait until they are gone."""
+    """Send SIGKILL to a process and all its descendants, in any session, and wait until they have ended."""
     found = [psutil.Process(process.pid)] if process.poll() is None else []
     found += [child for parent in found for child in parent.children(recursive=True)]
-    for one in found:
+    for target in found:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+            target.kill()
     process.wait()
     psutil.wait_procs(found[1:], timeout=TIMEOUT)
 
 
-def wait_for(true_by_then: Callable[[], bool], seconds: float = TIMEOUT) -> None:
-    """Poll until the condition holds; fail if it still does not after that many seconds."""
+def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+    """Poll until the condition holds, and fail after this number of seconds."""
     deadline = time.monotonic() + seconds
-    while not true_by_then():
-        assert time.monotonic() < deadline, "waited in vain"
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.001)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that a preparation leaves, but for the lock."""
+    """Return the bytes of all files of a prepared corpus except the lock, by relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

@@ -1,8 +1,9 @@
-"""Start ranks on this machine as DeepSpeed's launcher does, but as forks of this process: `ranks.py N SCRIPT [ARGUMENT ...]`.
+"""A launcher that forks the ranks from its own process: `ranks.py N SCRIPT [ARGUMENT ...]`.
 
-In the warm process (tests/warm_process.py) no rank then has anything to import. When a rank fails, the others get SIGTERM at once and SIGKILL
-after 30 seconds, and the exit code is that of the failure, as with DeepSpeed's launcher. Unlike that one, which kills the ranks 30 seconds
-after it has passed a signal on to them, this one then waits for them, however slow the machine is.
+In the warm process (tests/warm_process.py), the ranks do not have to import anything. If a rank fails, its peers get
+SIGTERM immediately and SIGKILL after 30 seconds, and the exit code is the one of the failed rank. This is the behavior
+of DeepSpeed's launcher. There is one difference: after a signal to the launcher, DeepSpeed's kills the ranks after 30
+seconds, but this one waits until they exit.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import sys
 from tests import warm_process
 
 GRACE = 30
-"""Seconds that the other ranks have after the first one has failed."""
+"""Time after the first failure of a rank until its peers are killed, in seconds."""
 PR_SET_NAME = 15
 
 
@@ -26,7 +27,7 @@ def free_port() -> int:
 
 
 def fork_ranks(count: int) -> list[int]:
-    """Return the processes of the ranks; in a rank, an empty list."""
+    """Fork the ranks, and return their process ids. In a rank, return an empty list."""
     common = {
         "WORLD_SIZE": str(count),
         "LOCAL_SIZE": str(count),
@@ -39,30 +40,30 @@ def fork_ranks(count: int) -> list[int]:
         if pid == 0:
             os.environ.update(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             warm_process.draw_seeds()
-            ctypes.CDLL(None).prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # by which tests find it
+            ctypes.CDLL(None).prctl(PR_SET_NAME, f"rank {rank}".encode(), 0, 0, 0)  # tests find the rank by this name
             return []
         ranks.append(pid)
     return ranks
 
 
 def wait_for(ranks: list[int]) -> int:
-    """Pass signals on to the ranks until all have ended; return the first exit code that is not 0, or 0."""
+    """Forward signals to the ranks until all have exited, and return the first exit code that is not 0, or 0."""
     living, first = set(ranks), 0
 
-    def pass_on(number: int, frame: object = None) -> None:
+    def forward(number: int, frame: object = None) -> None:
         for pid in living:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL if number == signal.SIGALRM else number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     while living:
         pid, status = os.wait()
         living.discard(pid)
         code = os.waitstatus_to_exitcode(status)
         if code and not first:
             first = code if code > 0 else 1
-            pass_on(signal.SIGTERM)
+            forward(signal.SIGTERM)
             signal.alarm(GRACE)
     return first
 

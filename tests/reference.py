@@ -1,7 +1,7 @@
-"""The objectives the slow, obvious way: every encoding is a forward pass of its own, unpadded, one record at a time.
+"""A slow and simple reference for the objectives: one record at a time, with a separate unpadded forward pass per text.
 
-Independent of the project: token lists are built here from the bare views, the model is the plain Hugging Face one under
-its own causal mask, and sums are Python loops. What the packed single forward computes must equal this.
+It does not use the project's code. It builds token lists from the views, uses the plain Hugging Face model with its own
+causal mask, and sums in Python loops. The results of the packed forward pass must equal it.
 """
 
 import math
@@ -27,21 +27,24 @@ class Ids(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Embeddings (D,), and what the pair is: its target's tokens, its record, and whether a view predicts the next one."""
+    """A prediction and its target embedding, both (D,)."""
 
     prediction: torch.Tensor
     target: torch.Tensor
     content: View
+    """Tokens of the target view."""
     record: int
     forward: bool
+    """Whether the target is the next view, not the previous one."""
 
 
 @dataclass
 class Reference:
-    """A plain model and how records are read. `predictor` (k, D), or None for k = 0."""
+    """A plain model and the settings of the objective."""
 
     causal_lm: torch.nn.Module
     predictor: torch.Tensor | None
+    """Embeddings of the predictor tokens, (k, D); None for k = 0."""
     ids: Ids
     layout: str
     lm_views: str = "all"
@@ -52,27 +55,32 @@ class Reference:
     stop_gradient: bool = False
     weight: float = 1.0
     scale: float = 1.0
-    """What the family multiplies its input embeddings by, Gemma 2's sqrt(D)."""
+    """Factor of the input embeddings: sqrt(D) for Gemma 2, 1 for the other families."""
     softcap: float | None = None
     cross_entropies: list[torch.Tensor] = field(default_factory=list)
 
     def hidden_states(self, tokens: View, predictor_at: int | None = None) -> torch.Tensor:
-        """Last-layer hidden states (L, D) of one sequence, with the predictor tokens put in at a place."""
+        """Return the last-layer hidden states (L, D) of one sequence.
+
+        The predictor tokens are inserted at position `predictor_at`.
+        """
         embedded = self.causal_lm.get_input_embeddings()(torch.tensor(tokens))
         if predictor_at is not None and self.predictor is not None:
             embedded = torch.cat([embedded[:predictor_at], self.predictor * self.scale, embedded[predictor_at:]])
         return self.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
 
     def read(self, tokens: View, first_target: int) -> None:
-        """Add -log p of the tokens from `first_target` on, each given those before it."""
+        """Append -log p of each token from position `first_target`, given the tokens before it."""
         logits = self.causal_lm.lm_head(self.hidden_states(tokens))
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         log_p = logits.log_softmax(dim=-1)
-        self.cross_entropies += [-log_p[place - 1, tokens[place]] for place in range(first_target, len(tokens))]
+        self.cross_entropies += [
+            -log_p[position - 1, tokens[position]] for position in range(first_target, len(tokens))
+        ]
 
     def documents(self, views: list[View]) -> list[tuple[View, int]]:
-        """The texts of the language-model stream, each with the place of its first label; views that are empty are not there."""
+        """Return the texts of the language-model loss, each with the position of its first label. Skips empty views."""
         views = [view for view in views if view]
         bos, eos, sep = self.ids
         if self.layout == "joint":
@@ -88,7 +96,7 @@ class Reference:
         ]
 
     def alone(self, views: list[View], number: int) -> View:
-        """A view as it is encoded on its own."""
+        """Return the tokens with which a view is encoded separately."""
         bos, eos, sep = self.ids
         if self.layout == "joint":
             return [*views[number], eos] if number else [bos, *views[number], sep]
@@ -126,7 +134,7 @@ class Reference:
                 return info_nce(pairs, self.temperature)
 
     def losses(self, records: list[tuple[View, ...]], paired: list[bool] | None = None) -> Losses:
-        """Both terms of the records, and the loss; records that are not `paired` sit out the second term."""
+        """Return the loss of the records and its two terms. Only `paired` records (default: all) have a JEPA term."""
         self.cross_entropies, pairs = [], []
         for number, views in enumerate(records):
             for tokens, first_target in self.documents(views):
@@ -140,23 +148,30 @@ class Reference:
 
 
 def info_nce(pairs: list[Pair], temperature: float) -> list[torch.Tensor]:
-    """-log softmax of each pair's own target among it and those of other records, of other content and the same direction."""
+    """Return -log softmax of each pair's own target among that target and the pair's negatives.
+
+    Negatives are targets of other records with other content and the same direction.
+    """
     losses = []
     for pair in pairs:
         own_logit = F.cosine_similarity(pair.prediction, pair.target, dim=0) / temperature
-        others = [
+        negatives = [
             other
             for other in pairs
             if other.content != pair.content and other.record != pair.record and other.forward == pair.forward
         ]
         logits = [own_logit] + [
-            F.cosine_similarity(pair.prediction, other.target, dim=0) / temperature for other in others
+            F.cosine_similarity(pair.prediction, negative.target, dim=0) / temperature for negative in negatives
         ]
         losses.append(torch.stack(logits).logsumexp(dim=0) - own_logit)
     return losses
 
 
-def tube_distance(hidden: torch.Tensor, stretches: list[tuple[int, int]]) -> torch.Tensor:
-    """1 - cos between the step over the first stretch and the sum of those over the others, in one document (L, D)."""
-    first, *others = [hidden[end] - hidden[begin] for begin, end in stretches]
+def tube_distance(hidden: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """Return 1 - cos of the change over the first span and the summed changes over the other spans.
+
+    `hidden` holds the hidden states of one document, (L, D). The change over a span is the difference of the hidden
+    states at its end and its beginning.
+    """
+    first, *others = [hidden[end] - hidden[begin] for begin, end in spans]
     return 1 - F.cosine_similarity(first, sum(others), dim=0)

@@ -1,4 +1,4 @@
-"""Rows as the loader plans them, for tests that need no particular random numbers."""
+"""Row plans of the loader, for tests that do not depend on its random numbers."""
 
 import numpy as np
 

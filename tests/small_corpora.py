@@ -1,4 +1,4 @@
-"""Small corpora, prepared in this process, and a plain reader of their shards."""
+"""Small corpora that are prepared in this process, and a simple reader of their shards."""
 
 import json
 from pathlib import Path
@@ -34,9 +34,9 @@ def json_source(path: Path, **settings) -> dict:
 
 
 def task_tests(path, task: str = "nl_rx", **source) -> list[TaskTest]:
-    """The test rows of one task: a file of JSON lines, or what `source` says."""
-    given = JsonSource(**{"type": "json", "path": str(path)} | source)
-    return [TaskTest(task=task, key="evaluation.tasks.0.test", source=given)]
+    """Return the test set of one task: a file of JSON lines. `source` replaces settings of its source."""
+    settings = JsonSource(**{"type": "json", "path": str(path)} | source)
+    return [TaskTest(task=task, key="evaluation.tasks.0.test", source=settings)]
 
 
 def prepare_quietly(config: DataConfig, tests=()) -> dict:
@@ -44,13 +44,13 @@ def prepare_quietly(config: DataConfig, tests=()) -> dict:
 
 
 def shard_rows(folder: Path, entry: dict, views: tuple[str, ...] = ("text", "code")) -> list[tuple]:
-    """The token lists of the rows of a shard, None for a view that a row lacks."""
+    """Return the token lists of a shard's records, with None for each missing view."""
     table = pa.ipc.open_file(folder / entry["file"]).read_all()
     return list(zip(*(table[view].to_pylist() for view in views), strict=True))
 
 
 def split_rows(folder: Path, split: str = "train", views: tuple[str, ...] = ("text", "code")) -> list[tuple]:
-    """The rows of a split, over all of its shards."""
+    """Return the token lists of a split's records, over all its shards."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return [
         row

@@ -1,4 +1,4 @@
-"""Every command does its whole work in an interpreter of its own: a warm start would hide a module that it forgets to import."""
+"""Every command works in a newly started interpreter. A warm start would hide a missing import."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.commands import deepspeed_command, run_command, tiny_config, write_co
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With pairs, a configuration, and a study of one arm that is this run."""
+    """Return a folder with pairs, the configuration of a run, and a study that is based on it."""
     folder = tmp_path_factory.mktemp("cold")
     pairs = (generate(0, "test", index) for index in range(20))
     (folder / "pairs.jsonl").write_text(
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_from_the_preparation_to_the_report(folder):
+def test_all_commands_from_preparation_to_report(folder):
     config, run = folder / "run.yaml", folder / "runs" / "run"
 
     def cold(*command) -> str:

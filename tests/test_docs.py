@@ -1,4 +1,4 @@
-"""The documentation says what the code does."""
+"""The documentation matches the code."""
 
 import importlib.util
 import re
@@ -15,7 +15,7 @@ def test_the_configuration_page_is_up_to_date():
     assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run: python docs/make_configuration.py"
 
 
-def test_the_lock_file_holds_the_versions_of_pyproject():
+def test_the_lock_file_has_the_versions_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = [line.lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()]
     extras = project["optional-dependencies"]
@@ -23,7 +23,7 @@ def test_the_lock_file_holds_the_versions_of_pyproject():
         assert requirement.lower().replace("_", "-") in locked
 
 
-def test_no_page_has_a_gap_or_a_dead_link():
+def test_no_page_has_a_placeholder_or_a_dead_link():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         assert not re.search(r"@[A-Z0-9]+@", text), page

@@ -1,6 +1,6 @@
-"""Import rules, read from the source.
+"""Rules for imports between packages, checked in the source.
 
-Every import counts: also one inside a function or under TYPE_CHECKING, because it too makes a reader of one file know the other.
+Imports inside functions and under TYPE_CHECKING count too, because a reader of the file has to know the imported one.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 from tests.commands import ROOT
 
 LAYERS = ("launcher", "pretrain", "data_prep")
-"""A package imports itself and those after it."""
+"""Packages in order. Each may import itself and the packages after it."""
 DATA_PREP_NEEDS = {
     "datasets",
     "mpi4py",
@@ -28,9 +28,9 @@ DATA_PREP_NEEDS = {
     "tqdm",
     "yaml",
 }
-"""Third-party packages that data_prep imports; torch is not among them."""
+"""Third-party packages that data_prep imports. torch is not one of them."""
 Graph = dict[str, dict[str, set[str]]]
-"""Unit -> the units that it imports -> the files that do so."""
+"""Map from a unit to the units that it imports, and from each of these to the places of the imports."""
 
 
 def source_files(root: Path, package: str) -> Iterator[Path]:
@@ -48,7 +48,7 @@ def imported_names(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def unit_of(root: Path, name: str) -> str:
-    """Return the unit of a dotted name: a subpackage with all that is below it, or a file directly in a package."""
+    """Return the unit of a dotted name: a subpackage with everything in it, or a file directly in a package."""
     package, *rest = name.split(".")
     if rest and ((root / package / rest[0]).is_dir() or (root / package / f"{rest[0]}.py").is_file()):
         return f"{package}.{rest[0]}"
@@ -56,7 +56,7 @@ def unit_of(root: Path, name: str) -> str:
 
 
 def import_graph(root: Path) -> Graph:
-    """Return which unit imports which others."""
+    """Return the imports between units."""
     graph: Graph = defaultdict(lambda: defaultdict(set))
     for package in LAYERS:
         for path in source_files(root, package):
@@ -68,8 +68,8 @@ def import_graph(root: Path) -> Graph:
     return graph
 
 
-def against_the_layers(graph: Graph) -> list[str]:
-    """Return the places that import a package before their own, or a file of launcher."""
+def layer_violations(graph: Graph) -> list[str]:
+    """Return the places that import a package before their own in LAYERS, or a file of launcher."""
     found = []
     for unit, targets in graph.items():
         layer = LAYERS.index(unit.split(".")[0])
@@ -81,7 +81,7 @@ def against_the_layers(graph: Graph) -> list[str]:
 
 
 def find_cycle(graph: Graph) -> list[str]:
-    """Return the places of one cycle of imports, in its order; empty if there is none."""
+    """Return the places of one import cycle in its order, or an empty list if there is no cycle."""
     done: set[str] = set()
 
     def visit(unit: str, path: list[str]) -> list[str]:
@@ -109,14 +109,14 @@ def graph() -> Graph:
 
 
 def test_imports_go_from_launcher_to_pretrain_to_data_prep(graph):
-    assert against_the_layers(graph) == []
+    assert layer_violations(graph) == []
 
 
-def test_units_do_not_import_each_other_in_a_cycle(graph):
+def test_there_are_no_import_cycles(graph):
     assert find_cycle(graph) == []
 
 
-def test_data_prep_imports_no_torch():
+def test_data_prep_does_not_import_torch():
     found = {name.split(".")[0] for path in source_files(ROOT, "data_prep") for name, _ in imported_names(path)}
     assert found - sys.stdlib_module_names - {"data_prep"} == DATA_PREP_NEEDS
 
@@ -159,7 +159,7 @@ def test_a_cycle_is_found_in_any_kind_of_import(tmp_path, importing):
     assert find_cycle(import_graph(tmp_path)) == []
 
 
-def test_an_import_against_the_layers_is_found(tmp_path):
+def test_an_import_that_violates_the_layers_is_found(tmp_path):
     for package, source in {
         "data_prep": "import pretrain.two\n",
         "pretrain": "def late():\n    import launcher.run\n",
@@ -168,7 +168,7 @@ def test_an_import_against_the_layers_is_found(tmp_path):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
         (tmp_path / package / "one.py").write_text(source)
-    assert against_the_layers(import_graph(tmp_path)) == [
+    assert layer_violations(import_graph(tmp_path)) == [
         "pretrain/one.py:2 imports launcher",
         "data_prep/one.py:1 imports pretrain",
     ]

@@ -1,7 +1,8 @@
-"""What a command loads before it knows that it needs it, and what a rank loads at all.
+"""The packages that each command loads at startup, and that a rank loads at all.
 
-Each command runs as a process of its own and leaves the names of its modules behind. A package that is not listed here is new in a start: list it
-if the command needs it there, and otherwise import it later or elsewhere.
+Each command runs in a separate process that writes the names of its loaded modules to a file. A failure means that a
+command loads a new package at startup. If it needs the package there, add it to the lists below. Otherwise import the
+package later or elsewhere.
 """
 
 import sys
@@ -34,7 +35,7 @@ CONFIGURATION = {
     "typing_inspection",
     "yaml",
 }
-"""What reading a configuration takes."""
+"""Third-party packages for reading a configuration."""
 STARTS = {
     "launcher/run.py --help": CONFIGURATION,
     "launcher/run.py configs/demo.yaml train.stepz=3": CONFIGURATION,
@@ -59,12 +60,14 @@ STARTS = {
     "-m pretrain.data inspect nowhere": CONFIGURATION | {"pyarrow"},
     "-m pretrain.data stats nowhere": CONFIGURATION | {"pyarrow", "sentencepiece", "google", "tokenizers", "tqdm"},
 }
-"""Third-party packages that a start may load, by command."""
+"""Third-party packages that each command may load at startup."""
 PREPARATION = CONFIGURATION | {"google", "pyarrow", "sentencepiece", "tokenizers", "tqdm"}
-"""What preparing and verifying a corpus takes."""
+"""Third-party packages for preparing and verifying a corpus."""
 TORCH = {"dill", "functorch", "mpmath", "networkx", "sympy", "torch", "torchgen", "triton"}
-"""torch, and what it loads with torch._dynamo, torch.distributed.tensor and torch._inductor. transformers loads the first two with any model, and
-DeepSpeed loads the third when it is given an optimizer."""
+"""torch, and the packages that it loads with torch._dynamo, torch.distributed.tensor and torch._inductor.
+
+transformers loads the first two with any model. DeepSpeed loads the third when it gets an optimizer.
+"""
 DEEPSPEED = {"deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm"}
 TRANSFORMERS = {
     "PIL",
@@ -87,8 +90,10 @@ TRANSFORMERS = {
     "transformers",
     "truststore",
 }
-"""transformers, the client of its hub, and what they and torch load if installed: scipy with the losses of any model, PIL and jinja2 with chat
-templates, colorama and tabulate with tables."""
+"""transformers, the client of its hub, and the optional packages that they and torch load if installed.
+
+scipy comes with the losses of any model, PIL and jinja2 with chat templates, colorama and tabulate with tables.
+"""
 TENSORBOARD = {"absl", "fsspec", "google", "tensorboard"}
 RANK = CONFIGURATION | {"pyarrow", "sentencepiece", "tokenizers"} | TORCH | DEEPSPEED | TRANSFORMERS | TENSORBOARD
 RANK_UNITS = {
@@ -109,11 +114,11 @@ RANK_UNITS = {
 
 
 def modules_after(folder: Path, *command: str, code: int = 0) -> set[str]:
-    """Run a command to its end and return the modules that it loaded; it must end with `code`."""
+    """Run a command until it exits, assert that its exit code is `code`, and return the modules that it loaded."""
     output = folder / "modules.txt"
     words = command if command[0] == "-m" else ("script", *command)
-    done = run_command(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
-    assert done.returncode == code, done.stderr[-4000:]
+    completed = run_command(["python", "-c", RECORD, str(output), *words], check=False, cold=True)
+    assert completed.returncode == code, completed.stderr[-4000:]
     return set(output.read_text().split())
 
 
@@ -124,14 +129,14 @@ def packages(modules: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("command", STARTS)
-def test_a_start_loads_no_library_that_it_does_not_need(command, tmp_path):
+def test_a_command_loads_no_unneeded_package_at_startup(command, tmp_path):
     words = command.split()
     loaded = packages(modules_after(tmp_path, *words, code=0 if words[-1] == "--help" else 2))
     assert loaded <= STARTS[command], f"{command} loads {', '.join(sorted(loaded - STARTS[command]))}"
 
 
-def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
-    """The preparation and its tools load no torch. The rank trains gemma2 and loads no other model of transformers."""
+def test_a_run_loads_no_unneeded_package(tmp_path):
+    """The preparation and its tools do not load torch. The rank trains gemma2 and loads no other transformers model."""
     config = write_config(
         tmp_path, tiny_config(tmp_path, model__family="gemma2", train__steps=1, monitor__validate_every=1)
     )
@@ -152,8 +157,8 @@ def test_a_run_loads_no_library_that_it_does_not_need(tmp_path):
     assert {"pretrain.models.openelm", "pretrain.training.dry_run"}.isdisjoint(modules)
 
 
-def test_data_prep_loads_no_torch_whatever_it_does(tmp_path):
-    """All of its modules, and the library of the hub, which it loads late."""
+def test_no_module_of_data_prep_loads_torch(tmp_path):
+    """This includes the datasets package, which data_prep imports only when it needs it."""
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "data_prep").rglob("*.py")]
     imports = "\n".join(f"import {name}" for name in [*names, "datasets"])
     (tmp_path / "everything.py").write_text(imports)

@@ -1,4 +1,4 @@
-"""A command in the warm process is a process like one that is started cold."""
+"""A command that is started warm behaves like one that is started cold."""
 
 import json
 import signal
@@ -11,7 +11,11 @@ import pytest
 from tests.commands import ROOT, BackgroundCommand, environment, ranks_command, run_command
 from tests.processes import wait_for
 
-SHOW = "import json, os, sys; print(json.dumps([sys.argv, os.getcwd(), os.environ.get('JEPA_TRIAL'), os.getsid(0) == os.getpid()]))"
+SHOW = (
+    "import json, os, sys\n"
+    "leads_session = os.getsid(0) == os.getpid()\n"
+    "print(json.dumps([sys.argv, os.getcwd(), os.environ.get('JEPA_TRIAL'), leads_session]))"
+)
 SLEEP = "import time; print('up', flush=True); time.sleep(3600)"
 STARTS_A_COMMAND = f"""
 import subprocess, sys
@@ -22,7 +26,7 @@ process.wait()
 """
 
 
-def test_arguments_folder_environment_and_session_are_those_of_a_cold_start(tmp_path):
+def test_a_warm_command_has_the_arguments_folder_environment_and_session_of_a_cold_one(tmp_path):
     script = tmp_path / "show.py"
     script.write_text(SHOW)
     commands = [
@@ -40,7 +44,7 @@ def test_arguments_folder_environment_and_session_are_those_of_a_cold_start(tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_a_signal_ends_a_command_as_it_ends_a_cold_one(tmp_path, number):
+def test_a_signal_ends_a_warm_command_like_a_cold_one(tmp_path, number):
     codes = []
     for cold in (False, True):
         log = tmp_path / f"{cold}.log"
@@ -51,23 +55,24 @@ def test_a_signal_ends_a_command_as_it_ends_a_cold_one(tmp_path, number):
     assert codes == [-number, -number]
 
 
-def test_ranks_know_each_other_and_the_first_failure_is_the_exit_code(tmp_path):
+def test_ranks_get_their_environment_and_the_first_failure_is_the_exit_code(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import json, os, sys\n"
-        "print(json.dumps({name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')} | {'argv': sys.argv[1:]}))\n"
+        "values = {name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')}\n"
+        "print(json.dumps(values | {'argv': sys.argv[1:]}))\n"
         "sys.exit(5 * int(os.environ['RANK']) if 'fail' in sys.argv else 0)"
     )
-    done = run_command(ranks_command(2, script, "word"))
-    said = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda values: values["RANK"])
-    assert said == [
+    completed = run_command(ranks_command(2, script, "word"))
+    printed = sorted((json.loads(line) for line in completed.stdout.splitlines()), key=lambda values: values["RANK"])
+    assert printed == [
         {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "argv": [f"--local_rank={rank}", "word"]}
         for rank in (0, 1)
     ]
     assert run_command(ranks_command(2, script, "fail"), check=False).returncode == 5
 
 
-def test_commands_end_with_the_process_that_started_them():
+def test_a_warm_command_ends_with_the_process_that_started_it():
     tests = subprocess.Popen(
         [sys.executable, "-c", STARTS_A_COMMAND], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )

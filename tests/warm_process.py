@@ -1,8 +1,9 @@
-"""A process that has imported what the commands import, and forks one process for each command under test.
+"""The warm process: it has imported the packages of the commands, and forks one process for each command under test.
 
-Importing torch, transformers and DeepSpeed takes seconds; a fork of a process that has them takes milliseconds. A fork is a process like any
-other: it has a session, an environment, an exit code and signals of its own. Only its imports are those of the warm process. Commands that
-need other ones, and launchers, whose ranks start an interpreter anew, are started cold (tests/commands.py).
+Importing torch, transformers and DeepSpeed takes seconds. Forking a process that has imported them takes milliseconds.
+A fork is a normal process with its own session, environment, exit code and signals. It only shares the imports of the
+warm process. Commands that need other imports are started cold, and so are launchers, because their ranks start new
+interpreters (tests/commands.py).
 """
 
 import contextlib
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 IMPORTS = (
     "data_prep.pipeline",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and with it torch's compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine; imports torch's compiler
     "pretrain.evaluation.workers",
     "pretrain.evaluation.job",
     "pretrain.evaluation.task_evaluation",
@@ -40,37 +41,37 @@ IMPORTS = (
     "transformers.models.olmo2.modeling_olmo2",
 )
 SURVIVORS = {"jemalloc_bg_thd"}
-"""Names of threads that are started again in a fork."""
+"""Names of the threads that start again in a fork."""
 MESSAGE_BYTES = 1 << 17
-"""Largest request: arguments and environment of one command."""
+"""Maximum size of a request, which holds the arguments and environment of one command."""
 
 
 class Command:
-    """A command that runs in a fork of the warm process, with the interface of `subprocess.Popen`."""
+    """A command in a fork of the warm process, with the interface of `subprocess.Popen`."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], stdout: IO[Any], stderr: IO[Any]):
         self.args, self.returncode = arguments, None
-        self._reply, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._reply, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"arguments": arguments, "environment": environment}).encode()
-        with theirs, open(os.devnull) as nothing:
-            descriptors = [nothing.fileno(), stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        with server_end, open(os.devnull) as stdin:
+            descriptors = [stdin.fileno(), stdout.fileno(), stderr.fileno(), server_end.fileno()]
             socket.send_fds(_server(), [request], descriptors)
         self.pid = int(self._answer())
 
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal; None while the command runs."""
+        """Return the exit code, which is negative after a signal, or None while the command runs."""
         if self.returncode is None and select.select([self._reply], [], [], 0)[0]:
             self.returncode = int(self._answer())
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code. Raises subprocess.TimeoutExpired."""
+        """Wait until the command exits, and return the exit code. Raises subprocess.TimeoutExpired."""
         if self.returncode is None and not select.select([self._reply], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.poll()
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, if the command still runs."""
+        """Send a signal if the command still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -92,38 +93,39 @@ _control: socket.socket | None = None
 
 
 def _server() -> socket.socket:
-    """Return the socket of the warm process, which is started with the first command and ends with this process."""
+    """Return the socket of the warm process. The first call starts it, and it ends with this process."""
     global _control
     if _control is None:
-        _control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _control, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The commands set these variables before they import transformers.
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "TRANSFORMERS_VERBOSITY": "error",
-        }  # which commands set before they import transformers
-        with theirs:
+        }
+        with server_end:
             subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(server_end.fileno())],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 start_new_session=True,
             )
     return _control
 
 
 class _Server:
-    """Forks a process for each request and reports its exit code."""
+    """The warm process's side: it forks a process for each request and reports its exit code."""
 
     def __init__(self, control: socket.socket):
         self.control = control
         self.running: dict[int, tuple[int, socket.socket]] = {}
-        """The process and the reply socket of each command, by the descriptor that becomes readable at its end."""
+        """Process id and reply socket of each running command, by its pidfd, which becomes readable when it exits."""
 
     def serve(self) -> dict[str, Any] | None:
-        """Return the request in a fork, and None in the warm process when the tests have ended."""
+        """Serve requests. Return the request in each fork, and None in the warm process when the tests have ended."""
         while True:
             ready, _, _ = select.select([self.control, *self.running], [], [])
             for descriptor in ready:
@@ -137,7 +139,7 @@ class _Server:
                     return json.loads(request)
 
     def _fork(self, descriptors: list[int]) -> bool:
-        """Return whether this is the fork; its standard streams are then the first three descriptors."""
+        """Fork, and return whether this is the fork. The first three descriptors become its standard streams."""
         streams, reply = descriptors[:3], socket.socket(fileno=descriptors[3])
         pid = os.fork()
         if pid == 0:
@@ -163,13 +165,13 @@ class _Server:
 
     def _end(self) -> None:
         for pid, _ in self.running.values():
-            for kill in (os.killpg, os.kill):  # a fork that was just made leads no group yet
+            for kill in (os.killpg, os.kill):  # a new fork does not lead a process group yet
                 with contextlib.suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
 
 
 def _become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
-    """Turn this fork into the command of the request and run it."""
+    """Run the command of the request in this fork."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
@@ -179,7 +181,7 @@ def _become(request: dict[str, Any], set_by_imports: dict[str, str]) -> None:
 
 
 def draw_seeds() -> None:
-    """Give this fork random numbers of its own, as a cold start has: equal ones would hide that a command sets no seed."""
+    """Set random seeds in this fork, like a cold start does. Equal ones would hide that a command sets no seed."""
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
     sys.modules["numpy"].random.seed(seed)
@@ -187,7 +189,10 @@ def draw_seeds() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Run the arguments of a Python command line in this process: a script, `-m MODULE` or `-c CODE`, and its own arguments."""
+    """Run the arguments of a Python command line in this process.
+
+    They begin with a script, `-m MODULE` or `-c CODE`.
+    """
     first, *rest = arguments
     if first == "-c":
         code, *rest = rest
@@ -217,9 +222,9 @@ def _main() -> None:
         for task in Path("/proc/self/task").iterdir()
         if task.name != str(os.getpid())
     }
-    assert threads <= SURVIVORS, f"an import has started {threads - SURVIVORS}: a thread that no fork would have"
+    assert threads <= SURVIVORS, f"an import has started {threads - SURVIVORS}: forks would lack these threads"
     gc.collect()
-    gc.freeze()  # a fork that collects garbage would copy the memory that it shares
+    gc.freeze()  # otherwise garbage collection in a fork would copy the shared memory
     request = server.serve()
     if request is not None:
         del server

@@ -1,1 +1,1 @@
-"""What is asked of the nodes before a run: an agent on each of them, and the checks of what the agents find."""
+"""Checks of a run's nodes before it starts: agents on the nodes collect facts, and checks turn them into findings."""

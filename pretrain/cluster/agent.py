@@ -1,6 +1,7 @@
-"""What runs on each node: answers JSON lines on standard input until it closes. `python -m pretrain.cluster.agent`.
+"""The agent that runs on each node: `python -m pretrain.cluster.agent`.
 
-Light: starts in the time of a Python with few imports, so that a pair of nodes is asked in seconds.
+It answers JSON requests, one per line, on standard input until standard input closes. It imports little, because every
+diagnosis waits for the agents to start.
 """
 
 import json
@@ -16,13 +17,13 @@ from pretrain.cluster import facts, network, sharing
 from pretrain.cluster.ranks import run_all_reduce
 
 IDLE_SECONDS = 600.0
-"""Without a question: the other side is gone, and the network did not say so."""
+"""Time without a request after which the agent exits, in seconds. A lost connection is not always reported."""
 
 
-def _environment(values: dict[str, str], asked: list[str]) -> dict[str, str]:
-    """Take over variables, as a launcher exports them; return what is set now of those that are asked for."""
+def _environment(values: dict[str, str], names: list[str]) -> dict[str, str]:
+    """Set variables like a launcher exports them, and return the values of those of `names` that are set now."""
     os.environ.update(values)
-    return {name: os.environ[name] for name in asked if name in os.environ}
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -42,20 +43,23 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Answer one question after another; what reads the questions notices at once that the other side has gone."""
+    """Answer requests in order until standard input closes.
+
+    A separate thread answers them. The main thread only reads, and therefore notices at once when the caller is gone.
+    """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else prints does not disturb the answers
-    unread, questions = b"", threading.Semaphore(0)
-    waiting: list[dict[str, Any]] = []
+    os.dup2(2, 1)  # other output goes to standard error and does not mix with the answers
+    unread, available = b"", threading.Semaphore(0)
+    requests: list[dict[str, Any]] = []
 
     def work() -> None:
-        while questions.acquire():
-            question = waiting.pop(0)
+        while available.acquire():
+            request = requests.pop(0)
             try:
-                result = CALLS[question["call"]](**question["arguments"])
-            except Exception as error:  # the node must go on answering, whatever one check meets
+                result = CALLS[request["call"]](**request["arguments"])
+            except Exception as error:  # the agent must continue to answer after one check fails
                 result = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps({"id": question["id"], "result": result}) + "\n")
+            answers.write(json.dumps({"id": request["id"], "result": result}) + "\n")
             answers.flush()
 
     threading.Thread(target=work, daemon=True).start()
@@ -65,10 +69,10 @@ def main() -> None:
             break
         *lines, unread = (unread + read).split(b"\n")
         for line in lines:
-            waiting.append(json.loads(line))
-            questions.release()
+            requests.append(json.loads(line))
+            available.release()
     sys.stderr.flush()
-    os._exit(0)  # processes of an all-reduce see their input close, and end too
+    os._exit(0)  # the ranks of an all-reduce exit too when their standard input closes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Checks of the nodes themselves: pure functions from the facts of all nodes to findings. Facts come by node; `here` are those of this machine."""
+"""Checks of the single nodes: pure functions from the facts of all nodes to findings.
+
+Facts are given by node name. `here` holds the facts of this machine.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,41 +13,62 @@ from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
 
 Facts = Mapping[str, dict[str, Any]]
 SKEW_WARN, SKEW_FAIL = 1.0, 30.0
-"""Seconds. Builds and file systems compare times of change to the second; beyond the second, credentials and logs go wrong."""
+"""Limits of the clock offset, in seconds.
+
+Build tools and file systems compare modification times to the second. Above the second limit, credentials and logs go
+wrong.
+"""
 SHM_GPU_FAIL, SHM_GPU_WARN = 64 * 2**20, 2**30
-"""Free bytes of /dev/shm for ranks on several GPUs: NCCL passes data through it, and a container has 64 MiB unless told otherwise."""
+"""Limits of the free bytes of /dev/shm for ranks on several GPUs.
+
+NCCL passes data through it. A container has 64 MiB by default.
+"""
 SHM_CPU_WARN = 64 * 2**20
-"""On CPU only processes of a preparation or a loader put anything there."""
+"""Limit of the free bytes of /dev/shm on CPU. Only the processes of a preparation or a loader use it there."""
 LOCK_SECONDS = 600.0
-"""Longer than the build of an op takes."""
+"""Age from which a lock counts as stale, in seconds; longer than the build of an op takes."""
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
-"""Major version of the oldest NVIDIA driver for a major version of CUDA (CUDA Compatibility, "minor version compatibility")."""
+"""Major version of the oldest NVIDIA driver that works with each major version of CUDA.
+
+Source: CUDA Compatibility, "minor version compatibility".
+"""
 TIGHT = 0.85
-"""Of the memory, from which on an estimate is no comfort."""
+"""Fraction of the memory above which an estimate causes a warning."""
 
 
 def check_reachable(nodes: list[str], unreachable: Mapping[str, str]) -> list[Finding]:
-    """All nodes answered."""
+    """Check that all nodes answered."""
     found = [
-        Finding("reached", "fail", reason, _remedy_of(reason, node), (node,)) for node, reason in unreachable.items()
+        Finding("reached", "fail", reason, _reachability_remedy(reason, node), (node,))
+        for node, reason in unreachable.items()
     ]
     return found or [Finding("reached", "ok", f"{len(nodes)} node{'s' * (len(nodes) > 1)}: {shorten_list(nodes)}")]
 
 
-def _remedy_of(reason: str, node: str) -> str:
+def _reachability_remedy(reason: str, node: str) -> str:
     if "No module named" in reason:
         return f"make the environment and the project of this machine available under the same paths on {node}"
     if reason.startswith(CONNECTION_LOST):
-        return f"look at {node}: it died, or its network did, while it was asked"
+        return f"inspect {node}: the node or its network failed during the checks"
     if "answer" in reason and "`time`" not in reason:
-        return f"look at {node}: a file system that hangs, or a machine at its limit; umount or remount it, or leave the node out of the hostfile"
+        return (
+            f"inspect {node} for a hanging file system or an overloaded machine: "
+            "unmount or remount the file system, or remove the node from the hostfile"
+        )
     if "cd:" in reason or "not found" in reason or "No such file" in reason:
-        return f"the working folder and the Python of this machine must exist on {node} under the same paths: mount or install them there"
-    return f"`ssh {node} hostname` must work from here without a question: mend that, or leave the node out of the hostfile"
+        return (
+            f"make the working folder and the Python of this machine available on {node} under the same paths: "
+            "mount or install them there"
+        )
+    return f"make `ssh {node} hostname` work from here without a prompt, or remove the node from the hostfile"
 
 
-def check_identical(check: str, values: Mapping[str, Any], here: Any, seen: str, remedy: str) -> list[Finding]:
-    """All nodes have one value. Where they do not, those are named that differ from this machine, or from most where this machine is no measure."""
+def check_identical(check: str, values: Mapping[str, Any], here: Any, prefix: str, remedy: str) -> list[Finding]:
+    """Check that all nodes have the same value.
+
+    The finding names the nodes that differ from this machine. If no node has the value of this machine, it names the
+    nodes that differ from the most common value. `prefix` is the text in front of the value.
+    """
     counts = Counter(values.values())
     if len(counts) <= 1:
         value = next(iter(counts), None)
@@ -54,7 +78,7 @@ def check_identical(check: str, values: Mapping[str, Any], here: Any, seen: str,
         Finding(
             check,
             "fail",
-            f"{seen} {value}, {usual} elsewhere",
+            f"{prefix} {value}, {usual} elsewhere",
             remedy,
             tuple(node for node in values if values[node] == value),
         )
@@ -64,13 +88,13 @@ def check_identical(check: str, values: Mapping[str, Any], here: Any, seen: str,
 
 
 def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
-    """One Python and one system."""
+    """Check that all nodes have the same Python version, operating system and C library."""
     found = check_identical(
         "python",
         {node: fact["python"] for node, fact in facts.items()},
         here["python"],
         "Python",
-        "install the same Python there, and make the environment anew with it",
+        "install the same Python there, and create the environment again with it",
     )
     systems = Counter(f"{fact['system']}, {fact['libc']}" for fact in facts.values())
     if len(systems) == 1:
@@ -81,69 +105,73 @@ def check_python(facts: Facts, here: dict[str, Any]) -> list[Finding]:
             "system",
             "warn",
             "; ".join(f"{system} on {count}" for system, count in systems.items()),
-            "compiled packages may not load on all of these: use one system image, and an extension folder for each",
+            "use one system image, and a separate extension folder for each system: "
+            "compiled packages may not load on all of them",
         ),
     ]
 
 
 def check_packages(facts: Facts) -> list[Finding]:
-    """The versions of requirements.lock, and the same everywhere."""
+    """Check that all nodes have the same package versions, and that these are the versions of requirements.lock."""
     found: list[Finding] = []
     locked = next(fact["locked"] for fact in facts.values())
-    common = _common([fact["installed"] for fact in facts.values()], locked)
+    common = _expected_versions([fact["installed"] for fact in facts.values()], locked)
     install = "pip install -r requirements.lock, in the environment of that node"
     for node, fact in facts.items():
         installed = fact["installed"]
-        other = [
+        differing = [
             f"{name} {installed.get(name, 'is missing')} instead of {version}"
             for name, version in common.items()
             if installed.get(name) != version
         ]
-        other += [
-            f"{name} {version}, which the others lack" for name, version in installed.items() if name not in common
+        differing += [
+            f"{name} {version}, which the other nodes lack" for name, version in installed.items() if name not in common
         ]
         missing = [name for name in fact["required"] if name not in installed and name not in common]
-        if other:
-            found.append(Finding("packages", "fail", shorten_list(other), install, (node,)))
+        if differing:
+            found.append(Finding("packages", "fail", shorten_list(differing), install, (node,)))
         if missing:
             found.append(Finding("packages", "fail", f"{shorten_list(missing)} not installed", install, (node,)))
-    unlike = [
-        f"{name} {version}, locked is {locked[name]}"
+    unlocked = [
+        f"{name} {version} instead of {locked[name]} of requirements.lock"
         for name, version in common.items()
         if version.split("+")[0] != locked[name]
     ]
-    if unlike:
+    if unlocked:
         found.append(
             Finding(
                 "packages",
                 "warn",
-                f"on all nodes: {shorten_list(unlike)}",
-                "pip install -r requirements.lock, or try the run on a few steps first",
+                f"on all nodes: {shorten_list(unlocked)}",
+                "pip install -r requirements.lock, or first try the run with a few steps",
             )
         )
     return found or [
         Finding(
             "packages",
             "ok",
-            f"{len(common)} as in requirements.lock" if locked else "no requirements.lock to compare with",
+            f"{len(common)} packages as in requirements.lock" if locked else "no requirements.lock to compare with",
         )
     ]
 
 
-def _common(installed: list[dict[str, str]], locked: dict[str, str]) -> dict[str, str]:
-    """The version of each package that nodes should have: the locked one, where any node has it, or else what most have."""
-    counted = {}
-    for name in sorted({name for one in installed for name in one}):
-        counts = Counter(one.get(name) for one in installed)
-        counted[name] = next(
+def _expected_versions(installed: list[dict[str, str]], locked: dict[str, str]) -> dict[str, str]:
+    """Return the version of each package that all nodes should have.
+
+    This is the locked version if any node has it, else the most common one.
+    """
+    expected = {}
+    for name in sorted({name for packages in installed for name in packages}):
+        counts = Counter(packages.get(name) for packages in installed)
+        expected[name] = next(
             (version for version in counts if version and version.split("+")[0] == locked[name]),
             counts.most_common(1)[0][0],
         )
-    return {name: version for name, version in counted.items() if version is not None}
+    return {name: version for name, version in expected.items() if version is not None}
 
 
 def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
-    """The same Python files of the project, whatever git says."""
+    """Check that the Python files of the project are the same on all nodes, by their hashes."""
     found = []
     for node, fact in facts.items():
         names = here["files"].keys() | fact["files"].keys()
@@ -158,8 +186,8 @@ def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
                 Finding(
                     "code",
                     "fail",
-                    f"other than here: {shorten_list(differing)}{revision}",
-                    "bring the node to the same revision, or share the project's folder",
+                    f"differs from this machine: {shorten_list(differing)}{revision}",
+                    "check out the same revision on the node, or share the project's folder",
                     (node,),
                 )
             )
@@ -167,7 +195,7 @@ def check_code(facts: Facts, here: dict[str, Any]) -> list[Finding]:
 
 
 def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
-    """Clocks against this machine's, seconds."""
+    """Check the clock offsets of the nodes against this machine, in seconds."""
     found = []
     for node, offset in offsets.items():
         if abs(offset) > SKEW_WARN:
@@ -177,7 +205,7 @@ def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
                     "clock",
                     level,
                     f"{abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} this machine",
-                    "synchronise it: chronyc makestep, or systemctl restart systemd-timesyncd",
+                    "synchronize it: chronyc makestep, or systemctl restart systemd-timesyncd",
                     (node,),
                 )
             )
@@ -185,7 +213,7 @@ def check_clock(offsets: Mapping[str, float]) -> list[Finding]:
 
 
 def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> list[Finding]:
-    """/dev/shm is there and large enough."""
+    """Check that /dev/shm exists and is large enough."""
     found = []
     for node, fact in facts.items():
         free, gpus = fact["shm_free"], cuda and slots[node] > 1
@@ -194,14 +222,14 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
             reason = (
                 "NCCL passes data between the GPUs of a node through it"
                 if gpus
-                else "processes of a preparation share data through it"
+                else "the processes of a preparation share data through it"
             )
             found.append(
                 Finding(
                     "shared memory",
                     level,
                     f"/dev/shm has {format_bytes(free)} free: {reason}",
-                    "enlarge it: mount -o remount,size=8G /dev/shm; in a container --shm-size=8g",
+                    "enlarge it: mount -o remount,size=8G /dev/shm, or start the container with --shm-size=8g",
                     (node,),
                 )
             )
@@ -215,22 +243,25 @@ def check_shared_memory(facts: Facts, slots: Mapping[str, int], cuda: bool) -> l
 
 
 def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = None) -> list[Finding]:
-    """One kind of device, as many as slots, and none in use; `chosen` is DS_ACCELERATOR of this shell."""
+    """Check that all nodes have the same kind of device, one for each slot, and that no device is in use.
+
+    `chosen` is DS_ACCELERATOR of this shell.
+    """
     found = [
-        Finding("devices", "fail", fact["driver_fault"], "mend the driver: nvidia-smi must work there", (node,))
+        Finding("devices", "fail", fact["driver_fault"], "fix the driver: nvidia-smi must work there", (node,))
         for node, fact in facts.items()
         if "driver_fault" in fact
     ]
     accelerators = {node: fact["accelerator"] for node, fact in facts.items()}
-    if other := tuple(node for node, accelerator in accelerators.items() if chosen and accelerator != chosen):
+    if differing := tuple(node for node, accelerator in accelerators.items() if chosen and accelerator != chosen):
         return [
             *found,
             Finding(
                 "devices",
                 "fail",
-                f"DeepSpeed takes {accelerators[other[0]]}, DS_ACCELERATOR is {chosen} here",
-                "write DS_ACCELERATOR to .deepspeed_env (--write-env does), or unset it here",
-                other,
+                f"DeepSpeed uses {accelerators[differing[0]]}, but DS_ACCELERATOR is {chosen} on this machine",
+                "write DS_ACCELERATOR to .deepspeed_env (with --write-env), or unset it here",
+                differing,
             ),
         ]
     if len(set(accelerators.values())) > 1:
@@ -238,8 +269,8 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
             "devices",
             accelerators,
             None,
-            "DeepSpeed takes",
-            "set DS_ACCELERATOR alike, or leave nodes without GPUs out",
+            "DeepSpeed uses",
+            "set DS_ACCELERATOR to the same value on all nodes, or remove the nodes without GPUs",
         )
     if set(accelerators.values()) != {"cuda"}:
         return found or [
@@ -252,20 +283,20 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
                     "devices",
                     "fail",
                     f"{len(fact['gpus'])} GPUs for {slots[node]} slots",
-                    "correct slots= in the hostfile, or look for a GPU that is lost: nvidia-smi, dmesg",
+                    "correct slots= in the hostfile, or look for a missing GPU with nvidia-smi and dmesg",
                     (node,),
                 )
             )
         found += _check_driver(node, fact)
-        taken = [
-            f"GPU {place} has {format_bytes(gpu['used'])} of {format_bytes(gpu['memory'])} taken"
-            for place, gpu in enumerate(fact["gpus"])
+        in_use = [
+            f"GPU {index} has {format_bytes(gpu['used'])} of {format_bytes(gpu['memory'])} in use"
+            for index, gpu in enumerate(fact["gpus"])
             if gpu["used"] > gpu["memory"] / 20
         ]
-        if taken:
+        if in_use:
             found.append(
                 Finding(
-                    "devices", "warn", shorten_list(taken), "end the processes that nvidia-smi shows there", (node,)
+                    "devices", "warn", shorten_list(in_use), "end the processes that nvidia-smi shows there", (node,)
                 )
             )
     kinds = {
@@ -274,7 +305,7 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
     }
     drivers = {node: ", ".join(sorted({gpu["driver"] for gpu in fact["gpus"]})) for node, fact in facts.items()}
     for values, remedy in (
-        (kinds, "put like GPUs into one run: the slowest sets the pace, the smallest the memory"),
+        (kinds, "use GPUs of one kind: the slowest one limits the speed, and the smallest one the memory"),
         (drivers, "install one driver version on all nodes"),
     ):
         found += [item for item in check_identical("devices", values, None, "has", remedy) if item.level != "ok"]
@@ -288,12 +319,10 @@ def check_devices(facts: Facts, slots: Mapping[str, int], chosen: str | None = N
 
 
 def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
-    """Torch was built for CUDA, and the driver of the node is new enough for that build."""
+    """Check that torch was built for CUDA, and that the driver of the node is new enough for that build."""
     if fact["torch_cuda"] is None:
         return [
-            Finding(
-                "devices", "fail", "torch was built without CUDA", "install the build of torch for CUDA there", (node,)
-            )
+            Finding("devices", "fail", "torch was built without CUDA", "install a CUDA build of torch there", (node,))
         ]
     oldest = OLDEST_DRIVERS.get(int(fact["torch_cuda"].split(".")[0]), 0)
     drivers = sorted({gpu["driver"] for gpu in fact["gpus"] if int(gpu["driver"].split(".")[0]) < oldest})
@@ -301,7 +330,7 @@ def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
         Finding(
             "devices",
             "fail",
-            f"driver {driver} is too old for torch, which was built for CUDA {fact['torch_cuda']}",
+            f"driver {driver} is too old: torch was built for CUDA {fact['torch_cuda']}",
             f"install driver {oldest} or newer there, or a build of torch for an older CUDA",
             (node,),
         )
@@ -310,17 +339,19 @@ def _check_driver(node: str, fact: dict[str, Any]) -> list[Finding]:
 
 
 def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
-    """No build of an op that was killed, whose lock every later build waits for; and what the run needs to compile its layers or FlexAttention.
+    """Check for stale locks of op builds, and for the compilers that the run needs.
 
-    FlexAttention is compiled on CUDA whatever train.compile says: by Triton, which needs a C compiler and the header of Python.
+    A killed build leaves its lock, and every later build waits for it. FlexAttention is compiled on CUDA even with
+    train.compile=false. Triton compiles it, and needs a C compiler and Python.h.
     """
     found = []
     for node, fact in facts.items():
         stale = [lock for lock in fact["locks"] if not fact["compiling"] and lock["age"] > LOCK_SECONDS]
         for lock in stale:
             seen = (
-                f"{lock['path']} is {lock['age'] / 60:.0f} min old and nothing compiles there: whatever builds or loads that op waits for ever, "
-                "without a word" + ("" if cuda else " (this project's runs on CPU load none)")
+                f"{lock['path']} is {lock['age'] / 60:.0f} min old and no compiler is running: "
+                "a process that builds or loads that op hangs silently"
+                + ("" if cuda else " (runs of this project on CPU load no ops)")
             )
             found.append(Finding("compiled ops", "fail" if cuda else "warn", seen, f"rm {lock['path']}", (node,)))
         if compiles and not fact["compiler"]:
@@ -328,23 +359,23 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                 Finding(
                     "compiled ops",
                     "fail",
-                    "no C++ compiler, which train.compile needs",
-                    "apt install g++, or train.compile=false",
+                    "no C++ compiler: train.compile needs one",
+                    "apt install g++, or set train.compile=false",
                     (node,),
                 )
             )
         if cuda and not (fact["c_compiler"] and fact["python_header"]):
             missing = " and no ".join(
                 name
-                for name, there in (("C compiler", fact["c_compiler"]), ("Python.h", fact["python_header"]))
-                if not there
+                for name, available in (("C compiler", fact["c_compiler"]), ("Python.h", fact["python_header"]))
+                if not available
             )
             found.append(
                 Finding(
                     "compiled ops",
                     "fail",
-                    f"no {missing}, which compiling FlexAttention on CUDA needs",
-                    "apt install gcc python3-dev, or model.attention=sdpa, which is slower",
+                    f"no {missing}: needed to compile FlexAttention on CUDA",
+                    "apt install gcc python3-dev, or set model.attention=sdpa (slower)",
                     (node,),
                 )
             )
@@ -354,7 +385,7 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
                     "compiled ops",
                     "warn",
                     f"an op is being built: {shorten_list(young)}",
-                    "wait until it is there, then ask again",
+                    "wait until the build has finished, then run doctor.py again",
                     (node,),
                 )
             )
@@ -365,22 +396,23 @@ def check_extensions(facts: Facts, cuda: bool, compiles: bool) -> list[Finding]:
 
 
 def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimate: ResourceEstimate) -> list[Finding]:
-    """What a rank needs against what its node has for each."""
-    found, least = [], float("inf")
+    """Check the estimated memory of a rank against the memory that its node has for each rank."""
+    found, smallest = [], float("inf")
     for node in facts.keys() & devices.keys():
         cuda = devices[node]["accelerator"] == "cuda" and devices[node]["gpus"]
         room = min(gpu["memory"] for gpu in devices[node]["gpus"]) if cuda else facts[node]["available"] / slots[node]
         need = estimate.rank_memory["cuda" if cuda else "cpu"]
-        what = "of its GPU" if cuda else f"of host memory for each of {slots[node]} ranks"
-        least = min(least, room)
+        place = "on its GPU" if cuda else f"of host memory for each of {slots[node]} ranks"
+        smallest = min(smallest, room)
         if need > TIGHT * room and not estimate.offloads:
             found.append(
                 Finding(
                     "memory",
                     "fail" if need > room else "warn",
-                    f"a rank needs about {format_bytes(need)}, {format_bytes(room)} {what}",
-                    "more ranks, train.micro_batch_rows=1, train.activation_checkpointing=true, a smaller "
-                    "deepspeed.zero_optimization.reduce_bucket_size, or a smaller model; run.py --dry-run shows the parts",
+                    f"a rank needs about {format_bytes(need)} and has {format_bytes(room)} {place}",
+                    "use more ranks, train.micro_batch_rows=1, train.activation_checkpointing=true, a smaller "
+                    "deepspeed.zero_optimization.reduce_bucket_size or a smaller model; "
+                    "run.py --dry-run shows the parts of the estimate",
                     (node,),
                 )
             )
@@ -389,8 +421,8 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
             Finding(
                 "memory",
                 "warn",
-                "not compared: with offloading, part of it lies elsewhere",
-                "watch the memory in the first steps of the run",
+                "not compared: with offloading, part of it is in host memory or on disk",
+                "watch the memory during the first steps of the run",
             )
         ]
     device = "cuda" if any(fact["accelerator"] == "cuda" for fact in devices.values()) else "cpu"
@@ -398,6 +430,6 @@ def check_memory(facts: Facts, devices: Facts, slots: Mapping[str, int], estimat
         Finding(
             "memory",
             "ok",
-            f"a rank needs about {format_bytes(estimate.rank_memory[device])}, and has {format_bytes(least)}",
+            f"a rank needs about {format_bytes(estimate.rank_memory[device])} and has {format_bytes(smallest)}",
         )
     ]

@@ -1,4 +1,4 @@
-"""Checks of what the nodes are to each other and to the run: files, variables, network. Pure functions from what was seen to findings."""
+"""Checks of the nodes together: files, environment variables and network. Pure functions from facts to findings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ from pretrain.cluster.estimate import ResourceEstimate
 from pretrain.cluster.findings import Finding, Level, format_bytes, shorten_list
 
 SLOW_PAIR = 0.5
-"""Of the median bandwidth, below which a pair holds the others up."""
+"""Fraction of the median bandwidth below which a pair of nodes counts as slow."""
 Pairs = list[dict[str, Any]]
-"""What was measured from one node to another: `from`, `to`, and `latency_seconds` and `bytes_per_second`, or `error`."""
+"""Measurements of node pairs: `from`, `to`, and either `latency_seconds` and `bytes_per_second`, or `error`."""
 
 
 def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]:
-    """The same manifest, tokenizer and shards everywhere. Every node may have a copy of its own."""
+    """Check that the manifest, tokenizer and shards are the same on all nodes. Each node may have its own copy."""
     found = [
         Finding(
             "corpus",
             "fail",
             fact["unreadable"],
-            f"prepare or mount the corpus there: python -m data_prep CONFIG makes {data}",
+            f"mount the corpus there, or prepare it: python -m data_prep CONFIG writes {data}",
             (node,),
         )
         for node, fact in facts.items()
@@ -30,28 +30,31 @@ def check_corpus(facts: Facts, here: dict[str, Any], data: str) -> list[Finding]
         Finding(
             "corpus",
             "fail",
-            f"the manifest lists shards that are not there: {shorten_list(fact['missing'])}",
-            f"copy {data} again, whole",
+            f"shards of the manifest are missing: {shorten_list(fact['missing'])}",
+            f"copy {data} again, completely",
             (node,),
         )
         for node, fact in facts.items()
         if fact.get("missing")
     ]
-    there = {node: fact for node, fact in facts.items() if "unreadable" not in fact}
-    alike = []
-    for part, word in (("manifest", "data manifest"), ("tokenizer", "tokenizer")):
-        alike += check_identical(
-            word,
-            {node: fact[part] for node, fact in there.items()},
+    readable = {node: fact for node, fact in facts.items() if "unreadable" not in fact}
+    comparisons = []
+    for part, check in (("manifest", "data manifest"), ("tokenizer", "tokenizer")):
+        comparisons += check_identical(
+            check,
+            {node: fact[part] for node, fact in readable.items()},
             here.get(part),
-            "it has SHA-256",
-            f"bring the same {data} to all nodes: rsync -a --delete, or a shared file system",
+            "its SHA-256 is",
+            f"copy the same {data} to all nodes: rsync -a --delete, or a shared file system",
         )
-    return found + [item for item in alike if not found or item.level != "ok"]
+    return found + [item for item in comparisons if not found or item.level != "ok"]
 
 
 def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: int) -> list[Finding]:
-    """Writable, not taken by another run, and with room for what the run keeps; `existing` checkpoints stand there already."""
+    """Check that the run folder is writable, not in use by another run, and has room for the checkpoints.
+
+    `existing` is the number of checkpoints that are already there.
+    """
     found = []
     for node, fact in facts.items():
         if "unwritable" in fact:
@@ -60,7 +63,7 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     "run folder",
                     "fail",
                     f"cannot write to {fact['folder']}: {fact['unwritable']}",
-                    "mount it writable for this user, or choose another output_dir",
+                    "mount it so that this user can write to it, or choose another output_dir",
                     (node,),
                 )
             )
@@ -70,7 +73,7 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                 "run folder",
                 "fail",
                 "another run holds its lock",
-                "wait for that run or end it, or choose another `name`",
+                "wait for that run, end it, or choose another `name`",
                 locked,
             )
         )
@@ -80,13 +83,16 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
             free = fact["free"]
             if "unwritable" not in fact and free < missing:
                 level: Level = "fail" if free < min(missing, 2 * estimate.checkpoint) else "warn"
-                seen = f"{format_bytes(free)} free in {fact['folder']}, {estimate.checkpoints} checkpoints take {format_bytes(missing)} or more"
+                seen = (
+                    f"{format_bytes(free)} free in {fact['folder']}, "
+                    f"but {estimate.checkpoints} checkpoints need at least {format_bytes(missing)}"
+                )
                 found.append(
                     Finding(
                         "free space",
                         level,
                         seen,
-                        "make room, lower checkpoint.keep, or choose another output_dir",
+                        "free some space, lower checkpoint.keep, or choose another output_dir",
                         (node,),
                     )
                 )
@@ -96,7 +102,7 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     "free space",
                     "ok",
                     f"{format_bytes(min(fact['free'] for fact in facts.values()))} free, "
-                    f"{estimate.checkpoints} checkpoints take about {format_bytes(missing)}",
+                    f"{estimate.checkpoints} checkpoints need about {format_bytes(missing)}",
                 )
             )
     if not any(item.check == "run folder" for item in found):
@@ -107,30 +113,28 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
 def check_shared_run_folder(
     seen: Mapping[str, list[str]], authors: list[str], here: str, seen_here: list[str], folder: str
 ) -> list[Finding]:
-    """Every node sees the files of the others, and this machine's (`here`); `authors` are those that could write one."""
+    """Check that every node sees the marker files of all nodes and of this machine.
+
+    `seen` holds the authors whose markers each node sees, and `seen_here` the ones that this machine sees. `authors`
+    are the machines that could write a marker, and `here` is the name of this machine.
+    """
     remedy = f"mount the same file system at {folder} on all nodes and on this machine"
-    if here in authors and any(here in notes for notes in seen.values()):
-        apart = [node for node, notes in seen.items() if here not in notes]
+    if here in authors and any(here in visible for visible in seen.values()):
+        separate = [node for node, visible in seen.items() if here not in visible]
         reference = "this machine"
     else:
         first = next(iter(seen))
-        apart = [node for node, notes in seen.items() if first in authors and first not in notes]
+        separate = [node for node, visible in seen.items() if first in authors and first not in visible]
         reference = first
     found = [
         Finding("shared run folder", "fail", f"{folder} is not the folder that {reference} sees", remedy, (node,))
-        for node in apart
+        for node in separate
     ]
-    unseen = [
-        author
-        for author in authors
-        if author not in apart
-        and author != here
-        and any(author not in notes for node, notes in seen.items() if node not in apart)
-    ]
+    shared_views = [visible for node, visible in seen.items() if node not in separate]
+    candidates = [author for author in authors if author not in separate and author != here]
+    unseen = [author for author in candidates if any(author not in visible for visible in shared_views)]
     found += [
-        Finding(
-            "shared run folder", "fail", f"what it writes in {folder} is not seen on the other nodes", remedy, (node,)
-        )
+        Finding("shared run folder", "fail", f"other nodes do not see its files in {folder}", remedy, (node,))
         for node in unseen
     ]
     if not found and set(authors) - set(seen_here) - {here}:
@@ -138,19 +142,20 @@ def check_shared_run_folder(
             Finding(
                 "shared run folder",
                 "warn",
-                f"this machine does not see what the nodes write in {folder}",
-                "look at the run from a node; supervise.py and report.py need that folder here",
+                f"this machine does not see the files of the nodes in {folder}",
+                "start supervise.py and report.py on a node, because they need that folder",
             )
         )
-    return found or [Finding("shared run folder", "ok", "every node sees the files of the others")]
+    return found or [Finding("shared run folder", "ok", "every node sees the files of all nodes")]
 
 
 def check_environment(
     local_env: Mapping[str, str], node_envs: Mapping[str, Mapping[str, str]], faults: list[str]
 ) -> list[Finding]:
-    """Variables of this shell arrive at the nodes; `faults` are lines of .deepspeed_env that DeepSpeed cannot read.
+    """Check that the nodes have the relevant environment variables of this shell.
 
-    One that does not arrive is a warning: whether ranks take the wrong device or network without it, the other checks try.
+    `faults` describe the lines of .deepspeed_env that DeepSpeed cannot read. A missing variable is only a warning. The
+    other checks find out whether ranks use the wrong device or network without it.
     """
     found = []
     if faults:
@@ -159,31 +164,31 @@ def check_environment(
                 "environment",
                 "fail",
                 shorten_list(faults),
-                "write KEY=VALUE lines only, without blank lines, comments and export",
+                "write only KEY=VALUE lines, without blank lines, comments or export",
             )
         )
     for name, value in local_env.items():
-        there: dict[str, list[str]] = {}
+        differing: dict[str, list[str]] = {}
         for node, values in node_envs.items():
             if values.get(name) != value:
-                there.setdefault(f"{values[name]} there" if name in values else "not set there", []).append(node)
-        for state, nodes in there.items():
+                differing.setdefault(f"{values[name]} there" if name in values else "not set there", []).append(node)
+        for state, nodes in differing.items():
             found.append(
                 Finding(
                     "environment",
                     "warn",
                     f"{name}={value} here, {state}",
-                    "write it to .deepspeed_env (--write-env does), or unset it here",
+                    "write it to .deepspeed_env (with --write-env), or unset it here",
                     tuple(nodes),
                 )
             )
     return found or [
-        Finding("environment", "ok", f"{len(local_env)} variables of this shell that matter are the same on all nodes")
+        Finding("environment", "ok", f"{len(local_env)} relevant variables of this shell are the same on all nodes")
     ]
 
 
 def check_launcher(pdsh: str | None) -> list[Finding]:
-    """What DeepSpeed starts the nodes with stands on this machine."""
+    """Check that pdsh, DeepSpeed's default launcher for several nodes, is installed on this machine."""
     return (
         []
         if pdsh
@@ -192,28 +197,32 @@ def check_launcher(pdsh: str | None) -> list[Finding]:
                 "launcher",
                 "fail",
                 "pdsh is not installed on this machine",
-                "apt install pdsh, or give deepspeed another --launcher",
+                "apt install pdsh, or start deepspeed with another --launcher",
             )
         ]
     )
 
 
 def check_hostnames(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
-    """A node's own name does not mean its loopback, which gloo would tell the others to connect to; `chosen`: GLOO_SOCKET_IFNAME is set."""
+    """Check that no node's own host name resolves to its loopback address.
+
+    Peers would try to connect to that address, because gloo announces it to them. `chosen` means that
+    GLOO_SOCKET_IFNAME is set.
+    """
     wrong = tuple(node for node, fact in facts.items() if fact["own"] is None or fact["own"].startswith("127."))
     if not wrong or chosen:
         return [
             Finding(
                 "host names",
                 "ok",
-                "GLOO_SOCKET_IFNAME decides" if chosen else "no node takes its own name for its loopback",
+                "GLOO_SOCKET_IFNAME is set" if chosen else "no node resolves its own name to its loopback address",
             )
         ]
     return [
         Finding(
             "host names",
             "warn" if cuda else "fail",
-            "its own name means no address that others can reach: gloo gives them that one",
+            "its own name resolves to no address that its peers can reach, but gloo announces that address to them",
             "correct /etc/hosts, or set GLOO_SOCKET_IFNAME in .deepspeed_env to the interface between the nodes",
             wrong,
         )
@@ -221,16 +230,19 @@ def check_hostnames(facts: Facts, cuda: bool, chosen: bool) -> list[Finding]:
 
 
 def check_rendezvous(
-    first: str, address: str | None, port: int, held: dict[str, Any], tried: Mapping[str, dict[str, Any]]
+    first: str, address: str | None, port: int, held: dict[str, Any], connections: Mapping[str, dict[str, Any]]
 ) -> list[Finding]:
-    """The port where the ranks meet is free on the first node, and the others can connect to it."""
+    """Check that the rendezvous port is free on the first node, and that the other nodes can connect to it.
+
+    `held` is the result of listening on the port, and `connections` are the results of the other nodes.
+    """
     if address is None:
         return [
             Finding(
                 "rendezvous",
                 "fail",
-                "hostname -I shows no address, which DeepSpeed needs",
-                "give the node a network address",
+                "hostname -I prints no address, but DeepSpeed needs one",
+                "configure a network address on the node",
                 (first,),
             )
         ]
@@ -240,7 +252,7 @@ def check_rendezvous(
                 "rendezvous",
                 "fail",
                 f"port {port} is taken ({held['error']})",
-                "end what listens there, or give deepspeed and doctor.py another --master_port",
+                "end the process that listens there, or pass another --master_port to deepspeed and doctor.py",
                 (first,),
             )
         ]
@@ -249,26 +261,28 @@ def check_rendezvous(
             "rendezvous",
             "fail",
             f"cannot connect to {first} ({address}) at port {port}: {answer['error']}",
-            f"open port {port} of {first} for the nodes, or give another --master_port; "
-            "if the address is of another network, give deepspeed --master_addr",
+            f"open port {port} of {first} for the nodes, or pass another --master_port; "
+            "if the address belongs to another network, pass --master_addr to deepspeed",
             (node,),
         )
-        for node, answer in tried.items()
+        for node, answer in connections.items()
         if "error" in answer
     ]
     return found or [
-        Finding("rendezvous", "ok", f"{address}:{port} is free" + (", and reachable from all nodes" if tried else ""))
+        Finding(
+            "rendezvous", "ok", f"{address}:{port} is free" + (" and reachable from all nodes" if connections else "")
+        )
     ]
 
 
 def check_node_pairs(pairs: Pairs) -> list[Finding]:
-    """Every node reaches every other one, none much slower than the rest."""
+    """Check that every node can connect to every other one, and that no pair is much slower than the median."""
     found = [
         Finding(
             "network",
             "fail",
             f"cannot connect to {pair['to']}: {pair['error']}",
-            f"let the nodes reach all ports of each other; look at names, routes and the firewall of {pair['to']}",
+            f"open all ports between the nodes: check host names, routes and the firewall of {pair['to']}",
             (pair["from"],),
         )
         for pair in pairs
@@ -279,24 +293,27 @@ def check_node_pairs(pairs: Pairs) -> list[Finding]:
         return found
     worst, median = measured[0], measured[len(measured) // 2]["bytes_per_second"]
     latency = max(pair["latency_seconds"] for pair in measured)
-    shown = f"slowest {worst['from']} -> {worst['to']}: {worst['bytes_per_second'] / 1e9:.2f} GB/s, round trip at most {latency * 1e3:.2f} ms"
+    summary = (
+        f"slowest {worst['from']} -> {worst['to']}: {worst['bytes_per_second'] / 1e9:.2f} GB/s, "
+        f"round trip at most {latency * 1e3:.2f} ms"
+    )
     if len(measured) > 2 and worst["bytes_per_second"] < SLOW_PAIR * median:
         return [
             *found,
             Finding(
                 "network",
                 "warn",
-                f"{shown}; the median is {median / 1e9:.2f} GB/s",
-                "look at the link and its error counters: ethtool -S; every step waits for the slowest",
+                f"{summary}; the median is {median / 1e9:.2f} GB/s",
+                "check the link and its error counters with ethtool -S: every step waits for the slowest link",
             ),
         ]
-    return found or [Finding("network", "ok", f"{len(pairs)} directions; {shown}")]
+    return found or [Finding("network", "ok", f"{len(pairs)} directions; {summary}")]
 
 
 def check_all_reduce(
     answers: Mapping[str, dict[str, Any]], measured: list[dict[str, Any]], bucket: int
 ) -> list[Finding]:
-    """All ranks met and reduced a bucket of gradients."""
+    """Check that all ranks connected and reduced a bucket of gradients. `bucket` is its size in bytes."""
     found = []
     for node, answer in answers.items():
         errors = {"": answer["error"]} if "error" in answer else answer["errors"]
@@ -307,24 +324,25 @@ def check_all_reduce(
                     "all-reduce",
                     "fail",
                     (f"rank {rank}: " if rank else "") + error,
-                    "mend what else is shown first; then choose the interface: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; "
-                    "NCCL_DEBUG=INFO tells more",
+                    "fix the other failures first; then set the interface with GLOO_SOCKET_IFNAME or "
+                    "NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO logs details",
                     (node,),
                 )
             )
     if found or not measured:
-        return found or [Finding("all-reduce", "fail", "rank 0 measured nothing", "ask again")]
+        return found or [Finding("all-reduce", "fail", "rank 0 returned no measurement", "run doctor.py again")]
     small, large = measured[0], measured[-1]
-    what = (
+    size = (
         f"a bucket of {format_bytes(bucket)}"
         if large["bytes"] >= bucket
-        else f"{format_bytes(large['bytes'])} (the bucket of {format_bytes(bucket)} would take long)"
+        else f"{format_bytes(large['bytes'])} (the bucket of {format_bytes(bucket)} would take too long)"
     )
     return [
         Finding(
             "all-reduce",
             "ok",
-            f"{small['ranks']} ranks: {what} in {large['seconds']:.3f} s, bus {large['bus_bytes_per_second'] / 1e9:.2f} "
-            f"GB/s; {small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms",
+            f"{small['ranks']} ranks: {size} in {large['seconds']:.3f} s, "
+            f"bus {large['bus_bytes_per_second'] / 1e9:.2f} GB/s; "
+            f"{small['bytes']} bytes in {small['seconds'] * 1e3:.2f} ms",
         )
     ]

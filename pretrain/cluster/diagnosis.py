@@ -1,4 +1,4 @@
-"""One diagnosis: asks the nodes in the order in which answers are needed, and puts what they say before the checks."""
+"""One diagnosis of a run's nodes: collects facts and measurements from the agents, and passes them to the checks."""
 
 import math
 import os
@@ -19,18 +19,18 @@ from pretrain.relevant_env import relevant_env
 from pretrain.run_folder import list_steps
 
 FACT_SECONDS = 30.0
-"""That a node has for one group of facts: a file system that hangs takes longer."""
+"""Timeout of a node for one group of facts, in seconds. A hanging file system exceeds it."""
 PINGS = 5
 STREAM_SECONDS, NETWORK_SECONDS = 0.3, 60.0
-"""Of one bandwidth at most, and of all together."""
+"""Time limits of one bandwidth measurement and of all of them together, in seconds."""
 REDUCE_SECONDS = 120.0
 HERE = "this machine"
 PORT = 29500
-"""DeepSpeed's, where no other is given."""
+"""DeepSpeed's default port for the rendezvous."""
 
 
 def say(text: str) -> None:
-    """Progress, on standard error."""
+    """Print progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -43,39 +43,38 @@ class Diagnosis:
         self.measurements: dict[str, list[dict[str, Any]]] = {"all_reduce": [], "pairs": []}
 
     def diagnose(self, config: str, overrides: list[str], port: int | None) -> None:
-        """Ask for everything. Raises UserError for a configuration that cannot be read."""
+        """Run all checks; `port` is the rendezvous port. Raises UserError if the configuration cannot be read."""
         pool = ThreadPoolExecutor(1)
         try:
-            reached = pool.submit(
-                self.agents.call_nodes, "time", START_TIMEOUT_SECONDS
-            )  # while this process reads the configuration
+            # The agents start while this process reads the configuration.
+            first_answers = pool.submit(self.agents.call_nodes, "time", START_TIMEOUT_SECONDS)
             self.config = load_config(config, overrides)
-            reached.result()
-            say("looking at the nodes, and planning the run")
-            looked = pool.submit(self._look)
+            first_answers.result()
+            say("checking the nodes and planning the run")
+            collection = pool.submit(self._collect_facts)
             self.estimate = self._plan()
-            looked.result()
+            collection.result()
         finally:
-            pool.shutdown(wait=False)  # after a mistake, nobody waits for a node that does not answer
-        self.seen = {topic: self._seen(topic) for topic in facts.TOPICS}
+            pool.shutdown(wait=False)  # after an error, do not wait for a node that does not answer
+        self.valid_facts = {topic: self._valid_facts(topic) for topic in facts.TOPICS}
         if self.agents.nodes:
             self._check_facts()
-            say("connecting all pairs")
-            can_meet = self._check_network(port)
-            self._check_all_reduce(can_meet)
+            say("connecting all pairs of nodes")
+            ranks_can_connect = self._check_network(port)
+            self._check_all_reduce(ranks_can_connect)
         self.findings = merge_findings(
             checks_nodes.check_reachable(self.agents.nodes, self.agents.unreachable) + self.findings
         )
 
     @property
     def slots(self) -> dict[str, int]:
-        """Ranks of each node that answers."""
+        """Number of ranks of each node that answers."""
         return {host.name: host.slots for host in self.agents.hosts if host.name in self.agents.nodes}
 
     @property
     def cuda(self) -> bool:
-        """Whether the ranks will be on GPUs."""
-        return any(fact["accelerator"] == "cuda" for fact in self.seen["devices"].values())
+        """Whether the ranks will use GPUs."""
+        return any(fact["accelerator"] == "cuda" for fact in self.valid_facts["devices"].values())
 
     def _plan(self) -> ResourceEstimate | None:
         try:
@@ -88,8 +87,8 @@ class Diagnosis:
         self.findings.append(Finding("configuration", "ok", f"{estimate.parameters:,} parameters"))
         return estimate
 
-    def _look(self) -> None:
-        """Ask for all that is so on the nodes."""
+    def _collect_facts(self) -> None:
+        """Collect the environment, the facts, the clock offsets and the visible markers of all nodes."""
         self.local_env = relevant_env(os.environ)
         values = {}
         if self.agents.command is ssh_command:
@@ -98,18 +97,21 @@ class Diagnosis:
                 | environment.read_env_files()
             )
         self.node_envs = self.agents.call_nodes(
-            "environment", FACT_SECONDS, lambda node: {"values": values, "asked": list(self.local_env)}
+            "environment", FACT_SECONDS, lambda node: {"values": values, "names": list(self.local_env)}
         )
-        self.facts = {topic: self._fact(topic) for topic in facts.TOPICS}
-        self.offsets = self._clocks()
-        self.notes = self._leave_notes()
+        self.facts = {topic: self._collect_topic(topic) for topic in facts.TOPICS}
+        self.offsets = self._clock_offsets()
+        self.markers = self._exchange_markers()
 
-    def _fact(self, topic: str) -> dict[str, Any]:
-        settings = _settings(self.config, topic)
+    def _collect_topic(self, topic: str) -> dict[str, Any]:
+        settings = _topic_arguments(self.config, topic)
         return self.agents.call_nodes("fact", FACT_SECONDS, lambda node: {"topic": topic, "settings": settings})
 
-    def _clocks(self) -> dict[str, float]:
-        """Seconds by which each node is ahead of this machine, from the shortest of a few round trips."""
+    def _clock_offsets(self) -> dict[str, float]:
+        """Return how far the clock of each node is ahead of this machine's, in seconds.
+
+        The offset comes from the shortest of PINGS round trips.
+        """
         best: dict[str, tuple[float, float]] = {}
         for node in self.agents.nodes * PINGS:
             before = time.time()
@@ -119,15 +121,18 @@ class Diagnosis:
                 best[node] = min(best.get(node, (math.inf, 0.0)), (after - before, answer[node] - (before + after) / 2))
         return {node: offset for node, (_, offset) in best.items()}
 
-    def _leave_notes(self) -> dict[str, Any]:
-        """Files of every node and of this machine in the run folder, and who sees whose."""
+    def _exchange_markers(self) -> dict[str, Any]:
+        """Let every node and this machine write a marker file to the run folder, and return which machine sees which.
+
+        The result holds the arguments of `checks_run.check_shared_run_folder`. All markers are removed again.
+        """
         folder, token = str(sharing.nearest_existing_folder(str(self.config.run_dir))), secrets.token_hex(4)
         try:
-            left = self.agents.call_nodes(
+            written = self.agents.call_nodes(
                 "write_marker", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "author": node}
             )
-            left[HERE] = sharing.write_marker(folder, token, HERE)
-            authors = [author for author, answer in left.items() if "error" not in answer]
+            written[HERE] = sharing.write_marker(folder, token, HERE)
+            authors = [author for author, answer in written.items() if "error" not in answer]
             seen = self.agents.call_nodes(
                 "visible_markers", FACT_SECONDS, lambda node: {"folder": folder, "token": token, "authors": authors}
             )
@@ -142,9 +147,9 @@ class Diagnosis:
             self.agents.call_nodes("remove_markers", FACT_SECONDS, lambda node: {"folder": folder, "token": token})
             sharing.remove_markers(folder, token)
 
-    def _seen(self, topic: str) -> dict[str, dict[str, Any]]:
-        """The facts of the nodes that could find them out."""
-        seen = {}
+    def _valid_facts(self, topic: str) -> dict[str, dict[str, Any]]:
+        """Return the facts of the nodes that could collect them, and add a finding for each other node."""
+        valid = {}
         for node in self.agents.nodes:
             fact = self.facts[topic][node]
             if "error" in fact:
@@ -153,40 +158,40 @@ class Diagnosis:
                         topic.replace("_", " "),
                         "fail",
                         fact["error"],
-                        "look at that node: this should not happen",
+                        "inspect that node: this error is unexpected",
                         (node,),
                     )
                 )
             else:
-                seen[node] = fact
-        return seen
+                valid[node] = fact
+        return valid
 
     def _check_facts(self) -> None:
         config, slots, estimate, several = self.config, self.slots, self.estimate, len(self.agents.hosts) > 1
         existing = len(list_steps(config.run_dir / "checkpoints"))
 
         def here(topic: str) -> dict[str, Any]:
-            return facts.TOPICS[topic](**_settings(config, topic))
+            return facts.TOPICS[topic](**_topic_arguments(config, topic))
 
         checks = {
-            "python_and_system": lambda seen: checks_nodes.check_python(seen, here("python_and_system")),
+            "python_and_system": lambda valid: checks_nodes.check_python(valid, here("python_and_system")),
             "packages": checks_nodes.check_packages,
-            "code": lambda seen: checks_nodes.check_code(seen, here("code")),
-            "corpus": lambda seen: checks_run.check_corpus(seen, here("corpus"), config.data.path),
-            "run_folder": lambda seen: (
-                checks_run.check_run_folder(seen, estimate, existing)
-                + (checks_run.check_shared_run_folder(**self.notes) if several else [])
+            "code": lambda valid: checks_nodes.check_code(valid, here("code")),
+            "corpus": lambda valid: checks_run.check_corpus(valid, here("corpus"), config.data.path),
+            "run_folder": lambda valid: (
+                checks_run.check_run_folder(valid, estimate, existing)
+                + (checks_run.check_shared_run_folder(**self.markers) if several else [])
             ),
-            "devices": lambda seen: checks_nodes.check_devices(seen, slots, os.environ.get("DS_ACCELERATOR")),
-            "memory": lambda seen: (
-                checks_nodes.check_shared_memory(seen, slots, self.cuda)
-                + (checks_nodes.check_memory(seen, self.seen["devices"], slots, estimate) if estimate else [])
+            "devices": lambda valid: checks_nodes.check_devices(valid, slots, os.environ.get("DS_ACCELERATOR")),
+            "memory": lambda valid: (
+                checks_nodes.check_shared_memory(valid, slots, self.cuda)
+                + (checks_nodes.check_memory(valid, self.valid_facts["devices"], slots, estimate) if estimate else [])
             ),
-            "extensions": lambda seen: checks_nodes.check_extensions(seen, self.cuda, config.train.compile),
+            "extensions": lambda valid: checks_nodes.check_extensions(valid, self.cuda, config.train.compile),
         }
         for topic, check in checks.items():
-            if self.seen[topic]:
-                self.findings += check(self.seen[topic])
+            if self.valid_facts[topic]:
+                self.findings += check(self.valid_facts[topic])
         self.findings += checks_nodes.check_clock(self.offsets)
         if self.agents.command is ssh_command:
             faults = [
@@ -196,43 +201,46 @@ class Diagnosis:
             self.findings += checks_run.check_launcher(shutil.which("pdsh"))
 
     def _check_network(self, port: int | None) -> bool:
-        """Whether the ranks can meet."""
+        """Check the rendezvous and all pairs of nodes, and return whether the ranks can connect."""
         found, first = [], self.agents.nodes[0]
         self.address, self.port = self._rendezvous(first, port)
         held = self.agents.call_nodes("hold_port", FACT_SECONDS, lambda node: {"port": self.port}, [first]).get(
             first, {"error": "no answer"}
         )
-        tried = {}
+        connections = {}
         if "error" not in held:
             if self.address:
-                tried = self.agents.call_nodes(
+                connections = self.agents.call_nodes(
                     "connect",
                     FACT_SECONDS,
                     lambda node: {"host": self.address, "port": self.port},
                     self.agents.nodes[1:],
                 )
             self.agents.call_nodes("release_port", FACT_SECONDS, lambda node: {"port": self.port}, [first])
-        found += checks_run.check_rendezvous(first, self.address, self.port, held, tried)
+        found += checks_run.check_rendezvous(first, self.address, self.port, held, connections)
         if len(self.agents.nodes) > 1:
             chosen = all("GLOO_SOCKET_IFNAME" in values for values in self.node_envs.values())
-            found += checks_run.check_hostnames(self.seen["addresses"], self.cuda, chosen)
+            found += checks_run.check_hostnames(self.valid_facts["addresses"], self.cuda, chosen)
             self._measure_pairs()
             found += checks_run.check_node_pairs(self.measurements["pairs"])
         self.findings += found
         return all(finding.level != "fail" for finding in found)
 
     def _rendezvous(self, first: str, port: int | None) -> tuple[str | None, int]:
-        """Where the ranks will meet, as their launcher chooses it."""
+        """Return the address (None if unknown) and port of the rendezvous that the launcher would choose."""
         if self.agents.command is local_command:
             return "127.0.0.1", port or PORT
         if self.agents.command is srun_command:
             from pretrain.training.distributed import slurm_port
 
             return first, port or slurm_port()
-        return self.seen["addresses"].get(first, {}).get("first"), port or PORT
+        return self.valid_facts["addresses"].get(first, {}).get("first"), port or PORT
 
     def _measure_pairs(self) -> None:
-        """One after the other in both directions, and pairs without a common node at the same time."""
+        """Measure latency and bandwidth of all pairs, first in one direction and then in the other.
+
+        Pairs without a common node are measured at the same time.
+        """
         ports = self.agents.call_nodes("serve", FACT_SECONDS)
         rounds = network.rounds(list(ports))
         seconds = min(STREAM_SECONDS, NETWORK_SECONDS / 2 / len(rounds))
@@ -248,18 +256,20 @@ class Diagnosis:
                     {"from": node, "to": ends[node]} | answer for node, answer in answers.items()
                 ]
 
-    def _check_all_reduce(self, can_meet: bool) -> None:
-        if not can_meet or self.estimate is None:
-            why = "the ranks could not meet" if self.estimate else "the configuration cannot be planned"
+    def _check_all_reduce(self, ranks_can_connect: bool) -> None:
+        if not ranks_can_connect or self.estimate is None:
+            reason = "the ranks cannot connect" if self.estimate else "no plan for this configuration"
             self.findings.append(
-                Finding("all-reduce", "warn", f"not tried: {why}", "mend what is shown above, and ask again")
+                Finding(
+                    "all-reduce", "warn", f"not tried: {reason}", "fix the failures above, then run doctor.py again"
+                )
             )
             return
         slots, bucket, precision = self.slots, self.estimate.bucket, self.estimate.precision
         first_rank, world = {}, 0
         for node, ranks in slots.items():
             first_rank[node], world = world, world + ranks
-        say(f"an all-reduce over {world} ranks")
+        say(f"running an all-reduce over {world} ranks")
         answers = self.agents.call_nodes(
             "all_reduce",
             REDUCE_SECONDS + 10,
@@ -280,6 +290,6 @@ class Diagnosis:
         self.findings += checks_run.check_all_reduce(answers, self.measurements["all_reduce"], bucket)
 
 
-def _settings(config: RunConfig, topic: str) -> dict[str, Any]:
-    """What a group of facts must be told."""
+def _topic_arguments(config: RunConfig, topic: str) -> dict[str, Any]:
+    """Return the arguments of the function that collects a group of facts."""
     return {"corpus": {"data": config.data.path}, "run_folder": {"run_dir": str(config.run_dir)}}.get(topic, {})

@@ -1,4 +1,7 @@
-"""The command: asks all nodes of a run at once, and says what would go wrong. Imports little, so that the agents start at once."""
+"""The doctor command: checks all nodes of a run in parallel, and reports what would go wrong.
+
+It imports little, so the agents start immediately.
+"""
 
 import argparse
 import json
@@ -15,41 +18,41 @@ from pretrain.cluster.findings import as_json, count_levels, format_table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
 
 CPU_SLOTS = 2
-"""Ranks on this machine alone if it has no GPU, and neither a hostfile nor --num_gpus says how many."""
+"""Ranks on a single machine without GPUs if neither a hostfile nor --num_gpus gives their number."""
 
 
 def main() -> None:
-    """Parse the command line and diagnose; exit code 1 where something fails."""
+    """Parse the command line and run the diagnosis; exit with code 1 if a check fails."""
     parser = argparse.ArgumentParser(
-        description="Tell what would go wrong with a run: on the nodes of a hostfile; without one on those of the Slurm "
-        "allocation around it; without that on this machine. Nothing that it starts lasts."
+        description="Report what would go wrong with a run. Checks the nodes of the hostfile if one is given, else the "
+        "nodes of the current Slurm allocation, else this machine. Every process that it starts ends with it."
     )
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
-    parser.add_argument("--hostfile", help="nodes and their ranks, as for deepspeed: lines of `host slots=N`")
-    parser.add_argument("--num_gpus", type=int, help="ranks of each node, as for deepspeed; on CPU, processes")
-    parser.add_argument("--master_port", type=int, help="where the ranks will meet, as for deepspeed (default 29500)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file to override")
+    parser.add_argument("--hostfile", help="hostfile of deepspeed: a line `host slots=N` for each node and its ranks")
+    parser.add_argument("--num_gpus", type=int, help="ranks per node, as for deepspeed; on CPU, processes per node")
+    parser.add_argument("--master_port", type=int, help="port of the rendezvous, as for deepspeed (default 29500)")
     parser.add_argument("--json", action="store_true", help="print findings and measurements as one JSON object")
     parser.add_argument(
-        "--write-env", action="store_true", help="first write what matters of this shell's variables to .deepspeed_env"
+        "--write-env", action="store_true", help="first write the relevant variables of this shell to .deepspeed_env"
     )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: sys.exit(run(arguments)))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Diagnose, print, and return the exit code."""
+    """Run the diagnosis, print its findings, and return the exit code."""
     started = time.monotonic()
     hosts, command = _nodes(arguments.hostfile, arguments.num_gpus)
     if arguments.write_env and command is not ssh_command:
-        raise UserError("--write-env concerns the nodes of a hostfile: give --hostfile, or leave it out")
+        raise UserError("--write-env works only with the nodes of a hostfile: add --hostfile, or remove --write-env")
     if arguments.write_env:
-        path, left_out = environment.write_env_file(os.environ)
+        path, skipped = environment.write_env_file(os.environ)
         say(
             f"wrote {path}"
-            + (f", without {', '.join(left_out)}: DeepSpeed cannot hand on such values" if left_out else "")
+            + (f", without {', '.join(skipped)}: DeepSpeed cannot forward their values" if skipped else "")
         )
-    say(f"asking {', '.join(host.name for host in hosts)}")
+    say(f"contacting {', '.join(host.name for host in hosts)}")
     agents = AgentPool(hosts, command)
     diagnosis = Diagnosis(agents)
     try:
@@ -76,18 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _nodes(hostfile: str | None, ranks: int | None) -> tuple[list[Host], Callable[[Host], list[str]]]:
-    """Return the nodes, and how an agent is started on one. `ranks` of each node replace what the hostfile or the GPUs say."""
+    """Return the nodes and the function that builds the command of an agent.
+
+    `ranks` per node replace the slots of the hostfile or the number of GPUs.
+    """
     if ranks is not None and ranks < 1:
-        raise UserError(f"--num_gpus is {ranks}: give the number of ranks of each node, at least 1")
+        raise UserError(f"--num_gpus is {ranks}: set it to the number of ranks per node, at least 1")
     hosts = read_hostfile(hostfile) if hostfile else slurm_hosts()
     if ranks and hosts and not hostfile:
         raise UserError(
-            "--num_gpus is for deepspeed: in a Slurm allocation srun decides how many ranks a node has; leave it out"
+            "--num_gpus does not apply in a Slurm allocation, because srun sets the number of ranks per node: remove it"
         )
     if not hosts:
         gpus = len(facts.devices()["gpus"])
         if not ranks and not gpus:
-            say(f"no GPU here, and neither --hostfile nor --num_gpus: assuming {CPU_SLOTS} ranks")
+            say(f"no GPU on this machine, and neither --hostfile nor --num_gpus: assuming {CPU_SLOTS} ranks")
         hosts = [Host(LOCAL, gpus or CPU_SLOTS)]
     if ranks:
         hosts = [Host(host.name, ranks) for host in hosts]

@@ -1,7 +1,9 @@
-"""The variables that ranks on other nodes get: those that DeepSpeed's pdsh launcher forwards, and those of `.deepspeed_env`.
+"""The environment variables of ranks on other nodes: forwarded by DeepSpeed's launcher, or set in `.deepspeed_env`.
 
-deepspeed/launcher/runner.py (0.19.8): names that begin with one of FORWARDED_PREFIXES, with NCCL too where the launcher's accelerator is CUDA; then the
-lines of `.deepspeed_env` (or of the file that DS_ENV_FILE names) in the home folder and in the working folder, the later one deciding.
+Source: deepspeed/launcher/runner.py (0.19.8). The pdsh launcher forwards names that begin with one of
+FORWARDED_PREFIXES. If its accelerator is CUDA, it also forwards names that begin with NCCL. Then it reads
+`.deepspeed_env`, or the file that DS_ENV_FILE names, in the home folder and in the working folder. The later value of a
+variable wins.
 """
 
 import os
@@ -18,28 +20,28 @@ FORWARDED_FROM_CUDA = "NCCL"
 
 
 def env_files() -> list[Path]:
-    """The files that DeepSpeed reads, in its order."""
+    """Return the existing environment files that DeepSpeed reads, in its order."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     paths = dict.fromkeys([Path.home() / name, Path(name)])
     return [path for path in paths if path.is_file()]
 
 
 def invalid_lines(path: Path) -> list[str]:
-    """The lines that DeepSpeed cannot read, or that it would hand to a shell as something else."""
+    """Return a description of each line that DeepSpeed cannot read, or whose value a shell would change."""
     faults = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         name, equals, value = line.partition("=")
         if not equals:
             faults.append(f"line {number} ({line!r}) has no =")
         elif not re.fullmatch(r"\s*[A-Za-z_]\w*\s*", name):
-            faults.append(f"line {number}: {name!r} is no name of a variable")
-        elif not _survives(value):
+            faults.append(f"line {number}: {name!r} is not a variable name")
+        elif not _is_forwardable(value):
             faults.append(f'line {number}: the shell would change the value of {name.strip()} (", $, ` or \\)')
     return faults
 
 
 def read_env_files() -> dict[str, str]:
-    """The variables that stand there, without lines that cannot be read."""
+    """Return the variables of all environment files, without the lines that cannot be read."""
     values: dict[str, str] = {}
     for path in env_files():
         values |= _read(path)
@@ -47,27 +49,31 @@ def read_env_files() -> dict[str, str]:
 
 
 def forwarded_variables(environment: Mapping[str, str], cuda: bool) -> dict[str, str]:
-    """What the launcher hands on from this shell by itself, but PYTHONPATH, which the agents have already."""
+    """Return the variables of this shell that the launcher forwards, except PYTHONPATH, which the agents already have.
+
+    `cuda` means that the launcher's accelerator is CUDA.
+    """
     prefixes = (*FORWARDED_PREFIXES, *([FORWARDED_FROM_CUDA] if cuda else []))
     return {name: value for name, value in environment.items() if name.startswith(prefixes) and name != "PYTHONPATH"}
 
 
 def write_env_file(environment: Mapping[str, str]) -> tuple[Path, list[str]]:
-    """Write what matters of this shell over what stands in the working folder's file; return its path and the names left out.
+    """Update the environment file of the working folder with the relevant variables of this shell.
 
-    Left out are values that would not reach the nodes as they are. Raises UserError where the file cannot be written.
+    Returns the path of the file and the names of the skipped variables. A variable is skipped if its value would not
+    reach the nodes unchanged. Raises UserError if the file cannot be written.
     """
     path = Path(os.environ.get("DS_ENV_FILE", ".deepspeed_env"))
     local_env = relevant_env(environment)
-    left_out = [name for name, value in local_env.items() if not _survives(value) or "\n" in value]
+    skipped = [name for name, value in local_env.items() if not _is_forwardable(value) or "\n" in value]
     try:
         values = (_read(path) if path.is_file() else {}) | {
-            name: value for name, value in local_env.items() if name not in left_out
+            name: value for name, value in local_env.items() if name not in skipped
         }
         write_text(path, "".join(f"{name}={value}\n" for name, value in values.items()))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return path, left_out
+    return path, skipped
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -79,6 +85,6 @@ def _read(path: Path) -> dict[str, str]:
     }
 
 
-def _survives(value: str) -> bool:
-    """Whether DeepSpeed's double quotes keep the value as it is."""
+def _is_forwardable(value: str) -> bool:
+    """Return whether the value stays unchanged in the double quotes that DeepSpeed puts around it."""
     return not re.search(r'["$`\\]', value)

@@ -1,4 +1,4 @@
-"""What is so on this node, in plain values. A node that fails to find out answers with `error` instead."""
+"""Facts about this node, as values that JSON can hold. If a function raises, the agent answers with `error` instead."""
 
 import contextlib
 import fcntl
@@ -26,14 +26,14 @@ from pretrain.revision import ROOT, revision, source_hashes
 
 MANIFEST = "manifest.json"
 COMPILERS = ("ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas")
-"""Processes that a build of an extension consists of."""
+"""Names of the processes that build an extension."""
 GPU_FIELDS = ("name", "memory.total", "memory.used", "driver_version")
 SECONDS = 20.0
-"""That nvidia-smi has."""
+"""Timeout of nvidia-smi and hostname, in seconds."""
 
 
 def python_and_system() -> dict[str, Any]:
-    """Versions of Python and of what lies below it."""
+    """Return the versions of Python, the operating system and the C library."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -42,17 +42,20 @@ def python_and_system() -> dict[str, Any]:
 
 
 def packages() -> dict[str, Any]:
-    """`installed` and `locked` versions by package, and those that the project `requires`. A lock file that is not there locks nothing."""
+    """Return the `installed` and `locked` versions by package, and the names of the `required` packages.
+
+    Without a lock file, all three are empty.
+    """
     locked, required = {}, []
     with contextlib.suppress(FileNotFoundError):
         lines = (ROOT / "requirements.lock").read_text().splitlines()
         locked = {
-            _same_name(name): version.strip().split("+")[0]
+            _normalized_name(name): version.strip().split("+")[0]
             for name, equals, version in (line.partition("==") for line in lines)
             if equals and not name.startswith("#")
         }
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        required = [_same_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
+        required = [_normalized_name(requirement.split("==")[0]) for requirement in project["dependencies"]]
     installed = {}
     for name in locked:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -60,18 +63,21 @@ def packages() -> dict[str, Any]:
     return {"installed": installed, "locked": locked, "required": required}
 
 
-def _same_name(name: str) -> str:
-    """PyYAML, pyyaml and py_yaml are one package."""
+def _normalized_name(name: str) -> str:
+    """Return the normalized name of a package: Py_YAML and py-yaml are the same package."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def code() -> dict[str, Any]:
-    """The project's revision and the hash of each of its Python files."""
+    """Return the project's revision and the hash of each of its Python files."""
     return {"revision": revision(), "files": source_hashes()}
 
 
 def corpus(data: str) -> dict[str, Any]:
-    """Hashes of the manifest and of the tokenizer's files, and the shards that the manifest lists and that are not there."""
+    """Return the hashes of the manifest and of the tokenizer's files, and the missing shards of the manifest.
+
+    If the corpus cannot be read, return only the reason, as `unreadable`.
+    """
     folder = Path(data)
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -81,9 +87,9 @@ def corpus(data: str) -> dict[str, Any]:
         present = set(os.listdir(folder))
         listed = [shard["file"] for split in json.loads(content)["splits"].values() for shard in split["shards"]]
     except FileNotFoundError as error:
-        return {"unreadable": f"there is no {error.filename}"}
+        return {"unreadable": f"{error.filename} does not exist"}
     except (OSError, ValueError, KeyError) as error:
-        return {"unreadable": f"cannot read it: {error}"}
+        return {"unreadable": f"cannot read the corpus: {error}"}
     return {
         "manifest": hashlib.sha256(content).hexdigest()[:12],
         "tokenizer": tokenizer.hexdigest()[:12],
@@ -92,23 +98,23 @@ def corpus(data: str) -> dict[str, Any]:
 
 
 def run_folder(run_dir: str) -> dict[str, Any]:
-    """Whether the run folder can be written, the free bytes there, and whether a run holds its lock."""
+    """Return the free bytes of the run folder, whether a run holds its lock, and the error if writing there fails."""
     folder = nearest_existing_folder(run_dir)
-    trial = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
+    test_file = folder / f".doctor-{os.getpid()}-{socket.gethostname()}"
     found: dict[str, Any] = {
         "folder": str(folder),
         "free": shutil.disk_usage(folder).free,
         "locked": _is_locked(Path(run_dir) / ".lock"),
     }
     try:
-        with open(trial, "wb") as file:
+        with open(test_file, "wb") as file:
             file.write(bytes(4096))
             os.fsync(file.fileno())
     except OSError as error:
         found["unwritable"] = error.strerror
     finally:
         with contextlib.suppress(OSError):
-            trial.unlink(missing_ok=True)
+            test_file.unlink(missing_ok=True)
     return found
 
 
@@ -124,17 +130,20 @@ def _is_locked(path: Path) -> bool:
 
 
 def memory() -> dict[str, Any]:
-    """Free bytes of host memory, within the bound of a container, and of /dev/shm."""
+    """Return the free bytes of host memory, within the limit of a container, and of /dev/shm."""
     available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # a container's bound
-        bound = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, bound - used)
+        available = min(available, limit - used)
     return {"available": available, "shm_free": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0}
 
 
 def devices() -> dict[str, Any]:
-    """The GPUs that ranks may use, the CUDA version that torch was built for, and the accelerator that DeepSpeed takes by DS_ACCELERATOR or finds."""
+    """Return the GPUs that ranks may use, the CUDA version of the torch build, and the accelerator of DeepSpeed.
+
+    The accelerator is DS_ACCELERATOR if that is set, else the one that DeepSpeed would detect.
+    """
     found: dict[str, Any] = {"gpus": []}
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -149,19 +158,22 @@ def devices() -> dict[str, Any]:
         found["gpus"] = found["gpus"][: len([device for device in visible.split(",") if device.strip()])]
     return found | {
         "accelerator": os.environ.get("DS_ACCELERATOR") or ("cuda" if found["gpus"] else "cpu"),
-        "torch_cuda": _cuda_of_torch(),
+        "torch_cuda": _torch_cuda_version(),
     }
 
 
-def _cuda_of_torch() -> str | None:
-    """Return the CUDA version that the installed torch was built for, without importing it; None for a build without CUDA."""
+def _torch_cuda_version() -> str | None:
+    """Return the CUDA version that the installed torch was built for, or None for a build without CUDA.
+
+    Reads torch's version file instead of importing torch.
+    """
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations if spec else None) or ():
         with contextlib.suppress(OSError):
-            if named := re.search(
+            if match := re.search(
                 r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", (Path(folder) / "version.py").read_text(), re.MULTILINE
             ):
-                return named[1]
+                return match[1]
     return None
 
 
@@ -171,7 +183,10 @@ def _gpu(line: str) -> dict[str, Any]:
 
 
 def extensions() -> dict[str, Any]:
-    """Where DeepSpeed's compiled ops lie, which there are, `locks` with their age in seconds, and what could compile."""
+    """Return the folder of DeepSpeed's compiled ops, their names, their locks and the available compilers.
+
+    Each lock has its age in seconds.
+    """
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(root) if root else cache / "torch_extensions"
@@ -189,7 +204,10 @@ def extensions() -> dict[str, Any]:
 
 
 def addresses() -> dict[str, Any]:
-    """The first address of `hostname -I`, where DeepSpeed lets the ranks meet if this is the first node, and what the host's own name means here."""
+    """Return the first address of `hostname -I`, the host name, and the address that this name resolves to here.
+
+    If this is the first node, DeepSpeed uses the first address for the rendezvous.
+    """
     listed = subprocess.run(["hostname", "-I"], capture_output=True, text=True, timeout=SECONDS).stdout.split()
     name = socket.gethostname()
     try:

@@ -1,4 +1,4 @@
-"""What a check says, and how it is shown."""
+"""Findings of the checks, and their output as a table or JSON."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -6,34 +6,34 @@ from typing import Any, Literal
 
 Level = Literal["ok", "warn", "fail"]
 WIDTH = 24
-"""Of the column of checks."""
+"""Width of the column of check names, in characters."""
 FEW = 4
-"""Names that a line lists before it counts."""
+"""Number of names that a line lists. Any further names are only counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One result of a check; a line of the table."""
 
     check: str
     level: Level
     seen: str
     remedy: str = ""
-    """What to do; of warn and fail alone."""
+    """Action that fixes the problem; only for warn and fail."""
     nodes: tuple[str, ...] = ()
-    """Where; empty where it concerns the run as a whole."""
+    """Affected nodes; empty if the finding concerns the run as a whole."""
 
 
 def merge_findings(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings that say the same of several nodes as one, where the first of them stood."""
+    """Merge findings that differ only in their nodes, and return them in the order of their first occurrence."""
     nodes: dict[Finding, list[str]] = {}
     for finding in findings:
         nodes.setdefault(replace(finding, nodes=()), []).extend(finding.nodes)
-    return [replace(finding, nodes=tuple(where)) for finding, where in nodes.items()]
+    return [replace(finding, nodes=tuple(affected)) for finding, affected in nodes.items()]
 
 
 def format_table(findings: Iterable[Finding]) -> str:
-    """A line for each finding, the remedy below it, and a last line that counts."""
+    """Return a table: a line for each finding, its remedy below it, and a last line with the number per level."""
     lines = []
     for finding in findings:
         where = f"{', '.join(finding.nodes)}: " if finding.nodes else ""
@@ -45,21 +45,21 @@ def format_table(findings: Iterable[Finding]) -> str:
 
 
 def count_levels(findings: Iterable[Finding]) -> dict[Level, int]:
-    """How many findings of each level there are."""
+    """Return the number of findings of each level."""
     levels = [finding.level for finding in findings]
     return {level: levels.count(level) for level in ("ok", "warn", "fail")}
 
 
 def as_json(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """The findings as plain values."""
+    """Return the findings as values that JSON can hold."""
     return [asdict(finding) for finding in findings]
 
 
 def shorten_list(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first FEW names as text, followed by the number of remaining names."""
     return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def format_bytes(number: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes as text, in GiB or MiB."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.{0 if number >= 2**20 else 3}f} MiB"

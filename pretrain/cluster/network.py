@@ -1,4 +1,4 @@
-"""Sockets between nodes: names, connections, latency and bandwidth."""
+"""Network tests between nodes: ports, connections, latency and bandwidth."""
 
 import contextlib
 import select
@@ -11,21 +11,21 @@ import psutil
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 ECHOES = 20
-"""Round trips that the latency is the median of."""
+"""Number of round trips per latency measurement; the latency is their median."""
 CHUNK = 1 << 20
 
 _held: dict[int, socket.socket] = {}
 
 
 def serve() -> int:
-    """Take connections of `measure` from now on, on a free port of all addresses; return the port."""
+    """Accept connections of `measure` in the background, on a free port of all addresses, and return the port."""
     listener = socket.create_server(("", 0), backlog=64)
     threading.Thread(target=_accept, args=(listener,), daemon=True).start()
     return listener.getsockname()[1]
 
 
 def hold_port(port: int) -> dict[str, Any]:
-    """Listen on the port, so that others can try it; `error` says who has it already."""
+    """Listen on the port, so other nodes can try to connect. If it is taken, return the reason and owner as `error`."""
     try:
         _held[port] = socket.create_server(("", port), backlog=64)
     except OSError as error:
@@ -34,23 +34,27 @@ def hold_port(port: int) -> dict[str, Any]:
 
 
 def release_port(port: int) -> None:
-    """Let it go."""
+    """Stop listening on a port of `hold_port`."""
     _held.pop(port).close()
 
 
 def connect(host: str, port: int) -> dict[str, Any]:
-    """Connect once; `error` says why that failed."""
+    """Connect once. If that fails, the result holds the reason as `error`."""
     try:
-        _connected(host, port).close()
+        _open_connection(host, port).close()
     except OSError as error:
         return {"error": _reason(error)}
     return {}
 
 
 def measure(host: str, port: int, seconds: float) -> dict[str, Any]:
-    """Median round trip in `latency_seconds`, and `bytes_per_second` of a stream to `serve` there for so long; or `error`."""
+    """Measure the connection to `serve` on another node.
+
+    Returns the median round trip as `latency_seconds`, and the throughput of a stream of `seconds` as
+    `bytes_per_second`. If the connection fails, returns only `error`.
+    """
     try:
-        with _connected(host, port) as stream:
+        with _open_connection(host, port) as stream:
             stream.settimeout(CONNECT_TIMEOUT_SECONDS + seconds)
             round_trips = sorted(_echo(stream) for _ in range(ECHOES))
             stream.sendall(b"S")
@@ -66,19 +70,18 @@ def measure(host: str, port: int, seconds: float) -> dict[str, Any]:
 
 
 def rounds(nodes: list[str]) -> list[list[tuple[str, str]]]:
-    """All pairs, in rounds in which no node stands twice (the circle method)."""
+    """Return all pairs of nodes in rounds. No node occurs twice in a round (circle method)."""
     circle: list[str | None] = [*nodes, *([None] * (len(nodes) % 2))]
-    found = []
+    schedule = []
     for _ in range(len(circle) - 1):
         half = len(circle) // 2
-        found.append(
-            [(one, other) for one, other in zip(circle[:half], reversed(circle[half:]), strict=True) if one and other]
-        )
+        opposite = zip(circle[:half], reversed(circle[half:]), strict=True)
+        schedule.append([(one, other) for one, other in opposite if one and other])
         circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+    return schedule
 
 
-def _connected(host: str, port: int) -> socket.socket:
+def _open_connection(host: str, port: int) -> socket.socket:
     stream = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_SECONDS)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return stream
@@ -99,7 +102,7 @@ def _accept(listener: socket.socket) -> None:
 
 
 def _answer(stream: socket.socket) -> None:
-    """Send back each E; from an S on count what comes until the end, and send the count."""
+    """Echo each E. After an S, count the bytes until the end of the stream, and send their number."""
     with stream, contextlib.suppress(OSError):
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while (order := stream.recv(1)) == b"E":
@@ -109,7 +112,7 @@ def _answer(stream: socket.socket) -> None:
             while count := stream.recv_into(buffer):
                 received += count
             stream.sendall(str(received).encode())
-            select.select([stream], [], [], CONNECT_TIMEOUT_SECONDS)  # until the other side has read it
+            select.select([stream], [], [], CONNECT_TIMEOUT_SECONDS)  # wait until the other side has read it
 
 
 def _reason(error: Exception) -> str:
@@ -121,7 +124,7 @@ def _reason(error: Exception) -> str:
 
 
 def _owner(port: int) -> str:
-    """Which process listens there, if that can be seen."""
+    """Return the process that listens on the port as text, or an empty text if this process may not see it."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if (

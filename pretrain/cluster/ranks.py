@@ -1,4 +1,7 @@
-"""An all-reduce over all ranks, as training does one: an agent starts the ranks of its node, which are `python -m pretrain.cluster.ranks`."""
+"""An all-reduce over all ranks, like in training.
+
+The agent of a node starts the ranks of its node. Each of them is a process `python -m pretrain.cluster.ranks`.
+"""
 
 import json
 import os
@@ -11,14 +14,14 @@ from datetime import timedelta
 from typing import Any
 
 SMALL = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
-"""Bytes that are reduced beside the bucket, as far as they are smaller."""
+"""Sizes that are measured in addition to the bucket if they are smaller than it, in bytes."""
 REPEATS = 8
 BF16_COUNTS = 256
-"""Up to here bf16 adds up ones exactly."""
+"""Largest number of ones whose sum is exact in bf16."""
 SLOW = 1.0
-"""Seconds from which on one time is enough."""
+"""Duration from which an all-reduce is not repeated, in seconds."""
 LONGEST = 20.0
-"""Seconds that a larger size may be expected to take; else it is left out."""
+"""Expected duration above which a size is skipped, in seconds."""
 
 
 def run_all_reduce(
@@ -31,14 +34,18 @@ def run_all_reduce(
     cuda: bool,
     seconds: float,
 ) -> dict[str, Any]:
-    """Start these ranks, of `world` in all, which meet at address:port, and wait for them; `errors` by rank, and the measurements of rank 0."""
+    """Start the ranks of this node, and wait until they exit or `seconds` have passed.
+
+    `world` is the number of ranks on all nodes. The ranks connect at `address` and `port`. `bucket` is the size of the
+    largest all-reduce, in bytes. Returns the `errors` by rank, and the measurements of rank 0 as `measured`.
+    """
     processes: list[subprocess.Popen] = []
-    alive, hold = os.pipe()  # closes with this process, however it ends
-    for place, rank in enumerate(ranks):
+    rank_input, pipe_end = os.pipe()  # the pipe closes when this process exits, even if it is killed
+    for local_rank, rank in enumerate(ranks):
         values = {
             "RANK": str(rank),
             "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(place),
+            "LOCAL_RANK": str(local_rank),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
@@ -46,43 +53,43 @@ def run_all_reduce(
             "bucket": bucket,
             "precision": precision,
             "cuda": cuda,
-            "meeting": seconds / 2,
-        }  # for imports, the meeting, a collective
+            "init_timeout": seconds / 2,
+        }
         command = [sys.executable, "-m", "pretrain.cluster.ranks", json.dumps(settings)]
         processes.append(
             subprocess.Popen(
                 command,
                 env=os.environ | values,
-                stdin=alive,
+                stdin=rank_input,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
             )
         )
-    os.close(alive)
+    os.close(rank_input)
     errors: dict[int, str] = {}
     measured: list[dict[str, Any]] = []
     deadline = time.monotonic() + seconds
     for rank, process in zip(ranks, processes, strict=True):
         try:
-            output, said = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            output, error_output = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            errors[rank] = f"not through within {seconds:.0f} s"
+            errors[rank] = f"not finished within {seconds:.0f} s"
             continue
         if process.returncode:
-            errors[rank] = _last_line(said) or f"exit code {process.returncode}"
+            errors[rank] = _last_line(error_output) or f"exit code {process.returncode}"
         elif rank == 0:
             measured = json.loads(output.splitlines()[-1])
-    os.close(hold)
+    os.close(pipe_end)
     return {"errors": errors, "measured": measured}
 
 
 def main() -> None:
-    """Be one rank."""
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    """Run as one rank: measure all sizes, and let rank 0 print the measurements as JSON."""
+    threading.Thread(target=_exit_when_input_closes, daemon=True).start()
     settings = json.loads(sys.argv[1])
     import torch
     import torch.distributed as dist
@@ -93,7 +100,7 @@ def main() -> None:
         from pretrain.local_gpu import select_gpu
 
         device = torch.device("cuda", select_gpu())
-    dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=timedelta(seconds=settings["meeting"]))
+    dist.init_process_group("nccl" if settings["cuda"] else "gloo", timeout=timedelta(seconds=settings["init_timeout"]))
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     sizes = sorted({size for size in SMALL if size < settings["bucket"]} | {settings["bucket"]})
     measured: list[dict[str, Any]] = []
@@ -113,11 +120,15 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(measured), flush=True)
     dist.barrier()
-    os._exit(0)  # tearing gloo down after a peer can abort the process
+    os._exit(0)  # gloo's destructor can abort the process if a peer has already exited
 
 
 def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
-    """Median seconds of an all-reduce of the tensor, the same on all ranks; None where it would take too long by those before."""
+    """Return the median duration of an all-reduce of the tensor in seconds, the same on all ranks.
+
+    Returns None if it would probably take longer than LONGEST; `before` holds the measurements of the smaller sizes.
+    Raises RuntimeError if the sum is wrong.
+    """
     import torch
     import torch.distributed as dist
 
@@ -134,21 +145,22 @@ def _time(elements: Any, before: list[dict[str, Any]]) -> float | None:
         if elements.is_cuda:
             torch.cuda.synchronize()
         slowest = torch.tensor(time.perf_counter() - started, device=elements.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all ranks go on alike
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)  # all ranks must repeat equally often
         times.append(slowest.item())
         world = dist.get_world_size()
         counted = torch.ones(1, device=elements.device)
         dist.all_reduce(counted)
         exact = elements.dtype == torch.float32 or world <= BF16_COUNTS
-        if counted.item() != world or (exact and any(elements[place].item() != world for place in (0, -1))):
+        if counted.item() != world or (exact and any(elements[index].item() != world for index in (0, -1))):
             raise RuntimeError(
-                f"an all-reduce of ones over {world} ranks gave {counted.item()}, {elements[0].item()} and {elements[-1].item()}"
+                f"an all-reduce of ones over {world} ranks returned "
+                f"{counted.item()}, {elements[0].item()} and {elements[-1].item()}"
             )
-    return statistics.median(times[1:] or times)  # the first one sets up connections
+    return statistics.median(times[1:] or times)  # the first one includes setting up connections
 
 
-def _end_with_input() -> None:
-    """Exit when the agent has gone: nobody waits for this rank any more."""
+def _exit_when_input_closes() -> None:
+    """Exit when the agent has exited, because nothing waits for this rank any more."""
     sys.stdin.read()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""The plumbing of benchmarks/gpu.py, on CPU with a tiny model."""
+"""The control flow of benchmarks/gpu.py, on CPU with a tiny model."""
 
 import json
 import signal
@@ -15,18 +15,18 @@ from tests.processes import wait_for
 
 
 def run(tmp_path, *words: str) -> dict:
-    done = run_command([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
-    found = json.loads(done.stdout)
+    completed = run_command([sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), *words])
+    found = json.loads(completed.stdout)
     lines = {
         line.split()[1]: line
-        for line in done.stderr.splitlines()
+        for line in completed.stderr.splitlines()
         if line.startswith(("pass", "none", "fail", "broken", "ran "))
     }
     assert lines.keys() == found["checks"].keys()
     return found["checks"]
 
 
-def test_checks_run_with_those_that_they_need(tmp_path):
+def test_checks_run_together_with_the_checks_that_they_need(tmp_path):
     checks = run(tmp_path, "--checks", "train", "head", "attention")
     assert {name: check["result"] for name, check in checks.items()} == {
         "corpus": "pass",
@@ -53,7 +53,7 @@ def bench(tmp_path, seconds: float = 100.0):
     return gpu.Bench(tmp_path, 1, True, time.monotonic() + seconds)
 
 
-def test_a_check_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
+def test_a_broken_check_does_not_end_the_other_checks(tmp_path, monkeypatch):
     def fails(bench):
         bench.call([sys.executable, "-c", "raise ValueError('the kernel is missing')"])
 
@@ -73,7 +73,7 @@ def test_a_check_that_breaks_does_not_end_the_others(tmp_path, monkeypatch):
     assert gpu.check_line("third", one.found["third"]) == "fail    third         speed 1.5: too slow"
 
 
-def test_a_check_is_ended_at_its_limit_and_none_starts_without_time(tmp_path, monkeypatch):
+def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(tmp_path, monkeypatch):
     def sleeps(bench):
         bench.call([sys.executable, "-c", "import time; time.sleep(3600)"])
 
@@ -83,18 +83,18 @@ def test_a_check_is_ended_at_its_limit_and_none_starts_without_time(tmp_path, mo
     assert gpu.run_check(one, "late")["meaning"] == "needs 333 s, 99 s are left"
 
 
-def is_over(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_a_command_has_started_ends_with_it():
-    """Also in a session of its own, as the ranks of torchrun are."""
+def test_killing_a_command_kills_its_child_processes():
+    """This includes processes in their own session, like the ranks of torchrun."""
     code = "import subprocess, time; subprocess.Popen(['sleep', '3600'], start_new_session=True); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_for(lambda: psutil.Process(process.pid).children())
     (started,) = psutil.Process(process.pid).children()
     gpu.kill_process_tree(process)
-    wait_for(lambda: is_over(started))
+    wait_for(lambda: has_ended(started))
     assert process.returncode is not None
 
 
@@ -107,7 +107,7 @@ def test_what_a_command_has_started_ends_with_it():
         ((lambda bench: {}["x"]), 1),
     ],
 )
-def test_the_exit_code_tells_whether_all_is_well(tmp_path, monkeypatch, capsys, result, code):
+def test_the_exit_code_shows_whether_all_checks_passed(tmp_path, monkeypatch, capsys, result, code):
     monkeypatch.setattr(gpu, "CHECKS", {"one": (result, 5, ())})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--work", str(tmp_path), "--checks", "one"])
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
@@ -118,7 +118,7 @@ def test_the_exit_code_tells_whether_all_is_well(tmp_path, monkeypatch, capsys, 
     assert json.loads(next(tmp_path.glob("*/results.json")).read_text())["checks"] == found["checks"]
 
 
-def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
+def test_a_signal_ends_the_check_and_prints_the_results_so_far(tmp_path):
     running = BackgroundCommand(
         [sys.executable, "benchmarks/gpu.py", "--small", "--work", str(tmp_path), "--checks", "corpus"],
         tmp_path / "log",
@@ -129,7 +129,7 @@ def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
     started = psutil.Process(running.process.pid).children(recursive=True)
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 130
-    wait_for(lambda: all(map(is_over, started)))
+    wait_for(lambda: all(map(has_ended, started)))
     printed = running.log.read_text()
     assert json.loads(printed[printed.index("{") : printed.rindex("}") + 1])["interrupted"]
 
@@ -137,24 +137,24 @@ def test_a_signal_ends_the_check_and_prints_what_was_found(tmp_path):
 @pytest.mark.parametrize(
     "words", [["--ranks", "0"], ["--seconds", "nan"], ["--seconds", "-5"], ["--checks", "none"], ["--work", "/proc/x"]]
 )
-def test_nonsense_on_the_command_line_is_a_mistake(words):
-    done = run_command([sys.executable, "benchmarks/gpu.py", "--small", *words], check=False)
-    assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
+def test_invalid_command_line_options_are_reported(words):
+    completed = run_command([sys.executable, "benchmarks/gpu.py", "--small", *words], check=False)
+    assert completed.returncode == 2 and "error:" in completed.stderr and "Traceback" not in completed.stderr
 
 
-def test_another_version_is_told(tmp_path):
+def test_an_untested_version_is_reported(tmp_path):
     machine = gpu.describe_machine()
     assert len(list(gpu.machine_lines(machine, bench(tmp_path)))) == 1
     other = list(gpu.machine_lines(machine | {"torch": "2.14.0+cu130"}, bench(tmp_path)))
     assert other[1] == "note: torch is 2.14.0+cu130 here; the project is tested with 2.13.0"
 
 
-def test_lengths_of_the_corpus_span_those_of_real_documents():
+def test_record_lengths_of_the_corpus_cover_those_of_real_documents():
     records = [gpu_corpus.record(number, 128_000, 4096) for number in range(400)]
     lengths = [sum(len(text.split()) for text in record.values()) for record in records]
     assert min(lengths) < 250 and max(lengths) > 3500
     assert sum(len(record) == 2 for record in records) == 200
-    joint = [
+    joint_lengths = [
         len(record["context"].split()) + 2 * len(record["target"].split()) + 6 for record in records if len(record) == 2
     ]
-    assert max(joint) <= 4096, "also with the target's copy"
+    assert max(joint_lengths) <= 4096, "joint records must fit a row together with the copy of the target"

@@ -1,4 +1,4 @@
-"""The ways that the benchmark times compute the same thing, and it says what it should."""
+"""The output of the objective cost benchmark, whose implementations must all compute the same losses."""
 
 import json
 import math
@@ -22,7 +22,7 @@ RECORDS = 12
 
 @pytest.fixture(scope="module")
 def result():
-    done = run_command(
+    completed = run_command(
         [
             "python",
             str(ROOT / "benchmarks" / "objective_cost.py"),
@@ -34,10 +34,10 @@ def result():
             str(RECORDS),
         ]
     )
-    return json.loads(done.stdout)
+    return json.loads(completed.stdout)
 
 
-def test_every_way_reports_its_figures(result):
+def test_every_implementation_reports_its_figures(result):
     assert result["ranks"] == 2 and result["threads_per_rank"] == 1 and result["records_per_step"] == RECORDS
     assert list(result["arms"]) == PACKED + SEPARATE
     for name, arm in result["arms"].items():
@@ -54,14 +54,17 @@ def test_every_way_reports_its_figures(result):
     )
 
 
-def test_every_way_takes_the_same_records(result):
+def test_every_implementation_uses_the_same_records(result):
     assert {arm["records"]["count"] for arm in result["arms"].values()} == {RECORDS}
     assert len({arm["records"]["sha256"] for arm in result["arms"].values()}) == 1
 
 
-def test_every_way_has_the_same_losses(result):
+def test_every_implementation_computes_the_same_losses(result):
     losses = {name: arm["losses_at_start"] for name, arm in result["arms"].items()}
-    independent = {"next_token_independent_packed", "independent_packed"}  # another text: two documents
+    independent = {
+        "next_token_independent_packed",
+        "independent_packed",
+    }  # different text: each record is two documents
     for group in (independent, set(losses) - independent):
         lm = [losses[name]["lm"] for name in group]
         assert max(lm) - min(lm) < 1e-4 and not math.isnan(lm[0])

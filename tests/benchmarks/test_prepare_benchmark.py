@@ -1,4 +1,4 @@
-"""The benchmark of the preparation runs, and reports what it promises."""
+"""The output of the preparation benchmark."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 from tests.commands import ROOT, run_command
 
 
-def test_it_reports_the_preparation_beside_the_tokenizer_alone():
-    done = run_command(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
-    result = json.loads(done.stdout)
+def test_preparation_is_reported_with_its_ratio_to_the_tokenizer_alone():
+    completed = run_command(["python", str(ROOT / "benchmarks" / "prepare.py"), "--megabytes", "1", "--rounds", "1"])
+    result = json.loads(completed.stdout)
     assert 1 <= result["text_megabytes"] < 1.2 and result["records"] > 500 and result["rounds"] == 1
     assert result["megabytes_per_second"].keys() == {"raw_1", "prepare_1", "raw_2", "prepare_2"}
     rates = result["megabytes_per_second"]

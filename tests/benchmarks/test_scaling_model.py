@@ -1,4 +1,4 @@
-"""The model of a step on many GPUs: its arithmetic, where its links come from, and what it says without them."""
+"""The scaling model of a step on many GPUs: its formulas, the links that it reads, and its error without them."""
 
 import json
 
@@ -13,7 +13,7 @@ WORK = Work(compute_seconds=1.0, micro_steps=2, tokens=1000, gathered=9e9, tenso
 FAST, SLOW = Link(1e11, 1e-6), Link(1e10, 1e-5)
 
 
-def test_a_ring_takes_the_slowest_link_and_a_hop_for_each_rank():
+def test_a_ring_costs_the_slowest_link_and_a_hop_for_each_rank():
     cluster = Cluster(FAST, SLOW, ranks_per_node=8)
     assert cluster.collective_seconds(1e10, 1, 1) == 0
     assert cluster.collective_seconds(1e10, 1, 8) == pytest.approx(7 / 8 * 0.1 + 7e-6)
@@ -23,8 +23,12 @@ def test_a_ring_takes_the_slowest_link_and_a_hop_for_each_rank():
     )
 
 
-def test_what_the_stages_move():
-    """In units of the parameters' bytes: 2 a step; 2 a step; 1 a micro step and 1; 3 a micro step, of which 2 without the small ones, and these."""
+def test_communication_volume_of_the_zero_stages():
+    """The expected volumes of a step are in units of the bytes of the parameters.
+
+    Stages 0 and 1: 2. Stage 2: 1 per micro step, plus 1. Stage 3: 3 per micro step, of which 2 exclude the small
+    parameters, plus the small parameters once.
+    """
     cluster, half = Cluster(Link(1e10, 0), None, 2), 0.5
     moved = [step_seconds(WORK, stage, 2, cluster, overlap=0)["communication_seconds"] / half for stage in range(4)]
     assert moved == pytest.approx([2, 2, 3, 2 * (2 * 0.9 + 1) + 0.1])
@@ -35,7 +39,7 @@ def test_what_the_stages_move():
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_links_that_the_doctor_measured_come_back(tmp_path, nodes):
+def test_links_are_recovered_from_the_measurements_of_the_doctor(tmp_path, nodes):
     ranks, link = 4, Link(2e9, 3e-5)
     sizes = [1 << power for power in range(12, 28, 4)]
     collective_seconds = Cluster(link, None, ranks).collective_seconds
@@ -53,21 +57,21 @@ def test_links_that_the_doctor_measured_come_back(tmp_path, nodes):
         read_doctor_links(tmp_path / "doctor.json")
 
 
-def test_times_that_rise_too_little_for_a_latency_give_a_bandwidth():
+def test_a_fitted_latency_is_never_negative():
     assert fit_link([(1e6, 1e-4), (1e8, 2e-2)], 2).latency == 0
 
 
 @pytest.mark.slow
-def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(tmp_path):
+def test_the_command_prints_every_number_of_ranks_and_names_a_missing_link(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
     command = ["python", "benchmarks/scaling_model.py", str(config), "--flops", "1e10", "--within", "1e9", "1e-5"]
     result = json.loads(run_command([*command, "--between", "1e8", "1e-4"]).stdout)
     assert [entry["ranks"] for entry in result["by_ranks"]] == list(RANKS) and "model" in result["kind"]
     efficiencies = [entry["stages"]["3"]["efficiency"] for entry in result["by_ranks"]]
     assert efficiencies[0] == 1 and efficiencies == sorted(efficiencies, reverse=True)
-    done = run_command(command, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    completed = run_command(command, check=False)
+    assert completed.returncode == 2
+    assert completed.stderr.splitlines() == [
         "error: 64 ranks use the link between nodes, of which nothing is known: give --between BYTES_PER_SECOND SECONDS"
     ]
 
@@ -76,4 +80,4 @@ def test_the_command_prints_every_number_of_ranks_and_says_which_link_it_misses(
 def test_the_check_measures_and_predicts():
     result = json.loads(run_command(["python", "benchmarks/scaling_model.py", "--check"], timeout=2 * TIMEOUT).stdout)
     assert all(seconds > 0 for seconds in result["measured_step_seconds"].values())
-    assert all(0.2 < one["predicted_over_measured"] < 5 for one in result["predicted_2_processes"].values())
+    assert all(0.2 < stage["predicted_over_measured"] < 5 for stage in result["predicted_2_processes"].values())

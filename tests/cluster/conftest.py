@@ -1,4 +1,4 @@
-"""Nodes for tests of what several machines do together."""
+"""Fixtures for tests that need several machines."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.cluster.nodes import cluster
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """Two nodes and a control host; see tests/cluster/nodes.py."""
+    """Yield two nodes and a control host; see tests/cluster/nodes.py."""
     with cluster(tmp_path_factory.mktemp("nodes")) as hosts:
         yield hosts

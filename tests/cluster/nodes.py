@@ -1,6 +1,8 @@
-"""Two nodes and a control host on one machine, each with a network, an sshd, and host name, processes and mounts of its own.
+"""Two nodes and a control host on one machine.
 
-Network namespaces on a bridge of their own; nothing of the machine's network changes, and the hosts reach each other alone. Takes root.
+Each of them has its own network, host name, processes and mounts. Each node runs an sshd. The hosts are network
+namespaces on their own bridge. The machine's network does not change, and the hosts can only reach each other. Needs
+root.
 """
 
 import contextlib
@@ -31,9 +33,9 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "setpriv": "util-linux",
 }
-"""And the Debian packages that they come with."""
+"""Required programs and their Debian packages."""
 PREFIX = "jepatest"
-"""Namespaces are PREFIX-PID-HOST, with the id of the process that made them."""
+"""Prefix of the namespaces, which are named PREFIX-PID-HOST after the process that created them."""
 SSHD_OPTIONS = {
     "Port": "2222",
     "PidFile": "none",
@@ -47,7 +49,7 @@ SSHD_OPTIONS = {
 
 
 class Cluster:
-    """The hosts while they run."""
+    """The running hosts."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -55,7 +57,7 @@ class Cluster:
         self._sshd: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
-        """Make the network and start the nodes."""
+        """Create the network and start the nodes."""
         _remove_abandoned()
         _write_keys(self.folder, self.ssh_config)
         switch = self._namespace(SWITCH)
@@ -70,7 +72,7 @@ class Cluster:
             _ip("-n", switch, "link", "set", f"to-{host}", "master", "br0", "up")
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
             _ip("-n", namespace, "link", "set", "eth0", "up")
-            hosts = Path("/etc/netns") / namespace / "hosts"  # `ip netns exec` puts it in the place of /etc/hosts
+            hosts = Path("/etc/netns") / namespace / "hosts"  # `ip netns exec` mounts it over /etc/hosts
             hosts.parent.mkdir(parents=True)
             hosts.write_text(
                 "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in HOSTS.items())
@@ -79,7 +81,7 @@ class Cluster:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
-        """Start a node, or start it again after `kill_node`."""
+        """Start a node, also again after `kill_node`."""
         options = SSHD_OPTIONS | {"AuthorizedKeysFile": str(self.folder / "id.pub")}
         sshd = [
             shutil.which("sshd"),
@@ -108,19 +110,22 @@ class Cluster:
         cwd: Path = ROOT,
         **more: str,
     ) -> subprocess.CompletedProcess:
-        """Run a command to its end on the control host; with `check`, fail showing what it printed. `more` are environment variables."""
+        """Run a command on the control host until it exits. With `check`, fail with its output if it fails.
+
+        `more` are additional environment variables.
+        """
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
-        done = subprocess.run(
+        completed = subprocess.run(
             self._as_host("ctl", command), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
         )
-        assert not check or done.returncode == 0, (
-            f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert not check or completed.returncode == 0, (
+            f"{command} ended with {completed.returncode}:\n{completed.stdout[-4000:]}\n{completed.stderr[-4000:]}"
         )
-        return done
+        return completed
 
     def start_on_control(self, command: list[str | Path], log: Path, cwd: Path = ROOT, **more: str) -> subprocess.Popen:
-        """Start a command on the control host; SIGKILL to it ends all that it started there."""
+        """Start a command on the control host. If it is killed, all its child processes there are killed too."""
         env = environment(**more)
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         with open(log, "a") as output:
@@ -135,21 +140,24 @@ class Cluster:
             )
 
     def run_on_node(self, node: str, command: list[str | Path], check: bool = True) -> subprocess.CompletedProcess:
-        """Run a command on a node, past ssh: it sees what the node sees, so that `mount` changes the files of this node alone."""
-        done = subprocess.run(
+        """Run a command on a node without ssh.
+
+        It runs in the namespaces of the node. `mount` therefore changes the files of this node only.
+        """
+        completed = subprocess.run(
             ["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
         )
-        assert not check or done.returncode == 0, (
-            f"{command} on {node} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert not check or completed.returncode == 0, (
+            f"{command} on {node} ended with {completed.returncode}:\n{completed.stdout}\n{completed.stderr}"
         )
-        return done
+        return completed
 
     def start_on_node(self, node: str, command: list[str | Path]) -> subprocess.Popen:
-        """Start a command on a node; it ends with the node."""
+        """Start a command on a node. It is killed together with the node."""
         return subprocess.Popen(
             ["nsenter", "--target", str(self.pid(node)), "--mount", "--uts", "--net", "--pid", *map(str, command)],
             stdin=subprocess.DEVNULL,
@@ -159,24 +167,24 @@ class Cluster:
         )
 
     def pid(self, node: str) -> int:
-        """The first process of a node, its sshd, counted from outside."""
+        """Return the process id of a node's first process, its sshd, in the namespace of the machine."""
         return psutil.Process(self._sshd[node].pid).children()[0].pid
 
     def kill_node(self, node: str) -> None:
-        """A node that dies at once, with all that runs there; its address stays, and refuses connections."""
+        """Kill a node with all its processes. Its address remains and refuses connections."""
         self._sshd[node].kill()
         self._sshd[node].wait()
 
     def disconnect(self, node: str) -> None:
-        """Pull the plug of a node's network: what is sent to it is lost without a word."""
+        """Unplug a node's network: packets to it are silently lost."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "down")
 
     def reconnect(self, node: str) -> None:
-        """Put it in again."""
+        """Plug a node's network in again."""
         _ip("-n", self._namespace(SWITCH), "link", "set", f"to-{node}", "up")
 
     def close(self) -> None:
-        """End all that runs on the hosts, and remove them."""
+        """Kill all processes of the hosts, and remove the hosts."""
         _remove(str(os.getpid()))
         for process in self._sshd.values():
             process.wait()
@@ -185,7 +193,10 @@ class Cluster:
         return f"{PREFIX}-{os.getpid()}-{host}"
 
     def _as_host(self, host: str, command: list[str | Path]) -> list[str]:
-        """The command with network, name, processes and mounts of a host; it ends with this process."""
+        """Return the command that runs `command` with the network, name, processes and mounts of a host.
+
+        It is killed when this process exits.
+        """
         return [
             "setpriv",
             "--pdeathsig",
@@ -211,15 +222,15 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Two nodes, n1 and n2, that start from nothing; skips the test, saying why, where they cannot run."""
+    """Yield a new cluster with two nodes, n1 and n2. Skips the test if they cannot run on this machine."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("two nodes on one machine take network namespaces, which only root on Linux can make")
+        pytest.skip("two nodes on one machine need network namespaces, which only root on Linux can create")
     if missing := sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None}):
-        pytest.skip(f"two nodes on one machine take the Debian packages {', '.join(missing)}")
+        pytest.skip(f"two nodes on one machine need the Debian packages {', '.join(missing)}")
     if subprocess.run(
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True
     ).returncode:
-        pytest.skip("two nodes on one machine take network namespaces, which this machine does not allow")
+        pytest.skip("two nodes on one machine need network namespaces, which this machine does not allow")
     hosts = Cluster(folder)
     try:
         hosts.start()
@@ -229,8 +240,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+    completed = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert completed.returncode == 0, f"ip {' '.join(arguments)}: {completed.stderr}"
 
 
 def _write_keys(folder: Path, ssh_config: Path) -> None:
@@ -260,7 +271,7 @@ def _write_keys(folder: Path, ssh_config: Path) -> None:
 
 
 def _remove_abandoned() -> None:
-    """What a test process left that was killed."""
+    """Remove the hosts of test processes that were killed."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     for owner in set(re.findall(rf"^{PREFIX}-(\d+)-", listed, re.MULTILINE)):
         if not psutil.pid_exists(int(owner)):

@@ -46,11 +46,11 @@ PartitionName=test Nodes=ALL Default=YES State=UP OverSubscribe=FORCE:4
 
 
 def missing_requirements() -> str:
-    """What this machine lacks for a cluster; empty where it lacks nothing."""
+    """Return what this machine lacks for a cluster, or an empty string if it lacks nothing."""
     missing = [program for program in PROGRAMS if not _find(program)]
     if missing:
-        return f"there is no {', '.join(missing)} (packages slurm-wlm and munge)"
-    return "" if os.geteuid() == 0 else "munged, slurmctld and slurmd of our own need root"
+        return f"{', '.join(missing)} not installed (packages slurm-wlm and munge)"
+    return "" if os.geteuid() == 0 else "running munged, slurmctld and slurmd needs root"
 
 
 def _find(program: str) -> str | None:
@@ -58,7 +58,7 @@ def _find(program: str) -> str | None:
 
 
 class Cluster:
-    """The running daemons, and how commands reach them."""
+    """The running daemons of one Slurm cluster."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -77,7 +77,7 @@ class Cluster:
         )
 
     def start(self) -> None:
-        """Start the daemons; return when the node takes jobs."""
+        """Start the daemons, and wait until the node accepts jobs."""
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -95,7 +95,7 @@ class Cluster:
         self.wait(lambda: "idle" in self.run_command("sinfo", "--noheader", "-o", "%T", check=False), "node")
 
     def stop(self) -> None:
-        """End all jobs and daemons, and whatever is left of them."""
+        """End all jobs and daemons, and kill their remaining processes."""
         with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):
             self.run_command("scancel", "--user=root", check=False, timeout=20)
             self.wait(
@@ -105,7 +105,7 @@ class Cluster:
             daemon.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
-        for process in psutil.process_iter(["environ"]):  # the daemons that did not end, and the jobs of theirs
+        for process in psutil.process_iter(["environ"]):  # remaining daemons and their jobs
             if (process.info["environ"] or {}).get("SLURM_CONF") == str(self.settings):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -123,8 +123,10 @@ class Cluster:
                 start_new_session=True,
             )
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = TIMEOUT, log: Path | None = None) -> None:
-        """Poll until the condition holds."""
+    def wait(
+        self, condition: Callable[[], bool], description: str, seconds: float = TIMEOUT, log: Path | None = None
+    ) -> None:
+        """Poll until the condition holds. Raises AssertionError with all logs if it does not, or if a daemon exits."""
         deadline = time.monotonic() + seconds
         while not condition():
             ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
@@ -134,8 +136,8 @@ class Cluster:
                     *self.folder.glob("slurm*.log"),
                     *([log] if log and log.exists() else []),
                 ]
-                told = "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
-                raise AssertionError(f"no {what} within {seconds} s; ended: {ended}\n{told}")
+                tails = "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
+                raise AssertionError(f"no {description} within {seconds} s; ended: {ended}\n{tails}")
             time.sleep(0.2)
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -144,8 +146,8 @@ class Cluster:
     def run_command(
         self, *command: str | Path, check: bool = True, timeout: float = TIMEOUT, folder: Path = ROOT, **more: str
     ) -> str:
-        """Run a command to its end; what it printed."""
-        done = subprocess.run(
+        """Run a command until it exits, and return its standard output and standard error."""
+        completed = subprocess.run(
             list(map(str, command)),
             cwd=folder,
             env=self.environment(**more),
@@ -153,31 +155,33 @@ class Cluster:
             text=True,
             timeout=timeout,
         )
-        assert not check or done.returncode == 0, (
-            f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert not check or completed.returncode == 0, (
+            f"{command} ended with {completed.returncode}:\n{completed.stdout[-4000:]}\n{completed.stderr[-4000:]}"
         )
-        return done.stdout + done.stderr
+        return completed.stdout + completed.stderr
 
     def submit(self, log: Path, *arguments: str | Path, folder: Path = ROOT, **more: str) -> int:
-        """The number of a new batch job; `arguments` are those of sbatch, `more` its environment."""
+        """Submit a batch job and return its number. `arguments` are passed to sbatch, `more` to its environment."""
         return int(self.run_command("sbatch", "--parsable", f"--output={log}", *arguments, folder=folder, **more))
 
     def job(self, number: int) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Reason, Restarts, ExitCode, ..."""
+        """Return Slurm's record of a job: JobState, Reason, Restarts, ExitCode, ..."""
         words = self.run_command("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for_job(self, number: int, log: Path, seconds: float = TIMEOUT) -> dict[str, str]:
-        """Wait for the last end of a job, and spare it most of the two minutes that Slurm keeps it back each time it is queued again."""
-        hastened = set()
+        """Wait until a job has ended and is not requeued, and return its record.
+
+        Slurm delays a requeued job by two minutes. This function shortens the delay.
+        """
+        rescheduled = set()
 
         def ended() -> bool:
             job = self.job(number)
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in hastened:
-                hastened.add(job["Restarts"])
-                self.run_command(
-                    "scontrol", "update", f"JobId={number}", "StartTime=now+2"
-                )  # within the second, slurmd takes it for the one it has ended
+            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime" and job["Restarts"] not in rescheduled:
+                rescheduled.add(job["Restarts"])
+                # Not within the same second: slurmd would confuse it with the start that has just ended.
+                self.run_command("scontrol", "update", f"JobId={number}", "StartTime=now+2")
             return job["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
         self.wait(ended, f"end of job {number}", seconds, log)
@@ -186,7 +190,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster as long as the context lasts."""
+    """Yield a running cluster, and stop it afterwards."""
     cluster = Cluster(folder)
     try:
         cluster.start()

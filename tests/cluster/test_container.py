@@ -1,6 +1,9 @@
-"""The image, its two nodes and its health check: what can be checked without an engine, and, with one, an image that is built and run.
+"""The image, its two nodes and its health check.
 
-JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" python -m pytest -m slow tests/cluster/test_container.py
+Some tests need no Docker engine. The others build and run the image, and need JEPA_TEST_BASE:
+
+    JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" \\
+        python -m pytest -m slow tests/cluster/test_container.py
 """
 
 import importlib.util
@@ -29,22 +32,22 @@ from tests.commands import ROOT, run_command, tiny_config, write_config
 
 DOCKER = ROOT / "docker"
 SHORT = (
-    "train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 "
-    "monitor.validate_every=4"
+    "train.epochs=null train.steps=4 checkpoint.every=2 evaluation.every=0 "
+    "'evaluation.tasks=[{name: nl_rx, rows: 20}]' monitor.log_every=1 monitor.validate_every=4"
 )
 
 
 @pytest.mark.parametrize(
     ("linter", "files"), [("hadolint", [ROOT / "Dockerfile"]), ("shellcheck", sorted(DOCKER.glob("*.sh")))]
 )
-def test_linters_have_nothing_to_say(linter, files):
+def test_linters_report_nothing(linter, files):
     if shutil.which(linter) is None:
         pytest.skip(f"{linter} is not installed")
-    done = subprocess.run([linter, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    completed = subprocess.run([linter, *files], capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stdout
 
 
-def test_the_hostfile_names_the_nodes_of_the_compose_file_and_nothing_is_open_to_the_network():
+def test_the_hostfile_names_the_nodes_of_the_compose_file_and_no_port_is_open_to_the_network():
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     nodes = {name: service for name, service in services.items() if "hostname" in service}
     assert [line.split()[0] for line in (DOCKER / "hostfile").read_text().splitlines()] == list(nodes)
@@ -55,7 +58,7 @@ def test_the_hostfile_names_the_nodes_of_the_compose_file_and_nothing_is_open_to
 
 
 def compose() -> list[str]:
-    """The command of Compose, the plugin or the program of its own; skips the test where there is none."""
+    """Return the command of Docker Compose, as a plugin or separate program. Skips the test if neither is installed."""
     if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
         return ["docker", "compose", "-f", str(DOCKER / "compose.yaml")]
     if shutil.which("docker-compose"):
@@ -63,11 +66,11 @@ def compose() -> list[str]:
     pytest.skip("neither `docker compose` nor docker-compose is installed")
 
 
-def test_compose_reads_its_file():
+def test_the_compose_file_is_valid():
     variables = {"ARGS": "train.steps=7", "JEPA_IMAGE": "sha256:1"}
-    done = subprocess.run([*compose(), "config"], env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    node1 = yaml.safe_load(done.stdout)["services"]["node1"]
+    completed = subprocess.run([*compose(), "config"], env=os.environ | variables, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    node1 = yaml.safe_load(completed.stdout)["services"]["node1"]
     assert (
         node1["command"][-1] == "ARGS=--hostfile docker/hostfile train.steps=7"
         and node1["environment"]["JEPA_IMAGE"] == "sha256:1"
@@ -75,18 +78,18 @@ def test_compose_reads_its_file():
 
 
 def write_deepspeed_env(home: Path, **variables: str) -> str:
-    """Write the file of entrypoint.sh for an environment; return what the script printed on standard error."""
+    """Write .deepspeed_env with the function of entrypoint.sh, and return its standard error."""
     function = re.search(
         r"^write_deepspeed_env\(\) \{.*?^\}$", (DOCKER / "entrypoint.sh").read_text(), re.DOTALL | re.MULTILINE
     )[0]
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{function}\nwrite_deepspeed_env"],
         capture_output=True,
         text=True,
         check=True,
         env=variables | {"PATH": os.environ["PATH"], "HOME": str(home)},
     )
-    return done.stderr
+    return completed.stderr
 
 
 VARIABLES = {
@@ -98,9 +101,9 @@ VARIABLES = {
 }
 
 
-def test_deepspeed_hands_on_the_variables_of_the_container_as_they_are(tmp_path):
-    said = write_deepspeed_env(tmp_path, **VARIABLES, HF_TOKEN="a$b", JEPA_LINES="a\nb", UNRELATED="c")
-    assert [line.split()[1] for line in said.splitlines()] == ["HF_TOKEN", "JEPA_LINES"]
+def test_deepspeed_forwards_the_variables_of_the_container_unchanged(tmp_path):
+    warnings = write_deepspeed_env(tmp_path, **VARIABLES, HF_TOKEN="a$b", JEPA_LINES="a\nb", UNRELATED="c")
+    assert [line.split()[1] for line in warnings.splitlines()] == ["HF_TOKEN", "JEPA_LINES"]
     arguments = defaultdict(str, user_args=[], user_script="true", ssh_port=None, venv_script=None)
     runner = PDSHRunner(
         SimpleNamespace(
@@ -138,14 +141,15 @@ def test_deepspeed_hands_on_the_variables_of_the_container_as_they_are(tmp_path)
 
 
 @pytest.mark.slow
-def test_the_variables_of_the_container_arrive_at_nodes_over_pdsh(nodes, tmp_path):
+def test_pdsh_forwards_the_variables_of_the_container_to_the_nodes(nodes, tmp_path):
     variables = VARIABLES | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     write_deepspeed_env(tmp_path, **variables)
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     script = tmp_path / "show.py"
     script.write_text(
         "import json, os, sys\n"
-        f"open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps({{n: os.environ.get(n) for n in {list(variables)}}}))\n"
+        f"values = {{n: os.environ.get(n) for n in {list(variables)}}}\n"
+        "open(sys.argv[0] + os.environ['RANK'], 'w').write(json.dumps(values))\n"
     )
     nodes.run_on_control([Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", script], cwd=tmp_path)
     for rank in range(2):
@@ -170,7 +174,7 @@ def write_run(folder, status: str, age: float) -> None:
 @pytest.mark.parametrize(
     ("status", "hours", "healthy"), [("running", 0.1, True), ("running", 2, False), ("finished", 2, True)]
 )
-def test_a_run_that_is_silent_is_unhealthy_as_long_as_it_is_the_newest(health, tmp_path, status, hours, healthy):
+def test_a_silent_run_is_unhealthy_while_it_is_the_newest(health, tmp_path, status, hours, healthy):
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
     write_run(tmp_path / "group" / "run", status, hours * 3600)
     found = health.problem(tmp_path, tmp_path / "no.pid")
@@ -179,13 +183,13 @@ def test_a_run_that_is_silent_is_unhealthy_as_long_as_it_is_the_newest(health, t
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
 
 
-def test_metrics_or_a_checkpoint_are_signs_of_life(health, tmp_path):
+def test_a_new_checkpoint_counts_as_a_heartbeat(health, tmp_path):
     write_run(tmp_path / "run", "running", 7200)
     (tmp_path / "run" / "checkpoints").mkdir()
     assert health.problem(tmp_path, tmp_path / "no.pid") is None
 
 
-def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_unhealthy(health, tmp_path, monkeypatch):
+def test_a_read_only_folder_or_an_unresponsive_sshd_is_unhealthy(health, tmp_path, monkeypatch):
     assert "cannot write to" in health.problem(tmp_path / "nowhere", tmp_path / "no.pid")
     (tmp_path / "sshd.pid").write_text("1")
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -209,7 +213,7 @@ def test_a_folder_that_cannot_be_written_and_an_sshd_that_does_not_answer_are_un
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [{}, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}])
-def test_a_start_compiles_no_operator_of_deepspeed(tmp_path, zero):
+def test_a_run_on_cpu_compiles_no_op_of_deepspeed(tmp_path, zero):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=2, deepspeed={"zero_optimization": zero}))
     run_command(["python", "-m", "data_prep", str(path)])
     run_command(["python", "launcher/run.py", str(path)], TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
@@ -217,22 +221,22 @@ def test_a_start_compiles_no_operator_of_deepspeed(tmp_path, zero):
 
 
 def docker(*arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(["docker", *arguments], env=os.environ | more, capture_output=True, text=True)
-    assert not check or done.returncode == 0, (
-        f"docker {arguments} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    completed = subprocess.run(["docker", *arguments], env=os.environ | more, capture_output=True, text=True)
+    assert not check or completed.returncode == 0, (
+        f"docker {arguments} ended with {completed.returncode}:\n{completed.stdout[-4000:]}\n{completed.stderr[-4000:]}"
     )
-    return done
+    return completed
 
 
 @pytest.fixture(scope="module")
 def image() -> str:
-    """The id of an image built from the working tree."""
+    """Build an image from the working tree and return its id."""
     if "JEPA_TEST_BASE" not in os.environ:
         pytest.skip(
-            "an image is built where JEPA_TEST_BASE names its base, JEPA_TEST_BUILD more options of docker build"
+            "JEPA_TEST_BASE is not set: set it to the base image, and JEPA_TEST_BUILD to further docker build options"
         )
     if not shutil.which("docker") or docker("info", check=False).returncode:
-        pytest.skip("there is no Docker engine")
+        pytest.skip("no Docker engine")
     built = subprocess.run(
         [DOCKER / "build.sh", *shlex.split(os.environ.get("JEPA_TEST_BUILD", ""))],
         env=os.environ | {"BASE": os.environ["JEPA_TEST_BASE"]},
@@ -251,7 +255,7 @@ def volume() -> str:
 
 
 @pytest.mark.slow
-def test_the_image_runs_the_demo_and_tests_as_a_user_without_rights(image, volume):
+def test_the_image_runs_the_demo_and_tests_as_an_unprivileged_user(image, volume):
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image).stdout)
     assert labels["org.opencontainers.image.base.name"] == os.environ["JEPA_TEST_BASE"]
     docker(
@@ -296,7 +300,7 @@ def test_the_image_runs_the_demo_and_tests_as_a_user_without_rights(image, volum
 
 
 def key_files(compose: list[str], service: str) -> set[str]:
-    """What stands in the folder of keys of a container that has ended."""
+    """Return the names of the files in the ssh folder of a container that has exited."""
     container = subprocess.run(
         [*compose, "ps", "--all", "--quiet", service], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -307,16 +311,16 @@ def key_files(compose: list[str], service: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_and_the_launcher_alone_has_a_key(image):
+def test_two_nodes_train_and_only_the_launcher_has_a_key(image):
     command = [*compose(), "--project-name", "jepatest"]
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [*command, "up", "--exit-code-from", "node1"],
             env=os.environ | {"ARGS": SHORT, "JEPA_IMAGE": image},
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stdout[-6000:]
+        assert completed.returncode == 0, completed.stdout[-6000:]
         assert ".ssh/launcher" in key_files(command, "node1")
         assert key_files(command, "node2") == {".ssh", ".ssh/host", ".ssh/host.pub"}
         volumes = ["--volume", "jepatest_runs:/app/runs", "--volume", "jepatest_cluster:/cluster"]

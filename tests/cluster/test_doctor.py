@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with nodes before a run starts, and has nothing to say of a healthy pair."""
+"""The doctor finds problems of the nodes before a run starts, and reports none for a healthy pair."""
 
 import importlib.metadata
 import importlib.util
@@ -27,25 +27,25 @@ from tests.processes import TIMEOUT
 
 DOCTOR = ROOT / "launcher" / "doctor.py"
 GIB = 2**30
-PATIENT = f"""
+LONG_TIMEOUTS = f"""
 import sys
 
 if any(word.endswith("doctor.py") for word in sys.orig_argv):
     from pretrain.cluster import diagnosis
     diagnosis.START_TIMEOUT_SECONDS = diagnosis.FACT_SECONDS = diagnosis.REDUCE_SECONDS = {TIMEOUT}
 """
-"""Lets the command, as it starts, wait for nodes and ranks that are slow."""
+"""A sitecustomize.py with which the doctor waits longer for slow nodes and ranks."""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A tiny run with its corpus, in a folder of its own."""
+    """Return the configuration of a tiny run, in its own folder with its prepared corpus."""
     folder = tmp_path_factory.mktemp("doctor")
     path = write_config(folder, tiny_config(folder, train__global_batch_rows=12, train__micro_batch_rows=2))
     (folder / "runs").mkdir()
     (folder / "extensions").mkdir()
     (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(PATIENT)
+    (folder / "site" / "sitecustomize.py").write_text(LONG_TIMEOUTS)
     (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
     prepare(load_config(path).data, say=lambda line: None)
     return path
@@ -53,13 +53,13 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def doctor(nodes: Cluster, config: Path) -> Callable[..., tuple[int, dict]]:
-    """Calls the command on the control host, in the run's folder; its exit code and what it printed."""
+    """Return a function that runs the doctor on the control host and returns its exit code and report."""
 
     def doctor(*arguments: str, hostfile: str = "hosts", **more: str) -> tuple[int, dict]:
         folder = config.parent
         (folder / ".deepspeed_env").unlink(missing_ok=True)
         (folder / "prepared_env").exists() and shutil.copy(folder / "prepared_env", folder / ".deepspeed_env")
-        done = nodes.run_on_control(
+        completed = nodes.run_on_control(
             [sys.executable, DOCTOR, config.name, "--hostfile", hostfile, "--json", *arguments],
             check=False,
             cwd=folder,
@@ -68,55 +68,55 @@ def doctor(nodes: Cluster, config: Path) -> Callable[..., tuple[int, dict]]:
             TORCH_EXTENSIONS_DIR=str(folder / "extensions"),
             **more,
         )
-        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+        assert completed.returncode in (0, 1) and "Traceback" not in completed.stderr, completed.stderr
         assert not [name for name in os.listdir(folder) + os.listdir(folder / "runs") if name.startswith(".doctor")]
-        return done.returncode, json.loads(done.stdout)
+        return completed.returncode, json.loads(completed.stdout)
 
     return doctor
 
 
 @pytest.fixture
-def undone():
-    """Calls what is put there when the test ends."""
+def cleanups():
+    """Yield a list of functions to call in reverse order after the test."""
     actions: list[Callable[[], object]] = []
     yield actions
     for action in reversed(actions):
         action()
 
 
-def plant(nodes: Cluster, node: str, original: Path, changed: Path, undone: list) -> None:
-    """Let one node alone see another file or folder in the place of the original."""
+def bind_mount(nodes: Cluster, node: str, original: Path, changed: Path, cleanups: list) -> None:
+    """Mount another file or folder over the original on one node only."""
     nodes.run_on_node(node, ["mount", "--bind", changed, original])
-    undone.append(lambda: nodes.run_on_node(node, ["umount", original]))
+    cleanups.append(lambda: nodes.run_on_node(node, ["umount", original]))
 
 
-def plant_tmpfs(nodes: Cluster, node: str, folder: Path, size: str, undone: list) -> None:
+def mount_tmpfs(nodes: Cluster, node: str, folder: Path, size: str, cleanups: list) -> None:
     nodes.run_on_node(node, ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder])
-    undone.append(lambda: nodes.run_on_node(node, ["umount", folder]))
+    cleanups.append(lambda: nodes.run_on_node(node, ["umount", folder]))
 
 
-def drop(nodes: Cluster, node: str, *rule: str, undone: list) -> None:
-    """Let a node's firewall drop what comes in and fits the rule."""
+def drop_packets(nodes: Cluster, node: str, *rule: str, cleanups: list) -> None:
+    """Make a node's firewall drop the incoming packets that match the rule."""
     nodes.run_on_node(node, ["iptables", "-A", "INPUT", *rule, "-j", "DROP"])
-    undone.append(lambda: nodes.run_on_node(node, ["iptables", "-D", "INPUT", *rule, "-j", "DROP"]))
+    cleanups.append(lambda: nodes.run_on_node(node, ["iptables", "-D", "INPUT", *rule, "-j", "DROP"]))
 
 
 def expect(report: dict, check: str, level: str, node: str | None, seen: str) -> None:
-    """A finding says so, of this node alone, and what to do."""
+    """Assert that a finding with a remedy reports this problem for this node only."""
     found = [
-        one
-        for one in report["findings"]
-        if one["check"] == check
-        and one["level"] == level
-        and one["nodes"] == ([node] if node else [])
-        and re.search(seen, one["seen"])
+        finding
+        for finding in report["findings"]
+        if finding["check"] == check
+        and finding["level"] == level
+        and finding["nodes"] == ([node] if node else [])
+        and re.search(seen, finding["seen"])
     ]
-    assert found and all(one["remedy"] for one in found), (
+    assert found and all(finding["remedy"] for finding in found), (
         check,
         level,
         node,
         seen,
-        [one for one in report["findings"] if one["level"] != "ok"],
+        [finding for finding in report["findings"] if finding["level"] != "ok"],
     )
 
 
@@ -130,15 +130,15 @@ def changed_copy(path: Path, folder: Path, old: bytes, new: bytes) -> Path:
 def test_a_healthy_pair_passes(doctor, nodes, config):
     code, report = doctor("--write-env")
     assert code == 0 and report["counts"]["fail"] == 0 == report["counts"]["warn"], [
-        one for one in report["findings"] if one["level"] != "ok"
+        finding for finding in report["findings"] if finding["level"] != "ok"
     ]
     assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"]} == {("n1", "n2"), ("n2", "n1")}
     assert all(pair["bytes_per_second"] > 0 and pair["latency_seconds"] > 0 for pair in report["measurements"]["pairs"])
-    sizes = [one["bytes"] for one in report["measurements"]["all_reduce"]]
+    sizes = [finding["bytes"] for finding in report["measurements"]["all_reduce"]]
     assert (
         sizes == sorted(sizes)
         and len(sizes) > 1
-        and all(one["ranks"] == 2 and one["seconds"] > 0 for one in report["measurements"]["all_reduce"])
+        and all(finding["ranks"] == 2 and finding["seconds"] > 0 for finding in report["measurements"]["all_reduce"])
     )
     written = (config.parent / ".deepspeed_env").read_text().splitlines()
     assert "DS_ACCELERATOR=cpu" in written and "OMP_NUM_THREADS=1" in written
@@ -146,37 +146,37 @@ def test_a_healthy_pair_passes(doctor, nodes, config):
         assert "pretrain.cluster" not in nodes.run_on_node(node, ["ps", "axww"]).stdout
 
 
-def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, undone):
+def test_all_faults_of_one_node_are_reported_together(doctor, nodes, config, tmp_path, cleanups):
     folder = config.parent
     tqdm = importlib.metadata.distribution("tqdm")
     metadata = Path(tqdm.locate_file(next(file for file in tqdm.files if file.name == "METADATA")))
-    plant(
+    bind_mount(
         nodes,
         "n2",
         metadata,
         changed_copy(metadata, tmp_path, f"Version: {tqdm.version}".encode(), b"Version: 1.2.3"),
-        undone,
+        cleanups,
     )
     source = ROOT / "pretrain" / "objectives" / "base.py"
-    plant(nodes, "n2", source, changed_copy(source, tmp_path, b"\n", b"  \n"), undone)
+    bind_mount(nodes, "n2", source, changed_copy(source, tmp_path, b"\n", b"  \n"), cleanups)
     manifest = folder / "corpus" / "manifest.json"
-    plant(nodes, "n2", manifest, changed_copy(manifest, tmp_path, b'"records": 600', b'"records": 601'), undone)
+    bind_mount(nodes, "n2", manifest, changed_copy(manifest, tmp_path, b'"records": 600', b'"records": 601'), cleanups)
     tokenizer = folder / "corpus" / "tokenizer" / "tokenizer.json"
-    plant(nodes, "n2", tokenizer, changed_copy(tokenizer, tmp_path, b"\n", b" \n"), undone)
+    bind_mount(nodes, "n2", tokenizer, changed_copy(tokenizer, tmp_path, b"\n", b" \n"), cleanups)
     shifted = tmp_path / "sitecustomize.py"
     shifted.write_text("import time\ntrue_time = time.time\ntime.time = lambda: true_time() - 100\n")
-    plant(nodes, "n2", folder / "site" / "sitecustomize.py", shifted, undone)
-    plant_tmpfs(nodes, "n2", folder / "runs", "64k", undone)
-    plant_tmpfs(nodes, "n2", Path("/dev/shm"), "8m", undone)
+    bind_mount(nodes, "n2", folder / "site" / "sitecustomize.py", shifted, cleanups)
+    mount_tmpfs(nodes, "n2", folder / "runs", "64k", cleanups)
+    mount_tmpfs(nodes, "n2", Path("/dev/shm"), "8m", cleanups)
     lock = tmp_path / "extensions" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (time.time() - 7200,) * 2)
-    plant(nodes, "n2", folder / "extensions", lock.parent.parent, undone)
+    bind_mount(nodes, "n2", folder / "extensions", lock.parent.parent, cleanups)
     (folder / "prepared_env").write_text(
         f"DS_ACCELERATOR=cpu\nTORCH_EXTENSIONS_DIR={folder / 'extensions'}\n# threads\nGLOO_SOCKET_IFNAME=eth0\n"
     )
-    undone.append((folder / "prepared_env").unlink)
+    cleanups.append((folder / "prepared_env").unlink)
 
     code, report = doctor()
     assert code == 1
@@ -191,25 +191,25 @@ def test_faults_of_one_node_are_found_together(doctor, nodes, config, tmp_path, 
     expect(report, "compiled ops", "warn", "n2", r"cpu_adam/lock is 1\d\d min old")
     expect(report, "environment", "fail", None, "threads")
     assert any(
-        one["check"] == "environment" and one["level"] == "warn" and "OMP_NUM_THREADS=1" in one["seen"]
-        for one in report["findings"]
+        finding["check"] == "environment" and finding["level"] == "warn" and "OMP_NUM_THREADS=1" in finding["seen"]
+        for finding in report["findings"]
     )
-    assert not [one for one in report["findings"] if one["nodes"] == ["n1"] and one["level"] != "ok"]
+    assert not [finding for finding in report["findings"] if finding["nodes"] == ["n1"] and finding["level"] != "ok"]
 
 
 @pytest.mark.slow
-def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, undone):
+def test_faults_between_nodes_and_of_the_run_are_reported(doctor, nodes, config, cleanups):
     if shutil.which("iptables") is None:
-        pytest.skip("a blocked port takes the Debian package iptables")
+        pytest.skip("blocking a port needs the Debian package iptables")
     folder = config.parent
     (folder / "three").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
     nodes.run_on_node("n2", ["mount", "--bind", folder / "runs", folder / "runs"])
-    undone.append(lambda: nodes.run_on_node("n2", ["umount", folder / "runs"]))
+    cleanups.append(lambda: nodes.run_on_node("n2", ["umount", folder / "runs"]))
     nodes.run_on_node("n2", ["mount", "-o", "remount,bind,ro", folder / "runs"])
     (folder / "runs" / "run").mkdir(exist_ok=True)
-    undone.append(try_lock(folder / "runs" / "run" / ".lock").close)
-    drop(nodes, "n1", "-p", "tcp", "--dport", "29500", undone=undone)
-    drop(nodes, "n2", "-p", "tcp", "--syn", "--source", "10.77.0.2", undone=undone)
+    cleanups.append(try_lock(folder / "runs" / "run" / ".lock").close)
+    drop_packets(nodes, "n1", "-p", "tcp", "--dport", "29500", cleanups=cleanups)
+    drop_packets(nodes, "n2", "-p", "tcp", "--syn", "--source", "10.77.0.2", cleanups=cleanups)
     code, report = doctor(
         "--write-env",
         "model.shape.hidden_size=16384",
@@ -220,15 +220,15 @@ def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, un
     assert code == 1
     expect(report, "reached", "fail", "n3", "n3")
     expect(report, "run folder", "fail", "n2", "Read-only")
-    assert [one["nodes"] for one in report["findings"] if "another run" in one["seen"]] == [["n1", "n2"]]
+    assert [finding["nodes"] for finding in report["findings"] if "another run" in finding["seen"]] == [["n1", "n2"]]
     expect(report, "rendezvous", "fail", "n2", "29500: no answer")
     expect(report, "network", "fail", "n1", "cannot connect to n2")
-    too_little = [
-        one
-        for one in report["findings"]
-        if one["check"] == "memory" and one["level"] == "fail" and "a rank needs about" in one["seen"]
+    memory_failures = [
+        finding
+        for finding in report["findings"]
+        if finding["check"] == "memory" and finding["level"] == "fail" and "a rank needs about" in finding["seen"]
     ]
-    assert sorted(node for one in too_little for node in one["nodes"]) == list(NODES)
+    assert sorted(node for finding in memory_failures for node in finding["nodes"]) == list(NODES)
     expect(report, "all-reduce", "warn", None, "not tried")
     assert {(pair["from"], pair["to"]) for pair in report["measurements"]["pairs"] if "error" not in pair} == {
         ("n2", "n1")
@@ -236,53 +236,55 @@ def test_faults_between_nodes_and_of_the_run_are_found(doctor, nodes, config, un
 
 
 @pytest.mark.slow
-def test_a_taken_port_and_nodes_that_die_are_found(doctor, nodes, undone):
+def test_a_taken_port_and_dead_nodes_are_reported(doctor, nodes, cleanups):
     taken = nodes.start_on_node("n1", [sys.executable, "-m", "http.server", "29500"])
-    undone.append(lambda: (taken.kill(), taken.wait()))
+    cleanups.append(lambda: (taken.kill(), taken.wait()))
     nodes.disconnect("n2")
-    undone.append(lambda: nodes.reconnect("n2"))
+    cleanups.append(lambda: nodes.reconnect("n2"))
     code, report = doctor("--write-env")
     assert code == 1
-    expect(report, "reached", "fail", "n2", "timed out|No route")  # says ssh, after ten seconds
+    expect(report, "reached", "fail", "n2", "timed out|No route")  # messages of ssh, after ten seconds
     expect(report, "rendezvous", "fail", "n1", "port 29500 is taken")
     nodes.reconnect("n2")
     nodes.kill_node("n2")
-    undone.append(lambda: nodes.start_node("n2"))
+    cleanups.append(lambda: nodes.start_node("n2"))
     code, report = doctor("--write-env", "--master_port", str(free_port()))
     assert code == 1
     expect(report, "reached", "fail", "n2", "refused")
-    assert next(one for one in report["findings"] if one["check"] == "all-reduce")["level"] == "ok"
+    assert next(finding for finding in report["findings"] if finding["check"] == "all-reduce")["level"] == "ok"
 
 
-def test_this_machine_alone_and_mistakes(config, tmp_path):
+def test_doctor_on_this_machine_alone_and_with_invalid_options(config, tmp_path):
     port = str(free_port())
     command = [sys.executable, DOCTOR, config, "--master_port", port]
-    done = run_command(
+    completed = run_command(
         command,
         check=False,
         TORCH_EXTENSIONS_DIR=str(tmp_path),
         PYTHONPATH=f"{ROOT}{os.pathsep}{config.parent / 'site'}",
     )
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"^ok +all-reduce +2 ranks", done.stdout, re.MULTILINE) and re.search(
-        r"^\d+ ok, 0 warn, 0 fail$", done.stdout, re.MULTILINE
+    assert completed.returncode == 0, completed.stdout
+    assert re.search(r"^ok +all-reduce +2 ranks", completed.stdout, re.MULTILINE) and re.search(
+        r"^\d+ ok, 0 warn, 0 fail$", completed.stdout, re.MULTILINE
     )
-    assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in done.stderr
+    assert "neither --hostfile nor --num_gpus: assuming 2 ranks" in completed.stderr
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}{os.pathsep}{config.parent / 'site'}"}
-    done = run_command([*command, "--num_gpus", "3"], check=False, **environment)
+    completed = run_command([*command, "--num_gpus", "3"], check=False, **environment)
     assert (
-        done.returncode == 0
-        and re.search(r"^ok +all-reduce +3 ranks", done.stdout, re.MULTILINE)
-        and "assuming" not in done.stderr
-    ), done.stdout
+        completed.returncode == 0
+        and re.search(r"^ok +all-reduce +3 ranks", completed.stdout, re.MULTILINE)
+        and "assuming" not in completed.stderr
+    ), completed.stdout
     (tmp_path / "hosts").write_text("localhost slots=5\n")
-    done = run_command([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
-    assert done.returncode == 1 and "must be a multiple of train.micro_batch_rows x ranks (2 x 5)" in done.stdout
+    completed = run_command([*command, "--hostfile", tmp_path / "hosts"], check=False, **environment)
+    assert (
+        completed.returncode == 1 and "must be a multiple of train.micro_batch_rows x ranks (2 x 5)" in completed.stdout
+    )
     for options, expected in ((["--num_gpus", "0"], "--num_gpus is 0"), (["--num_gpus", "two"], "invalid int value")):
-        done = run_command([*command, *options], check=False)
-        assert done.returncode == 2 and expected in done.stderr
-    done = run_command([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot read the hostfile")
+        completed = run_command([*command, *options], check=False)
+        assert completed.returncode == 2 and expected in completed.stderr
+    completed = run_command([sys.executable, DOCTOR, config, "--hostfile", tmp_path / "nowhere"], check=False)
+    assert completed.returncode == 2 and completed.stderr.startswith("error: cannot read the hostfile")
 
 
 @pytest.mark.parametrize(
@@ -294,20 +296,20 @@ def test_this_machine_alone_and_mistakes(config, tmp_path):
         ("\ufeffn1 slots=1\n", "line 1: the file starts with a byte order mark, which DeepSpeed takes for"),
     ],
 )
-def test_a_wrong_hostfile_is_told_by_line(tmp_path, text, message):
+def test_an_invalid_hostfile_is_reported_with_its_line(tmp_path, text, message):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UserError, match=message):
         read_hostfile(str(tmp_path / "hosts"))
 
 
-def test_hostfiles_and_slurm_give_nodes_and_slots(tmp_path, monkeypatch):
+def test_nodes_and_slots_are_read_from_hostfiles_and_slurm(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("# nodes\nn1 slots=8\n\n  n2   slots=4\n")
     assert read_hostfile(str(tmp_path / "hosts")) == [Host("n1", 8), Host("n2", 4)]
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert slurm_hosts() == []
 
 
-def test_all_pairs_meet_once_and_no_node_twice_in_a_round():
+def test_rounds_hold_each_pair_once_and_no_node_twice_in_a_round():
     for count in range(1, 8):
         nodes = [f"n{number}" for number in range(count)]
         rounds = network.rounds(nodes)
@@ -316,7 +318,7 @@ def test_all_pairs_meet_once_and_no_node_twice_in_a_round():
         assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
 
 
-def test_deepspeed_forwards_what_we_think():
+def test_forwarded_prefixes_are_those_of_deepspeed():
     spec = importlib.util.find_spec("deepspeed")
     runner = (Path(spec.origin).parent / "launcher" / "runner.py").read_text()
     assert set(re.findall(r"'(\w+)'", re.search(r"EXPORT_ENVS = \[(.*)\]", runner)[1])) == set(
@@ -324,7 +326,7 @@ def test_deepspeed_forwards_what_we_think():
     )
 
 
-def test_lines_that_deepspeed_cannot_read_are_told(tmp_path, monkeypatch):
+def test_lines_that_deepspeed_cannot_read_are_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
@@ -351,7 +353,7 @@ def gpu_facts(count: int = 2, used: int = 0, driver: str = "570.1", torch_cuda: 
     }
 
 
-def test_what_gpus_lack_is_told():
+def test_problems_of_gpu_nodes_are_reported():
     slots = {"n1": 2, "n2": 2}
     check = checks_nodes.check_devices
     assert levels(check({"n1": gpu_facts(), "n2": gpu_facts()}, slots)) == [("ok", ())]
@@ -381,22 +383,22 @@ def test_what_gpus_lack_is_told():
     assert levels(
         checks_nodes.check_extensions({"n1": lock | {"locks": [], "compiler": None}}, cuda=True, compiles=True)
     ) == [("fail", ("n1",))]
-    for lacking in ({"c_compiler": None}, {"python_header": False}):
-        found = checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=True, compiles=False)
-        assert levels(found) == [("fail", ("n1",))], "FlexAttention is compiled on CUDA, whatever train.compile says"
+    for missing in ({"c_compiler": None}, {"python_header": False}):
+        found = checks_nodes.check_extensions({"n1": lock | {"locks": []} | missing}, cuda=True, compiles=False)
+        assert levels(found) == [("fail", ("n1",))], "FlexAttention is compiled on CUDA even with train.compile=false"
         assert levels(
-            checks_nodes.check_extensions({"n1": lock | {"locks": []} | lacking}, cuda=False, compiles=False)
+            checks_nodes.check_extensions({"n1": lock | {"locks": []} | missing}, cuda=False, compiles=False)
         ) == [("ok", ())]
 
 
 @pytest.mark.parametrize(("gib", "level"), [(60, "ok"), (75, "warn"), (90, "fail")])
-def test_memory_of_a_rank_is_compared_with_its_gpu(gib, level):
+def test_estimated_memory_of_a_rank_is_compared_with_its_gpu(gib, level):
     estimate = ResourceEstimate(10**9, {"cuda": gib * GIB, "cpu": 0}, False, 0, "bf16", 0, 4)
     found = checks_nodes.check_memory({"n1": {"available": 0}}, {"n1": gpu_facts()}, {"n1": 2}, estimate)
     assert [finding.level for finding in found] == [level]
 
 
-def test_the_node_that_differs_from_the_lock_file_is_named():
+def test_a_node_that_differs_from_the_lock_file_is_named():
     facts = {"n1": {"installed": {"tqdm": "1"}}, "n2": {"installed": {"tqdm": "2+cpu"}}}
     common = {"locked": {"tqdm": "2"}, "required": ["tqdm", "torch"]}
     found = checks_nodes.check_packages({node: fact | common for node, fact in facts.items()})
@@ -407,7 +409,7 @@ def test_the_node_that_differs_from_the_lock_file_is_named():
     ) == [("warn", ())]
 
 
-def test_a_run_folder_that_is_taken_or_full_is_told():
+def test_a_locked_or_full_run_folder_is_reported():
     estimate = ResourceEstimate(10, {}, False, 0, "fp32", checkpoint=GIB, checkpoints=4)
     fact = {"folder": "runs", "free": 100 * GIB, "locked": False}
     assert levels(checks_run.check_run_folder({"n1": fact}, estimate, 0)) == [("ok", ()), ("ok", ())]
@@ -421,7 +423,7 @@ def test_a_run_folder_that_is_taken_or_full_is_told():
     ] == ["fail", "warn", "ok"]
 
 
-def test_a_slow_pair_and_a_name_that_means_the_loopback_are_told():
+def test_a_slow_pair_and_a_host_name_of_the_loopback_are_reported():
     pair = {"latency_seconds": 1e-4, "bytes_per_second": 1e9}
     pairs = [{"from": one, "to": other} | pair for one in "abc" for other in "abc" if one != other]
     assert levels(checks_run.check_node_pairs(pairs)) == [("ok", ())]

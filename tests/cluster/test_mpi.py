@@ -1,4 +1,4 @@
-"""The same run under mpirun, and under DeepSpeed's launchers for MPICH and Open MPI; and a job that would split into several runs."""
+"""The same run under mpirun and under DeepSpeed's launchers for MPICH and Open MPI, and jobs that would split."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ ONE_MACHINE = ["--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A corpus, a hostfile, and the run under DeepSpeed's own launcher."""
+    """Return a folder with a corpus, a hostfile, and the run under DeepSpeed's default launcher."""
     folder = tmp_path_factory.mktemp("mpi")
     (folder / "hostfile").write_text("localhost slots=2\n")
     path = config(folder, "plain")
@@ -48,10 +48,10 @@ def deepspeed(folder: Path, launcher: str, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def open_mpi(tmp_path_factory) -> dict[str, str]:
-    """Environment variables by which mpirun is Open MPI's, and mpi4py takes its library."""
+    """Return environment variables that select Open MPI's mpirun and let mpi4py use its library."""
     mpirun, library = shutil.which("mpirun.openmpi"), next(Path("/usr/lib").glob("*/libmpi.so.40"), None)
     if mpirun is None or library is None or shutil.which("ompi_info") is None:
-        pytest.skip("takes the Debian package openmpi-bin")
+        pytest.skip("needs the Debian package openmpi-bin")
     folder = tmp_path_factory.mktemp("openmpi")
     (folder / "mpirun").symlink_to(mpirun)
     return {
@@ -64,19 +64,19 @@ def open_mpi(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def test_mpirun_gives_the_same_run(folder):
+def test_mpirun_produces_the_same_run(folder):
     run_command(["mpirun", "-n", "2", "python", RUN, str(config(folder, "mpirun"))], MASTER_PORT=str(free_port()))
     assert losses(folder, "mpirun") == losses(folder, "plain")
 
 
 @pytest.mark.slow
-def test_deepspeed_with_mpich_gives_the_same_run(folder):
+def test_deepspeed_with_mpich_produces_the_same_run(folder):
     run_command([*deepspeed(folder, "mpich"), RUN, str(config(folder, "mpich"))])
     assert losses(folder, "mpich") == losses(folder, "plain")
 
 
 @pytest.mark.slow
-def test_deepspeed_with_open_mpi_gives_the_same_run(folder, open_mpi):
+def test_deepspeed_with_open_mpi_produces_the_same_run(folder, open_mpi):
     run_command(
         [
             *deepspeed(folder, "openmpi", "--launcher_args", "--mca btl_tcp_if_include lo"),
@@ -100,12 +100,11 @@ SPLITTING = {
 }
 
 
-@pytest.mark.parametrize("how", SPLITTING)
-def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, how):
-    command, message = SPLITTING[how]
-    library = {
-        name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")
-    }  # Open MPI's, under the mpirun of MPICH
-    done = run_command(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
-    assert done.returncode and f"error: {message}" in " ".join(done.stderr.split()), done.stderr[-2000:]
+@pytest.mark.parametrize("case", SPLITTING)
+def test_a_job_that_would_split_into_several_runs_stops(folder, open_mpi, case):
+    command, message = SPLITTING[case]
+    # The library of Open MPI under the mpirun of MPICH.
+    library = {name: value for name, value in open_mpi.items() if name.startswith("MPI4PY")}
+    completed = run_command(["mpirun", "-n", "2", *command, RUN, str(config(folder, "split"))], check=False, **library)
+    assert completed.returncode and f"error: {message}" in " ".join(completed.stderr.split()), completed.stderr[-2000:]
     assert not losses(folder, "split")

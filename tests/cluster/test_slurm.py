@@ -1,4 +1,4 @@
-"""The project under a real Slurm of one node: preparation, ranks without MPI, and jobs that queue themselves again."""
+"""The project under a real Slurm with one node: preparation, ranks without MPI, and jobs that requeue themselves."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_preparation_under_srun_writes_the_same_bytes(cluster, folder, tmp_path)
     assert contents(tmp_path / "shared") == contents(folder / "corpus")
 
 
-def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_path):
+def test_tasks_that_mpi_does_not_join_are_reported_in_one_line_with_exit_code_2(cluster, tmp_path):
     log = tmp_path / "log"
     config = write_config(tmp_path, tiny_config(tmp_path))
     job = cluster.submit(log, "--ntasks=2", "--export=ALL,SLURM_MPI_TYPE=none", SCRIPTS / "prepare.sbatch", config)
@@ -53,7 +53,7 @@ def test_tasks_that_mpi_does_not_join_are_one_line_and_exit_code_2(cluster, tmp_
 
 
 @pytest.mark.slow
-def test_srun_without_mpi_and_the_launcher_of_deepspeed_give_the_same_run_as_torchrun(cluster, folder):
+def test_srun_without_mpi_and_deepspeed_produce_the_same_run_as_torchrun(cluster, folder):
     paths = {
         name: write_config(folder, tiny_config(folder, name=name, train__steps=2))
         for name in ("torchrun", "srun", "deepspeed")
@@ -95,30 +95,33 @@ import os, signal, sys, time
 from pathlib import Path
 
 rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-how = os.environ["HOW"].split()[start]
-print(f"rank {rank} of start {start + 1}: {how}", flush=True)
-if how == "wait":
+outcome = os.environ["OUTCOMES"].split()[start]
+print(f"rank {rank} of start {start + 1}: {outcome}", flush=True)
+if outcome == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     Path(f"waiting-{rank}").touch()
     time.sleep(3600)
 time.sleep(0.5 * rank)
-if how == "progress" and rank == 0:
+if outcome == "progress" and rank == 0:
     checkpoints = Path("runs/run/checkpoints")
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "latest").write_text(f"step-{start:08d}")
-if how == "progress" and rank == 1:
+if outcome == "progress" and rank == 1:
     while not (file := Path("runs/run/checkpoints/latest")).exists() or file.read_text() != f"step-{start:08d}":
         time.sleep(0.05)
-if how in ("progress", "crash") and rank == 1:
+if outcome in ("progress", "crash") and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-sys.exit({"stopped": 75, "mistake": 2}.get(how, 0))
+sys.exit({"stopped": 75, "mistake": 2}.get(outcome, 0))
 """
-"""In the place of run.py: HOW says what each start of a job ends in; `progress` is a crash with a new checkpoint before it."""
+"""A stand-in for run.py. OUTCOMES lists the outcome of each start of a job.
+
+`progress` is a crash after a new checkpoint.
+"""
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder to submit jobs from, with the stand-in."""
+    """Return a folder to submit jobs from, with the stand-in for run.py."""
     (tmp_path / "launcher").mkdir()
     (tmp_path / "launcher" / "run.py").write_text(STAND_IN)
     write_config(tmp_path, tiny_config(tmp_path, output_dir="runs"))
@@ -126,24 +129,30 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "starts", "code"),
+    ("outcomes", "starts", "code"),
     [
         (["stopped", "crash", "mistake", "finished"], 3, "2:0"),
         pytest.param(["stopped", "stopped", "stopped", "stopped", "finished"], 5, "0:0", marks=pytest.mark.slow),
         pytest.param(["crash", "crash", "progress", "crash", "crash", "finished"], 5, "137:0", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_is_queued_again_when_that_helps(cluster, project, ends, starts, code):
+def test_a_job_is_requeued_only_while_that_helps(cluster, project, outcomes, starts, code):
     log = project / "log"
     job = cluster.submit(
-        log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "seed=1", folder=project, HOW=" ".join(ends)
+        log,
+        "--ntasks=2",
+        SCRIPTS / "pretrain.sbatch",
+        "run.yaml",
+        "seed=1",
+        folder=project,
+        OUTCOMES=" ".join(outcomes),
     )
     ended = cluster.wait_for_job(job, log)
     assert (int(ended["Restarts"]) + 1, ended["ExitCode"]) == (starts, code), log.read_text()
     assert ("giving up" in log.read_text()) == (code == "137:0")
 
 
-def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(cluster, project):
+def test_a_configuration_error_ends_the_job_before_any_rank_starts(cluster, project):
     log = project / "log"
     job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", "run.yaml", "sed=1", folder=project)
     assert cluster.wait_for_job(job, log)["ExitCode"] == "2:0"
@@ -153,7 +162,7 @@ def test_a_mistake_in_the_configuration_ends_the_job_before_any_rank_starts(clus
 
 
 @pytest.mark.slow
-def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
+def test_the_signal_before_the_time_limit_reaches_the_ranks(cluster, project):
     log = project / "log"
     job = cluster.submit(
         log,
@@ -163,7 +172,7 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
         SCRIPTS / "pretrain.sbatch",
         "run.yaml",
         folder=project,
-        HOW="wait finished",
+        OUTCOMES="wait finished",
     )
     ended = cluster.wait_for_job(job, log)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "1", "0:0"), log.read_text()
@@ -171,16 +180,18 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(cluster, project):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_goes_on_in_a_new_start_and_is_evaluated_when_it_is_done(cluster, folder):
+def test_a_stopped_run_resumes_after_requeueing_and_is_evaluated_at_its_end(cluster, folder):
     changes = {"train__steps": 150, "evaluation": {"tasks": [{"name": "nl_rx", "test": str(folder / "test.jsonl")}]}}
     (folder / "test.jsonl").write_text(
         "".join(json.dumps({"text": f"lines having {word}", "code": f".*{word}.*"}) + "\n" for word in ("one", "two"))
     )
-    whole, stopped = (write_config(folder, tiny_config(folder, name=name, **changes)) for name in ("whole", "stopped"))
+    uninterrupted, stopped = (
+        write_config(folder, tiny_config(folder, name=name, **changes)) for name in ("uninterrupted", "stopped")
+    )
     run_dir, log = folder / "runs" / "stopped", folder / "stopped.log"
-    waiting = folder / "waiting"
-    waiting.mkdir()
-    (waiting / "sitecustomize.py").write_text(f"""
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(f"""
 import sys
 from pathlib import Path
 
@@ -188,7 +199,7 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
     from tests.pretrain.training.pause_points import hold_steps
     hold_steps(Path({str(stopped)!r}), [8])
 """)
-    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped, PYTHONPATH=f"{waiting}:{ROOT}")
+    job = cluster.submit(log, "--ntasks=2", SCRIPTS / "pretrain.sbatch", stopped, PYTHONPATH=f"{site}:{ROOT}")
     evaluation = cluster.submit(
         folder / "evaluation.log", f"--dependency=afterany:{job}", SCRIPTS / "evaluate.sbatch", run_dir
     )
@@ -209,11 +220,11 @@ if sys.orig_argv[-2:] == ["launcher/run.py", {str(stopped)!r}]:
             "--master-port",
             str(free_port()),
             "launcher/run.py",
-            str(whole),
+            str(uninterrupted),
         ]
     )
     assert read_status(run_dir)["status"] == "finished" and "SIGUSR1: saving and stopping" in log.read_text()
-    assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "whole")
+    assert len(losses(folder, "stopped")) == 150 and losses(folder, "stopped") == losses(folder, "uninterrupted")
     cluster.wait_for_job(evaluation, folder / "evaluation.log")
     assert [(result["step"], result["task"]) for result in read_results(run_dir)] == [(150, "nl_rx")], (
         folder / "evaluation.log"

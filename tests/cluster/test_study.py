@@ -18,10 +18,10 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def test_each_run_is_a_job_and_its_evaluation_follows(cluster, write_study, folder):  # noqa: F811
+def test_each_run_is_a_job_followed_by_its_evaluation(cluster, write_study, folder):  # noqa: F811
     path, study = write_study(slurm={"train": "--ntasks=2", "evaluate": ""}), folder / "studies" / "two"
-    told = cluster.run_command("python", "launcher/study.py", path)
-    assert "2 runs submitted, 0 of 2 done" in told, told
+    output = cluster.run_command("python", "launcher/study.py", path)
+    assert "2 runs submitted, 0 of 2 done" in output, output
     assert "0 runs submitted, 0 of 2 done" in cluster.run_command("python", "launcher/study.py", path)
     jobs = json.loads((study / "study.json").read_text())["jobs"]
     for run, (training, evaluation) in jobs.items():
@@ -46,7 +46,7 @@ def test_each_run_is_a_job_and_its_evaluation_follows(cluster, write_study, fold
     )
 
 
-def test_options_that_sbatch_refuses_are_one_line(cluster, write_study):  # noqa: F811
+def test_options_that_sbatch_refuses_are_reported_in_one_line(cluster, write_study):  # noqa: F811
     path = write_study(name="refused", slurm={"train": "--no-such-option"})
-    told = cluster.run_command("python", "launcher/study.py", path, check=False)
-    assert "error: sbatch refused plain-seed1: " in told and "Traceback" not in told, told
+    output = cluster.run_command("python", "launcher/study.py", path, check=False)
+    assert "error: sbatch refused plain-seed1: " in output and "Traceback" not in output, output

@@ -1,4 +1,4 @@
-"""The same run on two nodes over pdsh as on one machine; and what follows when a node dies, is cut off, or a rank stands still."""
+"""The same run on two nodes over pdsh as on one machine, and failures: a dead or disconnected node, a hanging rank."""
 
 import re
 import signal
@@ -17,12 +17,12 @@ from tests.processes import TIMEOUT, wait_for
 RUN = ROOT / "launcher" / "run.py"
 FORWARDED = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
 HANG = 20
-"""monitor.hang_seconds."""
+"""Value of monitor.hang_seconds."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, nodes) -> Path:
-    """Where the launcher is started: hostfile, `.deepspeed_env`, and a corpus that one machine has prepared."""
+    """Return the folder to start the launcher in, with hostfile, `.deepspeed_env` and a prepared corpus."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     (folder / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in FORWARDED.items()))
@@ -30,12 +30,12 @@ def folder(tmp_path_factory, nodes) -> Path:
     return folder
 
 
-def over_pdsh(config: Path, *overrides: str) -> list[str | Path]:
+def pdsh_command(config: Path, *overrides: str) -> list[str | Path]:
     return [Path(sys.executable).parent / "deepspeed", "--hostfile", "hostfile", RUN, config, *overrides]
 
 
-def demo(folder: Path, name: str) -> list[str | Path]:
-    """The demo's configuration, cut to a few steps."""
+def demo_arguments(folder: Path, name: str) -> list[str | Path]:
+    """Return the demo's configuration with overrides for a run of a few steps."""
     return [
         ROOT / "configs" / "demo.yaml",
         f"name={name}",
@@ -59,8 +59,9 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder):
-    run_command(["python", "-m", "data_prep", *map(str, demo(folder, "one"))])
+def test_two_nodes_produce_the_same_corpus_and_run_as_one_machine(nodes: Cluster, folder):
+    run_command(["python", "-m", "data_prep", *map(str, demo_arguments(folder, "one"))])
+    # UCX must use TCP: it takes the two nodes for one machine, but they share no memory.
     mpirun = [
         "mpirun",
         "-hosts",
@@ -76,19 +77,19 @@ def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder)
         "-genv",
         "UCX_TLS",
         "tcp",
-    ]  # two nodes on one machine have no memory in common, though they look so
+    ]
     (folder / "ssh").symlink_to(nodes.folder / "bin" / "ssh")
-    done = nodes.run_on_control([*mpirun, "python", "-m", "data_prep", *demo(folder, "two")], cwd=ROOT)
-    assert "2 MPI ranks" in done.stdout
+    completed = nodes.run_on_control([*mpirun, "python", "-m", "data_prep", *demo_arguments(folder, "two")], cwd=ROOT)
+    assert "2 MPI ranks" in completed.stdout
     shards = [
         sorted((path.name, path.read_bytes()) for path in corpus.rglob("*.arrow"))
         for corpus in (folder / "corpus-one", folder / "corpus-two")
     ]
     assert shards[0] == shards[1]
 
-    run_command(deepspeed_command(2, RUN, *demo(folder, "one")))
-    done = nodes.run_on_control(over_pdsh(*demo(folder, "two")), cwd=folder)
-    assert "finished at step 4" in done.stdout and "write it into .deepspeed_env" not in done.stdout
+    run_command(deepspeed_command(2, RUN, *demo_arguments(folder, "one")))
+    completed = nodes.run_on_control(pdsh_command(*demo_arguments(folder, "two")), cwd=folder)
+    assert "finished at step 4" in completed.stdout and "write it into .deepspeed_env" not in completed.stdout
     one, two = (folder / "runs" / name for name in ("one", "two"))
     assert losses(one) == losses(two) and losses(one)
     assert re.search(r"--- .* on n2, ", (two / "logs" / "rank-00001.log").read_text())
@@ -96,7 +97,7 @@ def test_two_nodes_prepare_and_train_as_one_machine_does(nodes: Cluster, folder)
 
 
 class Run:
-    """A run on both nodes that would take long, watched from the control host."""
+    """A long run on both nodes, watched from the control host."""
 
     def __init__(self, nodes: Cluster, folder: Path, name: str):
         values = tiny_config(
@@ -110,15 +111,15 @@ class Run:
         self.nodes, self.folder = nodes, folder
 
     def start(self) -> None:
-        """Start it, and wait until it has made a step of its own."""
-        steps, begun = len(read_metrics(self.run_dir)), time.monotonic()
-        self.process = self.nodes.start_on_control(over_pdsh(self.path), self.log, cwd=self.folder)
+        """Start the run, and wait until it has made a new step and has a checkpoint."""
+        steps, start_time = len(read_metrics(self.run_dir)), time.monotonic()
+        self.process = self.nodes.start_on_control(pdsh_command(self.path), self.log, cwd=self.folder)
         while len(read_metrics(self.run_dir)) <= steps or not list_steps(self.run_dir / "checkpoints"):
-            assert self.process.poll() is None and time.monotonic() < begun + TIMEOUT, self.log.read_text()[-4000:]
+            assert self.process.poll() is None and time.monotonic() < start_time + TIMEOUT, self.log.read_text()[-4000:]
             time.sleep(0.1)
 
     def rank(self, rank: int) -> psutil.Process:
-        """The process that trains."""
+        """Return the process of a rank."""
         return next(
             process
             for process in psutil.process_iter(["cmdline", "environ"])
@@ -127,14 +128,14 @@ class Run:
             and process.info["environ"].get("RANK") == str(rank)
         )
 
-    def ends(self) -> str:
-        """What the command has printed, once it has ended, with an error."""
+    def wait_for_failure(self) -> str:
+        """Wait until the command has failed, and return its output."""
         code = self.process.wait(TIMEOUT)
         assert code not in (0, None)
         return self.log.read_text()
 
-    def goes_on(self) -> None:
-        """The next start resumes; then a signal to one rank stops it."""
+    def assert_resumes(self) -> None:
+        """Assert that the next start resumes without repeating or losing a step; stop it with a signal to one rank."""
         saved = list_steps(self.run_dir / "checkpoints")[-1]
         self.start()
         assert f"going on from step {saved}" in self.log.read_text()
@@ -146,62 +147,63 @@ class Run:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_named_and_the_next_start_resumes(nodes, folder):
+def test_a_killed_rank_is_named_and_the_next_start_resumes(nodes, folder):
     run = Run(nodes, folder, "killed")
     run.start()
     run.rank(1).kill()
-    printed = run.ends()
+    output = run.wait_for_failure()
     assert re.search(
-        r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", printed
+        r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", output
     )
     assert "rank 1 on n2" in read_status(run.run_dir)["reason"]
-    run.goes_on()
+    run.assert_resumes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fail", "reconnect"), [("kill_node", "start_node"), ("disconnect", "reconnect")])
-def test_a_node_that_dies_or_is_cut_off_is_named_and_the_next_start_resumes(nodes, folder, fail, mend):
+def test_a_dead_or_disconnected_node_is_named_and_the_next_start_resumes(nodes, folder, fail, reconnect):
     run = Run(nodes, folder, fail)
     run.start()
     getattr(nodes, fail)("n2")
-    printed = run.ends()
-    getattr(nodes, mend)("n2")
-    assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", printed)
-    run.goes_on()
+    output = run.wait_for_failure()
+    getattr(nodes, reconnect)("n2")
+    assert re.search(r"n1: error: .*rank 1 on n2 at step \d+", output)
+    run.assert_resumes()
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_killed_and_the_next_start_resumes(nodes, folder):
+def test_a_hanging_rank_is_named_and_killed_and_the_next_start_resumes(nodes, folder):
     run = Run(nodes, folder, "stopped")
     run.start()
     stopped = run.rank(1)
     stopped.suspend()
-    printed = run.ends()
+    output = run.wait_for_failure()
     assert re.search(
         r"n1: error: (the run hangs since \d+ s: )?rank 1 on n2 at step \d+ (without a|has given no) sign of life",
-        printed,
+        output,
     )
     wait_for(lambda: not stopped.is_running())
-    run.goes_on()
+    run.assert_resumes()
 
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_is_shown_last_with_its_rank_and_host(nodes, folder):
-    run = Run(nodes, folder, "spoiled")
+    run = Run(nodes, folder, "broken")
     run.start()
     run.rank(1).send_signal(signal.SIGTERM)
     run.process.wait(TIMEOUT)
-    spoiler = folder / "sitecustomize.py"
-    spoiler.write_text(
+    site = folder / "sitecustomize.py"
+    site.write_text(
         "import os\nif os.environ.get('RANK') == '1':\n    import pretrain.data.batch as batch\n"
-        "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n    batch.Batch.to = broken\n"
+        "    def broken(*arguments, **more):\n        raise ZeroDivisionError('a planted mistake')\n"
+        "    batch.Batch.to = broken\n"
     )
     try:
-        nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False)
-        done = nodes.run_on_control(over_pdsh(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
+        nodes.run_on_control(pdsh_command(run.path), cwd=folder, check=False)
+        completed = nodes.run_on_control(pdsh_command(run.path), cwd=folder, check=False, PYTHONPATH=f"{folder}:{ROOT}")
     finally:
-        spoiler.unlink()
-    errors = [line for line in (done.stdout + done.stderr).splitlines() if "error: " in line]
+        site.unlink()
+    errors = [line for line in (completed.stdout + completed.stderr).splitlines() if "error: " in line]
     assert (
         "error: the first to fail was rank 1 on n2" in errors[-1]
         and "ZeroDivisionError: a planted mistake" in errors[-1]

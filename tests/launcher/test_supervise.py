@@ -1,4 +1,4 @@
-"""Runs that start again by themselves: a stand-in for run.py that does what a test tells it, and the real one on two ranks."""
+"""Automatic restarts, of a stand-in for run.py whose behavior a test chooses, and of the real run.py on two ranks."""
 
 import os
 import re
@@ -32,9 +32,9 @@ from tests.processes import TIMEOUT, kill_all, wait_for
 PYTHON = sys.executable
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 NEVER = 2.0 * TIMEOUT
-"""Longer than a test waits: what ends within TIMEOUT has not ended because these seconds were over."""
+"""A time longer than any test waits, in seconds. A process that ends within TIMEOUT ends for another reason."""
 LIMITS = {"GRACE": NEVER, "LEFT": NEVER, "SAVING": NEVER, "UNKILLABLE": NEVER}
-"""Constants of launcher/supervise.py under which no limit ends anything, however slow the machine is."""
+"""Constants of launcher/supervise.py with which no time limit expires, even on a slow machine."""
 SUPERVISE = """
 from data_prep.console import exit_on_user_error
 from launcher import supervise
@@ -63,8 +63,8 @@ def note(name, text=""):
     (folder / f"{name}.tmp{rank}").rename(folder / name)
 
 def save_and_stop(number, frame):
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(one, signal.SIG_DFL)  # as the ranks do where a second one comes late
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signal_number, signal.SIG_DFL)  # like the ranks, so a second signal ends the process
     note(f"signal-{rank}", signal.Signals(number).name)
     time.sleep(saving)
     if rank == 0:
@@ -73,7 +73,7 @@ def save_and_stop(number, frame):
         status("resumable", step)
     sys.exit(75)
 
-def heed():
+def handle_signals():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, save_and_stop)
 
@@ -83,7 +83,8 @@ note(f"start-{start}-{rank}")
 """
 LAUNCHER = """
 import os, signal, subprocess, sys, time
-ranks = [subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], env=os.environ | {"RANK": str(rank)}) for rank in range(2)]
+command = [sys.executable, "-u", *sys.argv[1:]]
+ranks = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank)}) for rank in range(2)]
 
 def kill(*_):
     for rank in ranks:
@@ -104,9 +105,9 @@ sys.exit(max(rank.poll() for rank in ranks))
 
 
 class Supervised:
-    """supervise.py over a stand-in: `body` is what every start of run.py does, on one rank or, under a launcher, on two.
+    """A running supervise.py that starts a stand-in for run.py, on one rank or, under a launcher, on two.
 
-    `limits` replaces constants of supervise.py.
+    `body` is the code that each start runs. `limits` replaces constants of supervise.py.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class Supervised:
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
-    def noted(self, name: str) -> str:
-        """What a start has left under that name, waited for."""
+    def wait_for_note(self, name: str) -> str:
+        """Wait until a start has written the note of that name, and return its text."""
         wait_for((self.folder / name).exists)
         return (self.folder / name).read_text()
 
@@ -146,17 +147,17 @@ class Supervised:
         return len(list(self.folder.glob("start-*-0")))
 
     def end(self) -> int:
-        """The exit code, and nothing may be left."""
+        """Wait until supervise.py has exited, assert that no process remains, and return the exit code."""
         code = self.process.wait(TIMEOUT)
-        assert not marked(self.folder), self.said()
+        assert not supervised_processes(self.folder), self.output()
         return code
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
 
-def marked(folder: Path) -> list[psutil.Process]:
-    """Living processes of commands that were supervised, and that have this folder in their command line."""
+def supervised_processes(folder: Path) -> list[psutil.Process]:
+    """Return the living processes of supervised commands with this folder in their command line."""
     return [
         process
         for process in psutil.process_iter(["cmdline", "environ"])
@@ -174,13 +175,13 @@ def supervised(tmp_path):
         return started[-1]
 
     yield start
-    for one in started:
-        kill_all(one.process)
-    for process in marked(tmp_path):
+    for run in started:
+        kill_all(run.process)
+    for process in supervised_processes(tmp_path):
         process.kill()
 
 
-def test_it_starts_again_after_crashes_with_progress_and_ends_with_the_run(supervised):
+def test_a_run_is_restarted_after_crashes_with_progress_until_it_is_finished(supervised):
     run = supervised("""
 if start == 4:
     status("finished", 40)
@@ -189,11 +190,11 @@ else:
     os.kill(os.getpid(), signal.SIGKILL)
 """)
     assert run.end() == 0 and run.starts() == 4
-    assert [f"starting again in 1 s from step {step}" in run.said() for step in (10, 20, 30)] == [True] * 3
-    assert "start 1 ended after" in run.said() and "SIGKILL, status.json says running at step 10" in run.said()
+    assert [f"starting again in 1 s from step {step}" in run.output() for step in (10, 20, 30)] == [True] * 3
+    assert "start 1 ended after" in run.output() and "SIGKILL, status.json says running at step 10" in run.output()
 
 
-def test_two_crashes_without_a_checkpoint_between_them_are_the_end(supervised):
+def test_two_crashes_without_a_checkpoint_between_them_end_the_restarts(supervised):
     run = supervised("""
 if start == 1:
     save(10)
@@ -202,12 +203,12 @@ sys.exit(1)
 """)
     assert run.end() == 1 and run.starts() == 2
     assert (
-        "supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; the last time: exit code 1, "
-        "status.json says failed at step 10 (RuntimeError: no such thing)."
-    ) in run.said()
+        "supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; "
+        "the last time: exit code 1, status.json says failed at step 10 (RuntimeError: no such thing)."
+    ) in run.output()
 
 
-def test_the_pause_doubles_while_there_is_no_progress_and_is_short_again_after_it(supervised):
+def test_the_pause_doubles_without_progress_and_is_reset_by_progress(supervised):
     run = supervised(
         """
 if start == 3:
@@ -218,11 +219,11 @@ sys.exit(1)
         "3",
     )
     assert run.end() == 1 and run.starts() == 5
-    pauses = [line.split(" in ")[1] for line in run.said().splitlines() if "starting again" in line]
+    pauses = [line.split(" in ")[1] for line in run.output().splitlines() if "starting again" in line]
     assert pauses == ["1 s from step 0", "2 s from step 0", "1 s from step 10", "2 s from step 10"]
 
 
-def test_a_mistake_that_must_be_mended_first_is_not_tried_again(supervised):
+def test_a_run_is_not_restarted_after_an_error_that_the_user_must_fix(supervised):
     bodies = [
         "status('failed', 3, 'the disk is full', again=False)\nsys.exit(1)",
         "print('error: no corpus')\nsys.exit(2)",
@@ -231,140 +232,146 @@ def test_a_mistake_that_must_be_mended_first_is_not_tried_again(supervised):
         assert run.end() == 2 and run.starts() == 1
 
 
-def test_a_status_of_an_earlier_start_does_not_count_but_a_run_may_be_finished_already(supervised, tmp_path):
+def test_the_status_of_an_earlier_start_is_ignored_unless_the_run_is_finished(supervised, tmp_path):
     for folder in "01":
         (tmp_path / folder / "runs" / "run").mkdir(parents=True)
         write_status(tmp_path / folder / "runs" / "run", "finished", 5)
     crashing, finished = supervised("sys.exit(1)"), supervised("print('is finished already')")
-    assert crashing.end() == 1 and crashing.starts() == 2 and "nothing written to status.json" in crashing.said()
+    assert crashing.end() == 1 and crashing.starts() == 2 and "nothing written to status.json" in crashing.output()
     assert finished.end() == 0 and finished.starts() == 1
 
 
-def test_ranks_that_somebody_else_has_stopped_start_again_at_once(supervised):
+def test_ranks_that_another_process_stopped_are_restarted_at_once(supervised):
     run = supervised("""
-heed()
+handle_signals()
 if start == 2:
     status("finished", 1)
 else:
     note("ready")
     time.sleep(NEVER)
 """)
-    os.kill(int(run.noted("ready")), signal.SIGTERM)
+    os.kill(int(run.wait_for_note("ready")), signal.SIGTERM)
     assert run.end() == 0 and run.starts() == 2
-    assert "starting again in 0 s from step 1" in run.said()
+    assert "starting again in 0 s from step 1" in run.output()
 
 
-def test_a_signal_reaches_all_ranks_past_the_launcher(supervised):
-    passed_on = {
+def test_a_signal_is_sent_to_all_ranks_directly(supervised):
+    forwarded = {
         signal.SIGTERM: "SIGTERM",
         signal.SIGINT: "SIGINT",
         signal.SIGUSR1: "SIGUSR1",
         signal.SIGHUP: "SIGTERM",
     }
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the tests run under nohup
-        del passed_on[signal.SIGHUP]
-    runs = {number: supervised("heed()\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2) for number in passed_on}
+        del forwarded[signal.SIGHUP]
+    runs = {
+        number: supervised("handle_signals()\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2)
+        for number in forwarded
+    }
     for number, run in runs.items():
-        assert {os.getsid(int(run.noted(f"ready-{rank}"))) for rank in range(2)} == {
+        assert {os.getsid(int(run.wait_for_note(f"ready-{rank}"))) for rank in range(2)} == {
             psutil.Process(run.process.pid).children()[0].pid
         }
-        run.process.send_signal(number)  # Ctrl-C at a terminal reaches no more than this process
-        run.process.send_signal(number)  # a repetition
+        run.process.send_signal(number)  # like Ctrl-C in a terminal, only to this process
+        run.process.send_signal(number)  # a repeated signal
     for number, run in runs.items():
         assert run.end() == 75 and run.starts() == 1
-        assert run.noted("signal-0") == run.noted("signal-1") == passed_on[number]
+        assert run.wait_for_note("signal-0") == run.wait_for_note("signal-1") == forwarded[number]
         assert read_status(run.run_dir)["status"] == "resumable"
-        assert f"ending with exit code 75 after {number.name}" in run.said()
+        assert f"ending with exit code 75 after {number.name}" in run.output()
 
 
-def test_what_a_rank_has_started_gets_no_signal_and_is_ended_with_it(supervised):
+def test_child_processes_of_a_rank_get_no_signal_and_are_killed_after_it(supervised):
     run = supervised("""
-heed()
+handle_signals()
 saving, parent = 1, os.getpid()
-if os.fork() == 0:  # its command line is that of the rank
-    def told(*_):
+if os.fork() == 0:  # its command line equals the rank's
+    def handle(*_):
         if os.getppid() == parent:
-            note("told-too-early")
+            note("signaled-too-early")
         os._exit(0)
-    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGTERM, handle)
     time.sleep(NEVER)
 subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({NEVER})", str(folder)], start_new_session=True)
 note("ready")
 time.sleep(NEVER)
 """)
-    run.noted("ready")
-    assert len(marked(run.folder)) == 3
+    run.wait_for_note("ready")
+    assert len(supervised_processes(run.folder)) == 3
     run.process.terminate()
-    assert run.end() == 75 and not (run.folder / "told-too-early").exists()
+    assert run.end() == 75 and not (run.folder / "signaled-too-early").exists()
 
 
-def test_ranks_that_save_outlive_a_launcher_that_had_the_signal_too(supervised):
-    run = supervised("heed()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits={"LEFT": 1.0})
-    run.noted("ready-0"), run.noted("ready-1")
+def test_ranks_can_save_after_their_launcher_has_died(supervised):
+    run = supervised(
+        "handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits={"LEFT": 1.0}
+    )
+    run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     launcher = psutil.Process(run.process.pid).children()[0]
     run.process.terminate()
-    run.noted("signal-0"), run.noted("signal-1")
+    run.wait_for_note("signal-0"), run.wait_for_note("signal-1")
     launcher.kill()
     assert run.end() == 75 and read_status(run.run_dir)["status"] == "resumable"
 
 
-def test_the_limits_of_the_product_leave_ranks_the_time_to_save(supervised):
-    """And a signal that is repeated at once, as launchers do, is not taken for a second one."""
+def test_the_default_limits_leave_ranks_enough_time_to_save(supervised):
+    """A signal that is repeated immediately, as launchers do, does not count as a second signal."""
     real = {name: getattr(supervise, name) for name in LIMITS}
-    run = supervised("heed()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits=real)
-    run.noted("ready-0"), run.noted("ready-1")
+    run = supervised("handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits=real)
+    run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     launcher = psutil.Process(run.process.pid).children()[0]
     run.process.terminate()
-    run.noted("signal-0"), run.noted("signal-1")
+    run.wait_for_note("signal-0"), run.wait_for_note("signal-1")
     run.process.terminate()
     launcher.kill()
     assert run.end() == 75 and read_status(run.run_dir)["status"] == "resumable"
 
 
-def test_a_signal_before_there_is_a_rank_ends_the_launcher(supervised):
+def test_a_signal_before_any_rank_has_started_ends_the_launcher(supervised):
     run = supervised("", ranks=2, launcher=f"import time; print('waiting', flush=True); time.sleep({NEVER})")
-    wait_for(lambda: "\nwaiting\n" in run.said())
+    wait_for(lambda: "\nwaiting\n" in run.output())
     run.process.terminate()
     assert run.end() == 128 + signal.SIGTERM
 
 
-def test_a_second_signal_ends_everything_at_once(supervised):
+def test_a_second_signal_kills_all_processes_immediately(supervised):
     run = supervised(
         """
 for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, frame: note(f"signal-{rank}", signal.Signals(number).name))  # and goes on
+    signal.signal(number, lambda number, frame: note(f"signal-{rank}", signal.Signals(number).name))  # and continues
 note(f"ready-{rank}")
 time.sleep(NEVER)
 """,
         ranks=2,
         limits={"GRACE": 1.0},
     )
-    run.noted("ready-0"), run.noted("ready-1")
+    run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     run.process.terminate()
-    assert run.noted("signal-0") == run.noted("signal-1") == "SIGTERM"
-    time.sleep(1)  # GRACE, which began before the ranks had the signal
+    assert run.wait_for_note("signal-0") == run.wait_for_note("signal-1") == "SIGTERM"
+    time.sleep(1)  # GRACE, which began before the ranks got the signal
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 128 + signal.SIGINT and run.starts() == 1
 
 
-def test_a_signal_in_the_pause_ends_it(supervised):
+def test_a_signal_during_the_pause_ends_it(supervised):
     run = supervised("sys.exit(1)", "--crashes", "9", limits={"FIRST_PAUSE": NEVER})
-    wait_for(lambda: f"starting again in {NEVER:.0f} s" in run.said())
+    wait_for(lambda: f"starting again in {NEVER:.0f} s" in run.output())
     run.process.terminate()
     assert run.end() == 128 + signal.SIGTERM and run.starts() == 1
 
 
-def test_ranks_of_a_launcher_that_was_killed_end_before_the_next_start_and_leave_no_zombie(supervised):
+def test_orphaned_ranks_of_a_killed_launcher_end_before_the_next_start_and_leave_no_zombie(supervised):
     run = supervised(
         """
 if start == 1:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     note(f"ready-{rank}")
     time.sleep(NEVER)
-others = subprocess.run(["ps", "-eo", "pid"], capture_output=True, text=True).stdout.split()
-note(f"left-{rank}", [pid for pid in ((folder / f"ready-{rank}").read_text() for rank in range(2)) if pid in others])
-while not (folder / "looked").exists():
+living = subprocess.run(["ps", "-eo", "pid"], capture_output=True, text=True).stdout.split()
+orphans = [(folder / f"ready-{rank}").read_text() for rank in range(2)]
+note(f"left-{rank}", [pid for pid in orphans if pid in living])
+while not (folder / "checked").exists():
     time.sleep(0.05)
 if rank == 0:
     status("finished", 1)
@@ -372,31 +379,32 @@ if rank == 0:
         ranks=2,
         limits={"LEFT": 1.0},
     )
-    orphans = [int(run.noted(f"ready-{rank}")) for rank in range(2)]
+    orphans = [int(run.wait_for_note(f"ready-{rank}")) for rank in range(2)]
     supervisor = psutil.Process(run.process.pid)
-    supervisor.suspend()  # so that the orphans live until they have been looked at
+    supervisor.suspend()  # keeps the orphans alive until they have been checked
     supervisor.children()[0].kill()
     wait_for(lambda: all(psutil.Process(pid).ppid() == supervisor.pid for pid in orphans))
     supervisor.resume()
-    assert run.noted("left-0") == run.noted("left-1") == "[]"
+    assert run.wait_for_note("left-0") == run.wait_for_note("left-1") == "[]"
     assert not [child for child in supervisor.children() if child.status() == psutil.STATUS_ZOMBIE]
-    (run.folder / "looked").touch()
+    (run.folder / "checked").touch()
     assert run.end() == 0 and not any(psutil.pid_exists(pid) for pid in orphans)
 
 
-def test_an_evaluation_in_the_background_outlives_the_rank_and_the_supervision(supervised, tmp_path):
+def test_a_background_evaluation_outlives_its_rank_and_the_supervisor(supervised, tmp_path):
     run = supervised("""
 from pretrain.training import evaluation_requests
 (folder / "nice").write_text(f"#!/bin/sh\\necho $$ > {folder}/evaluating\\nexec sleep {NEVER}\\n")
 (folder / "nice").chmod(0o755)
-os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"  # in place of the evaluation itself: `setsid --fork nice python ...`
+# Replaces the evaluation itself, which is started as `setsid --fork nice python ...`.
+os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
 evaluation_requests.start_evaluations(run_dir, "cpu")
 while not (folder / "evaluating").exists() or not (folder / "evaluating").read_text():
     time.sleep(0.05)
 status("finished", 1)
 """)
     assert run.end() == 0
-    job = psutil.Process(int(run.noted("evaluating")))
+    job = psutil.Process(int(run.wait_for_note("evaluating")))
     wait_for(lambda: job.name() == "sleep")
     job.kill()
 
@@ -411,19 +419,19 @@ status("finished", 1)
         (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts nothing"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_started(tmp_path, monkeypatch, command, expected):
+def test_an_invalid_command_is_reported_before_anything_is_started(tmp_path, monkeypatch, command, expected):
     config = write_config(tmp_path, tiny_config(tmp_path))
     monkeypatch.setattr(sys, "argv", ["supervise.py", "--", *[word.format(config=config) for word in command]])
     with pytest.raises(UserError, match=re.escape(expected)):
         main()
 
 
-def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
+def test_a_missing_launcher_is_reported_in_one_line_with_exit_code_2(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
-    done = run_command(
+    completed = run_command(
         [PYTHON, "launcher/supervise.py", "--", "no-such-launcher", "launcher/run.py", str(config)], check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (
+    assert (completed.returncode, completed.stdout, completed.stderr) == (
         2,
         "",
         "error: cannot start no-such-launcher: No such file or directory\n",
@@ -443,12 +451,12 @@ def test_a_launcher_that_is_missing_is_one_line_and_exit_code_2(tmp_path):
         ("", False),
     ],
 )
-def test_a_rank_is_known_by_its_command_line(line, runs):
+def test_a_rank_is_recognized_by_its_command_line(line, runs):
     assert is_rank_command(line.split()) == runs
 
 
 @pytest.mark.slow
-def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
+def test_two_real_ranks_finish_after_a_kill_and_a_stop(tmp_path):
     path = write_config(tmp_path, tiny_config(tmp_path, train__steps=60, checkpoint={"every": 5, "keep": 2}))
     prepare_corpus(path)
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
@@ -468,7 +476,7 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
         lambda: "step" in running.log.read_text().split("going on from step")[1].split("\n", 1)[1], "a step"
     )
     running.process.terminate()
-    assert running.end() == 75 and not marked(tmp_path)
+    assert running.end() == 75 and not supervised_processes(tmp_path)
     status = read_status(tmp_path / "runs" / "run")
     assert (
         status["status"] == "resumable"
@@ -477,7 +485,7 @@ def test_two_real_ranks_are_killed_stopped_and_finish_by_themselves(tmp_path):
     )
 
     running = BackgroundCommand([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
-    assert running.end() == 0 and not marked(tmp_path)
+    assert running.end() == 0 and not supervised_processes(tmp_path)
     assert (
         f"going on from step {status['step']}" in running.log.read_text()
         and read_status(tmp_path / "runs" / "run")["status"] == "finished"

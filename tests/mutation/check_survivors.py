@@ -1,6 +1,7 @@
 """Compare the mutants that survived `make mutants` with accepted.toml.
 
-Print the unlisted survivors and a table. Exit with 1 if a survivor is not listed, or if a listed mutant does not survive.
+Prints the unlisted survivors and a table. Exits with code 1 if a survivor is not listed, or if a listed mutant does not
+survive.
 """
 
 import re
@@ -28,20 +29,20 @@ class Mutant:
     file: str
     function: str
     before: str
-    """Changed lines of the original, stripped."""
+    """Changed lines of the original, without indentation."""
     after: str
-    """The same lines of the mutant, stripped."""
+    """The same lines of the mutant, without indentation."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """An entry of accepted.toml: mutants of the same lines that may survive."""
+    """An entry of accepted.toml, which lists mutants of the same lines that may survive."""
 
     file: str
     function: str
     before: str
     after: tuple[str, ...] | None
-    """Accepted versions of the lines; None: any."""
+    """Accepted versions of the lines; None means any version."""
     reason: str
 
     def accepts(self, mutant: Mutant) -> bool:
@@ -51,7 +52,10 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of mutant that is accepted everywhere: deleting all matches of `ignore` makes both versions equal."""
+    """A kind of mutant that is accepted everywhere.
+
+    A mutant is of this kind if its two versions are equal after all matches of `ignore` are deleted.
+    """
 
     ignore: re.Pattern[str]
     reason: str
@@ -81,7 +85,7 @@ def results() -> Iterator[tuple[Path, str, str]]:
 
 
 def describe(name: str, path: Path) -> Mutant:
-    """Return what a mutant changes."""
+    """Return the description of a mutant by its name in mutmut."""
     function, class_name = orig_function_and_class_names_from_key(name)
     lines = get_diff_for_mutant(name, path=path).splitlines()
     before, after = (
@@ -99,7 +103,7 @@ def main() -> int:
         columns["mutants"][str(path)] += 1
         if status in KILLED:
             columns["killed"][str(path)] += 1
-            if status != "timeout":  # which a slow machine has, too: a listed mutant may survive or time out
+            if status != "timeout":  # a slow machine causes timeouts too, so a listed mutant may survive or time out
                 continue
         mutant = describe(name, path)
         entry = next((entry for entry in entries if entry.accepts(mutant)), None)
@@ -112,7 +116,8 @@ def main() -> int:
         else:
             columns["unlisted"][str(path)] += 1
             print(
-                f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name} (mutmut show {name})\n  - {mutant.before}\n  + {mutant.after}"
+                f"{mutant.file}: {mutant.function}: {status}, not in {ACCEPTED.name} (mutmut show {name})\n"
+                f"  - {mutant.before}\n  + {mutant.after}"
             )
     stale = [
         (entry, after)
@@ -122,7 +127,8 @@ def main() -> int:
     ]
     for entry, after in stale:
         print(
-            f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n  - {entry.before}\n  + {after}"
+            f"{entry.file}: {entry.function}: in {ACCEPTED.name} but killed, or not a mutant: remove it\n"
+            f"  - {entry.before}\n  + {after}"
         )
     print(f"{'':40}" + "".join(f"{name:>10}" for name in columns))
     for file in columns["mutants"]:

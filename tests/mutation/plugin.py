@@ -1,7 +1,8 @@
-"""A pytest plugin for `make mutants`: a test also covers the functions that its fixtures called.
+"""A pytest plugin for `make mutants`: a test also covers the functions that its fixtures call.
 
-mutmut credits a function to the test during which it is called. A module- or session-scoped fixture is set up during the first of
-its tests, so without this plugin the other tests would never run against mutants of the code that the fixture calls.
+mutmut assigns a function to the test that runs when the function is called. A module- or session-scoped fixture is set
+up during the first of its tests. Without this plugin, the other tests would therefore never run against mutants of the
+code that the fixture calls.
 """
 
 from collections.abc import Generator
@@ -10,15 +11,18 @@ import pytest
 from mutmut.state import state
 
 _hits: dict[pytest.FixtureDef, set[str]] = {}
-"""Functions called by the latest setup of each fixture."""
+"""Functions that the latest setup of each fixture called."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse tests that pytest does not find again by their ids: mutmut would count that error as a killed mutant."""
+    """Raise UsageError for tests that pytest cannot find by their ids.
+
+    mutmut would count that error as a killed mutant.
+    """
     for item in items:
         if "\\" in item.nodeid:
             raise pytest.UsageError(
-                f"{item.nodeid}: the id has an escaped character. Give the parameters ids of plain characters."
+                f"{item.nodeid}: the id has an escaped character. Give the parameters ids of printable characters."
             )
 
 
