@@ -39,12 +39,12 @@ faults = dict((fault.split(":") + ["0"])[:2] for fault in sys.argv.pop(position)
 if "spike" in faults:
 
     class SpikingTrainer(loop.Trainer):
-        def _agree(self, sums, divisors, data_failed):
+        def _reach_consensus(self, sums, divisors, data_failed):
             sums = {
                 name: value * torch.tensor(100.0 if self.progress.step == int(faults["spike"]) else 1.0)
                 for name, value in sums.items()
             }
-            return super()._agree(sums, divisors, data_failed)
+            return super()._reach_consensus(sums, divisors, data_failed)
 
     setup.Trainer = SpikingTrainer
 
