@@ -1,12 +1,12 @@
-"""Twelve checks of the project on GPUs, most important first: correctness, speed and memory, in ten minutes on one
-GPU.
+"""Twelve checks of the project on GPUs, most important first: correctness, speed and memory.
 
     python benchmarks/gpu.py [--ranks 8] [--checks train head ...] [--seconds 600] [--work FOLDER] > gpu.json
 
-Each check is a separate process with a time limit and a log in the work folder. A check that fails does not stop
-the others. Each check prints a line to stderr with its result, its figures and their meaning. The results are:
+All checks together take at most ten minutes on one GPU. Each check is a separate process with a time limit and a
+log in the work folder. A check that fails does not stop the others. Each check prints a line to stderr with its
+result, its figures and their meaning. The results are:
 
-- `pass` or `fail`: a judged check
+- `pass` or `fail`: a check with a judgement
 - `ran`: a check without a judgement, because there is nothing to compare with, or no GPU
 - `broken`: a check that ended without figures
 - `none`: a check that did not start, because another check failed or no time was left
@@ -74,7 +74,7 @@ FILLED = 0.85
 
 
 class Failed(Exception):
-    """A check that did not come to figures."""
+    """An error for a check that ended without figures."""
 
 
 @dataclass
