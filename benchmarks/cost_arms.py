@@ -200,8 +200,8 @@ def _three_passes(
 def _part(layout: Layout, *kept: int) -> Layout:
     """Return a layout of some segments of a layout, without labels and with one pair.
 
-    The prediction is read at the last predictor token, or at the last token if there are none. The target is the
-    last token.
+    The prediction is read at the last predictor token. Without predictor tokens it is read at the last token. The
+    target is the last token.
     """
     renumbered = {segment: number for number, segment in enumerate(kept)} | {None: None}
     segments = tuple(

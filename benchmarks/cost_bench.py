@@ -212,8 +212,7 @@ class Bench:
 def held_memory(device: torch.device) -> int | None:
     """Return the bytes held now, and restart the measurement of the peak.
 
-    On CUDA these are the bytes of tensors, on CPU those of the process. Return None if the system does not report
-    them.
+    On CUDA only tensors are counted, on CPU the whole process. Return None if the system does not report them.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--ranks 8] [--checks train head ...] [--seconds 600] [--work FOLDER] > gpu.json
 
 All checks together take at most ten minutes on one GPU. Each check is a separate process with a time limit and a
-log in the work folder. A check that fails does not stop the others. Each check prints a line to stderr with its
+log in the work folder. A failing check does not stop the next ones. Each check prints a line to stderr with its
 result, its figures and their meaning. The results are:
 
 - `pass` or `fail`: a check with a judgement

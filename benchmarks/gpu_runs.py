@@ -33,7 +33,7 @@ WARMUP_STEPS = 2
 class Profiler:
     """Profiler of one step of a run; it also counts compiled graphs.
 
-    A step lasts from the forward pass of its first micro batch to that of the next step.
+    A step starts at the forward pass of its first micro batch and ends where the next step starts.
     """
 
     step: int | None
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
-    """Train one run and return its results; bytes are those of this rank."""
+    """Train one run and return its results, with the memory of this rank in bytes."""
     config = load_config(path)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

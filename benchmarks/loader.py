@@ -223,7 +223,7 @@ def start_of_a_billion(folder: Path) -> dict[str, float]:
     )
     starts = []
     for _ in range(3):
-        done = subprocess.launch_command(
+        done = subprocess.run(
             [sys.executable, __file__, "--start-up", str(config)],
             stdout=subprocess.PIPE,
             text=True,
@@ -303,7 +303,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
         "launcher/run.py",
     ]
     for command in ([sys.executable, "-m", "data_prep"], launch_command):
-        subprocess.launch_command([*command, *demo], cwd=ROOT, stdout=sys.stderr, check=True)
+        subprocess.run([*command, *demo], cwd=ROOT, stdout=sys.stderr, check=True)
     config = load_config(ROOT / demo[0], overrides)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "throughput/data_wait_fraction" in line and line["step"] > 1]

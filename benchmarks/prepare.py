@@ -108,7 +108,7 @@ def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
                 "sources": [{"type": "json", "path": str(folder / "pairs.jsonl")}],
             },
         )
-        seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, log=lambda line: None))
+        seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
     log(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
     return seconds
 

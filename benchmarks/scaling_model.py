@@ -1,6 +1,6 @@
 """Model of the duration of a step on many GPUs. It predicts, and measures nothing.
 
-    python benchmarks/scaling_model.py CONFIG [key=value ...] --doctor doctor.json --flops 4e14 --memory 80 > scaling.json
+    python benchmarks/scaling_model.py CONFIG [key=value ...] --doctor doctor.json --flops 4e14 > scaling.json
     python benchmarks/scaling_model.py CONFIG [key=value ...] --within 300e9 5e-6 --between 200e9 10e-6 > scaling.json
     python benchmarks/scaling_model.py --check > check.json        # compare with 1 and 2 measured CPU processes
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sizes.py > sizes.json
 
-The estimates are those of `--dry-run`: model states, activations with checkpointing, logits and buffers. They are
+The estimates are made as in `--dry-run`: model states, activations with checkpointing, logits and buffers. They are
 for bf16 and rows of 4,096 positions, or fewer if the family does not allow so many. A rank can use 90% of a GPU's
 memory. Offloading moves the optimizer's 12 bytes per parameter to the host. One JSON object is written to stdout, a
 table to stderr.

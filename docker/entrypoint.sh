@@ -4,7 +4,7 @@
 #   worker                  run a node: sshd accepts only the launcher's key
 #   launcher COMMAND ...    run a node with the launcher's key; run the command once ssh reaches every node of
 #                           docker/hostfile
-# The nodes of a cluster share the folder /cluster. It holds only public keys: those of the launcher and of each host.
+# The nodes of a cluster share the folder /cluster. It holds only the public keys of the launcher and of each host.
 # Private keys are made at the first start of a container, and never leave it.
 set -euo pipefail
 

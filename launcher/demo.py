@@ -19,7 +19,7 @@ RANKS = 2
 
 
 def _free_port() -> int:
-    """Return a free port for the rendezvous, so that two jobs on a machine do not use the same one."""
+    """Return a free port for the rendezvous. Two jobs on a machine then use different ports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

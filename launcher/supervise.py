@@ -47,8 +47,8 @@ GRACE = 10.0
 LEFT = 5.0
 """Time that the remaining processes have to exit after the launcher has ended, in seconds."""
 SAVING = 60.0
-"""The same time after the ranks were told to stop. A launcher that received the signal too exits before they have
-saved."""
+"""The same time if the ranks were signalled to stop, in seconds. It is longer because a launcher that received the
+signal too may exit before the ranks have saved."""
 UNKILLABLE = 30.0
 """Time after SIGKILL in which a process must be gone, in seconds."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -234,8 +234,8 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         if _status_stamp(run_dir) == before and (
             status.get("status") not in ("finished", "resumable") or not (command.code == 0 or stop.received)
         ):
-            # The status is from an earlier start. The condition keeps it if the run was already finished, or if a signal
-            # arrived before this start wrote anything.
+            # The status is from an earlier start. The condition keeps it if the run was already finished, or if a
+            # signal arrived before this start wrote anything.
             status = {}
         ended = f"{_describe_exit(command.code)}, {_describe_status(status)}"
         _log(f"start {attempt} ended after {time.monotonic() - started:.0f} s: {ended}")
