@@ -630,7 +630,10 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
     if missing:
         return {"result": "none", "meaning": f"needs {' and '.join(missing)}"}
     if bench.limit < limit / 3:
-        return {"result": "none", "meaning": f"needs {limit / 3:.0f} s, but {max(0.0, bench.limit):.0f} s are left"}
+        return {
+            "result": "none",
+            "meaning": f"needs {limit / 3:.0f} s, but only {max(0.0, bench.limit):.0f} s are left",
+        }
     try:
         figures, passed, meaning = check(bench)
         result = {

@@ -30,7 +30,7 @@ def problem(runs: Path, sshd_pid: Path) -> str | None:
         except OSError as error:
             return f"sshd does not answer: {error}; restart the container"
         if greeting != b"SSH-":
-            return f"a program other than sshd answers on port {SSHD_PORT}: stop it"
+            return "a program other than sshd answers on the port of sshd: stop it"
     return _silence(runs)
 
 

@@ -58,5 +58,5 @@ def _content(content: Any, name: str) -> str | None:
     for part, text in zip(content, texts, strict=True):
         if text is None:
             kind = part.get("type", "unknown") if isinstance(part, dict) else "null"
-            raise NotTextError(f"{name!r} has a part of type {kind}, not text")
+            raise NotTextError(f"{name!r} holds a part of type {kind}, not text")
     return "".join(text for text in texts if text)

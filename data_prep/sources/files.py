@@ -62,7 +62,7 @@ def find_files_with_note(
         found = _list_readable(path, suffixes, follow_links, skipped)
         if not found:
             raise UserError(
-                f"{path} ({key}) has no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else "")
+                f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else "")
             )
     elif os.path.lexists(path) or not glob.has_magic(path):
         found = [path]

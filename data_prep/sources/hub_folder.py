@@ -108,7 +108,7 @@ def _as_files(source: HubSource) -> FileSource:
 def _check_split(source: HubSource, name: str, splits: list[str]) -> None:
     if source.hub_split not in splits:
         raise UserError(
-            f"{source.path} ({name}.path) has no split {source.hub_split!r}; its splits are "
+            f"{source.path} ({name}.path) has no split {source.hub_split!r}, only "
             f"{', '.join(splits) or '(none)'}: set {name}.hub_split"
         )
 
@@ -140,5 +140,5 @@ def _note(source: HubSource, name: str, read: set[str]) -> str:
     count = f"{len(in_no_split):,} files are" if len(in_no_split) > 1 else "a file is"
     return (
         f"note: {source.path} ({name}.path) is read as on the hub, by file names or its README.md, and {count} in no "
-        f"split: {examples}; to read all files of one type, set it, such as type: json"
+        f"split: {examples}; to read all files of one type, set that type, such as type: json"
     )

@@ -18,14 +18,14 @@ def to_text(value: Any, column: str) -> str | None:
         return None
     if isinstance(value, bool | int | float):
         if isinstance(value, float) and not math.isfinite(value):
-            raise NotTextError(f"{column!r} is {value}, not a finite number")
+            raise NotTextError(f"{column!r} holds {value}, not a finite number")
         return json.dumps(value)
     if isinstance(value, bytes):
-        raise NotTextError(f"{column!r} has bytes that are not UTF-8")
+        raise NotTextError(f"{column!r} holds bytes that are not UTF-8, not text")
     if not isinstance(value, str):
-        raise NotTextError(f"{column!r} has a value of type {type(value).__name__}, not text")
+        raise NotTextError(f"{column!r} holds a value of type {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NotTextError(f"{column!r} has half a surrogate pair, which is not valid text") from None
+        raise NotTextError(f"{column!r} holds half a surrogate pair, which is not valid text") from None
     return value

@@ -39,7 +39,7 @@ def make_mapping(source: BaseSource, views: tuple[str, ...], name: str, default:
         return ViewMapping((True,) * len(views), (source.views,), _records_of_list(source.views, len(views)))
     chosen = default if source.views is None else source.views
     if not set(chosen) <= set(views):
-        raise UserError(f"{name}.views has the views {sorted(chosen)}, but data.views is {list(views)}")
+        raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}: use only these")
     getters: list[Getter] = []
     columns: dict[str, None] = {}
     for view in views:
@@ -190,7 +190,7 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
         found = row.get(column)
         try:
             if not isinstance(found, list | None):
-                raise NotTextError(f"{column!r} has a value of type {type(found).__name__}, not a list of texts")
+                raise NotTextError(f"{column!r} holds a value of type {type(found).__name__}, not a list of texts")
             texts = [text for entry in found or () if (text := to_text(entry, column)) and text.strip()]
         except NotTextError as problem:
             return [Record(None, position, str(problem))]
