@@ -105,9 +105,10 @@ def opened(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
             magic = file.read(len(FILE_FORMAT))
             file.seek(0)
             reader = pa.ipc.open_file(file) if magic == FILE_FORMAT else pa.ipc.open_stream(file)
-            batches: Iterator[pa.RecordBatch] = iter(())
             if magic == FILE_FORMAT:
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+                batches: Iterator[pa.RecordBatch] = (
+                    reader.get_batch(number) for number in range(reader.num_record_batches)
+                )
             else:
                 batches = iter(reader)
             yield reader.schema, batches

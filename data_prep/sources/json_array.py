@@ -109,7 +109,7 @@ class _Text:
             except (StopIteration, json.JSONDecodeError) as error:  # the held text may end within the value
                 if not self._more():
                     raise error if isinstance(error, ValueError) else ValueError("no value after a comma") from None
-            except ValueError:  # an integer of more digits than Python reads
+            except ValueError:  # an integer has more digits than Python reads
                 scan = SCAN_ANY_INTEGER
             else:
                 element, self.at = self.held[self.at : end], end

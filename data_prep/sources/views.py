@@ -177,7 +177,7 @@ def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
         try:
             for getter in getters:
                 text = getter(row)
-                views.append("" if not text or text.isspace() else text)  # a blank view is an absent one
+                views.append("" if not text or text.isspace() else text)  # a blank view counts as absent
         except NotTextError as problem:
             return (Record(None, position, str(problem)),)
         return (new(Record, (tuple(views), position, "", "malformed", "")),)
