@@ -1,15 +1,18 @@
-# The environment of requirements.lock, the project in /app, and what nodes need to find each other (docker/entrypoint.sh).
-# docker/build.sh fills in the arguments. torch 2.13.0 as pip finds it is built for CUDA 13.0 and brings its libraries; the base adds nvcc, and
-# must offer Python 3.11 or newer. debian:bookworm-slim or python:3.12-slim do for CPU.
-# No operator of DeepSpeed is built in advance, for a start uses none: the optimizer is torch's, and the one that DeepSpeed itself would compile
-# on CPU is left out (pretrain/training/distributed.py). tests/cluster/test_container.py sees to it. What options ask for (offloading to NVMe, quantized
-# communication) is compiled for the very processor and GPU that it meets, -march=native, and would fail on others: nvcc, g++ and libaio-dev are there.
+# This image contains the environment of requirements.lock, the project in /app, and the programs with which nodes
+# connect to each other (docker/entrypoint.sh). docker/build.sh sets the build arguments. The torch 2.13.0 package on
+# PyPI is built for CUDA 13.0 and includes its libraries. The base image adds nvcc and must provide Python 3.11 or
+# newer. debian:bookworm-slim or python:3.12-slim are sufficient for CPU.
+# No DeepSpeed operators are built in advance, because a default run uses none. The optimizer is torch's, and the one
+# that DeepSpeed would compile on CPU is disabled (pretrain/training/distributed.py); tests/cluster/test_container.py
+# checks this. Some options need operators (offloading to NVMe, quantized communication). These are compiled on first
+# use for the local processor and GPU (-march=native), and would fail on others. The image has nvcc, g++ and libaio-dev
+# for this purpose.
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
 
-# g++ and Python.h: Triton compiles its launchers with them at run time. The versions are those of the base's distribution, whose mirror drops
-# old ones, so that pinned ones could not be installed for long.
+# Triton needs g++ and Python.h to compile its launchers at run time. Versions are not pinned, because the mirror of the
+# base's distribution removes old versions.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && if ! command -v python3; then set -- python3-dev python3-venv; fi \
@@ -21,7 +24,7 @@ RUN apt-get update \
 
 WORKDIR /app
 ENV PATH=/app/.venv/bin:$PATH PIP_NO_CACHE_DIR=1
-# An index with torch's CPU packages saves 3 GB where there is no GPU.
+# An index with torch's CPU packages saves 3 GB on machines without a GPU.
 ARG PIP_EXTRA_INDEX_URL
 COPY Makefile requirements.lock ./
 RUN make .venv/.packages

@@ -1,13 +1,13 @@
-# make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides
+# make demo    the main job on the embedded corpus, on two CPU processes; ARGS="key=value ..." overrides settings
 # make test    the tests, in two processes; ARGS is passed to pytest
-# make test-all   the slow tests too, which take hours
-# make check   lint and types (ruff, mypy)
-# make mutants    the mutation tests, at most 30 minutes on two cores: a mistake that mutmut puts into a file of [tool.mutmut] and
-#              no fast test finds is an error unless tests/mutation/accepted.toml gives a reason
-# make setup   the environment alone, in .venv; the others call it
-# make image   the container image; BASE=debian:bookworm-slim makes one without CUDA
-# make demo-nodes   the demo on two nodes, which are containers of that image; ARGS and BASE as above
-# (make hands variables of its command line on to what it runs, by their names)
+# make test-all   all tests, including the slow ones, which take hours
+# make check   lint, format and types (ruff, mypy)
+# make mutants    the mutation tests, at most 30 minutes on two cores: a mutant of a file of [tool.mutmut] that no fast
+#              test detects is an error, unless tests/mutation/accepted.toml lists it with a reason
+# make setup   only the environment, in .venv; all targets above call it
+# make image   the container image; BASE=debian:bookworm-slim builds one without CUDA
+# make demo-nodes   the demo on two nodes (containers of that image); ARGS and BASE as above
+# (make exports the variables of its command line to the commands it runs)
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,11 +35,11 @@ mutants: $(STAMP)
 setup: $(STAMP)
 
 $(PACKAGES): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot make virtual environments; install them: apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: use a newer one, e.g. make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "error: $(PYTHON) cannot create virtual environments: install the package with apt install python3-venv" >&2; exit 2; }
 	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[2/4] installing torch (the largest part: 200 MB for CPU alone, 3 GB where the package carries CUDA)"
+	@echo "[2/4] installing torch (the largest part: 200 MB for the CPU package, 3 GB with CUDA)"
 	@$(VENV)/bin/pip install --disable-pip-version-check -c requirements.lock torch
 	@echo "[3/4] installing the other packages, pinned in requirements.lock"
 	@$(VENV)/bin/pip install --disable-pip-version-check -r requirements.lock

@@ -1,10 +1,10 @@
-"""Objectives side by side on NL-RX-SYNTH: LM loss, exact match, and what the embeddings tell apart.
+"""Comparison of objectives on NL-RX-SYNTH: LM loss, exact match, and how well embeddings separate records.
 
     python benchmarks/arms.py --train train.jsonl --test test.jsonl [--jobs 2] [--seeds 1 2 3] [--arms NAME ...]
 
-Every arm is a run of configs/nlrx_synth.yaml with the same records in the same order of windows, 4 epochs, one process and one
-thread. A line per run goes to --results; runs that have theirs are skipped, so the command can be stopped and started again. At the
-end it prints the table.
+Every arm is a run of configs/nlrx_synth.yaml. All arms train 4 epochs on the same records, with windows in the same
+order, in one process and one thread. Each run appends a line to the file --results. A run that has its line is
+skipped, so the command can be stopped and started again. The table is printed at the end.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CONFIG = ROOT / "configs" / "nlrx_synth.yaml"
 EPOCHS = 4
 RETRIEVAL_ROWS = 1000
 PAIR_ROWS, PLAIN_ROWS = 12, 8
-"""Rows of a step: 70 records or so, with copies of the targets and without."""
+"""Rows per step: about 70 records, with and without copies of the targets."""
 ARMS = {
     "next_token": "{name: next_token}",
     "cosine": "{name: llm_jepa, weight: 0.5}",
@@ -44,10 +44,10 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Parse the command line, measure and print the result."""
+    """Parse the command line, run the arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", required=True, help="NL-RX-SYNTH training rows, JSON lines")
-    parser.add_argument("--test", required=True, help="test rows")
+    parser.add_argument("--train", required=True, help="JSON lines with the training rows of NL-RX-SYNTH")
+    parser.add_argument("--test", required=True, help="JSON lines with its test rows")
     parser.add_argument("--work", default="runs/arms", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.jsonl")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -57,24 +57,27 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     data = [f"data.path={arguments.work}/data", f"data.sources.0.path={arguments.train}"]
-    call("-m", "data_prep", CONFIG, *data)
+    run_command("-m", "data_prep", CONFIG, *data)
     lock = Lock()
-    todo = [
-        (arm, seed) for seed in arguments.seeds for arm in arguments.arms if (arm, seed) not in done(arguments.results)
+    pending_runs = [
+        (arm, seed)
+        for seed in arguments.seeds
+        for arm in arguments.arms
+        if (arm, seed) not in finished_runs(arguments.results)
     ]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in [pool.submit(run, arm, seed, arguments, data, lock) for arm, seed in todo]:
+    with ThreadPoolExecutor(arguments.jobs) as executor:
+        for result in [executor.submit(run, arm, seed, arguments, data, lock) for arm, seed in pending_runs]:
             result.result()
-    print(table(read(arguments.results)))
+    print(table(read_json_lines(arguments.results)))
 
 
 def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], lock: Lock) -> None:
-    """Train and evaluate one arm with one seed; append its line."""
+    """Train and evaluate one arm with one seed, and append its line to the results."""
     objective = ARMS.get(arm, arm)
     rows = PAIR_ROWS if "llm_jepa" in objective or "regularizers" in objective else PLAIN_ROWS
     name = "".join(letter if letter.isalnum() else "-" for letter in f"{arm}-{seed}").strip("-")
     folder = Path(arguments.work) / name
-    call(
+    run_command(
         "launcher/run.py",
         CONFIG,
         *data,
@@ -88,10 +91,12 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
         "checkpoint.every=1000000",
         "monitor.tensorboard=false",
     )
-    call("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
-    call("launcher/evaluate.py", folder, "--task", "loss", f"task.test={arguments.test}", f"task.rows={RETRIEVAL_ROWS}")
-    evaluated = {line["task"]: line["metrics"] for line in read(folder / "evaluation" / "results.jsonl")}
-    last = read(folder / "metrics.jsonl")[-1]
+    run_command("launcher/evaluate.py", folder, "--task", "nl_rx", f"task.test={arguments.test}")
+    run_command(
+        "launcher/evaluate.py", folder, "--task", "loss", f"task.test={arguments.test}", f"task.rows={RETRIEVAL_ROWS}"
+    )
+    evaluated = {line["task"]: line["metrics"] for line in read_json_lines(folder / "evaluation" / "results.jsonl")}
+    last = read_json_lines(folder / "metrics.jsonl")[-1]
     line = {
         "arm": arm,
         "objective": objective,
@@ -103,14 +108,15 @@ def run(arm: str, seed: int, arguments: argparse.Namespace, data: list[str], loc
     with lock, open(arguments.results, "a", encoding="utf-8") as results:
         results.write(json.dumps(line | evaluated["loss"] | evaluated["nl_rx"]) + "\n")
     print(
-        f"{arm}, seed {seed}: exact {evaluated['nl_rx']['exact']:.4f}, retrieval@1 {evaluated['loss']['retrieval_at_1']:.3f}",
+        f"{arm}, seed {seed}: exact {evaluated['nl_rx']['exact']:.4f}, "
+        f"retrieval@1 {evaluated['loss']['retrieval_at_1']:.3f}",
         flush=True,
     )
 
 
-def call(*command: object) -> None:
-    """Run a command of the project on one thread; show what it prints if it fails."""
-    done = subprocess.run(
+def run_command(*command: object) -> None:
+    """Run a command of the project on one thread; exit with the end of its output if it fails."""
+    completed = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -118,37 +124,39 @@ def call(*command: object) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    if completed.returncode:
+        sys.exit(
+            f"{' '.join(map(str, command))} failed with exit code {completed.returncode}:\n{completed.stdout[-4000:]}"
+        )
 
 
-def read(path: Path) -> list[dict]:
-    """Return the lines of a JSON lines file, or nothing if it does not exist."""
+def read_json_lines(path: Path) -> list[dict]:
+    """Return the lines of a JSON lines file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def done(results: Path) -> set[tuple[str, int]]:
-    """Return the arms and seeds that the results already hold."""
-    return {(line["arm"], line["seed"]) for line in read(results)}
+def finished_runs(results: Path) -> set[tuple[str, int]]:
+    """Return the arms and seeds that already have a line in the results."""
+    return {(line["arm"], line["seed"]) for line in read_json_lines(results)}
 
 
 def table(lines: list[dict]) -> str:
-    """Mean and standard deviation over seeds, in Markdown."""
+    """Return a Markdown table of the mean and standard deviation over seeds."""
     rows = ["| objective | seeds | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (2 + len(COLUMNS))]
     for arm in dict.fromkeys([*ARMS, *(line["arm"] for line in lines)]):
-        mine = [line for line in lines if line["arm"] == arm]
-        if not mine:
+        arm_lines = [line for line in lines if line["arm"] == arm]
+        if not arm_lines:
             continue
         rows.append(
-            f"| {arm} | {len(mine)} | "
-            + " | ".join(spread([line[key] for line in mine]) for key in COLUMNS.values())
+            f"| {arm} | {len(arm_lines)} | "
+            + " | ".join(format_spread([line[key] for line in arm_lines]) for key in COLUMNS.values())
             + " |"
         )
     return "\n".join(rows)
 
 
-def spread(values: list[float]) -> str:
-    """Format a mean and, for several values, their standard deviation."""
+def format_spread(values: list[float]) -> str:
+    """Return a mean and, if there are several values, their standard deviation as text."""
     digits = 1 if max(values) >= 10 else 3
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

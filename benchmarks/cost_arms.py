@@ -1,7 +1,8 @@
-"""The ways to compute the language-model loss and the term on pairs that objective_cost.py times against each other.
+"""Arms that objective_cost.py times: methods to compute the language-model loss and the term on pairs.
 
-A way is one or several forward passes over the same records. The packed ones are the project's own; the padded ones put one record in a
-row, as the public implementations of LLM-JEPA do (arXiv 2509.14252), and are given the fastest attention that is right for them.
+An arm makes one or more forward passes over the same records. The packed arms are the project's own. The padded
+arms put one record in a row, as the public implementations of LLM-JEPA do (arXiv 2509.14252). They use the fastest
+attention that is correct for them.
 """
 
 from collections.abc import Callable
@@ -35,12 +36,12 @@ ARMS = (
 BASELINE = ARMS[0]
 PREDICTOR_TOKENS = 1
 REFERENCE_LENGTH = 512
-"""What the public implementations pad every row to."""
+"""Length to which the public implementations pad every row, in positions."""
 IGNORED = -100
 
 
 class AllPositions:
-    """The language-model loss with logits of every position, those without a label ignored in the cross-entropy."""
+    """Language-model loss that computes logits at every position and ignores positions without a label."""
 
     def __call__(
         self,
@@ -58,7 +59,7 @@ class AllPositions:
 
 
 class Embeddings:
-    """The embeddings that a pass is made for, (P, D) each, as terms that `combine` makes one of."""
+    """Embeddings that a pass computes, (P, D) each, as terms that `combine` turns into one."""
 
     def __init__(self, *names: Literal["prediction", "target"]):
         self.names = names
@@ -78,7 +79,7 @@ class Embeddings:
 
 
 def combine(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sums of both terms, whichever passes they come from."""
+    """Return the sums of both terms, whichever passes they come from."""
     if "prediction" not in terms:
         return terms
     return {"lm": terms["lm"], "jepa": cosine_distance(terms["prediction"], terms["target"]).sum()}
@@ -90,16 +91,17 @@ class Pass:
 
     layout: Layout
     read: Callable[..., ObjectiveOutput]
-    """What is taken from the hidden states."""
+    """Function that reads the losses or embeddings from the hidden states."""
     mask: Literal["visibility", "causal", "additive"] = "visibility"
-    """visibility: the project's. causal: none but the kernel's own, enough for one encoding a row. additive: dense, in the model's type."""
+    """Attention mask: the project's (`visibility`), only the kernel's causal mask (`causal`, enough for one
+    encoding per row), or a dense mask in the model's type (`additive`)."""
     padded_to: int | Literal["longest"] | None = None
-    """Positions of a row of one record; None: packed rows."""
+    """Length of a row that holds one record, in positions; None for packed rows."""
 
     def plan(
         self, corpus: Corpus, records: np.ndarray, row_length: int, paired: np.ndarray, random_bits: np.ndarray
     ) -> tuple[Rows, int]:
-        """The rows of the records (N,), and their length."""
+        """Return the rows of the records (N,), and the length of a row."""
         if self.padded_to is None:
             return plan_rows(corpus, records, self.layout, row_length, paired, random_bits), row_length
         lengths = corpus.lengths(records)
@@ -117,17 +119,12 @@ class Pass:
         if model.attention != attention:
             model.attention = attention
             model.causal_lm.set_attn_implementation(attention)
-        model.mask = MASKS[self.mask].__get__(model)  # type: ignore[method-assign]  # a way of its own for each pass
-        if (
-            self.mask == "causal"
-        ):  # transformers takes positions that start again, as those of padding, for packed documents
-            return replace(
-                batch,
-                positions=torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(
-                    batch.token_ids
-                ),
-            )
-        return batch
+        model.mask = MASKS[self.mask].__get__(model)  # type: ignore[method-assign]  # each pass has its own mask
+        if self.mask != "causal":
+            return batch
+        # transformers interprets positions that start again, such as those of padding, as packed documents.
+        positions = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
+        return replace(batch, positions=positions.expand_as(batch.token_ids))
 
 
 def _no_mask(model: LanguageModel, batch: Batch) -> None:
@@ -146,20 +143,20 @@ MASKS: dict[str, Any] = {"visibility": LanguageModel.mask, "causal": _no_mask, "
 
 @dataclass(frozen=True)
 class Arm:
-    """One way."""
+    """One method to compute the loss and the term."""
 
     passes: tuple[Pass, ...]
     dropout: float = 0.0
-    """Share of the records that sit the term on pairs out."""
+    """Fraction of the records that are trained without the term on pairs."""
 
     @property
     def predictor_tokens(self) -> int:
-        """Predictor tokens that the model needs."""
+        """Return the number of predictor tokens that the model needs."""
         return max(one.layout.predictor_tokens for one in self.passes)
 
 
 def make_arms(specials: SpecialTokenIds) -> dict[str, Arm]:
-    """All ways, by name."""
+    """Return all arms by name."""
     pairing = Pairing(PREDICTOR_TOKENS)
     text = make_layout("joint", specials)
     joint = make_layout("joint", specials, pairing=pairing)
@@ -201,7 +198,11 @@ def _three_passes(
 
 
 def _part(layout: Layout, *kept: int) -> Layout:
-    """Some segments of a layout without labels; a pair of the last predictor token, or else the last token, and the last token."""
+    """Return a layout of some segments of a layout, without labels and with one pair.
+
+    The prediction is read at the last predictor token. Without predictor tokens it is read at the last token. The
+    target is the last token.
+    """
     renumbered = {segment: number for number, segment in enumerate(kept)} | {None: None}
     segments = tuple(
         replace(layout.segments[segment], parent=renumbered[layout.segments[segment].parent], lm_start=None)

@@ -1,4 +1,4 @@
-"""Steps of the ways of cost_arms.py on the project's engine: timed, and their memory measured."""
+"""Optimizer steps of the arms of cost_arms.py on the project's engine, with their time and memory."""
 
 import argparse
 import ctypes
@@ -25,39 +25,40 @@ from pretrain.training.engine import build_engine
 WEIGHTS = {"lm": 1.0, "jepa": 1.0}
 UNITS = {"lm": "targets", "jepa": "pairs"}
 WARMUP_STEPS = {"cpu": 0, "cuda": 2}
-"""Untimed steps after a change of way: DeepSpeed prefetches partitioned parameters in the order of the step before."""
+"""Untimed steps after a change of arm: DeepSpeed prefetches partitioned parameters in the order of the previous
+step."""
 
 
 @dataclass
 class Measurement:
-    """What is found out about a way."""
+    """Measurements of an arm."""
 
     rows: list[Rows]
-    """Of a step, by pass."""
+    """Rows of a step, by pass."""
     row_lengths: list[int]
     targets: int
     micro_steps: int
     losses: dict[str, float] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
-    """Of a step, by round."""
+    """Duration of a step in seconds, by round."""
     processor_seconds: dict[int, float] = field(default_factory=dict)
-    """The same as time on processors, summed over ranks and their threads."""
+    """Processor time of a step in seconds, summed over ranks and their threads, by round."""
     peak_memory: float | None = None
 
     @property
     def positions(self) -> int:
-        """Tokens that a step computes, padding not counted."""
+        """Return the tokens that a step computes, without padding."""
         return sum(int(rows.segment_lengths.sum()) for rows in self.rows)
 
     @property
     def slots(self) -> int:
-        """Positions of a step with padding."""
+        """Return the positions of a step, with padding."""
         return sum(rows.count * length for rows, length in zip(self.rows, self.row_lengths, strict=True))
 
 
 @dataclass
 class Bench:
-    """The ways, the engines that they run on, and what has been measured."""
+    """The arms, their engines and their measurements."""
 
     config: RunConfig
     world: World
@@ -65,7 +66,7 @@ class Bench:
     specials: SpecialTokenIds
     arms: dict[str, Arm]
     engines: dict[int, deepspeed.DeepSpeedEngine]
-    """By number of predictor tokens: the baseline's model has none."""
+    """Engines by number of predictor tokens; the baseline's model has no predictor tokens."""
     kernel: str
     records: np.ndarray
     random_bits: np.ndarray
@@ -74,7 +75,7 @@ class Bench:
 
     @staticmethod
     def build(arguments: argparse.Namespace, config: RunConfig, world: World) -> "Bench":
-        """Models with the same weights, and the records of a step."""
+        """Build models with equal weights, and choose the records of a step."""
         corpus = Corpus(config.data.path, "train")
         plain = load_config(arguments.folder / "config.yaml", ["objective={name: next_token}"])
         engines = {
@@ -105,32 +106,34 @@ class Bench:
         return bench
 
     def plan(self, arm: Arm) -> tuple[list[Rows], list[int]]:
-        """The rows of a step and their lengths, by pass."""
+        """Return the rows of a step and their lengths, by pass."""
         paired = self.random_bits >= np.uint64(arm.dropout * 2**64)
         length = self.config.data.sequence_length
-        planned = [
+        plans = [
             one.plan(self.corpus, self.records, length, paired & bool(one.layout.read_outs), self.random_bits)
             for one in arm.passes
         ]
-        return [rows for rows, _ in planned], [row_length for _, row_length in planned]
+        return [rows for rows, _ in plans], [row_length for _, row_length in plans]
 
     def split(self, rows: list[Rows], lengths: list[int]) -> tuple[list[Rows], int]:
-        """The rows with empty ones, so that they divide into equal micro batches of all ranks; and the number of micro steps."""
+        """Return the rows padded with empty ones to equal micro batches on all ranks, and the number of micro steps."""
         slots = sum(one.count * length for one, length in zip(rows, lengths, strict=True))
         micro_steps = -(-slots // (self.micro_slots * self.world.size))
-        while len(rows) > 1 and len(self.records) % (micro_steps * self.world.size):  # a row a record: no empty ones
+        while len(rows) > 1 and len(self.records) % (
+            micro_steps * self.world.size
+        ):  # one record per row: avoid empty rows
             micro_steps += 1
         unit = micro_steps * self.world.size
         return [Rows.join([one], -(-one.count // unit) * unit) for one in rows], micro_steps
 
     def count(self, arm: Arm) -> Measurement:
-        """What a step of a way holds."""
+        """Return the rows, targets and micro steps of a step of an arm."""
         rows, lengths = self.plan(arm)
         rows, micro_steps = self.split(rows, lengths)
         return Measurement(rows, lengths, loss_denominators(rows[0], arm.passes[0].layout)["targets"], micro_steps)
 
     def step(self, name: str) -> dict[str, float]:
-        """One optimizer step, from the plan of its rows on; return the losses."""
+        """Run one optimizer step, including the planning of its rows, and return the losses."""
         arm = self.arms[name]
         engine = self.engines[arm.predictor_tokens]
         rows, lengths = self.plan(arm)
@@ -170,28 +173,34 @@ class Bench:
         return {term: total / units[UNITS[term]] for term, total in zip(sums, totals, strict=True)}
 
     def time(self, name: str, number: int, steps: int) -> None:
-        """Note the seconds of a step in this round: the mean of as many as take about as long as `steps` of the baseline."""
+        """Record the mean duration of a step in this round.
+
+        The number of steps is chosen to take about as long as `steps` steps of the baseline.
+        """
         measured = self.measured[name]
         steps = max(1, round(steps * self.measured[BASELINE].slots / measured.slots))
         for _ in range(WARMUP_STEPS[self.world.device.type]):
             self.step(name)
         self._wait()
-        started, busy = time.perf_counter(), time.process_time()
+        started, cpu_started = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step(name)
         self._wait()
         measured.seconds[number] = (time.perf_counter() - started) / steps
-        measured.processor_seconds[number] = self._total(time.process_time() - busy) / steps
+        measured.processor_seconds[number] = self._total(time.process_time() - cpu_started) / steps
 
     def peak_memory(self, name: str) -> float | None:
-        """Bytes that a step needs at its peak above what was held before it, summed over ranks; keeps the losses."""
+        """Return the peak memory of a step above the memory held before it, in bytes, summed over ranks.
+
+        The losses of the step are kept.
+        """
         before = held_memory(self.world.device)
         self.measured[name].losses = self.step(name)
         peak = peak_memory(self.world.device)
         return None if before is None or peak is None else self._total(peak - before)
 
     def _total(self, value: float) -> float:
-        """The sum over ranks."""
+        """Return the sum of a value over ranks."""
         return self.world.sum([torch.tensor(float(value), device=self.world.device)])[0]
 
     def _wait(self) -> None:
@@ -201,22 +210,24 @@ class Bench:
 
 
 def held_memory(device: torch.device) -> int | None:
-    """Bytes held now, from where on a peak is measured: of tensors on CUDA, else of the process; None where the system does not say."""
+    """Return the bytes held now, and restart the measurement of the peak.
+
+    On CUDA only tensors are counted, on CPU the whole process. Return None if the system does not report them.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # else the memory that the way before has freed would hide what this one needs
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (proc(5))
+        # Memory freed by the previous arm would otherwise hide the need of this one.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak (proc(5))
     except (OSError, AttributeError):
         return None
     return _status_bytes("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The largest number of bytes held since `held_memory`."""
+    """Return the largest number of bytes held since `held_memory`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status_bytes("VmHWM")
 
 

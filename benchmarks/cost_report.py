@@ -1,4 +1,4 @@
-"""One rank of objective_cost.py: the ways of cost_arms.py timed in turns, and the JSON object of what was measured."""
+"""One rank of objective_cost.py: times the arms of cost_arms.py in turns and writes the measurements as JSON."""
 
 import argparse
 import hashlib
@@ -20,40 +20,41 @@ from pretrain.training.engine import parameter_count
 from pretrain.training.throughput import Throughput, count_parameters
 
 ROUNDS_APART = {"three_passes_512": 3}
-"""A step of this one takes longer than a round of all others, and its ratio needs no three digits: every third round has it."""
+"""Interval between the rounds that include an arm. A step of this arm takes longer than a round of all others, and
+its ratio needs less precision, so it is timed in every third round."""
 ONE_FORWARD = ("joint_packed", "independent_packed", "joint_dropout_0.75")
 TOKEN_TARGET = 1.05
-"""Of these, time per record against the baseline, over the same ratio of positions: at most this."""
+"""Upper limit for the arms of ONE_FORWARD: their time per record over the baseline's, divided by the same ratio of
+positions."""
 SPEEDUP_TARGETS = {"three_passes_512": 30.0, "three_passes_longest": 2.2}
-"""Records per second of joint_packed over those of a published way: at least this."""
+"""Lower limit for the records per second of joint_packed divided by those of a published method."""
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
-    """Time all ways on this rank; rank 0 writes the result."""
+    """Time all arms on this rank; rank 0 writes the result."""
     world = init_world()
-    say = print_now if world.is_main else lambda text: None
+    log = print_now if world.is_main else lambda text: None
     bench = Bench.build(arguments, load_config(arguments.folder / "config.yaml"), world)
-    for engine in bench.engines.values():  # the optimizer's state and the gradient buffers come with the first step
+    for engine in bench.engines.values():  # the first step allocates the optimizer state and the gradient buffers
         bench.step(next(name for name, arm in bench.arms.items() if bench.engines[arm.predictor_tokens] is engine))
     for name, measured in bench.measured.items():
         measured.peak_memory = bench.peak_memory(name)
-        say(f"{name}: losses {measured.losses}, {measured.micro_steps} micro steps")
+        log(f"{name}: losses {measured.losses}, {measured.micro_steps} micro steps")
     names = list(bench.arms)
     for number in range(arguments.rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             if number % ROUNDS_APART.get(name, 1) == 0:
                 bench.time(name, number, arguments.steps)
-                say(
-                    f"round {number + 1} of {arguments.rounds}: {name} {bench.measured[name].seconds[number]:.2f} s a step"
-                )
+                seconds = bench.measured[name].seconds[number]
+                log(f"round {number + 1} of {arguments.rounds}: {name} {seconds:.2f} s per step")
     if world.is_main:
         (arguments.folder / "result.json").write_text(json.dumps(report(bench, arguments), indent=1))
     world.barrier()
 
 
 def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JSON object."""
+    """Return the JSON object with all measurements."""
     records, lengths = len(bench.records), bench.corpus.lengths(bench.records)
     arms = {name: describe(bench, name) for name in bench.arms}
     speedups = {}
@@ -99,12 +100,12 @@ def report(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(bench: Bench, name: str) -> dict[str, Any]:
-    """What was measured of a way, and its ratios to the baseline of the same rounds."""
+    """Return the measurements of an arm, and its ratios to the baseline of the same rounds."""
     measured, baseline, records = bench.measured[name], bench.measured[BASELINE], len(bench.records)
     times = time_ratios(measured, baseline)
     positions = measured.positions / baseline.positions
     numbers = [np.sort(rows.records) for rows in measured.rows]
-    assert all(np.array_equal(numbers[0], others) for others in numbers)
+    assert all(np.array_equal(numbers[0], pass_records) for pass_records in numbers)
     return {
         "records_per_second": round(records / statistics.median(measured.seconds.values()), 2),
         "seconds_per_step": spread(measured.seconds.values()),
@@ -128,11 +129,11 @@ def describe(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None:
-    """By the formula of training; None where the peak of the device is not known."""
+    """Return the MFU by the formula that training uses; None if the device's peak is unknown."""
     throughput = Throughput(
         count_parameters(bench.engines[0].module.model), bench.world.size, bench.config.data.sequence_length
     )
-    for number, rows in enumerate(measured.rows):  # targets and time belong to all passes together
+    for number, rows in enumerate(measured.rows):  # targets and time are totals of all passes
         throughput.add(
             rows, 0 if number else measured.targets, 0.0 if number else statistics.median(measured.seconds.values())
         )
@@ -140,17 +141,17 @@ def model_flops_utilisation(bench: Bench, measured: Measurement) -> float | None
 
 
 def time_ratios(measured: Measurement, other: Measurement) -> list[float]:
-    """Time of one way over that of another, by round."""
+    """Return the time of one arm divided by the time of another, by round."""
     return [seconds / other.seconds[number] for number, seconds in measured.seconds.items()]
 
 
 def spread(values: Collection[float]) -> dict[str, float]:
-    """Median, smallest and largest over the rounds."""
+    """Return the median, minimum and maximum over the rounds."""
     return {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
 
 
 def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
-    """A figure beside what it should be."""
+    """Return a measured value with its limit, and whether it is met."""
     return {
         "measured": value,
         **({"at_most": most} if least == 0 else {"at_least": least}),

@@ -1,13 +1,20 @@
-"""Twelve checks of the project on GPUs, in order of worth, within ten minutes on one: what is right, how fast, and how much memory.
+"""Twelve checks of the project on GPUs, most important first: correctness, speed and memory.
 
     python benchmarks/gpu.py [--ranks 8] [--checks train head ...] [--seconds 600] [--work FOLDER] > gpu.json
 
-Each check is a process of its own with a limit of time and a log in the work folder; one that fails does not end the others. A line of each goes to
-stderr: its result, its figures, and what they mean. `pass` and `fail` are judgements, `ran` is a check without one (nothing to compare with, or no
-GPU), `broken` one that ended without figures, and `none` one that did not start, because of another check or for want of time. One JSON object goes
-to stdout, and after each check to results.json in the work folder. The exit code is 1 where anything failed or broke, or did not start on a GPU.
-Training runs use all GPUs (or --ranks of them), one rank each, with as many rows as fit by the estimate of --dry-run; by that estimate a GPU needs
-about 30 GB. `--small` takes a tiny model, as a test of this command on CPU; its figures mean nothing.
+All checks together take at most ten minutes on one GPU. Each check is a separate process with a time limit and a
+log in the work folder. A failing check does not stop the next ones. Each check prints a line to stderr with its
+result, its figures and their meaning. The results are:
+
+- `pass` or `fail`: a check with a judgement
+- `ran`: a check without a judgement, because there is nothing to compare with, or no GPU
+- `broken`: a check that ended without figures
+- `none`: a check that did not start, because another check failed or no time was left
+
+One JSON object is written to stdout, and to results.json in the work folder after each check. The exit code is 1 if
+a check failed or broke, or if one did not start on a GPU. Training runs use all GPUs (or --ranks of them), with one
+rank on each, and as many rows as fit by the estimate of --dry-run. By that estimate a GPU needs about 30 GB.
+`--small` uses a tiny model to test this command on CPU; its figures are meaningless.
 """
 
 import argparse
@@ -59,44 +66,48 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 PROFILED_STEP = 7
 BUSY = 0.85
-"""Share of a step in which the GPU should compute."""
+"""Lowest accepted fraction of a step in which the GPU computes."""
 STOPPED = (75, 1)
-"""Exit codes of a run that a signal has stopped: its own, and that of torchrun around it."""
+"""Exit codes of a run that was stopped by a signal: its own, and torchrun's."""
 FILLED = 0.85
-"""Share of a GPU's memory up to which an estimate is trusted to fit."""
+"""Fraction of a GPU's memory below which an estimate is expected to fit."""
 
 
 class Failed(Exception):
-    """A check that did not come to figures."""
+    """An error for a check that ended without figures."""
 
 
 @dataclass
 class Bench:
-    """The state that the checks share: their folder, their ranks, their time, and the results so far."""
+    """State that the checks share: folder, ranks, time and results."""
 
     folder: Path
     ranks: int
     small: bool
     deadline: float
     memory: float | None = None
-    """Bytes of the smallest GPU."""
+    """Memory of the smallest GPU, in bytes."""
     rows: int = 2
     """Rows of a micro batch."""
     log: Path = Path()
     limit: float = 0.0
-    """Seconds of the check that runs."""
+    """Time limit of the current check, in seconds."""
     ends: float = 0.0
-    """Time (time.monotonic()) at which the check that runs must end."""
+    """Time (time.monotonic()) at which the current check must end."""
     process: subprocess.Popen[bytes] | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
-        """Positions of a row."""
+        """Return the positions of a row."""
         return 256 if self.small else 4096
 
     def write_config(self, name: str, **changes: Any) -> Path:
-        """Write the configuration of a run: Llama 1B in bf16, or a tiny model, with changes of whole sections or, as section__key, of keys."""
+        """Write the configuration of a run and return its path.
+
+        The default is Llama 1B in bf16, or a tiny model. A keyword changes a whole section, or a single key as
+        section__key.
+        """
         steps = 4 if self.small else 10
         config: dict[str, Any] = {
             "name": name,
@@ -138,7 +149,10 @@ class Bench:
     def call(
         self, command: list[str], expected: tuple[int, ...] = (0,), stop_after: Callable[[], bool] | None = None
     ) -> str:
-        """Run a command until the check has used its time and return what it printed; with `stop_after`, stop one of its ranks once that holds."""
+        """Run a command until the time of the check is used up, and return its output.
+
+        If `stop_after` is given, signal one of the ranks to stop once it returns true.
+        """
         with open(self.log, "ab+") as log:
             begin = log.tell()
             log.write(f"$ {' '.join(command)}\n".encode())
@@ -150,7 +164,7 @@ class Bench:
             try:
                 while self.process.poll() is None:
                     if time.monotonic() > self.ends:
-                        raise Failed(f"not done within {self.limit:.0f} s")
+                        raise Failed(f"not finished within {self.limit:.0f} s")
                     if not stopped and stop_after and stop_after():
                         ranks_of(self.process)[0].send_signal(signal.SIGUSR1)
                         stopped = True
@@ -166,11 +180,11 @@ class Bench:
         return printed
 
     def python(self, *words: Any) -> Any:
-        """Run a script and return the JSON of its last line."""
+        """Run a script and return the JSON object of its last line."""
         return json.loads(last_json(self.call([sys.executable, *map(str, words)])))
 
     def train(self, *configs: Path, profile: int | None = None) -> dict[str, Any]:
-        """Train runs on all ranks one after another; return what benchmarks/gpu_runs.py finds, by name."""
+        """Train runs on all ranks one after another; return the results of benchmarks/gpu_runs.py by name."""
         words = ["benchmarks/gpu_runs.py", *map(str, configs), *(["--profile", str(profile)] if profile else [])]
         launcher = (
             [] if self.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
@@ -180,7 +194,7 @@ class Bench:
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return the processes that train, of a command that is run.py or starts it."""
+    """Return the training processes of a command that is run.py or starts it."""
     started = psutil.Process(process.pid)
     commands = {one: one.cmdline() for one in [started, *started.children(recursive=True)]}
     return [
@@ -189,7 +203,7 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and all that it has started, whose sessions may be their own."""
+    """Kill a command and all its descendants, including those in other sessions."""
     with contextlib.suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid)
         for one in [*started.children(recursive=True), started]:
@@ -210,11 +224,11 @@ def last_json(printed: str) -> str:
 
 
 Result = tuple[dict[str, Any], bool | None, str]
-"""Figures of a check, whether it passed, None where that is not judged, and what they mean."""
+"""Figures of a check, whether it passed (None if it is not judged), and the meaning."""
 
 
 def check_corpus(bench: Bench) -> Result:
-    """Prepare documents and pairs of 200 to 4,096 tokens in a vocabulary of 128,000 words."""
+    """Prepare documents and pairs of 200 to 4,096 tokens with a vocabulary of 128,000 words."""
     records, words = (400, 1000) if bench.small else (6000, 128_000)
     bench.call(
         [
@@ -239,11 +253,11 @@ def check_corpus(bench: Bench) -> Result:
         "tokens": sum(split["tokens"].values()),
         "rows_of_a_micro_batch": bench.rows,
     }
-    return figures | {"estimated_bytes": estimates}, True, "what the runs train on"
+    return figures | {"estimated_bytes": estimates}, True, "the corpus of the runs"
 
 
 def estimated_bytes(bench: Bench, rows: tuple[int, ...]) -> dict[int, float]:
-    """Return the estimate of --dry-run for a rank on CUDA, by rows of a micro batch."""
+    """Return the estimate of --dry-run for a rank on CUDA in bytes, by rows of a micro batch."""
     found = bench.python("-c", ESTIMATE, bench.write_config("estimate"), bench.ranks, *rows)
     return {int(number): needed for number, needed in found.items()}
 
@@ -285,14 +299,14 @@ def check_train(bench: Bench) -> Result:
 
 
 def check_head(bench: Bench) -> Result:
-    """Time the output head by the size of its chunks."""
+    """Time the output head for several chunk sizes."""
     sizes = bench.python("benchmarks/gpu_kernels.py", "head", *(["--small"] if bench.small else []))
     errors = [size["error_of_weight_gradient"] for size in sizes.values()]
     fastest = min(sizes, key=lambda name: sizes[name]["milliseconds"])
     return (
         {"fastest": fastest, **sizes[fastest], "sizes": sizes},
         max(errors) < 5e-3 and max(errors) < 1.2 * min(errors),
-        "the error of the weight gradient does not grow with the number of chunks",
+        "the error of the weight gradient is independent of the number of chunks",
     )
 
 
@@ -307,14 +321,14 @@ def check_compiled(bench: Bench) -> Result:
     return (
         figures | {"of_train": ratio},
         figures["finite"] and not found["graph_breaks"] and ratio > 1 if judged and ratio else None,
-        "compiling and stage 1 are faster than the run of `train`, and no graph breaks"
+        "compiled layers with stage 1 are faster than the run of `train`, without graph breaks"
         if judged
-        else "compiling and stage 1, not compared",
+        else "compiled layers with stage 1, not compared",
     )
 
 
 def check_objectives(bench: Bench) -> Result:
-    """Compare each layout of the term with next-token training, on the same records."""
+    """Compare each layout of the term with next-token training on the same records."""
     paths = {
         name: bench.write_config(f"objective-{number}", objective=objective)
         for number, (name, objective) in enumerate(OBJECTIVES.items())
@@ -333,12 +347,12 @@ def check_objectives(bench: Bench) -> Result:
     return (
         ratios | {"dearest_position": dearest, "runs": figures},
         (None if sound else False) if bench.small else sound and dearest < 1.15,
-        "seconds a record, as multiples of next-token training; a position costs at most 15% more",
+        "seconds per record, relative to next-token training; a position costs at most 15% more",
     )
 
 
 def check_memory(bench: Bench) -> Result:
-    """Compare the peak of as many rows as fit with the estimate of --dry-run."""
+    """Compare the peak memory, with as many rows as fit, with the estimate of --dry-run."""
     estimates = estimated_bytes(bench, (bench.rows, 2 * bench.rows))
     rows = max(
         (rows for rows, needed in estimates.items() if bench.memory and needed < FILLED * bench.memory),
@@ -355,7 +369,7 @@ def check_memory(bench: Bench) -> Result:
         "peak_bytes": peak,
         "peak_of_estimate": share,
     }
-    return figures, None if share is None else share < 1.1, "at most 10% above the estimate"
+    return figures, None if share is None else share < 1.1, "the peak is at most 10% above the estimate"
 
 
 ESTIMATE = """
@@ -365,7 +379,8 @@ from pretrain.training.dry_run import non_state_memory, checked_plan, model_stat
 path, ranks, *rows = sys.argv[1:]
 found = {}
 for number in map(int, rows):
-    plan = checked_plan(load_config(path, [f"train.micro_batch_rows={number}", f"train.global_batch_rows={number * int(ranks)}"]), int(ranks))
+    overrides = [f"train.micro_batch_rows={number}", f"train.global_batch_rows={number * int(ranks)}"]
+    plan = checked_plan(load_config(path, overrides), int(ranks))
     states = model_states_per_rank(plan, int(plan.zero.stage), int(ranks))
     found[number] = max(states.held + sum(whole for _, whole, _ in non_state_memory(plan, "cuda")), states.in_step)
 print(json.dumps(found))
@@ -373,7 +388,7 @@ print(json.dumps(found))
 
 
 def check_pieces(bench: Bench) -> Result:
-    """Time the optimizer's step, the copy of a checkpoint and the monitors."""
+    """Time the optimizer step, the copy of a checkpoint and the monitors."""
     figures = bench.python("benchmarks/gpu_kernels.py", "pieces", *(["--small"] if bench.small else []))
     faster = figures["adamw_foreach_milliseconds"] / figures["adamw_fused_milliseconds"]
     slowest = max(value for name, value in figures.items() if name.startswith("monitors"))
@@ -381,12 +396,13 @@ def check_pieces(bench: Bench) -> Result:
     return (
         {"fused_adamw_is_faster_by": faster, **figures},
         (None if sound else False) if bench.small else sound and faster > 1.5 and slowest < 0.5,
-        "a copy for a checkpoint does not change with the weights, fused AdamW is 1.5 times as fast, monitors take under half a second",
+        "a checkpoint copy does not change with the weights, fused AdamW is 1.5 times as fast, "
+        "and monitors take less than half a second",
     )
 
 
 def check_stop(bench: Bench) -> Result:
-    """Stop a run by a signal to one of its ranks: all of them save and end."""
+    """Stop a run by a signal to one of its ranks: all ranks must save and exit."""
     path = bench.write_config("stop", train__steps=10**5, checkpoint__every=5, model__shape=TINY, monitor__log_every=1)
     metrics = bench.folder / "runs" / "stop" / "metrics.jsonl"
     bench.call(
@@ -394,11 +410,11 @@ def check_stop(bench: Bench) -> Result:
         STOPPED,
         stop_after=lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 6,
     )
-    return stopped_figures(bench, path), is_resumable(bench, path), "a signal leaves a checkpoint of the very step"
+    return stopped_figures(bench, path), is_resumable(bench, path), "a stopped run has a checkpoint of its last step"
 
 
 def stopped_figures(bench: Bench, path: Path) -> dict[str, Any]:
-    """Return the steps that a run has logged, and the newest checkpoint."""
+    """Return the number of steps that a run has logged, and the step of its newest checkpoint."""
     run_dir = bench.folder / "runs" / path.stem
     newest = max(
         (int(folder.name.removeprefix("step-")) for folder in (run_dir / "checkpoints").glob("step-*")), default=0
@@ -407,14 +423,14 @@ def stopped_figures(bench: Bench, path: Path) -> dict[str, Any]:
 
 
 def is_resumable(bench: Bench, path: Path) -> bool:
-    """Return whether a run says that it can go on, and has a checkpoint of its last step."""
+    """Return whether the status of a run is `resumable` and there is a checkpoint of its last step."""
     status = json.loads((bench.folder / "runs" / path.stem / "status.json").read_text())
     figures = stopped_figures(bench, path)
     return status["status"] == "resumable" and figures["steps"] == figures["checkpoint"]
 
 
 def check_resume(bench: Bench) -> Result:
-    """Start the stopped run again: it must resume at the next step, and its loss must not jump."""
+    """Restart the stopped run: it must resume at the next step, and its loss must not jump."""
     path, metrics = bench.folder / "stop.yaml", bench.folder / "runs" / "stop" / "metrics.jsonl"
     before = [json.loads(line) for line in metrics.read_text().splitlines()]
     wanted = len(before) + 6
@@ -425,7 +441,7 @@ def check_resume(bench: Bench) -> Result:
     jump = lines[len(before)]["loss/lm"] - before[-1]["loss/lm"]
     steps = [line["step"] for line in lines]
     sound = steps == list(range(1, len(steps) + 1)) and abs(jump) < 0.5 and is_resumable(bench, path)
-    return {"jump_of_the_loss": jump}, sound, "no step is lost or done twice, and the loss does not jump"
+    return {"jump_of_the_loss": jump}, sound, "no step is lost or repeated, and the loss does not jump"
 
 
 def check_gemma2(bench: Bench) -> Result:
@@ -444,7 +460,7 @@ def check_gemma2(bench: Bench) -> Result:
 
 
 def check_accumulation(bench: Bench) -> Result:
-    """Compare the gradient norms of a first step of 64 micro steps, with sums in bf16 and in fp32."""
+    """Compare the gradient norms of a first step of 64 micro steps, accumulated in bf16 and in fp32."""
     shape = TINY if bench.small else yaml.safe_load(LLAMA_1B.read_text()) | {"num_hidden_layers": 4}
     paths = [
         bench.write_config(
@@ -462,7 +478,7 @@ def check_accumulation(bench: Bench) -> Result:
     return (
         {"fp32": fp32, "bf16": bf16, "difference": bf16 / fp32 - 1},
         None,
-        "what adding up gradients in bf16 would have cost",
+        "the error of accumulating gradients in bf16",
     )
 
 
@@ -489,14 +505,14 @@ def run_figures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def positions_per_second(lines: list[dict[str, Any]]) -> float | None:
-    """Return the speed of the steps after the first one, padding not counted."""
+    """Return the positions per second of the steps after the first one, without padding."""
     if len(lines) < 2:
         return None
     return (lines[-1]["positions"] - lines[0]["positions"]) / (lines[-1]["seconds"] - lines[0]["seconds"])
 
 
 def training_command(bench: Bench, path: Path) -> list[str]:
-    """Return the command of a run as a user starts it."""
+    """Return the command with which a user starts a run."""
     launcher = (
         [] if bench.ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={bench.ranks}"]
     )
@@ -517,12 +533,12 @@ CHECKS: dict[str, tuple[Callable[[Bench], Result], float, tuple[str, ...]]] = {
     "gemma2": (check_gemma2, 70, ("corpus",)),
     "accumulation": (check_accumulation, 70, ("corpus",)),
 }
-"""By name, in order of worth: the check, its limit in seconds, and the checks that it needs."""
+"""Check functions by name, most important first, with their time limits in seconds and the checks that they need."""
 ON_GPU_ALONE = {"attention"}
 
 
 def main() -> None:
-    """Run the checks and print what they found."""
+    """Run the checks and print their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=positive_int, help="GPUs to train on; default: all")
     parser.add_argument(
@@ -531,27 +547,27 @@ def main() -> None:
         choices=CHECKS,
         default=list(CHECKS),
         metavar="NAME",
-        help=f"in this order: {', '.join(CHECKS)}; those that one needs come too",
+        help=f"checks to run, in this order: {', '.join(CHECKS)}; the checks they need are included",
     )
     parser.add_argument(
         "--seconds",
         type=positive_seconds,
         default=600.0,
-        help="time for all; a check starts where a third of its own limit is left, and ends with it (default: 600)",
+        help="time for all checks; a check starts only if a third of its own limit is left (default: 600)",
     )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and runs")
-    parser.add_argument("--small", action="store_true", help="a tiny model, also on CPU: a test of this command")
+    parser.add_argument("--small", action="store_true", help="use a tiny model, also on CPU, to test this command")
     arguments = parser.parse_args()
     machine = describe_machine()
     if not machine["gpus"] and not arguments.small:
-        parser.error("torch sees no GPU here; --small tries this command with a tiny model")
+        parser.error("torch finds no GPU: use --small to test this command with a tiny model")
     if machine["gpus"] and (arguments.ranks or 1) > len(machine["gpus"]):
-        parser.error(f"--ranks: {arguments.ranks} ranks, but {len(machine['gpus'])} GPUs")
+        parser.error(f"--ranks: {arguments.ranks} ranks need as many GPUs, but there are {len(machine['gpus'])}")
     folder = arguments.work.absolute() / time.strftime("%Y%m%d-%H%M%S")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        parser.error(f"--work: cannot make {folder}: {error.strerror}")
+        parser.error(f"--work: cannot create {folder}: {error.strerror}")
     memory = min((gpu["bytes"] for gpu in machine["gpus"]), default=None)
     bench = Bench(
         folder,
@@ -563,7 +579,7 @@ def main() -> None:
     for line in machine_lines(machine, bench):
         print(line, file=sys.stderr, flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: end the check, and print what was found
+        signal.signal(number, signal.default_int_handler)  # like Ctrl-C: end the check, and print the results so far
     wanted = [
         name
         for name in CHECKS
@@ -587,7 +603,7 @@ def main() -> None:
 
 
 def positive_int(text: str) -> int:
-    """Return a positive number of the command line."""
+    """Return a positive integer of the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -603,7 +619,7 @@ def positive_seconds(text: str) -> float:
 
 
 def run_check(bench: Bench, name: str) -> dict[str, Any]:
-    """Run a check unless it cannot; whatever it raises is its result."""
+    """Run a check if it can start, and return its result. An exception becomes the result `broken`."""
     check, limit, needed = CHECKS[name]
     missing = [other for other in needed if bench.found.get(other, {}).get("result") not in ("pass", "fail", "ran")]
     started = time.monotonic()
@@ -614,7 +630,10 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
     if missing:
         return {"result": "none", "meaning": f"needs {' and '.join(missing)}"}
     if bench.limit < limit / 3:
-        return {"result": "none", "meaning": f"needs {limit / 3:.0f} s, {max(0.0, bench.limit):.0f} s are left"}
+        return {
+            "result": "none",
+            "meaning": f"needs {limit / 3:.0f} s, but only {max(0.0, bench.limit):.0f} s are left",
+        }
     try:
         figures, passed, meaning = check(bench)
         result = {
@@ -624,16 +643,17 @@ def run_check(bench: Bench, name: str) -> dict[str, Any]:
         }
     except Failed as error:
         result = {"result": "broken", "meaning": str(error)}
-    except Exception as error:  # what a check did not foresee, such as output without figures
+    except Exception as error:  # an unexpected error, such as output without figures
         result = {"result": "broken", "meaning": f"{type(error).__name__}: {error}"}
     return result | {"seconds": round(time.monotonic() - started, 1), "log": str(bench.log)}
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the GPUs and the versions of what the checks depend on."""
+    """Return the GPUs and the versions of the packages that the checks depend on."""
     code = (
         "import json, torch; found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); "
-        "print(json.dumps({'gpus': [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in found], 'cuda': torch.version.cuda}))"
+        "gpus = [{'name': gpu.name, 'bytes': gpu.total_memory} for gpu in found]; "
+        "print(json.dumps({'gpus': gpus, 'cuda': torch.version.cuda}))"
     )
     found: dict[str, Any] = json.loads(
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -642,16 +662,17 @@ def describe_machine() -> dict[str, Any]:
 
 
 def machine_lines(machine: dict[str, Any], bench: Bench) -> Iterator[str]:
-    """Yield what is tested where, and which versions are not those of the project."""
-    yield f"{', '.join(gpu['name'] for gpu in machine['gpus']) or 'no GPU'}; {bench.ranks} rank{'s' * (bench.ranks > 1)}; logs in {bench.folder}"
+    """Yield a line about the machine, and one for each package version that differs from the project's."""
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
+    yield f"{gpus}; {bench.ranks} rank{'s' * (bench.ranks > 1)}; logs in {bench.folder}"
     locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
     for name in PINNED:
         if machine[name].split("+")[0] != locked[name].split("+")[0]:
-            yield f"note: {name} is {machine[name]} here; the project is tested with {locked[name]}"
+            yield f"note: the installed {name} is {machine[name]}; the project is tested with {locked[name]}"
 
 
 def check_line(name: str, check: dict[str, Any]) -> str:
-    """Return the line of a check: its result, its figures, and what they mean."""
+    """Return the line of a check: its result, its figures and their meaning."""
     figures = ", ".join(
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in check.get("figures", {}).items()

@@ -1,6 +1,6 @@
-"""The corpus of the checks of benchmarks/gpu.py: documents and pairs of 200 to 4,096 tokens in a vocabulary of published size.
+"""Corpus of the checks of benchmarks/gpu.py: documents and pairs of 200 to 4,096 tokens in a large vocabulary.
 
-It is written by `python benchmarks/gpu_corpus.py FOLDER --records 4000 --words 128000 --longest 4096`.
+python benchmarks/gpu_corpus.py FOLDER --records 4000 --words 128000 --longest 4096
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 SPECIALS = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
 SHORTEST = 200
-"""Tokens of a record, or a twentieth of the longest where that is fewer."""
+"""Shortest record in tokens, or a twentieth of the longest if that is fewer."""
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=int, required=True)
-    parser.add_argument("--words", type=int, required=True, help="of the vocabulary")
-    parser.add_argument("--longest", type=int, required=True, help="tokens of a row")
+    parser.add_argument("--words", type=int, required=True, help="words of the vocabulary")
+    parser.add_argument("--longest", type=int, required=True, help="positions of a row")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(arguments.folder / "tokenizer.json", arguments.words)
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def write_tokenizer(path: Path, words: int) -> None:
-    """Write a tokenizer of one token a word: w0, w1, and so on."""
+    """Write a tokenizer with one token per word: w0, w1, and so on."""
     vocabulary = {
         token: number for number, token in enumerate([*SPECIALS.values(), *(f"w{number}" for number in range(words))])
     }
@@ -45,15 +45,15 @@ def write_tokenizer(path: Path, words: int) -> None:
 
 
 def record(number: int, words: int, longest: int) -> dict[str, str]:
-    """Return a record: every second one is a document, the others a context and every third word of it as the target.
+    """Return a record: an odd number is a document, an even one a pair of a context and every third word of it.
 
-    Its tokens are log-uniform between SHORTEST and what a row holds. Words come by Zipf's law, as in a natural language.
+    The number of tokens is log-uniform between SHORTEST and the longest text that fits in a row. Words follow
+    Zipf's law, as in a natural language.
     """
     draw = random.Random(number)
-    room = (
-        longest - 8 if number % 2 else 3 * longest // 5 - 8
-    )  # of a pair the target comes twice; the rest is for special tokens
-    tokens = int(math.exp(draw.uniform(math.log(min(SHORTEST, longest // 20)), math.log(room))))
+    # A row holds the target of a pair twice; 8 positions are for special tokens.
+    longest_text = longest - 8 if number % 2 else 3 * longest // 5 - 8
+    tokens = int(math.exp(draw.uniform(math.log(min(SHORTEST, longest // 20)), math.log(longest_text))))
     drawn = [f"w{int(words ** draw.random()) - 1}" for _ in range(tokens)]
     if number % 2:
         return {"target": " ".join(drawn)}

@@ -1,6 +1,7 @@
-"""Checks of single operations for benchmarks/gpu.py: `python benchmarks/gpu_kernels.py attention|head|pieces [--small]`.
+"""Checks of single operations for benchmarks/gpu.py: `gpu_kernels.py attention|head|pieces [--small]`.
 
-The last line is a JSON object. `--small` takes sizes that a CPU can compute; attention needs a GPU all the same.
+The last line of the output is a JSON object. `--small` uses sizes that a CPU can compute; attention needs a GPU
+anyway.
 """
 
 import argparse
@@ -26,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of attention: query heads, key heads, width of a head, positions, soft-capping and window."""
+    """A shape of attention: query heads, key heads, head width, positions, soft-capping and window."""
 
     queries: int
     keys: int
@@ -47,7 +48,7 @@ CASES = {
 
 
 def main() -> None:
-    """Run a check and print what it found."""
+    """Run a check and print its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--small", action="store_true")
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def seconds_of(call: Callable[[], object], times: int = 3) -> float:
-    """Return the mean seconds of a call after a first one."""
+    """Return the mean duration of a call in seconds, without the first call."""
     call()
     _wait()
     started = time.perf_counter()
@@ -73,7 +74,7 @@ def _wait() -> None:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the norm of the difference over that of what was expected."""
+    """Return the norm of the difference divided by the norm of the expected tensor."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
@@ -133,7 +134,10 @@ def _attention_case(case: Case) -> dict[str, float]:
 
 
 def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return visible_until and positions (rows, length) of rows that hold texts of about 60 tokens, which see themselves alone."""
+    """Return visible_until and positions, (rows, length) each, of rows with texts of about 60 tokens.
+
+    Each text sees only itself.
+    """
     begins = torch.rand(rows, length) < 1 / 60
     begins[:, 0] = True
     place = torch.arange(length).expand(rows, length)
@@ -145,7 +149,10 @@ def _packed_rows(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def head(small: bool) -> dict[str, Any]:
-    """Time the cross-entropy of the output head and compare its weight gradient with one in fp32, by the logits of a chunk."""
+    """Time the cross-entropy of the output head by chunk size, and measure the error of its weight gradient.
+
+    A chunk size is a number of logits. The reference gradient is computed in fp32.
+    """
     width, vocabulary, labels, powers = (
         (64, 1000, 512, (14, 16, 18)) if small else (2048, 128_256, 16_384, (26, 27, 28, 29, 30))
     )
@@ -182,7 +189,7 @@ def head(small: bool) -> dict[str, Any]:
 
 
 def pieces(small: bool) -> dict[str, Any]:
-    """Time the optimizer's step, the copy of a checkpoint, and the embedding monitors."""
+    """Time the optimizer step, the copy of a checkpoint, and the embedding monitors."""
     numbers, width, pairs = (10**5, 64, (64,)) if small else (10**9, 2048, (728, 4096))
     results: dict[str, Any] = {}
     for name in ("foreach", "fused"):

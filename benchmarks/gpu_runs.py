@@ -1,8 +1,9 @@
-"""Training runs of the checks of benchmarks/gpu.py, one after another in the same ranks: what they cost and what the GPU does meanwhile.
+"""Training runs of the checks of benchmarks/gpu.py, one after another in the same ranks, with their GPU activity.
 
     python benchmarks/gpu_runs.py CONFIG [CONFIG ...] [--profile STEP]
 
-The last line is a JSON object: of each run its losses, speed and memory, and, with --profile, what a step of the first one does on the GPU.
+The last line of the output is a JSON object with the losses, speed and memory of each run. With --profile, it
+includes the GPU activity in one step of the first run.
 """
 
 import argparse
@@ -22,15 +23,18 @@ from pretrain.training.distributed import World, init_world, leave_group
 from pretrain.training.setup import set_up
 
 SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-SHOWN = 10
-"""Kernels that are listed, those that took longest."""
+LISTED_KERNELS = 10
+"""Number of kernels to list, those with the longest total time first."""
 WARMUP_STEPS = 2
-"""Steps in which everything is compiled: what is compiled later is a fault."""
+"""Steps in which everything is compiled; later compilation is an error."""
 
 
 @dataclass
 class Profiler:
-    """Profiles one step of a run, from the forward pass of its first micro batch to that of the next step, and counts graphs."""
+    """Profiler of one step of a run; it also counts compiled graphs.
+
+    A step starts at the forward pass of its first micro batch and ends where the next step starts.
+    """
 
     step: int | None
     micro_steps: int
@@ -41,7 +45,7 @@ class Profiler:
     found: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, *_: Any) -> None:
-        """Be called before each forward pass."""
+        """Start or stop profiling; called before each forward pass."""
         self.passes += 1
         step, first = divmod(self.passes - 1, self.micro_steps)
         if first:
@@ -64,7 +68,7 @@ class Profiler:
 
 
 def main() -> None:
-    """Train each run and print what was found on rank 0."""
+    """Train each run, and print the results on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--profile", type=int, help="the step of the first run to profile")
@@ -80,7 +84,7 @@ def main() -> None:
 
 
 def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
-    """Train one run and return what it cost: bytes are those of this rank."""
+    """Train one run and return its results, with the memory of this rank in bytes."""
     config = load_config(path)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -114,12 +118,12 @@ def run(path: Path, world: World, profiled_step: int | None) -> dict[str, Any]:
 
 
 def graphs() -> int:
-    """Return how many graphs torch._dynamo has compiled in this process."""
+    """Return the number of graphs that torch._dynamo has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def describe(events: Any, seconds: float) -> dict[str, Any]:
-    """Return what the GPU did in the seconds of a step: the share in which it was busy, synchronisations, and the longest kernels."""
+    """Return the GPU activity in a step: the busy fraction, synchronisations, and the longest kernels."""
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     busy, end = 0.0, 0.0
     for start, stop in sorted((event.time_range.start, event.time_range.end) for event in on_device):
@@ -128,7 +132,7 @@ def describe(events: Any, seconds: float) -> dict[str, Any]:
     kernels: dict[str, float] = {}
     for event in on_device:
         kernels[event.name[:80]] = kernels.get(event.name[:80], 0.0) + event.time_range.elapsed_us() / 1e3
-    longest = sorted(kernels.items(), key=lambda item: -item[1])[:SHOWN]
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:LISTED_KERNELS]
     return {
         "seconds": seconds,
         "busy_share": busy / 1e6 / seconds,

@@ -1,10 +1,11 @@
-"""Host time of ZeRO's hooks: what a forward and a backward pass cost when the model itself costs almost nothing.
+"""Host time of ZeRO's hooks: the time of a forward and a backward pass of a model that costs almost nothing itself.
 
     python benchmarks/host_time.py [--rounds 15]
 
-A model of 16 layers 32 wide is trained on one process and one thread of a CPU, also where there is a GPU, under ZeRO stage 1, under stage 3 with
-hooks around every module, and under stage 3 with hooks around whole layers, which is what a run has unless it sets monitor.gradients_every. The ways
-take turns within a round, and the figures are processor seconds: medians over the rounds, and ratios of the same round.
+A model of 16 layers of width 32 is trained in one process and one CPU thread, even if there is a GPU. The settings
+are ZeRO stage 1, stage 3 with hooks around every module, and stage 3 with hooks around whole layers. A run uses the
+last one unless it sets monitor.gradients_every. The settings take turns within a round. The figures are processor
+seconds: medians over the rounds, and ratios within a round.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pretrain.training.loop import Trainer
 from pretrain.training.setup import set_up
 
 NEVER = 10**9
-WAYS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "stage 1": {"deepspeed": {"zero_optimization": {"stage": 1}}},
     "stage 3, every module": {"deepspeed": {"zero_optimization": {"stage": 3}}, "monitor": {"gradients_every": NEVER}},
     "stage 3, whole layers": {"deepspeed": {"zero_optimization": {"stage": 3}}},
@@ -43,39 +44,41 @@ BASELINE = "stage 3, every module"
 
 
 def main() -> None:
-    """Measure all ways and print the table."""
+    """Measure all settings and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="times that each way is measured (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="number of measurements of each setting (default: 15)")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be positive")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of what DeepSpeed calls
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from functions that DeepSpeed calls
     world = init_world()
     with tempfile.TemporaryDirectory() as temporary:
         trainers = {
-            way: build(Path(temporary), number, changes, world) for number, (way, changes) in enumerate(WAYS.items())
+            setting: build(Path(temporary), number, changes, world)
+            for number, (setting, changes) in enumerate(SETTINGS.items())
         }
         validation = trainers[BASELINE].validation
         assert validation is not None
         batch = validation.batches[0]
         for trainer in trainers.values():
-            pass_seconds(trainer, batch)  # DeepSpeed records the order of the modules
+            pass_seconds(trainer, batch)  # DeepSpeed records the order of the modules in the first passes
             pass_seconds(trainer, batch)
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
         for number in range(arguments.rounds):
-            for way, trainer in trainers.items():
-                seconds[way].append(pass_seconds(trainer, batch))
+            for setting, trainer in trainers.items():
+                seconds[setting].append(pass_seconds(trainer, batch))
             print(f"round {number + 1} of {arguments.rounds}", end="\r", flush=True)
-    print(f"{'':40}{'milliseconds':>14}{'of ' + BASELINE:>30}")
-    for way, each in seconds.items():
-        ratios = [one / other for one, other in zip(each, seconds[BASELINE], strict=True)]
+    print(f"{'':40}{'milliseconds':>14}{'relative to ' + BASELINE:>37}")
+    for setting, setting_seconds in seconds.items():
+        ratios = [one / other for one, other in zip(setting_seconds, seconds[BASELINE], strict=True)]
         print(
-            f"{way:40}{1e3 * statistics.median(each):14.1f}{statistics.median(ratios):22.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{setting:40}{1e3 * statistics.median(setting_seconds):14.1f}{statistics.median(ratios):22.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
 def build(folder: Path, number: int, changes: dict, world: World) -> Trainer:
-    """Return a run of a way, ready to train."""
+    """Return the trainer of a setting."""
     config = {
         "name": f"way-{number}",
         "output_dir": str(folder / "runs"),
@@ -110,7 +113,7 @@ def build(folder: Path, number: int, changes: dict, world: World) -> Trainer:
 
 
 def pass_seconds(trainer: Trainer, batch: Batch) -> float:
-    """Return the processor seconds of a forward and a backward pass; the optimizer's step after them is not counted."""
+    """Return the processor seconds of a forward and a backward pass, without the optimizer step after them."""
     started = time.process_time()
     output = trainer.engine(batch)
     trainer.engine.backward(sum(output.terms.values()), scale_wrt_gas=False)

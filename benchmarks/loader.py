@@ -1,11 +1,13 @@
-"""What the loader does a second: packing, planning, reading with every checksum, and tensors, beside a plain read of the same bytes.
+"""Throughput of the loader on one core, next to a plain read of the same bytes.
 
     python benchmarks/loader.py [--rounds 5] > loader.json
 
-One process and one thread, warm files. A corpus of records of one length is written for each kind; the loader then makes all micro batches of
-a step as the only rank, without prefetching, so that the time is that of one core. Rounds of the loader and of plain reads of the same shards take
-turns. Start-up is measured in a fresh process, on a corpus of 10^9 records whose manifest lists hard links to one shard. The share of the demo's
-step is that of a short run of configs/demo.yaml on two processes. One JSON object goes to stdout, progress to stderr.
+The loader packs, plans, reads with all checksums, and makes tensors. It runs in one process and one thread, on
+files in the page cache. For each record size, a corpus of equally long records is written. The loader then makes
+all micro batches of a step as the only rank. It does not prefetch, so all of its time is spent on one core. Rounds
+of the loader and of plain reads of the same shards alternate. Start-up is measured in a fresh process on a corpus
+of 10^9 records, whose manifest lists hard links to one shard. The fraction of the demo's step is measured in a
+short run of configs/demo.yaml on two processes. One JSON object is written to stdout, progress to stderr.
 """
 
 import argparse
@@ -34,8 +36,8 @@ from data_prep.tokenizer import Tokenizer, train
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 512
 VIEWS = ("text", "code")
-KINDS = {"500": (250, 250, 2048), "26": (13, 13, 512)}
-"""Tokens of a record -> of its views, and positions of a row."""
+RECORD_SIZES = {"500": (250, 250, 2048), "26": (13, 13, 512)}
+"""Tokens of a record -> tokens of each view, and positions of a row."""
 STEP_ROWS, MICRO_ROWS = 64, 16
 BILLION = 10**9
 SHARD_RECORDS = 100_000
@@ -47,9 +49,11 @@ def main() -> None:
     """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=8_000_000, help="of the corpora of which an epoch is timed")
-    parser.add_argument("--demo-steps", type=int, default=60, help="0 leaves the demo out")
-    parser.add_argument("--start-up", help=argparse.SUPPRESS)  # this process measures the start on that corpus
+    parser.add_argument(
+        "--tokens", type=int, default=8_000_000, help="tokens of each corpus that is timed for an epoch"
+    )
+    parser.add_argument("--demo-steps", type=int, default=60, help="steps of the demo; 0 skips it")
+    parser.add_argument("--start-up", help=argparse.SUPPRESS)  # a configuration; this process measures its start
     arguments = parser.parse_args()
     if arguments.start_up:
         return start_up(arguments.start_up)
@@ -57,36 +61,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train([text for index in range(2000) for text in generate(0, "train", index)], VOCABULARY, folder / "tokenizer")
-        kinds = {name: throughput(folder / name, *KINDS[name], arguments) for name in KINDS}
+        throughputs = {name: throughput(folder / name, *RECORD_SIZES[name], arguments) for name in RECORD_SIZES}
         start = start_of_a_billion(folder)
-        share = demo_share(folder, arguments.demo_steps) if arguments.demo_steps else None
-    print(json.dumps(report(kinds, start, share, arguments), indent=1))
+        demo = demo_share(folder, arguments.demo_steps) if arguments.demo_steps else None
+    print(json.dumps(report(throughputs, start, demo, arguments), indent=1))
 
 
 def report(
-    kinds: dict[str, dict], start: dict[str, float], share: dict[str, float] | None, arguments: argparse.Namespace
+    throughputs: dict[str, dict], start: dict[str, float], demo: dict[str, float] | None, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """The JSON object."""
+    """Return the JSON object with all measurements and targets."""
     targets = {
         f"tokens per second with {name}-token records": check_target(
-            kinds[name]["tokens_per_second"]["median"], least=TOKENS_PER_SECOND[name]
+            throughputs[name]["tokens_per_second"]["median"], least=TOKENS_PER_SECOND[name]
         )
-        for name in kinds
+        for name in throughputs
     }
     targets["start-up seconds"] = check_target(start["seconds"], most=START_SECONDS)
     targets["start-up bytes"] = check_target(start["bytes"], most=START_BYTES)
-    if share is not None:
-        targets["share of the demo's step spent waiting"] = check_target(share["waiting"], most=STEP_SHARE)
+    if demo is not None:
+        targets["share of the demo's step spent waiting"] = check_target(demo["waiting"], most=STEP_SHARE)
     return {
         "cores": 1,
         "rounds": arguments.rounds,
-        "row_positions": {name: KINDS[name][2] for name in KINDS},
+        "row_positions": {name: RECORD_SIZES[name][2] for name in RECORD_SIZES},
         "micro_batch_rows": MICRO_ROWS,
         "rows_per_step": STEP_ROWS,
         "objective": "llm_jepa, joint, 1 predictor token",
-        "records": kinds,
+        "records": throughputs,
         "start_up_of_a_billion_records": start,
-        "demo_share": share,
+        "demo_share": demo,
         "targets": targets,
     }
 
@@ -94,7 +98,7 @@ def report(
 def throughput(
     folder: Path, context: int, target: int, row_length: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Write a corpus of equal records, about; time the loader and plain reads of its shards in turns."""
+    """Write a corpus of records of about equal length, and time the loader and plain reads of its shards in turns."""
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
     from pretrain.data.layout import Pairing, SpecialTokenIds, make_layout
@@ -107,7 +111,7 @@ def throughput(
     shards = [folder / shard["file"] for shard in corpus.entry["shards"]]
 
     def load() -> int:
-        """An epoch: windows are planned whole."""
+        """Load one epoch and return its tokens; the loader plans whole windows."""
         tokens, epoch = 0, loader.epoch
         while loader.epoch == epoch:
             rows = loader.next_rows(STEP_ROWS)
@@ -126,8 +130,9 @@ def throughput(
     for number in range(arguments.rounds):
         loads.append(rate(load))
         reads.append(rate(read))
-        say(
-            f"{folder.name}-token records, round {number + 1}: {loads[-1]:,.0f} tokens/s, plain read {reads[-1]:,.0f} bytes/s"
+        log(
+            f"{folder.name}-token records, round {number + 1}: {loads[-1]:,.0f} tokens/s, "
+            f"plain read {reads[-1]:,.0f} bytes/s"
         )
     bytes_per_token = corpus.entry["bytes"] / sum(corpus.entry["tokens"].values())
     return {
@@ -140,14 +145,14 @@ def throughput(
 
 
 def rate(work: Callable[[], int]) -> float:
-    """What is done a second of this process, which has one thread."""
+    """Return the amount of work per processor second of this process, which has one thread."""
     started = time.process_time()
     done = work()
     return done / (time.process_time() - started)
 
 
 def write_corpus(folder: Path, context: int, target: int, records: int, shard_records: int, links: int = 1) -> None:
-    """Records whose views have about so many tokens, as `links` times the same shards."""
+    """Write records whose views have about the given numbers of tokens, and link the same shards `links` times."""
     shutil.copytree(folder.parent / "tokenizer", folder / "tokenizer")
     rng = np.random.default_rng(0)
     shards: list[dict[str, Any]] = []
@@ -157,8 +162,8 @@ def write_corpus(folder: Path, context: int, target: int, records: int, shard_re
             for mean in (context, target)
         ]
         views = {
-            view: (rng.integers(5, VOCABULARY, of_view.sum()), of_view)
-            for view, of_view in zip(VIEWS, lengths, strict=True)
+            view: (rng.integers(5, VOCABULARY, view_lengths.sum()), view_lengths)
+            for view, view_lengths in zip(VIEWS, lengths, strict=True)
         }
         shards.append(
             write_shard(
@@ -170,8 +175,8 @@ def write_corpus(folder: Path, context: int, target: int, records: int, shard_re
         shards.append(shards[number % len(shards)] | {"file": f"train-{number:05d}.arrow"})
     totals = {key: sum(shard[key] for shard in shards) for key in ("records", "incomplete", "continued", "bytes")}
     by_view = {
-        key: {view: how(shard[key][view] for shard in shards) for view in VIEWS}
-        for key, how in (("tokens", sum), ("longest", max))
+        key: {view: reduction(shard[key][view] for shard in shards) for view in VIEWS}
+        for key, reduction in (("tokens", sum), ("longest", max))
     }
     write_json(
         folder / MANIFEST,
@@ -192,7 +197,10 @@ def write_corpus(folder: Path, context: int, target: int, records: int, shard_re
 
 
 def start_of_a_billion(folder: Path) -> dict[str, float]:
-    """Seconds from a configuration to the first micro batches, and what memory grows by, in a fresh process."""
+    """Return the seconds from a configuration to the first micro batches, and the growth of memory in bytes.
+
+    The start is measured in fresh processes, as the median of three.
+    """
     corpus = folder / "billion"
     write_corpus(corpus, 13, 13, SHARD_RECORDS, SHARD_RECORDS, links=BILLION // SHARD_RECORDS)
     config = folder / "billion.yaml"
@@ -223,12 +231,12 @@ def start_of_a_billion(folder: Path) -> dict[str, float]:
             cwd=ROOT,
         )
         starts.append(json.loads(done.stdout))
-        say(f"start-up: {starts[-1]}")
+        log(f"start-up: {starts[-1]}")
     return {key: statistics.median(start[key] for start in starts) for key in starts[0]}
 
 
 def start_up(path: str) -> None:
-    """Measure the start in this process; what is imported does not count."""
+    """Measure the start in this process, without imports."""
     from pretrain.config import load_config
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
@@ -239,9 +247,9 @@ def start_up(path: str) -> None:
     specials = SpecialTokenIds(0, 2, 3, 4, VOCABULARY)
     before, started = resident_bytes(), time.perf_counter()
     corpus = Corpus(config.data.path, "train")
-    check(config, corpus, say)
+    check(config, corpus, log)
     loader = make_loader(config, corpus, config.objective.make_layout(specials, corpus.views, "all"))
-    ready, grown = time.perf_counter() - started, resident_bytes() - before
+    start_seconds, start_bytes = time.perf_counter() - started, resident_bytes() - before
     rows = loader.next_rows(STEP_ROWS)
     for _ in micro_batches(rows, corpus, loader.layout, specials, 512, micro_batch_rows=MICRO_ROWS, rank=0, ranks=1):
         pass
@@ -250,8 +258,8 @@ def start_up(path: str) -> None:
             {
                 "records": len(corpus),
                 "shards": len(corpus.entry["shards"]),
-                "seconds": round(ready, 3),
-                "bytes": grown,
+                "seconds": round(start_seconds, 3),
+                "bytes": start_bytes,
                 "seconds_to_the_first_step": round(time.perf_counter() - started, 3),
                 "bytes_with_the_first_step": resident_bytes() - before,
             }
@@ -260,12 +268,15 @@ def start_up(path: str) -> None:
 
 
 def resident_bytes() -> int:
-    """The most that this process has held."""
+    """Return the peak resident memory of this process in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def demo_share(folder: Path, steps: int) -> dict[str, float]:
-    """Of a step of the demo on two processes: the share spent waiting for data, and the loader's time on its own thread."""
+    """Return the fractions of a step of the demo that are spent waiting for data and in the loader's thread.
+
+    The demo runs on two processes.
+    """
     from pretrain.config import load_config
     from pretrain.data.batch import micro_batches
     from pretrain.data.corpus import Corpus
@@ -282,7 +293,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
     demo = ["configs/demo.yaml", *overrides]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    run = [
+    launch_command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_gpus",
         "2",
@@ -291,7 +302,7 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
         "--no_local_rank",
         "launcher/run.py",
     ]
-    for command in ([sys.executable, "-m", "data_prep"], run):
+    for command in ([sys.executable, "-m", "data_prep"], launch_command):
         subprocess.run([*command, *demo], cwd=ROOT, stdout=sys.stderr, check=True)
     config = load_config(ROOT / demo[0], overrides)
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -325,20 +336,20 @@ def demo_share(folder: Path, steps: int) -> dict[str, float]:
     }
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest over the rounds."""
+    """Return the median, minimum and maximum over the rounds."""
     return {
         name: float(f"{of(values):.5g}") for name, of in (("median", statistics.median), ("min", min), ("max", max))
     }
 
 
 def check_target(value: float, *, most: float = float("inf"), least: float = 0.0) -> dict[str, Any]:
-    """A figure beside what it should be."""
+    """Return a measured value with its limit, and whether it is met."""
     return {
         "measured": value,
         **({"at_most": most} if least == 0 else {"at_least": least}),

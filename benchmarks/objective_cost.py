@@ -1,11 +1,12 @@
-"""What the term on pairs costs: records per second and peak memory of the project's single forward pass and of the published ways.
+"""Cost of the term on pairs: throughput and memory of the project's forward pass and of the published methods.
 
     python benchmarks/objective_cost.py [--rounds 6] [--ranks 2] > cost.json
 
-Every way takes the same records in each optimizer step, through the same engine (ZeRO-3), optimizer and model: on CPU the one of
-configs/models/llama_2m.yaml in fp32, on CUDA a Llama of 1B parameters in bf16 where configs/models/llama_1b.yaml exists. The learning rate is 0,
-so that each step starts from the same weights. Ways are timed in turns, in rounds, and compared within a round: what slows the machine
-down for a while slows all of them down. One JSON object goes to stdout, progress to stderr.
+Every arm takes the same records in each optimizer step, with the same engine (ZeRO-3), optimizer and model. On CPU
+the model is configs/models/llama_2m.yaml in fp32. On CUDA it is a Llama of 1B parameters in bf16, if
+configs/models/llama_1b.yaml exists. The learning rate is 0, so each step starts from the same weights. The arms are
+timed in turns, in rounds, and compared within a round: a temporary slowdown of the machine then affects all arms.
+One JSON object is written to stdout, progress to stderr.
 """
 
 import argparse
@@ -31,14 +32,14 @@ SEED = 1
 
 
 def main() -> None:
-    """Parse the command line, measure and print the result."""
+    """Parse the command line, measure the arms and print the result."""
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     large = MODELS / "llama_1b.yaml"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() if on_gpu else 2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument(
-        "--steps", type=int, default=4, help="timed steps of the baseline in a round; slower ways take fewer"
+        "--steps", type=int, default=4, help="timed steps of the baseline per round; slower arms run fewer"
     )
     parser.add_argument(
         "--records", type=int, default=2048 if on_gpu else 640, help="records of an optimizer step, over all ranks"
@@ -48,7 +49,7 @@ def main() -> None:
         "--micro-slots",
         type=int,
         default=16384,
-        help="positions and padding that a rank takes at most in a micro step, all passes together",
+        help="maximum of positions, with padding, of a rank in a micro step, summed over all passes",
     )
     parser.add_argument("--model", type=Path, default=large if on_gpu and large.exists() else MODELS / "llama_2m.yaml")
     parser.add_argument(
@@ -57,14 +58,16 @@ def main() -> None:
         default=ARMS,
         choices=ARMS,
         metavar="NAME",
-        help=f"some of: {', '.join(ARMS)}; the first is always there",
+        help=f"some of: {', '.join(ARMS)}; the first is always included",
     )
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the prepared corpus: this process is a rank
+    parser.add_argument(
+        "--folder", type=Path, help=argparse.SUPPRESS
+    )  # of the prepared corpus; it makes this process a rank
     arguments = parser.parse_args()
     if arguments.records % arguments.ranks:
         parser.error("--records must be a multiple of --ranks")
     if arguments.folder:
-        from cost_report import run_rank  # imports DeepSpeed, which says on stdout what it thinks of the machine
+        from cost_report import run_rank  # imports DeepSpeed, which prints warnings about the machine to stdout
 
         run_rank(arguments)
     else:
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
-    """Prepare the corpus, start this file once a rank, and print what rank 0 found."""
+    """Prepare the corpus, start this file once per rank, and print the result of rank 0."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.yaml").write_text(yaml.safe_dump(run_values(arguments, folder, on_gpu)))
@@ -103,7 +106,7 @@ def start_ranks(arguments: argparse.Namespace, on_gpu: bool) -> None:
 
 
 def run_values(arguments: argparse.Namespace, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """Return the configuration of a run, as far as the benchmark uses it."""
+    """Return the configuration of a run with the sections that the benchmark uses."""
     return {
         "name": "cost",
         "seed": SEED,

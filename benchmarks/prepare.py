@@ -1,11 +1,12 @@
-"""How fast a corpus is prepared: all phases together, against the tokenizer alone on the same text.
+"""Speed of preparing a corpus with all phases, compared with the tokenizer alone on the same text.
 
     python benchmarks/prepare.py [--megabytes 128] [--rounds 3] > prepare.json
 
-The text is the docstring/function pairs of Python's own library, repeated with a number in each, as JSON lines. The tokenizer, BPE of 8,192
-pieces, is trained before the clock runs and taken over. `raw` is sentencepiece's batch encoding of the same texts, on one thread, without
-reading, writing or anything else. Every way is timed once a round, and ratios are taken within a round: what slows the machine down for
-a while slows all of them down. One JSON object goes to stdout, progress to stderr.
+The text is JSON lines with the docstring/function pairs of Python's standard library, repeated with a number in
+each copy. The tokenizer, BPE with 8,192 pieces, is trained before the measurement and imported. `raw` is
+sentencepiece's batch encoding of the same texts on one thread, without reading, writing or anything else. Every
+method is timed once per round, and ratios are taken within a round: a temporary slowdown of the machine then
+affects all methods. One JSON object is written to stdout, progress to stderr.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from data_prep.tokenizer import train
 VIEWS = ("docstring", "code")
 VOCABULARY = 8192
 BATCH = 2000
-"""Texts that sentencepiece gets at once."""
+"""Number of texts that sentencepiece encodes in one call."""
 WORKERS = (1, 2)
 OVER_RAW_TARGET = 0.85
-"""Of raw encoding times workers: at least this."""
+"""Lower limit for the speed of preparation divided by the speed of raw encoding times the number of workers."""
 SPEEDUP_TARGET = 1.8
-"""From one worker to two: at least this."""
+"""Lower limit for the speedup from one worker to two."""
 
 
 def main() -> None:
@@ -52,13 +53,13 @@ def main() -> None:
         texts = read_texts(folder / "pairs.jsonl")
         train(iter(texts[:20_000]), VOCABULARY, folder / "tokenizer")
         records = len(texts) // 2
-        say(f"{size / 1e6:.0f} MB of text in {records:,} records")
+        log(f"{size / 1e6:.0f} MB of text in {records:,} records")
         rounds = [measure_round(folder, number, arguments.rounds) for number in range(1, arguments.rounds + 1)]
     print(json.dumps(report(rounds, size, records), indent=2))
 
 
-def write_corpus(path: Path, wanted: int) -> int:
-    """Write JSON lines of pairs with `wanted` bytes of text or a little more; return how many it is."""
+def write_corpus(path: Path, text_bytes: int) -> int:
+    """Write JSON lines of pairs with at least `text_bytes` bytes of text, and return the actual size."""
     reader = open_source(
         PythonSource(type="python", path=sysconfig.get_paths()["stdlib"]), VIEWS, "the standard library"
     )
@@ -72,14 +73,14 @@ def write_corpus(path: Path, wanted: int) -> int:
     pairs: list[tuple[str, ...]] = []
     size = copy = 0
     with open(path, "w", encoding="utf-8") as file:
-        while size < wanted:
+        while size < text_bytes:
             for docstring, code in pairs if copy else mined:
                 if not copy:
                     pairs.append((docstring, code))
                 row = {"docstring": docstring, "code": f"{code}\n# {copy}"}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 size += sum(len(text.encode()) for text in row.values())
-                if size >= wanted:
+                if size >= text_bytes:
                     break
             copy += 1
     return size
@@ -92,7 +93,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
-    """Seconds of each way."""
+    """Return the duration of each method in seconds."""
     seconds = {}
     for workers in WORKERS:
         seconds[f"raw_{workers}"] = raw_seconds(folder, workers)
@@ -108,12 +109,12 @@ def measure_round(folder: Path, number: int, of: int) -> dict[str, float]:
             },
         )
         seconds[f"prepare_{workers}"] = timed(functools.partial(prepare, data, say=lambda line: None))
-    say(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
+    log(f"round {number} of {of}: " + ", ".join(f"{way} {value:.1f} s" for way, value in seconds.items()))
     return seconds
 
 
 def raw_seconds(folder: Path, workers: int) -> float:
-    """Seconds that so many processes take to encode the texts, which they have read before."""
+    """Return the seconds that `workers` processes take to encode the texts, which they have read before."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Barrier(workers + 1), context.Barrier(workers + 1)
     processes = [
@@ -130,7 +131,7 @@ def raw_seconds(folder: Path, workers: int) -> float:
 
 
 def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier) -> None:
-    """Every `of`-th text, in batches."""
+    """Encode every `of`-th text in batches, beginning with text number `share`."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
     texts = read_texts(folder / "pairs.jsonl")[share::of]
     ready.wait()
@@ -140,14 +141,14 @@ def encode_share(folder: Path, share: int, of: int, ready: Barrier, go: Barrier)
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Run an action and return the seconds that it takes."""
+    """Run an action and return its duration in seconds."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
-    """Medians over the rounds, of ratios within a round."""
+    """Return the JSON object: medians over the rounds, and medians of the ratios within a round."""
     over_raw = {
         workers: statistics.median(one["raw_1"] / workers / one[f"prepare_{workers}"] for one in rounds)
         for workers in WORKERS
@@ -174,11 +175,11 @@ def report(rounds: list[dict[str, float]], size: int, records: int) -> dict:
 
 
 def target(measured: float, at_least: float) -> dict[str, float | bool]:
-    """Compare a measured ratio with its target."""
+    """Return a measured ratio with its target, and whether it is met."""
     return {"measured": round(measured, 3), "at_least": at_least, "met": measured >= at_least}
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 

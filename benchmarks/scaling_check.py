@@ -1,4 +1,4 @@
-"""The model of scaling_model.py against what runs here: 1 and 2 CPU processes of one thread each."""
+"""Comparison of scaling_model.py with measurements on this machine: 1 and 2 CPU processes of one thread each."""
 
 import json
 import multiprocessing
@@ -18,8 +18,8 @@ import yaml
 from scaling_model import Cluster, Link, Work, estimate_work, fit_link, step_seconds
 
 ROOT = Path(__file__).parent.parent
-STEPS, WARM = 14, 4
-"""Steps of a run, and those at its beginning that do not count."""
+STEPS, WARMUP_STEPS = 14, 4
+"""Steps of a run, and the first steps that are not timed."""
 SIZES = [1 << power for power in range(12, 27, 2)]
 REPEATS = 9
 SHAPE = {
@@ -33,7 +33,10 @@ SHAPE = {
 
 
 def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
-    """Measure a step on one process, alone and beside another one, and on two; predict the latter from the former."""
+    """Measure a step on one process and on two, and predict the latter from the former.
+
+    One process is measured both alone and while another one trains.
+    """
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,7 +55,7 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
     predicted = {}
     for how, seconds in (("from one process alone", alone), ("from one process beside another", beside)):
         measured = Work(**(vars(work) | {"compute_seconds": seconds}))
-        # the model has one link for both directions; gloo's differ
+        # The model has one link for all collectives, but gloo's collectives differ.
         both = [
             step_seconds(measured, 3, 2, Cluster(link, None, 2), 0.0)["communication_seconds"]
             for link in (gathering, reducing)
@@ -77,7 +80,7 @@ def check(steps: int = STEPS, shape: dict[str, Any] = SHAPE) -> dict[str, Any]:
 
 
 def _config(folder: Path, name: str, steps: int, ranks: int, shape: dict[str, Any]) -> Path:
-    """A run whose ranks each have 4 rows of 128 positions a step."""
+    """Write the configuration of a run with 4 rows of 128 positions per rank and step, and return its path."""
     path = folder / f"{name}.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -123,13 +126,15 @@ def _start(config: Path, ranks: int) -> subprocess.Popen:
 
 
 def _steps(folder: Path, running: list[subprocess.Popen], names: list[str]) -> float:
-    """Median seconds of the steps of some runs that go on at the same time."""
+    """Return the median duration of the steps of runs that are training at the same time, in seconds."""
     if any([process.wait() for process in running]):
-        raise RuntimeError(f"a run ended with an error: {names}")
+        raise RuntimeError(f"a run of {names} failed: see its output above")
     found = []
     for name in names:
         seconds = [json.loads(line)["seconds"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        found += [after - before for before, after in zip(seconds[WARM - 1 : -1], seconds[WARM:], strict=True)]
+        found += [
+            after - before for before, after in zip(seconds[WARMUP_STEPS - 1 : -1], seconds[WARMUP_STEPS:], strict=True)
+        ]
     return statistics.median(found)
 
 
@@ -149,7 +154,7 @@ def _environment() -> dict[str, str]:
 
 
 def collectives() -> dict[str, Link]:
-    """The links of two processes of this machine that all_gather and reduce_scatter show."""
+    """Return the links between two processes of this machine, as measured with all_gather and reduce_scatter."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -1,13 +1,15 @@
-"""What a step would take on many GPUs, from a model of its communication. A model, not a measurement.
+"""Model of the duration of a step on many GPUs. It predicts, and measures nothing.
 
-    python benchmarks/scaling_model.py CONFIG [key=value ...] --doctor doctor.json --flops 4e14 --memory 80 > scaling.json
-    python benchmarks/scaling_model.py CONFIG [key=value ...] --within 300e9 5e-6 --between 200e9 10e-6 --ranks-per-node 8 > scaling.json
-    python benchmarks/scaling_model.py --check > check.json        # the model against 1 and 2 measured CPU processes
+    python benchmarks/scaling_model.py CONFIG [key=value ...] --doctor doctor.json --flops 4e14 > scaling.json
+    python benchmarks/scaling_model.py CONFIG [key=value ...] --within 300e9 5e-6 --between 200e9 10e-6 > scaling.json
+    python benchmarks/scaling_model.py --check > check.json        # compare with 1 and 2 measured CPU processes
 
-Every rank keeps its micro batch, so the global batch grows with the ranks. Computing takes the FLOPs that `--dry-run` counts, over `--flops` of a
-rank. A collective takes a latency for each hop and its bytes over the bandwidth (ring: every rank sends (n - 1) / n of them; tree: log2 n hops).
-Links come from what `launcher/doctor.py --json` measured, or from `--within` and `--between`: bytes/s and seconds of a hop. Of the communication
-a share of `--overlap` is hidden behind computing. One JSON object goes to stdout, a table to stderr.
+Every rank keeps its micro batch, so the global batch grows with the number of ranks. The compute time is the FLOPs
+that `--dry-run` counts, divided by `--flops` of a rank. A collective takes a latency for each hop, and its bytes
+divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there are log2 n hops.
+The links are those that `launcher/doctor.py --json` measured, or those of `--within` and `--between`, in bytes/s
+and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
+communication is hidden by computation. One JSON object is written to stdout, a table to stderr.
 """
 
 import argparse
@@ -25,16 +27,18 @@ from data_prep.console import UserError, exit_on_user_error
 RANKS = (1, 2, 8, 64, 256, 1000)
 STAGES = (0, 1, 2, 3)
 FLOPS = 0.4 * 989e12
-"""Of a rank, recomputation included: 40% of the dense bf16 peak of an H100, an assumption where nothing was measured."""
+"""FLOP/s of a rank, including recomputation: 40% of the dense bf16 peak of an H100. This is an assumption for
+machines that were not measured."""
 USABLE_MEMORY_FRACTION = 0.9
-"""Of the memory of a GPU; the rest is for the context, the buffers of collectives, and fragments."""
+"""Fraction of a GPU's memory that a rank can use; the remainder is for the context, buffers of collectives, and
+fragmentation."""
 OVERLAP = 0.5
-"""Share of the communication that runs beside computing, as long as there is any: an assumption."""
+"""Fraction of the communication that overlaps with computation, as long as there is any: an assumption."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes that a rank sends over it a second, and the seconds of a hop."""
+    """Bandwidth of a rank in bytes per second, and latency of a hop in seconds."""
 
     bandwidth: float
     latency: float
@@ -42,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal ranks. The bandwidth between nodes is that of a node, which all its ranks share."""
+    """Nodes with equal numbers of ranks. All ranks of a node share its bandwidth to other nodes."""
 
     within: Link | None
     between: Link | None
@@ -50,24 +54,26 @@ class Cluster:
     tree: bool = False
 
     def collective_seconds(self, data: float, messages: float, ranks: int) -> float:
-        """Seconds of an all-gather to, or a reduce-scatter of, so many bytes over all ranks, cut into so many messages.
+        """Return the seconds of an all-gather or a reduce-scatter of `data` bytes over all ranks.
 
-        A ring crosses the edge of each node once, so that the slowest link sets the pace (Thakur et al. 2005, section 4.1).
+        `messages` is the number of messages into which the bytes are split. A ring crosses the boundary of each
+        node once, so the slowest link determines its speed (Thakur et al. 2005, section 4.1).
         """
         if ranks == 1:
             return 0.0
         nodes = -(-ranks // self.ranks_per_node)
-        used = {"within": self.within} if ranks > nodes else {}
-        used |= {"between": self.between} if nodes > 1 else {}
-        links = [link for link in used.values() if link is not None]
-        for name, link in used.items():
+        link_by_name = {"within": self.within} if ranks > nodes else {}
+        link_by_name |= {"between": self.between} if nodes > 1 else {}
+        links = [link for link in link_by_name.values() if link is not None]
+        for name, link in link_by_name.items():
             if link is None:
                 raise UserError(
-                    f"{ranks} ranks use the link {name} nodes, of which nothing is known: give --{name} BYTES_PER_SECOND SECONDS"
+                    f"{ranks} ranks use the link {name} nodes, but its speed is unknown: "
+                    f"set --{name} BYTES_PER_SECOND SECONDS"
                 )
         if self.tree:
-            here = min(ranks, self.ranks_per_node)
-            hops = (math.ceil(math.log2(here)), math.ceil(math.log2(nodes)))
+            local_ranks = min(ranks, self.ranks_per_node)
+            hops = (math.ceil(math.log2(local_ranks)), math.ceil(math.log2(nodes)))
         else:
             hops = (ranks - nodes, nodes - 1)
         latency = sum(
@@ -80,29 +86,33 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does in a step."""
+    """Work of a rank in a step."""
 
     compute_seconds: float
-    """Of a micro step."""
+    """Compute time of a micro step, in seconds."""
     micro_steps: int
     tokens: float
     """Positions of a micro step."""
     gathered: float
-    """Bytes of the parameters that ZeRO-3 gathers for each pass; all of them, but the small ones."""
+    """Bytes of the parameters that ZeRO-3 gathers for each pass: all but the small ones."""
     tensors: int
-    """Their number: each is gathered by itself."""
+    """Number of these parameters; each is gathered separately."""
     small: float
-    """Bytes of those that ZeRO-3 keeps whole, and gathers once after the optimizer's step."""
+    """Bytes of the parameters that ZeRO-3 does not partition, and gathers once after the optimizer step."""
     bucket: float
     """Bytes of gradients that are reduced at once."""
 
 
 def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: float) -> dict[str, float]:
-    """Seconds of a step and what they consist of.
+    """Return the duration of a step in seconds, and its parts.
 
-    Stage 0 all-reduces the gradients once a step, which is a reduce-scatter and an all-gather; stage 1 reduces them to their owners once a step
-    and gathers the new parameters; stage 2 reduces in every micro step; stage 3 gathers the parameters for the forward and again for the backward
-    pass of every micro step, and reduces in each (Rajbhandari et al., arXiv 1910.02054, section 7).
+    The communication depends on the ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 7):
+
+    - Stage 0 all-reduces the gradients once per step, with a reduce-scatter and an all-gather.
+    - Stage 1 reduces the gradients to their owners once per step, and gathers the new parameters.
+    - Stage 2 reduces the gradients in every micro step.
+    - Stage 3 gathers the parameters for the forward pass and again for the backward pass of every micro step, and
+      reduces the gradients in each.
     """
     whole = work.gathered + work.small
     reduce = cluster.collective_seconds(whole, math.ceil(whole / work.bucket), ranks)
@@ -128,22 +138,28 @@ def step_seconds(work: Work, stage: int, ranks: int, cluster: Cluster, overlap: 
 
 
 def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
-    """The link within a node and that between nodes, as far as measured, and the ranks of a node."""
+    """Return the link within a node, the link between nodes, and the ranks of a node.
+
+    A link that was not measured is None. Raises UserError if the file has no measurement of a link.
+    """
     try:
         report = json.loads(path.read_text())
         measured, nodes = report["measurements"], report["nodes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--doctor {path}: not what `launcher/doctor.py CONFIG --json` prints ({error!r})") from None
+        raise UserError(
+            f"--doctor {path}: not the output of `launcher/doctor.py CONFIG --json` ({error!r}): correct the path"
+        ) from None
     per_node = max(node["slots"] for node in nodes)
     reduced = measured["all_reduce"]
     if reduced and reduced[0]["ranks"] > 1:
-        # an all-reduce goes around twice, and takes each hop's latency as often
+        # An all-reduce goes around the ring twice, so it takes the latency of each hop twice.
         link = fit_link([(2 * entry["bytes"], entry["seconds"]) for entry in reduced], reduced[0]["ranks"], rounds=2)
         return (link, None, per_node) if len(nodes) == 1 else (link, link, per_node)
     pairs = [pair for pair in measured["pairs"] if "error" not in pair]
     if not pairs:
         raise UserError(
-            f"--doctor {path}: holds neither an all-reduce over several ranks nor pairs of nodes: give --within and --between"
+            f"--doctor {path}: has neither an all-reduce over several ranks nor pairs of nodes: "
+            "set --within and --between"
         )
     return (
         None,
@@ -156,7 +172,10 @@ def read_doctor_links(path: Path) -> tuple[Link | None, Link | None, int]:
 
 
 def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> Link:
-    """The link with which a ring comes nearest to (bytes, seconds), by relative error: least squares of latency + bytes / bandwidth."""
+    """Return the link for which a ring fits (bytes, seconds) best.
+
+    The fit minimises the squared relative error of latency + bytes / bandwidth.
+    """
     weights = [1 / seconds for _, seconds in times]
     ones, data = weights, [size * weight for (size, _), weight in zip(times, weights, strict=True)]
     a, b, c = (sum(map(lambda x, y: x * y, one, other)) for one, other in ((ones, ones), (ones, data), (data, data)))
@@ -164,20 +183,20 @@ def fit_link(times: list[tuple[float, float]], ranks: int, rounds: int = 1) -> L
     determinant = a * c - b * b
     latency = (u * c - v * b) / determinant if determinant else 0.0
     per_byte = (a * v - b * u) / determinant if determinant else v / c
-    if latency < 0 or per_byte <= 0:  # too noisy for both: bandwidth alone
+    if latency < 0 or per_byte <= 0:  # the times are too noisy to fit both: fit only the bandwidth
         latency, per_byte = 0.0, v / c
     return Link((ranks - 1) / ranks / per_byte, latency / (rounds * (ranks - 1)))
 
 
 def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
-    """A rank's work from the plan behind --dry-run."""
+    """Return a rank's work, estimated from the plan of --dry-run."""
     from pretrain.training.memory import ITEM_BYTES
 
     train, item = plan.config.train, ITEM_BYTES[plan.config.train.precision]
     sizes = [parameter.numel() for parameter in plan.model.parameters()]
     large = [size for size in sizes if size > plan.zero.param_persistence_threshold]
     share = train.micro_batch_rows / train.global_batch_rows
-    recomputed = 4 / 3 if train.activation_checkpointing else 1  # the forward pass is a third of it all
+    recomputed = 4 / 3 if train.activation_checkpointing else 1  # the forward pass is a third of the FLOPs
     return Work(
         share * plan.flops * recomputed / flops,
         micro_steps,
@@ -190,21 +209,21 @@ def estimate_work(plan: Any, flops: float, micro_steps: int) -> Work:
 
 
 def rank_bytes(plan: Any, stage: int, ranks: int) -> float:
-    """Memory of a rank, by the estimates of --dry-run."""
+    """Return the memory of a rank in bytes, by the estimates of --dry-run."""
     from pretrain.training.dry_run import model_states_per_rank, non_state_memory
 
     states = model_states_per_rank(plan, stage, ranks)
-    beside = {
+    non_state = {
         name: recomputed if plan.config.train.activation_checkpointing else whole
         for name, whole, recomputed in non_state_memory(plan, "cuda")
     }
     if stage < 3:
-        beside = {name: size for name, size in beside.items() if not name.startswith("gathered")}
-    return max(states.held + sum(beside.values()), states.in_step)
+        non_state = {name: size for name, size in non_state.items() if not name.startswith("gathered")}
+    return max(states.held + sum(non_state.values()), states.in_step)
 
 
 def predict(plan: Any, cluster: Cluster, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JSON object."""
+    """Return the JSON object with the predictions."""
     work = estimate_work(plan, arguments.flops, arguments.micro_steps)
     by_ranks = []
     for ranks in RANKS:
@@ -246,47 +265,52 @@ def predict(plan: Any, cluster: Cluster, arguments: argparse.Namespace) -> dict[
 
 
 def table(result: dict[str, Any]) -> str:
-    """The best stage, and ZeRO-3 beside it, by number of ranks."""
+    """Return a table of the best stage and of ZeRO-3, by number of ranks."""
     lines = [
-        f"{'ranks':>6}  {'stage':>12}  {'memory':>8}  {'step':>9}  {'tokens/s':>13}  {'efficiency':>10}  {'communication':>13}"
+        f"{'ranks':>6}  {'stage':>12}  {'memory':>8}  {'step':>9}  {'tokens/s':>13}  {'efficiency':>10}  "
+        f"{'communication':>13}"
     ]
     for entry in result["by_ranks"]:
         for stage in dict.fromkeys((entry["best_stage"], 3)):
             if stage is None:
-                lines.append(f"{entry['ranks']:>6}  none fits")
+                lines.append(f"{entry['ranks']:>6}  no stage fits")
                 continue
             one = entry["stages"][stage]
-            name = f"{stage}{', best' if stage == entry['best_stage'] else '' if one['fits'] else ', no room'}"
+            note = ", best" if stage == entry["best_stage"] else "" if one["fits"] else ", too big"
             lines.append(
-                f"{entry['ranks']:>6}  {name:>12}  {one['memory_bytes'] / 1e9:>5.1f} GB  {one['seconds']:>7.3f} s"
-                f"  {one['tokens_per_second']:>13,.0f}  {one['efficiency']:>10.1%}  {one['share_of_communication']:>13.1%}"
+                f"{entry['ranks']:>6}  {f'{stage}{note}':>12}  {one['memory_bytes'] / 1e9:>5.1f} GB  "
+                f"{one['seconds']:>7.3f} s  {one['tokens_per_second']:>13,.0f}  {one['efficiency']:>10.1%}  "
+                f"{one['share_of_communication']:>13.1%}"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Parse the command line, measure and print the result."""
-    parser = argparse.ArgumentParser(description="What a step would take on many GPUs: a model, not a measurement.")
+    """Parse the command line, compute the predictions and print them."""
+    parser = argparse.ArgumentParser(description="Predict the duration of a step on many GPUs with a model.")
     parser.add_argument("config", nargs="?", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
-    parser.add_argument("--doctor", type=Path, help="what launcher/doctor.py --json printed")
+    parser.add_argument("--doctor", type=Path, help="file with the output of launcher/doctor.py --json")
     parser.add_argument(
         "--within", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link between ranks of a node"
     )
     parser.add_argument(
-        "--between", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link of a node to the others"
+        "--between", nargs=2, type=float, metavar=("BYTES_PER_SECOND", "SECONDS"), help="link of a node to other nodes"
     )
-    parser.add_argument("--ranks-per-node", type=int, help="default: those of the doctor's nodes, or 8")
+    parser.add_argument("--ranks-per-node", type=int, help="ranks of a node (default: as measured by the doctor, or 8)")
     parser.add_argument(
         "--flops",
         type=float,
         default=FLOPS,
-        help=f"FLOP/s of a rank, as measured on one (default {FLOPS:.3g}, 40%% of an H100)",
+        help=f"FLOP/s of a rank, as measured on a single one (default {FLOPS:.3g}, 40%% of an H100)",
     )
     parser.add_argument("--memory", type=float, default=80, help="GB of a GPU (default 80)")
     parser.add_argument("--micro-steps", type=int, default=1, help="micro batches of a rank in a step (default 1)")
     parser.add_argument(
-        "--overlap", type=float, default=OVERLAP, help=f"share of communication beside computing (default {OVERLAP})"
+        "--overlap",
+        type=float,
+        default=OVERLAP,
+        help=f"fraction of the communication that overlaps with computation (default {OVERLAP})",
     )
     parser.add_argument("--tree", action="store_true", help="collectives with log2 n hops instead of a ring's n - 1")
     parser.add_argument(
@@ -299,7 +323,7 @@ def main() -> None:
 
         return print(json.dumps(check(), indent=1))
     if arguments.config is None:
-        raise UserError("give the CONFIG of a run, or --check")
+        raise UserError("CONFIG is missing: give the configuration of a run, or --check")
     within, between, per_node = read_doctor_links(arguments.doctor) if arguments.doctor else (None, None, 8)
     cluster = Cluster(
         Link(*arguments.within) if arguments.within else within,

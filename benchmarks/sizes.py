@@ -1,10 +1,11 @@
-"""What fits on a GPU: the lowest ZeRO stage and the largest micro batch of each model shape. Estimates, not measurements.
+"""Estimate of what fits on a GPU: the lowest ZeRO stage and the largest micro batch for each model shape.
 
     python benchmarks/sizes.py > sizes.json
 
-The estimates are those of `--dry-run`: model states, activations with checkpointing, logits, buffers; bf16, rows of 4,096 positions or as many as the
-family allows. 90% of a GPU's memory counts. Offloading moves the optimizer's 12 bytes a parameter to the host. One JSON object goes to
-stdout, a table to stderr.
+The estimates are made as in `--dry-run`: model states, activations with checkpointing, logits and buffers. They are
+for bf16 and rows of 4,096 positions, or fewer if the family does not allow so many. A rank can use 90% of a GPU's
+memory. Offloading moves the optimizer's 12 bytes per parameter to the host. One JSON object is written to stdout, a
+table to stderr.
 """
 
 import json
@@ -19,10 +20,10 @@ from scaling_model import USABLE_MEMORY_FRACTION, rank_bytes
 
 ROOT = Path(__file__).parent.parent
 VOCABULARIES = {"llama": 128_256, "gemma2": 256_000, "olmo2": 100_352, "openelm": 32_000}
-"""Of the published models."""
+"""Vocabulary sizes of the published models."""
 ROWS = (64, 32, 16, 8, 4, 2, 1)
 MEMORY = (80, 141)
-"""GB."""
+"""GPU memory sizes in GB."""
 RANKS = (1, 8, 64)
 
 
@@ -31,9 +32,9 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     result = []
     for path in sorted((ROOT / "configs" / "models").glob("*.yaml")):
-        plan = plan_of(path)
+        plan = make_plan(path)
         if plan.parameters.total < 10**8:
-            continue  # for tests and the demo
+            continue  # a shape for tests and the demo
         sizes = [
             {"memory_gb": memory, "ranks": ranks} | choice(plan, memory, ranks) for memory in MEMORY for ranks in RANKS
         ]
@@ -59,8 +60,8 @@ def main() -> None:
     )
 
 
-def plan_of(path: Path) -> Any:
-    """The plan of a run of that shape without a corpus."""
+def make_plan(path: Path) -> Any:
+    """Return the plan of a run of this shape without a corpus."""
     from pretrain.config import RunConfig
     from pretrain.training.dry_run import checked_plan
 
@@ -93,20 +94,23 @@ def plan_of(path: Path) -> Any:
 
 
 def choice(plan: Any, memory: float, ranks: int) -> dict[str, Any]:
-    """The lowest stage in which a row fits, without offloading if possible, and the rows that fit then."""
+    """Return the lowest stage in which a row fits, and the largest number of rows that fits then.
+
+    Offloading is chosen only if no stage fits without it.
+    """
     for offload in (False, True):
         for stage in (1, 2, 3) if ranks > 1 else (3,):
             for rows in ROWS:
                 train = plan.config.train.model_copy(update={"micro_batch_rows": rows, "global_batch_rows": rows})
-                sized = replace(plan, config=plan.config.model_copy(update={"train": train}))
-                needed = rank_bytes(sized, stage, ranks) - (12 * plan.parameters.total / ranks if offload else 0)
+                resized_plan = replace(plan, config=plan.config.model_copy(update={"train": train}))
+                needed = rank_bytes(resized_plan, stage, ranks) - (12 * plan.parameters.total / ranks if offload else 0)
                 if needed <= USABLE_MEMORY_FRACTION * memory * 1e9:
                     return {"stage": stage, "offload_optimizer": offload, "micro_batch_rows": rows, "bytes": needed}
     return {"stage": None}
 
 
 def line(entry: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     cells = []
     for size in entry["sizes"]:
         stage = "offload" if size.get("offload_optimizer") else f"ZeRO {size['stage']}" if size["ranks"] > 1 else "any"

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# What a container of the image runs:
-#   COMMAND ...             that command
-#   worker                  a node for a launcher: sshd, which lets the launcher's key in and nobody else
-#   launcher COMMAND ...    a node too, with the key; runs the command when ssh reaches every node of docker/hostfile
-# The nodes of a cluster share the folder /cluster, which holds public keys alone: the launcher's, and each host's. Private keys are made at the
-# first start of a container, and stay in it.
+# Run a container of the image. Its arguments select the role:
+#   COMMAND ...             run the command
+#   worker                  run a node: sshd accepts only the launcher's key
+#   launcher COMMAND ...    run a node with the launcher's key; run the command once ssh reaches every node of
+#                           docker/hostfile
+# The nodes of a cluster share the folder /cluster. It holds only the public keys of the launcher and of each host.
+# Private keys are made at the first start of a container, and never leave it.
 set -euo pipefail
 
 CLUSTER=/cluster
 KEYS=$HOME/.ssh
 SSHD=(/usr/sbin/sshd -D -e -f /app/docker/sshd_config)
-WAIT=120  # seconds until every node must be there
+WAIT=120  # seconds within which every node must be reachable
 
 make_key() {
     mkdir -p "$KEYS"
@@ -18,7 +19,7 @@ make_key() {
     [[ -e $KEYS/$1 ]] || ssh-keygen -q -t ed25519 -N '' -C "$1 of $(hostname)" -f "$KEYS/$1"
 }
 
-# publish NAME: standard input becomes a file that others see whole or not at all.
+# publish NAME: write standard input to a file atomically, so other nodes never see a part of it.
 publish() {
     cat > "$CLUSTER/.$1.$(hostname)"
     mv "$CLUSTER/.$1.$(hostname)" "$CLUSTER/$1"
@@ -26,19 +27,20 @@ publish() {
 
 become_node() {
     if [[ ! -w $CLUSTER ]]; then
-        echo "error: cannot write to $CLUSTER: mount a volume there that belongs to user $(id -u) and is shared by all nodes" >&2
+        echo "error: cannot write to $CLUSTER: mount a volume there that user $(id -u) owns and all nodes share" >&2
         exit 2
     fi
     make_key host
     echo "[$(hostname)]:2222 $(cat "$KEYS/host.pub")" | publish "$(hostname).host"
 }
 
-# The ranks are started by sshd, which hands on nothing of the container's environment. DeepSpeed puts the values between double quotes.
+# sshd starts the ranks and does not pass on the container's environment, so DeepSpeed must set it. DeepSpeed puts each
+# value in double quotes.
 write_deepspeed_env() {
     local name
     for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|(CUDA|DS|GLOO|HF|JEPA|NCCL|OMP|TORCH)_.*)$'); do
         if [[ ${!name} == *[\"\$\`\\]* || ${!name} == *$'\n'* ]]; then
-            echo "warning: $name is not passed on to the nodes: DeepSpeed cannot pass on a value with \", \$, \`, \\ or a line break" >&2
+            echo "warning: $name is not passed to the nodes: its value has \", \$, \`, \\ or a line break; remove it" >&2
             continue
         fi
         printf '%s=%s\n' "$name" "${!name}"
@@ -49,10 +51,11 @@ wait_for_nodes() {
     local host hosts
     mapfile -t hosts < <(awk '/^[^#]/ {print $1}' /app/docker/hostfile)
     for host in "${hosts[@]}"; do
-        # known_hosts is made again each time: a container that was made anew has another key than the last one of that name.
+        # known_hosts is rebuilt in each attempt, because a recreated container has a new key under the same name.
         until cat "$CLUSTER"/*.host > "$KEYS/known_hosts" && ssh "$host" true 2> "$KEYS/error"; do
             if ((SECONDS > WAIT)); then
-                echo "error: no ssh to $host after $WAIT s ($(tail -n 1 "$KEYS/error")): start a container with that host name and the command 'worker'" >&2
+                echo "error: no ssh to $host after $WAIT s ($(tail -n 1 "$KEYS/error")):" \
+                    "start a container with that host name and the command 'worker'" >&2
                 exit 1
             fi
             sleep 1

@@ -1,7 +1,8 @@
-"""Whether a container can do its work: exit code 0, or 1 with a line that says what is wrong.
+"""Health check of a container: exit code 0, or 1 with a line that describes the problem.
 
-The folder of the runs must be writable, sshd must answer where one was started, and the newest run, where it says `running`, must have written
-something within the last hour. Needs nothing but Python, so that it takes no time from a run.
+The runs folder must be writable. If sshd was started, it must answer. If the status of the newest run is `running`,
+the run must have written something within the last hour. The check needs only the Python standard library, so it
+costs a run almost no time.
 """
 
 import json
@@ -12,23 +13,24 @@ import time
 from pathlib import Path
 
 SSHD_PORT = 2222
-SILENT = 3600.0
-"""Seconds. A run that hangs ends by itself within half an hour: one that is silent for longer was killed, or stopped as a whole."""
+SILENT_SECONDS = 3600.0
+"""Longest silence of a healthy run, in seconds. A run that hangs ends itself within half an hour. A longer silence
+means that the run was killed or suspended."""
 
 
 def problem(runs: Path, sshd_pid: Path) -> str | None:
-    """Return what is wrong, in one line; None if nothing is."""
+    """Return a description of the problem in one line; None if there is none."""
     if not os.access(runs, os.W_OK):
-        return f"user {os.getuid()} cannot write to {runs}: mount a volume there that belongs to that user"
+        return f"user {os.getuid()} cannot write to {runs}: mount a volume there that this user owns"
     if sshd_pid.exists():
         try:
             with socket.create_connection(("127.0.0.1", SSHD_PORT), timeout=5) as connection:
-                connection.sendall(b"SSH-2.0-healthcheck\r\n")  # or sshd would complain in its log
+                connection.sendall(b"SSH-2.0-healthcheck\r\n")  # otherwise sshd logs an error
                 greeting = connection.recv(4)
         except OSError as error:
-            return f"sshd does not answer: {error}"
+            return f"sshd does not answer: {error}; restart the container"
         if greeting != b"SSH-":
-            return "what answers on the port of sshd is something else"
+            return "a program other than sshd answers on the port of sshd: stop it"
     return _silence(runs)
 
 
@@ -42,10 +44,12 @@ def _silence(runs: Path) -> str | None:
     seconds = time.time() - max(
         path.stat().st_mtime for path in (statuses[-1], run / "metrics.jsonl", run / "checkpoints") if path.exists()
     )
-    return f"{run} is said to run, but has written nothing for {seconds / 60:.0f} minutes" if seconds > SILENT else None
+    if seconds <= SILENT_SECONDS:
+        return None
+    return f"the status of {run} is `running`, but it has written nothing for {seconds / 60:.0f} minutes: restart it"
 
 
 if __name__ == "__main__":
-    found = problem(Path("/app/runs"), Path("/tmp/sshd.pid"))
-    print(found or "healthy")
-    sys.exit(found is not None)
+    message = problem(Path("/app/runs"), Path("/tmp/sshd.pid"))
+    print(message or "healthy")
+    sys.exit(message is not None)

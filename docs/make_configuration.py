@@ -1,4 +1,7 @@
-"""Write docs/configuration.md from the schema: `python docs/make_configuration.py`. A test checks that it is up to date."""
+"""Generator of docs/configuration.md from the schema: `python docs/make_configuration.py`.
+
+A test checks that the page is up to date.
+"""
 
 import ast
 import inspect
@@ -15,8 +18,8 @@ from pretrain import config as run_config
 
 HEADER = """# Configuration
 
-One YAML file describes a run; every key can be overridden on the command line as `dotted.key=value`. This page is made from the
-schema by `docs/make_configuration.py`.
+One YAML file describes a run. Every key can be overridden on the command line as `dotted.key=value`. This page is
+generated from the schema by `docs/make_configuration.py`.
 """
 
 
@@ -27,49 +30,50 @@ def main() -> None:
 
 def page() -> str:
     """Return the page as Markdown."""
-    shown: set[str] = set()
-    return HEADER + "".join(_section(model, prefix, shown) for model, prefix in _sections(run_config.RunConfig, ""))
+    described: set[str] = set()
+    return HEADER + "".join(_section(model, prefix, described) for model, prefix in _sections(run_config.RunConfig, ""))
 
 
 def _sections(model: type[BaseModel], prefix: str) -> list[tuple[type[BaseModel], str]]:
-    found = [(model, prefix)]
+    pairs = [(model, prefix)]
     for name, field in model.model_fields.items():
-        found += [
+        pairs += [
             pair
-            for below, path in subsections(field.annotation, prefix + name)
-            for pair in _sections(below, path + ".")
+            for subsection, path in subsections(field.annotation, prefix + name)
+            for pair in _sections(subsection, path + ".")
         ]
-    first: dict[type[BaseModel], str] = {}  # a section that stands in several places is described where it comes first
-    for section, path in found:
-        first.setdefault(section, path)
-    return [(section, path) for section, path in dict.fromkeys(found) if first[section] == path]
+    first_path: dict[type[BaseModel], str] = {}  # path at which a section first occurs; it is described there
+    for section, path in pairs:
+        first_path.setdefault(section, path)
+    return [(section, path) for section, path in dict.fromkeys(pairs) if first_path[section] == path]
 
 
-def _section(model: type[BaseModel], prefix: str, shown: set[str]) -> str:
-    """Return the table of a section. Keys that another section of the same place has too are described where they come first."""
+def _section(model: type[BaseModel], prefix: str, described: set[str]) -> str:
+    """Return the table of a section.
+
+    A key that another section at the same place also has is described only in the first of them.
+    """
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
     for key in ("type", "name"):
         choices = typing.get_args(_annotation(model, key))
         if len(choices) == 1:  # one of several sections, chosen by this key
             title += f", {key}: {choices[0]}"
     lines = [f"\n## {title}\n\n{_one_line(model.__doc__)}\n", "| key | type | default | |", "|---|---|---|---|"]
-    notes, again = _attribute_docstrings(model), []
+    notes, repeated = _attribute_docstrings(model), []
     for name, field in model.model_fields.items():
         note = _one_line(notes.get(name, "")).replace("|", chr(92) + "|")
-        default = (
-            "required"
-            if field.default is PydanticUndefined
-            else ""
-            if isinstance(field.default, BaseModel)
-            else f"`{field.default}`"
-        )
+        default = f"`{field.default}`"
+        if field.default is PydanticUndefined:
+            default = "required"
+        elif isinstance(field.default, BaseModel):
+            default = ""
         line = f"| `{prefix}{name}` | {_type(field.annotation)} | {default} | {note} |"
-        if line in shown:
-            again.append(f"`{name}`")
+        if line in described:
+            repeated.append(f"`{name}`")
         else:
             lines.append(line)
-            shown.add(line)
-    return "\n".join(lines + ["", f"And {', '.join(again)}, as above."] * bool(again)) + "\n"
+            described.add(line)
+    return "\n".join(lines + ["", f"And {', '.join(repeated)}, as above."] * bool(repeated)) + "\n"
 
 
 def _annotation(model: type[BaseModel], key: str) -> object:
@@ -82,9 +86,9 @@ def _attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
     inherited: dict[str, str] = {}
     for base in model.__bases__:
         inherited |= _attribute_docstrings(base)
-    found = ast.parse(inspect.getsource(model)).body[0]
-    assert isinstance(found, ast.ClassDef)
-    for before, node in itertools.pairwise(found.body):
+    class_node = ast.parse(inspect.getsource(model)).body[0]
+    assert isinstance(class_node, ast.ClassDef)
+    for before, node in itertools.pairwise(class_node.body):
         if isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             inherited[ast.unparse(before.target)] = str(node.value.value)
     return inherited

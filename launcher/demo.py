@@ -1,4 +1,7 @@
-"""`make demo`: the main job end to end on two local processes, or on the nodes of a hostfile. Other arguments are overrides of configs/demo.yaml."""
+"""The main job end to end on two local processes, or on the nodes of a hostfile: `make demo`.
+
+All other arguments are overrides of configs/demo.yaml.
+"""
 
 import argparse
 import os
@@ -16,25 +19,26 @@ RANKS = 2
 
 
 def _free_port() -> int:
-    """Return a port for the rendezvous, so that two jobs on a machine do not meet."""
+    """Return a free port for the rendezvous. Two jobs on a machine then use different ports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def main() -> None:
-    """Run the demo: prepare, train, evaluate and print the table."""
+    """Run the demo: prepare the corpus, train, evaluate, and print the table of results."""
     os.chdir(Path(__file__).parent.parent)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--hostfile", help="nodes to train on, started through pdsh; all must see this folder and its runs folder"
+        "--hostfile",
+        help="nodes to train on, started through pdsh; all must share this folder and its runs folder",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     overrides, nodes = arguments.overrides, ["--num_gpus", str(RANKS)]
     if arguments.hostfile:
         if not Path(arguments.hostfile).is_file():
-            raise UserError(f"--hostfile: there is no file {arguments.hostfile}")
+            raise UserError(f"--hostfile: there is no file {arguments.hostfile}: correct the path")
         nodes = ["--hostfile", arguments.hostfile, "--launcher", "pdsh"]
     run_dir = load_config(CONFIG, overrides).run_dir
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -55,14 +59,14 @@ def main() -> None:
         "evaluating the last checkpoint": [sys.executable, "launcher/evaluate.py", str(run_dir)],
     }
     started = time.perf_counter()
-    for number, (what, command) in enumerate(steps.items(), 1):
+    for number, (title, command) in enumerate(steps.items(), 1):
         print(
-            f"\n[{number}/{len(steps)}] {what} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}",
+            f"\n[{number}/{len(steps)}] {title} ({time.perf_counter() - started:.0f}s so far)\n$ {' '.join(command)}",
             flush=True,
         )
-        done = subprocess.run(command, check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
+        result = subprocess.run(command, check=False)
+        if result.returncode:
+            sys.exit(result.returncode)
 
 
 if __name__ == "__main__":

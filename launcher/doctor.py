@@ -1,4 +1,7 @@
-"""What would go wrong with a run, before it starts: `python launcher/doctor.py CONFIG [key=value ...] [--hostfile H] [--json] [--write-env]`."""
+"""Check a run before it starts.
+
+Usage: `python launcher/doctor.py CONFIG [key=value ...] [--hostfile H] [--json] [--write-env]`.
+"""
 
 from pretrain.cluster.doctor import main
 

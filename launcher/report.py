@@ -1,4 +1,4 @@
-"""Report: `launcher/report.py RUN_DIR|STUDY ... [--baseline ARM] [--metric TASK/NAME] [--output FOLDER]`."""
+"""Report on runs: `launcher/report.py RUN_DIR|STUDY ... [--baseline ARM] [--metric TASK/NAME] [--output FOLDER]`."""
 
 from pretrain.report.main import main
 

@@ -1,4 +1,7 @@
-"""A study: `launcher/study.py STUDY.yaml [key=value ...] [--dry-run]`. Go on with one that was stopped: the same command."""
+"""Run a study: `launcher/study.py STUDY.yaml [key=value ...] [--dry-run]`.
+
+The same command resumes a study that was stopped.
+"""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Which records a corpus keeps."""
+"""Selection of the records that a corpus keeps."""

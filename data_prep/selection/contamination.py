@@ -1,22 +1,30 @@
 """Records that give away the test questions of the evaluation tasks.
 
-Texts are compared by their normalized_letters and digits alone, in lower case and without accents (`normalized_letters`). A record is contaminated if
+Texts are compared by their letters and digits alone, in lower case and without accents (`normalized_letters`). A
+record is contaminated in either of two cases:
 
-- a view of its context equals a test context. The context is every view but the last of those that the record has, and the document
-  itself for a plain one; or
-- any of its views shares a stretch of 70 letters with a test context, some 14 words; an ideograph, kana or the like counts three.
+- A view of its context equals a test context. The context of a record is all of its present views except the last.
+  The context of a plain record is the document itself.
+- One of its views shares a stretch of 70 letters (about 14 words) with a test context. An ideograph or kana counts
+  as three letters.
 
-The targets of the test are never looked at: that two questions have the same answer is no contamination.
+Test targets are ignored: two questions with the same answer are not contamination.
 
-GPT-4's report takes 50 letters, GPT-3's takes 13 words. On NL-RX, whose descriptions come from a few templates and of which 39 training
-records of 8,000 stand in the test, 50 letters drop 807 records, 13 words 430, 60 letters 150, and 70 letters 40. Of Spider's 6,587 records
-50 letters drop 209, 13 words 49, and 70 letters 22, of GSM8K's 7,473 they drop 5, 4 and 3, and of MRPC's 4,076 news pairs, where a
-sentence of the test often stands in a training pair word for word, 181, 153 and 117. So at 70 letters what is verbatim goes, and what
-comes from the same template stays. Asking in addition that the stretch covers half of the test context changes none of these by more than 1.
+The GPT-4 report compares 50 letters, the GPT-3 paper 13 words. The number of training records that each rule drops:
 
-A phrase that stands in very many test contexts, such as a fixed instruction before each question, tells nothing about one of them; left in,
-it would drop every training record with the same instruction. Phrases of 30 letters that stand in more than 5% of the test contexts (and in
-more than 10) are therefore cut out before stretches are taken. On the data sets above this changes nothing.
+    data set                          records  50 letters  13 words  60 letters  70 letters
+    NL-RX (templates; 39 are in test)   8,000         807       430         150          40
+    Spider                              6,587         209        49                      22
+    GSM8K                               7,473           5         4                       3
+    MRPC (news pairs)                   4,076         181       153                     117
+
+A test sentence of MRPC often occurs word for word in a training pair. A limit of 70 letters therefore drops
+verbatim copies and keeps records that only share a template. If the stretch must also cover half of the test
+context, none of these counts changes by more than 1.
+
+A phrase in very many test contexts, such as a fixed instruction before each question, identifies none of them. It
+would drop every training record with the same instruction. Phrases of 30 letters are therefore masked if they occur
+in more than 5% of the test contexts and in more than 10 of them. This changes nothing on the data sets above.
 """
 
 import unicodedata
@@ -26,35 +34,37 @@ from functools import cache
 import numpy as np
 
 OVERLAP_LETTERS = 70
-"""Letters in a row that a record must not share with a test context."""
-PHRASE = 30
+"""Length of a stretch that a record must not share with a test context, in letters."""
+PHRASE_LETTERS = 30
 COMMON_CONTEXTS, COMMON_SHARE = 10, 0.05
-"""A phrase of so many letters is cut out of the test contexts where it stands in more of them than both."""
+"""Number and fraction of test contexts. A phrase of PHRASE_LETTERS letters is masked if the number of contexts with
+it exceeds both."""
 
 _STEP = 8
 _BLOCK = OVERLAP_LETTERS - _STEP + 1 - (OVERLAP_LETTERS - _STEP + 1) % 8
-"""Every stretch holds a block of this length that starts at a multiple of _STEP, so only those are looked up in the training text."""
+"""Length of the blocks that are looked up in training text: every stretch contains a block of this length that
+starts at a multiple of _STEP."""
 _FACTORS = np.random.default_rng(70).integers(0, 2**64, 16, dtype=np.uint64) | np.uint64(1)
 
-_LOWER = bytes(ord(chr(code).lower()) if code < 128 else code for code in range(256))
-_OTHERS = bytes(code for code in range(1, 128) if not chr(code).isalnum())
+_LOWERCASE = bytes(ord(chr(code).lower()) if code < 128 else code for code in range(256))
+_IGNORED_BYTES = bytes(code for code in range(1, 128) if not chr(code).isalnum())
 
 
 class Contamination:
-    """The test contexts of all tasks, indexed once; memory is some 30 bytes a letter of them, and at least 64 KB."""
+    """Index of the test contexts of all tasks. It takes about 30 bytes for each letter, and at least 64 KB."""
 
     def __init__(self, contexts: Iterable[str]) -> None:
         texts = list(dict.fromkeys(contexts))
-        forms = _units(texts)
-        self._texts, self._forms = texts, set(forms) - {b""}
+        normalized = _units(texts)
+        self._texts, self._normalized = texts, set(normalized) - {b""}
         self._equal = {normalized_letters(text): text for text in reversed(texts)}
-        joined = b"\0".join(forms)
-        self._starts = _starts(forms)
-        self._units = _without_common_phrases(joined, self._starts)
-        stretches = _free_of_nul(self._units, OVERLAP_LETTERS)
+        joined = b"\0".join(normalized)
+        self._text_starts = _text_starts(normalized)
+        self._units = _mask_common_phrases(joined, self._text_starts)
+        stretches = _stretches_without_nul(self._units, OVERLAP_LETTERS)
         hashes = _hashes(self._units, stretches, OVERLAP_LETTERS)
         self._hashes, first = np.unique(hashes, return_index=True)
-        self._places = stretches[first]
+        self._stretch_starts = stretches[first]
         starts = np.unique(np.add.outer(stretches, np.arange(_STEP)))
         bits = min(26, max(16, int(16 * len(starts)).bit_length()))
         self._shift = np.uint64(64 - bits)
@@ -63,20 +73,23 @@ class Contamination:
         self._blocks[self._block_hashes >> self._shift] = True
 
     def find(self, batch: list[tuple[str, ...]]) -> list[str]:
-        """One line for each record that says what it shares with which test context; "" for a clean one.
+        """Return a line for each record that names what it shares with which test context; "" for a clean one.
 
-        `batch` holds the views of each record, "" for one that it lacks. A megabyte of text at a time is fastest.
+        `batch` holds the views of each record, "" for one that the record lacks. Batches of about a megabyte of
+        text are fastest.
         """
         found = [""] * len(batch)
-        if not self._forms:
+        if not self._normalized:
             return found
-        forms = _units([view for views in batch for view in views])
-        equal = self._forms.intersection(forms)
-        shared = self._shared_stretches(forms)
+        normalized = _units([view for views in batch for view in views])
+        equal = self._normalized.intersection(normalized)
+        shared = self._shared_stretches(normalized)
         if not equal and not shared:
             return found
         ends = np.cumsum([len(views) for views in batch])
-        for place in [place for place, form in enumerate(forms) if form in equal]:
+        for place, normalized_text in enumerate(normalized):
+            if normalized_text not in equal:
+                continue
             record = int(np.searchsorted(ends, place, side="right"))
             number = place - int(ends[record]) + len(batch[record])
             text = self._equal.get(normalized_letters(batch[record][number]))
@@ -87,34 +100,36 @@ class Contamination:
             found[record] = found[record] or self._describe(position)
         return found
 
-    def _shared_stretches(self, forms: list[bytes]) -> dict[int, int]:
-        """The forms that share a stretch with a test context, in order: the number of the form -> the stretch's place in the contexts."""
-        units = b"\0".join(forms)
+    def _shared_stretches(self, normalized: list[bytes]) -> dict[int, int]:
+        """Return the texts that share a stretch with a test context: text index -> start of the stretch in `_units`."""
+        units = b"\0".join(normalized)
         words = np.frombuffer(units, "<u8", len(units) // 8)
         count = len(words) - _BLOCK // 8 + 1
-        if not len(self._places) or count < 1:
+        if not len(self._stretch_starts) or count < 1:
             return {}
         hashes, product = np.zeros(count, np.uint64), np.empty(count, np.uint64)
         for number in range(_BLOCK // 8):
             hashes += np.multiply(words[number : number + count], _FACTORS[number], out=product)
-        hits = np.flatnonzero(self._blocks[hashes >> self._shift])  # few: the table says no to nearly all
-        hits = hits[_which(self._block_hashes, hashes[hits]) >= 0]
+        hits = np.flatnonzero(self._blocks[hashes >> self._shift])  # the table excludes nearly all positions
+        hits = hits[_find_sorted(self._block_hashes, hashes[hits]) >= 0]
         starts = np.unique(np.subtract.outer(hits * _STEP, np.arange(_STEP)))
         starts = starts[(starts >= 0) & (starts <= len(units) - OVERLAP_LETTERS)]
-        rows = _which(self._hashes, _hashes(units, starts, OVERLAP_LETTERS))
-        starts, positions = starts[rows >= 0], self._places[rows[rows >= 0]]
+        rows = _find_sorted(self._hashes, _hashes(units, starts, OVERLAP_LETTERS))
+        starts, positions = starts[rows >= 0], self._stretch_starts[rows[rows >= 0]]
         inside = np.arange(OVERLAP_LETTERS)
         same = (
             np.frombuffer(units, np.uint8)[starts[:, None] + inside]
             == np.frombuffer(self._units, np.uint8)[positions[:, None] + inside]
         )
         starts, positions = starts[same.all(axis=1)], positions[same.all(axis=1)]
-        places, first = np.unique(np.searchsorted(_starts(forms), starts, side="right") - 1, return_index=True)
+        places, first = np.unique(
+            np.searchsorted(_text_starts(normalized), starts, side="right") - 1, return_index=True
+        )
         return dict(zip(places.tolist(), positions[first].tolist(), strict=True))
 
     def _describe(self, position: int) -> str:
-        number = int(np.searchsorted(self._starts, position, side="right")) - 1
-        text, before = self._texts[number], position - int(self._starts[number])
+        number = int(np.searchsorted(self._text_starts, position, side="right")) - 1
+        text, before = self._texts[number], position - int(self._text_starts[number])
         ends = np.cumsum([len(_unit(character)) for character in text.replace("\0", "")])
         start, stop = np.searchsorted(ends, before, side="right"), np.searchsorted(ends, before + OVERLAP_LETTERS) + 1
         stretch = " ".join(text.replace("\0", "")[start:stop].split())
@@ -122,7 +137,10 @@ class Contamination:
 
 
 def normalized_letters(text: str) -> str:
-    """The letters and digits of a text in any script, in lower case and without accents; vowel signs of Indic scripts stay."""
+    """Return the letters and digits of a text in any script, in lower case and without accents.
+
+    Vowel signs of Indic scripts are kept.
+    """
     return "".join(map(_letters, text))
 
 
@@ -133,24 +151,27 @@ def _letters(character: str) -> str:
 
 
 def _units(texts: list[str]) -> list[bytes]:
-    """Of each text the letters and digits, as bytes of any value but 0: an ASCII one as itself, others as `_unit` says."""
+    """Return the letters and digits of each text as non-zero bytes.
+
+    An ASCII character is its own byte; for others see `_unit`.
+    """
     joined = "\0".join(texts)
     if joined.count("\0") >= max(len(texts), 1):
         joined = "\0".join(text.replace("\0", "") for text in texts)
     data = joined.encode("utf-8", "surrogatepass")
     if len(data) > 1.25 * len(joined):
-        data = _table_units(data).replace(b"\1", b"\0")
+        data = _units_by_table(data).replace(b"\1", b"\0")
     elif len(data) > len(joined):
-        data = _with_foreign_units(data)
-    return data.translate(_LOWER, _OTHERS).split(b"\0")
+        data = _replace_non_ascii(data)
+    return data.translate(_LOWERCASE, _IGNORED_BYTES).split(b"\0")
 
 
-def _with_foreign_units(data: bytes) -> bytes:
-    """UTF-8 that is mostly ASCII, with their units in the place of the other characters."""
-    foreign = np.flatnonzero(np.frombuffer(data, np.int8) < 0)
-    ends = np.flatnonzero(np.diff(foreign) > 1)
-    starts, stops = foreign[np.append(0, ends + 1)].tolist(), (foreign[np.append(ends, -1)] + 1).tolist()
-    replaced = _table_units(b"\0".join([data[start:stop] for start, stop in zip(starts, stops, strict=True)])).split(
+def _replace_non_ascii(data: bytes) -> bytes:
+    """Return mostly-ASCII UTF-8 with every other character replaced by its units."""
+    non_ascii = np.flatnonzero(np.frombuffer(data, np.int8) < 0)
+    ends = np.flatnonzero(np.diff(non_ascii) > 1)
+    starts, stops = non_ascii[np.append(0, ends + 1)].tolist(), (non_ascii[np.append(ends, -1)] + 1).tolist()
+    replaced = _units_by_table(b"\0".join([data[start:stop] for start, stop in zip(starts, stops, strict=True)])).split(
         b"\1"
     )
     parts: list[bytes] = []
@@ -161,25 +182,26 @@ def _with_foreign_units(data: bytes) -> bytes:
     return b"".join([*parts, data[before:]])
 
 
-def _table_units(data: bytes) -> bytes:
-    """The units of UTF-8, character by character; a NUL becomes a byte 1."""
+def _units_by_table(data: bytes) -> bytes:
+    """Return the units of UTF-8, character by character; a NUL becomes a byte 1."""
     codes = np.frombuffer(data.decode("utf-8", "surrogatepass").encode("utf-32-le", "surrogatepass"), "<u4")
     values = _CODES[codes]
     if not values.all():
         for code in np.unique(codes[values == 0]).tolist():
             _CODES[code] = int.from_bytes((_unit(chr(code)) if code else b"\1").ljust(3, b"\0") + b"\1", "little")
         values = _CODES[codes]
-    several = values.view(np.uint8).reshape(-1, 4)[:, :3]
-    units: bytes = several[several != 0].tobytes()
+    unit_bytes = values.view(np.uint8).reshape(-1, 4)[:, :3]
+    units: bytes = unit_bytes[unit_bytes != 0].tobytes()
     return units
 
 
 @cache
 def _unit(character: str) -> bytes:
-    """What stands for a character of any script: at most three bytes, and none for what is no letter or digit.
+    """Return the bytes for a character: at most three, and none if it is not a letter or digit.
 
-    A letter of ASCII stands for itself. One of another alphabet is hashed to a byte from 128 on: 70 in a row only equal others by a miracle.
-    From U+2E80 on, where a character says about as much as three letters, three such bytes hold it exactly.
+    An ASCII letter is its own byte. A letter of another alphabet is hashed to a byte from 128 on, and 70 equal
+    hashes in a row are practically never chance. A character from U+2E80 on carries about as much information as
+    three letters. Three bytes hold it exactly.
     """
     out = b""
     for code in map(ord, _letters(character)):
@@ -192,21 +214,20 @@ def _unit(character: str) -> bytes:
     return out[:3]
 
 
-_CODES = np.zeros(
-    0x110000, "<u4"
-)  # of a code point its units, and a 1 above them once they are known; pages never touched take no memory
+# Units by code point, with a 1 in the highest byte once they are known. Untouched memory pages cost nothing.
+_CODES = np.zeros(0x110000, "<u4")
 
 
-def _starts(forms: list[bytes]) -> np.ndarray:
-    """Where each form starts when all are joined with a NUL between them: (N,) int64."""
-    lengths = np.fromiter(map(len, forms), np.int64, len(forms)) + 1
+def _text_starts(normalized: list[bytes]) -> np.ndarray:
+    """Return where each text starts when all are joined with a NUL between them: (N,) int64."""
+    lengths = np.fromiter(map(len, normalized), np.int64, len(normalized)) + 1
     return np.cumsum(lengths) - lengths
 
 
-def _without_common_phrases(joined: bytes, starts: np.ndarray) -> bytes:
-    """The test contexts with a NUL for every letter of a phrase that very many of them share."""
-    places = _free_of_nul(joined, PHRASE)
-    hashes = _hashes(joined, places, PHRASE)
+def _mask_common_phrases(joined: bytes, starts: np.ndarray) -> bytes:
+    """Return the test contexts with a NUL for every letter of a phrase that very many of them share."""
+    places = _stretches_without_nul(joined, PHRASE_LETTERS)
+    hashes = _hashes(joined, places, PHRASE_LETTERS)
     contexts = np.searchsorted(starts, places, side="right")
     order = np.lexsort((contexts, hashes))
     hashes, contexts = hashes[order], contexts[order]
@@ -217,18 +238,21 @@ def _without_common_phrases(joined: bytes, starts: np.ndarray) -> bytes:
     cut = np.zeros(len(joined) + 1, np.int64)
     inside = places[order][common[number]]
     np.add.at(cut, inside, 1)
-    np.add.at(cut, inside + PHRASE, -1)
+    np.add.at(cut, inside + PHRASE_LETTERS, -1)
     return np.where(np.cumsum(cut[:-1]) > 0, 0, np.frombuffer(joined, np.uint8)).astype(np.uint8).tobytes()
 
 
-def _free_of_nul(units: bytes, length: int) -> np.ndarray:
-    """Where stretches of a length without a NUL start: (N,) int64."""
+def _stretches_without_nul(units: bytes, length: int) -> np.ndarray:
+    """Return the starts of the stretches of `length` bytes that contain no NUL: (N,) int64."""
     before = np.append(0, np.cumsum(np.frombuffer(units, np.uint8) == 0))
     return np.flatnonzero(before[length:] == before[:-length])
 
 
 def _hashes(units: bytes, starts: np.ndarray, length: int) -> np.ndarray:
-    """A 64-bit hash of the stretch of a length at each start: a weighted sum of its 8-byte words, the last two of which may overlap."""
+    """Return a 64-bit hash of the stretch of `length` bytes at each start.
+
+    The hash is a weighted sum of 8-byte words; the last two words may overlap.
+    """
     hashes = np.zeros(len(starts), np.uint64)
     if len(starts):
         words = np.ndarray((len(units) - 7,), "<u8", units, strides=(1,))
@@ -237,8 +261,8 @@ def _hashes(units: bytes, starts: np.ndarray, length: int) -> np.ndarray:
     return hashes
 
 
-def _which(known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The place of each value in a sorted array, which is not empty, or -1: (N,) int64."""
+def _find_sorted(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the index of each value in a sorted, non-empty array, or -1: (N,) int64."""
     places = np.minimum(np.searchsorted(known, values), len(known) - 1)
     return np.where(known[places] == values, places, -1)
 

@@ -1,4 +1,4 @@
-"""Which records are left out by the text of their views, and why."""
+"""Filters that drop records by the text of their views."""
 
 import re
 import signal
@@ -11,23 +11,26 @@ from typing import Any
 from data_prep.config import FiltersConfig
 
 LIMIT_SECONDS = 10.0
-"""CPU time in which `forbidden` must decide about a record. Python's `re` takes microseconds, or, where it tries every way to match an ambiguous
-expression, longer than anybody waits. It is no reason to drop a record: what a corpus contains must not depend on the speed of the machine."""
+"""CPU time in which `forbidden` must decide about a record, in seconds. Python's `re` takes microseconds for most
+expressions, and practically forever for an ambiguous one. A timeout never drops a record, because the content of
+a corpus must not depend on the speed of the machine."""
 TICKS = 20
-"""Signals in this time. They come at this pace whatever is computed: a timer for each record would take longer than most searches."""
+"""Timer signals within LIMIT_SECONDS. The timer runs all the time: setting one for each record would take longer
+than most searches."""
 _ticks: int | None = None
-"""Signals since the search at hand began; None outside of one."""
+"""Signals since the current search began; None outside a search."""
 
 
 class SearchTimeoutError(Exception):
-    """A record on which the search for `forbidden` does not end; the message is one line."""
+    """An error for a record on which the search for `forbidden` does not end; the message is one line."""
 
 
 def filter_reason(views: tuple[str, ...], filters: FiltersConfig) -> str:
-    """Return the first reason to leave a record out, in this order, or "": `nul`, `too_short`, `too_many_characters`, `forbidden`.
+    """Return the first reason to drop a record, or "" to keep it.
 
-    `views` has "" for a view that the record lacks: no filter looks at it. Lengths are in characters (code points).
-    Raises Undecided within `search_time_limit`.
+    The reasons are checked in this order: `nul`, `too_short`, `too_many_characters`, `forbidden`. `views` has ""
+    for a view that the record lacks, and the filters ignore it. Lengths are in characters (code points). Raises
+    SearchTimeoutError within `search_time_limit`.
     """
     present = [view for view in views if view]
     lengths = list(map(len, present))
@@ -44,7 +47,10 @@ def filter_reason(views: tuple[str, ...], filters: FiltersConfig) -> str:
 
 @contextmanager
 def search_time_limit(filters: FiltersConfig) -> Iterator[None]:
-    """Let `filter_reason` raise Undecided in this block. In other threads than the main one, which alone gets signals, it never does."""
+    """Let `filter_reason` raise SearchTimeoutError in this block.
+
+    It never raises outside the main thread, because only the main thread receives signals.
+    """
     if filters.forbidden is None or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,8 +79,9 @@ def _tick(*_: Any) -> None:
     _ticks += 1
     if _ticks > TICKS:
         raise SearchTimeoutError(
-            f"data.filters.forbidden has not been decided after {LIMIT_SECONDS:g} s of computing: the expression can match in too many "
-            "ways. Rewrite it so that a repetition is not repeated, or make it possessive, such as (?:a++b?)++"
+            f"data.filters.forbidden: the search did not end within {LIMIT_SECONDS:g} s of CPU time, because the "
+            "expression can match in too many ways. Rewrite it without nested repetitions, or make them possessive, "
+            "such as (?:a++b?)++"
         )
 
 

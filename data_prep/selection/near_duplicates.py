@@ -1,18 +1,26 @@
-"""Near-duplicates across a whole corpus by MinHash, in bounded memory: what is not read spills to disk.
+"""Near-duplicates across a whole corpus by MinHash in bounded memory: sketches are kept on disk.
 
-The likeness of two texts is the Jaccard similarity of their sets of word 5-grams, in lower case, as is usual for web text (RefinedWeb and
-FineWeb take word 5-grams too). A punctuation mark is a word, for regular expressions and code, and so is an ideograph; texts are padded, so
-that every word stands in five 5-grams. The likeness of two records is that of their least alike views. At the default threshold of 0.8 a
-text of up to 40 words thus has no near-duplicate but itself in other case or spacing, and a longer one may differ by a word per 45. Records
-made from one template with other words in it, such as questions to a database, stay: of the 7,911 different NL-RX training records and
-of Spider's 6,582 this drops none. Character 5-grams over all views together drop 1,430 and 234, and over each view 657 and 33; word
-5-grams over all views together 74 and 10.
+The similarity of two texts is the Jaccard similarity of their sets of lowercase word 5-grams, as is usual for web
+text (RefinedWeb and FineWeb also use word 5-grams). A punctuation mark is a word, because it matters in regular
+expressions and code. An ideograph is a word too. Texts are padded, so each word is in five 5-grams. The similarity
+of two records is the lowest similarity of any of their views.
 
-The rule: a record is dropped if an earlier one is near it, in the order (split, unit, ordinal) of `duplicates.SPLIT_PRIORITY`, whether or not that
-one is dropped itself for a still earlier one. Near means: one of the bands of their sketches is equal, which finds 98% or more of the pairs
-at the threshold and nearly all above it, and the likeness estimated from 128 hashes, with a standard error of up to 0.04, reaches the
-threshold. This depends neither on the order of work nor on the number of parts. A band shared by more than 100,000 records is cut into runs
-of so many, and records are compared within their run.
+At the default threshold of 0.8, a text of up to 40 words has no near-duplicates except copies with other case or
+spacing. A longer text may differ by one word in 45. Records made from one template with different words, such as
+questions to a database, are kept: of the 7,911 distinct NL-RX training records and of the 6,582 of Spider, none is
+dropped. The alternatives drop more of them: character 5-grams over all views together 1,430 and 234, character
+5-grams over each view 657 and 33, and word 5-grams over all views together 74 and 10.
+
+A record is dropped if an earlier record is near it, in the order (split, unit, ordinal) of
+`duplicates.SPLIT_PRIORITY`. It does not matter whether that earlier record is dropped itself. Two records are near
+if
+
+- their sketches have an equal band (this finds at least 98% of the pairs at the threshold, and nearly all above
+  it), and
+- their similarity reaches the threshold. It is estimated from 128 hashes, with a standard error of up to 0.04.
+
+The result depends neither on the order of work nor on the number of parts. A group of more than 100,000 records
+with an equal band is split into runs of 100,000, and records are compared within their run.
 """
 
 import os
@@ -30,96 +38,99 @@ from data_prep.selection.duplicates import equal_groups, write_dropped, write_fi
 DEFAULT_THRESHOLD = 0.8
 NUM_HASHES = 128
 RECALL = 0.98
-"""Share of the pairs at the threshold that a sketch's bands find."""
+"""Fraction of the pairs at the threshold that the bands of a sketch find."""
 LARGEST_GROUP = 100_000
 """Records compared at a time; their signatures take 25 MB for each view."""
-_WORDS = 5
+_SHINGLE_WORDS = 5
 _WORD = re.compile(r"[^\W\u2e80-\U0010ffff]+|\S")
 _FACTORS = np.random.default_rng(128).integers(0, 2**64, (3, NUM_HASHES), dtype=np.uint64) | np.uint64(1)
 
 
 def minhash_library() -> Any:
-    """Return rensa's MinHash class. Raises UserError where the package is not installed."""
-    # A preparation has a process per core; read when rensa first makes its threads.
+    """Return rensa's MinHash class. Raises UserError if the package is not installed."""
+    # A preparation already has one process per core. rensa reads this variable when it creates its threads.
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
     try:
         from rensa import RMinHash
     except ImportError:
         raise UserError(
-            "near-duplicates need the package rensa, which is not installed: "
-            "run pip install '.[near-duplicates]' in the checkout, or leave them out"
+            "removing near-duplicates requires the package rensa, which is not installed: "
+            "run pip install '.[near-duplicates]' in the checkout, or disable the removal"
         ) from None
     return RMinHash
 
 
 def num_bands(threshold: float) -> int:
-    """Number of bands of a sketch: as few, that is of as many hashes, as find RECALL of the pairs at the threshold.
+    """Return the number of bands of a sketch: the fewest that find RECALL of the pairs at the threshold.
 
-    A pair of likeness s shares a band of r hashes with the chance s^r. `duplicates.num_parts` takes this times the records.
+    A pair of similarity s shares a band of r hashes with probability s^r. Multiply the records by the number of
+    bands for `duplicates.num_parts`.
     """
-    rows = max(
-        rows
-        for rows in range(1, NUM_HASHES + 1)
-        if rows == 1 or 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= RECALL
+    hashes_per_band = max(
+        hashes_per_band
+        for hashes_per_band in range(1, NUM_HASHES + 1)
+        if hashes_per_band == 1 or 1 - (1 - threshold**hashes_per_band) ** (NUM_HASHES // hashes_per_band) >= RECALL
     )
-    return NUM_HASHES // rows
+    return NUM_HASHES // hashes_per_band
 
 
 def sketch(records: list[tuple[str, ...]], threshold: float = DEFAULT_THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
-    """Signatures and bands of records that all have V views, "" where one is lacking: (N, V, 128) uint16 and (N, bands, 2) uint64.
+    """Return the signatures (N, V, 128) uint16 and the bands (N, bands, 2) uint64 of records with V views.
 
-    Together some 300 bytes a record and 256 a view. Raises UserError where rensa is not installed.
+    A view that a record lacks is "". The arrays take about 300 bytes a record plus 256 a view. Raises UserError if
+    rensa is not installed.
     """
     views = len(records[0]) if records else 0
     shingles, ends = _shingles(
         [view for record in records for view in record], np.tile(np.arange(views, dtype=np.uint64), len(records))
     )
     each = _minhash(shingles, ends).reshape(len(records), views, NUM_HASHES)
-    # The shingles of all views together are never less alike than the least alike views, so that bands of them miss no pair.
+    # All views together are at least as similar as the least similar view, so bands of their shingles miss no pair.
     together = _minhash(shingles, ends[:: max(views, 1)]).astype(np.uint64)
     bands = num_bands(threshold)
-    rows = NUM_HASHES // bands
-    split = together[:, : bands * rows].reshape(len(records), bands, rows)
+    hashes_per_band = NUM_HASHES // bands
+    split = together[:, : bands * hashes_per_band].reshape(len(records), bands, hashes_per_band)
     keys = [
-        (split * factors[:rows]).sum(axis=2, dtype=np.uint64) + np.arange(bands, dtype=np.uint64) * factors[-1]
+        (split * factors[:hashes_per_band]).sum(axis=2, dtype=np.uint64)
+        + np.arange(bands, dtype=np.uint64) * factors[-1]
         for factors in _FACTORS[:2]
     ]
-    # The low 16 bits of equal hashes are equal, and of others once in 65,536: good enough to compare, and half the disk.
+    # The low 16 bits of different hashes are equal once in 65,536. This is precise enough and halves the disk space.
     return each.astype(np.uint16), np.stack(keys, axis=2)
 
 
 def _minhash(shingles: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The hashes of each set `shingles[ends[i]:ends[i + 1]]`: (N, 128) uint32."""
-    digest, hashes = (
-        minhash_library().digest_matrix_from_flat_token_hashes,
-        np.empty((len(ends) - 1, NUM_HASHES), np.uint32),
-    )
-    for start in range(
-        0, len(hashes), 256
-    ):  # they come as lists of Python's integers, which should not leave the cache
-        some = ends[start : start + 257]
+    """Return the hashes of each set `shingles[ends[i]:ends[i + 1]]`: (N, 128) uint32."""
+    digest = minhash_library().digest_matrix_from_flat_token_hashes
+    hashes = np.empty((len(ends) - 1, NUM_HASHES), np.uint32)
+    # The library returns lists of Python integers. Small chunks keep them in the CPU cache.
+    for start in range(0, len(hashes), 256):
+        chunk = ends[start : start + 257]
         hashes[start : start + 256] = digest(
-            shingles[some[0] : some[-1]], np.ascontiguousarray(some - some[0]), NUM_HASHES, 1
+            shingles[chunk[0] : chunk[-1]], np.ascontiguousarray(chunk - chunk[0]), NUM_HASHES, 1
         ).to_rows()
     return hashes
 
 
 def _shingles(texts: list[str], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """64-bit hashes of the word 5-grams of each text, and where each ends: (S,) uint64, and (N + 1,) uint64 that starts with 0.
+    """Return 64-bit hashes of the word 5-grams of each text, (S,) uint64, and their ends, (N + 1,) uint64.
 
-    Equal 5-grams of texts with another seed differ. A text without words has none.
+    The ends start with 0. Equal 5-grams of texts with different seeds have different hashes. A text without words
+    has no 5-grams.
     """
-    found = [_WORD.findall(text.lower()) for text in texts]
-    hashes = {word: zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in set().union(*found)}
-    counts = np.array([len(words) for words in found], np.int64)
-    lengths = np.where(counts, counts + _WORDS - 1, 0)
+    text_words = [_WORD.findall(text.lower()) for text in texts]
+    hashes = {word: zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in set().union(*text_words)}
+    counts = np.array([len(words) for words in text_words], np.int64)
+    lengths = np.where(counts, counts + _SHINGLE_WORDS - 1, 0)
     ends = np.append(0, np.cumsum(lengths))
-    # Between two texts stand four zeros, so each 5-gram is of one text and the edges around it.
-    words = np.zeros(ends[-1] + _WORDS - 1, np.uint64)
-    inside = np.arange(counts.sum()) + np.repeat(ends[:-1] - np.append(0, np.cumsum(counts))[:-1] + _WORDS - 1, counts)
-    words[inside] = [hashes[word] for words in found for word in words]
+    # There are four zeros between two texts, so each 5-gram covers words of one text and its padding.
+    words = np.zeros(ends[-1] + _SHINGLE_WORDS - 1, np.uint64)
+    inside = np.arange(counts.sum()) + np.repeat(
+        ends[:-1] - np.append(0, np.cumsum(counts))[:-1] + _SHINGLE_WORDS - 1, counts
+    )
+    words[inside] = [hashes[word] for words in text_words for word in words]
     shingles = np.repeat(seeds, lengths) * _FACTORS[2, -1]
-    for place in range(_WORDS):
+    for place in range(_SHINGLE_WORDS):
         shingles += words[place : place + len(shingles)] * _FACTORS[2, place]
     return shingles ^ shingles >> np.uint64(32), ends.astype(np.uint64)
 
@@ -132,12 +143,12 @@ def write_sketches(
     ordinals: np.ndarray,
     ranks: np.ndarray,
 ) -> None:
-    """Write the sketches of one unit's records, each file in one atomic step, for `resolve_near`.
+    """Write the sketches of one unit's records, each file atomically, for `resolve_near`.
 
-    `signatures` (N, V, 128) and `bands` (N, bands, 2) come from `sketch`; `ordinals` (N,), ascending, and `ranks` (N,) are those of
-    `duplicates.write_fingerprints`.
+    `signatures` (N, V, 128) and `bands` (N, bands, 2) come from `sketch`. `ordinals` (N,), ascending, and `ranks`
+    (N,) are as in `duplicates.write_fingerprints`.
     """
-    rows = np.empty(len(ordinals), _row(signatures.shape[1]))
+    rows = np.empty(len(ordinals), _signature_dtype(signatures.shape[1]))
     rows["ordinal"], rows["signature"] = ordinals, signatures
     with atomic_path(signatures_path) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
@@ -147,7 +158,7 @@ def write_sketches(
     )
 
 
-def _row(views: int) -> np.dtype:
+def _signature_dtype(views: int) -> np.dtype:
     return np.dtype([("ordinal", "<u8"), ("signature", "<u2", (views, NUM_HASHES))])
 
 
@@ -159,12 +170,13 @@ def resolve_near(
     out: Path,
     threshold: float = DEFAULT_THRESHOLD,
 ) -> None:
-    """Write which records one part of the bands drops, as `duplicates.resolve` does; `duplicates.dropped` reads it.
+    """Write the near-duplicates in one part of the bands to `out`; `duplicates.dropped` reads the file.
 
-    `signature_paths[unit]` and `band_paths[unit]` are the unit's files from `write_sketches`, made with the same threshold.
+    `signature_paths[unit]` and `band_paths[unit]` are the unit's files from `write_sketches`, made with the same
+    threshold.
     """
-    found = equal_groups(band_paths, part, parts)
-    sizes = _cut(found.sizes)
+    groups = equal_groups(band_paths, part, parts)
+    sizes = _split_large_groups(groups.sizes)
     units, ordinals = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     ends = np.cumsum(sizes)
     first = 0
@@ -172,47 +184,46 @@ def resolve_near(
         start = int(ends[first] - sizes[first])
         last = max(first + 1, int(np.searchsorted(ends, start + LARGEST_GROUP, side="right")))
         members = slice(start, int(ends[last - 1]))
-        rows = _read(signature_paths, found.units[members], found.ordinals[members])
-        near = _near_an_earlier(rows["signature"], sizes[first:last], threshold)
-        units.append(found.units[members][near])
+        rows = _read_signatures(signature_paths, groups.units[members], groups.ordinals[members])
+        near = _is_near_earlier(rows["signature"], sizes[first:last], threshold)
+        units.append(groups.units[members][near])
         ordinals.append(rows["ordinal"][near].astype(np.int64))
         first = last
     write_dropped(out, np.concatenate(units), np.concatenate(ordinals))
 
 
-def _cut(sizes: np.ndarray) -> np.ndarray:
-    """Sizes of the groups, those above LARGEST_GROUP cut into runs."""
+def _split_large_groups(sizes: np.ndarray) -> np.ndarray:
+    """Return the group sizes, with groups above LARGEST_GROUP split into runs."""
     runs = -(-sizes // LARGEST_GROUP)
     cut = np.full(runs.sum(), LARGEST_GROUP, np.int64)
     cut[np.cumsum(runs) - 1] = sizes - (runs - 1) * LARGEST_GROUP
     return cut
 
 
-def _read(paths: list[Path], units: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The given row of the given unit's file of signatures, for each of N records: (N,) of `_row`."""
-    order = np.lexsort((rows, units))  # a file is read from front to back
+def _read_signatures(paths: list[Path], units: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return a row of a unit's signature file for each of N records: (N,) of `_signature_dtype`."""
+    order = np.lexsort((rows, units))  # each file is read sequentially
     known, starts = np.unique(units[order], return_index=True)
     parts = []
     for unit, places in zip(known.tolist(), np.split(order, starts[1:]), strict=True):
         parts.append(np.load(paths[unit], mmap_mode="r")[rows[places]])
-    found = np.concatenate(parts)
-    return found[np.argsort(order)]
+    signatures = np.concatenate(parts)
+    return signatures[np.argsort(order)]
 
 
-def _near_an_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
-    """Which records are near an earlier one of their group: (N, V, 128), (G,) -> (N,) bool."""
+def _is_near_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
+    """Return whether each record is near an earlier one of its group: (N, V, 128), (G,) -> (N,) bool."""
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     places = np.arange(len(starts)) - starts
     near = np.zeros(len(starts), bool)
-    open_ones = np.flatnonzero(
-        places > 0
-    )  # not yet near an earlier one; all are compared with the first of their group, the second, ...
+    # Records that are not near an earlier one yet: compared with the first of their group, then with the second, ...
+    candidates = np.flatnonzero(places > 0)
     leader = 0
-    while len(open_ones):
-        same = signatures[open_ones] == signatures[starts[open_ones] + leader]
+    while len(candidates):
+        same = signatures[candidates] == signatures[starts[candidates] + leader]
         hit = (same.mean(axis=2) >= threshold).all(axis=1)
-        near[open_ones[hit]] = True
+        near[candidates[hit]] = True
         leader += 1
-        open_ones = open_ones[~hit]
-        open_ones = open_ones[places[open_ones] > leader]
+        candidates = candidates[~hit]
+        candidates = candidates[places[candidates] > leader]
     return near

@@ -1,4 +1,4 @@
-"""The contexts of the tests of evaluation tasks: the texts that training must not see."""
+"""The contexts of the evaluation tasks' tests: the texts that training must not see."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,24 +16,24 @@ from data_prep.tasks.row_format import Columns, RowFormat
 
 
 def contexts_file(partial: Path) -> Path:
-    """Return where an unfinished preparation keeps the contexts, so that they are read once."""
+    """Return the file in which an unfinished preparation keeps the contexts, to read them only once."""
     return partial / "contexts.json"
 
 
 def list_test_files(test: TaskTest) -> list[str]:
-    """Return the files of a test, all those below a local folder of type hub; none for a data set of the hub."""
+    """Return the files of a test: all files below a local folder of type hub, none for a hub data set."""
     if isinstance(test.source, HubSource):
         return files_below(test.source.path)
     return find_files(test.source, test.key, SUFFIXES)
 
 
 def skipped_files_note(test: TaskTest) -> str:
-    """Return a line about files of a folder that are not read; empty if there are none."""
+    """Return a line that names the skipped files of a folder; empty if there are none."""
     return "" if isinstance(test.source, HubSource) else find_files_with_note(test.source, test.key, SUFFIXES)[1]
 
 
 def describe_test(test: TaskTest) -> str:
-    """Return what messages call a test."""
+    """Return the name of a test for messages."""
     source = test.source
     return (
         f"hub:{source.path}:{source.hub_split} ({test.task})"
@@ -43,51 +43,55 @@ def describe_test(test: TaskTest) -> str:
 
 
 def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
-    """Return the different contexts of a test, in the order of its rows. Raises UserError for a row that the task could not score.
+    """Return the distinct contexts of a test, in the order of its rows.
 
-    A row's contexts are all of its views but the last, as the task scores them. Training data may have the same question in another
-    prompt, so these are contexts too: the column of the question alone, the prompt of the public data set, the columns of a template,
-    and the context views that the mapping of each source makes of the row.
+    The contexts of a row are all of its views but the last, as the task scores them. Training data may contain the
+    same question with another prompt. Therefore these texts are contexts too:
+
+    - the question column alone
+    - the prompt of the public data set
+    - the columns of a template
+    - the context views that the mapping of each source makes of the row
+
+    Raises UserError for a row that the task could not score.
     """
     row_format = public_row_format(test.task)
     reader = RowReader(test.source, data.views, test.key, row_format, allow_missing_views=data.missing_views == "keep")
     mappings = [
         make_mapping(source, data.views, "data.sources", {view: view for view in data.views}).records
-        for source in _other_forms(data, test)
+        for source in _other_mappings(data, test)
     ]
-    bare = [
-        column
-        for view, given in _mapped(test.source).items()
-        if view in context_names(data.views)
-        for column in template_columns(given)
-    ]
+    context_columns = [given for view, given in _view_columns(test.source).items() if view in context_names(data.views)]
+    plain_columns = [column for given in context_columns for column in template_columns(given)]
     contexts: dict[str, None] = {}
-    others: dict[str, None] = {}
+    mapped_contexts: dict[str, None] = {}
     targets: set[str] = set()
     for row in reader.rows():
         columns = row.columns
-        contexts |= dict.fromkeys([*_context_views(row.views), *_texts(columns, bare)])
+        contexts |= dict.fromkeys([*_context_views(row.views), *_texts(columns, plain_columns)])
         targets.update(row.views[-1:] if len(row.views) > 1 else ())
         if row_format is not None:
             columns = _columns_of_prompt(row_format, row.context) | columns
             contexts |= dict.fromkeys(_public_contexts(row_format, columns))
         records = [record.views for mapping in mappings for record in mapping(columns, 0) if record.views is not None]
-        others |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
-    contexts |= {view: None for view in others if view not in targets}  # pairs may be trained in both directions
+        mapped_contexts |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
+    contexts |= {
+        view: None for view in mapped_contexts if view not in targets
+    }  # a pair may be trained in both directions, so a target can be a context view
     if not contexts:
         raise UserError(
-            f"{describe_test(test)} ({test.key}) has no rows; correct the path, or set data.decontaminate=false"
+            f"{describe_test(test)} ({test.key}) has no rows: correct the path, or set data.decontaminate=false"
         )
     return list(contexts)
 
 
 def count_short_contexts(contexts: Sequence[str]) -> int:
-    """Return how many contexts are too short for a shared stretch, and so are recognised as a whole alone."""
+    """Return how many contexts are shorter than a stretch and are therefore only recognised as a whole."""
     return sum(len(normalized_letters(context)) < OVERLAP_LETTERS for context in contexts)
 
 
 def context_names(views: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the views that a test asks with: all but the last, or the only one."""
+    """Return the names of a test's context views: all but the last, or the only one."""
     return views[:-1] or views
 
 
@@ -97,16 +101,18 @@ def _context_views(views: Sequence[str]) -> list[str]:
 
 
 def _columns_of_prompt(row_format: RowFormat, context: str) -> Columns:
-    """Return the columns that a context in the prompt of the public data set was made of."""
+    """Return the columns from which a context in the prompt of the public data set was made."""
     found = row_format.prompt.fullmatch(context) if row_format.prompt is not None else None
     return found.groupdict() if found else {}
 
 
 def _public_contexts(row_format: RowFormat, columns: Columns) -> Iterator[str]:
-    """Yield the question alone, and the prompt of the public data set, of a row that has their columns."""
+    """Yield the question alone and the prompt of the public data set, if the row has the columns for them."""
     yield from _texts(columns, [row_format.question])
     if row_format.columns <= columns.keys():
-        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):  # a mapped row need not be of that form
+        with contextlib.suppress(
+            KeyError, IndexError, TypeError, ValueError
+        ):  # a mapped row may not have the public format
             yield row_format.views(columns)[0]
 
 
@@ -117,12 +123,12 @@ def _texts(columns: Columns, names: list[str]) -> Iterator[str]:
             yield text
 
 
-def _mapped(source: BaseSource) -> dict[str, str]:
+def _view_columns(source: BaseSource) -> dict[str, str]:
     return source.views if isinstance(source.views, dict) else {}
 
 
-def _other_forms(data: DataConfig, test: TaskTest) -> list[BaseSource]:
-    """Return sources of the mappings, the default one included, that rows of the corpus have and the test has not."""
+def _other_mappings(data: DataConfig, test: TaskTest) -> list[BaseSource]:
+    """Return one source for each mapping of the corpus, including the default, that the test does not use."""
     different: list[BaseSource] = []
     for source in [
         BaseSource(),

@@ -1,7 +1,7 @@
-"""Sources: where records come from.
+"""Sources of records.
 
-A source is cut into pieces that do not depend on the number of workers. A piece yields records in order: the
-text of each view, or the reason why there is none.
+A source is divided into pieces that do not depend on the number of workers. A piece yields records in order. Each
+record holds the text of its views, or the reason why it could not be read.
 """
 
 from collections.abc import Callable
@@ -43,5 +43,5 @@ READERS: dict[type, Callable[[Any, tuple[str, ...], str], Reader]] = {
 
 
 def open_source(source: Source, views: tuple[str, ...], name: str) -> Reader:
-    """Open a source; `name` is its dotted key, for messages. Raises UserError where it cannot be read."""
+    """Open a source; `name` is its dotted key for messages. Raises UserError if it cannot be read."""
     return READERS[type(source)](source, views, name)

@@ -1,4 +1,4 @@
-"""Files of Arrow IPC, such as `datasets.Dataset.save_to_disk` writes: the stream format and the file format."""
+"""Arrow IPC files in the stream or the file format, such as `datasets.Dataset.save_to_disk` writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from data_prep.sources.views import column_mapping
 
 SUFFIXES = (".arrow",)
 FILE_FORMAT = b"ARROW1"
-"""First bytes of the file format; the stream format has none of its own."""
+"""First bytes of the file format; the stream format has no such mark."""
 SPLITS, DATASET = "dataset_dict.json", "state.json"
-"""Files of save_to_disk: the one lists the splits of a DatasetDict, the other the Arrow files of a Dataset."""
+"""Files of save_to_disk: SPLITS lists the splits of a DatasetDict, DATASET the Arrow files of a Dataset."""
 
 
 class Arrow:
-    """Files of rows; a file is a piece."""
+    """Reader of Arrow files; a file is a piece."""
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
         self.files, self.note = _find(source, name) if found is None else (found, "")
@@ -37,7 +37,7 @@ class Arrow:
         )
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items()]
 
@@ -54,7 +54,7 @@ class Arrow:
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 
@@ -62,36 +62,39 @@ def _find(source: FileSource, name: str) -> tuple[list[str], str]:
     path = Path(source.path or "")
     if (path / SPLITS).is_file():
         raise UserError(
-            f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: give the folder of one, such as "
-            f"{path / splits_of(path)[0]}, or type: hub with hub_split"
+            f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: set it to the folder of one, such as "
+            f"{path / splits_of(path)[0]}, or use type: hub with hub_split"
         )
     return (saved_files(path), "") if (path / DATASET).is_file() else files.find_files_with_note(source, name, SUFFIXES)
 
 
 def splits_of(folder: Path) -> list[str]:
-    """Return the names of the splits that save_to_disk wrote; each is a folder. Raises UserError."""
-    return [str(split) for split in _listed(folder / SPLITS, "splits")]
+    """Return the names of the splits that save_to_disk wrote; each is a folder. Raises UserError if there are none."""
+    return [str(split) for split in _entries(folder / SPLITS, "splits")]
 
 
 def saved_files(folder: Path) -> list[str]:
-    """Return the Arrow files of a Dataset that save_to_disk wrote, without the caches beside them. Raises UserError."""
-    found = [str(folder / str(entry.get("filename"))) for entry in _listed(folder / DATASET, "_data_files")]
+    """Return the Arrow files of a Dataset that save_to_disk wrote, without the caches next to them.
+
+    Raises UserError if a file is missing.
+    """
+    found = [str(folder / str(entry.get("filename"))) for entry in _entries(folder / DATASET, "_data_files")]
     for path in found:
         if not Path(path).is_file():
             raise UserError(
-                f"{path} is missing, which {folder / DATASET} lists: write the folder anew with save_to_disk"
+                f"{path} is missing, but {folder / DATASET} lists it: write the folder again with save_to_disk"
             )
     return found
 
 
-def _listed(path: Path, key: str) -> list[Any]:
+def _entries(path: Path, key: str) -> list[Any]:
     try:
-        listed = read_json(path)[key]
-        if isinstance(listed, list) and listed:
-            return listed
+        entries = read_json(path)[key]
+        if isinstance(entries, list) and entries:
+            return entries
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} lists no {key}: write the folder anew with save_to_disk")
+    raise UserError(f"{path} lists no {key}: write the folder again with save_to_disk")
 
 
 @contextmanager
@@ -102,15 +105,16 @@ def opened(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
             magic = file.read(len(FILE_FORMAT))
             file.seek(0)
             reader = pa.ipc.open_file(file) if magic == FILE_FORMAT else pa.ipc.open_stream(file)
-            yield (
-                reader.schema,
-                (reader.get_batch(number) for number in range(reader.num_record_batches))
-                if magic == FILE_FORMAT
-                else iter(reader),
-            )
+            if magic == FILE_FORMAT:
+                batches: Iterator[pa.RecordBatch] = (
+                    reader.get_batch(number) for number in range(reader.num_record_batches)
+                )
+            else:
+                batches = iter(reader)
+            yield reader.schema, batches
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise files.read_error(path, error) from None
         raise UserError(
-            f"{path} is not an Arrow file, or damaged ({' '.join(str(error).split())[:200]}); replace it"
+            f"{path} is corrupt or not an Arrow file ({' '.join(str(error).split())[:200]}): replace it"
         ) from None

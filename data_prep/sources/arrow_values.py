@@ -1,4 +1,4 @@
-"""Records from batches of Arrow, in which Parquet files are read as well."""
+"""Records from Arrow batches; Parquet files are read as such batches too."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +10,14 @@ from data_prep.sources.views import ViewMapping
 
 
 class Unreadable(str):
-    """Stands in for a value that Python cannot hold, such as bytes that are not UTF-8: why not, in one line."""
+    """A placeholder for a value that Python cannot hold, such as bytes that are not UTF-8; its text is the reason."""
 
 
 def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterator[Record]:
-    """Yield the records of a batch, `before` rows after the first row of its piece. A row with an unreadable value is malformed."""
+    """Yield the records of a batch; a row with an unreadable value is malformed.
+
+    The batch starts `before` rows after the first row of its piece.
+    """
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     unreadable = {
         row: f"{name!r} holds {value}, not text"
@@ -31,12 +34,15 @@ def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterato
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """Return the values of a column as Python has them: bytes of UTF-8 as text, and Unreadable for what Python cannot hold."""
+    """Return the values of a column as Python objects.
+
+    UTF-8 bytes become text. A value that Python cannot hold becomes Unreadable.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            values: list[Any] = column.to_numpy(zero_copy_only=False).tolist()  # the fastest way
+            values: list[Any] = column.to_numpy(zero_copy_only=False).tolist()  # faster than to_pylist
             return values
         values = column.to_pylist()
         return [_decoded(value) for value in values] if _has_bytes(column.type) else values
@@ -49,12 +55,15 @@ def _value(scalar: pa.Scalar) -> Any:
         return _decoded(scalar.as_py())
     except UnicodeDecodeError:
         return Unreadable("bytes that are not UTF-8")
-    except (ValueError, OverflowError, pa.ArrowException) as error:  # a time that Python's types do not reach
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # e.g. a time outside the range of Python's types
         return Unreadable(f"a value of type {scalar.type} that cannot be read ({' '.join(str(error).split())[:100]})")
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    """Return whether a type is bytes without the UTF-8 annotation, as Impala and old Spark write text, or contains such bytes."""
+    """Return whether a type is or contains bytes without the UTF-8 annotation.
+
+    Impala and old versions of Spark write text in this way.
+    """
     tests = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
     return any(test(kind) for test in tests) or any(
         _has_bytes(kind.field(index).type) for index in range(kind.num_fields)
@@ -62,7 +71,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _decoded(value: Any) -> Any:
-    """Return a value with all bytes in it as text. Raises UnicodeDecodeError."""
+    """Return a value with all bytes in it decoded to text. Raises UnicodeDecodeError."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list):

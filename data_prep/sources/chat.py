@@ -1,4 +1,4 @@
-"""Conversations: rows with `messages` (role, content), or with `conversations` (from, value) as ShareGPT has them."""
+"""Conversations: rows with `messages` (role, content), or with ShareGPT's `conversations` (from, value)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,19 +8,19 @@ from data_prep.sources.text_values import NotTextError, to_text
 COLUMNS = ("messages", "conversations")
 """Columns that hold a conversation."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-"""Names of ShareGPT for roles."""
+"""ShareGPT's names of the roles."""
 
 
 def is_conversation(value: Any) -> bool:
-    """Return whether a column holds the turns of a conversation, rather than its name or nothing."""
+    """Return whether the value of a column is the turns of a conversation: a list that is not empty."""
     return isinstance(value, list) and bool(value)
 
 
 def role_reader(column: str, role: str) -> Callable[[dict[str, Any]], str | None]:
-    """Return the function that finds the text of a role in a row: its only turn that has text; None if there is none.
+    """Return a function that returns the text of a role in a row, or None if no turn of the role has text.
 
-    The function raises NoText for a second such turn, and for a turn that is not text. Turns without text, such as the calls of tools
-    before the final answer, do not count.
+    The text is the role's only turn with text. Turns without text, such as tool calls before the final answer, are
+    ignored. The function raises NotTextError for a second turn with text, and for a turn that is not text.
     """
     name = f"{column}.{role}"
 
@@ -42,14 +42,14 @@ def role_reader(column: str, role: str) -> Callable[[dict[str, Any]], str | None
         except (TypeError, AttributeError):
             raise NotTextError(f"`{column}` is not a list of objects") from None
         if turns > 1:
-            raise NotTextError(f"`{column}` has {turns} turns of the {role}, a view holds one")
+            raise NotTextError(f"`{column}` has {turns} turns of the {role}, but a view holds one")
         return text
 
     return read
 
 
 def _content(content: Any, name: str) -> str | None:
-    """Return the text of a turn: a text, or a list of parts that are all text."""
+    """Return the text of a turn; its content is a string, or a list of parts that are all text."""
     if content.__class__ is str and content.isascii():
         return content
     if not isinstance(content, list):

@@ -1,4 +1,4 @@
-"""CSV and TSV files: a header line with the names of the columns, then a row a record."""
+"""CSV and TSV files: a header line with the column names, then one record per row."""
 
 import csv
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from data_prep.sources import files
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import ViewMapping, column_mapping
 
-SUFFIXES = tuple(kind + (packed or "") for kind in (".csv", ".tsv") for packed in files.OPENERS)
-BAD = "\udcff"
-"""Stands in for a line of more than 16 MiB: as every byte that is not UTF-8, half of a surrogate pair."""
+SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for compression in files.OPENERS)
+TOO_LONG_LINE = "\udcff"
+"""A placeholder for a line of more than 16 MiB: half a surrogate pair, which also replaces each byte that is not
+UTF-8."""
 
 
 class Csv:
-    """CSV or TSV files. A file is one piece, because quotes can only be matched from its beginning."""
+    """Reader of CSV and TSV files. A file is one piece, because quotes can only be matched from its beginning."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Csv:
         )
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items()]
 
@@ -59,14 +60,14 @@ class Csv:
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 
 def read_objects(
     piece: Piece, delimiter: str | None = None
 ) -> Iterator[tuple[int, dict[str, str] | ValueError | files.CorruptFileError]]:
-    """Yield the rows of a file by the names of their columns, each with the line on which it starts, or why it cannot be read."""
+    """Yield the line on which each row of a file starts, and the row by column name or the error of reading it."""
     names, rows = header(piece, delimiter), _rows(piece, delimiter)
     next(rows)
     for line, row in rows:
@@ -83,29 +84,29 @@ def read_objects(
 
 
 def header(piece: Piece, delimiter: str | None = None) -> list[str]:
-    """Return the names of the columns of a file. Raises UserError if the first line does not give them."""
+    """Return the column names of a file. Raises UserError if the first line does not contain them."""
     line, row = next(_rows(piece, delimiter), (1, []))
     if not isinstance(row, list) or not row or len(set(row)) < len(row):
-        problem = (
-            row
-            if isinstance(row, Exception)
-            else f"names {max(row, key=row.count)!r} twice"
-            if row
-            else "there is none"
-        )
+        problem: object = "it is empty"
+        if isinstance(row, Exception):
+            problem = row
+        elif row:
+            problem = f"it names {max(row, key=row.count)!r} twice"
         raise UserError(
-            f"{piece.path}:{line}: the first line must name the columns ({problem}); give each column a name"
+            f"{piece.path}:{line}: the first line must name the columns ({problem}): give each column its own name"
         )
     return row
 
 
 def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] | csv.Error | files.CorruptFileError]]:
-    """Yield the rows of a file but for empty ones, each with the line on which it starts, or why it cannot be read."""
-    kind = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
+    """Yield the line on which each non-empty row starts, and the row or the error of reading it."""
+    uncompressed = piece.path.removesuffix(files.compression_suffix(piece.path) or "")
     csv.field_size_limit(files.MAX_LINE_BYTES)
     with files.open_piece(piece) as file:
         rows = csv.reader(
-            _lines(file, piece.path), delimiter=delimiter or ("\t" if kind.endswith(".tsv") else ","), strict=True
+            _lines(file, piece.path),
+            delimiter=delimiter or ("\t" if uncompressed.endswith(".tsv") else ","),
+            strict=True,
         )
         while True:
             line = rows.line_num + 1
@@ -125,7 +126,7 @@ def _rows(piece: Piece, delimiter: str | None) -> Iterator[tuple[int, list[str] 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[str]:
     for number, line in enumerate(files.lines(files.block_reader(file, path))):
-        text = BAD if line is None else line.decode(errors="surrogateescape")
+        text = TOO_LONG_LINE if line is None else line.decode(errors="surrogateescape")
         yield (text.removeprefix("\ufeff") if number == 0 else text) + "\n"
 
 

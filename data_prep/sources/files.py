@@ -1,4 +1,4 @@
-"""Files of a source: which they are, how they are cut, and how their lines are read in bounded memory."""
+"""Files of a source: finding them, dividing them into pieces, and reading their lines in bounded memory."""
 
 import glob
 import gzip
@@ -21,44 +21,45 @@ from data_prep.sources.record import Piece
 BLOCK_BYTES = 1 << 20
 """Bytes read at a time."""
 SMALL_BLOCK = 1 << 16
-"""The same where what stands before damage is lost with its block."""
+"""Bytes read at a time by a reader that loses the whole block before a corrupt place."""
 MAX_LINE_BYTES = 16 << 20
 SMALLEST_PIECE, LARGEST_PIECE = 4 << 20, 64 << 20
 SHOWN_FILES = 3
-"""Files that a line about skipped ones names."""
+"""Number of files that a note about skipped files names."""
 PIECES = 256
-"""About so many are a source of plain files cut into."""
+"""Approximate number of pieces of a source of uncompressed files."""
 OPENERS: dict[str | None, Callable[[str], Any]] = {
     None: lambda path: open(path, "rb", buffering=0),  # noqa: SIM115
     ".gz": gzip.open,
     ".zst": lambda path: pa.CompressedInputStream(pa.OSFile(path), "zstd"),
 }
-"""By suffix. Python's gzip gives what stands before damage; Arrow's reader loses the block."""
-
-
+"""File openers by suffix. Python's gzip returns the data before a corrupt place; Arrow's reader loses the block."""
 WINDOW_TOO_LONG = "requires too much memory"
-"""Part of zstd's error for a frame whose window exceeds the 128 MiB that its decoders take by default."""
+"""Part of zstd's error for a frame whose window exceeds 128 MiB, the default limit of its decoders."""
 
 
 class CorruptFileError(Exception):
-    """A compressed file that cannot be read to its end; the message is one line."""
+    """An error for a compressed file that cannot be read to its end; the message is one line."""
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
-    """Return the files of a source by name: a file, those of a folder with one of `suffixes`, or of a glob. Raises UserError."""
+    """Return the sorted files of a source: one file, the files of a folder with a suffix, or those of a glob.
+
+    Raises UserError if there are none, or if one cannot be read.
+    """
     return find_files_with_note(source, name, suffixes, follow_links)[0]
 
 
 def find_files_with_note(
     source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True
 ) -> tuple[list[str], str]:
-    """Return the files of a source, see `find_files`, and a line about the others in its folders, empty if there are none."""
+    """Return the files of a source, see `find_files`, and a note about skipped files, or ""."""
     path, key = source.path, f"{name}.path"
     skipped: list[str] = []
     if path is None:
-        raise UserError(f"{key} is not set: give the file on the command line, {key}=FILE")
+        raise UserError(f"{key} is not set: set it on the command line, {key}=FILE")
     if os.path.isdir(path):
-        found = _below(path, suffixes, follow_links, skipped)
+        found = _list_readable(path, suffixes, follow_links, skipped)
         if not found:
             raise UserError(
                 f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else "")
@@ -70,17 +71,17 @@ def find_files_with_note(
         found = [
             file
             for match in matches
-            for file in (_below(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])
+            for file in (_list_readable(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])
         ]
         if not found:
-            raise UserError(f"no file matches {path} ({key}); check the pattern")
+            raise UserError(f"no file matches {path} ({key}): check the pattern")
     for file in found:
         _check_readable(file, key)
     return sorted(set(found)), skipped_files_note(set(skipped) - set(found), path, key)
 
 
 def skipped_files_note(skipped: set[str], folder: str, key: str) -> str:
-    """Return a line that names the files below a folder that are not read; empty if there are none."""
+    """Return a line that names the skipped files below a folder; empty if there are none."""
     if not skipped:
         return ""
     some = f"{len(skipped):,} files" if len(skipped) > 1 else "1 file"
@@ -89,22 +90,22 @@ def skipped_files_note(skipped: set[str], folder: str, key: str) -> str:
 
 
 def files_below(folder: str) -> list[str]:
-    """Return all files below a folder but for hidden ones; none if there is no such folder."""
+    """Return all files below a folder except hidden ones; none if there is no such folder."""
     return sorted(str(file) for file in Path(folder).rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
 def glob_root(path: str) -> Path:
-    """The folder that all files of a glob stand below; a path that is no glob, as it is."""
+    """Return the folder that contains all files of a glob; a path that is not a glob is returned unchanged."""
     parts = Path(path).parts
     if os.path.lexists(path) or not glob.has_magic(path):
         return Path(path)
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
 
 
-def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
-    """Return the files below a folder that are read, and add the others to `skipped`, hidden folders as a whole.
+def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
+    """Return the files below a folder that are read, and add the others to `skipped`.
 
-    If links to folders are followed, each folder comes once.
+    A hidden folder is added as a whole. If links to folders are followed, each folder is visited once.
     """
 
     def fail(error: OSError) -> None:
@@ -124,7 +125,7 @@ def _below(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: 
 
 
 def _unseen(folders: list[str], seen: set[str]) -> Iterator[str]:
-    """Yield the folders that are not among the resolved ones `seen`, and add them to it."""
+    """Yield the folders whose resolved paths are not in `seen`, and add them to it."""
     for folder in folders:
         resolved = os.path.realpath(folder)
         if resolved not in seen:
@@ -136,10 +137,10 @@ def _check_readable(file: str, key: str) -> None:
     try:
         file.encode()
     except UnicodeEncodeError:
-        raise UserError(f"the name of the file {file!r} ({key}) is not UTF-8; rename it") from None
+        raise UserError(f"the name of the file {file!r} ({key}) is not UTF-8: rename it") from None
     try:
         if os.path.exists(file) and not os.path.isfile(file):
-            raise UserError(f"{file} ({key}) is no file")
+            raise UserError(f"{file} ({key}) is not a file")
         with open(file, "rb"):
             pass
     except OSError as error:
@@ -152,33 +153,37 @@ def read_error(path: str, error: OSError) -> UserError:
 
 
 def compression_suffix(path: str) -> str | None:
-    """The suffix of a compressed file."""
+    """Return the suffix of a compressed file, or None."""
     return suffix if (suffix := Path(path).suffix) in OPENERS else None
 
 
 @contextmanager
 def open_piece(piece: Piece) -> Iterator[BinaryIO]:
-    """The file of a piece at its first byte, unpacked where its name ends in .gz or .zst. Raises UserError where it cannot be read."""
+    """Yield the file of a piece at its first byte, decompressed if its name ends in .gz or .zst.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         with OPENERS[compression_suffix(piece.path)](piece.path) as file:
             if size_of(piece.path) < piece.stop:
-                raise UserError(f"{piece.path} has become shorter while it was prepared; start the same command again")
+                raise UserError(f"{piece.path} became shorter while it was being prepared: run the same command again")
             yield file
     except OSError as error:
         raise read_error(piece.path, error) from None
 
 
 def block_reader(file: BinaryIO, path: str) -> Callable[[], bytes]:
-    """Return what reads the next block of an opened file, empty at the end.
+    """Return a function that returns the next block of an open file, empty at the end.
 
-    It raises Damaged if the file is damaged there, and UserError if it is valid but needs too much memory.
+    It raises CorruptFileError if the file is corrupt there, and UserError if the file is valid but needs too much
+    memory.
     """
     if compression_suffix(path) is None:
         return lambda: file.read(BLOCK_BYTES)
     if not os.path.getsize(path):
 
         def empty() -> bytes:
-            raise CorruptFileError("the compressed file is empty, so it was not written to its end: replace it")
+            raise CorruptFileError("the compressed file is empty, so its writing was interrupted: replace it")
 
         return empty
 
@@ -190,19 +195,23 @@ def block_reader(file: BinaryIO, path: str) -> Callable[[], bytes]:
         except (OSError, EOFError, zlib.error) as error:
             if WINDOW_TOO_LONG in str(error):
                 raise UserError(
-                    f"{path} was packed with a window of more than 128 MiB, as `zstd --long=31` does, which cannot be read here; "
-                    f"the file is not damaged. Pack it again: zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst"
+                    f"{path} was compressed with a window of more than 128 MiB, e.g. by `zstd --long=31`. This reader "
+                    "does not support such windows; the file is not corrupt. Compress it again: "
+                    f"zstd -d --long=31 -c {shlex.quote(path)} | zstd -o NEW.zst"
                 ) from None
             raise CorruptFileError(
-                f"the compressed file is cut off or damaged here, the rest is lost ({' '.join(str(error).split())}): "
-                "replace it"
+                "the compressed file is truncated or corrupt here, and the rest is lost "
+                f"({' '.join(str(error).split())}): replace it"
             ) from None
 
     return read
 
 
 def byte_pieces(files: list[str], uncut: Collection[str] = ()) -> list[Piece]:
-    """Return byte ranges of plain files, and as a whole the compressed ones and those in `uncut`; the ranges grow with the whole size."""
+    """Return the pieces of files: byte ranges of uncompressed files, and whole files if compressed or in `uncut`.
+
+    The ranges grow with the total size.
+    """
     sizes = {path: size_of(path) for path in files}
     length = piece_length(sum(size for path, size in sizes.items() if compression_suffix(path) is None))
     pieces = []
@@ -222,14 +231,14 @@ def size_of(path: str) -> int:
 
 
 def piece_length(total: int) -> int:
-    """A power of two between 4 and 64 MiB, so that `total` bytes make about 256 pieces."""
+    """Return the bytes per piece: a power of two between 4 and 64 MiB that divides `total` into about 256 pieces."""
     return min(max(1 << max(total // PIECES - 1, 0).bit_length(), SMALLEST_PIECE), LARGEST_PIECE)
 
 
 def skip_to_line(file: BinaryIO, start: int) -> int:
-    """Move to the first line that starts at or behind byte `start`, and return where that is."""
+    """Move to the first line that starts at or after byte `start`, and return its position."""
     if start:
-        file.seek(start - 1)  # the newline of the line before may be the byte before
+        file.seek(start - 1)  # the byte before `start` may be the newline of the previous line
         at = start - 1
         while block := file.read(BLOCK_BYTES):
             found = block.find(b"\n") + 1
@@ -243,10 +252,13 @@ def skip_to_line(file: BinaryIO, start: int) -> int:
 
 
 def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[bytes | None]:
-    """The lines that start in the next `length` bytes, without newline; None for one of more than 16 MiB. The file stands at a line."""
-    held, too_long = b"", False  # the line at hand
+    """Yield the lines that start in the next `length` bytes, without newline; None for one of more than 16 MiB.
+
+    The file must be at the start of a line.
+    """
+    held, too_long = b"", False  # the current line
     while (length > 0 or held or too_long) and (block := read()):
-        if length < len(block):  # the last line of the piece may reach beyond it, and ends here
+        if length < len(block):  # the last line of the piece may extend past it, and ends in this block
             end = block.find(b"\n", max(length - 1, 0)) + 1
             block = block[:end] or block
         length -= len(block)
@@ -265,7 +277,7 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
 
 
 def count_lines(piece: Piece) -> int:
-    """Lines that start in a byte range of a plain file."""
+    """Return the number of lines that start in a byte range of an uncompressed file."""
     with open_piece(piece) as file:
         if piece.start:
             file.seek(piece.start - 1)

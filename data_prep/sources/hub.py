@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
-"""In the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
+"""Commit in the address of a data set on the hub, `hf://datasets/OWNER/NAME@COMMIT`."""
 
 
 def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
-    """Open a local folder by the reader of its files, and stream anything else. Raises UserError if it cannot be opened."""
+    """Open a local folder with the reader of its file type, and stream any other data set.
+
+    Raises UserError if it cannot be opened.
+    """
     if source.path.startswith((".", "/")) and not Path(source.path).exists():
         raise UserError(f"there is no folder {source.path} ({name}.path)")
     if saved := open_saved(source, views, name):
@@ -35,7 +38,7 @@ def open_hub(source: HubSource, views: tuple[str, ...], name: str) -> Reader:
 
 
 class Hub:
-    """A streamed data set; its shards, which are its files, are the pieces."""
+    """Reader of a streamed data set; each of its shards (files) is a piece."""
 
     note = ""
 
@@ -50,7 +53,7 @@ class Hub:
             self.rows = self.rows.select_columns(list(self.mapping.columns))
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         known, shards = self.rows.info.dataset_size or self.rows.info.download_size or 0, self.rows.num_shards
         return [Piece(self.title, shard, shard + 1, known // shards or LARGEST_PIECE) for shard in range(shards)]
 
@@ -65,12 +68,16 @@ class Hub:
         return 0  # rows are counted within their shard
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:shard {piece.start}:{position}"
 
 
 def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
-    """Return the rows of one split: files of JSON or CSV in a local folder, which `datasets` would change, or what it streams. Raises UserError."""
+    """Return the rows of one split, or the JSON or CSV files of a local folder.
+
+    The files are returned unread because `datasets` would change the text in them. Raises UserError if the data set
+    cannot be read.
+    """
     if source.path.startswith((".", "/")) and not Path(source.path).exists():
         raise UserError(f"there is no folder {source.path} ({name}.path)")
     with as_user_error(f"cannot read the data set {source.path} ({name}), split {source.hub_split}"):
@@ -86,7 +93,10 @@ def open_rows(source: HubSource, name: str) -> "list[str] | IterableDataset":
 
 
 def commit_of(source: HubSource, name: str) -> str | None:
-    """Return the commit that the revision of a data set of the hub is now; None for a local folder. Raises UserError."""
+    """Return the commit that the revision of a hub data set currently points to; None for a local folder.
+
+    Raises UserError if the hub cannot be read.
+    """
     if Path(source.path).is_dir() or source.path.startswith((".", "/")):
         return None
     with as_user_error(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
@@ -95,17 +105,17 @@ def commit_of(source: HubSource, name: str) -> str | None:
 
 
 def open_builder(source: HubSource) -> "DatasetBuilder":
-    """Return what `datasets` reads a data set with. Importing it takes more than a second."""
+    """Return the builder with which `datasets` reads a data set. The import takes more than a second."""
     import datasets
 
     for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in one line
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # errors are reported in one line
     return datasets.load_dataset_builder(source.path, source.config, revision=source.revision)
 
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Any error of the library as one line: the kinds that it raises have no common base."""
+    """Convert any error of the library to a UserError of one line; its error classes have no common base."""
     try:
         yield
     except UserError:

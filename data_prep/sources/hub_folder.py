@@ -1,6 +1,7 @@
-"""Local folders of `type: hub`, read by the readers of their files: what the `datasets` library reads as JSON or CSV it also reinterprets.
+"""Local folders of `type: hub`, read by the readers of their file types.
 
-Which files belong to a split is left to `datasets`: it knows the names and the README.md of the hub's layout.
+`datasets` would reinterpret the values of JSON and CSV files, so it does not read them. It still decides which
+files belong to a split, because it knows the hub's file name conventions and README.md settings.
 """
 
 import os
@@ -28,7 +29,7 @@ READERS: dict[tuple[str, ...], Callable[..., Reader]] = {
     parquet.SUFFIXES: Parquet,
 }
 WITHOUT_EFFECT = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter"}
-"""Settings of a builder of `datasets` that leave the text of its files as it is, or that a reader here has too."""
+"""Settings of a `datasets` builder that leave the text of files unchanged, or that the readers here support."""
 
 
 def is_saved(source: HubSource) -> bool:
@@ -43,20 +44,18 @@ def check_saved_split(source: HubSource, name: str) -> None:
     if (folder / arrow.SPLITS).is_file():
         _check_split(source, name, arrow.splits_of(folder))
     elif source.hub_split != "train":
-        raise UserError(
-            f"{folder} ({name}.path) is a single data set of save_to_disk, without splits: leave out {name}.hub_split"
-        )
+        raise UserError(f"{folder} ({name}.path) is a data set of save_to_disk without splits: remove {name}.hub_split")
 
 
 def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader | None:
-    """Open a folder that save_to_disk wrote; None if it is another. Raises UserError."""
+    """Open a folder that save_to_disk wrote; return None for any other. Raises UserError if it cannot be read."""
     folder = Path(source.path)
     has_splits = (folder / arrow.SPLITS).is_file()
     if not is_saved(source):
         return None
     if source.config is not None:
         raise UserError(
-            f"{folder} ({name}.path) was written by save_to_disk and has no configurations: leave out {name}.config"
+            f"{folder} ({name}.path) was written by save_to_disk and has no configurations: remove {name}.config"
         )
     check_saved_split(source, name)
     if has_splits:
@@ -65,38 +64,40 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
 
 
 def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder") -> Reader | None:
-    """Open the files that `builder` finds in a local folder; None if no reader here reads them as it does. Raises UserError."""
+    """Open the files that `builder` finds in a local folder; return None if no reader here reads them as it does.
+
+    Raises UserError if the folder does not have the split.
+    """
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
-    found = files[source.hub_split]
+    split_files = files[source.hub_split]
     make = next(
-        (reader for suffixes, reader in READERS.items() if all(file.endswith(suffixes) for file in found)), None
+        (reader for suffixes, reader in READERS.items() if all(file.endswith(suffixes) for file in split_files)), None
     )
     if make is None or not _is_standard(builder.config):
         return None
     delimiter = {"delimiter": builder.config.sep} if make is Csv else {}
-    reader = make(_as_files(source), views, name, found, **delimiter)
-    reader.note = _note(source, name, {file for of_split in files.values() for file in of_split})
+    reader = make(_as_files(source), views, name, split_files, **delimiter)
+    reader.note = _note(source, name, {file for one_split in files.values() for file in one_split})
     return reader
 
 
 def text_files(source: HubSource, name: str, builder: "DatasetBuilder") -> list[str]:
-    """Return the files of JSON or CSV that `builder` finds in a local folder; none if it reads other files, or reads them in another way."""
+    """Return the JSON or CSV files that `builder` finds in a local folder.
+
+    The list is empty if the builder finds other files, or reads them with special settings.
+    """
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
-    found = files[source.hub_split]
-    return (
-        found
-        if _is_standard(builder.config)
-        and all(file.endswith(json_lines.SUFFIXES + csv_rows.SUFFIXES) for file in found)
-        else []
-    )
+    split_files = files[source.hub_split]
+    all_text = all(file.endswith(json_lines.SUFFIXES + csv_rows.SUFFIXES) for file in split_files)
+    return split_files if all_text and _is_standard(builder.config) else []
 
 
 def _files_by_split(source: HubSource, builder: "DatasetBuilder") -> dict[str, list[str]]:
     return {
-        str(split): [_below(source.path, file) for file in found]
-        for split, found in (builder.config.data_files or {}).items()
+        str(split): [_named_as_given(source.path, file) for file in split_files]
+        for split, split_files in (builder.config.data_files or {}).items()
     }
 
 
@@ -107,34 +108,37 @@ def _as_files(source: HubSource) -> FileSource:
 def _check_split(source: HubSource, name: str, splits: list[str]) -> None:
     if source.hub_split not in splits:
         raise UserError(
-            f"{source.path} ({name}.path) has no split {source.hub_split!r}, only {', '.join(splits) or 'none'}: set {name}.hub_split"
+            f"{source.path} ({name}.path) has no split {source.hub_split!r}, only "
+            f"{', '.join(splits) or '(none)'}: set {name}.hub_split"
         )
 
 
 def _is_standard(config: Any) -> bool:
-    """Return whether a README.md leaves out settings such as the quotes of a CSV file."""
+    """Return whether a README.md sets no special options, such as the quote character of a CSV file."""
     standard = vars(type(config)())
     return all(value == standard.get(key) for key, value in vars(config).items() if key not in WITHOUT_EFFECT)
 
 
-def _below(folder: str, file: str) -> str:
-    """Return a path as it is named in the stamps of a corpus: below the folder as it was given."""
+def _named_as_given(folder: str, file: str) -> str:
+    """Return a path as the file statistics of a corpus name it: below the folder as the user wrote it."""
     return str(Path(folder) / os.path.relpath(file, os.path.realpath(folder)))
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _note(source: HubSource, name: str, read: set[str]) -> str:
-    """Return a line that names the data files of a folder that are in no split; empty if there are none."""
-    folder, suffixes = Path(source.path), tuple(suffix for of_reader in READERS for suffix in of_reader)
+    """Return a note that names the data files of a folder that are in no split; empty if there are none."""
+    folder, suffixes = Path(source.path), tuple(suffix for reader_suffixes in READERS for suffix in reader_suffixes)
     data_files = (path for path in folder.rglob("*") if path.name.endswith(suffixes))
-    visible = {
-        str(path) for path in data_files if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    left_out = sorted(visible - read)
-    if not left_out:
+    visible = {str(path) for path in data_files if not _is_hidden(path.relative_to(folder))}
+    in_no_split = sorted(visible - read)
+    if not in_no_split:
         return ""
-    examples = ", ".join([*left_out[:SHOWN_FILES], *(["..."] if len(left_out) > SHOWN_FILES else [])])
-    some = f"{len(left_out):,} files are" if len(left_out) > 1 else "a file is"
+    examples = ", ".join([*in_no_split[:SHOWN_FILES], *(["..."] if len(in_no_split) > SHOWN_FILES else [])])
+    count = f"{len(in_no_split):,} files are" if len(in_no_split) > 1 else "a file is"
     return (
-        f"note: {source.path} ({name}.path) is read as the hub does, by the names of files or its README.md, and {some} in no split: {examples}; "
-        "to read all files of a kind, set its type, such as type: json"
+        f"note: {source.path} ({name}.path) is read as on the hub, by file names or its README.md, and {count} in no "
+        f"split: {examples}; to read all files of one type, set that type, such as type: json"
     )

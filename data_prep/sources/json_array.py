@@ -10,20 +10,20 @@ from typing import Any
 from data_prep.sources import files
 from data_prep.sources.record import Piece
 
-SUFFIXES = tuple(".json" + (packed or "") for packed in files.OPENERS)
-LOST = "the rest of the array is lost: correct the file"
+SUFFIXES = tuple(".json" + (compression or "") for compression in files.OPENERS)
+LOST = "the rest of the array is lost: fix the file"
 NOT_UTF_8 = re.compile("[\udc80-\udcff]")
 """Characters that Python substitutes for bytes that are not UTF-8."""
 BLANK = " \t\r\n"
 BOM = "\ufeff"
 LONGEST_INTEGER = sys.int_info.str_digits_check_threshold
-"""Digits that Python reads whatever limit is set."""
+"""Number of digits that Python always reads, whatever limit is set."""
 Scan = Callable[[str, int], tuple[Any, int]]
 SCAN: Scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # not in the stubs
 
 
 def read_integer(digits: str) -> int | str:
-    """Return an integer, or its digits if Python limits how many digits of an integer it reads."""
+    """Return an integer, or its digits if there are more than Python may read."""
     return int(digits) if len(digits) <= LONGEST_INTEGER else digits
 
 
@@ -42,12 +42,15 @@ def is_array(path: str) -> bool:
                 start += block
                 first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         except files.CorruptFileError:
-            return False  # reading the file reports that
+            return False  # reading the file reports the error
     return first == b"["
 
 
 def elements(read: Callable[[], bytes]) -> Iterator[Any]:
-    """Yield the elements of an array, a ValueError for one that is not UTF-8; at last a Damaged if what follows cannot be read."""
+    """Yield the elements of an array, and a ValueError for one that is not UTF-8.
+
+    The last item is a CorruptFileError if the rest of the file cannot be read.
+    """
     text = _Text(read)
     try:
         text.expect(BOM)
@@ -69,7 +72,7 @@ def elements(read: Callable[[], bytes]) -> Iterator[Any]:
 
 
 class _Text:
-    """The text of a file from a place on. Its methods raise Damaged, ValueError and RecursionError."""
+    """Decoder of the text of a file. Its methods raise CorruptFileError, ValueError and RecursionError."""
 
     def __init__(self, read: Callable[[], bytes]):
         self.read, self.decoder = read, codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -78,11 +81,11 @@ class _Text:
         """Line on which the held text starts."""
 
     def line_of(self, place: int) -> int:
-        """Return the line of a place in the held text."""
+        """Return the line of a position in the held text."""
         return self.before + self.held.count("\n", 0, place)
 
     def expect(self, character: str) -> bool:
-        """Return whether this is the next character, and move past it and the blanks around it if it is."""
+        """Return whether this is the next character; if so, move past it and the blanks around it."""
         found = self.rest().startswith(character)
         if found:
             self.at += 1
@@ -90,7 +93,7 @@ class _Text:
         return found
 
     def rest(self) -> str:
-        """Return the next character, or "" at the end of the file, after moving past blanks."""
+        """Move past blanks, and return the next character, or "" at the end of the file."""
         while True:
             while self.at < len(self.held) and self.held[self.at] in BLANK:
                 self.at += 1
@@ -98,22 +101,22 @@ class _Text:
                 return self.held[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """Return the value at this place, and move past it."""
+        """Return the value at the current position, and move past it."""
         scan = SCAN
         while True:
             try:
                 value, end = scan(self.held, self.at)
-            except (StopIteration, json.JSONDecodeError) as error:  # what is held may end within the value
+            except (StopIteration, json.JSONDecodeError) as error:  # the held text may end within the value
                 if not self._more():
                     raise error if isinstance(error, ValueError) else ValueError("no value after a comma") from None
-            except ValueError:  # an integer of more digits than Python reads
+            except ValueError:  # an integer has more digits than Python reads
                 scan = SCAN_ANY_INTEGER
             else:
                 element, self.at = self.held[self.at : end], end
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
-        """Hold at least twice as much of the text from this place on; return whether there is more."""
+        """Hold at least twice as much text from the current position on, and return whether there was more."""
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)

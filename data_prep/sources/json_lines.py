@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, with named columns or a conversation."""
+"""JSON lines: one object per line, with named columns or a conversation."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,13 @@ from data_prep.sources.json_array import BOM, SCAN, read_integer
 from data_prep.sources.record import Piece, Record
 from data_prep.sources.views import RowMapping
 
-SUFFIXES = tuple(kind + (packed or "") for kind in (".json", ".jsonl", ".ndjson") for packed in files.OPENERS)
+SUFFIXES = tuple(kind + (compression or "") for kind in (".json", ".jsonl", ".ndjson") for compression in files.OPENERS)
 
 
 class JsonLines:
-    """Files of JSON lines; the plain ones are cut into byte ranges, and a line belongs to the range in which it starts.
+    """Reader of JSON lines. A .json file may also be one array of objects, which is one piece.
 
-    A .json file may also be one array of objects, which is a piece.
+    Uncompressed files are divided into byte ranges, and a line belongs to the range in which it starts.
     """
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
@@ -26,7 +26,7 @@ class JsonLines:
         self.provided_views = self.mapping.columns.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         return files.byte_pieces(self.files, self.arrays)
 
     def read(self, piece: Piece) -> Iterator[Record]:
@@ -37,16 +37,18 @@ class JsonLines:
         number = 0
         with files.open_piece(piece) as file:
             read = files.block_reader(file, piece.path)
-            packed = files.compression_suffix(piece.path) is not None
+            compressed = files.compression_suffix(piece.path) is not None
             found = (
-                files.lines(read) if packed else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
+                files.lines(read)
+                if compressed
+                else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
             )
             try:
                 for number, line in enumerate(found, start=1):
                     if line is None:
                         yield Record(None, number, "a line of more than 16 MiB")
                     elif line and not line.isspace():
-                        yield from self._records(line, number)
+                        yield from self._records_of_line(line, number)
             except files.CorruptFileError as problem:
                 yield Record(None, number + 1, str(problem), "damaged")
 
@@ -55,7 +57,7 @@ class JsonLines:
         return 0 if piece.path in self.arrays or files.is_complete_file(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}, element {position}" if piece.path in self.arrays else f"{piece.path}:{before + position}"
 
     def _elements(self, piece: Piece) -> Iterator[Record]:
@@ -67,32 +69,35 @@ class JsonLines:
                 elif isinstance(value, ValueError):
                     yield Record(None, number, str(value))
                 else:
-                    yield from self._of_value(value, number)
+                    yield from self._records_of_value(value, number)
 
-    def _records(self, line: bytes, number: int) -> Iterable[Record]:
+    def _records_of_line(self, line: bytes, number: int) -> Iterable[Record]:
         try:
             value = parse(line)
         except UnicodeDecodeError as error:
             return [Record(None, number, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")]
         except (ValueError, RecursionError) as error:
             return [Record(None, number, f"not JSON ({error})")]
-        return self._of_value(value, number)
+        return self._records_of_value(value, number)
 
-    def _of_value(self, value: Any, number: int) -> Iterable[Record]:
+    def _records_of_value(self, value: Any, number: int) -> Iterable[Record]:
         if not isinstance(value, dict):
             return [Record(None, number, f"a JSON {type(value).__name__}, not an object")]
         return self.mapping.of(value).records(value, number)
 
 
 def parse(line: bytes) -> Any:
-    """Return the JSON value of a line. Raises ValueError (UnicodeDecodeError where it is not UTF-8) or RecursionError."""
+    """Return the JSON value of a line. Raises ValueError or RecursionError if it is not valid JSON.
+
+    The ValueError is a UnicodeDecodeError if the line is not UTF-8.
+    """
     text = line.decode().strip(" \t\r\n")
     try:
-        value, end = SCAN(text, 0)  # `json.loads` without its detours
+        value, end = SCAN(text, 0)  # faster than `json.loads`
         if end == len(text):
             return value
     except json.JSONDecodeError:
         raise
-    except (StopIteration, ValueError):  # a ValueError is about an integer of more digits than Python reads
+    except (StopIteration, ValueError):  # ValueError: an integer has more digits than Python reads
         pass
     return json.loads(text.removeprefix(BOM), parse_int=read_integer)

@@ -9,12 +9,12 @@ from data_prep.sources.views import check_columns, first_and_last, make_mapping
 
 PIECE_RECORDS = 4096
 BYTES = 160
-"""Of a record as a line of JSON, about."""
+"""Approximate size of a record as a line of JSON, in bytes."""
 COLUMNS = ("text", "code")
 
 
 class Nlrx:
-    """Records 0 to `records` of a split; index-addressable, so that any worker makes any of them."""
+    """Reader of the first `records` records of a split. Any worker can generate any record from its index."""
 
     note = ""
 
@@ -25,7 +25,7 @@ class Nlrx:
         self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         total = self.source.records
         bounds = [(start, min(start + PIECE_RECORDS, total)) for start in range(0, total, PIECE_RECORDS)]
         return [Piece(f"nlrx:{self.source.split}", start, stop, (stop - start) * BYTES) for start, stop in bounds]
@@ -41,5 +41,5 @@ class Nlrx:
         return 0  # the place follows from the piece
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{piece.start + position - 1}"

@@ -1,4 +1,4 @@
-"""Parquet files, cut into row groups."""
+"""Parquet files, divided into row groups."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ BATCH_ROWS = 1024
 
 
 class Parquet:
-    """Files of rows; small row groups share a piece."""
+    """Reader of Parquet files; several small row groups form one piece."""
 
     def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
         self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
@@ -40,7 +40,7 @@ class Parquet:
         )
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         smallest = files.piece_length(sum(map(sum, self.sizes.values())))
         pieces = []
         for path, sizes in self.sizes.items():
@@ -70,13 +70,13 @@ class Parquet:
             return sum(file.metadata.row_group(group).num_rows for group in range(piece.start, piece.stop))
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 
 @contextmanager
 def opened(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file. Raises UserError where it cannot be read."""
+    """Yield a Parquet file. Raises UserError if it cannot be read."""
     try:
         status = os.stat(path)
         with pq.ParquetFile(
@@ -87,11 +87,11 @@ def opened(path: str) -> Iterator[pq.ParquetFile]:
         if isinstance(error, OSError) and error.strerror:
             raise files.read_error(path, error) from None
         raise UserError(
-            f"{path} is no Parquet file, or damaged ({' '.join(str(error).split())[:200]}); replace it"
+            f"{path} is corrupt or not a Parquet file ({' '.join(str(error).split())[:200]}): replace it"
         ) from None
 
 
 @lru_cache(maxsize=4)
 def _metadata(path: str, size: int, changed: int) -> pq.FileMetaData:
-    """The footer of a file, which takes long where there are thousands of row groups."""
+    """Return the footer of a file, cached because reading it is slow if there are thousands of row groups."""
     return pq.read_metadata(path)

@@ -20,10 +20,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonCode:
-    """The functions and methods of a tree that have a docstring and a body besides; a file is a piece."""
+    """Reader of the functions and methods that have a docstring and a body; a file is a piece."""
 
     note = ""
-    """A tree has other files as well, which are no programs."""
+    """Always empty: other files in a tree of programs are normal."""
 
     def __init__(self, source: PythonSource, views: tuple[str, ...], name: str):
         self.root = files.glob_root(source.path or "")
@@ -35,7 +35,7 @@ class PythonCode:
         self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items() if size]
 
@@ -55,15 +55,14 @@ class PythonCode:
             return
         for line, row in rows:
             for record in self.mapping.records(row, line):
-                # a docstring with half a surrogate pair, as in a test of them, is no reason to stop
+                # A docstring with half a surrogate pair must not stop the preparation: tests of Unicode have them.
                 yield record._replace(group=module[0], reason=UNPARSABLE if record.views is None else record.reason)
 
     def _rows(self, content: bytes, module: str) -> list[tuple[int, Row]]:
         text, functions = parse(content)
         lines = text.split("\n")
-        signature = (
-            signature_of if "signature" in self.mapping.columns else lambda function: None
-        )  # it takes as long as parsing
+        # Making a signature takes as long as parsing the function.
+        signature = signature_of if "signature" in self.mapping.columns else lambda function: None
         return [
             (
                 function.lineno,
@@ -83,24 +82,27 @@ class PythonCode:
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{position}"
 
     def _module(self, path: str) -> tuple[str, ...]:
-        """The parts of the module's name, of which the first is its top-level package."""
-        below = Path(path).relative_to(self.root) if self.root.is_dir() else Path(Path(path).name)
-        parts = below.with_suffix("").parts
+        """Return the parts of the module's name; the first is its top-level package."""
+        relative = Path(path).relative_to(self.root) if self.root.is_dir() else Path(Path(path).name)
+        parts = relative.with_suffix("").parts
         return parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts
 
 
 def parse(content: bytes) -> tuple[str, list[Function]]:
-    """The text of a file, with newlines as Python reads them, and its functions to take, in order. Raises what parsing raises."""
+    """Return the text of a file with Python's newlines, and its functions that have a docstring and a body, in order.
+
+    Raises any error of decoding or parsing, and ValueError for a file that is too large.
+    """
     if len(content) > LARGEST_FILE:
         raise ValueError(f"a file of more than {LARGEST_FILE >> 20} MiB")
     encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     text = io.StringIO(content.decode(encoding), newline=None).read()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the code that is read, such as "invalid escape sequence"
+        warnings.simplefilter("ignore")  # warnings about the parsed code, such as "invalid escape sequence"
         tree = ast.parse(text)
     found = [
         node
@@ -111,22 +113,23 @@ def parse(content: bytes) -> tuple[str, list[Function]]:
 
 
 def signature_of(function: Function) -> str:
-    """`name(arguments) -> annotation`, on one line."""
+    """Return `name(arguments) -> annotation` on one line."""
     returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
     return f"{function.name}({ast.unparse(function.args)}){returns}"
 
 
 def code_of(function: Function, lines: list[str]) -> str:
-    """The source of a function with its decorators, without its docstring; `lines` are those of the file.
+    """Return the source of a function with its decorators and without its docstring.
 
-    Every line loses the indentation of the function, where it has it, text in strings too.
+    `lines` are the lines of the file. The indentation of the function is removed from every line that has it, even
+    within strings.
     """
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)]) - 1
     while function.decorator_list and not lines[first].lstrip().startswith("@"):
-        first -= 1  # the decorator stands in parentheses, which have no place of their own
+        first -= 1  # the decorator is in parentheses, and ast does not record their position
     docstring, after = function.body[:2]
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
-    if before.strip() or after.lineno == docstring.end_lineno:  # it shares a line with `def` or with the next statement
+    if before.strip() or after.lineno == docstring.end_lineno:  # the docstring shares a line
         rest = [
             before + lines[after.lineno - 1].encode()[after.col_offset :].decode(),
             *lines[after.lineno : function.end_lineno],

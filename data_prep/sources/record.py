@@ -1,4 +1,4 @@
-"""What a source is cut into, and what it yields."""
+"""Pieces and records of a source."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,55 +7,61 @@ from typing import NamedTuple, Protocol
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read on its own: a byte range of a plain file, row groups, a whole compressed or small file."""
+    """A part of a source that is read separately: a byte range, row groups, or a whole compressed or small file."""
 
     path: str
-    """Of the file, for messages."""
+    """Path of the file, for messages."""
     start: int
-    """The first byte, row group, shard or record."""
+    """First byte, row group, shard or record."""
     stop: int
-    """The one behind the last."""
+    """End of the range, exclusive."""
     size: int
-    """Bytes on disk."""
+    """Size on disk, in bytes."""
 
 
 class Record(NamedTuple):
-    """One record, or why there is none."""
+    """One record, or the reason why it could not be read."""
 
     views: tuple[str, ...] | None
-    """Text of each of `data.views`, empty where the record lacks one; None: no record, see `reason` and `problem`."""
+    """Text of each of `data.views`, empty for a view that the record lacks. None if it could not be read, see
+    `reason` and `problem`."""
     position: int
-    """Line or row, from 1, within the piece; `Reader.place` turns it into a place that a person can look at."""
+    """Line or row within the piece, from 1; `Reader.place` converts it to a place that a person can look up."""
     problem: str = ""
-    """One line: why there is none."""
+    """Reason why the record could not be read, in one line."""
     reason: str = "malformed"
-    """`malformed` stops the preparation unless `data.on_malformed` is drop; any other reason is always dropped and counted."""
+    """Kind of the problem. `malformed` stops the preparation unless `data.on_malformed` is drop. Any other kind is
+    always dropped and counted."""
     group: str = ""
-    """Records of one group are held out for validation together; empty: drawn by a text of the record, see data_prep/holdout.py."""
+    """Group of records that are held out for validation together. If empty, a text of the record decides, see
+    data_prep/holdout.py."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The views of a record that is known to have them."""
+        """Return the views of a record that is known to have them."""
         assert self.views is not None
         return self.views
 
 
 class Reader(Protocol):
-    """One source, opened."""
+    """An open source."""
 
     provided_views: tuple[bool, ...]
-    """Which of `data.views` this source fills at all; its records are judged by those alone."""
+    """Whether this source provides each of `data.views`; its records are checked for the provided views only."""
     note: str
-    """A line about files that look like its own and are not read; empty if there are none."""
+    """Note about skipped files; empty if there are none."""
 
     def pieces(self) -> list[Piece]:
-        """In order, the same on every machine. Reads no whole file."""
+        """Return the pieces in order, the same on every machine, without reading whole files."""
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """The records of a piece, in order. Raises UserError where the file cannot be read."""
+        """Yield the records of a piece in order. Raises UserError if the file cannot be read."""
 
     def count(self, piece: Piece) -> int:
-        """Positions in a piece of a file that is cut into several; 0 for a whole file."""
+        """Return the number of positions in a piece of a file that has several pieces; 0 for a whole file."""
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """The place of a record, for people: `file:line`. `before`: positions in the earlier pieces of the same file."""
+        """Return the place of a record for people, `file:line`.
+
+        `before` is the number of positions in the earlier pieces of the same file.
+        """

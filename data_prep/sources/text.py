@@ -1,4 +1,4 @@
-"""Plain documents: a file each, or several in a file with blank lines or a separator line between them."""
+"""Plain documents: one per file, or several in a file, separated by blank lines or a separator line."""
 
 import codecs
 import re
@@ -12,14 +12,17 @@ from data_prep.sources.views import check_columns, make_mapping
 
 LONGEST_DOCUMENT = 64 << 20
 LONGEST_SEPARATOR = 4096
-"""Bytes of a separator line without its newline; blank lines longer than this do not separate."""
+"""Longest separator line without its newline, in bytes; a longer blank line does not separate documents."""
 LOOK_BACK = LONGEST_SEPARATOR + 3
-"""From the start of a document, this far back stands the newline before its separator."""
+"""Largest distance from the start of a document back to the newline in front of its separator, in bytes."""
 COLUMN = "text"
 
 
 class Text:
-    """Files of documents. Plain ones with separators are cut into byte ranges; a document belongs to the range in which it starts."""
+    """Reader of documents. Uncompressed files with separators are divided into byte ranges.
+
+    A document belongs to the range in which it starts.
+    """
 
     def __init__(self, source: TextSource, views: tuple[str, ...], name: str):
         self.files, self.note = files.find_files_with_note(source, name, ("",))
@@ -29,7 +32,7 @@ class Text:
         self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Cut the source, see `Reader.pieces`."""
+        """Divide the source into pieces, see `Reader.pieces`."""
         if self.separators is not None:
             return files.byte_pieces(self.files)
         sizes = {path: files.size_of(path) for path in self.files}
@@ -40,11 +43,11 @@ class Text:
         with files.open_piece(piece) as file:
             cut = self.separators is not None and files.compression_suffix(piece.path) is None
             start, stop = (piece.start, piece.stop) if cut else (0, sys.maxsize)
-            begin = max(0, start - LOOK_BACK)
-            if begin:
-                file.seek(begin)
+            read_from = max(0, start - LOOK_BACK)
+            if read_from:
+                file.seek(read_from)
             for line, document in Splitter(
-                files.block_reader(file, piece.path), self.separators, begin, start, stop
+                files.block_reader(file, piece.path), self.separators, read_from, start, stop
             ).documents():
                 yield from self._records(line, document)
 
@@ -53,7 +56,7 @@ class Text:
         return 0 if files.is_complete_file(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe a place, see `Reader.place`."""
+        """Describe the place of a record, see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
     def _records(self, line: int, document: bytes | str | files.CorruptFileError) -> Iterable[Record]:
@@ -68,89 +71,102 @@ class Text:
 
 
 def separator_pattern(separator: str) -> re.Pattern[bytes]:
-    """Runs of separator lines, from the newline before the first to the newline of the last."""
+    """Return a pattern for a run of separator lines.
+
+    A match starts at the newline in front of the first one and ends after the newline of the last one.
+    """
     line = rb"[ \t\r\v\f]{0,%d}+" % LONGEST_SEPARATOR if not separator else re.escape(separator.encode()) + rb"\r?"
     return re.compile(rb"\n(?:" + line + rb"\n)++")
 
 
 class Splitter:
-    """Cuts bytes, read from place `begin` of a file on, into the documents whose first line starts at `start` to `stop`."""
+    """Splitter of bytes into documents: those whose first line starts in the byte range [start, stop) of a file.
+
+    `read` returns the bytes of the file from position `read_from` on.
+    """
 
     def __init__(
-        self, read: Callable[[], bytes], separators: re.Pattern[bytes] | None, begin: int, start: int, stop: int
+        self, read: Callable[[], bytes], separators: re.Pattern[bytes] | None, read_from: int, start: int, stop: int
     ):
         self.read, self.separators, self.start, self.stop = read, separators, start, stop
-        # `data` starts with the newline before a line that may be a separator; before the first line of the file one is made up
-        self.data, self.at = (b"\n", -1) if begin == 0 else (b"", begin)  # at: place of data[0]
-        self.counted, self.lines = max(start - 1, 0), int(start == 0)  # lines counted up to this place
-        self.parts: list[bytes] = []  # of the document at hand, before `data`
-        self.size = 0
-        self.first = self.line = 0  # place and line of its first byte
-        self.wanted = False  # it starts in this piece
-        if begin == 0:
-            self._start(0)
+        # `data` starts with the newline in front of a possible separator line, an artificial one at the start of
+        # the file. `data_start` is the position of data[0] in the file.
+        self.data, self.data_start = (b"\n", -1) if read_from == 0 else (b"", read_from)
+        self.counted_to, self.lines = (
+            max(start - 1, 0),
+            int(start == 0),
+        )  # number of lines up to the position `counted_to`
+        self.parts: list[bytes] = []  # bytes of the current document in front of `data`
+        self.size = 0  # bytes in `parts`
+        self.doc_start = self.line = 0  # position and line of the document's first byte
+        self.in_piece = False  # whether the document starts in this piece
+        if read_from == 0:
+            self._start_document(0)
 
     def documents(self) -> Iterator[tuple[int, bytes | str | files.CorruptFileError]]:
-        """The line of each document, from 1 at the first line of the piece, and its bytes or why there are none."""
+        """Yield the line of each document, 1 for the piece's first line, and its bytes or the error of reading it."""
         try:
             while block := self.read():
-                if self.at == -1 and self.data == b"\n" and block.startswith(codecs.BOM_UTF8):
-                    block, self.at, self.first, self.counted = block[3:], 2, 3, max(self.counted, 3)
+                if self.data_start == -1 and self.data == b"\n" and block.startswith(codecs.BOM_UTF8):
+                    block, self.data_start, self.doc_start, self.counted_to = block[3:], 2, 3, max(self.counted_to, 3)
                 self.data += block
                 if self.separators is not None:
                     for match in self.separators.finditer(self.data):
-                        if document := self._ending_at(match.start()):
+                        if document := self._end_document(match.start()):
                             yield self.line, document
-                        self._start(self.at + match.end())
-                if not self.wanted and self.at + len(self.data) >= self.stop:
+                        self._start_document(self.data_start + match.end())
+                if not self.in_piece and self.data_start + len(self.data) >= self.stop:
                     return
-                self._move_on()
+                self._discard_processed()
         except files.CorruptFileError as problem:
             yield self.line, problem
             return
         if self.separators is not None and self.separators.fullmatch(self.data + b"\n"):
             self.data = self.data[:1]
         ended = self.data.endswith(b"\n")
-        if document := self._ending_at(len(self.data) - ended, ended):
+        if document := self._end_document(len(self.data) - ended, ended):
             yield self.line, document
 
-    def _start(self, place: int) -> None:
-        """A document starts at this place, where a line does."""
-        self.first, self.size = place, 0
+    def _start_document(self, place: int) -> None:
+        """Start a document at a position that is the start of a line."""
+        self.doc_start, self.size = place, 0
         if self.parts:
             self.parts = []
-        self.wanted = self.start <= place < self.stop
-        if self.wanted:
+        self.in_piece = self.start <= place < self.stop
+        if self.in_piece:
             self._count(place)
             self.line = self.lines
 
     def _count(self, place: int) -> None:
-        if place > self.counted:
-            self.lines += self.data.count(b"\n", self.counted - self.at, place - self.at)
-            self.counted = place
+        if place > self.counted_to:
+            self.lines += self.data.count(b"\n", self.counted_to - self.data_start, place - self.data_start)
+            self.counted_to = place
 
-    def _ending_at(self, end: int, newline: bool = True) -> bytes | str:
-        """The document at hand, which ends before data[end], its newline if it has one; nothing where it is another piece's."""
-        if not self.wanted:
+    def _end_document(self, end: int, newline: bool = True) -> bytes | str:
+        """Return the current document, b"" if it belongs to another piece, or an error if it is too long.
+
+        The document ends in front of data[end]. `newline` is whether it has a newline there.
+        """
+        if not self.in_piece:
             return b""
-        document = self.data[max(self.first - self.at, 0) : end]
-        if self.size + len(document) <= LONGEST_DOCUMENT + 1:  # the byte more may be that of its newline
+        document = self.data[max(self.doc_start - self.data_start, 0) : end]
+        if self.size + len(document) <= LONGEST_DOCUMENT + 1:  # plus one byte for its newline
             if self.parts:
                 document = b"".join(self.parts) + document
             if newline and document.endswith(b"\r"):
                 document = document[:-1]
             if len(document) <= LONGEST_DOCUMENT:
                 return document
-        return f"a document of more than {LONGEST_DOCUMENT >> 20} MiB; cut it with `separator`"
+        return f"a document of more than {LONGEST_DOCUMENT >> 20} MiB; split it with `separator`"
 
-    def _move_on(self) -> None:
-        """Keep of `data` only the last line, if it may become a separator; the rest belongs to the document at hand."""
+    def _discard_processed(self) -> None:
+        """Keep only the last line of `data`, if it may become a separator; the rest belongs to the current document."""
         last = self.data.rfind(b"\n")
         cut = len(self.data) if last < 0 or len(self.data) - last > LOOK_BACK else last
-        self._count(self.at + cut)
-        if self.wanted:
-            part = self.data[max(self.first - self.at, 0) : cut]
+        self._count(self.data_start + cut)
+        if self.in_piece:
+            part = self.data[max(self.doc_start - self.data_start, 0) : cut]
             self.size += len(part)
-            if self.size <= LONGEST_DOCUMENT + 1:  # a longer one is refused
+            if self.size <= LONGEST_DOCUMENT + 1:  # a longer document is an error
                 self.parts.append(part)
-        self.data, self.at = self.data[cut:], self.at + cut
+        self.data, self.data_start = self.data[cut:], self.data_start + cut

@@ -1,4 +1,4 @@
-"""Values of a row as text."""
+"""Conversion of row values to text."""
 
 import json
 import math
@@ -6,16 +6,19 @@ from typing import Any
 
 
 class NotTextError(Exception):
-    """A view that holds something other than text; the message is one line that names the column."""
+    """An error for a view that is not text; the message is one line that names the column."""
 
 
 def to_text(value: Any, column: str) -> str | None:
-    """Return a value as text, None for null. A number or a truth value is written as in JSON. Raises NoText for anything else."""
+    """Return a value as text, None for null. Raises NotTextError for a value that is not text.
+
+    A number or a boolean is written as in JSON.
+    """
     if value is None:
         return None
     if isinstance(value, bool | int | float):
         if isinstance(value, float) and not math.isfinite(value):
-            raise NotTextError(f"{column!r} holds {value}, which is not a number that a text could show")
+            raise NotTextError(f"{column!r} holds {value}, not a finite number")
         return json.dumps(value)
     if isinstance(value, bytes):
         raise NotTextError(f"{column!r} holds bytes that are not UTF-8, not text")
@@ -24,5 +27,5 @@ def to_text(value: Any, column: str) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NotTextError(f"{column!r} holds half a surrogate pair, which is no text") from None
+        raise NotTextError(f"{column!r} holds half a surrogate pair, which is not valid text") from None
     return value

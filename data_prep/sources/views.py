@@ -1,4 +1,4 @@
-"""From the columns of a row to the views of a record: named columns, roles of `messages`, templates, lists of texts."""
+"""Mapping of a row's columns to the views of a record: named columns, message roles, templates, lists of texts."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,29 +13,33 @@ from data_prep.sources.text_values import NotTextError, to_text
 
 Row = dict[str, Any]
 Getter = Callable[[Row], str | None]
-"""The text of a view, None where the row lacks it. Raises NoText."""
+"""Function that returns the text of a view, or None if the row lacks it. It raises NotTextError."""
 
 TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[^{}]+")
 
 
 @dataclass(frozen=True)
 class ViewMapping:
-    """How the rows of one source become records."""
+    """Mapping of the rows of one source to records."""
 
     provided_views: tuple[bool, ...]
     columns: tuple[str, ...]
-    """The columns that it reads."""
+    """Columns that the mapping reads."""
     records: Callable[[Row, int], Iterable[Record]]
-    """The records of the row at a position, nearly always one; the one malformed record of a row of which a view is no text."""
+    """Function that returns the records of a row at a position, nearly always one. If a view is not text, it
+    returns one malformed record."""
 
 
 def make_mapping(source: BaseSource, views: tuple[str, ...], name: str, default: dict[str, str]) -> ViewMapping:
-    """The mapping that a source gives, or `default`. Raises UserError, with the dotted `name` of the source, for what cannot be meant."""
+    """Return the mapping of a source, or `default` if it has none. Raises UserError if the mapping is not valid.
+
+    `name` is the dotted key of the source.
+    """
     if isinstance(source.views, str):
         return ViewMapping((True,) * len(views), (source.views,), _records_of_list(source.views, len(views)))
     chosen = default if source.views is None else source.views
     if not set(chosen) <= set(views):
-        raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}")
+        raise UserError(f"{name}.views names {sorted(chosen)}, but data.views are {list(views)}: use only these")
     getters: list[Getter] = []
     columns: dict[str, None] = {}
     for view in views:
@@ -46,17 +50,17 @@ def make_mapping(source: BaseSource, views: tuple[str, ...], name: str, default:
 
 
 def first_and_last(views: tuple[str, ...], first: str, last: str) -> dict[str, str]:
-    """The default of a source of pairs: its context is the first view, its target the last."""
+    """Return the default mapping of a source of pairs: the context is the first view, the target the last."""
     return {views[0]: first} | {views[-1]: last}
 
 
 def chat_columns(views: tuple[str, ...], column: str) -> dict[str, str]:
-    """Return the default for rows with a conversation in a column."""
+    """Return the default mapping of rows with a conversation in a column."""
     return {view: view for view in views} | first_and_last(views, f"{column}.user", f"{column}.assistant")
 
 
 class RowMapping:
-    """The mapping that each row of a source takes: that of its conversation if it has one, otherwise that of the columns."""
+    """Mapping that is chosen for each row: the conversation's if the row has one, otherwise the columns'."""
 
     def __init__(self, source: BaseSource, views: tuple[str, ...], name: str):
         self._views = views
@@ -81,18 +85,21 @@ class RowMapping:
 def column_mapping(
     source: BaseSource, views: tuple[str, ...], columns: list[str], where: str, name: str
 ) -> ViewMapping:
-    """Return the mapping of a source whose rows all have these columns. Raises UserError for one that reads another."""
-    by_name = {view: view for view in views}
+    """Return the mapping of a source whose rows all have these columns.
+
+    Raises UserError if the mapping reads any other column.
+    """
+    columns_by_view = {view: view for view in views}
     chat = next((column for column in COLUMNS if column in columns and column not in views), None)
     if chat is None or len(views) == 1 or source.views is not None:
-        mapping = make_mapping(source, views, name, by_name)
+        mapping = make_mapping(source, views, name, columns_by_view)
         check_columns(mapping, columns, where, name)
         return mapping
     mapping = make_mapping(source, views, name, chat_columns(views, chat))
     check_columns(mapping, columns, where, name)
     if not set(views) <= set(columns):
         return mapping
-    plain = make_mapping(source, views, name, by_name)  # of the rows without a conversation
+    plain = make_mapping(source, views, name, columns_by_view)  # mapping of rows without a conversation
     return ViewMapping(
         plain.provided_views,
         tuple(dict.fromkeys(mapping.columns + plain.columns)),
@@ -101,13 +108,14 @@ def column_mapping(
 
 
 def check_columns(mapping: ViewMapping, known: Iterable[str], where: str, name: str) -> None:
-    """Raises UserError for a mapping that reads a column which `where` does not have."""
+    """Raise UserError if a mapping reads a column that `where` does not have."""
     known = list(known)
     for column in mapping.columns:
         if column not in known:
             shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
             raise UserError(
-                f"{where} has no column {column!r}, only {shown or 'none'}; name its columns in {name}.views"
+                f"{where} has no column {column!r}, only {shown or '(none)'}: "
+                f"set the columns of the views in {name}.views"
             )
 
 
@@ -117,16 +125,16 @@ def template_columns(given: str) -> list[str]:
 
 
 def _getter(given: str, key: str) -> tuple[Getter, list[str]]:
-    """What reads one view, and the columns that it reads."""
+    """Return the getter of a view and the columns that it reads."""
     if "{" not in given and "}" not in given:
         return _column(given)
     parts = list(TEMPLATE.finditer(given))
     if "".join(part[0] for part in parts) != given:
-        raise UserError(f"{key}: cannot read the template {given!r}: write {{column}}, and a doubled brace for a brace")
-    named = [part[1] for part in parts if part[1]]
-    if not named:
-        raise UserError(f"{key}: the template {given!r} names no column, so all records would be the same")
-    read = [_column(column) for column in named]
+        raise UserError(f"{key}: cannot parse the template {given!r}: write {{column}}, and double a literal brace")
+    columns = [part[1] for part in parts if part[1]]
+    if not columns:
+        raise UserError(f"{key}: the template {given!r} names no column, so all records would be equal: add {{column}}")
+    read = [_column(column) for column in columns]
     getters = iter(read)
     pieces = [next(getters)[0] if part[1] else part[0][:1] if part[0] in ("{{", "}}") else part[0] for part in parts]
     return _template(pieces), [column for _, columns in read for column in columns]
@@ -150,7 +158,7 @@ def _template(parts: list[str | Getter]) -> Getter:
         for part in parts:
             text = part if isinstance(part, str) else part(row)
             if text is None or (text is not part and not text.strip()):
-                return None  # what is put together around nothing is nothing
+                return None  # a template without one of its values is an absent view
             texts.append(text)
         return "".join(texts)
 
@@ -162,14 +170,14 @@ def _absent(row: Row) -> None:
 
 
 def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
-    new = tuple.__new__  # a third of the time of `Record(...)`
+    new = tuple.__new__  # three times as fast as `Record(...)`
 
     def records(row: Row, position: int) -> tuple[Record]:
         views = []
         try:
             for getter in getters:
                 text = getter(row)
-                views.append("" if not text or text.isspace() else text)  # a blank view is an absent one
+                views.append("" if not text or text.isspace() else text)  # a blank view counts as absent
         except NotTextError as problem:
             return (Record(None, position, str(problem)),)
         return (new(Record, (tuple(views), position, "", "malformed", "")),)
@@ -186,7 +194,7 @@ def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Recor
             texts = [text for entry in found or () if (text := to_text(entry, column)) and text.strip()]
         except NotTextError as problem:
             return [Record(None, position, str(problem))]
-        group = texts[views - 1] if len(texts) > views else ""  # a list that becomes one record is drawn as any other
+        group = texts[views - 1] if len(texts) > views else ""  # a list with a single record needs no group
         texts += [""] * (-len(texts) % views or views * (not texts))
         return [
             Record(tuple(texts[start : start + views]), position, group=group) for start in range(0, len(texts), views)
