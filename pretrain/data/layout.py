@@ -70,7 +70,7 @@ class ReadOut:
     prediction: int
     target: int
     direction: int
-    """FORWARD or BACKWARD; the targets of one direction are of the same kind."""
+    """FORWARD or BACKWARD; pairs of one direction have targets of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Layout:
         return np.stack(columns, axis=1).astype(np.int64)
 
     def positions(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the positions of each record, with the segments of its pairs: view lengths (N, views) -> (N,)."""
+        """Return the number of positions of each record, pair segments included: view lengths (N, views) -> (N,)."""
         total: np.ndarray = self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
         return total
 
