@@ -11,17 +11,17 @@ from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_
 from pretrain.evaluation.workers import shard_rows
 
 TOKENS = 16_384
-"""Of a batch, padding included."""
+"""Maximum number of tokens of a batch, padding included."""
 LOGITS = 2**28
-"""Of a batch: 1 GiB in fp32."""
+"""Maximum number of logits of a batch: 1 GiB in fp32."""
 
 
 @shard_rows
 def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
     """Return log P(option and the end token | `[BOS context SEP]`) in nats, for each option of each (context, options).
 
-    The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
-    model's positions.
+    The end token is included because it distinguishes an answer from a longer one that begins with it. The result is
+    -inf for an option that does not fit into the model's positions.
     """
     model, tokenizer = load_causal_lm(folder)
     rows = [
@@ -54,15 +54,15 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
     return [[next(values) for _ in options] for _, options in questions]
 
 
-def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocabulary: int) -> Iterator[list[int]]:
-    """Return the numbers of the rows that fit `limit` positions, in batches of similar length."""
+def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocab_size: int) -> Iterator[list[int]]:
+    """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     length = [len(prompt) + len(option) for prompt, option in rows]
     batch: list[int] = []
     kept = 0
     for place in sorted((place for place in range(len(rows)) if length[place] <= limit), key=length.__getitem__):
         kept = max(kept, len(rows[place][1]) + 1)
         size = len(batch) + 1
-        if batch and (size * length[place] > TOKENS or size * kept * vocabulary > LOGITS):
+        if batch and (size * length[place] > TOKENS or size * kept * vocab_size > LOGITS):
             yield batch
             batch, kept = [], len(rows[place][1]) + 1
         batch.append(place)
