@@ -27,7 +27,9 @@ def main() -> None:
     inspect.add_argument("--split", default="train", help="train, validation or test (train)")
     inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first record (0)")
     inspect.add_argument("--layout", choices=("joint", "independent"), default="joint")
-    inspect.add_argument("--predictor-tokens", type=int, default=1, metavar="K", help="predictor tokens per context (1)")
+    inspect.add_argument(
+        "--predictor-tokens", type=int, default=1, metavar="K", help="predictor tokens per context (1)"
+    )
     inspect.add_argument(
         "--row-length", type=int, metavar="L", help="positions of the row (data.sequence_length of the corpus)"
     )

@@ -77,7 +77,9 @@ def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Row
     records = np.arange(record, min(record + WINDOW, len(corpus)))
     needed = layout.positions(corpus.lengths(records))
     if needed[0] > row_length:
-        raise ValueError(f"record {record} needs {needed[0]:,} positions in this layout, but the row has {row_length:,}")
+        raise ValueError(
+            f"record {record} needs {needed[0]:,} positions in this layout, but the row has {row_length:,}"
+        )
     records = records[needed <= row_length]
     paired = np.full(len(records), bool(layout.read_outs))
     rows = plan_rows(corpus, records, layout, row_length, paired, np.zeros(len(records), np.uint64))

@@ -34,9 +34,7 @@ def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSourc
         command = die_with_parent([sys.executable, "-m", "pretrain.training", str(path)], "KILL")
         done = subprocess.run(command, env=single_process_environment(), check=False)
         if done.returncode or not list_steps(checkpoints):
-            raise UserError(
-                f"the finetuning {path} failed with exit code {done.returncode}; see its output above"
-            )
+            raise UserError(f"the finetuning {path} failed with exit code {done.returncode}; see its output above")
     steps = list_steps(run.run_dir / "export") or list_steps(checkpoints)
     result = export_checkpoint(run.run_dir, steps[-1])
     shutil.rmtree(checkpoints, ignore_errors=True)  # the export has the weights

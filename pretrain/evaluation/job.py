@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--task", action="append", default=[], metavar="NAME", help="evaluate only this task; may be repeated"
     )
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)"
-    )
+    parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)")
     parser.add_argument(
         "--embed",
         metavar="FILE",
@@ -40,12 +38,8 @@ def main() -> None:
         "to EXPORT/embeddings",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
-    parser.add_argument(
-        "--pending", action="store_true", help="evaluate the checkpoints that the run has requested"
-    )
-    parser.add_argument(
-        "--watch", action="store_true", help="evaluate every new checkpoint until the run is finished"
-    )
+    parser.add_argument("--pending", action="store_true", help="evaluate the checkpoints that the run has requested")
+    parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint until the run is finished")
     arguments = parser.parse_intermixed_args()
     if arguments.embed is not None:
         if int(os.environ.get("RANK", 0)) == 0:

@@ -44,9 +44,7 @@ def _read_all(run_dir: Path) -> list[dict[str, Any]]:
     try:
         return read_json_lines(path) if path.exists() else []
     except ValueError as error:
-        raise UserError(
-            f"{path} is corrupt ({error}); fix the line, or move the file away to evaluate again"
-        ) from None
+        raise UserError(f"{path} is corrupt ({error}); fix the line, or move the file away to evaluate again") from None
 
 
 def scoring_version(result: dict[str, Any]) -> int:

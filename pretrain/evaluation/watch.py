@@ -72,12 +72,16 @@ class CheckpointWatcher:
                 continue
             request_evaluation(self.run_dir, step)
             if step not in list_steps(checkpoints):
-                (checkpoints / PINS / step_name(step)).unlink(missing_ok=True)  # it has been removed, or retention restores it
+                (checkpoints / PINS / step_name(step)).unlink(
+                    missing_ok=True
+                )  # it has been removed, or retention restores it
 
     def keep_pinning(self) -> None:
         """Pin new checkpoints until the watch ends; the background thread runs this."""
         while not self.ended.wait(POLL):
-            with contextlib.suppress(OSError, UserError):  # the main thread runs into these errors too, and reports them
+            with contextlib.suppress(
+                OSError, UserError
+            ):  # the main thread runs into these errors too, and reports them
                 self.pin_new_checkpoints()
 
     def pinned(self) -> list[int]:

@@ -68,7 +68,9 @@ def render_readme(jepa: dict[str, Any], family: str, predictor_tokens: int) -> s
         step=jepa["step"],
         objective=jepa["objective"]["name"],
         views=", ".join(f"`{view}`" for view in views),
-        predictor_file=" `jepa.safetensors` contains the embedding of the predictor tokens." if predictor_tokens else "",
+        predictor_file=" `jepa.safetensors` contains the embedding of the predictor tokens."
+        if predictor_tokens
+        else "",
         predicted="The prediction of another view is the hidden state of the last token when the predictor tokens "
         f"{'precede' if pairing.prepended else 'follow'} the view. "
         if predictor_tokens

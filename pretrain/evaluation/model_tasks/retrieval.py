@@ -21,9 +21,7 @@ def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
     pairs, rows, skipped = embed_test_pairs(run)
     metrics = {
-        f"{prefix}{name}": value
-        for prefix, embeddings in pairs.items()
-        for name, value in score(embeddings).items()
+        f"{prefix}{name}": value for prefix, embeddings in pairs.items() for name, value in score(embeddings).items()
     }
     candidates = len(pairs[""].key.unique())
     return TaskResult(rows, metrics, {"candidates": candidates} | skipped)
