@@ -46,8 +46,8 @@ class SourceOrder:
 def _permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Permute `places` below `size` by a bijection that depends on the key of each.
 
-    The bijection is a Feistel network on the next power of two with an even exponent. It is applied repeatedly until the
-    result is below `size` (cycle walking).
+    The bijection is a Feistel network on the next power of two with an even exponent. It is applied repeatedly until
+    the result is below `size` (cycle walking).
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = np.uint64((1 << half) - 1)

@@ -17,7 +17,7 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
     row_of: list[int] = []  # in the order of placement
     values, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        # Fill the fullest rows completely at once: after a row takes a record, it remains the fullest while it has room.
+        # Fill the fullest rows completely: a row that has taken a record remains the fullest as long as it has room.
         while count:
             fitting = has_room >> length
             free = length + (fitting & -fitting).bit_length() - 1 if fitting else row_length

@@ -246,7 +246,7 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
     lines.append(
         "between records: "
         + (
-            f"{across_records} PAIRS OF TOKENS OF DIFFERENT RECORDS SEE EACH OTHER"
+            f"{across_records} TOKEN PAIRS ARE VISIBLE ACROSS RECORDS"
             if across_records
             else "no token sees a token of another record"
         )

@@ -23,8 +23,8 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's evaluations; wait if another job has it, for example one in the background.
 
     The lock is a flock on evaluation/.lock, and the system releases it when the process ends. It works between machines
-    if the file system shares such locks. NFS does from version 3 with its lock service, and Lustre if it is mounted with
-    the option flock.
+    if the file system shares such locks. NFS does from version 3 with its lock service, and Lustre if it is mounted
+    with the option flock.
     """
     (run_dir / "evaluation").mkdir(exist_ok=True)
     path = run_dir / "evaluation" / ".lock"

@@ -32,7 +32,7 @@ class Embeddings(NamedTuple):
     views: dict[str, np.ndarray]
     """(N, D) fp32 embeddings of each view, encoded separately."""
     predictions: dict[tuple[str, str], np.ndarray]
-    """(N, D) fp32 predictions by (predicting, predicted) view; without predictor tokens the predicting view's embeddings."""
+    """(N, D) fp32 predictions by (predicting, predicted) view; without predictor tokens, the view's own embeddings."""
     fits: np.ndarray
     """(N,) bool: whether all encodings of a row fit into the model's positions. If so, NaNs come from the weights."""
 
@@ -40,9 +40,9 @@ class Embeddings(NamedTuple):
 def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
-    The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor tokens.
-    Row i of each array belongs to record i. The file is named after the source; a number is appended if another source
-    of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
+    The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
+    tokens. Row i of each array belongs to record i. The file is named after the source; a number is appended if another
+    source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
     source = _parse_source(file)
@@ -67,8 +67,8 @@ def embed_file(export: Path, file: str) -> None:
         print_now(f"note: {too_long:,} rows do not fit into the positions of the model; their embeddings are NaN")
     if not_finite:
         print_now(
-            f"WARNING: the embeddings of {not_finite:,} rows are not finite because the weights of the model have diverged; "
-            "evaluate an earlier checkpoint"
+            f"WARNING: the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
+            "diverged; use an earlier checkpoint"
         )
     print_now(f"written to {output}")
 

@@ -1,4 +1,4 @@
-"""Finetuning: a training run that starts from an export and trains on a task's training rows with loss on the answer."""
+"""Finetuning: a training run from an export on the train rows of a task, with loss only on the answer."""
 
 import shutil
 import subprocess

@@ -26,8 +26,8 @@ def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> 
     answers = _answer(folder, contexts, max_new_tokens=max_new_tokens)
     if not any(written.fits for written in answers):
         raise UserError(
-            f"none of the {len(contexts):,} contexts leaves room for an answer: even the shortest fills all positions of "
-            "the model; use shorter contexts"
+            f"none of the {len(contexts):,} contexts leaves room for an answer: even the shortest fills all positions "
+            "of the model; use shorter contexts"
         )
     return answers
 

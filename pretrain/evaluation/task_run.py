@@ -84,7 +84,7 @@ class CheckpointTask:
 
     @cached_property
     def model(self) -> Path:
-        """Export that the task evaluates: the one of the checkpoint, or one that is finetuned from it on the train rows."""
+        """Export that the task evaluates: the checkpoint's, or one that is finetuned from it on the train rows."""
         if not self.task.finetunes:
             return self.export
         train = write_views(
@@ -97,8 +97,8 @@ class CheckpointTask:
     def generate_answers(self, rows: Sequence[Row]) -> list[Answer]:
         """Return the answers to all rows, and save them in evaluation/answers.
 
-        An answer has at most twice as many tokens as the longest target, plus one. Raises UserError if no context leaves
-        room for an answer.
+        An answer has at most twice as many tokens as the longest target, plus one. Raises UserError if no context
+        leaves room for an answer.
         """
         longest = max(map(len, Tokenizer.load(self.model).encode_batch([row.target for row in rows])))
         answers = generate_answers(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
@@ -121,9 +121,9 @@ class CheckpointTask:
     def unseen(self, rows: Sequence[Row], normal: Callable[[str], str] = str) -> list[bool] | None:
         """Return whether the target of each row is unseen, or None if this is unknown.
 
-        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens are
-        not a view of a record in the training split of the corpus. The whole split is read once. If the corpus of the run
-        is not at data.path, a note is printed and the result is None.
+        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens
+        are not a view of a record in the training split of the corpus. The whole split is read once. If the corpus of
+        the run is not at data.path, a note is printed and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(

@@ -1,7 +1,7 @@
 """Watching a run: each new checkpoint is evaluated once, on this machine or another one that shares its files.
 
-Only results.jsonl records what is done, so a watch that is killed at any point resumes when it is started again. The run
-may start its own evaluation jobs in the background at the same time: the lock and results.jsonl divide the work.
+Only results.jsonl records what is done, so a watch that is killed at any point resumes when it is started again. The
+run may start its own evaluation jobs in the background at the same time: the lock and results.jsonl divide the work.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class CheckpointWatcher:
         self.settled: set[int] = set()
         """Steps that have been evaluated or given up."""
         self.passed_over: set[int] = set()
-        """Steps that are not multiples of evaluation.every. The last step of a finished run is evaluated nevertheless."""
+        """Steps that are not multiples of evaluation.every; the last step of a finished run is evaluated anyway."""
         self.rewinds = 0
         self.finished = False
         self.failed_steps: set[int] = set()
@@ -118,8 +118,8 @@ class CheckpointWatcher:
 def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]) -> None:
     """Evaluate checkpoints until the run is finished or has failed permanently.
 
-    They are the checkpoints at multiples of evaluation.every (0: every checkpoint), and the last one. `read` returns the
-    configuration and the tasks, and is called when the run has a configuration. Raises UserError at the end if an
+    They are the checkpoints at multiples of evaluation.every (0: every checkpoint), and the last one. `read` returns
+    the configuration and the tasks, and is called when the run has a configuration. Raises UserError at the end if an
     evaluation failed.
     """
     if not (run_dir / "config.yaml").exists():

@@ -32,8 +32,8 @@ def write_export(
 ) -> None:
     """Write an export atomically: the folder is complete or absent.
 
-    `skeleton` contains config.json and the tokenizer. `state` is the fp32 state of a LanguageModel. `jepa` is written to
-    jepa.json and `page` to README.md. Raises ValueError if the state does not fit the model.
+    `skeleton` contains config.json and the tokenizer. `state` is the fp32 state of a LanguageModel. `jepa` is written
+    to jepa.json and `page` to README.md. Raises ValueError if the state does not fit the model.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -9,8 +9,8 @@ PAGE = """# {run}, step {step}
 A causal language model in Hugging Face format, trained with `{objective}` on records of the views {views}. `jepa.json`
 contains the objective and the settings of the corpus.{predictor_file}
 
-The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state of
-its last token after the final norm when the view is encoded separately. {predicted}This code computes the embeddings:
+The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state
+of its last token after the final norm when the view is encoded separately. {predicted}This code computes the embeddings:
 
 ```python
 {code}

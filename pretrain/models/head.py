@@ -14,8 +14,8 @@ MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 class Head(nn.Module):
     """The output layer of a causal language model, which replaces the original layer and keeps its weight and its name.
 
-    One module call computes the whole cross-entropy, chunk by chunk. Under ZeRO-3 the weight is therefore gathered once,
-    and ranks with different numbers of chunks stay in step.
+    One module call computes the whole cross-entropy, chunk by chunk. Under ZeRO-3 the weight is therefore gathered
+    once, and ranks with different numbers of chunks stay in step.
     """
 
     def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None):
@@ -46,9 +46,9 @@ class Head(nn.Module):
 class _CrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies that computes its gradients in the forward pass, while the logits of a chunk exist.
 
-    The loss, the softmax and the sum of the weight's gradient over the chunks are in fp32. torch's `linear_cross_entropy`
-    does the same without soft-capping. With bf16 inputs, however, it returns the loss in bf16 and sums the gradients of
-    the chunks in bf16 (torch 2.13).
+    The loss, the softmax and the sum of the weight's gradient over the chunks are in fp32. torch's
+    `linear_cross_entropy` does the same without soft-capping. With bf16 inputs, however, it returns the loss in bf16
+    and sums the gradients of the chunks in bf16 (torch 2.13).
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A wrapper of a causal language model from transformers that computes hidden states of packed rows without the head."""
+"""A wrapper of causal language models from transformers that separates the hidden states of packed rows from the head."""
 
 from pathlib import Path
 from typing import Any, get_args

@@ -37,7 +37,7 @@ def adapter_sizes(model: LanguageModel, lora: LoraConfig) -> list[int]:
 
 
 def merge_adapters(state: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
-    """Return the state of an adapted LanguageModel with its adapters merged into the weights: W + alpha / rank * B A."""
+    """Return the state of an adapted LanguageModel with merged adapters: each weight is W + alpha / rank * B A."""
     merged = {}
     for key, value in state.items():
         if f".{BASE}." in key:

@@ -1,8 +1,8 @@
 """OpenELM (Mehta et al., arXiv 2404.14619) as a transformers model, because transformers does not include it.
 
-Layer-wise scaling (section 2.1): the number of heads and the width of the feed-forward network grow from the first layer
-to the last, so the layers have different shapes. Everything else is a Llama with RMSNorm on the queries and keys of each
-head. The initialisation is taken from Apple's CoreNet, the code that trained OpenELM (github.com/apple/corenet,
+Layer-wise scaling (section 2.1): the number of heads and the width of the feed-forward network grow from the first
+layer to the last, so the layers have different shapes. Everything else is a Llama with RMSNorm on the queries and keys
+of each head. The initialisation is taken from Apple's CoreNet, the code that trained OpenELM (github.com/apple/corenet,
 corenet/modeling/models/language_modeling/general_gpt.py).
 
 Importing this module registers the family: after `import pretrain.models.openelm`,
@@ -51,11 +51,11 @@ class OpenELMConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     head_dim: int = 64
     qkv_multipliers: list[int | float] | tuple[int | float, ...] = (0.5, 1.0)
-    """Total width of the query heads in the first and the last layer, as a multiple of hidden_size (the paper's alpha)."""
+    """Total width of the query heads in the first and last layer, as a multiple of hidden_size (the paper's alpha)."""
     num_gqa_groups: int = 4
     """Number of query heads that share a key/value head."""
     ffn_multipliers: list[int | float] | tuple[int | float, ...] = (0.5, 4.0)
-    """Feed-forward width in the first and the last layer, as a multiple of hidden_size (the paper's beta)."""
+    """Feed-forward width in the first and last layer, as a multiple of hidden_size (the paper's beta)."""
     ffn_dim_divisor: int = 256
     """Number of which the width of the feed-forward network is a multiple."""
     max_position_embeddings: int = 2048
@@ -265,9 +265,9 @@ class OpenELMModel(OpenELMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the hidden states after the final norm, (B, L, D).
 
-        The input is either `input_ids` (B, L) or `inputs_embeds` (B, L, D). `attention_mask` is a padding mask (B, L) or
-        a mask of the attention kernel, such as a boolean (B, 1, L, L) for SDPA or a BlockMask for FlexAttention. Raises
-        ValueError for both inputs or neither.
+        The input is either `input_ids` (B, L) or `inputs_embeds` (B, L, D). `attention_mask` is a padding mask (B, L)
+        or a mask of the attention kernel, such as a boolean (B, 1, L, L) for SDPA or a BlockMask for FlexAttention.
+        Raises ValueError for both inputs or neither.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -323,7 +323,10 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Return logits (B, L, V), and with `labels` (B, L) the next-token loss; see OpenELMModel for other arguments."""
+        """Return logits (B, L, V), and with `labels` (B, L) the next-token loss.
+
+        For the other arguments see OpenELMModel.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

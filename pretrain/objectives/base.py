@@ -11,7 +11,7 @@ from pretrain.objectives.configs import ObjectiveConfig
 from pretrain.objectives.pool import Gather, Pool
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Function from hidden states (M, D) and the ids of the next tokens (M,) to the scalar sum of cross-entropies in nats."""
+"""Function from hidden states (M, D) and next-token ids (M,) to the scalar sum of cross-entropies in nats."""
 
 
 class ObjectiveOutput(NamedTuple):

@@ -42,7 +42,8 @@ def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
     """Return the sum, over this rank's pairs, of -log softmax of the pair's target among all targets of the pool.
 
     This is equation 4 of van den Oord et al., arXiv 1807.03748, with cosine similarities divided by `temperature`. The
-    negatives of a pair exclude targets equal to its own, targets of the same record, and targets of the other direction.
+    negatives of a pair exclude targets equal to its own, targets of the same record, and targets of the other
+    direction.
     """
     similarity = F.normalize(pool.prediction, dim=-1) @ F.normalize(pool.target, dim=-1).T / temperature
     own_target = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)

@@ -1,4 +1,4 @@
-"""Monitors of whether embeddings distinguish pairs. They reveal a collapse, which looks like success in a loss curve."""
+"""Monitors of how well embeddings distinguish pairs. They reveal a collapse that looks like success in a loss curve."""
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,10 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def has_collapsed(monitors: dict[str, float]) -> bool:
-    """Return whether the embeddings have collapsed, so that a low loss is meaningless.
+    """Return whether the embeddings have collapsed, which makes a low loss meaningless.
 
-    In a collapse hardly any prediction retrieves its target, although pairs are close, or negatives are almost as close
-    as pairs.
+    In a collapse hardly any prediction retrieves its target. In addition, pairs are nearly identical, or negatives are
+    almost as close as pairs.
     """
     if "shuffled_cosine" not in monitors or monitors["retrieval_at_1"] > HARDLY_ANY:
         return False

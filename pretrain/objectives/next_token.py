@@ -9,7 +9,7 @@ from pretrain.objectives.pool import Gather, gather_pool, select_pair_embeddings
 
 
 def next_token_sum(hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy) -> torch.Tensor:
-    """Return the sum of the cross-entropies of the labelled positions, in nats; the head runs only on these positions."""
+    """Return the sum of cross-entropies of the labelled positions, in nats; the head runs only on these positions."""
     return cross_entropy(hidden[batch.label_index], batch.label_ids)
 
 

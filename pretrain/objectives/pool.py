@@ -67,8 +67,9 @@ class Pool:
 def local_value_global_grad(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Return the value of this rank's part of a loss over the pool, with the gradient of the whole loss.
 
-    This rank's embeddings also affect the losses of other ranks' pairs. Each rank therefore computes the whole loss with
-    its own slice attached to the graph. The gradients of the slices, summed over ranks, are the gradient of the loss.
+    This rank's embeddings also affect the losses of other ranks' pairs. Each rank therefore computes the whole loss
+    with its own slice attached to the graph. The gradients of the slices, summed over ranks, are the gradient of the
+    loss.
     """
     return share.detach() + (whole - whole.detach())
 

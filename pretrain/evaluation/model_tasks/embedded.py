@@ -24,8 +24,8 @@ class PairEmbeddings(NamedTuple):
 def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], int, dict[str, int]]:
     """Return the pairs of the test rows, the number of rows, and the counts of skipped rows that are not 0.
 
-    too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that are
-    not finite. The pairs are keyed by the prefix of their metrics, which is empty for the first direction. Raises
+    too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that
+    are not finite. The pairs are keyed by the prefix of their metrics, which is empty for the first direction. Raises
     UserError if fewer than two rows remain.
     """
     rows = run.read_test()
@@ -39,8 +39,8 @@ def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], in
         )
     if fit.sum() < 2:
         raise UserError(
-            f"{run.export}: the embeddings of {skipped['not_finite']:,} of {len(rows):,} rows are not finite because the "
-            "weights of this checkpoint have diverged; evaluate an earlier one"
+            f"{run.export}: the embeddings of {skipped['not_finite']:,} of {len(rows):,} rows are not finite because "
+            "the weights of this checkpoint have diverged; evaluate an earlier one"
         )
     pairs = {}
     for number, ((source, target), prediction) in enumerate(found.predictions.items()):

@@ -11,9 +11,9 @@ X are the predictions and Y the targets. The metrics are:
 
 LLM-JEPA (arXiv 2509.14252) takes a small linear_residual and small singular values of X - Y as signs that the views are
 nearly linear images of each other. But a linear map fits any data if D is at least the number of rows, and it also fits
-embeddings that are all equal. For linear_residual_unseen the map is therefore fitted on every second row and measured on
-the remaining rows, relative to the spread of Y there; a value of 1 is no better than predicting the mean. The files in
-evaluation/geometry have the singular values of A and of X - Y.
+embeddings that are all equal. For linear_residual_unseen the map is therefore fitted on every second row and measured
+on the remaining rows, relative to the spread of Y there; a value of 1 is no better than predicting the mean. The files
+in evaluation/geometry have the singular values of A and of X - Y.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Task retrieval: find the target view of each test row among the targets of all rows, by cosine with the prediction.
 
 recall_at_1 and recall_at_10 are the fractions of rows whose target is among the 1 or 10 nearest, and mrr is the mean of
-1 / rank. Candidates are the distinct targets, so a target that several rows have is a hit for each of them. A tie counts
-against the model; otherwise embeddings that are all equal would retrieve everything. If the objective predicts in
-several directions, the metrics of all directions after the first have a prefix.
+1 / rank. Candidates are the distinct targets, so a target that several rows have is a hit for each of them. A tie
+counts against the model; otherwise embeddings that are all equal would retrieve everything. If the objective predicts
+in several directions, the metrics of all directions after the first have a prefix.
 """
 
 import torch

@@ -3,9 +3,9 @@
     python -m pretrain.evaluation.sql.make_databases tables.json --queries train.jsonl test.jsonl --output databases
 
 Use Spider's own databases if you have them; the schemas and queries alone are easier to obtain. Each query adds rows to
-the tables that it reads, with the values that it compares their columns with. All other values are drawn at random, with
-a fixed seed. Columns that a foreign key connects are drawn from the same few values, so joins find matching rows. The
-command prints the queries that do not run and the fraction of queries that return no rows.
+the tables that it reads, with the values that it compares their columns with. All other values are drawn at random,
+with a fixed seed. Columns that a foreign key connects are drawn from the same few values, so joins find matching rows.
+The command prints the queries that do not run and the fraction of queries that return no rows.
 """
 
 import argparse

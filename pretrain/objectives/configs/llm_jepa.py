@@ -9,7 +9,7 @@ from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
 
 class Config(AuxiliaryConfig):
-    """Next-token loss plus `weight` times the distance between the predicted and the actual embedding of the other view."""
+    """Next-token loss plus `weight` times the distance between predicted and actual embeddings of the other view."""
 
     name: Literal["llm_jepa"]
     """LLM-JEPA (arXiv 2509.14252)."""
