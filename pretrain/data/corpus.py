@@ -138,7 +138,7 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
     prepared = [source["weight"] for source in manifest["sources"]]
     if sources and len(sources) != len(prepared):
         raise UserError(
-            f"data.sources has {len(sources)} sources, but the corpus was prepared from {len(prepared)}: "
+            f"data.sources has length {len(sources)}, but the corpus was prepared from {len(prepared)} sources: "
             "name those, or none, or prepare another data.path"
         )
     if not sources:

@@ -11,7 +11,7 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a record of {lengths.max()} positions does not fit a row of {row_length}")
-    rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # indexed by free positions
+    rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
     has_room = 0  # bit f: some row has f free positions
     opened = 0
     row_of: list[int] = []  # in the order of placement

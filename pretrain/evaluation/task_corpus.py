@@ -38,7 +38,7 @@ def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> 
     try:
         contents = [sha256_file(Path(path)) for path in find_files(source, "task", SUFFIXES)]
     except OSError as error:
-        raise UserError(f"cannot read {source.path} ({error.strerror}); correct the path of the task") from None
+        raise UserError(f"cannot read {source.path} ({error.strerror}); check train and test of the task") from None
     name = hashlib.sha256(f"{settings}\0{contents}".encode()).hexdigest()[:16]
     data = DataConfig(path=str(folder / "data" / name), **settings)
     prepare(data)

@@ -10,7 +10,7 @@ A causal language model in Hugging Face format, trained with `{objective}` on re
 contains the objective and the settings of the corpus.{predictor_file}
 
 The model continues `[BOS context SEP]` with the target and the end token. The embedding of a view is the hidden state
-of its last token after the final norm when the view is encoded separately. {predicted}This code computes the embeddings:
+of its last token after the final norm when the view is encoded separately. {predicted}Code:
 
 ```python
 {code}

@@ -1,4 +1,4 @@
-"""A wrapper of causal language models from transformers that separates the hidden states of packed rows from the head."""
+"""A wrapper of causal language models from transformers that computes hidden states and head separately."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -67,8 +67,8 @@ def build_model_config(
     _check_shape(config, "model.shape")
     if config.max_position_embeddings < sequence_length:
         raise UserError(
-            f"data.sequence_length is {sequence_length}, but the model shape allows only "
-            f"{config.max_position_embeddings} positions"
+            f"data.sequence_length is {sequence_length}, but the model shape allows {config.max_position_embeddings} "
+            "positions; lower data.sequence_length, or raise max_position_embeddings"
         )
     return config
 

@@ -94,7 +94,7 @@ def coding_rate_gap(embeddings: torch.Tensor, valid: torch.Tensor, precision: fl
     """
     unit = F.normalize(embeddings, dim=-1) * valid[:, None]
     pairs, width = unit.shape
-    gram = unit @ unit.T if pairs <= width else unit.T @ unit  # both have the same determinant
+    gram = unit @ unit.T if pairs <= width else unit.T @ unit  # the same determinant
     count = valid.sum().clamp(min=1)
     factor: torch.Tensor
     factor, _ = torch.linalg.cholesky_ex(torch.eye(len(gram), device=gram.device) + width / (count * precision) * gram)
