@@ -23,8 +23,8 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the run's evaluations; wait if another job has it, for example one in the background.
 
     The lock is a flock on evaluation/.lock, and the system releases it when the process ends. It works between machines
-    if the file system shares such locks. NFS does from version 3 with its lock service, and Lustre if it is mounted
-    with the option flock.
+    if the file system shares such locks. NFS does so from version 3 on with its lock service, and Lustre does so if it
+    is mounted with the option flock.
     """
     (run_dir / "evaluation").mkdir(exist_ok=True)
     path = run_dir / "evaluation" / ".lock"
@@ -46,8 +46,8 @@ def unpin_checkpoint(
 ) -> None:
     """Remove the pin of a checkpoint when these tasks are done or given up.
 
-    The pin remains if the run itself has requested other evaluations of the step and their results are missing; the job
-    of the run does these.
+    The pin remains if the run itself has requested other evaluations of the step and their results are missing. A job
+    of the run then finds the pin and evaluates the step.
     """
     requested_by_run = config.evaluation.every and step % config.evaluation.every == 0
     differs = tasks != config.evaluation.tasks or overrides

@@ -156,28 +156,28 @@ def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
     """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that does not fit."""
     found = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
-    for members in tqdm(
+    for indices in tqdm(
         list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
     ):
-        longest = max(len(rows[place]) for place in members)
+        longest = max(len(rows[index]) for index in indices)
         # Attention is causal, so no token sees the padding after it.
-        ids = torch.tensor([rows[place] + [0] * (longest - len(rows[place])) for place in members])
-        last = torch.tensor([len(rows[place]) - 1 for place in members])
+        ids = torch.tensor([rows[index] + [0] * (longest - len(rows[index])) for index in indices])
+        last = torch.tensor([len(rows[index]) - 1 for index in indices])
         with torch.inference_mode():
             hidden = model.causal_lm.model(
                 inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
             ).last_hidden_state
-        found[members] = hidden[torch.arange(len(members)), last].float().cpu().numpy()
+        found[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
     return found
 
 
 def _batches(lengths: list[int], limit: int) -> Iterator[list[int]]:
     """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     batch: list[int] = []
-    for place in sorted((place for place in range(len(lengths)) if lengths[place] <= limit), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[place] > TOKENS:
+    for index in sorted((index for index in range(len(lengths)) if lengths[index] <= limit), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > TOKENS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch

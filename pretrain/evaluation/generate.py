@@ -40,8 +40,8 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
     suppressed = _suppressed_ids(tokenizer, model.config.vocab_size)
     answers = [Answer("", False, False)] * len(rows)
     batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
-    for room, members in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[place] for place in members], tokenizer.pad_id)
+    for room, indices in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
+        ids, mask = left_pad([rows[index] for index in indices], tokenizer.pad_id)
         longest = ids.shape[1]
         with torch.inference_mode():
             output = model.generate(  # type: ignore[operator]  # every causal language model has it
@@ -53,9 +53,9 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
                 eos_token_id=tokenizer.eos_id,
                 pad_token_id=tokenizer.pad_id,
             )
-        for place, written in zip(members, output[:, longest:].tolist(), strict=True):
+        for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
-            answers[place] = Answer(
+            answers[index] = Answer(
                 tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped
             )
     return answers
@@ -82,8 +82,8 @@ def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tu
 
     The rows of a batch have the same room, so a long row does not shorten the answers of other rows.
     """
-    by_length = sorted((place for place in range(len(lengths)) if lengths[place] < limit), key=lengths.__getitem__)
-    for room, places in itertools.groupby(by_length, key=lambda place: min(max_new_tokens, limit - lengths[place])):
-        members = list(places)
-        for first in range(0, len(members), BATCH):
-            yield room, members[first : first + BATCH]
+    by_length = sorted((index for index in range(len(lengths)) if lengths[index] < limit), key=lengths.__getitem__)
+    for room, group in itertools.groupby(by_length, key=lambda index: min(max_new_tokens, limit - lengths[index])):
+        indices = list(group)
+        for first in range(0, len(indices), BATCH):
+            yield room, indices[first : first + BATCH]

@@ -33,9 +33,9 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
     ]
     found = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
-    for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[place][0] + rows[place][1] for place in members], tokenizer.pad_id)
-        lengths = torch.tensor([len(rows[place][1]) for place in members])
+    for indices in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
+        ids, mask = left_pad([rows[index][0] + rows[index][1] for index in indices], tokenizer.pad_id)
+        lengths = torch.tensor([len(rows[index][1]) for index in indices])
         kept = int(lengths.max())
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -48,8 +48,8 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
             ).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -kept:].to(model.device), reduction="none").cpu()
         inside = torch.arange(kept) >= kept - lengths[:, None]
-        for place, loss in zip(members, (losses * inside).sum(dim=1).tolist(), strict=True):
-            found[place] = -loss
+        for index, loss in zip(indices, (losses * inside).sum(dim=1).tolist(), strict=True):
+            found[index] = -loss
     values = iter(found)
     return [[next(values) for _ in options] for _, options in questions]
 
@@ -59,12 +59,12 @@ def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocab_size: in
     length = [len(prompt) + len(option) for prompt, option in rows]
     batch: list[int] = []
     kept = 0
-    for place in sorted((place for place in range(len(rows)) if length[place] <= limit), key=length.__getitem__):
-        kept = max(kept, len(rows[place][1]) + 1)
+    for index in sorted((index for index in range(len(rows)) if length[index] <= limit), key=length.__getitem__):
+        kept = max(kept, len(rows[index][1]) + 1)
         size = len(batch) + 1
-        if batch and (size * length[place] > TOKENS or size * kept * vocab_size > LOGITS):
+        if batch and (size * length[index] > TOKENS or size * kept * vocab_size > LOGITS):
             yield batch
-            batch, kept = [], len(rows[place][1]) + 1
-        batch.append(place)
+            batch, kept = [], len(rows[index][1]) + 1
+        batch.append(index)
     if batch:
         yield batch

@@ -27,12 +27,13 @@ def read_results(run_dir: Path) -> list[dict[str, Any]]:
 
     Results of steps that a later rewind has undone are skipped. Raises UserError for a corrupt file.
     """
-    gone = read_rewinds(run_dir)
-    return [
-        line
-        for line in _read_all(run_dir)
-        if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)) :])
-    ]
+    rewinds = read_rewinds(run_dir)
+
+    def is_undone(result: dict[str, Any]) -> bool:
+        later_rewinds = rewinds[result.get("rewinds", len(rewinds)) :]
+        return any(result["step"] > rewind["to"] for rewind in later_rewinds)
+
+    return [result for result in _read_all(run_dir) if not is_undone(result)]
 
 
 def _read_all(run_dir: Path) -> list[dict[str, Any]]:
@@ -69,13 +70,12 @@ def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> di
 
 def _files(path: Path) -> list[Path]:
     """Return the file at `path`, all files in the folder at `path`, or all files that match it as a glob."""
-    found = (
-        path.rglob("*")
-        if path.is_dir()
-        else [path]
-        if path.exists()
-        else map(Path, glob.glob(str(path), recursive=True))
-    )
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
     return sorted(file for file in found if file.is_file())
 
 

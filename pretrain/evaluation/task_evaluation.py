@@ -36,7 +36,7 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
         print(f"{task.title} at step {step} has already been evaluated", flush=True)
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
-    started, gone_back = time.perf_counter(), len(read_rewinds(run_dir))
+    started, rewinds = time.perf_counter(), len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
     result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     declared = {
@@ -49,7 +49,7 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
             "pretrain_seed": load_config(run_dir / "config.yaml").seed,
             "finetune_seed": config.seed if task.finetunes else None,
             "finetune": task.finetune if isinstance(task, AnswerTask) else None,
-            "rewinds": gone_back,
+            "rewinds": rewinds,
             "rows": result.rows,
             "metrics": result.metrics,
             "directions": declared,

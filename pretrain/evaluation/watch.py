@@ -32,12 +32,12 @@ class CheckpointWatcher:
         self.run_dir, self.read, self.overrides = run_dir, read, overrides
         self.settled: set[int] = set()
         """Steps that have been evaluated or given up."""
-        self.passed_over: set[int] = set()
+        self.skipped_steps: set[int] = set()
         """Steps that are not multiples of evaluation.every; the last step of a finished run is evaluated anyway."""
-        self.rewinds = 0
+        self.known_rewinds = 0
         self.finished = False
         self.failed_steps: set[int] = set()
-        self.not_before: dict[int, float] = {}
+        self.retry_at: dict[int, float] = {}
         """Time of the next attempt at each failed step, in seconds of time.monotonic()."""
         self.ended = threading.Event()
 
@@ -47,18 +47,18 @@ class CheckpointWatcher:
         The pin is set before the check that the checkpoint still exists. Retention checks for pins again after it has
         moved a checkpoint away, and restores a pinned one (`prune` in training/checkpoint.py).
         """
-        gone_back = read_rewinds(self.run_dir)
-        for rewind in gone_back[self.rewinds :]:
-            for known in (self.settled, self.failed_steps):
-                known.intersection_update({step for step in known if step <= rewind["to"]})
-            self.not_before = {step: at for step, at in self.not_before.items() if step <= rewind["to"]}
-        self.rewinds = len(gone_back)
+        rewinds = read_rewinds(self.run_dir)
+        for rewind in rewinds[self.known_rewinds :]:
+            for steps in (self.settled, self.failed_steps):
+                steps.intersection_update({step for step in steps if step <= rewind["to"]})
+            self.retry_at = {step: at for step, at in self.retry_at.items() if step <= rewind["to"]}
+        self.known_rewinds = len(rewinds)
         checkpoints = self.run_dir / "checkpoints"
         pinned = requested_evaluations(self.run_dir)
-        steps = list_steps(checkpoints)
-        last = steps[-1:] if self.finished else []
-        known = {*pinned, *self.settled, *self.passed_over.difference(last)}
-        new = [step for step in steps if step not in known]
+        existing = list_steps(checkpoints)
+        last = existing[-1:] if self.finished else []
+        ignored = {*pinned, *self.settled, *self.skipped_steps.difference(last)}
+        new = [step for step in existing if step not in ignored]
         if not new:
             return
         config, tasks = self.read()
@@ -68,20 +68,17 @@ class CheckpointWatcher:
                 self.settled.add(step)
                 continue
             if config.evaluation.every and step % config.evaluation.every and step not in last:
-                self.passed_over.add(step)
+                self.skipped_steps.add(step)
                 continue
             request_evaluation(self.run_dir, step)
-            if step not in list_steps(checkpoints):
-                (checkpoints / PINS / step_name(step)).unlink(
-                    missing_ok=True
-                )  # it has been removed, or retention restores it
+            if step not in list_steps(checkpoints):  # it has been removed, or retention restores it
+                (checkpoints / PINS / step_name(step)).unlink(missing_ok=True)
 
     def keep_pinning(self) -> None:
         """Pin new checkpoints until the watch ends; the background thread runs this."""
         while not self.ended.wait(POLL):
-            with contextlib.suppress(
-                OSError, UserError
-            ):  # the main thread runs into these errors too, and reports them
+            # The main thread runs into the same errors and reports them.
+            with contextlib.suppress(OSError, UserError):
                 self.pin_new_checkpoints()
 
     def pinned(self) -> list[int]:
@@ -90,7 +87,7 @@ class CheckpointWatcher:
 
     def ready(self) -> list[int]:
         """Return the pinned steps to evaluate now, without the ones that failed recently."""
-        return [step for step in self.pinned() if self.not_before.get(step, 0) <= time.monotonic()]
+        return [step for step in self.pinned() if self.retry_at.get(step, 0) <= time.monotonic()]
 
     def evaluate_pinned(self, step: int) -> None:
         """Evaluate a pinned checkpoint, unless another job has done so by now.
@@ -109,7 +106,7 @@ class CheckpointWatcher:
         if settled:
             self.settled.add(step)
         else:
-            self.not_before[step] = time.monotonic() + PAUSE
+            self.retry_at[step] = time.monotonic() + PAUSE
             print_now(f"the evaluation of step {step} failed; trying again in {PAUSE:.0f} s")
         if failures and settled:
             self.failed_steps.add(step)

@@ -31,10 +31,10 @@ class Head(nn.Module):
         """
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
-        most = self.max_logits or MAX_LOGITS[hidden.device.type]
-        size = max(1, most // len(self.weight))
+        max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
+        chunk_size = max(1, max_logits // len(self.weight))
         loss: torch.Tensor = _CrossEntropy.apply(
-            hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled()
+            hidden, self.weight, self.bias, label_ids, self.softcap, chunk_size, torch.is_grad_enabled()
         )
         return loss
 
@@ -59,10 +59,10 @@ class _CrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         label_ids: torch.Tensor,
         softcap: float | None,
-        size: int,
+        chunk_size: int,
         grad_enabled: bool,
     ) -> torch.Tensor:
-        """Return the loss, a scalar in fp32, computed for `size` labels at a time.
+        """Return the loss, a scalar in fp32, computed for `chunk_size` labels at a time.
 
         Shapes: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,).
         """
@@ -71,8 +71,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), size):
-            chunk = slice(start, start + size)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
             chunk_loss, gradient = _loss_and_gradient(
                 F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted)
             )

@@ -51,7 +51,7 @@ def build_model_config(
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
-    # Options of every PretrainedConfig do not describe the shape.
+    # The options that every PretrainedConfig has do not describe the shape.
     known = AutoConfig.for_model(family).to_dict().keys() - PretrainedConfig().to_dict().keys()
     for key in shape:
         if key in computed:
@@ -128,7 +128,7 @@ class PredictorEmbedding(nn.Embedding):
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         """Return the scaled embeddings of predictor tokens: indices (...) from 0 to k - 1 -> (..., D)."""
-        # For a single row, the backward pass of a lookup would sort an equal index for every position.
+        # With one predictor token, the backward pass of a lookup would sort one equal index per position.
         if self.num_embeddings == 1:
             return self.weight[0].expand(*index.shape, -1) * self.scale
         return super().forward(index) * self.scale

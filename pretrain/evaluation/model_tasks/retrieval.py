@@ -40,12 +40,14 @@ def score(pairs: PairEmbeddings) -> dict[str, float]:
 def ranks(pairs: PairEmbeddings) -> torch.Tensor:
     """Return, for each row, 1 + the number of other targets that are at least as near as its own: (N,) int64."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
-    _, place = pairs.key.unique(return_inverse=True)
-    first = torch.full((int(place.max()) + 1,), len(place)).scatter_reduce(0, place, torch.arange(len(place)), "amin")
+    _, candidate = pairs.key.unique(return_inverse=True)  # the number of each row's target among the distinct targets
+    count = int(candidate.max()) + 1
+    rows = torch.arange(len(candidate))
+    first = torch.full((count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")  # its first row
     found = []
     for start in range(0, len(prediction), ROWS):
         similarity = prediction[start : start + ROWS] @ target[first].T
-        own = place[start : start + ROWS, None]
+        own = candidate[start : start + ROWS, None]
         nearer = similarity >= similarity.gather(1, own)
         found.append(nearer.sum(dim=1))  # this includes the row's own target
     return torch.cat(found)
