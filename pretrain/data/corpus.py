@@ -63,8 +63,8 @@ class Corpus:
         """Upper bounds on the number of tokens of each view, (1, views)."""
         self._complete = entry["incomplete"] == 0
         self._first = np.cumsum([0] + [shard["records"] for shard in entry["shards"]])
-        where, shards, views = self.folder, entry["shards"], self.manifest["views"]
-        self._shard = lru_cache(OPEN_SHARDS)(lambda number: open_shard(where, shards[number], views))
+        corpus_folder, shards, views = self.folder, entry["shards"], self.manifest["views"]
+        self._shard = lru_cache(OPEN_SHARDS)(lambda number: open_shard(corpus_folder, shards[number], views))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -101,12 +101,12 @@ class Corpus:
             return RecordTokens(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
         order, parts = self._parts(records)
         found = read_rows(parts)
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        rows = back[:, None]
-        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[back]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        rows = inverse[:, None]
+        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[inverse]
         starts, lengths, hashes = (values[rows, columns] for values in (found.starts, found.lengths, found.hashes))
-        return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[back])
+        return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[inverse])
 
     def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
         """Return the tokens of one view of the records (N,), concatenated in the order of `records`."""
@@ -125,7 +125,7 @@ class Corpus:
         begins = np.flatnonzero(np.diff(ordered, prepend=-1))
         rows = np.split(records[order] - self._first[ordered], begins[1:])
         return order, [
-            (self._shard(number), of_shard) for number, of_shard in zip(ordered[begins].tolist(), rows, strict=True)
+            (self._shard(number), shard_rows) for number, shard_rows in zip(ordered[begins].tolist(), rows, strict=True)
         ]
 
 
@@ -182,7 +182,7 @@ def was_trained_on(run_dir: Path, manifest: dict[str, Any]) -> bool:
     return all(recorded.get(part, found) == found for part, found in corpus_identity(manifest).items())
 
 
-WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
+PREPARED_DEFAULTS = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
 """Defaults that the preparation of a corpus fills in for unset keys of the data section."""
 NOT_COMPARED = ("sequence_length", "decontaminate")
 """Keys of the data section that may differ from the prepared ones: a run checks their consequences at its start."""
@@ -221,7 +221,7 @@ def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, An
 def _is_equivalent(key: str, prepared: Any, now: Any) -> bool:
     if key.endswith(".path"):
         return now is None or (isinstance(prepared, str) and os.path.abspath(prepared) == os.path.abspath(now))
-    default = WRITTEN_OUT.get(key)
+    default = PREPARED_DEFAULTS.get(key)
     return bool((default if prepared is None else prepared) == (default if now is None else now))
 
 

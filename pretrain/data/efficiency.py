@@ -28,21 +28,21 @@ def efficiency(corpus: Corpus) -> list[str]:
         )
         for kind in ("joint", "independent")
     ]
-    part = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
+    note = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
     lines = [
         "  fraction of positions that are not padding, and of records that do not fit a row "
-        f"({len(records):,} of {len(corpus):,} records{part})",
+        f"({len(records):,} of {len(corpus):,} records{note})",
         f"  {'row length':>10}  {'joint, k = 1':>23}  {'independent, k = 1':>23}",
     ]
-    before = 0.0
+    previous = 0.0
     for row_length in ROW_LENGTHS:
         found = [fullness(layout.positions(lengths), row_length) for layout in layouts]
-        shares = [f"  {full:>7.1%} {f'{beyond:.1%} too long' if beyond else '':>15}" for full, beyond in found]
+        shares = [f"  {full:>7.1%} {f'{too_long:.1%} too long' if too_long else '':>15}" for full, too_long in found]
         lines.append(f"  {row_length:>10,}{''.join(shares)}".rstrip())
-        least = min(full for full, _ in found)
-        if least < before + GAIN and not any(beyond for _, beyond in found):
+        lowest = min(full for full, _ in found)
+        if lowest < previous + GAIN and not any(too_long for _, too_long in found):
             break
-        before = least
+        previous = lowest
     return lines
 
 
@@ -65,7 +65,7 @@ def fullness(positions: np.ndarray, row_length: int) -> tuple[float, float]:
     fits = positions <= row_length
     rows = 0
     for first in range(0, len(positions), WINDOW):
-        part = positions[first : first + WINDOW]
-        part = part[part <= row_length]
-        rows += int(pack(part, row_length).max()) + 1 if len(part) else 0
+        window = positions[first : first + WINDOW]
+        window = window[window <= row_length]
+        rows += int(pack(window, row_length).max()) + 1 if len(window) else 0
     return float(positions[fits].sum() / (rows * row_length)) if rows else 0.0, float(1 - fits.mean())

@@ -157,15 +157,15 @@ def _numbers(values: np.ndarray, segments: Sequence[_Segment] = ()) -> list[str]
     out = ["·"] * len(values)
     starts = {segment.start: segment.stop for segment in segments}
     free, stop = 0, len(values)
-    for place, value in enumerate(values.tolist()):
-        stop = starts.get(place, stop)
-        if (value % 10 == 0 and place >= free) or place in starts:
+    for index, value in enumerate(values.tolist()):
+        stop = starts.get(index, stop)
+        if (value % 10 == 0 and index >= free) or index in starts:
             text = str(value)
-            if place + len(text) <= stop:
-                out[place : place + len(text)] = text
-                free = place + len(text) + 1
-            elif place in starts:
-                out[place] = "…"
+            if index + len(text) <= stop:
+                out[index : index + len(text)] = text
+                free = index + len(text) + 1
+            elif index in starts:
+                out[index] = "…"
     return out
 
 
@@ -290,7 +290,7 @@ def _groups(record: np.ndarray, room: int) -> list[range]:
 
 
 def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[str]:
-    """Return one line per pair."""
+    """Return one line per pair, with the positions from which it is read."""
     valid = batch.pair_valid
     pairs = zip(
         batch.prediction_index[valid].tolist(),
@@ -300,7 +300,7 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
     )
     starts = [segment.start for segment in segments]
 
-    def place(index: int) -> str:
+    def describe(index: int) -> str:
         segment = segments[bisect.bisect_right(starts, index) - 1]
         token = _content(corpus, [int(batch.token_ids[0, index])])
         return (
@@ -309,7 +309,9 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
             else f"{token} at {index} ({PARTLY})"
         )
 
-    lines = [f"  record {record}: {place(prediction)}  ──▶  {place(target)}" for prediction, target, record in pairs]
+    lines = [
+        f"  record {record}: {describe(prediction)}  ──▶  {describe(target)}" for prediction, target, record in pairs
+    ]
     return (
         ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]
     )

@@ -121,9 +121,9 @@ class CheckpointTask:
     def unseen(self, rows: Sequence[Row], normal: Callable[[str], str] = str) -> list[bool] | None:
         """Return whether the target of each row is unseen, or None if this is unknown.
 
-        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens
-        are not a view of a record in the training split of the corpus. The whole split is read once. If the corpus of
-        the run is not at data.path, a note is printed and the result is None.
+        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens do
+        not equal any view of a record in the training split of the corpus. The whole split is read once. If the corpus
+        of the run is not at data.path, a note is printed and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(

@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {arguments.tables} ({error}); pass tables.json of Spider") from None
     make_databases(schemas, queries, arguments.output)
-    failed, empty = look_at(queries, arguments.output)
+    failed, empty = check_queries(queries, arguments.output)
     total = sum(map(len, queries.values()))
     for line in failed:
         print_now(f"does not run: {line}")
@@ -89,7 +89,7 @@ def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]],
         connection.close()
 
 
-def look_at(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
+def check_queries(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
     """Return the queries that do not run, with the reason, and the number of queries that return no rows."""
     failed, empty = [], 0
     with QueryRunner() as runner:
@@ -122,8 +122,8 @@ class _Filler:
             old, new = self.group[first], self.group[second]
             self.group = [new if group == old else group for group in self.group]
         columns_of = {
-            table.lower(): {self.names[number][1].lower() for number in self.columns[place]}
-            for place, table in enumerate(self.tables)
+            table.lower(): {self.names[number][1].lower() for number in self.columns[index]}
+            for index, table in enumerate(self.tables)
         }
         self.found = [values for query in queries if (values := compared_values(query, columns_of))]
         self.pools: dict[int, list[Any]] = defaultdict(list)
@@ -145,8 +145,8 @@ class _Filler:
             kinds = {number: "NUMERIC" if self.types[number] == "number" else "TEXT" for number in self.columns[table]}
             columns = ", ".join(f'"{self.names[number][1]}" {kind}' for number, kind in kinds.items())
             connection.execute(f'CREATE TABLE "{name}" ({columns})')
-            marks = ", ".join("?" * len(self.columns[table]))
-            connection.executemany(f'INSERT INTO "{name}" VALUES ({marks})', self._rows(table))
+            placeholders = ", ".join("?" * len(self.columns[table]))
+            connection.executemany(f'INSERT INTO "{name}" VALUES ({placeholders})', self._rows(table))
 
     def _rows(self, table: int) -> list[tuple[Any, ...]]:
         """Return the rows of a table: first rows with the values of a query, then rows of drawn values.
@@ -158,8 +158,8 @@ class _Filler:
         for values in self.found:
             compared = {column: choices for (owner, column), choices in values.items() if owner == name}
             longest = max(map(len, compared.values()), default=0)
-            for place in range(longest):
-                wanted.append({column: choices[place % len(choices)] for column, choices in compared.items()})
+            for index in range(longest):
+                wanted.append({column: choices[index % len(choices)] for column, choices in compared.items()})
         wanted = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items(), key=str)) for row in wanted)]
         self.random.shuffle(wanted)
         count = min(max(FEWEST_ROWS, 2 * len(wanted)), MOST_ROWS)
@@ -171,30 +171,32 @@ class _Filler:
         return list(zip(*by_column, strict=True))
 
     def _column(self, number: int, wanted: list[Any]) -> list[Any]:
-        """Return the values of a column: the wanted ones at their indices, and drawn ones for None."""
+        """Return the values of a column: `wanted`, with drawn values instead of None."""
         pool = list(self.pools[self.group[number]])
-        tied = self.group.count(self.group[number]) > 1
+        connected = self.group.count(self.group[number]) > 1
         if number in self.primary and sum(self.names[number][0] == self.names[other][0] for other in self.primary) == 1:
-            missing = [value for value in pool + self._made(number, len(wanted) + len(pool)) if value not in wanted]
+            missing = [
+                value for value in pool + self._made_up_values(number, len(wanted) + len(pool)) if value not in wanted
+            ]
             values: list[Any] = []
             for value in wanted:
                 values.append(missing.pop(0) if value is None or value in values else value)
             return values
-        pool += self._made(number, max(12 if not tied else FEWEST_ROWS, len(pool)) - len(pool) + 2)
-        if tied:
+        pool += self._made_up_values(number, max(12 if not connected else FEWEST_ROWS, len(pool)) - len(pool) + 2)
+        if connected:
             pool = pool[: max(1, len(pool) * 2 // 3)]  # some rows are referenced several times, others never
-        drawn = [pool[place % len(pool)] for place in range(len(wanted))]
+        drawn = [pool[index % len(pool)] for index in range(len(wanted))]
         self.random.shuffle(drawn)
         return [value if value is not None else other for value, other in zip(wanted, drawn, strict=True)]
 
-    def _made(self, number: int, count: int) -> list[Any]:
+    def _made_up_values(self, number: int, count: int) -> list[Any]:
         """Return `count` values that come from no query; connected columns get the same ones."""
         if self.types[self.group[number]] == "number" or self.types[number] == "number":
             return list(range(1, count + 1))
         kind = self.names[self.group[number]][1].lower()
         if self.types[number] == "time" or "date" in kind:
-            return [f"{2000 + place % 20}-{1 + place % 12:02d}-{1 + place % 28:02d}" for place in range(count)]
-        return [f"{kind} {place}" for place in range(1, count + 1)]
+            return [f"{2000 + index % 20}-{1 + index % 12:02d}-{1 + index % 28:02d}" for index in range(count)]
+        return [f"{kind} {index}" for index in range(1, count + 1)]
 
 
 def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
@@ -205,17 +207,17 @@ def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
     words = tokens(query)
     tables = {word: word for word in words if word in columns_of}
     tables |= {
-        words[place + 2]: words[place]
-        for place in range(len(words) - 2)
-        if words[place] in columns_of and words[place + 1] == "as"
+        words[index + 2]: words[index]
+        for index in range(len(words) - 2)
+        if words[index] in columns_of and words[index + 1] == "as"
     }
     found: Values = defaultdict(list)
-    for place, word in enumerate(words):
-        after = words[place + 1 : place + 16]
+    for index, word in enumerate(words):
+        after = words[index + 1 : index + 16]
         after = after[1:] if after[:1] == ["not"] else after
         if not after or after[0] not in COMPARISONS:
             continue
-        owner = tables.get(words[place - 2]) if place >= 2 and words[place - 1] == "." else None
+        owner = tables.get(words[index - 2]) if index >= 2 and words[index - 1] == "." else None
         owners = [owner] if owner else [table for table in dict.fromkeys(tables.values()) if word in columns_of[table]]
         for value in _literals(after[1:], after[0]):
             for table in owners:
@@ -228,20 +230,20 @@ def _literals(words: list[str], comparison: str) -> list[Any]:
     """Return the values for the literals that directly follow a comparison."""
     found: list[Any] = []
     joined = {"in": ("(", ","), "between": ("and",)}.get(comparison, ())
-    place = 0
-    while place < len(words):
-        word = words[place]
+    index = 0
+    while index < len(words):
+        word = words[index]
         if word[0] in "'\"":
             found.append(word[1:-1].replace("%", "") or "x")
         elif NUMBER.fullmatch(
-            number := "".join(words[place : place + (3 if words[place + 1 : place + 2] == ["."] else 1)])
+            number := "".join(words[index : index + (3 if words[index + 1 : index + 2] == ["."] else 1)])
         ):
             value = float(number) if "." in number else int(number)
             found += {"<": [value - 1], ">": [value + 1], "!=": [value, value + 1]}.get(comparison, [value])
-            place += number.count(".") * 2
+            index += number.count(".") * 2
         elif word not in joined:
             break
-        place += 1
+        index += 1
     return found
 
 
