@@ -43,7 +43,7 @@ def ranks(pairs: PairEmbeddings) -> torch.Tensor:
     _, candidate = pairs.key.unique(return_inverse=True)  # the number of each row's target among the distinct targets
     count = int(candidate.max()) + 1
     rows = torch.arange(len(candidate))
-    first = torch.full((count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")  # its first row
+    first = torch.full((count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")  # the first row of each
     found = []
     for start in range(0, len(prediction), ROWS):
         similarity = prediction[start : start + ROWS] @ target[first].T
