@@ -1,1 +1,1 @@
-"""From shards to batches: corpus, order, layout, packing, batch. Knows nothing of models or DeepSpeed."""
+"""The path from shards to batches: corpus, order, layout, packing and batch, independent of models and DeepSpeed."""

@@ -2,8 +2,8 @@
 
 Its subcommands:
 
-    python -m pretrain.data inspect PATH [N]    some of its records, and a picture of a packed row
-    python -m pretrain.data stats PATH          lengths of its views, and how full packed rows are
+    python -m pretrain.data inspect PATH [N]    show some of its records and a picture of a packed row
+    python -m pretrain.data stats PATH          show the lengths of its views and how full packed rows are
 """
 
 import argparse
@@ -19,17 +19,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.data",
         description="Show what is in a prepared corpus.",
-        epilog="python -m data_prep verify PATH checks a corpus.",
+        epilog="To check a corpus, run python -m data_prep verify PATH.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     inspect = _add_command(commands, "inspect", run_inspect)
-    inspect.add_argument("records", nargs="?", type=int, default=3, metavar="N", help="records shown (3)")
+    inspect.add_argument("records", nargs="?", type=int, default=3, metavar="N", help="number of records to show (3)")
     inspect.add_argument("--split", default="train", help="train, validation or test (train)")
-    inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first one (0)")
+    inspect.add_argument("--record", type=int, default=0, metavar="I", help="number of the first record (0)")
     inspect.add_argument("--layout", choices=("joint", "independent"), default="joint")
-    inspect.add_argument("--predictor-tokens", type=int, default=1, metavar="K", help="k (1)")
     inspect.add_argument(
-        "--row-length", type=int, metavar="L", help="positions of the row (the corpus' data.sequence_length)"
+        "--predictor-tokens", type=int, default=1, metavar="K", help="predictor tokens per context (1)"
+    )
+    inspect.add_argument(
+        "--row-length", type=int, metavar="L", help="positions of the row (data.sequence_length of the corpus)"
     )
     _add_command(commands, "stats", run_stats)
     arguments = parser.parse_args()
@@ -42,18 +44,16 @@ def _add_command(
     run: Callable[[argparse.Namespace], None],
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, description=run.__doc__, help=run.__doc__)
-    parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
+    parser.add_argument("path", type=Path, help="folder of a prepared corpus (its data.path)")
     parser.set_defaults(run=run)
     return parser
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    """Show records with their pieces, and the packed row that holds the first of them."""
+    """Show records with their tokens, and the packed row that holds the first of them."""
     from data_prep.shards import read_manifest
 
-    read_manifest(
-        arguments.path
-    )  # report a missing corpus before torch is loaded, which assembles the row as in training
+    read_manifest(arguments.path)  # reports a missing corpus before the slow import of torch
     from data_prep.tools.show import show_record
     from pretrain.data.corpus import Corpus
     from pretrain.data.picture import picture
@@ -61,20 +61,22 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     corpus = Corpus(arguments.path, arguments.split)
     row_length = arguments.row_length or corpus.manifest["settings"]["data"]["sequence_length"]
     if arguments.records < 0 or arguments.predictor_tokens < 0 or row_length < 1:
-        raise UserError("N, --predictor-tokens and --row-length cannot be negative")
+        raise UserError("N and --predictor-tokens must be 0 or more, and --row-length must be 1 or more")
     if not 0 <= arguments.record < len(corpus):
-        raise UserError(f"--record {arguments.record}: {arguments.split} holds the records 0 to {len(corpus) - 1:,}")
+        raise UserError(
+            f"--record {arguments.record}: the {arguments.split} split has the records 0 to {len(corpus) - 1:,}"
+        )
     width = max(80, shutil.get_terminal_size((110, 24)).columns)
     for record in range(arguments.record, min(arguments.record + arguments.records, len(corpus))):
         print(show_record(corpus.tokenizer, record, corpus.tokens_by_view(record), width), end="\n\n")
     try:
         print(picture(corpus, arguments.record, arguments.layout, arguments.predictor_tokens, row_length, width))
     except ValueError as error:
-        raise UserError(f"no picture: {error}; give another --record or --row-length") from None
+        raise UserError(f"cannot draw the row: {error}; choose another --record or --row-length") from None
 
 
 def run_stats(arguments: argparse.Namespace) -> None:
-    """Show lengths of the views, tokens by source, and how full rows of several lengths are."""
+    """Show the lengths of the views, the tokens of each source, and how full rows of several lengths are."""
     from data_prep.shards import read_manifest
     from data_prep.tools.stats import stats
     from pretrain.data.corpus import Corpus

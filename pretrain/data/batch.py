@@ -16,45 +16,45 @@ from pretrain.data.spans import STRETCHES, draw_spans
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of L positions, M next-token labels, P pairs, S spans.
+    """A micro batch of one rank: B rows of L positions, M next-token labels, P pairs and S spans.
 
-    Indices are into the flattened (B * L) positions. The pair arrays are padded with index 0 and `pair_valid` False to
-    the same P on every rank, so that embeddings can be gathered.
+    Indices refer to the flattened (B * L) positions. P is the same on every rank because embeddings are gathered: the
+    pair arrays are padded with index 0, and `pair_valid` is False there.
     """
 
     token_ids: torch.Tensor
-    """(B, L); predictor tokens have ids from the vocabulary size on."""
+    """(B, L) token ids; the ids of predictor tokens start at the vocabulary size."""
     positions: torch.Tensor
     """(B, L) position of each token within its own encoding."""
     visible_until: torch.Tensor
-    """(B, L) query q sees key p exactly if p <= q < visible_until[p]. Padding sees itself."""
+    """(B, L) end of visibility: query q sees key p exactly if p <= q < visible_until[p]. Padding sees only itself."""
     label_index: torch.Tensor
     """(M,) positions that predict a token."""
     label_ids: torch.Tensor
-    """(M,) the token that each of them predicts."""
+    """(M,) token that each of these positions predicts."""
     prediction_index: torch.Tensor
-    """(P,) where the context's embedding is read."""
+    """(P,) position from which the prediction is read."""
     target_index: torch.Tensor
-    """(P,) where the target's embedding is read."""
+    """(P,) position from which the target embedding is read."""
     pair_target_hash: torch.Tensor
-    """(P,) hash of the target's tokens: equal keys are equal targets."""
+    """(P,) hash of the target's tokens: equal hashes mean equal targets."""
     pair_record: torch.Tensor
-    """(P,) number of the record: pairs of one record are not strangers to each other."""
+    """(P,) number of the record: pairs of one record are not negatives of each other."""
     pair_direction: torch.Tensor
     """(P,) FORWARD or BACKWARD."""
     pair_valid: torch.Tensor
-    """(P,) False for the padding of the gather."""
+    """(P,) False for padding."""
     span_index: torch.Tensor
     """(S, 3, 2) three stretches (from, to) of each span; see pretrain/data/spans.py."""
     seed: torch.Tensor
-    """A random number of the micro step, on the host: the same on every rank, and for any number of them."""
+    """Random number of the micro step, on the host: the same on every rank, and for any number of ranks."""
 
     def pin_memory_copy(self) -> "Batch":
-        """A copy in pinned memory, from which copies to a CUDA device run beside the computation."""
+        """Return a copy in pinned memory: copies from there to a CUDA device overlap with computation."""
         return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on `device`, but for the seed."""
+        """Return a copy on `device`, except for the seed, which stays on the host."""
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in fields(self)
@@ -74,9 +74,10 @@ def micro_batches(
     rank: int,
     ranks: int,
 ) -> Iterator[Batch]:
-    """The micro batches of one rank. Rank r's share of micro step a is the r-th part of its rows.
+    """Yield the micro batches of one rank.
 
-    So a micro step holds the same rows on any number of ranks. `rows.count` is a multiple of micro_batch_rows * ranks.
+    A micro step consists of micro_batch_rows * ranks consecutive rows, and rank r takes the r-th part of them.
+    `rows.count` must be a multiple of micro_batch_rows * ranks.
     """
     per_row = np.bincount(
         rows.row, layout.pairs(rows.segment_lengths, rows.paired).sum(axis=1), minlength=rows.count
@@ -87,9 +88,8 @@ def micro_batches(
     ]
     mine = [step.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows) for step in steps]
     ends = np.cumsum([len(each.records) for each in mine])
-    contents = corpus.read(
-        np.concatenate([each.records for each in mine])
-    )  # of all micro steps at once: fewer, larger reads of each shard
+    # Reading all micro steps at once makes fewer and larger reads of each shard.
+    contents = corpus.read(np.concatenate([each.records for each in mine]))
     for together, each, pairs, end in zip(steps, mine, padded, ends, strict=True):
         seed = int(together.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
         yield assemble(
@@ -107,10 +107,10 @@ def assemble(
     seed: int = 0,
     contents: RecordTokens | None = None,
 ) -> Batch:
-    """Fill the rows with the tokens of their records; the pair arrays are padded to `pairs_padded`.
+    """Return the batch of these rows, with the pair arrays padded to `pairs_padded`.
 
-    `contents` are the tokens, where they have been read already. In a record that goes on in the next one, the next one's first token
-    stands in place of the end token: it is no end, and every token of the document is a target.
+    `contents` are the tokens of the records, if they have been read already. A long document may continue in the next
+    record. The first token of the next record then replaces the end token, so every token of the document is a target.
     """
     contents = contents or corpus.read(rows.records)
     lengths, size = rows.segment_lengths, rows.count * row_length
@@ -156,11 +156,14 @@ def assemble(
 
 
 def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Position within its encoding and end of visibility of every position, (B * L,) both, from the starts of the segments (N, segments)."""
+    """Return the position ids and the ends of visibility, both (B * L,).
+
+    `in_row` (N, segments) are the starts of the segments within their rows.
+    """
     lengths = rows.segment_lengths
     positions = np.zeros(rows.count * row_length, np.int64)
     visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
-    # segments stand one behind the other, in every record
+    # In every record the segments follow one another without gaps.
     everywhere = ragged_ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
     positions[everywhere] = ragged_ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
     visible_until[everywhere] = np.repeat((in_row + _subtree_lengths(layout, lengths)).ravel(), lengths.ravel())
@@ -170,7 +173,11 @@ def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> 
 def _suffixes(
     segment: Segment, layout: Layout, lengths: np.ndarray, continuation_tokens: np.ndarray
 ) -> list[np.ndarray]:
-    """Each closing token of a segment in the records (N, views) that have it, (N,) each; `closing` (N,) takes the place of the last, or is -1."""
+    """Return the suffix of a segment, token by token: an array (N,) for each, over the N records that have the segment.
+
+    `lengths` (N, views) are the view lengths of these records. `continuation_tokens` (N,) replace the last token of the
+    suffix if the segment is the last one of its record; -1 leaves it as it is.
+    """
     if not segment.suffix:
         return []
     last = layout.is_last(segment, lengths)
@@ -182,7 +189,10 @@ def _suffixes(
 
 
 def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, size: int) -> dict[str, torch.Tensor]:
-    """The pair fields of a batch, padded to `size`, from the last positions of all segments (N, segments) and hashes of the views (N, views)."""
+    """Return the pair fields of a batch, padded to `size`.
+
+    `ends` (N, segments) are the last positions of the segments, `hashes` (N, views) the hashes of the views.
+    """
     present = layout.pairs(rows.segment_lengths, rows.paired)
     record, number = np.nonzero(present)
     prediction, target, direction = (
@@ -205,7 +215,7 @@ def _pairs(rows: Rows, layout: Layout, ends: np.ndarray, hashes: np.ndarray, siz
 
 
 def _first_positions(layout: Layout, lengths: np.ndarray) -> np.ndarray:
-    """Position ids go on where the parent ends, and start at 0 without one: (N, segments)."""
+    """Return the first position id of each segment, (N, segments): 0, or the one after the end of its parent."""
     first = np.zeros_like(lengths)
     for index, segment in enumerate(layout.segments):
         if segment.parent is not None:
@@ -214,7 +224,7 @@ def _first_positions(layout: Layout, lengths: np.ndarray) -> np.ndarray:
 
 
 def _subtree_lengths(layout: Layout, lengths: np.ndarray) -> np.ndarray:
-    """Tokens of every segment and all below it: (N, segments)."""
+    """Return the number of tokens of each segment and all segments below it in the tree, (N, segments)."""
     subtree = lengths.copy()
     for index in range(len(layout.segments) - 1, -1, -1):
         parent = layout.segments[index].parent

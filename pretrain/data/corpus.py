@@ -17,25 +17,28 @@ from data_prep.shards import RecordTokens, ShardRows, open_shard, read_manifest,
 from data_prep.tokenizer import Tokenizer
 
 OPEN_SHARDS = 256
-"""Kept mapped at a time: a process may have 65,530 maps and, while one is made, 1,024 open files. A window of the order reads about 64."""
+"""Maximum number of shards mapped at a time.
+
+A process may have 65,530 maps, and 1,024 open files while it makes one. A window of the order reads about 64 shards.
+"""
 
 
 class SourceRecords(NamedTuple):
-    """A source of the split: its records are those from `first` on."""
+    """A source of the split: its records are numbered consecutively from `first`."""
 
     number: int
-    """Its place in data.sources."""
+    """Index in data.sources."""
     first: int
     records: int
 
 
 class Corpus:
-    """The records 0 to `len(corpus)` of one split, in the order of the shards.
+    """The records 0 to `len(corpus) - 1` of one split, in the order of the shards.
 
-    The views of a record are counted among those that it has: view 1 is its second, whichever of `data.views` that is.
+    Views are numbered among the ones that a record has: view 1 is its second view, whichever of `data.views` that is.
 
-    Opening reads the manifest and the tokenizer alone. Shards are mapped when they are needed, and each record is verified when its
-    lengths or tokens are read; a UserError names what does not fit.
+    Opening a corpus reads only the manifest and the tokenizer. Shards are mapped when they are needed. Each record is
+    verified when its lengths or tokens are read; a UserError names what is corrupt.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -43,7 +46,7 @@ class Corpus:
         self.manifest = read_manifest(self.folder)
         if split not in self.manifest["splits"]:
             raise UserError(
-                f"the corpus {folder} has no {split} split (it has {', '.join(self.manifest['splits'])}); "
+                f"the corpus {folder} has no {split} split (its splits: {', '.join(self.manifest['splits'])}); "
                 f"add a source with split: {split}"
                 + (" or set data.validation_fraction" if split == "validation" else "")
             )
@@ -51,17 +54,17 @@ class Corpus:
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if self.tokenizer.fingerprint != self.manifest["tokenizer"]["sha256"]:
             raise UserError(
-                f"{self.folder / 'tokenizer'} is not the tokenizer that the shards were made with; "
+                f"{self.folder / 'tokenizer'} is not the tokenizer that was used to make the shards; "
                 f"remove the folder {folder} and prepare the corpus again"
             )
         self.entry = entry
-        """What the manifest says of the split."""
+        """Entry of the split in the manifest."""
         self.longest = np.array([[entry["longest"][view] for view in self.manifest["views"]]])
-        """Bounds on the tokens of each view, (1, views)."""
+        """Upper bounds on the number of tokens of each view, (1, views)."""
         self._complete = entry["incomplete"] == 0
         self._first = np.cumsum([0] + [shard["records"] for shard in entry["shards"]])
-        where, shards, views = self.folder, entry["shards"], self.manifest["views"]
-        self._shard = lru_cache(OPEN_SHARDS)(lambda number: open_shard(where, shards[number], views))
+        corpus_folder, shards, views = self.folder, entry["shards"], self.manifest["views"]
+        self._shard = lru_cache(OPEN_SHARDS)(lambda number: open_shard(corpus_folder, shards[number], views))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -73,7 +76,7 @@ class Corpus:
 
     @property
     def sources(self) -> list[SourceRecords]:
-        """The sources of the split, in their order."""
+        """Sources of the split, in order."""
         numbers = np.array([shard["source"] for shard in self.entry["shards"]])
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))
         bounds = self._first[[*begins, len(numbers)]].tolist()
@@ -83,7 +86,7 @@ class Corpus:
         ]
 
     def lengths(self, records: np.ndarray) -> np.ndarray:
-        """Tokens of each view: record numbers (N,) -> (N, views); 0 behind the last that a record has."""
+        """Return the number of tokens of each view: record numbers (N,) -> (N, views); 0 after a record's last view."""
         if not len(records):
             return np.zeros((0, self.views), np.int64)
         order, parts = self._parts(records)
@@ -92,50 +95,51 @@ class Corpus:
         return lengths if self._complete else np.take_along_axis(lengths, _present_first(lengths), axis=1)
 
     def read(self, records: np.ndarray) -> RecordTokens:
-        """The tokens of records (N,), verified. Views are counted among those that each has."""
+        """Return the verified tokens of records (N,). Views are numbered among the ones that each record has."""
         if not len(records):
             none = np.zeros((0, self.views), np.int64)
             return RecordTokens(np.zeros(0, np.uint16), none, none, none.astype(np.uint64), none[:, 0])
         order, parts = self._parts(records)
         found = read_rows(parts)
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        rows = back[:, None]
-        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[back]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        rows = inverse[:, None]
+        columns = np.arange(self.views) if self._complete else _present_first(found.lengths)[inverse]
         starts, lengths, hashes = (values[rows, columns] for values in (found.starts, found.lengths, found.hashes))
-        return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[back])
+        return RecordTokens(found.tokens, starts, lengths, hashes, found.continuation_tokens[inverse])
 
     def tokens(self, records: np.ndarray, view: int) -> np.ndarray:
-        """The tokens of one view of the records (N,), concatenated in their order."""
+        """Return the tokens of one view of the records (N,), concatenated in the order of `records`."""
         return self.read(records).view(view)
 
     def tokens_by_view(self, record: int) -> dict[str, np.ndarray]:
-        """The token ids of one record by the names of data.views, none for a view that it lacks."""
+        """Return the token ids of one record by the names of data.views; a missing view has an empty array."""
         contents = read_rows(self._parts(np.array([record]))[1])
         return {view: contents.view(number) for number, view in enumerate(self.manifest["views"])}
 
     def _parts(self, records: np.ndarray) -> tuple[np.ndarray, ShardRows]:
-        """The records in the order of their shards, (N,) indices, and their rows by shard."""
+        """Return the indices (N,) that sort the records by shard, and the rows to read from each shard."""
         shard_of = np.searchsorted(self._first, records, side="right") - 1
         order = np.argsort(shard_of, kind="stable")
         ordered = shard_of[order]
         begins = np.flatnonzero(np.diff(ordered, prepend=-1))
         rows = np.split(records[order] - self._first[ordered], begins[1:])
         return order, [
-            (self._shard(number), of_shard) for number, of_shard in zip(ordered[begins].tolist(), rows, strict=True)
+            (self._shard(number), shard_rows) for number, shard_rows in zip(ordered[begins].tolist(), rows, strict=True)
         ]
 
 
 def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> list[float]:
-    """How often a record of each source comes in an epoch: as data.sources of the run say or, without any, as the corpus was prepared.
+    """Return how often a record of each source occurs in an epoch.
 
-    Raises UserError where the run has other sources. One whose path is left open is the corpus' own.
+    The weights come from data.sources of the run, or from the manifest if the run names no sources. Raises UserError if
+    the run's sources differ from the ones of the corpus. A source without a path counts as equal.
     """
     prepared = [source["weight"] for source in manifest["sources"]]
     if sources and len(sources) != len(prepared):
         raise UserError(
-            f"data.sources are {len(sources)}, but the corpus was prepared from {len(prepared)}: name those, or none, "
-            "or prepare another data.path"
+            f"data.sources has length {len(sources)}, but the corpus was prepared from {len(prepared)} sources: "
+            "name those, or none, or prepare another data.path"
         )
     if not sources:
         return prepared
@@ -143,16 +147,17 @@ def source_weights(manifest: dict[str, Any], sources: Sequence[Source] = ()) -> 
         now = {key: getattr(source, key) for key in ("type", "split", "path") if getattr(source, key, None) is not None}
         if differing := [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]:
             raise UserError(
-                f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with {' and '.join(differing)} there: "
-                "name those, or none, or prepare another data.path"
+                f"data.sources.{number} is {' '.join(now.values())}, but the corpus was prepared with "
+                f"{' and '.join(differing)} there: name those sources, or none, or prepare another data.path"
             )
     return [source.weight for source in sources]
 
 
 def corpus_identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return what distinguishes a corpus from any other: the checksum of each split's shards, and of the tokenizer.
+    """Return the identity of a corpus: the checksums of each split's shards and of the tokenizer.
 
-    The examples of unknown tokens do not count: they name the files that the corpus was made from, and earlier versions had none.
+    The examples of unknown tokens are ignored: they contain the names of the source files, and earlier versions did not
+    record them.
     """
     shards = {
         split: {key: value for key, value in entry.items() if key != "unknown"}
@@ -169,21 +174,24 @@ def corpus_identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def was_trained_on(run_dir: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a run was trained on the corpus of a manifest, as far as its environment.json says what it was trained on."""
+    """Return whether a run was trained on the corpus of a manifest.
+
+    Only what the run's environment.json records is compared.
+    """
     recorded = (read_json_or_none(run_dir / "environment.json") or {}).get("data", {})
     return all(recorded.get(part, found) == found for part, found in corpus_identity(manifest).items())
 
 
-WRITTEN_OUT = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
-"""Defaults of keys of the data section that are only filled in when the corpus is prepared."""
+PREPARED_DEFAULTS = {"data.tokenizer.model_type": "bpe", "data.near_threshold": 0.8}
+"""Defaults that the preparation of a corpus fills in for unset keys of the data section."""
 NOT_COMPARED = ("sequence_length", "decontaminate")
-"""Keys of the data section that may differ from those of the preparation: the start of a run checks what follows from them."""
+"""Keys of the data section that may differ from the prepared ones: a run checks their consequences at its start."""
 
 
 def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
-    """Raise UserError for a key of the data section with another value than the corpus was prepared with.
+    """Raise UserError if a key of the data section differs from the value that the corpus was prepared with.
 
-    A key without a value (no sources, a source without a path) says nothing that could differ.
+    Keys without a value (no sources, a source without a path) are not compared.
     """
     now = data.shard_settings()
     if not data.sources:
@@ -191,33 +199,32 @@ def check_data_section(data: DataConfig, manifest: dict[str, Any]) -> None:
     for key, prepared, given in _differing(manifest["settings"]["data"], now, "data"):
         if key.removeprefix("data.") not in NOT_COMPARED:
             raise UserError(
-                f"{key} is {given}, but {data.path} was prepared with {prepared}: set it so, or prepare another data.path with "
-                "this configuration: python -m data_prep CONFIG data.path=FOLDER"
+                f"{key} is {given}, but {data.path} was prepared with {prepared}: set it to that value, or prepare "
+                "another data.path with this configuration: python -m data_prep CONFIG data.path=FOLDER"
             )
 
 
 def _differing(prepared: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield key, prepared and present value of each difference in what both have."""
-    if (
-        isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views")
-    ):  # there, a key that is absent is a view that is
+    """Yield the key, the prepared value and the present value of each difference between keys that both have."""
+    # Under .views, an absent key is an absent view, so the dictionaries are compared as wholes.
+    if isinstance(prepared, dict) and isinstance(now, dict) and not key.endswith(".views"):
         for part in prepared:
             if part in now:
                 yield from _differing(prepared[part], now[part], f"{key}.{part}")
     elif isinstance(prepared, list) and isinstance(now, list) and len(prepared) == len(now):
         for number, (one, other) in enumerate(zip(prepared, now, strict=True)):
             yield from _differing(one, other, f"{key}.{number}")
-    elif not _mean_the_same(key, prepared, now):
+    elif not _is_equivalent(key, prepared, now):
         yield key, prepared, now
 
 
-def _mean_the_same(key: str, prepared: Any, now: Any) -> bool:
+def _is_equivalent(key: str, prepared: Any, now: Any) -> bool:
     if key.endswith(".path"):
         return now is None or (isinstance(prepared, str) and os.path.abspath(prepared) == os.path.abspath(now))
-    default = WRITTEN_OUT.get(key)
+    default = PREPARED_DEFAULTS.get(key)
     return bool((default if prepared is None else prepared) == (default if now is None else now))
 
 
 def _present_first(lengths: np.ndarray) -> np.ndarray:
-    """The columns of each record, those that hold tokens first: (N, views) -> (N, views)."""
+    """Return the order of each record's columns that puts the ones with tokens first: (N, views) -> (N, views)."""
     return np.argsort(lengths == 0, axis=1, kind="stable")

@@ -1,4 +1,4 @@
-"""How full packed rows are, by their length: really packed, on a sample of a corpus."""
+"""Packing efficiency by row length, measured by packing a sample of a corpus."""
 
 import numpy as np
 
@@ -8,14 +8,18 @@ from pretrain.data.order import BLOCK, WINDOW
 from pretrain.data.packing import pack
 
 SAMPLE_BLOCKS = 192
-"""Blocks of records that are looked at: three windows of the order of training."""
+"""Blocks of records in the sample: three windows of the training order."""
 ROW_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GAIN = 0.001
-"""Where every record fits, rows that are twice as long and not so much fuller end the table."""
+"""Smallest worthwhile gain in fullness: once every record fits, the table ends at a doubling that gains less."""
 
 
 def efficiency(corpus: Corpus) -> list[str]:
-    """A line a row length: the share of its positions that hold tokens, and of the records that do not fit, joint and independent, k = 1."""
+    """Return the lines of a table with one line per row length.
+
+    Each line has the fraction of positions that hold tokens and the fraction of records that do not fit, for the joint
+    and the independent layout with k = 1.
+    """
     records = sample(len(corpus))
     lengths = corpus.lengths(records)
     layouts = [
@@ -24,25 +28,29 @@ def efficiency(corpus: Corpus) -> list[str]:
         )
         for kind in ("joint", "independent")
     ]
-    part = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
+    note = f", a sample in blocks of {BLOCK:,}" if len(records) < len(corpus) else ""
     lines = [
-        f"  share of positions that are not padding, and of records that do not fit a row ({len(records):,} of {len(corpus):,} records{part})",
+        "  fraction of positions that are not padding, and of records that do not fit a row "
+        f"({len(records):,} of {len(corpus):,} records{note})",
         f"  {'row length':>10}  {'joint, k = 1':>23}  {'independent, k = 1':>23}",
     ]
-    before = 0.0
+    previous = 0.0
     for row_length in ROW_LENGTHS:
         found = [fullness(layout.positions(lengths), row_length) for layout in layouts]
-        shares = [f"  {full:>7.1%} {f'{beyond:.1%} too long' if beyond else '':>15}" for full, beyond in found]
+        shares = [f"  {full:>7.1%} {f'{too_long:.1%} too long' if too_long else '':>15}" for full, too_long in found]
         lines.append(f"  {row_length:>10,}{''.join(shares)}".rstrip())
-        least = min(full for full, _ in found)
-        if least < before + GAIN and not any(beyond for _, beyond in found):
+        lowest = min(full for full, _ in found)
+        if lowest < previous + GAIN and not any(too_long for _, too_long in found):
             break
-        before = least
+        previous = lowest
     return lines
 
 
 def sample(records: int) -> np.ndarray:
-    """Numbers of at most SAMPLE_BLOCKS whole blocks of records, spread evenly over all, the blocks in random order as in training: (N,)."""
+    """Return the numbers (N,) of the records of at most SAMPLE_BLOCKS blocks.
+
+    The blocks are spread evenly over all records, and come in random order as in training.
+    """
     blocks = -(-records // BLOCK)
     chosen = np.linspace(0, blocks - 1, min(blocks, SAMPLE_BLOCKS)).astype(np.int64)
     numbers = (np.random.default_rng(0).permutation(chosen)[:, None] * BLOCK + np.arange(BLOCK)).ravel()
@@ -50,11 +58,14 @@ def sample(records: int) -> np.ndarray:
 
 
 def fullness(positions: np.ndarray, row_length: int) -> tuple[float, float]:
-    """The share of real tokens in rows packed window by window, and that of records longer than a row: positions of the records (N,)."""
+    """Return the fraction of positions that hold tokens, and the fraction of records longer than a row.
+
+    `positions` (N,) are the positions of each record. The rows are packed window by window.
+    """
     fits = positions <= row_length
     rows = 0
     for first in range(0, len(positions), WINDOW):
-        part = positions[first : first + WINDOW]
-        part = part[part <= row_length]
-        rows += int(pack(part, row_length).max()) + 1 if len(part) else 0
+        window = positions[first : first + WINDOW]
+        window = window[window <= row_length]
+        rows += int(pack(window, row_length).max()) + 1 if len(window) else 0
     return float(positions[fits].sum() / (rows * row_length)) if rows else 0.0, float(1 - fits.mean())

@@ -1,19 +1,21 @@
-r"""What one record looks like inside the forward pass.
+r"""The layout of one record in the forward pass.
 
-A layout is a tree of segments in depth-first order. A token sees its own segment up to itself, and all of the
-segments above it: so several encodings of a record share one row and one forward pass without seeing each other.
-Depth-first order makes this one number per token, `visible_until`: the position in the row where the subtree of its
-segment ends. Query q sees key p exactly if p <= q < visible_until[p].
+A layout is a tree of segments in depth-first order. A token sees its own segment up to itself, and all segments above
+it in the tree. Several encodings of a record can therefore share one row and one forward pass without seeing each
+other. Depth-first order reduces the rule to one number per token, `visible_until`: the position in the row at which the
+subtree of its segment ends. Query q sees key p exactly if p <= q < visible_until[p].
 
     joint        [BOS context SEP] -- [target EOS]          independent   [BOS context EOS] -- [PRED x k]
                                    \- [PRED x k]                          [BOS target EOS]
                  [target EOS], alone
 
-The embedding of a view is the hidden state of its last token, encoded on its own; a prediction is that of the last
-predictor token behind it (k = 0: the embedding itself), or of the view's last token with the predictor tokens before it
-(LLM-JEPA, arXiv 2509.14252, section 3). With more views than two, each predicts the next. Views are counted among those that
-a record has: one that lacks its second view is a plain document.
-All knowledge of views, predictor tokens, direction and read-outs lives here.
+The embedding of a view is the hidden state of its last token when the view is encoded separately. A prediction is the
+hidden state of the last predictor token, which follows the view (LLM-JEPA, arXiv 2509.14252, section 3). If the
+predictor tokens are prepended instead, it is the hidden state of the view's last token; for k = 0 it is the embedding
+itself. With more than two views, each view predicts the next one. Views are numbered among the ones that a record has:
+a record that lacks its second view is a plain document.
+
+Only this module knows about views, predictor tokens, directions and read-outs.
 """
 
 from dataclasses import dataclass
@@ -41,18 +43,21 @@ class Segment:
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     last_suffix: tuple[int, ...] | None = None
-    """Instead of `suffix`, and as long, where the record has no further view; None: the same."""
+    """Replacement for `suffix`, of the same length, if the record has no further view; None: `suffix`."""
     parent: int | None = None
     lm_start: int | None = None
-    """The first of its tokens that is a next-token target, predicted at the position before it; None: no token is."""
+    """Index of its first token that is a next-token target, predicted at the position before it; None: no targets."""
     lm_if_last: bool = False
-    """Labelled only where the record has no further view."""
+    """Whether its tokens are targets only if the record has no further view."""
     lm_end: bool = True
-    """Whether its last token is a target where that is the end of a text: in an independent segment, or where the record has no further view."""
+    """Whether its last token is a target if it ends a text.
+
+    It ends a text in an independent segment, or if the record has no further view.
+    """
     needs: int = 0
-    """Present only in records that have this view."""
+    """View that a record must have to contain this segment."""
     pair_only: bool = False
-    """Present only in records that take part in the pair loss."""
+    """Whether only records that are included in the pair loss contain this segment."""
 
 
 FORWARD, BACKWARD = 0, 1
@@ -60,17 +65,17 @@ FORWARD, BACKWARD = 0, 1
 
 @dataclass(frozen=True)
 class ReadOut:
-    """A pair: the segments whose last tokens are the prediction and the target."""
+    """A pair, given by the segments whose last tokens are the prediction and the target."""
 
     prediction: int
     target: int
     direction: int
-    """FORWARD or BACKWARD; pairs of one direction have targets of one kind."""
+    """FORWARD or BACKWARD; pairs of one direction have targets of the same kind."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which view predicts which, and how."""
+    """The direction of prediction between views, and the predictor tokens."""
 
     predictor_tokens: int = 0
     placement: Literal["append", "prepend"] = "append"
@@ -78,11 +83,11 @@ class Pairing:
 
     @property
     def prepended(self) -> bool:
-        """Whether the predictor tokens stand before the view."""
+        """Whether there are predictor tokens in front of the view."""
         return self.placement == "prepend" and self.predictor_tokens > 0
 
     def edges(self, views: int) -> list[tuple[int, int]]:
-        """(predicting, predicted) views."""
+        """Return the (predicting, predicted) views."""
         forward = [(view, view + 1) for view in range(views - 1)]
         return forward * (self.direction != "backward") + [(after, before) for before, after in forward] * (
             self.direction != "forward"
@@ -100,12 +105,12 @@ class Layout:
     predictor_tokens: int = 0
     read_outs: tuple[ReadOut, ...] = ()
     documents: tuple[tuple[int, ...], ...] = ()
-    """Segments that follow each other as one text, in the row too."""
+    """Indices of the segments that make up each text; they are adjacent in the row too."""
     spans: SpanSampling | None = None
-    """How spans are drawn from the documents, see pretrain/data/spans.py; None: none are."""
+    """Sampling of spans from the documents, see pretrain/data/spans.py; None: no spans."""
 
     def segment_lengths(self, lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
-        """Tokens of every segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 where absent."""
+        """Return the tokens of each segment: view lengths (N, views), pair flags (N,) -> (N, segments); 0 if absent."""
         columns = []
         for segment in self.segments:
             inner = self.predictor_tokens if segment.view is None else lengths[:, segment.view]
@@ -114,12 +119,15 @@ class Layout:
         return np.stack(columns, axis=1).astype(np.int64)
 
     def positions(self, lengths: np.ndarray) -> np.ndarray:
-        """Positions of each record with all that the layout may add: view lengths (N, views) -> (N,)."""
+        """Return the number of positions of each record, pair segments included: view lengths (N, views) -> (N,)."""
         total: np.ndarray = self.segment_lengths(lengths, np.ones(len(lengths), bool)).sum(axis=1)
         return total
 
     def count_segment_targets(self, segment: Segment, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
-        """Next-token targets that each record has in a segment, from its first target on: (N, views), (N,) of this segment -> (N,)."""
+        """Return the number of next-token targets that each record has in a segment.
+
+        View lengths (N, views), lengths of this segment (N,) -> (N,). The targets are consecutive from `lm_start`.
+        """
         if segment.lm_start is None:
             return np.zeros(len(lengths), np.int64)
         last = self.is_last(segment, lengths)
@@ -130,7 +138,7 @@ class Layout:
         return counts
 
     def is_last(self, segment: Segment, lengths: np.ndarray) -> np.ndarray:
-        """Which records have no view after the segment's: view lengths (N, views) -> (N,)."""
+        """Return which records have no view after the segment's: view lengths (N, views) -> (N,)."""
         assert segment.view is not None
         after = segment.view + 1
         if after >= lengths.shape[1]:
@@ -139,7 +147,7 @@ class Layout:
         return absent
 
     def count_lm_targets(self, lengths: np.ndarray, segment_lengths: np.ndarray) -> np.ndarray:
-        """Next-token targets of each record: (N, views), (N, segments) -> (N,)."""
+        """Return the number of next-token targets of each record: (N, views), (N, segments) -> (N,)."""
         columns = [
             self.count_segment_targets(segment, lengths, segment_lengths[:, index])
             for index, segment in enumerate(self.segments)
@@ -148,7 +156,7 @@ class Layout:
         return total
 
     def pairs(self, segment_lengths: np.ndarray, paired: np.ndarray) -> np.ndarray:
-        """Which read-outs each record has: (N, segments), (N,) -> (N, read-outs)."""
+        """Return which read-outs each record has: segment lengths (N, segments), pair flags (N,) -> (N, read-outs)."""
         columns = [
             paired & (segment_lengths[:, pair.prediction] > 0) & (segment_lengths[:, pair.target] > 0)
             for pair in self.read_outs
@@ -156,11 +164,11 @@ class Layout:
         return np.stack(columns, axis=1) if columns else np.zeros((len(paired), 0), bool)
 
     def document_lengths(self, segment_lengths: np.ndarray) -> np.ndarray:
-        """Tokens of each document, 0 where absent: (N, segments) -> (N, documents)."""
+        """Return the tokens of each document, 0 if absent: (N, segments) -> (N, documents)."""
         return np.stack([segment_lengths[:, list(document)].sum(axis=1) for document in self.documents], axis=1)
 
     def count_spans(self, segment_lengths: np.ndarray) -> np.ndarray:
-        """Spans drawn from each record: (N, segments) -> (N,)."""
+        """Return the number of spans drawn from each record: (N, segments) -> (N,)."""
         if self.spans is None:
             return np.zeros(len(segment_lengths), np.int64)
         if self.spans == "views":
@@ -180,18 +188,19 @@ def make_layout(
     lm_views: str = "all",
     train_end_token: bool = True,
 ) -> Layout:
-    """The `joint` layout (one text of all views) or the `independent` one (a text of each).
+    """Return the `joint` layout (one text of all views) or the `independent` layout (one text per view).
 
-    Without `pairing` it is the language-model stream alone. `lm_views="last"` labels the last view of a record only (the answer
-    and its end token). Without `train_end_token` the token that closes a text is no target.
+    Without `pairing` the layout has only the language-model stream. With `lm_views="last"` only the last view of a
+    record is labelled (the answer and its end token). Without `train_end_token` the end token of a text is not a
+    target. Raises ValueError for an unknown layout.
     """
     bos, eos, sep = (specials.bos,), (specials.eos,), (specials.sep,)
     edges = pairing.edges(views) if pairing else []
     pairing = pairing or Pairing()
     segments: list[Segment] = []
     documents: list[tuple[int, ...]] = []
-    alone: dict[int, int] = {}  # view -> the segment that encodes it on its own
-    predicting: dict[int, int] = {}  # view -> the segment whose last token predicts
+    alone: dict[int, int] = {}  # view -> the segment that encodes it separately
+    predicting: dict[int, int] = {}  # view -> the segment whose last token is the prediction
     if kind == "joint":
         for view in range(views):
             segments.append(
@@ -210,7 +219,7 @@ def make_layout(
         documents.append(tuple(range(views)))
         alone[0] = 0
     elif kind != "independent":
-        raise ValueError(f"unknown layout {kind!r}: joint or independent")
+        raise ValueError(f"unknown layout {kind!r}: choose joint or independent")
     for view in range(views):
         partners = [target for source, target in edges if source == view]
         if kind == "independent":
@@ -234,10 +243,13 @@ def make_layout(
 
 
 def _prediction(pairing: Pairing, view: Segment, place: int | None, needs: int, first: int) -> list[Segment]:
-    """The segments that make a prediction from a view, to be numbered from `first` on; `view` is its encoding, which stands at `place`."""
+    """Return the segments that predict from a view.
+
+    `view` is the segment that encodes the view, `place` its index. `first` is the index of the first returned segment.
+    """
     if not pairing.predictor_tokens:
         return []
-    if pairing.prepended:  # to a copy: the language model must not see predictor tokens
+    if pairing.prepended:  # prepended to a copy: the language model must not see predictor tokens
         return [
             Segment(None, view.prefix, needs=needs, pair_only=True),
             Segment(view.view, (), view.suffix, parent=first, needs=needs, pair_only=True),

@@ -1,7 +1,7 @@
 """The stream of packed rows: order, loss dropout and packing, with a state of three integers.
 
-Every rank plans the same rows from lengths alone, so it knows the counts of the whole global batch without
-communication; it reads the tokens of its own rows only.
+Every rank plans the same rows from lengths alone. It therefore knows the counts of the whole global batch without
+communication, and reads only the tokens of its own rows.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ class Rows:
     records: np.ndarray
     """(N,) record numbers."""
     row: np.ndarray
-    """(N,) the row of each, from 0."""
+    """(N,) row of each record, from 0."""
     start: np.ndarray
-    """(N,) its first position in the row."""
+    """(N,) first position of each record in its row."""
     paired: np.ndarray
-    """(N,) whether it takes part in the pair loss."""
+    """(N,) whether each record is included in the pair loss."""
     random_bits: np.ndarray
-    """(N,) uint64: its random number in this pass over its source."""
+    """(N,) uint64 random number of each record in this pass over its source."""
     lengths: np.ndarray
-    """(N, views) its tokens, by view among those that it has."""
+    """(N, views) tokens of each view, numbered among the views that the record has."""
     segment_lengths: np.ndarray
-    """(N, segments) its positions, by segment of the layout."""
+    """(N, segments) positions of each segment of the layout."""
 
     def select(self, first: int, stop: int) -> "Rows":
-        """Rows first to stop, numbered from 0."""
+        """Return the rows from `first` up to but not including `stop`, renumbered from 0."""
         low, high = np.searchsorted(self.row, [first, stop])
         part = slice(low, high)
         return Rows(
@@ -54,7 +54,7 @@ class Rows:
 
     @staticmethod
     def join(parts: list["Rows"], count: int) -> "Rows":
-        """Rows one after another, then empty ones up to `count`."""
+        """Return the rows of all parts in order, followed by empty rows up to `count`."""
         first = np.cumsum([0] + [part.count for part in parts])
         return Rows(
             count,
@@ -68,7 +68,7 @@ class Rows:
 
 
 def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
-    """What the terms of a loss are normalised by, counted over the rows: next-token `targets`, `pairs`, and `spans`."""
+    """Return the counts that normalise the loss terms: next-token `targets`, `pairs` and `spans` of the rows."""
     return {
         "targets": int(layout.count_lm_targets(rows.lengths, rows.segment_lengths).sum()),
         "pairs": int(layout.pairs(rows.segment_lengths, rows.paired).sum()),
@@ -77,7 +77,10 @@ def loss_denominators(rows: Rows, layout: Layout) -> dict[str, int]:
 
 
 def draw_random_bits(records: np.ndarray, seed: int, passes: np.ndarray) -> np.ndarray:
-    """A random number of each record and pass over its source, whatever came before it: (N,), (N,) -> (N,) uint64."""
+    """Return a random number for each record and pass over its source: (N,), (N,) -> (N,) uint64.
+
+    It depends only on the record, the pass and the seed.
+    """
     return splitmix64(
         records.astype(np.uint64) ^ splitmix64(np.array([seed], np.uint64)) ^ splitmix64(splitmix64(passes))
     )
@@ -86,7 +89,7 @@ def draw_random_bits(records: np.ndarray, seed: int, passes: np.ndarray) -> np.n
 def plan_rows(
     corpus: Corpus, records: np.ndarray, layout: Layout, row_length: int, paired: np.ndarray, random_bits: np.ndarray
 ) -> Rows:
-    """Pack records (N,) with their pair flags (N,) and random numbers (N,) into as few rows as best-fit finds."""
+    """Pack records (N,) with their pair flags (N,) and random numbers (N,) into rows by best fit."""
     lengths = corpus.lengths(records)
     segment_lengths = layout.segment_lengths(lengths, paired)
     positions = segment_lengths.sum(axis=1)
@@ -109,11 +112,12 @@ def plan_rows(
 
 
 class Loader:
-    """An endless or `epochs` long stream of rows, resumable anywhere.
+    """A stream of rows that is endless or `epochs` long and can be resumed at any row.
 
-    `weights` says for each of the corpus' sources how often its records come in an epoch, by default what the manifest says.
-    `dropout` is the share of records that take no part in the pair loss in a pass over them, drawn by seed, pass and record;
-    the space of their extra segments goes to other records. Raises UserError where the epochs hold no record.
+    `weights` has the number of occurrences per epoch of the records of each source, by default from the manifest.
+    `dropout` is the fraction of records that are excluded from the pair loss in a pass over their source. They are
+    drawn by seed, pass and record, and the space of their pair segments is used by other records. Raises UserError if
+    the epochs contain no records.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class Loader:
         self.order = Order([(source.first, source.records, weights[source.number]) for source in corpus.sources], seed)
         if self.order.records_in_epochs(epochs or 1000) == 0:
             raise UserError(
-                f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} hold no record: "
+                f"{f'{epochs} epochs' if epochs else 'a thousand epochs'} of {corpus.folder} contain no records: "
                 "raise data.sources.N.weight of its sources"
             )
         self.epoch = self.window = self.row = 0
@@ -142,24 +146,27 @@ class Loader:
 
     @property
     def records(self) -> int:
-        """Records given out in all epochs; 0 where the stream is endless."""
+        """Number of records in all epochs; 0 if the stream is endless."""
         return self.order.records_in_epochs(self.epochs) if self.epochs else 0
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands; the same on every rank and for any number of them."""
+        """Return the position in the stream, which is the same on every rank and for any number of ranks."""
         return {"epoch": self.epoch, "window": self.window, "row": self.row}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Go on from a `state()`."""
+        """Continue from a `state()`."""
         self.epoch, self.window, self.row = state["epoch"], state["window"], state["row"]
 
     @property
     def exhausted(self) -> bool:
-        """Whether all epochs have been given out."""
+        """Whether all epochs have been returned."""
         return self.epochs is not None and self.epoch >= self.epochs
 
     def next_rows(self, count: int) -> Rows:
-        """The next `count` rows; at the end of the last epoch the missing ones are empty."""
+        """Return the next `count` rows; at the end of the last epoch the missing ones are empty.
+
+        Raises ValueError if the loader is exhausted.
+        """
         parts: list[Rows] = []
         missing = count
         while missing and not self.exhausted:
@@ -193,7 +200,7 @@ class Loader:
 
 
 def _shuffled(rows: Rows, rng: np.random.Generator) -> Rows:
-    """Rows in random order: packing puts long records first, training should not."""
+    """Return the rows in random order, because packing puts long records first and training should not."""
     place = rng.permutation(rows.count)
     by_row = np.argsort(place[rows.row], kind="stable")
     return Rows(

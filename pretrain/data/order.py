@@ -1,9 +1,10 @@
-"""Which record comes when: a pure function of seed and epoch, whatever the number of ranks.
+"""The order of the records: a pure function of seed and epoch that does not depend on the number of ranks.
 
-Each source has an endless order of its own. A pass over its records takes blocks of consecutive ones, permuted by a keyed bijection
-that is evaluated where needed, never stored; the records are numbered from a place that is drawn anew for each pass, so that the
-remainder behind the last whole block differs. An epoch of a mixture takes `weight` passes of each source, and each of its windows holds
-every source in proportion and is shuffled. Memory is bounded by a window, reads are near-sequential, and any position is reached at once.
+Each source has its own endless order. A pass over a source permutes blocks of consecutive records by a keyed bijection,
+which is evaluated on demand and never stored. Each pass numbers the records from a new random offset, so the remainder
+after the last full block differs between passes. An epoch of a mixture takes `weight` passes of each source. Each of
+its windows contains every source in proportion and is shuffled. Memory is bounded by a window, reads are nearly
+sequential, and any position is reached in constant time.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ ROUNDS = 6
 
 
 class SourceOrder:
-    """The endless order of one source of `records` records: each comes once in every pass."""
+    """The endless order of one source of `records` records; each record occurs once in every pass."""
 
     def __init__(self, records: int, key: int):
         if records <= 0:
@@ -29,12 +30,11 @@ class SourceOrder:
         self._key = splitmix64(np.array([key], np.uint64))
 
     def take(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The records at positions start to stop of the order, and the pass of each, (M,) both."""
+        """Return the records at positions `start` up to `stop` of the order, and the pass of each, both (M,)."""
         passes, place = np.divmod(np.arange(start, stop), self.records)
         block = place // BLOCK
-        begins = np.flatnonzero(
-            np.diff(passes * (self.blocks + 1) + block, prepend=-1)
-        )  # of runs within a block of a pass
+        # starts of the runs of positions that are in the same block of the same pass
+        begins = np.flatnonzero(np.diff(passes * (self.blocks + 1) + block, prepend=-1))
         key = splitmix64(self._key + splitmix64(passes[begins]))
         moved, whole = block[begins], block[begins] < self.blocks
         moved[whole] = _permute(moved[whole], self.blocks, key[whole])
@@ -44,7 +44,11 @@ class SourceOrder:
 
 
 def _permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of the numbers below `size` for each key: a Feistel network on the next even power of two, walked until in range."""
+    """Permute `places` below `size` by a bijection that depends on the key of each.
+
+    The bijection is a Feistel network on the next power of two with an even exponent. It is applied repeatedly until
+    the result is below `size` (cycle walking).
+    """
     half = max(1, -(-(size - 1).bit_length() // 2))
     mask = np.uint64((1 << half) - 1)
     out = places.astype(np.uint64)
@@ -59,11 +63,11 @@ def _permute(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 class Order:
-    """The order of a mixture of sources in each epoch, given window by window.
+    """The order of a mixture of sources in each epoch, window by window.
 
-    A source is (first record, records, weight): each of its records comes `weight` times in an epoch. Epoch e takes the positions from
-    floor(e * weight * records) on of the source's endless order: after any number of epochs, its records have come equally often, but
-    for one time.
+    A source is (first record, records, weight), and each of its records occurs `weight` times in an epoch on average.
+    Epoch e starts at position floor(e * weight * records) of the source's endless order. After any number of epochs,
+    the counts of any two records of a source differ by at most one.
     """
 
     def __init__(self, sources: Sequence[tuple[int, int, float]], seed: int):
@@ -74,19 +78,22 @@ class Order:
 
     @property
     def epoch_records(self) -> float:
-        """Records of an epoch, on average."""
+        """Mean number of records in an epoch."""
         return float(sum(self._shares))
 
     def records_in_epochs(self, epochs: int) -> int:
-        """Records of the first `epochs` epochs."""
+        """Return the number of records in the first `epochs` epochs."""
         return sum(int(epochs * share) for share in self._shares)
 
     def windows(self, epoch: int) -> int:
-        """Number of windows of an epoch, of at most WINDOW records and one for each source."""
+        """Return the number of windows in an epoch.
+
+        A window has at most WINDOW records, plus one per source from rounding.
+        """
         return max(1, -(-(self.records_in_epochs(epoch + 1) - self.records_in_epochs(epoch)) // WINDOW))
 
     def window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The records of one window of an epoch, and the pass over its source that each belongs to, (M,) both."""
+        """Return the records of one window of an epoch, and the pass over its source for each, both (M,)."""
         windows = self.windows(epoch)
         taken = []
         for first, order, share in zip(self._first, self._orders, self._shares, strict=True):
@@ -100,6 +107,6 @@ class Order:
 
 
 def hash_of(seed: int, number: int) -> int:
-    """A key of one source."""
+    """Return the key of source `number`."""
     seeds, numbers = np.array([seed], np.uint64), np.array([number], np.uint64)
     return int((splitmix64(seeds) + splitmix64(splitmix64(numbers)))[0])

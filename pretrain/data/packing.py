@@ -1,25 +1,24 @@
-"""Records into rows of fixed length, by length alone."""
+"""Packing of records into rows of fixed length, by their lengths alone."""
 
 import numpy as np
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-    """Best-fit decreasing: the row of each record, (N,) -> (N,), rows numbered from 0 in the order of opening.
+    """Return the row of each record by best-fit decreasing, (N,) -> (N,); rows are numbered in the order of opening.
 
-    The longest record comes first; each goes into the fullest row that still has room for it, or opens a new one.
-    Deterministic: equal lengths keep their order. Raises ValueError where a record is longer than a row.
+    The longest record is placed first. Each record goes into the fullest row that has room for it, or opens a new row.
+    The result is deterministic: equal lengths keep their order. Raises ValueError if a record is longer than a row.
     """
     if len(lengths) and lengths.max() > row_length:
         raise ValueError(f"a record of {lengths.max()} positions does not fit a row of {row_length}")
     rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
     has_room = 0  # bit f: some row has f free positions
     opened = 0
-    row_of: list[int] = []  # in the order of placing
+    row_of: list[int] = []  # in the order of placement
     values, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while (
-            count
-        ):  # all that the fullest rows take at once: a row that took one is the fullest, as long as it has room
+        # Fill the fullest rows completely: a row that has taken a record remains the fullest as long as it has room.
+        while count:
             fitting = has_room >> length
             free = length + (fitting & -fitting).bit_length() - 1 if fitting else row_length
             each = free // length if length else count

@@ -1,4 +1,4 @@
-"""A packed row as a text to look at: segments, labels, who sees whom and read-outs, all read from the assembled batch."""
+"""A packed row drawn as text: segments, labels, visibility and read-outs, all read from the assembled batch."""
 
 import bisect
 import itertools
@@ -18,7 +18,7 @@ WINDOW = 4096
 """Records that are packed together for the picture."""
 OWN, ALL, NOTHING, PARTLY = "◣", "■", "·", "?"
 MARGIN = 10
-"""Columns before a strip or a matrix."""
+"""Width of the left margin of a strip or a matrix, in columns."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Segment:
     """The positions [start, stop) of a row that hold one segment of a record."""
 
     number: int
-    """In the row, from 0."""
+    """Index of the segment in the row, from 0."""
     record: int
     name: str
     """The view that it holds, or `pred`."""
@@ -35,9 +35,10 @@ class _Segment:
 
 
 def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_length: int, width: int) -> str:
-    """The row that holds `record`, packed with the records after it, in lines of at most `width` columns (at least 80).
+    """Return a drawing of the row that contains `record`, packed together with the records after it.
 
-    `kind` is joint or independent. Raises ValueError where the record does not fit a row of `row_length`.
+    Lines have at most `width` columns (at least 80). `kind` is joint or independent. Raises ValueError if the record
+    does not fit a row of `row_length`.
     """
     tokenizer = corpus.tokenizer
     specials = SpecialTokenIds(
@@ -69,11 +70,16 @@ def picture(corpus: Corpus, record: int, kind: str, predictor_tokens: int, row_l
 
 
 def _row_of(corpus: Corpus, record: int, layout: Layout, row_length: int) -> Rows:
-    """The row that best-fit packing gives `record` among the records from it on, in the order of their numbers."""
+    """Return the row of `record` when best-fit packs it with the WINDOW - 1 records after it.
+
+    Raises ValueError if the record does not fit.
+    """
     records = np.arange(record, min(record + WINDOW, len(corpus)))
     needed = layout.positions(corpus.lengths(records))
     if needed[0] > row_length:
-        raise ValueError(f"record {record} needs {needed[0]:,} positions in this layout, the row has {row_length:,}")
+        raise ValueError(
+            f"record {record} needs {needed[0]:,} positions in this layout, but the row has {row_length:,}"
+        )
     records = records[needed <= row_length]
     paired = np.full(len(records), bool(layout.read_outs))
     rows = plan_rows(corpus, records, layout, row_length, paired, np.zeros(len(records), np.uint64))
@@ -96,9 +102,9 @@ def _segments(corpus: Corpus, layout: Layout, rows: Rows) -> list[_Segment]:
 
 
 def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> list[str]:
-    """The row from left to right, a column a position, cut into strips of whole tens."""
+    """Return the row from left to right, one column per position, cut into strips of a multiple of ten columns."""
     length = batch.token_ids.shape[1]
-    shown = length if length <= used + 10 else used + 10  # padding looks the same to the end of the row
+    shown = length if length <= used + 10 else used + 10  # more padding would look the same
     valid = batch.pair_valid
     lines = {
         "place": _numbers(np.arange(shown)),
@@ -127,15 +133,15 @@ def _strips(batch: Batch, segments: list[_Segment], used: int, width: int) -> li
     return [
         *strips,
         textwrap.fill(
-            "place: in the row; position: the id that the model gets; • learned as a next token; read out as P prediction, "
-            "T target, B both; ░ padding",
+            "place: index in the row; position: the position id that the model gets; • next-token target; "
+            "read out as P prediction, T target, B both; ░ padding",
             width,
         ),
     ]
 
 
 def _box(label: str, length: int) -> list[str]:
-    """The label in a bracket of `length` columns, as far as it has room."""
+    """Return the label in a bracket of `length` columns; a label that does not fit is shortened or dropped."""
     if length == 1:
         return ["◆"]
     room = length - 2
@@ -144,27 +150,33 @@ def _box(label: str, length: int) -> list[str]:
 
 
 def _numbers(values: np.ndarray, segments: Sequence[_Segment] = ()) -> list[str]:
-    """A dot a value; multiples of ten, and the first of each segment, are written out where they have room."""
+    """Return one character per value: a dot, or part of a number.
+
+    Multiples of ten and the first value of each segment are written out if there is room.
+    """
     out = ["·"] * len(values)
     starts = {segment.start: segment.stop for segment in segments}
     free, stop = 0, len(values)
-    for place, value in enumerate(values.tolist()):
-        stop = starts.get(place, stop)
-        if (value % 10 == 0 and place >= free) or place in starts:
+    for index, value in enumerate(values.tolist()):
+        stop = starts.get(index, stop)
+        if (value % 10 == 0 and index >= free) or index in starts:
             text = str(value)
-            if place + len(text) <= stop:
-                out[place : place + len(text)] = text
-                free = place + len(text) + 1
-            elif place in starts:
-                out[place] = "…"
+            if index + len(text) <= stop:
+                out[index : index + len(text)] = text
+                free = index + len(text) + 1
+            elif index in starts:
+                out[index] = "…"
     return out
 
 
 def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -> list[str]:
-    """A line a segment."""
+    """Return a table with one line per segment."""
     names = max(4, *(display_width(segment.name) for segment in segments))
     places = max(8, 2 * len(str(batch.token_ids.shape[1])) + 1)
-    head = f"{'#':>4} {'record':>8}  {padded('view', names)} {'place':>{places}} {'position':>{places}} {'tokens':>6} {'labels':>6}  "
+    head = (
+        f"{'#':>4} {'record':>8}  {padded('view', names)} {'place':>{places}} {'position':>{places}} "
+        f"{'tokens':>6} {'labels':>6}  "
+    )
     lines = [head + "content"]
     record_before = None
     for segment in segments:
@@ -172,9 +184,11 @@ def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -
         positions = batch.positions[0, part].tolist()
         consecutive = positions == list(range(positions[0], positions[0] + len(positions)))
         labels = int(((batch.label_index + 1 >= segment.start) & (batch.label_index + 1 < segment.stop)).sum())
+        record = segment.record if segment.record != record_before else ""
+        position_range = f"{positions[0]}–{positions[-1]}" if consecutive else PARTLY
         line = (
-            f"{segment.number:>4} {segment.record if segment.record != record_before else '':>8}  {padded(segment.name, names)} "
-            f"{f'{segment.start}–{segment.stop - 1}':>{places}} {f'{positions[0]}–{positions[-1]}' if consecutive else PARTLY:>{places}} "
+            f"{segment.number:>4} {record:>8}  {padded(segment.name, names)} "
+            f"{f'{segment.start}–{segment.stop - 1}':>{places}} {position_range:>{places}} "
             f"{len(positions):>6} {labels or '–':>6}  "
         )
         lines.append(line + shortened(_content(corpus, batch.token_ids[0, part].tolist()), width - len(head)))
@@ -183,7 +197,7 @@ def _table(corpus: Corpus, batch: Batch, segments: list[_Segment], width: int) -
 
 
 def _content(corpus: Corpus, ids: list[int]) -> str:
-    """The text of a segment, its special and predictor tokens by their names."""
+    """Return the text of a segment, with special and predictor tokens shown by name."""
     tokenizer, parts = corpus.tokenizer, []
     for special, run in itertools.groupby(
         ids, lambda token: token if token in tokenizer.special_ids or token >= tokenizer.vocab_size else -1
@@ -199,18 +213,21 @@ def _content(corpus: Corpus, ids: list[int]) -> str:
 
 
 def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
-    """Which segment sees which: as many records side by side as have room, and what holds between all others."""
+    """Return a matrix of which segment sees which.
+
+    Records are shown side by side as far as the width allows. A last line summarises the visibility between records.
+    """
     starts, stops = np.array([(segment.start, segment.stop) for segment in segments]).T
     counts = _visible_pairs(batch.visible_until[0].numpy(), starts, stops)
     record = np.array([segment.record for segment in segments])
-    strange = int(counts[record[:, None] != record].sum())
+    across_records = int(counts[record[:, None] != record].sum())
     own = (stops - starts) * (stops - starts + 1) // 2
     cell = len(str(len(segments) - 1)) + 1
     room = max(1, (width - MARGIN) // cell)
     lines = [
         textwrap.fill(
-            f"who sees whom (lines look, columns are seen): {ALL} all of it; {OWN} itself, up to the token that looks; "
-            f"{NOTHING} nothing; {PARTLY} a part",
+            f"visibility (rows are queries, columns are keys): {ALL} all of it; {OWN} itself, up to the query token; "
+            f"{NOTHING} nothing; {PARTLY} part of it",
             width,
         )
     ]
@@ -228,15 +245,22 @@ def _matrix(batch: Batch, segments: list[_Segment], width: int) -> list[str]:
             lines.append(f"{query:>{MARGIN - 1}} " + "".join(f"{sign:>{cell}}" for sign in signs))
     lines.append(
         "between records: "
-        + ("no token sees a token of another record" if not strange else f"{strange} TOKENS SEE ONE OF ANOTHER RECORD")
+        + (
+            f"{across_records} TOKEN PAIRS ARE VISIBLE ACROSS RECORDS"
+            if across_records
+            else "no token sees a token of another record"
+        )
     )
     return lines
 
 
 def _visible_pairs(visible_until: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """How many (query, key) tokens with p <= q < visible_until[p] lie in each two segments: (L,), (S,), (S,) -> (S, S) by query and key."""
+    """Count the (query, key) tokens with p <= q < visible_until[p] for each two segments.
+
+    (L,), (S,), (S,) -> (S, S), indexed by query segment and key segment.
+    """
     keys = np.arange(len(visible_until))
-    # of each query segment (S, 1) and key (1, L): the tokens of the segment from the key on and below where its visibility ends
+    # for each query segment (S, 1) and key (1, L): the segment's tokens from the key up to the end of its visibility
     seen = np.minimum(stops[:, None], visible_until) - np.maximum(starts[:, None], keys)
     return np.stack(
         [np.maximum(0, seen[:, start:stop]).sum(axis=1) for start, stop in zip(starts, stops, strict=True)], axis=1
@@ -252,7 +276,10 @@ def _sign(count: int, possible: int, own: bool) -> str:
 
 
 def _groups(record: np.ndarray, room: int) -> list[range]:
-    """Segments of consecutive records, at most `room` a group where one record alone has no more."""
+    """Return groups of the segments of consecutive records, with at most `room` segments each.
+
+    A record with more segments is a group by itself.
+    """
     bounds = [*np.flatnonzero(np.diff(record, prepend=-1)).tolist(), len(record)]
     groups, first = [], 0
     for stop, after in zip(bounds[1:], [*bounds[2:], None], strict=True):
@@ -263,7 +290,7 @@ def _groups(record: np.ndarray, room: int) -> list[range]:
 
 
 def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[str]:
-    """A line a pair."""
+    """Return one line per pair, with the positions from which it is read."""
     valid = batch.pair_valid
     pairs = zip(
         batch.prediction_index[valid].tolist(),
@@ -273,7 +300,7 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
     )
     starts = [segment.start for segment in segments]
 
-    def place(index: int) -> str:
+    def describe(index: int) -> str:
         segment = segments[bisect.bisect_right(starts, index) - 1]
         token = _content(corpus, [int(batch.token_ids[0, index])])
         return (
@@ -282,7 +309,9 @@ def _read_outs(corpus: Corpus, batch: Batch, segments: list[_Segment]) -> list[s
             else f"{token} at {index} ({PARTLY})"
         )
 
-    lines = [f"  record {record}: {place(prediction)}  ──▶  {place(target)}" for prediction, target, record in pairs]
+    lines = [
+        f"  record {record}: {describe(prediction)}  ──▶  {describe(target)}" for prediction, target, record in pairs
+    ]
     return (
         ["read-outs: prediction ──▶ target", *lines] if lines else ["read-outs: none, the records are single documents"]
     )

@@ -1,4 +1,4 @@
-"""The data of the next steps, made by a thread of its own while a step is computed."""
+"""Prefetching: a background thread prepares the data of the next steps during the computation of a step."""
 
 import functools
 import time
@@ -13,25 +13,25 @@ from pretrain.data.batch import Batch
 from pretrain.data.loader import Loader, Rows, loss_denominators
 
 PREFETCH_STEPS = 2
-"""Steps that wait at most."""
+"""Maximum number of prepared steps."""
 
 
 @dataclass(frozen=True)
 class StepData:
-    """What a step trains on: rows and counts of the whole global batch, and the micro batches of this rank."""
+    """The data of one step: the rows and counts of the global batch, and the micro batches of this rank."""
 
     rows: Rows
     loss_denominators: dict[str, int]
-    """See `loss_denominators` of pretrain/data/loader.py."""
+    """Counts that normalise the loss terms, see `loss_denominators` in pretrain/data/loader.py."""
     batches: list[Batch]
     state: dict[str, int]
-    """Of the loader once the step is done."""
+    """State of the loader after this step."""
 
 
 class Prefetch:
     """The steps of a loader in order, `count` rows each; a context manager that ends the thread.
 
-    On CUDA the batches stand in pinned memory. Until the end the loader belongs to the thread.
+    On CUDA the batches are in pinned memory. Only the thread may use the loader until it ends.
     """
 
     def __init__(
@@ -53,14 +53,17 @@ class Prefetch:
         self._thread.shutdown(cancel_futures=True)
 
     def failed(self) -> bool:
-        """Wait until the next step stands; tell whether making it has failed."""
+        """Wait until the next step is prepared, and return whether the preparation failed."""
         started = time.perf_counter()
         failed = self._steps[0].exception() is not None
         self._waited += time.perf_counter() - started
         return failed
 
     def next(self) -> StepData:
-        """Return the next step. Raises what the thread raised, and ValueError after the end of the loader's epochs."""
+        """Return the next step.
+
+        Raises the exception of the thread if it failed, and ValueError after the end of the loader's epochs.
+        """
         self.failed()
         step = self._steps.popleft().result()
         if step is None:
@@ -69,7 +72,7 @@ class Prefetch:
         return step
 
     def pop_wait_seconds(self) -> float:
-        """Seconds that were spent waiting for data since the last call."""
+        """Return the seconds spent waiting for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 

@@ -1,7 +1,8 @@
-"""Spans of documents for Semantic Tube Prediction (arXiv 2602.22617): where two differences of hidden states are taken.
+"""Spans of documents for Semantic Tube Prediction (arXiv 2602.22617).
 
-A document has positions 0 to n, of which 0 is its first token (BOS). Each form yields three stretches (from, to) per document; the
-loss compares the step over the first with the sum of the steps over the other two:
+A document has the positions 0 to n, and position 0 is its first token (BOS). A span consists of three stretches
+(from, to). The loss compares the difference of hidden states over the first stretch with the sum of the differences
+over the other two. Each form draws one span per document:
 
     three_points    s < r < t at random: (r, t) with (s, r)                          the paper's form
     sub_span        0 <= a < b <= n at random, not (0, n): (a, b) with (0, a), (b, n)  the form of the released code
@@ -17,9 +18,10 @@ STRETCHES = 3
 
 
 def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, random_bits: np.ndarray) -> np.ndarray:
-    """The stretches of all documents that have them, as (S, 3, 2) positions.
+    """Return the stretches of all documents that have spans, as (S, 3, 2) positions.
 
-    `starts` (N, segments) are the positions of the segments, `draws` (N,) uint64 a random number per record.
+    `starts` (N, segments) are the first positions of the segments. `random_bits` (N,) uint64 has a random number per
+    record.
     """
     found = [np.zeros((0, STRETCHES, 2), np.int64)]
     for index, document in enumerate(layout.documents):
@@ -38,12 +40,12 @@ def draw_spans(layout: Layout, starts: np.ndarray, segment_lengths: np.ndarray, 
 
 
 def _three_points(last: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Three different positions of 0 to `last`, every choice as likely: (N,), (N,) -> (N, 3, 2)."""
+    """Draw three different positions from 0 to `last`, uniformly: (N,), (N,) -> (N, 3, 2)."""
     points = np.empty((len(last), 3), np.int64)
     for place in range(3):
         point = _below(last + 1 - place, random, place)
         taken = np.sort(points[:, :place], axis=1)
-        for column in range(place):  # skip those taken, the smallest first
+        for column in range(place):  # skip the positions that are taken, the smallest first
             point += point >= taken[:, column]
         points[:, place] = point
     s, r, t = np.sort(points, axis=1).T
@@ -51,8 +53,8 @@ def _three_points(last: np.ndarray, random: np.ndarray) -> np.ndarray:
 
 
 def _sub_span(last: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Two different positions of 0 to `last`, but not both ends, every choice as likely: (N,), (N,) -> (N, 3, 2)."""
-    whole = last * (last - 1) // 2  # the number of (0, last) in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
+    """Draw two different positions from 0 to `last`, but not both ends, uniformly: (N,), (N,) -> (N, 3, 2)."""
+    whole = last * (last - 1) // 2  # the index of (0, last) in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
     number = _below(last * (last + 1) // 2 - 1, random, 0)
     number += number >= whole
     b = ((1 + np.sqrt(8.0 * number + 1)) // 2).astype(np.int64)
@@ -72,7 +74,7 @@ def _stretches(*ends: np.ndarray) -> np.ndarray:
 
 
 def _below(limit: np.ndarray, random: np.ndarray, number: int) -> np.ndarray:
-    """The `number`-th uniform integer below `limit` that a random number gives: (N,), (N,) uint64 -> (N,)."""
+    """Return the `number`-th uniform integer below `limit` derived from a random number: (N,), (N,) uint64 -> (N,)."""
     return (splitmix64(random ^ splitmix64(np.array([number], np.uint64))[0]) % limit.astype(np.uint64)).astype(
         np.int64
     )

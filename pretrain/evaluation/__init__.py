@@ -1,1 +1,1 @@
-"""The downstream evaluation job: export, finetune, generate, score. Finetuning is a training run of its own."""
+"""The downstream evaluation job: export, finetune, generate, score. Finetuning is a separate training run."""

@@ -1,4 +1,4 @@
-"""`python -m pretrain.evaluation RUN_DIR`: the same as launcher/evaluate.py."""
+"""Entry point of `python -m pretrain.evaluation RUN_DIR`, which is equivalent to launcher/evaluate.py."""
 
 from pretrain.evaluation.job import main
 

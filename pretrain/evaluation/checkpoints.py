@@ -1,4 +1,4 @@
-"""All tasks on one checkpoint, by one job at a time."""
+"""Evaluation of all tasks on one checkpoint, by one job at a time."""
 
 import os
 import time
@@ -15,22 +15,24 @@ from pretrain.run_folder import PINS, step_name
 from pretrain.tasks.options import TaskConfig
 
 ATTEMPTS = 2
-"""At a checkpoint that stands, and cannot be evaluated."""
+"""Number of attempts at a checkpoint whose evaluation fails."""
 
 
 @contextmanager
 def evaluation_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of the run's evaluations; wait for a job that has it, for instance one in the background.
+    """Hold the lock of the run's evaluations; wait if another job has it, for example one in the background.
 
-    It is a flock of evaluation/.lock, which ends with its process. Two machines keep each other out where their file system shares such
-    locks between machines: NFS does since version 3 with its lock service, Lustre when it is mounted with the option flock.
+    The lock is a flock on evaluation/.lock, and the system releases it when the process ends. It works between machines
+    if the file system shares such locks. NFS does so from version 3 on with its lock service, and Lustre does so if it
+    is mounted with the option flock.
     """
     (run_dir / "evaluation").mkdir(exist_ok=True)
     path = run_dir / "evaluation" / ".lock"
     lock = try_lock(path)
     if lock is None:
         print_now(
-            f"waiting for another evaluation of {run_dir} to end; if it runs in the background, its log is {path.parent / 'log.txt'}"
+            f"waiting for another evaluation of {run_dir} to end; if it runs in the background, "
+            f"its log is {path.parent / 'log.txt'}"
         )
     while lock is None:
         time.sleep(1)
@@ -42,17 +44,24 @@ def evaluation_lock(run_dir: Path) -> Iterator[None]:
 def unpin_checkpoint(
     run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
 ) -> None:
-    """Let a checkpoint go, when these tasks are done or given up; not where the run has asked for others, which its own job then finds."""
-    asked_for_by_run = config.evaluation.every and step % config.evaluation.every == 0
-    others = tasks != config.evaluation.tasks or overrides
-    if not (asked_for_by_run and others and step not in evaluated_steps(run_dir, config.evaluation.tasks)):
+    """Remove the pin of a checkpoint when these tasks are done or given up.
+
+    The pin remains if the run itself has requested other evaluations of the step and their results are missing. A job
+    of the run then finds the pin and evaluates the step.
+    """
+    requested_by_run = config.evaluation.every and step % config.evaluation.every == 0
+    differs = tasks != config.evaluation.tasks or overrides
+    if not (requested_by_run and differs and step not in evaluated_steps(run_dir, config.evaluation.tasks)):
         (run_dir / "checkpoints" / PINS / step_name(step)).unlink(missing_ok=True)
 
 
 def unpin_if_done(
     run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str], failed: bool
 ) -> bool:
-    """Release a checkpoint that is evaluated, or has failed ATTEMPTS times, whoever tried: the pin counts. Returns whether that is so."""
+    """Unpin a checkpoint that has been evaluated or has failed ATTEMPTS times; return whether this is the case.
+
+    The pin file counts the failures of all jobs.
+    """
     if failed:
         pin = run_dir / "checkpoints" / PINS / step_name(step)
         with open(pin, "ab") as file:
@@ -66,7 +75,10 @@ def unpin_if_done(
 def evaluate_step(
     run_dir: Path, config: RunConfig, tasks: list[TaskConfig], step: int, overrides: list[str]
 ) -> list[Exception]:
-    """Evaluate all tasks on a checkpoint that is pinned, whatever happens to some; the lock is held."""
+    """Evaluate all tasks on a checkpoint, and return the exceptions of the tasks that failed.
+
+    The caller has pinned the checkpoint and holds the lock.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils.logging import disable_progress_bar

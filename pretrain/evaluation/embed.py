@@ -1,4 +1,4 @@
-"""Embeddings of the views of rows, and their predictions of each other, from an export alone; as the objective reads them out in training."""
+"""Embeddings of the views of rows, and predictions of views, from an export alone, read out as in training."""
 
 import itertools
 import os
@@ -23,29 +23,29 @@ from pretrain.models.view_templates import ViewTemplate, pairing_from_export, vi
 from pretrain.tasks.options import RowTask
 
 TOKENS = 16_384
-"""Of a batch, padding included."""
+"""Maximum number of tokens of a batch, padding included."""
 
 
 class Embeddings(NamedTuple):
     """Embeddings of N rows; a row that does not fit into the model's positions is NaN."""
 
     views: dict[str, np.ndarray]
-    """(N, D) fp32 of each view, encoded on its own."""
+    """(N, D) fp32 embeddings of each view, encoded separately."""
     predictions: dict[tuple[str, str], np.ndarray]
-    """(N, D) fp32 of each pair of a predicting and a predicted view; without predictor tokens that of the view itself."""
+    """(N, D) fp32 predictions by (predicting, predicted) view; without predictor tokens, the view's own embeddings."""
     fits: np.ndarray
-    """(N,) bool: whether all of these fit into the model's positions. Where they do, what is not finite comes from the weights."""
+    """(N,) bool: whether all encodings of a row fit into the model's positions. If so, NaNs come from the weights."""
 
 
 def embed_file(export: Path, file: str) -> None:
     """Write the embeddings of the rows of a file, or of a source as in `task.test`, to `embeddings/` in the export.
 
-    The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` if predictor tokens predict another view.
-    Row i of each array belongs to record i. The file is named after the source, with a number where another source of that name was
-    embedded before. Raises UserError.
+    The result is an .npz of fp32 arrays (N, D): one for each view, and `A_to_B` for each prediction by predictor
+    tokens. Row i of each array belongs to record i. The file is named after the source; a number is appended if another
+    source of the same name was embedded before. Raises UserError if the source cannot be read or array names collide.
     """
     views = tuple(read_json(export / "jepa.json")["views"])
-    source = _source(file)
+    source = _parse_source(file)
     rows = read_rows(source, views, "--embed")
     found = embed(export, [row.views for row in rows])
     predictions = {
@@ -55,7 +55,8 @@ def embed_file(export: Path, file: str) -> None:
     }
     if ambiguous := found.views.keys() & predictions.keys():
         raise UserError(
-            f"{export}: the view {min(ambiguous)!r} has the name of the array for a prediction; name the view otherwise in data.views"
+            f"{export}: the view {min(ambiguous)!r} has the same name as the array of a prediction; "
+            "rename the view in data.views"
         )
     arrays = found.views | predictions
     output = _write(export / "embeddings", source, arrays)
@@ -63,10 +64,11 @@ def embed_file(export: Path, file: str) -> None:
         print_now(f"{name}: {array.shape[0]:,} rows of {array.shape[1]:,} numbers")
     too_long, not_finite = int((~found.fits).sum()), int((found.fits & ~finite_rows(arrays.values())).sum())
     if too_long:
-        print_now(f"note: {too_long:,} rows are longer than the positions of the model: theirs are NaN")
+        print_now(f"note: {too_long:,} rows do not fit into the positions of the model; their embeddings are NaN")
     if not_finite:
         print_now(
-            f"WARNING: the model gives embeddings that are not finite for {not_finite:,} rows: its weights have diverged"
+            f"WARNING: the embeddings of {not_finite:,} rows are not finite because the weights of the model have "
+            "diverged; use an earlier checkpoint"
         )
     print_now(f"written to {output}")
 
@@ -77,15 +79,18 @@ def finite_rows(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _write(folder: Path, source: JsonSource | HubSource, arrays: dict[str, np.ndarray]) -> Path:
-    """Write an .npz whose comment says what was embedded, over no other source's. A view may have any name, which np.savez does not allow."""
-    assert source.path is not None  # or no row would have been read
+    """Write an .npz with the source as its comment, and return its path; a file of another source is not overwritten.
+
+    The archive is written directly because np.savez does not allow every name that a view may have.
+    """
+    assert source.path is not None  # read_rows has read it
     absolute = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
     comment = source.model_copy(update={"path": absolute}).model_dump_json(exclude_none=True).encode()
     folder.mkdir(exist_ok=True)
-    names = itertools.chain(
-        [Path(source.path).stem], (f"{Path(source.path).stem}-{number}" for number in itertools.count(2))
-    )
-    output = next(path for name in names if not (path := folder / f"{name}.npz").exists() or _comment(path) == comment)
+    stem = Path(source.path).stem
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    paths = (folder / f"{name}.npz" for name in names)
+    output = next(path for path in paths if not path.exists() or _comment(path) == comment)
     with atomic_path(output) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         archive.comment = comment
         for name, array in arrays.items():
@@ -102,24 +107,23 @@ def _comment(path: Path) -> bytes:
         return b""
 
 
-def _source(given: str) -> JsonSource | HubSource:
+def _parse_source(given: str) -> JsonSource | HubSource:
     if not given.startswith("{"):
         return JsonSource(type="json", path=given)
     try:
         values = yaml.safe_load(given)
     except yaml.YAMLError:
-        raise UserError(f"--embed: {given} is no YAML") from None
+        raise UserError(f"--embed: {given} is not valid YAML; fix it, or pass a file") from None
     source = validate(RowTask, {"name": "retrieval", "test": values}, "--embed").test
     assert isinstance(source, JsonSource | HubSource)  # YAML that starts with a brace is a mapping
     return source
 
 
 def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
-    """The embeddings of rows that have all views of the export."""
+    """Return the embeddings of rows that have all views of the export."""
     jepa = read_json(export / "jepa.json")
-    model, tokenizer = load_language_model(
-        export, "auto", torch.device("cpu")
-    )  # an attention kernel that takes plain rows
+    # The attention kernel for CPU accepts rows that are not packed.
+    model, tokenizer = load_language_model(export, "auto", torch.device("cpu"))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = {"bos": tokenizer.bos_id, "sep": tokenizer.sep_id, "eos": tokenizer.eos_id}
     names, pairing = jepa["views"], pairing_from_export(jepa)
@@ -128,8 +132,8 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     limit, fits = model.causal_lm.config.max_position_embeddings, np.ones(len(texts), bool)
 
     def encoded(view: int, front: Sequence[int] = (), back: Sequence[int] = ()) -> np.ndarray:
-        form: ViewTemplate = view_template(jepa, view)
-        before, after = ([ids[name] for name in part] for part in form)
+        template: ViewTemplate = view_template(jepa, view)
+        before, after = ([ids[name] for name in part] for part in template)
         rows = [[*before, *front, *row, *after, *back] for row in tokens[view]]
         np.logical_and(fits, [len(row) <= limit for row in rows], out=fits)
         return encode(model, rows)
@@ -142,39 +146,38 @@ def embed(export: Path, texts: Sequence[tuple[str, ...]]) -> Embeddings:
     by_source: dict[int, np.ndarray] = {}
     for source, target in pairing.edges(len(names)):
         if source not in by_source:
-            where = {"front" if pairing.prepended else "back": predictor}
-            by_source[source] = encoded(source, **where) if predictor else views[names[source]]
+            placed = {"front" if pairing.prepended else "back": predictor}
+            by_source[source] = encoded(source, **placed) if predictor else views[names[source]]
         predictions[names[source], names[target]] = by_source[source]
     return Embeddings(views, predictions, fits)
 
 
 def encode(model: LanguageModel, rows: list[list[int]]) -> np.ndarray:
-    """The last hidden state of each row of token ids, (N, D) fp32; NaN for one that does not fit."""
+    """Return the last hidden state of each row of token ids, (N, D) fp32; NaN for a row that does not fit."""
     found = np.full((len(rows), model.hidden_size), np.nan, np.float32)
     limit = model.causal_lm.config.max_position_embeddings
-    for members in tqdm(
+    for indices in tqdm(
         list(_batches([len(row) for row in rows], limit)), desc="embedding", unit="batch", mininterval=1, disable=None
     ):
-        longest = max(len(rows[place]) for place in members)
-        ids = torch.tensor(
-            [rows[place] + [0] * (longest - len(rows[place])) for place in members]
-        )  # no token sees the padding behind it
-        last = torch.tensor([len(rows[place]) - 1 for place in members])
+        longest = max(len(rows[index]) for index in indices)
+        # Attention is causal, so no token sees the padding after it.
+        ids = torch.tensor([rows[index] + [0] * (longest - len(rows[index])) for index in indices])
+        last = torch.tensor([len(rows[index]) - 1 for index in indices])
         with torch.inference_mode():
             hidden = model.causal_lm.model(
                 inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
             ).last_hidden_state
-        found[members] = hidden[torch.arange(len(members)), last].float().cpu().numpy()
+        found[indices] = hidden[torch.arange(len(indices)), last].float().cpu().numpy()
     return found
 
 
 def _batches(lengths: list[int], limit: int) -> Iterator[list[int]]:
-    """The numbers of the rows that fit, in batches of similar length."""
+    """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     batch: list[int] = []
-    for place in sorted((place for place in range(len(lengths)) if lengths[place] <= limit), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[place] > TOKENS:
+    for index in sorted((index for index in range(len(lengths)) if lengths[index] <= limit), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > TOKENS:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(index)
     if batch:
         yield batch

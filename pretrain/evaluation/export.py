@@ -1,4 +1,4 @@
-"""From a checkpoint of a run to its export."""
+"""Export of a checkpoint of a run."""
 
 from pathlib import Path
 
@@ -13,13 +13,16 @@ from pretrain.training.checkpoint import consolidate
 
 
 def export_checkpoint(run_dir: Path, step: int) -> Path:
-    """Export a step's checkpoint, unless that was done before; return the folder. Raises UserError for a damaged one."""
+    """Export the checkpoint of a step if it has no export yet, and return the folder.
+
+    Raises UserError for a corrupt checkpoint or a missing model folder.
+    """
     folder = run_dir / "export" / step_name(step)
     if folder.exists():
         return folder
     if not (run_dir / MODEL_DIR).exists():
         raise UserError(
-            f"{run_dir / MODEL_DIR} is missing: without the model's configuration and tokenizer there is no export"
+            f"{run_dir / MODEL_DIR} is missing; an export needs the model's configuration and tokenizer from it"
         )
     config = load_config(run_dir / "config.yaml")
     state = consolidate(run_dir / "checkpoints" / step_name(step))

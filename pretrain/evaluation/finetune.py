@@ -1,4 +1,4 @@
-"""Finetuning: a training run that starts from an export, on a task's training rows, with loss on the answer alone."""
+"""Finetuning: a training run from an export on the train rows of a task, with loss only on the answer."""
 
 import shutil
 import subprocess
@@ -19,26 +19,23 @@ from pretrain.training.evaluation_requests import die_with_parent, single_proces
 def finetune(config: RunConfig, task: TaskConfig, export: Path, pairs: JsonSource, folder: Path, name: str) -> Path:
     """Finetune `export` on `pairs`; return the export of the result.
 
-    `task` says what differs from the pretraining run `config`. A finetuning that was interrupted starts over, one that has come to its export
-    is not repeated. Raises UserError where the run fails.
+    `task` has the settings that differ from the pretraining run `config`. An interrupted finetuning starts over, and an
+    exported one is not repeated. Raises UserError if the run fails.
     """
     data = prepare_task_corpus(config, pairs, folder)
     run = finetuning_config(config, task, data, str(export), str(folder / "finetune"), name)
     path, checkpoints = folder / "finetune" / f"{name}.yaml", run.run_dir / "checkpoints"
     path.parent.mkdir(exist_ok=True)
     if path.exists() and path.read_text(encoding="utf-8") != dump_config(run):
-        shutil.rmtree(run.run_dir, ignore_errors=True)  # what an earlier evaluation with other settings left
+        shutil.rmtree(run.run_dir, ignore_errors=True)  # left by an earlier evaluation with other settings
     write_text(path, dump_config(run))
     if not (run.run_dir / "export").exists():
-        command = die_with_parent(
-            [sys.executable, "-m", "pretrain.training", str(path)], "KILL"
-        )  # or the next evaluation would meet it in its folder
+        # A run that outlived this process would disturb the next evaluation, which uses the same folder.
+        command = die_with_parent([sys.executable, "-m", "pretrain.training", str(path)], "KILL")
         done = subprocess.run(command, env=single_process_environment(), check=False)
         if done.returncode or not list_steps(checkpoints):
-            raise UserError(
-                f"the finetuning {path} failed with exit code {done.returncode}; what it printed stands above"
-            )
+            raise UserError(f"the finetuning {path} failed with exit code {done.returncode}; see its output above")
     steps = list_steps(run.run_dir / "export") or list_steps(checkpoints)
     result = export_checkpoint(run.run_dir, steps[-1])
-    shutil.rmtree(checkpoints, ignore_errors=True)  # the export holds the weights
+    shutil.rmtree(checkpoints, ignore_errors=True)  # the export has the weights
     return result

@@ -1,4 +1,4 @@
-"""Greedy answers in batches, with a key/value cache."""
+"""Greedy generation of answers, in batches and with a key/value cache."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,13 +20,14 @@ BATCH = 128
 def generate_answers(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answer]:
     """Continue `[BOS context SEP]` greedily for each context with the model of an export.
 
-    An answer is made of text tokens and the end token; no other special or padding id of the vocabulary can be chosen.
-    Raises UserError where not one context leaves room for an answer.
+    An answer consists of text tokens and the end token; other special ids and padding ids are suppressed. Raises
+    UserError if no context leaves room for an answer.
     """
     answers = _answer(folder, contexts, max_new_tokens=max_new_tokens)
     if not any(written.fits for written in answers):
         raise UserError(
-            f"not one of {len(contexts):,} contexts leaves room for an answer: the shortest takes all positions that the model has"
+            f"none of the {len(contexts):,} contexts leaves room for an answer: even the shortest fills all positions "
+            "of the model; use shorter contexts"
         )
     return answers
 
@@ -36,35 +37,36 @@ def _answer(folder: Path, contexts: list[str], max_new_tokens: int) -> list[Answ
     model, tokenizer = load_causal_lm(folder)
     rows = encode_prompts(tokenizer, contexts)
     limit = model.config.max_position_embeddings
-    no_text = _ids_without_text(tokenizer, model.config.vocab_size)
+    suppressed = _suppressed_ids(tokenizer, model.config.vocab_size)
     answers = [Answer("", False, False)] * len(rows)
     batches = list(_batches([len(row) for row in rows], limit, max_new_tokens))
-    for room, members in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[place] for place in members], tokenizer.pad_id)
+    for room, indices in tqdm(batches, desc="generating", unit="batch", mininterval=1, disable=None):
+        ids, mask = left_pad([rows[index] for index in indices], tokenizer.pad_id)
         longest = ids.shape[1]
         with torch.inference_mode():
-            output = model.generate(  # type: ignore[operator]  # which every causal language model has
+            output = model.generate(  # type: ignore[operator]  # every causal language model has it
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 do_sample=False,
                 max_new_tokens=room,
-                suppress_tokens=no_text,
+                suppress_tokens=suppressed,
                 eos_token_id=tokenizer.eos_id,
                 pad_token_id=tokenizer.pad_id,
             )
-        for place, written in zip(members, output[:, longest:].tolist(), strict=True):
+        for index, written in zip(indices, output[:, longest:].tolist(), strict=True):
             stopped = tokenizer.eos_id in written
-            answers[place] = Answer(
+            answers[index] = Answer(
                 tokenizer.decode(written[: written.index(tokenizer.eos_id)] if stopped else written), stopped
             )
     return answers
 
 
-def _ids_without_text(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
-    """Return the ids below `vocabulary` that no answer may hold: all but those of text and the end token.
+def _suppressed_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Return the ids below `vocab_size` that an answer must not contain: all except text tokens and the end token.
 
-    Decoding skips special tokens and ids without an entry, so an answer with one would look like the answer without it. What a
-    tokenizer.json adds to the vocabulary of a tokenizer.model no text is encoded to, and the model cannot decode.
+    Decoding skips special tokens and ids without an entry. An answer that contains one would look like the answer
+    without it. Tokens that a tokenizer.json adds to the vocabulary of a tokenizer.model are suppressed too: no text is
+    encoded to them, and the tokenizer.model cannot decode them.
     """
     spec = read_json(tokenizer.folder / "tokenizer.json")
     vocab, added = spec["model"]["vocab"], {token["id"]: token["special"] for token in spec["added_tokens"]}
@@ -72,13 +74,16 @@ def _ids_without_text(tokenizer: Tokenizer, vocabulary: int) -> list[int]:
     if not (tokenizer.folder / "tokenizer.model").exists():
         text |= added.keys()
     allowed = {token for token in text if not added.get(token)} | {tokenizer.eos_id}
-    return [token for token in range(vocabulary) if token not in allowed]
+    return [token for token in range(vocab_size) if token not in allowed]
 
 
 def _batches(lengths: list[int], limit: int, max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Batches as their room in tokens and the numbers of their rows, which are of similar length: a long row shortens no other's answer."""
-    by_length = sorted((place for place in range(len(lengths)) if lengths[place] < limit), key=lengths.__getitem__)
-    for room, places in itertools.groupby(by_length, key=lambda place: min(max_new_tokens, limit - lengths[place])):
-        members = list(places)
-        for first in range(0, len(members), BATCH):
-            yield room, members[first : first + BATCH]
+    """Yield batches as (room for new tokens, row indices).
+
+    The rows of a batch have the same room, so a long row does not shorten the answers of other rows.
+    """
+    by_length = sorted((index for index in range(len(lengths)) if lengths[index] < limit), key=lengths.__getitem__)
+    for room, group in itertools.groupby(by_length, key=lambda index: min(max_new_tokens, limit - lengths[index])):
+        indices = list(group)
+        for first in range(0, len(indices), BATCH):
+            yield room, indices[first : first + BATCH]

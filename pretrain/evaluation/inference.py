@@ -1,4 +1,4 @@
-"""What generation, likelihood and embeddings of an export have in common."""
+"""Helper functions for inference with an export: loading, prompts and padding."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ from pretrain.models.families import register_family_from_folder
 
 
 def load_causal_lm(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """Model, in fp32 and on the GPU where there is one, and tokenizer of an export."""
+    """Return the model and the tokenizer of an export; the model is in fp32, and on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     register_family_from_folder(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    model.to(device)  # type: ignore[arg-type]  # the wrapper around it hides that it is a method
+    model.to(device)  # type: ignore[arg-type]  # its decorator hides that it is a method
     return model.eval(), Tokenizer.load(folder)
 
 
 def encode_prompts(tokenizer: Tokenizer, contexts: list[str]) -> list[list[int]]:
-    """`[BOS context SEP]` of each."""
+    """Return the token ids of `[BOS context SEP]` for each context."""
     return [[tokenizer.bos_id, *ids, tokenizer.sep_id] for ids in tokenizer.encode_batch(contexts)]
 
 
 def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L) that end together, and which of them are no padding (B, L)."""
+    """Return left-padded token ids (B, L) and their attention mask (B, L), which is 0 at padding."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad)
     mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = torch.tensor(row)
-        mask[place, longest - len(row) :] = 1
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
     return ids, mask

@@ -1,4 +1,4 @@
-"""The evaluation command. It loads no model before it holds the lock, so that a waiting job costs little."""
+"""The evaluation command. It loads a model only when it holds the lock, so a waiting job needs few resources."""
 
 import argparse
 import os
@@ -20,42 +20,37 @@ from pretrain.training.evaluation_requests import request_evaluation, requested_
 def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description="Evaluate checkpoints of a run on downstream tasks.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run, or with --embed an export")
+    parser.add_argument("run_dir", type=Path, help="folder of the run; with --embed, folder of an export")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="dotted keys of the run's configuration, or task.KEY for the one task named by --task",
+        help="override of a dotted key of the run's configuration, or of task.KEY for the task given by --task",
     )
     parser.add_argument(
-        "--task", action="append", default=[], metavar="NAME", help="only this task; may be given several times"
+        "--task", action="append", default=[], metavar="NAME", help="evaluate only this task; may be repeated"
     )
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="STEP|latest", help="which checkpoint; default latest"
-    )
+    parser.add_argument("--checkpoint", default="latest", metavar="STEP|latest", help="checkpoint to evaluate (latest)")
     parser.add_argument(
         "--embed",
         metavar="FILE",
-        help="write the embeddings of this file's views instead, as arrays in EXPORT/embeddings; or of a source as in task.test",
+        help="instead of evaluating tasks, write the embeddings of the views of FILE, or of a source as in task.test, "
+        "to EXPORT/embeddings",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it
-    parser.add_argument(
-        "--pending", action="store_true", help="the checkpoints that the run asked to evaluate, instead"
-    )
-    parser.add_argument(
-        "--watch", action="store_true", help="every checkpoint as it comes, until the run is finished, instead"
-    )
+    parser.add_argument("--pending", action="store_true", help="evaluate the checkpoints that the run has requested")
+    parser.add_argument("--watch", action="store_true", help="evaluate every new checkpoint until the run is finished")
     arguments = parser.parse_intermixed_args()
     if arguments.embed is not None:
         if int(os.environ.get("RANK", 0)) == 0:
             exit_on_user_error(lambda: _embed(arguments))
         return
-    with ignore_output_errors():  # a full disk below the log must not end an evaluation
-        exit_on_user_error(lambda: _on_all_ranks(lambda: _evaluate(arguments)))
+    with ignore_output_errors():  # a full disk under the log must not end an evaluation
+        exit_on_user_error(lambda: _run_on_all_ranks(lambda: _evaluate(arguments)))
 
 
-def _on_all_ranks(evaluate: Callable[[], None]) -> None:
-    """Evaluate on rank 0; the others help it to generate."""
+def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
+    """Evaluate on rank 0, with the other ranks as workers."""
     if max(int(os.environ.get("WORLD_SIZE", 1)), launched_process_count()) == 1:
         evaluate()
         return
@@ -72,10 +67,10 @@ def _embed(arguments: argparse.Namespace) -> None:
         or arguments.watch
         or arguments.checkpoint != "latest"
     ):
-        raise UserError("--embed takes an export and a file, and nothing else")
+        raise UserError("--embed allows only an export and a file; remove all other options and overrides")
     if not (arguments.run_dir / "jepa.json").exists():  # reported before torch is loaded
         raise UserError(
-            f"{arguments.run_dir} is not an export: it has no jepa.json; exports are in the folder export of a run"
+            f"{arguments.run_dir} is not an export: it has no jepa.json; use a folder in the folder export of a run"
         )
     from pretrain.evaluation.embed import embed_file
 
@@ -86,24 +81,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     run_dir: Path = arguments.run_dir
     if arguments.watch:
         if arguments.pending or arguments.checkpoint != "latest":
-            raise UserError("--watch takes every checkpoint: leave out --checkpoint and --pending")
-        watch(run_dir, lambda: _read(arguments), arguments.overrides)
+            raise UserError("--watch evaluates every checkpoint; remove --checkpoint and --pending")
+        watch(run_dir, lambda: _read_config_and_tasks(arguments), arguments.overrides)
     else:
         if arguments.pending and arguments.checkpoint != "latest":
-            raise UserError("--pending takes the checkpoints that the run asked for: leave out --checkpoint")
-        config, tasks = _read(arguments)
+            raise UserError("--pending evaluates the checkpoints that the run has requested; remove --checkpoint")
+        config, tasks = _read_config_and_tasks(arguments)
         with evaluation_lock(run_dir):
-            asked_for = requested_evaluations(run_dir)
-            steps = asked_for if arguments.pending else [_step(run_dir, arguments.checkpoint)]
-            for step in set(steps) - set(asked_for):
-                request_evaluation(run_dir, step)  # so that it is not removed meanwhile
+            requested = requested_evaluations(run_dir)
+            steps = requested if arguments.pending else [_find_step(run_dir, arguments.checkpoint)]
+            for step in set(steps) - set(requested):
+                request_evaluation(run_dir, step)  # prevents the removal of the checkpoint during the evaluation
             failures = []
             for step in steps:
                 failed = evaluate_step(run_dir, config, tasks, step, arguments.overrides)
                 failures += failed
                 if arguments.pending:
                     unpin_if_done(run_dir, config, tasks, step, arguments.overrides, bool(failed))
-                elif step not in asked_for:
+                elif step not in requested:
                     unpin_checkpoint(run_dir, config, tasks, step, arguments.overrides)
         if failures:
             raise failures[0]
@@ -111,11 +106,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print_summary(run_dir)
 
 
-def _read(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
-    """The configuration of the run, and the tasks that were chosen."""
+def _read_config_and_tasks(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
+    """Return the configuration of the run and the chosen tasks."""
     path = arguments.run_dir / "config.yaml"
     if not path.exists():
-        raise UserError(f"{arguments.run_dir} is no run directory: it holds no config.yaml")
+        raise UserError(f"{arguments.run_dir} is not a run directory: it has no config.yaml; use the folder of a run")
     config = load_config(path, [word for word in arguments.overrides if not word.startswith("task.")])
     return config, choose_tasks(
         config, arguments.task, [word for word in arguments.overrides if word.startswith("task.")]
@@ -123,7 +118,10 @@ def _read(arguments: argparse.Namespace) -> tuple[RunConfig, list[TaskConfig]]:
 
 
 def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> list[TaskConfig]:
-    """The tasks of the configuration, or those named; `task.KEY=VALUE` sets a key of the one named."""
+    """Return the tasks of the configuration, or the ones in `names`; `task.KEY=VALUE` sets a key of a single task.
+
+    Raises UserError if there is no task, or if there are several and an override addresses one.
+    """
     tasks = config.evaluation.tasks
     if names:
         known = {task.title: task.model_dump(exclude_none=True) for task in tasks}
@@ -131,11 +129,11 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     else:
         chosen = [task.model_dump(exclude_none=True) for task in tasks]
     if not chosen:
-        raise UserError("the run names no evaluation.tasks: choose one with --task NAME")
+        raise UserError("evaluation.tasks of the run is empty; choose a task with --task NAME")
     if overrides:
         if len(chosen) != 1:
             raise UserError(
-                f"{overrides[0]} addresses one task, but there are {len(chosen)}: choose it with --task NAME"
+                f"{overrides[0]} addresses one task, but there are {len(chosen)}; choose it with --task NAME"
             )
         apply_overrides({"task": chosen[0]}, overrides)
     tasks = [parse_task(values, "task") for values in chosen]
@@ -144,12 +142,12 @@ def choose_tasks(config: RunConfig, names: list[str], overrides: list[str]) -> l
     return tasks
 
 
-def _step(run_dir: Path, wanted: str) -> int:
+def _find_step(run_dir: Path, wanted: str) -> int:
     steps = list_steps(run_dir / "checkpoints")
     if not steps:
-        raise UserError(f"{run_dir} holds no checkpoint yet")
+        raise UserError(f"{run_dir} has no checkpoints yet; wait for the first one")
     if wanted == "latest":
         return steps[-1]
     if not wanted.isdigit() or int(wanted) not in steps:
-        raise UserError(f"{run_dir} holds no checkpoint of step {wanted}; it has {', '.join(map(str, steps))}")
+        raise UserError(f"{run_dir} has no checkpoint of step {wanted}; choose one of {', '.join(map(str, steps))}")
     return int(wanted)

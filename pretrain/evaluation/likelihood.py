@@ -11,17 +11,17 @@ from pretrain.evaluation.inference import encode_prompts, left_pad, load_causal_
 from pretrain.evaluation.workers import shard_rows
 
 TOKENS = 16_384
-"""Of a batch, padding included."""
+"""Maximum number of tokens of a batch, padding included."""
 LOGITS = 2**28
-"""Of a batch: 1 GiB in fp32."""
+"""Maximum number of logits of a batch: 1 GiB in fp32."""
 
 
 @shard_rows
 def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
     """Return log P(option and the end token | `[BOS context SEP]`) in nats, for each option of each (context, options).
 
-    The end token counts: it tells an answer from a longer one that begins with it. -inf for an option that does not fit into the
-    model's positions.
+    The end token is included because it distinguishes an answer from a longer one that begins with it. The result is
+    -inf for an option that does not fit into the model's positions.
     """
     model, tokenizer = load_causal_lm(folder)
     rows = [
@@ -33,9 +33,9 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
     ]
     found = [float("-inf")] * len(rows)
     batches = list(_batches(rows, model.config.max_position_embeddings, model.config.vocab_size))
-    for members in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
-        ids, mask = left_pad([rows[place][0] + rows[place][1] for place in members], tokenizer.pad_id)
-        lengths = torch.tensor([len(rows[place][1]) for place in members])
+    for indices in tqdm(batches, desc="scoring", unit="batch", mininterval=1, disable=None):
+        ids, mask = left_pad([rows[index][0] + rows[index][1] for index in indices], tokenizer.pad_id)
+        lengths = torch.tensor([len(rows[index][1]) for index in indices])
         kept = int(lengths.max())
         with torch.inference_mode():
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -48,23 +48,23 @@ def log_likelihoods(folder: Path, questions: list[tuple[str, list[str]]]) -> lis
             ).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -kept:].to(model.device), reduction="none").cpu()
         inside = torch.arange(kept) >= kept - lengths[:, None]
-        for place, loss in zip(members, (losses * inside).sum(dim=1).tolist(), strict=True):
-            found[place] = -loss
+        for index, loss in zip(indices, (losses * inside).sum(dim=1).tolist(), strict=True):
+            found[index] = -loss
     values = iter(found)
     return [[next(values) for _ in options] for _, options in questions]
 
 
-def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocabulary: int) -> Iterator[list[int]]:
-    """Return the numbers of the rows that fit `limit` positions, in batches of similar length."""
+def _batches(rows: list[tuple[list[int], list[int]]], limit: int, vocab_size: int) -> Iterator[list[int]]:
+    """Yield batches of the indices of rows of similar length; rows that do not fit `limit` positions are skipped."""
     length = [len(prompt) + len(option) for prompt, option in rows]
     batch: list[int] = []
     kept = 0
-    for place in sorted((place for place in range(len(rows)) if length[place] <= limit), key=length.__getitem__):
-        kept = max(kept, len(rows[place][1]) + 1)
+    for index in sorted((index for index in range(len(rows)) if length[index] <= limit), key=length.__getitem__):
+        kept = max(kept, len(rows[index][1]) + 1)
         size = len(batch) + 1
-        if batch and (size * length[place] > TOKENS or size * kept * vocabulary > LOGITS):
+        if batch and (size * length[index] > TOKENS or size * kept * vocab_size > LOGITS):
             yield batch
-            batch, kept = [], len(rows[place][1]) + 1
-        batch.append(place)
+            batch, kept = [], len(rows[index][1]) + 1
+        batch.append(index)
     if batch:
         yield batch

@@ -1,4 +1,4 @@
-"""evaluation/results.jsonl, and the closing table."""
+"""The results file evaluation/results.jsonl, and the summary table."""
 
 import glob
 import json
@@ -14,41 +14,52 @@ from pretrain.run_folder import read_metrics, read_rewinds, read_status
 from pretrain.tasks.options import TaskConfig
 
 SCORING_VERSION = 2
-"""Version of the scoring, raised whenever the same answers may get other scores: scores of two versions are never compared or averaged.
-Results without one are of version 1."""
+"""Version of the scoring. It is raised whenever the same answers may get different scores.
+
+Scores of different versions are never compared or averaged. Results without a version have version 1.
+"""
 TABLE_COLUMNS = 6
-"""Metrics of a task that the closing table shows: the first ones, the most telling; all stand in results.jsonl."""
+"""Maximum number of metrics per task in the summary table: the first ones, because they are the most informative."""
 
 
 def read_results(run_dir: Path) -> list[dict[str, Any]]:
-    """All results of a run, in the order in which they came, without those of steps that the run has gone back behind since. Raises UserError."""
-    gone = read_rewinds(run_dir)
-    return [
-        line
-        for line in _read_all(run_dir)
-        if not any(line["step"] > rewind["to"] for rewind in gone[line.get("rewinds", len(gone)) :])
-    ]
+    """Return the results of a run in the order in which they were added.
+
+    Results of steps that a later rewind has undone are skipped. Raises UserError for a corrupt file.
+    """
+    rewinds = read_rewinds(run_dir)
+
+    def is_undone(result: dict[str, Any]) -> bool:
+        later_rewinds = rewinds[result.get("rewinds", len(rewinds)) :]
+        return any(result["step"] > rewind["to"] for rewind in later_rewinds)
+
+    return [result for result in _read_all(run_dir) if not is_undone(result)]
 
 
 def _read_all(run_dir: Path) -> list[dict[str, Any]]:
-    """Raises UserError for a file that somebody has spoiled: it is written as a whole."""
+    """Return all lines of results.jsonl.
+
+    Raises UserError for a corrupt file. Only a manual change can corrupt it, because the file is written atomically.
+    """
     path = run_dir / "evaluation" / "results.jsonl"
     try:
         return read_json_lines(path) if path.exists() else []
     except ValueError as error:
-        raise UserError(
-            f"{path} is spoiled ({error}): mend the line, or move the file away to evaluate again"
-        ) from None
+        raise UserError(f"{path} is corrupt ({error}); fix the line, or move the file away to evaluate again") from None
 
 
 def scoring_version(result: dict[str, Any]) -> int:
-    """Return the version of the scoring that gave a result."""
+    """Return the scoring version of a result."""
     version: int = result.get("scoring", 1)
     return version
 
 
 def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what one result stands for: step, task, version of the scoring, settings, files by their content, and overrides, such as a seed."""
+    """Return the key that identifies a result.
+
+    It has the step, the task, the scoring version and the settings. The settings include the checksums of the task's
+    files and the overrides, such as a seed.
+    """
     paths = [source if isinstance(source, str) else source.path for source in (*task.sources.values(), *task.paths)]
     settings = task.model_dump(mode="json", exclude_none=True, exclude={"name", "label"}) | {
         "files": {str(file): sha256_file(file) for path in paths if path is not None for file in _files(Path(path))},
@@ -58,33 +69,32 @@ def result_key(task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> di
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, those below a folder, or those of a glob."""
-    found = (
-        path.rglob("*")
-        if path.is_dir()
-        else [path]
-        if path.exists()
-        else map(Path, glob.glob(str(path), recursive=True))
-    )
+    """Return the file at `path`, all files in the folder at `path`, or all files that match it as a glob."""
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
     return sorted(file for file in found if file.is_file())
 
 
 def is_evaluated(run_dir: Path, task: TaskConfig, step: int, overrides: Sequence[str] = ()) -> bool:
-    """Whether the result stands already."""
+    """Return whether results.jsonl has the result of the task at the step."""
     return step in evaluated_steps(run_dir, [task], overrides)
 
 
 def evaluated_steps(run_dir: Path, tasks: Sequence[TaskConfig], overrides: Sequence[str] = ()) -> set[int]:
-    """The steps at which the result of each task stands."""
+    """Return the steps for which results.jsonl has the results of all tasks."""
     results = read_results(run_dir)
     wanted = [{key: value for key, value in result_key(task, 0, overrides).items() if key != "step"} for task in tasks]
     return set.intersection(
-        *({result["step"] for result in results if one.items() <= result.items()} for one in wanted)
+        *({result["step"] for result in results if key.items() <= result.items()} for key in wanted)
     )
 
 
 def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = True) -> None:
-    """Add a result: one line and, with `tensorboard`, a point per metric under evaluation/<task>/<metric>."""
+    """Add a result to results.jsonl and, with `tensorboard`, a point for each metric at evaluation/<task>/<metric>."""
     lines = [*_read_all(run_dir), result]
     write_text(
         run_dir / "evaluation" / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -100,7 +110,7 @@ def append_result(run_dir: Path, result: dict[str, Any], tensorboard: bool = Tru
 
 
 def print_summary(run_dir: Path) -> None:
-    """What training and evaluation came to, and how to see more of it."""
+    """Print the results of training and evaluation, and how to see the curves."""
     print(f"\n{run_dir}: {read_status(run_dir).get('status', 'unknown')}")
     metrics = read_metrics(run_dir)
     tags = [
@@ -119,15 +129,10 @@ def print_summary(run_dir: Path) -> None:
         if values:
             rows.append([tag, f"{values[0]:.4f}", f"{values[-1]:.4f}"])
     print_table(rows)
-    for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in read_results(run_dir)):
-        results = sorted(
-            (
-                result
-                for result in read_results(run_dir)
-                if (result["task"], scoring_version(result)) == (task, version)
-            ),
-            key=lambda result: result["step"],
-        )
+    all_results = read_results(run_dir)
+    for task, version in dict.fromkeys((result["task"], scoring_version(result)) for result in all_results):
+        results = [result for result in all_results if (result["task"], scoring_version(result)) == (task, version)]
+        results.sort(key=lambda result: result["step"])
         every = list(dict.fromkeys(name for result in results for name in result["metrics"]))
         names = every[:TABLE_COLUMNS]
         rows = [[task if version == SCORING_VERSION else f"{task}, scoring {version}", "rows", "finetuned", *names]]
@@ -142,17 +147,17 @@ def print_summary(run_dir: Path) -> None:
         ]
         print_table(rows)
         if len(every) > len(names):
-            print(f"(in results.jsonl too: {', '.join(every[TABLE_COLUMNS:])})", flush=True)
+            print(f"(also in results.jsonl: {', '.join(every[TABLE_COLUMNS:])})", flush=True)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     print(
         f"\ncurves: {tensorboard} --logdir {run_dir / 'tensorboard'} --host 127.0.0.1\n"
-        "        then open the page it names; Custom Scalars shows both loss terms in one chart",
+        "        then open the page that it prints; Custom Scalars shows both loss terms in one chart",
         flush=True,
     )
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """The first row is the head; the first column goes to the left, the others to the right."""
+    """Print a table whose first row is the header; the first column is left-aligned, all others are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     print("\n" + lines[0] + "\n" + "-" * len(lines[0]) + "\n" + "\n".join(lines[1:]), flush=True)

@@ -1,4 +1,4 @@
-"""The rows of a task as a corpus, and those of the embedded grammar."""
+"""Corpora of the rows of a task, and rows of the embedded grammar."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,10 @@ GRAMMAR_SEED = 0
 
 
 def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> DataConfig:
-    """Shards of all pairs of a source below the evaluation `folder`, with the tokenizer of the run. Raises UserError."""
+    """Prepare a corpus of all records of a source in the evaluation `folder`, and return its data section.
+
+    The corpus uses the tokenizer of the run. Raises UserError for a source that has no path or cannot be read.
+    """
     settings = {
         "views": config.data.views,
         "missing_views": config.data.missing_views,
@@ -31,11 +34,11 @@ def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> 
         "decontaminate": False,
     }
     if source.path is None:
-        raise UserError(f"a task's {source.type} source names no file: give its train or test a path")
+        raise UserError(f"a task's {source.type} source has no file; set path in its train or test")
     try:
         contents = [sha256_file(Path(path)) for path in find_files(source, "task", SUFFIXES)]
     except OSError as error:
-        raise UserError(f"cannot read {source.path}: {error.strerror}") from None
+        raise UserError(f"cannot read {source.path} ({error.strerror}); check train and test of the task") from None
     name = hashlib.sha256(f"{settings}\0{contents}".encode()).hexdigest()[:16]
     data = DataConfig(path=str(folder / "data" / name), **settings)
     prepare(data)
@@ -43,7 +46,10 @@ def prepare_task_corpus(config: RunConfig, source: JsonSource, folder: Path) -> 
 
 
 def grammar_source(folder: Path, split: str, views: tuple[str, ...], rows: int = GRAMMAR_ROWS) -> JsonSource:
-    """Rows of the embedded NL-RX grammar as a file. Splits share no target with each other or with pretraining."""
+    """Write rows of the embedded NL-RX grammar to a file, unless it exists, and return the file as a source.
+
+    Splits have no targets in common with each other or with pretraining.
+    """
     path = folder / f"{split}-{rows}.jsonl"
     if not path.exists():
         write_views(path, views, (generate(GRAMMAR_SEED, split, index) for index in range(rows)))

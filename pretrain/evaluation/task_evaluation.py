@@ -1,4 +1,4 @@
-"""One task on one checkpoint."""
+"""Evaluation of one task on one checkpoint."""
 
 import importlib
 import time
@@ -16,7 +16,10 @@ from pretrain.tasks.scoring import TaskResult
 
 
 def find_evaluation(name: str) -> Callable[[CheckpointTask], TaskResult]:
-    """Return the function `evaluate` of a task: in its file in pretrain/tasks, or for a task that looks into the model in model_tasks."""
+    """Return the function `evaluate` of a task.
+
+    It is in the task's file in pretrain/tasks, or in model_tasks for a task that needs the model itself.
+    """
     module = importlib.import_module(f"pretrain.tasks.{name}")
     if not hasattr(module, "evaluate"):
         module = importlib.import_module(f"pretrain.evaluation.model_tasks.{name}")
@@ -25,12 +28,15 @@ def find_evaluation(name: str) -> Callable[[CheckpointTask], TaskResult]:
 
 
 def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int, overrides: list[str]) -> None:
-    """Export the checkpoint and run the task on it, unless the same was done: same step, settings, files and overrides."""
+    """Export the checkpoint, run the task on it and add the result.
+
+    Nothing is done if there is a result with the same step, settings, files and overrides.
+    """
     if is_evaluated(run_dir, task, step, overrides):
-        print(f"{task.title} at step {step} is evaluated already", flush=True)
+        print(f"{task.title} at step {step} has already been evaluated", flush=True)
         return
     print(f"evaluating {task.title} at step {step}", flush=True)
-    started, gone_back = time.perf_counter(), len(read_rewinds(run_dir))
+    started, rewinds = time.perf_counter(), len(read_rewinds(run_dir))
     evaluate = find_evaluation(task.name)
     result = evaluate(CheckpointTask(config, task, step, export_checkpoint(run_dir, step), run_dir / "evaluation"))
     declared = {
@@ -43,7 +49,7 @@ def evaluate_task(config: RunConfig, run_dir: Path, task: TaskConfig, step: int,
             "pretrain_seed": load_config(run_dir / "config.yaml").seed,
             "finetune_seed": config.seed if task.finetunes else None,
             "finetune": task.finetune if isinstance(task, AnswerTask) else None,
-            "rewinds": gone_back,
+            "rewinds": rewinds,
             "rows": result.rows,
             "metrics": result.metrics,
             "directions": declared,

@@ -1,4 +1,4 @@
-"""One task on one checkpoint: its rows, the answers and likelihoods of the model, which it finetunes first if the task says so."""
+"""The run of one task on one checkpoint: rows, finetuning if the task requests it, answers and likelihoods."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from pretrain.tasks.options import TaskConfig
 from pretrain.tasks.scoring import Answer
 
 READ_AT_A_TIME = 65_536
-"""Records of the corpus."""
+"""Number of records of the corpus that are read at a time."""
 
 
 @dataclass(frozen=True)
 class CheckpointTask:
-    """One task on one checkpoint, see `pretrain.tasks.scoring.TaskRun`."""
+    """One task on one checkpoint; see `pretrain.tasks.scoring.TaskRun`."""
 
     config: RunConfig
     """Configuration of the pretraining run."""
@@ -40,7 +40,7 @@ class CheckpointTask:
     export: Path
     """The checkpoint in Hugging Face format."""
     folder: Path
-    """The run's evaluation folder, which the task may write to."""
+    """The evaluation folder of the run; the task may write to it."""
 
     @property
     def name(self) -> str:
@@ -48,12 +48,15 @@ class CheckpointTask:
         return f"{self.task.title}-{step_name(self.step)}"
 
     def source(self, key: str) -> JsonSource | HubSource | None:
-        """Return the rows that a key of the task (train or test) names; None if it names none."""
+        """Return the source at a key of the task (train or test), or None if the key is not set."""
         given = self.task.sources.get(key)
         return None if given is None else task_source(self.config.data, given)
 
     def read_test(self, *, every: bool = False) -> list[Row]:
-        """Return the rows to score; with `every` also those beyond the option `rows`. Raises UserError."""
+        """Return the rows to score; with `every`, the option `rows` does not limit them.
+
+        Without a test source they come from the embedded grammar. Raises UserError if they cannot be read.
+        """
         source = self.source("test") or grammar_source(
             self.folder / "data", "test", self.config.data.views, self.task.rows or GRAMMAR_ROWS
         )
@@ -66,7 +69,10 @@ class CheckpointTask:
         )
 
     def read_train(self) -> list[Row]:
-        """Return the rows to finetune on: those of the task, or of the grammar if it draws its test rows too. Raises UserError."""
+        """Return the train rows of the task; a task that finetunes without a train source uses the embedded grammar.
+
+        Raises UserError if they cannot be read.
+        """
         source = self.source("train")
         if source is None and self.task.finetunes:
             source = grammar_source(self.folder / "data", "finetune", self.config.data.views)
@@ -78,7 +84,7 @@ class CheckpointTask:
 
     @cached_property
     def model(self) -> Path:
-        """The export that the task looks at: that of the checkpoint, or one finetuned from it on the train rows."""
+        """Export that the task evaluates: the checkpoint's, or one that is finetuned from it on the train rows."""
         if not self.task.finetunes:
             return self.export
         train = write_views(
@@ -89,7 +95,11 @@ class CheckpointTask:
         return finetune(self.config, self.task, self.export, train, self.folder, self.name)
 
     def generate_answers(self, rows: Sequence[Row]) -> list[Answer]:
-        """Return the answers to all rows, at most twice as long as the longest target; they are kept in evaluation/answers. Raises UserError."""
+        """Return the answers to all rows, and save them in evaluation/answers.
+
+        An answer has at most twice as many tokens as the longest target, plus one. Raises UserError if no context
+        leaves room for an answer.
+        """
         longest = max(map(len, Tokenizer.load(self.model).encode_batch([row.target for row in rows])))
         answers = generate_answers(self.model, [row.context for row in rows], max_new_tokens=2 * longest + 1)
         folder = self.folder / "answers"
@@ -105,24 +115,26 @@ class CheckpointTask:
         return answers
 
     def log_likelihoods(self, options: Sequence[tuple[str, list[str]]]) -> list[list[float]]:
-        """Return the log-likelihood of each option after its context, see `pretrain.evaluation.likelihood`."""
+        """Return the log-likelihood of each option after its context; see `pretrain.evaluation.likelihood`."""
         return log_likelihoods(self.model, list(options))
 
     def unseen(self, rows: Sequence[Row], normal: Callable[[str], str] = str) -> list[bool] | None:
-        """Return whether the target of each row is new.
+        """Return whether the target of each row is unseen, or None if this is unknown.
 
-        A new target, in its `normal` form, is not a target of the task's train rows, and, token for token, not a view of a
-        record in the training split of the corpus. The whole split is read once. Without the corpus of the run at data.path the
-        result is None, and one line says so.
+        The `normal` form of an unseen target is not the normal form of a target in the task's train rows. Its tokens do
+        not equal any view of a record in the training split of the corpus. The whole split is read once. If the corpus
+        of the run is not at data.path, a note is printed and the result is None.
         """
         if not (Path(self.config.data.path) / MANIFEST).exists():
             print_now(
-                f"note: no corpus at {self.config.data.path} (data.path), seen from here: no metric on unseen targets"
+                f"note: there is no corpus at {self.config.data.path} (data.path) on this machine; "
+                "metrics on unseen targets are skipped"
             )
             return None
         if not was_trained_on(self.folder.parent, read_manifest(Path(self.config.data.path))):
             print_now(
-                f"note: {self.config.data.path} (data.path) holds another corpus than the run was trained on: no metric on unseen targets"
+                f"note: {self.config.data.path} (data.path) is not the corpus that the run was trained on; "
+                "metrics on unseen targets are skipped"
             )
             return None
         known = {normal(row.target) for row in self.read_train()}
@@ -131,7 +143,7 @@ class CheckpointTask:
 
 
 def in_corpus(path: str, texts: Sequence[str]) -> list[bool]:
-    """Return whether each text is a view of a record in the training split of a corpus, token for token."""
+    """Return whether the tokens of each text are a view of a record in the training split of a corpus."""
     corpus = Corpus(path, "train")
     encoded = corpus.tokenizer.encode_batch(list(texts))
     wanted = view_hashes(

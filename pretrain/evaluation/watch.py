@@ -1,7 +1,7 @@
-"""Following a run: each checkpoint is evaluated once, as it comes, from this machine or another one that sees the same files.
+"""Watching a run: each new checkpoint is evaluated once, on this machine or another one that shares its files.
 
-What is done stands in results.jsonl alone, so a watch that is killed at any point goes on where it was when it is started again. Jobs that the
-run itself starts in the background may work beside it: the lock and results.jsonl share the work out.
+Only results.jsonl records what is done, so a watch that is killed at any point resumes when it is started again. The
+run may start its own evaluation jobs in the background at the same time: the lock and results.jsonl divide the work.
 """
 
 import contextlib
@@ -20,48 +20,45 @@ from pretrain.tasks.options import TaskConfig
 from pretrain.training.evaluation_requests import request_evaluation, requested_evaluations
 
 POLL = 2.0
-"""Seconds between looks at the run directory."""
+"""Interval between checks of the run directory, in seconds."""
 PAUSE = 60.0
-"""Seconds before another attempt at a checkpoint that could not be evaluated: memory may be free again by then."""
+"""Pause before the next attempt at a checkpoint that failed, in seconds; memory may be free again by then."""
 
 
 class CheckpointWatcher:
-    """One watch: a thread pins what comes, while the main one evaluates."""
+    """The state of a watch: a background thread pins new checkpoints, and the main thread evaluates them."""
 
     def __init__(self, run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]):
         self.run_dir, self.read, self.overrides = run_dir, read, overrides
         self.settled: set[int] = set()
-        """Steps that are done or given up."""
-        self.passed_over: set[int] = set()
-        """Steps that evaluation.every does not divide; the last of a finished run is wanted nevertheless."""
-        self.rewinds = 0
+        """Steps that have been evaluated or given up."""
+        self.skipped_steps: set[int] = set()
+        """Steps that are not multiples of evaluation.every; the last step of a finished run is evaluated anyway."""
+        self.known_rewinds = 0
         self.finished = False
         self.failed_steps: set[int] = set()
-        self.not_before: dict[int, float] = {}
-        """When a step that failed is tried again, in seconds of time.monotonic()."""
+        self.retry_at: dict[int, float] = {}
+        """Time of the next attempt at each failed step, in seconds of time.monotonic()."""
         self.ended = threading.Event()
 
     def pin_new_checkpoints(self) -> None:
-        """Pin each wanted checkpoint that stands without its results.
+        """Pin each checkpoint that exists, is to be evaluated and has no results.
 
-        The pin comes first, then the look whether the checkpoint still stands: retention looks for pins again when it has moved one away, and
-        puts it back (`prune` of training/checkpoint.py).
+        The pin is set before the check that the checkpoint still exists. Retention checks for pins again after it has
+        moved a checkpoint away, and restores a pinned one (`prune` in training/checkpoint.py).
         """
-        gone_back = read_rewinds(self.run_dir)
-        for rewind in gone_back[self.rewinds :]:
-            for known in (self.settled, self.failed_steps):
-                known.intersection_update({step for step in known if step <= rewind["to"]})
-            self.not_before = {step: at for step, at in self.not_before.items() if step <= rewind["to"]}
-        self.rewinds = len(gone_back)
+        rewinds = read_rewinds(self.run_dir)
+        for rewind in rewinds[self.known_rewinds :]:
+            for steps in (self.settled, self.failed_steps):
+                steps.intersection_update({step for step in steps if step <= rewind["to"]})
+            self.retry_at = {step: at for step, at in self.retry_at.items() if step <= rewind["to"]}
+        self.known_rewinds = len(rewinds)
         checkpoints = self.run_dir / "checkpoints"
         pinned = requested_evaluations(self.run_dir)
-        steps = list_steps(checkpoints)
-        last = steps[-1:] if self.finished else []
-        new = [
-            step
-            for step in steps
-            if step not in pinned and step not in self.settled and (step not in self.passed_over or step in last)
-        ]
+        existing = list_steps(checkpoints)
+        last = existing[-1:] if self.finished else []
+        ignored = {*pinned, *self.settled, *self.skipped_steps.difference(last)}
+        new = [step for step in existing if step not in ignored]
         if not new:
             return
         config, tasks = self.read()
@@ -71,28 +68,32 @@ class CheckpointWatcher:
                 self.settled.add(step)
                 continue
             if config.evaluation.every and step % config.evaluation.every and step not in last:
-                self.passed_over.add(step)
+                self.skipped_steps.add(step)
                 continue
             request_evaluation(self.run_dir, step)
-            if step not in list_steps(checkpoints):
-                (checkpoints / PINS / step_name(step)).unlink(missing_ok=True)  # gone, or on its way back
+            if step not in list_steps(checkpoints):  # it has been removed, or retention restores it
+                (checkpoints / PINS / step_name(step)).unlink(missing_ok=True)
 
     def keep_pinning(self) -> None:
-        """The thread."""
+        """Pin new checkpoints until the watch ends; the background thread runs this."""
         while not self.ended.wait(POLL):
-            with contextlib.suppress(OSError, UserError):  # which the main thread meets too
+            # The main thread runs into the same errors and reports them.
+            with contextlib.suppress(OSError, UserError):
                 self.pin_new_checkpoints()
 
     def pinned(self) -> list[int]:
-        """What is to be evaluated, whoever has pinned it: also what a killed watch has left."""
+        """Return the pinned steps that are not settled, including pins of other jobs and of a killed watch."""
         return [step for step in requested_evaluations(self.run_dir) if step not in self.settled]
 
     def ready(self) -> list[int]:
-        """The same without those that have just failed."""
-        return [step for step in self.pinned() if self.not_before.get(step, 0) <= time.monotonic()]
+        """Return the pinned steps to evaluate now, without the ones that failed recently."""
+        return [step for step in self.pinned() if self.retry_at.get(step, 0) <= time.monotonic()]
 
     def evaluate_pinned(self, step: int) -> None:
-        """Evaluate a pinned checkpoint, unless that has been done meanwhile; the pin goes when all is done or given up."""
+        """Evaluate a pinned checkpoint, unless another job has done so by now.
+
+        The pin is removed when all tasks are done or given up.
+        """
         config, tasks = self.read()
         with evaluation_lock(self.run_dir):
             if step not in requested_evaluations(self.run_dir):
@@ -105,16 +106,18 @@ class CheckpointWatcher:
         if settled:
             self.settled.add(step)
         else:
-            self.not_before[step] = time.monotonic() + PAUSE
-            print_now(f"step {step} could not be evaluated; trying again in {PAUSE:.0f} s")
+            self.retry_at[step] = time.monotonic() + PAUSE
+            print_now(f"the evaluation of step {step} failed; trying again in {PAUSE:.0f} s")
         if failures and settled:
             self.failed_steps.add(step)
 
 
 def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]], overrides: list[str]) -> None:
-    """Evaluate every checkpoint that evaluation.every divides (0: all of them), and the last, until the run is finished, or failed for good.
+    """Evaluate checkpoints until the run is finished or has failed permanently.
 
-    `read` gives the configuration and the tasks, once there is one. Raises UserError at the end where some evaluation failed.
+    They are the checkpoints at multiples of evaluation.every (0: every checkpoint), and the last one. `read` returns
+    the configuration and the tasks, and is called when the run has a configuration. Raises UserError at the end if an
+    evaluation failed.
     """
     if not (run_dir / "config.yaml").exists():
         print_now(
@@ -131,39 +134,38 @@ def watch(run_dir: Path, read: Callable[[], tuple[RunConfig, list[TaskConfig]]],
             else "every checkpoint"
         )
     )
-    watching, told = CheckpointWatcher(run_dir, read, overrides), ""
-    threading.Thread(target=watching.keep_pinning, daemon=True).start()
+    watcher, printed = CheckpointWatcher(run_dir, read, overrides), ""
+    threading.Thread(target=watcher.keep_pinning, daemon=True).start()
     while True:
-        status = read_status(
-            run_dir
-        )  # before the look at the checkpoints: what a finished run has saved stands by then
-        watching.finished = status.get("status") == "finished"
-        watching.pin_new_checkpoints()
-        if todo := watching.ready():
-            watching.evaluate_pinned(todo[0])
+        # The status is read before the checkpoints: if the run is finished, its last checkpoint exists by then.
+        status = read_status(run_dir)
+        watcher.finished = status.get("status") == "finished"
+        watcher.pin_new_checkpoints()
+        if todo := watcher.ready():
+            watcher.evaluate_pinned(todo[0])
             continue
-        if not watching.pinned() and (
-            watching.finished or (status.get("status") == "failed" and not status.get("again", True))
-        ):
+        failed_permanently = status.get("status") == "failed" and not status.get("again", True)
+        if not watcher.pinned() and (watcher.finished or failed_permanently):
             break
-        if (line := _why_waiting(status)) != told:
-            told = line
+        if (line := _describe_wait(status)) != printed:
+            printed = line
             print_now(line)
         time.sleep(POLL)
-    watching.ended.set()
-    if watching.failed_steps:
+    watcher.ended.set()
+    if watcher.failed_steps:
+        failed = ", ".join(map(str, sorted(watcher.failed_steps)))
         raise UserError(
-            f"the run has {status['status']}; not evaluated: steps {', '.join(map(str, sorted(watching.failed_steps)))}, for reasons that "
-            "stand above"
+            f"the run has {status['status']}, but the evaluation of steps {failed} failed; fix the errors above, "
+            "then evaluate these steps with --checkpoint"
         )
 
 
-def _why_waiting(status: dict[str, Any]) -> str:
+def _describe_wait(status: dict[str, Any]) -> str:
     match status.get("status"):
         case "failed" | "resumable" as ended:
             return (
-                f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason given'}): waiting for it to go on; "
-                "Ctrl-C ends the watch"
+                f"the run is {ended} at step {status['step']} ({status.get('reason') or 'no reason recorded'}); "
+                "waiting for it to resume; press Ctrl-C to end the watch"
             )
         case _:
             return "waiting for the next checkpoint"

@@ -1,4 +1,4 @@
-"""Several processes for one evaluation: rank 0 does it, and shares the rows of what takes long with the others, a GPU each."""
+"""Multi-process evaluation: rank 0 evaluates, and all ranks share the rows of slow steps, with one GPU per rank."""
 
 import functools
 from collections.abc import Callable
@@ -15,15 +15,21 @@ from pretrain.training.distributed import leave_group, normalize_launcher_env
 Entry = TypeVar("Entry")
 
 PATIENCE = timedelta(days=30)
-"""Helpers wait as long as rank 0 trains, scores, or waits for a checkpoint; where it dies, they notice at once."""
+"""Timeout of the workers, which wait while rank 0 trains, scores or waits for a checkpoint.
+
+If rank 0 dies, the workers notice it immediately.
+"""
 
 
 def run_with_workers(evaluate: Callable[[], None]) -> None:
-    """Join the ranks; evaluate on rank 0, and help on the others until that has ended. Then end this process, with exit code 2 for a UserError."""
+    """Evaluate on rank 0, with all other ranks as workers until it has ended; then end this process.
+
+    The exit code is 2 for a UserError.
+    """
     normalize_launcher_env()
     if torch.cuda.is_available():
         select_gpu()
-    dist.init_process_group("gloo", timeout=PATIENCE)  # of Python objects alone
+    dist.init_process_group("gloo", timeout=PATIENCE)  # only Python objects are sent
     code = 0
     try:
         if dist.get_rank() == 0:
@@ -41,9 +47,10 @@ def run_with_workers(evaluate: Callable[[], None]) -> None:
 
 
 def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry]]:
-    """Decorates `function(folder, rows, **more)`, which returns an entry for each row: with helpers, each rank takes every n-th row.
+    """Decorate `function(folder, rows, **more)`, which returns an entry for each row, to run on all ranks.
 
-    Raises UserError, or RuntimeError with the message of the rank that failed.
+    With n ranks, each rank processes every n-th row. The decorated function raises UserError, or RuntimeError with the
+    message of the rank that failed.
     """
 
     @functools.wraps(function)
@@ -79,7 +86,7 @@ def shard_rows(function: Callable[..., list[Entry]]) -> Callable[..., list[Entry
 
 
 def _broadcast(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
+    """Return the value of rank 0 on every rank."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]

@@ -1,1 +1,1 @@
-"""Language models from transformers, and one that it lacks, with a visibility mask and a predictor embedding."""
+"""Language models from transformers, and OpenELM, with a visibility mask and a predictor embedding."""

@@ -1,11 +1,11 @@
-"""The visibility rule as the mask that an attention kernel wants.
+"""Attention masks: the visibility rule in the format of each attention kernel.
 
-Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layout.py); in a layer with a sliding window,
-only if their positions differ by less than the window, too. The window counts position ids, not places in the row:
-other segments of the record may stand between a segment and the one it goes on from.
+Query q sees key p exactly if p <= q < visible_until[p] (see pretrain/data/layout.py). In a layer with a sliding window,
+their positions must also differ by less than the window. The window counts position ids, not indices in the row: other
+segments of the record may be between a segment and its parent.
 
-Gemma 2 caps its attention scores, which SDPA cannot. Its eager kernel, like that of every family, *adds* the mask to the
-scores: a boolean one would mask nothing.
+Gemma 2 caps its attention scores, and SDPA cannot do this. The eager kernels of all families *add* the mask to the
+scores, so a boolean mask would mask nothing.
 """
 
 import functools
@@ -21,13 +21,14 @@ from data_prep.console import UserError
 Mask = torch.Tensor | BlockMask
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 NARROWEST_FLEX_HEAD = 16
-"""Head width below which FlexAttention's kernel cannot be compiled (torch/_inductor/kernel/flex/flex_attention.py)."""
+"""Smallest head width for which FlexAttention's kernel compiles (torch/_inductor/kernel/flex/flex_attention.py)."""
 
 
 def resolve_attention(setting: str, device: torch.device, config: PretrainedConfig) -> str:
-    """Return the kernel for `auto`: FlexAttention on CUDA; on CPU, where it has no backward pass, and for narrow heads SDPA, or for Gemma 2 eager.
+    """Return the attention kernel of a setting, and resolve `auto`.
 
-    Raises UserError for a kernel that the device, the family or the width of the heads cannot use.
+    `auto` is FlexAttention on CUDA. On CPU, where FlexAttention has no backward pass, and for narrow heads it is SDPA,
+    or eager for Gemma 2. Raises UserError if the device, the family or the head width does not support the kernel.
     """
     capped = config.model_type == "gemma2"
     narrow = head_width(config) < NARROWEST_FLEX_HEAD
@@ -35,18 +36,18 @@ def resolve_attention(setting: str, device: torch.device, config: PretrainedConf
         setting = "flex_attention" if device.type == "cuda" and not narrow else "eager" if capped else "sdpa"
     if setting == "flex_attention" and narrow:
         raise UserError(
-            f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, not {head_width(config)}; "
-            "leave it at auto"
+            f"model.attention: flex_attention needs heads at least {NARROWEST_FLEX_HEAD} wide, "
+            f"not {head_width(config)}; leave it at auto"
         )
     if setting == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention: flex_attention has no backward pass on CPU; leave it at auto")
     if setting == "flex_attention" and config.attention_dropout:
         raise UserError(
-            "model.attention: flex_attention has no attention_dropout; set that to 0 in the model's shape, "
-            f"or model.attention to {'eager' if capped else 'sdpa'}"
+            "model.attention: flex_attention does not support attention_dropout; set attention_dropout to 0 in the "
+            f"model's shape, or model.attention to {'eager' if capped else 'sdpa'}"
         )
     if setting == "sdpa" and capped:
-        raise UserError("model.attention: sdpa cannot cap attention scores, as gemma2 does; leave it at auto")
+        raise UserError("model.attention: sdpa cannot cap attention scores, but gemma2 does; leave it at auto")
     return setting
 
 
@@ -58,9 +59,9 @@ def head_width(config: PretrainedConfig) -> int:
 def attention_mask(
     visible_until: torch.Tensor, positions: torch.Tensor, attention: str, config: PretrainedConfig, dtype: torch.dtype
 ) -> Mask | dict[str, Mask]:
-    """What a model of `config` takes as its attention_mask: one mask, or one by kind of layer.
+    """Return the attention_mask argument of a model of `config`: one mask, or one per layer type.
 
-    `visible_until` and `positions` are (B, L), `dtype` is that of the attention scores.
+    `visible_until` and `positions` are (B, L). `dtype` is the data type of the attention scores.
     """
     full = visibility_mask(visible_until, attention, dtype=dtype)
     if getattr(config, "layer_types", None) is None:
@@ -81,15 +82,15 @@ def visibility_mask(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Mask:
-    """(B, L) -> the (B, 1, L, L) mask of a kernel: of `window` positions where that is given.
+    """Return the mask of a kernel, (B, L) -> (B, 1, L, L), limited to a sliding window of `window` positions if given.
 
-    sdpa: boolean, True where the query may look. eager: 0 there and the smallest finite number elsewhere, to be added.
-    flex_attention: a block mask.
+    sdpa: boolean, True where the query sees the key. eager: 0 there and the smallest finite number elsewhere, to be
+    added to the scores. flex_attention: a block mask.
     """
     rows, length = visible_until.shape
     device = visible_until.device
     if attention == "flex_attention":
-        visible_until = visible_until.int()  # the kernel reads them for each entry of a partial block
+        visible_until = visible_until.int()  # read for each entry of a partial block
         positions = None if positions is None else positions.int()
 
     def visible(row, head, query, key):
@@ -100,9 +101,8 @@ def visibility_mask(
         return seen & (positions[row, query] - positions[row, key] < window)
 
     if attention == "flex_attention":
-        make = (
-            _compiled_create_block_mask() if visible_until.is_cuda else create_block_mask
-        )  # compiled, it never builds the dense mask
+        # The compiled function never builds the dense mask.
+        make = _compiled_create_block_mask() if visible_until.is_cuda else create_block_mask
         block_mask: BlockMask = make(visible, rows, None, length, length, device=device.type)
         return block_mask
     place = torch.arange(length, device=device)

@@ -1,11 +1,11 @@
-"""Exports: a folder that transformers loads, and beside it what the embeddings need.
+"""Exports: a folder that transformers loads, with additional files for computing the embeddings.
 
     config.json model.safetensors tokenizer.json ...    AutoModelForCausalLM / AutoTokenizer.from_pretrained
-    jepa.safetensors                                    the predictor embedding, `predictor.weight` (k, D); absent for k = 0
-    jepa.json                                           objective, layout, special tokens, corpus settings
-    README.md                                           what it is, and the lines that embed a view
+    jepa.safetensors              the predictor embedding, `predictor.weight` (k, D); absent for k = 0
+    jepa.json                     objective, layout, special tokens, corpus settings
+    README.md                     description of the export, and code that embeds a view
 
-From these both losses can be computed again.
+An export is sufficient to recompute both losses.
 """
 
 import os
@@ -30,9 +30,10 @@ PREDICTOR_KEY = "predictor.weight"
 def write_export(
     folder: Path, skeleton: Path, state: Mapping[str, torch.Tensor], jepa: dict[str, Any], page: str = ""
 ) -> None:
-    """Write an export, complete or absent.
+    """Write an export atomically: the folder is complete or absent.
 
-    `skeleton` holds config.json and the tokenizer; `state` is the fp32 state of a LanguageModel; `jepa` becomes jepa.json, `page` README.md.
+    `skeleton` contains config.json and the tokenizer. `state` is the fp32 state of a LanguageModel. `jepa` is written
+    to jepa.json and `page` to README.md. Raises ValueError if the state does not fit the model.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,7 +59,10 @@ def write_export(
 
 
 def load_language_model(folder: Path, setting: str, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of an export, in fp32, whole, on CPU; with the attention kernel of `setting` for `device`."""
+    """Return the model and the tokenizer of an export, in fp32, unpartitioned and on CPU.
+
+    The model uses the attention kernel that `setting` selects for `device`.
+    """
     register_family_from_folder(folder)
     attention = resolve_attention(setting, device, AutoConfig.from_pretrained(folder, local_files_only=True))
     causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +76,7 @@ def load_language_model(folder: Path, setting: str, device: torch.device) -> tup
 
 
 def load_predictor(model: LanguageModel, folder: str | Path) -> None:
-    """Take the predictor embedding from an export, where both have one of the same k; else it stays as initialised."""
+    """Load the predictor embedding of an export if model and export have the same k; otherwise leave it unchanged."""
     path = Path(folder) / "jepa.safetensors"
     if model.predictor is None or not path.exists():
         return

@@ -1,4 +1,4 @@
-"""The output head: logits, and the cross-entropy of labelled positions without all logits at once."""
+"""The output head: logits, and the cross-entropy of labelled positions without materialising all logits at once."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
-"""Logits that exist at a time, by device: in fp32 256 MiB, and 1 GiB on a GPU, where few large chunks are faster."""
+"""Maximum number of logits in memory, by device: 256 MiB in fp32, and 1 GiB on a GPU, where large chunks are faster."""
 
 
 class Head(nn.Module):
-    """The output layer of a causal language model, with its weight and under its name.
+    """The output layer of a causal language model, which replaces the original layer and keeps its weight and its name.
 
-    One module call computes the whole cross-entropy, chunk by chunk: under ZeRO-3 the weight is gathered once, and ranks with
-    different numbers of chunks stay in step.
+    One module call computes the whole cross-entropy, chunk by chunk. Under ZeRO-3 the weight is therefore gathered
+    once, and ranks with different numbers of chunks stay in step.
     """
 
     def __init__(self, linear: nn.Linear, softcap: float | None, max_logits: int | None = None):
@@ -24,29 +24,31 @@ class Head(nn.Module):
         self.softcap, self.max_logits = softcap, max_logits
 
     def forward(self, hidden: torch.Tensor, label_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Return logits, or with labels the sum of the cross-entropies.
+        """Return the logits, or with labels the sum of the cross-entropies.
 
-        Without labels, as transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar, in nats and in fp32.
+        Without labels, which is how transformers calls it: (..., D) -> (..., V). With labels (M,): (M, D) -> scalar in
+        fp32, in nats.
         """
         if label_ids is None:
             return F.linear(hidden, self.weight, self.bias)
-        most = self.max_logits or MAX_LOGITS[hidden.device.type]
-        size = max(1, most // len(self.weight))
+        max_logits = self.max_logits or MAX_LOGITS[hidden.device.type]
+        chunk_size = max(1, max_logits // len(self.weight))
         loss: torch.Tensor = _CrossEntropy.apply(
-            hidden, self.weight, self.bias, label_ids, self.softcap, size, torch.is_grad_enabled()
+            hidden, self.weight, self.bias, label_ids, self.softcap, chunk_size, torch.is_grad_enabled()
         )
         return loss
 
     def apply_softcap(self, logits: torch.Tensor) -> torch.Tensor:
-        """Gemma 2's soft-capping (arXiv 2408.00118, section 2): cap * tanh(logits / cap)."""
+        """Apply Gemma 2's soft-capping, cap * tanh(logits / cap), if the model has it (arXiv 2408.00118, section 2)."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies, whose gradients are computed in the forward pass, where the logits of a chunk exist.
+    """Sum of cross-entropies that computes its gradients in the forward pass, while the logits of a chunk exist.
 
-    Loss, softmax and the sum of the weight's gradient over the chunks are in fp32. torch's own `linear_cross_entropy` does the same without
-    soft-capping, but with inputs in bf16 it returns the loss in bf16 and adds up the chunks' gradients in bf16 (torch 2.13).
+    The loss, the softmax and the sum of the weight's gradient over the chunks are in fp32. torch's
+    `linear_cross_entropy` does the same without soft-capping. With bf16 inputs, however, it returns the loss in bf16
+    and sums the gradients of the chunks in bf16 (torch 2.13).
     """
 
     @staticmethod
@@ -57,46 +59,48 @@ class _CrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         label_ids: torch.Tensor,
         softcap: float | None,
-        size: int,
+        chunk_size: int,
         grad_enabled: bool,
     ) -> torch.Tensor:
-        """`size` labels at a time: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,) -> scalar in fp32."""
+        """Return the loss, a scalar in fp32, computed for `chunk_size` labels at a time.
+
+        Shapes: hidden (M, D), weight (V, D), bias (V,) or None, label_ids (M,).
+        """
         wanted = [grad_enabled and ctx.needs_input_grad[place] for place in range(3)]
-        of_hidden = torch.empty_like(hidden) if wanted[0] else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), size):
-            chunk = slice(start, start + size)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
             chunk_loss, gradient = _loss_and_gradient(
                 F.linear(hidden[chunk], weight, bias), label_ids[chunk], softcap, any(wanted)
             )
             loss += chunk_loss
-            if of_bias is not None:
-                of_bias += gradient.sum(dim=0)
-            if of_weight is not None and not hidden.is_cuda:
-                of_weight.addmm_(gradient.T, hidden[chunk].float())
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
+            if grad_weight is not None and not hidden.is_cuda:
+                grad_weight.addmm_(gradient.T, hidden[chunk].float())
             gradient = gradient.to(hidden.dtype)
-            if (
-                of_weight is not None and hidden.is_cuda
-            ):  # where products in fp32 are far slower; the sum is in fp32 all the same
-                of_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
-            if of_hidden is not None:
-                torch.mm(gradient, weight, out=of_hidden[chunk])
-            del gradient  # before the next chunk takes as much
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+            if grad_weight is not None and hidden.is_cuda:
+                # fp32 products are much slower on a GPU, so only the result is in fp32.
+                grad_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[chunk])
+            del gradient  # frees its memory before the next chunk needs the same amount
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients by that of the loss. They are kept, so that it may be called again."""
-        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        """Return the gradients scaled by the gradient of the loss; the saved ones are kept for further calls."""
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         return (
             *(
                 None if gradient is None else (gradient.float() * grad_loss).to(ctx.dtype)
-                for gradient in (of_hidden, of_weight, of_bias)
+                for gradient in (grad_hidden, grad_weight, grad_bias)
             ),
             None,
             None,
@@ -108,9 +112,9 @@ class _CrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     logits: torch.Tensor, label_ids: torch.Tensor, softcap: float | None, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the cross-entropies of logits (m, V), which may be overwritten, and its gradient (m, V) in fp32.
+    """Return the sum of the cross-entropies of logits (m, V) and its gradient (m, V) in fp32; may overwrite the logits.
 
-    The gradient is that with respect to the logits before soft-capping: softmax - one-hot, times 1 - tanh^2.
+    The gradient is with respect to the logits before soft-capping: (softmax - one-hot) * (1 - tanh^2).
     """
     scores = logits.float()
     slope = None

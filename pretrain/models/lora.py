@@ -1,4 +1,4 @@
-"""Low-rank adapters around the linear maps of a model, by peft, and the model that they make together."""
+"""Low-rank adapters (LoRA) around the linear layers of a model, by peft, and merging them into the weights."""
 
 import torch
 from torch import nn
@@ -8,33 +8,36 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.sections import LoraConfig
 
 BASE, DOWN, UP = "base_layer", "lora_A.default", "lora_B.default"
-"""What peft calls the parts of an adapted map."""
+"""Names that peft gives to the parts of an adapted linear layer."""
 
 
 def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:
-    """Put adapters around every linear map of the layers, and freeze all else but the predictor tokens. Raises UserError without peft."""
+    """Add adapters to every linear layer of the transformer, and freeze all other weights but the predictor embedding.
+
+    Raises UserError if peft is not installed.
+    """
     try:
         import peft
     except ImportError:
-        raise UserError("model.lora needs the package peft: pip install 'jepa-pretrain[lora]'") from None
+        raise UserError("model.lora needs the package peft; run pip install 'jepa-pretrain[lora]'") from None
     transformer = model.causal_lm.model
-    maps = sorted(
+    layer_names = sorted(
         {name.rpartition(".")[2] for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     )
     model.causal_lm.requires_grad_(False)
-    # peft declares lora_alpha as an int, and computes with any number
-    adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=maps)  # type: ignore[arg-type]
+    # peft declares lora_alpha as an int, but accepts any number.
+    adapters = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=layer_names)  # type: ignore[arg-type]
     peft.inject_adapter_in_model(adapters, transformer)
 
 
 def adapter_sizes(model: LanguageModel, lora: LoraConfig) -> list[int]:
     """Return the number of elements of each parameter that `add_adapters` would add."""
-    maps = [module for module in model.causal_lm.model.modules() if isinstance(module, nn.Linear)]
-    return [lora.rank * width for linear in maps for width in (linear.in_features, linear.out_features)]
+    layers = [module for module in model.causal_lm.model.modules() if isinstance(module, nn.Linear)]
+    return [lora.rank * width for linear in layers for width in (linear.in_features, linear.out_features)]
 
 
 def merge_adapters(state: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
-    """Return the state of an adapted LanguageModel as one without adapters: W + alpha / rank * B A."""
+    """Return the state of an adapted LanguageModel with merged adapters: each weight is W + alpha / rank * B A."""
     merged = {}
     for key, value in state.items():
         if f".{BASE}." in key:

@@ -1,11 +1,11 @@
-"""OpenELM (Mehta et al., arXiv 2404.14619), which transformers does not have, as a model of transformers.
+"""OpenELM (Mehta et al., arXiv 2404.14619) as a transformers model, because transformers does not include it.
 
-Layer-wise scaling (section 2.1): the number of heads and the width of the feed-forward network grow from the first layer
-to the last, so that the layers have different shapes. Everything else is a Llama with RMSNorm on the queries and keys of
-each head. Initialisation is that of Apple's CoreNet, with which it was trained (github.com/apple/corenet,
+Layer-wise scaling (section 2.1): the number of heads and the width of the feed-forward network grow from the first
+layer to the last, so the layers have different shapes. Everything else is a Llama with RMSNorm on the queries and keys
+of each head. The initialisation is taken from Apple's CoreNet, the code that trained OpenELM (github.com/apple/corenet,
 corenet/modeling/models/language_modeling/general_gpt.py).
 
-Importing this module registers the family: after `import pretrain.models.openelm`, and nothing else,
+Importing this module registers the family: after `import pretrain.models.openelm`,
 `AutoModelForCausalLM.from_pretrained` loads a folder that `save_pretrained` or an export wrote. `trust_remote_code` is
 not needed.
 """
@@ -38,7 +38,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 @strict
 class OpenELMConfig(PreTrainedConfig):
-    """Shape of an OpenELM. The common fields have the names of transformers, those of layer-wise scaling Apple's; defaults: 270M."""
+    """Shape of an OpenELM model; the defaults are the 270M model.
+
+    Common fields are named as in transformers, and the fields of layer-wise scaling as in Apple's code.
+    """
 
     model_type = "openelm"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -48,13 +51,13 @@ class OpenELMConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     head_dim: int = 64
     qkv_multipliers: list[int | float] | tuple[int | float, ...] = (0.5, 1.0)
-    """Width of all query heads together, as a multiple of hidden_size, in the first and in the last layer (alpha of the paper)."""
+    """Total width of the query heads in the first and last layer, as a multiple of hidden_size (the paper's alpha)."""
     num_gqa_groups: int = 4
-    """Query heads that share a key/value head."""
+    """Number of query heads that share a key/value head."""
     ffn_multipliers: list[int | float] | tuple[int | float, ...] = (0.5, 4.0)
-    """Width of the feed-forward network, as a multiple of hidden_size, in the first and in the last layer (beta of the paper)."""
+    """Feed-forward width in the first and last layer, as a multiple of hidden_size (the paper's beta)."""
     ffn_dim_divisor: int = 256
-    """The width of the feed-forward network is a multiple of this."""
+    """Number of which the width of the feed-forward network is a multiple."""
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_parameters: dict | None = None
@@ -66,20 +69,20 @@ class OpenELMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def validate_architecture(self) -> None:
-        """Part of the validation of transformers: raises ValueError."""
+        """Raise ValueError for an invalid shape; called by the validation of transformers."""
         for name in ("qkv_multipliers", "ffn_multipliers"):
             multipliers = getattr(self, name)
             if len(multipliers) != 2 or min(multipliers) <= 0:
                 raise ValueError(
-                    f"{name} must be two positive numbers, of the first and of the last layer: {list(multipliers)}"
+                    f"{name} must be two positive numbers, for the first and the last layer, not {list(multipliers)}"
                 )
         for name in ("hidden_size", "num_hidden_layers", "head_dim", "num_gqa_groups", "ffn_dim_divisor"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive: {getattr(self, name)}")
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @property
     def query_heads(self) -> list[int]:
-        """Query heads of each layer."""
+        """Number of query heads in each layer."""
         divisor = self.head_dim * self.num_gqa_groups
         return [
             make_divisible(self.hidden_size * multiplier, divisor) // self.head_dim
@@ -88,7 +91,7 @@ class OpenELMConfig(PreTrainedConfig):
 
     @property
     def key_value_heads(self) -> list[int]:
-        """Key/value heads of each layer."""
+        """Number of key/value heads in each layer."""
         return [heads // self.num_gqa_groups for heads in self.query_heads]
 
     @property
@@ -105,19 +108,22 @@ class OpenELMConfig(PreTrainedConfig):
         return self.hidden_size**-0.5
 
     def _by_layer(self, multipliers: list[float] | tuple[float, ...]) -> list[float]:
-        """From the first layer to the last in equal steps, rounded to two digits as in CoreNet: the published widths need it."""
+        """Return the multiplier of each layer, in equal steps from the first to the last.
+
+        They are rounded to two digits as in CoreNet; otherwise the widths differ from the published ones.
+        """
         first, last = multipliers
         return [round(float(multiplier), 2) for multiplier in np.linspace(first, last, num=self.num_hidden_layers)]
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, at least one, and the next one where it falls below 90% of `value`."""
+    """Return the multiple of `divisor` nearest to `value`, or the next one if that is below 90% of `value`; never 0."""
     nearest = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * value else nearest
 
 
 class ResidualProjection(nn.Linear):
-    """A projection that is added to the residual stream; it starts smaller than the others."""
+    """A projection whose output is added to the residual stream; it is initialised with smaller weights."""
 
 
 class OpenELMAttention(nn.Module):
@@ -147,7 +153,7 @@ class OpenELMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D) -> (B, L, D) and the weights, where the kernel has them."""
+        """Return the output, (B, L, D) -> (B, L, D), and the attention weights, or None if the kernel has none."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -172,7 +178,7 @@ class OpenELMAttention(nn.Module):
 
 
 class OpenELMFeedForward(nn.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+    """SwiGLU feed-forward network (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
@@ -182,12 +188,12 @@ class OpenELMFeedForward(nn.Module):
         self.down_proj = ResidualProjection(width, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Return the output, (B, L, D) -> (B, L, D)."""
         return self.down_proj(silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class OpenELMDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward network, each behind a norm and around the residual stream."""
+    """Attention and feed-forward network, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
@@ -197,13 +203,13 @@ class OpenELMDecoderLayer(GradientCheckpointingLayer):
         self.ffn = OpenELMFeedForward(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Return the hidden states after the layer, (B, L, D) -> (B, L, D)."""
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **kwargs)[0]
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
 
 
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the family."""
+    """Properties of the family that transformers uses."""
 
     config: OpenELMConfig
     base_model_prefix = "model"
@@ -217,7 +223,10 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal, with variance one over the width that goes in; what is added to the residual stream 1 / (2 layers x hidden_size)."""
+        """Initialise weights from a normal distribution.
+
+        The variance is 1 / input width, and 1 / (2 * layers * hidden_size) for residual projections.
+        """
         if isinstance(module, ResidualProjection):
             init.normal_(module.weight, std=(2 * self.config.num_hidden_layers * self.config.hidden_size) ** -0.5)
         elif isinstance(module, nn.Linear):
@@ -229,7 +238,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 
 
 class OpenELMModel(OpenELMPreTrainedModel):
-    """The layers without the output head."""
+    """The embedding and the layers, without the output head."""
 
     def __init__(self, config: OpenELMConfig):
         super().__init__(config)
@@ -238,7 +247,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
             [OpenELMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # reads fields that both have
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]  # uses only fields that both configurations have
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -254,13 +263,14 @@ class OpenELMModel(OpenELMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the final norm, (B, L, D).
+        """Return the hidden states after the final norm, (B, L, D).
 
-        Of `input_ids` (B, L) or `inputs_embeds` (B, L, D). `attention_mask`: (B, L) without padding, or what the attention
-        kernel takes, such as a boolean (B, 1, L, L) for SDPA and a BlockMask for FlexAttention.
+        The input is either `input_ids` (B, L) or `inputs_embeds` (B, L, D). `attention_mask` is a padding mask (B, L)
+        or a mask of the attention kernel, such as a boolean (B, 1, L, L) for SDPA or a BlockMask for FlexAttention.
+        Raises ValueError for both inputs or neither.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -268,7 +278,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        # A mask that is ready for the kernel, such as a BlockMask, comes back as it is.
+        # A mask in the kernel's format, such as a BlockMask, is returned unchanged.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -290,7 +300,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
 
 class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
-    """The layers and the output head, which is the transposed embedding unless `tie_word_embeddings` is false."""
+    """The layers and the output head; the head shares the weight of the embedding if `tie_word_embeddings` is true."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -313,7 +323,10 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, L, V), and with `labels` (B, L) the next-token loss; for the other arguments see OpenELMModel."""
+        """Return logits (B, L, V), and with `labels` (B, L) the next-token loss.
+
+        For the other arguments see OpenELMModel.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

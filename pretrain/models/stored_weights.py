@@ -1,6 +1,7 @@
 """The weights in a local Hugging Face folder, compared with the model that its config.json describes.
 
-transformers initialises what a folder lacks and skips what it does not know, with a warning at most, and none under ZeRO stage 3.
+transformers initialises missing tensors randomly and skips unknown ones. It prints a warning at most, and under ZeRO
+stage 3 none at all.
 """
 
 import re
@@ -17,18 +18,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
-    """Raise UserError if the tensors in the folder's safetensors files are not exactly those of the model.
+    """Raise UserError if the tensors in the folder's safetensors files do not match the model exactly.
 
-    Only the headers are read. A folder without such files is left to transformers.
+    Only the headers are read. A folder without such files is not checked.
     """
-    stored = _stored(Path(folder))
+    stored = _read_shapes(Path(folder))
     if not stored:
         return
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        model = model_class(config)  # not from_config, which partitions the model while an engine of ZeRO stage 3 lives
+        model = model_class(config)  # from_config would partition the model while an engine of ZeRO stage 3 exists
     prefix = f"{model.base_model_prefix}."
-    if not any(name.startswith(prefix) for name in stored):  # stored without the head
+    if not any(name.startswith(prefix) for name in stored):  # saved without the head
         stored = {prefix + name: shape for name, shape in stored.items()}
     expected: Shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
@@ -37,7 +38,7 @@ def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
     problems = {
         "lacks tensors of the model in its config.json": expected.keys() - stored.keys() - tied,
         "has tensors that the model in its config.json does not have": unknown,
-        "has tensors in another shape than its config.json says": {
+        "has tensors whose shapes differ from its config.json": {
             name for name in stored.keys() & expected.keys() if stored[name] != expected[name]
         },
     }
@@ -45,17 +46,17 @@ def check_stored_weights(folder: str | Path, config: PretrainedConfig) -> None:
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
-                f"model.init_from: {folder} {problem}: {listed}; give a folder with all weights of that model"
+                f"model.init_from: {folder} {problem}: {listed}; use a folder with all weights of that model"
             )
 
 
-def _stored(folder: Path) -> Shapes:
+def _read_shapes(folder: Path) -> Shapes:
     """Return the shape of each tensor by name. Raises UserError for a file that cannot be read."""
     shapes: Shapes = {}
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"model.init_from: cannot read {path} ({error}): copy it again") from None
+            raise UserError(f"model.init_from: cannot read {path} ({error}); copy it again") from None
     return shapes

@@ -1,4 +1,4 @@
-"""The base class of objectives with a second term, which may have regularizers."""
+"""The base class of objectives with an auxiliary term and optional regularizers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ class AuxiliaryObjective(ABC):
     """The language-model loss, one auxiliary term `jepa`, and regularizers."""
 
     pooled = False
-    """Whether the term looks at the pairs of all ranks."""
+    """Whether the auxiliary term needs the pairs of all ranks."""
 
     def __init__(self, weight: float, unit: str, regularizers: Sequence[Regularizer]):
         self.regularizers = list(regularizers)
@@ -27,7 +27,11 @@ class AuxiliaryObjective(ABC):
     def auxiliary_sum(
         self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
     ) -> torch.Tensor:
-        """This rank's sum of the auxiliary term: hidden (B * L, D), its read-outs (P, D) each, and the pool where `pooled`."""
+        """Return this rank's sum of the auxiliary term.
+
+        `hidden` is (B * L, D); its read-outs `prediction` and `target` are (P, D). The pool is present if `pooled` is
+        set.
+        """
 
     def __call__(
         self,
@@ -38,7 +42,7 @@ class AuxiliaryObjective(ABC):
         *,
         with_pool: bool = False,
     ) -> ObjectiveOutput:
-        """Return the terms of a micro batch, see `Objective`."""
+        """Return the terms of a micro batch; see `Objective`."""
         prediction, target = select_pair_embeddings(hidden, batch)
         pooled = with_pool or self.pooled or bool(self.regularizers)
         pool = gather_pool(prediction, target, batch, gather) if pooled else None

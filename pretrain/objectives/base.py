@@ -1,4 +1,4 @@
-"""The interface of objectives, their construction from a configuration, and the one place that normalises."""
+"""The interface of objectives, their construction from a configuration, and the normalisation of the loss."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -11,25 +11,25 @@ from pretrain.objectives.configs import ObjectiveConfig
 from pretrain.objectives.pool import Gather, Pool
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Hidden states (M, D) and the ids of the next tokens (M,) -> the sum of the cross-entropies in nats, a scalar."""
+"""Function from hidden states (M, D) and next-token ids (M,) to the scalar sum of cross-entropies in nats."""
 
 
 class ObjectiveOutput(NamedTuple):
-    """What one forward pass returns."""
+    """The result of one forward pass."""
 
     terms: dict[str, torch.Tensor]
     """This rank's sum of each term over the micro batch, fp32 scalars."""
     pool: Pool | None
-    """The pairs of all ranks, where they were gathered."""
+    """The pairs of all ranks; None if they were not gathered."""
 
 
 class Objective(Protocol):
-    """A sum of weighted terms."""
+    """A weighted sum of terms."""
 
     weights: Mapping[str, float]
     """The weight of each term in the loss."""
     units: Mapping[str, str]
-    """What each term is summed over, and so divided by: `targets`, `pairs` or `spans`."""
+    """Unit over which each term is summed, and by whose count it is divided: `targets`, `pairs` or `spans`."""
 
     def __call__(
         self,
@@ -40,14 +40,14 @@ class Objective(Protocol):
         *,
         with_pool: bool = False,
     ) -> ObjectiveOutput:
-        """Terms of a micro batch from its hidden states (B * L, D).
+        """Return the terms of a micro batch, computed from its hidden states (B * L, D).
 
-        `with_pool` gathers the pairs even where no term needs them.
+        With `with_pool`, the pairs are gathered even if no term needs them.
         """
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """Return the objective that a configuration describes: call `from_config` of the module `pretrain.objectives.NAME`."""
+    """Return the objective of a configuration by calling `from_config` of the module `pretrain.objectives.NAME`."""
     objective: Objective = importlib.import_module(f"pretrain.objectives.{config.name}").from_config(config)
     return objective
 
@@ -55,10 +55,10 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 def total_loss(
     terms: Mapping[str, torch.Tensor], counts: Mapping[str, int], weights: Mapping[str, float], ranks: int
 ) -> torch.Tensor:
-    """The loss to differentiate on one rank: sum over terms of weight * sum / count.
+    """Return the loss to differentiate on one rank: the sum over terms of ranks * weight * sum / count.
 
-    `counts` are those of the whole global batch, by term. DeepSpeed averages gradients over ranks, hence the factor `ranks`:
-    together the gradients are those of one global batch.
+    `counts` has the count of each term over the whole global batch. The factor `ranks` is needed because DeepSpeed
+    averages gradients over ranks. The averaged gradient then equals the gradient of the global batch.
     """
     first, *others = [weights[name] / max(1, counts[name]) * value for name, value in terms.items()]
     return ranks * sum(others, start=first)

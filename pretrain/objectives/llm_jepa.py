@@ -1,7 +1,7 @@
 """LLM-JEPA: next-token loss plus a distance between the predicted and the actual embedding of the other view.
 
 Huang, LeCun and Balestriero, arXiv 2509.14252, equation 2: L = L_LM + lambda * d(Pred(Enc(context)), Enc(target)).
-In the published form gradients flow into both sides; there is no projector and no moving average.
+In the published form gradients flow into both sides, and there is no projector and no moving average.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ DEFAULT_TEMPERATURE = 0.07
 
 
 def cosine_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - cos of each pair, the distance of the paper: (P, D), (P, D) -> (P,)."""
+    """Return 1 - cos of each pair, the distance of the paper: (P, D), (P, D) -> (P,)."""
     similarity: torch.Tensor = F.cosine_similarity(prediction, target, dim=-1)
     return 1 - similarity
 
 
 def l2_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance of each pair: (P, D), (P, D) -> (P,)."""
+    """Return the Euclidean distance of each pair: (P, D), (P, D) -> (P,)."""
     distance: torch.Tensor = torch.linalg.vector_norm(prediction - target, dim=-1)
     return distance
 
 
 def mse_distance(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the components of each pair: (P, D), (P, D) -> (P,)."""
+    """Return the mean squared difference of the components of each pair: (P, D), (P, D) -> (P,)."""
     return (prediction - target).square().mean(dim=-1)
 
 
@@ -39,10 +39,11 @@ DISTANCES = {"cosine": cosine_distance, "l2": l2_distance, "mse": mse_distance}
 
 
 def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
-    """Sum over this rank's pairs of -log softmax of its target among all targets of the pool.
+    """Return the sum, over this rank's pairs, of -log softmax of the pair's target among all targets of the pool.
 
-    van den Oord et al., arXiv 1807.03748, equation 4, with cosine similarities over `temperature`. Targets equal to a
-    pair's own, targets of the same record, and those of the other direction are not its negatives.
+    This is equation 4 of van den Oord et al., arXiv 1807.03748, with cosine similarities divided by `temperature`. The
+    negatives of a pair exclude targets equal to its own, targets of the same record, and targets of the other
+    direction.
     """
     similarity = F.normalize(pool.prediction, dim=-1) @ F.normalize(pool.target, dim=-1).T / temperature
     own_target = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
@@ -52,7 +53,7 @@ def info_nce_sum(pool: Pool, temperature: float) -> torch.Tensor:
 
 
 class LlmJepa(AuxiliaryObjective):
-    """The language-model loss and `weight` times the distance of the pairs."""
+    """The language-model loss plus `weight` times the distance of the pairs."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Whether embeddings tell pairs apart. A collapsed term looks like success in its loss curve; here it does not."""
+"""Monitors of how well embeddings distinguish pairs. They reveal a collapse that looks like success in a loss curve."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,17 @@ COLLAPSE_MARGIN = 0.1
 COLLAPSE_LEVEL = 0.5
 NEARLY_EQUAL, HARDLY_ANY = 0.95, 0.1
 RANK_PAIRS = 1024
-"""Pairs at most that the effective rank is computed from, the first ones: its cost grows with the cube of their number."""
+"""Maximum number of pairs for the effective rank, because its cost grows with the cube of this number."""
 
 
 def embedding_monitors(pool: Pool) -> dict[str, float]:
-    """Diagnostics of the pairs of a pool, keyed like the metric tags; empty for fewer than two pairs or embeddings that are not finite.
+    """Return diagnostics of the pairs of a pool, keyed like the metric tags.
 
-    paired_cosine: mean cosine of a prediction with its own target. shuffled_cosine: with those of strangers: other records, other
-    texts, the same direction. retrieval_at_1: share of predictions that are nearer to their own target than to any stranger's.
-    effective_rank: of predictions and targets, the smaller; of the first RANK_PAIRS pairs where there are more.
+    paired_cosine: mean cosine of a prediction and its own target. shuffled_cosine: mean cosine of a prediction and its
+    negatives, the targets of other records with another text and the same direction. retrieval_at_1: fraction of
+    predictions that are nearer to their own target than to any negative. effective_rank: the smaller of the effective
+    ranks of predictions and targets, computed from the first RANK_PAIRS pairs. The result is empty if there are fewer
+    than two pairs or if an embedding is not finite.
     """
     prediction, target = pool.prediction[pool.valid], pool.target[pool.valid]
     if len(prediction) < 2 or not (prediction.isfinite().all() and target.isfinite().all()):
@@ -25,13 +27,12 @@ def embedding_monitors(pool: Pool) -> dict[str, float]:
     similarity = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T
     negatives_mask = pool.negatives_mask()[pool.valid][:, pool.valid]
     paired = similarity.diagonal()
-    nearest_stranger = similarity.masked_fill(~negatives_mask, float("-inf")).amax(dim=1)
+    nearest_negative = similarity.masked_fill(~negatives_mask, float("-inf")).amax(dim=1)
     monitors = {
         "paired_cosine": paired.mean(),
         "effective_rank": torch.minimum(effective_rank(prediction[:RANK_PAIRS]), effective_rank(target[:RANK_PAIRS])),
-        "retrieval_at_1": (paired > nearest_stranger)
-        .double()
-        .mean(),  # a rate is exact in fp64: fp32 would make 0.9 another number than 0.9
+        # fp64, because the fp32 value of a rate such as 0.9 is not the Python float 0.9
+        "retrieval_at_1": (paired > nearest_negative).double().mean(),
     }
     if negatives_mask.any():
         monitors["shuffled_cosine"] = similarity[negatives_mask].mean()
@@ -39,10 +40,11 @@ def embedding_monitors(pool: Pool) -> dict[str, float]:
 
 
 def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
-    """Exponential of the entropy of the normalised singular values of the centred embeddings, (N, D) -> scalar.
+    """Return the effective rank of embeddings, (N, D) -> scalar between 1 and min(N, D).
 
-    Roy and Vetterli, "The effective rank", EUSIPCO 2007. Between 1 and min(N, D). The singular values are the roots of the eigenvalues of the
-    smaller Gram matrix, in fp64, which on a GPU takes far less time than a singular value decomposition.
+    It is the exponential of the entropy of the normalised singular values of the centred embeddings (Roy and Vetterli,
+    "The effective rank", EUSIPCO 2007). The singular values are the square roots of the eigenvalues of the smaller Gram
+    matrix in fp64. On a GPU this is much faster than a singular value decomposition.
     """
     centred = embeddings.double()
     centred = centred - centred.mean(dim=0)
@@ -54,7 +56,11 @@ def effective_rank(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def has_collapsed(monitors: dict[str, float]) -> bool:
-    """Whether a low loss says nothing: hardly any prediction finds its target, though pairs are close, or unrelated views as close as pairs."""
+    """Return whether the embeddings have collapsed, which makes a low loss meaningless.
+
+    In a collapse hardly any prediction retrieves its target. In addition, pairs are nearly identical, or negatives are
+    almost as close as pairs.
+    """
     if "shuffled_cosine" not in monitors or monitors["retrieval_at_1"] > HARDLY_ANY:
         return False
     paired, shuffled = monitors["paired_cosine"], monitors["shuffled_cosine"]

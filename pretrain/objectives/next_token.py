@@ -9,7 +9,7 @@ from pretrain.objectives.pool import Gather, gather_pool, select_pair_embeddings
 
 
 def next_token_sum(hidden: torch.Tensor, batch: Batch, cross_entropy: CrossEntropy) -> torch.Tensor:
-    """Sum of the cross-entropies of the labelled positions, in nats; the head runs on those alone."""
+    """Return the sum of cross-entropies of the labelled positions, in nats; the head runs only on these positions."""
     return cross_entropy(hidden[batch.label_index], batch.label_ids)
 
 
@@ -28,7 +28,7 @@ class NextToken:
         *,
         with_pool: bool = False,
     ) -> ObjectiveOutput:
-        """Return the term of a micro batch, see `Objective`."""
+        """Return the term of a micro batch; see `Objective`."""
         pool = gather_pool(*select_pair_embeddings(hidden, batch), batch, gather) if with_pool else None
         return ObjectiveOutput({"lm": next_token_sum(hidden, batch, cross_entropy)}, pool)
 

@@ -1,4 +1,4 @@
-"""The pairs of a micro step over all ranks: what contrastive terms, regularizers and embedding monitors look at."""
+"""The pool: the pairs of a micro step over all ranks, for contrastive terms, regularizers and embedding monitors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +10,10 @@ from pretrain.data.batch import Batch
 
 @dataclass(frozen=True)
 class Gather:
-    """How values of all ranks come together: `all_gather` maps (P, ...) to (ranks * P, ...), in rank order, without a graph."""
+    """The gathering of values from all ranks.
+
+    `all_gather` maps (P, ...) to (ranks * P, ...) in rank order, without a graph.
+    """
 
     all_gather: Callable[[torch.Tensor], torch.Tensor]
     rank: int
@@ -21,11 +24,11 @@ class Pool:
     """Q = ranks * P pairs. Only this rank's own slice is attached to the graph."""
 
     prediction: torch.Tensor
-    """(Q, D) fp32."""
+    """(Q, D) predictions in fp32."""
     target: torch.Tensor
-    """(Q, D) fp32."""
+    """(Q, D) target embeddings in fp32."""
     key: torch.Tensor
-    """(Q,) equal keys are equal targets."""
+    """(Q,) hash of the target: equal keys mean equal targets."""
     record: torch.Tensor
     """(Q,) number of the record."""
     direction: torch.Tensor
@@ -36,21 +39,24 @@ class Pool:
     """The pairs of this rank."""
 
     def with_detached_targets(self) -> "Pool":
-        """The same without a gradient into the targets."""
+        """Return the pool without a gradient into the targets."""
         return replace(self, target=self.target.detach())
 
     def detached(self) -> "Pool":
-        """The same without a graph."""
+        """Return the pool without a graph."""
         return replace(self, prediction=self.prediction.detach(), target=self.target.detach())
 
     def negatives_mask(self) -> torch.Tensor:
-        """Whose target is another thing than whose: (Q, Q), row i true at the valid pairs of other records with other targets of the same kind."""
+        """Return the mask of the negatives of each pair, (Q, Q).
+
+        Row i is True at the valid pairs of other records that have a different target and the same direction.
+        """
         other = (self.key[:, None] != self.key) & (self.record[:, None] != self.record)
         return other & (self.direction[:, None] == self.direction) & self.valid
 
     @staticmethod
     def join(pools: list["Pool"]) -> "Pool":
-        """Several pools as one, without an own slice."""
+        """Return several pools as one; its slice for this rank is empty."""
         joined = {
             name: torch.cat([getattr(pool, name) for pool in pools])
             for name in ("prediction", "target", "key", "record", "direction", "valid")
@@ -59,21 +65,22 @@ class Pool:
 
 
 def local_value_global_grad(whole: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The value of this rank's share of a loss over the pool, with the gradient of the whole of it.
+    """Return the value of this rank's part of a loss over the pool, with the gradient of the whole loss.
 
-    This rank's embeddings act on the losses of other ranks' pairs too. Each rank computes the whole loss with its own slice
-    attached: summed over ranks, the gradients of the slices are the gradient of the loss.
+    This rank's embeddings also affect the losses of other ranks' pairs. Each rank therefore computes the whole loss
+    with its own slice attached to the graph. The gradients of the slices, summed over ranks, are the gradient of the
+    loss.
     """
     return share.detach() + (whole - whole.detach())
 
 
 def select_pair_embeddings(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions and targets of this rank's pairs in fp32: (B * L, D) -> (P, D), (P, D)."""
+    """Return predictions and target embeddings of this rank's pairs in fp32: (B * L, D) -> (P, D), (P, D)."""
     return hidden[batch.prediction_index].float(), hidden[batch.target_index].float()
 
 
 def gather_pool(prediction: torch.Tensor, target: torch.Tensor, batch: Batch, gather: Gather) -> Pool:
-    """Put the pairs of all ranks together; gradients flow into this rank's own slice."""
+    """Gather the pairs of all ranks into a pool; gradients flow only into this rank's own slice."""
     size = len(prediction)
     local_slice = slice(gather.rank * size, (gather.rank + 1) * size)
     mine = torch.cat([prediction, target], dim=1)

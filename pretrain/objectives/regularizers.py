@@ -1,6 +1,7 @@
-"""Regularizers against collapse: they ask the embeddings of a micro step, predictions and targets apart, to spread out.
+"""Regularizers against collapse, which spread out the predictions and, separately, the targets of a micro step.
 
-Each is a loss of the pool of pairs over all ranks, times the number of pairs, so that it is divided by pairs like the term beside it.
+Each is a loss of the pool multiplied by the number of pairs, because the sum is later divided by the number of pairs,
+like the sums of other terms.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ VICREG_EPSILON = 1e-4
 
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Embeddings (Q, D), which of them are valid (Q,), the seed of the micro step -> scalar."""
+"""Function from embeddings (Q, D), their validity (Q,) and the seed of the micro step to a scalar."""
 
 
 class Regularizer:
@@ -27,7 +28,7 @@ class Regularizer:
         self.name, self.weight, self.loss = name, weight, loss
 
     def __call__(self, pool: Pool, seed: torch.Tensor) -> torch.Tensor:
-        """This rank's share: the loss of the pool times this rank's pairs."""
+        """Return this rank's part of the sum: the loss of the pool times the number of this rank's pairs."""
         loss = self.loss(pool.prediction, pool.valid, seed) + self.loss(pool.target, pool.valid, seed)
         return local_value_global_grad(loss * pool.valid.sum(), loss * pool.valid[pool.local_slice].sum())
 
@@ -45,11 +46,15 @@ def _loss(config: RegularizerConfig) -> Loss:
             return lambda embeddings, valid, seed: sigreg(embeddings, valid, projections, seed)
         case CodingRateConfig(precision=precision):
             return lambda embeddings, valid, seed: coding_rate_gap(embeddings, valid, precision)
-    raise TypeError(f"{type(config).__name__} has no loss in {__name__}: add it to _loss")
+    raise TypeError(f"{type(config).__name__} has no loss in {__name__}; add it to _loss")
 
 
 def vicreg(embeddings: torch.Tensor, valid: torch.Tensor, covariance: float) -> torch.Tensor:
-    """Hinge on the standard deviation of each component plus `covariance` times the squared covariances: (Q, D), (Q,) -> scalar."""
+    """Return the VICReg loss of the valid embeddings: (Q, D), (Q,) -> scalar.
+
+    It is the mean hinge on the standard deviation of each component, plus `covariance` times the sum of the squared
+    covariances over D.
+    """
     count = valid.sum()
     kept = valid[:, None].to(embeddings.dtype)
     centred = (embeddings - (embeddings * kept).sum(dim=0) / count.clamp(min=1)) * kept
@@ -61,10 +66,11 @@ def vicreg(embeddings: torch.Tensor, valid: torch.Tensor, covariance: float) -> 
 
 
 def sigreg(embeddings: torch.Tensor, valid: torch.Tensor, projections: int, seed: torch.Tensor) -> torch.Tensor:
-    """The mean Epps-Pulley statistic over random directions, (Q, D), (Q,) -> scalar.
+    """Return the mean Epps-Pulley statistic over random directions: (Q, D), (Q,) -> scalar.
 
-    Per direction: the number of embeddings times the integral over t of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi being the empirical
-    characteristic function, by the trapezoidal rule on 0 to 3, doubled for the negative half (arXiv 2511.08544, section 4).
+    For each direction it is the number of embeddings times the integral over t of
+    |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), with phi the empirical characteristic function (arXiv 2511.08544, section
+    4). The integral is computed by the trapezoidal rule on 0 to 3, and doubled for the negative half.
     """
     generator = torch.Generator().manual_seed(int(seed))
     directions = F.normalize(torch.randn(embeddings.shape[1], projections, generator=generator), dim=0).to(
@@ -81,9 +87,10 @@ def sigreg(embeddings: torch.Tensor, valid: torch.Tensor, projections: int, seed
 
 
 def coding_rate_gap(embeddings: torch.Tensor, valid: torch.Tensor, precision: float) -> torch.Tensor:
-    """The largest coding rate of as many unit vectors less that of the embeddings, in nats per embedding: (Q, D), (Q,) -> scalar.
+    """Return the gap to the largest possible coding rate, in nats per embedding: (Q, D), (Q,) -> scalar.
 
-    The rate of Z is 1/2 logdet(I + D / (N epsilon^2) Z Z^T); it is largest where min(N, D) directions share the vectors evenly.
+    The coding rate of N unit vectors Z is 1/2 logdet(I + D / (N epsilon^2) Z Z^T), with epsilon^2 = `precision`. It is
+    largest if the vectors are spread evenly over min(N, D) directions.
     """
     unit = F.normalize(embeddings, dim=-1) * valid[:, None]
     pairs, width = unit.shape

@@ -1,7 +1,7 @@
 """Semantic Tube Prediction: hidden states of a text move along a straight line.
 
-Huang, LeCun and Balestriero, arXiv 2602.22617: 1 - cos(h_t - h_r, h_r - h_s) on the hidden states of the ordinary language-model
-pass, at positions s < r < t of one document. It needs no views and no further tokens.
+Huang, LeCun and Balestriero, arXiv 2602.22617: 1 - cos(h_t - h_r, h_r - h_s) on the hidden states of the ordinary
+language-model pass, at positions s < r < t of one document. It needs no views and no additional tokens.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,17 @@ from pretrain.objectives.regularizers import Regularizer, build_regularizers
 
 
 def tube_distance(stretches: torch.Tensor) -> torch.Tensor:
-    """1 - cos between the first step and the sum of the others: hidden states (S, 3, 2, D) at the ends of three stretches -> (S,)."""
+    """Return 1 - cos between the first step and the sum of the other two, (S,).
+
+    A step is the difference of hidden states over a stretch. `stretches` (S, 3, 2, D) has the hidden states at the ends
+    of the three stretches of each span.
+    """
     steps = stretches[:, :, 1] - stretches[:, :, 0]
     return 1 - F.cosine_similarity(steps[:, 0], steps[:, 1] + steps[:, 2], dim=-1)
 
 
 class SemanticTube(AuxiliaryObjective):
-    """The language-model loss and `weight` times the bend."""
+    """The language-model loss plus `weight` times the curvature of the path of hidden states."""
 
     def __init__(self, weight: float, regularizers: Sequence[Regularizer] = ()):
         super().__init__(weight, "spans", regularizers)
@@ -31,7 +35,7 @@ class SemanticTube(AuxiliaryObjective):
     def auxiliary_sum(
         self, hidden: torch.Tensor, prediction: torch.Tensor, target: torch.Tensor, batch: Batch, pool: Pool | None
     ) -> torch.Tensor:
-        """Return this rank's sum of the bends."""
+        """Return this rank's sum of the tube distances of its spans."""
         return tube_distance(hidden[batch.span_index].float()).sum()
 
 

@@ -1,1 +1,4 @@
-"""Tasks that look into the model: `NAME.py` has `evaluate`, a function from a CheckpointTask to a TaskResult. Their options are in pretrain/tasks."""
+"""Tasks that need the model itself: `evaluate` in `NAME.py` returns the TaskResult of a CheckpointTask.
+
+Their options are in pretrain/tasks.
+"""

@@ -1,4 +1,4 @@
-"""Embeddings of the test rows, as pairs of predictions and targets, for the tasks that compare embeddings."""
+"""Embeddings of the test rows, as pairs of predictions and targets, for tasks that compare embeddings."""
 
 from typing import NamedTuple
 
@@ -11,33 +11,36 @@ from pretrain.evaluation.task_run import CheckpointTask
 
 
 class PairEmbeddings(NamedTuple):
-    """Embeddings of one view of N rows and of the view that it predicts."""
+    """Predictions from one view of N rows, and embeddings of the predicted view."""
 
     prediction: torch.Tensor
-    """(N, D) fp32, as the objective reads it out: with predictor tokens, where it has any."""
+    """(N, D) fp32 predictions, as the objective reads them out: with predictor tokens if it has any."""
     target: torch.Tensor
-    """(N, D) fp32."""
+    """(N, D) fp32 target embeddings."""
     key: torch.Tensor
-    """(N,) equal where the target texts are."""
+    """(N,) identifiers of the target texts: equal keys mean equal texts."""
 
 
 def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], int, dict[str, int]]:
-    """Return the pairs of the test rows, how many rows there are, and counts of those that were skipped, if any.
+    """Return the pairs of the test rows, the number of rows, and the counts of skipped rows that are not 0.
 
-    too_long counts rows that do not fit into the model's positions, not_finite those for which its weights give no numbers. The pairs
-    are keyed by a prefix for their metrics, which is empty for the first direction. Raises UserError.
+    too_long counts the rows that do not fit into the model's positions, and not_finite the rows with embeddings that
+    are not finite. The pairs are keyed by the prefix of their metrics, which is empty for the first direction. Raises
+    UserError if fewer than two rows remain.
     """
     rows = run.read_test()
     found = embed(run.export, [row.views for row in rows])
     names = run.config.data.views
     fit = finite_rows((*found.views.values(), *found.predictions.values()))
-    left_out = {"too_long": int((~found.fits).sum()), "not_finite": int((found.fits & ~fit).sum())}
+    skipped = {"too_long": int((~found.fits).sum()), "not_finite": int((found.fits & ~fit).sum())}
     if found.fits.sum() < 2:
-        raise UserError(f"{run.name} (task.test): fewer than two rows fit into the positions of the model")
+        raise UserError(
+            f"{run.name} (task.test): fewer than two rows fit into the positions of the model; use shorter rows"
+        )
     if fit.sum() < 2:
         raise UserError(
-            f"{run.export}: the embeddings of {left_out['not_finite']:,} of {len(rows):,} rows are not finite numbers: the weights of "
-            "this checkpoint have diverged; evaluate an earlier one"
+            f"{run.export}: the embeddings of {skipped['not_finite']:,} of {len(rows):,} rows are not finite because "
+            "the weights of this checkpoint have diverged; evaluate an earlier one"
         )
     pairs = {}
     for number, ((source, target), prediction) in enumerate(found.predictions.items()):
@@ -45,4 +48,4 @@ def embed_test_pairs(run: CheckpointTask) -> tuple[dict[str, PairEmbeddings], in
         pairs[f"{source}_to_{target}_" if number else ""] = PairEmbeddings(
             torch.from_numpy(prediction[fit]), torch.from_numpy(found.views[target][fit]), torch.from_numpy(key[fit])
         )
-    return pairs, len(rows), {name: count for name, count in left_out.items() if count}
+    return pairs, len(rows), {name: count for name, count in skipped.items() if count}

@@ -1,12 +1,19 @@
-"""geometry: how the embeddings of the two views lie to each other.
+"""Task geometry: the relation between the embeddings of the two views.
 
-paired_cosine: mean cosine of a prediction and its target. shuffled_cosine: of predictions and the targets of rows with another text.
-effective_rank_context, effective_rank_target: see pretrain/objectives/monitors.py. linear_residual: what a linear map from the predictions X to
-the targets Y leaves over, min over A of |XA - Y| / |Y| in Frobenius norms: LLM-JEPA (arXiv 2509.14252) takes a small one, and small singular values
-of the differences X - Y, as signs that the views are nearly linear images of each other. A map of as many numbers as rows fits anything, and
-embeddings that are all the same are mapped with ease, so: linear_residual_unseen, where an affine map is fitted on every second row
-and measured on the others, relative to the spread of Y there; 1 is no better than the mean. difference_singular: mean of the 100 largest singular
-values of X - Y, over the square root of the rows. evaluation/geometry holds the singular values of A and of X - Y.
+X are the predictions and Y the targets. The metrics are:
+
+    paired_cosine                   mean cosine of a prediction and its target
+    shuffled_cosine                 mean cosine of a prediction and the targets of rows with another text
+    effective_rank_context/_target  see pretrain/objectives/monitors.py
+    linear_residual                 min over A of |XA - Y| / |Y| in Frobenius norms: the residual of a linear map
+    linear_residual_unseen          residual of an affine map on rows that it was not fitted on
+    difference_singular             mean of the 100 largest singular values of X - Y, over the square root of the rows
+
+LLM-JEPA (arXiv 2509.14252) takes a small linear_residual and small singular values of X - Y as signs that the views are
+nearly linear images of each other. But a linear map fits any data if D is at least the number of rows, and it also fits
+embeddings that are all equal. For linear_residual_unseen the map is therefore fitted on every second row and measured
+on the remaining rows, relative to the spread of Y there; a value of 1 is no better than predicting the mean. The files
+in evaluation/geometry have the singular values of A and of X - Y.
 """
 
 import torch
@@ -19,24 +26,24 @@ from pretrain.objectives.monitors import effective_rank
 from pretrain.tasks.scoring import TaskResult
 
 ROWS = 1024
-"""Compared at a time."""
+"""Number of rows that are compared at a time."""
 LEADING = 100
 NOISE = 1e-6
-"""Singular values below this share of the largest are rounding errors of fp32."""
+"""Fraction of the largest singular value below which singular values are rounding errors of fp32."""
 
 
 def evaluate(run: CheckpointTask) -> TaskResult:
-    """Embed the test rows and measure; of the first direction, where the objective predicts in several."""
-    pairs, rows, left_out = embed_test_pairs(run)
+    """Embed the test rows and compute the metrics of the first direction of prediction."""
+    pairs, rows, skipped = embed_test_pairs(run)
     metrics, values = measure(pairs[""])
     folder = run.folder / "geometry"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{run.name}.json", values)
-    return TaskResult(rows, metrics, left_out)
+    return TaskResult(rows, metrics, skipped)
 
 
 def measure(pairs: PairEmbeddings) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Return the metrics, and the leading singular values of the map and of the differences, largest first."""
+    """Return the metrics, and the leading singular values of the linear map and of the differences, largest first."""
     prediction, target = pairs.prediction.double(), pairs.target.double()
     linear = torch.linalg.pinv(prediction, rtol=NOISE) @ target
     differences = torch.linalg.svdvals(prediction - target)[:LEADING]
@@ -50,11 +57,14 @@ def measure(pairs: PairEmbeddings) -> tuple[dict[str, float], dict[str, list[flo
         "difference_singular": differences.mean().item() / len(target) ** 0.5,
     }
     values = {"map": torch.linalg.svdvals(linear)[:LEADING].tolist(), "difference": differences.tolist()}
-    return {name: value for name, value in metrics.items() if value == value}, values  # without what is not a number
+    return {name: value for name, value in metrics.items() if value == value}, values  # without NaNs
 
 
 def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the residual on the odd rows of an affine map fitted on the even rows, relative to the distance from the mean of the even ones."""
+    """Return the residual on the odd rows of an affine map that is fitted on the even rows.
+
+    It is relative to the distance of the odd targets from the mean of the even ones.
+    """
     means = prediction[::2].mean(dim=0), target[::2].mean(dim=0)
     fitted = torch.linalg.pinv(prediction[::2] - means[0], rtol=NOISE) @ (target[::2] - means[1])
     spread = target[1::2] - means[1]
@@ -62,7 +72,7 @@ def unseen_residual(prediction: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def shuffled_cosine(pairs: PairEmbeddings) -> float:
-    """Mean cosine of each prediction and the targets with another text; NaN where all targets are the same."""
+    """Return the mean cosine of each prediction and the targets with another text; NaN if all targets are the same."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
     total, count = 0.0, 0
     for start in range(0, len(prediction), ROWS):

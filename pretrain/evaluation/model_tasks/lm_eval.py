@@ -1,8 +1,8 @@
-"""lm_eval: tasks of the Language Model Evaluation Harness (EleutherAI) on the export; takes the extra lm-eval.
+"""Task lm_eval: tasks of the Language Model Evaluation Harness (EleutherAI) on the export; needs the extra lm-eval.
 
-The harness makes its own prompts and fetches its own data. A prompt stands behind the begin token as plain text, without the separator that parts a
-context from its target in training, so a model that was trained on pairs alone meets text of another form. Metrics are named TASK_METRIC;
-`rows` limits each task.
+The harness makes its own prompts and downloads its own data. A prompt is plain text after the begin token. It lacks the
+separator between context and target, so its format is new to a model that was trained only on pairs. Metrics are named
+TASK_METRIC, and `rows` limits the rows of each task.
 """
 
 from typing import Any
@@ -21,20 +21,20 @@ BATCH = 32
 
 
 def evaluate(run: CheckpointTask) -> TaskResult:
-    """Run the harness. Raises UserError where it is not installed or does not know a task."""
+    """Run the harness. Raises UserError if it is not installed or cannot run a task."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise UserError(
-            "the task lm_eval takes the extra lm-eval: pip install '.[lm-eval]' in the project's folder"
+            "the task lm_eval needs the extra lm-eval; run pip install '.[lm-eval]' in the project's folder"
         ) from None
-    assert isinstance(run.task, Config)  # chosen by its name
+    assert isinstance(run.task, Config)  # the name of the task selects its class
     model, _ = load_causal_lm(run.export)
     tokenizer = AutoTokenizer.from_pretrained(run.export)
-    begin = tokenizer.bos_token
+    bos = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
     try:
         found = simple_evaluate(
@@ -56,19 +56,20 @@ def evaluate(run: CheckpointTask) -> TaskResult:
 def metric_directions(
     higher_is_better: dict[str, dict[str, bool | None]], results: dict[str, dict[str, Any]]
 ) -> MetricDirections:
-    """Return the direction of each metric in `flat(results)` for which the harness gives one."""
-    words: dict[bool | None, MetricDirection] = {True: "higher", False: "lower"}
-    return {
-        f"{task}_{_flat(name)}": words[better]
-        for task, values in results.items()
-        for name in values
-        if (better := higher_is_better.get(task, {}).get(name.split(",")[0])) in words
-        and f"{task}_{_flat(name)}" in flat(results)
-    }
+    """Return the direction of each metric in `flat(results)` for which the harness has one."""
+    directions: dict[bool | None, MetricDirection] = {True: "higher", False: "lower"}
+    metrics = flat(results)
+    found: MetricDirections = {}
+    for task, values in results.items():
+        for name in values:
+            metric, better = f"{task}_{_flat(name)}", higher_is_better.get(task, {}).get(name.split(",")[0])
+            if metric in metrics and better in directions:
+                found[metric] = directions[better]
+    return found
 
 
 def flat(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the numbers of the harness by TASK_METRIC, and TASK_METRIC_FILTER for filtered answers, without standard errors."""
+    """Return the harness's metrics without standard errors, named TASK_METRIC, or TASK_METRIC_FILTER if filtered."""
     return {
         f"{task}_{_flat(name)}": float(value)
         for task, values in results.items()

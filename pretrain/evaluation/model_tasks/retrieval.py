@@ -1,8 +1,9 @@
-"""retrieval: find the target view of each test row among those of all rows, by the cosine of the prediction.
+"""Task retrieval: find the target view of each test row among the targets of all rows, by cosine with the prediction.
 
-recall_at_1, recall_at_10: share of rows whose target is among the 1 or 10 nearest. mrr: mean of 1 / rank. Candidates are the different targets, so
-one that several rows have is a hit for each of them; a tie counts against the model, else embeddings that are all the same would find everything.
-Where the objective predicts in more directions than one, those after the first have a prefix.
+recall_at_1 and recall_at_10 are the fractions of rows whose target is among the 1 or 10 nearest, and mrr is the mean of
+1 / rank. Candidates are the distinct targets, so a target that several rows have is a hit for each of them. A tie
+counts against the model; otherwise embeddings that are all equal would retrieve everything. If the objective predicts
+in several directions, the metrics of all directions after the first have a prefix.
 """
 
 import torch
@@ -13,23 +14,21 @@ from pretrain.evaluation.task_run import CheckpointTask
 from pretrain.tasks.scoring import TaskResult, rate
 
 ROWS = 1024
-"""Compared at a time."""
+"""Number of rows that are compared at a time."""
 
 
 def evaluate(run: CheckpointTask) -> TaskResult:
     """Embed the test rows and rank their targets."""
-    pairs, rows, left_out = embed_test_pairs(run)
+    pairs, rows, skipped = embed_test_pairs(run)
     metrics = {
-        f"{prefix}{name}": value
-        for prefix, of_direction in pairs.items()
-        for name, value in score(of_direction).items()
+        f"{prefix}{name}": value for prefix, embeddings in pairs.items() for name, value in score(embeddings).items()
     }
     candidates = len(pairs[""].key.unique())
-    return TaskResult(rows, metrics, {"candidates": candidates} | left_out)
+    return TaskResult(rows, metrics, {"candidates": candidates} | skipped)
 
 
 def score(pairs: PairEmbeddings) -> dict[str, float]:
-    """Return rates over the rows that fit."""
+    """Return the metrics of one direction of prediction."""
     rank = ranks(pairs)
     return {
         "recall_at_1": rate((rank <= 1).tolist()),
@@ -39,14 +38,16 @@ def score(pairs: PairEmbeddings) -> dict[str, float]:
 
 
 def ranks(pairs: PairEmbeddings) -> torch.Tensor:
-    """1 + the number of other targets that are at least as near as a row's own: (N,) int64."""
+    """Return, for each row, 1 + the number of other targets that are at least as near as its own: (N,) int64."""
     prediction, target = F.normalize(pairs.prediction, dim=-1), F.normalize(pairs.target, dim=-1)
-    _, place = pairs.key.unique(return_inverse=True)
-    first = torch.full((int(place.max()) + 1,), len(place)).scatter_reduce(0, place, torch.arange(len(place)), "amin")
+    _, candidate = pairs.key.unique(return_inverse=True)  # the number of each row's target among the distinct targets
+    count = int(candidate.max()) + 1
+    rows = torch.arange(len(candidate))
+    first = torch.full((count,), len(candidate)).scatter_reduce(0, candidate, rows, "amin")  # the first row of each
     found = []
     for start in range(0, len(prediction), ROWS):
         similarity = prediction[start : start + ROWS] @ target[first].T
-        own = place[start : start + ROWS, None]
+        own = candidate[start : start + ROWS, None]
         nearer = similarity >= similarity.gather(1, own)
-        found.append(nearer.sum(dim=1))  # its own target is one of them
+        found.append(nearer.sum(dim=1))  # this includes the row's own target
     return torch.cat(found)

@@ -1,1 +1,1 @@
-"""Databases for the queries of a task."""
+"""Databases for the queries of SQL tasks."""

@@ -1,10 +1,11 @@
-"""SQLite files for the schemas of Spider, filled so that its queries find something.
+"""SQLite files for the schemas of Spider, filled with rows that its queries find.
 
     python -m pretrain.evaluation.sql.make_databases tables.json --queries train.jsonl test.jsonl --output databases
 
-Spider's own databases are the better choice where they are at hand; schemas and queries alone are easier to come by. Each query gives a row to the
-tables that it reads, with the values that it compares their columns with; the other values are drawn, always the same ones. Columns that a foreign
-key ties together draw from the same few values, so joins meet. Prints the queries that do not run and the share of those that give nothing.
+Use Spider's own databases if you have them; the schemas and queries alone are easier to obtain. Each query adds rows to
+the tables that it reads, with the values that it compares their columns with. All other values are drawn at random,
+with a fixed seed. Columns that a foreign key connects are drawn from the same few values, so joins find matching rows.
+The command prints the queries that do not run and the fraction of queries that return no rows.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from pretrain.tasks.sql.databases import database_name
 from pretrain.tasks.sql.execution import QueryRunner, tokens
 
 FEWEST_ROWS, MOST_ROWS = 24, 60
-"""Of a table."""
+"""Minimum and maximum number of rows of a table."""
 COMPARISONS = ("=", "!=", "<>", "<", ">", "<=", ">=", "like", "in", "between")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 Values = dict[tuple[str, str], list[Any]]
-"""(table, column) in lower case -> the values that one query compares it with."""
+"""Values that one query compares each column with, by (table, column) in lower case."""
 
 
 def main() -> None:
     """Parse the command line and write the databases."""
     parser = argparse.ArgumentParser(
-        description="Make SQLite files for the schemas of Spider, filled so that its queries find something."
+        description="Make SQLite files for the schemas of Spider, filled with rows that its queries find."
     )
     parser.add_argument("tables", type=Path, help="tables.json of Spider")
     parser.add_argument(
@@ -44,16 +45,16 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="JSON lines of questions and queries, as the task spider reads them",
+        help="JSON lines of questions and queries, in the format of the task spider",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the files")
-    given = parser.parse_args()
-    exit_on_user_error(lambda: _run(given))
+    parser.add_argument("--output", type=Path, required=True, help="output folder of the SQLite files")
+    arguments = parser.parse_args()
+    exit_on_user_error(lambda: _run(arguments))
 
 
-def _run(given: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     queries: dict[str, list[str]] = defaultdict(list)
-    for path in given.queries:
+    for path in arguments.queries:
         for row in read_rows(
             JsonSource(type="json", path=str(path)),
             ("text", "code"),
@@ -62,22 +63,22 @@ def _run(given: argparse.Namespace) -> None:
         ):
             queries[database_name(row) or ""].append(row.target)
     try:
-        schemas = json.loads(given.tables.read_text(encoding="utf-8"))
+        schemas = json.loads(arguments.tables.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {given.tables}: {error}") from None
-    make_databases(schemas, queries, given.output)
-    failed, empty = look_at(queries, given.output)
+        raise UserError(f"cannot read {arguments.tables} ({error}); pass tables.json of Spider") from None
+    make_databases(schemas, queries, arguments.output)
+    failed, empty = check_queries(queries, arguments.output)
     total = sum(map(len, queries.values()))
     for line in failed:
         print_now(f"does not run: {line}")
     print_now(
-        f"{len(schemas)} databases in {given.output}; of {total:,} queries {len(failed)} do not run, "
-        f"{empty:,} ({empty / total:.1%}) give nothing"
+        f"wrote {len(schemas)} databases to {arguments.output}; of {total:,} queries, {len(failed)} do not run and "
+        f"{empty:,} ({empty / total:.1%}) return no rows"
     )
 
 
 def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]], folder: Path) -> None:
-    """Write DB.sqlite for each schema of tables.json; `queries` are those on each database."""
+    """Write DB.sqlite for each schema of tables.json; `queries` has the queries on each database."""
     folder.mkdir(parents=True, exist_ok=True)
     for schema in schemas:
         path = folder / f"{schema['db_id']}.sqlite"
@@ -88,12 +89,12 @@ def make_databases(schemas: list[dict[str, Any]], queries: dict[str, list[str]],
         connection.close()
 
 
-def look_at(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
-    """The queries that do not run, with the reason, and how many of the others give no row."""
+def check_queries(queries: dict[str, list[str]], folder: Path) -> tuple[list[str], int]:
+    """Return the queries that do not run, with the reason, and the number of queries that return no rows."""
     failed, empty = [], 0
     with QueryRunner() as runner:
-        for name, of_database in queries.items():
-            for query in of_database:
+        for name, database_queries in queries.items():
+            for query in database_queries:
                 outcome = runner.run(folder / f"{name}.sqlite", query)
                 if outcome.rows is None:
                     failed.append(f"{name}: {query} ({outcome.error})")
@@ -116,13 +117,13 @@ class _Filler:
         self.primary = {
             number for key in schema["primary_keys"] for number in (key if isinstance(key, list) else [key])
         }
-        self.group = list(range(len(self.names)))  # columns tied by foreign keys have the same number
+        self.group = list(range(len(self.names)))  # columns that foreign keys connect have the same group
         for first, second in schema["foreign_keys"]:
             old, new = self.group[first], self.group[second]
             self.group = [new if group == old else group for group in self.group]
         columns_of = {
-            table.lower(): {self.names[number][1].lower() for number in self.columns[place]}
-            for place, table in enumerate(self.tables)
+            table.lower(): {self.names[number][1].lower() for number in self.columns[index]}
+            for index, table in enumerate(self.tables)
         }
         self.found = [values for query in queries if (values := compared_values(query, columns_of))]
         self.pools: dict[int, list[Any]] = defaultdict(list)
@@ -137,25 +138,28 @@ class _Filler:
                 pool += [value for value in dict.fromkeys(known) if value not in pool]
 
     def write(self, connection: sqlite3.Connection) -> None:
+        """Create and fill all tables."""
         for table, name in enumerate(self.tables):
             if name.lower() == "sqlite_sequence":
-                continue  # SQLite's own
+                continue  # SQLite maintains this table
             kinds = {number: "NUMERIC" if self.types[number] == "number" else "TEXT" for number in self.columns[table]}
             columns = ", ".join(f'"{self.names[number][1]}" {kind}' for number, kind in kinds.items())
             connection.execute(f'CREATE TABLE "{name}" ({columns})')
-            marks = ", ".join("?" * len(self.columns[table]))
-            connection.executemany(f'INSERT INTO "{name}" VALUES ({marks})', self._rows(table))
+            placeholders = ", ".join("?" * len(self.columns[table]))
+            connection.executemany(f'INSERT INTO "{name}" VALUES ({placeholders})', self._rows(table))
 
     def _rows(self, table: int) -> list[tuple[Any, ...]]:
-        """Rows with the values of one query each, filled up, and drawn ones behind them."""
+        """Return the rows of a table: first rows with the values of a query, then rows of drawn values.
+
+        In the first rows, drawn values fill the columns that the query does not compare.
+        """
         name = self.tables[table].lower()
         wanted = []
         for values in self.found:
-            mine = {column: choices for (of_table, column), choices in values.items() if of_table == name}
-            longest = max(map(len, mine.values()), default=0)
-            wanted += [
-                {column: choices[place % len(choices)] for column, choices in mine.items()} for place in range(longest)
-            ]
+            compared = {column: choices for (owner, column), choices in values.items() if owner == name}
+            longest = max(map(len, compared.values()), default=0)
+            for index in range(longest):
+                wanted.append({column: choices[index % len(choices)] for column, choices in compared.items()})
         wanted = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items(), key=str)) for row in wanted)]
         self.random.shuffle(wanted)
         count = min(max(FEWEST_ROWS, 2 * len(wanted)), MOST_ROWS)
@@ -167,48 +171,53 @@ class _Filler:
         return list(zip(*by_column, strict=True))
 
     def _column(self, number: int, wanted: list[Any]) -> list[Any]:
-        """Values of a column, those that are wanted in their places."""
+        """Return the values of a column: `wanted`, with drawn values instead of None."""
         pool = list(self.pools[self.group[number]])
-        tied = self.group.count(self.group[number]) > 1
+        connected = self.group.count(self.group[number]) > 1
         if number in self.primary and sum(self.names[number][0] == self.names[other][0] for other in self.primary) == 1:
-            missing = [value for value in pool + self._made(number, len(wanted) + len(pool)) if value not in wanted]
+            missing = [
+                value for value in pool + self._made_up_values(number, len(wanted) + len(pool)) if value not in wanted
+            ]
             values: list[Any] = []
             for value in wanted:
                 values.append(missing.pop(0) if value is None or value in values else value)
             return values
-        pool += self._made(number, max(12 if not tied else FEWEST_ROWS, len(pool)) - len(pool) + 2)
-        if tied:
-            pool = pool[: max(1, len(pool) * 2 // 3)]  # some rows are pointed to twice or more, others by none
-        drawn = [pool[place % len(pool)] for place in range(len(wanted))]
+        pool += self._made_up_values(number, max(12 if not connected else FEWEST_ROWS, len(pool)) - len(pool) + 2)
+        if connected:
+            pool = pool[: max(1, len(pool) * 2 // 3)]  # some rows are referenced several times, others never
+        drawn = [pool[index % len(pool)] for index in range(len(wanted))]
         self.random.shuffle(drawn)
         return [value if value is not None else other for value, other in zip(wanted, drawn, strict=True)]
 
-    def _made(self, number: int, count: int) -> list[Any]:
-        """Values that no query names, the same ones for columns that are tied together."""
+    def _made_up_values(self, number: int, count: int) -> list[Any]:
+        """Return `count` values that come from no query; connected columns get the same ones."""
         if self.types[self.group[number]] == "number" or self.types[number] == "number":
             return list(range(1, count + 1))
         kind = self.names[self.group[number]][1].lower()
         if self.types[number] == "time" or "date" in kind:
-            return [f"{2000 + place % 20}-{1 + place % 12:02d}-{1 + place % 28:02d}" for place in range(count)]
-        return [f"{kind} {place}" for place in range(1, count + 1)]
+            return [f"{2000 + index % 20}-{1 + index % 12:02d}-{1 + index % 28:02d}" for index in range(count)]
+        return [f"{kind} {index}" for index in range(1, count + 1)]
 
 
 def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
-    """The values that a query compares the columns of its tables with: the literals themselves, and for `<` and `>` what lies beyond."""
+    """Return the values that a query compares the columns of its tables with.
+
+    They are the literals of the query. For `<` and `>` they are values that satisfy the comparison instead.
+    """
     words = tokens(query)
     tables = {word: word for word in words if word in columns_of}
     tables |= {
-        words[place + 2]: words[place]
-        for place in range(len(words) - 2)
-        if words[place] in columns_of and words[place + 1] == "as"
+        words[index + 2]: words[index]
+        for index in range(len(words) - 2)
+        if words[index] in columns_of and words[index + 1] == "as"
     }
     found: Values = defaultdict(list)
-    for place, word in enumerate(words):
-        after = words[place + 1 : place + 16]
+    for index, word in enumerate(words):
+        after = words[index + 1 : index + 16]
         after = after[1:] if after[:1] == ["not"] else after
         if not after or after[0] not in COMPARISONS:
             continue
-        owner = tables.get(words[place - 2]) if place >= 2 and words[place - 1] == "." else None
+        owner = tables.get(words[index - 2]) if index >= 2 and words[index - 1] == "." else None
         owners = [owner] if owner else [table for table in dict.fromkeys(tables.values()) if word in columns_of[table]]
         for value in _literals(after[1:], after[0]):
             for table in owners:
@@ -218,23 +227,23 @@ def compared_values(query: str, columns_of: dict[str, set[str]]) -> Values:
 
 
 def _literals(words: list[str], comparison: str) -> list[Any]:
-    """The literals right behind a comparison."""
+    """Return the values for the literals that directly follow a comparison."""
     found: list[Any] = []
     joined = {"in": ("(", ","), "between": ("and",)}.get(comparison, ())
-    place = 0
-    while place < len(words):
-        word = words[place]
+    index = 0
+    while index < len(words):
+        word = words[index]
         if word[0] in "'\"":
             found.append(word[1:-1].replace("%", "") or "x")
         elif NUMBER.fullmatch(
-            number := "".join(words[place : place + (3 if words[place + 1 : place + 2] == ["."] else 1)])
+            number := "".join(words[index : index + (3 if words[index + 1 : index + 2] == ["."] else 1)])
         ):
             value = float(number) if "." in number else int(number)
             found += {"<": [value - 1], ">": [value + 1], "!=": [value, value + 1]}.get(comparison, [value])
-            place += number.count(".") * 2
+            index += number.count(".") * 2
         elif word not in joined:
             break
-        place += 1
+        index += 1
     return found
 
 

@@ -1,4 +1,4 @@
-"""The configuration of objectives with a second term: its weight, the weight's schedule, and regularizers."""
+"""The configuration of objectives with an auxiliary term: its weight, the schedule of the weight, and regularizers."""
 
 from itertools import pairwise
 from typing import Annotated
@@ -10,15 +10,16 @@ from pretrain.objectives.configs.regularizers import CodingRateConfig, Regulariz
 
 
 class AuxiliaryConfig(ObjectiveConfig):
-    """Next-token loss, plus weight times the auxiliary term, plus regularizers."""
+    """Next-token loss plus `weight` times the auxiliary term, plus regularizers."""
 
     weight: float = Field(default=1.0, gt=0)
-    """lambda, the weight of the auxiliary term."""
+    """Weight of the auxiliary term (lambda)."""
     weight_schedule: list[tuple[float, float]] | None = None
-    """Points (consumed fraction of the budget, factor) of a broken line that multiplies `weight` and the regularizers' weights, as
-    in [[0, 0], [0.1, 1]] for a warm-up; constant before the first and after the last. Default: 1 all the way."""
+    """Points (consumed fraction of the budget, factor) of a piecewise linear factor on `weight` and the regularizers'
+    weights. For example, [[0, 0], [0.1, 1]] is a warm-up. The factor is constant before the first point and after the
+    last. Default: always 1."""
     regularizers: list[Annotated[SigregConfig | VicregConfig | CodingRateConfig, Field(discriminator="name")]] = []
-    """Terms against collapse on the embeddings of pairs, see below."""
+    """Terms against collapse of the embeddings of pairs; see below."""
 
     @field_validator("weight_schedule")
     @classmethod
@@ -31,20 +32,20 @@ class AuxiliaryConfig(ObjectiveConfig):
             or any(after <= before for before, after in pairwise(fractions))
             or not 0 <= fractions[0] <= fractions[-1] <= 1
         ):
-            raise ValueError("give points (fraction, factor) with rising fractions between 0 and 1")
+            raise ValueError("must be points (fraction, factor) with increasing fractions between 0 and 1")
         if any(factor < 0 for _, factor in points) or not any(factor for _, factor in points):
-            raise ValueError("factors are not negative, and one at least is above 0")
+            raise ValueError("factors must not be negative, and at least one must be above 0")
         return points
 
     @field_validator("regularizers")
     @classmethod
     def _different(cls, regularizers: list[RegularizerConfig]) -> list[RegularizerConfig]:
         if len({regularizer.name for regularizer in regularizers}) < len(regularizers):
-            raise ValueError("a regularizer is named twice")
+            raise ValueError("a regularizer is listed twice; remove one")
         return regularizers
 
     def factor(self, fraction: float) -> float:
-        """Return the factor of `weight_schedule`; 1 without one."""
+        """Return the factor of `weight_schedule` at a consumed fraction of the budget; 1 without a schedule."""
         if self.weight_schedule is None:
             return 1.0
         (first, height), *_ = self.weight_schedule

@@ -1,4 +1,4 @@
-"""The configuration that every objective has."""
+"""The base class of the configurations of objectives."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from pretrain.data.layout import Layout, Pairing, SpanSampling, SpecialTokenIds,
 
 
 class ObjectiveConfig(Section):
-    """What every objective has."""
+    """The settings that all objectives share."""
 
     name: str
     layout: Literal["joint", "independent"] = "joint"
@@ -15,17 +15,17 @@ class ObjectiveConfig(Section):
 
     @property
     def pairing(self) -> Pairing | None:
-        """Which view predicts which; None: there is no term on pairs."""
+        """Pairing of the views; None: there is no term on pairs."""
         return None
 
     @property
     def spans(self) -> SpanSampling | None:
-        """How spans are drawn; None: there is no term on spans."""
+        """Form of the spans; None: there is no term on spans."""
         return None
 
     @property
     def record_dropout(self) -> float:
-        """Share of the records that take no part in the pair term in an epoch."""
+        """Fraction of the records that are excluded from the pair term in an epoch."""
         return 0.0
 
     def make_layout(
@@ -37,7 +37,10 @@ class ObjectiveConfig(Section):
         *,
         validating: bool = False,
     ) -> Layout:
-        """Return what a record of `views` views looks like. Validation reads pairs out whatever the objective, for the monitors."""
+        """Return the layout of a record with `views` views.
+
+        In validation the layout has pairs for any objective, because the embedding monitors need them.
+        """
         pairing = self.pairing
         if validating and pairing is None and views > 1:
             pairing = Pairing()
@@ -52,5 +55,5 @@ class ObjectiveConfig(Section):
         )
 
     def factor(self, fraction: float) -> float:
-        """Return the factor of the weights of all terms but the language model's, at a consumed fraction of the budget."""
+        """Return the factor on the weights of all terms except `lm`, at a consumed fraction of the budget."""
         return 1.0

@@ -6,7 +6,7 @@ from pretrain.objectives.configs.base import ObjectiveConfig
 
 
 class Config(ObjectiveConfig):
-    """The language-model loss alone; keys of the other objectives rest."""
+    """The language-model loss alone; keys of other objectives are ignored."""
 
     name: Literal["next_token"]
     """The language-model loss alone."""

@@ -7,20 +7,23 @@ from pretrain.objectives.configs.auxiliary import AuxiliaryConfig
 
 
 class Config(AuxiliaryConfig):
-    """Next-token loss plus weight times the bend of the hidden states' path. Published weights are 0.005 to 0.04."""
+    """Next-token loss plus `weight` times the curvature of the path of hidden states.
+
+    Published weights are 0.005 to 0.04.
+    """
 
     name: Literal["semantic_tube"]
     """Semantic Tube Prediction (arXiv 2602.22617)."""
     form: SpanSampling = "three_points"
-    """three_points: the paper's, at three random positions. sub_span: the released code's, a random span against what is left of the
-    document. views: along the first view, then along the second; layout joint only."""
+    """three_points: the form of the paper, between three random positions. sub_span: the form of the released code, a
+    random span against the rest of the document. views: the first view against the second; only with layout joint."""
 
     @property
     def spans(self) -> SpanSampling:
-        """How spans are drawn."""
+        """Form of the spans."""
         return self.form
 
     @property
     def pairing(self) -> Pairing | None:
-        """Which view predicts which; None without regularizers."""
-        return Pairing() if self.regularizers else None  # they look at pairs; the term does not
+        """Pairing of the views; None without regularizers."""
+        return Pairing() if self.regularizers else None  # regularizers need pairs, the term itself does not
