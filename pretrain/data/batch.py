@@ -86,14 +86,14 @@ def micro_batches(
     steps = [
         rows.select(first, first + ranks * micro_batch_rows) for first in range(0, rows.count, ranks * micro_batch_rows)
     ]
-    mine = [step.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows) for step in steps]
-    ends = np.cumsum([len(each.records) for each in mine])
+    own_rows = [step.select(rank * micro_batch_rows, (rank + 1) * micro_batch_rows) for step in steps]
+    ends = np.cumsum([len(part.records) for part in own_rows])
     # Reading all micro steps at once makes fewer and larger reads of each shard.
-    contents = corpus.read(np.concatenate([each.records for each in mine]))
-    for together, each, pairs, end in zip(steps, mine, padded, ends, strict=True):
-        seed = int(together.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
+    contents = corpus.read(np.concatenate([part.records for part in own_rows]))
+    for step, part, pairs, end in zip(steps, own_rows, padded, ends, strict=True):
+        seed = int(step.random_bits.sum(dtype=np.uint64) >> np.uint64(1))
         yield assemble(
-            each, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(each.records), end)
+            part, corpus, layout, specials, row_length, int(pairs), seed, contents.select(end - len(part.records), end)
         )
 
 
@@ -124,8 +124,8 @@ def assemble(
         for offset, token in enumerate(segment.prefix):
             ids[base + offset] = token
         suffixes = _suffixes(segment, layout, rows.lengths[present], contents.continuation_tokens[present])
-        for offset, closing in enumerate(suffixes):
-            ids[base + length - len(segment.suffix) + offset] = closing
+        for offset, suffix_tokens in enumerate(suffixes):
+            ids[base + length - len(segment.suffix) + offset] = suffix_tokens
         inner = length - len(segment.prefix) - len(segment.suffix)
         if segment.view is None:
             tokens = specials.predictor + ragged_ranges(np.zeros_like(inner), inner)
@@ -137,7 +137,7 @@ def assemble(
             label_index.append(ragged_ranges(base + segment.lm_start, targets) - 1)
 
     labels = np.concatenate([np.zeros(0, np.int64), *label_index])
-    positions, visible_until = _places(rows, layout, in_row, row_length)
+    positions, visible_until = _positions_and_visibility(rows, layout, in_row, row_length)
     spans = (
         draw_spans(layout, in_batch, lengths, rows.random_bits)
         if layout.spans
@@ -155,7 +155,9 @@ def assemble(
     )
 
 
-def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+def _positions_and_visibility(
+    rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the position ids and the ends of visibility, both (B * L,).
 
     `in_row` (N, segments) are the starts of the segments within their rows.
@@ -164,9 +166,9 @@ def _places(rows: Rows, layout: Layout, in_row: np.ndarray, row_length: int) -> 
     positions = np.zeros(rows.count * row_length, np.int64)
     visible_until = np.tile(np.arange(1, row_length + 1), rows.count)
     # In every record the segments follow one another without gaps.
-    everywhere = ragged_ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
-    positions[everywhere] = ragged_ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
-    visible_until[everywhere] = np.repeat((in_row + _subtree_lengths(layout, lengths)).ravel(), lengths.ravel())
+    occupied = ragged_ranges(rows.row * row_length + rows.start, lengths.sum(axis=1))
+    positions[occupied] = ragged_ranges(_first_positions(layout, lengths).ravel(), lengths.ravel())
+    visible_until[occupied] = np.repeat((in_row + _subtree_lengths(layout, lengths)).ravel(), lengths.ravel())
     return positions, visible_until
 
 
