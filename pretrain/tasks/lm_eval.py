@@ -30,6 +30,6 @@ class Config(TaskConfig):
         for path in self.harness:
             if path.endswith((".yaml", ".yml")) and not Path(path).is_file():
                 raise UserError(
-                    f"{where}.harness: there is no file {path}; give an existing YAML file, or the name of a harness task"
+                    f"{where}.harness: there is no file {path}; give a YAML file or the name of a harness task"
                 )
         check_package("lm_eval", "lm-eval", f"{where}.name: the task lm_eval")

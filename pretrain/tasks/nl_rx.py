@@ -62,7 +62,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 def score(
     targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the metrics, and the number of rows behind each metric that covers only some of them.
+    """Return the metrics, and the number of rows of each subset (`proper`, `unseen`) that has its own metrics.
 
     An exact answer counts as equal, even if the target is not a valid regex.
     """

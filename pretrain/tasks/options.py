@@ -56,7 +56,7 @@ class TaskConfig(Section):
         """Raise ValueError if the task cannot be evaluated on records of these views."""
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError if a file or package that the task needs is missing; `where` is the dotted key of the task."""
+        """Raise UserError if a file or package of the task is missing; `where` is the dotted key of the task."""
         for key, given in self.sources.items():
             if isinstance(given, str) and not os.path.lexists(given) and not glob.has_magic(given):
                 raise UserError(f"{where}.{key}: there is no file {given} ({key} of {self.title}); correct the path")
@@ -196,8 +196,9 @@ class PairTask(RowTask):
 
 
 def check_package(package: str, extra: str, key: str) -> None:
-    """Raise UserError if a package is not installed; the message names the key that needs it and the extra to install."""
+    """Raise UserError if a package is not installed, naming the key that needs it and the extra to install."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{key} needs the package {package}, which is not installed: run pip install '.[{extra}]' in the project folder"
+            f"{key} needs the package {package}, which is not installed; "
+            f"run pip install '.[{extra}]' in the project folder"
         )

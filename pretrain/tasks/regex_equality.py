@@ -32,7 +32,7 @@ LAST = 0x10FFFF
 WORD = ((48, 57), (65, 90), (97, 122))
 """Ranges of the letters and digits."""
 START, WORDLIKE, OTHER = range(3)
-"""Context on one side of a position: an end of the line (START at both ends), a letter or digit, or another character."""
+"""Contexts on one side of a position: an end of the line (START at both), a letter or digit, another character."""
 Ranges = tuple[tuple[int, int], ...]
 """Set of characters as ranges of code points, both ends included."""
 Tree = tuple[Any, ...]
@@ -216,7 +216,7 @@ def _classes(tree: Tree) -> set[Ranges]:
 class _Machine:
     """Nodes in normal form for two trees.
 
-    A node is a number. Nodes with equal numbers are equal expressions, but equal expressions may have different numbers.
+    A node is a number. Equal numbers mean equal expressions, but equal expressions may have different numbers.
     """
 
     trees: list[Tree]
@@ -233,7 +233,7 @@ class _Machine:
         self.all = self._node("not", self.nothing)
 
     def _letters(self) -> tuple[list[str], dict[Ranges, int]]:
-        """Return a sample of each class of characters that no expression distinguishes, and each character set as a mask.
+        """Return a sample of each class of indistinguishable characters, and each character set as a mask.
 
         Bit i of a mask stands for the class of sample i.
         """
@@ -360,7 +360,10 @@ class _Machine:
                 return all(self.matches_empty(part, before, after) for part in parts)
 
     def derivative(self, node: int, before: int, letter: int) -> int:
-        """Return the node of the texts that may follow `letter` in a match of `node`; `before` is the preceding context."""
+        """Return the node of the texts that may follow `letter` in a match of `node`.
+
+        `before` is the context in front of the letter.
+        """
         key = node, before, letter
         if key not in self.derivatives:
             self.derivatives[key] = self._derive(node, before, letter)
@@ -388,7 +391,7 @@ class _Machine:
         return found
 
     def compare(self) -> Comparison:
-        """Visit pairs of states that the same line reaches in both expressions, until a line tells the two apart."""
+        """Visit pairs of states that the same line reaches in both expressions, until a line distinguishes them."""
         first, second = map(self.build, self.trees)
         parents: dict[tuple[int, int], tuple[int, int]] = {}
 

@@ -17,7 +17,7 @@ class Config(PairTask):
     name: Literal["retrieval"]
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
-        """Return whether the task reports a metric; a direction of prediction, if any, must be between two of the views."""
+        """Return whether the task reports a metric; its direction of prediction, if any, must join two of the views."""
         prefix, _ = split_direction(metric)
         possible = {f"{source}_to_{target}" for source in views for target in views if source != target}
         return not prefix or prefix in possible

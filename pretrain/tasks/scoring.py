@@ -30,7 +30,7 @@ class TaskResult:
     metrics: dict[str, float]
     """Metrics by name, the most important first; the table at the end of an evaluation shows the first ones."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Numbers of rows behind rates over a subset, and of rows that could not be scored and count as wrong."""
+    """Numbers of rows: the subsets of rates that do not cover all rows, and unscorable rows, which count as wrong."""
     directions: MetricDirections = field(default_factory=dict)
     """Directions of metrics that the task does not declare in METRICS."""
 

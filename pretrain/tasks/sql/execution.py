@@ -39,7 +39,10 @@ class Outcome(NamedTuple):
 
 
 class QueryRunner:
-    """Runner of queries, one after another, in a separate process. If a query ends the process, the next starts a new one."""
+    """Runner of queries in a separate process, one at a time.
+
+    If a query ends the process, the next query starts a new one.
+    """
 
     def __init__(self, seconds: float = SECONDS, max_rows: int = MOST_ROWS):
         self._limits = {"seconds": seconds, "max_rows": max_rows}

@@ -85,7 +85,8 @@ def equal_up_to_ties(runner: QueryRunner, database: Path, target: str, wanted: O
     sorted_both_ways = [
         runner.run(
             database,
-            ordered.unlimited + "".join(f", {column} COLLATE BINARY {way}" for column in range(1, wanted.columns + 1)),
+            ordered.unlimited
+            + "".join(f", {column} COLLATE BINARY {direction}" for column in range(1, wanted.columns + 1)),
         ).rows
         for direction in ("ASC", "DESC")
     ]
