@@ -84,7 +84,7 @@ class StudyConfig(Section):
     def _consistent(self) -> "StudyConfig":
         if self.baseline not in self.arms:
             raise ValueError(
-                f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}; name one of the arms"
+                f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}; name one of them"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds lists a seed twice; remove one")
@@ -163,7 +163,8 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     if config.metric.task not in tasks:
         raise UserError(
             f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
-            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}; name one of its tasks, or add the task"
+            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}; "
+            "name one of its tasks, or add the task"
         )
     _check_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
@@ -178,7 +179,8 @@ def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]
     declared = [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
     if declared and (found is None or not task.reports_metric(metric.name, views)):
         raise UserError(
-            f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(declared)}; name one of these"
+            f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(declared)}; "
+            "name one of these"
         )
     if metric.higher_is_better is not None:
         return

@@ -21,8 +21,8 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
     """Return the dotted keys that point each arm to its corpus, and one configuration for each different corpus.
 
     An arm with the same records as the base reads the base's corpus. An arm with other records reads the folder that it
-    names, or else a folder next to the base's corpus, named by a hash of the settings that determine the records. Raises
-    UserError if an arm names a folder that belongs to other records.
+    names, or else a folder next to the base's corpus, named by a hash of the settings that determine the records.
+    Raises UserError if an arm names a folder that belongs to other records.
     """
     overrides: dict[str, dict[str, Any]] = {}
     corpora = {os.path.abspath(base.data.path): ("the base", base)}
@@ -62,8 +62,8 @@ def prepare_corpus(config: RunConfig) -> None:
             changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)
         ):
             raise UserError(
-                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, and cannot be prepared again: "
-                f"{reason}"
+                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, "
+                f"and cannot be prepared again: {reason}"
             )
         print_now(f"note: {config.data.path} is used as it is: {reason}")
     elif config.data.sources:

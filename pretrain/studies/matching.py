@@ -169,8 +169,8 @@ def _describe_change(unmatched: Plan, now: Plan, wanted: float) -> str:
     rows, rows_before = now.config.train, unmatched.config.train
     return (
         f"{rows.global_batch_rows} rows per step instead of {rows_before.global_batch_rows} "
-        f"(micro batch: {rows.micro_batch_rows} instead of {rows_before.micro_batch_rows}), to match the corpus tokens per "
-        f"step of the base: {now.step.tokens:,.0f} of {wanted:,.0f}, instead of {before.step.tokens:,.0f}"
+        f"(micro batch: {rows.micro_batch_rows} instead of {rows_before.micro_batch_rows}), to match the corpus tokens "
+        f"per step of the base: {now.step.tokens:,.0f} of {wanted:,.0f}, instead of {unmatched.step.tokens:,.0f}"
     )
 
 
@@ -180,7 +180,7 @@ def budget_tokens(plan: Plan) -> int:
     if train.tokens is not None:
         return train.tokens
     if train.steps is not None:
-        # A run ends with the step that reaches its tokens. Half a step less makes this, as a rule, the step `train.steps`.
+        # A run ends with the step that reaches its tokens. With half a step less, this is normally step `train.steps`.
         return round((train.steps - 0.5) * plan.step.tokens)
     assert corpus is not None and order is not None  # a study prepares its corpora before it plans
     records = train.records

@@ -45,7 +45,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
     A budget that depends on speeds that are not measured yet is shown as open.
     """
     config = study.config
-    rows = [["arm", "rows a step", "tokens a step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
+    rows = [["arm", "rows per step", "tokens per step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
     unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
     for arm in matching.arms.values():
         cells = ["measured at the start"] + [""] * 3

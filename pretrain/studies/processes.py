@@ -48,8 +48,8 @@ class ProcessRunner:
     def _run(self, command: list[str], log: Path, group: bool = False) -> int:
         """Run a command and return its exit code; with `group`, signals go to all its processes, not only the first.
 
-        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so a second
-        start of the study cannot run next to it.
+        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so a
+        second start of the study cannot run next to it.
         """
         with open(log, "a") as output:
             self._group = group

@@ -32,7 +32,7 @@ def write_run_config(folder: Path, config: RunConfig) -> Path:
 def rewrite_run_config(run: Run) -> None:
     """Rewrite config.yaml of a trained run.
 
-    The tasks in the base configuration may have changed since it was trained; the other settings were checked to be equal.
+    The tasks of the base configuration may have changed since then; the other settings were checked to be equal.
     """
     write_text(run.run_dir / "config.yaml", dump_config(run.config))
 

@@ -62,7 +62,7 @@ def submit(script: Path, options: str, name: str, log: Path, argument: Path, mor
     """Submit a job and return its number. Raises UserError if it cannot be submitted."""
     if not Path("launcher/run.py").is_file():
         raise UserError(
-            "jobs start in the current folder, and launcher/run.py is not in it; start the study from the project folder"
+            "jobs start in the current folder, but it has no launcher/run.py; start the study from the project folder"
         )
     done = _call(
         "sbatch",

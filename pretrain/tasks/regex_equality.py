@@ -319,7 +319,7 @@ class _Machine:
         return self._node("sequence", first, rest)
 
     def join(self, name: str, operands: list[int]) -> int:
-        """Build a union or intersection: flat, sorted, without duplicates, with its character classes merged into one."""
+        """Build a union or intersection: flat, sorted, without duplicates, with its character classes merged."""
         self._spend(sum(len(self.nodes[operand]) for operand in operands))
         absorbing, neutral = (self.all, self.nothing) if name == "union" else (self.nothing, self.all)
         members: set[int] = set()
