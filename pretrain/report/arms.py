@@ -137,7 +137,7 @@ def _comparison(
         next_token_arms = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
         if len(next_token_arms) != 1:
             raise UserError(
-                f"the baseline is not clear: {len(plain)} arms have objective.name=next_token; name one with --baseline: "
+                f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; name one with --baseline: "
                 + "; ".join(by_name)
             )
         baseline = next_token_arms[0]
@@ -182,7 +182,7 @@ def _names(first_runs: list[Run]) -> list[str]:
             values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective
         ]
         differences = [
-            f"{key.removeprefix('objective.')}={shorten(mine[key])}"
+            f"{key.removeprefix('objective.')}={shorten(own[key])}"
             for key in differing_keys(same_objective)
             if key in own
         ]
