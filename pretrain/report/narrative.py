@@ -190,9 +190,9 @@ def _scorings(all_arms: Summaries) -> list[str]:
     }
     if not others:
         return []
-    told = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
+    excluded = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
     return [
-        f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding {told}. "
+        f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding {excluded}. "
         "Evaluate the excluded runs again: python launcher/evaluate.py RUN_DIR."
     ]
 
@@ -223,7 +223,7 @@ def _collapses(all_arms: Summaries) -> list[str]:
     return (
         [
             f"The embeddings of {join_names(names)} have collapsed: unrelated views are as close as pairs, or hardly any "
-            "prediction finds its own target. A low JEPA loss of these runs means nothing."
+            "prediction finds its target although pairs are close. A low JEPA loss of these runs means nothing."
         ]
         if names
         else []
@@ -288,11 +288,11 @@ def _differences(all_arms: Summaries) -> list[str]:
     found = []
     other_keys = [key for key in differing_keys(settings) if not key.startswith("objective.")]
     if other_keys:
-        told = [
+        descriptions = [
             f"{key} ({', '.join(dict.fromkeys(shorten(values.get(key, NOT_SET)) for values in settings))})"
             for key in other_keys
         ]
-        found.append(f"Besides the objective, arms differ in {join_names(told)}.")
+        found.append(f"Besides the objective, arms differ in {join_names(descriptions)}.")
     environments = [run.environment for run in comparison.runs if run.environment]
     read = {
         str([environment.get("data", {}).get(part) for part in ("corpus", "tokenizer")]) for environment in environments

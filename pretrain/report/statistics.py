@@ -45,7 +45,7 @@ class PairedTest:
     level: float | None = None
     """Confidence level of the interval: 95% after the correction."""
     low: float | None = None
-    upper: float | None = None
+    high: float | None = None
     min_detectable: float | None = None
     """Smallest true difference that this test finds with 80% power, given its numbers of seeds and arms and its spread."""
     reason: str = ""
@@ -79,7 +79,7 @@ def compare(
     p_values = {name: p_value(differences) for name, differences in tested.items()}
     for name, (corrected_p, alpha) in holm_correction(p_values).items():
         differences = tested[name]
-        low, upper = confidence_interval(differences, alpha)
+        low, high = confidence_interval(differences, alpha)
         found[name] = PairedTest(
             list(pairs[name]),
             float(differences.mean()),
@@ -89,7 +89,7 @@ def compare(
             corrected_p,
             1 - alpha,
             low,
-            upper,
+            high,
             min_detectable_difference(float(differences.std(ddof=1)), len(differences), ALPHA / len(tested)),
         )
     return {name: found[name] for name in arms}
@@ -199,7 +199,7 @@ def _detectable_effect(seeds: int, alpha: float) -> float:
     def power_minus_target(shift: float) -> float:
         return float(np.mean(norm.sf(thresholds - shift) + norm.cdf(-thresholds - shift))) - POWER
 
-    upper = bound
-    while power_minus_target(upper) < 0:
-        upper *= 2
-    return float(brentq(power_minus_target, 0, upper) / np.sqrt(seeds))
+    high = bound
+    while power_minus_target(high) < 0:
+        high *= 2
+    return float(brentq(power_minus_target, 0, high) / np.sqrt(seeds))
