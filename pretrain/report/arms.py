@@ -80,7 +80,8 @@ def read_comparison(paths: list[Path], baseline: str | None, metric: str | None)
     for path in paths:
         if not is_run(path):
             raise UserError(
-                f"{path} has no config.yaml, so it is not a run directory, and no {STUDY}, so it is not a study; correct the path"
+                f"{path} is neither a run directory (it has no config.yaml) nor a study (it has no {STUDY}); "
+                "correct the path"
             )
     arms = group([read_run(path) for path in paths])
     runs = [run for arm in arms for run in arm.runs.values()]
@@ -113,8 +114,8 @@ def _read_study(folder: Path, baseline: str | None, given: str | None) -> Compar
         origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
             raise UserError(
-                f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Name one with --metric, or fix "
-                "metric in the study file and start the study again; finished runs are kept"
+                f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Name one with --metric, "
+                "or fix metric in the study file and start the study again; finished runs are kept"
             )
     return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
 
@@ -137,8 +138,8 @@ def _comparison(
         next_token_arms = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
         if len(next_token_arms) != 1:
             raise UserError(
-                f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; name one with --baseline: "
-                + "; ".join(by_name)
+                f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; "
+                f"name one with --baseline: {'; '.join(by_name)}"
             )
         baseline = next_token_arms[0]
     if baseline is not None and baseline not in by_name:
@@ -174,7 +175,7 @@ def group(runs: list[Run]) -> list[Arm]:
 
 
 def _names(first_runs: list[Run]) -> list[str]:
-    """Return a unique name for each arm: its objective and the settings that distinguish it from others with the same one."""
+    """Return a unique name for each arm: its objective, and the settings that differ between arms of that objective."""
     names: list[str] = []
     settings = training_settings(first_runs)
     for run, own in zip(first_runs, settings, strict=True):

@@ -110,9 +110,9 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
 def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> EmbeddingProjection:
     """Project two sets of embeddings, (n, D) each, to the plane of their first two principal components.
 
-    The embeddings are normalised to length 1 because the cosine depends only on angles. The projections are not rescaled:
-    embeddings that all point in the same direction form a single spot. Raises UserError for fewer than three pairs or
-    embeddings that are not finite.
+    The embeddings are normalised to length 1 because the cosine depends only on angles. The projections are not
+    rescaled: embeddings that all point in the same direction form a single spot. Raises UserError for fewer than three
+    pairs or embeddings that are not finite.
     """
     if len(first) < 3 or len(first) != len(second) or not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise UserError("there are fewer than three pairs of finite embeddings")

@@ -88,7 +88,10 @@ def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
 
 
 def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Return the last answers of a finished run, keyed by context, target and number of equal rows before; empty if none."""
+    """Return the rows of a finished run's last answers; empty if there are none.
+
+    The key is the context, the target, and the number of earlier rows with the same two.
+    """
     path = (
         run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
     )

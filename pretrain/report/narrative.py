@@ -63,11 +63,11 @@ def headline(all_arms: Summaries) -> str:
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
     by_verdict = {kind: [name for name, test in tests.items() if test.verdict == kind] for kind in get_args(Verdict)}
-    parts = [
-        f"{join_names([f'{name} ({format_number(tests[name].mean, True)})' for name in names])} {word if len(names) == 1 else word[:-1]}"
-        for word in ("helps", "hurts")
-        if (names := by_verdict[word])
-    ]
+    parts = []
+    for word in ("helps", "hurts"):
+        if names := by_verdict[word]:
+            arms = join_names([f"{name} ({format_number(tests[name].mean, True)})" for name in names])
+            parts.append(f"{arms} {word if len(names) == 1 else word.removesuffix('s')}")
     if names := by_verdict["no difference found"]:
         parts.append(f"for {join_names(names)} no difference was found")
     if names := by_verdict["no verdict"]:
@@ -119,8 +119,8 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
     """Return sentences on overfitting: the runs that are excluded, then one sentence for each measure and arm."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
-        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from {metric} "
-        "here, for lack of evaluated checkpoints on both sides of the lowest validation loss and at the last step."
+        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
+        f"{metric} here. It needs evaluated checkpoints on both sides of the lowest validation loss and at the last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]
@@ -192,8 +192,8 @@ def _scorings(all_arms: Summaries) -> list[str]:
         return []
     excluded = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
     return [
-        f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding {excluded}. "
-        "Evaluate the excluded runs again: python launcher/evaluate.py RUN_DIR."
+        f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding "
+        f"{excluded}. Evaluate the excluded runs again: python launcher/evaluate.py RUN_DIR."
     ]
 
 
@@ -222,8 +222,8 @@ def _collapses(all_arms: Summaries) -> list[str]:
     names = [f"{arm.arm.name} ({format_seeds(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
     return (
         [
-            f"The embeddings of {join_names(names)} have collapsed: unrelated views are as close as pairs, or hardly any "
-            "prediction finds its target although pairs are close. A low JEPA loss of these runs means nothing."
+            f"The embeddings of {join_names(names)} have collapsed: unrelated views are as close as pairs, or hardly "
+            "any prediction finds its target although pairs are close. A low JEPA loss of these runs means nothing."
         ]
         if names
         else []
@@ -236,15 +236,15 @@ def _metric(all_arms: Summaries) -> list[str]:
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
     if all_arms.num_tested_arms > 1:
         found.append(
-            f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for that "
-            "(Holm). Other metrics are not tested, except in a section on overfitting if there is one; their differences "
-            "are descriptive only."
+            f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for "
+            "that (Holm). Other metrics are not tested, except in a section on overfitting if there is one; their "
+            "differences are descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
         found.append(
-            f"{seeds} seeds are few: the test assumes normally distributed differences, and so few seeds cannot show that "
-            "they are. A test without this assumption, which uses only the signs of the differences, needs "
+            f"{seeds} seeds are few: the test assumes normally distributed differences, and so few seeds cannot show "
+            "that they are. A test without this assumption, which uses only the signs of the differences, needs "
             f"{FEW_SEEDS} seeds."
         )
     return found
@@ -299,10 +299,12 @@ def _differences(all_arms: Summaries) -> list[str]:
     }
     if len(read) > 1:
         found.append(
-            "The runs did not read the same corpus with the same tokenizer: their losses are not comparable, and their scores only with care."
+            "The runs did not read the same corpus with the same tokenizer: their losses are not comparable, "
+            "and their scores should be compared with care."
         )
     machines = {
-        f"{environment.get('ranks')} ranks on {environment.get('device')}, {environment.get('threads_per_rank')} threads each"
+        f"{environment.get('ranks')} ranks on {environment.get('device')}, "
+        f"{environment.get('threads_per_rank')} threads each"
         for environment in environments
     }
     if len(machines) > 1:
@@ -320,8 +322,8 @@ def _seconds(all_arms: Summaries) -> list[str]:
     unevenness = max((one.high / one.low for one in speeds if one), default=1.0)
     return (
         [
-            f"Some seeds took up to {unevenness:.1f} times as long as other seeds of the same arm: the machine did other work "
-            "too, so compare FLOPs rather than seconds."
+            f"Some seeds took up to {unevenness:.1f} times as long as other seeds of the same arm: the machine did "
+            "other work too, so compare FLOPs rather than seconds."
         ]
         if unevenness > UNEVEN
         else []

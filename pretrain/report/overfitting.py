@@ -32,7 +32,7 @@ class Past:
     change: dict[int, float]
     """Change of the metric from the lowest validation loss to the end."""
     not_bracketed: list[int]
-    """Seeds with several evaluated checkpoints, but not on both sides of the lowest validation loss and at the last step."""
+    """Seeds without a value in `metric`, although they have several evaluated checkpoints."""
 
 
 @dataclass(frozen=True)

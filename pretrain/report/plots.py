@@ -257,7 +257,7 @@ def _svg(figure: Figure) -> str:
         text = text.replace(stand_in, variable)
     text = re.sub(r"#05([0-9a-f]{2})00", lambda found: arm_variable(int(found[1], 16)), text)
     id_prefix = f"c{next(_counter)}-"
-    text = re.sub(r'\bid="', f'id="{mine}', text)
-    text = re.sub(r"url\(#", f"url(#{mine}", text)
-    text = re.sub(r'href="#', f'href="#{mine}', text)
+    text = re.sub(r'\bid="', f'id="{id_prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{id_prefix}", text)
+    text = re.sub(r'href="#', f'href="#{id_prefix}', text)
     return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)

@@ -112,8 +112,8 @@ class Metric:
     def parse(text: str, runs: list[Run], planned: "Metric | None" = None) -> "Metric":
         """Parse TASK/NAME, or TASK/NAME:higher or TASK/NAME:lower for a metric that declares no direction.
 
-        If the text names the `planned` metric without a direction, that metric is returned. Raises UserError for a metric
-        that no run has, or that has no direction.
+        If the text names the `planned` metric without a direction, that metric is returned. Raises UserError for a
+        metric that no run has, or that has no direction.
         """
         path, _, given = text.rpartition(":") if text.endswith((":higher", ":lower")) else (text, "", None)
         task, slash, name = path.partition("/")
@@ -163,8 +163,8 @@ class Metric:
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results under the same settings and the same scoring version may be compared. Of the newest scoring version,
-        these are the settings under which most runs have the metric at their last step.
+        Only results under the same settings and the same scoring version may be compared. The settings returned are
+        those of the newest scoring version under which most runs have the metric at their last step.
         """
         votes: dict[str, int] = {}
         for run in runs:
@@ -222,8 +222,8 @@ def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     """Return what must be equal for results to be comparable: scoring version, rows, settings and content of files.
 
-    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they are the ones of the
-    run's configuration, because arms may differ in them.
+    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they are those of
+    the run's configuration, because arms may differ in them.
     """
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}

@@ -47,7 +47,7 @@ class PairedTest:
     low: float | None = None
     high: float | None = None
     min_detectable: float | None = None
-    """Smallest true difference that this test finds with 80% power, given its numbers of seeds and arms and its spread."""
+    """Smallest true difference that the test finds with 80% power, given the numbers of seeds and arms and the spread."""
     reason: str = ""
     """Reason why no test was possible; empty if the arm was tested."""
 
@@ -121,8 +121,8 @@ def _untested(differences: dict[int, float], baseline: dict[int, float], toleran
             seeds,
             0.0,
             "no verdict",
-            reason=f"all runs have the same value, {baseline[seeds[0]]:g} (for example, no answer is right yet, or every "
-            "answer is), so this metric cannot distinguish them, but another one may (--metric)",
+            reason=f"all runs have the same value, {baseline[seeds[0]]:g} (for example, no answer is right yet, or "
+            "every answer is), so this metric cannot distinguish them, but another one may (--metric)",
         )
     if all_equal:
         return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both arms have the same values in every seed")
