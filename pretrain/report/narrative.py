@@ -119,8 +119,8 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
     """Return sentences on overfitting: the runs that are excluded, then one sentence for each measure and arm."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
-        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
-        f"{metric} here. It needs evaluated checkpoints on both sides of the lowest validation loss and at the last step."
+        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from {metric} "
+        f"here: it needs evaluated checkpoints on both sides of the lowest validation loss and at the last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]

@@ -47,7 +47,7 @@ class PairedTest:
     low: float | None = None
     high: float | None = None
     min_detectable: float | None = None
-    """Smallest true difference that the test finds with 80% power, given the numbers of seeds and arms and the spread."""
+    """Smallest true difference that the test finds with 80% power, given its seeds, arms and spread."""
     reason: str = ""
     """Reason why no test was possible; empty if the arm was tested."""
 

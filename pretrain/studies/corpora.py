@@ -76,9 +76,9 @@ def _missing_inputs(config: RunConfig) -> str | None:
     tests = {test.source.path for test in _tests(config)}  # the evaluation checks these
     missing = [path for path in files if path not in tests and not Path(path).exists()]
     if missing:
-        return f"its input {missing[0]} is missing" + (
-            f", and {len(missing) - 1:,} other files" if len(missing) > 1 else ""
-        )
+        others = len(missing) - 1
+        more = f" and {others:,} other input{'s' * (others > 1)}" if others else ""
+        return f"its input {missing[0]}{more} {'are' if others else 'is'} missing"
     try:
         for number, source in enumerate(config.data.sources):
             if isinstance(source, HubSource):
