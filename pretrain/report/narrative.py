@@ -69,10 +69,10 @@ def headline(all_arms: Summaries) -> str:
             arms = join_names([f"{name} ({format_number(tests[name].mean, True)})" for name in names])
             parts.append(f"{arms} {word if len(names) == 1 else word.removesuffix('s')}")
     if names := by_verdict["no difference found"]:
-        parts.append(f"for {join_names(names)} no difference was found")
+        parts.append(f"no difference was found for {join_names(names)}")
     if names := by_verdict["no verdict"]:
-        parts.append(f"for {join_names(names)} there is no verdict")
-    return f"Compared with {comparison.baseline} in {comparison.metric}, {'; '.join(parts)}."
+        parts.append(f"there is no verdict for {join_names(names)}")
+    return f"Compared with {comparison.baseline} in {comparison.metric}: {'; '.join(parts)}."
 
 
 def join_names(names: list[str]) -> str:
@@ -119,8 +119,9 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
     """Return sentences on overfitting: the runs that are excluded, then one sentence for each measure and arm."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
-        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from {metric} "
-        f"here: it needs evaluated checkpoints on both sides of the lowest validation loss and at the last step."
+        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
+        f"{metric} here: the metric needs evaluated checkpoints on both sides of the lowest validation loss and at the "
+        "last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]
@@ -261,18 +262,16 @@ def _matching(all_arms: Summaries) -> list[str]:
         if len(means) == len(all_arms.arms):
             apart = max(means) / min(means) - 1
             (unlike if apart > CLOSE else alike).append(
-                (what, f"{name} (up to {apart:.0%} apart)" if apart > CLOSE else name)
+                (what, f"{name} (by up to {apart:.0%})" if apart > CLOSE else name)
             )
     matched_by = all_arms.comparison.matched_by
     found: list[str] = []
     if matched_by is not None and matched_by in [what for what, _ in unlike]:
-        found.append(
-            f"The study is matched by {AMOUNTS[matched_by]}, but the arms did not have the same amount; see the table."
-        )
+        found.append(f"The study is matched by {AMOUNTS[matched_by]}, but the arms differ in it; see the table.")
     if unlike:
-        same = f"the same {join_names([text for _, text in alike])}, but " if alike else ""
+        same = f"are equal in {join_names([text for _, text in alike])}, but " if alike else ""
         found.append(
-            f"The arms had {same}different {join_names([text for _, text in unlike])}; "
+            f"The arms {same}differ in {join_names([text for _, text in unlike])}; "
             "the verdict holds for this matching only."
         )
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pretrain.tasks.directions import MetricDirections
 
 if TYPE_CHECKING:
-    from data_prep.task_rows import Row  # imported for type checking only because it loads pyarrow
+    from data_prep.task_rows import Row  # not imported at run time because it loads pyarrow
 
 
 class Answer(NamedTuple):
