@@ -62,16 +62,12 @@ def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
     if baseline in written and len(written) > 1:
         lead = {id(example): _lead(example, baseline) for example in examples}
         by_lead = sorted(examples, key=lambda example: lead[id(example)])
-        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0][
-            :EACH_KIND
-        ]
+        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0]
         kinds[f"the other arms write the target, {baseline} does not"] = [
             one for one in reversed(by_lead) if lead[id(one)] > 0
-        ][:EACH_KIND]
-    kinds["no arm writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)][
-        :EACH_KIND
-    ]
-    return {kind: chosen for kind, chosen in kinds.items() if chosen}
+        ]
+    kinds["no arm writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)]
+    return {kind: chosen[:EACH_KIND] for kind, chosen in kinds.items() if chosen}
 
 
 def _lead(example: Example, baseline: str) -> float:

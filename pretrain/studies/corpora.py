@@ -93,7 +93,7 @@ def _tests(config: RunConfig) -> list[TaskTest]:
 
 
 def _records(config: RunConfig) -> str:
-    """Return the settings that decide the shards, as text."""
+    """Return the settings that determine the shards, as text."""
     tests = (
         [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
     )
