@@ -1,1 +1,1 @@
-"""The report: arms compared with a baseline, over seeds, on one page."""
+"""The report: one page that compares arms with a baseline over several seeds."""

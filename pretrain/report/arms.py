@@ -1,4 +1,4 @@
-"""What is compared with what: arms, each with a run per seed, from a study or from run directories."""
+"""Arms to compare, with one run per seed each, read from a study or from run directories."""
 
 import json
 from dataclasses import dataclass
@@ -10,25 +10,28 @@ from pretrain.report.runs import Metric, Run, declared_direction, is_run, known_
 from pretrain.tasks.directions import VALIDATION
 
 STUDY = "study.json"
+"""File that makes a folder a study."""
 OF_TRAINING = ("data.lm_views", "data.train_end_token", "data.sequence_length")
-"""Keys of `data` that decide the training besides the shards."""
+"""Keys of `data` that affect the training in addition to the shards."""
 WITHOUT_EFFECT = ("name", "seed", "output_dir", "monitor", "checkpoint", "evaluation")
-"""Sections that do not make an arm: they change nothing of what is trained."""
+"""Keys and sections that do not distinguish arms, because they do not change what is trained."""
 NOT_SET = "none"
+"""Text for a key that a configuration does not have."""
 LONGEST_VALUE = 30
+"""Number of characters after which a value is cut off."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     name: str
     runs: dict[int, Run]
-    """By seed."""
+    """Runs by seed."""
     missing_runs: dict[int, str]
-    """Planned runs that are not there: the folder of each."""
+    """Folders of planned runs that do not exist, by seed."""
     flops_per_token: float | None = None
-    """As its study planned it."""
+    """FLOPs per corpus token, as the study planned them."""
 
     @property
     def planned(self) -> int:
@@ -37,24 +40,24 @@ class Arm:
 
     @property
     def first(self) -> Run | None:
-        """A run that stands for the arm: the finished one of the lowest seed, or any."""
+        """Representative run: the finished run of the lowest seed, or else the run of the lowest seed."""
         return min(self.runs.values(), key=lambda run: (not run.finished, run.seed), default=None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the report tells about."""
+    """Subject of a report: its arms, baseline and metric."""
 
     title: str
     arms: dict[str, Arm]
-    """The baseline first."""
+    """Arms by name, the baseline first."""
     baseline: str | None
-    """None where there is one arm."""
+    """Name of the baseline; None if there is only one arm."""
     metric: Metric
     metric_origin: str
-    """Who chose the metric: the end of a sentence."""
+    """Origin of the choice of the metric, as the end of a sentence."""
     matched_by: str | None
-    """What the study gave all arms the same amount of: tokens, flops or seconds."""
+    """Amount that the study matched: tokens, flops, seconds or none; None if there is no study."""
 
     @property
     def runs(self) -> list[Run]:
@@ -63,32 +66,31 @@ class Comparison:
 
     @property
     def others(self) -> list[Arm]:
-        """All arms but the baseline."""
+        """All arms except the baseline."""
         return [arm for arm in self.arms.values() if arm.name != self.baseline]
 
 
 def read_comparison(paths: list[Path], baseline: str | None, metric: str | None) -> Comparison:
-    """A study folder, or run directories. `baseline` and `metric` choose otherwise than those do. Raises UserError."""
+    """Read a study folder, or run directories. `baseline` and `metric` override their own choice. Raises UserError."""
     studies = [path for path in paths if (path / STUDY).is_file()]
     if studies and len(paths) > 1:
-        raise UserError(f"{studies[0]} is a study: report on it alone, or name run directories only")
+        raise UserError(f"{studies[0]} is a study; name it alone, or name only run directories")
     if studies:
         return _read_study(studies[0], baseline, metric)
     for path in paths:
         if not is_run(path):
-            raise UserError(f"{path} is no run directory, which holds config.yaml, and no study, which holds {STUDY}")
+            raise UserError(
+                f"{path} is neither a run directory (it has no config.yaml) nor a study (it has no {STUDY}); "
+                "correct the path"
+            )
     arms = group([read_run(path) for path in paths])
     runs = [run for arm in arms for run in arm.runs.values()]
     if metric is None:
-        chosen, origin = (
-            _default_metric(runs),
-            "not chosen in advance: it is the first one of the first task that was evaluated",
-        )
+        chosen = _default_metric(runs)
+        origin = "not chosen in advance: it is the first metric of the first task that was evaluated"
     else:
-        chosen, origin = (
-            Metric.parse(metric, runs),
-            "named on the command line; whether before the runs were seen, only you know",
-        )
+        chosen = Metric.parse(metric, runs)
+        origin = "named on the command line; only you know whether it was chosen before the runs were seen"
     title = paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs of {paths[0].resolve().parent.name}"
     return _comparison(title, arms, baseline, chosen, origin, None)
 
@@ -98,10 +100,12 @@ def _read_study(folder: Path, baseline: str | None, given: str | None) -> Compar
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         arms = [_study_arm(folder, name, arm) for name, arm in study["arms"].items()]
-        title, matched_by, named = str(study["name"]), study["matched_by"], study["baseline"]
+        title, matched_by, study_baseline = str(study["name"]), study["matched_by"], study["baseline"]
         planned = Metric(study["metric"]["task"], study["metric"]["name"], bool(study["metric"]["higher_is_better"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no study: {type(error).__name__} {error}") from None
+        raise UserError(
+            f"{path} is not a valid study file: {type(error).__name__} {error}; start the study again to rewrite it"
+        ) from None
     runs = [run for arm in arms for run in arm.runs.values()]
     metric = Metric.parse(given, runs, planned) if given else planned
     if metric != planned:
@@ -110,10 +114,10 @@ def _read_study(folder: Path, baseline: str | None, given: str | None) -> Compar
         origin = f"chosen in {STUDY}"
         if any(run.results for run in runs) and not any(metric.results(run) or metric.curve(run, None) for run in runs):
             raise UserError(
-                f"{path}: no run has the metric {metric}; there are {known_metrics(runs)}. Name one with --metric, or mend the study "
-                "file and start it again: what has run stays"
+                f"{path}: no run has the metric {metric}; available: {known_metrics(runs)}. Name one with --metric, "
+                "or fix metric in the study file and start the study again; finished runs are kept"
             )
-    return _comparison(title, arms, baseline or named, metric, origin, matched_by)
+    return _comparison(title, arms, baseline or study_baseline, metric, origin, matched_by)
 
 
 def _study_arm(folder: Path, name: str, arm: dict[str, Any]) -> Arm:
@@ -131,15 +135,15 @@ def _comparison(
 ) -> Comparison:
     by_name = {arm.name: arm for arm in arms}
     if baseline is None and len(arms) > 1:
-        plain = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
-        if len(plain) != 1:
+        next_token_arms = [arm.name for arm in arms if arm.first and arm.first.objective == "next_token"]
+        if len(next_token_arms) != 1:
             raise UserError(
-                f"which arm is the baseline? {len(plain)} arms have objective.name=next_token; name one with --baseline: "
-                + "; ".join(by_name)
+                f"the baseline is not clear: {len(next_token_arms)} arms have objective.name=next_token; "
+                f"name one with --baseline: {'; '.join(by_name)}"
             )
-        baseline = plain[0]
+        baseline = next_token_arms[0]
     if baseline is not None and baseline not in by_name:
-        raise UserError(f"there is no arm {baseline!r} to be the baseline; there are: {'; '.join(by_name)}")
+        raise UserError(f"the baseline {baseline!r} is not an arm; name one of: {'; '.join(by_name)}")
     if len(arms) == 1:
         baseline = None
     order = sorted(by_name, key=lambda name: name != baseline)
@@ -147,7 +151,10 @@ def _comparison(
 
 
 def group(runs: list[Run]) -> list[Arm]:
-    """Runs as arms, by what differs in their configurations but for seed, name and what changes nothing. Raises UserError for a seed twice."""
+    """Group runs into arms: runs with the same training settings, apart from the seed, form one arm.
+
+    Raises UserError if an arm has two runs with the same seed.
+    """
     settings = training_settings(runs)
     keys = differing_keys(settings)
     groups: dict[tuple[str, ...], list[Run]] = {}
@@ -159,7 +166,8 @@ def group(runs: list[Run]) -> list[Arm]:
         for run in members:
             if run.seed in by_seed:
                 raise UserError(
-                    f"{by_seed[run.seed].folder} and {run.folder} are the same arm with the same seed, {run.seed}: leave one out"
+                    f"{by_seed[run.seed].folder} and {run.folder} are the same arm with the same seed, {run.seed}; "
+                    "remove one"
                 )
             by_seed[run.seed] = run
         arms.append(Arm(name, dict(sorted(by_seed.items())), {}))
@@ -167,34 +175,39 @@ def group(runs: list[Run]) -> list[Arm]:
 
 
 def _names(first_runs: list[Run]) -> list[str]:
-    """The objective, and what tells an arm from others of the same objective; no name twice."""
+    """Return a unique name for each arm: its objective, and the settings that differ between arms of that objective."""
     names: list[str] = []
     settings = training_settings(first_runs)
-    for run, mine in zip(first_runs, settings, strict=True):
-        twins = [values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective]
-        words = [
-            f"{key.removeprefix('objective.')}={shorten(mine[key])}" for key in differing_keys(twins) if key in mine
+    for run, own in zip(first_runs, settings, strict=True):
+        same_objective = [
+            values for other, values in zip(first_runs, settings, strict=True) if other.objective == run.objective
         ]
-        name = " ".join([run.objective, *words])
+        differences = [
+            f"{key.removeprefix('objective.')}={shorten(own[key])}"
+            for key in differing_keys(same_objective)
+            if key in own
+        ]
+        name = " ".join([run.objective, *differences])
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names
 
 
 def shorten(value: str) -> str:
-    """The beginning of a long value."""
+    """Return a value, cut off if it is long."""
     return value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
 
 
 def differing_keys(settings: list[dict[str, str]]) -> list[str]:
-    """Keys, in order, whose values are not the same everywhere."""
+    """Return the keys, in order, whose values are not the same in all settings."""
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({values.get(key, NOT_SET) for values in settings}) > 1]
 
 
 def training_settings(runs: list[Run]) -> list[dict[str, str]]:
-    """Return what decides the training of each run, as dotted keys.
+    """Return the settings that determine the training of each run, as dotted keys.
 
-    Runs that recorded the same shards, tokenizer and weights have the keys of `data` in common, wherever their corpora stood.
+    Runs that recorded the same shards, tokenizer and weights get the same keys of `data`, even if their corpora were in
+    different folders.
     """
     data_of: dict[str, dict[str, str]] = {}
     found = []
@@ -209,7 +222,7 @@ def training_settings(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys of what decides the training, with their values as text."""
+    """Return the settings that determine the training, as dotted keys and their values as text."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if prefix or key not in WITHOUT_EFFECT:

@@ -1,4 +1,4 @@
-"""FLOPs of a run, as the dry run counts them."""
+"""FLOPs of a run, counted as in a dry run."""
 
 from data_prep.console import UserError
 from data_prep.tokenizer import Tokenizer
@@ -10,9 +10,10 @@ from pretrain.training.dry_run import make_plan
 
 
 def flops_per_token(run: Run) -> float:
-    """Forward and backward, for one token of the corpus: copies and predictor tokens make it dearer, and are no tokens of their own.
+    """Return the forward and backward FLOPs of a run per corpus token.
 
-    Plans the run's steps from the lengths of its corpus, as it did itself. Raises UserError where something needed is missing.
+    Copies and predictor tokens add FLOPs but do not count as tokens. The FLOPs follow from the run's planned steps, and
+    these from the lengths of the records in its corpus. Raises UserError if the corpus is missing or has changed.
     """
     config = load_config(run.folder / "config.yaml")
     plan = make_plan(config, open_corpus(run, config, "train"))
@@ -20,7 +21,7 @@ def flops_per_token(run: Run) -> float:
 
 
 def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
-    """Return the corpus of a run, if it still stands where the run read it, and is the same as then. Raises UserError."""
+    """Open the corpus of a run. Raises UserError if it is missing or is not the corpus that the run read."""
     folder = next(
         (folder for folder in (run.root / config.data.path, run.folder.parent / config.data.path) if folder.is_dir()),
         None,
@@ -31,7 +32,7 @@ def open_corpus(run: Run, config: RunConfig, split: str) -> Corpus:
     if (run.folder / MODEL_DIR).is_dir() and Tokenizer.load(
         run.folder / MODEL_DIR
     ).fingerprint != corpus.tokenizer.fingerprint:
-        raise UserError(f"{folder} holds the corpus of another run: its tokenizer is another one")
+        raise UserError(f"{folder} holds the corpus of another run: its tokenizer is different")
     if not was_trained_on(run.folder, corpus.manifest):
         raise UserError(f"{folder} holds another corpus than the one that {run.folder} was trained on")
     return corpus

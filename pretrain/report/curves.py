@@ -1,4 +1,4 @@
-"""Curves over seeds: a mean and the range around it."""
+"""Curves over several seeds: their mean, and the range of the seeds around it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,23 +13,23 @@ Points = list[tuple[int, float]]
 
 
 class Band(NamedTuple):
-    """Of an arm: (n,) each."""
+    """Curve of an arm over its seeds; all arrays have shape (n,)."""
 
     x: np.ndarray
     mean: np.ndarray
     low: np.ndarray
-    """The lowest seed."""
+    """Lowest value of any seed."""
     high: np.ndarray
-    """The highest seed."""
+    """Highest value of any seed."""
 
 
 def tag_bands(summaries: Summaries, tag: str, x_axis: str) -> dict[str, Band]:
-    """A tag of metrics.jsonl by arm, against `tokens`, `flops` or `seconds`. Arms without it are left out."""
+    """Return the band of each arm that has a tag of metrics.jsonl, against `tokens`, `flops` or `seconds`."""
     return _bands(summaries, lambda run: run.curve(tag), x_axis)
 
 
 def metric_bands(summaries: Summaries, metric: Metric, x_axis: str) -> dict[str, Band]:
-    """The same of the metric, wherever checkpoints were evaluated."""
+    """Return the band of each arm that has the metric, at the checkpoints that were evaluated."""
     return _bands(summaries, lambda run: metric.curve(run, summaries.settings), x_axis)
 
 
@@ -41,7 +41,7 @@ def _bands(summaries: Summaries, curve: Callable[[Run], Points], x_axis: str) ->
             if summary.flops is None:
                 continue
             factor = summary.flops
-        runs = [(run, points) for run in _shown(summary.arm) if (points := curve(run))]
+        runs = [(run, points) for run in _runs_to_show(summary.arm) if (points := curve(run))]
         if runs:
             key = "seconds" if x_axis == "seconds" else "tokens"
             bands[name] = join(
@@ -57,16 +57,16 @@ def _bands(summaries: Summaries, curve: Callable[[Run], Points], x_axis: str) ->
     return bands
 
 
-def _shown(arm: Arm) -> list[Run]:
-    """The finished runs; where none is, all."""
+def _runs_to_show(arm: Arm) -> list[Run]:
+    """Return the finished runs of an arm, or all its runs if none is finished."""
     return [run for run in arm.runs.values() if run.finished] or list(arm.runs.values())
 
 
 def join(curves: list[tuple[list[int], np.ndarray, np.ndarray]]) -> Band:
-    """Seeds, each with steps, x and y, as one band.
+    """Join the curves of several seeds, each with its steps, x and y, into one band.
 
-    Where all have values at the same steps, x and y are means over seeds, step by step. Else the values lie on straight lines between those
-    of a seed, and the band ends where the first seed ends.
+    If all seeds have values at the same steps, x and y are means over seeds at each step. If not, each seed's curve is
+    interpolated linearly, and the band covers the range of x that all seeds have.
     """
     steps, x, y = curves[0]
     if all(other == steps for other, _, _ in curves):
@@ -75,7 +75,7 @@ def join(curves: list[tuple[list[int], np.ndarray, np.ndarray]]) -> Band:
     start, end = max(curve[1][0] for curve in curves), min(curve[1][-1] for curve in curves)
     grid = np.unique(np.concatenate([curve[1] for curve in curves]))
     grid = grid[(grid >= start) & (grid <= end)]
-    if not len(grid):  # they have no stretch in common: the first alone
+    if not len(grid):  # the seeds have no range of x in common: return the first seed alone
         return Band(x, y, y, y)
     ys = np.stack([np.interp(grid, other_x, other_y) for _, other_x, other_y in curves])
     return Band(grid, ys.mean(axis=0), ys.min(axis=0), ys.max(axis=0))

@@ -1,4 +1,4 @@
-"""Where the two views of unseen records lie in embedding space, in two dimensions."""
+"""Projection of the embeddings of unseen pairs to two dimensions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +18,30 @@ from pretrain.report.runs import Run
 from pretrain.run_folder import list_steps, step_name
 
 PAIRS = 150
+"""Largest number of pairs in a picture."""
 ROWS = 4
-"""Packed rows of a forward pass."""
+"""Number of packed rows per forward pass."""
 
 
 @dataclass(frozen=True)
 class EmbeddingProjection:
-    """Pairs in the plane."""
+    """Pairs of embeddings, projected to a plane."""
 
     names: tuple[str, str]
-    """Of the two embeddings that are joined."""
+    """Names of the two embeddings of a pair."""
     first: np.ndarray
-    """(n, 2)."""
+    """Projections of the first embeddings, (n, 2)."""
     second: np.ndarray
-    """(n, 2); row i belongs to row i of `first`."""
+    """Projections of the second embeddings, (n, 2); row i is the partner of row i of `first`."""
     explained: float
-    """Share of the variance that the plane shows."""
+    """Fraction of the variance that the plane shows."""
 
 
 def picture(run: Run) -> EmbeddingProjection:
-    """The pairs of the run's last export. Raises UserError where something needed is missing.
+    """Return the projected pairs of the run's last export.
 
-    Unseen records of the run's corpus; where that is not here, a file that `launcher/evaluate.py EXPORT --embed FILE` has left in the export.
+    The pairs are unseen records of the run's corpus. If the corpus is not available, they come from a file that
+    `launcher/evaluate.py EXPORT --embed FILE` has written to the export. Raises UserError if neither is available.
     """
     try:
         return project(*_compute(run))
@@ -51,7 +53,10 @@ def picture(run: Run) -> EmbeddingProjection:
 
 
 def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
-    """A prediction (`A_to_B`) and its target (`B`), or without predictions the first two views: (n, D) each, n rows that are finite in both."""
+    """Read two arrays of embeddings and their names; return the first rows that are finite in both, (n, D) each.
+
+    The arrays are a prediction (`A_to_B`) and its target (`B`), or the first two views if there are no predictions.
+    """
     try:
         with np.load(path) as arrays:
             predictions = [name for name in arrays.files if name.partition("_to_")[2] in arrays.files]
@@ -65,13 +70,13 @@ def _read(path: Path) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
-    """Predictions and targets of records spread over the validation split, as the validation reads them out."""
+    """Compute predictions and targets, (n, D) each, of records spread over the validation split, as in validation."""
     config = load_config(run.folder / "config.yaml")
     steps = list_steps(run.folder / "export")
     if not steps:
-        raise UserError("no checkpoint is exported, launcher/evaluate.py RUN_DIR does it")
+        raise UserError("no checkpoint is exported; run launcher/evaluate.py RUN_DIR to export one")
     if len(config.data.views) < 2:
-        raise UserError("its records have one view")
+        raise UserError("the records have only one view")
     corpus = open_corpus(run, config, "validation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = load_language_model(run.folder / "export" / step_name(steps[-1]), config.model.attention, device)
@@ -79,14 +84,14 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
     specials = special_ids(corpus.tokenizer, model.vocab_size)
     layout = config.make_layout(specials, corpus.views, validating=True)
     count = min(PAIRS, len(corpus))
-    numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
+    record_numbers = (2 * np.arange(count) + 1) * len(corpus) // (2 * count)
     rows = plan_rows(
         corpus,
-        numbers,
+        record_numbers,
         layout,
         config.data.sequence_length,
         np.ones(count, bool),
-        draw_random_bits(numbers, 0, np.zeros_like(numbers)),
+        draw_random_bits(record_numbers, 0, np.zeros_like(record_numbers)),
     )
     rows = Rows.join([rows], -(-rows.count // ROWS) * ROWS)
     predictions: list[np.ndarray] = []
@@ -95,15 +100,19 @@ def _compute(run: Run) -> tuple[tuple[str, str], np.ndarray, np.ndarray]:
         rows, corpus, layout, specials, config.data.sequence_length, micro_batch_rows=ROWS, rank=0, ranks=1
     ):
         batch = batch.to(device)
-        for found, read in zip((predictions, targets), select_pair_embeddings(model(batch), batch), strict=True):
-            found.append(read[batch.pair_valid].cpu().numpy())
+        for collected, selected in zip(
+            (predictions, targets), select_pair_embeddings(model(batch), batch), strict=True
+        ):
+            collected.append(selected[batch.pair_valid].cpu().numpy())
     return ("prediction", "target"), np.concatenate(predictions), np.concatenate(targets)
 
 
 def project(names: tuple[str, str], first: np.ndarray, second: np.ndarray) -> EmbeddingProjection:
-    """The plane of the two widest directions of (n, D) and (n, D) together, of embeddings brought to length 1. Raises UserError.
+    """Project two sets of embeddings, (n, D) each, to the plane of their first two principal components.
 
-    Only angles count in the cosine. The picture is not stretched: embeddings that all point the same way are one spot in it.
+    The embeddings are normalised to length 1 because the cosine depends only on angles. The projections are not
+    rescaled: embeddings that all point in the same direction form a single spot. Raises UserError for fewer than three
+    pairs or embeddings that are not finite.
     """
     if len(first) < 3 or len(first) != len(second) or not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise UserError("there are fewer than three pairs of finite embeddings")

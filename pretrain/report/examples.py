@@ -1,4 +1,4 @@
-"""Test rows on which the arms differ most, or all fail."""
+"""Test rows on which the arms differ most, or on which all arms fail."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,24 +9,25 @@ from pretrain.report.runs import Run
 from pretrain.run_folder import step_name
 
 EACH_KIND = 3
+"""Number of examples of each kind."""
 FIELDS = {"context", "target", "answer", "stopped"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an arm wrote for a row."""
+    """Answer of an arm to a test row."""
 
     arm: str
     text: str
-    """Of the arm's first seed that has answers."""
+    """Answer of the arm's first seed that has answers."""
     right: int
-    """Seeds that wrote exactly the target and stopped."""
+    """Number of seeds that wrote exactly the target and stopped."""
     seeds: int
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of the task."""
+    """Test row with the answers of the arms."""
 
     context: str
     target: str
@@ -34,7 +35,7 @@ class Example:
 
     @property
     def by_text(self) -> dict[str, list[Answer]]:
-        """Arms that wrote the same stand together; the target first."""
+        """Answers by text, so arms that wrote the same text are together; the target comes first."""
         texts: dict[str, list[Answer]] = {}
         for answer in sorted(self.answers, key=lambda answer: answer.text != self.target):
             texts.setdefault(answer.text, []).append(answer)
@@ -42,7 +43,7 @@ class Example:
 
 
 def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
-    """Rows by what is bad about them; the most telling first. Empty where no run has answers of the metric's task."""
+    """Return examples by kind of failure, the clearest first; empty if no run has answers of the metric's task."""
     written = {
         arm.name: [rows for run in arm.runs.values() if (rows := _answers(run, comparison.metric.task))]
         for arm in comparison.arms.values()
@@ -61,23 +62,19 @@ def worst_examples(comparison: Comparison) -> dict[str, list[Example]]:
     if baseline in written and len(written) > 1:
         lead = {id(example): _lead(example, baseline) for example in examples}
         by_lead = sorted(examples, key=lambda example: lead[id(example)])
-        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0][
-            :EACH_KIND
-        ]
+        kinds[f"{baseline} writes the target, the other arms do not"] = [one for one in by_lead if lead[id(one)] < 0]
         kinds[f"the other arms write the target, {baseline} does not"] = [
             one for one in reversed(by_lead) if lead[id(one)] > 0
-        ][:EACH_KIND]
-    kinds["nobody writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)][
-        :EACH_KIND
-    ]
-    return {kind: chosen for kind, chosen in kinds.items() if chosen}
+        ]
+    kinds["no arm writes the target"] = [one for one in examples if not any(answer.right for answer in one.answers)]
+    return {kind: chosen[:EACH_KIND] for kind, chosen in kinds.items() if chosen}
 
 
 def _lead(example: Example, baseline: str) -> float:
-    """Mean share of right seeds of the other arms, minus that of the baseline."""
-    shares = {answer.arm: answer.right / answer.seeds for answer in example.answers}
-    mine = shares.pop(baseline)
-    return sum(shares.values()) / len(shares) - mine
+    """Return the mean fraction of right seeds of the other arms, minus the baseline's fraction."""
+    fractions = {answer.arm: answer.right / answer.seeds for answer in example.answers}
+    baseline_fraction = fractions.pop(baseline)
+    return sum(fractions.values()) / len(fractions) - baseline_fraction
 
 
 def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
@@ -87,7 +84,10 @@ def _answer(name: str, rows: list[dict[str, Any]]) -> Answer:
 
 
 def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Return the rows of a finished run's last answers, by context, target and how often that pair came before; empty where there are none."""
+    """Return the rows of a finished run's last answers; empty if there are none.
+
+    The key is the context, the target, and the number of earlier rows with the same two.
+    """
     path = (
         run.folder / "evaluation" / "answers" / f"{task}-{step_name(run.last['step'])}.jsonl" if run.finished else None
     )
@@ -96,8 +96,8 @@ def _answers(run: Run, task: str) -> dict[tuple[str, str, int], dict[str, Any]]:
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in read_json_lines(path):
         if row.keys() >= FIELDS:
-            again = 0
-            while (row["context"], row["target"], again) in rows:
-                again += 1
-            rows[row["context"], row["target"], again] = row
+            repeats = 0
+            while (row["context"], row["target"], repeats) in rows:
+                repeats += 1
+            rows[row["context"], row["target"], repeats] = row
     return rows

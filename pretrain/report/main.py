@@ -1,4 +1,4 @@
-"""The report command."""
+"""Command line of the report."""
 
 import argparse
 import os
@@ -12,26 +12,26 @@ from pretrain.report.arms import STUDY, read_comparison
 
 def main() -> None:
     """Parse the command line and write the report."""
-    parser = argparse.ArgumentParser(description="Compare runs: one HTML page and a Markdown table.")
+    parser = argparse.ArgumentParser(description="Compare runs; write an HTML page and a Markdown report.")
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="RUN_DIR|STUDY", help="run directories, or one study folder"
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="the arm that the others are compared with; default: that of the study, or next_token",
+        help="arm that the other arms are compared with; default: the study's baseline, or the arm of next_token",
     )
     parser.add_argument(
         "--metric",
         metavar="TASK/NAME",
-        help="what the verdict is about, such as nl_rx/exact or validation/loss/lm; "
-        "TASK/NAME:higher or TASK/NAME:lower for one that declares no direction",
+        help="metric of the verdict, such as nl_rx/exact or validation/loss/lm; "
+        "TASK/NAME:higher or TASK/NAME:lower for a metric that declares no direction",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where report.html and REPORT.md go; default: the study, or beside the run",
+        help="folder for report.html and REPORT.md; default: the study folder, or the folder that contains the run",
     )
     arguments = parser.parse_args()
     exit_on_user_error(lambda: _report(arguments))
@@ -60,9 +60,9 @@ def _report(arguments: argparse.Namespace) -> None:
             f"cannot write the report to {folder}: {error.strerror}; choose another folder with --output"
         ) from None
     print(table)
-    _say(f"the page: {folder / 'report.html'}")
+    _say(f"report written to {folder / 'report.html'}")
 
 
 def _say(text: str) -> None:
-    """Beside the table, which alone goes to standard output."""
+    """Print to standard error, because standard output is for the table only."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: the verdict, what it costs, and what to be careful about."""
+"""Sentences of the report: the verdict, the cost of each arm, and the caveats."""
 
 from typing import get_args
 
@@ -10,16 +10,16 @@ from pretrain.report.summary import Spread, Summaries, Summary, spread
 from pretrain.tasks.directions import VALIDATION
 
 CLOSE = 0.02
-"""Difference in tokens, FLOPs or seconds up to which arms count as matched."""
+"""Largest relative difference in tokens, FLOPs or seconds at which arms count as matched."""
 FEW_SEEDS = 6
-"""From here on a test of signs alone could find something: 2 of 2^6 outcomes are less than 5%."""
+"""Fewest seeds with which a test of signs alone can reach p < 5%: all 6 signs agree in 2 of 2^6 outcomes."""
 UNEVEN = 1.25
-"""Ratio of the seconds of two seeds of an arm from which these are no measure of it."""
+"""Ratio between the seconds of two seeds of an arm above which seconds are not a reliable measure."""
 AMOUNTS = {"tokens": "corpus tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def format_number(value: float | None, sign: bool = False) -> str:
-    """Four decimals from 0.0001 to 10, else four digits; a dash for none."""
+    """Format a number: four decimals between 0.0001 and 10, otherwise about four digits; a dash for None."""
     if value is None:
         return "–"
     plus = "+" if sign else ""
@@ -31,7 +31,7 @@ def format_number(value: float | None, sign: bool = False) -> str:
 
 
 def format_spread(value: Spread | None) -> str:
-    """Mean ± standard deviation, with as many decimals."""
+    """Format mean ± standard deviation, both with the same number of decimals; a dash for None."""
     if value is None:
         return "–"
     mean = format_number(value.mean)
@@ -40,12 +40,12 @@ def format_spread(value: Spread | None) -> str:
 
 
 def format_p_value(p: float | None) -> str:
-    """Format a p value."""
+    """Format a p value; a dash for None."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def format_interval(test: PairedTest | None) -> str:
-    """Format the interval of a test."""
+    """Format the confidence interval of a test; a dash if there is none."""
     return (
         "–"
         if test is None or test.low is None
@@ -54,32 +54,34 @@ def format_interval(test: PairedTest | None) -> str:
 
 
 def headline(all_arms: Summaries) -> str:
-    """The verdict in a sentence."""
+    """Return the verdict on all arms in one sentence."""
     tests, comparison = all_arms.tests, all_arms.comparison
     if not tests:
-        return f"No verdict: there is one arm, {next(iter(comparison.arms))}, and nothing to compare it with."
+        return (
+            f"No verdict: there is only one arm, {next(iter(comparison.arms))}, so there is nothing to compare it with."
+        )
     if len(tests) == 1:
         return verdict(all_arms, next(iter(tests)))
     by_verdict = {kind: [name for name, test in tests.items() if test.verdict == kind] for kind in get_args(Verdict)}
-    parts = [
-        f"{join_names([f'{name} ({format_number(tests[name].mean, True)})' for name in names])} {word if len(names) == 1 else word[:-1]}"
-        for word in ("helps", "hurts")
-        if (names := by_verdict[word])
-    ]
+    parts = []
+    for word in ("helps", "hurts"):
+        if names := by_verdict[word]:
+            arms = join_names([f"{name} ({format_number(tests[name].mean, True)})" for name in names])
+            parts.append(f"{arms} {word if len(names) == 1 else word.removesuffix('s')}")
     if names := by_verdict["no difference found"]:
-        parts.append(f"for {join_names(names)} no difference was found")
+        parts.append(f"no difference was found for {join_names(names)}")
     if names := by_verdict["no verdict"]:
-        parts.append(f"for {join_names(names)} there is no verdict")
-    return f"Against {comparison.baseline} in {comparison.metric}, {'; '.join(parts)}."
+        parts.append(f"there is no verdict for {join_names(names)}")
+    return f"Compared with {comparison.baseline} in {comparison.metric}: {'; '.join(parts)}."
 
 
 def join_names(names: list[str]) -> str:
-    """a, b and c."""
+    """Join names in the form `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def verdict(all_arms: Summaries, name: str) -> str:
-    """Of one arm, in a sentence with its numbers."""
+    """Return the verdict on one arm in one or two sentences, with its numbers."""
     comparison, test = all_arms.comparison, all_arms.tests[name]
     metric, baseline = comparison.metric, comparison.baseline
     assert baseline is not None  # or there would be no test
@@ -87,34 +89,39 @@ def verdict(all_arms: Summaries, name: str) -> str:
         seen = (
             ""
             if test.mean is None
-            else f" (the difference to {baseline} in {metric} is {format_number(test.mean, True)})"
+            else f" (the difference from {baseline} in {metric} is {format_number(test.mean, True)})"
         )
         return f"{name}: no verdict, because {test.reason}{seen}."
     paired = f"over {len(test.seeds)} seeds"
     if test.p is None:
-        return f"{name}: no difference found to {baseline} in {metric}: {test.reason} ({len(test.seeds)})."
-    numbers = (
-        f"{format_number(test.mean, True)} {paired}, 95% interval {format_interval(test)}, p = {format_p_value(test.corrected_p)}".replace(
-            "= <", "<"
-        )
-        + (f" after correction for {all_arms.num_tested_arms} arms" if all_arms.num_tested_arms > 1 else "")
-    )
+        return f"{name}: no difference from {baseline} found in {metric}: {test.reason} ({len(test.seeds)} seeds)."
+    numbers = f"{format_number(test.mean, True)} {paired}, {_interval_and_p(test)}"
+    if all_arms.num_tested_arms > 1:
+        numbers += f" after correction for {all_arms.num_tested_arms} arms"
     if test.verdict == "no difference found":
         return (
-            f"{name}: no difference found to {baseline} in {metric} ({numbers}). With these seeds and this spread, only a true difference of "
-            f"±{format_number(test.min_detectable)} or more would have been found with a chance of {POWER:.0%}."
+            f"{name}: no difference from {baseline} found in {metric} ({numbers}). With this number of seeds and this "
+            f"spread, only a true difference of at least ±{format_number(test.min_detectable)} would have been found "
+            f"with a probability of at least {POWER:.0%}."
         )
     mine, other = (all_arms.arms[arm].values for arm in (name, baseline))
     means = [sum(values[seed] for seed in test.seeds) / len(test.seeds) for values in (mine, other)]
-    return f"{name} {test.verdict}: {metric} is {format_number(means[0])} against {format_number(means[1])} of {baseline} ({numbers})."
+    values_text = f"{format_number(means[0])} against {format_number(means[1])} for {baseline}"
+    return f"{name} {test.verdict}: {metric} is {values_text} ({numbers})."
+
+
+def _interval_and_p(test: PairedTest) -> str:
+    text = f"95% interval {format_interval(test)}, p = {format_p_value(test.corrected_p)}"
+    return text.replace("= <", "<")
 
 
 def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
-    """Which arm holds past the best validation loss, a sentence for each arm and measure, and for which runs the metric is not known there."""
+    """Return sentences on overfitting: the runs that are excluded, then one sentence for each measure and arm."""
     metric, baseline = all_arms.comparison.metric, all_arms.comparison.baseline
     sentences = [
-        f"{name}: {format_seeds(arm.not_bracketed)} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, "
-        f"and {'are' if len(arm.not_bracketed) > 1 else 'is'} left out of {metric} here."
+        f"{name}: {format_seeds(arm.not_bracketed)} {'are' if len(arm.not_bracketed) > 1 else 'is'} excluded from "
+        f"{metric} here: the metric needs evaluated checkpoints on both sides of the lowest validation loss and at the "
+        "last step."
         for name, arm in past.arms.items()
         if arm.not_bracketed
     ]
@@ -132,28 +139,25 @@ def overfitting_sentences(all_arms: Summaries, past: Overfitting) -> list[str]:
                 format_number(sum(values[arm][seed] for seed in test.seeds) / len(test.seeds), True)
                 for arm in (name, baseline)
             )
-            told = {
-                "helps": "holds better than",
-                "hurts": "holds worse than",
-                "no difference found": "no difference found to",
-                "no verdict": "no verdict against",
+            outcome = {
+                "helps": f"{name} does better than {baseline}",
+                "hurts": f"{name} does worse than {baseline}",
+                "no difference found": f"{name}: no difference from {baseline} found",
+                "no verdict": f"{name}: no verdict on the difference from {baseline}",
             }[test.verdict]
             numbers = f"{format_number(test.mean, True)} over {len(test.seeds)} seed{'s' * (len(test.seeds) > 1)}"
             if test.p is not None:
-                numbers += f", 95% interval {format_interval(test)}, p = {format_p_value(test.corrected_p)}".replace(
-                    "= <", "<"
-                )
+                numbers += f", {_interval_and_p(test)}"
             elif test.reason:
                 numbers += f"; {test.reason}"
-            subject = f"{name} {told}" if test.verdict in ("helps", "hurts") else f"{name}: {told}"
             sentences.append(
-                f"{subject} {baseline} in {measure} past the best validation loss: {mine} against {other} ({numbers})."
+                f"{outcome} in {measure} past the best validation loss: change of {mine} against {other} ({numbers})."
             )
     return sentences
 
 
 def cost_sentences(all_arms: Summaries) -> dict[str, str]:
-    """What each arm takes for the same corpus tokens, in a sentence."""
+    """Return for each arm a sentence on its cost per corpus token, relative to the baseline."""
     sentences = {}
     for name, arm in all_arms.arms.items():
         if name == all_arms.comparison.baseline or not (arm.flops_ratio or arm.seconds_ratio):
@@ -164,18 +168,18 @@ def cost_sentences(all_arms: Summaries) -> dict[str, str]:
                 f"{ratio.mean:.2f} times the seconds"
                 + (f" ({ratio.low:.2f} to {ratio.high:.2f} by seed)" if ratio.seeds > 1 else "")
             )
-        sentences[name] = f"A corpus token costs {name} {' and '.join(parts)} of {all_arms.comparison.baseline}."
+        sentences[name] = f"Per corpus token, {name} needs {' and '.join(parts)} of {all_arms.comparison.baseline}."
     return sentences
 
 
 def caveats(all_arms: Summaries) -> list[str]:
-    """What a reader must know before believing the verdict."""
+    """Return the caveats that a reader must know before relying on the verdict."""
     parts = (_scorings, _missing, _collapses, _metric, _matching, _differences, _seconds)
     return [sentence for part in parts for sentence in part(all_arms)]
 
 
 def _scorings(all_arms: Summaries) -> list[str]:
-    """Name the runs that another version of the scoring has scored, whose values do not compare."""
+    """Name the runs whose scores come from another version of the scoring, so they are not comparable."""
     metric = all_arms.comparison.metric
     if all_arms.settings is None or metric.task == VALIDATION:
         return []
@@ -187,10 +191,10 @@ def _scorings(all_arms: Summaries) -> list[str]:
     }
     if not others:
         return []
-    told = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
+    excluded = ", ".join(f"{name} (version {', '.join(map(str, sorted(found)))})" for name, found in others.items())
     return [
-        f"Scores of {metric} are of different versions of the scoring: those of version {version} are compared, those of {told} are left "
-        "out. Evaluate these runs again: python launcher/evaluate.py RUN_DIR."
+        f"Scores of {metric} come from different versions of the scoring: version {version} is compared, excluding "
+        f"{excluded}. Evaluate the excluded runs again: python launcher/evaluate.py RUN_DIR."
     ]
 
 
@@ -200,7 +204,7 @@ def _missing(all_arms: Summaries) -> list[str]:
         planned = arm.arm.planned
         if len(arm.values) == planned:
             continue
-        without = [f"seed {seed} is not there" for seed in arm.arm.missing_runs]
+        without = [f"seed {seed} is missing" for seed in arm.arm.missing_runs]
         for seed, run in arm.arm.runs.items():
             if not run.finished:
                 without.append(
@@ -209,7 +213,7 @@ def _missing(all_arms: Summaries) -> list[str]:
             elif seed not in arm.values:
                 without.append(
                     f"seed {seed} has no {metric} at its last step"
-                    + (", or under other settings" if metric.results(run) else "")
+                    + (", or only under other settings" if metric.results(run) else "")
                 )
         found.append(f"{arm.arm.name}: {len(arm.values)} of {planned} runs count ({'; '.join(without)}).")
     return found
@@ -219,8 +223,8 @@ def _collapses(all_arms: Summaries) -> list[str]:
     names = [f"{arm.arm.name} ({format_seeds(arm.collapsed)})" for arm in all_arms.arms.values() if arm.collapsed]
     return (
         [
-            f"The embeddings of {join_names(names)} have collapsed: unrelated views lie as close as pairs, or no prediction finds its own target. A low "
-            "JEPA loss says nothing there."
+            f"The embeddings of {join_names(names)} have collapsed: unrelated views are as close as pairs, or hardly "
+            "any prediction finds its target although pairs are close. A low JEPA loss of these runs means nothing."
         ]
         if names
         else []
@@ -233,20 +237,22 @@ def _metric(all_arms: Summaries) -> list[str]:
         found.append(f"The metric {comparison.metric} was {comparison.metric_origin}.")
     if all_arms.num_tested_arms > 1:
         found.append(
-            f"{all_arms.num_tested_arms} arms are compared with one baseline: p and intervals are corrected for that (Holm). Other "
-            "metrics are not tested, but for what a section on overfitting says: their differences are for looking only."
+            f"{all_arms.num_tested_arms} arms are compared with one baseline, and p and intervals are corrected for "
+            "that (Holm). Other metrics are not tested, except in a section on overfitting if there is one; their "
+            "differences are descriptive only."
         )
     seeds = min((len(test.seeds) for test in all_arms.tests.values()), default=FEW_SEEDS)
     if 1 < seeds < FEW_SEEDS:
         found.append(
-            f"{seeds} seeds are few: the test takes differences between seeds to be normally distributed, which so few cannot show. A test "
-            f"without that, which asks only whether all seeds agree, needs {FEW_SEEDS}."
+            f"{seeds} seeds are few: the test assumes normally distributed differences, and so few seeds cannot show "
+            "that they are. A test without this assumption, which uses only the signs of the differences, needs "
+            f"{FEW_SEEDS} seeds."
         )
     return found
 
 
 def _matching(all_arms: Summaries) -> list[str]:
-    """Which amounts the arms had alike."""
+    """Report which amounts were the same for all arms, and which were not."""
     if len(all_arms.arms) < 2:
         return []
     alike: list[tuple[str, str]] = []
@@ -256,22 +262,17 @@ def _matching(all_arms: Summaries) -> list[str]:
         if len(means) == len(all_arms.arms):
             apart = max(means) / min(means) - 1
             (unlike if apart > CLOSE else alike).append(
-                (what, f"{name} (up to {apart:.0%} apart)" if apart > CLOSE else name)
+                (what, f"{name} (by up to {apart:.0%})" if apart > CLOSE else name)
             )
     matched_by = all_arms.comparison.matched_by
     found: list[str] = []
     if matched_by is not None and matched_by in [what for what, _ in unlike]:
-        found.append(
-            f"The study is matched by {AMOUNTS[matched_by]}, but the arms did not get the same: see the table."
-        )
+        found.append(f"The study is matched by {AMOUNTS[matched_by]}, but the arms differ in it; see the table.")
     if unlike:
-        same = (
-            f"The arms had the same {join_names([text for _, text in alike])}"
-            if alike
-            else "The arms had nothing alike"
-        )
+        same = f"are equal in {join_names([text for _, text in alike])}, but " if alike else ""
         found.append(
-            f"{same}, not the same {join_names([text for _, text in unlike])}: the verdict holds at this matching only."
+            f"The arms {same}differ in {join_names([text for _, text in unlike])}; "
+            "the verdict holds for this matching only."
         )
     return found
 
@@ -284,48 +285,52 @@ def _differences(all_arms: Summaries) -> list[str]:
         for values, run in zip(training_settings(first_runs), first_runs, strict=True)
     ]
     found = []
-    besides = [key for key in differing_keys(settings) if not key.startswith("objective.")]
-    if besides:
-        told = [
+    other_keys = [key for key in differing_keys(settings) if not key.startswith("objective.")]
+    if other_keys:
+        descriptions = [
             f"{key} ({', '.join(dict.fromkeys(shorten(values.get(key, NOT_SET)) for values in settings))})"
-            for key in besides
+            for key in other_keys
         ]
-        found.append(f"Besides the objective, arms differ in {join_names(told)}.")
+        found.append(f"Besides the objective, arms differ in {join_names(descriptions)}.")
     environments = [run.environment for run in comparison.runs if run.environment]
     read = {
         str([environment.get("data", {}).get(part) for part in ("corpus", "tokenizer")]) for environment in environments
     }
     if len(read) > 1:
         found.append(
-            "The runs did not read the same corpus with the same tokenizer: their losses do not compare, and their scores only with care."
+            "The runs did not read the same corpus with the same tokenizer: their losses are not comparable, "
+            "and their scores should be compared with care."
         )
     machines = {
-        f"{environment.get('ranks')} ranks on {environment.get('device')}, {environment.get('threads_per_rank')} threads each"
+        f"{environment.get('ranks')} ranks on {environment.get('device')}, "
+        f"{environment.get('threads_per_rank')} threads each"
         for environment in environments
     }
     if len(machines) > 1:
-        found.append(f"The runs had different machines ({'; '.join(sorted(machines))}): their seconds do not compare.")
+        found.append(
+            f"The runs used different machines ({'; '.join(sorted(machines))}): their seconds are not comparable."
+        )
     return found
 
 
 def _seconds(all_arms: Summaries) -> list[str]:
-    """Whether the clock can be believed."""
+    """Warn if the seconds of an arm's seeds differ too much to be reliable."""
     speeds = [
         spread(run.last["seconds"] / run.last["tokens"] for run in arm.finished) for arm in all_arms.arms.values()
     ]
-    uneven = max((one.high / one.low for one in speeds if one), default=1.0)
+    unevenness = max((one.high / one.low for one in speeds if one), default=1.0)
     return (
         [
-            f"Seeds of the same arm took up to {uneven:.1f} times as long as others: the machine did other work too, so compare FLOPs rather than "
-            "seconds."
+            f"Some seeds took up to {unevenness:.1f} times as long as other seeds of the same arm: the machine did "
+            "other work too, so compare FLOPs rather than seconds."
         ]
-        if uneven > UNEVEN
+        if unevenness > UNEVEN
         else []
     )
 
 
 def run_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
-    """The runs of an arm: seed, state, step, value of the metric, folder."""
+    """Return a table row for each run of an arm: seed, state, step, value of the metric, folder."""
     rows = [
         (
             str(seed),

@@ -1,4 +1,4 @@
-"""Past the best validation loss: how far it rises again, and what becomes of the metric meanwhile."""
+"""Overfitting: the rise of the validation loss after its minimum, and the change of the metric over the same steps."""
 
 from dataclasses import dataclass
 
@@ -11,40 +11,43 @@ from pretrain.tasks.directions import VALIDATION
 
 LOSS = f"{VALIDATION}/loss/lm"
 RISE = 0.01
-"""Share of the lowest validation loss by which some arm must lie above it at the end, or there is nothing to tell."""
+"""Smallest relative rise of the validation loss above its minimum that counts as overfitting."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """The finished runs of an arm; values by seed."""
+    """Measures of overfitting of the finished runs of an arm, by seed."""
 
     lowest: dict[int, float]
-    """Validation loss."""
+    """Lowest validation loss."""
     rise: dict[int, float]
-    """Of the validation loss, from its lowest value to the end."""
+    """Rise of the validation loss from its lowest value to the end."""
     times: Spread
-    """Tokens of the whole run, over those at the lowest validation loss."""
+    """Ratio of the tokens of the whole run to the tokens up to the lowest validation loss."""
     metric: dict[int, float]
-    """At the lowest validation loss, on a straight line between the evaluated checkpoints around it; of runs that have those, and the last."""
+    """Metric at the lowest validation loss, interpolated linearly between the evaluated checkpoints around it.
+
+    Only runs with evaluated checkpoints on both sides and at the last step have a value.
+    """
     change: dict[int, float]
-    """Of the metric, from there to the end."""
+    """Change of the metric from the lowest validation loss to the end."""
     not_bracketed: list[int]
-    """Seeds with several evaluated checkpoints, but none before and after the lowest validation loss, or not the last one."""
+    """Seeds without a value in `metric`, although they have several evaluated checkpoints."""
 
 
 @dataclass(frozen=True)
 class Overfitting:
-    """All arms that have validation losses, and the tests of the others against the baseline."""
+    """All arms that have validation losses, and the tests of the other arms against the baseline."""
 
     arms: dict[str, Past]
     rises: dict[str, PairedTest]
-    """Lower is better."""
+    """Tests of the rises by arm; lower is better."""
     changes: dict[str, PairedTest]
-    """Of the metric; empty where no run was evaluated more than once."""
+    """Tests of the changes of the metric by arm; empty if no run was evaluated more than once."""
 
 
 def overfitting(summaries: Summaries) -> Overfitting | None:
-    """None where no arm has overfitted."""
+    """Compare how much the arms overfit; return None if no arm does."""
     arms = {name: past for name, summary in summaries.arms.items() if (past := _past(summaries, summary.finished))}
     if not any(_mean(past.rise) > RISE * _mean(past.lowest) for past in arms.values()):
         return None
@@ -85,8 +88,8 @@ def _past(summaries: Summaries, runs: list[Run]) -> Past | None:
             continue
         metric[run.seed] = float(np.interp(step, steps, values))
         change[run.seed] = scores[-1][1] - metric[run.seed]
-    of_times = spread(times.values())
-    return Past(lowest, rise, of_times, metric, change, not_bracketed) if of_times else None
+    times_spread = spread(times.values())
+    return Past(lowest, rise, times_spread, metric, change, not_bracketed) if times_spread else None
 
 
 def _mean(values: dict[int, float]) -> float:
@@ -94,5 +97,5 @@ def _mean(values: dict[int, float]) -> float:
 
 
 def _magnitude(values: dict[int, float], base: dict[int, float]) -> float:
-    """Return the largest magnitude of two arms over the seeds that both have."""
+    """Return the largest magnitude in the values of two arms, over the seeds that both have."""
     return max_magnitude(value for seed in values.keys() & base.keys() for value in (values[seed], base[seed]))

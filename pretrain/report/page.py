@@ -1,4 +1,4 @@
-"""The page and the table, from what was found."""
+"""Rendering of the report: the HTML page and the Markdown file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ PAST = [
     "metric there, interpolated",
     "its change to the end",
 ]
-"""Heads of the table on overfitting."""
+"""Column headings of the table on overfitting."""
 AMOUNTS = ("tokens", "flops", "seconds")
 ENVIRONMENT = Environment(
     loader=PackageLoader("pretrain.report", "."),
@@ -34,10 +34,10 @@ ENVIRONMENT = Environment(
 
 
 def columns(summaries: Summaries) -> list[str]:
-    """Heads of the table by arm."""
+    """Return the column headings of the table of arms."""
     corrected = " (Holm)" if summaries.num_tested_arms > 1 else ""
     base = summaries.comparison.baseline
-    compared = [f"difference to {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
+    compared = [f"difference from {base}", f"95% interval{corrected}", f"p{corrected}", "verdict"] if base else []
     costs = ["FLOPs a token", "seconds a token"] if base else []
     return [
         "arm",
@@ -53,7 +53,7 @@ def columns(summaries: Summaries) -> list[str]:
 
 
 def row(summaries: Summaries, summary: Summary) -> list[str]:
-    """The cells of an arm."""
+    """Return the cells of an arm in the table of arms."""
     test, baseline = summary.test, summaries.comparison.baseline
     compared: list[str] = []
     if baseline and summary.arm.name == baseline:
@@ -85,7 +85,7 @@ def row(summaries: Summaries, summary: Summary) -> list[str]:
 
 
 def score_rows(summaries: Summaries) -> list[list[str]]:
-    """Each metric of each task, and its values by arm."""
+    """Return a row for each metric of each task: its name and its value in each arm."""
     return [
         [name, *(narrative.format_spread(values[arm]) for arm in summaries.arms)]
         for name, values in summaries.scores.items()
@@ -93,7 +93,7 @@ def score_rows(summaries: Summaries) -> list[list[str]]:
 
 
 def past_rows(past: Overfitting) -> list[list[str]]:
-    """The cells of each arm under the heads PAST."""
+    """Return a row for each arm in the table on overfitting, with the columns PAST."""
     return [
         [
             name,
@@ -112,7 +112,7 @@ def _amount(value: float | None) -> str:
 
 
 def markdown(summaries: Summaries) -> str:
-    """The table, the verdict above it, the cautions below."""
+    """Return the Markdown report: the verdict, the table of arms, the caveats, and the further tables."""
     lines = [f"# {_plain(summaries.comparison.title)}", "", f"**{_plain(narrative.headline(summaries))}**", ""]
     if len(summaries.tests) > 1:
         lines += [*(f"- {_plain(narrative.verdict(summaries, name))}" for name in summaries.tests), ""]
@@ -141,7 +141,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes for text, on one line."""
+    """Escape text for Markdown and put it on one line."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     for letter in "\\|*`[]":
         text = text.replace(letter, f"\\{letter}")
@@ -149,11 +149,11 @@ def _plain(text: str) -> str:
 
 
 def html(summaries: Summaries, say: Callable[[str], None]) -> str:
-    """The whole page. `say` tells what takes time."""
+    """Return the HTML page. `say` receives a progress message before each slow part."""
     comparison = summaries.comparison
     say("computing embeddings")
     pictures, no_picture = _pictures(summaries)
-    say("drawing")
+    say("drawing charts")
     past = overfitting(summaries)
     return ENVIRONMENT.get_template("page.html.jinja").render(
         comparison=comparison,
@@ -184,23 +184,23 @@ def _dash(number: int) -> str:
 
 
 def _curves(summaries: Summaries) -> list[dict[str, Any]]:
-    """Title, remark and chart of each measure that some run has."""
+    """Return the title, remark and chart of each measure that at least one run has."""
     metric = summaries.comparison.metric
     measures = {
         f"{metric}": (
-            "Wherever a checkpoint was evaluated.",
+            "At the checkpoints that were evaluated.",
             metric.name,
             lambda what: metric_bands(summaries, metric, what),
         ),
         "validation/loss/lm": (
             "Next-token loss on unseen records.",
-            "nats a token",
+            "nats per token",
             _bands_of(summaries, "validation/loss/lm"),
         ),
-        "loss/lm": ("Next-token loss of the training batches.", "nats a token", _bands_of(summaries, "loss/lm")),
+        "loss/lm": ("Next-token loss of the training batches.", "nats per token", _bands_of(summaries, "loss/lm")),
         "loss/jepa": (
-            "The auxiliary term, unweighted. Each distance has units of its own: compare a curve with itself.",
-            "units of its own",
+            "The auxiliary term, unweighted. Each distance has its own unit, so different terms are not comparable.",
+            "arbitrary units",
             _bands_of(summaries, "loss/jepa"),
         ),
     }
@@ -221,7 +221,7 @@ def _diagnostics(summaries: Summaries) -> str:
     titles = {
         "paired_cosine": ("cosine of a pair", "cosine"),
         "shuffled_cosine": ("cosine of unrelated views", "cosine"),
-        "retrieval_at_1": ("retrieval@1", "share of pairs"),
+        "retrieval_at_1": ("retrieval@1", "fraction of pairs"),
         "effective_rank": ("effective rank", "dimensions"),
     }
     return plots.diagnostics(
@@ -234,7 +234,7 @@ def _bands_of(summaries: Summaries, tag: str) -> Callable[[str], dict[str, Band]
 
 
 def _pictures(summaries: Summaries) -> tuple[dict[str, EmbeddingProjection], list[str]]:
-    """Of the first finished seed of each arm; and what is missing, and for which arms."""
+    """Return the picture of each arm's first finished seed, and a message for each reason why arms have no picture."""
     pictures: dict[str, EmbeddingProjection] = {}
     missing: dict[str, list[str]] = {}
     for name, summary in summaries.arms.items():

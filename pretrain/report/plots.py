@@ -1,4 +1,4 @@
-"""Charts as SVG that stands inside a page: its text is text, its colours are the page's variables, its ids are its own."""
+"""Charts as inline SVG for the page: text stays text, colours are CSS variables of the page, and ids are unique."""
 
 import io
 import itertools
@@ -19,18 +19,18 @@ from pretrain.report.embeddings import EmbeddingProjection
 from pretrain.report.summary import Summaries
 
 INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
-"""Stand-ins for colours of the page; so are those of `_arm_color`."""
+"""Placeholders for colours of the page, like the colours of `arm_style`."""
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", FIRST: "var(--arm1)", SECOND: "var(--arm2)"}
 HUES = 7
-"""Colours in the page beside the baseline's; the next arms take them again, with another dash."""
+"""Number of arm colours in the page, without the baseline's. Further arms reuse them with another dash."""
 Dash = str | tuple[int, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE_DASH: Dash = (0, (4, 3))
-"""An arm that differs little from the baseline shows between its strokes."""
+"""Dashes, so that an arm close to the baseline is visible in the gaps."""
 LABELLED = 8
-"""Arms up to which a chart names its lines at their ends."""
+"""Largest number of arms for which a chart labels the ends of its lines."""
 WIDTH = 11.6
-"""Inches; the page scales it."""
+"""Width of a chart in inches; the page rescales it."""
 NAMES = {"tokens": "corpus tokens", "flops": "training FLOPs", "seconds": "training seconds"}
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _counter = itertools.count()
@@ -65,17 +65,17 @@ plt.rcParams.update(
 
 
 def arm_style(number: int) -> tuple[str, Dash]:
-    """Colour (a stand-in) and dash of the arm of this number; 0 is the baseline."""
+    """Return the placeholder colour and the dash of an arm by its number; 0 is the baseline."""
     return f"#05{number:02x}00", BASELINE_DASH if number == 0 else DASHES[(number - 1) // HUES % len(DASHES)]
 
 
 def arm_variable(number: int) -> str:
-    """The page's name of that colour."""
+    """Return the CSS variable of an arm's colour by the arm's number."""
     return "var(--arm0)" if number == 0 else f"var(--arm{(number - 1) % HUES + 1})"
 
 
 def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label: str, x_axis: tuple[str, ...]) -> str:
-    """One measure against several amounts, side by side, with the same vertical axis; empty where no run has it."""
+    """Plot a measure against several amounts, side by side, with a common vertical axis; "" if no run has it."""
     panels = {what: found for what in x_axis if (found := bands(what))}
     if not panels:
         return ""
@@ -92,7 +92,7 @@ def curves(summaries: Summaries, bands: Callable[[str], dict[str, Band]], label:
 
 
 def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str], dict[str, Band]]]]) -> str:
-    """Several measures against tokens, a panel each: title -> (unit, bands)."""
+    """Plot several measures against tokens, one panel each; `tags` maps a title to its unit and bands."""
     panels = {title: (unit, found) for title, (unit, bands) in tags.items() if (found := bands("tokens"))}
     if not panels:
         return ""
@@ -106,7 +106,7 @@ def diagnostics(summaries: Summaries, tags: dict[str, tuple[str, Callable[[str],
 
 
 def forest(summaries: Summaries) -> str:
-    """Each arm's difference to the baseline: the seeds, their mean and its interval. Empty without a difference."""
+    """Plot each arm's difference from the baseline: seeds, mean and interval; "" if there is no difference to show."""
     tests = [(name, test, mean) for name, test in summaries.tests.items() if (mean := test.mean) is not None]
     if not tests:
         return ""
@@ -132,26 +132,26 @@ def forest(summaries: Summaries) -> str:
     axis.set_ylim(len(tests) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(
-        f"difference to {summaries.comparison.baseline} in {summaries.comparison.metric}"
-        + (" (to the right: better)" if summaries.comparison.metric.higher_is_better else " (to the left: better)")
+        f"difference from {summaries.comparison.baseline} in {summaries.comparison.metric}"
+        + (" (right is better)" if summaries.comparison.metric.higher_is_better else " (left is better)")
     )
     return _svg(figure)
 
 
 def embeddings(pictures: dict[str, EmbeddingProjection]) -> str:
-    """A panel an arm, all with the same scale."""
+    """Plot the projected embeddings, one panel per arm, all with the same scale."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     width = WIDTH * (columns if columns > 2 else 3) / 4 if columns < 4 else WIDTH
     figure, axes = plt.subplots(rows, columns, figsize=(width, rows * (width / columns + 0.3)), squeeze=False)
-    reach = 1.05 * max(float(np.abs(np.concatenate([one.first, one.second])).max()) for one in pictures.values())
+    half_range = 1.05 * max(float(np.abs(np.concatenate([one.first, one.second])).max()) for one in pictures.values())
     for axis in axes.flat[len(pictures) :]:
         axis.set_visible(False)
     for axis, (name, one) in zip(axes.flat, pictures.items(), strict=False):
         axis.plot(*np.stack([one.first, one.second], axis=1).transpose(2, 1, 0), color=INK, linewidth=0.5, alpha=0.3)
         axis.plot(*one.first.T, "o", color=FIRST, markersize=3.2, markeredgewidth=0, alpha=0.85)
         axis.plot(*one.second.T, "^", color=SECOND, markersize=3.4, markeredgewidth=0, alpha=0.85)
-        axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        axis.set(xlim=(-half_range, half_range), ylim=(-half_range, half_range), aspect="equal")
         axis.set_title(f"{name}\n{one.explained:.0%} of the variance", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.yaxis.set_major_locator(MaxNLocator(3))
@@ -190,7 +190,7 @@ def _draw_bands(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
 
 
 def _label_amount(axis: Axes, what: str, largest: float) -> None:
-    """Ticks without powers of ten, which go into the label."""
+    """Label the horizontal axis, with the power of ten in the label instead of at the ticks."""
     power = 3 * int(np.floor(np.log10(max(largest, 1)) / 3)) if largest >= 10_000 else 0
     unit = {0: "", 3: " (thousands)", 6: " (millions)", 9: " (billions)"}.get(
         power, f" (10{str(power).translate(SUPERSCRIPTS)})"
@@ -202,7 +202,7 @@ def _label_amount(axis: Axes, what: str, largest: float) -> None:
 
 
 def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
-    """Logarithmic for what falls over more than a factor of 5."""
+    """Label the vertical axis; make it logarithmic if positive values span more than a factor of 5."""
     low, high = (
         min(float(band.low.min()) for band in found.values()),
         max(float(band.high.max()) for band in found.values()),
@@ -217,23 +217,23 @@ def _scale(axis: Axes, found: dict[str, Band], label: str) -> None:
 
 
 def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> None:
-    """The names of the arms to the right of the chart, at the heights of their ends as far as there is room."""
+    """Write the names of the arms to the right of the chart, as close to the ends of their lines as space allows."""
     to_axes = axis.transAxes.inverted()
-    ends = {
+    line_ends = {
         name: to_axes.transform(axis.transData.transform((band.x[-1], band.mean[-1])))[1]
         for name, band in found.items()
     }
-    order = sorted(ends, key=ends.__getitem__)
+    order = sorted(line_ends, key=line_ends.__getitem__)
     gap = 0.085
     heights: list[float] = []
     for name in order:
-        heights.append(max(ends[name], heights[-1] + gap if heights else 0.0))
+        heights.append(max(line_ends[name], heights[-1] + gap if heights else 0.0))
     excess = max(0.0, heights[-1] - 1.0)
     for place in range(len(heights) - 1, -1, -1):
-        ceiling = (
+        highest = (
             heights[place] - excess if place == len(heights) - 1 else min(heights[place], heights[place + 1] - gap)
         )
-        heights[place] = ceiling
+        heights[place] = highest
     numbers = {name: number for number, name in enumerate(summaries.arms)}
     for name, height in zip(order, heights, strict=True):
         axis.text(
@@ -242,18 +242,22 @@ def _name_lines(axis: Axes, summaries: Summaries, found: dict[str, Band]) -> Non
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element: without declaration and metadata, which name addresses, with colours and ids of this page."""
-    written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    """Return the figure as an inline SVG element and close it.
+
+    The XML declaration and metadata are removed because they contain URLs. Colours become CSS variables and ids become
+    unique in the page.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
-    text = written.getvalue()
+    text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
     text = re.sub(r"#05([0-9a-f]{2})00", lambda found: arm_variable(int(found[1], 16)), text)
-    mine = f"c{next(_counter)}-"
-    text = re.sub(r'\bid="', f'id="{mine}', text)
-    text = re.sub(r"url\(#", f"url(#{mine}", text)
-    text = re.sub(r'href="#', f'href="#{mine}', text)
+    id_prefix = f"c{next(_counter)}-"
+    text = re.sub(r'\bid="', f'id="{id_prefix}', text)
+    text = re.sub(r"url\(#", f"url(#{id_prefix}", text)
+    text = re.sub(r'href="#', f'href="#{id_prefix}', text)
     return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", text, count=1)

@@ -1,4 +1,4 @@
-"""What a run directory tells: its settings, its curves, and its scores."""
+"""Contents of run directories: settings, curves and scores."""
 
 import json
 from collections.abc import Iterable
@@ -19,16 +19,16 @@ from pretrain.run_folder import read_metrics, read_status
 from pretrain.tasks.directions import VALIDATION, MetricDirection, direction
 
 FINETUNING = ("finetune", "finetune_objective", "finetune_lora")
-"""Keys of a task."""
+"""Keys of a task that configure its finetuning."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory as it was read."""
+    """Contents of a run directory."""
 
     folder: Path
     config: dict[str, Any]
-    """Plain values, with the defaults of this version where it reads them."""
+    """Configuration as plain values, with the defaults of this version if this version can read it."""
     environment: dict[str, Any]
     status: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -42,13 +42,16 @@ class Run:
 
     @property
     def objective(self) -> str:
-        """The name of its objective."""
+        """Name of the objective."""
         name: str = self.config["objective"]["name"]
         return name
 
     @property
     def has_pair_term(self) -> bool:
-        """Whether its objective has a term on pairs; of one that this version does not read, whether it is another than next_token."""
+        """Whether the objective has a term on pairs.
+
+        An objective that this version cannot read counts as having one, unless it is next_token.
+        """
         try:
             return objective_configs()[self.objective].model_validate(self.config["objective"]).pairing is not None
         except (KeyError, ValidationError):
@@ -56,17 +59,20 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has consumed its budget."""
+        """Whether the run has used its whole budget."""
         return self.status.get("status") == "finished" and bool(self.metrics)
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last line of metrics.jsonl: what it has consumed, and its last values."""
+        """Last line of metrics.jsonl, with the amounts consumed and the last values; empty without metrics."""
         return self.metrics[-1] if self.metrics else {}
 
     @property
     def root(self) -> Path:
-        """The folder in which it was started, if the run directory still stands where it was written; paths of the configuration start there."""
+        """Folder in which the run was started, to which the paths in its configuration are relative.
+
+        It is the current folder if the run directory has been moved.
+        """
         written = Path(self.config.get("output_dir", "runs")) / self.config["name"]
         folder = self.folder.resolve()
         if written.is_absolute() or folder.parts[-len(written.parts) :] != written.parts:
@@ -74,15 +80,18 @@ class Run:
         return folder.parents[len(written.parts) - 1]
 
     def curve(self, tag: str) -> list[tuple[int, float]]:
-        """(step, value) wherever metrics.jsonl has the tag."""
+        """Return (step, value) for each line of metrics.jsonl that has the tag."""
         return [(line["step"], line[tag]) for line in self.metrics if line.get(tag) is not None]
 
     def value(self, *tags: str) -> float | None:
-        """The last value of the first of the tags that the run has."""
+        """Return the last value of the first of these tags that the run has; None if it has none of them."""
         return next((curve[-1][1] for curve in map(self.curve, tags) if curve), None)
 
     def consumed(self, key: str, steps: Iterable[int]) -> np.ndarray:
-        """A counter of metrics.jsonl (`tokens`, `seconds`) at steps, on a straight line between the logged ones, which start at 0."""
+        """Return a counter of metrics.jsonl (`tokens`, `seconds`) at the given steps, (n,).
+
+        Values between logged steps are interpolated linearly, starting with 0 at step 0.
+        """
         lines = [{"step": 0, key: 0}, *self.metrics]
         values: np.ndarray = np.interp(list(steps), [line["step"] for line in lines], [line[key] for line in lines])
         return values
@@ -90,7 +99,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a run: of a task of evaluation/results.jsonl, or, for the task `validation`, a tag of metrics.jsonl."""
+    """Metric of a task in evaluation/results.jsonl or, for the task `validation`, a tag of metrics.jsonl."""
 
     task: str
     name: str
@@ -101,29 +110,35 @@ class Metric:
 
     @staticmethod
     def parse(text: str, runs: list[Run], planned: "Metric | None" = None) -> "Metric":
-        """Read TASK/NAME, or TASK/NAME:higher or :lower where the metric declares no direction.
+        """Parse TASK/NAME, or TASK/NAME:higher or TASK/NAME:lower for a metric that declares no direction.
 
-        The direction of a `planned` metric is that of the plan. Raises UserError for a metric that no run has, or without a direction.
+        If the text names the `planned` metric without a direction, that metric is returned. Raises UserError for a
+        metric that no run has, or that has no direction.
         """
         path, _, given = text.rpartition(":") if text.endswith((":higher", ":lower")) else (text, "", None)
         task, slash, name = path.partition("/")
         if not (task and slash and name):
-            raise UserError(f"--metric {text}: write TASK/NAME, such as nl_rx/exact or validation/loss/lm")
+            raise UserError(
+                f"--metric {text}: not of the form TASK/NAME; write for example nl_rx/exact or validation/loss/lm"
+            )
         metric = Metric(task, name, True)
         if metric.common_settings(runs) is None and not any(metric.curve(run, None) for run in runs):
-            raise UserError(f"no run has the metric {metric}; there are {known_metrics(runs)}")
+            raise UserError(f"no run has the metric {metric}; available: {known_metrics(runs)}")
         if given is None and planned is not None and str(planned) == path:
             return planned
         found = given or declared_direction(task, name, runs)
         if found not in ("higher", "lower"):
-            why = "neither more nor less of it is better by itself" if found else "it declares no direction"
+            why = "neither a higher nor a lower value alone is better" if found else "it declares no direction"
             raise UserError(
-                f"--metric {path}: {why}; write {path}:higher or {path}:lower to say what you take for better"
+                f"--metric {path}: {why}; write {path}:higher or {path}:lower to choose the better direction"
             )
         return Metric(task, name, found == "higher")
 
     def curve(self, run: Run, settings: str | None) -> list[tuple[int, float]]:
-        """(step, value), ascending; several results of a step, from several finetuning seeds, as their mean. `settings` as of `common_settings`."""
+        """Return (step, value) in order of steps; several results of a step, from finetuning seeds, become their mean.
+
+        Only results under `settings` count; see `common_settings`.
+        """
         if self.task == VALIDATION:
             return run.curve(f"{self.task}/{self.name}")
         found: dict[int, list[float]] = {}
@@ -133,7 +148,7 @@ class Metric:
         return [(step, float(np.mean(found[step]))) for step in sorted(found)]
 
     def results(self, run: Run) -> list[dict[str, Any]]:
-        """The results of its task that have it."""
+        """Return the results of the metric's task that contain the metric."""
         return [
             result
             for result in run.results
@@ -141,14 +156,15 @@ class Metric:
         ]
 
     def final(self, run: Run, settings: str | None) -> float | None:
-        """The value at the last step of a finished run; None where it has none."""
+        """Return the value at the last step of a finished run; None if there is no such value."""
         curve = self.curve(run, settings) if run.finished else []
         return curve[-1][1] if curve and curve[-1][0] == run.last["step"] else None
 
     def common_settings(self, runs: list[Run]) -> str | None:
-        """Return the settings of the newest scoring under which most runs have it at their last step; None without any.
+        """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results under the same settings, by the same version of the scoring, may be compared.
+        Only results under the same settings and the same scoring version may be compared. The settings returned are
+        those of the newest scoring version under which most runs have the metric at their last step.
         """
         votes: dict[str, int] = {}
         for run in runs:
@@ -167,18 +183,18 @@ class Metric:
         )
 
     def scoring_versions(self, run: Run) -> set[int]:
-        """Return the versions of the scoring that gave its values at the last step of a run."""
+        """Return the scoring versions of the metric's results at the last step of a run."""
         return {scoring_version(result) for result in self.results(run) if result["step"] == run.last.get("step")}
 
 
 def tasks_by_title(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the evaluation tasks of a run's configuration by what results call them."""
+    """Return the evaluation tasks of a run's configuration by their name in results."""
     tasks = (config.get("evaluation") or {}).get("tasks") or []
     return {task.get("label") or task["name"]: task for task in tasks}
 
 
 def declared_direction(task: str, name: str, runs: list[Run]) -> MetricDirection | None:
-    """Return the direction of a metric as a result of it records it or, in results of older versions, as its task declares it."""
+    """Return the direction of a metric that a result records, or else (in older results) that its task declares."""
     for run in runs:
         for result in run.results:
             if result["task"] == task and name in result.get("directions", {}):
@@ -189,14 +205,14 @@ def declared_direction(task: str, name: str, runs: list[Run]) -> MetricDirection
 
 
 def known_metrics(runs: list[Run]) -> str:
-    """Return all metrics of the runs, for messages."""
+    """Return the names of all metrics of the runs as message text."""
     evaluated = {f"{result['task']}/{name}" for run in runs for result in run.results for name in result["metrics"]}
     validated = {tag for run in runs for tag in run.last if tag.startswith(f"{VALIDATION}/")}
     return ", ".join(sorted(evaluated | validated)) or "none yet: evaluate the runs with launcher/evaluate.py RUN_DIR"
 
 
 def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """How each task of a run's configuration finetunes, by its title."""
+    """Return the finetuning settings of each task in a run's configuration, by task title."""
     return {
         title: {key: task[key] for key in FINETUNING if task.get(key) is not None}
         for title, task in tasks_by_title(config).items()
@@ -204,9 +220,10 @@ def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
-    """What must be equal for results to compare: scoring, rows, settings and content of the files, wherever these lie; not a finetuning's seed.
+    """Return what must be equal for results to be comparable: scoring version, rows, settings and content of files.
 
-    Nor how it finetunes, where that is what the run's configuration says: arms may differ in it.
+    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they are those of
+    the run's configuration, because arms may differ in them.
     """
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
@@ -228,28 +245,30 @@ def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def parse_scoring_version(settings: str) -> int:
-    """Return the version of the scoring in an `identity`."""
+    """Return the scoring version in a key made by `comparison_key`."""
     version: int = json.loads(settings)[-1]
     return version
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory."""
+    """Return whether a folder is a run directory."""
     return (folder / "config.yaml").is_file()
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory, at any state of the run. Raises UserError for a configuration that is none."""
+    """Read a run directory, whether or not the run is finished. Raises UserError if its config.yaml is not valid."""
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(dump_config(load_config(path)))
-    except UserError:  # of another version, which is no reason not to compare what it wrote
+    except UserError:  # a configuration of another version; its results can still be compared
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError):
             config = None
         if not isinstance(config, dict) or "name" not in config or "name" not in (config.get("objective") or {}):
-            raise UserError(f"{path} is no configuration of a run: it needs name and objective.name") from None
+            raise UserError(
+                f"{path} is not the configuration of a run: it needs name and objective.name; name another folder"
+            ) from None
     return Run(
         folder,
         config,

@@ -1,8 +1,8 @@
-"""Paired tests over seeds, corrected for several arms, and what they could have seen.
+"""Paired tests over seeds, corrected for several arms, and the differences that they can detect.
 
-Student's paired t-test: an arm and the baseline share a seed, which decides the initial weights and the order of the records, so their
-difference has less spread than their values. Holm's correction (Scandinavian Journal of Statistics 6, 1979) for several arms against one
-baseline.
+The test is Student's paired t-test. The seed determines the initial weights and the order of the records, so the
+difference between an arm and the baseline with the same seed has less spread than their values. Holm's correction
+(Scandinavian Journal of Statistics 6, 1979) is applied when several arms are compared with one baseline.
 """
 
 import math
@@ -16,37 +16,40 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, norm, t
 
 ALPHA = 0.05
-"""Chance of calling any arm better or worse than the baseline, where none is."""
+"""Probability of calling at least one arm better or worse than the baseline although none is."""
 POWER = 0.8
+"""Probability of finding a difference of the smallest detectable size."""
 EQUAL = 1e-6
-"""Largest difference of two values that are called equal, as a fraction of the metric's size. Rates were once means in fp32, which
-makes 0.91 - 0.90 differ from 0.86 - 0.85 by 1e-7."""
+"""Largest difference between two values that count as equal, as a fraction of the metric's magnitude.
+
+Rates in older results are means in fp32, so 0.91 - 0.90 differs from 0.86 - 0.85 by 1e-7.
+"""
 QUANTILES = 10_000
-"""Of the standard deviation of a sample, in the sum that gives the power of a test."""
+"""Number of quantiles of the sample standard deviation in the sum that approximates the power of a test."""
 Verdict = Literal["helps", "hurts", "no difference found", "no verdict"]
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """An arm against the baseline, over the seeds that both have."""
+    """Test of an arm against the baseline, over the seeds that both have."""
 
     seeds: list[int]
     mean: float | None
-    """Of the differences, arm minus baseline, one a seed; None without a seed in common."""
+    """Mean difference, arm minus baseline, over the seeds; None without a seed in common."""
     verdict: Verdict
     sd: float | None = None
     p: float | None = None
-    """Two-sided, of this arm alone."""
+    """Two-sided p value of this arm alone."""
     corrected_p: float | None = None
-    """By Holm, for all arms that were tested."""
+    """p value with Holm's correction for all arms that were tested."""
     level: float | None = None
     """Confidence level of the interval: 95% after the correction."""
     low: float | None = None
     high: float | None = None
     min_detectable: float | None = None
-    """The smallest true difference that a test of this many seeds, differences of this spread and this many arms finds with 80% power."""
+    """Smallest true difference that the test finds with 80% power, given its seeds, arms and spread."""
     reason: str = ""
-    """Why there is no verdict."""
+    """Reason why no test was possible; empty if the arm was tested."""
 
 
 def compare(
@@ -55,10 +58,11 @@ def compare(
     higher_is_better: bool,
     sizes: Mapping[str, float] | None = None,
 ) -> dict[str, PairedTest]:
-    """Test each arm against the baseline; all are values of the metric by seed.
+    """Test each arm against the baseline; `arms` and `baseline` hold values of the metric by seed.
 
-    An arm is not tested, and gets no corrected p, if its differences cannot be: for one seed, equal differences or values that are not
-    finite. `sizes` are the magnitudes of the metric by arm where the values are changes of it; by default the largest of the values.
+    An arm with a single seed, equal differences, or values that are not finite is not tested and has no corrected p.
+    `sizes` are the magnitudes of the metric by arm, needed if the values are changes of the metric. The default is the
+    largest magnitude of the values.
     """
     pairs = {
         name: {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
@@ -92,33 +96,36 @@ def compare(
 
 
 def max_magnitude(values: Iterable[float]) -> float:
-    """Return the largest magnitude among the finite values; 0 without any."""
+    """Return the largest magnitude of the finite values; 0 if there are none."""
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
 def _untested(differences: dict[int, float], baseline: dict[int, float], tolerance: float) -> PairedTest | None:
-    """Return what can be said where no test is possible, or None. Values up to `tolerance` apart count as equal."""
+    """Return the result for an arm that cannot be tested; None if it can be tested.
+
+    Values that differ by at most `tolerance` count as equal.
+    """
     seeds, values = list(differences), np.array(list(differences.values()))
     if not seeds:
-        return PairedTest(seeds, None, "no verdict", reason="no seed has a value of both")
+        return PairedTest(seeds, None, "no verdict", reason="no seed has a value in both arms")
     if infinite := [seed for seed, difference in differences.items() if not math.isfinite(difference)]:
         return PairedTest(
-            seeds, None, "no verdict", reason=f"the values of {format_seeds(infinite)} are not finite numbers in both"
+            seeds, None, "no verdict", reason=f"the values of {format_seeds(infinite)} are not finite in both arms"
         )
     mean = float(values.mean())
     if len(seeds) == 1:
-        return PairedTest(seeds, mean, "no verdict", reason="one seed tells nothing about the spread between seeds")
-    same = bool((abs(values) <= tolerance).all())
-    if same and np.ptp(list(baseline.values())) <= tolerance:
+        return PairedTest(seeds, mean, "no verdict", reason="one seed does not show the spread between seeds")
+    all_equal = bool((abs(values) <= tolerance).all())
+    if all_equal and np.ptp(list(baseline.values())) <= tolerance:
         return PairedTest(
             seeds,
             0.0,
             "no verdict",
-            reason=f"all runs have the same value, {baseline[seeds[0]]:g}, as where no answer is right yet, or "
-            "every one: this metric cannot tell them apart, another one may (--metric)",
+            reason=f"all runs have the same value, {baseline[seeds[0]]:g} (for example, no answer is right yet, or "
+            "every answer is), so this metric cannot distinguish them, but another one may (--metric)",
         )
-    if same:
-        return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both have the same values in every seed")
+    if all_equal:
+        return PairedTest(seeds, 0.0, "no difference found", 0.0, reason="both arms have the same values in every seed")
     if np.ptp(values) <= tolerance:
         return PairedTest(
             seeds,
@@ -131,7 +138,7 @@ def _untested(differences: dict[int, float], baseline: dict[int, float], toleran
 
 
 def format_seeds(seeds: list[int]) -> str:
-    """Return `seed 1`, or `seeds 1, 2`."""
+    """Format seeds as `seed 1` or `seeds 1, 2`."""
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
@@ -142,14 +149,14 @@ def _verdict(mean: float, corrected_p: float, higher_is_better: bool) -> Verdict
 
 
 def p_value(differences: np.ndarray) -> float:
-    """Two-sided p of the t-test that the mean of the differences (n,) is 0."""
+    """Return the two-sided p value of the t-test that the mean of the differences (n,) is 0."""
     return float(2 * t.sf(abs(differences.mean()) / _standard_error(differences), len(differences) - 1))
 
 
 def confidence_interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
-    """The confidence interval of the mean of differences (n,) at level 1 - alpha."""
-    half = t.ppf(1 - alpha / 2, len(differences) - 1) * _standard_error(differences)
-    return float(differences.mean() - half), float(differences.mean() + half)
+    """Return the confidence interval of the mean of the differences (n,) at level 1 - alpha."""
+    half_width = t.ppf(1 - alpha / 2, len(differences) - 1) * _standard_error(differences)
+    return float(differences.mean() - half_width), float(differences.mean() + half_width)
 
 
 def _standard_error(differences: np.ndarray) -> float:
@@ -157,10 +164,11 @@ def _standard_error(differences: np.ndarray) -> float:
 
 
 def holm_correction(p_values: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """For each p its corrected value, and the alpha that its own interval takes.
+    """Return for each p its corrected value, and the alpha of its confidence interval.
 
-    The corrected p is below ALPHA where Holm's step-down procedure rejects, and then, and only then, the interval at level 1 - alpha leaves
-    out 0: the first p that is not rejected stops the procedure, and all above it are measured by its alpha.
+    The corrected p is below ALPHA if and only if Holm's step-down procedure rejects. The interval at level 1 - alpha
+    excludes 0 in the same cases: the procedure stops at the first p that it does not reject, and all larger p use the
+    alpha of that one.
     """
     result: dict[str, tuple[float, float]] = {}
     ordered = sorted(p_values, key=p_values.__getitem__)
@@ -174,22 +182,24 @@ def holm_correction(p_values: dict[str, float]) -> dict[str, tuple[float, float]
 
 
 def min_detectable_difference(sd: float, seeds: int, alpha: float) -> float:
-    """The true difference that a two-sided paired t-test at `alpha` finds with a chance of 80%, for differences of this standard deviation."""
+    """Return the true difference that a two-sided paired t-test at `alpha` finds with a probability of 80%.
+
+    `sd` is the standard deviation of the differences.
+    """
     return _detectable_effect(seeds, alpha) * sd
 
 
 @lru_cache
 def _detectable_effect(seeds: int, alpha: float) -> float:
-    """The same in standard deviations."""
+    """Return the smallest detectable difference in standard deviations."""
     bound, quantiles = t.ppf(1 - alpha / 2, seeds - 1), (np.arange(QUANTILES) + 0.5) / QUANTILES
-    seen = bound * np.sqrt(
-        chi2.ppf(quantiles, seeds - 1) / (seeds - 1)
-    )  # over the sd that a sample may show; scipy's nct is NaN for few seeds
+    # Integrate over the distribution of the sample standard deviation, because scipy's nct is NaN for few seeds.
+    thresholds = bound * np.sqrt(chi2.ppf(quantiles, seeds - 1) / (seeds - 1))
 
-    def missing(shift: float) -> float:
-        return float(np.mean(norm.sf(seen - shift) + norm.cdf(-seen - shift))) - POWER
+    def power_minus_target(shift: float) -> float:
+        return float(np.mean(norm.sf(thresholds - shift) + norm.cdf(-thresholds - shift))) - POWER
 
     high = bound
-    while missing(high) < 0:
+    while power_minus_target(high) < 0:
         high *= 2
-    return float(brentq(missing, 0, high) / np.sqrt(seeds))
+    return float(brentq(power_minus_target, 0, high) / np.sqrt(seeds))

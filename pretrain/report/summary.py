@@ -1,4 +1,4 @@
-"""Each arm in numbers: the metric and its test, what was consumed, what the term costs, and whether embeddings have collapsed."""
+"""Summary of each arm: the metric and its test, amounts consumed, cost per token, and collapse of the embeddings."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ LOSSES = ("loss/lm", "loss/jepa", "validation/loss/lm", "validation/loss/jepa")
 
 
 class Spread(NamedTuple):
-    """Values of several seeds."""
+    """Statistics of a value over several seeds."""
 
     mean: float
     sd: float | None
-    """None for one seed."""
+    """Standard deviation of the sample; None for one seed."""
     low: float
     high: float
     seeds: int
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Of the values that there are; None without any."""
+    """Summarise the values that are not None; return None if there are none."""
     found = np.array([value for value in values if value is not None], dtype=float)
     if not len(found):
         return None
@@ -44,20 +44,20 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm."""
+    """Summary of an arm."""
 
     arm: Arm
     finished: list[Run]
     values: dict[int, float]
-    """The metric at the end of each finished run, by seed."""
+    """Metric at the end of each finished run, by seed."""
     test: PairedTest | None
-    """Against the baseline; None for the baseline itself."""
+    """Test against the baseline; None for the baseline itself."""
     flops: float | None
-    """Of a corpus token; None where they could not be counted."""
+    """FLOPs per corpus token; None if they could not be counted."""
     flops_ratio: float | None
-    """FLOPs of a corpus token, over those of the baseline."""
+    """FLOPs per corpus token, divided by the baseline's."""
     seconds_ratio: Spread | None
-    """Seconds of a corpus token, over those of the baseline: the ratio of the means, and the extremes of single seeds."""
+    """Seconds per corpus token, divided by the baseline's: the ratio of the means, and the extremes of single seeds."""
     losses: dict[str, Spread] = field(default_factory=dict)
     monitors: dict[str, Spread] = field(default_factory=dict)
     collapsed: list[int] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Summary:
         return spread(self.values.values())
 
     def consumed(self, what: str) -> Spread | None:
-        """`tokens`, `flops` or `seconds` of the finished runs."""
+        """Return the `tokens`, `flops` or `seconds` that the finished runs consumed; None if unknown."""
         if what == "flops":
             return spread(self.flops * run.last["tokens"] for run in self.finished) if self.flops else None
         return spread(run.last[what] for run in self.finished)
@@ -77,14 +77,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Summaries:
-    """All arms, the baseline first."""
+    """Summaries of all arms, the baseline first."""
 
     comparison: Comparison
     arms: dict[str, Summary]
     settings: str | None
-    """Of the evaluations that are compared."""
+    """Settings of the evaluations that are compared; see `Metric.common_settings`."""
     flops_unavailable_reason: str
-    """Why FLOPs are not counted; empty where they are."""
+    """Reason why FLOPs are not counted; empty if they are."""
     scores: dict[str, dict[str, Spread | None]]
     """TASK/NAME of each metric of each task -> arm -> its values at the end of the finished runs."""
 
@@ -96,17 +96,17 @@ class Summaries:
 
     @property
     def tests(self) -> dict[str, PairedTest]:
-        """Of all arms but the baseline."""
+        """Tests of all arms except the baseline, by arm."""
         return {name: summary.test for name, summary in self.arms.items() if summary.test}
 
     @property
     def num_tested_arms(self) -> int:
-        """Number of arms that could be tested, which is the number that p and intervals are corrected for."""
+        """Number of arms that could be tested; p and intervals are corrected for it."""
         return sum(test.corrected_p is not None for test in self.tests.values())
 
 
 def summarize(comparison: Comparison) -> Summaries:
-    """Count, compare and test."""
+    """Summarise all arms and test them against the baseline."""
     settings = comparison.metric.common_settings(comparison.runs)
     values = {
         name: {
@@ -117,11 +117,11 @@ def summarize(comparison: Comparison) -> Summaries:
         for name, arm in comparison.arms.items()
     }
     tests: dict[str, PairedTest] = {}
-    of_baseline = None
+    baseline_arm = None
     if comparison.baseline is not None:
         others = {arm.name: values[arm.name] for arm in comparison.others}
         tests = compare(others, values[comparison.baseline], comparison.metric.higher_is_better)
-        of_baseline = comparison.arms.get(comparison.baseline)
+        baseline_arm = comparison.arms.get(comparison.baseline)
     flops, problem = _all_flops(comparison)
     arms = {}
     for name, arm in comparison.arms.items():
@@ -133,7 +133,7 @@ def summarize(comparison: Comparison) -> Summaries:
             tests.get(name),
             flops.get(name),
             flops[name] / flops[comparison.baseline] if flops and comparison.baseline else None,
-            _seconds_ratio(arm, of_baseline) if of_baseline else None,
+            _seconds_ratio(arm, baseline_arm) if baseline_arm else None,
             {tag: found for tag in LOSSES if (found := spread(run.value(tag) for run in finished))},
             {tag: found for tag in MONITORS if (found := spread(monitor(run, tag) for run in finished))},
             [run.seed for run in finished if _collapsed(run)],
@@ -156,7 +156,10 @@ def _scores(comparison: Comparison) -> dict[str, dict[str, Spread | None]]:
 
 
 def _all_flops(comparison: Comparison) -> tuple[dict[str, float], str]:
-    """Of a corpus token in each arm, as the study wrote them down or counted now; none at all, and why, where those of one arm are not known."""
+    """Return the FLOPs per corpus token of each arm, from the study or counted now.
+
+    If they are unknown for one arm, return an empty dict and the reason.
+    """
     flops = {}
     for arm in comparison.arms.values():
         if arm.flops_per_token is not None:
@@ -176,23 +179,24 @@ def _seconds_ratio(arm: Arm, baseline: Arm) -> Spread | None:
         seconds: float = run.last["seconds"]
         return seconds / float(run.last["tokens"])
 
-    both = [
+    paired_runs = [
         (run, baseline.runs[seed])
         for seed, run in arm.runs.items()
         if run.finished and seed in baseline.runs and baseline.runs[seed].finished
     ]
-    ratios = spread(seconds_per_token(mine) / seconds_per_token(other) for mine, other in both)
+    ratios = spread(seconds_per_token(run) / seconds_per_token(other) for run, other in paired_runs)
     return ratios and ratios._replace(
-        mean=sum(seconds_per_token(mine) for mine, _ in both) / sum(seconds_per_token(other) for _, other in both)
+        mean=sum(seconds_per_token(run) for run, _ in paired_runs)
+        / sum(seconds_per_token(other) for _, other in paired_runs)
     )
 
 
 def monitor(run: Run, name: str) -> float | None:
-    """Return a diagnostic of the embeddings at the end: on the validation records, or, without those, on the last logged micro step."""
+    """Return the last value of an embedding monitor: from validation, or else from the last logged micro step."""
     return run.value(f"validation/embedding/{name}", f"embedding/{name}")
 
 
 def _collapsed(run: Run) -> bool:
-    """Of a run that has a term on pairs; other embeddings were never asked to tell pairs apart."""
+    """Return whether the embeddings have collapsed; False without a term on pairs, which would train them."""
     monitors = {name: value for name in MONITORS if (value := monitor(run, name)) is not None}
     return run.has_pair_term and len(monitors) == len(MONITORS) and has_collapsed(monitors)

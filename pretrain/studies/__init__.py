@@ -1,1 +1,1 @@
-"""Studies: arms (differences of one configuration) times seeds, run one after another or by Slurm, and matched."""
+"""Studies: every arm (a change to one base configuration) with every seed, matched, run here or by Slurm."""

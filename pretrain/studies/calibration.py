@@ -1,4 +1,4 @@
-"""How fast an arm is: a short run of it, started as its real runs are."""
+"""Calibration: the speed of an arm, measured in a short run that is started like its real runs."""
 
 import hashlib
 import shutil
@@ -18,12 +18,13 @@ from pretrain.studies.runner import log_path, write_run_config
 from pretrain.studies.slurm import submit, wait_for
 
 STEPS, LEFT_OUT = 40, 10
-"""Steps of the run, and how many of the first ones the speed leaves out."""
+"""Number of steps of a calibration run, and number of initial steps that the speed does not include."""
 NEVER = 10**9
+"""Interval in steps that is never reached."""
 
 
 def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
-    """The dotted keys that make a run of an arm its calibration, in a folder of its own."""
+    """Return the dotted keys that turn a run of an arm into its calibration run in `folder`."""
     budgets = {f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None}
     return (
         arm.overrides
@@ -43,16 +44,19 @@ def calibration_changes(arm: Arm, folder: str) -> dict[str, Any]:
 
 
 def fingerprint(config: RunConfig, study: StudyConfig) -> str:
-    """A hash of all that a speed depends on and the study knows: the run's configuration, and how it is started."""
-    how = study.slurm.train if study.slurm else study.launch
-    return hashlib.sha256(f"{dump_config(config)}\n{how}".encode()).hexdigest()
+    """Return a hash of what determines the speed of a run: its configuration, and how it is started."""
+    start_options = study.slurm.train if study.slurm else study.launch
+    return hashlib.sha256(f"{dump_config(config)}\n{start_options}".encode()).hexdigest()
 
 
 def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
-    """The speed that a finished calibration has measured; its checkpoint goes. Raises UserError where it has not come to its end."""
+    """Return the speed that a finished calibration run has measured, and delete its checkpoint.
+
+    Raises UserError if the run did not finish.
+    """
     lines = read_metrics(run_dir)
     if not lines or lines[-1]["step"] < STEPS:
-        raise UserError(f"the calibration of {arm.name} did not come to its end: look at {run_dir} and its log")
+        raise UserError(f"the calibration of {arm.name} did not finish; see {run_dir} and its log for the reason")
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     first, last = lines[LEFT_OUT - 1], lines[-1]
     return {
@@ -64,10 +68,10 @@ def measured(arm: Arm, run_dir: Path) -> dict[str, Any]:
 def calibrate(
     study: Study, arms: list[Arm], record: StudyRecord, launcher_dir: Path, processes: ProcessRunner
 ) -> dict[str, float]:
-    """Return the tokens per second of each arm.
+    """Measure the speed of each arm and return it, in tokens per second.
 
-    An earlier measurement stays if the settings are the same, or if the arm has runs, because their budgets follow from it.
-    Raises UserError.
+    An earlier measurement is kept if the settings are the same, or if the arm has runs: their budgets depend on it.
+    Raises UserError if a calibration does not finish.
     """
     folder = study.folder / "calibration"
     for arm in arms:
@@ -79,7 +83,7 @@ def calibrate(
             continue
         shutil.rmtree(config.run_dir, ignore_errors=True)
         log, path = log_path(study.folder, f"calibration-{arm.name}"), write_run_config(folder, config)
-        print_now(f"measuring the speed of {arm.name} over {STEPS} steps; its output: {log}")
+        print_now(f"measuring the speed of {arm.name} over {STEPS} steps; output in {log}")
         if study.config.slurm:
             job = submit(
                 launcher_dir / "slurm" / "pretrain.sbatch",

@@ -1,4 +1,4 @@
-"""The study file: which arms, which seeds, and what they are matched by."""
+"""The study file: arms, seeds, the metric that compares the arms, and the amount that they are matched by."""
 
 import os
 import re
@@ -19,49 +19,52 @@ from pretrain.tasks.directions import direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
-"""Keys of a run that no arm sets."""
+"""Keys of a run that the study sets, so that no arm may set them."""
 
 
 class MetricConfig(Section):
-    """What the arms are compared by."""
+    """Metric that the arms are compared by."""
 
     task: str
-    """Name, or label, of one of `evaluation.tasks` of the base configuration."""
+    """Name or label of a task in `evaluation.tasks` of the base configuration."""
     name: str
-    """The metric of that task, as results.jsonl names it."""
+    """Name of the metric in results.jsonl."""
     higher_is_better: bool | None = None
-    """By default what the task declares; of a metric of the harness, which declares it with its result only, it must be given."""
+    """Whether higher values are better; default: as the task declares.
+
+    Required for a metric of the harness, which declares the direction only together with a result.
+    """
 
 
 class SlurmConfig(Section):
-    """Options of sbatch, for the two scripts of launcher/slurm."""
+    """Options of sbatch for the two scripts in launcher/slurm."""
 
     train: str = ""
-    """For each run, such as `--nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=12:00:00`."""
+    """Options for each run, such as `--nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=12:00:00`."""
     evaluate: str = ""
-    """For the evaluation that follows a run, such as `--gpus=1`."""
+    """Options for the evaluation after each run, such as `--gpus=1`."""
 
 
 class StudyConfig(Section):
-    """One study."""
+    """Settings of a study."""
 
     name: str = Field(pattern=r"^\w[\w.+-]*$")
     base: LocalPath
-    """The run configuration that all arms start from, relative to the study file."""
+    """Run configuration that all arms start from; a path relative to the study file."""
     output_dir: LocalPath = "runs"
-    """The study's folder is output_dir/name."""
+    """Parent folder of the study folder output_dir/name."""
     seeds: list[int] = Field(min_length=1)
     matched_by: Literal["tokens", "flops", "seconds", "none"]
-    """What all arms get the same of. none: each arm has the budget and the batch of its own configuration."""
+    """Amount that is the same for all arms. none: each arm keeps the budget and the batch of its own configuration."""
     baseline: str
-    """The arm that the others are compared with, and matched to."""
+    """Arm that all other arms are compared with and matched to."""
     metric: MetricConfig
     arms: dict[str, dict[str, Any]]
-    """Name -> dotted keys of a run configuration and their values; an empty mapping is the base configuration as it is."""
+    """Arm name -> dotted keys of a run configuration and their values; empty: the unchanged base configuration."""
     launch: str = ""
-    """What stands before `launcher/run.py`, such as `deepspeed --num_gpus 8`; by default plain python, one process."""
+    """Command in front of `launcher/run.py`, such as `deepspeed --num_gpus 8`; default: python, a single process."""
     slurm: SlurmConfig | None = None
-    """Submit jobs instead of running here."""
+    """Slurm options; if set, the runs are submitted as jobs instead of being run here."""
 
     @field_validator("arms")
     @classmethod
@@ -69,55 +72,63 @@ class StudyConfig(Section):
         for arm, changes in arms.items():
             if not re.fullmatch(r"\w[\w.+-]*", arm):
                 raise ValueError(
-                    f"{arm!r} cannot name an arm, which is part of a folder's name: letters, digits and _ . + - make one"
+                    f"{arm!r} cannot be the name of an arm because it becomes part of a folder name; "
+                    "use letters, digits and _ . + - only"
                 )
             for key in changes:
                 if key in OF_THE_STUDY:
-                    raise ValueError(f"{arm}: {key} is set by the study: leave it out")
+                    raise ValueError(f"{arm}: {key} is set by the study; remove it")
         return arms
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}")
+            raise ValueError(
+                f"baseline is {self.baseline!r}, but the arms are {', '.join(self.arms) or 'none'}; name one of them"
+            )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands in seeds twice")
+            raise ValueError("seeds lists a seed twice; remove one")
         try:
             shlex.split(self.launch)
         except ValueError as error:
-            raise ValueError(f"launch is no command line: {error}") from None
+            raise ValueError(f"launch is not a valid command line: {error}") from None
         if self.launch and self.slurm:
-            raise ValueError("launch and slurm exclude each other: under Slurm, srun starts the ranks")
-        for arm, changes in self.arms.items():
-            budget = next(
-                (key for key in changes if key in ("train", *(f"train.{budget}" for budget in BUDGETS))), None
+            raise ValueError(
+                "launch and slurm exclude each other because srun starts the ranks under Slurm; remove one"
             )
+        for arm, changes in self.arms.items():
+            budget_keys = ("train", *(f"train.{budget}" for budget in BUDGETS))
+            budget = next((key for key in changes if key in budget_keys), None)
             if self.matched_by != "none" and budget:
                 raise ValueError(
-                    f"arms.{arm}: the budget follows from matched_by={self.matched_by}: leave out {budget}, or set matched_by: none"
+                    f"arms.{arm}: the budget follows from matched_by={self.matched_by}; "
+                    f"remove {budget}, or set matched_by: none"
                 )
         return self
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file that was read."""
+    """Study file as read."""
 
     config: StudyConfig
     base: Path
 
     @property
     def folder(self) -> Path:
-        """Where everything of the study is written."""
+        """Folder that everything of the study is written to."""
         return Path(self.config.output_dir) / self.config.name
 
     @property
     def metric(self) -> Metric:
-        """What the arms are compared by."""
+        """Metric that the arms are compared by."""
         return Metric(**self.config.metric.model_dump())
 
     def run_config(self, arm: str, seed: int, more: dict[str, Any] | None = None) -> RunConfig:
-        """The configuration of a run: base, arm, then `more` dotted keys. Raises UserError naming the arm."""
+        """Return the configuration of a run: the base, changed by the arm and then by the dotted keys `more`.
+
+        Raises UserError that names the arm.
+        """
         changes = (
             self.config.arms[arm]
             | {"name": run_name(arm, seed), "seed": seed, "output_dir": str(self.folder), "checkpoint.resume": "auto"}
@@ -130,17 +141,17 @@ class Study:
 
 
 def run_name(arm: str, seed: int) -> str:
-    """The name of a run, and of its folder in the study's."""
+    """Return the name of a run, also the name of its folder in the study folder."""
     return f"{arm}-seed{seed}"
 
 
 def as_override(key: str, value: Any) -> str:
-    """A dotted key and its value as the command line has them."""
+    """Return a dotted key and its value in the command line's form, key=value."""
     return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}"
 
 
 def load_study(path: Path, overrides: list[str]) -> Study:
-    """Read and check a study file; `base=` among the overrides is relative to the working folder. Raises UserError."""
+    """Read and check a study file; an override `base=` is relative to the current folder. Raises UserError."""
     overrides = [
         f"base={os.path.abspath(os.path.expanduser(word[len('base=') :]))}" if word.startswith("base=") else word
         for word in overrides
@@ -152,26 +163,30 @@ def load_study(path: Path, overrides: list[str]) -> Study:
     if config.metric.task not in tasks:
         raise UserError(
             f"metric.task is {config.metric.task!r}, but the base configuration {study.base} has "
-            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}: name one of those, or add it"
+            f"{'the tasks ' + ', '.join(tasks) if tasks else 'no evaluation.tasks'}; "
+            "name one of its tasks, or add the task"
         )
     _check_metric(config.metric, tasks[config.metric.task], base.data.views)
     return study
 
 
 def _check_metric(metric: MetricConfig, task: TaskConfig, views: tuple[str, ...]) -> None:
-    """Give the metric of a task its declared direction. Raises UserError if it has none, or the task no such metric."""
-    found, declared = (
-        direction(task.name, metric.name),
-        [name for name in metric_directions(task.name) if task.reports_metric(name, views)],
-    )
+    """Set `higher_is_better` to the declared direction if it is not set.
+
+    Raises UserError if the task does not report the metric, or if no direction is set or declared.
+    """
+    found = direction(task.name, metric.name)
+    declared = [name for name in metric_directions(task.name) if task.reports_metric(name, views)]
     if declared and (found is None or not task.reports_metric(metric.name, views)):
         raise UserError(
-            f"metric.name is {metric.name!r}, but the task {metric.task} gives {', '.join(declared)}: name one of those"
+            f"metric.name is {metric.name!r}, but the task {metric.task} reports {', '.join(declared)}; "
+            "name one of these"
         )
     if metric.higher_is_better is not None:
         return
     if found not in ("higher", "lower"):
         raise UserError(
-            f"metric.name is {metric.name!r}, which has no declared direction: set metric.higher_is_better to true or false"
+            f"metric.name is {metric.name!r}, which has no declared direction; "
+            "set metric.higher_is_better to true or false"
         )
     metric.higher_is_better = found == "higher"

@@ -1,4 +1,4 @@
-"""One prepared corpus for all arms that have the same records."""
+"""Corpora of a study: arms with the same records share one prepared corpus."""
 
 import hashlib
 import json
@@ -18,10 +18,11 @@ from pretrain.studies.config import Study
 
 
 def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, Any]], list[RunConfig]]:
-    """For each arm the dotted keys that point it to its corpus, and a configuration for each corpus there is.
+    """Return the dotted keys that point each arm to its corpus, and one configuration for each different corpus.
 
-    An arm with the records of the base reads the base's corpus. Others get a folder beside it, named by what decides their records, unless
-    they name one. Raises UserError for an arm that names the folder of other records.
+    An arm with the same records as the base reads the base's corpus. An arm with other records reads the folder that it
+    names, or else a folder next to the base's corpus, named by a hash of the settings that determine the records.
+    Raises UserError if an arm names a folder that belongs to other records.
     """
     overrides: dict[str, dict[str, Any]] = {}
     corpora = {os.path.abspath(base.data.path): ("the base", base)}
@@ -36,46 +37,48 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
         owner, other = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
         if _records(other) != _records(config):
             raise UserError(
-                f"arms.{arm}: its data settings make other records than those of {owner}, which has the same data.path, "
-                f"{config.data.path}: give the arm a data.path of its own, or leave data.path out of it to have one made"
+                f"arms.{arm}: its data settings produce other records than those of {owner}, but both have the "
+                f"data.path {config.data.path}; give the arm its own data.path, or remove data.path to have one chosen"
             )
     return overrides, [config for _, config in corpora.values()]
 
 
 def is_prepared(config: RunConfig) -> bool:
-    """Whether the corpus of a configuration stands."""
+    """Return whether the corpus of a configuration is prepared."""
     return (Path(config.data.path) / MANIFEST).exists()
 
 
 def prepare_corpus(config: RunConfig) -> None:
-    """Prepare the corpus of a configuration, unless it stands. One that stands needs no sources: none named, or ones that are gone.
+    """Prepare the corpus of a configuration, unless it is already prepared.
 
-    Raises UserError.
+    A prepared corpus does not need its sources: they may be unset or deleted. Raises UserError if the corpus was
+    prepared with other settings or other files.
     """
     if not is_prepared(config):
         prepare(config.data, _tests(config))
-    elif reason := _why_gone(config):
+    elif reason := _missing_inputs(config):
         job = Job(data=config.data, tests=tuple(_tests(config)) if config.data.decontaminate else ())
         if config.data.sources and (
             changed := changed_settings(read_manifest(Path(config.data.path))["settings"], job)
         ):
             raise UserError(
-                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, and cannot be prepared again: {reason}"
+                f"{config.data.path} was prepared with another {' and '.join(changed[:3])}, "
+                f"and cannot be prepared again: {reason}"
             )
-        print_now(f"note: {config.data.path} is used as it stands: {reason}")
+        print_now(f"note: {config.data.path} is used as it is: {reason}")
     elif config.data.sources:
-        prepare(config.data, _tests(config))  # which refuses it where its files have changed
+        prepare(config.data, _tests(config))  # raises UserError if the corpus or its files have changed
 
 
-def _why_gone(config: RunConfig) -> str | None:
-    """Return what is missing of the files and data sets that a prepared corpus was made from; None where all can be read."""
+def _missing_inputs(config: RunConfig) -> str | None:
+    """Return which input of a prepared corpus is missing, as a sentence; None if all inputs can be read."""
     files = read_manifest(Path(config.data.path))["settings"].get("files", {})
-    tests = {test.source.path for test in _tests(config)}  # which an evaluation needs anyway
-    gone = [path for path in files if path not in tests and not Path(path).exists()]
-    if gone:
-        return f"{gone[0]}, which it was prepared from, is gone" + (
-            f", as are {len(gone) - 1:,} other files" if len(gone) > 1 else ""
-        )
+    tests = {test.source.path for test in _tests(config)}  # the evaluation checks these
+    missing = [path for path in files if path not in tests and not Path(path).exists()]
+    if missing:
+        others = len(missing) - 1
+        more = f" and {others:,} other input{'s' * (others > 1)}" if others else ""
+        return f"its input {missing[0]}{more} {'are' if others else 'is'} missing"
     try:
         for number, source in enumerate(config.data.sources):
             if isinstance(source, HubSource):
@@ -90,7 +93,7 @@ def _tests(config: RunConfig) -> list[TaskTest]:
 
 
 def _records(config: RunConfig) -> str:
-    """Return the settings that decide the shards, as text."""
+    """Return the settings that determine the shards, as text."""
     tests = (
         [test.model_dump(mode="json", exclude={"key"}) for test in _tests(config)] if config.data.decontaminate else []
     )

@@ -1,4 +1,4 @@
-"""The command of a study: check everything, match the arms, then run or submit."""
+"""The study command: check everything, match the arms, then run or submit the runs."""
 
 import argparse
 import sys
@@ -11,18 +11,20 @@ from pretrain.studies.config import Study, load_study
 
 
 def main(launcher_dir: Path) -> None:
-    """Parse the command line; `launcher` is the folder of the commands that the study starts."""
+    """Parse the command line and start the study; `launcher_dir` is the folder of the commands that it starts."""
     parser = argparse.ArgumentParser(
-        description="Train and evaluate the arms of a study, each with every seed; or go on with that."
+        description="Train and evaluate every arm of a study with every seed, or resume doing so."
     )
     parser.add_argument("study", type=Path, help="YAML file of the study, such as those in configs/studies")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]",
+        help="override keys of that file, such as base=CONFIG name=NAME seeds=[1,2,3]",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print runs, budgets and FLOPs, and start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs, budgets and FLOPs without starting anything"
+    )
     arguments = parser.parse_intermixed_args()
     exit_on_user_error(lambda: _main(launcher_dir, arguments))
 
@@ -36,11 +38,11 @@ def _main(launcher_dir: Path, arguments: argparse.Namespace) -> None:
         study.folder.mkdir(parents=True, exist_ok=True)
         lock = try_lock(study.folder / ".lock")
     except OSError as error:
-        raise UserError(f"cannot write to {study.folder} (output_dir/name): {error.strerror}") from None
+        raise UserError(f"cannot write to {study.folder}: {error.strerror}; change output_dir or name") from None
     if lock is None:
         raise UserError(
-            f"another start of this study is going on in {study.folder}, or what it left is still saving: wait for it, or choose "
-            "another name"
+            f"this study is already running in {study.folder}, or a process of it is still saving; "
+            "wait for it to end, or choose another name"
         )
     with lock, ignore_output_errors():
         sys.exit(_run(study, launcher_dir, lock))
@@ -57,8 +59,8 @@ def _show(study: Study) -> None:
     if missing:
         print_now(
             f"{len(study.config.arms)} arms x {len(study.config.seeds)} seeds: {', '.join(study.config.arms)}\n"
-            f"budgets and FLOPs follow from the corpus, and {', '.join(missing)} is not prepared yet: the start of the study does that, "
-            f"or python -m data_prep {study.base}"
+            f"budgets and FLOPs depend on the corpus, and {', '.join(missing)} is not prepared yet; "
+            f"start the study to prepare it, or run python -m data_prep {study.base}"
         )
         return
     matching = Matching(study, overrides, print_now)

@@ -1,13 +1,15 @@
-"""The same batch and the same budget for every arm, in the project's own accounting.
+"""Matching: the same batch and the same budget for every arm.
 
-The reference is the base configuration as it is written: neither other arms nor their order change what an arm gets, so that arms can be added
-to a study later.
+The reference is the unchanged base configuration. Other arms do not affect the batch and budget of an arm, so arms can
+be added to a study later.
 
-    batch     a step holds as many corpus tokens as one of the base: rows with copies of a view hold fewer records, so an arm without them takes
-              fewer rows. Rows of a micro step are scaled, not the number of micro steps, which also keeps the pool of a contrastive term
-    tokens    the corpus tokens that the base's budget comes to
-    flops     the tokens at which an arm has computed what the baseline computes over those tokens
-    seconds   the tokens that an arm reads while the baseline reads those, by the speed of both in a short run (calibration.py)
+    batch     a step has the same number of corpus tokens as a step of the base. Rows with copies of a view hold fewer
+              records, so an arm without copies needs fewer rows. The rows of a micro batch are scaled and the number
+              of micro steps stays the same. This also keeps the size of a contrastive term's pool
+    tokens    the number of corpus tokens in the base's budget
+    flops     the number of tokens for which the arm needs the FLOPs that the baseline needs for the base's tokens
+    seconds   the number of tokens that the arm reads in the time in which the baseline reads the base's tokens; the
+              speeds of both come from a short run (calibration.py)
 """
 
 import math
@@ -26,40 +28,40 @@ from pretrain.training.setup import check
 
 ROWS = ("global_batch_rows", "micro_batch_rows")
 CLOSE = 0.05
-"""Difference in tokens a step up to which batches count as equal."""
+"""Largest relative difference in tokens per step at which batches count as equal."""
 
 
 @dataclass
 class Arm:
-    """What an arm gets."""
+    """An arm with its batch and its budget."""
 
     name: str
     overrides: dict[str, Any]
-    """Dotted keys over those of the study file, for its corpus and its batch."""
+    """Dotted keys that set its corpus and its batch, in addition to those of the study file."""
     config: RunConfig
-    """With the first seed and these overrides."""
+    """Its configuration with the first seed and these overrides."""
     tokens_per_step: float
-    """Of the corpus."""
+    """Mean number of corpus tokens per step."""
     flops_per_step: float
     own_tokens: int
-    """Of the corpus, that the budget of its own configuration comes to."""
+    """Number of corpus tokens in the budget of its own configuration."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def flops_per_token(self) -> float:
-        """For one token of the corpus."""
+        """FLOPs per corpus token."""
         return self.flops_per_step / self.tokens_per_step
 
 
 class Matching:
-    """Batches and budgets of the arms, whose corpora stand. Raises UserError for an arm that could not start.
+    """Batches and budgets of all arms, whose corpora must be prepared.
 
-    `say` gets each warning of a start once.
+    Raises UserError for an arm whose run could not start. `say` receives each different warning once.
     """
 
     def __init__(self, study: Study, corpora: dict[str, dict[str, Any]], say: Callable[[str], None]):
         self.study, self._say = study, say
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self.base = load_base_config(study)
         plan = self._plan(self.base)
         self.base_step_tokens = plan.step.tokens
@@ -68,11 +70,14 @@ class Matching:
 
     @property
     def baseline(self) -> Arm:
-        """The arm that the others are matched to."""
+        """Arm that the other arms are matched to."""
         return self.arms[self.study.config.baseline]
 
     def tokens(self, arm: Arm, speeds: dict[str, float]) -> int:
-        """The corpus tokens of an arm's training; `speeds` are measured tokens a second, where seconds are matched."""
+        """Return the number of corpus tokens that an arm trains on.
+
+        `speeds` are the measured tokens per second of each arm; only matching by seconds needs them.
+        """
         match self.study.config.matched_by:
             case "tokens":
                 return self.base_tokens
@@ -84,11 +89,13 @@ class Matching:
                 return arm.own_tokens
 
     def overrides(self, arm: Arm, speeds: dict[str, float]) -> dict[str, Any]:
-        """The dotted keys that set an arm's corpus, batch and budget."""
+        """Return the dotted keys that set an arm's corpus, batch and budget."""
         if self.study.config.matched_by == "none":
             return arm.overrides
-        others = {f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None}
-        return arm.overrides | others | {"train.tokens": self.tokens(arm, speeds)}
+        cleared_budgets = {
+            f"train.{budget}": None for budget in BUDGETS if getattr(arm.config.train, budget) is not None
+        }
+        return arm.overrides | cleared_budgets | {"train.tokens": self.tokens(arm, speeds)}
 
     def _arm(self, name: str, overrides: dict[str, Any]) -> Arm:
         study, notes = self.study, []
@@ -98,13 +105,14 @@ class Matching:
             given = any(f"train.{key}" in study.config.arms[name] for key in ROWS)
             rows = {} if given else matched_rows(plan.config, plan.step.tokens, self.base_step_tokens)
             if rows:
-                before, overrides = plan, overrides | rows
+                unmatched, overrides = plan, overrides | rows
                 plan = self._plan(study.run_config(name, study.config.seeds[0], overrides))
-                notes.append(_change(before, plan, self.base_step_tokens))
+                notes.append(_describe_change(unmatched, plan, self.base_step_tokens))
             if abs(plan.step.tokens / self.base_step_tokens - 1) > CLOSE:
                 notes.append(
-                    f"WARNING: a step holds {plan.step.tokens:,.0f} corpus tokens, one of the base {self.base_step_tokens:,.0f}: the arms "
-                    "differ in batch size too; more train.micro_batch_rows in the base allow a closer match"
+                    f"WARNING: a step has {plan.step.tokens:,.0f} corpus tokens, a step of the base "
+                    f"{self.base_step_tokens:,.0f}, so the arms differ in batch size too; "
+                    "raise train.micro_batch_rows in the base for a closer match"
                 )
         return Arm(name, overrides, plan.config, plan.step.tokens, plan.flops, budget_tokens(plan), notes)
 
@@ -117,18 +125,18 @@ class Matching:
             raise UserError(f"{config.name}: {error}") from None
 
     def _say_once(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._reported:
+            self._reported.add(line)
             self._say(line)
 
 
 def load_base_config(study: Study) -> RunConfig:
-    """The base configuration as it is written, with the study's first seed."""
+    """Return the base configuration with the study's first seed, otherwise unchanged."""
     return load_config(study.base, [f"seed={study.config.seeds[0]}", "name=base", f"output_dir={study.folder}"])
 
 
 def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, int]:
-    """The rows with which a step that holds `tokens` holds about the tokens wanted; empty where they are what they should be."""
+    """Return the rows that change a step from `tokens` to about `wanted` tokens; empty if no change is needed."""
     train = config.train
     micro = max(1, round(train.micro_batch_rows * wanted / tokens))
     if micro == train.micro_batch_rows:
@@ -140,7 +148,10 @@ def matched_rows(config: RunConfig, tokens: float, wanted: float) -> dict[str, i
 
 
 def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
-    """Dotted keys that let finetunings of an arm take rows and budget from the base, where their task gives none, not from the matched arm."""
+    """Return the dotted keys that give an arm's finetunings the rows and budget of the base.
+
+    Without them, rows and budget that a task does not set would come from the matched arm.
+    """
     tasks = {
         index: task.finetune
         for index, task in enumerate(config.evaluation.tasks)
@@ -154,31 +165,30 @@ def finetuning_of_base(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     }
 
 
-def _change(before: Plan, now: Plan, wanted: float) -> str:
-    rows, rows_before = now.config.train, before.config.train
+def _describe_change(unmatched: Plan, now: Plan, wanted: float) -> str:
+    rows, rows_before = now.config.train, unmatched.config.train
     return (
-        f"{rows.global_batch_rows} rows a step instead of {rows_before.global_batch_rows} (micro {rows.micro_batch_rows} instead of "
-        f"{rows_before.micro_batch_rows}), so that a step holds as many corpus tokens as one of the base: {now.step.tokens:,.0f} of "
-        f"{wanted:,.0f}, not {before.step.tokens:,.0f}"
+        f"{rows.global_batch_rows} rows per step instead of {rows_before.global_batch_rows} "
+        f"(micro batch: {rows.micro_batch_rows} instead of {rows_before.micro_batch_rows}), to match the corpus tokens "
+        f"per step of the base: {now.step.tokens:,.0f} of {wanted:,.0f}, instead of {unmatched.step.tokens:,.0f}"
     )
 
 
 def budget_tokens(plan: Plan) -> int:
-    """The corpus tokens that a run's budget comes to."""
+    """Return the number of corpus tokens in a run's budget."""
     train, corpus, order = plan.config.train, plan.corpus, plan.step.order
     if train.tokens is not None:
         return train.tokens
     if train.steps is not None:
-        return round(
-            (train.steps - 0.5) * plan.step.tokens
-        )  # a run ends with the step that reaches its tokens: with this one as a rule
-    assert corpus is not None and order is not None  # the corpora of a study are prepared before its plan
+        # A run ends with the step that reaches its tokens. With half a step less, this is normally step `train.steps`.
+        return round((train.steps - 0.5) * plan.step.tokens)
+    assert corpus is not None and order is not None  # a study prepares its corpora before it plans
     records = train.records
     if records is None:
         assert train.epochs is not None  # a run has exactly one budget
         records = order.records_in_epochs(train.epochs)
     weights = source_weights(corpus.manifest, plan.config.data.sources)
-    of_an_epoch: float = sum(
+    epoch_tokens: float = sum(
         weights[shard["source"]] * sum(shard["tokens"].values()) for shard in corpus.entry["shards"]
     )
-    return math.floor(records * of_an_epoch / order.epoch_records + 1e-6)
+    return math.floor(records * epoch_tokens / order.epoch_records + 1e-6)

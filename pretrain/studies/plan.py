@@ -1,4 +1,4 @@
-"""The runs of a study, its plan as a table, and what came out."""
+"""The runs of a study, and tables of its plan and its outcome."""
 
 import statistics
 
@@ -13,11 +13,11 @@ from pretrain.studies.runner import is_done
 from pretrain.training.describe import check_same_run
 
 CLOSE = 0.05
-"""Difference in training seconds up to which a match by seconds has come true."""
+"""Largest relative difference in training seconds at which a match by seconds has succeeded."""
 
 
 def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> list[Run]:
-    """All runs, seed by seed over all arms, so that a study that is not finished is balanced."""
+    """Return all runs. Each seed runs in all arms before the next seed, so an unfinished study is balanced."""
     runs = []
     for seed in study.config.seeds:
         for name, arm in matching.arms.items():
@@ -27,36 +27,37 @@ def make_runs(study: Study, matching: Matching, speeds: dict[str, float]) -> lis
 
 
 def check_runs(runs: list[Run]) -> None:
-    """Raise UserError where a run that exists was started with other settings than it has now."""
+    """Raise UserError if the settings of an existing run have changed since it was started."""
     for run in runs:
         if (run.run_dir / "config.yaml").exists():
             try:
                 check_same_run(run.config, Corpus(run.config.data.path, "train").manifest, None)
             except UserError as error:
                 raise UserError(
-                    f"arms.{run.arm} or its base has changed since it was started (new arms and seeds may come, arms that have runs "
-                    f"stay; give a changed one another name): {error}"
+                    f"arms.{run.arm} or the base has changed since the run was started: {error}. "
+                    "Arms and seeds may be added, but arms with runs must not change; give a changed arm a new name"
                 ) from None
 
 
 def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> None:
-    """Arms with their budgets, and what matching did. Without speeds that a budget needs, it stays open."""
+    """Print the arms with their budgets, and the changes made by matching.
+
+    A budget that depends on speeds that are not measured yet is shown as open.
+    """
     config = study.config
-    rows = [["arm", "rows a step", "tokens a step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
+    rows = [["arm", "rows per step", "tokens per step", "steps, about", "tokens", "FLOPs", f"of {config.baseline}"]]
     unknown = config.matched_by == "seconds" and not speeds.keys() >= matching.arms.keys()
     for arm in matching.arms.values():
         cells = ["measured at the start"] + [""] * 3
         if not unknown:
             tokens, baseline = matching.tokens(arm, speeds), matching.baseline
-            flops, of_baseline = (
-                tokens * arm.flops_per_token,
-                matching.tokens(baseline, speeds) * baseline.flops_per_token,
-            )
+            flops = tokens * arm.flops_per_token
+            baseline_flops = matching.tokens(baseline, speeds) * baseline.flops_per_token
             cells = [
                 f"{round(tokens / arm.tokens_per_step):,}",
                 f"{tokens:,}",
                 f"{flops:.3g}",
-                f"{flops / of_baseline:.3f}",
+                f"{flops / baseline_flops:.3f}",
             ]
         rows.append([arm.name, f"{arm.config.train.global_batch_rows:,}", f"{arm.tokens_per_step:,.0f}", *cells])
     print_table(rows)
@@ -69,7 +70,7 @@ def print_plan(study: Study, matching: Matching, speeds: dict[str, float]) -> No
 
 
 def print_outcome(study: Study, runs: list[Run]) -> None:
-    """Print the metric of each arm over its seeds, and what the runs took."""
+    """Print the metric of each arm over its seeds, and the tokens and seconds of its runs."""
     metric = study.metric
     finished = {run.name: read_run(run.run_dir) for run in runs if is_done(run)}
     settings = metric.common_settings(list(finished.values()))
@@ -99,6 +100,6 @@ def print_outcome(study: Study, runs: list[Run]) -> None:
         ratio = taken / seconds.get(study.config.baseline, taken)
         if study.config.matched_by == "seconds" and abs(ratio - 1) > CLOSE:
             print_now(
-                f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}: the machine's speed has changed since the "
-                "calibration"
+                f"WARNING: {arm} trained {ratio:.2f} times as long as {study.config.baseline}; "
+                "the machine's speed has changed since the calibration"
             )

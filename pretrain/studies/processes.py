@@ -1,4 +1,4 @@
-"""The processes that a study starts here: each ends, and saves what it has, when the study does."""
+"""Processes that a study starts on this machine. When the study stops, each of them saves its state and ends."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from pretrain.training.evaluation_requests import die_with_parent
 
 
 class ProcessRunner:
-    """Starts one command after another; a signal that asks the study to stop is passed on to the one that runs."""
+    """Runner of commands, one after another, that forwards SIGINT and SIGTERM to the running command."""
 
     def __init__(self, lock: IO[bytes]):
         self._lock = lock
@@ -24,7 +24,10 @@ class ProcessRunner:
             signal.signal(number, self._receive)
 
     def train(self, launcher_dir: Path, launch: str, config: Path, log: Path) -> int:
-        """Train under launcher/supervise.py, which brings the signals to all ranks and leaves none behind; the exit code."""
+        """Train under launcher/supervise.py and return the exit code.
+
+        The supervisor forwards signals to all ranks and makes sure that no rank stays alive.
+        """
         words = shlex.split(launch) or [sys.executable]
         return self._run(
             [
@@ -39,13 +42,14 @@ class ProcessRunner:
         )
 
     def evaluate(self, launcher_dir: Path, run_dir: Path, log: Path) -> int:
-        """Evaluate the last checkpoint of a run; the exit code."""
+        """Evaluate the last checkpoint of a run and return the exit code."""
         return self._run([sys.executable, str(launcher_dir / "evaluate.py"), str(run_dir)], log, group=True)
 
     def _run(self, command: list[str], log: Path, group: bool = False) -> int:
-        """`group`: a signal goes to all processes of the command, and not to the first alone.
+        """Run a command and return its exit code; with `group`, signals go to all its processes, not only the first.
 
-        The command gets SIGTERM when this process dies, and holds its lock until it has ended itself: so no second start meets it.
+        If this process dies, the command gets SIGTERM. The command holds the study's lock until it has ended, so a
+        second start of the study cannot run next to it.
         """
         with open(log, "a") as output:
             self._group = group
@@ -57,8 +61,8 @@ class ProcessRunner:
                 start_new_session=True,
                 pass_fds=[self._lock.fileno()],
             )
-        if self.stopped:  # while it was started
-            self._pass_on(self.stopped)
+        if self.stopped:  # the signal arrived before the process was known
+            self._forward(self.stopped)
         code = self._running.wait()
         self._running = None
         return code
@@ -66,9 +70,9 @@ class ProcessRunner:
     def _receive(self, number: int, frame: Any) -> None:
         self.stopped = signal.Signals(number)
         if self._running:
-            self._pass_on(self.stopped)
+            self._forward(self.stopped)
 
-    def _pass_on(self, number: signal.Signals) -> None:
+    def _forward(self, number: signal.Signals) -> None:
         assert self._running is not None
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if self._group else os.kill)(self._running.pid, number)

@@ -1,13 +1,13 @@
-"""study.json: what a study is made of, for the report and for the next start.
+"""study.json: the contents of a study, for the report and for the next start.
 
-Its keys:
+Keys:
 
     name, matched_by, baseline, metric    as in the study file
-    arms           ARM: {"overrides": as in the study file, "matched": what matching has set, "flops_per_token": of the corpus,
-                   "runs": {SEED: the run's folder in the study's}}
-    calibration    ARM: the measured speed, where seconds are matched
-    wall_seconds   RUN: how long it took here, all starts, its evaluation included
-    jobs           RUN: the numbers of its training and evaluation, under Slurm
+    arms           ARM: {"overrides": as in the study file, "matched": the dotted keys set by matching,
+                   "flops_per_token": FLOPs per corpus token, "runs": {SEED: the run's folder inside the study folder}}
+    calibration    ARM: the measured speed, if seconds are matched
+    wall_seconds   RUN: wall-clock seconds on this machine over all starts, including its evaluation
+    jobs           RUN: the Slurm job numbers of its training and its evaluation
 """
 
 from dataclasses import dataclass
@@ -23,48 +23,51 @@ FILE = "study.json"
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed."""
+    """A run: an arm with a seed."""
 
     arm: str
     seed: int
     config: RunConfig
     flops: float
-    """Of the training, estimated."""
+    """Estimated FLOPs of the training."""
 
     @property
     def run_dir(self) -> Path:
-        """Its run directory."""
+        """Run directory."""
         return self.config.run_dir
 
     @property
     def name(self) -> str:
-        """Of its folder in the study's."""
+        """Name of its folder inside the study folder."""
         return self.config.name
 
 
 class StudyRecord:
-    """The file, read at a start and written whenever something is known."""
+    """Contents of study.json, read at the start of a study and written after each change."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE
-        before = read_json_or_none(self._path) or {}
-        self.calibration: dict[str, Any] = before.get("calibration", {})
-        self.wall_seconds: dict[str, float] = before.get("wall_seconds", {})
-        self.jobs: dict[str, list[int]] = before.get("jobs", {})
+        previous = read_json_or_none(self._path) or {}
+        self.calibration: dict[str, Any] = previous.get("calibration", {})
+        self.wall_seconds: dict[str, float] = previous.get("wall_seconds", {})
+        self.jobs: dict[str, list[int]] = previous.get("jobs", {})
         self._study: dict[str, Any] = {
-            key: value for key, value in before.items() if key in ("name", "matched_by", "baseline", "metric", "arms")
+            key: value for key, value in previous.items() if key in ("name", "matched_by", "baseline", "metric", "arms")
         }
 
     def describe(self, study: Study, matched: dict[str, dict[str, Any]], flops_per_token: dict[str, float]) -> None:
-        """Write down what the study is now; `matched` are the dotted keys that matching has set for each arm."""
+        """Record the current arms and settings of the study.
+
+        `matched` holds the dotted keys that matching has set for each arm.
+        """
         config = study.config
-        head = {
+        settings = {
             "name": config.name,
             "matched_by": config.matched_by,
             "baseline": config.baseline,
             "metric": config.metric.model_dump(),
         }
-        self._study = head | {
+        self._study = settings | {
             "arms": {
                 arm: {
                     "overrides": overrides,
@@ -78,7 +81,7 @@ class StudyRecord:
         self.save()
 
     def save(self) -> None:
-        """Write the file."""
+        """Write study.json."""
         write_json(
             self._path,
             self._study | {"calibration": self.calibration, "wall_seconds": self.wall_seconds, "jobs": self.jobs},

@@ -1,4 +1,7 @@
-"""The runs of a study as jobs of Slurm: one for the training of a run, which queues itself again, and one behind it for its evaluation."""
+"""Runs of a study as Slurm jobs.
+
+Each run has a training job, which requeues itself, and an evaluation job that starts after it.
+"""
 
 import shlex
 import subprocess
@@ -13,7 +16,7 @@ from pretrain.studies.runner import is_done, is_trained, log_path, rewrite_run_c
 
 
 def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list[Run], record: StudyRecord) -> int:
-    """Submit what is not done and not queued; 0."""
+    """Submit jobs for the runs that are not done and not queued; return the exit code 0."""
     submitted = 0
     for run in runs:
         if is_done(run) or any(_is_queued(job) for job in record.jobs.get(run.name, [])):
@@ -32,7 +35,7 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
                 )
             )
         if run.config.evaluation.tasks:
-            behind = [f"--dependency=afterany:{jobs[0]}"] if jobs else []
+            dependency = [f"--dependency=afterany:{jobs[0]}"] if jobs else []
             jobs.append(
                 submit(
                     launcher_dir / "slurm" / "evaluate.sbatch",
@@ -40,7 +43,7 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
                     f"evaluate-{run.name}",
                     log,
                     run.run_dir,
-                    more=behind,
+                    more=dependency,
                 )
             )
         record.jobs[run.name] = jobs
@@ -49,16 +52,17 @@ def submit_runs(folder: Path, launcher_dir: Path, slurm: SlurmConfig, runs: list
         print_now(f"{run.name}: job{'s' * (len(jobs) > 1)} {', '.join(map(str, jobs))}")
     done = sum(map(is_done, runs))
     print_now(
-        f"{submitted} runs submitted, {done} of {len(runs)} done; the same command submits again what has failed, once it has left the queue"
+        f"{submitted} runs submitted, {done} of {len(runs)} done; "
+        "run the same command again to resubmit failed runs that have left the queue"
     )
     return 0
 
 
 def submit(script: Path, options: str, name: str, log: Path, argument: Path, more: Sequence[str] = ()) -> int:
-    """Return the number of a new job. Raises UserError."""
+    """Submit a job and return its number. Raises UserError if it cannot be submitted."""
     if not Path("launcher/run.py").is_file():
         raise UserError(
-            "jobs start in this folder, and launcher/run.py is not in it: start the study from the project's folder"
+            "jobs start in the current folder, but it has no launcher/run.py; start the study from the project folder"
         )
     done = _call(
         "sbatch",
@@ -72,19 +76,19 @@ def submit(script: Path, options: str, name: str, log: Path, argument: Path, mor
     )
     if done.returncode:
         raise UserError(
-            f"sbatch refused {name}: {' '.join(done.stderr.split())}; mend the options of slurm in the study file"
+            f"sbatch refused {name}: {' '.join(done.stderr.split())}; fix the slurm options in the study file"
         )
     return int(done.stdout.partition(";")[0])
 
 
 def wait_for(job: int, stopped: Callable[[], bool]) -> None:
-    """Return when a job has left the queue, or this process is asked to stop."""
+    """Wait until a job has left the queue, or until `stopped()` is true."""
     while not stopped() and _is_queued(job):
         time.sleep(5)
 
 
 def _is_queued(job: int) -> bool:
-    """Whether a job waits or runs; Slurm forgets ended ones after a while."""
+    """Return whether a job is waiting or running; Slurm forgets ended jobs after a while."""
     return bool(_call("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout.strip())
 
 
@@ -93,5 +97,6 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(
-            f"cannot start {command[0]} ({error.strerror}): the study file has slurm, start it where Slurm is"
+            f"cannot start {command[0]} ({error.strerror}), but the study file sets slurm; "
+            "start the study on a machine with Slurm, or remove slurm"
         ) from None

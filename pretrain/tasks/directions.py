@@ -1,4 +1,7 @@
-"""Which direction of a metric is better, so that the report can distinguish help from harm. Each task declares its own in `METRICS`."""
+"""Directions of metrics: whether higher or lower is better. The report needs them to tell help from harm.
+
+Each task declares the directions of its own metrics in `METRICS`.
+"""
 
 import importlib
 import importlib.util
@@ -6,11 +9,11 @@ import re
 from typing import Literal
 
 MetricDirection = Literal["higher", "lower", "neither"]
-"""neither: more of it is not better by itself, for instance because collapsed embeddings have it too."""
+"""Better direction of a metric. neither: a higher value alone is not better; collapsed embeddings may have it too."""
 MetricDirections = dict[str, MetricDirection]
 
 VALIDATION = "validation"
-"""As a task: the metric is a tag of metrics.jsonl that begins with `validation/`."""
+"""Task name that stands for validation: its metrics are the tags of metrics.jsonl that begin with `validation/`."""
 LOSSES: MetricDirections = dict.fromkeys(("lm", "jepa", "sigreg", "vicreg", "coding_rate"), "lower")
 """Terms of the loss."""
 MONITORS: MetricDirections = {
@@ -19,19 +22,19 @@ MONITORS: MetricDirections = {
     "effective_rank": "higher",
     "retrieval_at_1": "higher",
 }
-"""Embedding monitors, see pretrain/objectives/monitors.py."""
+"""Embedding monitors; see pretrain/objectives/monitors.py."""
 _VALIDATION: MetricDirections = {f"loss/{name}": direction for name, direction in LOSSES.items()} | {
     f"embedding/{name}": direction for name, direction in MONITORS.items()
 }
 
 
 def higher(*metrics: str) -> MetricDirections:
-    """Declare metrics of which more is better."""
+    """Declare metrics for which higher is better."""
     return dict.fromkeys(metrics, "higher")
 
 
 def metric_directions(task: str) -> MetricDirections:
-    """Return the direction of each metric that a task, or `validation`, declares; none for a task that does not exist."""
+    """Return the declared direction of each metric of a task or of `validation`; empty for an unknown task."""
     if task == VALIDATION:
         return _VALIDATION
     name = f"pretrain.tasks.{task}"
@@ -42,9 +45,9 @@ def metric_directions(task: str) -> MetricDirections:
 
 
 def direction(task: str, metric: str) -> MetricDirection | None:
-    """Return the direction that a task, or `validation`, declares for a metric; None if it declares none.
+    """Return the direction that a task or `validation` declares for a metric, or None if it declares none.
 
-    The metrics of further directions of prediction have the prefix `A_to_B_`.
+    A prefix `A_to_B_` of a retrieval metric, such as `code_to_text_`, names a direction of prediction and is ignored.
     """
     declared = metric_directions(task)
     name = split_direction(metric)[1] if task == "retrieval" else metric
@@ -52,6 +55,6 @@ def direction(task: str, metric: str) -> MetricDirection | None:
 
 
 def split_direction(metric: str) -> tuple[str, str]:
-    """Return the direction of prediction that a metric of `retrieval` starts with, such as `code_to_text`, and the metric; "" without one."""
+    """Split a metric of `retrieval` into its direction of prediction, such as `code_to_text` or "", and its name."""
     found = re.fullmatch(r"(\w+_to_\w+?)_(recall_at_10?|mrr)", metric)
     return (found[1], found[2]) if found else ("", metric)

@@ -1,4 +1,7 @@
-"""geometry: how the embeddings of the two views relate; measured by pretrain/evaluation/model_tasks/geometry.py."""
+"""geometry: relations between the embeddings of the two views.
+
+pretrain/evaluation/model_tasks/geometry.py measures them.
+"""
 
 from typing import Literal
 
@@ -17,6 +20,6 @@ METRICS: MetricDirections = {
 
 
 class Config(PairTask):
-    """Measure how the embeddings of the views relate."""
+    """Options of the task that measures how the embeddings of two views relate."""
 
     name: Literal["geometry"]

@@ -1,7 +1,13 @@
-"""gsm8k: write the solution of a problem, scored by its final answer: the number behind the last `####`.
+"""gsm8k: write the solution of a problem, scored by its final number: the number after the last `####`.
 
-final: the answer ended with the end token, and its final number equals the target's. final_any: the same whether or not it ended. answered: it has
-a final number. A row whose target has none counts as wrong (failed_gold).
+Metrics, as fractions of the test rows:
+
+    final       the answer ended with the end token, and its final number equals the target's
+    final_any   its final number equals the target's, whether or not it ended with the end token
+    answered    it has a final number
+    stopped     it ended with the end token
+
+A row is wrong if its target has no final number; the count `failed_gold` is the number of these rows.
 """
 
 import re
@@ -21,7 +27,7 @@ FINAL = re.compile(
 
 
 class Config(AnswerTask):
-    """Write the solution of a problem, scored by its final answer."""
+    """Options of the task: write the solution of a problem, scored by its final number."""
 
     name: Literal["gsm8k"]
 
@@ -35,15 +41,18 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer]) -> tuple[dict[str, float], dict[str, int]]:
-    """Rates over all rows, and how many targets have no final number."""
-    wanted, given = [final_number(target) for target in targets], [final_number(answer.text) for answer in answers]
-    right = [gold is not None and gold == number for gold, number in zip(wanted, given, strict=True)]
+    """Return the metrics over all rows, and as `failed_gold` the number of targets without a final number."""
+    gold_numbers, answer_numbers = (
+        [final_number(target) for target in targets],
+        [final_number(answer.text) for answer in answers],
+    )
+    is_right = [gold is not None and gold == number for gold, number in zip(gold_numbers, answer_numbers, strict=True)]
     return {
-        "final": rate(hit and answer.stopped for hit, answer in zip(right, answers, strict=True)),
-        "final_any": rate(right),
-        "answered": rate(number is not None for number in given),
+        "final": rate(right and answer.stopped for right, answer in zip(is_right, answers, strict=True)),
+        "final_any": rate(is_right),
+        "answered": rate(number is not None for number in answer_numbers),
         "stopped": rate(answer.stopped for answer in answers),
-    }, {"failed_gold": wanted.count(None)}
+    }, {"failed_gold": gold_numbers.count(None)}
 
 
 def final_number(text: str) -> Decimal | None:
@@ -51,6 +60,6 @@ def final_number(text: str) -> Decimal | None:
 
     18, +18.0, $1,800, **18** and -0.5 are numbers; 1/2 and 18-20 are not.
     """
-    _, mark, rest = text.rpartition("####")
-    found = FINAL.match(rest) if mark else None
+    _, mark, tail = text.rpartition("####")
+    found = FINAL.match(tail) if mark else None
     return Decimal(found[1].replace("−", "-") + found[2].replace(",", "")) if found else None

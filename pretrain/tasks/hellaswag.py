@@ -1,7 +1,11 @@
-"""hellaswag: choose the ending of a text among four by likelihood.
+"""hellaswag: choose one of four endings of a text by likelihood.
 
-normalised: the right ending has the highest log-likelihood, the end token included, divided by its characters. likelihood: the highest one undivided.
-A tie is no choice. One of four is chance.
+Metrics, as fractions of the test rows:
+
+    normalised   the right ending has the highest log-likelihood per character
+    likelihood   the right ending has the highest log-likelihood
+
+Log-likelihoods include the end token. A tie for the highest value counts as wrong. Chance level is 1/4.
 """
 
 from collections.abc import Sequence
@@ -17,20 +21,23 @@ METRICS: MetricDirections = higher("normalised", "likelihood")
 
 
 class Config(AnswerTask):
-    """Choose the ending of a text by likelihood."""
+    """Options of the task: choose the ending of a text by likelihood."""
 
     name: Literal["hellaswag"]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Weigh the endings of the test rows and score the choice."""
+    """Compute the likelihoods of the endings of the test rows and score the choices.
+
+    Raises UserError for rows without the expected columns, or with fewer than two endings.
+    """
     rows = run.read_test()
     try:
         found = [choices(row.columns) for row in rows]
     except (KeyError, ValueError) as error:
         raise UserError(f"task.test: the task hellaswag needs the columns ctx, endings and label: {error}") from None
     if any(len(texts) < 2 for texts, _ in found):
-        raise UserError("task.test: a row has a single ending, which leaves nothing to choose; give each at least two")
+        raise UserError("task.test: a row has fewer than two endings to choose from; give each row at least two")
     endings, labels = [texts for texts, _ in found], [label for _, label in found]
     likelihoods = run.log_likelihoods([(row.context, texts) for row, texts in zip(rows, endings, strict=True)])
     return TaskResult(len(rows), score(labels, endings, likelihoods), count_too_long_options(likelihoods))
@@ -39,7 +46,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 def score(
     labels: Sequence[int], endings: Sequence[Sequence[str]], likelihoods: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """Rates over all rows; `likelihoods` (rows, endings) are log-likelihoods."""
+    """Return the metrics over all rows; `likelihoods` (rows, endings) are log-likelihoods in nats."""
     per_character = [
         [value / max(1, len(text)) for value, text in zip(values, texts, strict=True)]
         for values, texts in zip(likelihoods, endings, strict=True)

@@ -1,11 +1,15 @@
-"""Tasks of labels: choose one of a few words for a text.
+"""Classification tasks: choose one of a few labels for a text.
 
-likelihood: of all labels the target is the most likely answer, the end token included; a tie is no choice. generation: the written answer is
-the target and ended with the end token. prefix: it starts with the target (what the LLM-JEPA paper reports). majority: the share of the most common
-label, which a model reaches that looks at no text.
+Metrics, as fractions of the test rows:
 
-The labels are those of the task and all targets of the test and train files, whichever rows are used: with fewer options than the task has, chance
-alone would score better. Where the files have none of the task's labels, their words stand for these.
+    likelihood   the target is the most likely label, with the end token included; a tie counts as wrong
+    generation   the generated answer is the target and ended with the end token
+    prefix       the generated answer starts with the target (the measure of the LLM-JEPA paper)
+    stopped      the generated answer ended with the end token
+    majority     the target is the most common target: the best score of a model that ignores the text
+
+The candidates are the task's labels and all targets of the test and train files, also beyond the rows used: fewer
+candidates would raise the chance level. If the files use none of the task's labels, their targets replace them.
 """
 
 from collections import Counter
@@ -29,31 +33,33 @@ if TYPE_CHECKING:
 
 METRICS: MetricDirections = higher("likelihood", "generation", "prefix", "stopped") | {"majority": "neither"}
 MOST_LABELS = 50
+"""Largest number of different targets that a classification task accepts."""
 
 
 def labels_of(rows: "Iterable[Row]", known: Sequence[str]) -> list[str]:
-    """Return the labels to choose from: the targets of the rows, and the known labels unless the rows use other words altogether."""
+    """Return the candidate labels, sorted: all targets, and the known labels if any target is one of them."""
     found = {row.target for row in rows}
     return sorted(found | set(known) if found & set(known) else found)
 
 
 def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
-    """Weigh the labels for each test row, write an answer, score both.
+    """Compute the likelihood of each label and generate an answer for each test row, then score both.
 
-    `known` are the labels of the public data set. Raises UserError for data with one label, or with too many.
+    `known` are the labels of the public data set. Raises UserError for data with one label, or more than MOST_LABELS.
     """
-    every_row = run.read_test(every=True)
-    rows = every_row[: run.task.rows]
+    all_rows = run.read_test(every=True)
+    rows = all_rows[: run.task.rows]
     targets = [row.target for row in rows]
-    labels = labels_of([*every_row, *run.read_train()], known)
+    labels = labels_of([*all_rows, *run.read_train()], known)
     if len(labels) < 2:
         raise UserError(
-            f"task.test: every row has the target {labels[0]!r}, which leaves nothing to choose; look at the columns, "
-            "or give task.train with the other labels"
+            f"task.test: every row has the same target {labels[0]!r}; check the columns, "
+            "or set task.train to rows with the other labels"
         )
     if len(labels) > MOST_LABELS:
         raise UserError(
-            f"task.test has {len(labels)} different targets, but a task of labels takes at most {MOST_LABELS}; look at the columns"
+            f"task.test has {len(labels)} different targets, but a classification task takes at most {MOST_LABELS}; "
+            "check the columns"
         )
     answers = run.generate_answers(rows)
     likelihoods = run.log_likelihoods([(row.context, labels) for row in rows])
@@ -64,7 +70,7 @@ def evaluate_labels(run: TaskRun, known: Sequence[str]) -> TaskResult:
 def score(
     targets: Sequence[str], labels: Sequence[str], likelihoods: Sequence[Sequence[float]], answers: Sequence[Answer]
 ) -> dict[str, float]:
-    """Rates over all rows; `likelihoods` (rows, labels) are log-likelihoods."""
+    """Return the metrics over all rows; `likelihoods` (rows, labels) are log-likelihoods in nats."""
     return {
         "likelihood": rate(
             is_strict_argmax(values, labels.index(target)) for target, values in zip(targets, likelihoods, strict=True)

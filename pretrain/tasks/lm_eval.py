@@ -1,4 +1,7 @@
-"""lm_eval: tasks of the Language Model Evaluation Harness; run by pretrain/evaluation/model_tasks/lm_eval.py."""
+"""lm_eval: tasks of the Language Model Evaluation Harness.
+
+pretrain/evaluation/model_tasks/lm_eval.py runs them.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -12,21 +15,21 @@ from pretrain.tasks.directions import MetricDirections
 from pretrain.tasks.options import TaskConfig, check_package
 
 METRICS: MetricDirections = {}
-"""The harness reports the directions together with its results."""
+"""Empty: the harness reports the directions of its metrics together with its results."""
 
 
 class Config(TaskConfig):
-    """Run tasks of the Language Model Evaluation Harness, which brings its own rows; `rows` limits each of them."""
+    """Options of the harness tasks. The harness has its own test rows; `rows` limits their number per harness task."""
 
     name: Literal["lm_eval"]
     harness: list[LocalPath] = Field(min_length=1)
-    """The harness' names of its tasks, or YAML files of tasks."""
+    """Names of harness tasks, or YAML files that define tasks."""
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_requirements`."""
+        """Raise UserError for a missing YAML file or if lm-eval is not installed."""
         for path in self.harness:
             if path.endswith((".yaml", ".yml")) and not Path(path).is_file():
                 raise UserError(
-                    f"{where}.harness: there is no file {path}; give the YAML file of a task of the harness, or the name of one"
+                    f"{where}.harness: there is no file {path}; give a YAML file or the name of a harness task"
                 )
         check_package("lm_eval", "lm-eval", f"{where}.name: the task lm_eval")

@@ -1,4 +1,7 @@
-"""loss: the losses of the objective, and the embedding monitors; measured by pretrain/evaluation/model_tasks/loss.py."""
+"""loss: the losses of the objective, and the embedding monitors.
+
+pretrain/evaluation/model_tasks/loss.py measures them.
+"""
 
 from typing import Literal
 
@@ -9,6 +12,6 @@ METRICS: MetricDirections = LOSSES | MONITORS
 
 
 class Config(RowTask):
-    """Compute the losses as validation does."""
+    """Options of the task that computes the losses in the same way as validation."""
 
     name: Literal["loss"]

@@ -1,10 +1,17 @@
-"""nl_rx: write the regex for a description, scored as text and by what it matches.
+"""nl_rx: write the regex for a description, scored as text and by the lines that it matches.
 
-exact: the answer is the target and ended with the end token. equal: it ended so and matches the same lines, by the project's own checker
-(pretrain/tasks/regex_equality.py); an empty answer is equal to nothing, though some targets match the empty line alone.
-prefix: it starts with the target (what the LLM-JEPA paper reports). contains: the target stands in it. stopped: it ended with the end
-token. `_proper`: on targets that match some lines, but not every one. `_unseen`: on targets that stand neither in the training corpus
-nor in the task's train rows. undecided: share of answers that the checker could not decide within its limits, which count as not equal.
+Metrics, as fractions of the test rows:
+
+    exact       the answer is the target and ended with the end token
+    equal       the answer ended with the end token and matches the same lines as the target
+    prefix      the answer starts with the target (the measure of the LLM-JEPA paper)
+    contains    the target is a part of the answer
+    stopped     the answer ended with the end token
+    undecided   the checker could not decide within its limits; these answers count as not equal
+
+Suffix `_proper`: over targets that match some lines, but not all. Suffix `_unseen`: over targets that are neither in
+the training corpus nor in the task's train rows. pretrain/tasks/regex_equality.py checks whether two regexes match the
+same lines. An empty answer is never equal, even to a target that matches only the empty line.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,11 +37,14 @@ METRICS: MetricDirections = {
     "undecided": "lower",
 }
 MOST_UNDECIDED = 50
-"""Comparisons given up, at some seconds each, after which the others are not tried."""
+"""Number of undecided comparisons after which the remaining ones are not tried: each takes some seconds."""
 
 
 class Config(AnswerTask):
-    """Write the regex for a description. Without `test` it is scored on 1,000 unseen pairs of the embedded grammar, or `rows` of them."""
+    """Options of the task: write the regex for a description.
+
+    Without `test`, it is scored on `rows` (default 1,000) unseen pairs of the embedded grammar.
+    """
 
     name: Literal["nl_rx"]
 
@@ -52,7 +62,10 @@ def evaluate(run: TaskRun) -> TaskResult:
 def score(
     targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Rates, and the rows behind those that are not over all of them. An exact answer is equal, even where the target is no regex."""
+    """Return the metrics, and the number of rows of each subset (`proper`, `unseen`) that has its own metrics.
+
+    An exact answer counts as equal, even if the target is not a valid regex.
+    """
     rows = list(zip(targets, answers, strict=True))
     exact = [answer.text == target and answer.stopped for target, answer in rows]
     verdicts = _verdicts(
@@ -60,13 +73,13 @@ def score(
         for target, answer in rows
         if answer.stopped and answer.text.strip() and answer.text != target
     )
-    same = [
+    equality = [
         answer.stopped and (answer.text == target or verdicts.get((target, answer.text), False))
         for target, answer in rows
     ]
-    equal = [verdict is True for verdict in same]
-    kinds = {target: is_nontrivial(target) for target in set(targets)}
-    proper = [kinds[target] is True for target in targets]
+    equal = [verdict is True for verdict in equality]
+    nontrivial = {target: is_nontrivial(target) for target in set(targets)}
+    proper = [nontrivial[target] is True for target in targets]
     return {
         "exact": rate(exact),
         "equal": rate(equal),
@@ -77,12 +90,12 @@ def score(
         **rate_over_subset("exact_unseen", exact, is_unseen),
         **rate_over_subset("equal_proper", equal, proper),
         **rate_over_subset("exact_proper", exact, proper),
-        "undecided": rate(verdict is None for verdict in same),
+        "undecided": rate(verdict is None for verdict in equality),
     }, {"proper": sum(proper)} | ({"unseen": sum(is_unseen)} if is_unseen is not None else {})
 
 
 def _verdicts(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-    """Whether the two of each pair match the same lines; None: undecided."""
+    """Return for each pair of regexes whether both match the same lines; None if undecided."""
     verdicts: dict[tuple[str, str], bool | None] = {}
     undecided = 0
     for pair in dict.fromkeys(pairs):

@@ -1,7 +1,12 @@
-"""nq_open: short answers to open questions, each with several right ones.
+"""nq_open: short answers to open questions; each question has several right answers.
 
-Answers are compared without case, punctuation, articles and surplus white space (Rajpurkar et al., "SQuAD", EMNLP 2016). exact: the answer ended with
-the end token and equals one of the right ones. contains: the words of a right one stand in it. stopped: it ended with the end token. An empty answer
+Metrics, as fractions of the test rows:
+
+    exact      the answer ended with the end token and equals a right answer
+    contains   the answer contains the words of a right answer, one after another
+    stopped    the answer ended with the end token
+
+Case, punctuation, articles and extra white space are ignored (Rajpurkar et al., "SQuAD", EMNLP 2016). An empty answer
 is never right.
 """
 
@@ -23,7 +28,7 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Config(AnswerTask):
-    """Write a short answer, scored against all right ones."""
+    """Options of the task: write a short answer, scored against all right answers."""
 
     name: Literal["nq_open"]
 
@@ -36,7 +41,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 def right_answers(row: "Row") -> list[str]:
-    """Return all answers that count: those of the public data set, or else the target alone."""
+    """Return the right answers of a row: the column `answer` of the public data set, or else the target alone."""
     try:
         return nq_open.right_answers(row.columns["answer"])
     except (KeyError, ValueError):
@@ -44,7 +49,7 @@ def right_answers(row: "Row") -> list[str]:
 
 
 def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[str, float]:
-    """Rates over all rows; `targets` are the right answers of each."""
+    """Return the metrics over all rows; `targets` holds the right answers of each row."""
     rows = [
         ({normal(target) for target in right} - {""}, normal(answer.text), answer.stopped)
         for right, answer in zip(targets, answers, strict=True)
@@ -57,6 +62,9 @@ def score(targets: Sequence[Sequence[str]], answers: Sequence[Answer]) -> dict[s
 
 
 def normal(text: str) -> str:
-    """Return the words of a text in lower case, without articles and punctuation; of one that has nothing else, what it has."""
+    """Return a text in lower case without articles, punctuation and extra white space.
+
+    A text that consists of articles and punctuation only keeps them.
+    """
     words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
     return " ".join(words or text.lower().split())

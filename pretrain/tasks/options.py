@@ -1,4 +1,4 @@
-"""Options that tasks have in common."""
+"""Options that several tasks share."""
 
 import difflib
 import glob
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class TaskConfig(Section):
-    """A downstream task of the evaluation job, see docs/evaluation.md."""
+    """Options of a downstream task of the evaluation job; see docs/evaluation.md."""
 
     name: str
     label: str | None = Field(default=None, pattern=r"^\w[\w.+-]*$", max_length=100)
-    """Name of the task in results and tables; default its name. It distinguishes two tasks of one name."""
+    """Name of the task in results and tables; default: `name`. Labels distinguish two tasks of the same name."""
     rows: int | None = Field(default=None, gt=0)
-    """Number of test rows used, from the first on; default all."""
+    """Number of test rows used, starting with the first; default: all."""
 
     @property
     def title(self) -> str:
@@ -35,39 +35,40 @@ class TaskConfig(Section):
 
     @property
     def sources(self) -> dict[str, str | JsonSource | HubSource]:
-        """The rows of the task, by the key that names them."""
+        """Sources of the task's rows, by option (`test`, `train`)."""
         return {}
 
     @property
     def paths(self) -> list[str]:
-        """Files and folders of the task that do not hold rows."""
+        """Files and folders of the task other than its rows."""
         return []
 
     @property
     def finetunes(self) -> bool:
-        """Whether the task finetunes the checkpoint first."""
+        """Whether the task finetunes the checkpoint before scoring."""
         return False
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
-        """Return whether a metric that the task declares is among its results with these options and views."""
+        """Return whether the task reports a declared metric with its options and these views."""
         return True
 
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError if the task cannot be evaluated on records of these views."""
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, with the dotted key below `where`, for a file or package that the task needs and that is not there."""
+        """Raise UserError if a file or package of the task is missing; `where` is the dotted key of the task."""
         for key, given in self.sources.items():
             if isinstance(given, str) and not os.path.lexists(given) and not glob.has_magic(given):
-                raise UserError(f"{where}.{key}: there is no file {given} ({key} of {self.title})")
+                raise UserError(f"{where}.{key}: there is no file {given} ({key} of {self.title}); correct the path")
             self.first_rows(data, where, key, self.rows if key == "test" else None)
 
     def first_rows(self, data: DataConfig, where: str, key: str, count: int | None) -> "list[Row]":
-        """Return the first `count` rows that a key names, or all, as the task reads them; none of a data set that would have to be fetched.
+        """Return the first `count` rows of the source `key`, or all if `count` is None.
 
-        Raises UserError.
+        The result is empty for a Hub data set that would have to be downloaded. Raises UserError if the rows cannot be
+        read or there are none.
         """
-        from data_prep.task_rows import RowReader  # which loads pyarrow
+        from data_prep.task_rows import RowReader  # imported late because it loads pyarrow
 
         source = task_source(data, self.sources[key])
         reader = RowReader(
@@ -81,69 +82,76 @@ class TaskConfig(Section):
             return []
         found = list(islice(reader.rows(), count))
         if not found:
-            raise UserError(f"{where}.{key}: {source.path} has no rows")
+            raise UserError(f"{where}.{key}: {source.path} has no rows; give a file with rows")
         return found
 
 
 class RowTask(TaskConfig):
-    """A task on rows of its own."""
+    """Options of a task with test rows."""
 
     test: LocalPath | TaskSource | None = None
     """Rows to score: a file of JSON lines, or a source of type json or hub as in data.sources."""
 
     HAS_DEFAULT_TEST_ROWS: ClassVar[bool] = False
-    """Whether the task has rows without `test`."""
+    """Whether the task has test rows even if `test` is not set."""
 
     @property
     def sources(self) -> dict[str, str | JsonSource | HubSource]:
-        """The rows of the task, by the key that names them."""
+        """Sources of the task's rows, by option."""
         return {} if self.test is None else {"test": self.test}
 
     @field_validator("test", "train", check_fields=False)
     @classmethod
-    def _read_once(cls, source: Any) -> Any:
+    def _no_weight_or_split(cls, source: Any) -> Any:
         if isinstance(source, JsonSource | HubSource) and (source.weight != 1 or source.split != "train"):
-            raise ValueError("weight and split are for data.sources: leave them out of a task's train and test")
+            raise ValueError("weight and split apply to data.sources only; remove them from train and test of the task")
         return source
 
     @model_validator(mode="after")
     def _has_rows(self) -> "RowTask":
         if self.test is None and not self.HAS_DEFAULT_TEST_ROWS:
-            raise ValueError(f"the task {self.name} needs rows: test (on the command line task.test=FILE)")
+            raise ValueError(f"the task {self.name} needs test rows; set test (on the command line: task.test=FILE)")
         return self
 
 
 class AnswerTask(RowTask):
-    """A task that scores an answer, the second view, to a context, the first; the checkpoint may be finetuned on such rows first."""
+    """Options of a task whose context is the first view of a row, and whose target is the second.
+
+    The checkpoint may be finetuned on rows of the same form before it is scored.
+    """
 
     train: LocalPath | TaskSource | None = None
     """Rows to finetune on, like `test`."""
     finetune: dict[str, Any] | None = None
-    """Keys of `train` of the run that the finetuning on the rows of `train` changes; null evaluates the checkpoint as it is."""
+    """Settings of the finetuning on the rows of `train`: keys of the run's `train` section and their new values.
+
+    null: evaluate the checkpoint without finetuning.
+    """
     finetune_objective: dict[str, Any] | None = None
-    """Objective of the finetuning: keys of `objective`; default next_token."""
+    """Objective of the finetuning: keys of `objective`; default: next_token."""
     finetune_lora: LoraConfig | None = None
-    """Finetune adapters alone, instead of the whole model."""
+    """LoRA settings; if set, only adapters are finetuned, not the whole model."""
 
     @property
     def sources(self) -> dict[str, str | JsonSource | HubSource]:
-        """The rows of the task, by the key that names them."""
+        """Sources of the task's rows, by option."""
         return super().sources | ({} if self.train is None else {"train": self.train})
 
     @property
     def finetunes(self) -> bool:
-        """Whether the task finetunes the checkpoint first."""
+        """Whether the task finetunes the checkpoint before scoring."""
         return self.finetune is not None
 
     def check_views(self, views: tuple[str, ...]) -> None:
         """Raise ValueError unless there are two views."""
         if len(views) != 2:
             raise ValueError(
-                f"the task {self.name} takes the second of two views for the answer to the first, but data.views are {list(views)}"
+                f"the task {self.name} needs two views, a context and its answer, but data.views is {list(views)}; "
+                "list two views"
             )
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_requirements`."""
+        """Raise UserError if a file is missing, or if peft is needed and not installed."""
         super().check_requirements(data, where)
         if self.finetune_lora:
             check_package("peft", "lora", f"{where}.finetune_lora")
@@ -160,31 +168,37 @@ class AnswerTask(RowTask):
     @model_validator(mode="after")
     def _finetuning_is_complete(self) -> "AnswerTask":
         if self.test is not None and self.finetune is not None and self.train is None:
-            raise ValueError("finetune needs rows to train on that belong to test: give train too")
+            raise ValueError("finetune needs training rows for the same task as test; set train too")
         if self.finetune is None and (self.finetune_objective is not None or self.finetune_lora is not None):
             raise ValueError(
-                "finetune_objective and finetune_lora act with finetune only: give it too, such as finetune: {epochs: 2}"
+                "finetune_objective and finetune_lora have no effect without finetune; set it too, for example "
+                "finetune: {epochs: 2}"
             )
         return self
 
 
 class PairTask(RowTask):
-    """A task that compares the embeddings of two views."""
+    """Options of a task that compares the embeddings of two views."""
 
     def check_views(self, views: tuple[str, ...]) -> None:
-        """Raise ValueError unless there are two views or more."""
+        """Raise ValueError unless there are at least two views."""
         if len(views) < 2:
-            raise ValueError(f"the task {self.name} compares two views, but data.views are {list(views)}")
+            raise ValueError(
+                f"the task {self.name} compares two views, but data.views is {list(views)}; list at least two"
+            )
 
     @field_validator("rows")
     @classmethod
     def _enough_rows(cls, rows: int | None) -> int | None:
         if rows == 1:
-            raise ValueError("the task compares rows: give at least 2, or leave it out")
+            raise ValueError("the task compares rows with each other, so rows must be at least 2; raise or remove it")
         return rows
 
 
 def check_package(package: str, extra: str, key: str) -> None:
-    """Raise UserError, naming the key and the extra, for a package that is not installed."""
+    """Raise UserError if a package is not installed, naming the key that needs it and the extra to install."""
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{key} needs the package {package}: pip install '.[{extra}]' in the project's folder")
+        raise UserError(
+            f"{key} needs the package {package}, which is not installed; "
+            f"run pip install '.[{extra}]' in the project folder"
+        )

@@ -1,12 +1,14 @@
-r"""Whether two regular expressions of NL-RX denote the same lines.
+r"""Equivalence check: whether two NL-RX regular expressions match the same lines.
 
-Syntax, from weak to strong: `|`, `&` (and), concatenation, repeats `* + ? {n} {n,} {n,m}`, `~` (not), atoms: a character, `.`, `[..]`, `[^..]`,
-`(..)`, `\x` (the character x), and `\b`, which holds between a letter or digit and another character, and always at both ends of a line.
-Published libraries read `&` and `~` as characters, or have no `\b`; so this is a checker of its own.
+Syntax, from the weakest operator to the strongest: `|`, `&` (and), concatenation, repeats `* + ? {n} {n,} {n,m}`, `~`
+(not), atoms. Atoms are a character, `.`, `[..]`, `[^..]`, `(..)`, `\x` (the character x) and `\b`. `\b` matches between
+a letter or digit and any other character, and always at both ends of a line. Published libraries read `&` and `~` as
+plain characters or lack `\b`, so this module has its own checker.
 
-Method: Brzozowski, "Derivatives of Regular Expressions" (1964), over classes of characters that neither expression tells apart, in normal
-forms with `.*` as a node of its own; pairs of derivatives are merged as in Hopcroft and Karp, "A linear algorithm for testing equivalence of
-finite automata" (1971). `\b` looks at the class of the character before, which is a part of the state, and of the one that is read next.
+Method: derivatives of regular expressions (Brzozowski, "Derivatives of Regular Expressions", 1964) in normal form, with
+`.*` as a separate node. Characters that neither expression distinguishes form one class. Pairs of derivatives are
+merged as in Hopcroft and Karp, "A linear algorithm for testing equivalence of finite automata" (1971). `\b` depends on
+the class of the previous character, which is a part of the state, and on the class of the next one.
 """
 
 from collections import deque
@@ -16,42 +18,47 @@ from functools import cached_property
 from typing import Any
 
 MOST_STATES = 20_000
+"""Largest number of pairs of states to compare."""
 MAX_NODES = 100_000
+"""Largest number of nodes."""
 MAX_OPERATIONS = 4_000_000
-"""Operands that are looked at: a few seconds. A clock would decide otherwise on another machine."""
+"""Largest number of operands to process, a few seconds of work. A time limit would depend on the machine."""
 LONGEST = 1_000
-"""Characters of an expression, with its counted repeats written out."""
+"""Longest expression, in atoms, with its counted repeats written out."""
 MOST_DIGITS = 6
-"""Of a bound of a counted repeat."""
+"""Largest number of digits in a bound of a counted repeat."""
 LAST = 0x10FFFF
+"""Largest code point."""
 WORD = ((48, 57), (65, 90), (97, 122))
+"""Ranges of the letters and digits."""
 START, WORDLIKE, OTHER = range(3)
-"""What stands before a position; at its end, START stands for the end of the line."""
+"""Contexts on one side of a position: an end of the line (START at both), a letter or digit, another character."""
 Ranges = tuple[tuple[int, int], ...]
+"""Set of characters as ranges of code points, both ends included."""
 Tree = tuple[Any, ...]
-"""An operator and its operands; a node has the same form."""
+"""Operator and operands of an expression; a node has the same form, with numbers of nodes as operands."""
 
 
 class Malformed(ValueError):
-    """No expression of this syntax."""
+    """Error for a text that is not an expression of this syntax."""
 
 
 class TooComplex(Exception):
-    """Beyond the limits above."""
+    """Error for an expression or comparison that exceeds the limits above."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of two expressions."""
+    """Result of comparing two expressions."""
 
     equal: bool | None
-    """None: undecided within the limits."""
+    """Whether they match the same lines; None if undecided within the limits."""
     witness: str | None = None
-    """A line that one matches and the other does not; None where they are equal, undecided, or one is malformed."""
+    """A line that only one of them matches; None if they are equal, undecided, or one is malformed."""
 
 
 def compare(first: str, second: str) -> Comparison:
-    """Whether two expressions match the same lines. A malformed one is equal to nothing, not even to itself."""
+    """Compare the lines that two expressions match. A malformed expression is not equal to any, not even to itself."""
     try:
         trees = [_Parser(expression).parse() for expression in (first, second)]
         return _Machine(trees).compare()
@@ -62,7 +69,7 @@ def compare(first: str, second: str) -> Comparison:
 
 
 def is_nontrivial(expression: str) -> bool | None:
-    """Whether an expression matches some lines, but not every one; None where undecided. A malformed one is not proper."""
+    """Return whether an expression matches some lines but not all; None if undecided, False if malformed."""
     found = [compare(expression, trivial).equal for trivial in (".*", "~(.*)")]
     if compare(expression, expression).equal is False or True in found:
         return False
@@ -70,18 +77,18 @@ def is_nontrivial(expression: str) -> bool | None:
 
 
 class _Parser:
-    """Recursive descent. A tree is a tuple: an operator, and its operands."""
+    """Recursive descent parser; its trees are tuples of an operator and its operands."""
 
     def __init__(self, expression: str):
         self.text, self.at, self.size = expression, 0, 0
 
     def parse(self) -> Tree:
-        tree = self._either()
+        tree = self._union()
         if self.at < len(self.text):
             raise Malformed(f"{self.text[self.at]!r} at {self.at}")
         return tree
 
-    def _either(self) -> Tree:
+    def _union(self) -> Tree:
         return self._chain("|", "union", lambda: self._chain("&", "intersection", self._sequence))
 
     def _chain(self, operator: str, name: str, operand: Callable[[], Tree]) -> Tree:
@@ -97,11 +104,11 @@ class _Parser:
         return ("sequence", *parts)
 
     def _repeated(self) -> Tree:
-        begun = self.size
+        size_before = self.size
         tree = self._negated()
         while self.at < len(self.text) and self.text[self.at] in "*+?{":
-            low, high = self._bounds()
-            self._grow((self.size - begun) * max(low, high or 0))
+            low, high = self._parse_bounds()
+            self._grow((self.size - size_before) * max(low, high or 0))
             required = [tree] * low
             if high is None:
                 tree = ("sequence", *required, ("star", tree))
@@ -112,7 +119,7 @@ class _Parser:
                 tree = ("sequence", *required, optional)
         return tree
 
-    def _bounds(self) -> tuple[int, int | None]:
+    def _parse_bounds(self) -> tuple[int, int | None]:
         simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         if (sign := self._next()) in simple:
             return simple[sign]
@@ -136,7 +143,7 @@ class _Parser:
         self._grow(1)
         character = self._next()
         if character == "(":
-            tree = self._either()
+            tree = self._union()
             if not self._take(")"):
                 raise Malformed("unclosed (")
             return tree
@@ -152,21 +159,21 @@ class _Parser:
         return ("class", ((ord(character), ord(character)),))
 
     def _class(self) -> Ranges:
-        outside, ranges = self._take("^"), []
+        negated, ranges = self._take("^"), []
         while not self._take("]"):
             first = self._member()
             last = first
             if self._take("-"):
-                if self._take("]"):  # [a-]: the - is one of the characters
+                if self._take("]"):  # in [a-], the final - is a plain character
                     ranges += [(first, first), (ord("-"), ord("-"))]
                     break
                 last = self._member()
             if last < first:
-                raise Malformed("a range that runs backwards")
+                raise Malformed("reversed range")
             ranges.append((first, last))
         if not ranges:
             raise Malformed("[]")
-        return _complement(ranges) if outside else tuple(ranges)
+        return _complement(ranges) if negated else tuple(ranges)
 
     def _member(self) -> int:
         character = self._next()
@@ -174,7 +181,7 @@ class _Parser:
 
     def _next(self) -> str:
         if self.at >= len(self.text):
-            raise Malformed("ends too early")
+            raise Malformed("unexpected end")
         self.at += 1
         return self.text[self.at - 1]
 
@@ -207,7 +214,10 @@ def _classes(tree: Tree) -> set[Ranges]:
 
 @dataclass
 class _Machine:
-    """Nodes in normal form for two trees. A node is a number; equal numbers are equal expressions, not always the other way round."""
+    """Nodes in normal form for two trees.
+
+    A node is a number. Equal numbers mean equal expressions, but equal expressions may have different numbers.
+    """
 
     trees: list[Tree]
     nodes: list[Tree] = field(default_factory=list)
@@ -223,15 +233,22 @@ class _Machine:
         self.all = self._node("not", self.nothing)
 
     def _letters(self) -> tuple[list[str], dict[Ranges, int]]:
-        """Return a character of each class that no expression tells apart, and each set of characters as a mask over these."""
+        """Return a sample of each class of indistinguishable characters, and each character set as a mask.
+
+        Bit i of a mask stands for the class of sample i.
+        """
         sets = list(set().union(*map(_classes, self.trees)) | {WORD, ((10, 10),)})
         bounds = sorted({bound for ranges in sets for low, high in ranges for bound in (low, high + 1)} | {0})
-        kinds: dict[tuple[bool, ...], int] = {}
+        class_samples: dict[tuple[bool, ...], int] = {}
         for bound in bounds:
             if bound <= LAST:
-                kinds.setdefault(tuple(any(low <= bound <= high for low, high in ranges) for ranges in sets), bound)
+                class_samples.setdefault(
+                    tuple(any(low <= bound <= high for low, high in ranges) for ranges in sets), bound
+                )
         newline = sets.index(((10, 10),))
-        letters = [(kind, bound) for kind, bound in kinds.items() if not kind[newline]]  # a line has none
+        letters = [
+            (kind, bound) for kind, bound in class_samples.items() if not kind[newline]
+        ]  # a line contains no newline
         masks = {
             ranges: sum(1 << number for number, (kind, _) in enumerate(letters) if kind[place])
             for place, ranges in enumerate(sets)
@@ -240,7 +257,7 @@ class _Machine:
 
     @cached_property
     def any(self) -> int:
-        """The mask of every character."""
+        """Mask of all characters."""
         return (1 << len(self.samples)) - 1
 
     def _node(self, *parts: Any) -> int:
@@ -289,7 +306,7 @@ class _Machine:
         return node if self.nodes[node][0] == "star" else self._node("star", node)
 
     def sequence(self, first: int, rest: int) -> int:
-        """Leans to the right: the first part of a sequence is none itself."""
+        """Concatenate two nodes, nested to the right: the first part of a sequence is never a sequence."""
         if self.nothing in (first, rest):
             return self.nothing
         if first == self.empty or rest == self.empty:
@@ -302,7 +319,7 @@ class _Machine:
         return self._node("sequence", first, rest)
 
     def join(self, name: str, operands: list[int]) -> int:
-        """Union or intersection: flat, sorted, without repetition, and its classes of characters as one."""
+        """Build a union or intersection: flat, sorted, without duplicates, with its character classes merged."""
         self._spend(sum(len(self.nodes[operand]) for operand in operands))
         absorbing, neutral = (self.all, self.nothing) if name == "union" else (self.nothing, self.all)
         members: set[int] = set()
@@ -325,7 +342,7 @@ class _Machine:
         return self._node(name, *sorted(members))
 
     def matches_empty(self, node: int, before: int, after: int) -> bool:
-        """Whether the node matches nothing at all between these two."""
+        """Return whether the node matches the empty text between the contexts `before` and `after`."""
         kind, *parts = self.nodes[node]
         self._spend(1)
         match kind:
@@ -343,7 +360,10 @@ class _Machine:
                 return all(self.matches_empty(part, before, after) for part in parts)
 
     def derivative(self, node: int, before: int, letter: int) -> int:
-        """Return the node of what may follow the letter, after `before`, in what the node matches."""
+        """Return the node of the texts that may follow `letter` in a match of `node`.
+
+        `before` is the context in front of the letter.
+        """
         key = node, before, letter
         if key not in self.derivatives:
             self.derivatives[key] = self._derive(node, before, letter)
@@ -371,7 +391,7 @@ class _Machine:
         return found
 
     def compare(self) -> Comparison:
-        """Look at pairs of states that the same line leads to, until two of them tell it apart."""
+        """Visit pairs of states that the same line reaches in both expressions, until a line distinguishes them."""
         first, second = map(self.build, self.trees)
         parents: dict[tuple[int, int], tuple[int, int]] = {}
 

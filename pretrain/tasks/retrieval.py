@@ -1,4 +1,7 @@
-"""retrieval: find the target view of each test row among those of all rows; scored by pretrain/evaluation/model_tasks/retrieval.py."""
+"""retrieval: find the target view of each test row among the target views of all rows.
+
+pretrain/evaluation/model_tasks/retrieval.py scores it.
+"""
 
 from typing import Literal
 
@@ -9,13 +12,12 @@ METRICS: MetricDirections = higher("recall_at_1", "recall_at_10", "mrr")
 
 
 class Config(PairTask):
-    """Find the other view of a row by the embeddings."""
+    """Options of the task: find the other view of a row by its embedding."""
 
     name: Literal["retrieval"]
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
-        """Return whether a declared metric is among the results: a direction of prediction is one of two views."""
+        """Return whether the task reports a metric; its direction of prediction, if any, must join two of the views."""
         prefix, _ = split_direction(metric)
-        return not prefix or prefix in {
-            f"{source}_to_{target}" for source in views for target in views if source != target
-        }
+        possible = {f"{source}_to_{target}" for source in views for target in views if source != target}
+        return not prefix or prefix in possible

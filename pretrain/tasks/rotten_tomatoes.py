@@ -1,4 +1,4 @@
-"""rotten_tomatoes: whether a sentence of a review is good or bad, see pretrain/tasks/labels.py."""
+"""rotten_tomatoes: classify a sentence of a film review as good or bad; see pretrain/tasks/labels.py."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ __all__ = ["METRICS", "Config", "evaluate"]
 
 
 class Config(AnswerTask):
-    """Choose whether a sentence of a review is good or bad."""
+    """Options of the task: classify a sentence of a review as good or bad."""
 
     name: Literal["rotten_tomatoes"]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Score the label by likelihood and by generation."""
+    """Score the labels by likelihood and by generation."""
     return evaluate_labels(run, LABELS)

@@ -1,11 +1,19 @@
-"""spider: write the SQL for a question on a database, scored by what it gives there. Spider, or any set of questions and queries with SQLite files.
+"""spider: write the SQL query for a question on a database, scored by the rows that it returns.
 
-execution: the answer ended with the end token and gives the same rows as the target, in the same order where the target orders them, but for ties
-(pretrain/tasks/sql/execution.py and order.py tell when rows are the same). A row counts as wrong where the answer fails or goes beyond the
-limits, and where the target does (failed_gold) or its database is missing (missing_database). execution_filled: on targets that give any row at all,
-for two queries that give nothing are easily the same. exact: the answer is the target but for white space, and case outside of quotes. runs: the
-answer ended and gives rows, or none, without an error. `_unseen`: on targets that stand neither in the task's train rows, compared like exact,
-nor token for token in the training corpus.
+The data are Spider, or any other questions and queries with their SQLite files. Metrics, as fractions of the test rows:
+
+    execution          the answer ended with the end token and returns the same rows as the target
+    execution_filled   `execution` over the targets that return at least one row: two empty results are equal too easily
+    exact              the answer ended and equals the target, ignoring white space, and case outside of quotes
+    runs               the answer ended and runs without an error
+    stopped            the answer ended with the end token
+
+Suffix `_unseen`: over targets that are neither in the task's train rows (compared as for `exact`) nor, token for token,
+in the training corpus.
+
+If the target has an ORDER BY, the order of the rows must match too, except within ties. pretrain/tasks/sql/execution.py
+and order.py compare the rows. A test row counts as wrong if its answer fails or exceeds the limits. It also counts as
+wrong if its target does (count `failed_gold`) or if its database is missing (count `missing_database`).
 """
 
 from collections.abc import Sequence
@@ -27,23 +35,23 @@ METRICS: MetricDirections = higher(
     "execution", "exact", "execution_unseen", "exact_unseen", "runs", "stopped", "execution_filled"
 )
 ROWS_LOOKED_AT = 100
-"""Rows whose databases are looked for at the start of a run."""
+"""Number of test rows whose databases are searched for at the start of a run."""
 
 
 class Config(AnswerTask):
-    """Write the SQL for a question, scored by the rows that it returns."""
+    """Options of the task: write the SQL query for a question, scored by the rows that it returns."""
 
     name: Literal["spider"]
     databases: LocalPath
-    """A folder of SQLite files, DB.sqlite or DB/DB.sqlite by the database's name, or one file for all rows."""
+    """Folder of SQLite files, named DB.sqlite or DB/DB.sqlite for the database DB; or one file for all rows."""
 
     @property
     def paths(self) -> list[str]:
-        """The databases."""
+        """Path of the databases."""
         return [self.databases]
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_requirements`, also if none of the first rows has a database."""
+        """Raise UserError if a file is missing, or if none of the first rows has a database."""
         super().check_requirements(data, where)
         path, key = Path(self.databases), f"{where}.databases"
         if not path.exists():
@@ -53,7 +61,7 @@ class Config(AnswerTask):
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Answer the test rows, run answers and targets, score."""
+    """Answer the test rows, run the answers and the targets, and compare their rows."""
     rows = run.read_test()
     databases = find_databases(rows, Path(run.task.databases))
     answers = run.generate_answers(rows)
@@ -62,7 +70,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 class Verdict(NamedTuple):
-    """What running a target and an answer came to."""
+    """Outcome of running a target and an answer."""
 
     gold_runs: bool
     gold_gives_rows: bool
@@ -76,7 +84,7 @@ def score(
     databases: Sequence[Path | None],
     is_unseen: Sequence[bool] | None,
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Rates, and counts of rows that could not be scored, of targets that give no row, and of unseen ones."""
+    """Return the metrics, and the counts of unscorable rows, of targets that return no row, and of unseen targets."""
     from tqdm import tqdm
 
     rows = list(zip(targets, answers, databases, strict=True))
@@ -107,7 +115,10 @@ def score(
 
 
 def judge(runner: QueryRunner, database: Path | None, target: str, answer: str | None) -> Verdict:
-    """Run a target and an answer, None for one that did not end, on a database, None where it is missing."""
+    """Run a target and an answer on a database and compare their rows.
+
+    `database` is None if it is missing; `answer` is None if it did not end with the end token.
+    """
     if database is None:
         return Verdict(False, False, False, False)
     wanted = runner.run(database, target)

@@ -1,9 +1,16 @@
-"""text: write any text, scored as text.
+"""text: write any text, scored by comparison with the target as text.
 
-exact: the answer is the target and ended with the end token. prefix: it starts with the target. contains: the target is in it. stopped: it ended
-with the end token. `_unseen`: on targets that are neither in the training corpus nor in the task's train rows. chrf, bleu: similarity of
-the answers and the targets over all rows by sacrebleu in its standard settings (Popović 2015; Papineni et al. 2002), as fractions.
-White space around an answer or a target does not count.
+Metrics, as fractions of the test rows:
+
+    exact      the answer is the target and ended with the end token
+    prefix     the answer starts with the target
+    contains   the target is a part of the answer
+    stopped    the answer ended with the end token
+
+Suffix `_unseen`: over targets that are neither in the training corpus nor in the task's train rows.
+
+chrf and bleu are the similarity of all answers to their targets, between 0 and 1. sacrebleu computes them with its
+default settings (Popović 2015; Papineni et al. 2002). White space around an answer or a target is ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,18 +26,18 @@ Similarity = Literal["chrf", "bleu"]
 
 
 class Config(AnswerTask):
-    """Write any text, scored by comparison with the target."""
+    """Options of the task: write any text, scored by comparison with the target."""
 
     name: Literal["text"]
     similarity: list[Similarity] = []
-    """Scores of sacrebleu that are computed too: chrf, bleu. They need the extra `similarity`."""
+    """Additional sacrebleu scores: chrf, bleu. They need the extra `similarity`."""
 
     def reports_metric(self, metric: str, views: tuple[str, ...]) -> bool:
-        """Return whether a declared metric is among the results: scores of sacrebleu are on request."""
+        """Return whether the task reports a metric; sacrebleu scores only if `similarity` lists them."""
         return metric not in get_args(Similarity) or metric in self.similarity
 
     def check_requirements(self, data: DataConfig, where: str) -> None:
-        """Raise UserError, see `TaskConfig.check_requirements`."""
+        """Raise UserError if a file is missing, or if sacrebleu is needed and not installed."""
         super().check_requirements(data, where)
         if self.similarity:
             check_package("sacrebleu", "similarity", f"{where}.similarity")
@@ -47,7 +54,7 @@ def evaluate(run: TaskRun) -> TaskResult:
 
 
 def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence[bool] | None) -> dict[str, float]:
-    """Return rates over all rows, and `_unseen` ones over those that are."""
+    """Return the metrics over all rows, and `exact_unseen` over the rows with an unseen target."""
     rows = [
         (target.strip(), answer.text.strip(), answer.stopped) for target, answer in zip(targets, answers, strict=True)
     ]
@@ -62,7 +69,7 @@ def score(targets: Sequence[str], answers: Sequence[Answer], is_unseen: Sequence
 
 
 def similarities(targets: Sequence[str], answers: Sequence[Answer], names: Sequence[Similarity]) -> dict[str, float]:
-    """Return the scores of sacrebleu over all rows, between 0 and 1."""
+    """Return the named sacrebleu scores over all rows, between 0 and 1."""
     if not names:
         return {}
     import sacrebleu

@@ -1,4 +1,4 @@
-"""yelp: the stars of a review, see pretrain/tasks/labels.py."""
+"""yelp: predict the number of stars of a review; see pretrain/tasks/labels.py."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ __all__ = ["METRICS", "Config", "evaluate"]
 
 
 class Config(AnswerTask):
-    """Choose the stars of a review."""
+    """Options of the task: predict the number of stars of a review."""
 
     name: Literal["yelp"]
 
 
 def evaluate(run: TaskRun) -> TaskResult:
-    """Score the label by likelihood and by generation."""
+    """Score the labels by likelihood and by generation."""
     return evaluate_labels(run, LABELS)

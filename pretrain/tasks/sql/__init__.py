@@ -1,1 +1,1 @@
-"""Running queries that nobody has looked at, and comparing what they return."""
+"""Running untrusted queries in a sandboxed process, and comparing the rows that they return."""

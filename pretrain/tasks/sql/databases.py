@@ -1,4 +1,4 @@
-"""Which SQLite file the queries of a row are for."""
+"""Lookup of the SQLite file that the queries of a row run on."""
 
 import re
 from collections.abc import Sequence
@@ -11,21 +11,25 @@ if TYPE_CHECKING:
     from data_prep.task_rows import Row
 
 DATABASE = re.compile(r"For db_id:\[([^\]]+)\]")
-"""How the public LLM-JEPA data name the database in the context."""
+"""Pattern of the database name in the contexts of the public LLM-JEPA data."""
 MAGIC = b"SQLite format 3\0"
 
 
 def find_databases(rows: "Sequence[Row]", given: Path, key: str = "task.databases") -> list[Path | None]:
-    """Return the SQLite file of each row, None if it has none. Raises UserError if no row has one, and for a file that cannot be read as it is."""
+    """Return the SQLite file of each row, or None if it has none.
+
+    Raises UserError if no row has one, if a file is not a SQLite file, or if it has changes that are not merged yet.
+    """
     found = [given if given.is_file() else _database(row, given) for row in rows]
     if not any(found):
         name = database_name(rows[0])
         raise UserError(
-            f"{given} ({key}) has no database of any row: "
+            f"{given} ({key}) has no database for any row: "
             + (
-                f"the first needs {name}.sqlite or {name}/{name}.sqlite"
+                f"the first row needs {name}.sqlite or {name}/{name}.sqlite; add it"
                 if name
-                else "the rows name none, in a column db_id or as `For db_id:[NAME]` in the context; give one file for all rows"
+                else "the rows name no database, neither in a column db_id nor as `For db_id:[NAME]` in the context; "
+                "give one file for all rows"
             )
         )
     for path in {path for path in found if path}:
@@ -37,22 +41,22 @@ def _check(path: Path, key: str) -> None:
     with open(path, "rb") as file:
         start = file.read(len(MAGIC))
     if start not in (MAGIC, b""):
-        raise UserError(f"{path} ({key}) is no SQLite file: it begins with {start!r}")
+        raise UserError(f"{path} ({key}) is not a SQLite file: it begins with {start!r}; replace it")
     log = path.with_name(f"{path.name}-wal")
     if log.exists() and log.stat().st_size:
         raise UserError(
-            f"{path} ({key}) is read as it stands, without the changes in {log.name}: merge them, by "
+            f"{path} ({key}) would be read without the changes in {log.name}; merge them first: "
             f"sqlite3 {path} 'PRAGMA wal_checkpoint(TRUNCATE)'"
         )
 
 
 def database_name(row: "Row") -> str | None:
-    """Return the name of a row's database; None if it has none that could be a file's."""
+    """Return the name of a row's database; None if it has none or the name is not a plain file name."""
     name = row.columns.get("db_id")
     if name is None:
         match = DATABASE.search(row.context)
         name = match and match[1]
-    return name if isinstance(name, str) and Path(name).name == name else None  # no way out of the folder
+    return name if isinstance(name, str) and Path(name).name == name else None  # no path out of the folder
 
 
 def _database(row: "Row", folder: Path) -> Path | None:

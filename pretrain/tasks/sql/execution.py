@@ -1,4 +1,4 @@
-"""What queries give on a database, and whether two of them give the same."""
+"""Execution of queries on SQLite databases, and comparison of their results."""
 
 import json
 import re
@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 WORKER = Path(__file__).with_name("worker.py")
 SECONDS = 5.0
-"""Of processor time that a query may take."""
+"""Limit of processor time per query, in seconds."""
 PATIENCE = 120.0
-"""Seconds after which a process is ended that is held up otherwise, for instance by a file system."""
+"""Wall-clock limit per query, in seconds. It ends a process that waits, for example for a file system."""
 MOST_ROWS = 100_000
+"""Largest number of rows of a result."""
 DIGITS = 9
-"""Significant digits in which floating-point numbers are compared."""
+"""Number of significant digits to which floating-point numbers are compared."""
 
 _TOKENS = re.compile(
     r"""
@@ -28,17 +29,20 @@ _TOKENS = re.compile(
 
 
 class Outcome(NamedTuple):
-    """What a query gave."""
+    """Result of a query."""
 
     rows: list[tuple[Any, ...]] | None
-    """None: nothing, see `error`."""
+    """None if the query failed; see `error`."""
     columns: int = 0
-    """Of a row, also where there is none."""
+    """Number of columns, known even if there are no rows."""
     error: str = ""
 
 
 class QueryRunner:
-    """Runs queries one after the other in a process of its own, which is replaced where one ends it."""
+    """Runner of queries in a separate process, one at a time.
+
+    If a query ends the process, the next query starts a new one.
+    """
 
     def __init__(self, seconds: float = SECONDS, max_rows: int = MOST_ROWS):
         self._limits = {"seconds": seconds, "max_rows": max_rows}
@@ -51,7 +55,7 @@ class QueryRunner:
         self._end()
 
     def run(self, database: Path, query: str) -> Outcome:
-        """Return the rows of a query on a SQLite file, which it cannot change, or an error if it fails or exceeds the limits."""
+        """Run a query on a SQLite file, read-only; return its rows, or an error if it fails or exceeds the limits."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(WORKER)],
@@ -96,20 +100,22 @@ class QueryRunner:
 
 
 def same_rows(first: list[tuple[Any, ...]], second: list[tuple[Any, ...]], ordered: bool) -> bool:
-    """Whether two results are the same: as lists where `ordered`, else as multisets of rows.
+    """Return whether two results are equal: as lists of rows if `ordered`, else as multisets of rows.
 
-    The order of columns matters, their names do not. 1 equals 1.0: numbers in a column that holds a floating-point number on either side are compared
-    in 9 significant digits.
+    The order of columns matters, their names do not. If a column holds a floating-point number on either side, its
+    numbers are compared to 9 significant digits, so 1 equals 1.0.
     """
     one, other = round_float_columns(first, second)
     return one == other if ordered else Counter(one) == Counter(other)
 
 
 def round_float_columns(*results: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
-    """Return several results with the numbers rounded in each column that holds a floating-point number in any of them."""
-    inexact = {place for rows in results for row in rows for place, value in enumerate(row) if isinstance(value, float)}
+    """Return the results, with numbers rounded in each column that holds a floating-point number in any result."""
+    float_columns = {
+        place for rows in results for row in rows for place, value in enumerate(row) if isinstance(value, float)
+    }
     return [
-        [tuple(_rounded(value) if place in inexact else value for place, value in enumerate(row)) for row in rows]
+        [tuple(_rounded(value) if place in float_columns else value for place, value in enumerate(row)) for row in rows]
         for rows in results
     ]
 
@@ -119,7 +125,7 @@ def _rounded(value: Any) -> Any:
 
 
 def normal(query: str) -> str:
-    """Return a query without comments and the final semicolon, with one blank between tokens, and in lower case outside of quotes."""
+    """Normalise a query: no comments, no final semicolon, one space between tokens, lower case outside of quotes."""
     found = tokens(query)
     while found and found[-1] == ";":
         found.pop()
@@ -132,7 +138,7 @@ def tokens(query: str) -> list[str]:
 
 
 def spans(query: str) -> list[tuple[str, int, int]]:
-    """Return the tokens of a query with the place of each: where it begins, and where it ends."""
+    """Return the tokens of a query, as in `tokens`, each with its start and end offset."""
     return [
         (match[0] if match["literal"] else match[0].lower(), *match.span())
         for match in _TOKENS.finditer(query)

@@ -1,8 +1,9 @@
-"""The order of a query's rows: whether it says one, and which rows it leaves tied.
+"""The order that a query gives its rows, and the ties that it leaves open.
 
-A target such as `SELECT name FROM player ORDER BY score` does not say which of two players of equal score comes first, so neither order is wrong.
-Its ties are found by running it twice more, with all of its columns as further sort keys: ascending, which orders each group of ties one way, and
-descending, which orders it the other way. The groups are the shortest runs of rows that are the same multiset in both results.
+A target such as `SELECT name FROM player ORDER BY score` leaves open which of two players with equal scores comes
+first, so both orders are right. To find its ties, the target is run twice more with all of its columns as further sort
+keys: once ascending and once descending. The two runs order each group of ties in opposite ways. The groups are the
+shortest ranges of rows that hold the same multiset of rows in both results.
 """
 
 import re
@@ -16,58 +17,61 @@ Rows = list[tuple[Any, ...]]
 
 
 class Ordered(NamedTuple):
-    """A query with an ORDER BY of its own."""
+    """A query with an ORDER BY at its outermost level."""
 
     unlimited: str
-    """The query up to its LIMIT, so that further sort keys can follow."""
+    """The query without its LIMIT, to which further sort keys can be appended."""
     skipped: int | None
-    """Number of rows that its OFFSET skips; None if that is not a plain number."""
+    """Number of rows that its OFFSET skips; None if the LIMIT or OFFSET is not a plain number."""
 
 
 def outer_order_by(query: str) -> Ordered | None:
-    """Split a query that orders its own rows, by an ORDER BY outside of all parentheses but ones around the whole query; None for any other."""
-    found = _unwrapped(spans(query))
-    words, depth, order, limit = [word for word, _, _ in found], 0, None, len(found)
-    for place, word in enumerate(words):
+    """Split a query at the LIMIT of its outermost ORDER BY; return None if it has no such ORDER BY.
+
+    Parentheses around the whole query are ignored. An ORDER BY inside any other parentheses does not count.
+    """
+    token_spans = _unwrapped(spans(query))
+    words, depth, order_index, limit = [word for word, _, _ in token_spans], 0, None, len(token_spans)
+    for index, word in enumerate(words):
         depth += (word == "(") - (word == ")")
-        if depth == 0 and words[place : place + 2] == ["order", "by"]:
-            order = place
-        elif depth == 0 and word == "limit" and order is not None:
-            limit = place
-    if order is None:
+        if depth == 0 and words[index : index + 2] == ["order", "by"]:
+            order_index = index
+        elif depth == 0 and word == "limit" and order_index is not None:
+            limit = index
+    if order_index is None:
         return None
-    return Ordered(query[found[0][1] : found[limit - 1][2]], _skipped(" ".join(words[limit:])))
+    return Ordered(query[token_spans[0][1] : token_spans[limit - 1][2]], _parse_offset(" ".join(words[limit:])))
 
 
-def _unwrapped(found: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+def _unwrapped(token_spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
     """Remove final semicolons, and parentheses around the whole query."""
-    while found and found[-1][0] == ";":
-        found = found[:-1]
-    while len(found) > 2 and found[0][0] == "(" and _closing(found) == len(found) - 1:
-        found = found[1:-1]
-    return found
+    while token_spans and token_spans[-1][0] == ";":
+        token_spans = token_spans[:-1]
+    while len(token_spans) > 2 and token_spans[0][0] == "(" and _closing_index(token_spans) == len(token_spans) - 1:
+        token_spans = token_spans[1:-1]
+    return token_spans
 
 
-def _closing(found: list[tuple[str, int, int]]) -> int | None:
-    """Return the place of the parenthesis that closes the first one."""
+def _closing_index(token_spans: list[tuple[str, int, int]]) -> int | None:
+    """Return the index of the parenthesis that closes the first token."""
     depth = 0
-    for place, (word, _, _) in enumerate(found):
+    for index, (word, _, _) in enumerate(token_spans):
         depth += (word == "(") - (word == ")")
         if depth == 0:
-            return place
+            return index
     return None
 
 
-def _skipped(limit: str) -> int | None:
+def _parse_offset(limit: str) -> int | None:
     if match := re.fullmatch(r"limit (?:(?P<before>\d+) , )?-? ?\d+(?: offset (?P<after>\d+))?|", limit):
         return int(match["before"] or match["after"] or 0)
     return None
 
 
 def equal_up_to_ties(runner: QueryRunner, database: Path, target: str, wanted: Outcome, given: Outcome) -> bool:
-    """Whether the rows of an answer are those of a target that orders its rows, in an order that the target allows.
+    """Return whether an answer has the rows of an ordered target, in any order that the target's ties allow.
 
-    Where a LIMIT cuts a group of ties, any of its rows may be the ones that are left.
+    If a LIMIT cuts through a group of ties, the answer may contain any rows of that group.
     """
     ordered = outer_order_by(target)
     if (
@@ -78,38 +82,39 @@ def equal_up_to_ties(runner: QueryRunner, database: Path, target: str, wanted: O
         or len(wanted.rows) != len(given.rows)
     ):
         return False
-    ways = [
+    sorted_both_ways = [
         runner.run(
             database,
-            ordered.unlimited + "".join(f", {column} COLLATE BINARY {way}" for column in range(1, wanted.columns + 1)),
+            ordered.unlimited
+            + "".join(f", {column} COLLATE BINARY {direction}" for column in range(1, wanted.columns + 1)),
         ).rows
-        for way in ("ASC", "DESC")
+        for direction in ("ASC", "DESC")
     ]
-    if ways[0] is None or ways[1] is None:
+    if sorted_both_ways[0] is None or sorted_both_ways[1] is None:
         return False
-    upward, downward, rows = round_float_columns(ways[0], ways[1], given.rows)
-    if Counter(upward) != Counter(downward):  # it draws random numbers
+    ascending, descending, rows = round_float_columns(sorted_both_ways[0], sorted_both_ways[1], given.rows)
+    if Counter(ascending) != Counter(descending):  # the query uses random numbers
         return False
-    place = -ordered.skipped
-    for group in _groups(upward, downward):
-        begin, end = max(place, 0), max(min(place + len(group), len(rows)), 0)
+    index = -ordered.skipped
+    for group in _groups(ascending, descending):
+        begin, end = max(index, 0), max(min(index + len(group), len(rows)), 0)
         if Counter(rows[begin:end]) - Counter(group):
             return False
-        place += len(group)
-    return place >= len(rows)
+        index += len(group)
+    return index >= len(rows)
 
 
-def _groups(upward: Rows, downward: Rows) -> list[Rows]:
-    """Cut two orders of the same rows into the shortest runs that hold the same rows in both."""
+def _groups(ascending: Rows, descending: Rows) -> list[Rows]:
+    """Cut two orders of the same rows into the shortest ranges that hold the same multiset of rows in both."""
     groups: list[Rows] = []
     balance: Counter[tuple[Any, ...]] = Counter()
     begin = 0
-    for place, (one, other) in enumerate(zip(upward, downward, strict=True), start=1):
+    for index, (one, other) in enumerate(zip(ascending, descending, strict=True), start=1):
         for row, change in ((one, 1), (other, -1)):
             balance[row] += change
             if not balance[row]:
                 del balance[row]
         if not balance:
-            groups.append(upward[begin:place])
-            begin = place
+            groups.append(ascending[begin:index])
+            begin = index
     return groups

@@ -1,12 +1,13 @@
-"""The process that runs queries: one JSON object a line in, one out.
+"""The process that runs queries: it reads requests from stdin and writes replies to stdout, one JSON object per line.
 
-pretrain/tasks/sql/execution.py starts it by its path. It imports nothing of the project, so it starts in a moment and
-takes little memory.
+pretrain/tasks/sql/execution.py starts it by path. It imports nothing from the project, so it starts quickly and needs
+little memory.
 
-A query comes from a model, so it may be anything. It can only read: the file is opened read-only and as one that never changes, and an authorizer
-refuses everything but SELECT. It cannot run on: it is interrupted after `seconds` of processor time, and where SQLite does not look up, within
-one long function, the kernel ends the process a second later. It cannot take all memory: SQLite's heap, the length of a value, the number of
-rows and the address space are limited, and nothing is written to temporary files.
+Queries come from a model and are not trusted. A query can only read: the file is opened read-only and immutable, and an
+authorizer refuses everything but SELECT. Its time is limited: it is interrupted after `seconds` of processor time. If
+SQLite cannot be interrupted, for example inside one long function, the kernel ends the process a second later. Its
+memory is limited: there are limits on SQLite's heap, the length of a value, the number of rows and the address space,
+and nothing is written to temporary files.
 """
 
 import contextlib
@@ -20,23 +21,27 @@ from pathlib import Path
 from typing import Any
 
 HEAP = 256 << 20
+"""Limit of SQLite's heap, in bytes."""
 ADDRESS_SPACE = 2 << 30
+"""Limit of the address space of the process, in bytes."""
 LONGEST_VALUE = 4 << 20
+"""Longest value, in bytes."""
 LONGEST_QUERY = 100_000
+"""Longest query, in bytes."""
 MOST_BYTES = 64 << 20
-"""Of a result."""
+"""Largest result, in bytes."""
 PERIOD = 10_000
-"""Instructions of SQLite's machine between two looks at the clock."""
+"""Number of SQLite virtual machine instructions between two checks of the time limit."""
 ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION)
 REFUSED_FUNCTIONS = ("load_extension", "fts3_tokenizer")
 
 
 class TooLarge(Exception):
-    """A result over the limits; the message says which."""
+    """Error for a result that exceeds a limit; the message names the limit."""
 
 
 def open_database(path: str) -> sqlite3.Connection:
-    """Open a file that can only be read from."""
+    """Open a database read-only, with all limits set."""
     connection = sqlite3.connect(
         f"{Path(path).absolute().as_uri()}?mode=ro&immutable=1", uri=True, isolation_level=None
     )
@@ -63,12 +68,15 @@ def authorize(action: int, first: str | None, second: str | None, *_: str | None
 
 
 def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: int) -> tuple[list[tuple[Any, ...]], int]:
-    """Return the rows of a query, and how many columns they have. Raises sqlite3.Error, TooLarge and what else SQLite's binding raises."""
-    end = time.process_time() + seconds
-    connection.set_progress_handler(lambda: time.process_time() > end, PERIOD)
+    """Run a query and return its rows and its number of columns.
+
+    Raises sqlite3.Error, TooLarge, and any other exception of the sqlite3 module.
+    """
+    deadline = time.process_time() + seconds
+    connection.set_progress_handler(lambda: time.process_time() > deadline, PERIOD)
     with contextlib.closing(connection.execute(query)) as cursor:
         if cursor.description is None:
-            raise sqlite3.ProgrammingError("no SELECT")
+            raise sqlite3.ProgrammingError("not a SELECT")
         rows, size = [], 0
         for row in cursor:
             rows.append(row)
@@ -81,7 +89,7 @@ def run(connection: sqlite3.Connection, query: str, seconds: float, max_rows: in
 
 
 def answer(connections: dict[str, sqlite3.Connection], request: dict[str, Any]) -> str:
-    """Return the reply to one request: a JSON object with `rows` or `error`."""
+    """Run one request and return the reply: a JSON object with `rows` and `columns`, or `error`."""
     signal.setitimer(signal.ITIMER_PROF, request["seconds"] + 1)
     try:
         if request["database"] not in connections:
@@ -100,8 +108,8 @@ def answer(connections: dict[str, sqlite3.Connection], request: dict[str, Any]) 
 
 def main() -> None:
     """Answer requests until stdin is closed."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, wherever it is
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the default action ends the process at any point
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the pipe
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connections: dict[str, sqlite3.Connection] = {}
