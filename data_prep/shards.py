@@ -321,7 +321,9 @@ def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
     _check_sizes(parts)
 
     def offsets(shift: int) -> np.ndarray:
-        by_shard = [np.stack([column.offsets[rows + shift] for column in shard.columns], axis=1) for shard, rows in parts]
+        by_shard = [
+            np.stack([column.offsets[rows + shift] for column in shard.columns], axis=1) for shard, rows in parts
+        ]
         return np.concatenate(by_shard).astype(np.int64)
 
     begins, ends = offsets(0), offsets(1)

@@ -106,9 +106,7 @@ def _parse_id(token_id: Any, file: Path) -> int:
     try:
         return int(token_id)
     except (TypeError, ValueError):
-        raise UserError(
-            f"{file}: {token_id!r} is not a token id; write the file again with save_pretrained"
-        ) from None
+        raise UserError(f"{file}: {token_id!r} is not a token id; write the file again with save_pretrained") from None
 
 
 def token_text(token: Any) -> str | None:
