@@ -19,12 +19,13 @@ class BaseSource(Section):
 
     split: Split = "train"
     weight: float = Field(default=1.0, gt=0)
-    """Number of times that each record is used per epoch (0.5: in every second epoch; 2: twice). Only for split train."""
+    """Number of times that each record is used per epoch, only for split train. 0.5 means in every second epoch."""
     views: dict[str, str] | str | None = None
-    """Mapping from each view to a column, to `messages.ROLE` (the only message of that role), or to a template over columns
-    such as `{name}: {summary}`. A doubled brace stands for a literal brace. A view is absent if one of its columns is
-    absent. Views of `data.views` without an entry are absent in all records of this source. Alternatively the name of one
-    column that holds a list of texts: they become the views in order, and a longer list becomes several records."""
+    """Mapping from each view to a column, to `messages.ROLE` (the only message of that role), or to a template over
+    columns such as `{name}: {summary}`. A doubled brace stands for a literal brace. A view is absent if one of its
+    columns is absent. Views of `data.views` without an entry are absent in all records of this source. Alternatively,
+    the name of one column with a list of texts: they become the views in order, and a longer list becomes several
+    records."""
 
     @field_validator("views", mode="before")
     @classmethod
@@ -115,7 +116,7 @@ class TextSource(FileSource):
 
     type: Literal["text"]
     separator: str | None = Field(default=None, max_length=1000)
-    """Line that separates the documents of a file; an empty string means blank lines. Default: each file is one document."""
+    """Line that separates the documents of a file; an empty string means blank lines. By default a file is one document."""
 
     @field_validator("separator")
     @classmethod
@@ -201,31 +202,32 @@ class DataConfig(Section):
     """Names of a record's views, at most 8. Two for pairs: the context (a question, a description) and the target (its
     answer). One for plain documents. Several for groups of paraphrases, each the context of the next."""
     missing_views: Literal["drop", "keep"] = "drop"
-    """Treatment of a record that lacks some of its views: it is dropped and counted (drop), or kept with the views that it
-    has (keep). A kept record with one view is a plain document."""
+    """Treatment of a record that lacks some of its views: it is dropped and counted (drop), or kept with the views that
+    it has (keep). A kept record with one view is a plain document."""
     tokenizer: TokenizerConfig
     """Tokenizer, trained or imported, see below."""
     filters: FiltersConfig = FiltersConfig()
     """Filters that drop records by their text, see below."""
     sequence_length: int = Field(default=512, ge=8)
-    """Positions in a packed row. A record that does not fit a row when each view predicts the next is dropped and counted.
-    Prepended predictor tokens and `direction: both` may need more positions; a run reports this when it starts."""
+    """Positions in a packed row. A record that does not fit a row when each view predicts the next is dropped and
+    counted. Prepended predictor tokens and `direction: both` may need more positions; a run reports this when it
+    starts."""
     lm_views: Literal["all", "last"] = "all"
     """Views with next-token labels: all of them, or only the last (the answer)."""
     train_end_token: bool = True
-    """Whether the end token of a text is a next-token target. Without it a model does not learn to stop. Published results of
-    LLM-JEPA have this flaw; set it to false only to compare with them."""
+    """Whether the end token of a text is a next-token target. Without it a model does not learn to stop. Published
+    results of LLM-JEPA have this flaw; set it to false only to compare with them."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the training sources that is held out for validation. Records are drawn by the text of their target view,
-    and no target is in both splits. Records with a frequent target, such as a label, are drawn by their context instead;
-    the preparation reports this."""
+    """Fraction of the training sources that is held out for validation. Records are drawn by the text of their target
+    view, and no target is in both splits. Records with a frequent target, such as a label, are drawn by their context
+    instead; the preparation reports this."""
     on_malformed: Literal["fail", "drop"] = "fail"
-    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the preparation
-    (fail), or is dropped and counted (drop)."""
+    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the
+    preparation (fail), or is dropped and counted (drop)."""
     deduplicate: Literal["exact", "near", "none"] = "exact"
-    """Removal of duplicates across all sources. Of records with identical views only one is kept (exact); also of records
-    that are nearly identical (near, requires the extra `near-duplicates`); or all are kept (none). A record of a test or
-    validation source takes precedence over a training record."""
+    """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: the same
+    applies to nearly identical records (requires the extra `near-duplicates`). none: all records are kept. A record of
+    a test or validation source takes precedence over a training record."""
     near_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near-duplicates; default 0.8."""
     decontaminate: bool = True

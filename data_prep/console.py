@@ -25,8 +25,8 @@ def print_now(text: str) -> None:
 def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] = lambda: False) -> None:
     """Run `main` and exit cleanly: a UserError prints one line and exits with code 2, Ctrl-C with code 130.
 
-    `silent` is called when the error occurs: if several processes fail with the same error, only one prints it. A closed
-    output pipe (`| head`) ends the process silently.
+    `silent` is called when the error occurs: if several processes fail with the same error, only one prints it. A
+    closed output pipe (`| head`) ends the process silently.
     """
     try:
         main()

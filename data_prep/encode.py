@@ -152,7 +152,8 @@ class _Encoder:
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the unknown tokens of some records.
 
-        An unknown token replaces text that the tokenizer does not know. `columns` has the tokens and lengths of each view.
+        An unknown token replaces text that the tokenizer does not know. `columns` has the tokens and lengths of each
+        view.
         """
         if self.tokenizer.unknown_id is None:
             return

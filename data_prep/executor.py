@@ -1,9 +1,9 @@
 """Executors of the preparation: processes of this machine, or the ranks of an MPI job.
 
-An executor runs the tasks of a phase before those of the next. A task calls a module-level function with plain arguments.
-It writes its results atomically, so any process may run any task, and a finished task is never repeated. It returns the
-number of records that it processed. After a task that raises UserError, the remaining tasks still run; after an OSError,
-they do not.
+An executor runs the tasks of a phase before those of the next. A task calls a module-level function with plain
+arguments. It writes its results atomically, so any process may run any task, and a finished task is never repeated. It
+returns the number of records that it processed. After a task that raises UserError, the remaining tasks still run;
+after an OSError, they do not.
 """
 
 import multiprocessing
@@ -101,7 +101,7 @@ class LocalExecutor:
         _raise_first(errors)
 
     def _outcomes(self, function: Callable[..., int], tasks: Sequence[Task]) -> Iterator[tuple[int, Callable[[], int]]]:
-        """Yield each task's number and a function that returns its result or raises its error, in order of completion."""
+        """Yield the number of each completed task, and a function that returns its result or raises its error."""
         if min(self.workers, len(tasks)) <= 1:
             for number, task in enumerate(tasks):
                 yield number, partial(function, *task.arguments)
@@ -199,8 +199,8 @@ class MpiExecutor:
     def abort_on_error(self, main: Callable[[], None]) -> None:
         """Run `main` on every rank.
 
-        All ranks raise a UserError, and the main rank reports it. Any other error aborts all ranks, because the peers would
-        wait for this rank forever.
+        All ranks raise a UserError, and the main rank reports it. Any other error aborts all ranks, because the peers
+        would wait for this rank forever.
         """
         try:
             main()

@@ -1,10 +1,10 @@
 """Selection of the training records that are held out for validation: a fraction `data.validation_fraction` of them.
 
-A record is drawn by the hash of a text. For a record of a group this text is the name of the group; for any other record
-it is the target, to keep every target in one split only. A frequent target, such as a label or "not answerable", would
-put all its records into one split; these records are drawn by their context instead. The scan keeps a sample of the
-targets of each unit. After the scan, the frequent targets are determined from these samples alone, and the result does
-not depend on the number of processes.
+A record is drawn by the hash of a text. For a record of a group this text is the name of the group; for any other
+record it is the target, to keep every target in one split only. A frequent target, such as a label or "not answerable",
+would put all its records into one split; these records are drawn by their context instead. The scan keeps a sample of
+the targets of each unit. After the scan, the frequent targets are determined from these samples alone, and the result
+does not depend on the number of processes.
 """
 
 import hashlib

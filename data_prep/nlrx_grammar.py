@@ -363,7 +363,7 @@ def _occurs(form: Tree) -> bool:
             return False
         if any(child.rule in ("and", "or") and _num_rules(child) > 1 for child in form.children):
             return False
-    # Only occurs directly below the root only if that is Not: otherwise the regex would equal the one of a shorter tree.
+    # A rule "only" directly below a root other than "not" would have the same regex as a shorter tree.
     if form.rule != "not" and any(child.rule == "only" for child in form.children):
         return False
     sample = description(_fill(form, iter(["."] * _num_literals(form)), "2"))
@@ -450,8 +450,8 @@ def split_of(target: str) -> str:
 def generate(seed: int, split: str, index: int) -> tuple[str, str]:
     """Return row ``index`` of a split, a (description, regex) pair. It depends only on the three arguments.
 
-    The root is drawn once. The rest of the tree is drawn repeatedly until the regex belongs to the split, which preserves
-    the published fractions of the roots in every split. Raises ``ValueError`` for an unknown split.
+    The root is drawn once. The rest of the tree is drawn repeatedly until the regex belongs to the split, which
+    preserves the published fractions of the roots in every split. Raises ``ValueError`` for an unknown split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown NL-RX split {split!r}: choose one of {', '.join(SPLITS)}")

@@ -7,8 +7,8 @@
     encode      read every unit again and write its kept records to shards    data_prep/encode.py
 
 The result does not depend on the number of processes. At the end, the folder `data.path` contains `manifest.json`,
-`summary.md`, `tokenizer/` and the shards of each unit and split. Until the manifest is written, `.partial/` contains the
-results of the finished tasks; the next run resumes from them.
+`summary.md`, `tokenizer/` and the shards of each unit and split. Until the manifest is written, `.partial/` contains
+the results of the finished tasks; the next run resumes from them.
 """
 
 import hashlib
@@ -67,9 +67,9 @@ def prepare(
 ) -> Manifest:
     """Prepare the corpus of `config` unless it exists already, and return its manifest.
 
-    `tests` are rows that training must not see. Every process of an `executor` calls this function. Without an executor,
-    `data.workers` processes are started. Raises UserError for errors that the user can fix; the results of finished tasks
-    are kept for the next run.
+    `tests` are rows that training must not see. Every process of an `executor` calls this function. Without an
+    executor, `data.workers` processes are started. Raises UserError for errors that the user can fix; the results of
+    finished tasks are kept for the next run.
     """
     if not config.sources:
         raise UserError("data.sources is empty: name at least one source")
@@ -313,8 +313,8 @@ class _Preparation:
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
             self.say(
-                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: unknown "
-                "characters are dropped and not counted; use a tokenizer that has either"
+                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: "
+                "unknown characters are dropped and not counted; use a tokenizer that has either"
             )
         texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
@@ -363,7 +363,7 @@ class _Preparation:
         self.say(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say(
-                "note: data.validation_fraction held out no record, because there are too few: training will not validate"
+                "note: data.validation_fraction held out no record, because there are too few; training will not validate"
             )
         for number, source in enumerate(manifest["sources"]):
             if not source["records"]:

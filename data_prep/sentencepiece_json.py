@@ -12,7 +12,7 @@ ModelProto = Any
 """A model as a protocol buffer. The class that sentencepiece generates for it has no types."""
 
 SPACE = "\u2581"  # the character that replaces a blank in the pieces of sentencepiece
-# Sentencepiece cannot distinguish U+2581 in a text from a blank, so U+2581 is escaped by U+241B, and so is U+241B itself.
+# Sentencepiece cannot distinguish U+2581 in a text from a blank. Therefore U+2581 and U+241B are escaped by U+241B.
 ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
 # Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
 # and only with exact sums do both choose the same one of equally likely segmentations (long runs of one character).
@@ -25,8 +25,8 @@ PRECOMPILED = "Precompiled"  # the type of a normalizer with a table of replacem
 def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
     """Return the tokenizer.json of a sentencepiece model (a ModelProto).
 
-    The ids of a text are equal if both libraries normalize it in the same way (they may differ with a PRECOMPILED table)
-    and if sums of scores are exact. Raises UserError for a kind of model that a tokenizer.json cannot represent.
+    The ids of a text are equal if both libraries normalize it in the same way (they may differ with a PRECOMPILED
+    table) and if sums of scores are exact. Raises UserError for a kind of model that a tokenizer.json cannot represent.
     """
     rules, trained = proto.normalizer_spec, proto.trainer_spec
     if (

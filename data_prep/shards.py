@@ -1,17 +1,18 @@
 """Shards: Arrow IPC files of token lists, one row per record, and the manifest that lists them.
 
-A shard is a single record batch. It has a column `list<uint16>` for each view (`list<uint32>` if the vocabulary has more
-than 65,536 tokens; null if the record lacks the view), `continues: bool` and `checksum: uint32`. It is read through a
-memory map without copying; Hugging Face `datasets`, pandas and DuckDB can open it too. The tokens of a view do not include
-special tokens, which are added when a packed row is laid out. A row with `continues` is a piece of a long plain document
-that continues in the next row.
+A shard is a single record batch. It has a column `list<uint16>` for each view (`list<uint32>` if the vocabulary has
+more than 65,536 tokens; null if the record lacks the view), `continues: bool` and `checksum: uint32`. It is read
+through a memory map without copying; Hugging Face `datasets`, pandas and DuckDB can open it too. The tokens of a view
+do not include special tokens, which are added when a packed row is laid out. A row with `continues` is a piece of a
+long plain document that continues in the next row.
 
 The checksum of a row is the low 32 bits of
 
     mix(c) + sum over its views v, counted from 0 among the columns, of mix(h(v) ^ mix(v))       modulo 2**64
     h(v) = (sum over the positions i of mix(token i ^ i * 2**32)) ^ mix(number of tokens)
 
-Here mix is SplitMix64 (data_prep/ragged.py). c is 1 + the first token of the next row in a row with `continues`, else 0.
+Here mix is SplitMix64 (data_prep/ragged.py). In a row with `continues`, c is 1 + the first token of the next row;
+otherwise c is 0.
 """
 
 import contextlib
@@ -40,8 +41,8 @@ MOST_PREDICTOR_TOKENS = 12
 def positions_needed(lengths: np.ndarray) -> np.ndarray:
     """Return the positions that each record needs in a packed row, (N,), from view lengths (N, views).
 
-    This assumes that each view predicts the next one with appended predictor tokens. The joint layout contains every view
-    once and all but the first a second time, each with an end token, and the predictor tokens of all but the last.
+    This assumes that each view predicts the next one with appended predictor tokens. The joint layout contains every
+    view once and all but the first a second time, each with an end token, and the predictor tokens of all but the last.
     """
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
@@ -56,9 +57,9 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write the N records of one shard atomically, and return its manifest entry.
 
-    `views` maps each view to its concatenated tokens and their lengths (N,), 0 if a record lacks the view. `source` is the
-    number of the source. `continues` (N,) marks records that continue in the next one. Raises ValueError if the last
-    record continues, or if a view has 2**31 tokens or more.
+    `views` maps each view to its concatenated tokens and their lengths (N,), 0 if a record lacks the view. `source` is
+    the number of the source. `continues` (N,) marks records that continue in the next one. Raises ValueError if the
+    last record continues, or if a view has 2**31 tokens or more.
     """
     if len(continues) and continues[-1]:
         raise ValueError("the last record of a shard cannot continue in the next one")

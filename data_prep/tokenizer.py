@@ -1,7 +1,7 @@
 """Tokenizers: conversion of text to token ids and back.
 
-`train` trains a tokenizer on text, and `import_tokenizer` imports an existing one. Both write a self-contained folder for
-`Tokenizer.load`:
+`train` trains a tokenizer on text, and `import_tokenizer` imports an existing one. Both write a self-contained folder
+for `Tokenizer.load`:
 
     tokenizer.json          the tokenizer in the Hugging Face format, for `tokenizers` and AutoTokenizer
     tokenizer_config.json   names pad, bos, eos and sep; makes AutoTokenizer read their literals as plain text
@@ -142,7 +142,7 @@ class Tokenizer:
         return text
 
     def piece(self, token_id: int) -> str:
-        """Return a token as it is written in the vocabulary, for example with U+2581 for a blank or letters for bytes."""
+        """Return a token as the vocabulary writes it, for example with U+2581 for a blank or with letters for bytes."""
         if self._sentencepiece:
             return str(self._sentencepiece.id_to_piece(token_id))
         piece = self._hugging_face().id_to_token(token_id)
@@ -159,8 +159,8 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
     """Train a lossless "bpe" or "unigram" sentencepiece model and write its folder.
 
     Every text decodes to itself: blanks are kept, nothing is normalized, and characters outside the vocabulary become
-    their UTF-8 bytes. Equal texts produce equal files. `vocab_size` includes the 5 special tokens and 256 bytes. All texts
-    are held in memory. Raises UserError for an empty corpus, or if `vocab_size` is too large or too small.
+    their UTF-8 bytes. Equal texts produce equal files. `vocab_size` includes the 5 special tokens and 256 bytes. All
+    texts are held in memory. Raises UserError for an empty corpus, or if `vocab_size` is too large or too small.
     """
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"tokenizer model_type is {model_type!r}; set 'bpe' or 'unigram'")
@@ -178,10 +178,10 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
 def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
     """Import a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
 
-    Ids do not change. Of pad, bos, eos and sep, the tokens that are missing, shared (pad = eos) or possible in encoded text
-    are replaced by new special tokens. If `tokenizers` encodes some texts differently from a sentencepiece model, the ids of
-    `tokenizers` are used, and one line reports this; exported models then agree with the preparation. Raises UserError if
-    `path` is none of these, or if its ids cannot be preserved.
+    Ids do not change. Of pad, bos, eos and sep, the tokens that are missing, shared (pad = eos) or possible in encoded
+    text are replaced by new special tokens. If `tokenizers` encodes some texts differently from a sentencepiece model,
+    the ids of `tokenizers` are used, and one line reports this; exported models then agree with the preparation. Raises
+    UserError if `path` is none of these, or if its ids cannot be preserved.
     """
     source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
@@ -293,14 +293,14 @@ def _write_sentencepiece(
         content = None  # the model lacks these tokens
         texts = [text for text in texts if not any(token in text for token in added)]
         say(
-            f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that other files in its folder add, "
-            f"such as {added[0]!r}"
+            f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that other files in its folder "
+            f"add, such as {added[0]!r}"
         )
     if differences:
         content = None
         say(
-            f"note: {where} is used as a tokenizer.json, to agree with exported models; its ids may differ from those of "
-            "sentencepiece in " + " and in ".join(differences)
+            f"note: {where} is used as a tokenizer.json, to agree with exported models; its ids may differ from the "
+            "ones of sentencepiece in " + " and in ".join(differences)
         )
     _check(spec, lambda batch: _encode_sentencepiece(model, batch), texts, where)
     return _write(folder, spec, config, content)

@@ -1,4 +1,4 @@
-"""Comparison of two tokenizers. If they produce the same ids, a model of one can be trained on a corpus of the other."""
+"""Comparison of two tokenizers: whether the one of a corpus and the one of a model produce the same ids."""
 
 import json
 from typing import Any
@@ -11,8 +11,8 @@ from data_prep.tokenizer import EDGE_CASE_TEXTS, SPECIAL_TOKENS, Tokenizer
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
     """Return the first difference between two tokenizers, in one line, or None.
 
-    The comparison includes the number of ids, the special tokens, every token, the merges or scores, and the ids of texts.
-    It ignores differences between files that have no effect, for example if another library version wrote them.
+    The comparison includes the number of ids, the special tokens, every token, the merges or scores, and the ids of
+    texts. It ignores differences between files that have no effect, for example if another library version wrote them.
     """
     if one.fingerprint == other.fingerprint:
         return None

@@ -47,8 +47,8 @@ def special_tokens_by_name(folder: Path) -> dict[str, str]:
 def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
     """Add the tokens of the files in the folder of a sentencepiece model to `spec`, its tokenizer.json, in place.
 
-    Returns the texts of these tokens. Ids are the ones in the files. Special tokens without an id get the next free ids, in
-    the order in which Hugging Face adds them. Raises UserError if an id is taken, or is not the next free one.
+    Returns the texts of these tokens. Ids are the ones in the files. Special tokens without an id get the next free
+    ids, in the order in which Hugging Face adds them. Raises UserError if an id is taken, or is not the next free one.
     """
     named = special_tokens_by_name(folder)
     special = set(named.values())
@@ -65,8 +65,8 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
         expected = ids.get(content, following)
         if token["id"] != expected:
             raise UserError(
-                f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model in this folder it "
-                f"has id {expected}; fix that file, or move the model to a separate folder"
+                f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model in this folder "
+                f"it has id {expected}; fix that file, or move the model to a separate folder"
             )
         following += content not in ids
         if content not in listed:

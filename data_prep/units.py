@@ -42,7 +42,7 @@ class Job(BaseModel):
     tests: tuple[TaskTest, ...]
     """Rows of evaluation tasks, whose contexts training must not see."""
     commits: tuple[str | None, ...] = ()
-    """The hub commit that all processes read, for each source (None for a source not on the hub); empty before resolution."""
+    """The commit of each source that is read from the hub, None for other sources; empty until the commits are resolved."""
 
     def open_readers(self) -> list[Reader]:
         """Return the readers of all sources. Raises UserError if a source cannot be read."""
@@ -54,7 +54,7 @@ class Job(BaseModel):
 
     @property
     def test_descriptions(self) -> list[dict[str, Any]]:
-        """Return the tests as the manifest records them: the source of their rows and, if there is one, the row format."""
+        """Return the tests as the manifest records them: the source of the rows, and the task with their row format."""
         return [
             test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True)
             | ({"form": test.task} if public_row_format(test.task) else {})

@@ -1,10 +1,16 @@
-"""HellaSwag: the beginning of a text, four endings, and the index of the correct one. The hub's test split has no labels."""
+"""HellaSwag: the beginning of a text, four endings, and the index of the correct one.
+
+The test split on the hub has no labels.
+"""
 
 from data_prep.tasks.row_format import Columns, RowFormat, label_number, to_text
 
 
 def choices(row: Columns) -> tuple[list[str], int]:
-    """Return the endings of a row and the index of the correct one. Raises KeyError or ValueError if they are missing."""
+    """Return the endings of a row and the index of the correct one.
+
+    Raises KeyError or ValueError if they are missing or invalid.
+    """
     endings = row["endings"]
     if not isinstance(endings, list):
         raise ValueError("the endings are not a list of texts")

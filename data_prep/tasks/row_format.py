@@ -18,13 +18,16 @@ class RowFormat(NamedTuple):
     It raises KeyError, IndexError, TypeError or ValueError for a row that is not in this format.
     """
     question: str
-    """Column with only the question. It is also kept out of training, because the training data may have another prompt."""
+    """Column with only the question.
+
+    It is also kept out of training, because the training data may have another prompt.
+    """
     prompt: re.Pattern[str] | None = None
     """Pattern of the context in `views` and in the public LLM-JEPA data, with a named group for each of its columns."""
 
 
 def label_number(label: Any, labels: int) -> int:
-    """Return a label as a number in [0, labels). Raises ValueError otherwise, for example for -1 in unlabelled splits."""
+    """Return a label as an integer in [0, labels). Raises ValueError otherwise, such as for -1 in unlabelled splits."""
     if not re.fullmatch(r"\d+", str(label)) or int(label) >= labels:
         raise ValueError(f"the label {label!r} is not a number from 0 to {labels - 1}")
     return int(label)
