@@ -116,7 +116,7 @@ class TextSource(FileSource):
 
     type: Literal["text"]
     separator: str | None = Field(default=None, max_length=1000)
-    """Line that separates the documents of a file; an empty string means blank lines. By default a file is one document."""
+    """Line that separates the documents of a file. An empty string means blank lines. Default: one document per file."""
 
     @field_validator("separator")
     @classmethod
@@ -225,16 +225,16 @@ class DataConfig(Section):
     """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the
     preparation (fail), or is dropped and counted (drop)."""
     deduplicate: Literal["exact", "near", "none"] = "exact"
-    """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: the same
-    applies to nearly identical records (requires the extra `near-duplicates`). none: all records are kept. A record of
-    a test or validation source takes precedence over a training record."""
+    """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: the
+    same applies to nearly identical records (requires the extra `near-duplicates`). none: all records are kept. A
+    record of a test or validation source takes precedence over a training record."""
     near_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near-duplicates; default 0.8."""
     decontaminate: bool = True
     """Whether to drop training records that also occur in the test files of `evaluation.tasks`. Records are compared by
     their whole context and by long passages of it, never by their target."""
     workers: int | None = Field(default=None, ge=1)
-    """Number of preparation processes; default: one per core. Under mpirun or srun the ranks do the work instead."""
+    """Number of preparation processes; default: one per core. Under mpirun or srun, the ranks are used instead."""
 
     @field_validator("views")
     @classmethod

@@ -363,7 +363,7 @@ class _Preparation:
         self.say(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say(
-                "note: data.validation_fraction held out no record, because there are too few; training will not validate"
+                "note: data.validation_fraction held out no record (there are too few), so training will not validate"
             )
         for number, source in enumerate(manifest["sources"]):
             if not source["records"]:

@@ -42,7 +42,7 @@ class Job(BaseModel):
     tests: tuple[TaskTest, ...]
     """Rows of evaluation tasks, whose contexts training must not see."""
     commits: tuple[str | None, ...] = ()
-    """The commit of each source that is read from the hub, None for other sources; empty until the commits are resolved."""
+    """The commit of each source on the hub, and None for other sources; empty until the commits are resolved."""
 
     def open_readers(self) -> list[Reader]:
         """Return the readers of all sources. Raises UserError if a source cannot be read."""

@@ -115,7 +115,7 @@ def _manifest_faults(manifest: _Manifest) -> Iterator[str]:
     source_tokens = [0] * len(manifest.sources)
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         if shard.source >= len(source_tokens):
-            yield f"{MANIFEST}: {shard.file} has source {shard.source}, but there are only {len(source_tokens)} sources"
+            yield f"{MANIFEST}: {shard.file} has source {shard.source}, but `sources` has length {len(source_tokens)}"
         else:
             source_tokens[shard.source] += sum(shard.tokens.values())
     for number, tokens in enumerate(source_tokens):
