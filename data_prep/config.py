@@ -116,7 +116,7 @@ class TextSource(FileSource):
 
     type: Literal["text"]
     separator: str | None = Field(default=None, max_length=1000)
-    """Line that separates the documents of a file. An empty string means blank lines. Default: one document per file."""
+    """Line that separates the documents of a file; an empty string means blank lines. Default: one document a file."""
 
     @field_validator("separator")
     @classmethod

@@ -15,9 +15,9 @@ def launched_process_count() -> int:
 
 
 def is_silent_rank() -> bool:
-    """Return whether this process leaves reports of errors to the first process of its node.
+    """Return whether this process should not print errors, because it is not the first one of its node.
 
-    If several processes were started, all of them fail with the same error.
+    All processes that were started together fail with the same error.
     """
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
     return any(os.environ.get(name) not in (None, "", "0") for name in names)

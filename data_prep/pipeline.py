@@ -214,7 +214,7 @@ class _Preparation:
                 self.say(note)
             line = f"kept out of training: {len(test_contexts):,} contexts of {describe_test(test)}"
             if short := count_short_contexts(test_contexts):
-                line += f"; {short:,} shorter than {OVERLAP_LETTERS} letters are compared only with whole contexts"
+                line += f"; {short:,} of them, shorter than {OVERLAP_LETTERS} letters, are compared only with whole contexts"
             self.say(line)
             contexts |= dict.fromkeys(test_contexts)
         write_json(contexts_file(self.job.partial), list(contexts))

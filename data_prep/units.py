@@ -19,7 +19,7 @@ from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
 
 COUNTED_BYTES = 256 << 20
-"""Offset in a file, in bytes, up to which the message for a malformed line gives the line number in the whole file."""
+"""Largest offset of a piece, in bytes, for which error messages count lines from the beginning of the file."""
 
 
 @dataclass(frozen=True)
