@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from data_prep.config_file import LocalPath, Section, validate
 
 Split = Literal["train", "validation", "test"]
-MOST_VIEWS = 8
+MAX_VIEWS = 8
+"""Maximum number of views of a record."""
 COLUMNS_OF_SHARDS = CONTINUES, CHECKSUM = "continues", "checksum"
 """Columns of a shard in addition to its views."""
 
@@ -116,7 +117,7 @@ class TextSource(FileSource):
 
     type: Literal["text"]
     separator: str | None = Field(default=None, max_length=1000)
-    """Line that separates the documents of a file; an empty string means blank lines. Default: one document a file."""
+    """Line that separates documents; an empty string means blank lines. By default each file is one document."""
 
     @field_validator("separator")
     @classmethod
@@ -251,8 +252,8 @@ class DataConfig(Section):
     def _check_consistency(self) -> "DataConfig":
         if len(set(self.views)) < len(self.views):
             raise ValueError(f"views {list(self.views)} are not distinct; give each view a different name")
-        if len(self.views) > MOST_VIEWS:
-            raise ValueError(f"there are {len(self.views)} views; at most {MOST_VIEWS} are possible")
+        if len(self.views) > MAX_VIEWS:
+            raise ValueError(f"there are {len(self.views)} views; at most {MAX_VIEWS} are possible")
         if self.near_threshold is not None and self.deduplicate != "near":
             raise ValueError("near_threshold has no effect without deduplicate: near; remove it")
         if len(self.views) == 1 and self.missing_views == "keep":

@@ -27,7 +27,7 @@ from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
 SHARD_TOKENS = 1 << 25
 """Number of tokens at which a shard is full. It bounds the memory of a unit, however large its file or row group is."""
-CLOSING = 2
+DOCUMENT_OVERHEAD = 2
 """Positions of a plain document in addition to its tokens: the first token and the end token."""
 
 
@@ -41,7 +41,7 @@ def duplicate_files(job: Job) -> dict[str, list[Path]]:
     return {reason: sorted((job.partial / reason).glob("*.npy")) for reason in ("duplicate", "near_duplicate")}
 
 
-def left_out(job: Job, number: int) -> dict[int, str]:
+def drop_reasons(job: Job, number: int) -> dict[int, str]:
     """Return the dropped records of a unit: ordinal -> reason. The reason is "" if the scan has counted the record."""
     dropped = dict.fromkeys(np.load(dropped_file(job, number)).tolist(), "")
     for reason, files in duplicate_files(job).items():
@@ -57,7 +57,7 @@ def kept_records(
 
     Raises UserError if the number of records differs from the scan.
     """
-    dropped = left_out(job, number)
+    dropped = drop_reasons(job, number)
     ordinal = -1
     for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
         reason = dropped.get(ordinal)
@@ -197,7 +197,7 @@ class _Encoder:
                 )
             else:
                 self.drops.add(
-                    "empty", piece, record.position, f"the tokenizer leaves nothing of {excerpt(record.texts)}"
+                    "empty", piece, record.position, f"the tokenizer produces no token for {excerpt(record.texts)}"
                 )
         return fits
 
@@ -225,7 +225,7 @@ def _split_documents(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndar
 
     Takes lengths (N, views). Returns lengths (M, views), and whether each document continues in the next record (M,).
     """
-    room = sequence_length - CLOSING
+    room = sequence_length - DOCUMENT_OVERHEAD
     total = lengths.sum(axis=1)
     plain = (lengths > 0).sum(axis=1) == 1
     pieces = np.where(plain, -(-total // room), 1)

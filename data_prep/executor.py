@@ -30,7 +30,7 @@ Failure = UserError | OSError
 
 ABORT_GRACE_SECONDS = 0.5
 """Time that the launcher gets to forward the output of a rank before all ranks are aborted, in seconds."""
-WAIT = 0.02
+POLL_SECONDS = 0.02
 """Interval between checks for an MPI message, in seconds. MPI's own waiting would keep a core busy."""
 
 
@@ -241,7 +241,7 @@ class MpiExecutor:
     def _receive(self, rank: int | None = None) -> Any:
         source = {} if rank is None else {"source": rank}
         while not self.communicator.iprobe(**source):
-            time.sleep(WAIT)
+            time.sleep(POLL_SECONDS)
         return self.communicator.recv(**source)
 
 

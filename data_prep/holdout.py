@@ -18,12 +18,12 @@ from data_prep.files import atomic_path, read_json, read_json_or_none, write_jso
 from data_prep.sources.record import Record
 from data_prep.units import Job, Unit
 
-SAMPLE = 1024
+SAMPLE_SIZE = 1024
 """Maximum number of targets in the sample of a unit."""
-FEW = 5
-"""A frequent target has more than 1 / FEW of the number of records to be held out, and more than REPEATED records."""
-REPEATED = 10
-"""Number of records that a frequent target exceeds, see FEW."""
+FREQUENCY_DIVISOR = 5
+"""A frequent target has more than 1 / FREQUENCY_DIVISOR of the number of records to be held out."""
+MAX_RARE_RECORDS = 10
+"""A frequent target has more than this number of records."""
 GOLDEN = 0x9E3779B97F4A7C15
 """Multiplier of Fibonacci hashing modulo 2^64 (Knuth, The Art of Computer Programming 3, section 6.4)."""
 
@@ -70,7 +70,7 @@ class TargetSample:
                 key = self.records * GOLDEN % (1 << 64)
                 if key < self.limit:
                     self.sample.append((key, _target(record)))
-        if len(self.sample) > 8 * SAMPLE:
+        if len(self.sample) > 8 * SAMPLE_SIZE:
             self._shrink()
 
     def write(self, path: Path) -> None:
@@ -80,8 +80,8 @@ class TargetSample:
             np.save(file, np.array([self.records, *(_hash(target) for _, target in self.sample)], np.uint64))
 
     def _shrink(self) -> None:
-        self.sample = sorted(self.sample)[:SAMPLE]
-        if len(self.sample) == SAMPLE:
+        self.sample = sorted(self.sample)[:SAMPLE_SIZE]
+        if len(self.sample) == SAMPLE_SIZE:
             self.limit = self.sample[-1][0]
 
 
@@ -105,7 +105,7 @@ def frequent_targets(targets: np.ndarray, records: int, fraction: float) -> list
     """Return the hashes of the frequent targets. `targets` is a sample of the hashes of `records` targets."""
     values, counts = np.unique(targets, return_counts=True)
     rates = counts / max(1, len(targets))
-    frequent = (rates * FEW > fraction) & (rates * records > REPEATED) & (counts > 1)
+    frequent = (rates * FREQUENCY_DIVISOR > fraction) & (rates * records > MAX_RARE_RECORDS) & (counts > 1)
     return [int(value) for value in values[frequent]]
 
 

@@ -11,7 +11,7 @@ from data_prep.sources import Reader
 from data_prep.tokenizer_files import ADDED, CONFIG, MAP
 from data_prep.units import Job
 
-BESIDE = (ADDED, CONFIG, MAP)
+ADDED_TOKEN_FILES = (ADDED, CONFIG, MAP)
 """Names of files that add tokens to a sentencepiece model in the same folder."""
 FileStats = dict[str, list[int]]
 """The size of each file, in bytes, and its time of modification, in nanoseconds."""
@@ -29,7 +29,7 @@ def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     if job.data.tokenizer.path is not None:
         given = Path(job.data.tokenizer.path)
         inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
-        beside = [given.with_name(name) for name in BESIDE] if given.suffix == ".model" else []
+        beside = [given.with_name(name) for name in ADDED_TOKEN_FILES] if given.suffix == ".model" else []
         paths |= set(map(str, inside if given.is_dir() else [given, *beside]))
     stats = {}
     for path in sorted(paths):
@@ -40,14 +40,14 @@ def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     return stats
 
 
-def groups(files: FileStats, enough: int) -> list[list[str]]:
-    """Return the paths in groups of at least `enough` bytes."""
+def group_by_size(files: FileStats, min_bytes: int) -> list[list[str]]:
+    """Return the paths in groups of at least `min_bytes` bytes."""
     result: list[list[str]] = [[]]
     size = 0
     for path, (file_size, _) in files.items():
         result[-1].append(path)
         size += file_size
-        if size >= enough:
+        if size >= min_bytes:
             result.append([])
             size = 0
     return [group for group in result if group]
@@ -82,7 +82,7 @@ def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Pa
         # Earlier versions did not record the files next to a sentencepiece model.
         is_model = (job.data.tokenizer.path or "").endswith(".model")
         compared = stored["files"] | {
-            path: stats for path, stats in now.items() if not is_model or Path(path).name not in BESIDE
+            path: stats for path, stats in now.items() if not is_model or Path(path).name not in ADDED_TOKEN_FILES
         }
         suspects = [path for path in sorted(compared) if trusted.get(path) != now.get(path)]
         changed = [

@@ -199,7 +199,7 @@ PUBLISHED = {
 }
 ROOT_COUNTS = {root: p.one + sum(sum(two.values()) for two in p.two) + p.three for root, p in PUBLISHED.items()}
 
-# Published occurrences of a form of three rules, in hundredths, by its number of literals.
+# Mean number of published occurrences of a form with three rules, times 100, by its number of literals.
 _PER_FORM = {1: 414, 2: 466, 3: 428, 4: 215, 5: 129}
 # Published trees with 0, 1, ... literal words, per mille, by number of literals: at most two rules, then three rules.
 _WORDS_SMALL = {1: (857, 143), 2: (676, 299, 25), 3: (403, 490, 102, 5), 4: (73, 395, 430, 98, 4)}

@@ -48,10 +48,10 @@ from data_prep.units import Job, Unit, make_units, open_job
 
 SAMPLE_CHARACTERS = 20_000_000
 """Size of the sample on which a tokenizer is trained. A larger one hardly changes the pieces."""
-SAMPLE_OF_UNIT = 200_000
+MIN_UNIT_SAMPLE = 200_000
 """Minimum number of characters of this sample that are read from one unit."""
-TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
-"""Number of texts, and of characters per text, on which an imported tokenizer is tried."""
+CHECKED_TEXTS, CHECKED_CHARACTERS = 2000, 1000
+"""Number of texts, and of characters per text, on which an imported tokenizer is checked."""
 UNASSIGNED = "\U0010fffe"
 """A noncharacter of Unicode, which is in no vocabulary."""
 SUMMARY = "summary.md"
@@ -124,7 +124,7 @@ class _Preparation:
         self._checksums()
         self._find_duplicates()
         self.executor.run_on_main(self._make_tokenizer)
-        self.executor.run_on_main(self._try_tokenizer)
+        self.executor.run_on_main(self._check_tokenizer)
         self._each_unit("tokenizing", encode_unit, shard_report)
         return self.executor.run_on_main(self._finish)
 
@@ -214,7 +214,8 @@ class _Preparation:
                 self.say(note)
             line = f"kept out of training: {len(test_contexts):,} contexts of {describe_test(test)}"
             if short := count_short_contexts(test_contexts):
-                line += f"; {short:,} of them, shorter than {OVERLAP_LETTERS} letters, are compared only with whole contexts"
+                line += f"; {short:,} of them have fewer than {OVERLAP_LETTERS} letters and "
+                line += "are compared only with whole contexts"
             self.say(line)
             contexts |= dict.fromkeys(test_contexts)
         write_json(contexts_file(self.job.partial), list(contexts))
@@ -248,7 +249,7 @@ class _Preparation:
                 )
 
     def _checksums(self) -> None:
-        groups = inputs.groups(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
+        groups = inputs.group_by_size(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
         outs = [self.job.partial / "files" / f"{number:06d}.json" for number in range(len(groups))]
         self._phase(
             "checksums of",
@@ -306,7 +307,7 @@ class _Preparation:
             sync_file(file)
         os.replace(temporary, final)
 
-    def _try_tokenizer(self) -> None:
+    def _check_tokenizer(self) -> None:
         """Warn if an imported tokenizer loses some of the text."""
         if self.job.data.tokenizer.path is None:
             return
@@ -316,7 +317,7 @@ class _Preparation:
                 f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: "
                 "unknown characters are dropped and not counted; use a tokenizer that has either"
             )
-        texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
+        texts = [text[:CHECKED_CHARACTERS] for text in itertools.islice(self._sample(), CHECKED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
         changed = [(text, result) for text, result in zip(texts, decoded, strict=True) if text != result]
         if changed:
@@ -330,7 +331,7 @@ class _Preparation:
     def _sample(self) -> Iterator[str]:
         """Yield texts of the training split for the tokenizer, from the beginnings of units in pseudo-random order."""
         characters = 0
-        limit = max(SAMPLE_OF_UNIT, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
+        limit = max(MIN_UNIT_SAMPLE, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
             unit, unit_characters = self.units[number], 0
             split_of = split_function(self.job.data, unit.source, load_frequent_targets(self.job, unit.source))

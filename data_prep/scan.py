@@ -53,7 +53,7 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     job, readers = open_job(serialized)
     reader, config = readers[unit.source], job.data
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
-    lacks = lacking(config, reader.provided_views)
+    missing_view_reason = missing_view_filter(config, reader.provided_views)
     ordinal = -1
     with search_time_limit(config.filters):
         for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
@@ -61,7 +61,9 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
                 if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
                     raise malformed_record_error(reader, unit.pieces[piece], record)
                 scan.drop(record.reason, ordinal, piece, record, record.problem)
-            elif reason := lacks(record.views) or _filtered(config.filters, reader, unit.pieces[piece], record):
+            elif reason := missing_view_reason(record.views) or _filtered(
+                config.filters, reader, unit.pieces[piece], record
+            ):
                 scan.drop(reason, ordinal, piece, record, excerpt(record.views))
             else:
                 scan.keep(ordinal, piece, record)
@@ -171,7 +173,7 @@ class _Scan:
             )
 
 
-def lacking(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
+def missing_view_filter(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
     """Return a function that maps the views of a record to a reason to drop it, or to "" if it is kept.
 
     A record is dropped for missing text in the views that its source provides.

@@ -35,7 +35,8 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict}
 """Required keys of the manifest, and their types."""
-MOST_PREDICTOR_TOKENS = 12
+MAX_PREDICTOR_TOKENS = 12
+"""Maximum number of predictor tokens per context."""
 
 
 def positions_needed(lengths: np.ndarray) -> np.ndarray:
@@ -47,7 +48,7 @@ def positions_needed(lengths: np.ndarray) -> np.ndarray:
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
     needed: np.ndarray = (
-        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MAX_PREDICTOR_TOKENS
     )
     return needed
 

@@ -7,7 +7,7 @@ CHUNK_CHARACTERS = 1 << 20
 """Maximum number of characters that are tokenized at once. It bounds the memory of the tokenizer."""
 AROUND = 1000
 """Number of characters on each side of a position that are tokenized to test whether the text can be split there."""
-TRIED = 20
+MAX_CANDIDATES = 20
 """Maximum number of positions of each kind that are tested."""
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -32,12 +32,12 @@ def _candidates(text: str, begin: int) -> Iterator[int]:
     end = begin + CHUNK_CHARACTERS
     for separator, offset in (("\n", 1), (" ", 0)):
         position = end
-        for _ in range(TRIED):
+        for _ in range(MAX_CANDIDATES):
             position = text.rfind(separator, begin + 1, position)
             if position < 0:
                 break
             yield position + offset
-    yield from itertools.islice(range(end, begin, -1), TRIED)
+    yield from itertools.islice(range(end, begin, -1), MAX_CANDIDATES)
 
 
 def _can_split(text: str, position: int, encode: Encode) -> bool:

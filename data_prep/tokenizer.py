@@ -373,7 +373,7 @@ def _assign_special_tokens(
 
     chosen: dict[str, str] = {}
     for name in ("eos", "bos", "sep", "pad"):  # the first of two that share a token keeps it; pad = eos is common
-        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # the last one wins
+        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # a valid later one takes precedence
             if candidate is None or candidate not in specials or candidate in (unknown, *chosen.values()):
                 continue
             if not _in_text(tokenizer, candidate):
