@@ -258,7 +258,7 @@ def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> st
     if smallest := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
         return (
             f"tokenizer vocab_size {vocab_size} is too small: special tokens, bytes and the characters of the corpus "
-            f"already require {smallest[1]}; raise it to at least {smallest[1]}"
+            f"already require {smallest[1]}; raise it to at least this number"
         )
     return "tokenizer training: sentencepiece reports " + " ".join(message.split())
 
