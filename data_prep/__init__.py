@@ -1,1 +1,1 @@
-"""Corpora in, paired-view token shards out: `python -m data_prep CONFIG [key=value ...]`."""
+"""Preparation of corpora: converts text to paired-view token shards (`python -m data_prep CONFIG [key=value ...]`)."""

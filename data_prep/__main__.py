@@ -41,31 +41,31 @@ def prepare_corpus(executor: Executor | None) -> None:
         epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.",
     )
     parser.add_argument(
-        "config", help="YAML file of the run; its `data` section is used, and the test files of `evaluation.tasks`"
+        "config", help="YAML file of the run; only `data` and the test files of `evaluation.tasks` are read"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
     given = parser.parse_args()
-    # those of the shape are for a file that the training reads, and the preparation does not
-    values = load_yaml(
-        given.config, [override for override in given.overrides if not override.startswith("model.shape.")]
-    )
+    # Overrides of model.shape change a file that only the training reads.
+    relevant_overrides = [override for override in given.overrides if not override.startswith("model.shape.")]
+    values = load_yaml(given.config, relevant_overrides)
     if "data" not in values:
         raise UserError(f"{given.config} has no `data` section")
     data = validate(DataConfig, values["data"], "data")
     tests = evaluation_tests(data, values.get("evaluation"))
-    from data_prep.pipeline import (
-        prepare,
-    )  # after the configuration is checked, because this imports pyarrow and tokenizers
+
+    # Imported only now: pyarrow and tokenizers are slow to load, and errors of the configuration should appear first.
+    from data_prep.pipeline import prepare
 
     prepare(data, tests, executor=executor)
 
 
 def run_verify(arguments: list[str]) -> None:
-    """Look at every shard: files, checksums, structure, token ids and counts. Exit code 2 where anything is wrong."""
+    """Check the file, checksums, structure, token ids and counts of every shard. Exit with code 2 on any fault."""
     parser = argparse.ArgumentParser(prog="python -m data_prep verify", description=run_verify.__doc__)
     parser.add_argument("path", type=Path, help="folder of a prepared corpus: data.path")
     path = parser.parse_args(arguments).path
-    from data_prep.tools.verify import verify  # after the command line is checked, as in prepare_corpus
+
+    from data_prep.tools.verify import verify  # imported late, as in prepare_corpus
 
     verify(path, print_now)
 

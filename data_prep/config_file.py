@@ -1,7 +1,7 @@
-"""The configuration file: its dotted overrides, and its mistakes told in one line.
+"""The configuration file, its dotted overrides, and one-line messages for its errors.
 
 A run is described by one YAML file. Every key can be overridden on the command line by its dotted
-name (`data.sources.0.path=train.jsonl`). An unknown key is an error that names the nearest known one.
+name (`data.sources.0.path=train.jsonl`). The message for an unknown key names the nearest known one.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from data_prep.console import UserError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Reads YAML, and raises an error for a key that is given twice: the later one would win silently."""
+    """YAML loader that rejects a key that is given twice, because the later value would win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node."""
@@ -50,7 +50,7 @@ SECTIONS = (
 
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""Path of a file or folder; `~` is the home directory, also where no shell has replaced it."""
+"""Path of a file or folder; a leading `~` is expanded to the home directory."""
 
 
 class Section(BaseModel):
@@ -62,20 +62,21 @@ class Section(BaseModel):
 def load_yaml(
     path: str | Path, overrides: typing.Sequence[str] = (), sections: typing.Sequence[str] = SECTIONS
 ) -> dict[str, Any]:
-    """Read a configuration file of these top-level keys and apply `dotted.key=value` overrides, whose values are YAML.
+    """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML.
 
-    `{dotted.key}` inside `name` is replaced by that key's value, so that arms of a study get folders of their own.
+    `sections` are the allowed top-level keys. `{dotted.key}` inside `name` is replaced by that key's value, which gives
+    each arm of a study its own folder.
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     try:
-        config = yaml.load(content, _UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or 2024-13-45, which YAML takes for a date
+        config = yaml.load(content, _UniqueKeyLoader)  # safe: this is a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date such as 2024-13-45
         raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds no mapping of keys; it should start with `name:`")
+        raise UserError(f"{path} is not a mapping of keys; it should start with `name:`")
     in_file = set(config)
     apply_overrides(config, overrides)
     unknown = [key for key in config if key not in sections]
@@ -89,7 +90,10 @@ def load_yaml(
 
 
 def apply_overrides(config: dict[str, Any], overrides: typing.Sequence[str]) -> None:
-    """Set each `dotted.key=value` in the plain values of a configuration. Raises UserError for one that cannot be read."""
+    """Set each `dotted.key=value` in the plain values of a configuration.
+
+    Raises UserError if an override cannot be read.
+    """
     for override in overrides:
         _override(config, override)
 
@@ -103,7 +107,7 @@ def _override(config: dict[str, Any], override: str) -> None:
     for position, part in enumerate(parents):
         node = _child(node, part, key)
         if not isinstance(node, dict | list):
-            raise UserError(f"{key}: {'.'.join(parents[: position + 1])} is a single value, it has no keys below it")
+            raise UserError(f"{key}: {'.'.join(parents[: position + 1])} is a single value and has no keys below it")
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):
@@ -118,7 +122,7 @@ def _override(config: dict[str, Any], override: str) -> None:
 def _child(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
         if not part.isdecimal() or int(part) >= len(node):
-            raise UserError(f"{key}: {part!r} is no entry of that list, which has {len(node)} (counted from 0)")
+            raise UserError(f"{key}: {part!r} is not an index of that list, which has {len(node)} entries (from 0)")
         return node[int(part)]
     if node.get(part) is None:
         node[part] = {}
@@ -130,7 +134,7 @@ def _look_up(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     if node is None or isinstance(node, dict | list):
-        raise UserError(f"name: {{{key}}} names no single value of this configuration")
+        raise UserError(f"name: {{{key}}} does not name a single value of this configuration")
     return node
 
 
@@ -138,36 +142,36 @@ Model = typing.TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], values: Any, where: str = "") -> Model:
-    """Build a section from plain values; the first mistake becomes a UserError that names its dotted key."""
+    """Build a section from plain values.
+
+    Raises UserError if a value is wrong. The message names the dotted key of the first error.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        mistakes = error.errors()  # a misspelt key often is a missing one too: the spelling comes first
+        # A misspelt key often causes a missing key too; the misspelling is the more helpful message.
         order = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found")
         first = min(
-            mistakes, key=lambda mistake: order.index(mistake["type"]) if mistake["type"] in order else len(order)
+            error.errors(), key=lambda found: order.index(found["type"]) if found["type"] in order else len(order)
         )
         tags = union_tags(model)
-        parts = [
-            str(part)
-            for part in first["loc"]
-            if part not in tags and not re.match(r"(function|tagged-union)\b", str(part))
-        ]
+        location = [part for part in first["loc"] if part not in tags]  # pydantic's path includes the union tags
+        parts = [str(part) for part in location if not re.match(r"(function|tagged-union)\b", str(part))]
         key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":
             known = [f"{where}.{known}" if where else known for known in known_keys(model)]
             if _with_list_index(key) in known:
                 chosen = next(part for part in reversed(first["loc"]) if part in tags)
-                raise UserError(f"{key} has no effect with {chosen}: leave it out") from None
+                raise UserError(f"{key} has no effect with {chosen}; remove it") from None
             raise UserError(_unknown_key(key, known)) from None
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]
             raise UserError(
-                f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is none of {tag['expected_tags']}"
+                f"{key}.{tag['discriminator'].strip(chr(39))}: {tag['tag']!r} is not one of {tag['expected_tags']}"
             ) from None
         if first["type"] == "union_tag_not_found":
             raise UserError(
-                f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing: it says of which kind this section is"
+                f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing; it selects the kind of this section"
             ) from None
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
@@ -175,7 +179,7 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys below a section; entries of a list stand under `0`."""
+    """Return all dotted keys below a section. Entries of a list have the index `0`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -185,25 +189,28 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def subsections(annotation: Any, prefix: str) -> list[tuple[type[BaseModel], str]]:
-    """The sections that a key of this type holds, each with its dotted key."""
+    """Return the sections inside a key of this type, each with its dotted key."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and origin is None and issubclass(annotation, BaseModel):
         return [(annotation, prefix)]
     if origin is list:
         prefix += ".0"
     if origin in (list, typing.Union, types.UnionType, Annotated):
-        return [found for part in typing.get_args(annotation) for found in subsections(part, prefix)]
+        return [section for part in typing.get_args(annotation) for section in subsections(part, prefix)]
     return []
 
 
 def union_tags(model: type[BaseModel]) -> set[str]:
-    """The values that choose among sections, as `nlrx` and `json` do among sources; pydantic puts them into the path of a mistake."""
+    """Return the values that select among sections, such as the source types `nlrx` and `json`.
+
+    Pydantic includes them in the location of an error.
+    """
     tags: set[str] = set()
     for field in model.model_fields.values():
         for section, _ in subsections(field.annotation, ""):
-            chooser = section.model_fields.get("type") or section.model_fields.get("name")
-            if chooser and typing.get_origin(chooser.annotation) is Literal:
-                tags |= set(typing.get_args(chooser.annotation))
+            discriminator = section.model_fields.get("type") or section.model_fields.get("name")
+            if discriminator and typing.get_origin(discriminator.annotation) is Literal:
+                tags |= set(typing.get_args(discriminator.annotation))
             tags |= union_tags(section)
     return tags
 

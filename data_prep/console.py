@@ -1,4 +1,4 @@
-"""What commands print, and how a mistake of the user ends: one line, exit code 2."""
+"""Console output of the commands, and the handling of user errors: one line, exit code 2."""
 
 import contextlib
 import os
@@ -7,26 +7,26 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 INTERRUPTED_EXIT_CODE = 130
-"""Exit code after Ctrl-C, as a shell gives it."""
+"""Exit code after Ctrl-C, the one that shells use."""
 
 
 class UserError(Exception):
-    """A mistake of the user: printed as one line, exit code 2.
+    """An error that the user can fix. It is printed as one line, and the exit code is 2.
 
-    The message says what is wrong, where (file, line or key), and what to do.
+    The message names the file, line or key, the problem, and the remedy.
     """
 
 
 def print_now(text: str) -> None:
-    """Print without delay, so that the lines of several processes keep their order in a log."""
+    """Print and flush at once, to keep the lines of several processes in order in a log."""
     print(text, flush=True)
 
 
 def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] = lambda: False) -> None:
-    """Run `main`; end a UserError in one line on standard error and exit code 2, Ctrl-C in one line and exit code 130.
+    """Run `main` and exit cleanly: a UserError prints one line and exits with code 2, Ctrl-C with code 130.
 
-    `silent` is asked at the time of the error: where several processes meet the same mistake, one speaks. Where nobody reads the output
-    any more (`| head`), the process ends without a word.
+    `silent` is called when the error occurs: if several processes fail with the same error, only one prints it. A
+    closed output pipe (`| head`) ends the process silently.
     """
     try:
         main()
@@ -46,7 +46,7 @@ def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] =
 
 @contextlib.contextmanager
 def ignore_output_errors() -> Iterator[None]:
-    """Keep this process going if nobody reads what it prints, or the disk below it is full. What cannot be written is lost."""
+    """Ignore failures to print, such as a closed pipe or a full disk. Text that cannot be written is lost."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(Tee, streams)
     try:
@@ -61,7 +61,7 @@ def ignore_output_errors() -> Iterator[None]:
 
 
 class Tee:
-    """A text stream that writes to several others, and ignores each one that fails."""
+    """A text stream that writes to several other streams and ignores the ones that fail."""
 
     def __init__(self, *streams: TextIO):
         self._streams = streams
@@ -84,12 +84,12 @@ class Tee:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let a stream end in nothing: Python flushes it at the end, and would complain and exit with code 120."""
+    """Redirect a stream to /dev/null. Otherwise Python's flush at exit would fail, and the exit code would be 120."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def report(error: UserError, silent: bool = False) -> None:
-    """Print the one line of an error on standard error."""
+    """Print an error as one line on standard error."""
     if not silent:
-        with contextlib.suppress(OSError):  # the exit code still says it
+        with contextlib.suppress(OSError):  # the exit code still reports the error
             print(f"error: {error}", file=sys.stderr, flush=True)

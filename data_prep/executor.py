@@ -1,8 +1,9 @@
-"""Who does the work: the processes of this machine, or the ranks of an MPI job.
+"""Executors of the preparation: processes of this machine, or the ranks of an MPI job.
 
-A crew runs the tasks of one phase after the other. A task is a function of the module that it stands in, with plain arguments; what it
-makes goes into files that are whole or absent, so any process may do any task, and a task that was done stays done. It returns the number
-of records that it went through. A task that ends in a UserError does not keep the others from being done; one in an OSError does.
+An executor runs the tasks of a phase before those of the next. A task calls a module-level function with plain
+arguments. It writes its results atomically, so any process may run any task, and a finished task is never repeated. It
+returns the number of records that it processed. After a task that raises UserError, the remaining tasks still run;
+after an OSError, they do not.
 """
 
 import multiprocessing
@@ -24,13 +25,13 @@ from data_prep.progress import Progress
 
 Result = TypeVar("Result")
 Failure = UserError | OSError
-"""What a task may end in. After an OSError, a full disk most likely, no other task is begun."""
+"""Errors that a task may raise. After an OSError, most likely a full disk, no further task is started."""
 
 
 ABORT_GRACE_SECONDS = 0.5
-"""Seconds that the launcher gets to pass on what a rank has said before it ends them all."""
-WAIT = 0.02
-"""Seconds between looks at the mailbox; MPI's own waiting would keep a core busy."""
+"""Time that the launcher gets to forward the output of a rank before all ranks are aborted, in seconds."""
+POLL_SECONDS = 0.02
+"""Interval between checks for an MPI message, in seconds. MPI's own waiting would keep a core busy."""
 
 
 class Task(NamedTuple):
@@ -38,7 +39,7 @@ class Task(NamedTuple):
 
     arguments: tuple[Any, ...]
     size: int
-    """Bytes of input, for the progress."""
+    """Bytes of input, for the progress display."""
 
 
 class Executor(Protocol):
@@ -48,20 +49,20 @@ class Executor(Protocol):
     description: str
 
     def run_on_main(self, action: Callable[[], Result]) -> Result:
-        """Do something in the main process alone; every process gets the result, or raises its UserError."""
+        """Run `action` in the main process only. Every process returns its result, or raises its error."""
 
     def run_on_all(self, action: Callable[[], Result]) -> Result:
-        """Do something in every process that called this; all of them raise the UserError of any."""
+        """Run `action` in every process. If any process fails, all of them raise its error."""
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
-        """Do all tasks. Raises the first UserError when the others are done."""
+        """Run all tasks, and finally raise the first UserError, if any."""
 
     def close(self) -> None:
-        """Let the processes go."""
+        """Release the processes."""
 
 
 class LocalExecutor:
-    """Processes of this machine, started when there is more than one task."""
+    """An executor with worker processes on this machine, started when there is more than one task."""
 
     is_main = True
 
@@ -77,7 +78,7 @@ class LocalExecutor:
     run_on_all = run_on_main
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
-        """Run the tasks in worker processes. Raises the first UserError when the others are done."""
+        """Run all tasks in worker processes, and finally raise the first UserError, if any."""
         errors: dict[int, UserError] = {}
         try:
             with progress:
@@ -91,22 +92,22 @@ class LocalExecutor:
         except BrokenProcessPool:
             raise UserError(
                 "a worker process of the preparation was killed (out of memory?); "
-                "start the same command again, or with a smaller data.workers"
+                "run the same command again, or set a smaller data.workers"
             ) from None
         except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():  # what they were doing is done anew the next time
+            for worker in multiprocessing.active_children():  # the next run repeats their tasks
                 worker.terminate()
             raise
         _raise_first(errors)
 
     def _outcomes(self, function: Callable[..., int], tasks: Sequence[Task]) -> Iterator[tuple[int, Callable[[], int]]]:
-        """The number of each task, and what gives or raises its outcome, as they are done."""
+        """Yield the number of each completed task, and a function that returns its result or raises its error."""
         if min(self.workers, len(tasks)) <= 1:
             for number, task in enumerate(tasks):
                 yield number, partial(function, *task.arguments)
             return
         if self.pool is None:
-            # forkserver: the workers start from a clean process that has imported all they need
+            # With forkserver the workers start from a clean process that has already imported all they need.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_prep.encode"])
             self.pool = ProcessPoolExecutor(self.workers, context, initializer=end_with_parent)
@@ -121,20 +122,23 @@ class LocalExecutor:
 
 
 def end_with_parent() -> None:
-    """Let this worker die with the process that started it: it would write on without the lock, and then wait forever. Ctrl-C is for that one."""
+    """End this worker when its parent process ends, and ignore Ctrl-C, which the parent handles.
+
+    An orphaned worker would continue to write without the lock, and then wait forever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def wait() -> None:
+    def wait_for_parent() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None  # this is a worker
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 class MpiExecutor:
-    """The ranks of an MPI job, which see the same files. Rank r does the tasks r, r + ranks, ..."""
+    """An executor with the ranks of an MPI job, which share a file system. Rank r runs the tasks r, r + ranks, ..."""
 
     def __init__(self, communicator: Any):
         self.communicator = communicator
@@ -143,7 +147,7 @@ class MpiExecutor:
         self.description = f"{self.ranks} MPI ranks"
 
     def run_on_main(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on rank 0 and share its result or error."""
+        """Run `action` on rank 0. Every rank returns its result, or raises its error."""
         outcome = self._outcome(action) if self.is_main else None
         result: Result = self._share(outcome)
         return result
@@ -160,7 +164,7 @@ class MpiExecutor:
         return result
 
     def run(self, function: Callable[..., int], tasks: Sequence[Task], progress: Progress) -> None:
-        """Run the tasks on all ranks. Raises the first UserError when the others are done."""
+        """Run all tasks on all ranks, and finally raise the first UserError, if any."""
         errors: dict[int, Failure] = {}
         finished = 0
 
@@ -172,13 +176,13 @@ class MpiExecutor:
                 errors[number] = error
 
         with progress if self.is_main else nullcontext():
-            full = None
+            os_error = None
             for number in range(self.rank, len(tasks), self.ranks):
-                if full is None:
+                if os_error is None:
                     records, error = self._outcome(partial(function, *tasks[number].arguments))
                 else:
-                    records, error = 0, full
-                full = error if isinstance(error, OSError) else None
+                    records, error = 0, os_error
+                os_error = error if isinstance(error, OSError) else None
                 if not self.is_main:
                     self.communicator.send((number, records or 0, error), 0)
                     continue
@@ -191,13 +195,12 @@ class MpiExecutor:
 
     def close(self) -> None:
         """Do nothing: the launcher ends the ranks."""
-        pass
 
     def abort_on_error(self, main: Callable[[], None]) -> None:
         """Run `main` on every rank.
 
-        All ranks raise a UserError, and the main one reports it. Any other error ends them all, because the others would wait
-        for this rank forever.
+        All ranks raise a UserError, and the main rank reports it. Any other error aborts all ranks, because the peers
+        would wait for this rank forever.
         """
         try:
             main()
@@ -223,7 +226,7 @@ class MpiExecutor:
             return None, error
 
     def _share(self, outcome: tuple[Any, Failure | None] | None) -> Any:
-        """The outcome of rank 0, in every rank."""
+        """Return the result of rank 0 on every rank, or raise its error."""
         if self.is_main:
             for rank in range(1, self.ranks):
                 self.communicator.send(outcome, rank)
@@ -238,7 +241,7 @@ class MpiExecutor:
     def _receive(self, rank: int | None = None) -> Any:
         source = {} if rank is None else {"source": rank}
         while not self.communicator.iprobe(**source):
-            time.sleep(WAIT)
+            time.sleep(POLL_SECONDS)
         return self.communicator.recv(**source)
 
 

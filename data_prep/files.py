@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed."""
+"""Atomic files: written under a temporary name, flushed to disk, then renamed."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is synced and renamed to `path`, on an error removed."""
+    """Yield a temporary path. On success it is flushed to disk and renamed to `path`; on an error it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -26,8 +26,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
-    """Lock a file until it is closed or the process ends, however it ends; None where another process holds it."""
-    file = open(path, "wb")  # noqa: SIM115 (open as long as the lock)
+    """Lock a file until it is closed or the process ends. Return None if another process holds the lock."""
+    file = open(path, "wb")  # noqa: SIM115 (stays open as long as the lock is held)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -37,7 +37,7 @@ def try_lock(path: Path) -> IO[bytes] | None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files below a folder without their permissions, so that the copy of a read-only folder can be written to."""
+    """Copy a folder recursively, without permissions: the copy of a read-only folder is writable."""
     target.mkdir()
     for path in source.iterdir():
         if path.is_dir():
@@ -53,22 +53,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, readable by people: indented, with a final newline."""
+    """Write JSON atomically, indented and with a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The value of a file of `write_json`."""
+    """Return the value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines. Raises OSError and ValueError. Lines end with a line feed alone: U+0085 or U+2028 may stand in texts."""
+    """Return the values in a file of JSON lines.
+
+    Only a line feed ends a line, because texts may contain U+0085 or U+2028.
+
+    Raises OSError if the file cannot be read. Raises ValueError if a line is not valid JSON.
+    """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_json_or_none(path: Path) -> Any:
-    """The value of a file of `write_json`; None where there is none, or it is not whole."""
+    """Return the value in a JSON file, or None if the file is missing or not valid JSON."""
     try:
         return read_json(path)
     except (FileNotFoundError, ValueError):
@@ -76,13 +81,13 @@ def read_json_or_none(path: Path) -> Any:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's bytes, so that a rename never puts an empty file in place of a whole one."""
+    """Flush a file to disk. Otherwise a rename could replace a complete file by an empty one after a power cut."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename inside it outlasts a power cut."""
+    """Flush a folder's entries to disk, to make a rename inside it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,6 +96,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

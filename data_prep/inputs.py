@@ -1,4 +1,4 @@
-"""The files that a corpus is made from: whether they are still those that it was made from."""
+"""The input files of a corpus, and the check that they have not changed since its preparation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,88 +11,87 @@ from data_prep.sources import Reader
 from data_prep.tokenizer_files import ADDED, CONFIG, MAP
 from data_prep.units import Job
 
-BESIDE = (ADDED, CONFIG, MAP)
-"""Files that add tokens to a sentencepiece model beside them."""
+ADDED_TOKEN_FILES = (ADDED, CONFIG, MAP)
+"""Names of files that add tokens to a sentencepiece model in the same folder."""
 FileStats = dict[str, list[int]]
-"""Of each file, its size in bytes and when it was last modified, in nanoseconds."""
+"""The size of each file, in bytes, and its time of modification, in nanoseconds."""
 FILE_STATS_NAME = ".modified.json"
-"""The stamps of the files of a finished corpus: where they stay, no checksum needs to be computed."""
+"""File with the FileStats of a finished corpus. If they are unchanged, no checksum needs to be computed."""
 
 
 def file_stats(job: Job, readers: list[Reader]) -> FileStats:
-    """The stamps of all files: of the sources, the tokenizer that is taken over, and the tests."""
-    paths = {piece.path for reader in readers for piece in reader.pieces()} | {
-        file for test in job.tests for file in list_test_files(test)
-    }
+    """Return the FileStats of all input files: the sources, the imported tokenizer, and the tests."""
+    source_files = {piece.path for reader in readers for piece in reader.pieces()}
+    paths = source_files | {file for test in job.tests for file in list_test_files(test)}
     for source in job.data.sources:
-        if isinstance(source, HubSource):  # a local folder; what the hub has is held by `revision`
+        if isinstance(source, HubSource):  # only finds a local folder; a data set on the hub is pinned by `revision`
             paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
     if job.data.tokenizer.path is not None:
         given = Path(job.data.tokenizer.path)
         inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
-        beside = [given.with_name(name) for name in BESIDE] if given.suffix == ".model" else []
+        beside = [given.with_name(name) for name in ADDED_TOKEN_FILES] if given.suffix == ".model" else []
         paths |= set(map(str, inside if given.is_dir() else [given, *beside]))
-    found = {}
+    stats = {}
     for path in sorted(paths):
         file = Path(path)
-        if (
-            file.is_file()
-        ):  # a data set of the hub is none; a tokenizer that is not there is named when it is taken over
-            found[path] = [file.stat().st_size, file.stat().st_mtime_ns]
-    return found
+        # A data set on the hub is not a file. A missing tokenizer is reported when it is imported.
+        if file.is_file():
+            stats[path] = [file.stat().st_size, file.stat().st_mtime_ns]
+    return stats
 
 
-def groups(files: FileStats, enough: int) -> list[list[str]]:
-    """The files in groups of at least `enough` bytes."""
-    found: list[list[str]] = [[]]
+def group_by_size(files: FileStats, min_bytes: int) -> list[list[str]]:
+    """Return the paths in groups of at least `min_bytes` bytes."""
+    result: list[list[str]] = [[]]
     size = 0
-    for path, (of_file, _) in files.items():
-        found[-1].append(path)
-        size += of_file
-        if size >= enough:
-            found.append([])
+    for path, (file_size, _) in files.items():
+        result[-1].append(path)
+        size += file_size
+        if size >= min_bytes:
+            result.append([])
             size = 0
-    return [group for group in found if group]
+    return [group for group in result if group]
 
 
 def write_checksums(out: Path, paths: list[str]) -> int:
-    """A task: the SHA-256 of some files, into a file."""
+    """Write the SHA-256 of some files to the file `out` (run as a task)."""
     write_json(out, {path: sha256_file(Path(path)) for path in paths})
     return 0
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """What `write_checksums` left in a folder."""
+    """Return the checksums that `write_checksums` wrote to a folder, by path."""
     return {path: checksum for file in sorted(folder.glob("*.json")) for path, checksum in read_json(file).items()}
 
 
 def changed_settings(stored: dict[str, Any], job: Job) -> list[str]:
-    """Return the keys of a job that differ from the settings of a manifest. Earlier versions did not record how tests were read."""
+    """Return the keys of a job that differ from the settings of a manifest.
+
+    Tests are compared only if the manifest records them, because earlier versions did not.
+    """
     data = job.data.shard_settings()
     changed = [f"data.{key}" for key in data if stored["data"].get(key) != data[key]]
     return changed + ["evaluation.tasks"] * (stored.get("tests", job.test_descriptions) != job.test_descriptions)
 
 
 def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Path) -> None:
-    """Raise UserError if a corpus was made from other settings, tests or files. `stored` are those of its manifest."""
+    """Raise UserError if the settings, tests or files differ from the ones in a manifest, `stored`."""
     changed = changed_settings(stored, job)
     if not changed:
         trusted = read_json_or_none(folder / FILE_STATS_NAME) or {}
-        a_model = (job.data.tokenizer.path or "").endswith(
-            ".model"
-        )  # of which earlier versions did not record the files beside it
+        # Earlier versions did not record the files next to a sentencepiece model.
+        is_model = (job.data.tokenizer.path or "").endswith(".model")
         compared = stored["files"] | {
-            path: stamp for path, stamp in now.items() if not a_model or Path(path).name not in BESIDE
+            path: stats for path, stats in now.items() if not is_model or Path(path).name not in ADDED_TOKEN_FILES
         }
+        suspects = [path for path in sorted(compared) if trusted.get(path) != now.get(path)]
         changed = [
-            f"content of {path}"
-            for path in sorted(compared)
-            if trusted.get(path) != now.get(path) and not _same(path, stored["files"].get(path), now.get(path))
+            f"content of {path}" for path in suspects if not _same(path, stored["files"].get(path), now.get(path))
         ]
     if changed:
         raise UserError(
-            f"{folder} was prepared with another {' and '.join(changed[:3])}; "
-            "choose another data.path, or remove that folder to prepare it anew"
+            f"{folder} was prepared with a different {' and '.join(changed[:3])}; "
+            "choose another data.path, or remove that folder to prepare it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which processes mpirun or srun has started together with this one."""
+"""Detection of the processes that mpirun or srun has started together with this one."""
 
 import os
 from typing import Any
@@ -7,7 +7,7 @@ from data_prep.console import UserError
 
 
 def launched_process_count() -> int:
-    """How many they are; 1 without mpirun and srun, or where PMIx does not tell."""
+    """Return the number of processes; 1 without mpirun and srun, or if PMIx does not report it."""
     sizes = [
         os.environ[name] for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS") if name in os.environ
     ]
@@ -15,13 +15,19 @@ def launched_process_count() -> int:
 
 
 def is_silent_rank() -> bool:
-    """Where several processes were started, all meet the same mistake; the first one on each node reports it."""
+    """Return whether this process should not print errors, because it is not the first one of its node.
+
+    All processes that were started together fail with the same error.
+    """
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
     return any(os.environ.get(name) not in (None, "", "0") for name in names)
 
 
 def find_mpi() -> Any | None:
-    """MPI's communicator of these processes; None for a single one. Raises UserError where it does not hold them all."""
+    """Return the MPI communicator of all processes, or None for a single process.
+
+    Raises UserError if there is no MPI library, or if the communicator does not include all processes.
+    """
     expected = launched_process_count()
     if expected == 1 and "PMIX_RANK" not in os.environ:
         return None
@@ -35,7 +41,7 @@ def find_mpi() -> Any | None:
     size = MPI.COMM_WORLD.Get_size()
     if size < expected:
         raise UserError(
-            f"{expected} processes were started together, but MPI sees {size}: its library is not that of the launcher; "
-            "start with the mpirun of the library, or with srun --mpi=pmi2 or --mpi=pmix"
+            f"{expected} processes were started together, but MPI sees {size}: the launcher belongs to another MPI "
+            "library; start with the mpirun of this library, or with srun --mpi=pmi2 or --mpi=pmix"
         )
     return MPI.COMM_WORLD if size > 1 else None

@@ -1,4 +1,4 @@
-"""What a preparation made, for machines (manifest.json) and for people (summary.md)."""
+"""Descriptions of a prepared corpus for programs (manifest.json) and for people (summary.md)."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +20,7 @@ Manifest = dict[str, Any]
 def build_manifest(
     job: Job, settings: dict[str, Any], tokenizer: Tokenizer, readers: list[Reader], units: list[Unit]
 ) -> Manifest:
-    """The manifest of all units, from their reports. Raises UserError where no record is left."""
+    """Return the manifest, built from the reports of all units. Raises UserError if no record is left."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     reports = [read_json(shard_report(job, number)) for number in range(len(units))]
     splits: dict[str, list[dict[str, Any]]] = {}
@@ -32,18 +32,14 @@ def build_manifest(
         raise UserError(f"no record is left: {_reasons(dropped)}")
     sources = []
     for source, config in enumerate(job.data.sources):
-        mine = [number for number, unit in enumerate(units) if unit.source == source]
+        source_units = [number for number, unit in enumerate(units) if unit.source == source]
+        shards_by_split = [shards for number in source_units for shards in reports[number]["shards"].values()]
         sources.append(
             {
                 "weight": config.weight,
-                "records": sum(scans[number]["records"] for number in mine),
-                "kept": sum(reports[number]["kept"] for number in mine),
-                "tokens": sum(
-                    sum(shard["tokens"].values())
-                    for number in mine
-                    for shards in reports[number]["shards"].values()
-                    for shard in shards
-                ),
+                "records": sum(scans[number]["records"] for number in source_units),
+                "kept": sum(reports[number]["kept"] for number in source_units),
+                "tokens": sum(sum(shard["tokens"].values()) for shards in shards_by_split for shard in shards),
             }
         )
     return {
@@ -72,55 +68,61 @@ def _split_entry(job: Job, shards: list[dict[str, Any]]) -> dict[str, Any]:
 def _dropped(
     readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Counts and first examples by reason, in the order of REASONS; places are counted from the beginning of each file."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return the number of dropped records and the first examples by reason, in the order of REASONS.
+
+    Positions in the examples are counted from the beginning of each file.
+    """
+    dropped: dict[str, dict[str, Any]] = {}
     for scan, report, describe in zip(scans, reports, _describers(readers, units, scans), strict=True):
         for reason, drop in [*scan["dropped"].items(), *report["dropped"].items()]:
-            entry = found.setdefault(reason, {"count": 0, "first": []})
+            entry = dropped.setdefault(reason, {"count": 0, "first": []})
             entry["count"] += drop["count"]
             entry["first"] += [describe(*example) for example in drop["first"][: MAX_EXAMPLES - len(entry["first"])]]
-    return {reason: found[reason] for reason in REASONS if reason in found}
+    return {reason: dropped[reason] for reason in REASONS if reason in dropped}
 
 
 def _unknown(
     split: str, readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the unknown tokens of a split, the records that have some, and the first of these with their places."""
+    """Return the number of unknown tokens of a split, and the number and the first of the records with such a token."""
     entry: dict[str, Any] = {"tokens": 0, "records": 0, "first": []}
     for report, describe in zip(reports, _describers(readers, units, scans), strict=True):
-        if of_unit := report.get("unknown", {}).get(split):  # a unit that an older version finished does not have it
-            entry["tokens"] += of_unit["tokens"]
-            entry["records"] += of_unit["records"]
-            entry["first"] += [describe(*example) for example in of_unit["first"][: MAX_EXAMPLES - len(entry["first"])]]
+        if unknown := report.get("unknown", {}).get(split):  # reports of earlier versions do not have it
+            entry["tokens"] += unknown["tokens"]
+            entry["records"] += unknown["records"]
+            entry["first"] += [describe(*example) for example in unknown["first"][: MAX_EXAMPLES - len(entry["first"])]]
     return entry
 
 
 def _describers(
     readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]]
 ) -> Iterator[Callable[[int, int, str], str]]:
-    """Yield for each unit what turns an example (piece, position in it, note) into `place: note`; places count from the start of each file."""
-    before: dict[tuple[int, str], int] = {}
+    """Yield for each unit a function that formats an example (piece, position in the piece, note) as `place: note`.
+
+    Positions in the result are counted from the beginning of each file.
+    """
+    next_position: dict[tuple[int, str], int] = {}
     for unit, scan in zip(units, scans, strict=True):
-        begins = []
+        offsets = []
         for piece, positions in zip(unit.pieces, scan["positions"], strict=True):
-            begins.append(before.get((unit.source, piece.path), 0))
-            before[unit.source, piece.path] = begins[-1] + positions
-        yield partial(_describe, readers[unit.source], unit, begins)
+            offsets.append(next_position.get((unit.source, piece.path), 0))
+            next_position[unit.source, piece.path] = offsets[-1] + positions
+        yield partial(_describe, readers[unit.source], unit, offsets)
 
 
-def _describe(reader: Reader, unit: Unit, begins: list[int], piece: int, position: int, note: str) -> str:
-    return f"{reader.place(unit.pieces[piece], position, begins[piece])}: {note}"
+def _describe(reader: Reader, unit: Unit, offsets: list[int], piece: int, position: int, note: str) -> str:
+    return f"{reader.place(unit.pieces[piece], position, offsets[piece])}: {note}"
 
 
 def check_not_empty(job: Job, readers: list[Reader], units: list[Unit]) -> None:
-    """Raise UserError where the scan left no record."""
+    """Raise UserError if the scan dropped all records."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     if sum(scan["records"] - sum(drop["count"] for drop in scan["dropped"].values()) for scan in scans) == 0:
         raise UserError(f"no record is left: {drop_summary(job, readers, units)}")
 
 
 def drop_summary(job: Job, readers: list[Reader], units: list[Unit]) -> str:
-    """What the scan dropped and why, in one line that says what to look at."""
+    """Return one line with the records that the scan dropped, the reasons, and the settings to check."""
     scans = [read_json(scan_report(job, number)) for number in range(len(units))]
     return _reasons(_dropped(readers, units, scans, [{"dropped": {}}] * len(units)))
 
@@ -130,11 +132,12 @@ def _reasons(dropped: dict[str, Any]) -> str:
         f"{drop['count']:,} {reason} ({REASONS[reason]}; the first: {drop['first'][0]})"
         for reason, drop in dropped.items()
     )
-    return f"{reasons or 'the sources hold no line'}; check data.views and the columns of the sources, and data.sequence_length"
+    remedy = "check data.views and the columns of the sources, and data.sequence_length"
+    return f"{reasons or 'the sources are empty'}; {remedy}"
 
 
 def summary_line(manifest: Manifest) -> str:
-    """Splits, records and tokens."""
+    """Return one line with the splits, records, tokens and vocabulary size."""
     splits = ", ".join(
         f"{split} {entry['records']:,} records with {sum(entry['tokens'].values()):,} tokens"
         for split, entry in manifest["splits"].items()
@@ -143,7 +146,7 @@ def summary_line(manifest: Manifest) -> str:
 
 
 def summary(job: Job, manifest: Manifest) -> str:
-    """The corpus in Markdown: splits, sources with their shares, and what was dropped and why, with examples."""
+    """Return a summary in Markdown: splits, sources, and dropped records by reason with examples."""
     lines = [
         "# Corpus",
         "",
@@ -165,8 +168,8 @@ def summary(job: Job, manifest: Manifest) -> str:
     for index, (source, config, weight) in enumerate(zip(manifest["sources"], job.data.sources, weights, strict=True)):
         share = f"{weight * source['tokens'] / total:.1%}" if total and weight else "-"
         lines.append(
-            f"| {index} {config.type} {getattr(config, 'path', '')} | {config.split} | {source['records']:,} | {source['kept']:,} | "
-            f"{source['tokens']:,} | {weight:g} | {share} |"
+            f"| {index} {config.type} {getattr(config, 'path', '')} | {config.split} | {source['records']:,} "
+            f"| {source['kept']:,} | {source['tokens']:,} | {weight:g} | {share} |"
         )
     if unknown := [line for split, entry in manifest["splits"].items() if (line := unknown_tokens(split, entry))]:
         lines += ["", "## Unknown tokens", "", *unknown]

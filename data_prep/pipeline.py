@@ -1,12 +1,14 @@
-"""From sources to shards, in phases of restartable tasks over many processes; the result is the same for any number of them.
+"""The preparation of a corpus from its sources to shards, in phases of restartable tasks.
 
-    scan        every unit is read, filtered and compared with the test files               data_prep/scan.py
-    duplicates  ranges of the fingerprints of all records are searched for equal ones       data_prep/selection/duplicates.py, near_duplicates.py
-    tokenizer   trained on a sample of what is left, or taken over                          data_prep/tokenizer.py
-    encode      every unit is read again, and what is left of it becomes shards             data_prep/encode.py
+    scan        read and filter every unit, compare it with the test files    data_prep/scan.py
+    duplicates  find equal and similar fingerprints across all records        data_prep/selection/*duplicates.py
+    tokenizer   train a tokenizer on a sample of the remaining records,       data_prep/tokenizer.py
+                or import one
+    encode      read every unit again and write its kept records to shards    data_prep/encode.py
 
-The folder `data.path` ends up with `manifest.json`, `summary.md`, `tokenizer/` and one shard per unit and split. Until the manifest stands,
-`.partial/` holds what each finished task left; a run that finds it goes on with the rest.
+The result does not depend on the number of processes. At the end, the folder `data.path` contains `manifest.json`,
+`summary.md`, `tokenizer/` and the shards of each unit and split. Until the manifest is written, `.partial/` contains
+the results of the finished tasks; the next run resumes from them.
 """
 
 import hashlib
@@ -45,13 +47,13 @@ from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.units import Job, Unit, make_units, open_job
 
 SAMPLE_CHARACTERS = 20_000_000
-"""Text read to train a tokenizer; more changes no piece worth having."""
-SAMPLE_OF_UNIT = 200_000
-"""Characters of it that come from one unit, at least."""
-TRIED_TEXTS, TRIED_CHARACTERS = 2000, 1000
-"""Of the corpus, and of each text, on which a tokenizer that is taken over is tried."""
+"""Size of the sample on which a tokenizer is trained. A larger one hardly changes the pieces."""
+MIN_UNIT_SAMPLE = 200_000
+"""Minimum number of characters of this sample that are read from one unit."""
+CHECKED_TEXTS, CHECKED_CHARACTERS = 2000, 1000
+"""Number of texts, and of characters per text, on which an imported tokenizer is checked."""
 UNASSIGNED = "\U0010fffe"
-"""A character that no vocabulary has."""
+"""A noncharacter of Unicode, which is in no vocabulary."""
 SUMMARY = "summary.md"
 SETTINGS = "settings.json"
 """File with the settings of an unfinished preparation, in `.partial`."""
@@ -63,10 +65,11 @@ def prepare(
     say: Callable[[str], None] = print_now,
     executor: Executor | None = None,
 ) -> Manifest:
-    """Prepare the corpus of `config` unless it stands already; return its manifest.
+    """Prepare the corpus of `config` unless it exists already, and return its manifest.
 
-    `tests` are rows that training must not see. Every process of a `crew` calls this; without one, `data.workers` processes are started.
-    Raises UserError for anything the user can mend; what was finished by then is kept for the next run.
+    `tests` are rows that training must not see. Every process of an `executor` calls this function. Without an
+    executor, `data.workers` processes are started. Raises UserError for errors that the user can fix; the results of
+    finished tasks are kept for the next run.
     """
     if not config.sources:
         raise UserError("data.sources is empty: name at least one source")
@@ -74,7 +77,7 @@ def prepare(
     job = Job(data=config, tests=tuple(tests) if config.decontaminate else ())
     try:
         return _Preparation(job, executor, say if executor.is_main else lambda text: None).run()
-    except BrokenPipeError:  # of what is said, not of the corpus
+    except BrokenPipeError:  # an error of the console output, not of writing the corpus
         raise
     except OSError as error:
         raise UserError(
@@ -84,7 +87,7 @@ def prepare(
 
 
 class _Preparation:
-    """One preparation, in every process of the crew."""
+    """One preparation, in every process of the executor."""
 
     def __init__(self, job: Job, executor: Executor, say: Callable[[str], None]):
         self.job, self.executor, self.say = job, executor, say
@@ -96,12 +99,13 @@ class _Preparation:
         self.lock: IO[bytes] | None = None
 
     def run(self) -> Manifest:
+        """Return the manifest of the corpus, and prepare the corpus first if necessary."""
         try:
             self.executor.run_on_main(self._take_lock)
             self.job = self.job.model_copy(update={"commits": self.executor.run_on_main(self._commits)})
             self.serialized = self.job.model_dump_json()
             self.readers = self.executor.run_on_all(lambda: open_job(self.serialized)[1])
-            return self.executor.run_on_main(self._standing) or self._make()
+            return self.executor.run_on_main(self._existing) or self._make()
         finally:
             self.executor.close()
             if self.lock:
@@ -113,14 +117,14 @@ class _Preparation:
                 self.say(reader.note)
         self.units, self.file_stats = self.executor.run_on_main(self._begin)
         if self.job.data.tokenizer.path is not None:
-            self.executor.run_on_main(self._make_tokenizer)  # before the long scan: it may be no tokenizer
+            self.executor.run_on_main(self._make_tokenizer)  # before the long scan, because the import may fail
         self._each_unit("scanning", scan_unit, scan_report)
         self.executor.run_on_main(lambda: check_not_empty(self.job, self.readers, self.units))
         self.executor.run_on_main(self._decide_holdout)
         self._checksums()
         self._find_duplicates()
         self.executor.run_on_main(self._make_tokenizer)
-        self.executor.run_on_main(self._try_tokenizer)
+        self.executor.run_on_main(self._check_tokenizer)
         self._each_unit("tokenizing", encode_unit, shard_report)
         return self.executor.run_on_main(self._finish)
 
@@ -131,48 +135,57 @@ class _Preparation:
             raise UserError(f"another process is preparing {self.folder}; wait for it, or choose another data.path")
 
     def _commits(self) -> tuple[str | None, ...]:
-        """Return the commit of each source on the hub: if this folder was prepared from one, or in part, that one, else the newest."""
+        """Return the commit of each source on the hub.
+
+        If this folder contains a finished or interrupted preparation, its commits are used; otherwise the newest ones.
+        """
         manifest = read_json_or_none(self.folder / MANIFEST) or {}
-        before = manifest.get("settings") or read_json_or_none(self.job.partial / SETTINGS) or {}
-        if "commits" in before and before.get("data") == self.job.data.shard_settings():
-            return tuple(before["commits"])
+        earlier = manifest.get("settings") or read_json_or_none(self.job.partial / SETTINGS) or {}
+        if "commits" in earlier and earlier.get("data") == self.job.data.shard_settings():
+            return tuple(earlier["commits"])
         return tuple(
             commit_of(source, f"data.sources.{number}") if isinstance(source, HubSource) else None
             for number, source in enumerate(self.job.data.sources)
         )
 
     def _settings(self, files: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what decides the content of a corpus, for its manifest or an interrupted preparation."""
+        """Return the settings that determine the content of a corpus, as the manifest and `.partial` record them."""
         commits = {"commits": list(self.job.commits)} if any(self.job.commits) else {}
         return {"data": self.job.data.shard_settings(), "tests": self.job.test_descriptions, "files": files} | commits
 
-    def _standing(self) -> Manifest | None:
-        """The manifest of a corpus that was prepared before. Raises UserError where it was made from other settings or files."""
+    def _existing(self) -> Manifest | None:
+        """Return the manifest of an existing corpus, or None.
+
+        Raises UserError if the corpus was made from other settings or files.
+        """
         if self.job.data.decontaminate and not self.job.tests:
-            self.say("note: evaluation.tasks has no test rows, so no record is dropped for being in them")
+            self.say("note: evaluation.tasks has no test rows: no contaminated record can be dropped")
         if not (self.folder / MANIFEST).exists():
             return None
         manifest = read_manifest(self.folder)
         inputs.check_unchanged(manifest["settings"], self.job, inputs.file_stats(self.job, self.readers), self.folder)
-        _check_still_there(manifest, self.folder)
+        _check_intact(manifest, self.folder)
         self._remove_leftovers()
-        self.say(f"{self.folder} is prepared already, nothing to do: {summary_line(manifest)}")
+        self.say(f"{self.folder} is already prepared, nothing to do: {summary_line(manifest)}")
         return manifest
 
     def _begin(self) -> tuple[list[Unit], inputs.FileStats]:
-        """Keep what an interrupted run finished, if it was preparing the same thing; start afresh otherwise."""
+        """Return the units and file stats.
+
+        The results of an interrupted preparation are kept if its settings and input files are the same, else removed.
+        """
         file_stats = inputs.file_stats(self.job, self.readers)
         settings = self._settings(file_stats)
         partial, stored = self.job.partial, self.job.partial / SETTINGS
         if {"tests": []} | (read_json_or_none(stored) or {}) == settings:  # earlier versions did not record tests
             scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
-            self.say(f"going on with an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
+            self.say(f"resuming an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
         else:
             if stored.exists():
-                self.say("the interrupted preparation had other settings: starting afresh")
-                write_json(
-                    stored, None
-                )  # else a kill while the old goes would leave some of it to a run with the old settings
+                self.say("the interrupted preparation had other settings: starting from scratch")
+                # Invalidate the settings first: after a kill during the removal, a run with the old settings must not
+                # resume from the remaining files.
+                write_json(stored, None)
                 for old in self.folder.glob("*.arrow"):
                     old.unlink()
                 for old in (self.folder / "tokenizer", *(path for path in partial.iterdir() if path.is_dir())):
@@ -180,7 +193,7 @@ class _Preparation:
                 contexts_file(partial).unlink(missing_ok=True)
             elif (self.folder / "tokenizer").exists() or any(self.folder.glob("*.arrow")):
                 raise UserError(
-                    f"{self.folder} holds a tokenizer or shards, but no {MANIFEST} that says what of; "
+                    f"{self.folder} contains a tokenizer or shards, but no {MANIFEST} that describes them; "
                     "remove that folder, or choose another data.path"
                 )
             partial.mkdir(exist_ok=True)
@@ -191,24 +204,20 @@ class _Preparation:
         return make_units(self.readers), file_stats
 
     def _read_contexts(self) -> None:
-        """Write the contexts of the tests for all processes, before the long scan: a row may be malformed."""
+        """Write the contexts of the tests for all processes. Malformed rows are reported before the long scan."""
         if contexts_file(self.job.partial).exists():
             return
         contexts: dict[str, None] = {}
         for test in self.job.tests:
-            found = read_contexts(self.job.data, test)
+            test_contexts = read_contexts(self.job.data, test)
             if note := skipped_files_note(test):
                 self.say(note)
-            short = count_short_contexts(found)
-            self.say(
-                f"kept out of training: {len(found):,} contexts of {describe_test(test)}"
-                + (
-                    f", {short:,} of them only where a training context equals them: they are shorter than {OVERLAP_LETTERS} letters"
-                    if short
-                    else ""
-                )
-            )
-            contexts |= dict.fromkeys(found)
+            line = f"kept out of training: {len(test_contexts):,} contexts of {describe_test(test)}"
+            if short := count_short_contexts(test_contexts):
+                line += f"; {short:,} of them have fewer than {OVERLAP_LETTERS} letters and "
+                line += "are compared only with whole contexts"
+            self.say(line)
+            contexts |= dict.fromkeys(test_contexts)
         write_json(contexts_file(self.job.partial), list(contexts))
 
     def _each_unit(
@@ -221,10 +230,10 @@ class _Preparation:
         self._phase(title, "units", function, tasks)
 
     def _phase(self, title: str, what: str, function: Callable[..., int], tasks: dict[Path, Task]) -> None:
-        """Do the tasks whose file, which each writes last, is not there yet."""
-        # one process looks: others may find files that were written since by those that have begun
-        left = set(self.executor.run_on_main(lambda: [number for number, out in enumerate(tasks) if not out.exists()]))
-        todo = [task for number, task in enumerate(tasks.values()) if number in left]
+        """Run the tasks whose output file does not exist yet. Every task writes this file last."""
+        # Only the main process checks for the files: its peers may already be writing some.
+        missing = self.executor.run_on_main(lambda: {number for number, out in enumerate(tasks) if not out.exists()})
+        todo = [task for number, task in enumerate(tasks.values()) if number in missing]
         if todo:
             self.say(f"{title} {len(todo):,} of {len(tasks):,} {what} in {self.executor.description}")
         self.executor.run(function, todo, Progress(title, sum(task.size for task in todo), self.say))
@@ -235,12 +244,12 @@ class _Preparation:
         ):
             if count:
                 self.say(
-                    f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label, whose records are held out "
-                    "for validation by their context: these targets are on both sides"
+                    f"note: data.sources.{source} has {count:,} frequent target{'s' * (count > 1)}, such as a label: "
+                    "their records are held out by context, and these targets are in both splits"
                 )
 
     def _checksums(self) -> None:
-        groups = inputs.groups(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
+        groups = inputs.group_by_size(self.file_stats, piece_length(sum(size for size, _ in self.file_stats.values())))
         outs = [self.job.partial / "files" / f"{number:06d}.json" for number in range(len(groups))]
         self._phase(
             "checksums of",
@@ -253,7 +262,7 @@ class _Preparation:
         )
 
     def _find_duplicates(self) -> None:
-        """Note all but one of the records that are the same across the whole corpus, or nearly."""
+        """Find the duplicates and near-duplicates of the whole corpus, and write all but one of each group to files."""
         kinds = {"none": [], "exact": ["duplicate"], "near": ["duplicate", "near_duplicate"]}[self.job.data.deduplicate]
         records = self.executor.run_on_main(
             lambda: sum(read_json(scan_report(self.job, number))["records"] for number in range(len(self.units)))
@@ -263,7 +272,7 @@ class _Preparation:
             parts = duplicates.num_parts(records * keys)
             outs = [self.job.partial / kind / f"{part:05d}.npy" for part in range(parts)]
             self._phase(
-                "looking for duplicates in",
+                "searching for duplicates in",
                 "parts",
                 find_duplicates,
                 {
@@ -279,17 +288,17 @@ class _Preparation:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         if wanted.path is not None:
-            self.say(f"taking over the tokenizer {wanted.path}")
+            self.say(f"importing the tokenizer {wanted.path}")
             import_tokenizer(Path(wanted.path), temporary, self.say)
         else:
-            assert wanted.vocab_size is not None  # it has this or a path
+            assert wanted.vocab_size is not None  # the configuration has either this or a path
             kind = wanted.model_type or "bpe"
             self.say(f"training a sentencepiece {kind} tokenizer of {wanted.vocab_size:,} pieces")
             texts = self._sample()
             first = next(texts, None)
             if first is None:
                 raise UserError(
-                    "no record to train a tokenizer on: none of split train is left; look at the splits of the sources"
+                    "no record to train a tokenizer on: split train is empty; check the splits of the sources"
                     + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
                     + drop_summary(self.job, self.readers, self.units)
                 )
@@ -298,48 +307,48 @@ class _Preparation:
             sync_file(file)
         os.replace(temporary, final)
 
-    def _try_tokenizer(self) -> None:
-        """Say so where a tokenizer that was taken over loses some of the text."""
+    def _check_tokenizer(self) -> None:
+        """Warn if an imported tokenizer loses some of the text."""
         if self.job.data.tokenizer.path is None:
             return
         tokenizer = Tokenizer.load(self.folder / "tokenizer")
         if tokenizer.unknown_id is None and tokenizer.encode_batch([UNASSIGNED]) == [[]]:
             self.say(
-                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token, so characters that it does not "
-                "know are left out, uncounted; take one that has either"
+                f"WARNING: the tokenizer {self.job.data.tokenizer.path} has neither bytes nor an unknown token: "
+                "unknown characters are dropped and not counted; use a tokenizer that has either"
             )
-        texts = [text[:TRIED_CHARACTERS] for text in itertools.islice(self._sample(), TRIED_TEXTS)]
+        texts = [text[:CHECKED_CHARACTERS] for text in itertools.islice(self._sample(), CHECKED_TEXTS)]
         decoded = map(tokenizer.decode, tokenizer.encode_batch(texts))
-        lost = [(text, back) for text, back in zip(texts, decoded, strict=True) if text != back]
-        if lost:
-            first = next((at for at, (one, other) in enumerate(zip(*lost[0], strict=False)) if one != other), 0)
-            text, back = (repr(text[max(0, first - 20) : first + 20]) for text in lost[0])
+        changed = [(text, result) for text, result in zip(texts, decoded, strict=True) if text != result]
+        if changed:
+            first = next((at for at, (one, other) in enumerate(zip(*changed[0], strict=False)) if one != other), 0)
+            text, result = (repr(text[max(0, first - 20) : first + 20]) for text in changed[0])
             self.say(
-                f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not give back {len(lost):,} of {len(texts):,} texts; "
-                f"of the first, {text} becomes {back}"
+                f"WARNING: the tokenizer {self.job.data.tokenizer.path} does not reproduce {len(changed):,} of "
+                f"{len(texts):,} texts; in the first, {text} becomes {result}"
             )
 
     def _sample(self) -> Iterator[str]:
-        """Text of the training split for the tokenizer: the beginnings of units that are spread over the corpus."""
+        """Yield texts of the training split for the tokenizer, from the beginnings of units in pseudo-random order."""
         characters = 0
-        limit = max(SAMPLE_OF_UNIT, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
+        limit = max(MIN_UNIT_SAMPLE, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
-            unit, of_unit = self.units[number], 0
+            unit, unit_characters = self.units[number], 0
             split_of = split_function(self.job.data, unit.source, load_frequent_targets(self.job, unit.source))
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":
                     yield from filter(str.strip, record.texts)
-                    of_unit += sum(map(len, record.texts))
-                    if of_unit >= limit:
+                    unit_characters += sum(map(len, record.texts))
+                    if unit_characters >= limit:
                         break
-            characters += of_unit
+            characters += unit_characters
             if characters >= SAMPLE_CHARACTERS:
                 return
 
     def _finish(self) -> Manifest:
         if inputs.file_stats(self.job, self.readers) != self.file_stats:
             raise UserError(
-                "a file of the sources changed while the corpus was prepared; start again when nothing writes to them"
+                "a file of the sources changed during the preparation; restart when nothing writes to the sources"
             )
         checksums = inputs.read_checksums(self.job.partial / "files")
         settings = self._settings(
@@ -355,14 +364,15 @@ class _Preparation:
         self.say(f"prepared {self.folder}: {summary_line(manifest)}")
         if self.job.data.validation_fraction and "validation" not in manifest["splits"]:
             self.say(
-                "note: data.validation_fraction held no record back, so nothing will be validated: there are too few records"
+                "note: data.validation_fraction held out no record (there are too few), so training will not validate"
             )
         for number, source in enumerate(manifest["sources"]):
             if not source["records"]:
                 self.say(f"WARNING: data.sources.{number} has no records")
             elif not source["kept"]:
                 self.say(
-                    f"WARNING: nothing is kept of data.sources.{number}, {source['records']:,} records: look at its columns and at {SUMMARY}"
+                    f"WARNING: data.sources.{number} has {source['records']:,} records, but none of them was kept; "
+                    f"check its columns, and see {SUMMARY}"
                 )
         for split, entry in manifest["splits"].items():
             if line := unknown_tokens(split, entry):
@@ -374,14 +384,14 @@ class _Preparation:
         return manifest
 
     def _remove_leftovers(self) -> None:
-        """Remove what only an unfinished preparation needs, and temporary files of killed ones."""
+        """Remove the files of an unfinished preparation, and temporary files of killed processes."""
         shutil.rmtree(self.job.partial, ignore_errors=True)
         for temporary in self.folder.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
 
 
 def find_duplicates(serialized: str, kind: str, units: int, part: int, parts: int, out: Path) -> int:
-    """A task: the duplicates or near-duplicates in one part of what the records of all units are recognised by."""
+    """Find the duplicates or near-duplicates in one part of the fingerprints of all units (run as a task)."""
     job, _ = open_job(serialized)
     exact, signatures, bands = (
         [fingerprint_file(job, number, name) for number in range(units)] for name in ("exact", "signatures", "bands")
@@ -393,19 +403,23 @@ def find_duplicates(serialized: str, kind: str, units: int, part: int, parts: in
     return 0
 
 
-def _check_still_there(manifest: Manifest, folder: Path) -> None:
-    """Every shard with its size, and the tokenizer; what is inside the shards is checked where they are read."""
+def _check_intact(manifest: Manifest, folder: Path) -> None:
+    """Raise UserError if a shard is missing or has the wrong size, or if the tokenizer has changed.
+
+    The content of a shard is checked when it is read.
+    """
     for entry in manifest["splits"].values():
         for shard in entry["shards"]:
             path = folder / shard["file"]
             if not path.exists() or path.stat().st_size != shard["bytes"]:
                 raise UserError(
-                    f"the shard {path} is missing or damaged; remove the folder {folder} and prepare the corpus again"
+                    f"the shard {path} is missing or corrupt; remove the folder {folder} and prepare the corpus again"
                 )
     if (
         not (folder / "tokenizer").exists()
         or Tokenizer.load(folder / "tokenizer").fingerprint != manifest["tokenizer"]["sha256"]
     ):
         raise UserError(
-            f"{folder / 'tokenizer'} is not the tokenizer of these shards; remove the folder {folder} and prepare the corpus again"
+            f"{folder / 'tokenizer'} is not the tokenizer of these shards; "
+            f"remove the folder {folder} and prepare the corpus again"
         )

@@ -1,4 +1,4 @@
-"""How far a phase of the preparation is: a bar on a terminal, a line a minute in a log."""
+"""Progress of a phase of the preparation: a bar on a terminal, one line per minute in a log."""
 
 import sys
 import time
@@ -10,12 +10,12 @@ SECONDS_BETWEEN_LINES = 60
 
 
 class Progress:
-    """Bytes and records done, over all processes; a context manager around one phase."""
+    """A progress display of one phase: processed bytes and records of all processes. Use as a context manager."""
 
     def __init__(self, title: str, size: int, say: Callable[[str], None]):
         self.title, self.size, self.say = title, size, say
         self.done = self.records = 0
-        self.started = self.said = time.monotonic()
+        self.started = self.last_line = time.monotonic()
         self.bar: tqdm | None = None
 
     def __enter__(self) -> "Progress":
@@ -28,17 +28,17 @@ class Progress:
             self.bar.close()
 
     def update(self, size: int, records: int) -> None:
-        """Count a finished task of `size` bytes of input and so many records."""
+        """Add a finished task: `size` bytes of input, and its number of records."""
         self.done += size
         self.records += records
         seconds = max(1e-9, time.monotonic() - self.started)
         if self.bar is not None:
             self.bar.set_postfix_str(f"{self.records / seconds:,.0f} records/s", refresh=False)
             self.bar.update(size)
-        elif time.monotonic() - self.said >= SECONDS_BETWEEN_LINES and self.done < self.size:
-            self.said = time.monotonic()
-            left = seconds * (self.size - self.done) / max(1, self.done)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES and self.done < self.size:
+            self.last_line = time.monotonic()
+            seconds_left = seconds * (self.size - self.done) / max(1, self.done)
             self.say(
-                f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, {self.done / seconds / 1e6:,.1f} MB/s, "
-                f"{max(1, round(left / 60)):,} min left"
+                f"{self.title}: {self.done / self.size:.0%}, {self.records / seconds:,.0f} records/s, "
+                f"{self.done / seconds / 1e6:,.1f} MB/s, {max(1, round(seconds_left / 60)):,} min left"
             )

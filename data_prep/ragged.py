@@ -1,4 +1,4 @@
-"""Arrays of runs: the few operations on lists of unequal length that the data path is made of."""
+"""NumPy operations on ragged arrays: runs of unequal length, stored one after the other."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def ragged_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def ragged_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Sum of each run of the concatenated `values`, in the values' type: (sum of lengths,), (N,) -> (N,)."""
+    """Return the sum of each run of `values`, in their type: (sum of lengths,), (N,) -> (N,)."""
     totals = np.zeros(len(values) + 1, values.dtype)
     np.cumsum(values, dtype=values.dtype, out=totals[1:])
     ends = np.cumsum(lengths)
@@ -21,7 +21,7 @@ def ragged_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
-    """SplitMix64 of unsigned 64-bit integers: a well-spread hash without state (Steele et al., 2014)."""
+    """Return the SplitMix64 hash of unsigned 64-bit integers (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         z = values.astype(np.uint64)
         z += np.uint64(0x9E3779B97F4A7C15)

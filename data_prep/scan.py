@@ -1,7 +1,7 @@
-"""The first pass over a unit: which of its records are fit for the corpus, and what they are recognised by.
+"""The first pass over a unit: filter its records and compute their fingerprints.
 
-Leaves, below `.partial/scan`, the ordinals of the records that are dropped for what they are, the fingerprints of the others by which
-duplicates are found across the whole corpus, and, last, a report with counts and examples.
+The pass writes three kinds of files below `.partial/scan`: the ordinals of the dropped records; the fingerprints of the
+kept records, from which duplicates are found across the whole corpus; and finally a report with counts and examples.
 """
 
 from collections.abc import Callable
@@ -26,31 +26,34 @@ BATCH_CHARACTERS = 1 << 20
 
 
 def scan_report(job: Job, number: int) -> Path:
-    """Where the report of a unit stands once it was scanned."""
+    """Return the path of a unit's report, which the scan writes last."""
     return job.partial / "scan" / f"{number:06d}.json"
 
 
 def dropped_file(job: Job, number: int) -> Path:
-    """The ordinals of a unit's records that the scan dropped."""
+    """Return the path of the file with the ordinals of the records that the scan dropped."""
     return scan_report(job, number).with_suffix(".dropped.npy")
 
 
 def target_file(job: Job, number: int) -> Path:
-    """A sample of the targets of a unit."""
+    """Return the path of the file with a sample of a unit's targets."""
     return scan_report(job, number).with_suffix(".targets.npy")
 
 
 def fingerprint_file(job: Job, number: int, kind: str) -> Path:
-    """What a unit's records are recognised by: `exact`, or for near-duplicates `signatures` and `bands`."""
+    """Return the path of a unit's fingerprints: `exact` ones, or `signatures` and `bands` for near-duplicates."""
     return scan_report(job, number).with_suffix(f".{kind}.npy")
 
 
 def scan_unit(serialized: str, number: int, unit: Unit) -> int:
-    """Scan one unit; the number of its records. Raises UserError for a malformed one where that is an error."""
+    """Scan one unit and return the number of its records.
+
+    Raises UserError for a malformed record unless `data.on_malformed` is drop.
+    """
     job, readers = open_job(serialized)
     reader, config = readers[unit.source], job.data
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
-    lacks = lacking(config, reader.provided_views)
+    missing_view_reason = missing_view_filter(config, reader.provided_views)
     ordinal = -1
     with search_time_limit(config.filters):
         for ordinal, (piece, record) in enumerate(read_unit(reader, unit)):
@@ -58,7 +61,9 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
                 if record.reason in ("malformed", "damaged") and config.on_malformed == "fail":
                     raise malformed_record_error(reader, unit.pieces[piece], record)
                 scan.drop(record.reason, ordinal, piece, record, record.problem)
-            elif reason := lacks(record.views) or _filtered(config.filters, reader, unit.pieces[piece], record):
+            elif reason := missing_view_reason(record.views) or _filtered(
+                config.filters, reader, unit.pieces[piece], record
+            ):
                 scan.drop(reason, ordinal, piece, record, excerpt(record.views))
             else:
                 scan.keep(ordinal, piece, record)
@@ -76,7 +81,10 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
 
 
 def _filtered(filters: FiltersConfig, reader: Reader, piece: Piece, record: Record) -> str:
-    """Return the reason to leave a record out by its text, or "". Raises UserError naming the record on which this cannot be decided."""
+    """Return the reason to drop a record by its text, or "".
+
+    Raises UserError with the location of the record if the search for the forbidden expression takes too long.
+    """
     try:
         return filter_reason(record.texts, filters)
     except SearchTimeoutError as problem:
@@ -84,14 +92,15 @@ def _filtered(filters: FiltersConfig, reader: Reader, piece: Piece, record: Reco
 
 
 class _Scan:
-    """The records of a unit that are looked at together, and what was found so far."""
+    """The current batch of records of a unit, and the results so far."""
 
     def __init__(self, job: Job, unit: Unit, contamination: Contamination | None):
         self.job, self.unit, self.contamination = job, unit, contamination
         self.drops = DropCounter()
         self.dropped: list[int] = []
         self.batch: list[tuple[int, int, Record]] = []
-        # For frequent targets, see data_prep/holdout.py, this is not the final split. Of two duplicates the other one may then stay.
+        # For records with a frequent target this is not the final split (see data_prep/holdout.py). It only determines
+        # which one of several duplicates is kept.
         self.split_of = split_function(job.data, unit.source)
         self.targets = (
             TargetSample() if job.data.validation_fraction and job.data.sources[unit.source].split == "train" else None
@@ -103,26 +112,28 @@ class _Scan:
         self.sketches: list[tuple[np.ndarray, np.ndarray]] = []
 
     def drop(self, reason: str, ordinal: int, piece: int, record: Record, note: str) -> None:
+        """Count a dropped record."""
         self.drops.add(reason, piece, record.position, note)
         self.dropped.append(ordinal)
 
     def keep(self, ordinal: int, piece: int, record: Record) -> None:
+        """Add a record that passed the filters, and process the batch when it is large enough."""
         self.batch.append((ordinal, piece, record))
         self.characters += sum(map(len, record.texts))
         if self.characters >= BATCH_CHARACTERS:
-            self._look()
+            self._process_batch()
 
-    def _look(self) -> None:
-        """Leave out what is contaminated, and note what the others are recognised by."""
-        found = (
+    def _process_batch(self) -> None:
+        """Drop the contaminated records of the batch, and compute the fingerprints of the rest."""
+        matches = (
             self.contamination.find([record.texts for _, _, record in self.batch])
             if self.contamination
             else [""] * len(self.batch)
         )
         kept = []
-        for (ordinal, piece, record), where in zip(self.batch, found, strict=True):
-            if where:
-                self.drop("contaminated", ordinal, piece, record, where)
+        for (ordinal, piece, record), match in zip(self.batch, matches, strict=True):
+            if match:
+                self.drop("contaminated", ordinal, piece, record, match)
             else:
                 kept.append(record)
                 self.ordinals.append(ordinal)
@@ -137,8 +148,8 @@ class _Scan:
         self.batch, self.characters = [], 0
 
     def finish(self, number: int) -> None:
-        """Write all but the report."""
-        self._look()
+        """Process the last batch and write all files except the report."""
+        self._process_batch()
         with atomic_path(dropped_file(self.job, number)) as temporary, open(temporary, "wb") as file:
             np.save(file, np.sort(np.array(self.dropped, np.uint32)))
         if self.targets:
@@ -150,8 +161,8 @@ class _Scan:
         duplicates.write_fingerprints(fingerprint_file(self.job, number, "exact"), fingerprints, ordinals, ranks)
         if self.job.data.deduplicate == "near":
             views, bands = len(self.job.data.views), near_duplicates.num_bands(self.job.near_threshold)
-            nothing = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
-            signatures, keys = (np.concatenate(parts) for parts in zip(nothing, *self.sketches, strict=True))
+            empty = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
+            signatures, keys = (np.concatenate(parts) for parts in zip(empty, *self.sketches, strict=True))
             near_duplicates.write_sketches(
                 fingerprint_file(self.job, number, "signatures"),
                 fingerprint_file(self.job, number, "bands"),
@@ -162,22 +173,27 @@ class _Scan:
             )
 
 
-def lacking(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
-    """What gives the reason to drop a record for the views that hold no text, of those that its source fills; empty to keep it."""
-    supplied = [view for view, fills in enumerate(provided_views) if fills]
-    keeps_some = config.missing_views == "keep"
+def missing_view_filter(config: DataConfig, provided_views: tuple[bool, ...]) -> Callable[[tuple[str, ...]], str]:
+    """Return a function that maps the views of a record to a reason to drop it, or to "" if it is kept.
+
+    A record is dropped for missing text in the views that its source provides.
+    """
+    supplied = [view for view, provided in enumerate(provided_views) if provided]
+    keep_incomplete = config.missing_views == "keep"
 
     def reason(views: tuple[str, ...]) -> str:
         present = [view for view in supplied if views[view] and not views[view].isspace()]
         if len(present) == len(supplied):
             return ""
-        return "" if present and keeps_some else "one_sided" if present else "empty"
+        if not present:
+            return "empty"
+        return "" if keep_incomplete else "one_sided"
 
     return reason
 
 
 @cache
 def contamination(serialized: str) -> Contamination | None:
-    """Return the contexts of the tests, read once in a process; None if there are no tests."""
+    """Return the check against the contexts of the tests, or None if there are no tests. Cached per process."""
     job, _ = open_job(serialized)
     return Contamination(read_json(contexts_file(job.partial))) if job.tests else None

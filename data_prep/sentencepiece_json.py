@@ -1,4 +1,4 @@
-"""A sentencepiece model as the content of a tokenizer.json."""
+"""Conversion of a sentencepiece model to the content of a tokenizer.json."""
 
 import base64
 import re
@@ -9,24 +9,24 @@ import sentencepiece
 from data_prep.console import UserError
 
 ModelProto = Any
-"""A model as a protocol buffer; the class that sentencepiece generates for it has no types."""
+"""A model as a protocol buffer. The class that sentencepiece generates for it has no types."""
 
-SPACE = "\u2581"  # how sentencepiece writes a blank inside pieces
-# Sentencepiece cannot tell a U+2581 in the text from a blank, so it is escaped by U+241B, which escapes itself too.
+SPACE = "\u2581"  # the character that replaces a blank in the pieces of sentencepiece
+# Sentencepiece cannot distinguish U+2581 in a text from a blank. Therefore U+2581 and U+241B are escaped by U+241B.
 ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
 # Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
-# and only exact sums make both choose the same among equally likely segmentations (long runs of one character).
+# and only with exact sums do both choose the same one of equally likely segmentations (long runs of one character).
 SCORE_STEPS = 32
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
-UNIGRAM, BPE = 1, 2  # its model types
-PRECOMPILED = "Precompiled"  # the type of a normaliser that replaces by a table
+UNIGRAM, BPE = 1, 2  # model types of sentencepiece_model.proto
+PRECOMPILED = "Precompiled"  # the type of a normalizer with a table of replacements
 
 
 def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
-    """The tokenizer.json of a sentencepiece model (a ModelProto).
+    """Return the tokenizer.json of a sentencepiece model (a ModelProto).
 
-    Ids are equal where both normalise a text alike (see TABLE) and sums of scores are exact.
-    Raises UserError for a model of a kind that a tokenizer.json cannot hold.
+    The ids of a text are equal if both libraries normalize it in the same way (they may differ with a PRECOMPILED
+    table) and if sums of scores are exact. Raises UserError for a kind of model that a tokenizer.json cannot represent.
     """
     rules, trained = proto.normalizer_spec, proto.trainer_spec
     if (
@@ -36,12 +36,12 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
         or trained.treat_whitespace_as_suffix
     ):
         raise UserError(
-            f"{where}: only BPE and unigram models with every piece in use and U+2581 before words are "
-            "supported; train a new tokenizer"
+            f"{where}: not supported: only BPE and unigram models with no unused piece, and with U+2581 in front of "
+            "words, are; train a new tokenizer"
         )
     escaped = False
     normalizers: list[dict[str, Any]] = []
-    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger one is no such short list
+    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger table is not the one of ESCAPES
         escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
     if escaped:
         normalizers += [_replace(old, new) for old, new in ESCAPES]
@@ -69,7 +69,7 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
             if p.type in (UNKNOWN, CONTROL, USER_DEFINED)
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": _splits(proto),
+        "pre_tokenizer": _reserved_piece_splitter(proto),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe_json(proto) if trained.model_type == BPE else _unigram_json(proto),
@@ -77,8 +77,8 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
 
 
 def _bpe_json(proto: ModelProto) -> dict[str, Any]:
-    # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. As a list of
-    # merges that is every split of every piece, in the order of the scores.
+    # Sentencepiece merges any two neighbours whose concatenation is a piece, the best score first. The equivalent list
+    # of merges has every split of every piece, in the order of the scores.
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     merges = [
         (-score, rank, cut, piece[:cut], piece[cut:])
@@ -101,8 +101,8 @@ def _bpe_json(proto: ModelProto) -> dict[str, Any]:
 
 
 def _unigram_json(proto: ModelProto) -> dict[str, Any]:
-    # `tokenizers` would find specials and bytes ("<s>", "<0x41>") in plain text and sentencepiece does not. With
-    # a very low score they always lose to single characters, where these all are pieces.
+    # `tokenizers` would find special tokens and bytes ("<s>", "<0x41>") in plain text; sentencepiece does not. With a
+    # very low score they always lose to single characters, provided that all their characters are pieces.
     low = min(piece.score for piece in proto.pieces if piece.type == NORMAL) - 1000
     return {
         "type": "Unigram",
@@ -112,9 +112,10 @@ def _unigram_json(proto: ModelProto) -> dict[str, Any]:
     }
 
 
-def _splits(proto: ModelProto) -> dict[str, Any] | None:
-    # That low score only helps where the characters of a reserved piece are pieces: `tokenizers` scores an unknown one lower still.
-    # The text is cut at one that is none, so that no reserved piece is ever found whole.
+def _reserved_piece_splitter(proto: ModelProto) -> dict[str, Any] | None:
+    # The low score of `_unigram_json` has no effect if a character of a reserved piece is unknown, because `tokenizers`
+    # scores unknown characters even lower. Therefore the text is split at such a character, and the reserved piece is
+    # never found.
     if proto.trainer_spec.model_type == BPE:
         return None
     known = {char for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED) for char in piece.piece}
@@ -125,7 +126,7 @@ def _splits(proto: ModelProto) -> dict[str, Any] | None:
 
 
 def normalizer(rules: list[tuple[str, str]], escape_whitespaces: bool) -> sentencepiece.SentencePieceNormalizer:
-    """One that replaces by these rules and changes nothing else."""
+    """Return a normalizer that applies these replacements (old, new) and changes nothing else."""
     return sentencepiece.SentencePieceNormalizer(
         norm_map=rules, add_dummy_prefix=False, remove_extra_whitespaces=False, escape_whitespaces=escape_whitespaces
     )
@@ -136,8 +137,8 @@ def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
 
 
 def added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
-    """An entry of added_tokens."""
-    # A symbol with blanks is looked for after normalisation, in which they are written as in the piece.
+    """Return an entry of added_tokens."""
+    # A token with blanks is matched after normalization, because that writes blanks as in the pieces.
     return {
         "id": token_id,
         "content": content,

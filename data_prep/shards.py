@@ -1,16 +1,18 @@
-"""Shards: Arrow IPC files of token lists, one row a record, and the manifest that lists them.
+"""Shards: Arrow IPC files of token lists, one row per record, and the manifest that lists them.
 
-A shard is a single record batch: a column `list<uint16>` a view (`list<uint32>` from 65,537 tokens of vocabulary on; null where the
-record lacks the view), `continues: bool` and `checksum: uint32`. It is read through a memory map without copying; Hugging Face
-`datasets`, pandas and DuckDB open it too. Tokens are the bare views: special tokens are added when a row is laid out. A row with
-`continues` is a piece of a long plain document that goes on in the next row.
+A shard is a single record batch. It has a column `list<uint16>` for each view (`list<uint32>` if the vocabulary has
+more than 65,536 tokens; null if the record lacks the view), `continues: bool` and `checksum: uint32`. It is read
+through a memory map without copying; Hugging Face `datasets`, pandas and DuckDB can open it too. The tokens of a view
+do not include special tokens, which are added when a packed row is laid out. A row with `continues` is a piece of a
+long plain document that continues in the next row.
 
 The checksum of a row is the low 32 bits of
 
     mix(c) + sum over its views v, counted from 0 among the columns, of mix(h(v) ^ mix(v))       modulo 2**64
-    h(v) = (sum over the places i of mix(token i ^ i * 2**32)) ^ mix(number of tokens)
+    h(v) = (sum over the positions i of mix(token i ^ i * 2**32)) ^ mix(number of tokens)
 
-where mix is SplitMix64 (data_prep/ragged.py), and c is 0, or, in a row with `continues`, 1 + the first token of the next row.
+Here mix is SplitMix64 (data_prep/ragged.py). In a row with `continues`, c is 1 + the first token of the next row;
+otherwise c is 0.
 """
 
 import contextlib
@@ -32,19 +34,21 @@ from data_prep.ragged import ragged_ranges, ragged_sums, splitmix64
 FORMAT = 3
 MANIFEST = "manifest.json"
 KEYS = {"views": list, "tokenizer": dict, "settings": dict, "sources": list, "splits": dict}
-"""What readers of the manifest look for."""
-MOST_PREDICTOR_TOKENS = 12
+"""Required keys of the manifest, and their types."""
+MAX_PREDICTOR_TOKENS = 12
+"""Maximum number of predictor tokens per context."""
 
 
 def positions_needed(lengths: np.ndarray) -> np.ndarray:
-    """Positions that a record needs where each view predicts the next with appended predictor tokens, (N,) from view lengths (N, views).
+    """Return the positions that each record needs in a packed row, (N,), from view lengths (N, views).
 
-    The joint layout holds every view once and all but the first a second time, an end token with each, and the predictor tokens of all but the last.
+    This assumes that each view predicts the next one with appended predictor tokens. The joint layout contains every
+    view once and all but the first a second time, each with an end token, and the predictor tokens of all but the last.
     """
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
     needed: np.ndarray = (
-        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MOST_PREDICTOR_TOKENS
+        2 * lengths.sum(axis=1) - first + 2 * present + np.maximum(0, present - 1) * MAX_PREDICTOR_TOKENS
     )
     return needed
 
@@ -52,23 +56,24 @@ def positions_needed(lengths: np.ndarray) -> np.ndarray:
 def write_shard(
     path: Path, source: int, views: dict[str, tuple[np.ndarray, np.ndarray]], continues: np.ndarray, vocab_size: int
 ) -> dict[str, Any]:
-    """Write the N records of one shard atomically; return its manifest entry.
+    """Write the N records of one shard atomically, and return its manifest entry.
 
-    Each of `views` is its tokens, concatenated, and the lengths (N,), 0 where a record lacks the view. `source` is the number of the
-    source, `continues` (N,) tells which records go on in the next one. Raises ValueError where the last is one of those, and for 2**31 tokens.
+    `views` maps each view to its concatenated tokens and their lengths (N,), 0 if a record lacks the view. `source` is
+    the number of the source. `continues` (N,) marks records that continue in the next one. Raises ValueError if the
+    last record continues, or if a view has 2**31 tokens or more.
     """
     if len(continues) and continues[-1]:
-        raise ValueError("the last record of a shard cannot go on in the next")
+        raise ValueError("the last record of a shard cannot continue in the next one")
     if any(len(tokens) >= 2**31 for tokens, _ in views.values()):
-        raise ValueError("more tokens than the offsets of Arrow's lists can count")
+        raise ValueError("a view has more tokens than the 32-bit offsets of Arrow's lists can address")
     continues = np.asarray(continues, bool)
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     tokens = [np.asarray(tokens, dtype) for tokens, _ in views.values()]
     lengths = np.stack([lengths for _, lengths in views.values()], axis=1).astype(np.int64)
     starts = np.cumsum(lengths, axis=0) - lengths
-    goes_on = np.flatnonzero(continues)
+    continued = np.flatnonzero(continues)
     continuation_tokens = np.full(len(lengths), -1)
-    continuation_tokens[goes_on] = _first_tokens(tokens, starts[goes_on + 1], lengths[goes_on + 1])
+    continuation_tokens[continued] = _first_tokens(tokens, starts[continued + 1], lengths[continued + 1])
     by_view = list(zip(tokens, lengths.T, strict=True))
     checksums = record_checksums(
         np.stack([view_hashes(*view) for view in by_view], axis=1), lengths, continuation_tokens
@@ -107,7 +112,10 @@ def _list_array(tokens: np.ndarray, lengths: np.ndarray) -> pa.Array:
 
 
 def _array(kind: pa.DataType, length: int, values: np.ndarray) -> pa.Array:
-    """An Arrow array over the memory of a NumPy one; `pa.array` would import pandas, which takes a second in every process."""
+    """Return an Arrow array that shares the memory of a NumPy array.
+
+    `pa.array` would import pandas, which takes a second in every process.
+    """
     return pa.Array.from_buffers(kind, length, [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
@@ -116,18 +124,25 @@ def _bitmap(bits: np.ndarray) -> pa.Buffer:
 
 
 def view_hashes(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """h(v) of each record: the view's tokens, concatenated, and lengths (N,) -> (N,) uint64. Equal tokens have equal hashes."""
-    place = ragged_ranges(np.zeros_like(lengths), lengths).view(np.uint64)
-    place <<= np.uint64(32)
-    place ^= tokens
-    hashes: np.ndarray = ragged_sums(splitmix64(place), lengths) ^ splitmix64(lengths)
+    """Return h(v) of each record, (N,) uint64, from the concatenated tokens of a view and lengths (N,).
+
+    Equal token sequences have equal hashes.
+    """
+    keys = ragged_ranges(np.zeros_like(lengths), lengths).view(np.uint64)
+    keys <<= np.uint64(32)
+    keys ^= tokens
+    hashes: np.ndarray = ragged_sums(splitmix64(keys), lengths) ^ splitmix64(lengths)
     return hashes
 
 
 def record_checksums(hashes: np.ndarray, lengths: np.ndarray, continuation_tokens: np.ndarray) -> np.ndarray:
-    """Hashes and lengths of the views (N, views), the first token of the next row or -1 (N,) -> (N,) uint32."""
-    numbered = splitmix64(hashes ^ splitmix64(np.arange(hashes.shape[1])))
-    total = np.where(lengths > 0, numbered, np.uint64(0)).sum(axis=1, dtype=np.uint64) + splitmix64(
+    """Return the checksum of each record, (N,) uint32.
+
+    `hashes` and `lengths` are of shape (N, views). `continuation_tokens` (N,) has the first token of the next row for a
+    record that continues there, else -1.
+    """
+    view_terms = splitmix64(hashes ^ splitmix64(np.arange(hashes.shape[1])))
+    total = np.where(lengths > 0, view_terms, np.uint64(0)).sum(axis=1, dtype=np.uint64) + splitmix64(
         continuation_tokens + 1
     )
     low: np.ndarray = total & np.uint64(0xFFFFFFFF)
@@ -135,7 +150,7 @@ def record_checksums(hashes: np.ndarray, lengths: np.ndarray, continuation_token
 
 
 def _first_tokens(values: Sequence[np.ndarray], starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first token of each record's first view, (N,), from starts and lengths (N, views); -1 without any."""
+    """Return the first token of each record, (N,), from starts and lengths (N, views); -1 for an empty record."""
     out = np.full(len(starts), -1)
     for view in reversed(range(len(values))):
         present = np.flatnonzero(lengths[:, view])
@@ -145,69 +160,69 @@ def _first_tokens(values: Sequence[np.ndarray], starts: np.ndarray, lengths: np.
 
 @dataclass(frozen=True)
 class ViewColumn:
-    """One view of a shard: record i holds `values[offsets[i]:offsets[i + 1]]`."""
+    """One view of a shard. The tokens of record i are `values[offsets[i]:offsets[i + 1]]`."""
 
     values: np.ndarray
     offsets: np.ndarray
     valid: np.ndarray | None
-    """Arrow's bitmap of the records that have the view; None: all have."""
+    """Arrow's bitmap of the records that have the view; None if all have it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard, memory-mapped. What it holds is verified when it is read, see `read_rows`."""
+    """A memory-mapped shard. Its content is verified when it is read, see `read_rows`."""
 
     path: Path
     size: int
-    """Bytes of the file."""
+    """Size of the file, in bytes."""
     columns: list[ViewColumn]
-    """By view."""
+    """Columns in the order of the views."""
     longest: np.ndarray
-    """(views,) what the manifest says."""
+    """Maximum length of each view according to the manifest, (views,)."""
     continues: np.ndarray | None
-    """Arrow's bitmap; None: no record does."""
+    """Arrow's bitmap of the records that continue in the next one; None if none does."""
     checksums: np.ndarray
 
     @property
     def held(self) -> np.ndarray:
-        """Tokens of each view, (views,)."""
+        """Return the number of tokens of each view, (views,)."""
         return np.array([len(column.values) for column in self.columns])
 
 
 ShardRows = list[tuple[Shard, np.ndarray]]
-"""Rows of several shards, (n,) of each, N in all."""
+"""Row numbers (n,) of each of several shards, N rows in total."""
 
 
 @dataclass(frozen=True)
 class RecordTokens:
-    """The tokens of N records: those of view v of record i are `tokens[starts[i, v]:starts[i, v] + lengths[i, v]]`."""
+    """The tokens of N records. View v of record i is `tokens[starts[i, v]:starts[i, v] + lengths[i, v]]`."""
 
     tokens: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    """(N, views), 0 where a record lacks the view."""
+    """Lengths of the views, (N, views); 0 if a record lacks the view."""
     hashes: np.ndarray
-    """(N, views) uint64: equal tokens have equal hashes."""
+    """Hashes of the views, (N, views) uint64; equal token sequences have equal hashes."""
     continuation_tokens: np.ndarray
-    """(N,) the first token of the record in which the document goes on; -1 where it ends."""
+    """First token of the record in which the document continues, (N,); -1 if it ends."""
 
     def select(self, first: int, stop: int) -> "RecordTokens":
-        """Records first to stop."""
+        """Return the records in [first, stop)."""
         part = slice(first, stop)
         return RecordTokens(
             self.tokens, self.starts[part], self.lengths[part], self.hashes[part], self.continuation_tokens[part]
         )
 
     def view(self, view: int) -> np.ndarray:
-        """The tokens of one view of all records, concatenated."""
+        """Return the concatenated tokens of one view of all records."""
         tokens: np.ndarray = self.tokens[ragged_ranges(self.starts[:, view], self.lengths[:, view])]
         return tokens
 
 
 def open_shard(folder: Path, entry: dict[str, Any], views: list[str]) -> Shard:
-    """Memory-map a shard whose size and structure are those of its manifest entry.
+    """Memory-map a shard, and check its size and structure against its manifest entry.
 
-    Raises UserError naming the file where it is missing or damaged.
+    Raises UserError with the path if the file is missing or corrupt.
     """
     path = folder / entry["file"]
     try:
@@ -219,12 +234,12 @@ def open_shard(folder: Path, entry: dict[str, Any], views: list[str]) -> Shard:
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
     if size != entry["bytes"]:
-        raise damaged(path, f"it has {size} bytes, the manifest says {entry['bytes']}")
+        raise _corrupt_shard(path, f"it has {size} bytes instead of {entry['bytes']}")
     try:
         return _map(path, pa.ipc.open_file(source), entry, views)
-    except Exception as error:  # whatever Arrow finds in damaged metadata
-        raise damaged(
-            path, f"its Arrow structure is not that of the manifest ({' '.join(str(error).split())[:100]})"
+    except Exception as error:  # corrupt metadata can cause any error in Arrow
+        raise _corrupt_shard(
+            path, f"its Arrow structure does not match the manifest ({' '.join(str(error).split())[:100]})"
         ) from None
 
 
@@ -265,50 +280,55 @@ def _map(path: Path, file: pa.ipc.RecordBatchFileReader, entry: dict[str, Any], 
 
 
 def row_lengths(parts: ShardRows) -> np.ndarray:
-    """Tokens of each view of rows: (N, views). Raises UserError naming shard and row where they cannot be."""
+    """Return the number of tokens of each view of rows: (N, views). Raises UserError for an impossible length."""
     return _bounds(parts)[1]
 
 
 def read_rows(parts: ShardRows) -> RecordTokens:
-    """The tokens of rows, every checksum verified. Raises UserError naming shard and row where one does not hold."""
+    """Return the tokens of rows, and verify their checksums. Raises UserError with shard and row for a wrong one."""
     begins, lengths = _bounds(parts)
-    continuation_tokens = np.concatenate([_closing(shard, rows) for shard, rows in parts])
-    first = np.cumsum([0] + [len(rows) for _, rows in parts])
+    continuation_tokens = np.concatenate([_continuation_tokens(shard, rows) for shard, rows in parts])
+    first_rows = np.cumsum([0] + [len(rows) for _, rows in parts])
     totals = lengths.sum(axis=0)
     tokens = np.empty(totals.sum(), np.result_type(*(column.values.dtype for column in parts[0][0].columns)))
     starts, hashes = np.empty_like(lengths), np.empty(lengths.shape, np.uint64)
     for view, offset in enumerate(np.cumsum(totals) - totals):
         ends = np.cumsum(lengths[:, view])
-        of_view = tokens[offset : offset + totals[view]]
+        view_tokens = tokens[offset : offset + totals[view]]
         source = ragged_ranges(begins[:, view], lengths[:, view])
-        bounds = np.concatenate([[0], ends])[first]
+        bounds = np.concatenate([[0], ends])[first_rows]
         for (shard, _), low, high in zip(parts, bounds[:-1], bounds[1:], strict=True):
-            of_view[low:high] = shard.columns[view].values[source[low:high]]
+            view_tokens[low:high] = shard.columns[view].values[source[low:high]]
         starts[:, view] = offset + ends - lengths[:, view]
-        hashes[:, view] = view_hashes(of_view, lengths[:, view])
+        hashes[:, view] = view_hashes(view_tokens, lengths[:, view])
     stored = np.concatenate([shard.checksums[rows] for shard, rows in parts])
-    _refuse(parts, record_checksums(hashes, lengths, continuation_tokens) != stored, "its checksum does not hold")
+    _raise_for_rows(parts, record_checksums(hashes, lengths, continuation_tokens) != stored, "its checksum is wrong")
     return RecordTokens(tokens, starts, lengths, hashes, continuation_tokens)
 
 
 def _check_sizes(parts: ShardRows) -> None:
-    """Raise UserError for a file that was truncated since it was mapped: reading behind its end would kill the process by SIGBUS."""
+    """Raise UserError if a file was truncated after it was mapped.
+
+    Reading beyond the end of the file would kill the process with SIGBUS.
+    """
     for shard, _ in parts:
-        with contextlib.suppress(OSError):  # a file that is gone stays mapped
+        with contextlib.suppress(OSError):  # a deleted file stays mapped
             size = shard.path.stat().st_size
             if size < shard.size:
-                raise damaged(shard.path, f"it has {size} bytes, the manifest says {shard.size}")
+                raise _corrupt_shard(shard.path, f"it has {size} bytes instead of {shard.size}")
 
 
 def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
-    """Where each view of rows begins, and its length, (N, views) each."""
+    """Return the start and the length of each view of rows, (N, views) each."""
     _check_sizes(parts)
-    begins, ends = (
-        np.concatenate(
-            [np.stack([column.offsets[rows + after] for column in shard.columns], axis=1) for shard, rows in parts]
-        ).astype(np.int64)
-        for after in (0, 1)
-    )
+
+    def offsets(shift: int) -> np.ndarray:
+        by_shard = [
+            np.stack([column.offsets[rows + shift] for column in shard.columns], axis=1) for shard, rows in parts
+        ]
+        return np.concatenate(by_shard).astype(np.int64)
+
+    begins, ends = offsets(0), offsets(1)
     counts = [len(rows) for _, rows in parts]
     longest, held = (
         np.repeat(np.stack([getattr(shard, name) for shard, _ in parts]), counts, axis=0)
@@ -317,12 +337,12 @@ def _bounds(parts: ShardRows) -> tuple[np.ndarray, np.ndarray]:
     lengths = ends - begins
     wrong = ((begins < 0) | (lengths < 0) | (lengths > longest) | (ends > held)).any(axis=1)
     present = np.concatenate([_present(shard, rows) for shard, rows in parts])
-    _refuse(parts, wrong | (present != (lengths > 0)).any(axis=1), "its lengths are not those that were written")
+    _raise_for_rows(parts, wrong | (present != (lengths > 0)).any(axis=1), "its view lengths are wrong")
     return begins, lengths
 
 
 def _present(shard: Shard, rows: np.ndarray) -> np.ndarray:
-    """Which views Arrow says that rows have, (n, views)."""
+    """Return the mask of the views that rows have according to Arrow's bitmaps, (n, views)."""
     return np.stack(
         [np.ones(len(rows), bool) if column.valid is None else _bits(column.valid, rows) for column in shard.columns],
         axis=1,
@@ -334,32 +354,34 @@ def _bits(bitmap: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _closing(shard: Shard, rows: np.ndarray) -> np.ndarray:
-    """The first token of the next row where a row goes on there, else -1: (n,)."""
+def _continuation_tokens(shard: Shard, rows: np.ndarray) -> np.ndarray:
+    """Return the first token of the next row for each row that continues there, else -1: (n,)."""
     out = np.full(len(rows), -1)
     if shard.continues is not None:
-        goes_on = np.flatnonzero(_bits(shard.continues, rows))
-        following = rows[goes_on] + 1
-        _refuse([(shard, rows[goes_on])], following >= len(shard.checksums), "it goes on behind the last row")
+        continued = np.flatnonzero(_bits(shard.continues, rows))
+        following = rows[continued] + 1
+        _raise_for_rows(
+            [(shard, rows[continued])], following >= len(shard.checksums), "it continues beyond the last row"
+        )
         if len(following):
             begins, lengths = _bounds([(shard, following)])
-            out[goes_on] = _first_tokens([column.values for column in shard.columns], begins, lengths)
+            out[continued] = _first_tokens([column.values for column in shard.columns], begins, lengths)
     return out
 
 
-def _refuse(parts: ShardRows, wrong: np.ndarray, what: str) -> None:
-    """Raise UserError for the first row that is wrong, (N,) over all parts."""
+def _raise_for_rows(parts: ShardRows, wrong: np.ndarray, problem: str) -> None:
+    """Raise UserError for the first row of the mask `wrong`, (N,) over all parts."""
     if wrong.any():
-        place = int(np.argmax(wrong))
+        index = int(np.argmax(wrong))
         for shard, rows in parts:
-            if place < len(rows):
-                raise damaged(shard.path, f"row {rows[place]}, counted from 0: {what}")
-            place -= len(rows)
+            if index < len(rows):
+                raise _corrupt_shard(shard.path, f"row {rows[index]}, counted from 0: {problem}")
+            index -= len(rows)
 
 
-def damaged(path: Path, what: str) -> UserError:
-    """That a shard is not as it was written."""
-    return UserError(f"the shard {path} is damaged or of another run: {what}; {_remedy(path)}")
+def _corrupt_shard(path: Path, problem: str) -> UserError:
+    """Return the error for a corrupt shard."""
+    return UserError(f"the shard {path} is corrupt or from another preparation: {problem}; {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:
@@ -367,7 +389,7 @@ def _remedy(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared corpus. Raises UserError where there is none."""
+    """Return the manifest of a prepared corpus. Raises UserError if there is none that this version can read."""
     manifest: dict[str, Any]
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -383,11 +405,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(
-            f"{folder / MANIFEST} has format {found!r}, this version reads {FORMAT}; prepare the corpus again"
+            f"{folder / MANIFEST} has format {found!r}, but this version reads {FORMAT}; prepare the corpus again"
         )
-    lacks = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
-    if lacks:
+    missing = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if missing:
         raise UserError(
-            f"{folder / MANIFEST} is damaged, it has no {' and no '.join(lacks)}; remove the folder and prepare the corpus again"
+            f"{folder / MANIFEST} is corrupt, it has no {' and no '.join(missing)}; "
+            "remove the folder and prepare the corpus again"
         )
     return manifest

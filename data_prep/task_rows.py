@@ -1,4 +1,7 @@
-"""The rows of an evaluation task, from JSON lines or a data set of the hub. The preparation and the scoring both read them here."""
+"""The rows of an evaluation task, from local files or a data set on the hub.
+
+The preparation and the evaluation both read the rows with this module.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -25,24 +28,25 @@ class Row(NamedTuple):
     views: tuple[str, ...]
     """Text of each of `data.views`."""
     columns: Columns
-    """The row as it is in its file."""
+    """The unchanged row of the file."""
 
     @property
     def context(self) -> str:
-        """The first view."""
+        """Return the first view."""
         return self.views[0]
 
     @property
     def target(self) -> str:
-        """The last view."""
+        """Return the last view."""
         return self.views[-1]
 
 
 class RowReader:
-    """Reads rows of one source.
+    """A reader of the rows of one source.
 
-    A row is read by the `views` of the source; if it has none, or the row does not fit them, in the form of the public data set of the task,
-    by the names of the views, or as a conversation. `allow_missing_views` also accepts rows that lack some of the views, which are then empty.
+    A row is read with the `views` of the source. If the source has no `views`, or the row does not fit them, the row is
+    read in the format of the task's public data set, by the names of the views, or as a conversation. With
+    `allow_missing_views`, a row may lack some of the views; these are then empty.
     """
 
     def __init__(
@@ -54,70 +58,70 @@ class RowReader:
         *,
         allow_missing_views: bool = False,
     ):
-        self.source, self.views, self.key, self.row_format, self.allow_missing_views = (
-            source,
-            views,
-            key,
-            row_format,
-            allow_missing_views,
-        )
+        self.source, self.views, self.key = source, views, key
+        self.row_format, self.allow_missing_views = row_format, allow_missing_views
         self._mapping = RowMapping(source, views, key)
         self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
-        """Lists of texts whose end filled no record."""
+        """Number of lists of texts whose last texts are too few for a record."""
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows in order. Raises UserError, with the place, for one that lacks a view."""
-        for place, columns in _objects(self.source, self.key):
-            yield from self._rows_of(columns, place)
+        """Yield the rows in order. Raises UserError with the location for a row that lacks a view."""
+        for location, columns in _objects(self.source, self.key):
+            yield from self._rows_of(columns, location)
 
-    def _rows_of(self, columns: Columns, place: str) -> Iterator[Row]:
-        public = self.row_format is not None and self.row_format.columns <= columns.keys()
-        if public and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
-            yield self._public_row(columns, place)
+    def _rows_of(self, columns: Columns, location: str) -> Iterator[Row]:
+        """Yield the rows of one object: several if a column has a list of texts, else one."""
+        is_public = self.row_format is not None and self.row_format.columns <= columns.keys()
+        if is_public and self.source.views is None and self._mapping.of(columns) is self._mapping.columns:
+            yield self._public_row(columns, location)
             return
         records = list(self._mapping.of(columns).records(columns, 0))
         if isinstance(self.source.views, str):
-            full = [record for record in records if record.views is None or all(record.views)]
-            self.remainders += len(full) < len(records)
-            records = full
+            complete = [record for record in records if record.views is None or all(record.views)]
+            self.remainders += len(complete) < len(records)
+            records = complete
         elif not self._fits(records[0]):
-            if public:
-                yield self._public_row(columns, place)
+            if is_public:
+                yield self._public_row(columns, location)
                 return
-            records = [
-                record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)
-            ] or records
+            by_name = [record for record in self._by_name.of(columns).records(columns, 0) if self._fits(record)]
+            records = by_name or records
         for record in records:
             if not self._fits(record):
-                raise UserError(self._problem(record, columns, place))
+                raise UserError(self._problem(record, columns, location))
             yield Row(record.texts, columns)
 
     def _fits(self, record: Record) -> bool:
+        """Return whether a record has the required views."""
         if record.views is None:
             return False
         return any(record.views) if self.allow_missing_views else all(record.views)
 
-    def _public_row(self, columns: Columns, place: str) -> Row:
+    def _public_row(self, columns: Columns, location: str) -> Row:
+        """Read a row in the format of the public data set. Raises UserError if a column has an unexpected value."""
         assert self.row_format is not None
         try:
             return Row(self.row_format.views(columns), columns)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{place}: {error}, in the form of the public data set with the columns {', '.join(sorted(self.row_format.columns))}; "
-                f"for other columns or values set {self.key}.views"
+                f"{location}: {error}; the row was read in the format of the public data set, with the columns "
+                f"{', '.join(sorted(self.row_format.columns))}; for other columns or values set {self.key}.views"
             ) from None
 
-    def _problem(self, record: Record, columns: Columns, place: str) -> str:
+    def _problem(self, record: Record, columns: Columns, location: str) -> str:
+        """Return the message for a record without the required views."""
         missing = [
             self._described(view) for view, text in zip(self.views, record.views or (), strict=False) if not text
         ]
         return (
-            f"{place}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; the row has {', '.join(columns) or 'no column'}: "
+            f"{location}: {record.problem or 'no text for the view ' + ' and '.join(missing)}; "
+            f"the row has {', '.join(columns) or 'no column'}: "
             f"name the columns of the views in {self.key}, as for a source of data.sources"
         )
 
     def _described(self, view: str) -> str:
+        """Return the name of a view, with its column if that has another name."""
         mapped = self.source.views.get(view, view) if isinstance(self.source.views, dict) else view
         return view if mapped == view else f"{view} ({mapped})"
 
@@ -133,18 +137,19 @@ def read_rows(
 ) -> list[Row]:
     """Return the first `rows` rows of a source, see `RowReader`. Raises UserError if there are none."""
     reader = RowReader(source, views, key, row_format, allow_missing_views=allow_missing_views)
-    found = list(islice(reader.rows(), rows))
-    if not found:
+    result = list(islice(reader.rows(), rows))
+    if not result:
         raise UserError(f"{source.path} ({key}) has no rows")
     if reader.remainders:
         print_now(
-            f"note: {source.path} ({key}): {reader.remainders:,} lists of texts end in too few texts for another row, which are skipped"
+            f"note: {source.path} ({key}): the last texts of {reader.remainders:,} lists are too few for another row "
+            "and are skipped"
         )
-    return found
+    return result
 
 
 def _objects(source: JsonSource | HubSource, key: str) -> Iterator[tuple[str, Columns]]:
-    """Yield the rows of a source as they are there, each with its place."""
+    """Yield the unchanged rows of a source, each with its location."""
     paths = open_rows(source, key) if isinstance(source, HubSource) else files.find_files(source, key, SUFFIXES)
     if isinstance(source, HubSource) and not isinstance(paths, list):
         with as_user_error(f"cannot read the data set {source.path} ({key}), split {source.hub_split}"):
@@ -184,23 +189,24 @@ def _objects_of(path: str, read: Callable[[], bytes]) -> Iterator[tuple[str, Col
 
 
 def _value(line: bytes | None) -> Any:
-    """Return the value of a line, or the ValueError that says why there is none."""
+    """Return the JSON value of a line, or a ValueError that describes the problem."""
     try:
         return parse(line) if line is not None else ValueError("a line of more than 16 MiB")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON ({error})")
 
 
-def _columns(value: Any, place: str) -> Columns:
+def _columns(value: Any, location: str) -> Columns:
+    """Return a JSON value as a row. Raises UserError if it is an error or not an object."""
     if isinstance(value, ValueError):
-        raise UserError(f"{place}: {value}")
+        raise UserError(f"{location}: {value}")
     if not isinstance(value, dict):
-        raise UserError(f"{place}: a JSON {type(value).__name__}, not an object")
+        raise UserError(f"{location}: a JSON {type(value).__name__}, not an object")
     return value
 
 
 def write_views(path: Path, views: tuple[str, ...], texts: Iterable[tuple[str, ...]]) -> JsonSource:
-    """Write records as a file of JSON lines with a column for each view; return it as a source."""
+    """Write records as a file of JSON lines with a column for each view, and return the file as a source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     records = ({view: text for view, text in zip(views, record, strict=True) if text} for record in texts)
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -1,44 +1,50 @@
-"""Long texts in stretches, cut only where the tokenizer makes the same tokens of the parts as of the whole."""
+"""Splitting of long texts at positions that do not change their tokens."""
 
 import itertools
 from collections.abc import Callable, Iterator
 
 CHUNK_CHARACTERS = 1 << 20
-"""Characters that the tokenizer gets at once: its memory grows with them."""
+"""Maximum number of characters that are tokenized at once. It bounds the memory of the tokenizer."""
 AROUND = 1000
-"""Characters on both sides of a place on which it is tried whether a text can be cut there."""
-TRIED = 20
-"""Places of each kind that are tried."""
+"""Number of characters on each side of a position that are tokenized to test whether the text can be split there."""
+MAX_CANDIDATES = 20
+"""Maximum number of positions of each kind that are tested."""
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 def chunk_text(text: str, encode: Encode) -> list[str]:
-    """Return a text in parts, of which `encode` makes the tokens of the whole; in one part from where no place is found to cut it."""
-    parts, begin = [], 0
+    """Return the chunks of a text. Their tokens under `encode`, concatenated, are the tokens of the text.
+
+    If no position for a split is found, the rest of the text is one chunk.
+    """
+    chunks, begin = [], 0
     while len(text) - begin > CHUNK_CHARACTERS:
-        place = next((place for place in _places(text, begin) if _can_cut(text, place, encode)), None)
-        if place is None:
+        position = next((position for position in _candidates(text, begin) if _can_split(text, position, encode)), None)
+        if position is None:
             break
-        parts.append(text[begin:place])
-        begin = place
-    return [*parts, text[begin:]]
+        chunks.append(text[begin:position])
+        begin = position
+    return [*chunks, text[begin:]]
 
 
-def _places(text: str, begin: int) -> Iterator[int]:
-    """Yield places at which the part from `begin` may end, the best first: after a line, before a blank, anywhere."""
+def _candidates(text: str, begin: int) -> Iterator[int]:
+    """Yield positions where the chunk from `begin` may end, the best first: after a line, before a blank, anywhere."""
     end = begin + CHUNK_CHARACTERS
-    for found, moved in (("\n", 1), (" ", 0)):
-        place = end
-        for _ in range(TRIED):
-            place = text.rfind(found, begin + 1, place)
-            if place < 0:
+    for separator, offset in (("\n", 1), (" ", 0)):
+        position = end
+        for _ in range(MAX_CANDIDATES):
+            position = text.rfind(separator, begin + 1, position)
+            if position < 0:
                 break
-            yield place + moved
-    yield from itertools.islice(range(end, begin, -1), TRIED)
+            yield position + offset
+    yield from itertools.islice(range(end, begin, -1), MAX_CANDIDATES)
 
 
-def _can_cut(text: str, place: int, encode: Encode) -> bool:
-    """Return whether the tokens around a place are those before it and those after it. With a blank put before every text they are not."""
-    before, after = text[max(0, place - AROUND) : place], text[place : place + AROUND]
-    whole, *apart = encode([before + after, before, after])
-    return whole == apart[0] + apart[1]
+def _can_split(text: str, position: int, encode: Encode) -> bool:
+    """Return whether a split at a position leaves the tokens around it unchanged.
+
+    It never does with a tokenizer that puts a blank in front of every text.
+    """
+    before, after = text[max(0, position - AROUND) : position], text[position : position + AROUND]
+    joined, left, right = encode([before + after, before, after])
+    return joined == left + right

@@ -1,13 +1,14 @@
-"""Text to token ids and back.
+"""Tokenizers: conversion of text to token ids and back.
 
-`train` makes a tokenizer from text, `import_tokenizer` adopts an existing one, and both leave a self-contained folder
+`train` trains a tokenizer on text, and `import_tokenizer` imports an existing one. Both write a self-contained folder
 for `Tokenizer.load`:
 
-    tokenizer.json          Hugging Face format, for `tokenizers` and AutoTokenizer
+    tokenizer.json          the tokenizer in the Hugging Face format, for `tokenizers` and AutoTokenizer
     tokenizer_config.json   names pad, bos, eos and sep; makes AutoTokenizer read their literals as plain text
-    tokenizer.model         only where the tokenizer is a sentencepiece model whose ids are equal on every text; they then come from
-                            it, because on one thread it is 1.3 (BPE) to 5 (unigram) times as fast on documents; most BPE ones
-                            are several times as fast once more (data_prep/word_cache.py)
+    tokenizer.model         the same tokenizer as a sentencepiece model, if the ids of every text are equal
+
+If there is a tokenizer.model, it encodes the texts: on one thread and on documents it is 1.3 (BPE) to 5 (unigram) times
+as fast as `tokenizers`. A word cache makes most BPE models several times faster still (data_prep/word_cache.py).
 
 Neither torch nor transformers is imported, so worker processes start fast.
 """
@@ -41,13 +42,13 @@ from data_prep.sentencepiece_json import (
 from data_prep.tokenizer_files import add_tokens, read_tokenizer_json, special_tokens_by_name, token_text
 from data_prep.word_cache import WordCache, is_cacheable
 
-# Data preparation runs one process per core; `tokenizers` starting threads in each would only oversubscribe them.
+# The preparation runs one process per core. Threads of `tokenizers` in each of them would only oversubscribe the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sentencepiece.set_min_log_level(2)  # else building a normaliser prints to stderr
+sentencepiece.set_min_log_level(2)  # otherwise building a normalizer prints to stderr
 
 SPECIAL_TOKENS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "sep": "<sep>"}
 LARGEST_VOCABULARY = 2**24
-SENTENCE = r"[^\n]{1,1000}"  # sentencepiece drops training sentences above 4192 bytes without a word
+SENTENCE = r"[^\n]{1,1000}"  # sentencepiece silently drops training sentences of more than 4192 bytes
 EDGE_CASE_TEXTS = [
     "",
     " ",
@@ -71,13 +72,13 @@ EDGE_CASE_TEXTS = [
 
 
 class Tokenizer:
-    """A tokenizer read from its folder; pickles as the folder's path and is read again on unpickling.
+    """A tokenizer that is read from its folder. A pickle contains only the path of the folder.
 
-    pad_id, bos_id, eos_id, sep_id: four different ids, which no text is ever encoded to.
-    special_ids: the set of these.
+    pad_id, bos_id, eos_id, sep_id: four different ids, which never occur in an encoded text.
+    special_ids: the set of these four ids.
     unknown_id: the id of text that is not in the vocabulary; None if there is no such id.
-    vocab_size: all ids are below it, specials included; not padded to a multiple.
-    fingerprint: sha256 (hex) over all that determines the ids, here and in exported models.
+    vocab_size: an upper limit of all ids, including special tokens; not padded to a multiple.
+    fingerprint: SHA-256 (hex) of everything that determines the ids, here and in exported models.
     """
 
     def __init__(self, folder: Path):
@@ -90,7 +91,7 @@ class Tokenizer:
         if len(set(known)) < len(ids):
             raise UserError(
                 f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
-                "make the folder with `train` or `import_tokenizer`"
+                "create the folder with `train` or `import_tokenizer`"
             )
         self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
         self.special_ids = frozenset(known)
@@ -111,14 +112,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """Reads a folder of `train` or `import_tokenizer`. Raises UserError where it is not one."""
+        """Read a folder written by `train` or `import_tokenizer`. Raises UserError for any other folder."""
         return cls(folder)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Path]]:
         return Tokenizer, (self.folder,)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without any special token; literals like "<s>" are plain text.
+        """Return the token ids of each text, without special tokens; literals such as "<s>" are plain text.
 
         Runs on one thread. Raises UserError for a text with a lone surrogate, which has no UTF-8 form.
         """
@@ -127,47 +128,47 @@ class Tokenizer:
                 return self._words.encode(texts)
             if self._sentencepiece:
                 return _encode_sentencepiece(self._sentencepiece, texts)
-            return _encode_tokenizers(self._own(), texts)
+            return _encode_tokenizers(self._hugging_face(), texts)
         except (TypeError, UnicodeEncodeError):
             bad = [text for text in texts if re.search("[\ud800-\udfff]", text)]
             if not bad:
                 raise
-            raise UserError(f"text with a lone surrogate cannot be tokenized: {bad[0][:80]!r}; repair it") from None
+            raise UserError(f"text with a lone surrogate cannot be tokenized: {bad[0][:80]!r}; fix the text") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special ids are skipped. Of ids which are no valid UTF-8, the bad bytes become U+FFFD."""
+        """Return the text of the ids. Special ids are skipped, and invalid UTF-8 bytes become U+FFFD."""
         plain = [int(i) for i in ids if int(i) not in self.special_ids]
-        text: str = (self._sentencepiece or self._own()).decode(plain)
+        text: str = (self._sentencepiece or self._hugging_face()).decode(plain)
         return text
 
     def piece(self, token_id: int) -> str:
-        """How the vocabulary writes a token: with U+2581 for a blank, or with letters for bytes, as its kind does."""
+        """Return a token as the vocabulary writes it, for example with U+2581 for a blank or with letters for bytes."""
         if self._sentencepiece:
             return str(self._sentencepiece.id_to_piece(token_id))
-        piece = self._own().id_to_token(token_id)
+        piece = self._hugging_face().id_to_token(token_id)
         assert piece is not None
         return piece
 
-    def _own(self) -> tokenizers.Tokenizer:
-        """Return the tokenizer of the `tokenizers` library, which there is if and only if there is no sentencepiece model."""
+    def _hugging_face(self) -> tokenizers.Tokenizer:
+        """Return the tokenizer of the `tokenizers` library, which exists only if there is no sentencepiece model."""
         assert self._tokenizers is not None
         return self._tokenizers
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str = "bpe") -> Tokenizer:
-    """Trains a lossless "bpe" or "unigram" sentencepiece model and writes its folder.
+    """Train a lossless "bpe" or "unigram" sentencepiece model and write its folder.
 
-    Every text decodes to itself: blanks are kept, nothing is normalised, and characters outside the vocabulary
-    become their UTF-8 bytes. Equal texts give equal files. vocab_size counts the 5 specials and 256 bytes.
-    All texts are held in memory. Raises UserError for an empty corpus or a vocab_size too large or too small.
+    Every text decodes to itself: blanks are kept, nothing is normalized, and characters outside the vocabulary become
+    their UTF-8 bytes. Equal texts produce equal files. `vocab_size` includes the 5 special tokens and 256 bytes. All
+    texts are held in memory. Raises UserError for an empty corpus, or if `vocab_size` is too large or too small.
     """
     if model_type not in ("bpe", "unigram"):
-        raise UserError(f"tokenizer model_type is {model_type!r}; give 'bpe' or 'unigram'")
-    if vocab_size > LARGEST_VOCABULARY:  # sentencepiece would take minutes to say so, or never end
+        raise UserError(f"tokenizer model_type is {model_type!r}; set 'bpe' or 'unigram'")
+    if vocab_size > LARGEST_VOCABULARY:  # sentencepiece would report this only after minutes, or hang
         raise UserError(
-            f"tokenizer vocab_size {vocab_size} is too large: the largest possible is {LARGEST_VOCABULARY}; lower it"
+            f"tokenizer vocab_size {vocab_size} is too large: the maximum is {LARGEST_VOCABULARY}; lower it"
         )
-    sample: list[str] = []  # doubles as the text on which the conversion is checked
+    sample: list[str] = []  # the texts on which the conversion is checked
     proto = _train_sentencepiece(texts, vocab_size, model_type, sample)
     return _write_sentencepiece(
         proto, Path(folder), EDGE_CASE_TEXTS + sample, f"{folder}: the new tokenizer", print_now
@@ -175,27 +176,28 @@ def train(texts: Iterable[str], vocab_size: int, folder: Path, model_type: str =
 
 
 def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = print_now) -> Tokenizer:
-    """Adopts a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
+    """Import a sentencepiece .model, a tokenizer.json, or a Hugging Face folder with one of these.
 
-    Ids stay as they are. Of pad, bos, eos and sep those it lacks, shares (pad = eos) or would encode text to are
-    appended as new special tokens. Where `tokenizers` reads a sentencepiece model otherwise on some texts, its ids count, and one line says so,
-    so that exported models agree with the preparation. Raises UserError where `path` is none of these or cannot be kept exactly.
+    Ids do not change. Of pad, bos, eos and sep, the tokens that are missing, shared (pad = eos) or possible in encoded
+    text are replaced by new special tokens. If `tokenizers` encodes some texts differently from a sentencepiece model,
+    the ids of `tokenizers` are used, and one line reports this; exported models then agree with the preparation. Raises
+    UserError if `path` is none of these, or if its ids cannot be preserved.
     """
     source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
-        raise UserError(f"{folder}: the tokenizer would be taken over into its own folder; choose another one")
+        raise UserError(f"{folder}: cannot import the tokenizer into its own folder; choose another folder")
     if source.suffix == ".json":
-        return _take_over_json(source, folder, say, with_model=Path(path).is_dir())
-    _open_sentencepiece(source)  # names what is wrong with it, which parsing does not
-    proto, odd_texts = _parse_proto(source.read_bytes()), list(EDGE_CASE_TEXTS)
+        return _import_json(source, folder, say, with_model=Path(path).is_dir())
+    _open_sentencepiece(source)  # raises a more specific error than parsing does
+    proto, test_texts = _parse_proto(source.read_bytes()), list(EDGE_CASE_TEXTS)
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
-    odd_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
-    odd_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
-    return _write_sentencepiece(proto, folder, odd_texts, str(source), say, beside=source.parent)
+    test_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
+    test_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
+    return _write_sentencepiece(proto, folder, test_texts, str(source), say, model_folder=source.parent)
 
 
 def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str, sample: list[str]) -> ModelProto:
-    failure: list[BaseException] = []  # sentencepiece would turn an exception of `texts` into a RuntimeError of its own
+    failure: list[BaseException] = []  # kept because sentencepiece would replace an exception of `texts` by its own
 
     def sentences() -> Iterator[str]:
         try:
@@ -214,7 +216,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
             sentence_iterator=sentences(),
             model_writer=model,
             model_type=model_type,
-            vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 1),  # it tells no number to one who gives fewer
+            vocab_size=max(vocab_size, len(SPECIAL_TOKENS) + 1),  # below this, its error has no minimum
             normalizer=normalizer(ESCAPES, escape_whitespaces=True),
             byte_fallback=True,
             split_digits=True,
@@ -227,10 +229,10 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
             bos_piece=SPECIAL_TOKENS["bos"],
             eos_piece=SPECIAL_TOKENS["eos"],
             control_symbols=SPECIAL_TOKENS["sep"],
-            required_chars="<>/0123456789ABCDEFxpadunkse",  # all of reserved pieces, see `_unigram_json`
-            num_threads=1,
+            required_chars="<>/0123456789ABCDEFxpadunkse",  # all characters of reserved pieces, see `_unigram_json`
+            num_threads=1,  # the number of threads changes the scores
             minloglevel=2,
-        )  # the thread count alters the scores
+        )
     except RuntimeError as error:
         if failure:
             raise failure[0] from None
@@ -247,18 +249,18 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
 
 def _why_training_failed(message: str, vocab_size: int, sample: list[str]) -> str:
     if not sample or "all_chars_count" in message:
-        return "tokenizer training: the corpus holds no text; check the input files and fields"
+        return "tokenizer training: the corpus has no text; check the input files and columns"
     if largest := re.search(r"Please set it to a value <= (\d+)", message):
         return (
             f"tokenizer vocab_size {vocab_size} is too large for the corpus: "
-            f"the largest possible is {largest[1]}; lower it or give more text"
+            f"the maximum is {largest[1]}; lower it or provide more text"
         )
     if smallest := re.search(r"required_chars\. -?\d+ vs (\d+)", message):
         return (
-            f"tokenizer vocab_size {vocab_size} is too small: specials, bytes and the characters of the corpus "
-            f"alone are {smallest[1]}; raise it to at least that"
+            f"tokenizer vocab_size {vocab_size} is too small: special tokens, bytes and the characters of the corpus "
+            f"already require {smallest[1]}; raise it to at least this number"
         )
-    return "tokenizer training: sentencepiece says " + " ".join(message.split())
+    return "tokenizer training: sentencepiece reports " + " ".join(message.split())
 
 
 def _write_sentencepiece(
@@ -267,44 +269,45 @@ def _write_sentencepiece(
     texts: list[str],
     where: str,
     say: Callable[[str], None],
-    beside: Path | None = None,
+    model_folder: Path | None = None,
 ) -> Tokenizer:
-    """Write the folder of a sentencepiece model, with the tokens that the files in the folder `beside` add to it."""
+    """Write the folder of a sentencepiece model, with the tokens that other files in `model_folder` add to it."""
     content: bytes | None = proto.SerializeToString()
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     spec = to_tokenizer_json(proto, where)
     ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id()}
     declared = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    added = add_tokens(spec, beside) if beside else []
-    if beside:
-        declared |= _declared(beside)
-    config = _give_specials(spec, declared, where, say)
-    differing = []
+    added = add_tokens(spec, model_folder) if model_folder else []
+    if model_folder:
+        declared |= _declared(model_folder)
+    config = _assign_special_tokens(spec, declared, where, say)
+    differences = []
     if spec["normalizer"]["normalizers"][0]["type"] == PRECOMPILED:
-        # `tokenizers` looks up whole graphemes of up to 5 bytes, sentencepiece the longest key at each place.
-        ours = _open_tokenizers(spec, where).normalizer
-        texts = [text for text in texts if ours.normalize_str(text) == model.normalize(text)]
-        differing.append("letters with combining marks, which it normalises")
+        # `tokenizers` looks up entire graphemes of up to 5 bytes, sentencepiece the longest key at each position.
+        converted_normalizer = _open_tokenizers(spec, where).normalizer
+        texts = [text for text in texts if converted_normalizer.normalize_str(text) == model.normalize(text)]
+        differences.append("the normalization of letters with combining marks")
     if spec["model"]["type"] == "Unigram" and any(piece.score * SCORE_STEPS % 1 for piece in proto.pieces):
-        differing.append("choices between segmentations that are equally likely but for rounding")
+        differences.append("the choice between segmentations whose scores differ only by rounding")
     if added:
-        content = None  # it lacks these tokens
+        content = None  # the model lacks these tokens
         texts = [text for text in texts if not any(token in text for token in added)]
         say(
-            f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that the files beside it add, such as {added[0]!r}"
+            f"note: {where} is used as a tokenizer.json with the {len(added):,} tokens that other files in its folder "
+            f"add, such as {added[0]!r}"
         )
-    if differing:
+    if differences:
         content = None
         say(
-            f"note: {where} is used as a tokenizer.json, so that exported models give the same ids; they may differ from sentencepiece's own in "
-            + " and in ".join(differing)
+            f"note: {where} is used as a tokenizer.json, to agree with exported models; its ids may differ from the "
+            "ones of sentencepiece in " + " and in ".join(differences)
         )
     _check(spec, lambda batch: _encode_sentencepiece(model, batch), texts, where)
     return _write(folder, spec, config, content)
 
 
 def _parse_proto(content: bytes) -> ModelProto:
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which encoding does not
+    from sentencepiece import sentencepiece_model_pb2  # imported late: encoding does not need protobuf
 
     return sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at run time
 
@@ -314,27 +317,27 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"{path}: not a sentencepiece model ({' '.join(str(error).split())}); give one, or a tokenizer.json"
+            f"{path}: not a sentencepiece model ({' '.join(str(error).split())}); use a valid one, or a tokenizer.json"
         ) from None
 
 
-def _take_over_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
-    # Views are laid out by this project: the tokenizer must add, cut or pad nothing itself.
+def _import_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
+    # The layout of views is done by this project: the tokenizer itself must not add, truncate or pad anything.
     spec = read_tokenizer_json(source) | {"truncation": None, "padding": None, "post_processor": None}
     original = _open_tokenizers(spec, source)
     if spec["model"].get("type") == "Unigram":  # as in `_unigram_json`
         low = min(score for _, score in spec["model"]["vocab"]) - 1000
         specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
         spec["model"]["vocab"] = [[p, low if p in specials else score] for p, score in spec["model"]["vocab"]]
-    config = _give_specials(spec, _declared(source.parent), str(source), say)
-    mine = [token["content"] for token in spec["added_tokens"]]
+    config = _assign_special_tokens(spec, _declared(source.parent), str(source), say)
+    literals = [token["content"] for token in spec["added_tokens"]]
     _check(
         spec,
         lambda batch: _encode_tokenizers(original, batch),
-        [text for text in EDGE_CASE_TEXTS if not any(literal in text for literal in mine)],
+        [text for text in EDGE_CASE_TEXTS if not any(literal in text for literal in literals)],
         str(source),
     )
-    return _write(folder, spec, config, _model_beside(source, spec) if with_model else None)
+    return _write(folder, spec, config, _equivalent_model(source, spec) if with_model else None)
 
 
 def _declared(folder: Path) -> dict[str, str]:
@@ -343,8 +346,11 @@ def _declared(folder: Path) -> dict[str, str]:
     return {name: named[f"{name}_token"] for name in SPECIAL_TOKENS if f"{name}_token" in named}
 
 
-def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
-    """The sentencepiece model in the folder of a tokenizer.json, as `train` leaves it, where it gives the same ids: it is faster."""
+def _equivalent_model(source: Path, spec: dict[str, Any]) -> bytes | None:
+    """Return the sentencepiece model in the folder of a tokenizer.json if it produces the same ids, else None.
+
+    `train` writes both. The sentencepiece model is faster.
+    """
     path = source.with_name("tokenizer.model")
     if not path.exists():
         return None
@@ -353,18 +359,21 @@ def _model_beside(source: Path, spec: dict[str, Any]) -> bytes | None:
     return path.read_bytes() if same else None
 
 
-def _give_specials(
+def _assign_special_tokens(
     spec: dict[str, Any], declared: dict[str, str], where: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Content of tokenizer_config.json; special tokens which are missing or clash are appended to `spec`, a line said of each clash."""
+    """Return the content of tokenizer_config.json.
+
+    Special tokens that are missing or conflict are appended to `spec`. Each conflict is reported in one line.
+    """
     tokenizer = _open_tokenizers(spec, where)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
     unknown = _unknown_token(spec)
 
     chosen: dict[str, str] = {}
-    for name in ("eos", "bos", "sep", "pad"):  # where two share a token the first one keeps it: pad = eos is common
-        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # the last one wins
+    for name in ("eos", "bos", "sep", "pad"):  # the first of two that share a token keeps it; pad = eos is common
+        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # a valid later one takes precedence
             if candidate is None or candidate not in specials or candidate in (unknown, *chosen.values()):
                 continue
             if not _in_text(tokenizer, candidate):
@@ -377,15 +386,15 @@ def _give_specials(
             spec["added_tokens"].append(added_token(vocab[literal], literal, special=True))
         if declared.get(name, chosen[name]) != chosen[name]:
             shared = [other for other in SPECIAL_TOKENS if other != name and chosen.get(other) == declared[name]]
-            why = f"is its {shared[0]} token too" if shared else "is no special token that text never becomes"
-            say(f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} stands for {name} instead")
+            why = f"is also its {shared[0]} token" if shared else "is not special or can occur in encoded text"
+            say(f"note: {where}: the {name} token {declared[name]!r} {why}; {chosen[name]!r} is used instead")
 
     tokenizer = _open_tokenizers(spec, where)
     for token in spec["added_tokens"]:
         if tokenizer.token_to_id(token["content"]) != token["id"]:
             raise UserError(
-                f"{where}: token {token['content']!r} cannot have id {token['id']}, the library gives "
-                f"{tokenizer.token_to_id(token['content'])}; repair added_tokens or the vocabulary"
+                f"{where}: token {token['content']!r} cannot have id {token['id']}, the library assigns "
+                f"{tokenizer.token_to_id(token['content'])}; fix added_tokens or the vocabulary"
             )
     config = {f"{name}_token": chosen[name] for name in SPECIAL_TOKENS} | ({"unk_token": unknown} if unknown else {})
     return config | {
@@ -415,8 +424,8 @@ def _check(
     for text, ids, expected in zip(texts, encoded, reference(texts), strict=True):
         if ids != expected:
             raise UserError(
-                f"{where}: cannot be written as a tokenizer.json with equal ids, the first text which "
-                f"differs is {text[:80]!r}; give a tokenizer.json instead or train a new tokenizer"
+                f"{where}: cannot be converted to a tokenizer.json with equal ids, the first text with a "
+                f"difference is {text[:80]!r}; use a tokenizer.json instead or train a new tokenizer"
             )
 
 
@@ -436,9 +445,9 @@ def _open_tokenizers(spec: dict[str, Any], where: str | Path) -> tokenizers.Toke
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"{where}: not a usable tokenizer.json ({' '.join(str(error).split())}); write it anew with save_pretrained"
+            f"{where}: not a valid tokenizer.json ({' '.join(str(error).split())}); write it again with save_pretrained"
         ) from None
-    tokenizer.encode_special_tokens = True  # a literal of a special token is plain text
+    tokenizer.encode_special_tokens = True  # the literal of a special token is plain text
     return tokenizer
 
 
@@ -459,6 +468,6 @@ def find_tokenizer(path: Path) -> Path:
     if len(candidates) == 1 and candidates[0].is_file() and candidates[0].suffix in (".json", ".model"):
         return candidates[0]
     raise UserError(
-        f"{path}: no tokenizer there; give a sentencepiece .model, a tokenizer.json, "
+        f"{path}: no tokenizer found; use a sentencepiece .model, a tokenizer.json, "
         "or a folder with a tokenizer.json or one .model"
     )

@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids: the corpus may be prepared with one and a model trained with the other."""
+"""Comparison of two tokenizers: whether the one of a corpus and the one of a model produce the same ids."""
 
 import json
 from typing import Any
@@ -9,10 +9,10 @@ from data_prep.tokenizer import EDGE_CASE_TEXTS, SPECIAL_TOKENS, Tokenizer
 
 
 def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """Return what differs first between two tokenizers, in one line; None if nothing does.
+    """Return the first difference between two tokenizers, in one line, or None.
 
-    Compared are the number of ids, the special tokens, every token, the merges or scores, and the ids of texts. Files may differ where this
-    finds nothing: another version of a library may have written them.
+    The comparison includes the number of ids, the special tokens, every token, the merges or scores, and the ids of
+    texts. It ignores differences between files that have no effect, for example if another library version wrote them.
     """
     if one.fingerprint == other.fingerprint:
         return None
@@ -22,20 +22,17 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
         ids = [getattr(tokenizer, f"{name}_id") for tokenizer in (one, other)]
         if ids[0] != ids[1]:
             return f"{name} is id {ids[0]} instead of {ids[1]}"
-    mine, theirs = (
-        tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")) for tokenizer in (one, other)
-    )
+    opened = [tokenizers.Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")) for tokenizer in (one, other)]
     for token_id in set(range(one.vocab_size)) - one.special_ids:
-        tokens = [tokenizer.id_to_token(token_id) for tokenizer in (mine, theirs)]
+        tokens = [tokenizer.id_to_token(token_id) for tokenizer in opened]
         if tokens[0] != tokens[1]:
             return f"id {token_id} is {tokens[0]!r} instead of {tokens[1]!r}"
-    return _model_difference(*(json.loads(tokenizer.to_str()) for tokenizer in (mine, theirs))) or _text_difference(
-        one, other, _literals(mine)
-    )
+    specs = [json.loads(tokenizer.to_str()) for tokenizer in opened]
+    return _model_difference(*specs) or _text_difference(one, other, _literals(opened[0]))
 
 
 def _model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """Return what differs in how two tokenizers of the same tokens, as tokenizer.json has them, choose among these."""
+    """Return the first difference between the models of two tokenizer.json files with the same tokens, or None."""
     settings = [
         {key: value for key, value in spec["model"].items() if key not in ("vocab", "merges")} for spec in (one, other)
     ]
@@ -43,31 +40,29 @@ def _model_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
         if settings[0].get(key) != settings[1].get(key):
             return f"{key} of its model is {settings[0].get(key)!r} instead of {settings[1].get(key)!r}"
     if "merges" in one["model"]:
-        for number, (mine, theirs) in enumerate(zip(*map(_merges, (one, other)), strict=False), start=1):
-            if mine != theirs:
-                return f"merge {number} makes {mine[0]!r} of {mine[1]} instead of {theirs[0]!r} of {theirs[1]}"
+        for number, (merge, expected) in enumerate(zip(*map(_merges, (one, other)), strict=False), start=1):
+            if merge != expected:
+                return f"merge {number} makes {merge[0]!r} of {merge[1]} instead of {expected[0]!r} of {expected[1]}"
         counts = [len(_merges(spec)) for spec in (one, other)]
         if counts[0] != counts[1]:
             return f"{counts[0]} merges instead of {counts[1]}"
     if settings[0]["type"] == "Unigram":
         special = {token["content"] for spec in (one, other) for token in spec["added_tokens"] if token["special"]}
         for (piece, score), (_, expected) in zip(one["model"]["vocab"], other["model"]["vocab"], strict=True):
-            if (
-                score != expected and piece not in special
-            ):  # taking a tokenizer over lowers the scores of special tokens
+            if score != expected and piece not in special:  # the import lowers the scores of special tokens
                 return f"{piece!r} has the score {score} instead of {expected}"
     return None
 
 
 def _merges(spec: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """Return the tokens that are merged, in order, each with all pairs that make it.
+    """Return the merged tokens, in order, each with all pairs that produce it.
 
-    The order of the pairs that make one token is ignored: it depends on how a sentencepiece model was converted.
+    The pairs of a token are sorted, because their order depends on the conversion of a sentencepiece model.
     """
-    found: dict[str, list[list[str]]] = {}
+    pairs_by_token: dict[str, list[list[str]]] = {}
     for left, right in spec["model"]["merges"]:
-        found.setdefault(left + right, []).append([left, right])
-    return [(token, sorted(pairs)) for token, pairs in found.items()]
+        pairs_by_token.setdefault(left + right, []).append([left, right])
+    return [(token, sorted(pairs)) for token, pairs in pairs_by_token.items()]
 
 
 def _literals(tokenizer: tokenizers.Tokenizer) -> list[str]:

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer: the special tokens that they name, and the tokens that they add to a sentencepiece model."""
+"""Files of a Hugging Face tokenizer: their special tokens, and the tokens that they add to a sentencepiece model."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from data_prep.sentencepiece_json import added_token
 ADDED, CONFIG, MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 SPECIAL_ORDER = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 FLAGS = ("single_word", "lstrip", "rstrip")
-"""Flags that say how a token is matched. `normalized` is not among them: slow tokenizers match in the original text."""
+"""Flags that control how a token is matched. `normalized` is omitted: slow tokenizers match in the original text."""
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
@@ -18,34 +18,37 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a folder or file which holds a tokenizer") from None
+        raise UserError(f"{path}: cannot be read ({error}); use a folder or file that contains a tokenizer") from None
     if not isinstance(content, dict) or (
         path.name == "tokenizer.json" and not {"model", "added_tokens"} <= set(content)
     ):
-        raise UserError(f"{path}: not in the Hugging Face format; write it anew with save_pretrained")
+        raise UserError(f"{path}: not in the Hugging Face format; write it again with save_pretrained")
     return content
 
 
 def special_tokens_by_name(folder: Path) -> dict[str, str]:
-    """Return the special tokens that the files name: `eos_token` -> `</s>`. Lists of further ones have keys such as `additional_special_tokens.0`."""
-    found: dict[str, str] = {}
+    """Return the special tokens that the files name, such as `eos_token` -> `</s>`.
+
+    Entries of lists have keys such as `additional_special_tokens.0`.
+    """
+    named: dict[str, str] = {}
     for name in (MAP, CONFIG):
         for key, value in _read_beside(folder, name).items():
             if key.endswith("_token") and (content := token_text(value)):
-                found[key] = content
+                named[key] = content
             elif key.endswith("special_tokens") and isinstance(value, list | dict):
                 tokens = value if isinstance(value, list) else value.values()
-                found |= {
+                named |= {
                     f"{key}.{number}": content for number, token in enumerate(tokens) if (content := token_text(token))
                 }
-    return found
+    return named
 
 
 def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
-    """Add to the tokenizer.json of a sentencepiece model, in place, what the files in its folder add; return the texts of these tokens.
+    """Add the tokens of the files in the folder of a sentencepiece model to `spec`, its tokenizer.json, in place.
 
-    The ids are those of the files. Special tokens that the files name without an id get the next ones, in the order in which Hugging Face
-    adds them. Raises UserError if an id is taken, or does not follow those before it.
+    Returns the texts of these tokens. Ids are the ones in the files. Special tokens without an id get the next free
+    ids, in the order in which Hugging Face adds them. Raises UserError if an id is taken, or is not the next free one.
     """
     named = special_tokens_by_name(folder)
     special = set(named.values())
@@ -62,8 +65,8 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
         expected = ids.get(content, following)
         if token["id"] != expected:
             raise UserError(
-                f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model beside it, it has id {expected}; "
-                "correct that file, or move the model to a folder of its own"
+                f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model in this folder "
+                f"it has id {expected}; fix that file, or move the model to a separate folder"
             )
         following += content not in ids
         if content not in listed:
@@ -79,14 +82,17 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _tokens_of_files(folder: Path, special: set[str]) -> list[tuple[dict[str, Any], Path]]:
-    """Return the tokens that the files add, each with its file; the later one of two with the same text says more."""
+    """Return the tokens that the files add, each with its file.
+
+    A token may occur twice; the later entry has more information.
+    """
     found = []
     for content, token_id in _read_beside(folder, ADDED).items():
-        found.append((added_token(_number(token_id, folder / ADDED), content, content in special), folder / ADDED))
+        found.append((added_token(_parse_id(token_id, folder / ADDED), content, content in special), folder / ADDED))
     for token_id, token in _read_beside(folder, CONFIG).get("added_tokens_decoder", {}).items():
         content = token_text(token) or ""
         entry = added_token(
-            _number(token_id, folder / CONFIG), content, content in special or bool(token.get("special"))
+            _parse_id(token_id, folder / CONFIG), content, content in special or bool(token.get("special"))
         )
         found.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
     return found
@@ -96,16 +102,16 @@ def _read_beside(folder: Path, name: str) -> dict[str, Any]:
     return read_tokenizer_json(folder / name) if (folder / name).exists() else {}
 
 
-def _number(token_id: Any, file: Path) -> int:
+def _parse_id(token_id: Any, file: Path) -> int:
     try:
         return int(token_id)
     except (TypeError, ValueError):
-        raise UserError(
-            f"{file}: {token_id!r} is not the id of a token; write the file anew with save_pretrained"
-        ) from None
+        raise UserError(f"{file}: {token_id!r} is not a token id; write the file again with save_pretrained") from None
 
 
 def token_text(token: Any) -> str | None:
-    """Return the text of a token, which these files give as such or in an object."""
-    text: str | None = token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
-    return text
+    """Return the text of a token, which is a string or an object with `content`; None for anything else."""
+    if isinstance(token, dict):
+        text: str | None = token.get("content")
+        return text
+    return token if isinstance(token, str) else None

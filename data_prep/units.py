@@ -1,4 +1,4 @@
-"""Units of work: runs of consecutive pieces of one source, which do not depend on who does them."""
+"""Units of work: runs of consecutive pieces of one source. They do not depend on the number of processes."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -19,33 +19,33 @@ from data_prep.tasks import public_row_format
 from data_prep.tokenizer import Tokenizer
 
 COUNTED_BYTES = 256 << 20
-"""Of a malformed line in the first so many bytes of a file, the number is counted."""
+"""Largest offset of a piece, in bytes, for which error messages count lines from the beginning of the file."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some pieces of a source."""
+    """Consecutive pieces of a source."""
 
     source: int
     pieces: tuple[Piece, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of input."""
+        """Return the number of bytes of input."""
         return sum(piece.size for piece in self.pieces)
 
 
 class Job(BaseModel):
-    """What is prepared, in a form that goes to other processes."""
+    """The description of a preparation, which can be serialized for other processes."""
 
     data: DataConfig
     tests: tuple[TaskTest, ...]
     """Rows of evaluation tasks, whose contexts training must not see."""
     commits: tuple[str | None, ...] = ()
-    """The commit of each source that is a data set of the hub, so that all processes read the same; empty: not resolved yet."""
+    """The commit of each source on the hub, and None for other sources; empty until the commits are resolved."""
 
     def open_readers(self) -> list[Reader]:
-        """The sources. Raises UserError where one cannot be read."""
+        """Return the readers of all sources. Raises UserError if a source cannot be read."""
         pinned = [
             source.model_copy(update={"revision": commit}) if commit else source
             for source, commit in itertools.zip_longest(self.data.sources, self.commits)
@@ -54,7 +54,7 @@ class Job(BaseModel):
 
     @property
     def test_descriptions(self) -> list[dict[str, Any]]:
-        """The tests as the manifest records them: where their rows are, and in which public form they may be."""
+        """Return the tests as the manifest records them: the source of the rows, and the task with their row format."""
         return [
             test.model_dump(mode="json", exclude={"key", "task"}, exclude_none=True)
             | ({"form": test.task} if public_row_format(test.task) else {})
@@ -63,25 +63,25 @@ class Job(BaseModel):
 
     @property
     def partial(self) -> Path:
-        """Where an unfinished preparation keeps what it has."""
+        """Return the folder with the results of an unfinished preparation."""
         return Path(self.data.path) / ".partial"
 
     @property
     def near_threshold(self) -> float:
-        """Likeness from which on records are near-duplicates."""
+        """Return the minimum similarity of near-duplicates."""
         return self.data.near_threshold or DEFAULT_THRESHOLD
 
 
 def make_units(readers: Sequence[Reader]) -> list[Unit]:
-    """All units, in the order of the sources. The more there is to read, the larger they are."""
+    """Return all units, in the order of the sources. The size of a unit grows with the size of its source."""
     units = []
     for source, reader in enumerate(readers):
         pieces = reader.pieces()
-        enough = piece_length(sum(piece.size for piece in pieces))
+        min_size = piece_length(sum(piece.size for piece in pieces))
         begin = size = 0
         for end, piece in enumerate(pieces, start=1):
             size += piece.size
-            if size >= enough or end == len(pieces):
+            if size >= min_size or end == len(pieces):
                 units.append(Unit(source, tuple(pieces[begin:end])))
                 begin, size = end, 0
     return units
@@ -89,40 +89,42 @@ def make_units(readers: Sequence[Reader]) -> list[Unit]:
 
 @cache
 def open_job(serialized: str) -> tuple[Job, list[Reader]]:
-    """A job and its readers, opened once in a process."""
+    """Return a job and its readers, cached per process."""
     job = Job.model_validate_json(serialized)
     return job, job.open_readers()
 
 
 @cache
 def open_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer of a corpus, opened once in a process."""
+    """Return the tokenizer of a corpus, cached per process."""
     return Tokenizer.load(Path(folder) / "tokenizer")
 
 
 def read_unit(reader: Reader, unit: Unit) -> Iterator[tuple[int, Record]]:
-    """The records of a unit, each with the number of its piece."""
+    """Yield the records of a unit, each with the number of its piece."""
     for number, piece in enumerate(unit.pieces):
         for record in reader.read(piece):
             yield number, record
 
 
 def malformed_record_error(reader: Reader, piece: Piece, record: Record) -> UserError:
-    """The error of a line that is no record."""
+    """Return the error for a line that is not a valid record."""
     return UserError(
-        f"{record_location(reader, piece, record)}: {record.problem}; correct the line, or drop such lines with data.on_malformed=drop"
+        f"{record_location(reader, piece, record)}: {record.problem}; "
+        "fix the line, or drop such lines with data.on_malformed=drop"
     )
 
 
 def record_location(reader: Reader, piece: Piece, record: Record) -> str:
-    """Return the place of a record in its file."""
+    """Return the location of a record in its file."""
     if piece.start <= COUNTED_BYTES:
         return reader.place(piece, record.position, positions_before(reader, piece))
-    return f"{piece.path}, line {record.position:,} behind byte {piece.start:,}"  # far inside of a file it would take reading all before it
+    # The line number in the whole file would require reading everything in front of the piece.
+    return f"{piece.path}, line {record.position:,} after byte {piece.start:,}"
 
 
 def positions_before(reader: Reader, piece: Piece) -> int:
-    """Positions in the pieces of the same file that come before one. Reads them, so ask seldom."""
+    """Return the number of positions in the preceding pieces of the same file. Slow, because it reads these pieces."""
     return sum(
         reader.count(earlier)
         for earlier in reader.pieces()

@@ -1,8 +1,8 @@
-"""Encoding that does the words of a text once, however often they come: on real text several times as fast as sentencepiece itself.
+"""A cache of the tokens of words. On real text it is several times as fast as sentencepiece itself.
 
-Byte-pair encoding merges neighbours whose concatenation is a piece. Where no piece has a blank behind another character, nothing is merged
-across the border between the two, so a text can be cut there: the tokens of its parts, each a word with the blanks before it, are the
-tokens of the whole.
+Byte-pair encoding merges neighbours whose concatenation is a piece. If no piece has a blank after another character,
+nothing is merged across the beginning of a word. A text can then be split into parts, each a word with its preceding
+blanks, and the concatenated tokens of the parts are the tokens of the text.
 """
 
 import itertools
@@ -17,16 +17,18 @@ from data_prep.sentencepiece_json import SPACE
 
 PART = re.compile(" *[^ ]+| +")
 ENOUGH = 1 << 25
-"""Characters of parts, and tokens, with which the cache starts afresh."""
+"""Maximum size of the cache: characters of the parts plus tokens. A larger cache is cleared."""
 
 
 def is_cacheable(spec: dict[str, Any]) -> bool:
-    """Whether the tokens of a text are those of its parts, for the tokenizer.json of a sentencepiece model."""
+    """Return whether the tokens of a text are the tokens of its parts.
+
+    `spec` is the tokenizer.json of a sentencepiece model.
+    """
     if spec["model"]["type"] != "BPE" or not all(token["special"] for token in spec["added_tokens"]):
         return False
-    replaced = [
-        rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]
-    ]  # None: looks at more than a place
+    # None for a rule that is not a replacement of a fixed string and may look across words.
+    replaced = [rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]]
     across = re.compile(f"[^{SPACE}]{SPACE}")
     return (
         replaced[-1:] == [" "]
@@ -36,38 +38,38 @@ def is_cacheable(spec: dict[str, Any]) -> bool:
 
 
 class WordCache:
-    """The tokens of the parts seen so far."""
+    """The tokens of all parts since the cache was last cleared."""
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor):
         self.model = model
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
-        self.parts, self.characters = _Numbers(), 0
+    def _clear(self) -> None:
+        self.parts, self.characters = _Numbering(), 0
         self.tokens = np.empty(0, np.uint32)
         self.starts = self.lengths = np.empty(0, np.int64)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text. Raises what the model raises, for a text that has no UTF-8 form."""
-        by_text = [PART.findall(text) for text in texts]
-        counts = [len(parts) for parts in by_text]
+        """Return the token ids of each text. Raises the model's error for a text that has no UTF-8 form."""
+        parts_of_texts = [PART.findall(text) for text in texts]
+        counts = [len(parts) for parts in parts_of_texts]
         known = len(self.parts)
         numbers = np.fromiter(
-            map(self.parts.__getitem__, itertools.chain.from_iterable(by_text)), np.int64, sum(counts)
+            map(self.parts.__getitem__, itertools.chain.from_iterable(parts_of_texts)), np.int64, sum(counts)
         )
         try:
-            self._learn(list(itertools.islice(self.parts, known, None)))
+            self._add(list(itertools.islice(self.parts, known, None)))
         except BaseException:
-            self._forget()
+            self._clear()
             raise
         lengths = self.lengths[numbers]
         tokens = self.tokens[ragged_ranges(self.starts[numbers], lengths)].tolist()
         ends = np.append(0, np.cumsum(lengths))[np.cumsum([0, *counts])].tolist()
         if self.characters + len(self.tokens) > ENOUGH:
-            self._forget()
+            self._clear()
         return [tokens[begin:end] for begin, end in itertools.pairwise(ends)]
 
-    def _learn(self, parts: list[str]) -> None:
+    def _add(self, parts: list[str]) -> None:
         encoded = self.model.encode(parts, num_threads=1)
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         new = np.fromiter(itertools.chain.from_iterable(encoded), np.uint32, lengths.sum())
@@ -77,8 +79,8 @@ class WordCache:
         self.characters += sum(map(len, parts))
 
 
-class _Numbers(dict[str, int]):
-    """Numbers things in the order in which they are first asked for."""
+class _Numbering(dict[str, int]):
+    """A dictionary that numbers its keys in the order of their first lookup."""
 
     def __missing__(self, part: str) -> int:
         number = self[part] = len(self)

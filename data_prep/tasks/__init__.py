@@ -1,7 +1,8 @@
-"""The forms of rows of public data sets, and how they become views: one file for each evaluation task that has such a form.
+"""Row formats of public data sets, and their conversion to views: one file for each evaluation task that has a format.
 
-The preparation and the scoring both read the rows of a task through `data_prep/task_rows.py`, which asks here. So the contexts that are
-scored are the contexts that are kept out of training. The other half of a task, its options, metrics and score, is in `pretrain/tasks`.
+The preparation and the evaluation both read the rows of a task through `data_prep/task_rows.py`, which uses these
+formats. Therefore the evaluated contexts are exactly the ones that are kept out of training. The options, metrics and
+scores of a task are in `pretrain/tasks`.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from data_prep.tasks.row_format import RowFormat
 
 
 def public_row_format(task: str) -> RowFormat | None:
-    """Return the form in which the public data set of a task has its rows, from `data_prep.tasks.TASK`; None if the task knows none."""
+    """Return the row format of a task's public data set, from `data_prep.tasks.TASK`, or None if there is none."""
     name = f"{__name__}.{task}"
     if not task.isidentifier() or importlib.util.find_spec(name) is None:
         return None

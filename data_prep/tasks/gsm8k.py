@@ -1,4 +1,4 @@
-"""GSM8K: a problem, and its worked solution that ends in `#### NUMBER`."""
+"""GSM8K: a problem and its solution, which ends in `#### NUMBER`."""
 
 from data_prep.tasks.row_format import RowFormat, to_text
 

@@ -1,4 +1,4 @@
-"""NQ-Open: a question and its right answers. The first one is trained on."""
+"""NQ-Open: a question and its correct answers. The first answer is the target in training."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from data_prep.tasks.row_format import Columns, RowFormat, to_text
 
 
 def right_answers(answer: Any) -> list[str]:
-    """Return all right answers of the column `answer`. Raises ValueError for what is neither a text nor a list of texts."""
+    """Return all correct answers in the column `answer`. Raises ValueError if it is not a text or a list of texts."""
     return [to_text(text) for text in answer] if isinstance(answer, list) else [to_text(answer)]
 
 
 def views(row: Columns) -> tuple[str, str]:
-    """Return the question and the first of its right answers."""
+    """Return the question and the first of its correct answers."""
     return to_text(row["question"]), right_answers(row["answer"])[0]
 
 

@@ -1,9 +1,9 @@
-"""Rotten Tomatoes: a sentence of a review, and whether it is good or bad."""
+"""Rotten Tomatoes: a sentence of a review, and its sentiment (Good or Bad)."""
 
 from data_prep.tasks.row_format import Columns, RowFormat, label_number, to_text
 
 LABELS = ("Bad", "Good")
-"""Words of the public LLM-JEPA data for the numbers of the hub."""
+"""Words in the public LLM-JEPA data for the numeric labels on the hub."""
 
 
 def views(row: Columns) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Spider: a question on a database, and its query. The context names the database as the public LLM-JEPA data do."""
+"""Spider: a question about a database, and its query. The context names the database as in the public LLM-JEPA data."""
 
 import re
 
@@ -6,7 +6,7 @@ from data_prep.tasks.row_format import Columns, RowFormat, to_text
 
 
 def views(row: Columns) -> tuple[str, str]:
-    """Return the question after the name of its database, and the query."""
+    """Return the context (the name of the database and the question) and the query."""
     return f"For db_id:[{to_text(row['db_id'])}]\n\n{to_text(row['question'])}", to_text(row["query"])
 
 

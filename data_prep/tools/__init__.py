@@ -1,1 +1,1 @@
-"""What people look at a prepared corpus with."""
+"""Tools to inspect and verify a prepared corpus."""

@@ -1,4 +1,4 @@
-"""Records and their tokens as text for a terminal."""
+"""Display of records and their tokens on a terminal."""
 
 import unicodedata
 
@@ -7,28 +7,28 @@ import numpy as np
 from data_prep.tokenizer import Tokenizer
 
 ID_GAP = 2
-"""Blanks between two pieces."""
+"""Number of blanks between two pieces."""
 
 
 def printable(text: str) -> str:
-    """The text with everything that a terminal would not show, or would act on, written as an escape."""
+    """Return the text with all non-printable characters escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def display_width(text: str) -> int:
-    """Columns of a printable text on a terminal."""
+    """Return the number of terminal columns of a printable text."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )
 
 
 def padded(text: str, width: int) -> str:
-    """The text with blanks up to `width` columns."""
+    """Return the text, padded with blanks to `width` columns."""
     return text + " " * (width - display_width(text))
 
 
 def shortened(text: str, room: int) -> str:
-    """The text, or its beginning and its end with an ellipsis between, in at most `room` columns."""
+    """Return the text in at most `room` columns. The middle of a longer text is replaced by an ellipsis."""
     if display_width(text) <= room:
         return text
     tail = _fitting(text[::-1], (room - 1) // 3)[::-1]
@@ -42,19 +42,19 @@ def _fitting(text: str, room: int) -> str:
 
 
 def show_record(tokenizer: Tokenizer, number: int, views: dict[str, np.ndarray], width: int) -> str:
-    """A record, view by view: its text, then its pieces over their ids, in lines of at most `width` columns.
+    """Return a record for display: for each view its text, then its pieces above their ids.
 
-    `views` are token ids by name; a view without tokens is one that the record lacks.
+    Lines have at most `width` columns. `views` maps names to token ids; the record lacks a view without tokens.
     """
     total = sum(len(ids) for ids in views.values())
     lines = [f"record {number}: {total:,} tokens"]
     for name, ids in views.items():
         if not len(ids):
-            lines.append(f"  {name}: null, the record lacks it")
+            lines.append(f"  {name}: null (missing in this record)")
             continue
         text = tokenizer.decode(ids)
         lines.append(
-            f"  {name}: {len(ids):,} tokens, {len(text):,} characters, {len(text) / len(ids):.2f} characters a token"
+            f"  {name}: {len(ids):,} tokens, {len(text):,} characters, {len(text) / len(ids):.2f} characters per token"
         )
         lines += [f"    {line}" for line in _wrapped(printable(text), width - 4)]
         lines += [f"    {line}" for line in _pieces(tokenizer, ids, width - 4)]
@@ -70,7 +70,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _pieces(tokenizer: Tokenizer, ids: np.ndarray, width: int) -> list[str]:
-    """Pieces over their ids, in columns."""
+    """Return lines of pieces above their ids, aligned in columns."""
     lines, above, below = [], "", ""
     for token in ids.tolist():
         piece = printable(tokenizer.piece(token))
