@@ -260,7 +260,9 @@ def _read_shape(path: Path) -> Any:
             f"model.shape: cannot read {path} ({error.strerror}): set a path relative to the configuration file"
         ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}; fix the file") from None
+        raise UserError(
+            f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}; fix the file"
+        ) from None
 
 
 def dump_config(config: RunConfig) -> str:

@@ -22,9 +22,7 @@ def gpu_index(environment: Mapping[str, str], visible: int) -> int:
     local_rank = int(environment["LOCAL_RANK"])
     ranks = max([local_rank + 1, *(int(environment[name]) for name in LOCAL_SIZES if name in environment)])
     if ranks > visible:
-        raise UserError(
-            f"{ranks} ranks on a machine with {visible} GPUs: start at most one rank per GPU"
-        )
+        raise UserError(f"{ranks} ranks on a machine with {visible} GPUs: start at most one rank per GPU")
     return local_rank
 
 
