@@ -90,13 +90,13 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and takes time at every start."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """Reaction to a loss spike: a step with one loss term far above its recent values. warn: print a warning. skip: make
-    no update. rewind: end the run. After a rewind the next start resumes from the checkpoint before the spike, and skips
-    the records of that step and of the preceding one."""
+    """Reaction to a loss spike, a step with one loss term far above its recent values. warn: print a warning. skip:
+    make no update. rewind: end the run. After a rewind the next start resumes from the checkpoint before the spike, and
+    skips the records of that step and of the preceding one."""
     spike_score: float = Field(default=10.0, gt=0)
-    """Distance from the median at which a loss term is a spike, in standard deviations estimated by the median absolute
-    deviation. A value is compared with the last 100 values of its term, limited to steps with a similar number of tokens
-    or pairs; at least 20 such values are needed."""
+    """Distance from the median above which a loss term is a spike, in standard deviations estimated by the median
+    absolute deviation. A value is compared with the last 100 values of its term, limited to steps with a similar number
+    of tokens or pairs. At least 20 such values are needed."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "TrainConfig":
