@@ -108,8 +108,8 @@ class RunConfig(Section):
     def _check_gradient_diagnostics(self) -> "RunConfig":
         if self.monitor.gradients_every and self.model.lora:
             raise ValueError(
-                "monitor.gradients_every measures the gradients of the whole model, but model.lora trains adapters only: "
-                "remove one of the two"
+                "monitor.gradients_every measures the gradients of the whole model, but model.lora trains adapters "
+                "only: remove one of the two"
             )
         if (
             self.monitor.gradients_every
@@ -123,7 +123,7 @@ class RunConfig(Section):
         return self
 
     def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
-        """Return the layout of a record of `views` views in this run; for `validating` see ObjectiveConfig.make_layout."""
+        """Return the layout of a record of `views` views. `validating` is explained in ObjectiveConfig.make_layout."""
         return self.objective.make_layout(
             specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
         )

@@ -5,8 +5,9 @@
     checkpoints/latest            name of the newest valid checkpoint, for information only
     checkpoints/damaged-...       corrupt checkpoint, set aside with the reason in damage.txt and never loaded
 
-A checkpoint is written to a hidden folder (saving.py) and renamed once every rank's files are on disk. A kill at any time
-therefore leaves a complete checkpoint or none. DeepSpeed's shards are pickles, so they are loaded from run folders only.
+A checkpoint is written to a hidden folder (saving.py) and renamed once every rank's files are on disk. A kill at any
+time therefore leaves a complete checkpoint or none. DeepSpeed's shards are pickles, so they are loaded from run folders
+only.
 """
 
 import contextlib
@@ -144,7 +145,10 @@ def _with_checksum(manifest: dict[str, Any]) -> str:
 
 
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return the problem of a checkpoint, None if it is valid. Reads every `parts`-th file, starting with number `part`."""
+    """Return the problem of a checkpoint, None if it is valid.
+
+    Only every `parts`-th file is read, starting with number `part`.
+    """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -202,7 +206,8 @@ def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Verif
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
         say(
-            f"WARNING: the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as damaged-{checkpoint.name}"
+            f"WARNING: the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as "
+            f"damaged-{checkpoint.name}"
         )
         if world.is_main:
             _set_aside(checkpoint, problems[0])
@@ -252,7 +257,8 @@ def make_universal(
             f"ranks: start with {found.ranks}"
         )
     say(
-        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it"
+        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: "
+        "converting it"
     )
     converted = world.run_and_sync_errors(lambda: _convert(found.path, target, stop) if world.is_main else True)
     if not all(world.gather_objects(converted)):
@@ -292,8 +298,8 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
     if process.returncode:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
         raise UserError(
-            f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with the number "
-            "of ranks that wrote it, or free disk space if the disk is full"
+            f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with the "
+            "number of ranks that wrote it, or free disk space if the disk is full"
         )
     return True
 
@@ -337,8 +343,8 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
         # (DeepSpeed 0.19.8).
         group |= setting
     for parameter, state in optimizer.state.items():
-        # DeepSpeed lets all parameters share one step counter, and each parameter would advance it, so give each its own.
-        # The fused step needs it on the device.
+        # DeepSpeed lets all parameters share one step counter, and each of them would advance it, so give each its own.
+        # The fused step needs the counter on the device.
         state["step"] = state["step"].clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
     if shards != found.path:
         _load_frozen(engine, found.path, world)

@@ -38,8 +38,8 @@ IMMUTABLE_ON_RESUME = (
     "deepspeed.zero_optimization.zero_quantized_weights",
     *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING),
 )
-"""Keys that may not change on resume. They determine what is computed, or how DeepSpeed's files are read. The shards and
-the tokenizer may not change either."""
+"""Keys that may not change on resume. They determine what is computed, or how DeepSpeed's files are read. The shards
+and the tokenizer may not change either."""
 MUTABLE_ON_RESUME = (
     "train.activation_checkpointing",
     "train.compile",
@@ -109,8 +109,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     if changed:
         listed = ", ".join(f"{key} ({_value_at(before, key)}, now {_value_at(now, key)})" for key in changed[:5])
         raise UserError(
-            f"{run_dir} contains a run with another {listed}, which determines what is computed: choose another `name`, "
-            "or remove that folder"
+            f"{run_dir} contains a run with another {listed}; this may not change on resume: choose another `name`, or "
+            "remove that folder"
         )
     environment: dict[str, Any] = (
         _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
@@ -136,8 +136,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     rows, rows_before = ranks_now * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
     if rows != rows_before:
         accepted.append(
-            f"a micro step has {rows} rows on {ranks_now} ranks, had {rows_before} on {ranks_before}: the pool of terms "
-            "that compare pairs with each other (info_nce, regularizers) has another size"
+            f"a micro step has {rows} rows on {ranks_now} ranks, had {rows_before} on {ranks_before}: the pool of "
+            "terms that compare pairs with each other (info_nce, regularizers) has another size"
         )
     return accepted
 
@@ -162,7 +162,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the defaults of PARTITIONING filled in, so that omitting a default is not a change."""
+    """Return a configuration with the defaults of PARTITIONING filled in, so omitting a default is not a change."""
     deepspeed = values.get("deepspeed") or {}
     return values | {
         "deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}

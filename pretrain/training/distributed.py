@@ -166,8 +166,8 @@ def normalize_launcher_env() -> None:
     if int(os.environ["WORLD_SIZE"]) < started:
         raise UserError(
             f"mpirun or srun started {started} processes, and each would be a separate run with "
-            f"{os.environ['WORLD_SIZE']} rank(s): start run.py directly under mpirun or srun, or start the other launcher "
-            "once for all nodes"
+            f"{os.environ['WORLD_SIZE']} rank(s): start run.py directly under mpirun or srun, or start the other "
+            "launcher once for all nodes"
         )
     if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         os.environ["MASTER_PORT"] = "0"  # a single rank uses any free port

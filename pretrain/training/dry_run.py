@@ -1,6 +1,7 @@
 """The resource estimate of a run: parameters, batch, FLOPs, steps and memory, from the configuration and the lengths.
 
-Only the model is built, on the meta device, so it has shapes but no values. There is no process group and no run folder.
+Only the model is built, on the meta device, so it has shapes but no values. There is no process group and no run
+folder.
 """
 
 import math
@@ -69,7 +70,8 @@ def dry_run(config: RunConfig) -> None:
     if corpus is None:
         print(
             f"note: there is no corpus in {config.data.path}. The vocabulary is taken from data.tokenizer and rows are "
-            "assumed to be full.\nTo include records, pairs and the cost of the JEPA term, run: python -m data_prep CONFIG"
+            "assumed to be full.\nTo include records, pairs and the cost of the JEPA term, run: python -m data_prep "
+            "CONFIG"
         )
     if plan.step.skipped_windows:
         print(f"note: means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
@@ -84,9 +86,9 @@ def dry_run(config: RunConfig) -> None:
     for table in filter(None, tables):
         _print_table(table)
     print(
-        "\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361). Attention scores: "
-        "12 FLOPs per\nlayer, width of the heads and visible key. Model states: arXiv 1910.02054. Activations: arXiv "
-        "2205.05198, without stored scores.\nOffloading is not included.",
+        "\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361). Attention "
+        "scores: 12 FLOPs per\nlayer, width of the heads and visible key. Model states: arXiv 1910.02054. Activations: "
+        "arXiv 2205.05198, without stored scores.\nOffloading is not included.",
         flush=True,
     )
 
@@ -462,8 +464,9 @@ def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
 def reduce_buffers(plan: Plan) -> dict[str, float]:
     """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
 
-    DeepSpeed allocates reduce_bucket_size elements; with overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten memory
-    counts on a GPU but not on the host. Without contiguous_gradients there are no buffers: gradients are reduced in place.
+    DeepSpeed allocates reduce_bucket_size elements; with overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
+    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers: gradients are reduced
+    in place.
     """
     zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1

@@ -81,8 +81,8 @@ def build_engine(
     """Build the model, partitioned from the start, and its optimizer.
 
     `resuming` means that a checkpoint will be loaded, so no initial weights are read. `universal` means that this
-    checkpoint was converted from another number of ranks. Raises UserError if the batch sizes do not divide evenly or the
-    model does not fit the corpus.
+    checkpoint was converted from another number of ranks. Raises UserError if the batch sizes do not divide evenly or
+    the model does not fit the corpus.
     """
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -182,7 +182,7 @@ def gradient_accumulation_dtype(config: RunConfig) -> str:
 
 
 def check_zero_options(settings: dict[str, Any], device: str | None = None) -> None:
-    """Raise UserError for an option of zero_optimization that DeepSpeed does not support at all or on this device type."""
+    """Raise UserError for an option of zero_optimization that DeepSpeed does not support, or not on this device."""
     try:
         zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValidationError as error:

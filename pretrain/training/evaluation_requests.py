@@ -28,7 +28,7 @@ LAUNCHER_VARIABLES = (
     "ROLE_",
     SUPERVISED_VARIABLE,
 )
-"""Environment variables that would mark the evaluation job as a process of the run; a name that ends in `_` is a prefix."""
+"""Environment variables that would mark the job as a process of the run; a name that ends in `_` is a prefix."""
 
 
 def single_process_environment() -> dict[str, str]:
@@ -67,8 +67,8 @@ def check_device(device: str) -> None:
     gpus = int(counted.stdout.split()[-1])
     if int(number) >= gpus:
         raise UserError(
-            f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose a GPU that training does not use, "
-            "or cpu"
+            f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose a GPU that training does not "
+            "use, or cpu"
         )
 
 

@@ -63,8 +63,8 @@ def report_first_error(world: World, error: Exception, step: int, report: Callab
         ]
     except StoreUnreachable:
         line = (
-            f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended at "
-            f"step {step} with {what}"
+            f"error: rank 0 on {world.hosts[0]} does not answer; rank {world.rank} on {world.hosts[world.rank]} ended "
+            f"at step {step} with {what}"
         )
         report(line)
         return line

@@ -1,7 +1,7 @@
 """A process next to each rank that kills the rank if its heartbeats stop.
 
-A stopped rank cannot end itself, and a launcher would wait for it forever. `python heartbeat_killer.py PID`: each line on
-standard input is a heartbeat, and contains the number of seconds within which the next one must follow. It uses the
+A stopped rank cannot end itself, and a launcher would wait for it forever. `python heartbeat_killer.py PID`: each line
+on standard input is a heartbeat, and contains the number of seconds within which the next one must follow. It uses the
 standard library only, so it starts quickly and needs little memory.
 """
 
@@ -12,7 +12,8 @@ import signal
 import sys
 
 EXTRA_SECONDS = 5.0
-"""Additional time for a heartbeat, in seconds: after a pause of the whole machine this process may run before the rank."""
+"""Additional time for a heartbeat, in seconds. After a pause of the whole machine, this process may run before the
+rank."""
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import torch
 class HostCopies:
     """Copies of nested values in host buffers that are reused from one save to the next.
 
-    On CUDA the buffers are in pinned memory, and copying overlaps with the computation. The copies of one save are valid
-    until the next save begins. Call `before_change` before changing the originals, and `wait` before reading the copies.
+    On CUDA the buffers are in pinned memory, and copying overlaps with the computation. The copies of one save are
+    valid until the next save begins. Call `before_change` before changing the originals, and `wait` before reading the
+    copies.
     """
 
     def __init__(self, device: torch.device):
@@ -27,7 +28,7 @@ class HostCopies:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of nested dictionaries, lists and tuples of tensors; a tensor that occurs several times is copied once."""
+        """Return a copy of nested dictionaries, lists and tuples of tensors. A repeated tensor is copied once."""
         copied = self._copy(value, {})
         if self._stream and self._done:
             self._done.record(self._stream)

@@ -20,8 +20,8 @@ separate graphs, and so does each mask of Gemma 2."""
 
 def enable_activation_checkpointing(model: LanguageModel) -> None:
     """Keep only the input of each layer, and recompute the layer in the backward pass."""
-    # The reentrant variant would run ZeRO-3's gradient hooks in a separate backward pass for each layer, and it does not
-    # support torch.autograd.grad.
+    # The reentrant variant would run ZeRO-3's gradient hooks in a separate backward pass for each layer. It does not
+    # support torch.autograd.grad either.
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -36,8 +36,8 @@ def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
 def compile_layers(model: LanguageModel) -> None:
     """Compile the layers only: the shape of their input is fixed, but the numbers of labels and pairs vary by batch.
 
-    Call it before DeepSpeed is initialised. One graph serves all layers of the same shape. Under ZeRO stage 3 each layer
-    must be gathered as one unit, because hooks inside a layer would break its graph at each linear map.
+    Call it before DeepSpeed is initialised. One graph serves all layers of the same shape. Under ZeRO stage 3 each
+    layer must be gathered as one unit, because hooks inside a layer would break its graph at each linear map.
     """
     for layer in model.causal_lm.model.layers:
         # compiles forward() and not __call__, because __call__ runs the hooks around the layer
@@ -47,8 +47,8 @@ def compile_layers(model: LanguageModel) -> None:
 def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> None:
     """Raise torch._dynamo's limit to allow compiling every layer, or the FlexAttention of every layer.
 
-    The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. `warn` is called
-    once if the limit is reached nevertheless.
+    The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. `warn` is
+    called once if the limit is reached nevertheless.
     """
     limit = GRAPHS_PER_SHAPE * len({_shape(layer) for layer in model.causal_lm.model.layers})
     settings = torch._dynamo.config
@@ -86,7 +86,7 @@ class _LimitReached(logging.Handler):
         message = " ".join(record.getMessage().split())
         if self._warn and message.startswith("torch._dynamo hit config."):
             self._warn(
-                f"WARNING: some layers run uncompiled, and more slowly: {message[:300]}; set TORCH_LOGS=recompiles to see "
-                "the reasons"
+                f"WARNING: some layers run uncompiled, and more slowly: {message[:300]}; set TORCH_LOGS=recompiles to "
+                "see the reasons"
             )
             self._warn = None

@@ -249,9 +249,9 @@ class Trainer:
 
         Return the consensus of all ranks, the last pool, the spike score of the loss, and whether the step is skipped.
 
-        `divisors` are the normalisers of the terms: the number of target tokens, pairs or spans of the global batch. The
-        ranks reach their consensus before the last backward pass. If the step is skipped, that pass makes the gradient NaN
-        on all ranks, so DeepSpeed makes no update.
+        `divisors` are the normalisers of the terms: the number of target tokens, pairs or spans of the global batch.
+        The ranks reach their consensus before the last backward pass. If the step is skipped, that pass makes the
+        gradient NaN on all ranks, so DeepSpeed makes no update.
         """
         sums: dict[str, torch.Tensor] = {}
         weights = self.weights
@@ -340,8 +340,8 @@ class Trainer:
                 else "the gradient was not finite on some rank"
             )
             self._say(
-                f"WARNING: step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped steps so "
-                "far)"
+                f"WARNING: step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped "
+                "steps so far)"
             )
         return updated
 
@@ -361,12 +361,13 @@ class Trainer:
         to, problem = self.world.gather_objects((to, problem))[0]
         if problem:
             self._say(
-                f"WARNING: cannot rewind for the spike of step {step} (score {score:.1f}), skipping only the step: {problem}"
+                f"WARNING: cannot rewind for the spike of step {step} (score {score:.1f}), skipping only the step: "
+                f"{problem}"
             )
             return False
         self.reason = (
-            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start resumes from "
-            f"step {to} and skips steps {step - 1} and {step}"
+            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start resumes "
+            f"from step {to} and skips steps {step - 1} and {step}"
         )
         self._say(f"WARNING: {self.reason}")
         return True
@@ -449,14 +450,14 @@ class Trainer:
                     start_evaluations(self.config.run_dir, device)
 
     def _warn_about_launchers(self) -> None:
-        """Warn once if a step and a save take longer than the launchers' grace period, because a signal then loses steps."""
+        """Warn once if a step and a save take longer than LAUNCHER_GRACE, because a signal then loses steps."""
         needed = self.step_seconds + self.saver.duration
         if self.world.size > 1 and not self.warned_of_launchers and needed > LAUNCHER_GRACE:
             self.warned_of_launchers = True
             self._say(
-                f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s after "
-                "Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send SIGUSR1 to one "
-                "of its ranks"
+                f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s "
+                "after Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send "
+                "SIGUSR1 to one of its ranks"
             )
 
     @contextmanager

@@ -42,10 +42,10 @@ def model_states(
     optimizer states by the number of ranks, stage 2 also the gradients, and stage 3 everything. In fp32, plain training
     needs 4 + 4 + 8 bytes. DeepSpeed keeps its fp32 copy next to fp32 parameters too, so it needs 4 + 4 + 12.
 
-    The optimizer step needs another fp32 copy of this rank's part of the gradients. Stage 1 has freed the other parts by
-    then. If bf16 gradients are accumulated in fp32, they need 4 bytes, and stages 1 and 2 update from them without another
-    copy. Stage 1 then keeps the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small` parameters
-    are also kept unpartitioned, next to their partitions, between two steps. A test measures all of this.
+    The optimizer step needs another fp32 copy of this rank's part of the gradients. Stage 1 has freed the other parts
+    by then. If bf16 gradients are accumulated in fp32, they need 4 bytes, and stages 1 and 2 update from them without
+    another copy. Stage 1 then keeps the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small`
+    parameters are also kept unpartitioned, next to their partitions, between two steps. A test measures all of this.
     """
     item = ITEM_BYTES[precision]
     if stage == 0:
@@ -111,14 +111,18 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
 
     Layers are counted as in Korthikanti et al., arXiv 2205.05198, section 4.1: each matrix product stores its input,
     attention stores its queries, keys and values, and each norm stores its input. With b bytes per element, width h,
-    queries q, keys k, gated feed-forward f and norms n (2 h in Llama), a layer needs (4 + b) n + b (2 h + 2 q + 2 k + 4 f)
-    bytes per position. The norms of transformers store their input in fp32 and their normalised output. There is no
-    dropout. Attention scores are not stored, because the kernels recompute them. With checkpointing, b h bytes per layer
-    and position remain (their section 5).
+    queries q, keys k, gated feed-forward f and norms n (2 h in Llama), a layer needs this many bytes per position:
 
-    Logits are computed for the targets only, in chunks whose size depends on the `device`, cpu or cuda. They need an fp32
-    tensor, which the gradient overwrites; in bf16 also a bf16 copy; with soft-capping also the slope. The gradient of the
-    head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in bf16 a third.
+        (4 + b) n + b (2 h + 2 q + 2 k + 4 f)
+
+    The norms of transformers store their input in fp32 and their normalised output. There is no dropout. Attention
+    scores are not stored, because the kernels recompute them. With checkpointing, b h bytes per layer and position
+    remain (their section 5).
+
+    Logits are computed for the targets only, in chunks whose size depends on the `device`, cpu or cuda. They need an
+    fp32 tensor, which the gradient overwrites; in bf16 also a bf16 copy; with soft-capping also the slope. The gradient
+    of the head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in bf16 a
+    third.
     """
     item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
     layers = [

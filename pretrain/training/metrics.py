@@ -21,8 +21,8 @@ EVENTS = "events.out.tfevents."
 class Metrics:
     """The writer of metrics.jsonl and TensorBoard files, used by rank 0 of the training run only.
 
-    A run that resumes from `step` removes everything that was written after that step, so no step is repeated or missing.
-    If the disk is full, values are kept in memory and written once there is room.
+    A run that resumes from `step` removes everything that was written after that step, so no step is repeated or
+    missing. If the disk is full, values are kept in memory and written once there is room.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -78,8 +78,8 @@ class Metrics:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             print_now(
-                f"WARNING: cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} lines in "
-                "memory until there is room"
+                f"WARNING: cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} "
+                "lines in memory until there is room"
             )
 
     def _open(self, step: int) -> None:
@@ -120,8 +120,8 @@ class Metrics:
         except OSError as error:
             self._writer = None
             print_now(
-                f"WARNING: cannot write {self._folder} ({error.strerror}); keeping {len(self._unflushed)} steps in memory "
-                "until there is room"
+                f"WARNING: cannot write {self._folder} ({error.strerror}); keeping {len(self._unflushed)} steps in "
+                "memory until there is room"
             )
 
 
@@ -137,8 +137,8 @@ def _silence_threads() -> None:
 def _backdate(folder: Path) -> None:
     """Rename the event files of earlier starts to make them sort before the next one, even if the clock was set back.
 
-    TensorBoard reads the files of a folder in the order of their names, and a name begins with the time of creation. The
-    file of a new start makes it drop later steps that it has already read. The renamed files keep their order.
+    TensorBoard reads the files of a folder in the order of their names, and a name begins with the time of creation.
+    The file of a new start makes it drop later steps that it has already read. The renamed files keep their order.
     """
     files = sorted(folder.glob(f"{EVENTS}*"))
     for number, path in enumerate(files, int(time.time()) - len(files)):

@@ -42,10 +42,11 @@ def validation_line(progress: Progress, values: dict[str, float]) -> str:
 def collapse_warning(monitors: dict[str, float]) -> str:
     """Return the warning about a collapse. It explains the problem, because the loss curve looks like success."""
     return (
-        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, unrelated "
-        f"views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in {monitors['retrieval_at_1']:.1%} of "
-        "cases. A low loss/jepa means nothing then, because the model maps everything to few directions. Distances without "
-        "negatives tend to cause this. Use info_nce, which has negatives, or objective.regularizers"
+        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
+        f"unrelated views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in "
+        f"{monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa means nothing then, because the model maps "
+        "everything to few directions. Distances without negatives tend to cause this. Use info_nce, which has "
+        "negatives, or objective.regularizers"
     )
 
 

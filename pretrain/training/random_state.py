@@ -27,7 +27,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(checkpoint: Path, rank: int) -> None:
-    """Restore the generators of a rank from a checkpoint. A rank that the checkpoint does not have keeps its own state."""
+    """Restore the generators of a rank from a checkpoint. A rank without a saved state keeps its own."""
     path = checkpoint / random_state_file_name(rank)
     if not path.exists():
         return

@@ -22,11 +22,12 @@ COPY_TIMEOUT = 10.0
 
 
 class RankLog:
-    """Redirection of a rank's standard output and standard error to `logs/rank-00000.log`; rank 0 keeps the console too.
+    """Redirection of a rank's standard output and standard error to `logs/rank-00000.log`.
 
-    This includes the output of C++ libraries, even if they abort the process. On rank 0 a small process copies that output
-    (console_copy.py), so it may appear slightly later than Python's output. A full disk or a closed console does not end a
-    rank.
+    Rank 0 writes to the console too.
+    This includes the output of C++ libraries, even if they abort the process. On rank 0 a small process copies that
+    output (console_copy.py), so it may appear slightly later than Python's output. A full disk or a closed console does
+    not end a rank.
     """
 
     def __init__(self, run_dir: Path, rank: int):

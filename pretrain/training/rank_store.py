@@ -1,4 +1,4 @@
-"""A key-value store for exchanging values between ranks without collectives, which hang or fail together with a rank."""
+"""A key-value store to exchange values between ranks without collectives, which hang or fail together with a rank."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class StoreUnreachable(Exception):
 
 
 class RankStore:
-    """JSON values by key in the ranks' common store, on a separate connection. Every call may raise StoreUnreachable."""
+    """JSON values in the ranks' common store, on a separate connection. Every call may raise StoreUnreachable."""
 
     def __init__(self, store: dist.Store):
         self._store = store.clone()  # type: ignore[attr-defined]  # not in the stubs of torch

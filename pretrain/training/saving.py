@@ -1,8 +1,8 @@
 """Saving of checkpoints.
 
 The training thread copies the state, a separate thread writes the files, and the folder is renamed once all ranks have
-written. A failed save, for example because the disk is full, does not end the run: earlier checkpoints are kept, and the
-next save is attempted.
+written. A failed save, for example because the disk is full, does not end the run: earlier checkpoints are kept, and
+the next save is attempted.
 """
 
 import shutil
@@ -28,8 +28,8 @@ from pretrain.training.host_copies import HostCopies
 from pretrain.training.random_state import random_state, random_state_file_name
 
 BYTES_PER_PARAMETER = 12
-"""Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved in
-its own type."""
+"""Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved
+in its own type."""
 SPACE_FACTOR = 1.1
 """Required disk space for a checkpoint, relative to the size of the previous one."""
 
@@ -167,8 +167,8 @@ class Saver:
         self.failed += 1
         self.problem = problem
         self._say(
-            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and earlier checkpoints "
-            f"stay in {self._folder}"
+            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and earlier "
+            f"checkpoints stay in {self._folder}"
         )
 
     def _make_room(self, temporary: Path) -> str | None:

@@ -268,8 +268,8 @@ def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str]
         )
         if unknown:
             say(
-                f"WARNING: {config.data.path} was not decontaminated against {unknown[0]} (task {test.task}): its questions "
-                "may be in the training data; prepare another data.path with this configuration, or set "
+                f"WARNING: {config.data.path} was not decontaminated against {unknown[0]} (task {test.task}): its "
+                "questions may be in the training data; prepare another data.path with this configuration, or set "
                 "data.decontaminate=false"
             )
 
@@ -290,8 +290,8 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         find_tokenizer(Path(folder))
     except UserError:
         say(
-            f"note: model.init_from: {folder} has no tokenizer, so it is unknown whether its model was trained with the "
-            "token ids of the corpus"
+            f"note: model.init_from: {folder} has no tokenizer, so it is unknown whether its model was trained with "
+            "the token ids of the corpus"
         )
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -299,8 +299,8 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(
-            f"model.init_from: the tokenizer of {folder} differs from the one of {corpus.folder} ({difference}); prepare "
-            "the corpus with data.tokenizer.path set to the former folder"
+            f"model.init_from: the tokenizer of {folder} differs from the one of {corpus.folder} ({difference}); "
+            "prepare the corpus with data.tokenizer.path set to the former folder"
         )
 
 
@@ -338,8 +338,8 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
             return bound
         if len(split) > LENGTHS_AT_ONCE:
             say(
-                f"note: reading the lengths of {len(split):,} records, because the manifest does not show whether all fit "
-                f"data.sequence_length={length}"
+                f"note: reading the lengths of {len(split):,} records, because the manifest does not show whether all "
+                f"fit data.sequence_length={length}"
             )
         return max(layout.positions(lengths).max() for lengths in _all_lengths(split))
 
@@ -348,18 +348,18 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
         needed = max(needed, longest(Corpus(config.data.path, "validation"), validating=True))
     if needed > length:
         raise UserError(
-            f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: the "
-            f"longest needs {needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, "
-            "which drops and counts longer records"
+            f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: "
+            f"the longest needs {needed} positions; raise it, or prepare the corpus again with a smaller "
+            "data.sequence_length, which drops and counts longer records"
         )
 
 
 def _max_positions_from_manifest(corpus: Corpus, layout: Layout) -> float:
     """Return an upper bound of the positions of a record, from `positions_needed` of the manifest.
 
-    The bound is infinite if the layout may need more positions than `positions_needed` counts. For each number of present
-    views, both are linear in the lengths. It is therefore enough to compare them for lengths of 1, and for one very long
-    view at a time.
+    The bound is infinite if the layout may need more positions than `positions_needed` counts. For each number of
+    present views, both are linear in the lengths. It is therefore enough to compare them for lengths of 1, and for one
+    very long view at a time.
     """
     shapes = np.concatenate(
         [

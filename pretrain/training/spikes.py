@@ -17,7 +17,7 @@ MAX_COUNT_RATIO = 2
 """Largest ratio of the numbers of tokens or pairs in two comparable steps. A mean over few pairs varies more, and a
 contrastive loss grows with the number of pairs."""
 MIN_SPREAD = 0.005
-"""Smallest spread, as a fraction of the median. It keeps the noise of a nearly constant loss from counting as a spike."""
+"""Smallest spread, as a fraction of the median; it keeps noise in a nearly constant loss from counting as a spike."""
 MAX_REWINDS_PER_CHECKPOINT = 3
 """Largest number of rewinds to the same checkpoint."""
 MAX_REWINDS = 20
@@ -31,9 +31,9 @@ class CannotRewind(Exception):
 class SpikeRule:
     """The recent unweighted losses of each term, each with the number of tokens or pairs in its mean.
 
-    The score of a loss is (loss - median) / (1.4826 MAD). MAD is the median absolute deviation from the median. 1.4826 MAD
-    is an estimate of the standard deviation that is robust to outliers (Iglewicz and Hoaglin, How to Detect and Handle
-    Outliers, 1993).
+    The score of a loss is (loss - median) / (1.4826 MAD). MAD is the median absolute deviation from the median. 1.4826
+    MAD is an estimate of the standard deviation that is robust to outliers (Iglewicz and Hoaglin, How to Detect and
+    Handle Outliers, 1993).
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class SpikeRule:
         return max(scores, default=(0.0, ""))
 
     def load(self, losses: Any) -> None:
-        """Restore the losses from a checkpoint. Totals, saved by earlier versions, are dropped: they are not comparable."""
+        """Restore the losses from a checkpoint. Earlier versions saved totals, which are dropped as not comparable."""
         self.losses = (
             {term: [(loss, count) for loss, count in recent] for term, recent in losses.items()}
             if isinstance(losses, dict)

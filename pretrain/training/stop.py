@@ -17,8 +17,8 @@ class StopRequest:
     """A request to stop, set by SIGTERM, SIGINT or SIGUSR1.
 
     A second signal ends the process immediately, but is ignored within GRACE seconds of the first: launchers forward a
-    signal that their ranks have already received from the terminal or the scheduler. A thread reads the signals, because
-    Python runs handlers on the main thread only, and that thread may hang in a collective.
+    signal that their ranks have already received from the terminal or the scheduler. A thread reads the signals,
+    because Python runs handlers on the main thread only, and that thread may hang in a collective.
     """
 
     GRACE = 10.0
@@ -47,7 +47,5 @@ class StopRequest:
             os._exit(128 + number)
         self.received, self.since = number, time.monotonic()
         with contextlib.suppress(OSError):  # the output may be closed
-            os.write(
-                2,
-                f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n".encode(),
-            )
+            message = f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n"
+            os.write(2, message.encode())

@@ -23,8 +23,8 @@ PEAK_BF16_FLOPS = {
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
 }
-"""Dense bf16 peak in FLOP/s by the full name of a device, from its manufacturer's data sheet. Other devices have no MFU,
-because a guessed peak would be misleading."""
+"""Dense bf16 peak in FLOP/s by the full name of a device, from its manufacturer's data sheet. Other devices have no
+MFU, because a guessed peak would be misleading."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Parameters:
     def flops(self, positions: float, targets: float) -> tuple[float, float]:
         """Return the FLOPs of the layers and of the output head, forward and backward.
 
-        They are 6 per position and parameter of the layers, and 6 per next-token target and parameter of the head (Kaplan
-        et al., arXiv 2001.08361, section 2.1). Attention scores and padding are not counted.
+        They are 6 per position and parameter of the layers, and 6 per next-token target and parameter of the head
+        (Kaplan et al., arXiv 2001.08361, section 2.1). Attention scores and padding are not counted.
         """
         return 6 * self.layers * positions, 6 * self.head * targets
 
@@ -69,7 +69,7 @@ def peak_flops() -> float | None:
 
 
 class Throughput:
-    """Rates of the steps since the last report, without validation and checkpoints. MFU is based on `Parameters.flops`."""
+    """Rates of the steps since the last report, without validation and checkpoints. MFU uses `Parameters.flops`."""
 
     def __init__(self, parameters: Parameters, ranks: int, row_length: int):
         self.parameters, self.row_length = parameters, row_length

@@ -18,8 +18,8 @@ from pretrain.training.distributed import World
 class Validation:
     """Records spread evenly over the validation split, packed once and divided among the ranks.
 
-    Each source is represented in proportion to its size. Micro steps have the same rows as in training, so the pools of a
-    contrastive term are comparable. The monitors are computed over all pairs together.
+    Each source is represented in proportion to its size. Micro steps have the same rows as in training, so the pools of
+    a contrastive term are comparable. The monitors are computed over all pairs together.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """Detection of hanging runs: such a run ends, and its log names the rank, host and step that is missing.
 
-If a rank is stopped, dead on another node or stuck in a loop, its peers wait silently in a collective until its timeout.
-That timeout must be long enough for the slowest start. Every rank therefore has a thread that stores its progress as
-heartbeats in the ranks' common store. If its own training thread makes no progress for too long, it reads the heartbeats
-of all ranks. It also watches the heartbeats of the next rank all the time. A dead process thus ends the run sooner, even
-under NCCL, where the peers do not notice.
+If a rank is stopped, dead on another node or stuck in a loop, its peers wait silently in a collective until its
+timeout. That timeout must be long enough for the slowest start. Every rank therefore has a thread that stores its
+progress as heartbeats in the ranks' common store. If its own training thread makes no progress for too long, it reads
+the heartbeats of all ranks. It also watches the heartbeats of the next rank all the time. A dead process thus ends the
+run sooner, even under NCCL, where the peers do not notice.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ def _describe(beat: Beat) -> str:
 class Watchdog:
     """The watchdog thread of one rank.
 
-    If the run hangs, the first rank that detects it calls `end` with a line that names the missing ranks. Then every rank
-    that detects it ends its process.
+    If the run hangs, the first rank that detects it calls `end` with a line that names the missing ranks. Then every
+    rank that detects it ends its process.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Watchdog:
         self._rank_store.put(_key(self._own.rank), asdict(self._own))
 
     def _dead_peer(self) -> str:
-        """Return a description of the next rank if its heartbeats have been missing long enough to count as dead, else ""."""
+        """Return a description of the next rank if it counts as dead, else an empty text."""
         peer = last_heartbeats(self._rank_store, self._hosts, [self._next])[0]
         silent = peer.rank != self._own.rank and not peer.ended and 0 < peer.beats == self._next_beats
         self._next_beats = peer.beats

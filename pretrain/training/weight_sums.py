@@ -1,7 +1,7 @@
 """Checksums of the weights that do not depend on how ZeRO partitions them.
 
-They are saved with each checkpoint and compared after it is loaded. DeepSpeed's files contain flat partitions without the
-names of the parameters, so a loader that assumes another order would silently fill the model with permuted weights.
+They are saved with each checkpoint and compared after it is loaded. DeepSpeed's files contain flat partitions without
+the names of the parameters, so a loader that assumes another order would silently fill the model with permuted weights.
 """
 
 import math
@@ -24,15 +24,15 @@ TOLERANCE = 1e-9
 summation only."""
 
 Sums = dict[str, list[float]]
-"""Four numbers for each parameter: the weighted sums of the elements and of their absolute values, first for the fp32 copy
-that the optimizer updates, then for the weights that the model computes with."""
+"""Four numbers for each parameter: the weighted sums of the elements and of their absolute values, first for the fp32
+copy that the optimizer updates, then for the weights that the model computes with."""
 
 
 def weight_sums(module: nn.Module, world: World) -> Sums:
     """Return the sums over i of c(i) w(i) and c(i) |w(i)| for each parameter w of an engine's module, in fp64.
 
-    i is the index in the flattened parameter. The coefficients c(i) = 1 + i mod PERIOD make a permutation change the sum.
-    All ranks must call this together.
+    i is the index in the flattened parameter. The coefficients c(i) = 1 + i mod PERIOD make a permutation change the
+    sum. All ranks must call this together.
     """
     named = list(module.named_parameters())
     local = [
@@ -50,7 +50,7 @@ def weight_sums(module: nn.Module, world: World) -> Sums:
 
 
 def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
-    """Raise UserError if the loaded weights differ from the saved ones. Checkpoints of earlier versions have no sums."""
+    """Raise UserError if the loaded weights differ from the saved ones. Older checkpoints have no sums to compare."""
     if saved is None:
         return
     different = sorted(saved.keys() ^ loaded.keys()) + [
