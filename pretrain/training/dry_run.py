@@ -323,7 +323,7 @@ def _largest_step(config: RunConfig) -> Step:
 def _parameter_table(plan: Plan) -> Table:
     size = plan.parameters
     embedding = (
-        f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", tied to the output head" * size.tied
+        f"embedding, {plan.model.vocab_size:,} x {plan.model.hidden_size:,}" + ", is the output head too" * size.tied
     )
     head = [] if size.tied else [("output head", f"{size.head:,}")]
     predictor = [("predictor embedding", f"{size.predictor:,}")] if size.predictor else []
@@ -353,13 +353,13 @@ def _step_table(plan: Plan) -> Table:
     train, step, stream, plain = plan.config.train, plan.step, plan.step.stream, plan.step.without_pairs
     title = f"one step, mean of {step.planned:,}" if step.planned else "one step, at most"
     rows: Table = [
-        (title, plan.config.objective.name, *(("next_token", "overhead") if plain else ())),
+        (title, plan.config.objective.name, *(("next_token", "more") if plain else ())),
         ("rows", f"{train.global_batch_rows:,}"),
     ]
     for ranks in plan.rank_counts:
         rows.append(
             (
-                f"micro steps per rank on {ranks:,} rank{'s' * (ranks > 1)}",
+                f"micro steps per rank ({ranks:,} rank{'s' * (ranks > 1)})",
                 f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}",
             )
         )
@@ -409,7 +409,7 @@ def _budget_table(plan: Plan) -> Table:
             ("total corpus tokens", f"{full_steps * step.tokens:,.0f}"),
             ("epochs", f"{full_steps * step.records / step.order.epoch_records:,.2f}"),
         ]
-    rows.append(("total FLOPs" if corpus else "total FLOPs, with full rows", f"{full_steps * plan.flops:.3g}"))
+    rows.append(("total FLOPs" if corpus else "total FLOPs with full rows", f"{full_steps * plan.flops:.3g}"))
     peak = peak_flops()
     if peak is not None and train.precision == "bf16":
         speed = ASSUMED_MFU * peak * (plan.ranks or 1)
@@ -437,13 +437,13 @@ def _states_table(plan: Plan) -> Table:
     unit, scale = _memory_unit(plan)
     rows: Table = [
         (
-            f"model states per rank in {precision}, {unit}",
+            f"model states of a rank in {precision}, {unit}",
             "ranks",
             "parameters",
             "gradients",
             "optimizer",
-            "total",
-            "peak in the step",
+            "combined",
+            "during the step",
         )
     ]
     for (stage, ranks), held in states.items():
@@ -465,8 +465,8 @@ def reduce_buffers(plan: Plan) -> dict[str, float]:
     """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
 
     DeepSpeed allocates reduce_bucket_size elements; with overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
-    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers: gradients are reduced
-    in place.
+    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers, because gradients stay
+    where they are until they are reduced.
     """
     zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1
@@ -492,7 +492,7 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
         ("activations of the layers", kept.layers, kept.checkpointed_layers),
         ("logits of the targets", kept.logits, kept.logits),
         ("gradient of the output head", kept.head, kept.head),
-        (f"gradient reduction buffers{extent}", reduced, reduced),
+        (f"gradients to be reduced{extent}", reduced, reduced),
     ]
     if int(zero.stage) == 3:
         gathered = item * min(plan.total, zero.max_live_parameters)
@@ -513,14 +513,14 @@ def _activation_table(plan: Plan) -> Table:
     }
     rows = list(dict.fromkeys(row for each in held.values() for row in each))
     for device, each in held.items():
-        name = "total" + f" on {device.upper()}" * (len(held) > 1)
+        name = "combined" + f" on {device.upper()}" * (len(held) > 1)
         rows.append((name, sum(row[1] for row in each), sum(row[2] for row in each)))
     unit, scale = _memory_unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
     return [
         (
-            f"other memory per rank, {unit}",
-            "without" if train.activation_checkpointing else "as configured",
+            f"other memory of a rank, {unit}",
+            "standard" if train.activation_checkpointing else "as configured",
             recomputed,
         ),
         *((name, f"{stored / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, stored, checkpointed in rows),

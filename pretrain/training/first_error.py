@@ -80,7 +80,7 @@ def report_first_error(world: World, error: Exception, step: int, report: Callab
         )
     else:
         report(first.trace.rstrip())
-        line = f"error: the first failure was {first}"
+        line = f"error: the first to fail was {first}"
     report(line)
     return line
 
