@@ -118,7 +118,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     for part, word in (("tokenizer", "tokenizer files"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
             raise UserError(
-                f"{config.data.path} contains other {word} than the ones that {run_dir} was started with: "
+                f"the {word} of {config.data.path} differ from the ones that {run_dir} was started with: "
                 "set data.path to the corpus of that run, or choose another `name`"
             )
     if environment["data"]["weights"] != data["weights"]:

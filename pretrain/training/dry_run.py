@@ -426,7 +426,7 @@ def _budget_table(plan: Plan) -> Table:
 def _states_table(plan: Plan) -> Table:
     """Return the table of model states by ZeRO stage and number of ranks.
 
-    Without ZeRO the number of ranks makes no difference, and on one rank all stages are equal, so those repetitions are
+    Without ZeRO the number of ranks makes no difference, and on one rank all stages are equal. These repetitions are
     omitted.
     """
     precision, configured = plan.config.train.precision, int(plan.zero.stage)
@@ -464,9 +464,9 @@ def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
 def reduce_buffers(plan: Plan) -> dict[str, float]:
     """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
 
-    DeepSpeed allocates reduce_bucket_size elements; with overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
-    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers, because gradients stay
-    where they are until they are reduced.
+    DeepSpeed allocates reduce_bucket_size elements. With overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
+    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers, because gradients
+    stay where they are until they are reduced.
     """
     zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1

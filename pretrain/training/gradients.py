@@ -36,8 +36,8 @@ def gradient_diagnostics(
     norms: dict[str, float] = {}
     reference: list[torch.Tensor] = []
     for name in sorted((name for name in weights if counts[name]), key=lambda name: name != REFERENCE):
-        alone = {other: weight if other == name else 0.0 for other, weight in weights.items()}
-        gradient = _gradient(module, batches, counts, alone, world, report_progress)
+        term_weights = {other: weight if other == name else 0.0 for other, weight in weights.items()}
+        gradient = _gradient(module, batches, counts, term_weights, world, report_progress)
         reference = reference or gradient
         square, product = world.sum([_dot(gradient, gradient), _dot(gradient, reference)])
         values[f"gradient/norm/{name}"] = norms[name] = square**0.5

@@ -62,7 +62,7 @@ class Validation:
     def run(
         self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """Validate on all ranks; return the values by metric tag. Only the main rank has those of the embeddings.
+        """Validate on all ranks; return the values by metric tag. Only the main rank returns the embedding monitors.
 
         `units` names the unit by whose count each term of the objective is divided. `stop` is called before each batch
         and must return the same value on all ranks; if it returns True, this returns None.

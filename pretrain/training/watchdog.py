@@ -1,4 +1,4 @@
-"""Detection of hanging runs: such a run ends, and its log names the rank, host and step that is missing.
+"""Detection of hanging runs: the run ends, and its log names the missing rank with its host and step.
 
 If a rank is stopped, dead on another node or stuck in a loop, its peers wait silently in a collective until its
 timeout. That timeout must be long enough for the slowest start. Every rank therefore has a thread that stores its
