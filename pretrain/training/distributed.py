@@ -102,7 +102,8 @@ class World:
     def run_and_sync_errors(self, action: Callable[[], Result]) -> Result:
         """Run an action on every rank that may fail on some ranks.
 
-        If any rank raises a UserError, all ranks raise the error of the lowest failing rank. Otherwise return the result.
+        If any rank raises a UserError, all ranks raise the error of the lowest failing rank. Otherwise return the
+        result.
         """
         result, error = None, None
         try:

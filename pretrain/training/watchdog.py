@@ -166,14 +166,9 @@ class Watchdog:
 
     def _send_heartbeat(self) -> None:
         """Send a heartbeat to the heartbeat killer, with the time until the next one is due."""
+        timeout = self._limit if len(self._hosts) == 1 else self._max_missed_beats * HEARTBEAT_INTERVAL
         with contextlib.suppress(OSError):  # the killer has ended
-            os.write(
-                self._killer_input,
-                b"%f\n"
-                % (
-                    (self._limit if len(self._hosts) == 1 else self._max_missed_beats * HEARTBEAT_INTERVAL) + KILL_DELAY
-                ),
-            )
+            os.write(self._killer_input, b"%f\n" % (timeout + KILL_DELAY))
 
     def _store_heartbeat(self) -> None:
         self._send_heartbeat()
@@ -200,7 +195,7 @@ class Watchdog:
         return max(MIN_MISSED_BEATS, DEAD_FRACTION * self._seconds / HEARTBEAT_INTERVAL)
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
-        """Return a description of the missing ranks, from heartbeats MIN_MISSED_BEATS beats ago and now."""
+        """Return a description of the missing ranks from the heartbeats `now` and `before`, MIN_MISSED_BEATS earlier."""
         silent = [beat for beat, earlier in zip(now, before, strict=True) if beat.beats == earlier.beats]
         slowest = [beat for beat in now if beat.step == min(other.step for other in now)]
         late = silent or (slowest if len(slowest) < len(now) else [])
@@ -225,7 +220,6 @@ class Watchdog:
         if first:
             self._end(line)
         else:
-            time.sleep(
-                HEARTBEAT_INTERVAL
-            )  # the reporting rank must print its line before the launcher sees a process end
+            # the reporting rank must print its line before the launcher sees a process end
+            time.sleep(HEARTBEAT_INTERVAL)
         os._exit(EXIT_CODE_HUNG)
