@@ -117,9 +117,8 @@ def build_engine(
         {"params": decayed, "weight_decay": config.train.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    fused = (
-        world.device.type == "cuda"
-    )  # the unfused optimizer makes several passes over all weights, and a copy of them
+    # the unfused optimizer would make several passes over all weights on the GPU, and a copy of them
+    fused = world.device.type == "cuda"
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.train.learning_rate,

@@ -466,7 +466,7 @@ class Trainer:
         try:
             yield
         except OSError as error:
-            self._say(f"WARNING: no {what}: {error.strerror or error}")
+            self._say(f"WARNING: skipping the {what}: {error.strerror or error}")
 
     def _is_evaluated(self, step: int) -> bool:
         return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0

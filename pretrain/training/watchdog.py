@@ -195,7 +195,7 @@ class Watchdog:
         return max(MIN_MISSED_BEATS, DEAD_FRACTION * self._seconds / HEARTBEAT_INTERVAL)
 
     def _missing(self, before: list[Beat], now: list[Beat]) -> str:
-        """Return a description of the missing ranks from the heartbeats `now` and `before`, MIN_MISSED_BEATS earlier."""
+        """Return a description of the missing ranks from heartbeats `now` and `before`, MIN_MISSED_BEATS earlier."""
         silent = [beat for beat, earlier in zip(now, before, strict=True) if beat.beats == earlier.beats]
         slowest = [beat for beat in now if beat.step == min(other.step for other in now)]
         late = silent or (slowest if len(slowest) < len(now) else [])
