@@ -1,4 +1,4 @@
-"""The whole configuration of a run: the `data` section of data_prep and everything that training adds."""
+"""The configuration of a run: the `data` section of data_prep and the sections that training adds."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ from pretrain.tasks.options import AnswerTask, TaskConfig
 if TYPE_CHECKING:
     ObjectiveSection = ObjectiveConfig
     TaskSection = TaskConfig
-else:  # the classes are found at run time
+else:  # the classes are discovered at run time
     ObjectiveSection = Annotated[Union[tuple(objective_configs().values())], Field(discriminator="name")]  # noqa: UP007
     TaskSection = Annotated[Union[tuple(task_configs().values())], Field(discriminator="name")]  # noqa: UP007
 
@@ -31,83 +31,85 @@ class EvaluationConfig(Section):
     """The downstream evaluation job."""
 
     every: int = Field(default=0, ge=0)
-    """Steps between checkpoints that are evaluated in the background while training goes on; 0: none."""
+    """Steps between checkpoints that are evaluated in the background during training; 0: none."""
     device: str = "cpu"
-    """Device of background evaluations: cpu, or cuda:N for a GPU that training does not use, with its number in nvidia-smi."""
+    """Device of background evaluations: cpu, or cuda:N for a GPU that training does not use. N is its number in
+    nvidia-smi."""
     tasks: list[TaskSection] = []
-    """What an evaluation does, for checkpoints in the background and by the command."""
+    """Tasks of an evaluation, both in the background and by the command."""
 
     @field_validator("device")
     @classmethod
-    def _known_device(cls, device: str) -> str:
+    def _check_device(cls, device: str) -> str:
         if not re.fullmatch(r"cpu|cuda:\d+", device):
-            raise ValueError("it is cpu, or cuda:N such as cuda:3")
+            raise ValueError("must be cpu, or cuda:N such as cuda:3")
         return device
 
     @field_validator("tasks")
     @classmethod
-    def _unique_names(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
+    def _check_unique_names(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
         if len({task.title for task in tasks}) < len(tasks):
-            raise ValueError("two tasks have the same name: give one a label")
+            raise ValueError("two tasks have the same name: give one of them a label")
         return tasks
 
 
 class RunConfig(Section):
-    """One run."""
+    """The configuration of one run."""
 
     name: str = Field(min_length=1, pattern=r"^\w[\w.+-]*$")
-    """Name of the run; `{dotted.key}` inside stands for the value of a key."""
+    """Name of the run; `{dotted.key}` is replaced by the value of that key."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Decides the initial weights, the order of the records and loss dropout."""
+    """Seed of the initial weights, the order of the records and loss dropout."""
     output_dir: LocalPath = "runs"
-    """The run directory is output_dir/name."""
+    """Folder of the run directory, output_dir/name."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveSection
-    """What is minimised, see below; the name chooses."""
+    """Training objective, chosen by its name; see below."""
     train: TrainConfig
     deepspeed: dict[str, Any] = {}
-    """Passed through to DeepSpeed; keys that the project computes are refused."""
+    """Options passed through to DeepSpeed; keys that the project computes are rejected."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     monitor: MonitorConfig = MonitorConfig()
 
     @field_validator("deepspeed")
     @classmethod
-    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _check_deepspeed_section(cls, value: dict[str, Any]) -> dict[str, Any]:
         check_deepspeed(value)
         return value
 
     @model_validator(mode="after")
-    def _objective_has_its_views(self) -> "RunConfig":
+    def _check_views_of_objective(self) -> "RunConfig":
         views, objective = list(self.data.views), self.objective
         if objective.pairing is not None and len(views) == 1:
             raise ValueError(
-                f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are {views}: choose "
-                "next_token or semantic_tube without regularizers, or prepare several data.views"
+                f"objective.{'regularizers' if objective.spans else 'name'} needs pairs of views, but data.views are "
+                f"{views}: choose next_token or semantic_tube without regularizers, or prepare several data.views"
             )
         if objective.spans == "views" and (len(views) == 1 or objective.layout != "joint"):
             raise ValueError(
-                "objective.form: views needs two views in one text: several data.views and objective.layout=joint"
+                "objective.form: views needs two views in one text: set several data.views and objective.layout=joint"
             )
         return self
 
     @model_validator(mode="after")
-    def _evaluations_have_checkpoints(self) -> "RunConfig":
+    def _check_evaluation_interval(self) -> "RunConfig":
         if self.evaluation.every % self.checkpoint.every:
             raise ValueError(
-                f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every ({self.checkpoint.every})"
+                f"evaluation.every ({self.evaluation.every}) must be a multiple of checkpoint.every "
+                f"({self.checkpoint.every})"
             )
         if self.evaluation.every and not self.evaluation.tasks:
-            raise ValueError("evaluation.every is set, but evaluation.tasks is empty")
+            raise ValueError("evaluation.every is set, but evaluation.tasks is empty: add a task, or remove the key")
         return self
 
     @model_validator(mode="after")
-    def _can_measure_gradients(self) -> "RunConfig":
+    def _check_gradient_diagnostics(self) -> "RunConfig":
         if self.monitor.gradients_every and self.model.lora:
             raise ValueError(
-                "monitor.gradients_every looks at the gradients of the whole model, which model.lora leaves out: leave out "
-                "one of the two"
+                "monitor.gradients_every measures the gradients of the whole model, but model.lora trains adapters "
+                "only: remove one of the two"
             )
         if (
             self.monitor.gradients_every
@@ -115,61 +117,64 @@ class RunConfig(Section):
             and self.deepspeed.get("zero_optimization", {}).get("stage", 3) == 3
         ):
             raise ValueError(
-                "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3: "
-                "leave out one of the two, or set deepspeed.zero_optimization.stage to 1 or 2"
+                "monitor.gradients_every cannot measure layers that train.compile has compiled under ZeRO stage 3: "
+                "remove one of the two, or set deepspeed.zero_optimization.stage to 1 or 2"
             )
         return self
 
     def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
-        """What a record of `views` views looks like in this run; `validating` as of ObjectiveConfig.make_layout."""
+        """Return the layout of a record of `views` views. `validating` is explained in ObjectiveConfig.make_layout."""
         return self.objective.make_layout(
             specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
         )
 
     @property
     def run_dir(self) -> Path:
-        """Where everything of the run is written."""
+        """The run directory, output_dir/name."""
         return Path(self.output_dir) / self.name
 
     @property
     def predictor_tokens(self) -> int:
-        """k; 0 without pairs."""
+        """Number of predictor tokens per context, k; 0 without pairs."""
         return self.objective.pairing.predictor_tokens if self.objective.pairing else 0
 
-    _resting: list[str] = PrivateAttr(default_factory=list)
+    _ignored_keys: list[str] = PrivateAttr(default_factory=list)
 
     @property
     def ignored_keys(self) -> list[str]:
-        """Keys of `objective` that were set, but do not act with next_token."""
-        return self._resting
+        """Keys of `objective` that are set but have no effect with next_token."""
+        return self._ignored_keys
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check the configuration of a run. Raises UserError naming the key."""
-    of_the_shape = [override for override in overrides if override.startswith("model.shape.")]
-    values = load_yaml(path, [override for override in overrides if override not in of_the_shape])
+    """Return the configuration of a run, with overrides applied and checked. Raises UserError naming the key."""
+    shape_overrides = [override for override in overrides if override.startswith("model.shape.")]
+    values = load_yaml(path, [override for override in overrides if override not in shape_overrides])
     shape = values.get("model", {}).get("shape") if isinstance(values.get("model"), dict) else None
     if isinstance(shape, str):
         values["model"]["shape"] = _read_shape(Path(path).parent / Path(shape).expanduser())
-    apply_overrides(values, of_the_shape)
-    resting = _take_out_resting(values.get("objective"))
+    apply_overrides(values, shape_overrides)
+    ignored = _remove_ignored_keys(values.get("objective"))
     config = validate(RunConfig, values)
     for number, task in enumerate(config.evaluation.tasks):
         check_task(config, task, f"evaluation.tasks.{number}")
-    config._resting = resting
+    config._ignored_keys = ignored
     return config
 
 
 def parse_task(values: dict[str, Any], where: str) -> TaskConfig:
-    """Return the options of one task. Raises UserError, with the dotted key below `where`."""
+    """Return the options of one task. `where` is its dotted key, which starts the message of a UserError."""
     known = task_configs()
     if values.get("name") not in known:
-        raise UserError(f"{where}.name: {values.get('name')!r} is none of {', '.join(known)}")
+        raise UserError(f"{where}.name: unknown task {values.get('name')!r}: choose one of {', '.join(known)}")
     return validate(known[values["name"]], values, where)
 
 
 def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
-    """Raise UserError, with the dotted key below `where`, if the task or its finetuning could only fail on checkpoints of this run."""
+    """Raise UserError if the task, or its finetuning, is bound to fail on checkpoints of this run.
+
+    `where` is the dotted key of the task, which starts the message.
+    """
     try:
         task.check_views(config.data.views)
     except ValueError as error:
@@ -179,34 +184,35 @@ def check_task(config: RunConfig, task: TaskConfig, where: str) -> None:
     try:
         train = finetuning_config(config, task, config.data, "export", config.output_dir, "finetuning").train
     except UserError as error:
-        raise UserError(f"{where}.{_key_of_task(str(error))}") from None
+        raise UserError(f"{where}.{_with_task_key(str(error))}") from None
     if train.global_batch_rows % train.micro_batch_rows:
         raise UserError(
             f"{where}.finetune: global_batch_rows ({train.global_batch_rows}) must be a multiple of micro_batch_rows "
-            f"({train.micro_batch_rows}), which finetuning takes from train unless it sets them"
+            f"({train.micro_batch_rows}); finetuning uses the values of train unless it sets its own"
         )
 
 
-def _key_of_task(mistake: str) -> str:
-    """Turn a mistake in the configuration of a finetuning, as KEY: MESSAGE, into one that names the key of the task."""
-    mistake = mistake.removeprefix("configuration: ")
+def _with_task_key(message: str) -> str:
+    """Return an error in a finetuning configuration, KEY: MESSAGE, with the task's key in place of the run's."""
+    message = message.removeprefix("configuration: ")
     keys = {"train": "finetune", "objective": "finetune_objective", "model": "finetune_lora"}
-    section = re.split(r"\W", mistake, maxsplit=1)[0]
+    section = re.split(r"\W", message, maxsplit=1)[0]
     if section in keys:
-        return f"{keys[section]}{mistake.removeprefix(section)}"
-    unknown = re.match(r"unknown key '(\w+)", mistake)
-    return f"{keys.get(unknown[1], 'finetune') if unknown else 'finetune'}: {mistake}"
+        return f"{keys[section]}{message.removeprefix(section)}"
+    unknown = re.match(r"unknown key '(\w+)", message)
+    return f"{keys.get(unknown[1], 'finetune') if unknown else 'finetune'}: {message}"
 
 
 def finetuning_config(
     config: RunConfig, task: TaskConfig, data: DataConfig, export: str, output_dir: str, name: str
 ) -> RunConfig:
-    """Return the configuration of the run that finetunes `export` on `data`: that of the pretraining run but for what the task sets.
+    """Return the configuration of the run that finetunes `export` on `data`.
 
-    Raises UserError if it cannot be.
+    It is the configuration of the pretraining run, with the changes that the task sets. Raises UserError if it is not
+    valid.
     """
     assert isinstance(task, AnswerTask)
-    assert task.finetune is not None  # the caller has looked
+    assert task.finetune is not None  # checked by the caller
     train = config.train.model_dump(exclude_none=True)
     if any(budget in task.finetune for budget in BUDGETS):
         train = {key: value for key, value in train.items() if key not in BUDGETS}
@@ -229,18 +235,21 @@ def finetuning_config(
     return validate(RunConfig, values)
 
 
-def _take_out_resting(objective: Any) -> list[str]:
-    """With next_token, the keys of other objectives rest, so that the twin of a run is that one override; return them."""
+def _remove_ignored_keys(objective: Any) -> list[str]:
+    """Remove the keys of other objectives if the objective is next_token, and return them.
+
+    This makes objective.name=next_token the only override that the baseline of a run needs.
+    """
     if not isinstance(objective, dict) or objective.get("name") != "next_token":
         return []
     configs = objective_configs()
     others = {key for config in configs.values() for key in config.model_fields} - set(
         configs["next_token"].model_fields
     )
-    resting = [key for key in objective if key in others]
-    for key in resting:
+    ignored = [key for key in objective if key in others]
+    for key in ignored:
         del objective[key]
-    return resting
+    return ignored
 
 
 def _read_shape(path: Path) -> Any:
@@ -248,12 +257,14 @@ def _read_shape(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"model.shape: cannot read {path}, which is relative to the configuration: {error.strerror}"
+            f"model.shape: cannot read {path} ({error.strerror}): set a path relative to the configuration file"
         ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"model.shape: {path} is not valid YAML: {' '.join(str(error).split())}; fix the file"
+        ) from None
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML that `load_config` reads back; unset and resting options stay out."""
+    """Return the configuration as YAML that `load_config` reads back, without unset and ignored options."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

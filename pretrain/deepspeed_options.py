@@ -1,4 +1,7 @@
-"""Checks of the `deepspeed` section. DeepSpeed itself ignores a misspelt key silently, and fails late on a value of the wrong type."""
+"""Checks of the `deepspeed` section.
+
+DeepSpeed itself silently ignores a misspelt key, and fails late on a value of the wrong type.
+"""
 
 import difflib
 from pathlib import Path
@@ -23,6 +26,7 @@ COMPUTED_BY_THE_PROJECT = {
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
 }
+"""Top-level DeepSpeed keys that the project computes, with the keys of the run to set instead."""
 PASSED_THROUGH = (
     "aio",
     "communication_data_type",
@@ -37,14 +41,14 @@ PASSED_THROUGH = (
     "zero_allow_untested_optimizer",
     "zero_optimization",
 )
-"""Top-level DeepSpeed keys that act on this engine."""
+"""Top-level DeepSpeed keys that have an effect on this engine."""
 COMMUNICATION_TYPES = ("fp16", "bf16", "fp32")
 FP32_NAMES = ("fp32", "float32", "float")
 ACCUMULATION_TYPES = ("fp16", "float16", "half", "bf16", "bfloat16", "bfloat", *FP32_NAMES)
 
 
 class Options(Section):
-    """Options of one DeepSpeed feature. Their values reach DeepSpeed as they are, so `"true"` is not a boolean."""
+    """Options of one DeepSpeed feature. DeepSpeed gets their values unconverted, so `"true"` is not a boolean."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -96,13 +100,13 @@ class AsynchronousIO(Options):
 
 
 class DataTypes(Options):
-    """Keys of data_types; those of parameters and buffers follow from train.precision."""
+    """Keys of data_types; the types of parameters and buffers follow from train.precision."""
 
     grad_accum_dtype: str | None = None
 
 
 class Switches(Options):
-    """Top-level keys that are a single value."""
+    """Top-level keys with a single value."""
 
     communication_data_type: str | None = None
     seq_parallel_communication_data_type: str | None = None
@@ -122,17 +126,16 @@ FEATURES: dict[str, type[Options]] = {
 
 
 def check_deepspeed(section: dict[str, Any]) -> None:
-    """Raise ValueError, with the key below `deepspeed`, for what DeepSpeed would ignore or fail on."""
+    """Raise ValueError, naming the key, for options that DeepSpeed would ignore or fail on."""
     for key in section:
         if key in COMPUTED_BY_THE_PROJECT:
             raise ValueError(f"{key} is computed by the project: set {COMPUTED_BY_THE_PROJECT[key]} instead")
         if key not in PASSED_THROUGH:
-            raise ValueError(
-                f"unknown key {key!r}; the nearest known one is {difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]!r}"
-            )
+            nearest = difflib.get_close_matches(key, PASSED_THROUGH, 1, 0.0)[0]
+            raise ValueError(f"unknown key {key!r}; the nearest known one is {nearest!r}")
     for key, options in FEATURES.items():
         if not isinstance(section.get(key, {}), dict):
-            raise ValueError(f"{key} is a mapping of options, not {section[key]!r}")
+            raise ValueError(f"{key} must be a mapping of options, not {section[key]!r}")
         _check_options(options, section.get(key, {}), key)
     _check_options(Switches, {key: value for key, value in section.items() if key in Switches.model_fields}, "")
     types: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -145,10 +148,10 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     }
     for key, (chosen, known) in types.items():
         if chosen is not None and chosen not in known:
-            raise ValueError(f"{key} is one of {', '.join(known)}, not {chosen!r}")
+            raise ValueError(f"{key} must be one of {', '.join(known)}, not {chosen!r}")
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3) or isinstance(zero.get("stage"), bool):
-        raise ValueError("zero_optimization is a mapping of options, with stage 1, 2 or 3 (default)")
+        raise ValueError("zero_optimization must be a mapping of options, with stage 1, 2 or 3 (default)")
     _check_zero(zero)
 
 
@@ -160,23 +163,23 @@ def _check_options(options: type[Options], values: dict[str, Any], key: str) -> 
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
-    """Raise ValueError for an option of ZeRO that DeepSpeed knows, but that can only fail here."""
+    """Raise ValueError for a ZeRO option that DeepSpeed accepts but that cannot work with this project."""
     stage = zero.get("stage", 3)
     for key, value, problem in (
         ("zenflow", None, "does not work with the optimizer of this project"),
-        ("legacy_stage1", False, "is not supported by DeepSpeed any more"),
+        ("legacy_stage1", False, "is no longer supported by DeepSpeed"),
         ("stage3_module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
         ("module_granularity_threshold", 0, "can leave the gradients of a module unreduced"),
         ("compute_grad_norm", True, "must be true: gradients are clipped by their norm, see train.gradient_clipping"),
     ):
         if zero.get(key, value) != value:
-            raise ValueError(f"zero_optimization.{key} {problem}; leave it out")
-    for key, remedy in (
+            raise ValueError(f"zero_optimization.{key} {problem}; remove it")
+    for key, reason in (
         ("elastic_checkpoint", "runs resume on any number of ranks without it"),
-        ("pipeline_loading_checkpoint", "it acts under stage 3 alone"),
+        ("pipeline_loading_checkpoint", "it has an effect under stage 3 only"),
     ):
         if zero.get(key) and stage != 3:
-            raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; leave it out: {remedy}")
+            raise ValueError(f"zero_optimization.{key} cannot resume a run of stage {stage}; remove it: {reason}")
     for key in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(key), dict):  # DeepSpeed reports any other type
             _check_offload(zero[key], f"zero_optimization.{key}")
@@ -185,8 +188,8 @@ def _check_zero(zero: dict[str, Any]) -> None:
 def _check_offload(offload: dict[str, Any], key: str) -> None:
     path = offload.get("nvme_path")
     if offload.get("device") == "nvme" and not path:
-        raise ValueError(f"{key}: device nvme needs nvme_path, a folder on that disk")
+        raise ValueError(f"{key}: device nvme needs nvme_path: set it to a folder on that disk")
     if isinstance(path, str) and Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"{key}.nvme_path: {path} is not a folder")
+        raise ValueError(f"{key}.nvme_path: {path} is not a folder: set the path of a folder")
     if offload.get("ratio", 1) != 1:
-        raise ValueError(f"{key}.ratio does not work with the optimizer of this project; leave it out")
+        raise ValueError(f"{key}.ratio does not work with the optimizer of this project; remove it")

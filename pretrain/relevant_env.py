@@ -24,7 +24,7 @@ RELEVANT = (
     "FI_",
     "XDG_CACHE_HOME",
 )
-"""Variables that change how ranks compute, meet or find files; a name that ends in `_` is a prefix."""
+"""Variables that affect how ranks compute, connect or find files; a name that ends in `_` is a prefix."""
 SET_PER_RANK = ("CUDA_VISIBLE_DEVICES",)
 """Variables that the launcher sets for each rank."""
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -35,7 +35,7 @@ def relevant_env(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of this environment that all nodes should share, sorted by name and without secrets."""
 
     def is_relevant(name: str) -> bool:
-        matches = any(name == one or (one.endswith("_") and name.startswith(one)) for one in RELEVANT)
+        matches = any(name == entry or (entry.endswith("_") and name.startswith(entry)) for entry in RELEVANT)
         return matches and name not in SET_PER_RANK and not any(word in name.upper() for word in SECRET)
 
     return {name: value for name, value in sorted(environment.items()) if is_relevant(name)}

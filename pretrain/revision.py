@@ -1,4 +1,4 @@
-"""Which code this is. Light: needs nothing beyond Python itself."""
+"""The version of the project's code. Uses the standard library only, so it is cheap to import."""
 
 import hashlib
 import os
@@ -10,7 +10,10 @@ PACKAGES = ("data_prep", "pretrain", "launcher")
 
 
 def revision() -> str | None:
-    """The commit of the project, with `-dirty` where files differ from it; of a container image, which has no history, what it was built from."""
+    """Return the commit of the project, with `-dirty` appended if files differ from it; None if it is unknown.
+
+    A container image has no git history, so there it is the revision that the image was built from.
+    """
     if not (ROOT / ".git").exists():
         return os.environ.get("JEPA_REVISION") or None
     try:
@@ -27,6 +30,6 @@ def revision() -> str | None:
 
 
 def source_hashes() -> dict[str, str]:
-    """The beginning of the SHA-256 of each of the project's Python files, by its path in the project."""
+    """Return the first 12 hex digits of the SHA-256 of each Python file of the project, by its path in the project."""
     files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}

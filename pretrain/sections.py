@@ -1,4 +1,4 @@
-"""The sections of a run's configuration that describe the model, its training, its checkpoints and what is monitored."""
+"""The sections of a run's configuration for the model, training, checkpoints and monitoring."""
 
 from typing import Any, Literal
 
@@ -14,42 +14,43 @@ Family = Literal["llama", "gemma2", "olmo2", "openelm"]
 class LoraConfig(Section):
     """Low-rank adapters of every linear map of the transformer layers (Hu et al., arXiv 2106.09685).
 
-    Besides them only the predictor tokens are trained. Needs the extra `lora`. Exports hold the merged weights.
+    Only the adapters and the predictor tokens are trained. Needs the extra `lora`. Exports contain the merged weights.
     """
 
     rank: int = Field(gt=0)
     alpha: float = Field(gt=0)
-    """Numerator of the scale of an adapter's output, alpha / rank."""
+    """Numerator of the scale factor of an adapter's output, alpha / rank."""
 
 
 class ModelConfig(Section):
     """The model to train."""
 
     family: Family | None = None
-    """Llama 3, Gemma 2, OLMo 2 or OpenELM."""
+    """Model family: Llama 3, Gemma 2, OLMo 2 or OpenELM."""
     shape: dict[str, Any] | None = None
-    """Fields of the family's Hugging Face configuration; in a file, the path of a YAML file of them, relative to the
-    configuration. The vocabulary and the special tokens come from the corpus."""
+    """Fields of the family's Hugging Face configuration. A configuration file may give the path of a YAML file with
+    them instead, relative to itself. The vocabulary and the special tokens come from the corpus."""
     init_from: LocalPath | None = None
     """An export or another local Hugging Face folder to start from, instead of random weights."""
     lora: LoraConfig | None = None
-    """Train adapters of the model of init_from, instead of all of it."""
+    """Adapters to train, instead of the whole model of init_from."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """auto: FlexAttention on CUDA; on CPU SDPA with the visibility mask, for gemma2, which caps attention scores, eager."""
+    """Attention implementation. auto: FlexAttention on CUDA. On CPU it is SDPA with the visibility mask, or eager for
+    gemma2, because that family caps attention scores."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "ModelConfig":
+    def _check_model_source(self) -> "ModelConfig":
         if self.init_from is None and (self.family is None or self.shape is None):
-            raise ValueError("give family and shape (random weights) or init_from (a folder to start from)")
+            raise ValueError("set family and shape (random weights) or init_from (a folder to start from)")
         if self.init_from is not None and (self.family is not None or self.shape is not None):
-            raise ValueError("family and shape come with the folder of init_from: leave them out")
+            raise ValueError("family and shape are given by the folder of init_from: remove them")
         if self.lora is not None and self.init_from is None:
-            raise ValueError("lora adapts a trained model: give init_from, or leave it out")
+            raise ValueError("lora adapts a trained model: set init_from, or remove lora")
         return self
 
 
 BUDGETS = ("steps", "tokens", "records", "epochs")
-"""Keys of `train`, of which a run has exactly one."""
+"""Keys of `train` for the budget; a run sets exactly one of them."""
 
 
 class TrainConfig(Section):
@@ -59,47 +60,51 @@ class TrainConfig(Section):
     tokens: int | None = Field(default=None, gt=0)
     records: int | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, gt=0)
-    """The budget: exactly one of the four. Tokens are corpus tokens, without copies, predictor tokens or padding."""
+    """Budget: exactly one of steps, tokens, records and epochs. Tokens are corpus tokens, without copies, predictor
+    tokens or padding."""
     global_batch_rows: int = Field(gt=0)
     """Rows of one optimizer step, over all ranks."""
     micro_batch_rows: int = Field(gt=0)
     """Rows of one forward pass on one rank."""
     learning_rate: float = Field(gt=0)
-    """The highest rate of AdamW."""
+    """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "warmup_stable_decay"] = "cosine"
     """Decay of the learning rate after the warm-up, over the consumed fraction of the budget."""
     warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the budget in which the rate rises linearly to learning_rate."""
+    """Fraction of the budget in which the rate rises linearly to learning_rate."""
     decay_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Share of the budget at the end in which warmup_stable_decay falls; default 0.2."""
+    """Fraction of the budget, at its end, in which the rate of warmup_stable_decay falls; default 0.2."""
     final_rate: float = Field(default=0.1, ge=0, le=1)
-    """The rate at the end, as a share of learning_rate."""
+    """Learning rate at the end, as a fraction of learning_rate."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """On matrices; norms and biases have none."""
+    """Weight decay of matrices; norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW beta coefficients."""
     gradient_clipping: float = Field(default=1.0, gt=0)
-    """Largest global L2 norm of the gradient."""
+    """Global L2 norm to which larger gradients are clipped."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward passes; master weights and optimizer state are always fp32."""
     activation_checkpointing: bool = False
-    """Keep the input of each transformer layer only, and compute the layer again in the backward pass: less memory, more time."""
+    """Whether to keep only the input of each transformer layer and to recompute the layer in the backward pass. Saves
+    memory and costs time."""
     compile: bool = False
-    """torch.compile of the transformer layers. Takes a C++ compiler, and time at every start."""
+    """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and takes time at every start."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
-    """Answer to a loss spike, a step of which one loss term is far above its last values: a warning, no update, or an end of the run.
-    After such an end the next start resumes from the checkpoint before and skips the records of that step and of the one before it."""
+    """Reaction to a loss spike, a step with one loss term far above its recent values. warn: print a warning. skip:
+    make no update. rewind: end the run. After a rewind the next start resumes from the checkpoint before the spike, and
+    skips the records of that step and of the preceding one."""
     spike_score: float = Field(default=10.0, gt=0)
-    """Distance of a spike from the median, in standard deviations estimated by the median absolute deviation. Compared are the last 100
-    values of the term, of those steps whose number of tokens or pairs is similar, at least 20."""
+    """Distance from the median above which a loss term is a spike, in standard deviations estimated by the median
+    absolute deviation. A value is compared with the last 100 values of its term, limited to steps with a similar number
+    of tokens or pairs. At least 20 such values are needed."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainConfig":
+    def _check_consistency(self) -> "TrainConfig":
         budgets = [budget for budget in BUDGETS if getattr(self, budget) is not None]
         if len(budgets) != 1:
             raise ValueError(
-                f"the budget is exactly one of steps, tokens, records and epochs, not {' and '.join(budgets) or 'none'}; unset one "
-                "with train.KEY=null"
+                "the budget must be exactly one of steps, tokens, records and epochs, not "
+                f"{' and '.join(budgets) or 'none'}; unset one with train.KEY=null"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {list(self.betas)}: both must be at least 0 and below 1")
@@ -107,25 +112,26 @@ class TrainConfig(Section):
             self.schedule == "warmup_stable_decay"
             and self.warmup_fraction + (self.decay_fraction or DEFAULT_DECAY_FRACTION) > 1
         ):
-            raise ValueError("warmup_fraction and decay_fraction together exceed the run")
+            raise ValueError("warmup_fraction and decay_fraction add up to more than 1: lower one of them")
         if self.decay_fraction is not None and self.schedule != "warmup_stable_decay":
-            raise ValueError("decay_fraction acts on the schedule warmup_stable_decay only; leave it out")
+            raise ValueError("decay_fraction has an effect with schedule=warmup_stable_decay only; remove it")
         return self
 
 
 class CheckpointConfig(Section):
-    """When the state is saved, and what a start does with what it finds."""
+    """Checkpoint interval and retention, and how a start uses existing checkpoints."""
 
     every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=3, gt=0)
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = Field(default=None, gt=0)
-    """Checkpoints of steps that this divides are kept for good."""
+    """Checkpoints of steps that are multiples of this are never removed."""
     background: bool = True
-    """Write on a thread of its own, from a copy of the state in host memory, while training goes on."""
+    """Whether to write checkpoints on a separate thread, from a copy of the state in host memory, during training."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest good checkpoint, if there is one. must: an error without one. never: an error with one."""
+    """Use of existing checkpoints. auto: resume from the newest valid one, if any. must: fail if there is none. never:
+    fail if there is one."""
 
 
 class MonitorConfig(Section):
@@ -134,13 +140,15 @@ class MonitorConfig(Section):
     log_every: int = Field(default=10, gt=0)
     """Steps between progress lines, metrics and embedding diagnostics."""
     validate_every: int = Field(default=100, gt=0)
-    """Steps between validations; the last step is always validated. Without a validation split there are none."""
+    """Steps between validations; the last step is always validated. A corpus without a validation split has none."""
     validation_records: int = Field(default=1000, gt=1)
-    """Records of a validation: spread evenly over the validation split, always the same."""
+    """Number of validation records, spread evenly over the validation split. They are the same in every validation."""
     gradients_every: int = Field(default=0, ge=0)
-    """Steps between measurements of the gradient of each loss term: its norm, and its cosine with that of the next-token loss; 0: none.
-    One takes as long as a step for each term; under ZeRO stage 3 all steps take longer, since layers are then not gathered whole."""
+    """Steps between gradient measurements; 0: none. They measure the norm of each loss term's gradient, and its cosine
+    with the gradient of the next-token loss. A measurement takes as long as one step per term. Under ZeRO stage 3 all
+    steps become slower, because each module of a layer is then gathered separately."""
     hang_seconds: float = Field(default=600.0, ge=10)
-    """A run of which no rank has moved for so long, after its first step, ends, and says which rank is missing."""
+    """Time without progress on any rank after which the run ends, in seconds; applies after the first step. An error
+    line names the missing rank."""
     tensorboard: bool = True
-    """Whether to write TensorBoard files beside metrics.jsonl."""
+    """Whether to write TensorBoard files next to metrics.jsonl."""

@@ -1,1 +1,1 @@
-"""The training loop on DeepSpeed ZeRO-3. The only package that knows DeepSpeed."""
+"""The training loop on DeepSpeed ZeRO-3. No other package depends on DeepSpeed."""

@@ -1,11 +1,13 @@
 """Checkpoints: complete or absent, verified before they are loaded.
 
-    checkpoints/step-00000100/    DeepSpeed's shards, random states, and manifest.json with the size and SHA-256 of each, ranks and counters
-    checkpoints/latest            the name of the newest good one, for people; the folders themselves decide
-    checkpoints/damaged-...       set aside with the reason in damage.txt, never loaded
+    checkpoints/step-00000100/    DeepSpeed's shards, random states, and manifest.json. The manifest has the size and
+                                  SHA-256 of each file, the number of ranks, and the counters of the run
+    checkpoints/latest            name of the newest valid checkpoint, for information only
+    checkpoints/damaged-...       corrupt checkpoint, set aside with the reason in damage.txt and never loaded
 
-A checkpoint is written to a hidden folder (saving.py) and renamed once every rank's files are on disk, so whatever kills the
-run leaves either all of it or nothing. DeepSpeed's shards are pickles: they are loaded from run folders only.
+A checkpoint is written to a hidden folder (saving.py) and renamed once every rank's files are on disk. A kill at any
+time therefore leaves a complete checkpoint or none. DeepSpeed's shards are pickles, so they are loaded from run folders
+only.
 """
 
 import contextlib
@@ -40,38 +42,44 @@ from pretrain.training.stop import Stopped, StopRequest
 MANIFEST = "manifest.json"
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
-"""File that DeepSpeed writes beside a converted checkpoint."""
-REASON = "damage.txt"
-SAFE = re.compile(r"[\w/.-]*", re.ASCII)
-"""Paths that mean nothing else as a pattern."""
-WHOLE_MODULE = "mp_rank_00_model_states.pt"
+"""File that DeepSpeed writes next to a converted checkpoint."""
+DAMAGE_FILE = "damage.txt"
+PLAIN_PATH = re.compile(r"[\w/.-]*", re.ASCII)
+"""Paths without special characters of glob patterns. In a regular expression, their dot matches itself too."""
+UNPARTITIONED_WEIGHTS = "mp_rank_00_model_states.pt"
 """File of a checkpoint with the weights that the model computes with, if they are not partitioned."""
 CONVERTER = ["-m", "deepspeed.checkpoint.ds_to_universal"]
 """Python arguments that start the conversion to another number of ranks."""
 CONVERSION_POLL = 0.2
-"""Time between two looks for a signal during a conversion, in seconds."""
+"""Interval between checks for a signal during a conversion, in seconds."""
 VISIBILITY_TIMEOUT = 30.0
-"""Seconds in which a file that one node has written must show on another."""
+"""Time within which a file written by one node must become visible on another, in seconds."""
 
 
 def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files: dict[str, Any]) -> None:
-    """Declare the files of a hidden folder, which are on disk, the checkpoint of a step. Raises OSError, also where they are not all here."""
+    """Turn a hidden folder, whose files are on disk, into the checkpoint of a step.
+
+    Raises OSError, also if a file of another rank is not visible on this node.
+    """
     folder, name = temporary.parent, step_name(step)
     _wait_for(temporary, files)
     write_text(
         temporary / MANIFEST,
-        _sealed({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}),
+        _with_checksum({"step": step, "ranks": ranks, "state": state, "files": dict(sorted(files.items()))}),
     )
     sync_folder(temporary)
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
     sync_folder(folder)
-    with contextlib.suppress(OSError):  # the next start mends it
+    with contextlib.suppress(OSError):  # the next start repairs it
         write_text(folder / LATEST, name + "\n")
 
 
 def _wait_for(folder: Path, files: dict[str, Any]) -> None:
-    """Other nodes' files may take a while to show on a shared file system; where the folder is not shared they never do."""
+    """Wait until the files of all nodes are visible in `folder`. Raises FileNotFoundError after VISIBILITY_TIMEOUT.
+
+    On a shared file system they may take a while to appear. If the folder is not shared, they never appear.
+    """
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while missing := [
         file
@@ -80,15 +88,18 @@ def _wait_for(folder: Path, files: dict[str, Any]) -> None:
     ]:
         if time.monotonic() > deadline:
             raise FileNotFoundError(
-                errno.ENOENT, f"{missing[0]} of another rank does not show here: all nodes must share output_dir"
+                errno.ENOENT,
+                f"{missing[0]} of another rank is not visible on this node: all nodes must share output_dir",
             )
         time.sleep(0.1)
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
-    """Remove all but the newest `keep`, those of multiples of `keep_every` and the pinned ones; return what could not be removed.
+    """Remove old checkpoints; return those that could not be removed.
 
-    A removal that is cut short leaves no visible checkpoint. One that is pinned, perhaps from another machine, while it is moved away comes back.
+    Kept are the newest `keep`, steps that are multiples of `keep_every`, and pinned checkpoints. A checkpoint is first
+    renamed to a hidden folder, so an interrupted removal leaves no incomplete checkpoint. If it was pinned in the
+    meantime, perhaps from another machine, it is moved back.
     """
     failed = []
     pinned = _pins(folder)
@@ -104,7 +115,7 @@ def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Remove the hidden folders of interrupted saves and conversions. Return the names of those that cannot be removed."""
+    """Remove the hidden folders of interrupted saves and conversions; return the names that could not be removed."""
     (folder / LATEST_UNIVERSAL).unlink(missing_ok=True)
     leftovers = sorted(folder.glob(".step-*.tmp"))
     for leftover in leftovers:
@@ -113,36 +124,42 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def _pins(folder: Path) -> set[str]:
-    """Checkpoints that wait for an evaluation. Read from the folder, which file systems of several machines do not answer from a cache."""
+    """Return the names of checkpoints that wait for an evaluation.
+
+    This lists the folder, because shared file systems do not answer a listing from a stale cache.
+    """
     return {path.name for path in (folder / PINS).iterdir()} if (folder / PINS).exists() else set()
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """The entry of a file in the manifest; the file is on disk then."""
+    """Flush a file to disk and return its entry in the manifest."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
-    """The manifest as text that carries its own checksum."""
+def _with_checksum(manifest: dict[str, Any]) -> str:
+    """Return the manifest as JSON text that contains its own checksum, `seal`."""
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps(manifest | {"seal": seal}, indent=2) + "\n"
 
 
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing; looks at every `parts`-th file from `part` on."""
+    """Return the problem of a checkpoint, None if it is valid.
+
+    Only every `parts`-th file is read, starting with number `part`.
+    """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         del manifest["seal"]
         files = sorted(manifest["files"].items())
-        if text != _sealed(manifest):
+        if text != _with_checksum(manifest):
             return f"the content of {MANIFEST} has changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return f"{MANIFEST} is not readable"
+        return f"{MANIFEST} cannot be read"
     if not files:
         return f"{MANIFEST} lists no files"
     for file, entry in files[part::parts]:
@@ -162,22 +179,22 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """A checkpoint that every rank has found whole."""
+    """A checkpoint that all ranks together have verified."""
 
     path: Path
     ranks: int
-    """Of the run that wrote it."""
+    """Number of ranks of the run that wrote it."""
     state: dict[str, Any]
 
     def load_path_for(self, ranks: int) -> Path:
-        """The folder that an engine on so many ranks loads from."""
+        """Return the folder that an engine on `ranks` ranks loads from."""
         return self.path if ranks == self.ranks else self.path.with_name(f".{self.path.name}.universal.tmp")
 
 
 def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> VerifiedCheckpoint | None:
-    """The newest good checkpoint; None where there is none. On all ranks together.
+    """Return the newest valid checkpoint; None if there is none. All ranks must call this together.
 
-    A damaged one is set aside, and the one before it is used. Raises UserError where all are damaged.
+    A corrupt checkpoint is set aside, and the previous one is used. Raises UserError if all are corrupt.
     """
     steps = world.gather_objects(list_steps(folder))[0]
     for step in reversed(steps):
@@ -189,14 +206,15 @@ def find_newest(folder: Path, world: World, say: Callable[[str], None]) -> Verif
             manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
             return VerifiedCheckpoint(checkpoint, manifest["ranks"], manifest["state"])
         say(
-            f"WARNING: the checkpoint {checkpoint} is damaged: {problems[0]}; it is set aside as damaged-{checkpoint.name}"
+            f"WARNING: the checkpoint {checkpoint} is corrupt: {problems[0]}; setting it aside as "
+            f"damaged-{checkpoint.name}"
         )
         if world.is_main:
             _set_aside(checkpoint, problems[0])
         world.barrier()
     if steps or any(folder.glob("damaged-*")):
         raise UserError(
-            f"every checkpoint in {folder} is damaged; to start over, remove that folder or choose another `name`"
+            f"every checkpoint in {folder} is corrupt; to start over, remove that folder or choose another `name`"
         )
     return None
 
@@ -205,19 +223,18 @@ def _set_aside(checkpoint: Path, problem: str) -> None:
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
-    with contextlib.suppress(OSError):  # a note for people
-        write_text(aside / REASON, problem + "\n")
+    with contextlib.suppress(OSError):  # the file is for information only
+        write_text(aside / DAMAGE_FILE, problem + "\n")
 
 
 def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
     try:
-        named = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        previous = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        named = ""
-    if named != name:
-        say(
-            f"note: {folder / LATEST} {f'named {named[:40]}' if named else 'was empty or missing'}; the newest good checkpoint is {name}"
-        )
+        previous = ""
+    if previous != name:
+        problem = f"named {previous[:40]}" if previous else "was empty or missing"
+        say(f"note: {folder / LATEST} {problem}; the newest valid checkpoint is {name}")
         with contextlib.suppress(OSError):
             write_text(folder / LATEST, name + "\n")
 
@@ -225,9 +242,10 @@ def _repair_latest(folder: Path, name: str, say: Callable[[str], None]) -> None:
 def make_universal(
     found: VerifiedCheckpoint, world: World, stop: StopRequest, say: Callable[[str], None], round_robin: bool = False
 ) -> None:
-    """Convert a checkpoint of another number of ranks to DeepSpeed's universal format, next to it, on the main rank.
+    """Convert a checkpoint of another number of ranks to DeepSpeed's universal format.
 
-    Raises UserError, also for one of `round_robin` gradients, and Stopped if a signal ends the conversion.
+    The main rank writes the converted checkpoint next to the original. Raises UserError, also if the run uses
+    `round_robin` gradients, and Stopped if a signal ends the conversion.
     """
     target = found.load_path_for(world.size)
     if target == found.path:
@@ -235,19 +253,20 @@ def make_universal(
     if round_robin:
         raise UserError(
             f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)} with "
-            "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of ranks: start with "
-            f"{found.ranks}"
+            "deepspeed.zero_optimization.round_robin_gradients, and DeepSpeed cannot load that on another number of "
+            f"ranks: start with {found.ranks}"
         )
     say(
-        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: converting it"
+        f"{found.path} was written by {found.ranks} rank{'s' * (found.ranks > 1)}, this run has {world.size}: "
+        "converting it"
     )
     converted = world.run_and_sync_errors(lambda: _convert(found.path, target, stop) if world.is_main else True)
     if not all(world.gather_objects(converted)):
-        raise Stopped("stopped by a signal while a checkpoint was converted")
+        raise Stopped("stopped by a signal while converting a checkpoint")
 
 
 def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
-    """Return whether the conversion has come to its end; False if a signal ended it. Raises UserError if it fails."""
+    """Return True once the conversion is complete, False if a signal ended it. Raises UserError if it fails."""
     shutil.rmtree(target, ignore_errors=True)
     with without_patterns(checkpoint.parent) as folder:
         command = [
@@ -261,16 +280,16 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
             "1",
             "--num_merge_workers",
             "1",
-            "--inject_missing_state",
-        ]  # which DeepSpeed wants of stages 1 and 2
+            "--inject_missing_state",  # required by DeepSpeed for stages 1 and 2
+        ]
         process = subprocess.Popen(
             die_with_parent(command, "KILL"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
-        )  # Ctrl-C is for this process, which then ends that one
+            start_new_session=True,  # Ctrl-C must reach this process only, which then ends the conversion
+        )
         errors = _wait_for_process(process, stop)
     if errors is None or process.returncode:
         shutil.rmtree(target, ignore_errors=True)
@@ -279,14 +298,14 @@ def _convert(checkpoint: Path, target: Path, stop: StopRequest) -> bool:
     if process.returncode:
         last = next((line for line in reversed(errors.splitlines()) if line.strip()), f"exit code {process.returncode}")
         raise UserError(
-            f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with as many ranks as wrote "
-            "it, or, where the disk is full, make room"
+            f"{checkpoint} cannot be converted for another number of ranks ({last.strip()[:200]}); start with the "
+            "number of ranks that wrote it, or free disk space if the disk is full"
         )
     return True
 
 
 def _wait_for_process(process: subprocess.Popen[str], stop: StopRequest) -> str | None:
-    """Return what a process has written to standard error by its end; None if a signal came first, and the process was killed."""
+    """Wait for a process and return its standard error; None if a signal came first and the process was killed."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=CONVERSION_POLL)[1]
@@ -298,18 +317,21 @@ def _wait_for_process(process: subprocess.Popen[str], stop: StopRequest) -> str 
 
 @contextlib.contextmanager
 def without_patterns(folder: Path) -> Iterator[Path]:
-    """Yield a path to a folder without special characters: DeepSpeed puts paths into glob patterns and regular expressions as they are."""
-    if SAFE.fullmatch(str(folder)):
+    """Yield a path to `folder` without special characters, through a symbolic link if necessary.
+
+    DeepSpeed puts paths unescaped into glob patterns and regular expressions.
+    """
+    if PLAIN_PATH.fullmatch(str(folder)):
         yield folder
         return
-    with tempfile.TemporaryDirectory(dir=None if SAFE.fullmatch(tempfile.gettempdir()) else "/tmp") as temporary:
+    with tempfile.TemporaryDirectory(dir=None if PLAIN_PATH.fullmatch(tempfile.gettempdir()) else "/tmp") as temporary:
         link = Path(temporary) / "checkpoints"
         link.symlink_to(folder.absolute())
         yield link
 
 
 def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: World) -> None:
-    """Load a checkpoint that was found good, and converted where it had to be, into an engine on all ranks."""
+    """Load a verified checkpoint, converted if necessary, into an engine on all ranks."""
     shards = found.load_path_for(world.size)
     optimizer = engine.optimizer.optimizer
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -317,9 +339,12 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
         path, _ = engine.load_checkpoint(str(folder), tag=shards.name)
     assert path is not None, f"DeepSpeed did not load {shards}"
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group |= setting  # not those of the checkpoint: converted ones all have the weight decay of the first (DeepSpeed 0.19.8)
+        # The checkpoint's settings are not used: after a conversion all groups have the weight decay of the first
+        # (DeepSpeed 0.19.8).
+        group |= setting
     for parameter, state in optimizer.state.items():
-        # a counter of its own, where DeepSpeed gives all one that each then advances; on the device, where the fused step wants it
+        # DeepSpeed lets all parameters share one step counter, and each of them would advance it, so give each its own.
+        # The fused step needs the counter on the device.
         state["step"] = state["step"].clone().to(parameter.device if optimizer.defaults["fused"] else "cpu")
     if shards != found.path:
         _load_frozen(engine, found.path, world)
@@ -331,7 +356,7 @@ def load(engine: deepspeed.DeepSpeedEngine, found: VerifiedCheckpoint, world: Wo
 
 
 def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: World) -> None:
-    """Load the parameters that are not trained, which the universal format lacks; the main rank reads them for all."""
+    """Load the frozen parameters, which the universal format lacks. The main rank reads them for all ranks."""
     frozen = {
         name.removeprefix("model."): parameter
         for name, parameter in engine.module.named_parameters()
@@ -344,28 +369,27 @@ def _load_frozen(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, world: Wor
         with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if world.is_main:
                 parameter.copy_(weights[name])
-        if not hasattr(parameter, "ds_id"):  # else it was partitioned again, from the main rank's values
+        if not hasattr(parameter, "ds_id"):  # a partitioned parameter already has the main rank's values
             world.broadcast(parameter.data)
 
 
 def consolidate(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The whole fp32 state of the LanguageModel in a checkpoint, on CPU, without an engine.
+    """Return the complete fp32 state of the LanguageModel in a checkpoint, on CPU, without an engine.
 
-    Raises UserError where the checkpoint is missing or damaged.
+    Raises UserError if the checkpoint is missing or corrupt.
     """
-    problem = check(checkpoint) if checkpoint.exists() else "there is no such folder"
+    problem = check(checkpoint) if checkpoint.exists() else "the folder does not exist"
     if problem:
         raise UserError(f"cannot use the checkpoint {checkpoint}: {problem}")
     with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stdout(devnull),
+        contextlib.redirect_stderr(devnull),
         without_patterns(checkpoint.parent) as folder,
     ):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.name)
-    if (
-        whole := checkpoint / WHOLE_MODULE
-    ).exists():  # of stages 1 and 2; of stage 1 only this holds what is not trained
-        module = torch.load(whole, map_location="cpu", mmap=True, weights_only=False)["module"]
+    # Stages 1 and 2 write this file. Under stage 1 it is the only one with the frozen parameters.
+    if (unpartitioned := checkpoint / UNPARTITIONED_WEIGHTS).exists():
+        module = torch.load(unpartitioned, map_location="cpu", mmap=True, weights_only=False)["module"]
         state |= {key: value.float() for key, value in module.items() if key not in state}
     return {key.removeprefix("model."): value for key, value in state.items()}

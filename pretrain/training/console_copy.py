@@ -1,8 +1,9 @@
-"""Started next to rank 0: copies what its libraries print to the console and to its log file.
+"""A process next to rank 0 that copies the output of its libraries to the console and to its log file.
 
-`python console_copy.py OUTPUT ERRORS FILE`: descriptors of two pipes and of the log file. It ends with the last process that can write to the
-pipes, so it also copies what a library prints when it aborts the rank. A target that takes nothing, such as a full disk or a closed
-terminal, is ignored. Standard library only: it starts at once and takes little memory.
+`python console_copy.py OUTPUT ERRORS FILE` takes the descriptors of two pipes and of the log file. It ends when no
+process can write to the pipes any more, so it also copies what a library prints while it aborts the rank. A target that
+cannot be written, such as a full disk or a closed terminal, is ignored. It uses the standard library only, so it starts
+quickly and needs little memory.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ def main() -> None:
     """Copy until both pipes are closed."""
     output, errors, file = map(int, sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # those are for the rank, and this ends with it
+        signal.signal(number, signal.SIG_IGN)  # the rank handles these signals, and this process ends after it
     consoles = {output: 1, errors: 2}
     while consoles:
         for source in select.select(list(consoles), [], [])[0]:

@@ -1,4 +1,4 @@
-"""What ran: config.yaml and environment.json, and whether a run that goes on is still the same."""
+"""The record of a run in config.yaml and environment.json, and the check on resume that the run is still the same."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ STARTS = "starts.jsonl"
 """File with one line for each start that trained; environment.json describes the last one."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "sentencepiece", "tokenizers", "pyarrow", "numpy")
 PARTITIONING = {"stage": 3, "round_robin_gradients": False, "parameter_alignment": False, "sub_group_size": 10**9}
-"""Keys of deepspeed.zero_optimization that decide how the shards of a checkpoint are laid out, with their defaults."""
+"""Keys of deepspeed.zero_optimization that determine the layout of a checkpoint's shards, with their defaults."""
 IMMUTABLE_ON_RESUME = (
     "seed",
     "model",
@@ -38,7 +38,8 @@ IMMUTABLE_ON_RESUME = (
     "deepspeed.zero_optimization.zero_quantized_weights",
     *(f"deepspeed.zero_optimization.{key}" for key in PARTITIONING),
 )
-"""Keys that may not change on resume, besides the shards and the tokenizer: they decide what is computed, or how DeepSpeed's files are read."""
+"""Keys that may not change on resume. They determine what is computed, or how DeepSpeed's files are read. The shards
+and the tokenizer may not change either."""
 MUTABLE_ON_RESUME = (
     "train.activation_checkpointing",
     "train.compile",
@@ -46,15 +47,15 @@ MUTABLE_ON_RESUME = (
     "train.on_spike",
     "train.spike_score",
 )
-"""Of these: the ways to compute the same, and the answers to what may come."""
-SILENT = ("name", "output_dir")
-"""Where the run is: a folder may move."""
+"""Keys below IMMUTABLE_ON_RESUME that may change: different ways to compute the same, and reactions to later events."""
+LOCATION_KEYS = ("name", "output_dir")
+"""Keys of the run's location. A run directory may move, so their changes are not reported."""
 
 
 def record_start(config: RunConfig, manifest: dict[str, Any], ranks: int, step: int, changes: list[str]) -> None:
-    """Write config.yaml and environment.json, and add a line to starts.jsonl: this start trains, from `step` on.
+    """Write config.yaml and environment.json, and add a line to starts.jsonl for a start that trains from `step`.
 
-    `changes` are those since the start before, from `check_same_run`.
+    `changes` are the changed settings since the previous start, from `check_same_run`.
     """
     run_dir = config.run_dir
     environment = {
@@ -84,9 +85,10 @@ def _data(config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | None) -> list[str]:
-    """Return a line for each allowed change since the last start of the run, none for a new run. `ranks` is None before a start.
+    """Return a line for each allowed change since the last start of the run; empty for a new run.
 
-    Raises UserError if the folder holds a run with settings that decide what is computed, another corpus or tokenizer.
+    `ranks` is None if the number of ranks is not known yet. Raises UserError if the folder contains a run with another
+    corpus, another tokenizer, or other settings that determine what is computed.
     """
     run_dir, data = config.run_dir, _data(config, manifest)
     if not (run_dir / "config.yaml").exists():
@@ -101,63 +103,66 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     changed = [
         key
         for key in differing
-        if any(f"{key}.".startswith(f"{deciding}.") for deciding in IMMUTABLE_ON_RESUME)
+        if any(f"{key}.".startswith(f"{immutable}.") for immutable in IMMUTABLE_ON_RESUME)
         and key not in MUTABLE_ON_RESUME
     ]
     if changed:
-        told = ", ".join(f"{key} ({_at(before, key)}, now {_at(now, key)})" for key in changed[:5])
+        listed = ", ".join(f"{key} ({_value_at(before, key)}, now {_value_at(now, key)})" for key in changed[:5])
         raise UserError(
-            f"{run_dir} holds a run with another {told}: that decides what is computed; choose another `name`, or remove that folder"
+            f"{run_dir} contains a run with another {listed}; this may not change on resume: choose another `name`, or "
+            "remove that folder"
         )
     environment: dict[str, Any] = (
         _read(run_dir / "environment.json", json.loads) if (run_dir / "environment.json").exists() else {"data": data}
     )
-    for part, word in (("tokenizer", "tokenizer"), ("corpus", "shards")):
+    for part, word in (("tokenizer", "tokenizer files"), ("corpus", "shards")):
         if environment["data"][part] != data[part]:
             raise UserError(
-                f"{config.data.path} holds the {word} of another run: {run_dir} was started with other ones; "
-                "point data.path to those, or choose another `name`"
+                f"the {word} of {config.data.path} differ from the ones that {run_dir} was started with: "
+                "set data.path to the corpus of that run, or choose another `name`"
             )
     if environment["data"]["weights"] != data["weights"]:
         raise UserError(
-            f"the weights of data.sources are {data['weights']}, but {run_dir} was started with {environment['data']['weights']}: "
-            "set them so, or choose another `name`"
+            f"the weights of data.sources are {data['weights']}, but {run_dir} was started with "
+            f"{environment['data']['weights']}: set those, or choose another `name`"
         )
     accepted = [
-        f"{key} is {_at(now, key)}, it was {_at(before, key)}" for key in differing if key.split(".")[0] not in SILENT
+        f"{key} is {_value_at(now, key)}, was {_value_at(before, key)}"
+        for key in differing
+        if key.split(".")[0] not in LOCATION_KEYS
     ]
     ranks_before = environment.get("ranks", ranks or 1)
     ranks_now = ranks or ranks_before
     rows, rows_before = ranks_now * config.train.micro_batch_rows, ranks_before * before["train"]["micro_batch_rows"]
     if rows != rows_before:
         accepted.append(
-            f"a micro step has {rows} rows on {ranks_now} ranks, it had {rows_before} on {ranks_before}: a term that compares pairs with "
-            "each other (info_nce, regularizers) sees other ones"
+            f"a micro step has {rows} rows on {ranks_now} ranks, had {rows_before} on {ranks_before}: the pool of "
+            "terms that compare pairs with each other (info_nce, regularizers) has another size"
         )
     return accepted
 
 
-def _at(values: Any, key: str) -> Any:
+def _value_at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A file of the run folder. Raises UserError for one that is spoiled."""
+    """Return the content of a file of the run folder. Raises UserError if it is corrupt."""
     try:
         values = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         values = None
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} is spoiled: it says what the run is; bring it back from a copy, or choose another `name`"
+            f"{path}, which describes the run, is corrupt: restore it from a copy, or choose another `name`"
         )
     return values
 
 
 def _with_partitioning(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the defaults of PARTITIONING written out, because leaving them out is not a change."""
+    """Return a configuration with the defaults of PARTITIONING filled in, so omitting a default is not a change."""
     deepspeed = values.get("deepspeed") or {}
     return values | {
         "deepspeed": deepspeed | {"zero_optimization": PARTITIONING | deepspeed.get("zero_optimization", {})}

@@ -1,4 +1,4 @@
-"""Ranks: who this process is, and the few collectives that bookkeeping needs."""
+"""The ranks of a run: the identity of this process, and the few collectives that bookkeeping needs."""
 
 import contextlib
 import os
@@ -22,17 +22,18 @@ from pretrain.training.rank_store import RankStore
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""As long as the slowest start takes; what hangs later is found by watchdog.py."""
+"""Timeout of collectives, long enough for the slowest start. watchdog.py detects later hangs."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Settings of torch's memory allocator for CUDA, by the present and the former name; read when the first GPU is used."""
+"""Variables with settings of torch's CUDA allocator, by current and former name; read when the first GPU is used."""
 ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_round_threshold_mb:64"
-"""Micro steps of different lengths must not break GPU memory into pieces, nor the pinned memory of a checkpoint be rounded up to a power of two."""
+"""Settings of torch's CUDA allocator. They keep micro steps of different lengths from fragmenting GPU memory, and the
+pinned memory of a checkpoint from being rounded up to a power of two."""
 MPI_PORT = 29500
-"""Where ranks of mpirun meet, unless MASTER_PORT says otherwise."""
+"""Rendezvous port of the ranks of mpirun, unless MASTER_PORT is set."""
 
 
 class RendezvousError(UserError):
-    """The ranks have not found each other; another start may succeed."""
+    """A failed rendezvous of the ranks; another start may succeed."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class World:
     size: int
     device: torch.device
     rank_store: RankStore | None = None
-    """What the ranks leave each other outside of collectives; None for a single rank."""
+    """Key-value store for exchanging values outside of collectives; None for a single rank."""
     hosts: tuple[str, ...] = ()
-    """Of each rank."""
+    """Host name of each rank."""
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +61,7 @@ class World:
         return total.tolist()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(P, ...) of every rank -> (ranks * P, ...)."""
+        """Concatenate a tensor (P, ...) of every rank to (ranks * P, ...)."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -68,14 +69,17 @@ class World:
         return torch.cat(parts)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over the ranks: (...) of every rank -> this rank's part of the flat sum, (ceil(numel / ranks),), zeros behind its end."""
+        """Add up a tensor (...) over the ranks and return this rank's part of the flat sum, (ceil(numel / ranks),).
+
+        The flat sum is padded with zeros at its end.
+        """
         part = -(-tensor.numel() // self.size)
         flat = torch.nn.functional.pad(tensor.flatten(), (0, part * self.size - tensor.numel()))
         if self.size == 1:
             return flat
-        mine = flat.new_empty(part)
-        dist.reduce_scatter_tensor(mine, flat)
-        return mine
+        local = flat.new_empty(part)
+        dist.reduce_scatter_tensor(local, flat)
+        return local
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Gather a small Python value of every rank, on every rank."""
@@ -86,7 +90,7 @@ class World:
         return values
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Overwrite a tensor on every rank by that of the main rank."""
+        """Overwrite a tensor on every rank with the values of the main rank."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
@@ -96,7 +100,11 @@ class World:
             dist.barrier()
 
     def run_and_sync_errors(self, action: Callable[[], Result]) -> Result:
-        """Do something on every rank that may fail on some: all return, or all raise the first rank's UserError."""
+        """Run an action on every rank that may fail on some ranks.
+
+        If any rank raises a UserError, all ranks raise the error of the lowest failing rank. Otherwise return the
+        result.
+        """
         result, error = None, None
         try:
             result = action()
@@ -109,11 +117,11 @@ class World:
 
 
 def init_world() -> World:
-    """Join the ranks that the launcher started: deepspeed, torchrun, mpirun, srun, or a single plain process. Raises UserError."""
+    """Join the ranks that deepspeed, torchrun, mpirun or srun started, or set up a single process. Raises UserError."""
     normalize_launcher_env()
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # an optional op that would be compiled for minutes at the first start
+        deepspeed.ops.__compatible_ops__ = {}  # prevents minutes of compiling an optional op at the first start
     else:
         if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
             os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR_SETTINGS
@@ -129,8 +137,8 @@ def init_world() -> World:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
         raise RendezvousError(
-            f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); "
-            "if another job has that port, give the launcher another one: --master_port"
+            f"the ranks cannot connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); if another job uses that port, give the launcher another --master_port"
         ) from None
     world = World(dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name()), rank_store)
     world = replace(world, hosts=tuple(world.gather_objects(socket.gethostname())))
@@ -140,7 +148,10 @@ def init_world() -> World:
 
 
 def normalize_launcher_env() -> None:
-    """Rank, ranks and rendezvous as torch wants them, from what the launcher has set. Raises UserError where it has started several runs."""
+    """Set the variables that torch needs for its rendezvous from the variables of the launcher.
+
+    Raises UserError if the launcher would start several separate runs.
+    """
     started = launched_process_count()
     if "RANK" not in os.environ:
         if (
@@ -155,15 +166,16 @@ def normalize_launcher_env() -> None:
         os.environ.setdefault(name, value)
     if int(os.environ["WORLD_SIZE"]) < started:
         raise UserError(
-            f"mpirun or srun started {started} processes, each of which would be a run of its own, with "
-            f"{os.environ['WORLD_SIZE']} rank(s): start run.py itself under mpirun or srun, or the other launcher once for all nodes"
+            f"mpirun or srun started {started} processes, and each would be a separate run with "
+            f"{os.environ['WORLD_SIZE']} rank(s): start run.py directly under mpirun or srun, or start the other "
+            "launcher once for all nodes"
         )
     if os.environ["WORLD_SIZE"] == "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
-        os.environ["MASTER_PORT"] = "0"  # alone: any free port
+        os.environ["MASTER_PORT"] = "0"  # a single rank uses any free port
 
 
 def _environment_from_slurm(tasks: int) -> None:
-    """Set the variables for srun without MPI."""
+    """Set the variables of torch for srun without MPI."""
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
@@ -181,22 +193,25 @@ def _environment_from_slurm(tasks: int) -> None:
 
 
 def slurm_port() -> int:
-    """Where the ranks of a Slurm job meet, unless MASTER_PORT says otherwise: another port for each step, as they may share a node."""
+    """Return the rendezvous port of a Slurm job, used unless MASTER_PORT is set.
+
+    Each job step has another port, because steps may share a node.
+    """
     job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 20000 + (7 * job + step) % 10000
 
 
 def _environment_from_mpi() -> None:
-    """mpirun, or srun with PMIx."""
-    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    """Set the variables of torch for mpirun, or for srun with PMIx."""
+    set_by_user = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     deepspeed.comm.mpi_discovery(distributed_port=MPI_PORT, verbose=False)
-    os.environ |= given
+    os.environ |= set_by_user
 
 
 def leave_group(code: int) -> None:
-    """End this process with an exit code if it is one of several ranks; leave the process group of a single one.
+    """Exit the process if it is one of several ranks; for a single rank, only destroy the process group.
 
-    The threads of gloo can abort a process that is torn down after one of its peers, also while the group is destroyed.
+    gloo's threads can abort a process that is torn down after one of its peers, even while the group is destroyed.
     """
     if not dist.is_initialized():
         return

@@ -1,6 +1,7 @@
-"""What a run would take: parameters, batch, FLOPs, steps and memory, from configuration and lengths alone.
+"""The resource estimate of a run: parameters, batch, FLOPs, steps and memory, from the configuration and the lengths.
 
-Nothing is built but the model on the meta device, which holds shapes and no values; no process group, no run folder.
+Only the model is built, on the meta device, so it has shapes but no values. There is no process group and no run
+folder.
 """
 
 import math
@@ -45,35 +46,35 @@ from pretrain.training.setup import check, make_loader
 from pretrain.training.throughput import Parameters, count_parameters, peak_flops
 
 RANKS = (1, 8, 64)
-"""Numbers of ranks that are compared where no launcher gives one, as far as the global batch divides among them."""
+"""Numbers of ranks to compare without a launcher, if they divide the global batch."""
 PLANNED_WINDOWS = 4
-"""Largest number of windows of the first epoch that the means of a step are computed from."""
-SHARE_OF_PEAK = 0.4
-"""Of a device's bf16 peak, in the estimate of days; what large runs reach."""
+"""Largest number of windows of the first epoch from which the means of a step are computed."""
+ASSUMED_MFU = 0.4
+"""Fraction of a device's bf16 peak in the estimate of days; typical of large runs."""
 Table = list[tuple[str, ...]]
+"""Rows of a printed table, the heading first."""
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the plan on rank 0. Raises the UserErrors of a real start, but a corpus that is not prepared is none."""
-    rank, ranks = _launched()
+    """Print the plan on rank 0. Raises the UserErrors of a real start, except for a corpus that is not prepared."""
+    rank, ranks = _rank_and_ranks()
     if rank:
         return
     plan = checked_plan(config, ranks)
     corpus = plan.corpus
 
     if config.ignored_keys:
-        print(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.ignored_keys)}")
+        print(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
     if config.model.lora:
-        print(
-            "note: FLOPs and activations are those of training the whole model; adapters need up to a third fewer FLOPs"
-        )
+        print("note: FLOPs and activations are for training the whole model; adapters need up to a third fewer FLOPs")
     if corpus is None:
         print(
-            f"note: no corpus is prepared in {config.data.path}. The vocabulary is that of data.tokenizer, rows count as full, and "
-            "records,\npairs and the cost of the JEPA term stay unknown until: python -m data_prep CONFIG"
+            f"note: there is no corpus in {config.data.path}. The vocabulary is taken from data.tokenizer and rows are "
+            "assumed to be full.\nTo include records, pairs and the cost of the JEPA term, run: python -m data_prep "
+            "CONFIG"
         )
     if plan.step.skipped_windows:
-        print(f"note: the means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
+        print(f"note: means of a step are over {plan.step.planned:,} steps, spread evenly over the first epoch")
     tables = [
         _parameter_table(plan),
         _corpus_table(corpus) if corpus else [],
@@ -85,14 +86,15 @@ def dry_run(config: RunConfig) -> None:
     for table in filter(None, tables):
         _print_table(table)
     print(
-        "\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361); scores: 12 per layer, width of the"
-        "\nheads and visible key. Model states: arXiv 1910.02054; activations: arXiv 2205.05198, without stored scores. No offloading.",
+        "\n6 FLOPs per position and layer parameter, and per target and head parameter (arXiv 2001.08361). Attention "
+        "scores: 12 FLOPs per\nlayer, width of the heads and visible key. Model states: arXiv 1910.02054. Activations: "
+        "arXiv 2205.05198, without stored scores.\nOffloading is not included.",
         flush=True,
     )
 
 
 def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
-    """What the run would take, with the corpus if one is prepared. Raises the UserErrors of a real start on so many ranks."""
+    """Return the plan of a run, with the corpus if it is prepared. Raises the UserErrors of a real start on `ranks`."""
     corpus = Corpus(config.data.path, "train") if (Path(config.data.path) / MANIFEST).exists() else None
     engine_settings(config, ranks or 1)
     _check_start(config, corpus, ranks)
@@ -100,54 +102,55 @@ def checked_plan(config: RunConfig, ranks: int | None) -> "Plan":
 
 
 def make_plan(config: RunConfig, corpus: Corpus | None, ranks: int | None = None) -> "Plan":
-    """Return what the run would take; with a corpus, means over the steps of a few windows of its first epoch. Raises UserError."""
+    """Return the plan of a run. Raises UserError.
+
+    With a corpus, the values of a step are means over the steps of a few windows of the first epoch.
+    """
     settings = engine_settings(config, ranks or 1)
     check_zero_options(settings)
     zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     tokenizer = corpus.tokenizer if corpus else _future_tokenizer(config)
-    model = _model_of_shapes(config, tokenizer)
+    model = _meta_model(config, tokenizer)
     step = _planned_step(config, corpus, tokenizer, model) if corpus else _largest_step(config)
     adapters = adapter_sizes(model, config.model.lora) if config.model.lora else []
     return Plan(config, corpus, model, count_parameters(model), adapters, step, zero, ranks)
 
 
-def _launched() -> tuple[int, int | None]:
-    """This process's rank and the number of ranks; None where no launcher started it."""
-    told = "WORLD_SIZE" in os.environ
+def _rank_and_ranks() -> tuple[int, int | None]:
+    """Return this process's rank and the number of ranks; the number is None if no launcher started the process."""
+    set_by_launcher = "WORLD_SIZE" in os.environ
     normalize_launcher_env()
     ranks = int(os.environ["WORLD_SIZE"])
-    return int(os.environ["RANK"]), ranks if told or ranks > 1 else None
+    return int(os.environ["RANK"]), ranks if set_by_launcher or ranks > 1 else None
 
 
 def _check_start(config: RunConfig, corpus: Corpus | None, ranks: int | None) -> None:
-    """What a real start would refuse in corpus, files and run folder."""
+    """Raise the UserErrors of a real start about the corpus, files and the run folder."""
     check(config, corpus, print_now)
     if corpus and "validation" in corpus.manifest["splits"]:
         Corpus(config.data.path, "validation")
-    if (
-        corpus and (config.run_dir / "config.yaml").exists()
-    ):  # a start that was killed early leaves a folder without one
+    # a start that was killed early leaves a folder without config.yaml
+    if corpus and (config.run_dir / "config.yaml").exists():
         check_same_run(config, corpus.manifest, ranks)
     existing = next(folder for folder in (config.run_dir, *config.run_dir.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(
-            f"cannot write to {config.run_dir} (output_dir/name): {existing} is no folder that can be written to"
-        )
+        raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {existing} is not a writable folder")
 
 
 def _future_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer that a preparation would make, or, where it would train one, its size and special ids."""
+    """Return the tokenizer that a preparation would import; if it would train one, only its size and special ids."""
     if config.data.tokenizer.path is not None:
         with tempfile.TemporaryDirectory() as folder:
             return import_tokenizer(Path(config.data.tokenizer.path), Path(folder))
     return SimpleNamespace(vocab_size=config.data.tokenizer.vocab_size, pad_id=0, bos_id=2, eos_id=3, sep_id=4)
 
 
-def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
-    attention = "eager"  # nothing is computed, and every family has it
+def _meta_model(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Return the model on the meta device. Raises UserError if it does not fit the corpus."""
+    attention = "eager"  # supported by every family; nothing is computed
     shape = resolve_hf_config(config, tokenizer, resuming=bool(list_steps(config.run_dir / "checkpoints")))
     if config.model.init_from is None:
-        resolve_attention(config.model.attention, torch.device("cuda"), shape)  # refuses what no device can do
+        resolve_attention(config.model.attention, torch.device("cuda"), shape)  # rejects what no device supports
         with torch.device("meta"):
             return LanguageModel(random_causal_lm(shape, attention, torch.float32), config.predictor_tokens, attention)
     with torch.device("meta"):
@@ -158,7 +161,7 @@ def _model_of_shapes(config: RunConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the records of a step become in one layout, over all ranks. Means, so not whole numbers."""
+    """Counts of a step in one layout, over all ranks. They are means, so not integers."""
 
     positions: float
     targets: float
@@ -166,10 +169,14 @@ class Stream:
     predictor: float
     """Predictor tokens."""
     visible: float
-    """Keys that queries see, itself included, summed over the positions."""
+    """Number of keys that a query sees, its own position included, summed over the positions."""
 
     def flops(self, parameters: Parameters, model: LanguageModel) -> dict[str, float]:
-        """By part; attention scores take 12 per layer, width of the query heads and visible key (2 products, forward and backward)."""
+        """Return the FLOPs of a step by part of the model.
+
+        Attention scores need 12 FLOPs per layer, width of the query heads and visible key: two products, forward and
+        backward.
+        """
         layers, head = parameters.flops(self.positions, self.targets)
         return {
             "layers": layers,
@@ -180,66 +187,67 @@ class Stream:
 
 @dataclass(frozen=True)
 class Step:
-    """A global batch, as planned or, without a corpus, at most."""
+    """A global batch: means of planned steps, or upper bounds without a corpus."""
 
     stream: Stream
     planned: int = 0
-    """Steps that were planned for these means."""
+    """Number of steps planned for these means."""
     skipped_windows: int = 0
     """Number of windows of the first epoch that are not sampled."""
     records: float = 0
     tokens: float = 0
-    """Of the corpus."""
+    """Corpus tokens."""
     pairs: float = 0
     without_pairs: Stream | None = None
-    """The same records under objective.name=next_token; None where the run itself is that."""
+    """The same records under objective.name=next_token; None if the run's own layout has no pairs."""
     order: Order | None = None
-    """Of the records; None without a corpus."""
+    """Order of the records; None without a corpus."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed follows from this."""
+    """The plan of a run, from which all tables are printed."""
 
     config: RunConfig
     corpus: Corpus | None
     model: LanguageModel
     """On the meta device."""
     parameters: Parameters
-    """Those of the model without adapters."""
+    """Parameter counts of the model without adapters."""
     adapters: list[int]
     """Sizes of the parameters that model.lora adds."""
     step: Step
     zero: DeepSpeedZeroConfig
     ranks: int | None
-    """As launched; None where no launcher tells."""
+    """Number of ranks set by the launcher; None without a launcher."""
 
     @property
     def total(self) -> int:
-        """All parameters, adapters included."""
+        """Number of all parameters, adapters included."""
         return self.parameters.total + sum(self.adapters)
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained."""
+        """Number of trained parameters."""
         return self.parameters.predictor + sum(self.adapters) if self.config.model.lora else self.total
 
     @property
     def rank_counts(self) -> list[int]:
-        """The numbers of ranks to show: that of the launcher, or those that the global batch divides among."""
+        """Numbers of ranks to show: the launcher's, or the ones of RANKS that divide the global batch."""
         if self.ranks is not None:
             return [self.ranks]
-        most = self.config.train.global_batch_rows // self.config.train.micro_batch_rows
-        return sorted({ranks for ranks in RANKS if most % ranks == 0} | ({most} if most < max(RANKS) else set()))
+        largest = self.config.train.global_batch_rows // self.config.train.micro_batch_rows
+        divisors = {ranks for ranks in RANKS if largest % ranks == 0}
+        return sorted(divisors | ({largest} if largest < max(RANKS) else set()))
 
     @property
     def flops(self) -> float:
-        """Of a step."""
+        """FLOPs of a step."""
         return sum(self.step.stream.flops(self.parameters, self.model).values())
 
 
 def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model: LanguageModel) -> Step:
-    """Return means over the steps of a few of the loader's windows of records, spread evenly over the first epoch."""
+    """Return means over the steps of a few of the loader's windows, spread evenly over the first epoch."""
     specials, data = special_ids(tokenizer, model.vocab_size), config.data
     layout = config.make_layout(specials, corpus.views)
     plain = make_layout(
@@ -260,7 +268,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
         while (loader.epoch, loader.window) == (0, window):
             rows = loader.next_rows(config.train.global_batch_rows)
             if loader.exhausted and sums["steps"]:
-                break  # the last step of a run is not full
+                break  # skip the last step of a run, because it is not full
             sums.update(
                 steps=1,
                 records=len(rows.records),
@@ -271,7 +279,7 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
             without_pairs.update(_stream(plain, rows.lengths, plain.segment_lengths(rows.lengths, rows.paired)))
     steps = sums.pop("steps")
     mean, plain_mean = (
-        Stream(**{name: total / steps for name, total in one.items()}) for one in (stream, without_pairs)
+        Stream(**{name: total / steps for name, total in counts.items()}) for counts in (stream, without_pairs)
     )
     return Step(
         mean,
@@ -284,27 +292,30 @@ def _planned_step(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, model
 
 
 def _stream(layout: Layout, lengths: np.ndarray, segment_lengths: np.ndarray) -> dict[str, int]:
-    """The fields of a Stream, summed over records with views (N, views) and segments (N, segments)."""
+    """Return the fields of a Stream, summed over records with view lengths (N, views) and segments (N, segments)."""
     predicting = [index for index, segment in enumerate(layout.segments) if segment.view is None]
     return {
         "positions": int(segment_lengths.sum()),
         "targets": int(layout.count_lm_targets(lengths, segment_lengths).sum()),
         "predictor": layout.predictor_tokens * int((segment_lengths[:, predicting] > 0).sum()),
-        "visible": _visible(layout, segment_lengths),
+        "visible": _visible_keys(layout, segment_lengths),
     }
 
 
-def _visible(layout: Layout, lengths: np.ndarray) -> int:
-    """Visible keys over all queries of records with segments (N, segments): a token sees its own up to itself, and all above."""
-    above = np.zeros_like(lengths)
+def _visible_keys(layout: Layout, lengths: np.ndarray) -> int:
+    """Return the number of visible keys of all queries of records with segment lengths (N, segments).
+
+    A token sees its own segment up to itself, and all tokens of the ancestors of that segment.
+    """
+    ancestors = np.zeros_like(lengths)
     for index, segment in enumerate(layout.segments):
         if segment.parent is not None:
-            above[:, index] = above[:, segment.parent] + lengths[:, segment.parent]
-    return int((lengths * (lengths + 1) // 2 + lengths * above).sum())
+            ancestors[:, index] = ancestors[:, segment.parent] + lengths[:, segment.parent]
+    return int((lengths * (lengths + 1) // 2 + lengths * ancestors).sum())
 
 
 def _largest_step(config: RunConfig) -> Step:
-    """Rows full of one record each, every position a target."""
+    """Return the upper bound of a step: each row is filled by one record, and every position is a target."""
     rows, length = config.train.global_batch_rows, config.data.sequence_length
     return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
 
@@ -340,7 +351,7 @@ def _corpus_table(corpus: Corpus) -> Table:
 
 def _step_table(plan: Plan) -> Table:
     train, step, stream, plain = plan.config.train, plan.step, plan.step.stream, plan.step.without_pairs
-    title = f"a step, mean of {step.planned:,}" if step.planned else "a step, at most"
+    title = f"one step, mean of {step.planned:,}" if step.planned else "one step, at most"
     rows: Table = [
         (title, plan.config.objective.name, *(("next_token", "more") if plain else ())),
         ("rows", f"{train.global_batch_rows:,}"),
@@ -348,13 +359,13 @@ def _step_table(plan: Plan) -> Table:
     for ranks in plan.rank_counts:
         rows.append(
             (
-                f"micro steps of each of {ranks:,} rank{'s' * (ranks > 1)}",
+                f"micro steps per rank ({ranks:,} rank{'s' * (ranks > 1)})",
                 f"{train.global_batch_rows // train.micro_batch_rows // ranks:,}",
             )
         )
     if step.planned:
         rows += [("records", f"{step.records:,.0f}"), ("corpus tokens", f"{step.tokens:,.0f}")]
-    rows.append(_compared("positions", stream.positions, plain.positions if plain else None, ",.0f"))
+    rows.append(_comparison_row("positions", stream.positions, plain.positions if plain else None, ",.0f"))
     if plain:
         parts = {
             "predictor tokens": stream.predictor,
@@ -365,16 +376,16 @@ def _step_table(plan: Plan) -> Table:
         rows.append(
             ("padding", f"{1 - stream.positions / (train.global_batch_rows * plan.config.data.sequence_length):.1%}")
         )
-    rows.append(_compared("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
+    rows.append(_comparison_row("next-token targets", stream.targets, plain.targets if plain else None, ",.0f"))
     if plain:
         rows.append(("pairs", f"{step.pairs:,.0f}"))
     flops = stream.flops(plan.parameters, plan.model)
     plain_flops = plain.flops(plan.parameters, plan.model) if plain else {}
-    rows += [_compared(f"FLOPs, {part}", value, plain_flops.get(part), ".3g") for part, value in flops.items()]
-    return [*rows, _compared("FLOPs", sum(flops.values()), sum(plain_flops.values()), ".3g")]
+    rows += [_comparison_row(f"FLOPs, {part}", value, plain_flops.get(part), ".3g") for part, value in flops.items()]
+    return [*rows, _comparison_row("FLOPs", sum(flops.values()), sum(plain_flops.values()), ".3g")]
 
 
-def _compared(name: str, value: float, plain: float | None, form: str) -> tuple[str, ...]:
+def _comparison_row(name: str, value: float, plain: float | None, form: str) -> tuple[str, ...]:
     return (name, f"{value:{form}}", *((f"{plain:{form}}", f"{value / plain - 1:.1%}") if plain else ()))
 
 
@@ -384,41 +395,46 @@ def _budget_table(plan: Plan) -> Table:
     rows: Table = [("the run", ""), (f"train.{name}", f"{budget:,}")]
     if corpus is None and name in ("records", "epochs"):
         return [*rows, ("steps", "unknown")]
-    # without a corpus a full row holds at most as many tokens as positions
+    # without a corpus, a full row has at most as many tokens as positions
     records, tokens = (step.records, step.tokens) if corpus else (0, step.stream.positions)
-    one = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not whole numbers
-    of_epochs = step.order.records_in_epochs(train.epochs) if train.epochs and step.order else 0
-    exact = round(1 / consumed_fraction(one, train, of_epochs), 6)  # 1 / (1 / 49) is above 49
+    one_step = Progress(1, records, tokens)  # type: ignore[arg-type]  # means, so not integers
+    epoch_records = step.order.records_in_epochs(train.epochs) if train.epochs and step.order else 0
+    exact = round(1 / consumed_fraction(one_step, train, epoch_records), 6)  # rounded, since 1 / (1 / 49) is above 49
     steps = math.ceil(exact)
-    filled = exact if train.epochs else steps  # the last step of the last epoch holds what is left
+    full_steps = exact if train.epochs else steps  # the last step of the last epoch may be only partly filled
     if train.steps is None:
         rows.append(("steps, about" if corpus else "steps, at least", f"{steps:,}"))
     if step.order:
         rows += [
-            ("corpus tokens in all", f"{filled * step.tokens:,.0f}"),
-            ("epochs", f"{filled * step.records / step.order.epoch_records:,.2f}"),
+            ("total corpus tokens", f"{full_steps * step.tokens:,.0f}"),
+            ("epochs", f"{full_steps * step.records / step.order.epoch_records:,.2f}"),
         ]
-    rows.append(("FLOPs in all" if corpus else "FLOPs in all, of full rows", f"{filled * plan.flops:.3g}"))
+    rows.append(("total FLOPs" if corpus else "total FLOPs with full rows", f"{full_steps * plan.flops:.3g}"))
     peak = peak_flops()
     if peak is not None and train.precision == "bf16":
-        speed = SHARE_OF_PEAK * peak * (plan.ranks or 1)
+        speed = ASSUMED_MFU * peak * (plan.ranks or 1)
         rows.append(
             (
-                f"days at {speed:.3g} FLOP/s, {SHARE_OF_PEAK:.0%} of {plan.ranks or 1:,} such device{'s' * ((plan.ranks or 1) > 1)}",
-                f"{filled * plan.flops / speed / 86400:,.2f}",
+                f"days at {speed:.3g} FLOP/s, {ASSUMED_MFU:.0%} of the peak of {plan.ranks or 1:,} "
+                f"device{'s' * ((plan.ranks or 1) > 1)}",
+                f"{full_steps * plan.flops / speed / 86400:,.2f}",
             )
         )
     return rows
 
 
 def _states_table(plan: Plan) -> Table:
-    """No ZeRO takes the same on any number of ranks, and on one rank its stages are equal."""
+    """Return the table of model states by ZeRO stage and number of ranks.
+
+    Without ZeRO the number of ranks makes no difference, and on one rank all stages are equal. These repetitions are
+    omitted.
+    """
     precision, configured = plan.config.train.precision, int(plan.zero.stage)
     cases = [(0, 1)] + [
         (stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))
     ]
     states = {case: model_states_per_rank(plan, *case) for case in cases}
-    unit, scale = _unit(plan)
+    unit, scale = _memory_unit(plan)
     rows: Table = [
         (
             f"model states of a rank in {precision}, {unit}",
@@ -426,8 +442,8 @@ def _states_table(plan: Plan) -> Table:
             "parameters",
             "gradients",
             "optimizer",
-            "together",
-            "within the step",
+            "combined",
+            "during the step",
         )
     ]
     for (stage, ranks), held in states.items():
@@ -438,7 +454,7 @@ def _states_table(plan: Plan) -> Table:
 
 
 def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
-    """The model states of the plan under a ZeRO stage on so many ranks."""
+    """Return the model states of the plan under a ZeRO stage on `ranks` ranks."""
     sizes = [*(parameter.numel() for parameter in plan.model.parameters()), *plan.adapters]
     small = sum(size for size in sizes if size <= plan.zero.param_persistence_threshold)
     accumulated = 4 if gradient_accumulation_dtype(plan.config) in FP32_NAMES else 2
@@ -448,22 +464,26 @@ def model_states_per_rank(plan: Plan, stage: int, ranks: int) -> ModelStates:
 def reduce_buffers(plan: Plan) -> dict[str, float]:
     """Return the bytes of the buffers in which a rank reduces gradients, by accelerator, cuda or cpu.
 
-    DeepSpeed allocates reduce_bucket_size elements, and ZeRO 1 and 2 twice as many with overlap_comm. Host memory that is never written takes no
-    room; GPU memory does. Without contiguous_gradients there are no buffers: gradients wait where they are.
+    DeepSpeed allocates reduce_bucket_size elements. With overlap_comm, ZeRO 1 and 2 allocate twice that. Unwritten
+    memory counts on a GPU but not on the host. Without contiguous_gradients there are no buffers, because gradients
+    stay where they are until they are reduced.
     """
     zero, item = plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = 2 if zero.overlap_comm and int(zero.stage) < 3 else 1
-    filled = min(zero.reduce_bucket_size, plan.trained)
-    allocated = zero.reduce_bucket_size if zero.contiguous_gradients else filled
-    return {"cuda": float(item * buffers * allocated), "cpu": float(item * buffers * filled)}
+    used = min(zero.reduce_bucket_size, plan.trained)
+    allocated = zero.reduce_bucket_size if zero.contiguous_gradients else used
+    return {"cuda": float(item * buffers * allocated), "cpu": float(item * buffers * used)}
 
 
 def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
-    """Return what a rank on cuda or cpu holds beside the model states within a step: name, bytes, bytes with activation checkpointing."""
+    """Return the memory of a rank in a step, on cuda or cpu, in addition to the model states.
+
+    Each entry is a name, the bytes, and the bytes with activation checkpointing.
+    """
     train, zero, item = plan.config.train, plan.zero, ITEM_BYTES[plan.config.train.precision]
     buffers = reduce_buffers(plan)
-    reduced, partly = buffers[device], buffers["cpu"] < buffers["cuda"]
-    extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU as far as it is filled"}[device] * partly
+    reduced, partly_used = buffers[device], buffers["cpu"] < buffers["cuda"]
+    extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
     kept = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
@@ -481,7 +501,11 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
 
 
 def _activation_table(plan: Plan) -> Table:
-    """Print buffers that gradients do not fill for each device: they take memory on CUDA alone."""
+    """Return the table of memory in addition to the model states.
+
+    If the gradients do not fill the reduction buffers, the table has totals for both devices: the unused part needs
+    memory on CUDA only.
+    """
     train, buffers = plan.config.train, reduce_buffers(plan)
     held = {
         device: non_state_memory(plan, device)
@@ -489,23 +513,27 @@ def _activation_table(plan: Plan) -> Table:
     }
     rows = list(dict.fromkeys(row for each in held.values() for row in each))
     for device, each in held.items():
-        name = "together" + f" on {device.upper()}" * (len(held) > 1)
+        name = "combined" + f" on {device.upper()}" * (len(held) > 1)
         rows.append((name, sum(row[1] for row in each), sum(row[2] for row in each)))
-    unit, scale = _unit(plan)
+    unit, scale = _memory_unit(plan)
     recomputed = "with activation checkpointing" + ", as configured" * train.activation_checkpointing
     return [
-        (f"beside them, {unit}", "as it is" if train.activation_checkpointing else "as configured", recomputed),
-        *((name, f"{whole / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, whole, checkpointed in rows),
+        (
+            f"other memory of a rank, {unit}",
+            "standard" if train.activation_checkpointing else "as configured",
+            recomputed,
+        ),
+        *((name, f"{stored / scale:,.2f}", f"{checkpointed / scale:,.2f}") for name, stored, checkpointed in rows),
     ]
 
 
-def _unit(plan: Plan) -> tuple[str, int]:
-    """Of all memory: GiB from about 100 million parameters on."""
+def _memory_unit(plan: Plan) -> tuple[str, int]:
+    """Return the memory unit and its bytes: GiB for at least 100 million parameters, else MiB."""
     return ("GiB", 2**30) if plan.total >= 10**8 else ("MiB", 2**20)
 
 
 def _print_table(rows: Table) -> None:
-    """The first column to the left, the others to the right; rows may leave out their last columns."""
+    """Print a table. The first column is left-aligned, the others right-aligned; rows may omit their last columns."""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -42,21 +42,21 @@ from pretrain.training.random_state import seed_all
 
 
 class TrainingModule(nn.Module):
-    """Model and objective as one module: one forward pass returns all loss terms, so that one backward pass serves."""
+    """Model and objective as one module: one forward pass returns all loss terms, and one backward pass serves them."""
 
     def __init__(self, model: LanguageModel, objective: Objective, gather: Gather):
         super().__init__()
         self.model, self.objective, self.gather = model, objective, gather
 
     def forward(self, batch: Batch, with_pool: bool = False) -> ObjectiveOutput:
-        """The terms of a micro batch."""
+        """Return the loss terms of a micro batch."""
         return self.objective(self.model(batch), batch, self.model.cross_entropy, self.gather, with_pool=with_pool)
 
 
 def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
-    """Return the model's Hugging Face configuration: of its family and shape, or of the folder to start from.
+    """Return the model's Hugging Face configuration: from its family and shape, or from the folder of model.init_from.
 
-    A run that resumes has a copy of the latter, and does not need that folder any more.
+    A resumed run has a copy of that folder's configuration and no longer needs the folder.
     """
     model = config.model
     if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():
@@ -65,7 +65,7 @@ def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -
         shape = pretrained_config(model.init_from)
         check_stored_weights(model.init_from, shape)
         return shape
-    assert model.family is not None and model.shape is not None  # the configuration has these or init_from
+    assert model.family is not None and model.shape is not None  # the configuration has either these or init_from
     return build_model_config(model.family, model.shape, tokenizer, config.data.sequence_length)
 
 
@@ -80,15 +80,16 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Build the model, partitioned from the start, and its optimizer.
 
-    `resuming`: a checkpoint will be loaded, which holds all weights. `universal`: one of another number of ranks. Raises UserError if
-    batch sizes do not divide or the model does not fit the corpus.
+    `resuming` means that a checkpoint will be loaded, so no initial weights are read. `universal` means that this
+    checkpoint was converted from another number of ranks. Raises UserError if the batch sizes do not divide evenly or
+    the model does not fit the corpus.
     """
     settings = engine_settings(config, world.size) | ({"checkpoint": {"load_universal": True}} if universal else {})
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     check_zero_options(settings, world.device.type)
     shape = resolve_hf_config(config, tokenizer, resuming)
     attention = resolve_attention(config.model.attention, world.device, shape)
-    keep_alive = HfDeepSpeedConfig(settings)  # while this lives, transformers initialises and loads under ZeRO-3
+    keep_alive = HfDeepSpeedConfig(settings)  # transformers initialises and loads under ZeRO-3 while this object exists
     seed_all(config.seed)
     start = None if resuming else config.model.init_from
     causal_lm = pretrained_causal_lm(start, attention, dtype) if start else random_causal_lm(shape, attention, dtype)
@@ -102,7 +103,7 @@ def build_engine(
     if config.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     if settings["zero_optimization"]["stage"] == 3 and (config.train.compile or not config.monitor.gradients_every):
-        mark_layers_as_z3_leaves(model)  # gradient_diagnostics cannot look into such layers
+        mark_layers_as_z3_leaves(model)  # gradient_diagnostics cannot measure such layers
     if config.train.compile:
         compile_layers(model)
     if config.train.compile or attention == "flex_attention":
@@ -110,31 +111,38 @@ def build_engine(
         limit_compile_threads(world.hosts.count(world.hosts[world.rank]))
     module = TrainingModule(model, objective, Gather(world.all_gather, world.rank))
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decay = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
-    rest = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
-    groups = [{"params": decay, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    fused = world.device.type == "cuda"  # else it makes several passes over all weights there, and a copy of them
+    decayed = [parameter for parameter in trained if len(full_shape(parameter)) >= 2]
+    undecayed = [parameter for parameter in trained if len(full_shape(parameter)) < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.train.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    # the unfused optimizer would make several passes over all weights on the GPU, and a copy of them
+    fused = world.device.type == "cuda"
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.train.learning_rate,
         betas=config.train.betas,
         fused=fused,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # the optimizer of stage 1 in bf16 prints a dozen lines of memory
+    with contextlib.redirect_stdout(io.StringIO()):  # the stage 1 optimizer in bf16 prints a dozen lines about memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     engine.keep_alive = keep_alive
     if config.monitor.gradients_every and any(
         hasattr(parameter, "ds_z3_leaf_module") for parameter in module.parameters()
     ):
         raise UserError(
-            "monitor.gradients_every cannot look into modules that ZeRO stage 3 gathers whole, as it does mixtures of experts: "
-            "leave it at 0, or set deepspeed.zero_optimization.stage to 1 or 2"
+            "monitor.gradients_every cannot measure modules that ZeRO stage 3 gathers as one unit, such as mixtures of "
+            "experts: set it to 0, or set deepspeed.zero_optimization.stage to 1 or 2"
         )
     return engine
 
 
 def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: what the project computes, around what the user passes through."""
+    """Return the DeepSpeed configuration: the values computed by the project and the options passed through.
+
+    Raises UserError if the global batch is not a multiple of a micro step.
+    """
     train = config.train
     rows_per_micro_step = train.micro_batch_rows * ranks
     if train.global_batch_rows % rows_per_micro_step:
@@ -145,9 +153,8 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
     passed = dict(config.deepspeed)
     zero = {"stage": 3} | passed.pop("zero_optimization", {})
     data_types = {"data_types": {"grad_accum_dtype": gradient_accumulation_dtype(config)}}
-    timers = {
-        "timers": {"throughput": {"enabled": False}} | passed.get("timers", {})
-    }  # DeepSpeed's synchronises with the GPU in every micro step
+    # DeepSpeed's throughput timer synchronises with the GPU in every micro step
+    timers = {"timers": {"throughput": {"enabled": False}} | passed.get("timers", {})}
     return (
         passed
         | data_types
@@ -166,12 +173,15 @@ def engine_settings(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 
 def gradient_accumulation_dtype(config: RunConfig) -> str:
-    """Return the type in which gradients are added up over micro steps, by DeepSpeed's name: fp32 also for bf16, whose sums would be off by 1%."""
+    """Return DeepSpeed's name of the type in which gradients are accumulated over micro steps.
+
+    The default is fp32 even for bf16 gradients, because sums in bf16 would be off by 1%.
+    """
     return config.deepspeed.get("data_types", {}).get("grad_accum_dtype") or "fp32"
 
 
 def check_zero_options(settings: dict[str, Any], device: str | None = None) -> None:
-    """Raise UserError for an option of zero_optimization that DeepSpeed does not know, or does not have on this kind of device."""
+    """Raise UserError for an option of zero_optimization that DeepSpeed does not support, or not on this device."""
     try:
         zero = DeepSpeedZeroConfig(**settings["zero_optimization"])
     except ValidationError as error:
@@ -185,28 +195,29 @@ def check_zero_options(settings: dict[str, Any], device: str | None = None) -> N
         ("offload_optimizer.super_offload", super_offload),
     ):
         if value and device == "cpu" and int(zero.stage) == 3:
-            raise UserError(f"deepspeed: zero_optimization.{name} does not work on CPU: leave it out")
+            raise UserError(f"deepspeed: zero_optimization.{name} does not work on CPU: remove it")
 
 
 def check_model_fits_corpus(config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raise UserError where the model of model.init_from is too small for the corpus."""
+    """Raise UserError if the model of model.init_from is too small for the corpus."""
     if model.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model.init_from has {model.vocab_size} token embeddings, the corpus uses {tokenizer.vocab_size} ids: "
-            "prepare it with data.tokenizer.path set to that folder"
+            f"model.init_from has {model.vocab_size} token embeddings, but the corpus uses {tokenizer.vocab_size} ids: "
+            "prepare the corpus with data.tokenizer.path set to that folder"
         )
     limit = model.causal_lm.config.max_position_embeddings
     if limit < config.data.sequence_length:
         raise UserError(
-            f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} positions"
+            f"data.sequence_length is {config.data.sequence_length}, but the model of model.init_from allows {limit} "
+            "positions: lower it"
         )
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter before ZeRO stage 3 partitioned it."""
+    """Return the shape of a parameter before partitioning by ZeRO stage 3."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters of the whole model, partitioned or not."""
+    """Return the number of parameters of a module, partitioned or not."""
     return sum(full_shape(parameter).numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""Starting the evaluation job beside a training run."""
+"""Requests for background evaluations of a training run, and the start of the evaluation job."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ from data_prep.console import UserError
 from pretrain.run_folder import PINS, list_steps, step_name
 
 SUPERVISED_VARIABLE = "JEPA_SUPERVISED"
-"""Environment variable by which launcher/supervise.py knows the processes of a run, which it ends with the run."""
-OF_THE_LAUNCHER = (
+"""Environment variable by which launcher/supervise.py recognises the processes of a run; it ends them with the run."""
+LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -28,20 +28,22 @@ OF_THE_LAUNCHER = (
     "ROLE_",
     SUPERVISED_VARIABLE,
 )
-"""Environment variables, or their beginnings, that would make the job, or others, believe it is a process of the run."""
+"""Environment variables that would mark the job as a process of the run; a name that ends in `_` is a prefix."""
 
 
 def single_process_environment() -> dict[str, str]:
-    """This process's environment without the variables of launchers and of supervise.py."""
+    """Return this process's environment without the variables of launchers and of supervise.py."""
     return {
         name: value
         for name, value in os.environ.items()
-        if not any(name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in OF_THE_LAUNCHER)
+        if not any(
+            name == prefix or (prefix.endswith("_") and name.startswith(prefix)) for prefix in LAUNCHER_VARIABLES
+        )
     }
 
 
 def evaluation_environment(device: str) -> dict[str, str]:
-    """Return the environment of a background evaluation, which sees one GPU, named as cuda:N, or none."""
+    """Return the environment of a background evaluation on `device`: cpu, or cuda:N to make only that GPU visible."""
     kind, _, number = device.partition(":")
     return single_process_environment() | {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -51,46 +53,50 @@ def evaluation_environment(device: str) -> dict[str, str]:
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a device of background evaluations that this machine does not have."""
+    """Raise UserError if this machine does not have the device of background evaluations."""
     kind, _, number = device.partition(":")
     if kind == "cpu":
         return
-    everything = {
+    all_devices = {
         name: value
         for name, value in single_process_environment().items()
         if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
     }
     code = "import torch; print(torch.cuda.device_count())"
-    counted = subprocess.run([sys.executable, "-c", code], env=everything, check=True, capture_output=True, text=True)
+    counted = subprocess.run([sys.executable, "-c", code], env=all_devices, check=True, capture_output=True, text=True)
     gpus = int(counted.stdout.split()[-1])
     if int(number) >= gpus:
         raise UserError(
-            f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose one that training leaves alone, or cpu"
+            f"evaluation.device is {device}, but this machine has {gpus} GPUs: choose a GPU that training does not "
+            "use, or cpu"
         )
 
 
 def die_with_parent(command: list[str], number: str) -> list[str]:
-    """A command that gets a signal (TERM, KILL) when the process that starts it dies, however that comes."""
+    """Return a command whose process gets the signal `number` (TERM, KILL) when its parent dies for any reason."""
     return ["setpriv", "--pdeathsig", number, *command]
 
 
 def request_evaluation(run_dir: Path, step: int) -> None:
-    """Pin a checkpoint, before it stands: it is not removed until a job has evaluated it, so no kill loses the request."""
+    """Pin a checkpoint before it is written, so that a kill cannot lose the request.
+
+    A pinned checkpoint is not removed until a job has evaluated it.
+    """
     pins = run_dir / "checkpoints" / PINS
     pins.mkdir(parents=True, exist_ok=True)
     (pins / step_name(step)).touch()
 
 
 def requested_evaluations(run_dir: Path) -> list[int]:
-    """Steps whose checkpoints stand and are pinned."""
+    """Return the steps whose checkpoints exist and are pinned."""
     pins = run_dir / "checkpoints" / PINS
     return [step for step in list_steps(run_dir / "checkpoints") if (pins / step_name(step)).exists()]
 
 
 def start_evaluations(run_dir: Path, device: str) -> None:
-    """Start a background job on a device (cpu or cuda:N) that takes all requests; jobs of a run wait for each other.
+    """Start a background job on a device (cpu or cuda:N) that handles all requests; jobs of a run wait for each other.
 
-    It is no child of this rank, because launchers end a rank's children with it.
+    The job is not a child of this rank, because launchers end a rank's children together with the rank.
     """
     evaluation = run_dir / "evaluation"
     evaluation.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the loss terms pull on the weights: the norm of each term's gradient, and its cosine with that of the next-token loss."""
+"""Gradient diagnostics: the norm of each loss term's gradient, and its cosine with the next-token loss's gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +11,7 @@ from pretrain.objectives.base import total_loss
 from pretrain.training.distributed import World
 
 REFERENCE = "lm"
-"""The term that the others are compared with."""
+"""The term with which the other terms are compared."""
 
 
 def gradient_diagnostics(
@@ -22,19 +22,22 @@ def gradient_diagnostics(
     world: World,
     report_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return norm and cosine of the terms' gradients over the global batch, keyed like the metric tags.
+    """Return the norm and cosine of the terms' gradients over the global batch, by metric tag.
 
-    `batches` are this rank's micro batches. A gradient is that of weight * sum / count, so together they are that of the loss. A term
-    with a count of 0 is absent. A cosine is NaN where a gradient is zero, and everything is where a term is not finite. Costs a
-    forward and a backward pass over the global batch for each term, and memory for two fp32 gradients divided by the ranks. What
-    DeepSpeed has accumulated and the random numbers to come stay as they are. `moved` is called before each micro batch.
+    `batches` are this rank's micro batches. A term's gradient is the gradient of weight * sum / count, so the sum over
+    the terms is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is zero,
+    and all values are NaN if a term is not finite.
+
+    The cost is a forward and a backward pass over the global batch for each term, and memory for two fp32 gradients
+    divided by the number of ranks. DeepSpeed's accumulated gradients and the random number generators do not change.
+    `report_progress` is called before each micro batch.
     """
     values: dict[str, float] = {}
     norms: dict[str, float] = {}
     reference: list[torch.Tensor] = []
     for name in sorted((name for name in weights if counts[name]), key=lambda name: name != REFERENCE):
-        alone = {other: weight if other == name else 0.0 for other, weight in weights.items()}
-        gradient = _gradient(module, batches, counts, alone, world, report_progress)
+        term_weights = {other: weight if other == name else 0.0 for other, weight in weights.items()}
+        gradient = _gradient(module, batches, counts, term_weights, world, report_progress)
         reference = reference or gradient
         square, product = world.sum([_dot(gradient, gradient), _dot(gradient, reference)])
         values[f"gradient/norm/{name}"] = norms[name] = square**0.5
@@ -52,23 +55,22 @@ def _gradient(
     world: World,
     report_progress: Callable[[], None],
 ) -> list[torch.Tensor]:
-    """Return the gradient of the global batch, of each parameter the part that falls to this rank, flat and in fp32."""
+    """Return this rank's part of the gradient of the global batch, one flat fp32 tensor for each parameter."""
     parameters = list(module.parameters())
     parts: list[torch.Tensor | float] = [0.0] * len(parameters)
 
-    def take(index: int, gradient: torch.Tensor) -> torch.Tensor:
+    def accumulate(index: int, gradient: torch.Tensor) -> torch.Tensor:
         parts[index] = parts[index] + world.reduce_scatter(gradient.float())
-        return gradient.new_zeros(()).expand_as(gradient)  # in its place, so that no rank ever holds a whole gradient
+        return gradient.new_zeros(()).expand_as(gradient)  # replaces it, so no rank ever holds a complete gradient
 
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         for batch in batches:
             report_progress()
-            # the terms of weight zero stay in the graph: ZeRO-3 then meets the same modules as in every other backward pass
+            # terms of weight zero stay in the graph, so that ZeRO-3 sees the same modules as in every backward pass
             loss = total_loss(module(batch.to(world.device)).terms, counts, weights, ranks=1)
-            hooks = [parameter.register_hook(partial(take, index)) for index, parameter in enumerate(parameters)]
-            torch.autograd.grad(
-                loss, parameters, allow_unused=True
-            )  # runs no hook of DeepSpeed's gradient accumulation
+            hooks = [parameter.register_hook(partial(accumulate, index)) for index, parameter in enumerate(parameters)]
+            # unlike backward(), this runs none of the hooks of DeepSpeed's gradient accumulation
+            torch.autograd.grad(loss, parameters, allow_unused=True)
             for hook in hooks:
                 hook.remove()
     return [part for part in parts if isinstance(part, torch.Tensor)]

@@ -1,7 +1,8 @@
-"""Started beside each rank: ends it when it has shown no sign of life for too long, which it cannot do itself while it is stopped.
+"""A process next to each rank that kills the rank if its heartbeats stop.
 
-Without it a launcher would wait for such a rank for ever. `python heartbeat_killer.py PID`: each line on standard input is a sign of life, and
-says for how many seconds none may follow. Standard library only: it starts at once and takes little memory.
+A stopped rank cannot end itself, and a launcher would wait for it forever. `python heartbeat_killer.py PID`: each line
+on standard input is a heartbeat, and contains the number of seconds within which the next one must follow. It uses the
+standard library only, so it starts quickly and needs little memory.
 """
 
 import contextlib
@@ -10,22 +11,23 @@ import select
 import signal
 import sys
 
-MORE = 5.0
-"""Seconds that a rank has beyond those: after a pause of the whole machine this process may run before it."""
+EXTRA_SECONDS = 5.0
+"""Additional time for a heartbeat, in seconds. After a pause of the whole machine, this process may run before the
+rank."""
 
 
 def main() -> None:
     """Wait for heartbeats; kill the rank if they stop."""
     rank, seconds = int(sys.argv[1]), None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # those are for the rank, and this ends with it
-    while select.select([0], [], [], seconds)[0] or select.select([0], [], [], MORE)[0]:
+        signal.signal(number, signal.SIG_IGN)  # the rank handles these signals, and this process ends with it
+    while select.select([0], [], [], seconds)[0] or select.select([0], [], [], EXTRA_SECONDS)[0]:
         lines = os.read(0, 1 << 16)
         if not lines:
             return
         seconds = float(lines.split()[-1])
     if os.getppid() == rank:
-        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+        with contextlib.suppress(OSError):  # the output is closed, or the disk is full
             print(
                 f"error: process {rank} has sent no heartbeat for {seconds:.0f} s; killing it",
                 file=sys.stderr,

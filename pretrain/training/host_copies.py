@@ -7,10 +7,11 @@ import torch
 
 
 class HostCopies:
-    """Copies values into buffers that are kept from one save to the next: on CUDA in pinned memory, beside what the GPU computes.
+    """Copies of nested values in host buffers that are reused from one save to the next.
 
-    The copies of one save are valid until the next one begins. Whatever changes the originals waits for `before_change`, and whatever reads the
-    copies for `wait`.
+    On CUDA the buffers are in pinned memory, and copying overlaps with the computation. The copies of one save are
+    valid until the next save begins. Call `before_change` before changing the originals, and `wait` before reading the
+    copies.
     """
 
     def __init__(self, device: torch.device):
@@ -20,26 +21,26 @@ class HostCopies:
         self._used = 0
 
     def begin(self) -> None:
-        """Give the buffers of the last save to a new one."""
+        """Begin a new save, which reuses the buffers of the last one."""
         del self._buffers[self._used :]
         self._used = 0
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, value: Any) -> Any:
-        """Return a copy of nested dictionaries, lists and tuples of tensors; a tensor that occurs several times is copied once."""
+        """Return a copy of nested dictionaries, lists and tuples of tensors. A repeated tensor is copied once."""
         copied = self._copy(value, {})
         if self._stream and self._done:
             self._done.record(self._stream)
         return copied
 
     def before_change(self) -> None:
-        """Let what the GPU does from here on wait until the copies have been made."""
+        """Make later GPU work wait until the copies are complete."""
         if self._done:
             torch.cuda.current_stream().wait_event(self._done)
 
     def wait(self) -> None:
-        """Return when the copies have been made. May be called in another thread."""
+        """Block until the copies are complete. May be called on another thread."""
         if self._done:
             self._done.synchronize()
 
@@ -49,7 +50,7 @@ class HostCopies:
                 seen[id(value)] = self._copy_tensor(value.detach())
             return seen[id(value)]
         if isinstance(value, dict):
-            copied = copy.copy(value)  # of its kind
+            copied = copy.copy(value)  # keeps the type of dictionary
             copied.update((key, self._copy(entry, seen)) for key, entry in value.items())
             return copied
         if type(value) in (list, tuple):
@@ -61,19 +62,22 @@ class HostCopies:
         if self._stream and tensor.is_cuda:
             with torch.cuda.stream(self._stream):
                 buffer.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self._stream)  # DeepSpeed may free it before it is copied
+            tensor.record_stream(self._stream)  # DeepSpeed may free the tensor before it is copied
         else:
             buffer.copy_(tensor)
         return buffer
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the next buffer, which fits as a rule: the saves of a run have the same tensors in the same order."""
-        place, self._used = self._used, self._used + 1
-        if place == len(self._buffers):
+        """Return the next buffer, replaced if it does not fit.
+
+        It usually fits, because all saves of a run have the same tensors in the same order.
+        """
+        index, self._used = self._used, self._used + 1
+        if index == len(self._buffers):
             self._buffers.append(torch.empty(0))
-        kept = self._buffers[place]
-        if kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = self._buffers[place] = torch.empty(
+        buffer = self._buffers[index]
+        if buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[index] = torch.empty(
                 tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None
             )
-        return kept
+        return buffer

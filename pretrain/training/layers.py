@@ -1,4 +1,7 @@
-"""How the transformer layers are run: computed again in the backward pass, or compiled. What they compute stays the same."""
+"""Execution of the transformer layers: activation checkpointing, compilation, and gathering under ZeRO stage 3.
+
+None of these changes what the layers compute.
+"""
 
 import logging
 import os
@@ -10,77 +13,80 @@ from torch import nn
 
 from pretrain.models.language_model import LanguageModel
 
-GRAPHS_OF_A_KIND = 8
-"""Graphs that torch._dynamo may make for the layers of one shape: for training, validation and checkpointing, and for each mask of Gemma 2."""
+GRAPHS_PER_SHAPE = 8
+"""Number of graphs that torch._dynamo may create for layers of one shape. Training, validation and checkpointing need
+separate graphs, and so does each mask of Gemma 2."""
 
 
 def enable_activation_checkpointing(model: LanguageModel) -> None:
-    """Keep the input of each layer only, and compute the layer again in the backward pass."""
-    # not reentrant: that would run ZeRO-3's gradient hooks in a backward pass for each layer, and forbid torch.autograd.grad
+    """Keep only the input of each layer, and recompute the layer in the backward pass."""
+    # The reentrant variant would run ZeRO-3's gradient hooks in a separate backward pass for each layer. It does not
+    # support torch.autograd.grad either.
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
-    """Let ZeRO stage 3 gather and release the parameters of a layer together, by one hook instead of one for each linear map and norm.
+    """Make ZeRO stage 3 gather and release the parameters of a layer together.
 
-    To be called before DeepSpeed is initialised.
+    This needs one hook per layer instead of one for each linear map and norm. Call it before DeepSpeed is initialised.
     """
     set_z3_leaf_modules(model, list({type(layer) for layer in model.causal_lm.model.layers}))
 
 
 def compile_layers(model: LanguageModel) -> None:
-    """Compile the layers alone: the numbers of labels and pairs differ from batch to batch, the tokens' shapes do not.
+    """Compile the layers only: the shape of their input is fixed, but the numbers of labels and pairs vary by batch.
 
-    To be called before DeepSpeed is initialised. One graph serves all layers of a kind. Under ZeRO stage 3 they must be gathered whole: hooks
-    inside a layer would break its graph at each linear map.
+    Call it before DeepSpeed is initialised. One graph serves all layers of the same shape. Under ZeRO stage 3 each
+    layer must be gathered as one unit, because hooks inside a layer would break its graph at each linear map.
     """
     for layer in model.causal_lm.model.layers:
-        layer.forward = torch.compile(
-            layer.forward, dynamic=False
-        )  # not the call, which runs the hooks around the layer
+        # compiles forward() and not __call__, because __call__ runs the hooks around the layer
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def raise_recompile_limit(model: LanguageModel, warn: Callable[[str], None]) -> None:
-    """Let torch._dynamo compile every layer, or the FlexAttention of every layer; call `warn` once if it does not.
+    """Raise torch._dynamo's limit to allow compiling every layer, or the FlexAttention of every layer.
 
-    Its limit is one for all layers, since they share their code, and those of OpenELM have different shapes.
+    The layers share their code and therefore one limit, and the layers of OpenELM have different shapes. `warn` is
+    called once if the limit is reached nevertheless.
     """
-    limit = GRAPHS_OF_A_KIND * len({_shape(layer) for layer in model.causal_lm.model.layers})
+    limit = GRAPHS_PER_SHAPE * len({_shape(layer) for layer in model.causal_lm.model.layers})
     settings = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, limit)
     settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, limit)
     messages = logging.getLogger("torch._dynamo.convert_frame")
     for handler in [handler for handler in messages.handlers if isinstance(handler, _LimitReached)]:
-        messages.removeHandler(handler)  # of an earlier run in this process
+        messages.removeHandler(handler)  # added by an earlier run in this process
     messages.addHandler(_LimitReached(warn))
 
 
 def limit_compile_threads(ranks: int) -> None:
-    """Let each of the `ranks` on this machine start its share of torch._inductor's compile workers, not as many as there are cores."""
+    """Divide torch._inductor's compile workers, by default one per core, among the `ranks` on this machine."""
     settings = torch._inductor.config
-    share = max(1, len(os.sched_getaffinity(0)) // ranks)
-    settings.compile_threads = min(settings.compile_threads or share, share)
+    per_rank = max(1, len(os.sched_getaffinity(0)) // ranks)
+    settings.compile_threads = min(settings.compile_threads or per_rank, per_rank)
 
 
 def _shape(layer: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what distinguishes the layers of OpenELM from each other."""
+    """Return the input and output widths of a layer's linear maps, which differ between the layers of OpenELM."""
     return tuple(
         (module.in_features, module.out_features) for module in layer.modules() if isinstance(module, nn.Linear)
     )
 
 
 class _LimitReached(logging.Handler):
-    """Turns the message by which torch._dynamo reports that it reached its limit into a warning, once."""
+    """A log handler that turns torch._dynamo's message about a reached limit into a warning, once."""
 
     def __init__(self, warn: Callable[[str], None]):
         super().__init__()
         self._warn: Callable[[str], None] | None = warn
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass the message on; ignore all others."""
+        """Warn if the record is that message; ignore all other records."""
         message = " ".join(record.getMessage().split())
         if self._warn and message.startswith("torch._dynamo hit config."):
             self._warn(
-                f"WARNING: some layers run without being compiled, and more slowly: {message[:300]}; TORCH_LOGS=recompiles prints the reasons"
+                f"WARNING: some layers run uncompiled, and more slowly: {message[:300]}; set TORCH_LOGS=recompiles to "
+                "see the reasons"
             )
             self._warn = None

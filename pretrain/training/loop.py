@@ -38,26 +38,29 @@ from pretrain.training.watchdog import Watchdog
 from pretrain.training.weight_sums import weight_sums
 
 LAUNCHER_GRACE = 30.0
-"""Time that launchers wait after a signal before they kill the ranks, in seconds: deepspeed and torchrun, and Slurm by default."""
+"""Time between a signal and the moment when launchers kill the ranks, in seconds.
+
+It is the same for deepspeed, torchrun and, by default, Slurm.
+"""
 
 
 @dataclass(frozen=True)
 class StepConsensus:
-    """What all ranks know of a step, from its one synchronisation."""
+    """The results of a step that all ranks know, from its only synchronisation."""
 
     losses: dict[str, float]
-    """Mean of each term over the global batch. A term without anything to average, such as pairs, is absent."""
+    """Mean of each term over the global batch. A term is absent if the batch has nothing to average, such as pairs."""
     stopping: bool
-    """Some rank was asked to stop."""
+    """Whether any rank has received a signal to stop."""
     data_failed: bool
-    """Some rank has no data for the next step."""
+    """Whether any rank failed to load data for the next step."""
     saving: bool
-    """Some rank still writes a checkpoint."""
+    """Whether any rank is still writing a checkpoint."""
 
 
 @dataclass
 class Trainer:
-    """Everything a training run is made of."""
+    """The components and the state of a training run."""
 
     config: RunConfig
     world: World
@@ -74,28 +77,33 @@ class Trainer:
     collapsed: bool = False
     spikes: SpikeRule = field(default_factory=SpikeRule)
     pending_validation: dict[str, float] | None = None
-    """The values of the last step, whose validation a signal has cut short: the next start makes it up."""
+    """Values of the last step if a signal interrupted its validation; the next start repeats that validation."""
     reason: str = ""
-    """Why the run has stopped before its end."""
+    """Reason why the run stopped before its end."""
     step_seconds: float = 0.0
     """Duration of the last step."""
     warned_of_launchers: bool = False
     print_fatal: Callable[[str], None] = field(default=partial(print, file=sys.stderr, flush=True))
-    """Says on the console why this process ends, on any rank."""
+    """Function that prints to the console, on any rank, why this process ends."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(
-            self.engine, self.config.run_dir / "checkpoints", self.config.checkpoint, self.world, self._say, self._saved
+            self.engine,
+            self.config.run_dir / "checkpoints",
+            self.config.checkpoint,
+            self.world,
+            self._say,
+            self._on_saved,
         )
         self.excluded_steps = excluded_steps(self.config.run_dir)
         self.watchdog: Watchdog | None = None
-        if self.world.rank_store is not None:  # the peers wait for this rank from here on
+        if self.world.rank_store is not None:  # from here on the peers wait for this rank
             self.watchdog = self._watch(self.world.rank_store)
 
     def train(self) -> str:
-        """Train until the budget is used up or a signal comes; return the final status.
+        """Train until the budget is used up or a signal arrives; return the final status.
 
-        Raises UserError, on all ranks, for a damaged shard, and where the last checkpoint cannot be written.
+        Raises UserError, on all ranks, if a shard is corrupt or the last checkpoint cannot be written.
         """
         if self.watchdog is None:
             self.watchdog = self._watch(LocalRankStore())
@@ -107,7 +115,7 @@ class Trainer:
                 status = self._train(data)
             self._finish_save()
             ended = True
-        except UserError:  # which all ranks raise together
+        except UserError:  # all ranks raise it together
             self._finish_save()
             ended = True
             raise
@@ -118,15 +126,15 @@ class Trainer:
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(
-                f"the last checkpoint was not written: {self.saver.problem}; then start the same command again, "
-                + (f"it goes on from step {steps[-1]}" if steps else "it starts from the beginning")
+                f"the last checkpoint was not written: {self.saver.problem}; then run the same command again, which "
+                + (f"resumes from step {steps[-1]}" if steps else "starts from the beginning")
             )
         return status
 
     def _train(self, data: Prefetch) -> str:
-        stopping, data_failed = self._asked_to_stop(), True  # of the data it is not known yet
+        stopping, data_failed = self._asked_to_stop(), True  # the first step must check for data errors on all ranks
         if stopping:
-            self.reason = self._stopped_by()
+            self.reason = self._stop_reason()
             return "resumable"
         if self.pending_validation is not None:
             stopping = not self._finish_step(self.pending_validation, validating=True)
@@ -139,10 +147,10 @@ class Trainer:
             last = self.fraction >= 1
             logging = last or self.progress.step == 1 or self._due(self.config.monitor.log_every)
             divisors = {term: step.loss_denominators[unit] for term, unit in self.objective.units.items()}
-            gradients = self._gradients(step, divisors)
-            agreed, pool, score, skip_update = self._compute(step, divisors, data, with_pool=logging)
-            updated = self._update(agreed.losses, skip_update)
-            stopping, data_failed = agreed.stopping, agreed.data_failed
+            gradients = self._measure_gradients(step, divisors)
+            consensus, pool, score, skip_update = self._compute(step, divisors, data, with_pool=logging)
+            updated = self._update(consensus.losses, skip_update)
+            stopping, data_failed = consensus.stopping, consensus.data_failed
             embeddings = self._diagnose(pool)
             seconds = time.perf_counter() - started
             self.progress.seconds += seconds
@@ -150,10 +158,10 @@ class Trainer:
             self.throughput.add(step.rows, step.loss_denominators["targets"], seconds, data.pop_wait_seconds())
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
-            if self.saver.open and not agreed.saving:
+            if self.saver.open and not consensus.saving:
                 self._finish_save()
 
-            values = gradients | (self._values(agreed.losses, score) if logging or not updated else {})
+            values = gradients | (self._step_values(consensus.losses, score) if logging or not updated else {})
             if logging:
                 values |= embeddings | self.throughput.take()
                 self._say(progress_line(self.progress, self.fraction, values))
@@ -164,55 +172,60 @@ class Trainer:
             if last or stopping or data_failed or self._due(self.config.checkpoint.every):
                 self._save(step.state)
         if self.fraction < 1 or self.pending_validation is not None:
-            self.reason = self._stopped_by()
+            self.reason = self._stop_reason()
             return "resumable"
         return "finished"
 
     def _finish_step(self, values: dict[str, float], validating: bool) -> bool:
-        """Validate where it is time to, and write down the step; False where a signal cut the validation short, which is then owed."""
-        found = self._validate() if validating else {}
-        self.pending_validation = values if found is None else None
-        if self.metrics and found is not None and values | found:
-            self.metrics.write(self._counters(), values | found)
-        return found is not None
+        """Validate if `validating`, and write the metrics of the step.
+
+        Return False if a signal interrupted the validation. It is then stored in `pending_validation`.
+        """
+        validated = self._validate() if validating else {}
+        self.pending_validation = values if validated is None else None
+        if self.metrics and validated is not None and values | validated:
+            self.metrics.write(self._counters(), values | validated)
+        return validated is not None
 
     def _watch(self, rank_store: RankStore | LocalRankStore) -> Watchdog:
-        return Watchdog(rank_store, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._hung)
+        return Watchdog(
+            rank_store, self.world.rank, self.world.hosts, self.config.monitor.hang_seconds, self._report_hang
+        )
 
     def _moved(self) -> None:
         if self.watchdog:
             self.watchdog.report_progress(self.progress.step)
 
-    def _patient(self) -> AbstractContextManager:
+    def _extended_timeout(self) -> AbstractContextManager:
         return self.watchdog.extended_timeout() if self.watchdog else nullcontext()
 
-    def _hung(self, line: str) -> None:
-        """The last words of a run that hangs."""
-        self.print_fatal(f"error: {line}; the run ends here, start the same command again")
+    def _report_hang(self, line: str) -> None:
+        """Print the error of a run that hangs, and mark the run as resumable."""
+        self.print_fatal(f"error: {line}; ending the run, start the same command again")
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
     def _asked_to_stop(self) -> bool:
-        """Whether any rank was, for all ranks."""
+        """Return whether any rank has received a signal to stop. All ranks must call this together."""
         self._moved()
         return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
 
-    def _stopped_by(self) -> str:
+    def _stop_reason(self) -> str:
         return f"stopped by {self.stop.received.name if self.stop.received else 'a signal to another rank'}"
 
     @property
     def fraction(self) -> float:
-        """Share of the budget that is consumed."""
+        """Consumed fraction of the budget."""
         return consumed_fraction(self.progress, self.config.train, self.loader.records)
 
     @property
     def pool_rows(self) -> int:
-        """Rows of a micro step on all ranks, whose pairs are compared with each other."""
+        """Number of rows of a micro step over all ranks. Their pairs form a pool."""
         return self.config.train.micro_batch_rows * self.world.size
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term at this step."""
+        """Weight of each loss term at this step."""
         factor = self.config.objective.factor(self.fraction)
         return {term: weight if term == "lm" else weight * factor for term, weight in self.objective.weights.items()}
 
@@ -232,12 +245,13 @@ class Trainer:
     def _compute(
         self, step: StepData, divisors: dict[str, int], data: Prefetch, with_pool: bool
     ) -> tuple[StepConsensus, Pool | None, float, bool]:
-        """Run forward and backward over this rank's micro batches.
+        """Run the forward and backward passes over this rank's micro batches.
 
-        Return what all ranks agree on, the last pool, the spike score of the loss, and whether the step is skipped.
+        Return the consensus of all ranks, the last pool, the spike score of the loss, and whether the step is skipped.
 
-        `divisors` is what each term is normalised by: target tokens, pairs or spans of the whole global batch. The ranks agree before the
-        last backward pass, which makes the gradient of a step that is to be left out NaN on all of them: DeepSpeed then makes no update.
+        `divisors` are the normalisers of the terms: the number of target tokens, pairs or spans of the global batch.
+        The ranks reach their consensus before the last backward pass. If the step is skipped, that pass makes the
+        gradient NaN on all ranks, so DeepSpeed makes no update.
         """
         sums: dict[str, torch.Tensor] = {}
         weights = self.weights
@@ -250,31 +264,34 @@ class Trainer:
             if number < len(step.batches):
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.engine.step()
-        agreed = self._reach_consensus(sums, divisors, data.failed())
-        score, skip_update = self._judge(agreed.losses, divisors)
+        consensus = self._reach_consensus(sums, divisors, data.failed())
+        score, skip_update = self._judge(consensus.losses, divisors)
         self.engine.backward(loss * (torch.nan if skip_update else 1.0), scale_wrt_gas=False)
         if self.watchdog:
             self.watchdog.first_step_done()
-        return agreed, output.pool and output.pool.detached(), score, skip_update
+        return consensus, output.pool and output.pool.detached(), score, skip_update
 
     def _judge(self, losses: dict[str, float], counts: dict[str, int]) -> tuple[float, bool]:
-        """Return the highest spike score of the terms of a step, and whether the step is to be skipped. `counts` are those of the means."""
+        """Return the highest spike score of the terms of a step, and whether to skip the step.
+
+        `counts` are the numbers of tokens, pairs or spans over which the losses are means.
+        """
         train = self.config.train
-        if not math.isfinite(self._total(losses)) or self.progress.step in self.excluded_steps:
+        if not math.isfinite(self._total_loss(losses)) or self.progress.step in self.excluded_steps:
             return 0.0, True
         score, highest = self.spikes.judge(losses, counts, self.weights)
         if score > train.spike_score:
             self._say(
-                f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, {score:.1f} standard "
-                "deviations above the last ones"
+                f"WARNING: the loss of step {self.progress.step} is a spike: loss/{highest} is {losses[highest]:.4f}, "
+                f"{score:.1f} standard deviations above its recent values"
             )
         return score, score > train.spike_score and train.on_spike != "warn"
 
-    def _total(self, losses: dict[str, float]) -> float:
+    def _total_loss(self, losses: dict[str, float]) -> float:
         return sum(self.weights[name] * value for name, value in losses.items())
 
-    def _gradients(self, step: StepData, divisors: dict[str, int]) -> dict[str, float]:
-        """Measure the terms' gradients on the steps that are due."""
+    def _measure_gradients(self, step: StepData, divisors: dict[str, int]) -> dict[str, float]:
+        """Return the gradient diagnostics of the step; empty if they are not due."""
         every = self.config.monitor.gradients_every
         if not every or not self._due(every):
             return {}
@@ -296,7 +313,7 @@ class Trainer:
     def _reach_consensus(
         self, sums: dict[str, torch.Tensor], divisors: dict[str, int], data_failed: bool
     ) -> StepConsensus:
-        """Bring together what the ranks know. The one synchronisation of a step."""
+        """Combine the losses and flags of all ranks. This is the only synchronisation of a step."""
         flags = torch.tensor(
             [self.stop.received is not None, data_failed, self.saver.writing], device=self.world.device
         )
@@ -305,7 +322,7 @@ class Trainer:
         return StepConsensus(losses, stops > 0, failures > 0, writers > 0)
 
     def _update(self, losses: dict[str, float], skip_update: bool) -> bool:
-        """Take the optimizer step; count and report it where none was made."""
+        """Take the optimizer step and return whether it made an update; count and report a step without one."""
         skipped_before = self.engine.skipped_steps
         self.saver.before_update()
         self.engine.step()
@@ -313,22 +330,26 @@ class Trainer:
         if not updated:
             self.progress.skipped_steps += 1
             culprits = " and ".join(name for name, value in losses.items() if not math.isfinite(value))
-            why = (
+            reason = (
                 f"{culprits} was not finite on some rank"
                 if culprits
-                else "its records are left out since a rewind"
+                else "its records were excluded by an earlier rewind"
                 if self.progress.step in self.excluded_steps
                 else "its loss is a spike"
                 if skip_update
                 else "the gradient was not finite on some rank"
             )
             self._say(
-                f"WARNING: step {self.progress.step} made no update: {why} ({self.progress.skipped_steps} such steps so far)"
+                f"WARNING: step {self.progress.step} was skipped: {reason} ({self.progress.skipped_steps} skipped "
+                "steps so far)"
             )
         return updated
 
     def _rewind(self, score: float) -> bool:
-        """Let the next start go back to before this step; False where that is not possible, and the step is just left out."""
+        """Make the next start resume from before this step; return False if that is not possible.
+
+        The step is skipped in either case.
+        """
         self._finish_save()
         step = self.progress.step
         to, problem = 0, ""
@@ -340,24 +361,25 @@ class Trainer:
         to, problem = self.world.gather_objects((to, problem))[0]
         if problem:
             self._say(
-                f"WARNING: no rewind for the spike of step {step} (score {score:.1f}), the step is skipped: {problem}"
+                f"WARNING: cannot rewind for the spike of step {step} (score {score:.1f}), skipping only the step: "
+                f"{problem}"
             )
             return False
         self.reason = (
-            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start goes on from step {to} "
-            f"and leaves out steps {step - 1} and {step}"
+            f"{REWIND_REASON_PREFIX}: the loss of step {step} is a spike (score {score:.1f}); the next start resumes "
+            f"from step {to} and skips steps {step - 1} and {step}"
         )
         self._say(f"WARNING: {self.reason}")
         return True
 
     def _diagnose(self, pool: Pool | None) -> dict[str, float]:
-        """Return the embedding monitors of a pool by metric tag, on the main rank."""
+        """Return the embedding monitors of a pool by metric tag; empty except on the main rank."""
         monitors = embedding_monitors(pool) if pool and self.world.is_main else {}
         return {f"embedding/{name}": value for name, value in monitors.items()}
 
-    def _values(self, losses: dict[str, float], score: float) -> dict[str, float]:
+    def _step_values(self, losses: dict[str, float], score: float) -> dict[str, float]:
         return (
-            {"loss/total": self._total(losses), "loss/spike_score": score}
+            {"loss/total": self._total_loss(losses), "loss/spike_score": score}
             | {f"loss/{name}": value for name, value in losses.items()}
             | {
                 "optimizer/lr": self.engine.optimizer.param_groups[0]["lr"],
@@ -378,10 +400,10 @@ class Trainer:
         return values
 
     def _watch_for_collapse(self, values: dict[str, float], prefix: str) -> None:
-        """Warn when the embeddings of the monitors under a prefix of tags have collapsed since the last look."""
+        """Warn if the embeddings have collapsed since the last check. Their monitors are the tags with this prefix."""
         monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
-        was, self.collapsed = self.collapsed, self.config.objective.pairing is not None and has_collapsed(monitors)
-        if self.collapsed and not was:
+        before, self.collapsed = self.collapsed, self.config.objective.pairing is not None and has_collapsed(monitors)
+        if self.collapsed and not before:
             self._say(collapse_warning(monitors))
 
     def _counters(self) -> dict[str, float]:
@@ -391,10 +413,10 @@ class Trainer:
         if self.metrics:
             self.metrics.flush()
         step = self.progress.step
-        if self._evaluating(step) and self.world.is_main:
-            with self._going_on(f"evaluation of step {step}"):
+        if self._is_evaluated(step) and self.world.is_main:
+            with self._warn_on_os_error(f"evaluation of step {step}"):
                 request_evaluation(self.config.run_dir, step)
-        with self._patient():
+        with self._extended_timeout():
             weights = self.saver.timed(lambda: weight_sums(self.engine.module, self.world))
             self.saver.begin(
                 step,
@@ -410,51 +432,52 @@ class Trainer:
             )
 
     def _finish_save(self) -> None:
-        with self._patient():
+        with self._extended_timeout():
             self.saver.finish()
 
-    def _saved(self, step: int) -> None:
-        """Report a complete checkpoint, and evaluate it if it is time to."""
+    def _on_saved(self, step: int) -> None:
+        """Record a complete checkpoint, and start its evaluation if one is due."""
         if self.world.is_main:
-            self._warn_of_launchers()
+            self._warn_about_launchers()
             write_status(self.config.run_dir, "running", step)
-            if self._evaluating(step):
+            if self._is_evaluated(step):
                 device = self.config.evaluation.device
                 self._say(
-                    f"evaluating step {step} in the background on {device}, log in {self.config.run_dir / 'evaluation' / 'log.txt'}"
+                    f"evaluating step {step} in the background on {device}, log: "
+                    f"{self.config.run_dir / 'evaluation' / 'log.txt'}"
                 )
-                with self._going_on(f"evaluation of step {step}"):
+                with self._warn_on_os_error(f"evaluation of step {step}"):
                     start_evaluations(self.config.run_dir, device)
 
-    def _warn_of_launchers(self) -> None:
-        """Print once that a signal through the launcher would lose steps, if a step and a save take longer than launchers wait."""
+    def _warn_about_launchers(self) -> None:
+        """Warn once if a step and a save take longer than LAUNCHER_GRACE, because a signal then loses steps."""
         needed = self.step_seconds + self.saver.duration
         if self.world.size > 1 and not self.warned_of_launchers and needed > LAUNCHER_GRACE:
             self.warned_of_launchers = True
             self._say(
-                f"note: a step and a save take {needed:.0f} s, and launchers kill the ranks {LAUNCHER_GRACE:.0f} s after Ctrl-C or SIGTERM, "
-                "which loses the steps since the last checkpoint: to stop this run, send SIGUSR1 to one of its ranks"
+                f"note: a step and a save take {needed:.0f} s, but launchers kill the ranks {LAUNCHER_GRACE:.0f} s "
+                "after Ctrl-C or SIGTERM, which loses the steps since the last checkpoint: to stop this run, send "
+                "SIGUSR1 to one of its ranks"
             )
 
     @contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
-        """A full disk ends what is not essential, not the run."""
+    def _warn_on_os_error(self, what: str) -> Iterator[None]:
+        """Turn an OSError, such as a full disk, into a warning: `what` is not essential and must not end the run."""
         try:
             yield
         except OSError as error:
-            self._say(f"WARNING: no {what}: {error.strerror or error}")
+            self._say(f"WARNING: skipping the {what}: {error.strerror or error}")
 
-    def _evaluating(self, step: int) -> bool:
+    def _is_evaluated(self, step: int) -> bool:
         return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from the state of a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.progress = Progress(**state["progress"])
         self.loader.load_state(state["loader"])
         self.collapsed, self.pending_validation = state["collapsed"], state["owed"]
-        if (
-            state.get("pool_rows", self.pool_rows) == self.pool_rows
-        ):  # else a contrastive loss is another quantity from here on
+        # a contrastive loss depends on the size of the pool, so its old values are comparable only if that is the same
+        if state.get("pool_rows", self.pool_rows) == self.pool_rows:
             self.spikes.load(state["losses"])
 
     def _say(self, text: str) -> None:

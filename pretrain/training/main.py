@@ -1,4 +1,7 @@
-"""The training command: `run.py CONFIG [key=value ...] [--dry-run]`. Light, so that a mistake in the configuration shows at once."""
+"""The training command: `run.py CONFIG [key=value ...] [--dry-run]`.
+
+It imports slow packages late, so that an error in the configuration is reported immediately.
+"""
 
 import argparse
 import os
@@ -16,43 +19,46 @@ from pretrain.training.rank_log import RankLog
 from pretrain.training.stop import Stopped, StopRequest
 
 ABORT_GRACE_SECONDS = 10.0
-"""Seconds in which mpirun ends the other ranks."""
+"""Time within which mpirun ends the peers of an aborting rank, in seconds."""
 
 if TYPE_CHECKING:
     from pretrain.training.distributed import World
 
 EXIT_CODE_STOPPED = 75
-"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL); launchers may lose it, status.json does not."""
+"""Exit code of a run that stopped on request and can resume (EX_TEMPFAIL). Launchers may change it, so status.json
+records the state too."""
 
 
 def main() -> None:
-    """Parse the command line; train, or with --dry-run print what training would take."""
+    """Parse the command line; train, or with --dry-run print the resource estimate of the run."""
     parser = argparse.ArgumentParser(
-        description="Pretrain a language model. Started by deepspeed, torchrun or srun on several processes, or as it is on one."
+        description="Pretrain a language model. Start it with deepspeed, torchrun or srun on several processes, or "
+        "directly on one."
     )
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
+    parser.add_argument("config", help="YAML configuration file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print parameters, batch, FLOPs, steps and memory of the run, and start nothing",
+        help="print parameters, batch, FLOPs, steps and memory of the run without starting it",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; the environment says the same
-    arguments = parser.parse_intermixed_args()  # key=value may stand behind --dry-run too
+    # deepspeed passes --local_rank, but the environment has the same value
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()  # allows key=value after --dry-run
     action = plan if arguments.dry_run else run_alone
     exit_on_user_error(lambda: action(load_config(arguments.config, arguments.overrides)), silent=is_silent_rank)
 
 
 def plan(config: RunConfig) -> None:
-    """Print what the run would take."""
-    _quiet()
+    """Print the resource estimate of the run."""
+    _silence_libraries()
     from pretrain.training.dry_run import dry_run
 
     dry_run(config)
 
 
 def run_alone(config: RunConfig) -> None:
-    """Train as the only run of this process, which leaves its process group afterwards, and with it ends if there are other ranks."""
+    """Train as the only run of this process, then leave its process group. With several ranks this ends the process."""
     from data_prep.shards import read_manifest
 
     read_manifest(Path(config.data.path))  # report a missing corpus before torch and DeepSpeed are loaded
@@ -70,20 +76,20 @@ def run_alone(config: RunConfig) -> None:
 
 
 def run(config: RunConfig) -> None:
-    """Train as the configuration says; ends the process with EXIT_CODE_STOPPED where a signal came first."""
-    stop = StopRequest()  # from here on a signal is kept until all ranks can agree on it
-    _quiet()
+    """Train according to the configuration; exit with EXIT_CODE_STOPPED if the run stops before its end."""
+    stop = StopRequest()  # from here on a signal is stored until all ranks can act on it together
+    _silence_libraries()
     from pretrain.training.distributed import RendezvousError, init_world
 
     try:
         world = init_world()
-    except RendezvousError as error:  # no mistake of the configuration, another start may succeed
+    except RendezvousError as error:  # not an error in the configuration, so another start may succeed
         report(error, silent=is_silent_rank())
         sys.exit(1)
     try:
         log = world.run_and_sync_errors(lambda: RankLog(config.run_dir, world.rank))
     except UserError as error:
-        _end(world, error)
+        _exit_with_error(world, error)
     with log:
         _train(config, world, stop, log)
 
@@ -102,7 +108,7 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
     except UserError as error:
         if trainer and world.is_main:
             write_status(config.run_dir, "failed", trainer.progress.step, str(error), can_restart=False)
-        _end(world, error)
+        _exit_with_error(world, error)
     except Stopped as stopped:
         if world.is_main:
             step = max(list_steps(config.run_dir / "checkpoints"), default=0)
@@ -118,12 +124,12 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
                 write_status(config.run_dir, "failed", step, f"{type(error).__name__}: {error}")
             raise
         line = report_first_error(world, error, step, log.print_fatal)
-        if line is not None and lock.held:  # otherwise another run owns the folder
+        if line is not None and lock.held:  # without the lock, another run owns the folder
             write_status(config.run_dir, "failed", step, line)
         log.close()
         os._exit(1)
     if world.is_main:
-        assert trainer.metrics is not None  # the main rank has it
+        assert trainer.metrics is not None  # always set on the main rank
         trainer.metrics.close()
         write_status(config.run_dir, status, trainer.progress.step, trainer.reason)
         lock.release()
@@ -133,20 +139,21 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
         sys.exit(EXIT_CODE_STOPPED)
 
 
-def _end(world: "World", error: UserError) -> NoReturn:
-    """End in the line of a mistake that all ranks have met, and exit code 2."""
+def _exit_with_error(world: "World", error: UserError) -> NoReturn:
+    """Print an error that all ranks have raised, and exit with code 2."""
     report(error, silent=not world.is_main)
     if world.size > 1:
-        world.barrier()  # mpirun kills what is left when the first rank ends, before it has spoken, and with an exit code of its own
+        # When the first rank ends, mpirun kills its peers and returns its own exit code, so print the error first.
+        world.barrier()
         if (mpi := sys.modules.get("mpi4py.MPI")) and world.is_main:
             mpi.COMM_WORLD.Abort(2)
         time.sleep(ABORT_GRACE_SECONDS if mpi else 0)
-        os._exit(2)  # at once: gloo aborts a process that is torn down after its peers
+        os._exit(2)  # skips teardown, because gloo aborts a process that is torn down after its peers
     sys.exit(2)
 
 
-def _quiet() -> None:
-    """Silence what the libraries say at every start."""
+def _silence_libraries() -> None:
+    """Silence the messages that the libraries print at every start."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds: model states by ZeRO stage, and the activations of a micro batch."""
+"""Memory estimates of a rank: model states by ZeRO stage, and the activations of a micro batch."""
 
 from dataclasses import dataclass
 
@@ -8,46 +8,51 @@ from pretrain.models.head import MAX_LOGITS
 from pretrain.models.language_model import LanguageModel
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
+"""Bytes of an element by precision."""
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes on one rank."""
+    """Bytes of the model states on one rank."""
 
     parameters: float
     gradients: float
     optimizer: float
-    """The fp32 copy that is updated, and the two moments of Adam."""
+    """The fp32 copy of the parameters that is updated, and the two moments of Adam."""
     in_step: float
-    """All that is held within the optimizer step, when there are no activations, but DeepSpeed's fp32 copy of the gradients."""
+    """All model states during the optimizer step, including DeepSpeed's fp32 copy of the gradients. There are no
+    activations at that time."""
 
     @property
     def held(self) -> float:
-        """All that is held between two steps, once there are gradients."""
+        """All model states between two steps, once there are gradients."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def model_states(
     parameters: int, trained: int, small: int, precision: str, stage: int, ranks: int, accumulated: int
 ) -> ModelStates:
-    """Return the model states of a ZeRO stage; stage 0 is plain data parallelism with AdamW, for comparison. Without offloading.
+    """Return the model states of a ZeRO stage, without offloading.
 
-    Frozen parameters, those that are not among the `trained` ones, have neither gradients nor optimizer states. `accumulated` is the bytes of
-    an element in which gradients are added up over micro steps.
+    Stage 0 is plain data parallelism with AdamW, for comparison. Only the `trained` parameters have gradients and
+    optimizer states. `small` is the number of parameters in tensors up to stage3_param_persistence_threshold.
+    `accumulated` is the size in bytes of an element of the accumulated gradients.
 
-    Rajbhandari et al., arXiv 1910.02054, section 3.1: per parameter 2 + 2 + 12 bytes in bf16, of which stage 1 divides the optimizer's
-    by the ranks, stage 2 the gradients' too, and stage 3 all. In fp32 plain training takes 4 + 4 + 8, but DeepSpeed keeps its fp32 copy
-    beside fp32 parameters too: 4 + 4 + 12. Its step adds the gradients in fp32 once more, of this rank's part; stage 1 has freed the
-    other parts by then. Where gradients in bf16 are added up in fp32 they take 4 bytes, from which stages 1 and 2 update without another copy;
-    stage 1 then holds the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small` parameters, those up to
-    stage3_param_persistence_threshold, stand whole beside their partitions between two steps. A test measures all of this.
+    Rajbhandari et al., arXiv 1910.02054, section 3.1: a parameter needs 2 + 2 + 12 bytes in bf16. Stage 1 divides the
+    optimizer states by the number of ranks, stage 2 also the gradients, and stage 3 everything. In fp32, plain training
+    needs 4 + 4 + 8 bytes. DeepSpeed keeps its fp32 copy next to fp32 parameters too, so it needs 4 + 4 + 12.
+
+    The optimizer step needs another fp32 copy of this rank's part of the gradients. Stage 1 has freed the other parts
+    by then. If bf16 gradients are accumulated in fp32, they need 4 bytes, and stages 1 and 2 update from them without
+    another copy. Stage 1 then keeps the gradients of all parameters, in fp32 and in bf16. Under stage 3 the `small`
+    parameters are also kept unpartitioned, next to their partitions, between two steps. A test measures all of this.
     """
     item = ITEM_BYTES[precision]
     if stage == 0:
         adam = (8.0 if precision == "fp32" else 12.0) * trained
         return ModelStates(item * parameters, item * trained, adam, item * (parameters + trained) + adam)
     weights = item * parameters / (ranks if stage == 3 else 1)
-    whole = item * small if stage == 3 and ranks > 1 else 0
+    unpartitioned = item * small if stage == 3 and ranks > 1 else 0
     optimizer = 12.0 * trained / ranks
     if stage == 1 and accumulated > item:
         gradients = float((accumulated + item) * trained)
@@ -55,48 +60,48 @@ def model_states(
     gradients = accumulated * trained / (ranks if stage > 1 else 1)
     copied = 0 if stage == 2 and accumulated > item else 4
     return ModelStates(
-        weights + whole, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer
+        weights + unpartitioned, gradients, optimizer, weights + (accumulated + copied) * trained / ranks + optimizer
     )
 
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Elements a position of what a layer computes."""
+    """Numbers of elements per position in the tensors of a layer."""
 
     queries: int
-    """All query heads together."""
+    """Width of all query heads together."""
     keys: int
-    """All key heads together; the values are as many."""
+    """Width of all key heads together; the values have the same width."""
     feed_forward: int
     norms: int
-    """What goes into all of its norms together."""
+    """Width of the inputs of all norms together."""
 
 
 def layer_widths(model: LanguageModel) -> list[LayerWidths]:
-    """Of each layer, by the names that the modules of transformers have."""
-    found = []
+    """Return the widths of each layer, found by the module names of transformers."""
+    widths = []
     for layer in model.causal_lm.model.layers:
         modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
         outputs = {name: module.out_features for name, module in modules.items() if isinstance(module, nn.Linear)}
-        of_heads = {"q_norm": outputs["q_proj"], "k_norm": outputs["k_proj"]}
+        head_widths = {"q_norm": outputs["q_proj"], "k_norm": outputs["k_proj"]}
         norms = sum(
-            of_heads.get(name, model.hidden_size)
+            head_widths.get(name, model.hidden_size)
             for name, module in modules.items()
             if type(module).__name__.endswith("Norm")
         )
-        found.append(LayerWidths(outputs["q_proj"], outputs["k_proj"], outputs["up_proj"], norms))
-    return found
+        widths.append(LayerWidths(outputs["q_proj"], outputs["k_proj"], outputs["up_proj"], norms))
+    return widths
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass leaves for the backward pass on one rank."""
+    """Bytes that a forward pass stores for the backward pass on one rank."""
 
     layers: float
     checkpointed_layers: float
-    """The same with activation checkpointing: the input of each layer, and the largest layer computed anew."""
+    """The layers with activation checkpointing: the input of each layer, and the largest recomputed layer."""
     logits: float
-    """Those of a chunk, and their gradient."""
+    """The logits of a chunk, and their gradient."""
     head: float
     """The gradient of the head's weight."""
 
@@ -104,13 +109,20 @@ class Activations:
 def activations(model: LanguageModel, precision: str, positions: float, targets: float, device: str) -> Activations:
     """Return an estimate for a micro batch of `positions`, padding included, and next-token `targets`.
 
-    Counted as in Korthikanti et al., arXiv 2205.05198, section 4.1: each matrix product keeps its input, attention its queries, keys and
-    values, each norm its input. With b bytes an element, width h, queries q, keys k, gated feed-forward f and norms n (2 h in Llama):
-    (4 + b) n + b (2 h + 2 q + 2 k + 4 f) for each layer and position. The norms of transformers keep their input in fp32 and their
-    normalised output; there is no dropout, and no attention score is kept, since the kernels compute them anew. With checkpointing b h
-    remains of a layer (their section 5). Logits exist at the targets alone, and of a chunk of them at a time, whose size depends on the
-    `device`, cpu or cuda: in fp32, which becomes the gradient in its place, in bf16 once more, and with soft-capping its slope. The gradient of the
-    head's weight is in fp32 from the forward pass on, and once more, in bf16 a third time, in the backward pass.
+    Layers are counted as in Korthikanti et al., arXiv 2205.05198, section 4.1: each matrix product stores its input,
+    attention stores its queries, keys and values, and each norm stores its input. With b bytes per element, width h,
+    queries q, keys k, gated feed-forward f and norms n (2 h in Llama), a layer needs this many bytes per position:
+
+        (4 + b) n + b (2 h + 2 q + 2 k + 4 f)
+
+    The norms of transformers store their input in fp32 and their normalised output. There is no dropout. Attention
+    scores are not stored, because the kernels recompute them. With checkpointing, b h bytes per layer and position
+    remain (their section 5).
+
+    Logits are computed for the targets only, in chunks whose size depends on the `device`, cpu or cuda. They need an
+    fp32 tensor, which the gradient overwrites; in bf16 also a bf16 copy; with soft-capping also the slope. The gradient
+    of the head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in bf16 a
+    third.
     """
     item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
     layers = [

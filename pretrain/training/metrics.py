@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, whole after any number of restarts."""
+"""metrics.jsonl and TensorBoard files that stay complete over any number of restarts."""
 
 import contextlib
 import json
@@ -19,27 +19,27 @@ EVENTS = "events.out.tfevents."
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, written by rank 0 of the training run only.
+    """The writer of metrics.jsonl and TensorBoard files, used by rank 0 of the training run only.
 
-    A run that goes on from `step` takes back what was written after it, so that no step is doubled or lost. What a full disk does not take
-    is kept, and written when there is room.
+    A run that resumes from `step` removes everything that was written after that step, so no step is repeated or
+    missing. If the disk is full, values are kept in memory and written once there is room.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split(
-                "\n"
-            )  # a kill may cut off the last line
-            found = [parse_metrics_line(line) for line in lines]
-            warn_about_corrupt_lines(
-                path, [number for number, values in enumerate(found, 1) if values is None], "removed"
-            )
+            # a kill may truncate the last line
+            *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            parsed = [parse_metrics_line(line) for line in lines]
+            corrupt = [number for number, values in enumerate(parsed, 1) if values is None]
+            warn_about_corrupt_lines(path, corrupt, "removed")
             kept = [
-                line for line, values in zip(lines, found, strict=True) if values is not None and values["step"] <= step
+                line
+                for line, values in zip(lines, parsed, strict=True)
+                if values is not None and values["step"] <= step
             ]
             write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (stays open during the run)
         self._unwritten = b""
         self._folder = run_dir / "tensorboard" / "train" if tensorboard else None
         self._writer: Any = None
@@ -48,7 +48,7 @@ class Metrics:
             self._open(step + 1)
 
     def write(self, progress: dict[str, float], values: dict[str, float]) -> None:
-        """Record the values of a step, with the progress counters beside them; in JSON, what is not finite is null."""
+        """Write the values of a step with the progress counters. In JSON, a value that is not finite is null."""
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         self._unwritten += (json.dumps(progress | finite) + "\n").encode()
         self._flush_lines()
@@ -57,7 +57,7 @@ class Metrics:
             self._add(self._unflushed[-1:])
 
     def flush(self) -> None:
-        """Bring everything to disk; called before a checkpoint is begun."""
+        """Write everything to disk. To be called before each checkpoint."""
         self._flush_lines()
         with contextlib.suppress(OSError):
             os.fsync(self._file.fileno())
@@ -65,7 +65,7 @@ class Metrics:
             self._flush_events()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close all files."""
         self.flush()
         self._file.close()
         if self._writer is not None:
@@ -78,26 +78,30 @@ class Metrics:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             print_now(
-                f"WARNING: cannot write metrics.jsonl ({error.strerror}); {self._unwritten.count(NEWLINE)} lines are kept until there is room"
+                f"WARNING: cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} "
+                "lines in memory until there is room"
             )
 
     def _open(self, step: int) -> None:
         assert self._folder is not None
-        _date_back(self._folder)
+        _backdate(self._folder)
         self._writer = open_tensorboard(self._folder, purge_step=step)
         _silence_threads()
         self._writer.add_custom_scalars(
             {
                 "loss": {
                     "loss/lm and loss/jepa": ["Multiline", ["^loss/lm$", "^loss/jepa$"]],
-                    "the same in validation": ["Multiline", ["^validation/loss/lm$", "^validation/loss/jepa$"]],
+                    "validation/loss/lm and validation/loss/jepa": [
+                        "Multiline",
+                        ["^validation/loss/lm$", "^validation/loss/jepa$"],
+                    ],
                 }
             }
         )
 
     def _add(self, entries: list[tuple[int, dict[str, float]]]) -> None:
         try:
-            if self._writer is None:  # the one before is lost with what it had not written
+            if self._writer is None:  # the previous writer failed and lost its unwritten values
                 entries = self._unflushed
                 self._open(entries[0][0])
             for step, values in entries:
@@ -116,24 +120,25 @@ class Metrics:
         except OSError as error:
             self._writer = None
             print_now(
-                f"WARNING: cannot write {self._folder} ({error.strerror}); {len(self._unflushed)} steps are kept until there is room"
+                f"WARNING: cannot write {self._folder} ({error.strerror}); keeping {len(self._unflushed)} steps in "
+                "memory until there is room"
             )
 
 
 def _silence_threads() -> None:
-    """The thread that writes events hands an error on to the next call; nobody needs its traceback besides."""
-    tell = threading.excepthook
-    if tell is threading.__excepthook__:
+    """Hide tracebacks of TensorBoard's writer thread, because the next call raises its error anyway."""
+    default_hook = threading.excepthook
+    if default_hook is threading.__excepthook__:
         threading.excepthook = lambda error: (
-            None if type(error.thread).__name__ == "_AsyncWriterThread" else tell(error)
+            None if type(error.thread).__name__ == "_AsyncWriterThread" else default_hook(error)
         )
 
 
-def _date_back(folder: Path) -> None:
-    """Rename the event files of earlier starts so that the next one sorts after them, even if the clock was set back.
+def _backdate(folder: Path) -> None:
+    """Rename the event files of earlier starts to make them sort before the next one, even if the clock was set back.
 
-    TensorBoard reads the files of a folder by name, which begins with the time of their creation. A start makes it drop the later steps
-    that it has read before. The files keep their order.
+    TensorBoard reads the files of a folder in the order of their names, and a name begins with the time of creation.
+    The file of a new start makes it drop later steps that it has already read. The renamed files keep their order.
     """
     files = sorted(folder.glob(f"{EVENTS}*"))
     for number, path in enumerate(files, int(time.time()) - len(files)):
@@ -143,7 +148,7 @@ def _date_back(folder: Path) -> None:
 
 
 def open_tensorboard(folder: Path, **options: Any):
-    """A TensorBoard writer; imported late, because that takes seconds."""
+    """Return a TensorBoard writer. The import is local because it takes seconds."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), **options)

@@ -1,10 +1,10 @@
-"""What a person reads while a run goes on."""
+"""The lines that a run prints about its progress."""
 
 from pretrain.training.schedule import Progress
 
 
 def progress_line(progress: Progress, fraction: float, values: dict[str, float]) -> str:
-    """Return the line of a logged step: progress, the losses that the step has, cosines of the embeddings, speed, time left."""
+    """Return the line of a logged step: progress, losses, cosines of the embeddings, speed, and time left."""
     parts = [f"step {progress.step:>6}", f"{fraction:>4.0%}"]
     parts += [f"{term} {values[f'loss/{term}']:.4f}" for term in ("lm", "jepa") if f"loss/{term}" in values]
     if "embedding/shuffled_cosine" in values:
@@ -25,7 +25,7 @@ def progress_line(progress: Progress, fraction: float, values: dict[str, float])
 
 
 def validation_line(progress: Progress, values: dict[str, float]) -> str:
-    """One line a validation."""
+    """Return the line of a validation."""
     names = {
         "validation/loss/lm": "lm",
         "validation/loss/jepa": "jepa",
@@ -40,17 +40,18 @@ def validation_line(progress: Progress, values: dict[str, float]) -> str:
 
 
 def collapse_warning(monitors: dict[str, float]) -> str:
-    """Collapse in words, because its loss curve reads as success."""
+    """Return the warning about a collapse. It explains the problem, because the loss curve looks like success."""
     return (
-        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, unrelated views "
-        f"{monitors['shuffled_cosine']:.4f}, and a view finds its partner in {monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa "
-        "says nothing then: the model maps everything to few directions. Distances without negatives invite that; info_nce has negatives, "
-        "and objective.regularizers work against it"
+        f"WARNING: the embeddings have collapsed: a pair's two views have cosine {monitors['paired_cosine']:.4f}, "
+        f"unrelated views {monitors['shuffled_cosine']:.4f}, and a view finds its partner in "
+        f"{monitors['retrieval_at_1']:.1%} of cases. A low loss/jepa means nothing then, because the model maps "
+        "everything to few directions. Distances without negatives tend to cause this. Use info_nce, which has "
+        "negatives, or objective.regularizers"
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
+    """Return a duration as 1h02m, 3m05s or 12s."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

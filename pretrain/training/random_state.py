@@ -1,4 +1,4 @@
-"""The states of all random number generators of a rank, as a file of a checkpoint."""
+"""The states of all random number generators of a rank, saved as a file of a checkpoint."""
 
 import random
 from pathlib import Path
@@ -9,25 +9,25 @@ import torch
 
 
 def random_state_file_name(rank: int) -> str:
-    """Return the file of a rank."""
+    """Return the file name of a rank's state."""
     return f"random_rank_{rank:05d}.pt"
 
 
 def seed_all(seed: int) -> None:
-    """Start all generators of this rank from a seed."""
+    """Seed all generators of this rank."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, torch and the rank's accelerator."""
+    """Return the states of the generators of Python, NumPy, torch and the rank's accelerator."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def restore_random_state(checkpoint: Path, rank: int) -> None:
-    """Go on with the numbers that came next; a rank that the run did not have before goes on with its own."""
+    """Restore the generators of a rank from a checkpoint. A rank without a saved state keeps its own."""
     path = checkpoint / random_state_file_name(rank)
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Logs of the ranks: a file for each, and the console for rank 0."""
+"""Logs of the ranks: a file for each rank, and the console for rank 0."""
 
 import contextlib
 import faulthandler
@@ -16,23 +16,25 @@ from data_prep.console import Tee, UserError
 from pretrain.training import console_copy
 
 LOGS = "logs"
-"""Folder of the run directory."""
-COPYING = 10.0
-"""Seconds in which the last output of libraries is copied."""
+"""Folder of the logs in the run directory."""
+COPY_TIMEOUT = 10.0
+"""Time allowed for copying the last output of libraries, in seconds."""
 
 
 class RankLog:
-    """From here on, standard output and standard error of this rank go to `logs/rank-00000.log`, those of rank 0 to the console too.
+    """Redirection of a rank's standard output and standard error to `logs/rank-00000.log`.
 
-    This includes what libraries of C++ print, even when they abort the process: rank 0 has a small process that copies it
-    (console_copy.py), so it may come a moment after what Python has printed. A full disk or a closed console ends no rank.
+    Rank 0 writes to the console too.
+    This includes the output of C++ libraries, even if they abort the process. On rank 0 a small process copies that
+    output (console_copy.py), so it may appear slightly later than Python's output. A full disk or a closed console does
+    not end a rank.
     """
 
     def __init__(self, run_dir: Path, rank: int):
         path = run_dir / LOGS / f"rank-{rank:05}.log"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115 (open until the end)
+            self._file = open(path, "a", buffering=1, encoding="utf-8", errors="replace")  # noqa: SIM115 (stays open)
         except OSError as error:
             raise UserError(f"cannot write to {run_dir} (output_dir/name): {error.strerror}") from None
         self.path, self._is_main = path, rank == 0
@@ -49,8 +51,8 @@ class RankLog:
             for descriptor in (1, 2):
                 os.dup2(self._file.fileno(), descriptor)
             sys.stdout = sys.stderr = Tee(self._file)
-        faulthandler.enable(2)  # prints the Python traceback of a process that ends by SIGBUS, SIGSEGV or SIGABRT
-        with contextlib.suppress(OSError):  # a full disk
+        faulthandler.enable(2)  # prints the Python traceback if SIGBUS, SIGSEGV or SIGABRT ends the process
+        with contextlib.suppress(OSError):  # the disk may be full
             self._file.write(
                 f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}, process {os.getpid()}\n"
             )
@@ -63,15 +65,15 @@ class RankLog:
         sys.stdout, sys.stderr = self._streams
 
     def close(self) -> None:
-        """Write to the console alone from here on, once everything that was printed is there and in the file."""
+        """Flush all output to the console and the file. From here on, print to the console only."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._copier:
             for descriptor, console in enumerate(self._saved, 1):
                 os.dup2(console, descriptor)
                 os.close(console)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # another process has the pipes open
-                self._copier.wait(COPYING)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # another process may keep the pipes open
+                self._copier.wait(COPY_TIMEOUT)
             self._copier = None
 
     def _start_copier(self) -> None:
@@ -91,7 +93,7 @@ class RankLog:
             os.close(writing)
 
     def write_traceback(self, error: BaseException) -> None:
-        """Write a traceback to the file alone."""
+        """Write a traceback to the file only."""
         with contextlib.suppress(OSError):
             traceback.print_exception(error, file=self._file)
 
@@ -103,9 +105,9 @@ class RankLog:
 
 
 def _console(stream: TextIO, descriptor: int) -> TextIO:
-    """Return a stream to where this one writes now, even if its descriptor is redirected."""
+    """Return a stream that keeps writing to the present target of `stream` after its descriptor is redirected."""
     try:
         is_descriptor = stream.fileno() == descriptor
-    except OSError:  # a stream of Python alone
+    except OSError:  # a Python stream without a descriptor
         is_descriptor = False
     return os.fdopen(os.dup(descriptor), "w", buffering=1, errors="replace") if is_descriptor else stream

@@ -1,6 +1,8 @@
-"""Saving a run: a copy of the state on the training thread, the files on a thread of their own, the rename when all ranks have written.
+"""Saving of checkpoints.
 
-A save that fails, on a full disk above all, ends the save and not the run: the checkpoints before it stay, and the next one is tried.
+The training thread copies the state, a separate thread writes the files, and the folder is renamed once all ranks have
+written. A failed save, for example because the disk is full, does not end the run: earlier checkpoints are kept, and
+the next save is attempted.
 """
 
 import shutil
@@ -26,18 +28,19 @@ from pretrain.training.host_copies import HostCopies
 from pretrain.training.random_state import random_state, random_state_file_name
 
 BYTES_PER_PARAMETER = 12
-"""Size of a trained parameter in a checkpoint, at least: the weight and two moments in fp32. A frozen one is saved as it is."""
-SPARE = 1.1
-"""Room that a checkpoint wants on the disk, over what the one before it took."""
+"""Minimum size of a trained parameter in a checkpoint: the weight and two moments in fp32. A frozen parameter is saved
+in its own type."""
+SPACE_FACTOR = 1.1
+"""Required disk space for a checkpoint, relative to the size of the previous one."""
 
 Prepared = TypeVar("Prepared")
 Written = tuple[dict[str, Any], str | None]
-"""The manifest entries of a rank's files, and why they are not all there."""
+"""The manifest entries of a rank's files, and the problem if they could not all be written."""
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One that goes on."""
+    """A save in progress."""
 
     step: int
     temporary: Path
@@ -46,7 +49,7 @@ class _Save:
 
 
 class Saver:
-    """Saves an engine on all ranks together, one checkpoint at a time."""
+    """The saver of an engine's checkpoints, one at a time, on all ranks together."""
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Saver:
         say: Callable[[str], None],
         saved: Callable[[int], None],
     ):
-        self._engine, self._folder, self._config, self._world, self._say, self._saved = (
+        self._engine, self._folder, self._config, self._world, self._say, self._on_saved = (
             engine,
             folder,
             config,
@@ -66,37 +69,36 @@ class Saver:
             saved,
         )
         self._copies = HostCopies(world.device)
-        self._collector = engine.checkpoint_engine = _Collector(self._copies)
-        engine._copy_recovery_script = lambda folder: (
-            None
-        )  # a script beside the shards, and a write that only rank 0 could fail in
+        self._collector = engine.checkpoint_engine = _ShardCollector(self._copies)
+        # DeepSpeed would write a script next to the shards, and that write could fail on rank 0 only.
+        engine._copy_recovery_script = lambda folder: None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
         self._seconds = 0.0
         self.failed = 0
-        """Saves that came to nothing."""
+        """Number of failed saves."""
         self.problem: str | None = None
-        """Why the last one did."""
+        """Problem of the last save, None if it succeeded."""
         self.duration = 0.0
         """Time from the beginning of the last save until this rank had written its files, in seconds."""
 
     @property
     def writing(self) -> bool:
-        """Whether this rank writes at the moment."""
+        """Whether this rank is writing."""
         return self._save is not None and not self._save.written.done()
 
     @property
     def open(self) -> bool:
-        """Whether a save has been begun that is not finished."""
+        """Whether a save has begun but is not finished."""
         return self._save is not None
 
     def pop_seconds(self) -> float:
-        """What saving has cost the training thread since the last call."""
+        """Return the time that saving has taken on the training thread since the last call, in seconds."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def timed(self, prepare: Callable[[], Prepared]) -> Prepared:
-        """Do what a save needs before it begins, and count its time as time of the save."""
+        """Run a preparation of a save and return its result; its time counts as time of the save."""
         started = time.perf_counter()
         try:
             return prepare()
@@ -104,7 +106,7 @@ class Saver:
             self._seconds += time.perf_counter() - started
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Take a copy of everything, and write it in the background if the configuration says so. `state` is plain JSON."""
+        """Copy the state of the run and write it, in the background if so configured. `state` must be plain JSON."""
         self.finish()
         started = time.perf_counter()
         temporary = self._folder / f".{step_name(step)}.tmp"
@@ -122,11 +124,11 @@ class Saver:
             self.finish()
 
     def before_update(self) -> None:
-        """Let the next optimizer step wait until a copy of the state has been made."""
+        """Make the next optimizer step wait until the state is copied."""
         self._copies.before_change()
 
     def finish(self) -> None:
-        """Wait until all ranks have written, and declare the checkpoint good. On all ranks together."""
+        """Wait until all ranks have written, and publish the checkpoint. All ranks must call this together."""
         if self._save is None:
             return
         started = time.perf_counter()
@@ -140,21 +142,21 @@ class Saver:
             self._fail(save.step, save.temporary, problem)
         else:
             self.problem = None
-            self._saved(save.step)
+            self._on_saved(save.step)
         self._seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Let the thread go."""
+        """Shut the writer thread down."""
         self._thread.shutdown()
 
-    def _note_duration(self, begun: float) -> None:
-        self.duration = time.perf_counter() - begun
+    def _note_duration(self, started: float) -> None:
+        self.duration = time.perf_counter() - started
 
     def _publish(self, save: _Save, files: dict[str, Any]) -> str | None:
         try:
             checkpoint.publish(save.temporary, save.step, self._world.size, save.state, files)
         except OSError as error:
-            return _line(error)
+            return _error_text(error)
         if kept := checkpoint.prune(self._folder, self._config.keep, self._config.keep_every):
             self._say(f"WARNING: old checkpoints cannot be removed: {', '.join(kept)}")
         return None
@@ -165,41 +167,41 @@ class Saver:
         self.failed += 1
         self.problem = problem
         self._say(
-            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run goes on, "
-            f"{self._folder} keeps what was saved before"
+            f"WARNING: the checkpoint of step {step} was not written: {problem}; the run continues, and earlier "
+            f"checkpoints stay in {self._folder}"
         )
 
     def _make_room(self, temporary: Path) -> str | None:
-        """Why there is no room for another checkpoint; None where there is, and an empty folder for it."""
+        """Create an empty folder for a checkpoint; return the problem if there is no room, else None."""
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(self._folder).free
-            needed = self._size()
+            needed = self._required_bytes()
         except OSError as error:
-            return _line(error)
+            return _error_text(error)
         return (
-            f"the disk has {free / 1e6:,.1f} MB free, a checkpoint needs {needed / 1e6:,.1f} MB: make room"
+            f"the disk has {free / 1e6:,.1f} MB free, but a checkpoint needs {needed / 1e6:,.1f} MB: free disk space"
             if free < needed
             else None
         )
 
-    def _size(self) -> float:
+    def _required_bytes(self) -> float:
         newest = list_steps(self._folder)[-1:]
         before = sum(path.stat().st_size for step in newest for path in (self._folder / step_name(step)).iterdir())
-        return SPARE * (before or min_checkpoint_bytes(self._engine.module))
+        return SPACE_FACTOR * (before or min_checkpoint_bytes(self._engine.module))
 
 
 def min_checkpoint_bytes(module: nn.Module) -> int:
-    """Return the bytes that a checkpoint of a module takes at least."""
+    """Return the minimum size of a checkpoint of a module, in bytes."""
     return sum(
         full_shape(parameter).numel() * (BYTES_PER_PARAMETER if parameter.requires_grad else parameter.element_size())
         for parameter in module.parameters()
     )
 
 
-class _Collector(TorchCheckpointEngine):
-    """What DeepSpeed saves its shards with: keeps copies, which go to disk later."""
+class _ShardCollector(TorchCheckpointEngine):
+    """A checkpoint engine for DeepSpeed that keeps copies of the shards, which are written later."""
 
     def __init__(self, copies: HostCopies) -> None:
         super().__init__()
@@ -212,7 +214,7 @@ class _Collector(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         copy_of_state = self._copies.copy(state_dict)
         if PARTITION_COUNT in copy_of_state.get(OPTIMIZER_STATE_DICT, {}):
-            # the optimizer for bf16 with fp32 accumulation under stage 1 leaves the stage out, which the export then misses
+            # under stage 1 the optimizer for bf16 with fp32 accumulation omits the stage, but the export needs it
             copy_of_state[OPTIMIZER_STATE_DICT].setdefault(ZERO_STAGE, 1)
         self._files[Path(path)] = copy_of_state
 
@@ -220,13 +222,13 @@ class _Collector(TorchCheckpointEngine):
         return True
 
     def take(self) -> dict[Path, Any]:
-        """What was saved since the last call."""
+        """Return the files saved since the last call."""
         files, self._files = self._files, {}
         return files
 
 
 def _write(files: dict[Path, Any], copies: HostCopies) -> Written:
-    """Bring the files of this rank to disk, once the copies have been made."""
+    """Write the files of this rank once the copies are complete."""
     entries = {}
     copies.wait()
     for path in list(files):
@@ -234,10 +236,10 @@ def _write(files: dict[Path, Any], copies: HostCopies) -> Written:
             with open(path, "wb") as file:
                 torch.save(files.pop(path), file)
             entries[path.name] = checkpoint.manifest_entry(path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a write that fails
-            return {}, _line(error)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a failed write
+            return {}, _error_text(error)
     return entries, None
 
 
-def _line(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]

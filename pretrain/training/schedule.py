@@ -1,4 +1,4 @@
-"""Budget and learning rate: both follow the consumed fraction of the run."""
+"""Budget and learning rate, which both depend on the consumed fraction of the run."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,26 +8,29 @@ from pretrain.sections import DEFAULT_DECAY_FRACTION, TrainConfig
 
 @dataclass
 class Progress:
-    """What a run has consumed so far. Counted over all ranks; saved with every checkpoint."""
+    """Counters of a run so far, over all ranks; saved with every checkpoint."""
 
     step: int = 0
     records: int = 0
     tokens: int = 0
     """Corpus tokens, without copies, special or predictor tokens and padding."""
     positions: int = 0
-    """Positions computed, padding excluded."""
+    """Computed positions, padding excluded."""
     skipped_steps: int = 0
-    """Steps without an update, because a loss term or the gradient was not finite."""
+    """Steps without an update."""
     seconds: float = 0.0
     """Time spent training, over all starts."""
 
     def state(self) -> dict[str, float]:
-        """As plain values."""
+        """Return the counters by name."""
         return asdict(self)
 
 
 def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_records: int) -> float:
-    """Share of the budget that is used up; the run ends at 1. `total_epoch_records` are those of train.epochs epochs."""
+    """Return the consumed fraction of the budget; the run ends at 1.
+
+    `total_epoch_records` is the number of records in train.epochs epochs.
+    """
     if train.steps is not None:
         return progress.step / train.steps
     if train.tokens is not None:
@@ -37,7 +40,10 @@ def consumed_fraction(progress: Progress, train: TrainConfig, total_epoch_record
 
 
 def learning_rate(fraction: float, train: TrainConfig) -> float:
-    """Return the rate at a consumed fraction: linear warm-up, then cosine, linear or warmup-stable-decay down to final_rate."""
+    """Return the learning rate at a consumed fraction of the budget.
+
+    After a linear warm-up, a cosine, linear or warmup-stable-decay schedule goes down to final_rate.
+    """
     fraction = min(1.0, fraction)
     if fraction < train.warmup_fraction:
         return train.learning_rate * fraction / train.warmup_fraction

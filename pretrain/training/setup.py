@@ -1,4 +1,4 @@
-"""From a configuration to a Trainer: cheap checks first, the model last."""
+"""Construction of a Trainer from a configuration: cheap checks first, the model last."""
 
 import math
 import os
@@ -41,10 +41,11 @@ from pretrain.training.weight_sums import check_weights, weight_sums
 
 Result = TypeVar("Result")
 LENGTHS_AT_ONCE = 1 << 18
+"""Number of records whose lengths are read together."""
 
 
 class RunLock:
-    """The right to write into a run directory, held by the main rank as long as its process lives."""
+    """An exclusive lock on a run directory, held by the main rank as long as its process lives."""
 
     def __init__(self, run_dir: Path):
         self._run_dir = run_dir
@@ -54,11 +55,11 @@ class RunLock:
 
     def take(self, world: World) -> None:
         """Take the lock on all ranks together. Raises UserError if another run has it."""
-        self._file = world.run_and_sync_errors(lambda: _claim(self._run_dir) if world.is_main else None)
+        self._file = world.run_and_sync_errors(lambda: _lock_folder(self._run_dir) if world.is_main else None)
         self.held = True
 
     def release(self) -> None:
-        """Let another run take it."""
+        """Release the lock."""
         self.held = False
         if self._file:
             self._file.close()
@@ -67,10 +68,10 @@ class RunLock:
 def set_up(
     config: RunConfig, world: World, stop: StopRequest | None = None, lock: RunLock | None = None
 ) -> Trainer | None:
-    """Build the run, resumed from its newest checkpoint; return None if it has finished already.
+    """Build the run, resumed from its newest checkpoint; return None if it is already finished.
 
-    `stop` may have been set by a signal before; without it signals count from here on. `lock` is taken here. Raises UserError, and Stopped
-    if a signal ends the start.
+    `stop` may already have received a signal; without it, signals are received from here on. The `lock` is taken here.
+    Raises UserError, and Stopped if a signal ends the start.
     """
     stop, lock = stop or StopRequest(), lock or RunLock(config.run_dir)
     say = print_now if world.is_main else lambda text: None
@@ -86,14 +87,14 @@ def set_up(
         lambda: check_same_run(config, corpus.manifest, world.size) if world.is_main else []
     )
     for change in changes:
-        say(f"note: going on with a change: {change}")
+        say(f"note: resuming with a changed setting: {change}")
     checkpoints = config.run_dir / "checkpoints"
     if list_steps(checkpoints) and read_status(config.run_dir).get("status") == "finished":
-        say(f"{config.run_dir} is finished already")
+        say(f"{config.run_dir} is already finished")
         _resume_evaluations(config, world)
         return None
     if config.ignored_keys:
-        say(f"note: with objective.name=next_token these keys of objective rest: {', '.join(config.ignored_keys)}")
+        say(f"note: ignored with objective.name=next_token: {', '.join(config.ignored_keys)}")
 
     found = _find_checkpoint(checkpoints, settings["zero_optimization"], world, stop, say)
     universal = found is not None and found.ranks != world.size
@@ -118,29 +119,27 @@ def set_up(
         validation=_validation(config, corpus, specials, world),
     )
     say(
-        f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
+        f"{parameter_count(model):,} parameters, {len(corpus):,} records, {world.size} rank{'s' * (world.size > 1)} on "
+        f"{world.device.type}"
     )
     if trainer.validation is None:
-        say("note: the corpus has no validation split, so nothing is validated")
+        say("note: the corpus has no validation split, so there is no validation")
     if config.monitor.gradients_every and settings["zero_optimization"]["stage"] == 3:
-        say(
-            "note: because of monitor.gradients_every, ZeRO stage 3 gathers each module by itself, and all steps take longer"
-        )
+        say("note: monitor.gradients_every makes ZeRO stage 3 gather each module separately, so all steps are slower")
     if found:
         checkpoint.load(engine, found, world)
         check_weights(found.state.get("weights"), weight_sums(engine.module, world), found.path)
         trainer.resume(found.state)
-        say(f"going on from step {trainer.progress.step}")
+        say(f"resuming from step {trainer.progress.step}")
 
     def describe() -> None:
-        _write_skeleton(config, model, corpus)
+        _write_model_folder(config, model, corpus)
         record_start(config, corpus.manifest, world.size, trainer.progress.step, changes)
 
-    world.run_and_sync_errors(lambda: _writing(config, describe) if world.is_main else None)
+    world.run_and_sync_errors(lambda: _report_write_errors(config, describe) if world.is_main else None)
     if world.is_main:
-        written = trainer.progress.step - (
-            trainer.pending_validation is not None
-        )  # a step whose validation is owed is written when that is made up
+        # the metrics of a step with a pending validation are written after that validation
+        written = trainer.progress.step - (trainer.pending_validation is not None)
         trainer.metrics = Metrics(config.run_dir, written, config.monitor.tensorboard)
         write_status(config.run_dir, "running", trainer.progress.step)
     _resume_evaluations(config, world)
@@ -150,7 +149,10 @@ def set_up(
 def _find_checkpoint(
     folder: Path, zero: dict[str, Any], world: World, stop: StopRequest, say: Callable[[str], None]
 ) -> checkpoint.VerifiedCheckpoint | None:
-    """Return the newest good checkpoint, converted if another number of ranks wrote it; None if there is none. Raises UserError and Stopped."""
+    """Return the newest valid checkpoint; None if there is none.
+
+    It is converted if another number of ranks wrote it. Raises UserError, and Stopped if a signal ends the conversion.
+    """
     if world.is_main:
         checkpoint.remove_leftovers(folder)
     found = checkpoint.find_newest(folder, world, say)
@@ -162,46 +164,49 @@ def _find_checkpoint(
 
 
 def _resume_evaluations(config: RunConfig, world: World) -> None:
-    """Start the evaluations that a killed run or job left to do."""
+    """Start the evaluations that a killed run or job did not complete."""
     if world.is_main and requested_evaluations(config.run_dir):
         start_evaluations(config.run_dir, config.evaluation.device)
 
 
 def _check_same_environment(world: World, say: Callable[[str], None]) -> None:
-    """Warn of variables that did not reach all ranks, or not as they are."""
-    values = world.gather_objects(relevant_env(os.environ))
-    for name in sorted(
-        {name for one in values for name in one.keys() | values[0].keys() if one.get(name) != values[0].get(name)}
-    ):
-        rank = next(rank for rank, one in enumerate(values) if one.get(name) != values[0].get(name))
+    """Warn about environment variables that are not the same on all ranks."""
+    environments = world.gather_objects(relevant_env(os.environ))
+    main = environments[0]
+    differing = {
+        name for other in environments for name in other.keys() | main.keys() if other.get(name) != main.get(name)
+    }
+    for name in sorted(differing):
+        rank = next(rank for rank, other in enumerate(environments) if other.get(name) != main.get(name))
         say(
-            f"WARNING: {name} is {values[0].get(name)!r} for rank 0 on {world.hosts[0]}, and {values[rank].get(name)!r} for rank {rank} on "
-            f"{world.hosts[rank]}: write it into .deepspeed_env where the launcher is started, or into the environment of all nodes"
+            f"WARNING: {name} is {main.get(name)!r} for rank 0 on {world.hosts[0]}, but "
+            f"{environments[rank].get(name)!r} for rank {rank} on {world.hosts[rank]}: set it in .deepspeed_env in the "
+            "folder where the launcher is started, or in the environment of all nodes"
         )
 
 
-def _writing(config: RunConfig, write: Callable[[], Result]) -> Result:
-    """Raises UserError where nothing can be written."""
+def _report_write_errors(config: RunConfig, write: Callable[[], Result]) -> Result:
+    """Return the result of `write`. Raises UserError if it cannot write."""
     try:
         return write()
     except OSError as error:
         raise UserError(f"cannot write to {config.run_dir} (output_dir/name): {error.strerror or error}") from None
 
 
-def _claim(run_dir: Path) -> IO[bytes]:
-    """Keep a second run out of the folder, as long as this process lives."""
+def _lock_folder(run_dir: Path) -> IO[bytes]:
+    """Return the lock file of a run directory, locked. Raises UserError if another run has locked it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = try_lock(run_dir / ".lock")
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} (output_dir/name): {error.strerror}") from None
     if lock is None:
-        raise UserError(f"another run is going on in {run_dir}; wait for it, or choose another `name`")
+        raise UserError(f"another run is active in {run_dir}; wait for it, or choose another `name`")
     return lock
 
 
 def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
-    """The loader of the training split. Raises UserError for weights that leave no record."""
+    """Return the loader of the training split. Raises UserError if the weights of the sources leave no record."""
     return Loader(
         corpus,
         layout,
@@ -214,14 +219,17 @@ def make_loader(config: RunConfig, corpus: Corpus, layout: Layout) -> Loader:
 
 
 def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) -> None:
-    """Mistakes that can be seen before a model is built, and, without a corpus, before there are any shards."""
+    """Raise UserError for errors that can be found before the model is built.
+
+    Without a corpus, only what does not need its shards is checked.
+    """
     if corpus is not None:
         _check_views(config, corpus)
         source_weights(corpus.manifest, config.data.sources)
         check_data_section(config.data, corpus.manifest)
         if config.model.init_from is not None and not list_steps(config.run_dir / "checkpoints"):
             _check_same_tokenizer(config.model.init_from, corpus, say)
-        corpus.read(np.array([0, len(corpus) - 1]))  # a corpus without its shards shows at once
+        corpus.read(np.array([0, len(corpus) - 1]))  # reports missing shards early
         _check_pairs(config, corpus)
         _check_lengths(config, corpus, say)
     if config.model.lora:
@@ -229,104 +237,109 @@ def check(config: RunConfig, corpus: Corpus | None, say: Callable[[str], None]) 
     for number, task in enumerate(config.evaluation.tasks):
         task.check_requirements(config.data, f"evaluation.tasks.{number}")
     if corpus is not None and config.data.decontaminate:
-        _check_compared(config, corpus, say)
+        _check_decontaminated(config, corpus, say)
     steps = list_steps(config.run_dir / "checkpoints")
     if config.checkpoint.resume == "never" and steps:
         raise UserError(
-            f"checkpoint.resume is never, but {config.run_dir} holds checkpoints up to step {steps[-1]}; "
+            f"checkpoint.resume is never, but {config.run_dir} contains checkpoints up to step {steps[-1]}; "
             "choose another `name`, or remove that folder"
         )
     if config.checkpoint.resume == "must" and not steps:
-        raise UserError(f"checkpoint.resume is must, but {config.run_dir} holds no checkpoint")
+        raise UserError(
+            f"checkpoint.resume is must, but {config.run_dir} contains no checkpoint; set it to auto to start a new run"
+        )
 
 
-def _check_compared(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
-    """Warn of test files that the preparation did not keep out of training."""
+def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
+    """Warn about test files that the preparation did not compare with the training data."""
     settings = corpus.manifest["settings"]
     compared = settings["data"].get("decontaminate", True)
-    known = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
+    known_hashes = {file["sha256"] for file in settings.get("files", {}).values()} if compared else set()
     recorded = settings.get("tests", []) if compared else []
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
         (described,) = Job(data=config.data, tests=(test,)).test_descriptions
         files = list_test_files(test)
-        new = (
-            [path for path in files if sha256_file(Path(path)) not in known]
+        unknown = (
+            [path for path in files if sha256_file(Path(path)) not in known_hashes]
             if files
             else []
             if described in recorded
             else [test.source.path]
         )
-        if new:
+        if unknown:
             say(
-                f"WARNING: {config.data.path} was prepared without a look at {new[0]} (task {test.task}): its questions may be in the training "
-                "data; prepare another data.path with this configuration, or set data.decontaminate=false"
+                f"WARNING: {config.data.path} was not decontaminated against {unknown[0]} (task {test.task}): its "
+                "questions may be in the training data; prepare another data.path with this configuration, or set "
+                "data.decontaminate=false"
             )
 
 
 def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
         raise UserError(
-            f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with {corpus.manifest['views']}: "
-            "set them so, or prepare another data.path"
+            f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with "
+            f"{corpus.manifest['views']}: set those, or prepare another data.path"
         )
 
 
 def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None]) -> None:
-    """Raise UserError if the token ids of the corpus are not those that the model of a folder was trained on."""
+    """Raise UserError if the model of a folder was not trained with the token ids of the corpus."""
     if not Path(folder).is_dir():
-        return  # loading it reports that
+        return  # loading the model reports that
     try:
         find_tokenizer(Path(folder))
     except UserError:
         say(
-            f"note: model.init_from: {folder} has no tokenizer, so it is not known whether its model was trained on the token ids of the corpus"
+            f"note: model.init_from: {folder} has no tokenizer, so it is unknown whether its model was trained with "
+            "the token ids of the corpus"
         )
         return
     with tempfile.TemporaryDirectory() as temporary:
-        own = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
-        difference = first_difference(own, corpus.tokenizer)
+        model_tokenizer = import_tokenizer(Path(folder), Path(temporary) / "tokenizer", say=lambda text: None)
+        difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(
-            f"model.init_from: the tokenizer of {folder} is not the one of {corpus.folder} ({difference}); prepare the corpus with "
-            "data.tokenizer.path set to that folder"
+            f"model.init_from: the tokenizer of {folder} differs from the one of {corpus.folder} ({difference}); "
+            "prepare the corpus with data.tokenizer.path set to the former folder"
         )
 
 
 def _check_pairs(config: RunConfig, corpus: Corpus) -> None:
-    """There must be something for the term to look at."""
+    """Raise UserError if no record has the pairs or spans that the objective needs."""
     layout = config.make_layout(SpecialTokenIds(0, 0, 0, 0, 0), corpus.views)
     if corpus.entry["incomplete"] < len(corpus):
         return  # some record has all views
     for lengths in _all_lengths(corpus):
-        everyone = np.ones(len(lengths), bool)
-        segment_lengths = layout.segment_lengths(lengths, everyone)
-        pairs, spans = layout.pairs(segment_lengths, everyone), layout.count_spans(segment_lengths)
+        all_paired = np.ones(len(lengths), bool)
+        segment_lengths = layout.segment_lengths(lengths, all_paired)
+        pairs, spans = layout.pairs(segment_lengths, all_paired), layout.count_spans(segment_lengths)
         if (pairs.any() or not layout.read_outs) and (spans.any() or not layout.spans):
             return
     raise UserError(
         f"objective.name is {config.objective.name}, but no record of {config.data.path} has two views: "
-        "choose next_token, or look at data.views and the columns of the sources"
+        "choose next_token, or check data.views and the columns of the sources"
     )
 
 
 def _all_lengths(corpus: Corpus) -> Iterator[np.ndarray]:
-    """The lengths of all records, (n, views) at a time."""
+    """Yield the lengths of all records in batches (n, views)."""
     for start in range(0, len(corpus), LENGTHS_AT_ONCE):
         yield corpus.lengths(np.arange(start, min(start + LENGTHS_AT_ONCE, len(corpus))))
 
 
 def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]) -> None:
-    """No record may be longer than a row, with all copies that the objective and the validation want."""
-    length, specials = config.data.sequence_length, SpecialTokenIds(0, 0, 0, 0, 0)  # only their number counts
+    """Raise UserError if a record, with all copies that the objective or the validation needs, is longer than a row."""
+    length, specials = config.data.sequence_length, SpecialTokenIds(0, 0, 0, 0, 0)  # the layout needs only their number
 
     def longest(split: Corpus, validating: bool) -> int:
         layout = config.make_layout(specials, split.views, validating=validating)
-        bound = min(layout.positions(split.longest).max(), _bound_of_preparation(split, layout))
+        bound = min(layout.positions(split.longest).max(), _max_positions_from_manifest(split, layout))
         if bound <= length:
             return bound
         if len(split) > LENGTHS_AT_ONCE:
             say(
-                f"note: reading the lengths of {len(split):,} records: the manifest does not tell whether all fit data.sequence_length={length}"
+                f"note: reading the lengths of {len(split):,} records, because the manifest does not show whether all "
+                f"fit data.sequence_length={length}"
             )
         return max(layout.positions(lengths).max() for lengths in _all_lengths(split))
 
@@ -335,15 +348,18 @@ def _check_lengths(config: RunConfig, corpus: Corpus, say: Callable[[str], None]
         needed = max(needed, longest(Corpus(config.data.path, "validation"), validating=True))
     if needed > length:
         raise UserError(
-            f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: the longest needs "
-            f"{needed} positions; raise it, or prepare the corpus again with a smaller data.sequence_length, which drops and counts them"
+            f"data.sequence_length is {length}, too short for the records of {config.data.path} with this objective: "
+            f"the longest needs {needed} positions; raise it, or prepare the corpus again with a smaller "
+            "data.sequence_length, which drops and counts longer records"
         )
 
 
-def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
-    """What no record of the corpus exceeds, from `positions_needed` of the manifest; infinite for a layout that may need more than that counts.
+def _max_positions_from_manifest(corpus: Corpus, layout: Layout) -> float:
+    """Return an upper bound of the positions of a record, from `positions_needed` of the manifest.
 
-    Both are linear in the lengths, for each number of views present: so it is enough to compare them at ones, and far along each view.
+    The bound is infinite if the layout may need more positions than `positions_needed` counts. For each number of
+    present views, both are linear in the lengths. It is therefore enough to compare them for lengths of 1, and for one
+    very long view at a time.
     """
     shapes = np.concatenate(
         [
@@ -354,10 +370,9 @@ def _bound_of_preparation(corpus: Corpus, layout: Layout) -> float:
     ).astype(np.int64)
     if (layout.positions(shapes) > positions_needed(shapes)).any():
         return math.inf
-    pieces = (
-        corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0
-    )  # documents are cut to fit it
-    return max(corpus.entry["positions_needed"], pieces)
+    # documents are cut into pieces that fit the sequence_length of the preparation
+    piece_length = corpus.manifest["settings"]["data"]["sequence_length"] if corpus.entry["continued"] else 0
+    return max(corpus.entry["positions_needed"], piece_length)
 
 
 def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, world: World) -> Validation | None:
@@ -378,8 +393,8 @@ def _validation(config: RunConfig, corpus: Corpus, specials: SpecialTokenIds, wo
     )
 
 
-def _write_skeleton(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:
-    """Everything of an export but the weights: the configuration of the model, and its tokenizer."""
+def _write_model_folder(config: RunConfig, model: LanguageModel, corpus: Corpus) -> None:
+    """Write an export without weights: the configuration of the model, and its tokenizer."""
     folder = config.run_dir / MODEL_DIR
     if folder.exists():
         return

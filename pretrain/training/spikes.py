@@ -1,4 +1,4 @@
-"""Loss spikes: found by a robust z-score, answered by a warning, by leaving the step out, or by going back to before it."""
+"""Loss spikes: detection by a robust z-score, and the rewind to a checkpoint before the spike."""
 
 import contextlib
 import shutil
@@ -12,54 +12,61 @@ from data_prep.files import write_json
 from pretrain.run_folder import PINS, REWINDS, list_steps, read_rewinds, step_name
 
 WINDOW, MIN_HISTORY = 100, 20
-"""Steps that a loss is compared with, and as many as that takes."""
-ALIKE = 2
-"""Largest ratio of the numbers of tokens or pairs in two steps whose losses are compared: the mean over few pairs varies more, and a
-contrastive loss grows with their number."""
-LEAST_SPREAD = 0.005
-"""Of the median: a loss that hardly varies is not compared with its noise alone."""
+"""Largest and smallest number of steps with which a loss is compared."""
+MAX_COUNT_RATIO = 2
+"""Largest ratio of the numbers of tokens or pairs in two comparable steps. A mean over few pairs varies more, and a
+contrastive loss grows with the number of pairs."""
+MIN_SPREAD = 0.005
+"""Smallest spread, as a fraction of the median; it keeps noise in a nearly constant loss from counting as a spike."""
 MAX_REWINDS_PER_CHECKPOINT = 3
-"""Times that a run goes back to one checkpoint."""
+"""Largest number of rewinds to the same checkpoint."""
 MAX_REWINDS = 20
-"""Times that a run goes back at all: a run that diverges would otherwise rewind after each new checkpoint."""
+"""Largest number of rewinds of a run. Without it, a diverging run would rewind after each new checkpoint."""
 
 
 class CannotRewind(Exception):
-    """Why a run does not go back; the step is skipped instead."""
+    """The reason why a run cannot rewind; the step is skipped instead."""
 
 
 class SpikeRule:
-    """The last losses of each term, unweighted, each with the number of tokens or pairs that it is the mean of.
+    """The recent unweighted losses of each term, each with the number of tokens or pairs in its mean.
 
-    The score of a loss is (loss - median) / (1.4826 MAD), MAD the median absolute deviation from the median, which estimates the standard
-    deviation whatever the outliers are (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993).
+    The score of a loss is (loss - median) / (1.4826 MAD). MAD is the median absolute deviation from the median. 1.4826
+    MAD is an estimate of the standard deviation that is robust to outliers (Iglewicz and Hoaglin, How to Detect and
+    Handle Outliers, 1993).
     """
 
     def __init__(self) -> None:
         self.losses: dict[str, list[tuple[float, int]]] = {}
 
     def score(self, term: str, loss: float, count: int) -> float:
-        """Return how far a loss is above the last ones of similar counts, in standard deviations; 0 while there are too few."""
-        comparable = [before for before, of in self.losses.get(term, []) if of <= ALIKE * count and count <= ALIKE * of]
+        """Return the distance of a loss above recent losses with similar counts, in standard deviations.
+
+        The score is 0 if there are fewer than MIN_HISTORY such losses.
+        """
+        comparable = [
+            past_loss
+            for past_loss, past_count in self.losses.get(term, [])
+            if past_count <= MAX_COUNT_RATIO * count and count <= MAX_COUNT_RATIO * past_count
+        ]
         if len(comparable) < MIN_HISTORY:
             return 0.0
         median = statistics.median(comparable)
-        spread = 1.4826 * statistics.median(abs(before - median) for before in comparable)
-        return (loss - median) / max(spread, LEAST_SPREAD * abs(median), 1e-12)
+        spread = 1.4826 * statistics.median(abs(past_loss - median) for past_loss in comparable)
+        return (loss - median) / max(spread, MIN_SPREAD * abs(median), 1e-12)
 
     def add(self, term: str, loss: float, count: int) -> None:
-        """Note a finite loss."""
-        last = [*self.losses.get(term, [])[1 - WINDOW :], (loss, count)]
-        self.losses = self.losses | {
-            term: last
-        }  # a new one: the state of a checkpoint that is being written holds the old one
+        """Add a finite loss."""
+        recent = [*self.losses.get(term, [])[1 - WINDOW :], (loss, count)]
+        # a new dictionary, because a checkpoint that is being written may still refer to the old one
+        self.losses = self.losses | {term: recent}
 
     def judge(
         self, losses: Mapping[str, float], counts: Mapping[str, int], weights: Mapping[str, float]
     ) -> tuple[float, str]:
-        """Note the losses of a step; return the highest score among the terms that have a weight, and its term.
+        """Add the losses of a step; return the highest score among terms with a nonzero weight, and its term.
 
-        `counts` are the numbers of tokens or pairs that the losses are means of.
+        `counts` are the numbers of tokens or pairs over which the losses are means.
         """
         scores = [(self.score(term, loss, counts[term]), term) for term, loss in losses.items() if weights[term]]
         for term, loss in losses.items():
@@ -67,23 +74,24 @@ class SpikeRule:
         return max(scores, default=(0.0, ""))
 
     def load(self, losses: Any) -> None:
-        """Restore the losses from a checkpoint. Earlier versions saved totals, which cannot be compared with terms."""
+        """Restore the losses from a checkpoint. Earlier versions saved totals, which are dropped as not comparable."""
         self.losses = (
-            {term: [(loss, count) for loss, count in last] for term, last in losses.items()}
+            {term: [(loss, count) for loss, count in recent] for term, recent in losses.items()}
             if isinstance(losses, dict)
             else {}
         )
 
 
 def excluded_steps(run_dir: Path) -> set[int]:
-    """Return the steps whose records train nothing."""
+    """Return the steps whose records are excluded from training by rewinds."""
     return {step for rewind in read_rewinds(run_dir) for step in rewind["left_out"]}
 
 
 def rewind(run_dir: Path, step: int, score: float) -> int:
-    """Note that the next start goes back to before the step before this one, and leaves both out; return the step it goes on from.
+    """Make the next start resume before the preceding step and skip both that step and this one.
 
-    Raises CannotRewind; the next start then resumes from the newest checkpoint.
+    Return the step from which the next start resumes. Raises CannotRewind; the next start then resumes from the newest
+    checkpoint.
     """
     culprits = [step - 1, step]
     to = max((saved for saved in list_steps(run_dir / "checkpoints") if saved < culprits[0]), default=None)
@@ -92,16 +100,16 @@ def rewind(run_dir: Path, step: int, score: float) -> int:
     except (OSError, UserError) as error:
         raise CannotRewind(f"cannot read {run_dir / REWINDS}: {error}") from None
     if to is None:
-        raise CannotRewind("no checkpoint is older than the step before it")
-    if sum(one["to"] == to for one in before) >= MAX_REWINDS_PER_CHECKPOINT:
-        raise CannotRewind(f"the run went back to step {to} {MAX_REWINDS_PER_CHECKPOINT} times already")
+        raise CannotRewind("no checkpoint is older than the preceding step")
+    if sum(earlier["to"] == to for earlier in before) >= MAX_REWINDS_PER_CHECKPOINT:
+        raise CannotRewind(f"the run has already gone back to step {to} {MAX_REWINDS_PER_CHECKPOINT} times")
     if len(before) >= MAX_REWINDS:
         raise CannotRewind(
-            f"the run went back {MAX_REWINDS} times already, it may be diverging: lower train.learning_rate"
+            f"the run has already gone back {MAX_REWINDS} times and may be diverging: lower train.learning_rate"
         )
     try:
         write_json(run_dir / REWINDS, [*before, {"step": step, "score": score, "to": to, "left_out": culprits}])
-        _set_aside(run_dir, to)
+        _remove_later_steps(run_dir, to)
     except OSError as error:
         with contextlib.suppress(OSError):
             if read_rewinds(run_dir) != before:
@@ -110,15 +118,14 @@ def rewind(run_dir: Path, step: int, score: float) -> int:
     return to
 
 
-def _set_aside(run_dir: Path, to: int) -> None:
-    """Remove the checkpoints and exports of later steps."""
+def _remove_later_steps(run_dir: Path, to: int) -> None:
+    """Remove the checkpoints and exports of steps after `to`."""
     checkpoints = run_dir / "checkpoints"
     for folder in (checkpoints, run_dir / "export"):
         for saved in list_steps(folder):
             if saved > to:
                 (folder / step_name(saved)).rename(folder / f".{step_name(saved)}.tmp")
-                (checkpoints / PINS / step_name(saved)).unlink(
-                    missing_ok=True
-                )  # it is asked for anew when it is saved anew
+                # saving the step again requests its evaluation again
+                (checkpoints / PINS / step_name(saved)).unlink(missing_ok=True)
     for export in (run_dir / "export").glob(".*.tmp"):
         shutil.rmtree(export, ignore_errors=True)

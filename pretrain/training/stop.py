@@ -1,4 +1,4 @@
-"""A signal to stop, kept until all ranks can agree on it."""
+"""A signal to stop, stored until all ranks can act on it together."""
 
 import contextlib
 import os
@@ -10,25 +10,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A signal has ended the start of a run, before there is anything to save."""
+    """The end of a start by a signal, before there is anything to save."""
 
 
 class StopRequest:
     """A request to stop, set by SIGTERM, SIGINT or SIGUSR1.
 
-    A second signal ends the process immediately, but not within GRACE seconds: launchers pass on a signal that their ranks
-    have already had from the terminal or the scheduler. A thread watches the signals, because Python runs handlers on the
-    main thread only, and that may hang in a collective.
+    A second signal ends the process immediately, but is ignored within GRACE seconds of the first: launchers forward a
+    signal that their ranks have already received from the terminal or the scheduler. A thread reads the signals,
+    because Python runs handlers on the main thread only, and that thread may hang in a collective.
     """
 
     GRACE = 10.0
+    """Time in which a repeated signal is ignored, in seconds."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.since = 0.0
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal that has a handler
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # receives the number of each signal with a handler
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
@@ -45,8 +46,6 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.received, self.since = number, time.monotonic()
-        with contextlib.suppress(OSError):  # nobody may read it
-            os.write(
-                2,
-                f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n".encode(),
-            )
+        with contextlib.suppress(OSError):  # the output may be closed
+            message = f"{number.name}: saving and stopping; signal again after {self.GRACE:.0f} s to exit immediately\n"
+            os.write(2, message.encode())

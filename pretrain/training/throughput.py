@@ -1,4 +1,4 @@
-"""What a model computes, and how fast it goes, counted on real tokens."""
+"""FLOPs and throughput of a model, counted on real tokens."""
 
 from dataclasses import dataclass
 
@@ -23,38 +23,39 @@ PEAK_BF16_FLOPS = {
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
 }
-"""Dense bf16 peak in FLOP/s by the full name of a device, from its maker's data sheet. Other devices get no MFU rather than an invented one."""
+"""Dense bf16 peak in FLOP/s by the full name of a device, from its manufacturer's data sheet. Other devices have no
+MFU, because a guessed peak would be misleading."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters, by what they compute."""
+    """Parameter counts by part of the model."""
 
     layers: int
-    """The final norm included."""
+    """Transformer layers and final norm."""
     embedding: int
     head: int
-    """The output head; the embedding itself where they are tied."""
+    """Output head; the same parameters as the embedding if they are tied."""
     tied: bool
     predictor: int
-    """The embedding of the predictor tokens."""
+    """Embedding of the predictor tokens."""
 
     @property
     def total(self) -> int:
-        """All parameters, a tied one once."""
+        """Number of all parameters; tied ones count once."""
         return self.layers + self.embedding + (0 if self.tied else self.head) + self.predictor
 
     def flops(self, positions: float, targets: float) -> tuple[float, float]:
-        """FLOPs of layers and of output head, forward and backward, for positions computed and next-token targets.
+        """Return the FLOPs of the layers and of the output head, forward and backward.
 
-        6 per position and parameter of the layers, and per target and parameter of the head (Kaplan et al., arXiv
-        2001.08361, section 2.1). Attention scores are not counted, padding neither.
+        They are 6 per position and parameter of the layers, and 6 per next-token target and parameter of the head
+        (Kaplan et al., arXiv 2001.08361, section 2.1). Attention scores and padding are not counted.
         """
         return 6 * self.layers * positions, 6 * self.head * targets
 
 
 def count_parameters(model: LanguageModel) -> Parameters:
-    """The parameters of a model, partitioned, whole or on the meta device."""
+    """Return the parameter counts of a model, which may be partitioned or on the meta device."""
     embedding = model.vocab_size * model.hidden_size
     tied = bool(model.causal_lm.config.tie_word_embeddings)
     predictor = 0 if model.predictor is None else parameter_count(model.predictor)
@@ -63,12 +64,12 @@ def count_parameters(model: LanguageModel) -> Parameters:
 
 
 def peak_flops() -> float | None:
-    """The dense bf16 peak of this device in FLOP/s; None where it is not known."""
+    """Return the dense bf16 peak of this device in FLOP/s; None if it is not known."""
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 class Throughput:
-    """Rates of the steps since the last report, validation and checkpoints not counted in. MFU counts `Parameters.flops`."""
+    """Rates of the steps since the last report, without validation and checkpoints. MFU uses `Parameters.flops`."""
 
     def __init__(self, parameters: Parameters, ranks: int, row_length: int):
         self.parameters, self.row_length = parameters, row_length
@@ -81,7 +82,11 @@ class Throughput:
         self.seconds = self.waited = 0.0
 
     def add(self, rows: Rows, targets: int, seconds: float, waited: float = 0.0) -> None:
-        """Count a step: its global batch, the next-token targets in it, the time it took, and how much of that went on waiting for data."""
+        """Count a step.
+
+        `rows` is its global batch and `targets` the number of next-token targets in it. `seconds` is its duration, and
+        `waited` the part of it that was spent waiting for data.
+        """
         self.records += len(rows.records)
         self.tokens += int(rows.lengths.sum())
         self.positions += int(rows.segment_lengths.sum())
@@ -91,7 +96,7 @@ class Throughput:
         self.waited += waited
 
     def take(self) -> dict[str, float]:
-        """The rates by metric tag, counted anew from here on."""
+        """Return the rates by metric tag, and reset the counters."""
         values = {
             "throughput/tokens_per_second": self.tokens / self.seconds,
             "throughput/records_per_second": self.records / self.seconds,

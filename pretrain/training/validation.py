@@ -1,4 +1,4 @@
-"""Validation: both losses and the embedding monitors on the same unseen records every time."""
+"""Validation: all loss terms and the embedding monitors on held-out records, the same ones every time."""
 
 from collections.abc import Callable, Mapping
 
@@ -16,10 +16,10 @@ from pretrain.training.distributed import World
 
 
 class Validation:
-    """Records spread evenly over the validation split, so that each source has its share, packed once and divided over the ranks.
+    """Records spread evenly over the validation split, packed once and divided among the ranks.
 
-    Micro steps are those of training, so a contrastive term has pools of the training's kind; the monitors look at all
-    pairs together.
+    Each source is represented in proportion to its size. Micro steps have the same rows as in training, so the pools of
+    a contrastive term are comparable. The monitors are computed over all pairs together.
     """
 
     def __init__(
@@ -62,11 +62,10 @@ class Validation:
     def run(
         self, engine: deepspeed.DeepSpeedEngine, units: Mapping[str, str], stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """Validate on all ranks; return the values by metric tag, those of the embeddings on the main rank alone.
+        """Validate on all ranks; return the values by metric tag. Only the main rank returns the embedding monitors.
 
-        `units` says what each term of the objective is divided by.
-
-        None where `stop`, which is asked before each batch and gives all ranks the same answer, says so.
+        `units` names the unit by whose count each term of the objective is divided. `stop` is called before each batch
+        and must return the same value on all ranks; if it returns True, this returns None.
         """
         engine.eval()
         sums: dict[str, torch.Tensor] = {}
@@ -85,7 +84,7 @@ class Validation:
         losses = {
             f"validation/loss/{name}": total / count
             for name, total in zip(sums, totals, strict=True)
-            if (count := self.loss_denominators[units[name]])
-        }  # without a pair there is no loss of pairs, rather than a perfect one
+            if (count := self.loss_denominators[units[name]])  # without pairs, a loss of 0 would look perfect
+        }
         monitors = embedding_monitors(Pool.join(pools)) if self.world.is_main else {}
         return losses | {f"validation/embedding/{name}": value for name, value in monitors.items()}

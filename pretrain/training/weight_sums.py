@@ -1,7 +1,7 @@
 """Checksums of the weights that do not depend on how ZeRO partitions them.
 
-They are saved with each checkpoint and compared after it is loaded, because DeepSpeed's files hold flat partitions without the names
-of the parameters: a loader that assumes another order fills the model with permuted weights and reports nothing.
+They are saved with each checkpoint and compared after it is loaded. DeepSpeed's files contain flat partitions without
+the names of the parameters, so a loader that assumes another order would silently fill the model with permuted weights.
 """
 
 import math
@@ -16,22 +16,23 @@ from data_prep.console import UserError
 from pretrain.training.distributed import World
 
 PERIOD = 4093
-"""Length after which the coefficients of the elements repeat."""
-AT_ONCE = 1 << 20
-"""Elements that are converted to fp64 at the same time."""
+"""Number of elements after which the coefficients repeat."""
+CHUNK_SIZE = 1 << 20
+"""Number of elements that are converted to fp64 together."""
 TOLERANCE = 1e-9
-"""Largest difference of two sums, as a fraction of the sum of the absolute values. Only the order of summation may differ."""
+"""Largest difference of two sums, as a fraction of the sum of the absolute values. It allows for a different order of
+summation only."""
 
 Sums = dict[str, list[float]]
-"""For each parameter the weighted sums of its elements and of their absolute values, first of the fp32 copy that the optimizer updates,
-then of the weights that the model computes with."""
+"""Four numbers for each parameter: the weighted sums of the elements and of their absolute values, first for the fp32
+copy that the optimizer updates, then for the weights that the model computes with."""
 
 
 def weight_sums(module: nn.Module, world: World) -> Sums:
     """Return the sums over i of c(i) w(i) and c(i) |w(i)| for each parameter w of an engine's module, in fp64.
 
-    i is the index in the flattened parameter, and c(i) = 1 + i mod PERIOD, so that a permutation changes the sum too. All ranks must call
-    this together.
+    i is the index in the flattened parameter. The coefficients c(i) = 1 + i mod PERIOD make a permutation change the
+    sum. All ranks must call this together.
     """
     named = list(module.named_parameters())
     local = [
@@ -39,9 +40,8 @@ def weight_sums(module: nn.Module, world: World) -> Sums:
         for _, parameter in named
         for fragment in _local_fragments(parameter, world)
     ]
-    replicas = [
-        1 if hasattr(parameter, "ds_id") else world.size for _, parameter in named
-    ]  # of what the model computes with
+    # number of ranks that hold a copy of the weights that the model computes with
+    replicas = [1 if hasattr(parameter, "ds_id") else world.size for _, parameter in named]
     totals = iter(world.sum(list(torch.stack(local).flatten())))
     return {
         name: [next(totals), next(totals), next(totals) / copies, next(totals) / copies]
@@ -50,7 +50,7 @@ def weight_sums(module: nn.Module, world: World) -> Sums:
 
 
 def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
-    """Raise UserError if the loaded weights are not those that were saved. Checkpoints of earlier versions have no sums."""
+    """Raise UserError if the loaded weights differ from the saved ones. Older checkpoints have no sums to compare."""
     if saved is None:
         return
     different = sorted(saved.keys() ^ loaded.keys()) + [
@@ -58,7 +58,7 @@ def check_weights(saved: Sums | None, loaded: Sums, checkpoint: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"DeepSpeed did not load the weights that are in {checkpoint}: {different[0]} differs"
+            f"DeepSpeed did not load the weights of {checkpoint} correctly: {different[0]} differs"
             + (f", and {len(different) - 1} more" if len(different) > 1 else "")
             + "; start with the number of ranks and the deepspeed section of the run that wrote it"
         )
@@ -77,36 +77,34 @@ Fragment = tuple[torch.Tensor, int]
 
 
 def _local_fragments(parameter: Any, world: World) -> tuple[Fragment, Fragment]:
-    """Return what this rank holds of the fp32 copy of a parameter, and of the weights that the model computes with.
+    """Return this rank's parts of a parameter: of its fp32 copy, and of the weights that the model computes with.
 
-    A frozen parameter has no fp32 copy. DeepSpeed adds attributes to a parameter, which the type checker does not know.
+    A frozen parameter has no fp32 copy. `parameter` is typed Any, because DeepSpeed adds attributes to it.
     """
-    nothing = torch.empty(0), 0
+    empty = torch.empty(0), 0
     if hasattr(parameter, "ds_id"):  # partitioned by ZeRO stage 3; the partition of the last rank may be padded
         start = world.rank * parameter.partition_numel()
         held = slice(0, max(0, parameter.ds_numel - start))
         master = (
-            (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start)
-            if parameter.requires_grad
-            else nothing
+            (parameter._z3_optimizer.get_local_fp32_param(parameter)[held], start) if parameter.requires_grad else empty
         )
         return master, (parameter.ds_tensor.flatten()[held], start)
-    mapping = getattr(parameter, "_hp_mapping", None)  # None on a rank that holds no part of it
-    master = (mapping.get_hp_fragment(), mapping.lp_fragment_address.start) if mapping else nothing
+    mapping = getattr(parameter, "_hp_mapping", None)  # None on a rank without a part of the parameter
+    master = (mapping.get_hp_fragment(), mapping.lp_fragment_address.start) if mapping else empty
     return master, (parameter.detach().flatten(), 0)
 
 
 @lru_cache
 def _coefficients(device: torch.device) -> torch.Tensor:
-    """Return c(i) for as many i as a part may need, wherever it starts within a period."""
-    return (1 + torch.arange(AT_ONCE + PERIOD, device=device) % PERIOD).double()
+    """Return enough coefficients c(i) for a chunk that starts anywhere within a period."""
+    return (1 + torch.arange(CHUNK_SIZE + PERIOD, device=device) % PERIOD).double()
 
 
 def _sums_of_fragment(flat: torch.Tensor, start: int) -> torch.Tensor:
     """Return the two sums of a fragment (N,) whose first element has index `start`, (2,) in fp64."""
     total = torch.zeros(2, dtype=torch.float64, device=flat.device)
-    for begin in range(0, flat.numel(), AT_ONCE):
-        part = flat.detach()[begin : begin + AT_ONCE].double()
+    for begin in range(0, flat.numel(), CHUNK_SIZE):
+        part = flat.detach()[begin : begin + CHUNK_SIZE].double()
         first = (start + begin) % PERIOD
         weighted = part * _coefficients(part.device)[first : first + len(part)]
         total += torch.stack([weighted.sum(), weighted.abs().sum()])
