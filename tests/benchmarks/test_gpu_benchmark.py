@@ -79,8 +79,8 @@ def test_a_check_ends_at_its_time_limit_and_no_check_starts_without_enough_time(
 
     monkeypatch.setattr(gpu, "CHECKS", {"hangs": (sleeps, 1, ()), "late": (sleeps, 1000, ())})
     one = bench(tmp_path)
-    assert gpu.run_check(one, "hangs")["meaning"] == "not done within 1 s"
-    assert gpu.run_check(one, "late")["meaning"] == "needs 333 s, 99 s are left"
+    assert gpu.run_check(one, "hangs")["meaning"] == "not finished within 1 s"
+    assert gpu.run_check(one, "late")["meaning"] == "needs 333 s, but only 99 s are left"
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -146,7 +146,7 @@ def test_an_untested_version_is_reported(tmp_path):
     machine = gpu.describe_machine()
     assert len(list(gpu.machine_lines(machine, bench(tmp_path)))) == 1
     other = list(gpu.machine_lines(machine | {"torch": "2.14.0+cu130"}, bench(tmp_path)))
-    assert other[1] == "note: torch is 2.14.0+cu130 here; the project is tested with 2.13.0"
+    assert other[1] == "note: the installed torch is 2.14.0+cu130; the project is tested with 2.13.0"
 
 
 def test_record_lengths_of_the_corpus_cover_those_of_real_documents():

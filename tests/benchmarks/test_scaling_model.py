@@ -53,7 +53,7 @@ def test_links_are_recovered_from_the_measurements_of_the_doctor(tmp_path, nodes
     assert per_node == ranks // nodes and (between is None) == (nodes == 1)
     assert (within.bandwidth, within.latency) == pytest.approx((link.bandwidth, link.latency))
     (tmp_path / "doctor.json").write_text("{}")
-    with pytest.raises(UserError, match="not what `launcher/doctor"):
+    with pytest.raises(UserError, match="not the output of `launcher/doctor"):
         read_doctor_links(tmp_path / "doctor.json")
 
 
@@ -72,7 +72,7 @@ def test_the_command_prints_every_number_of_ranks_and_names_a_missing_link(tmp_p
     completed = run_command(command, check=False)
     assert completed.returncode == 2
     assert completed.stderr.splitlines() == [
-        "error: 64 ranks use the link between nodes, of which nothing is known: give --between BYTES_PER_SECOND SECONDS"
+        "error: 64 ranks use the link between nodes, but its speed is unknown: set --between BYTES_PER_SECOND SECONDS"
     ]
 
 

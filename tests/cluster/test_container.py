@@ -202,7 +202,7 @@ def test_a_read_only_folder_or_an_unresponsive_sshd_is_unhealthy(health, tmp_pat
 
         for words, expected in (
             (b"SSH-2.0-OpenSSH\r\n", None),
-            (b"HTTP", "what answers on the port of sshd is something else"),
+            (b"HTTP", "a program other than sshd answers on the port of sshd: stop it"),
         ):
             greeter = threading.Thread(target=greet, args=(words,))
             greeter.start()

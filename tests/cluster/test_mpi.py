@@ -91,11 +91,11 @@ def test_deepspeed_with_open_mpi_produces_the_same_run(folder, open_mpi):
 SPLITTING = {
     "mpirun of another library": (
         ["python"],
-        "2 processes were started together, but MPI sees 1: its library is not that of the launcher",
+        "2 processes were started together, but MPI sees 1: the launcher belongs to another MPI library",
     ),
     "a launcher in each process": (
         ["torchrun", "--standalone", "--nproc-per-node", "1"],
-        "mpirun or srun started 2 processes, each of which would be a run of its own",
+        "mpirun or srun started 2 processes, and each would be a separate run",
     ),
 }
 

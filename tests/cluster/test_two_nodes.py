@@ -89,7 +89,7 @@ def test_two_nodes_produce_the_same_corpus_and_run_as_one_machine(nodes: Cluster
 
     run_command(deepspeed_command(2, RUN, *demo_arguments(folder, "one")))
     completed = nodes.run_on_control(pdsh_command(*demo_arguments(folder, "two")), cwd=folder)
-    assert "finished at step 4" in completed.stdout and "write it into .deepspeed_env" not in completed.stdout
+    assert "finished at step 4" in completed.stdout and "set it in .deepspeed_env" not in completed.stdout
     one, two = (folder / "runs" / name for name in ("one", "two"))
     assert losses(one) == losses(two) and losses(one)
     assert re.search(r"--- .* on n2, ", (two / "logs" / "rank-00001.log").read_text())
@@ -138,7 +138,7 @@ class Run:
         """Assert that the next start resumes without repeating or losing a step; stop it with a signal to one rank."""
         saved = list_steps(self.run_dir / "checkpoints")[-1]
         self.start()
-        assert f"going on from step {saved}" in self.log.read_text()
+        assert f"resuming from step {saved}" in self.log.read_text()
         self.rank(1).send_signal(signal.SIGTERM)
         self.process.wait(TIMEOUT)
         assert read_status(self.run_dir)["status"] == "resumable"
@@ -153,7 +153,7 @@ def test_a_killed_rank_is_named_and_the_next_start_resumes(nodes, folder):
     run.rank(1).kill()
     output = run.wait_for_failure()
     assert re.search(
-        r"n1: error: without a sign of life: rank 1 on n2 at step \d+; the first to notice was rank 0 on n1", output
+        r"n1: error: no heartbeat from rank 1 on n2 at step \d+; first noticed by rank 0 on n1", output
     )
     assert "rank 1 on n2" in read_status(run.run_dir)["reason"]
     run.assert_resumes()
@@ -179,7 +179,7 @@ def test_a_hanging_rank_is_named_and_killed_and_the_next_start_resumes(nodes, fo
     stopped.suspend()
     output = run.wait_for_failure()
     assert re.search(
-        r"n1: error: (the run hangs since \d+ s: )?rank 1 on n2 at step \d+ (without a|has given no) sign of life",
+        r"n1: error: (the run has been hanging for \d+ s: )?rank 1 on n2 at step \d+ (without a|has sent no) heartbeat",
         output,
     )
     wait_for(lambda: not stopped.is_running())

@@ -191,7 +191,7 @@ else:
 """)
     assert run.end() == 0 and run.starts() == 4
     assert [f"starting again in 1 s from step {step}" in run.output() for step in (10, 20, 30)] == [True] * 3
-    assert "start 1 ended after" in run.output() and "SIGKILL, status.json says running at step 10" in run.output()
+    assert "start 1 ended after" in run.output() and "SIGKILL, status.json: running at step 10" in run.output()
 
 
 def test_two_crashes_without_a_checkpoint_between_them_end_the_restarts(supervised):
@@ -203,8 +203,8 @@ sys.exit(1)
 """)
     assert run.end() == 1 and run.starts() == 2
     assert (
-        "supervise: giving up: ended 2 times in a row with no checkpoint later than step 10; "
-        "the last time: exit code 1, status.json says failed at step 10 (RuntimeError: no such thing)."
+        "supervise: giving up: ended 2 times in a row without a checkpoint after step 10; "
+        "the last time: exit code 1, status.json: failed at step 10 (RuntimeError: no such thing)."
     ) in run.output()
 
 
@@ -237,7 +237,7 @@ def test_the_status_of_an_earlier_start_is_ignored_unless_the_run_is_finished(su
         (tmp_path / folder / "runs" / "run").mkdir(parents=True)
         write_status(tmp_path / folder / "runs" / "run", "finished", 5)
     crashing, finished = supervised("sys.exit(1)"), supervised("print('is finished already')")
-    assert crashing.end() == 1 and crashing.starts() == 2 and "nothing written to status.json" in crashing.output()
+    assert crashing.end() == 1 and crashing.starts() == 2 and "status.json was not written" in crashing.output()
     assert finished.end() == 0 and finished.starts() == 1
 
 
@@ -412,11 +412,11 @@ status("finished", 1)
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["deepspeed", "launcher/train.py", "{config}"], "has no run.py in it"),
-        ([], "has no run.py in it"),
-        (["deepspeed", "launcher/run.py"], "no configuration stands behind launcher/run.py"),
+        (["deepspeed", "launcher/train.py", "{config}"], "does not run run.py"),
+        ([], "does not run run.py"),
+        (["deepspeed", "launcher/run.py"], "there is no configuration after launcher/run.py"),
         (["python", "launcher/run.py", "{config}", "train.stps=3"], "unknown key 'train.stps'"),
-        (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts nothing"),
+        (["python", "launcher/run.py", "{config}", "--dry-run"], "--dry-run starts no run to supervise"),
     ],
 )
 def test_an_invalid_command_is_reported_before_anything_is_started(tmp_path, monkeypatch, command, expected):
@@ -434,7 +434,7 @@ def test_a_missing_launcher_is_reported_in_one_line_with_exit_code_2(tmp_path):
     assert (completed.returncode, completed.stdout, completed.stderr) == (
         2,
         "",
-        "error: cannot start no-such-launcher: No such file or directory\n",
+        "error: cannot start no-such-launcher: No such file or directory; check the command after --\n",
     )
 
 
@@ -470,10 +470,10 @@ def test_two_real_ranks_finish_after_a_kill_and_a_stop(tmp_path):
     running.wait_until(lambda: len(list_steps(checkpoints)) > 0, "a checkpoint")
     killed = running.ranks()
     killed[1].kill()
-    running.wait_until(lambda: "going on from step" in running.log.read_text(), "the second start")
+    running.wait_until(lambda: "resuming from step" in running.log.read_text(), "the second start")
     assert not any(rank.is_running() for rank in killed)
     running.wait_until(
-        lambda: "step" in running.log.read_text().split("going on from step")[1].split("\n", 1)[1], "a step"
+        lambda: "step" in running.log.read_text().split("resuming from step")[1].split("\n", 1)[1], "a step"
     )
     running.process.terminate()
     assert running.end() == 75 and not supervised_processes(tmp_path)
@@ -487,6 +487,6 @@ def test_two_real_ranks_finish_after_a_kill_and_a_stop(tmp_path):
     running = BackgroundCommand([*supervised, *deepspeed_command(2, "launcher/run.py", path)], tmp_path / "second.log")
     assert running.end() == 0 and not supervised_processes(tmp_path)
     assert (
-        f"going on from step {status['step']}" in running.log.read_text()
+        f"resuming from step {status['step']}" in running.log.read_text()
         and read_status(tmp_path / "runs" / "run")["status"] == "finished"
     )

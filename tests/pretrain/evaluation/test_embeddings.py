@@ -164,7 +164,7 @@ def test_a_view_with_the_name_of_a_prediction_array_is_refused(prepared, make_mo
     views = ("text", "code", "text_to_code")
     jepa = {"run": "tiny", "step": 7, "objective": {"name": "llm_jepa", "predictor_tokens": 1}, "views": list(views)}
     export = write_model_export(tmp_path, prepared, make_model(1), 1, jepa, "llama")
-    with pytest.raises(UserError, match="the view 'text_to_code' has the name of the array for a prediction"):
+    with pytest.raises(UserError, match="the view 'text_to_code' has the same name as the array of a prediction"):
         embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", views, [("a", "b", "c"), ("d", "e", "f")])))
     assert not (export / "embeddings").exists()
 
@@ -197,7 +197,7 @@ def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     assert evaluate(texts).counts == {"candidates": 5, "too_long": 1, "not_finite": 3}
     with pytest.raises(
         UserError,
-        match="the embeddings of 3 of 4 rows are not finite numbers: the weights of this checkpoint have diverged",
+        match="the embeddings of 3 of 4 rows are not finite because the weights of this checkpoint have diverged",
     ):
         evaluate(texts[-4:])
     with pytest.raises(UserError, match="fewer than two rows fit"):
@@ -205,8 +205,8 @@ def test_non_finite_embeddings_are_counted_apart_from_rows_that_are_too_long(
     embed_file(export, str(write_pairs(tmp_path / "pairs.jsonl", VIEWS, texts)))
     printed = capsys.readouterr().out
     assert (
-        "note: 1 rows are longer than the positions of the model" in printed
-        and "embeddings that are not finite for 3 rows" in printed
+        "note: 1 rows do not fit into the positions of the model" in printed
+        and "the embeddings of 3 rows are not finite" in printed
     )
 
 

@@ -85,7 +85,7 @@ def test_a_context_without_room_gets_no_answer_and_is_marked(export):
         *generate_answers(export, CONTEXTS[:1], 12),
         ("", False, False),
     ]
-    with pytest.raises(UserError, match="not one of 1 contexts leaves room for an answer"):
+    with pytest.raises(UserError, match="none of the 1 contexts leaves room for an answer"):
         generate_answers(export, ["number " * 200], 12)
 
 

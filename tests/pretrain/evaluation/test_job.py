@@ -126,7 +126,7 @@ def test_finetuning_and_generation_are_scored_and_recorded(run_dir, by_hand):
 
 
 def test_an_evaluation_is_not_repeated_but_its_table_is_shown(run_dir, by_hand):
-    assert "is evaluated already" in by_hand[1].stdout
+    assert "has already been evaluated" in by_hand[1].stdout
     assert len(read_lines(run_dir / "evaluation" / "results.jsonl")) == 3
     assert "validation/embedding/retrieval_at_1" in by_hand[1].stdout and "tensorboard --logdir" in by_hand[1].stdout
 
@@ -250,8 +250,8 @@ def test_the_views_of_a_file_are_embedded_from_the_export_alone(run_dir, backgro
 
 def test_user_errors_are_one_line_with_exit_code_2(run_dir, background, tmp_path):
     for arguments, expected in {
-        ("--checkpoint", "7"): "no checkpoint of step 7; it has 10, 20",
-        ("--task", "nl_rex"): "task.name: 'nl_rex' is none of geometry, gsm8k",
+        ("--checkpoint", "7"): "no checkpoint of step 7; choose one of 10, 20",
+        ("--task", "nl_rex"): "task.name: unknown task 'nl_rex': choose one of geometry, gsm8k",
         ("--embed", "x"): "is not an export",
         ("--task", "nl_rx", "task.tset=x"): "nearest known one is 'task.test'",
         ("task.test=x", "--task", "loss", "--task", "nl_rx"): "addresses one task",

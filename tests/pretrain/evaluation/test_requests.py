@@ -54,7 +54,7 @@ def test_a_corrupt_line_is_reported(config):
     finish(config, config.evaluation.tasks[0], 20)
     path = config.run_dir / "evaluation" / "results.jsonl"
     path.write_text(path.read_text() + '{"a": {"b": 1}\n')
-    with pytest.raises(UserError, match=r"results\.jsonl is spoiled"):
+    with pytest.raises(UserError, match=r"results\.jsonl is corrupt"):
         read_results(config.run_dir)
 
 

@@ -53,4 +53,4 @@ def test_the_final_table_names_the_metrics_that_it_has_no_room_for(tmp_path, cap
         tensorboard=False,
     )
     print_summary(tmp_path)
-    assert "(in results.jsonl too: metric6, metric7)" in capsys.readouterr().out
+    assert "(also in results.jsonl: metric6, metric7)" in capsys.readouterr().out

@@ -200,7 +200,7 @@ def test_a_wrong_option_is_one_error_line(folder, watched):
     done = run_command(["python", "launcher/evaluate.py", str(watched), "--watch", "--checkpoint", "20"], check=False)
     assert (
         done.returncode == 2
-        and done.stderr == "error: --watch takes every checkpoint: leave out --checkpoint and --pending\n"
+        and done.stderr == "error: --watch evaluates every checkpoint; remove --checkpoint and --pending\n"
     )
 
 

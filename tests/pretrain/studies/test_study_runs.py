@@ -98,7 +98,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
 
     resumed = run_command([*STUDY, str(path)], cold=True).stdout
     assert "plain-seed1 done" not in resumed and "[2/2] jepa-seed1 done" in resumed
-    assert f"going on from step {reached}" in (study / "logs" / "jepa-seed1.log").read_text()
+    assert f"resuming from step {reached}" in (study / "logs" / "jepa-seed1.log").read_text()
     assert (plain / "metrics.jsonl").read_bytes() == before
     assert [len(results(run_dir)) for run_dir in (plain, jepa)] == [1, 1]
     record = json.loads((study / "study.json").read_text())

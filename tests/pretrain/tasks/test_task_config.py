@@ -40,8 +40,8 @@ from tests.commands import prepare_corpus, tiny_config, write_config
             {"name": "nl_rx", "finetune": {"epoch": 1}},
             "task.finetune: unknown key 'epoch' of train; the nearest known one is 'epochs'",
         ),
-        ({"name": "gsm9k", "test": "x"}, "task.name: 'gsm9k' is none of"),
-        ({}, "task.name: None is none of"),
+        ({"name": "gsm9k", "test": "x"}, "task.name: unknown task 'gsm9k': choose one of"),
+        ({}, "task.name: unknown task None: choose one of"),
     ],
 )
 def test_options_that_cannot_act_are_errors(tmp_path, values, message):
@@ -60,7 +60,7 @@ def test_an_option_of_another_task_is_named(tmp_path):
 
 def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
     two = [{"name": "gsm8k", "test": "x"}, {"name": "gsm8k", "test": "y"}]
-    with pytest.raises(ValidationError, match="give one a label"):
+    with pytest.raises(ValidationError, match="give one of them a label"):
         EvaluationConfig(tasks=two)
     assert [task.title for task in EvaluationConfig(tasks=[two[0], two[1] | {"label": "other"}]).tasks] == [
         "gsm8k",
@@ -79,11 +79,11 @@ FINETUNINGS = {
         {"finetune": {"learning_rate": -1, "epochs": 2}},
         "finetune.learning_rate: Input should be greater than 0",
     ),
-    "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget is exactly one of"),
-    "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget is exactly one of"),
+    "two budgets": ({"finetune": {"epochs": 2, "steps": 5}}, "finetune: the budget must be exactly one of"),
+    "no budget": ({"finetune": {"epochs": None}}, "finetune: the budget must be exactly one of"),
     "a key of another schedule": (
         {"finetune": {"decay_fraction": 0.5}},
-        "finetune: decay_fraction acts on the schedule warmup_stable_decay only",
+        "finetune: decay_fraction has an effect with schedule=warmup_stable_decay only",
     ),
     "no number": ({"finetune": {"steps": "five"}}, "finetune.steps: Input should be a valid integer"),
     "rows that do not divide": (
@@ -129,7 +129,7 @@ def test_keys_of_train_that_a_task_leaves_alone_stay_those_of_the_run(tmp_path):
             )
         )
 
-    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.finetune: decay_fraction acts on"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.finetune: decay_fraction has an effect"):
         load({"schedule": "cosine"})
     for finetune in (
         {"schedule": "cosine", "decay_fraction": None},

@@ -186,24 +186,24 @@ def test_only_the_leftovers_of_killed_saves_are_removed(tmp_path):
 DAMAGES = {
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "folder missing": (shutil.rmtree, "manifest.json is missing"),
-    "manifest truncated": (lambda path: os.truncate(path / "manifest.json", 300), "manifest.json is not readable"),
+    "manifest truncated": (lambda path: os.truncate(path / "manifest.json", 300), "manifest.json cannot be read"),
     "manifest of bytes": (
         lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"),
-        "manifest.json is not readable",
+        "manifest.json cannot be read",
     ),
-    "manifest a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
-    "manifest a number": (lambda path: (path / "manifest.json").write_text("3"), "manifest.json is not readable"),
+    "manifest a list": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "manifest a number": (lambda path: (path / "manifest.json").write_text("3"), "manifest.json cannot be read"),
     "manifest a folder": (
         lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()),
-        "manifest.json is not readable",
+        "manifest.json cannot be read",
     ),
     "files a list": (
         lambda path: rewrite_manifest(path, lambda manifest: manifest.update(files=[])),
-        "manifest.json is not readable",
+        "manifest.json cannot be read",
     ),
     "no seal": (
         lambda path: rewrite_manifest(path, lambda manifest: manifest.pop("seal")),
-        "manifest.json is not readable",
+        "manifest.json cannot be read",
     ),
     "another step": (
         lambda path: rewrite_manifest(path, lambda manifest: manifest.update(step=8)),
@@ -320,7 +320,7 @@ def test_ranks_find_the_newest_valid_checkpoint_together_and_set_damaged_ones_as
         for lines in messages:
             assert (
                 sum(
-                    problem in line and f"{step_name(step)} is damaged" in line and aside.name in line for line in lines
+                    problem in line and f"{step_name(step)} is corrupt" in line and aside.name in line for line in lines
                 )
                 == 1
             )
@@ -352,7 +352,7 @@ def test_it_is_an_error_if_all_checkpoints_are_damaged(tmp_path, ranks):
         (write_checkpoint(tmp_path, step) / "shard-0.pt").unlink()
     for _ in range(2):  # the second start finds what the first one set aside
         for error in run_on_ranks(ranks, lambda world: find_newest(tmp_path, world, print)):
-            assert isinstance(error, UserError) and str(error).startswith(f"every checkpoint in {tmp_path} is damaged")
+            assert isinstance(error, UserError) and str(error).startswith(f"every checkpoint in {tmp_path} is corrupt")
     assert list_steps(tmp_path) == []
 
 
@@ -691,7 +691,7 @@ class Version:
 
 def test_a_damaged_or_missing_checkpoint_is_not_consolidated(tmp_path):
     path = write_checkpoint(tmp_path, 7)
-    with pytest.raises(UserError, match=r"step-00000008: there is no such folder"):
+    with pytest.raises(UserError, match=r"step-00000008: the folder does not exist"):
         consolidate(tmp_path / step_name(8))
     (path / "shard-0.pt").unlink()
     with pytest.raises(UserError, match=r"cannot use the checkpoint .*: shard-0.pt is missing"):

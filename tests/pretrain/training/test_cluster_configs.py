@@ -88,6 +88,6 @@ def test_docs_show_the_plan_of_an_unchanged_configuration(tmp_path, name):
             f"data.path={tmp_path / 'corpus'}",
         ]
     )
-    assert "micro steps of each of 64 ranks" in done.stdout
+    assert "micro steps per rank (64 ranks)" in done.stdout
     printed = done.stdout[done.stdout.index("model states of a rank") :].split("\n\n")[0]
     assert printed in (ROOT / "docs" / "cluster.md").read_text()

@@ -73,11 +73,11 @@ def test_all_ranks_end_and_one_error_line_names_the_row(damaged):
 
 def test_the_steps_before_are_kept_and_the_run_resumes_once_the_shard_is_fixed(damaged):
     run, status = damaged["run"], read_status(damaged["run"])
-    assert status["status"] == "failed" and "is damaged" in status["reason"] and status["step"] == STEP - 1
+    assert status["status"] == "failed" and "is corrupt" in status["reason"] and status["step"] == STEP - 1
     assert status["again"] is False  # another start would fail in the same way
     assert list_steps(run / "checkpoints") == [STEP - 1]
     damaged["shard"].write_bytes(damaged["original"])
-    assert f"going on from step {STEP - 1}" in run_command(damaged["command"]).stdout
+    assert f"resuming from step {STEP - 1}" in run_command(damaged["command"]).stdout
     assert read_status(run)["status"] == "finished"
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
@@ -94,6 +94,6 @@ def test_a_shard_that_is_truncated_during_a_run_is_named(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr
     assert (
-        f"error: the shard {shard} is damaged or of another run: it has {size // 2} bytes, the manifest says {size}"
+        f"error: the shard {shard} is corrupt or from another preparation: it has {size // 2} bytes instead of {size}"
         in done.stderr
     )

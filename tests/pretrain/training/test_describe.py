@@ -62,13 +62,13 @@ def test_only_a_start_that_trains_is_recorded(tmp_path):
     assert not (run / "environment.json").exists() and not (run / "config.yaml").exists()
     run_command(ranks_command(2, "launcher/run.py", path))
     before = [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")]
-    assert "is finished already" in run_command(["python", "launcher/run.py", path, "monitor.log_every=2"]).stdout
+    assert "is already finished" in run_command(["python", "launcher/run.py", path, "monitor.log_every=2"]).stdout
     assert [(run / file).read_bytes() for file in ("environment.json", "config.yaml", "starts.jsonl")] == before
     (run / "status.json").unlink()  # without a status, the run starts again at its last step
     run_command(["python", "launcher/run.py", path, "monitor.log_every=2"])
     starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["ranks"]) for start in starts] == [(0, 2), (4, 1)]
-    assert starts[0]["changes"] == [] and "monitor.log_every is 2, it was 1" in starts[1]["changes"]
+    assert starts[0]["changes"] == [] and "monitor.log_every is 2, was 1" in starts[1]["changes"]
     assert json.loads((run / "environment.json").read_text())["ranks"] == 1
 
 

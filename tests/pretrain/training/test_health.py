@@ -179,7 +179,7 @@ def test_a_spike_is_reported_and_skipped_only_if_configured(spiked, folder):
     for name in ("warned", "skipped"):
         log = (folder / f"{name}.log").read_text()
         assert log.count("WARNING: the loss of step 30 is a spike") == 1
-        assert ("step 30 made no update: its loss is a spike (1 such steps so far)" in log) == (name == "skipped")
+        assert ("step 30 was skipped: its loss is a spike (1 skipped steps so far)" in log) == (name == "skipped")
         lines = {line["step"]: line for line in metrics(spiked[name])}
         assert lines[30]["loss/spike_score"] > 10 and skipped_of(spiked[name])[36] == (name == "skipped")
     assert "spike" not in (folder / "calm.log").read_text() and skipped_of(spiked["calm"])[36] == 0
@@ -193,9 +193,9 @@ def test_a_spike_is_reported_and_skipped_only_if_configured(spiked, folder):
 def test_a_rewind_goes_back_and_skips_the_records_of_the_spike(spiked, folder):
     run_dir = spiked["rewound"]
     status = read_status(run_dir)
-    assert status["status"] == "resumable" and "goes on from step 20 and leaves out steps 29 and 30" in status["reason"]
+    assert status["status"] == "resumable" and "resumes from step 20 and skips steps 29 and 30" in status["reason"]
     resumed = run_command(["python", str(FAULTY_RUN), "spike:30", str(folder / "rewound.yaml")])
-    assert "going on from step 20" in resumed.stdout and "finished at step 36" in resumed.stdout
+    assert "resuming from step 20" in resumed.stdout and "finished at step 36" in resumed.stdout
     lines = {line["step"]: line for line in metrics(run_dir)}
     calm = {line["step"]: line for line in metrics(spiked["calm"])}
     assert sorted(lines) == sorted(calm) and [lines[step]["records"] for step in lines] == [
@@ -230,12 +230,12 @@ def test_rewinds_are_limited_per_checkpoint_and_in_total(tmp_path):
         rewind(tmp_path, 1, 12.0)
     for _ in range(MAX_REWINDS_PER_CHECKPOINT):
         assert rewind(tmp_path, 10 * MAX_REWINDS, 12.0) == 10 * (MAX_REWINDS - 1)
-    with pytest.raises(CannotRewind, match=f"went back to step 190 {MAX_REWINDS_PER_CHECKPOINT} times already"):
+    with pytest.raises(CannotRewind, match=f"has already gone back to step 190 {MAX_REWINDS_PER_CHECKPOINT} times"):
         rewind(tmp_path, 10 * MAX_REWINDS, 12.0)
     for back in range(MAX_REWINDS_PER_CHECKPOINT, MAX_REWINDS):
         assert rewind(tmp_path, 10 * (MAX_REWINDS - back) + 5, 12.0) == 10 * (MAX_REWINDS - back)
     (tmp_path / "checkpoints" / step_name(7)).mkdir()
-    with pytest.raises(CannotRewind, match=f"went back {MAX_REWINDS} times already"):
+    with pytest.raises(CannotRewind, match=f"has already gone back {MAX_REWINDS} times"):
         rewind(tmp_path, 9, 12.0)
     assert len(read_rewinds(tmp_path)) == MAX_REWINDS
 
@@ -257,7 +257,7 @@ def test_a_rewind_that_cannot_be_written_skips_the_step_on_all_ranks(folder):
     assert running.end() == 0, running.log.read_text()
     log = running.log.read_text()
     assert (
-        log.count("WARNING: no rewind for the spike of step 30") == 1
+        log.count("WARNING: cannot rewind for the spike of step 30") == 1
         and "finished at step 32" in log
         and "Traceback" not in log
     )
@@ -278,9 +278,9 @@ def test_damaged_lines_of_metrics_are_reported_on_reading_and_on_resuming(tmp_pa
     damaged = [*lines[:2], "\0" * 20, *lines[2:4], '"a text"', '{"step": null}', *lines[4:]]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(damaged).encode() + b"\n\xff\xfe\n" + b'{"step": 8, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 8))
-    assert "metrics.jsonl: 4 damaged lines are ignored, the first is line 3" in capfd.readouterr().err
+    assert "metrics.jsonl: 4 corrupt lines are ignored, the first is line 3" in capfd.readouterr().err
     Metrics(tmp_path, 6, tensorboard=False).close()
-    assert "metrics.jsonl: 4 damaged lines are removed, the first is line 3" in capfd.readouterr().err
+    assert "metrics.jsonl: 4 corrupt lines are removed, the first is line 3" in capfd.readouterr().err
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 7)) and capfd.readouterr().err == ""
 
 
@@ -311,7 +311,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(folder):
     assert running.end() != 0
     wait_for(lambda: not stopped.is_running())
     log = running.log.read_text()
-    assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s", log)
+    assert re.search(rf"error: rank 1 on {os.uname().nodename} at step \d+ has sent no heartbeat for \d+ s", log)
     own_log = (folder / "runs" / "hung" / "logs" / "rank-00001.log").read_text()
     assert "has sent no heartbeat for 25 s" in own_log, (
         "its heartbeat killer ends it soon after its peers, before hang_seconds are over"
@@ -338,7 +338,7 @@ def test_a_dead_rank_is_noticed_without_a_failing_collective(folder):
     assert [running.end() for running in (*ended, *paused)] == [0, 0, 0, 0]
     assert [running.end() for running in killed] == [EXIT_CODE_HUNG, -signal.SIGKILL]
     assert re.search(
-        rf"rank 0: rank 1 on {os.uname().nodename} at step \d+ has given no sign of life for \d+ s",
+        rf"rank 0: rank 1 on {os.uname().nodename} at step \d+ has sent no heartbeat for \d+ s",
         killed[0].log.read_text(),
     )
 
@@ -348,7 +348,7 @@ def test_a_single_rank_that_hangs_is_ended(folder):
     done = run_command(["python", str(FAULTY_RUN), "hang:3", str(path)], check=False)
     assert done.returncode == EXIT_CODE_HUNG
     assert re.search(
-        rf"error: the run hangs since \d+ s: the process on {os.uname().nodename} is not getting past step 3",
+        rf"error: the run has been hanging for \d+ s: the process on {os.uname().nodename} is not getting past step 3",
         done.stderr,
     )
     status = read_status(folder / "runs" / "alone")
@@ -377,7 +377,7 @@ def test_a_full_disk_fails_the_save_but_not_the_run(folder, tmp_path):
         release_file(path, 17).touch()
         assert running.end() == 0, running.log.read_text()[-3000:]
         log = running.log.read_text()
-        assert "the run goes on" in log and "Traceback" not in log and list_steps(run_dir / "checkpoints")[-1] == 40
+        assert "the run continues" in log and "Traceback" not in log and list_steps(run_dir / "checkpoints")[-1] == 40
         assert [line["step"] for line in metrics(run_dir)] == list(range(1, 41))
         assert metrics(run_dir)[-1]["checkpoint/failed"] >= 1
         events = EventAccumulator(str(run_dir / "tensorboard" / "train")).Reload()
@@ -457,7 +457,7 @@ def test_a_wrong_latest_file_is_reported_and_fixed(folder):
         if content is not None:
             (checkpoints / "latest").write_text(content)
         done = run_command(["python", "launcher/run.py", str(path)], **environment())
-        assert "going on from step 2" in done.stdout and (
+        assert "resuming from step 2" in done.stdout and (
             "latest named" in done.stdout or "latest was empty or missing" in done.stdout
         )
         assert (checkpoints / "latest").read_text() == step_name(4) + "\n"

@@ -28,7 +28,7 @@ DAMAGES = {
     ),
     "reshaped": (
         lambda tensors: tensors.update({LOST: torch.zeros(3, 3)}),
-        f"has tensors in another shape than its config.json says: {LOST};",
+        f"has tensors whose shapes differ from its config.json: {LOST};",
     ),
 }
 """Damages to the weights: a function that changes the tensors, and a part of the error line."""
@@ -78,7 +78,7 @@ def test_truncated_weights_are_one_error_line(folder):
 
 def test_a_complete_model_trains(folder):
     done = run_from(folder, "complete")
-    assert "finished at step 1" in done.stdout and "start has no tokenizer, so it is not known" in done.stdout
+    assert "finished at step 1" in done.stdout and "start has no tokenizer, so it is unknown" in done.stdout
 
 
 def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
@@ -95,7 +95,7 @@ def test_the_tokenizer_of_the_model_must_be_the_one_of_the_corpus(folder):
     done = run_from(folder, "of-another", start="other", check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1, done.stderr
-    assert f"the tokenizer of {folder / 'other'} is not the one of {folder / 'corpus'} (id " in errors[0]
+    assert f"the tokenizer of {folder / 'other'} differs from the one of {folder / 'corpus'} (id " in errors[0]
     assert "prepare the corpus with data.tokenizer.path set to that folder" in errors[0]
 
 
@@ -132,7 +132,7 @@ def test_a_rotary_embedding_that_depends_on_the_batch_is_refused(folder, options
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (
         done.stderr.count(
-            f"error: model.init_from: {file}: rope_type is one of default, linear, llama3, yarn, not dynamic"
+            f"error: model.init_from: {file}: rope_type must be one of default, linear, llama3, yarn, not dynamic"
         )
         == 1
     )

@@ -205,7 +205,7 @@ def test_a_hundred_damages_are_detected_and_never_loaded(tmp_path):
         shutil.copytree(checkpoint, kept)
         apply_damage(checkpoint / file, damage, fraction)
         done = run_command(command)
-        assert f"{step_name(newest)} is damaged: " in done.stdout and f"going on from step {before}" in done.stdout
+        assert f"{step_name(newest)} is corrupt: " in done.stdout and f"resuming from step {before}" in done.stdout
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         assert file in (aside / "damage.txt").read_text()
         assert_same_checkpoints(kept, checkpoint)

@@ -94,7 +94,7 @@ def test_deepspeed_torchrun_and_srun_give_the_same_run(folder):
     ]
     assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0]
     log = (folder / "runs" / "srun" / "logs" / "rank-00000.log").read_text()
-    assert "WARNING: NCCL_DEBUG is None for rank 0" in log and "and 'WARN' for rank 1" in log
+    assert "WARNING: NCCL_DEBUG is None for rank 0" in log and "but 'WARN' for rank 1" in log
     assert losses(folder, "deepspeed") == losses(folder, "torchrun") == losses(folder, "srun")
     assert json.loads((folder / "runs" / "srun" / "environment.json").read_text())["ranks"] == 2
 
@@ -104,10 +104,10 @@ INVALID_CONFIGS = {
         {"objective__wieght": 1},
         "unknown key 'objective.wieght'; the nearest known one is 'objective.weight'",
     ),
-    "two budgets": ({"train__epochs": 2}, "the budget is exactly one of"),
+    "two budgets": ({"train__epochs": 2}, "the budget must be exactly one of"),
     "option without effect": (
         {"objective__distance": "cosine", "objective__temperature": 0.1},
-        "temperature acts on distance info_nce only",
+        "temperature has an effect only with distance info_nce",
     ),
     "computed key": ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_rows instead"),
     "DeepSpeed key without effect": (
@@ -116,25 +116,25 @@ INVALID_CONFIGS = {
     ),
     "gradients of compiled layers": (
         {"train__compile": True, "monitor__gradients_every": 10},
-        "monitor.gradients_every cannot look into layers that train.compile has compiled under ZeRO stage 3",
+        "monitor.gradients_every cannot measure layers that train.compile has compiled under ZeRO stage 3",
     ),
     "unknown DeepSpeed key": ({"deepspeed": {"zero_optimization": {"stge": 3}}}, "deepspeed: zero_optimization.stge"),
     "communication type": (
         {"deepspeed": {"communication_data_type": "fp8"}},
-        "deepspeed: communication_data_type is one of fp16, bf16, fp32, not 'fp8'",
+        "deepspeed: communication_data_type must be one of fp16, bf16, fp32, not 'fp8'",
     ),
     "accumulation type": (
         {"deepspeed": {"data_types": {"grad_accum_dtype": "fp8"}}},
-        "deepspeed: data_types.grad_accum_dtype is one of fp16, ",
+        "deepspeed: data_types.grad_accum_dtype must be one of fp16, ",
     ),
-    "options that are a number": ({"deepspeed": {"aio": 3}}, "deepspeed: aio is a mapping of options, not 3"),
+    "options that are a number": ({"deepspeed": {"aio": 3}}, "deepspeed: aio must be a mapping of options, not 3"),
     "ZenFlow": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "zenflow": {}}}},
         "deepspeed: zero_optimization.zenflow does not work with",
     ),
     "the old stage 1": (
         {"deepspeed": {"zero_optimization": {"stage": 1, "legacy_stage1": True}}},
-        "deepspeed: zero_optimization.legacy_stage1 is not supported by DeepSpeed any more",
+        "deepspeed: zero_optimization.legacy_stage1 is no longer supported by DeepSpeed",
     ),
     "no gradient norm": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
@@ -201,12 +201,12 @@ INVALID_CONFIGS = {
     "row too short": ({"data__sequence_length": 16}, "data.sequence_length is 16, too short for the records"),
     "model too short": ({"model__shape__max_position_embeddings": 64}, "the model shape allows 64 positions"),
     "unknown shape key": ({"model__shape__hiden_size": 64}, "llama has no option 'hiden_size'"),
-    "impossible shape": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built so"),
+    "impossible shape": ({"model__shape__hidden_size": 33}, "model.shape: llama cannot be built with these values"),
     "heads that do not divide": (
         {"model__shape__num_key_value_heads": 3, "model__shape__num_attention_heads": 4},
         "must be a multiple of num_key_value_heads",
     ),
-    "unknown activation": ({"model__shape__hidden_act": "nonsense"}, "transformers knows no hidden_act 'nonsense'"),
+    "unknown activation": ({"model__shape__hidden_act": "nonsense"}, "unknown hidden_act 'nonsense'"),
     "misspelt DeepSpeed key": (
         {"deepspeed": {"zero_optimisation": {}}},
         "the nearest known one is 'zero_optimization'",
@@ -217,7 +217,7 @@ INVALID_CONFIGS = {
     ),
     "finetuning without its rows": (
         {"evaluation": {"tasks": [{"name": "nl_rx", "test": "x", "finetune": {}}]}},
-        "give train too",
+        "set train too",
     ),
     "missing task file": (
         {"evaluation": {"tasks": [{"name": "nl_rx", "test": "nowhere"}]}},
@@ -225,7 +225,7 @@ INVALID_CONFIGS = {
     ),
     "name that is not a folder name": ({"name": ".."}, "name: String should match pattern"),
     "output that is not a folder": ({"output_dir": "/dev/null"}, "cannot write to /dev/null/run"),
-    "no checkpoint": ({"checkpoint": {"resume": "must"}}, "holds no checkpoint"),
+    "no checkpoint": ({"checkpoint": {"resume": "must"}}, "contains no checkpoint"),
     "missing init_from": ({"model": {"init_from": "nowhere"}}, "model.init_from: cannot load nowhere"),
 }
 
@@ -251,7 +251,7 @@ def test_an_option_that_needs_cuda_is_an_error_on_cpu_but_not_in_a_dry_run(
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), deepspeed={"zero_optimization": zero}))
     run_main(path, monkeypatch)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: deepspeed: zero_optimization.{key} does not work on CPU: leave it out"]
+    assert lines == [f"error: deepspeed: zero_optimization.{key} does not work on CPU: remove it"]
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), "--dry-run"])
     main()
 
@@ -305,14 +305,14 @@ def test_a_changed_zero_stage_and_corrupt_files_of_a_run_are_refused(folder, tmp
             monkeypatch,
             "--dry-run",
         )
-        assert f"{file} is spoiled" in capsys.readouterr().err
+        assert f"{file}, which describes the run, is corrupt" in capsys.readouterr().err
 
 
 def test_a_run_does_not_resume_with_other_settings(folder, monkeypatch, capsys):
     finished = write_config(folder, tiny_config(folder, name="finished", train__steps=1))
     run_command(["python", "launcher/run.py", str(finished)])
     run_main(write_config(folder, tiny_config(folder, name="finished", train__steps=1, seed=4)), monkeypatch)
-    assert "holds a run with another seed" in capsys.readouterr().err
+    assert "contains a run with another seed" in capsys.readouterr().err
     values = tiny_config(folder, name="finished", train__steps=1)
     values["data"]["sources"][0]["weight"] = 2.0
     run_main(
@@ -321,7 +321,7 @@ def test_a_run_does_not_resume_with_other_settings(folder, monkeypatch, capsys):
     assert "the weights of data.sources are [2.0, 1.0], but" in capsys.readouterr().err
     del values["data"]["sources"][1]
     run_main(write_config(folder, values), monkeypatch, "--dry-run")
-    assert "data.sources are 1, but the corpus was prepared from 2" in capsys.readouterr().err
+    assert "data.sources has length 1, but the corpus was prepared from 2" in capsys.readouterr().err
 
 
 def test_shards_or_a_tokenizer_of_another_corpus_are_refused(folder, tmp_path, monkeypatch, capsys):
@@ -336,11 +336,11 @@ def test_shards_or_a_tokenizer_of_another_corpus_are_refused(folder, tmp_path, m
     shard = next(corpora["first"].glob("train-*.arrow"))
     (corpora["second"] / shard.name).write_bytes(shard.read_bytes())
     run_main(config("second"), monkeypatch)
-    assert "is damaged or of another run" in capsys.readouterr().err
+    assert "is corrupt or from another preparation" in capsys.readouterr().err
     for file in (corpora["second"] / "tokenizer").iterdir():
         (corpora["first"] / "tokenizer" / file.name).write_bytes(file.read_bytes())
     run_main(config("first"), monkeypatch)
-    assert "is not the tokenizer that the shards were made with" in capsys.readouterr().err
+    assert "is not the tokenizer that was used to make the shards" in capsys.readouterr().err
 
 
 def test_a_mistake_on_two_ranks_is_reported_once_and_keeps_its_exit_code(folder):
@@ -379,4 +379,4 @@ def test_ranks_that_cannot_meet_end_in_one_line_and_the_retryable_exit_code_1(fo
             MASTER_PORT=str(taken.getsockname()[1]),
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot meet at 127.0.0.1:")]
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot connect at 127.0.0.1:")]

@@ -210,5 +210,5 @@ def test_uncompiled_layers_are_reported_once(make_model, fresh_dynamo):
         for length in range(2, 14):
             hidden = torch.randn(1, length, model.hidden_size)
             layer(hidden, position_embeddings=rotary(hidden, torch.arange(length)[None]))
-    assert len(warnings) == 1 and warnings[0].startswith("WARNING: some layers run without being compiled")
+    assert len(warnings) == 1 and warnings[0].startswith("WARNING: some layers run uncompiled")
     assert "recompile_limit" in warnings[0]

@@ -89,7 +89,7 @@ def test_lengths_are_read_only_if_the_manifest_lacks_the_answer_and_the_read_is_
     assert messages == []
     check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, messages.append)
     assert messages == [
-        "note: reading the lengths of 44 records: the manifest does not tell whether all fit data.sequence_length=48"
+        "note: reading the lengths of 44 records, because the manifest does not show whether all fit data.sequence_length=48"
     ]
 
 
@@ -166,7 +166,7 @@ CONTRADICTIONS = {
         "data.sources.0.views is {{'text': 'text'}}, but {corpus} was prepared with None"
     ),
     "data.on_malformed=drop": "data.on_malformed is drop, but {corpus} was prepared with fail",
-    "data.sources=[{type: nlrx, records: 600}]": "data.sources are 1, but the corpus was prepared from 2",
+    "data.sources=[{type: nlrx, records: 600}]": "data.sources has length 1, but the corpus was prepared from 2",
 }
 ALLOWED = [
     "data.sources=[]",
@@ -208,7 +208,7 @@ def test_task_files_that_the_preparation_did_not_decontaminate_against_are_named
         messages: list[str] = []
         check(config, Corpus(config.data.path, "train"), messages.append)
         return [
-            line.split(" (task")[0].rsplit(" ", 1)[1] for line in messages if "was prepared without a look at" in line
+            line.split(" (task")[0].rsplit(" ", 1)[1] for line in messages if "was not decontaminated against" in line
         ]
 
     assert warnings("seen") == []

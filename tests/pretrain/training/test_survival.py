@@ -113,8 +113,8 @@ def test_a_kill_during_a_save_leaves_only_complete_checkpoints(story):
 
 def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_previous_one_is_used(story):
     before = sorted(story["kept"])[-2]
-    assert f"{step_name(story['newest'])} is damaged" in story["resumed"]
-    assert f"going on from step {before}" in story["resumed"]
+    assert f"{step_name(story['newest'])} is corrupt" in story["resumed"]
+    assert f"resuming from step {before}" in story["resumed"]
     assert (story["runs"]["disturbed"] / "checkpoints" / f"damaged-{step_name(story['newest'])}").exists()
 
 
@@ -141,7 +141,7 @@ def test_no_step_is_repeated_or_lost_in_metrics_and_tensorboard(story):
 
 
 def test_a_finished_run_reports_it_and_does_nothing(story):
-    assert "is finished already" in run_command(story["commands"]["disturbed"]).stdout
+    assert "is already finished" in run_command(story["commands"]["disturbed"]).stdout
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete", "flip"])
