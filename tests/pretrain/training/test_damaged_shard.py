@@ -66,8 +66,8 @@ def test_all_ranks_end_and_one_error_line_names_the_row(damaged):
     output = done.stdout + done.stderr
     assert output.count("error: ") == 1 and "Traceback" not in output
     assert (
-        f"error: the shard {shard} is damaged or of another run: "
-        f"row {record}, counted from 0: its checksum does not hold; "
+        f"error: the shard {shard} is corrupt or from another preparation: "
+        f"row {record}, counted from 0: its checksum is wrong; "
     ) in output
 
 
