@@ -79,19 +79,19 @@ def test_an_override_value_may_hold_equals_signs(config):
         ),  # a date to YAML, and an impossible one
     ],
 )
-def test_an_override_that_cannot_be_read_says_why(config, override, expected):
+def test_an_invalid_override_is_explained(config, override, expected):
     with pytest.raises(UserError) as raised:
         load_yaml(config, [override])
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_placeholders_in_the_name_take_values_after_the_overrides(config):
+def test_placeholders_in_the_name_use_overridden_values(config):
     assert load_yaml(config)["name"] == "study-llm_jepa-3"
     assert load_yaml(config, ["objective.name=next_token", "seed=4"])["name"] == "study-next_token-4"
 
 
 @pytest.mark.parametrize("name", ["x-{objective.nme}", "x-{data}", "x-{seed.x}"])
-def test_a_placeholder_of_no_single_value_is_an_error(config, name):
+def test_a_placeholder_without_a_single_value_is_an_error(config, name):
     with pytest.raises(UserError, match="names no single value"):
         load_yaml(config, [f"name={name!r}"])
 
@@ -109,7 +109,7 @@ def test_a_placeholder_of_no_single_value_is_an_error(config, name):
         (b"1: x\n", "unknown key '1' in "),
     ],
 )
-def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, expected):
+def test_an_invalid_configuration_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as raised:
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, ex
     assert expected in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xef\xbb\xbfname: x\n")
     assert load_yaml(path) == {"name": "x"}
@@ -198,11 +198,11 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
         ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
     ],
 )
-def test_a_value_that_cannot_be_meant_names_its_key(changes, expected):
+def test_an_invalid_value_is_reported_with_its_key(changes, expected):
     assert expected in complaint(**changes)
 
 
-def test_only_settings_that_change_shards_count_as_another_preparation():
+def test_only_settings_that_affect_shards_are_compared():
     base = validate(DataConfig, DATA).shard_settings()
     for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
         assert validate(DataConfig, DATA | same).shard_settings() == base
@@ -217,14 +217,14 @@ def test_only_settings_that_change_shards_count_as_another_preparation():
         assert validate(DataConfig, DATA | other).shard_settings() != base
 
 
-def test_the_data_sections_in_the_repository_are_valid():
+def test_the_data_sections_of_the_configs_are_valid():
     configs = sorted((REPO_ROOT / "configs").glob("*.yaml"))
     assert configs
     for path in configs:
         validate(DataConfig, load_yaml(path)["data"], "data")
 
 
-def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_expecting_user_error, tmp_path):
+def test_configuration_errors_are_one_line(config, run_expecting_user_error, tmp_path):
     assert "No such file" in run_expecting_user_error(tmp_path / "absent.yaml")
     assert run_expecting_user_error(config, "data.tokenizer.vocab_sise=3") == (
         "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'"
@@ -233,7 +233,7 @@ def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_e
     assert "no `data` section" in run_expecting_user_error(config)
 
 
-def test_a_key_that_is_given_twice_is_named(tmp_path):
+def test_a_duplicate_key_is_reported(tmp_path):
     (tmp_path / "run.yaml").write_text("name: x\ndata: {path: a}\ntrain:\n  steps: 1\n  steps: 2\n")
     with pytest.raises(UserError, match=r"run.yaml is not valid YAML: the key 'steps' is given twice .*line 5"):
         load_yaml(tmp_path / "run.yaml")
@@ -248,7 +248,7 @@ def test_a_key_that_is_given_twice_is_named(tmp_path):
         ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of"),
     ],
 )
-def test_a_source_without_a_known_type_is_named(source, message):
+def test_a_source_without_a_known_type_is_reported(source, message):
     with pytest.raises(UserError, match=message):
         validate(DataConfig, {"path": "x", "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
 
@@ -264,7 +264,7 @@ def test_a_source_without_a_known_type_is_named(source, message):
         ),
     ],
 )
-def test_a_wrong_source_of_test_rows_is_named(test, message):
+def test_an_invalid_source_of_test_rows_is_reported(test, message):
     data = validate(DataConfig, {"path": "x", "tokenizer": {"vocab_size": 300}}, "data")
     with pytest.raises(UserError, match=message):
         evaluation_tests(data, {"tasks": [{"name": "nl_rx", "test": test}]})

@@ -86,7 +86,7 @@ def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
         assert [len(tokens) for (tokens,) in split_rows(out, views=("text",))] == expected
 
 
-def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pairs):
+def test_plain_documents_are_mixed_with_pairs(documents, tmp_path, write_jsonl, pairs):
     source = json_source(write_jsonl(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
     manifest = prepare_quietly(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, (
@@ -103,7 +103,7 @@ def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pa
     assert joined == "".join(documents) and second["incomplete"] == second["records"]
 
 
-def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing(tmp_path, monkeypatch):
+def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypatch):
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
     prepare_quietly(data_config(tmp_path / "whole", source, views=["text"]))
@@ -141,7 +141,7 @@ def gpt2_style(folder) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("between", [" ", "  ", "   \t ", "\n    ", "\n\n\n ", " \n"])
-def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch, between):
+def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkeypatch, between):
     tokenizer = gpt2_style(tmp_path)
     text = between.join(words(3000, seed=9).split())
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
@@ -178,7 +178,7 @@ def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
     )
 
 
-def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, monkeypatch):
+def test_a_text_is_not_cut_if_the_tokenizer_prepends_a_space(tmp_path, monkeypatch):
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3}, [("▁", "a")], byte_fallback=False)
     )
@@ -192,7 +192,7 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, mon
     assert tokens == tokenizer.encode("a ab b " * 200).ids
 
 
-def test_a_list_of_paraphrases_becomes_the_views(tmp_path, write_jsonl):
+def test_a_list_of_paraphrases_fills_the_views(tmp_path, write_jsonl):
     rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows), views="phrases")
     manifest = prepare_quietly(

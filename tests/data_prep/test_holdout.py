@@ -48,7 +48,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("kind", DRAWS)
-def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, write_jsonl, settings, kind):
+def test_frequent_targets_are_in_both_splits_and_each_context_in_one(tmp_path, write_jsonl, settings, kind):
     rows = rows_of(DRAWS[kind], contexts=1500)
     said = []
     prepare(
@@ -65,7 +65,7 @@ def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path,
 
 
 @pytest.mark.parametrize("frequent", [0.05, 0.2, 0.7])
-def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_path, write_jsonl, settings, frequent):
+def test_a_frequent_target_is_split_by_context_and_rare_ones_by_target(tmp_path, write_jsonl, settings, frequent):
     rng = random.Random(1)
     targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
     rows = rows_of(targets)
@@ -93,7 +93,7 @@ def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_pa
     [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
     ids=["each once", "each some times", "few records", "200 targets of 20"],
 )
-def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, write_jsonl, settings, targets):
+def test_many_targets_or_few_records_are_split_by_target(tmp_path, write_jsonl, settings, targets):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows_of(targets)))
     said = []
     prepare(data_config(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
@@ -102,7 +102,7 @@ def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, w
     assert not any("frequent target" in line for line in said)
 
 
-def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(
+def test_sources_are_split_separately_and_independently_of_pieces_and_processes(
     tmp_path, write_jsonl, settings, set_piece_size
 ):
     sources = [
@@ -123,7 +123,7 @@ def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(
     assert json.loads(read[0])["splits"] == json.loads(read[1])["splits"]
 
 
-def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, write_jsonl, settings):
+def test_a_long_list_of_paraphrases_is_in_one_split(tmp_path, write_jsonl, settings):
     phrases = [[f"list {number} phrase {phrase}" for phrase in range(8)] for number in range(200)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
     prepare_quietly(data_config(tmp_path / "out", source, **settings | {"validation_fraction": 0.3}))
@@ -131,7 +131,7 @@ def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, write_jsonl, settin
     assert not trained & held_out and len(trained) + len(held_out) == 200 and 40 < len(held_out) < 80
 
 
-def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, write_jsonl, settings):
+def test_a_short_list_of_paraphrases_is_split_by_its_target(tmp_path, write_jsonl, settings):
     phrases = [[f"one {number}", f"other {number}"] for number in range(400)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
     prepare_quietly(data_config(tmp_path / "out", source, **settings))

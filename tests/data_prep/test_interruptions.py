@@ -39,7 +39,7 @@ def held(tmp_path_factory):
 
 
 @needs_mpi
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
+def test_mpi_ranks_write_the_same_bytes_and_resume_after_a_kill(
     corpus, reference_corpus, command, run, held, tmp_path
 ):
     arguments, environment = command(corpus, f"data.path={tmp_path}")
@@ -71,7 +71,7 @@ def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
     assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference_corpus, command, run, held, tmp_path):
+def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, run, held, tmp_path):
     units = NUM_FILES + 2
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
@@ -160,14 +160,14 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]  # below the fork server
 
 
-def test_workers_end_with_the_process_that_prepares(busy):
+def test_workers_end_with_the_main_process(busy):
     assert workers_of(busy)
     busy.kill()
     busy.wait()
     wait_for(lambda: not processes_of_session(busy.pid))
 
 
-def test_a_killed_worker_is_one_clear_line(busy):
+def test_a_killed_worker_is_reported_in_one_line(busy):
     os.kill(workers_of(busy)[0], signal.SIGKILL)
     _, said = busy.communicate(timeout=TIMEOUT)
     assert busy.returncode == 2
@@ -175,14 +175,14 @@ def test_a_killed_worker_is_one_clear_line(busy):
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
-def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
+def test_ctrl_c_ends_the_preparation_immediately(busy, to_all):
     (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
     _, said = busy.communicate(timeout=TIMEOUT)
     assert (busy.returncode, said) == (130, "interrupted\n")
     wait_for(lambda: not processes_of_session(busy.pid))
 
 
-def test_other_settings_start_an_interrupted_run_afresh(write_jsonl, pairs, tmp_path):
+def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs, tmp_path):
     good = json_source(write_jsonl(tmp_path / "good.jsonl", pairs(300)))
     bad = json_source(write_jsonl(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
     tokenizer = data_config(tmp_path / "first", good).tokenizer
@@ -205,7 +205,7 @@ def test_other_settings_start_an_interrupted_run_afresh(write_jsonl, pairs, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
+def test_shards_without_a_manifest_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
     prepare_quietly(data_config(tmp_path / "out", source))
     (tmp_path / "out" / "manifest.json").unlink()
@@ -215,7 +215,7 @@ def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pai
     assert contents(tmp_path / "out") == before
 
 
-def test_two_runs_do_not_prepare_one_folder_at_once(corpus, run_expecting_user_error, tmp_path):
+def test_a_folder_that_is_being_prepared_is_refused(corpus, run_expecting_user_error, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run_expecting_user_error(corpus, f"data.path={tmp_path}").startswith(

@@ -151,7 +151,7 @@ def generated() -> dict[str, list[tuple[str, str]]]:
 # Against the published pairs.
 
 
-def test_every_published_pair_derives_from_one_tree_within_the_limits(published):
+def test_every_published_pair_has_one_derivation_within_the_limits(published):
     assert len(published) == 10_000
     for english, target in published:
         trees = derivations(english, target)
@@ -160,7 +160,7 @@ def test_every_published_pair_derives_from_one_tree_within_the_limits(published)
         assert within_limits(trees[0]), f"{english!r} for {target!r} exceeds the limits"
 
 
-def test_root_counts_are_the_published_ones(published):
+def test_root_counts_match_the_published_pairs(published):
     assert collections.Counter(derivations(*pair)[0].rule for pair in published) == ROOT_COUNTS
 
 
@@ -169,7 +169,7 @@ def test_every_published_form_can_be_generated(published):
     assert {form_of(derivations(*pair)[0]) for pair in published} <= possible
 
 
-def test_generated_text_is_as_long_as_published(published, generated):
+def test_generated_texts_are_as_long_as_published_ones(published, generated):
     """Mean characters of descriptions and of regexes within 2%, a few standard errors."""
     for rows in generated.values():
         for side in (0, 1):
@@ -180,7 +180,7 @@ def test_generated_text_is_as_long_as_published(published, generated):
 # The generator.
 
 
-def test_every_generated_pair_is_of_the_grammar_and_within_the_limits(generated):
+def test_every_generated_pair_is_in_the_grammar_and_within_the_limits(generated):
     for english, target in itertools.chain(*generated.values()):
         trees = derivations(english, target)
         assert trees, f"no tree has both {english!r} and {target!r}"
@@ -197,13 +197,13 @@ def test_splits_are_disjoint_by_target_and_do_not_depend_on_the_seed(generated):
         assert {split_of(generate(seed, split, 0)[1]) for seed in range(200)} == {split}
 
 
-def test_a_split_holds_its_share_of_the_targets():
+def test_each_split_has_its_fraction_of_the_targets():
     counts = collections.Counter(split_of(f"(dog){{{count},}}") for count in range(20_000))
     for split, share in zip(SPLITS, (0.7, 0.1, 0.1, 0.1), strict=True):
         assert counts[split] / 20_000 == pytest.approx(share, abs=0.015)
 
 
-def test_root_shares_are_the_published_ones_in_every_split(generated):
+def test_root_frequencies_match_the_published_pairs_in_every_split(generated):
     """Within 4.5 standard errors of a binomial count; with 52 comparisons one in 3,000 suites would fail by chance."""
     total = sum(ROOT_COUNTS.values())
     for split, rows in generated.items():
@@ -226,7 +226,7 @@ def test_every_split_has_targets_for_every_root():
         assert {split_of(target) for target in targets} == set(SPLITS), root
 
 
-def test_rows_do_not_depend_on_the_order_or_range_they_are_asked_for(generated):
+def test_rows_do_not_depend_on_the_order_or_range_of_requests(generated):
     order = list(range(300))
     random.Random(0).shuffle(order)
     for split in SPLITS:
@@ -260,7 +260,7 @@ def test_rows_are_the_same_in_processes_with_other_hash_seeds():
     assert outputs == {f"{here}\n"}
 
 
-def test_rows_stay_what_they_were():
+def test_rows_are_pinned():
     """Pinned, since a corpus is named by its seed alone: a change here makes every recorded run another."""
     assert [generate(0, split, 0) for split in SPLITS] == [
         ("lines with a vowel or not a capital letter, 3 or more times", "(([AEIOUaeiou])|(~([A-Z]))){3,}"),
@@ -273,7 +273,7 @@ def test_rows_stay_what_they_were():
     ]
 
 
-def test_unknown_split_is_an_error_that_names_the_splits():
+def test_an_unknown_split_is_an_error_that_names_the_splits():
     with pytest.raises(ValueError, match=r"'dev'.*train, validation, test, finetune"):
         generate(0, "dev", 0)
 
@@ -304,11 +304,11 @@ def leaf(literal: str) -> Tree:
         ),
     ],
 )
-def test_readings(tree, english, target):
+def test_descriptions_and_regexes_of_trees(tree, english, target):
     assert (description(tree), regex(tree)) == (english, target)
 
 
-def test_limits_reject_what_exceeds_them():
+def test_trees_beyond_the_limits_are_rejected():
     twice = Tree("containing", (Tree("ending", (Tree("containing", (leaf("dog"),)),)),))
     modifiers = Tree("zero_or_more", (Tree("at_least_once", (leaf("dog"),)),))
     same_class = Tree("before", (leaf("."), leaf(".")))

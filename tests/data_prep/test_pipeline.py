@@ -70,7 +70,7 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
     return splits, dropped
 
 
-def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_them(corpus, reference_corpus):
+def test_shards_match_an_independent_reading_of_the_sources(corpus, reference_corpus):
     manifest = json.loads((reference_corpus / "manifest.json").read_text())
     splits, dropped = expected_records(corpus, reference_corpus / "tokenizer")
     assert manifest["splits"].keys() == splits.keys() == {"train", "validation", "test"}
@@ -138,7 +138,7 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
     assert times() == before
 
 
-def test_a_run_tells_what_it_dropped(corpus, reference_corpus):
+def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     said = (corpus.parent / "said").read_text().splitlines()
     place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
@@ -154,7 +154,7 @@ def test_a_run_tells_what_it_dropped(corpus, reference_corpus):
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
-def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
+def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(400)))
     other = json_source(write_jsonl(tmp_path / "b.jsonl", pairs(100, seed=1)))
     settings = {"validation_fraction": 0.2}
@@ -174,7 +174,7 @@ def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path
     assert said[-1].endswith("all sound")
 
 
-def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl, pairs, tmp_path):
+def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
     taken = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
     prepare_quietly(data_config(tmp_path / "trained", source))
@@ -198,7 +198,7 @@ def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl,
     assert contents(tmp_path / "trained") == before
 
 
-def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_only_time(write_jsonl, pairs, tmp_path):
+def test_a_changed_local_data_set_is_detected_even_without_recorded_file_times(write_jsonl, pairs, tmp_path):
     (tmp_path / "set").mkdir()
     path = write_jsonl(tmp_path / "set" / "a.jsonl", pairs(100))
     config = data_config(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
@@ -210,7 +210,7 @@ def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_
         prepare_quietly(config)
 
 
-def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
+def test_an_imported_tokenizer_keeps_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, given in (
         ("folder", reference_corpus / "tokenizer"),
@@ -223,7 +223,7 @@ def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_co
     assert [{"text": decode(text), "code": decode(code)} for text, code in rows] == pairs(50)
 
 
-def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
+def test_ids_beyond_uint16_are_written_correctly(write_jsonl, tmp_path):
     vocabulary = {f"w{index}": index for index in range(70_000)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -237,7 +237,7 @@ def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
     assert open_shard(tmp_path / "out", entry, ["text", "code"]).columns[0].values.dtype == np.uint32
 
 
-def test_held_out_records_share_no_target_with_training_and_have_about_their_share(
+def test_held_out_records_share_no_target_with_training_and_match_the_fraction(
     write_jsonl, pairs, reference_corpus, tmp_path
 ):
     rows = [row | {"text": f"{row['text']} {again}"} for row in pairs(1500) for again in (1, 2)]
@@ -257,13 +257,13 @@ def test_held_out_records_share_no_target_with_training_and_have_about_their_sha
     assert abs(len(set(targets["validation"])) - 300) < 4 * (1500 * 0.2 * 0.8) ** 0.5  # four standard deviations
 
 
-def test_only_training_sources_are_held_out_from(write_jsonl, pairs, reference_corpus, tmp_path):
+def test_only_training_sources_have_records_held_out(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(100)), split="test")
     settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.5}
     assert prepare_quietly(data_config(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
 
 
-def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
+def test_targets_of_generated_splits_are_disjoint_in_the_shards(tmp_path):
     sources = [
         {"type": "nlrx", "split": split, "records": 400, "seed": seed}
         for seed, split in enumerate(("train", "validation", "test"))
@@ -281,7 +281,7 @@ def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize("records", [1, PIECE_RECORDS, PIECE_RECORDS + 1])
-def test_a_generated_source_has_the_size_asked_for(records):
+def test_a_generated_source_has_the_requested_size(records):
     source = Nlrx(NlrxSource(type="nlrx", records=records, seed=9), ("text", "code"), "data.sources.0")
     pieces = source.pieces()
     assert sum(piece.stop - piece.start for piece in pieces) == records

@@ -78,7 +78,7 @@ def random_records(seed: int, count: int, vocabulary: int) -> tuple[Records, lis
 
 
 @pytest.mark.parametrize("vocabulary", [512, 2**16, 2**16 + 1, 200_000])
-def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp_path, vocabulary):
+def test_an_independent_reader_agrees_on_contents_and_checksums(tmp_path, vocabulary):
     records, continues = random_records(vocabulary, 200, vocabulary)
     records[0] = ([vocabulary - 1], [0])
     entry = write(tmp_path / "a.arrow", records, continues, vocabulary)
@@ -102,7 +102,7 @@ def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp
     assert contents.continuation_tokens.tolist() == following
 
 
-def test_the_manifest_entry_says_what_is_in_the_shard(tmp_path):
+def test_the_manifest_entry_describes_the_shard(tmp_path):
     records, continues = random_records(3, 300, 512)
     entry = write(tmp_path / "a.arrow", records, continues)
     cut = [number for number, goes_on in enumerate(continues) if goes_on or (number and continues[number - 1])]
@@ -115,7 +115,7 @@ def test_the_manifest_entry_says_what_is_in_the_shard(tmp_path):
     assert entry["bytes"] == (tmp_path / "a.arrow").stat().st_size
 
 
-def test_a_shard_of_pieces_alone_needs_no_positions(tmp_path):
+def test_a_shard_with_only_document_pieces_needs_no_positions(tmp_path):
     assert write(tmp_path / "a.arrow", [([5, 6], []), ([7], [])], [True, False])["positions_needed"] == 0
 
 

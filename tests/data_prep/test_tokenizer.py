@@ -143,7 +143,7 @@ def write_json(folder: Path, spec: dict, config: dict | None = None) -> Path:
     return folder
 
 
-def test_round_trip_and_specials(trained):
+def test_round_trip_and_special_tokens(trained):
     texts = TRICKY_TEXTS + random_unicode(20_000)
     for text, ids in zip(texts, trained.encode_batch(texts), strict=True):
         assert trained.decode(ids) == text
@@ -153,7 +153,7 @@ def test_round_trip_and_specials(trained):
 
 
 @pytest.mark.parametrize("texts", [lambda: TRICKY_TEXTS + random_unicode(120_000), real_texts], ids=["odd", "real"])
-def test_ids_equal_in_every_library(trained, texts, tmp_path):
+def test_ids_are_equal_in_every_library(trained, texts, tmp_path):
     texts = texts()
     expected = trained.encode_batch(texts)
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
@@ -165,7 +165,7 @@ def test_ids_equal_in_every_library(trained, texts, tmp_path):
     assert auto_ids(trained.folder, texts) == expected
 
 
-def test_unigram_of_a_real_vocabulary(tmp_path):
+def test_a_unigram_model_of_realistic_size(tmp_path):
     texts = real_texts()
     tokenizer = train(texts, 4000, tmp_path / "a", "unigram")
     assert auto_ids(tokenizer.folder, texts) == tokenizer.encode_batch(texts)
@@ -208,14 +208,14 @@ def test_training_is_the_same_in_every_process(model_type, tmp_path):
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
-def test_pickles(trained):
+def test_a_tokenizer_can_be_pickled(trained):
     copy = pickle.loads(pickle.dumps(trained))
     assert copy.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     assert copy.fingerprint == trained.fingerprint
 
 
 @pytest.mark.parametrize("source", ["", "tokenizer.model", "tokenizer.json"])
-def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
+def test_importing_a_trained_tokenizer_keeps_ids_and_special_tokens(trained, source, tmp_path):
     taken = import_tokenizer(trained.folder / source, tmp_path / "taken")
     assert taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
@@ -223,7 +223,7 @@ def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
     assert (taken.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), "the model is the faster one"
 
 
-def test_a_model_that_is_not_that_of_the_folder_is_left(trained, tmp_path):
+def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(trained, tmp_path):
     folder = shutil.copytree(trained.folder, tmp_path / "other")
     train(corpus(), 361, tmp_path / "larger", "bpe")
     shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
@@ -246,7 +246,7 @@ def train_sentencepiece(folder: Path, **options) -> Path:
     return folder / "foreign.model"
 
 
-def test_taking_over_a_foreign_model(tmp_path):
+def test_importing_a_model_trained_elsewhere(tmp_path):
     path = train_sentencepiece(tmp_path, normalization_rule_name="identity")
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     taken = import_tokenizer(path, tmp_path / "taken")
@@ -262,7 +262,7 @@ def test_taking_over_a_foreign_model(tmp_path):
     [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
     ids=["nmt_nfkc", "unknown characters"],
 )
-def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, tmp_path, capsys):
+def test_a_model_that_tokenizers_encodes_differently_on_rare_texts(model_type, options, tmp_path, capsys):
     path = train_sentencepiece(tmp_path, **options, model_type=model_type)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     taken = import_tokenizer(path, tmp_path / "taken")
@@ -290,7 +290,7 @@ def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, 
     check_specials(taken, TRICKY_TEXTS)
 
 
-def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
+def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
     # A symbol splits the text, and `tokenizers` puts the dummy blank before every part.
     path = train_sentencepiece(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
     with pytest.raises(UserError, match=r"foreign\.model: .* differs is 'a <tag>b'"):
@@ -298,7 +298,7 @@ def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
     assert not (tmp_path / "taken").exists()
 
 
-def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
+def test_a_pad_token_equal_to_eos_is_replaced(bpe_folder, tmp_path, capsys):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = {"pad_token": {"content": "</s>"}, "eos_token": "</s>", "bos_token": "</s>"}
     source = write_json(tmp_path / "source", spec, config)
@@ -321,7 +321,7 @@ def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
     )
 
 
-def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
+def test_a_post_processor_that_adds_bos_is_removed(bpe_folder, tmp_path):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["post_processor"] = {
         "type": "TemplateProcessing",
@@ -340,7 +340,7 @@ def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
     )
 
 
-def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
+def test_a_special_token_that_text_produces_is_replaced(tmp_path, capsys):
     vocab = {"[UNK]": 0, "[PAD]": 1, "dog": 2, "[CLS]": 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -355,7 +355,7 @@ def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
     )
 
 
-def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
+def test_user_errors_are_one_line(bpe_folder, tmp_path):
     def message(function, *arguments) -> str:
         with pytest.raises(UserError) as caught:
             function(*arguments)
@@ -383,7 +383,7 @@ def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_error_of_the_texts_comes_through(tmp_path):
+def test_an_error_raised_by_the_texts_is_propagated(tmp_path):
     def texts():
         yield "SELECT"
         raise UserError("row 2: no field")
@@ -429,7 +429,7 @@ DECODER = {
     "options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"]
 )
 @pytest.mark.parametrize("given", ["", "tokenizer.model"])
-def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
+def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
     model = train_sentencepiece(tmp_path, **options)
     taken = import_tokenizer(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
     assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 361, 362, 363, 364)
@@ -450,7 +450,7 @@ def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, caps
     check_specials(taken, TRICKY_TEXTS)
 
 
-def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
+def test_a_changed_file_next_to_a_model_is_detected(tmp_path, write_jsonl, pairs):
     folder = with_files(tmp_path / "folder", train_sentencepiece(tmp_path), added_tokens={"<|im_start|>": 360})
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(40)))
     config = data_config(tmp_path / "out", source, tokenizer={"path": str(folder / "tokenizer.model")})
@@ -467,7 +467,7 @@ def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
         prepare_quietly(config)
 
 
-def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):
+def test_special_tokens_without_ids_get_the_same_ids_as_in_hugging_face(tmp_path):
     """The ids of LlamaTokenizer of transformers 4, which adds what its vocabulary lacks at the end."""
     beside = {
         "added_tokens": {"<|im_start|>": 360},
@@ -514,7 +514,7 @@ def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(t
         ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
     ],
 )
-def test_tokens_beside_a_sentencepiece_model_that_cannot_be_kept_are_refused(tmp_path, beside, expected):
+def test_added_tokens_with_impossible_ids_are_refused(tmp_path, beside, expected):
     folder = with_files(
         tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside
     )

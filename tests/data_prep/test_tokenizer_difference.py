@@ -32,7 +32,7 @@ def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
     return import_tokenizer(folder, folder / "taken")
 
 
-def test_a_tokenizer_that_was_saved_and_taken_over_is_the_same(tokenizer, tmp_path):
+def test_saving_and_importing_a_tokenizer_changes_nothing(tokenizer, tmp_path):
     saved = tokenizer.folder
     for number in range(2):
         taken = import_tokenizer(saved / "tokenizer.json", tmp_path / f"taken {number}")
@@ -42,7 +42,7 @@ def test_a_tokenizer_that_was_saved_and_taken_over_is_the_same(tokenizer, tmp_pa
         assert [first_difference(one, tokenizer) for one in (taken, again)] == [None, None]
 
 
-def test_pairs_of_one_token_may_stand_in_another_order(tmp_path):
+def test_order_of_merges_that_form_the_same_token_does_not_matter(tmp_path):
     tokenizer = train(corpus(), 380, tmp_path / "trained")
 
     def reorder(spec: dict) -> None:
@@ -74,14 +74,14 @@ def drop_merge(spec: dict) -> None:
         (lambda spec: spec["model"].update(byte_fallback=False), "byte_fallback of its model is False instead of True"),
     ],
 )
-def test_other_merges_of_the_same_tokens_are_a_difference(tmp_path, change, expected):
+def test_different_merges_are_reported(tmp_path, change, expected):
     tokenizer = train(corpus(), 380, tmp_path / "trained")
     other = changed(tokenizer, tmp_path / "other", change)
     difference = first_difference(other, tokenizer)
     assert expected in difference and "\n" not in difference
 
 
-def test_other_scores_of_the_same_tokens_are_a_difference(tmp_path):
+def test_different_scores_are_reported(tmp_path):
     tokenizer = train(corpus(), 380, tmp_path / "trained", "unigram")
 
     def change(spec: dict) -> None:
@@ -90,7 +90,7 @@ def test_other_scores_of_the_same_tokens_are_a_difference(tmp_path):
     assert "has the score " in first_difference(changed(tokenizer, tmp_path / "other", change), tokenizer)
 
 
-def test_another_token_or_special_token_is_a_difference(tmp_path):
+def test_different_tokens_and_normalizers_are_reported(tmp_path):
     tokenizer = train(corpus(), 380, tmp_path / "trained")
     assert first_difference(train(corpus(), 381, tmp_path / "larger"), tokenizer) == "381 ids instead of 380"
 

@@ -56,7 +56,7 @@ MAKERS = {"characters": ascii_json, "words": ascii_words, "sentencepiece": ascii
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kind):
+def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(LATE)]
     rows[LATE - 2]["code"] = "answer № 3"
     rows[LATE - 1] |= {"text": "question 犬", "code": "answer 🦙"}
@@ -83,7 +83,7 @@ def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kin
     assert list(stats(out, "train"))[-1] == line and "are unknown" not in list(stats(out, "validation"))[-1]
 
 
-def test_a_tokenizer_with_bytes_knows_everything(tmp_path, write_jsonl):
+def test_a_tokenizer_with_byte_fallback_has_no_unknown_tokens(tmp_path, write_jsonl):
     rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
     said = []
     manifest = prepare(
@@ -105,7 +105,7 @@ def test_a_tokenizer_with_bytes_knows_everything(tmp_path, write_jsonl):
     assert not any("unknown" in line for line in said)
 
 
-def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path, write_jsonl):
+def test_a_tokenizer_that_drops_unknown_text_is_warned_about(tmp_path, write_jsonl):
     vocab = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path
     )
 
 
-def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, write_jsonl):
+def test_statistics_of_a_corpus_without_unknown_token_counts(tmp_path, write_jsonl):
     out = tmp_path / "out"
     prepare_quietly(
         data_config(

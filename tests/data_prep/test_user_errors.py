@@ -17,7 +17,7 @@ from tests.processes import TIMEOUT
 from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
-def test_mistakes_in_the_data_end_the_command_in_one_line(
+def test_errors_in_the_data_are_one_line(
     corpus, reference_corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path
 ):
     def with_file(path, *more: str) -> str:
@@ -44,7 +44,7 @@ def test_mistakes_in_the_data_end_the_command_in_one_line(
 
 
 @needs_mpi
-def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
+def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [3])
     for sources, expected in (
         ([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"),
@@ -76,7 +76,7 @@ def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pa
         (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
     ],
 )
-def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_path, changed, message):
+def test_a_source_file_changed_during_the_preparation_is_detected(write_jsonl, pairs, tmp_path, changed, message):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(300))
 
     def change(line: str) -> None:
@@ -88,7 +88,7 @@ def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_p
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(
+def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
     write_jsonl, pairs, tmp_path, monkeypatch, set_piece_size
 ):
     path = write_jsonl(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
@@ -132,7 +132,7 @@ def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before
         ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
     ],
 )
-def test_a_corpus_of_which_nothing_is_left_is_an_error(
+def test_an_empty_corpus_is_an_error(
     write_jsonl, reference_corpus, tmp_path, rows, settings, expected
 ):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
@@ -145,7 +145,7 @@ def test_a_corpus_of_which_nothing_is_left_is_an_error(
     assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, run_expecting_user_error, tmp_path):
+def test_an_unwritable_folder_is_one_line(corpus, run_expecting_user_error, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write the corpus" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'file'}")
 
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, run_expecting
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
+def test_a_file_without_read_permission_is_one_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(3))
     path.chmod(0)
     assert "Permission denied" in run_expecting_user_error(
@@ -166,12 +166,12 @@ def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_
 
 
 @pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
-def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
+def test_reserved_and_invalid_view_names_are_refused(tmp_path, name):
     with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
         data_config(tmp_path, views=[name, "code"])
 
 
-def test_a_source_of_which_nothing_is_kept_is_told(write_jsonl, pairs, tmp_path):
+def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_path):
     sources = [
         json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
         json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"}),
@@ -181,7 +181,7 @@ def test_a_source_of_which_nothing_is_kept_is_told(write_jsonl, pairs, tmp_path)
     assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
 
 
-def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(
+def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(
     write_jsonl, pairs, tmp_path
 ):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
@@ -226,7 +226,7 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
         ("python", "a.py", []),
     ],
 )
-def test_files_that_are_left_out_for_their_names_are_told(
+def test_files_skipped_by_name_are_reported(
     write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped
 ):
     folder = tmp_path / "in"

@@ -32,7 +32,7 @@ def spec_of(tokenizer: Tokenizer) -> dict:
     return json.loads((tokenizer.folder / "tokenizer.json").read_text())
 
 
-def test_the_tokens_are_those_of_the_whole_texts(trained):
+def test_cached_tokens_equal_those_of_sentencepiece(trained):
     tokenizer, model = trained
     texts = TRICKY_TEXTS + corpus() + CODE + random_unicode(200_000)
     assert is_cacheable(spec_of(tokenizer))
@@ -48,12 +48,12 @@ def test_the_tokens_are_those_of_the_whole_texts(trained):
         max_size=6,
     )
 )
-def test_any_texts(trained, texts):
+def test_random_texts_are_encoded_like_sentencepiece(trained, texts):
     tokenizer, model = trained
     assert tokenizer.encode_batch(texts) == model.encode(texts)
 
 
-def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained, monkeypatch):
+def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatch):
     _, model = trained
     monkeypatch.setattr(word_cache, "ENOUGH", 2000)
     cache, texts = WordCache(model), corpus() + CODE
@@ -104,7 +104,7 @@ def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained
         ),
     ],
 )
-def test_texts_are_cut_only_where_that_changes_nothing(tmp_path: Path, options, cut):
+def test_texts_are_cut_only_if_that_changes_no_token(tmp_path: Path, options, cut):
     path = train_sentencepiece(tmp_path, **options)
     taken = import_tokenizer(path, tmp_path / "taken", say=lambda line: None)
     assert is_cacheable(spec_of(taken)) == cut

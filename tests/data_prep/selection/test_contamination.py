@@ -60,7 +60,7 @@ def assert_as_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -
 @settings(deadline=None, max_examples=100)
 @example(seed=1, contexts=0, records=3)
 @given(seed=st.integers(0, 2**32), contexts=st.integers(0, 8), records=st.integers(0, 30))
-def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, records):
+def test_random_records_match_the_reference(seed, contexts, records):
     rng = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -83,7 +83,7 @@ def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, rec
 
 
 @pytest.mark.parametrize("around", range(9))
-def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
+def test_an_overlap_is_found_anywhere_and_one_letter_less_is_not(around):
     context = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400))
     for length, expected in ((OVERLAP_LETTERS, True), (OVERLAP_LETTERS - 1, False)):
         for start in (0, 1, 200, 400 - length):
@@ -93,7 +93,7 @@ def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
             assert bool(Contamination([inside]).find([("y" * around + context, "")])[0]) == expected
 
 
-def test_a_stretch_does_not_run_over_the_border_of_views_or_records():
+def test_an_overlap_does_not_span_views_or_records():
     context = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=80))
     assert (
         assert_as_by_substrings([context], [(context[:40], context[40:]), (context[:30],), (context[30:],)]) == [""] * 3
@@ -117,7 +117,7 @@ def test_the_target_may_equal_a_test_context_and_a_document_may_not():
     assert found == ["", *["equals the test context 'What is 2 + 3?'"] * 4, "", "", ""]
 
 
-def test_the_line_says_which_context_and_what_is_shared():
+def test_the_reason_names_the_context_and_the_shared_text():
     context = "Natalia sold clips to 48 of her friends in April,\nand then she sold half as many clips in May. How many clips did she sell?"
     (line,) = Contamination(["another one", context]).find([("Homework", f"Q: {context[10:].upper()} A: 72")])
     assert line == (
@@ -155,7 +155,7 @@ def test_other_scripts_are_compared_too(text):
     assert text[5:9] in found[0]
 
 
-def test_letters_are_compared_without_case_accents_and_what_is_between_them():
+def test_case_accents_and_punctuation_are_ignored():
     assert normalized_letters("Größe, ＦＵＬＬ \u2019n\u2019 café ½") == "grossefullncafe12"
     assert normalized_letters("कि") != normalized_letters("की") and normalized_letters("!?…\U0001f600") == ""
     for composed in ("Où est l'élève?", "Ångström"):
@@ -174,7 +174,7 @@ def test_letters_are_compared_without_case_accents_and_what_is_between_them():
     assert Contamination([]).find([("a",)]) == [""]
 
 
-def test_a_common_instruction_is_no_contamination():
+def test_a_common_instruction_is_not_contamination():
     instruction = "Below is a description. Write the regular expression that matches just the lines that are described, and nothing else: "
     rng = random.Random(0)
     tests = [instruction + " ".join(rng.choices(WORDS, k=8)) for _ in range(300)]
@@ -194,7 +194,7 @@ def test_a_common_instruction_is_no_contamination():
 @pytest.mark.parametrize(
     "name, records, contaminated", [("nl-rx-synth", 8000, 40), ("spider", 6587, 22), ("gsm8k", 7473, 3)]
 )
-def test_of_public_splits_the_verbatim_leaks_go_and_the_templates_stay(name, records, contaminated):
+def test_verbatim_leaks_in_public_splits_are_found_and_templates_are_not(name, records, contaminated):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     train, test = (

@@ -61,7 +61,7 @@ def on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = 
 
 @settings(deadline=None, max_examples=60)
 @given(CORPORA, st.sampled_from([1, 2, 3, 7]))
-def test_the_same_records_are_dropped_as_by_a_dictionary(corpus, parts):
+def test_dropped_records_match_the_dictionary(corpus, parts):
     with tempfile.TemporaryDirectory() as folder:
         assert on_disk(corpus, Path(folder), parts) == by_dictionary(corpus)
 
@@ -81,14 +81,14 @@ def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
     assert on_disk(corpus, tmp_path, 1) == expected
 
 
-def test_the_earlier_split_stays_then_the_earlier_unit_then_the_earlier_record(tmp_path):
+def test_precedence_is_by_split_then_unit_then_record(tmp_path):
     train, validation, test = (SPLIT_PRIORITY.index(split) for split in ("train", "validation", "test"))
     one = ("q", "a")
     assert on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]
     assert on_disk([[(one, 3, train), (one, 9, train)], [(one, 0, train)]], tmp_path, 2) == [[9], [0]]
 
 
-def test_views_are_told_apart_and_so_are_records_of_more_views():
+def test_fingerprints_distinguish_views_and_their_number():
     texts = [
         ("ab", ""),
         ("a", "b"),
@@ -128,5 +128,5 @@ def test_empty_units_and_no_units(tmp_path):
 
 
 @pytest.mark.parametrize("rows, parts", [(0, 1), (1, 1), (ROWS_PER_PART, 1), (ROWS_PER_PART + 1, 2), (10**9, 250)])
-def test_a_part_stays_small_however_large_the_corpus(rows, parts):
+def test_the_number_of_parts_grows_with_the_corpus(rows, parts):
     assert num_parts(rows) == parts

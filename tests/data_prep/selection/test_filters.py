@@ -42,7 +42,7 @@ from tests.small_corpora import data_config, json_source, prepare_quietly
         ),
     ],
 )
-def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, expected):
+def test_the_first_matching_reason_is_returned(views, settings, expected):
     assert filter_reason(views, FiltersConfig(**settings)) == expected
 
 
@@ -57,7 +57,7 @@ def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, e
         ({"maximum": 3}, "unknown key 'data.filters.maximum'"),
     ],
 )
-def test_a_filter_that_cannot_act_is_one_line_before_anything_runs(settings, expected):
+def test_an_invalid_filter_is_one_line(settings, expected):
     with pytest.raises(UserError) as raised:
         validate(FiltersConfig, settings, "data.filters")
     assert expected in str(raised.value) and "\n" not in str(raised.value)
@@ -69,7 +69,7 @@ NEVER = r"^(\d+[ ,.]?)+$"
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("malformed", ["fail", "drop"])
-def test_an_expression_that_does_not_end_names_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
+def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.2)
     rows = [
         {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)
@@ -86,14 +86,14 @@ def test_an_expression_that_does_not_end_names_the_record(tmp_path, write_jsonl,
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "nothing is interrupted later"
 
 
-def test_the_time_of_an_expression_counts_for_each_record_alone(monkeypatch):
+def test_the_time_limit_applies_to_each_record_separately(monkeypatch):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
     config = FiltersConfig(forbidden=r"(a+)+b")  # some milliseconds for each of these
     with search_time_limit(config):
         assert [filter_reason(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
 
 
-def test_a_possessive_expression_decides(tmp_path, write_jsonl):
+def test_a_possessive_expression_terminates(tmp_path, write_jsonl):
     rows = [
         {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"}
         for number in range(100)
@@ -108,7 +108,7 @@ def test_a_possessive_expression_decides(tmp_path, write_jsonl):
     assert prepare_quietly(config)["splits"]["train"]["records"] == 100
 
 
-def test_outside_of_the_main_thread_there_is_no_limit():
+def test_there_is_no_time_limit_outside_the_main_thread():
     config, found = FiltersConfig(forbidden="https?://"), []
 
     def search() -> None:

@@ -102,7 +102,7 @@ def synthetic(count: int, seed: int) -> list[Record]:
     return records
 
 
-def test_edited_copies_are_found_as_the_similarity_of_all_pairs_says(tmp_path):
+def test_edited_copies_are_found_according_to_jaccard_similarity(tmp_path):
     records = synthetic(600, 0)
     (found,) = near_duplicates_of(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 100
@@ -161,12 +161,12 @@ LONG = " ".join(f"word{number}" for number in range(100))
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],
 )
-def test_records_are_near_where_each_of_their_views_is(tmp_path, first, second, expected):
+def test_records_are_near_duplicates_if_every_view_is(tmp_path, first, second, expected):
     assert near_duplicates_of(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
     assert near_duplicates_of(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
 
 
-def test_a_chain_of_edits_keeps_its_first(tmp_path):
+def test_a_chain_of_edits_keeps_only_its_first_record(tmp_path):
     chain = [(LONG.replace("word", "other", step),) for step in range(0, 100, 2)]
     (found,) = near_duplicates_of(tmp_path, [chain])
     assert found == list(range(1, 50))
@@ -188,7 +188,7 @@ def test_a_group_that_fills_its_runs_is_read_to_the_end(tmp_path, monkeypatch):
     assert near_duplicates_of(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
 
 
-def test_a_record_without_words_is_near_another_but_not_itself(tmp_path):
+def test_records_without_words_are_near_duplicates_of_each_other(tmp_path):
     assert near_duplicates_of(tmp_path, [[(" ", "")], [("\n", "\t")], [(LONG, "")]]) == [[], [0], []]
 
 
@@ -230,7 +230,7 @@ def test_real_glosses_and_news_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nl-rx-synth", "spider"])
-def test_of_records_made_from_templates_only_exact_copies_go(tmp_path, name):
+def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     with (DATA / name / "test.jsonl").open() as lines:

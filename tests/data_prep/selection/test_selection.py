@@ -33,7 +33,7 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicates, tmp_path, workers):
+def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
     every = [pair(row) for of_file in with_duplicates for row in of_file]
@@ -49,7 +49,7 @@ def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicate
     assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
 
 
-def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_duplicates, tmp_path):
+def test_test_sources_win_over_training_sources_among_duplicates(with_duplicates, tmp_path):
     sources = [
         json_source(tmp_path / f"{number}.jsonl", split=split)
         for number, split in enumerate(("train", "validation", "test"))
@@ -62,14 +62,14 @@ def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_dupli
     assert texts_of(tmp_path / "out") == [row for row in unique(train) if row not in test and row not in validation]
 
 
-def test_all_records_stay_where_that_is_asked_for(with_duplicates, tmp_path):
+def test_deduplicate_none_keeps_all_records(with_duplicates, tmp_path):
     manifest = prepare_quietly(
         data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none")
     )
     assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
 
 
-def test_records_that_differ_in_one_view_are_no_duplicates(write_jsonl, tmp_path):
+def test_records_that_differ_in_one_view_are_not_duplicates(write_jsonl, tmp_path):
     rows = [
         {"text": "a b", "code": "c d"},
         {"text": "a b", "code": "d e"},
@@ -110,7 +110,7 @@ def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict
     return source, task_tests(path), clean
 
 
-def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
+def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
     source, tests, clean = leaky
     manifest = prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
@@ -122,7 +122,7 @@ def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, 
     assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
 
 
-def test_contaminated_records_stay_where_that_is_asked_for_and_in_test_sources(leaky, tmp_path):
+def test_contaminated_records_are_kept_if_configured_and_in_test_sources(leaky, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
@@ -171,7 +171,7 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     ) and "evaluation.tasks" in run_expecting_user_error(config)
 
 
-def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
+def test_task_files_use_the_column_mapping_of_the_corpus(tmp_path):
     config = data_config(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {
         "tasks": [
@@ -200,12 +200,12 @@ def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
         (["b.jsonl"], "evaluation"),
     ],
 )
-def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(tmp_path, evaluation, message):
+def test_a_misspelt_evaluation_section_is_an_error(tmp_path, evaluation, message):
     with pytest.raises(UserError, match=message):
         evaluation_tests(data_config(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
 
 
-def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
+def test_preparation_and_training_share_the_evaluation_keys():
     from pretrain.config import EvaluationConfig
 
     assert EvaluationFiles.model_fields.keys() == EvaluationConfig.model_fields.keys()
@@ -218,7 +218,7 @@ def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
         [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}],
     ],
 )
-def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, write_jsonl, tmp_path):
+def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, write_jsonl, tmp_path):
     test = [
         {
             "schema": f"CREATE TABLE t{number} (a INT)",
@@ -253,7 +253,7 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, wri
     )
 
 
-def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, write_jsonl, tmp_path):
+def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
     for decontaminate in (True, False):
@@ -262,7 +262,7 @@ def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, writ
         assert (note in said) == decontaminate
 
 
-def test_filters_drop_and_count(write_jsonl, tmp_path):
+def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
     rows = [
         {"text": "long enough", "code": "also long"},
         {"text": "no", "code": "long enough"},
@@ -288,7 +288,7 @@ def test_filters_drop_and_count(write_jsonl, tmp_path):
     assert all(f"1 as `{reason}`" in summary for reason in manifest["dropped"])
 
 
-def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, write_jsonl, tmp_path):
+def test_dropped_records_do_not_affect_the_tokenizer(leaky, write_jsonl, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     prepare_quietly(
@@ -311,7 +311,7 @@ def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path)
         prepare_quietly(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
 
 
-def test_near_duplicates_go_where_that_is_asked_for(write_jsonl, tmp_path):
+def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
     rng = random.Random(3)
     words = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "size"]
     long = [" ".join(rng.choices(words, k=120)) for _ in range(20)]

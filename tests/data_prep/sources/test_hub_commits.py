@@ -33,14 +33,14 @@ def test_a_corpus_keeps_its_commit_when_the_branch_has_moved(found):
     assert found["main again"]["commits"] == [OLD] and "is prepared already" in found["main again"]["said"][-1]
 
 
-def test_an_interrupted_preparation_goes_on_with_its_commit(found):
+def test_an_interrupted_preparation_resumes_with_its_commit(found):
     assert "error" in found["interrupted"]
     result = found["resumed"]
     assert any(line.startswith("going on with an interrupted preparation") for line in result["said"])
     assert (result["commits"], result["words"]) == ([OLD], ["old"])
 
 
-def test_a_revision_that_there_is_not_is_one_line(found):
+def test_a_missing_revision_is_one_line(found):
     told = found["nowhere"]["error"]
     assert (
         told.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")

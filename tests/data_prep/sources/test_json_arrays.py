@@ -53,7 +53,7 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
         (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
     ],
 )
-def test_what_an_array_may_hold(tmp_path, content, expected):
+def test_contents_of_an_array(tmp_path, content, expected):
     assert [views for views, _ in read_with_locations(reader(write(tmp_path / "a.json", content)))] == expected
 
 
@@ -70,7 +70,7 @@ def test_what_an_array_may_hold(tmp_path, content, expected):
         (b", " + b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ],
 )
-def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
+def test_corruption_loses_no_earlier_element(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
     *good, ((reason, told), place) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
@@ -78,7 +78,7 @@ def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
     assert place == f"{path}, element 3"
 
 
-def test_a_packed_array_that_is_cut_off_is_damaged(tmp_path):
+def test_a_truncated_compressed_array_is_reported(tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(compress_for_suffix(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
     *_, ((reason, told), _) = read_with_locations(reader(path))
@@ -93,7 +93,7 @@ def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):
     assert views == ("a", "b" * 4000) and reason == "damaged" and "an element of more than 16 MiB" in told
 
 
-def test_json_lines_stay_lines(tmp_path):
+def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert read_views(
         reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))
     ) == [("a", "b"), ("c", "d")]

@@ -63,7 +63,7 @@ def obvious(path: Path, content: bytes) -> list[tuple]:
 @pytest.mark.parametrize(
     "content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""]
 )
-def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, set_piece_size):
+def test_each_line_is_read_once_wherever_the_file_is_cut(tmp_path, content, set_piece_size):
     path = write(tmp_path / "lines.jsonl", content)
     for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK_BYTES)):
         set_piece_size(length, block)
@@ -71,13 +71,13 @@ def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, set_p
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_packed_files_read_like_plain_ones(tmp_path, suffix):
+def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix):
     path = write(tmp_path / f"lines.jsonl{suffix}", AWKWARD)
     assert read_with_locations(reader(path)) == obvious(path, AWKWARD)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_packed_file_of_several_members_is_read_whole(tmp_path, suffix):
+def test_all_members_of_a_compressed_file_are_read(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(
         b"".join(
@@ -119,7 +119,7 @@ def test_pieces_cover_large_files_without_overlap(tmp_path):
         assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
 
 
-def test_folders_and_globs_give_their_files_by_name(tmp_path):
+def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
     for number, name in enumerate(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"]):
         write(tmp_path / "data" / name, json.dumps({"text": name, "code": str(number)}).encode())
     for name in ("notes.txt", ".hidden.jsonl", ".git/x.jsonl", "a.jsonl.bak"):
@@ -184,7 +184,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
         ),
     ],
 )
-def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
+def test_a_malformed_line_gives_the_reason(tmp_path, line, problem):
     record = read_one(tmp_path, line)
     assert record.views is None and record.reason == "malformed" and record.position == 1
     assert problem in record.problem and "\n" not in record.problem and len(record.problem) < 200
@@ -206,11 +206,11 @@ def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
         ({"messages": None, "code": "c"}, ("", "c")),
     ],
 )
-def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
+def test_columns_are_read_unchanged(tmp_path, line, views):
     assert read_one(tmp_path, line) == (views, 1, "", "malformed", "")
 
 
-def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(tmp_path):
+def test_messages_give_the_user_and_assistant_texts_without_the_system_prompt(tmp_path):
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "q"},
@@ -225,7 +225,7 @@ def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(t
     )
 
 
-def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
+def test_messages_with_a_second_turn_are_malformed(tmp_path):
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     record = read_one(tmp_path, {"messages": messages})
     assert record.views is None and "2 turns of the user" in record.problem
@@ -233,7 +233,7 @@ def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path, suffix):
+def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suffix):
     longest = GOOD[:-1].replace(b"a", b"a" * (files.MAX_LINE_BYTES - len(GOOD) + 2))
     assert len(longest) == files.MAX_LINE_BYTES
     path = write(
@@ -279,7 +279,7 @@ def lines_of(count: int) -> bytes:
         lambda data: data + data[: len(data) // 2],
     ],
 )
-def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path, suffix, damage):
+def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_path, suffix, damage):
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
     path.write_bytes(damage(compress_for_suffix(lines_of(rows), suffix)))
@@ -294,7 +294,7 @@ def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
-def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
+def test_a_flipped_byte_of_a_gz_file_is_detected(tmp_path, where):
     data = bytearray(compress_for_suffix(lines_of(50_000), ".gz"))
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
@@ -304,7 +304,7 @@ def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
     )
 
 
-def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
+def test_all_complete_lines_of_a_truncated_gz_file_are_read(tmp_path):
     rows = [{"text": f"{number}", "code": random.Random(number).randbytes(100).hex()} for number in range(20_000)]
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     content = compress_for_suffix(b"".join(lines), ".gz")
@@ -316,17 +316,17 @@ def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path)
     assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
 
 
-def test_zeros_behind_a_gz_file_are_no_damage(tmp_path):
+def test_zeros_after_a_gz_file_are_ignored(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(compress_for_suffix(GOOD * 3, ".gz") + bytes(512))
     assert read_views(reader(path)) == [("a", "b")] * 3
 
 
-def test_null_messages_are_no_chat(tmp_path):
+def test_null_messages_are_ignored(tmp_path):
     assert read_one(tmp_path, {"text": "a", "code": "b", "messages": None}).views == ("a", "b")
 
 
-def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
+def test_an_unreadable_file_is_named_with_its_key(tmp_path):
     for path, expected in [
         (tmp_path / "absent.jsonl", r"cannot read .*absent\.jsonl \(data\.sources\.0\.path\): No such file"),
         (tmp_path, r"\(data\.sources\.0\.path\) holds no file that ends in \.json, "),
@@ -344,7 +344,7 @@ def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
             reader(path)
 
 
-def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a\udcff.jsonl").write_bytes(GOOD)
     with pytest.raises(UserError, match=r"is not UTF-8; rename it") as raised:
         reader(tmp_path)
@@ -352,7 +352,7 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffix):
+def test_a_file_that_is_deleted_or_truncated_meanwhile_is_an_error(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", GOOD * 100)
     source = reader(path)
     (piece,) = source.pieces()
@@ -367,7 +367,7 @@ def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffi
 
 @needs_shared
 @pytest.mark.parametrize("name", ["nl-rx-synth/train.jsonl", "gsm8k/test.jsonl", "geography/train.jsonl"])
-def test_real_files_cut_small_read_like_json_loads(name, set_piece_size):
+def test_real_files_cut_into_small_pieces_match_json_loads(name, set_piece_size):
     path, expected = SHARED / name, []
     for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
         row = json.loads(line)
@@ -378,7 +378,7 @@ def test_real_files_cut_small_read_like_json_loads(name, set_piece_size):
 
 
 @pytest.mark.parametrize("place", ["at the start", "after another frame"])
-def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
+def test_a_zst_file_with_a_long_window_is_not_reported_as_damaged(tmp_path, place):
     """A frame as `zstd --long=31` writes it: no content size, a window of 2 GiB, and one raw block."""
     content = GOOD * 3
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
@@ -392,7 +392,7 @@ def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", "-"])
-def test_an_integer_of_many_digits_in_another_column_costs_nothing(tmp_path, start):
+def test_a_huge_integer_does_not_fail_the_line(tmp_path, start):
     digits = "9" * 5000
     line = (
         f'{{"text": "a", "n": -{digits}, "code": "b"}}'

@@ -40,7 +40,7 @@ def write(path, rows=ROWS, **options):
     ],
 )
 @pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
-def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_piece_size):
+def test_every_row_is_read_once_with_its_number(tmp_path, options, smallest, set_piece_size):
     rows = {column: values[:1000] for column, values in ROWS.items()}
     path = write(tmp_path / "a.parquet", rows, **options)
     frame = pd.read_parquet(path)
@@ -56,7 +56,7 @@ def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_p
     assert len(pieces) == groups if smallest == 1 else len(pieces) < 100
 
 
-def test_folders_and_globs_give_their_files_by_name(tmp_path):
+def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
     for name in ("b", "a", "c/d"):
         write(tmp_path / f"{name}.parquet", {"text": [name], "code": ["x"]})
     write(tmp_path / "empty.parquet", pa.table({"text": pa.array([], pa.string()), "code": pa.array([], pa.string())}))
@@ -67,7 +67,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()]
 )
-def test_text_of_any_type_is_text(tmp_path, kind):
+def test_every_string_type_is_read_as_text(tmp_path, kind):
     path = write(
         tmp_path / "a.parquet",
         pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}),
@@ -83,7 +83,7 @@ def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
     assert read_views(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
 
 
-def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path):
     path = write(tmp_path / "a.parquet")
     for views, column in [
         ({"text": "texts"}, "texts"),
@@ -103,7 +103,7 @@ def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
         reader(tmp_path)
 
 
-def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
+def test_a_value_that_is_not_text_is_malformed_and_affects_no_other(tmp_path):
     path = write(tmp_path / "a.parquet")
     assert read_with_locations(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
     assert read_with_locations(reader(path, {"code": "tags"}))[1] == (
@@ -150,7 +150,7 @@ def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
 @pytest.mark.parametrize(
     "views, column", [(None, "messages"), ("many", "many"), ({"code": "{messages.user}"}, "messages")]
 )
-def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, views, column):
+def test_a_bad_byte_in_a_nested_column_affects_only_its_record(tmp_path, kind, views, column):
     contents = [f"größe {number}".encode() for number in range(4000)]
     contents[2 * 1500 + 1] = b"caf\xe9"
     path = write(tmp_path / "a.parquet", nested(contents, kind))
@@ -160,7 +160,7 @@ def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, vi
     assert sum(views[0] == "malformed" for views, _ in found) == 1
 
 
-def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
+def test_a_time_that_python_cannot_represent_is_malformed_and_affects_no_other(tmp_path):
     path = write(
         tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]})
     )
@@ -182,7 +182,7 @@ def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
         lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
     ],
 )
-def test_a_damaged_file_names_itself(tmp_path, damage):
+def test_a_corrupt_file_is_named(tmp_path, damage):
     path = write(tmp_path / "a.parquet")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged \(.*\); replace it") as raised:
@@ -191,7 +191,7 @@ def test_a_damaged_file_names_itself(tmp_path, damage):
 
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip"])
-def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
+def test_a_file_with_a_corrupt_row_group_is_named(tmp_path, compression):
     path = write(tmp_path / "a.parquet", compression=compression)
     data = bytearray(path.read_bytes())
     data[2000:2600] = bytes(600)
@@ -200,13 +200,13 @@ def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
         read_views(reader(path, {"text": "text", "code": "code"}))
 
 
-def test_rows_with_and_without_messages_stand_beside_each_other(tmp_path):
+def test_rows_with_and_without_messages_are_mixed(tmp_path):
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = pa.table({"messages": [said, None], "text": [None, "t"], "code": ["not this", "c"]})
     assert read_views(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
 
 
-def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
+def test_a_page_checksum_detects_a_flipped_bit(tmp_path):
     rows = pa.table({view: [f"{view} {number}" for number in range(500)] for view in ("text", "code")})
     path = write(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
@@ -216,7 +216,7 @@ def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
         read_views(reader(path))
 
 
-def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
+def test_a_file_that_is_deleted_meanwhile_is_an_error(tmp_path):
     path = write(tmp_path / "a.parquet")
     source = reader(path)
     path.unlink()
@@ -228,7 +228,7 @@ def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
         reader(tmp_path)
 
 
-def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
+def test_only_needed_columns_are_read_in_bounded_memory(tmp_path):
     rows = 60_000
     table = pa.table(
         {
@@ -250,7 +250,7 @@ def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
 
 
 @needs_shared
-def test_real_rows_read_like_their_json(tmp_path, set_piece_size):
+def test_real_rows_match_their_json_lines(tmp_path, set_piece_size):
     rows = [json.loads(line) for line in (SHARED / "nl-rx-synth" / "test.jsonl").read_text().splitlines()]
     path = write(tmp_path / "a.parquet", pa.Table.from_pylist(rows), row_group_size=123)
     expected = read_views(open_reader(type="json", path=SHARED / "nl-rx-synth" / "test.jsonl"))

@@ -79,7 +79,7 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ),
     ],
 )
-def test_the_docstring_and_the_rest_of_a_function(tmp_path, source, pairs):
+def test_pairs_are_the_docstring_and_the_remaining_function(tmp_path, source, pairs):
     assert read_one(tmp_path, source) == pairs
 
 
@@ -160,7 +160,7 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         (b"x = " + b"9" * 5000, 1, "SyntaxError: Exceeds the limit"),
     ],
 )
-def test_a_file_that_is_no_python_is_counted_and_costs_no_other(tmp_path, content, line, problem):
+def test_an_unparsable_file_is_counted_and_affects_no_other(tmp_path, content, line, problem):
     write(tmp_path / "pkg" / "a.py", content)
     write(tmp_path / "pkg" / "b.py", b'def f():\n    "Doc."\n    return 1\n')
     source = reader(tmp_path)
@@ -172,7 +172,7 @@ def test_a_file_that_is_no_python_is_counted_and_costs_no_other(tmp_path, conten
     assert read_with_locations(source)[1] == (("Doc.", "def f():\n    return 1"), f"{tmp_path}/pkg/b.py:1")
 
 
-def test_a_docstring_with_half_a_surrogate_pair_is_counted_not_fatal(tmp_path):
+def test_a_docstring_with_half_a_surrogate_pair_is_unparsable(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
     (problem, place), good = read_with_locations(reader(tmp_path))
     assert (
@@ -182,7 +182,7 @@ def test_a_docstring_with_half_a_surrogate_pair_is_counted_not_fatal(tmp_path):
     assert good[0][0] == "Doc."
 
 
-def test_nothing_that_the_code_is_warned_for_reaches_the_terminal(tmp_path):
+def test_syntax_warnings_of_the_code_are_not_printed(tmp_path):
     write(
         tmp_path / "a.py",
         b'def f():\n    "\\d bad escape"\n    x is 1\n    assert (1, "x")\n    return 1if 1else"\\p"\n',
@@ -196,7 +196,7 @@ def test_nothing_that_the_code_is_warned_for_reaches_the_terminal(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
-def test_the_code_of_the_standard_library_means_what_it_did():
+def test_pairs_of_the_standard_library_keep_their_meaning():
     """The pair of a function parses to the function without its docstring, apart from text in strings, which is dedented too."""
 
     class Flat(ast.NodeTransformer):
@@ -227,14 +227,14 @@ def test_the_code_of_the_standard_library_means_what_it_did():
     assert pairs > 600
 
 
-def test_a_tree_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no file that ends in \.py"):
         reader(tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*absent \(data\.sources\.0\.path\): No such file"):
         reader(tmp_path / "absent")
 
 
-def test_the_package_of_a_file_of_a_glob_is_counted_from_its_fixed_part(tmp_path):
+def test_the_package_of_a_globbed_file_starts_after_the_fixed_part(tmp_path):
     for name in ("src/a/x.py", "src/a/deep/y.py", "src/b/x.py"):
         write(tmp_path / name, b'def f():\n    "Doc."\n    return 1\n')
     for pattern in ("src/**/*.py", "src/*", "src/*/"):

@@ -140,7 +140,7 @@ def test_a_mapped_row(form, write_jsonl, tmp_path):
     assert outcome(source_of(tmp_path / "a.parquet", "parquet", views=views)) == expected
 
 
-def test_a_number_that_no_text_could_show_is_malformed(tmp_path):
+def test_nan_is_malformed(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ask", "code": float("nan")}) + "\n")
     assert (
         outcome(source_of(tmp_path / "a.jsonl", "json"))

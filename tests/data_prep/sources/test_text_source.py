@@ -73,7 +73,7 @@ def odd_text(rng: random.Random, separator: str) -> bytes:
 
 
 @pytest.mark.parametrize("separator", ["", END, "-", "größe 👍"])
-def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, set_piece_size):
+def test_documents_do_not_depend_on_where_the_file_is_cut(tmp_path, separator, set_piece_size):
     rng = random.Random(separator)
     for trial in range(150):
         content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + odd_text(rng, separator)
@@ -86,7 +86,7 @@ def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, se
 
 
 @pytest.mark.parametrize("width", [4095, 4096, 4097, 4098, 4099, 9000])
-def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set_piece_size):
+def test_a_very_long_blank_line_is_read_the_same_for_every_cut(tmp_path, width, set_piece_size):
     content = b"first\n" + b" " * width + b"\nsecond\n\nthird"
     path = write(tmp_path / "a.txt", content)
     expected = (
@@ -101,7 +101,7 @@ def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", ["", END])
-def test_packed_files_read_like_plain_ones(tmp_path, suffix, separator):
+def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix, separator):
     content = b"".join(odd_text(random.Random(seed), END) for seed in range(20))
     path = write(tmp_path / f"a.txt{suffix}", content)
     assert found(path, separator) == obvious(content, separator)
@@ -124,7 +124,7 @@ def test_a_file_is_a_document(tmp_path, content, document, suffix):
     assert read_with_locations(reader(path)) == [(("", document), f"{path}:1")]
 
 
-def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
+def test_a_folder_gives_its_non_empty_files_sorted_by_name(tmp_path):
     for name in ("b.txt", "a/c", "a/b.md.gz", "z.rst.zst"):
         write(tmp_path / name, name.encode())
     for name in ("empty.txt", "blank.txt"):
@@ -136,7 +136,7 @@ def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
     )
 
 
-def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
+def test_a_document_is_the_last_view_unless_it_is_mapped(tmp_path):
     path = write(tmp_path / "a.txt", b"x")
     assert reader(path).provided_views == (False, True)
     assert read_views(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
@@ -168,7 +168,7 @@ def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
         ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
     ],
 )
-def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, content, separator, expected):
+def test_a_document_that_is_not_utf8_is_malformed_and_affects_no_other(tmp_path, content, separator, expected):
     path = write(tmp_path / "a.txt", content)
     shown = {
         int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))
@@ -178,7 +178,7 @@ def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, c
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("separator", [None, END])
-def test_a_document_that_is_too_long_is_refused_and_costs_no_other(tmp_path, suffix, separator, monkeypatch):
+def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path, suffix, separator, monkeypatch):
     monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
     long = ("malformed", "a document of more than 3 MiB; cut it with `separator`")
     for size in (3 << 20, (3 << 20) + 1, 9 << 20):
@@ -193,7 +193,7 @@ def test_a_document_that_is_too_long_is_refused_and_costs_no_other(tmp_path, suf
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", [None, "", END])
 @pytest.mark.parametrize("cut", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
-def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut):
+def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, cut):
     between = "\n" + (separator or "") + "\n"
     documents = [f"document {number}" for number in range(80_000)]
     path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
@@ -206,7 +206,7 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
 
 @needs_shared
 @pytest.mark.parametrize("separator", ["", "======"])
-def test_real_manuals_cut_small_read_like_the_whole(separator, set_piece_size):
+def test_a_real_manual_cut_into_small_pieces_gives_the_same_documents(separator, set_piece_size):
     path = SHARED / "text" / "sqlite3-doc.txt"
     expected = obvious(path.read_bytes(), separator)
     set_piece_size(77_777, 1 << 16)

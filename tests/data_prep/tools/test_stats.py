@@ -16,7 +16,7 @@ from tests.data_prep.tools.test_verify import pairs, write
 VIEWS = ["text", "code"]
 
 
-def test_quantiles_are_those_of_pandas():
+def test_quantiles_match_pandas():
     rng = np.random.default_rng(0)
     for size in (1, 2, 3, 10, 999):
         values = rng.integers(1, 50, size)

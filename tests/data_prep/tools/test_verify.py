@@ -376,7 +376,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("processes", [False, True])
-def test_a_sound_corpus_in_one_line(processes, sound, verdict):
+def test_a_valid_corpus_is_reported_in_one_line(processes, sound, verdict):
     tokens = sum(
         split["tokens"][view]
         for split in json.loads((sound / MANIFEST).read_text())["splits"].values()
@@ -386,7 +386,7 @@ def test_a_sound_corpus_in_one_line(processes, sound, verdict):
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_every_damage_is_named(kind, folder, verdict):
+def test_every_damage_is_reported(kind, folder, verdict):
     damage, because = DAMAGES[kind]
     damage(folder)
     code, said, error = verdict(folder)
@@ -395,7 +395,7 @@ def test_every_damage_is_named(kind, folder, verdict):
     assert "Traceback" not in error and not any("sound" in line for line in said)
 
 
-def test_all_damaged_shards_are_named(folder, verdict):
+def test_all_damaged_shards_are_reported(folder, verdict):
     for file in (FIRST, "train-00002.arrow", "validation-00000.arrow"):
         (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     code, said, error = verdict(folder, processes=True)
@@ -403,7 +403,7 @@ def test_all_damaged_shards_are_named(folder, verdict):
     assert "3 of 4 shards are damaged" in error
 
 
-def test_any_flipped_byte(tokenizer, tmp_path, verdict):
+def test_every_flipped_byte_is_detected(tokenizer, tmp_path, verdict):
     """A shard for each of its bytes, in which that byte is flipped: all are found by SHA-256, those that carry data by their records too."""
     shutil.copytree(tokenizer.folder, tmp_path / "tokenizer")
     records = pairs(24, 5)
@@ -448,7 +448,7 @@ def test_any_flipped_byte(tokenizer, tmp_path, verdict):
         (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
     ],
 )
-def test_the_sources_of_the_manifest_are_those_of_its_shards(folder, verdict, change, said):
+def test_sources_of_the_manifest_are_checked_against_its_shards(folder, verdict, change, said):
     edit(folder, change)
     code, lines, _ = verdict(folder)
     assert code == 2 and re.search(said, "\n".join(lines))
