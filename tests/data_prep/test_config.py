@@ -1,4 +1,4 @@
-"""The configuration file: overrides, placeholders, and mistakes that name the key and the remedy."""
+"""Tests of the configuration file: overrides, placeholders, and errors that name the key and the remedy."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ data:
     return path
 
 
-def complaint(**changes) -> str:
+def error_message(**changes) -> str:
     with pytest.raises(UserError) as raised:
         validate(DataConfig, DATA | changes, "data")
     assert "\n" not in str(raised.value)
@@ -76,7 +76,7 @@ def test_an_override_value_may_hold_equals_signs(config):
         (
             "name=2024-13-45",
             "name: cannot read the value '2024-13-45' as YAML",
-        ),  # a date to YAML, and an impossible one
+        ),  # YAML reads it as an impossible date
     ],
 )
 def test_an_invalid_override_is_explained(config, override, expected):
@@ -138,7 +138,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(changes, unknown, nearest):
-    assert complaint(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
+    assert error_message(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
 
 
 def test_an_unknown_section_names_the_nearest_known_one(config):
@@ -199,7 +199,7 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
     ],
 )
 def test_an_invalid_value_is_reported_with_its_key(changes, expected):
-    assert expected in complaint(**changes)
+    assert expected in error_message(**changes)
 
 
 def test_only_settings_that_affect_shards_are_compared():

@@ -1,4 +1,4 @@
-"""The preparation as a whole: right shards, the same for any number of processes, nothing lost unseen."""
+"""End-to-end tests of the preparation: correct shards, the same for any number of processes, and no lost record."""
 
 import hashlib
 import json
@@ -27,8 +27,11 @@ from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepa
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
-    """The corpus once more, slowly: the tokens of each split in order, and the places of each reason for dropping."""
-    encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
+    """Return the tokens of each split, in order, and the places of dropped records by reason.
+
+    This slow implementation is independent of the preparation.
+    """
+    encode_text = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
     records: list[tuple[str, tuple[str, str], str]] = []
     splits: dict[str, list] = {}
     dropped: dict[str, list[str]] = {}
@@ -56,11 +59,11 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
             add(split, *generate(seed, split, index), f"nlrx:{split}:{index}")
     kept: dict[tuple[str, str], str] = {}
     for split in ("test", "validation", "train"):
-        for own, views, place in records:
-            if own == split:
+        for record_split, views, place in records:
+            if record_split == split:
                 kept.setdefault(views, place)
     for split, views, place in records:
-        tokens = encode(views[0]), encode(views[1])
+        tokens = encode_text(views[0]), encode_text(views[1])
         if kept[views] != place:
             dropped.setdefault("duplicate", []).append(place)
         elif len(tokens[0]) + 2 * len(tokens[1]) + 16 > SEQUENCE_LENGTH:
@@ -88,7 +91,7 @@ def test_shards_match_an_independent_reading_of_the_sources(corpus, reference_co
         reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()
     } == {reason: places[:5] for reason, places in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
-    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record is lost"
+    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record was lost"
 
 
 def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_corpus):
@@ -139,16 +142,18 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
 
 
 def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
-    said = (corpus.parent / "said").read_text().splitlines()
+    log = (corpus.parent / "stdout.txt").read_text().splitlines()
     place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
-        f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {place}"
-        in said
+        f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
+        f"the first: {place}"
+        in log
     )
-    assert said[-6].startswith(f"prepared {reference_corpus}: train ")
+    assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
-        f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:\n\n    {place}\n"
+        f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
+        f"\n\n    {place}\n"
         in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
@@ -169,16 +174,16 @@ def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path,
     for split in ("train", "validation"):
         assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
-    said = []
-    verify(tmp_path / "cut", said.append, workers=1)
-    assert said[-1].endswith("all sound")
+    log = []
+    verify(tmp_path / "cut", log.append, workers=1)
+    assert log[-1].endswith("all sound")
 
 
 def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
-    taken = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
+    imported = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
     prepare_quietly(data_config(tmp_path / "trained", source))
-    prepare_quietly(data_config(tmp_path / "taken", source, **taken))
+    prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     before = contents(tmp_path / "trained")
     with pytest.raises(
         UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"
@@ -186,11 +191,11 @@ def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pai
         prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
     with pytest.raises(UserError, match=r"was prepared with another data\.sources"):
         prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
-    model = Path(taken["tokenizer"]["path"])
+    model = Path(imported["tokenizer"]["path"])
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*tokenizer\.model; choose"):
-        prepare_quietly(data_config(tmp_path / "taken", source, **taken))
+        prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     model.write_bytes(content)
     write_jsonl(tmp_path / "a.jsonl", pairs(301))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl; choose"):
@@ -291,13 +296,13 @@ def test_a_generated_source_has_the_requested_size(records):
 
 
 def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
-    """A `torch` that leaves a mark stands first on the path, of the workers too."""
+    """A fake `torch` that writes a marker file comes first on the import path, also in the workers."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARK'], 'w').close()\n")
+    (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARKER'], 'w').close()\n")
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]
     arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", f"data.sources={json.dumps(sources)}")
-    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
+    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "MARKER": str(tmp_path / "marker")}
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
-    assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "mark").exists()
+    assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "marker").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
-    assert (tmp_path / "mark").exists(), "the mark would not have shown"
+    assert (tmp_path / "marker").exists(), "the fake torch writes no marker"

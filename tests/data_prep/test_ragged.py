@@ -1,4 +1,4 @@
-"""The array helpers equal the loops that they replace."""
+"""Tests of the array helpers against the loops that they replace."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_ragged_sums_adds_up_every_run_and_wraps_around(lengths, dtype):
 
 
 def test_splitmix64_matches_the_published_generator():
-    """The first outputs of the published generator from seed 1234567."""
+    """Expect the first outputs of the published generator from seed 1234567."""
     state = [(1234567 + step * 0x9E3779B97F4A7C15) % 2**64 for step in range(3)]
     assert splitmix64(np.array(state, np.uint64)).tolist() == [
         6457827717110365317,
