@@ -55,7 +55,9 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
     table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
     found, document = [], []
     for tokens, continues in zip(table["text"].to_pylist(), table["continues"].to_pylist(), strict=True):
-        assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, "only the last part of a document may leave a row partly empty"
+        assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, (
+            "only the last part of a document may leave a row partly empty"
+        )
         document += tokens
         if not continues:
             found.append(document)

@@ -163,7 +163,9 @@ def running_preparation(corpus, reference_corpus, command, tmp_path):
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     parents = processes_of_session(process.pid)
-    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]  # workers are children of the fork server
+    return [
+        pid for pid, parent in parents.items() if parents.get(parent) == process.pid
+    ]  # workers are children of the fork server
 
 
 def test_workers_end_with_the_main_process(running_preparation):
@@ -177,7 +179,9 @@ def test_a_killed_worker_is_reported_in_one_line(running_preparation):
     os.kill(workers_of(running_preparation)[0], signal.SIGKILL)
     _, output = running_preparation.communicate(timeout=TIMEOUT)
     assert running_preparation.returncode == 2
-    assert output.startswith("error: a worker process of the preparation was killed") and output.count("\n") == 1, output
+    assert output.startswith("error: a worker process of the preparation was killed") and output.count("\n") == 1, (
+        output
+    )
 
 
 @pytest.mark.parametrize("to_group", [True, False], ids=["to the process group", "to the main process only"])

@@ -91,7 +91,9 @@ def test_shards_match_an_independent_reading_of_the_sources(corpus, reference_co
         reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()
     } == {reason: places[:5] for reason, places in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
-    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record was lost"
+    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, (
+        "a record was lost"
+    )
 
 
 def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_corpus):
@@ -146,15 +148,13 @@ def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
         f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
-        f"the first: {place}"
-        in log
+        f"the first: {place}" in log
     )
     assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
         f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
-        f"\n\n    {place}\n"
-        in summary
+        f"\n\n    {place}\n" in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
@@ -301,7 +301,10 @@ def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
     (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARKER'], 'w').close()\n")
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]
     arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", f"data.sources={json.dumps(sources)}")
-    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "MARKER": str(tmp_path / "marker")}
+    environment |= {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}",
+        "MARKER": str(tmp_path / "marker"),
+    }
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
     assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "marker").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)

@@ -159,7 +159,9 @@ def test_ids_are_equal_in_every_library(trained, texts, tmp_path):
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
     assert model.encode(texts) == expected
     assert model.decode(expected) == texts
-    from_json = import_tokenizer(trained.folder / "tokenizer.json", tmp_path / "json")  # encodes with the `tokenizers` library
+    from_json = import_tokenizer(
+        trained.folder / "tokenizer.json", tmp_path / "json"
+    )  # encodes with the `tokenizers` library
     assert from_json.encode_batch(texts) == expected
     assert [from_json.decode(ids) for ids in expected] == texts
     assert auto_ids(trained.folder, texts) == expected
@@ -222,7 +224,9 @@ def test_importing_a_trained_tokenizer_keeps_ids_and_special_tokens(trained, sou
     assert imported.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
         assert getattr(imported, field) == getattr(trained, field)
-    assert (imported.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), "the faster tokenizer.model is kept if it was given"
+    assert (imported.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), (
+        "the faster tokenizer.model is kept if it was given"
+    )
 
 
 def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(trained, tmp_path):
@@ -257,7 +261,13 @@ def test_importing_a_model_trained_elsewhere(tmp_path):
     imported = import_tokenizer(path, tmp_path / "imported")
     texts = TRICKY_TEXTS + random_unicode(20_000)
     assert imported.encode_batch(texts) == model.encode(texts) == auto_ids(imported.folder, texts)
-    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (1, 2, 360, 361, 362)
+    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (
+        1,
+        2,
+        360,
+        361,
+        362,
+    )
     check_specials(imported, TRICKY_TEXTS)
 
 
@@ -317,7 +327,13 @@ def test_a_pad_token_equal_to_eos_is_replaced(bpe_folder, tmp_path, capsys):
     ]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
     imported = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
-    assert (imported.eos_id, imported.pad_id, imported.bos_id, imported.sep_id, imported.vocab_size) == (3, 380, 381, 382, 383)
+    assert (imported.eos_id, imported.pad_id, imported.bos_id, imported.sep_id, imported.vocab_size) == (
+        3,
+        380,
+        381,
+        382,
+        383,
+    )
     assert '"<|pad|>"' in (imported.folder / "tokenizer_config.json").read_text(encoding="utf-8")
     check_specials(imported, TRICKY_TEXTS)
     assert (
@@ -438,11 +454,16 @@ DECODER = {
 def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, files, options, given):
     model = train_sentencepiece(tmp_path, **options)
     imported = import_tokenizer(write_model_folder(tmp_path / "folder", model, **files) / given, tmp_path / "imported")
-    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (1, 361, 362, 363, 364)
+    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (
+        1,
+        361,
+        362,
+        363,
+        364,
+    )
     assert (
         "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, "
-        "such as '<|im_start|>'"
-        in capsys.readouterr().out
+        "such as '<|im_start|>'" in capsys.readouterr().out
     )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
     assert imported.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
@@ -451,7 +472,7 @@ def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, 
     (ids,) = imported.encode_batch(["<|im_start|>count = name<|im_end|>"])
     assert 360 in ids and 361 not in ids, "text must not produce the end token"
     assert imported.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", (
-        "spaces are ignored because some models put one in front of a text"
+        "decoding must restore the text, except for a space that some models put in front of it"
     )
     assert [imported.encode_batch(["a <|im_start|> b"])] == [auto_ids(imported.folder, ["a <|im_start|> b"])]
     check_specials(imported, TRICKY_TEXTS)
@@ -487,7 +508,9 @@ def test_special_tokens_without_ids_get_the_same_ids_as_in_hugging_face(tmp_path
         },
     }
     imported = import_tokenizer(
-        write_model_folder(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **files),
+        write_model_folder(
+            tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **files
+        ),
         tmp_path / "imported",
     )
     spec = json.loads((imported.folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -498,7 +521,13 @@ def test_special_tokens_without_ids_get_the_same_ids_as_in_hugging_face(tmp_path
         "<|b|>": 363,
         "<|a|>": 364,
     }
-    assert (imported.bos_id, imported.eos_id, imported.sep_id, imported.pad_id, imported.vocab_size) == (1, 2, 361, 362, 365)
+    assert (imported.bos_id, imported.eos_id, imported.sep_id, imported.pad_id, imported.vocab_size) == (
+        1,
+        2,
+        361,
+        362,
+        365,
+    )
     check_specials(imported, TRICKY_TEXTS)
 
 

@@ -108,4 +108,6 @@ def test_different_tokens_and_normalizers_are_reported(tmp_path):
     def drop_last_normalizer(spec: dict) -> None:
         spec["normalizer"]["normalizers"].pop()
 
-    assert " has ids [" in first_difference(import_modified(tokenizer, tmp_path / "normalizer", drop_last_normalizer), tokenizer)
+    assert " has ids [" in first_difference(
+        import_modified(tokenizer, tmp_path / "normalizer", drop_last_normalizer), tokenizer
+    )

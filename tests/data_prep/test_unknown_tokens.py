@@ -52,7 +52,11 @@ def train_model_without_bytes(folder: Path) -> Path:
     return folder / "ascii.model"
 
 
-MAKERS = {"characters": save_character_tokenizer, "words": save_word_tokenizer, "sentencepiece": train_model_without_bytes}
+MAKERS = {
+    "characters": save_character_tokenizer,
+    "words": save_word_tokenizer,
+    "sentencepiece": train_model_without_bytes,
+}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -113,9 +117,7 @@ def test_a_tokenizer_that_drops_unknown_text_is_warned_about(tmp_path, write_jso
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
     log = []
-    prepare(
-        data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=log.append
-    )
+    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=log.append)
     assert any(
         line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token")
         for line in log

@@ -34,7 +34,9 @@ def test_errors_in_the_data_are_one_line(
     with bad.open("a") as file:
         file.write('{"text": "a", "code"\n')
     tokenizer_override = f"data.tokenizer={{path: {reference_corpus / 'tokenizer'}}}"
-    message = error_with_source(bad, tokenizer_override, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
+    message = error_with_source(
+        bad, tokenizer_override, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}"
+    )
     assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
     good = write_jsonl(tmp_path / "good.jsonl", pairs(9))
     assert error_with_source(
@@ -67,11 +69,11 @@ def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pat
     [
         (
             lambda content: content.replace(b"}\n{", b"} {", 1),
-            "a.jsonl modify while it was prepared; start again when nothing writes to it",
+            "a.jsonl changed while it was prepared; start again when nothing writes to it",
         ),
         (
             lambda content: content.replace(b"SELECT", b"select", 1),
-            "a file of the sources modify while the corpus was prepared",
+            "a file of the sources changed while the corpus was prepared",
         ),
         (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
     ],
@@ -132,9 +134,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
         ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
     ],
 )
-def test_an_empty_corpus_is_an_error(
-    write_jsonl, reference_corpus, tmp_path, rows, settings, expected
-):
+def test_an_empty_corpus_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(UserError, match=expected) as raised:
         prepare_quietly(
@@ -181,9 +181,7 @@ def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_p
     assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in log
 
 
-def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(
-    write_jsonl, pairs, tmp_path
-):
+def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("lossless", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -226,9 +224,7 @@ def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_sc
         ("python", "a.py", []),
     ],
 )
-def test_files_skipped_by_name_are_reported(
-    write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped
-):
+def test_files_skipped_by_name_are_reported(write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped):
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / read, pairs(3))

@@ -74,7 +74,10 @@ def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatc
             False,
         ),  # a space is put in front of the text
         ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),  # runs of spaces are collapsed
-        ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),  # nmt_nfkc normalizes several characters together
+        (
+            {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+            False,
+        ),  # nmt_nfkc normalizes several characters together
         (
             {
                 "normalization_rule_name": "identity",

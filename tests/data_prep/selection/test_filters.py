@@ -1,4 +1,4 @@
-"""Filters: each reason, which comes first, and mistakes in the configuration."""
+"""Tests of filters: each reason, their precedence, and errors in the configuration."""
 
 import signal
 import threading
@@ -23,7 +23,7 @@ from tests.small_corpora import data_config, json_source, prepare_quietly
         (("abc", "abcd"), {"min_characters": 4}, "too_short"),
         (("abcd", "abc"), {"min_characters": 4}, "too_short"),
         (("abcd", "abcd"), {"min_characters": 4}, ""),
-        (("", "abcd"), {"min_characters": 4}, ""),  # a view that is not there is not short
+        (("", "abcd"), {"min_characters": 4}, ""),  # a missing view is not too short
         (("äöüß",), {"min_characters": 4, "max_characters": 4}, ""),  # characters, not bytes
         (("abcde", "a"), {"max_characters": 4}, "too_many_characters"),
         (("a", "abcde"), {"max_characters": 4}, "too_many_characters"),
@@ -63,8 +63,8 @@ def test_an_invalid_filter_is_one_line(settings, expected):
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
-NEVER = r"^(\d+[ ,.]?)+$"
-"""On sixty digits and a letter there are 2**60 ways to try."""
+BACKTRACKING = r"^(\d+[ ,.]?)+$"
+"""An expression that needs 2**60 attempts on sixty digits and a letter."""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -76,19 +76,19 @@ def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl,
     ]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     config = data_config(
-        tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed
+        tmp_path / "out", source, filters={"forbidden": BACKTRACKING}, workers=workers, on_malformed=malformed
     )
     with pytest.raises(
         UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it"
     ) as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "nothing is interrupted later"
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the timer must be off afterwards"
 
 
 def test_the_time_limit_applies_to_each_record_separately(monkeypatch):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
-    config = FiltersConfig(forbidden=r"(a+)+b")  # some milliseconds for each of these
+    config = FiltersConfig(forbidden=r"(a+)+b")  # takes a few milliseconds on each record
     with search_time_limit(config):
         assert [filter_reason(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
 

@@ -1,4 +1,4 @@
-"""Near-duplicates, against the Jaccard similarity of all pairs, and against all pairs of sketches."""
+"""Tests of near-duplicates against all pairs, by Jaccard similarity and by sketches."""
 
 import json
 import random
@@ -22,14 +22,14 @@ DATA = REPO_ROOT.parent / "shared" / "data"
 Record = tuple[str, ...]
 
 
-def near_duplicates_of(
+def find_near_duplicates(
     folder: Path,
     units: list[list[Record]],
     ranks: list[list[int]] | None = None,
     parts: int = 1,
     threshold: float = 0.8,
 ) -> list[list[int]]:
-    """Of each unit the numbers of the records that are dropped; their ordinals on disk are twice that and one more."""
+    """Return the indices of the dropped records of each unit. An ordinal on disk is twice the index plus one."""
     signatures, bands = (
         [folder / f"{kind}-{unit}.npy" for unit in range(len(units))] for kind in ("signatures", "bands")
     )
@@ -53,21 +53,24 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(padded[start : start + 5]) for start in range(len(padded) - 4)} if words else set()
 
 
-def likeness(one: list[set], other: list[set]) -> float:
+def similarity(one: list[set], other: list[set]) -> float:
     return min(len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(one, other, strict=True))
 
 
 def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
-    """What is well above the threshold is found, what is well below is not; the number of records above."""
+    """Check that records well above the threshold are found and that those well below are not.
+
+    Return the number of records above the threshold.
+    """
     sets = [[shingles(view) for view in record] for record in records]
     holders: dict[tuple[str, ...], list[int]] = {}
     found, above, missed = set(found), 0, 0
-    for place, mine in enumerate(sets):
-        sharing = {
-            early for shingle in mine[0] if shingle[3] for early in holders.get(shingle, [])
-        }  # any other has a likeness near 0
-        closest = max((likeness(mine, sets[early]) for early in sharing), default=0.0)
-        for shingle in mine[0]:
+    for place, shingle_sets in enumerate(sets):
+        candidates = {
+            earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])
+        }  # all other records have a similarity near 0
+        closest = max((similarity(shingle_sets, sets[earlier]) for earlier in candidates), default=0.0)
+        for shingle in shingle_sets[0]:
             holders.setdefault(shingle, []).append(place)
         if place in found:
             assert closest >= 0.68, (records[place], closest)
@@ -80,21 +83,24 @@ def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
     return above
 
 
-def edited(text: str, rng: random.Random) -> str:
+def edit(text: str, rng: random.Random) -> str:
     words = text.split()
     for _ in range(rng.randint(0, 3)):
         words[rng.randrange(len(words))] = rng.choice(["other", "words", "HERE,"])
     return "  ".join(words).upper() if rng.random() < 0.2 else " ".join(words)
 
 
-def synthetic(count: int, seed: int) -> list[Record]:
-    """Texts of 10 to 150 words from a small vocabulary, half of them edited copies of earlier ones, some with another target."""
+def synthetic_records(count: int, seed: int) -> list[Record]:
+    """Return records of 10 to 150 words per view, from a small vocabulary.
+
+    Half of them are edited copies of earlier ones, and some copies have an edited target too.
+    """
     rng = random.Random(seed)
     records = []
     for _ in range(count):
         if records and rng.random() < 0.5:
             context, target = rng.choice(records)
-            records.append((edited(context, rng), rng.choice([target, target, edited(target, rng)])))
+            records.append((edit(context, rng), rng.choice([target, target, edit(target, rng)])))
         else:
             records.append(
                 tuple(" ".join(f"w{rng.randrange(300)}" for _ in range(rng.randint(10, 150))) for _ in range(2))
@@ -103,8 +109,8 @@ def synthetic(count: int, seed: int) -> list[Record]:
 
 
 def test_edited_copies_are_found_according_to_jaccard_similarity(tmp_path):
-    records = synthetic(600, 0)
-    (found,) = near_duplicates_of(tmp_path, [records])
+    records = synthetic_records(600, 0)
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 100
 
 
@@ -112,7 +118,7 @@ def test_edited_copies_are_found_according_to_jaccard_similarity(tmp_path):
 @given(seed=st.integers(0, 2**32), parts=st.sampled_from([1, 2, 5]), threshold=st.sampled_from([0.5, 0.8, 0.9]))
 def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, parts, threshold):
     rng = random.Random(seed)
-    records = synthetic(60, seed)
+    records = synthetic_records(60, seed)
     ranks = [rng.randrange(3) for _ in records]
     cuts = sorted(rng.choices(range(61), k=3))
     bounds = list(zip([0, *cuts], [*cuts, 60], strict=True))
@@ -120,16 +126,17 @@ def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, p
     order = sorted(range(60), key=lambda place: (ranks[place], place))
     expected = [
         any(
-            (bands[early] == bands[late]).all(axis=1).any()
+            (bands[earlier] == bands[later]).all(axis=1).any()
             and all(
-                (signatures[early, view] == signatures[late, view]).sum() >= threshold * NUM_HASHES for view in range(2)
+                (signatures[earlier, view] == signatures[later, view]).sum() >= threshold * NUM_HASHES
+                for view in range(2)
             )
-            for early in order[: order.index(late)]
+            for earlier in order[: order.index(later)]
         )
-        for late in range(60)
+        for later in range(60)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        found = near_duplicates_of(
+        found = find_near_duplicates(
             Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold
         )
     assert [place + a for (a, _), places in zip(bounds, found, strict=True) for place in places] == np.flatnonzero(
@@ -146,7 +153,7 @@ LONG = " ".join(f"word{number}" for number in range(100))
         ((LONG, "a"), (LONG, "a"), True),
         ((LONG, "a"), (LONG.replace("word50", "other"), "a"), True),
         ((LONG, "a"), (LONG.upper().replace(" ", "\n"), "A"), True),
-        ((LONG, "a"), (LONG, "b"), False),  # another target, such as another label
+        ((LONG, "a"), (LONG, "b"), False),  # a different target, such as another label
         ((LONG, "a"), (LONG, ""), False),
         ((LONG, ""), ("", LONG), False),
         (("", LONG), ("", LONG), True),
@@ -157,27 +164,27 @@ LONG = " ".join(f"word{number}" for number in range(100))
             ("猫" + "一二三四五六七八九十" * 9, "x"),
             ("犬" + "一二三四五六七八九十" * 9, "x"),
             False,
-        ),  # ten shingles again and again, and the edges
+        ),  # ten repeated shingles, and the ones at the ends
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],
 )
 def test_records_are_near_duplicates_if_every_view_is(tmp_path, first, second, expected):
-    assert near_duplicates_of(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
-    assert near_duplicates_of(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
+    assert find_near_duplicates(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
+    assert find_near_duplicates(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
 
 
 def test_a_chain_of_edits_keeps_only_its_first_record(tmp_path):
     chain = [(LONG.replace("word", "other", step),) for step in range(0, 100, 2)]
-    (found,) = near_duplicates_of(tmp_path, [chain])
+    (found,) = find_near_duplicates(tmp_path, [chain])
     assert found == list(range(1, 50))
-    (found,) = near_duplicates_of(tmp_path, [[chain[0], chain[-1]]])
+    (found,) = find_near_duplicates(tmp_path, [[chain[0], chain[-1]]])
     assert found == []
 
 
 def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
     records = [(LONG,)] * 25 + [("another " + LONG,), ("quite another text",)]
-    assert near_duplicates_of(tmp_path, [records[:7], records[7:]]) == [
+    assert find_near_duplicates(tmp_path, [records[:7], records[7:]]) == [
         [1, 2, 3, 4, 5, 6],
         [n for n in range(19) if n not in (3, 13)],
     ]
@@ -185,15 +192,15 @@ def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
 
 def test_a_group_that_fills_its_runs_is_read_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
-    assert near_duplicates_of(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
+    assert find_near_duplicates(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
 
 
 def test_records_without_words_are_near_duplicates_of_each_other(tmp_path):
-    assert near_duplicates_of(tmp_path, [[(" ", "")], [("\n", "\t")], [(LONG, "")]]) == [[], [0], []]
+    assert find_near_duplicates(tmp_path, [[(" ", "")], [("\n", "\t")], [(LONG, "")]]) == [[], [0], []]
 
 
 def test_no_records_and_no_units(tmp_path):
-    assert near_duplicates_of(tmp_path, [[], [(LONG,)], []], parts=2) == [[], [], []]
+    assert find_near_duplicates(tmp_path, [[], [(LONG,)], []], parts=2) == [[], [], []]
     resolve_near([], [], 0, 1, tmp_path / "out.npy")
     assert dropped([tmp_path / "out.npy"], 0).tolist() == []
 
@@ -205,7 +212,11 @@ def test_bands_find_pairs_at_the_threshold(threshold):
 
 
 def test_a_missing_library_is_one_line():
-    program = "import sys; sys.modules['rensa'] = None\nfrom data_prep.selection import near_duplicates\nnear_duplicates.sketch([('a',)])"
+    program = (
+        "import sys; sys.modules['rensa'] = None\n"
+        "from data_prep.selection import near_duplicates\n"
+        "near_duplicates.sketch([('a',)])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO_ROOT)
     assert done.stderr.splitlines()[-1].startswith(
         "data_prep.console.UserError: near-duplicates need the package rensa"
@@ -224,8 +235,8 @@ def test_real_glosses_and_news_pairs(tmp_path):
             (json.loads(next(glosses))["gloss"],) for _ in range(1000)
         ]
     rng = random.Random(0)
-    records += [(edited(text, rng),) for (text,) in rng.sample(records, 250)]
-    (found,) = near_duplicates_of(tmp_path, [records])
+    records += [(edit(text, rng),) for (text,) in rng.sample(records, 250)]
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 50
 
 
@@ -243,5 +254,5 @@ def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
         if record in seen:
             copies.append(place)
         seen.add(record)
-    (found,) = near_duplicates_of(tmp_path, [records])
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert set(copies) <= set(found) and len(found) <= len(copies) + len(records) // 500

@@ -1,4 +1,4 @@
-"""Which records a corpus keeps: duplicates, records of the tests, and what filters leave out."""
+"""Tests of the selection of records: duplicates, records of the tests, and filters."""
 
 import json
 import random
@@ -27,8 +27,8 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
     rng = random.Random(0)
     rows = pairs(200)
     files = [rng.choices(rows, k=150) for _ in range(3)]
-    for number, of_file in enumerate(files):
-        write_jsonl(tmp_path / f"{number}.jsonl", of_file)
+    for number, file_rows in enumerate(files):
+        write_jsonl(tmp_path / f"{number}.jsonl", file_rows)
     return files
 
 
@@ -36,14 +36,14 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
 def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
-    every = [pair(row) for of_file in with_duplicates for row in of_file]
+    every = [pair(row) for file_rows in with_duplicates for row in file_rows]
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
     assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
     seen = set()
     places = [
         f"{tmp_path / f'{number}.jsonl'}:{line}"
-        for number, of_file in enumerate(with_duplicates)
-        for line, row in enumerate(of_file, 1)
+        for number, file_rows in enumerate(with_duplicates)
+        for line, row in enumerate(file_rows, 1)
         if pair(row) in seen or seen.add(pair(row))
     ]
     assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
@@ -55,7 +55,7 @@ def test_test_sources_win_over_training_sources_among_duplicates(with_duplicates
         for number, split in enumerate(("train", "validation", "test"))
     ]
     prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512))
-    train, validation, test = ([pair(row) for row in of_file] for of_file in with_duplicates)
+    train, validation, test = ([pair(row) for row in file_rows] for file_rows in with_duplicates)
     unique = dict.fromkeys
     assert texts_of(tmp_path / "out", "test") == list(unique(test))
     assert texts_of(tmp_path / "out", "validation") == [row for row in unique(validation) if row not in test]
@@ -90,15 +90,16 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 @pytest.fixture
 def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
-    """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
+    """A source with four rows from the test file of a task, the tests of that task, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [
         {
             "text": f"what is {row['text']} number {number}",
+            # Most rows have the target of a test row.
             "code": test[number % 30]["code"] if number % 5 else row["code"],
         }
         for number, row in enumerate(pairs(100))
-    ]  # most have the target of a test row
+    ]
     leaked = [
         {"text": test[3]["text"].upper() + " ?!", "code": "another answer"},
         {"text": test[4]["text"], "code": test[4]["code"]},
@@ -159,8 +160,8 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
     assert (
-        "the corpus was prepared" not in (said := run_expecting_user_error(config))
-        and f"content of {tmp_path / 'test.jsonl'}" in said
+        "the corpus was prepared" not in (log := run_expecting_user_error(config))
+        and f"content of {tmp_path / 'test.jsonl'}" in log
     )
     assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
         f"{tmp_path / 'test.jsonl'}:1: 'text' holds"
@@ -239,17 +240,17 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
     ]
     if None in mappings:
         sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
-    said = []
+    log = []
     config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
-    manifest = prepare(config, evaluation_tests(config, evaluation), say=said.append)
-    # the row with the question of a test is found in each mapping; one with a test's answer in none
+    manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
+    # Each mapping finds the row with a test question, and none finds the row with only a test answer.
     found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
     assert any(
         line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line
-        for line in said
+        for line in log
     )
 
 
@@ -257,9 +258,9 @@ def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_pat
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
     for decontaminate in (True, False):
-        said = []
-        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
-        assert (note in said) == decontaminate
+        log = []
+        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=log.append)
+        assert (note in log) == decontaminate
 
 
 def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
@@ -318,8 +319,8 @@ def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
     rows = [{"text": text, "code": text[::-1]} for text in long]
     near = [{"text": text.replace(" ", "  ").upper(), "code": text[::-1]} for text in long[5:10]]
     sources = [
-        json_source(write_jsonl(tmp_path / f"{name}.jsonl", of_file))
-        for name, of_file in (("first", rows), ("near", [*near, rows[3]]))
+        json_source(write_jsonl(tmp_path / f"{name}.jsonl", file_rows))
+        for name, file_rows in (("first", rows), ("near", [*near, rows[3]]))
     ]
     settings = {"sequence_length": 4096, "deduplicate": "near"}
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, **settings))

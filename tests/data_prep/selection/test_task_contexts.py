@@ -1,4 +1,4 @@
-"""Test rows of every form of a task are kept out of training, whatever form the training rows have."""
+"""Tests that test rows of every task are kept out of training, whatever the format of the training rows."""
 
 import json
 
@@ -14,7 +14,7 @@ NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 
 
 def question(number: int) -> str:
-    """A short question: too short to be recognised by a shared stretch of text."""
+    """Return a question that is too short to be recognised by a shared part of its text."""
     return f"why is {NUMBER[number]} odd?"
 
 
@@ -37,7 +37,7 @@ FORMS = {
     "nq_open": lambda number: {"question": question(number), "answer": ["yes", "no"]},
     "hellaswag": lambda number: {"ctx": question(number), "endings": ["a", "b", "c", "d"], "label": str(number % 4)},
 }
-"""A row of each public data set, as it is on the hub or in the public LLM-JEPA data."""
+"""A row of each public data set, in the format of the hub or of the public LLM-JEPA data."""
 
 
 @pytest.mark.parametrize("task", FORMS)
@@ -77,11 +77,9 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("of_test", PROMPTS)
-@pytest.mark.parametrize("of_training", PROMPTS)
-def test_spider_questions_are_kept_out_for_every_pair_of_prompts(
-    of_training, of_test, write_jsonl, tmp_path
-):
+@pytest.mark.parametrize("test_prompt", PROMPTS)
+@pytest.mark.parametrize("training_prompt", PROMPTS)
+def test_spider_questions_are_kept_out_for_every_pair_of_prompts(training_prompt, test_prompt, write_jsonl, tmp_path):
     public = [{"db_id": "numbers", "question": question(number), "query": "SELECT 1"} for number in range(len(NUMBER))]
     in_messages = [chat(f"For db_id:[numbers]\n\n{row['question']}", row["query"]) for row in public]
     clean = [
@@ -90,15 +88,15 @@ def test_spider_questions_are_kept_out_for_every_pair_of_prompts(
     ]
     train = (
         [*clean, *public]
-        if of_training != "messages"
+        if training_prompt != "messages"
         else [*(chat(row["question"], row["query"]) for row in clean), *in_messages]
     )
-    source = json_source(write_jsonl(tmp_path / "train.jsonl", train), views=PROMPTS[of_training])
+    source = json_source(write_jsonl(tmp_path / "train.jsonl", train), views=PROMPTS[training_prompt])
     config = data_config(
         tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306}
     )
-    path = write_jsonl(tmp_path / "test.jsonl", in_messages if of_test == "messages" else public)
-    manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[of_test]))
+    path = write_jsonl(tmp_path / "test.jsonl", in_messages if test_prompt == "messages" else public)
+    manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[test_prompt]))
     assert manifest["dropped"]["contaminated"]["count"] == len(public) and manifest["sources"][0]["kept"] == len(clean)
 
 
@@ -126,33 +124,31 @@ def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapp
     clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
     source = json_source(write_jsonl(tmp_path / "train.jsonl", clean + train))
     views = MAPPINGS[mapping]
-    forms = {
+    sources = {
         "folder": {"type": "json", "path": str(tmp_path / "tests")},
         "glob": {"type": "json", "path": str(tmp_path / "t*" / "*.jsonl")},
         "hub": {"type": "hub", "path": str(tmp_path / "tests")},
     }
-    for name, form in forms.items():
+    for name, source_settings in sources.items():
         config = data_config(
             tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300}
         )
-        said = []
+        log = []
         tests = evaluation_tests(
-            config, {"tasks": [{"name": "spider", "databases": "d", "test": form | {"views": views}}]}
+            config, {"tasks": [{"name": "spider", "databases": "d", "test": source_settings | {"views": views}}]}
         )
-        manifest = prepare(config, tests, say=said.append)
+        manifest = prepare(config, tests, say=log.append)
         assert manifest["dropped"]["contaminated"]["count"] == len(train), name
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
         assert any(
             line.startswith("kept out of training: ")
             and "(spider), " in line
             and "where a training context equals them" in line
-            for line in said
+            for line in log
         )
 
 
-def test_a_new_test_file_or_another_mapping_is_detected(
-    write_jsonl, tmp_path, run_expecting_user_error
-):
+def test_a_new_test_file_or_another_mapping_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "a.jsonl", [{"text": "first question", "code": "1", "other": "x"}])
@@ -193,13 +189,13 @@ def test_skipped_test_files_are_reported(write_jsonl, tmp_path):
     source = json_source(
         write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
     )
-    said = []
+    log = []
     prepare(
         data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}),
         task_tests(tmp_path / "tests"),
-        say=said.append,
+        say=log.append,
     )
-    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in said)
+    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in log)
 
 
 def test_a_changed_test_file_of_a_local_data_set_is_detected(write_jsonl, tmp_path, run_expecting_user_error):

@@ -1,4 +1,4 @@
-"""Arrow files and folders of save_to_disk: every row once, the listed files alone, and damage that names the file."""
+"""Tests of Arrow files and save_to_disk folders: every row once, only listed files, and errors that name the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ EXPECTED = [(text or "", code) for text, code in zip(ROWS["text"], ROWS["code"],
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A DatasetDict of two splits on disk, of which train has three files and a cache beside them."""
+    """A DatasetDict of two splits on disk; train has three files, and a cache file next to them."""
     folder = tmp_path_factory.mktemp("saved")
     datasets.disable_progress_bars()
     train, test = datasets.Dataset.from_dict(ROWS), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})

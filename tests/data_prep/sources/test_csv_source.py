@@ -1,4 +1,4 @@
-"""CSV and TSV: every row against the csv module on the whole file, and rows that are none."""
+"""Tests of CSV and TSV: every row as the csv module reads it from the whole file, and malformed rows."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ def reader(path, views=None, names=VIEWS):
     return open_reader(names, type="csv", path=path, views=views)
 
 
-def content_of(rows: list[list[str]], delimiter: str = ",") -> bytes:
+def to_csv(rows: list[list[str]], delimiter: str = ",") -> bytes:
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows(rows)
     return out.getvalue().encode()
 
 
-ODD = [
+TRICKY_FIELDS = [
     "plain",
     "größe, 犬",
     'a "quoted" word',
@@ -45,8 +45,8 @@ def test_every_row_is_a_record_with_its_line_number(tmp_path, monkeypatch, suffi
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     monkeypatch.setattr(files, "SMALL_BLOCK", block)
     rng = random.Random(1)
-    rows = [[rng.choice(ODD) for _ in range(3)] for _ in range(60)]
-    path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + content_of([["code", "n", "text"], *rows], delimiter))
+    rows = [[rng.choice(TRICKY_FIELDS) for _ in range(3)] for _ in range(60)]
+    path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + to_csv([["code", "n", "text"], *rows], delimiter))
     expected, line = [], 2
     for row in rows:
         expected.append(((row[2], row[0]), f"{path}:{line}"))
@@ -80,18 +80,18 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
 )
 def test_a_malformed_row_affects_no_other(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
-    first, ((reason, told), place), last = read_with_locations(reader(path))
+    first, ((reason, message), place), last = read_with_locations(reader(path))
     assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
-    assert reason == "malformed" and told.startswith(problem) and place == f"{path}:4"
+    assert reason == "malformed" and message.startswith(problem) and place == f"{path}:4"
 
 
 def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
-    (good, _), ((reason, told), place) = read_with_locations(reader(path))
+    (good, _), ((reason, message), place) = read_with_locations(reader(path))
     assert (
         good == ("a", "b")
         and reason == "malformed"
-        and told == "not CSV (unexpected end of data)"
+        and message == "not CSV (unexpected end of data)"
         and place == f"{path}:3"
     )
 
@@ -116,19 +116,19 @@ def test_an_invalid_header_is_an_error(tmp_path, content, problem):
 
 
 def test_a_truncated_compressed_file_loses_no_earlier_row(tmp_path):
-    path = write(tmp_path / "a.csv.gz", content_of([["text", "code"], *(["a", str(number)] for number in range(5000))]))
+    path = write(tmp_path / "a.csv.gz", to_csv([["text", "code"], *(["a", str(number)] for number in range(5000))]))
     path.write_bytes(path.read_bytes()[:-100])
-    *good, ((reason, told), _) = read_with_locations(reader(path))
+    *good, ((reason, message), _) = read_with_locations(reader(path))
     assert (
         reason == "damaged"
-        and "cut off" in told
+        and "cut off" in message
         and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
     )
 
 
 def test_csv_and_json_lines_give_the_same_corpus(tmp_path, write_jsonl, pairs):
     rows = pairs(60)
-    write(tmp_path / "a.csv", content_of([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
+    write(tmp_path / "a.csv", to_csv([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
     write_jsonl(tmp_path / "a.jsonl", rows)
     for kind in ("csv", "json"):
         prepare_quietly(

@@ -1,4 +1,4 @@
-"""Data sets of the hub: local folders of each format, shards, and what cannot be reached or does not exist."""
+"""Tests of hub data sets: local folders of each format, shards, and missing or unreachable data sets."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.small_corpora import data_config
 ROWS = [{"text": f"t{row}", "code": None if row == 2 else f"c,\n{row}", "n": row} for row in range(5)]
 
 
-def make(folder, kind: str):
-    """Three shards of five rows."""
+def make_shards(folder, kind: str):
+    """Write three shards of five rows; return their folder."""
     folder.mkdir()
     for shard in range(3):
         rows = [row | {"text": f"{shard}-{row['text']}"} for row in ROWS]
@@ -41,11 +41,11 @@ def reader(path, names=("text", "code"), **more):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_local_files_are_read_by_the_reader_of_their_format(tmp_path, kind):
-    source = reader(make(tmp_path / "set", kind))
+    source = reader(make_shards(tmp_path / "set", kind))
     assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces()) and source.note == ""
     expected = [(f"{shard}-t{row}", "" if row == 2 else f"c,\n{row}") for shard in range(3) for row in range(5)]
     assert read_views(source) == expected
-    line = 4 if kind == "csv" else 2  # the header, and a line break in the row before
+    line = 4 if kind == "csv" else 2  # the header, and a line break in the previous row
     assert read_with_locations(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
 
 
@@ -75,22 +75,26 @@ def test_files_outside_all_splits_are_reported(tmp_path):
     source = reader(folder)
     assert read_views(source) == [("pairs-train", "x")]
     assert source.note == (
-        f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
+        f"note: {folder} (data.sources.0.path) "
+        f"is read as the hub does, by the names of files or its README.md, and a file is "
         f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json"
     )
-    said = []
+    log = []
     prepare(
         data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}),
-        say=said.append,
+        say=log.append,
     )
-    assert source.note in said
+    assert source.note in log
 
 
 def test_a_readme_and_a_data_folder_are_read_like_on_the_hub(tmp_path, monkeypatch):
     for name in ("data/a-train.jsonl", "data/b-train.jsonl", "data/test.jsonl", "more/train.jsonl"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_text(json.dumps({"text": name, "code": "x"}) + "\n")
-    readme = "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n- {config_name: two, data_files: more/*.jsonl}\n---\n"
+    readme = (
+        "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n"
+        "- {config_name: two, data_files: more/*.jsonl}\n---\n"
+    )
     (tmp_path / "set" / "README.md").write_text(readme)
     monkeypatch.chdir(tmp_path)
     assert [text for text, _ in read_views(reader("set"))] == ["data/a-train.jsonl", "data/b-train.jsonl"]
@@ -140,7 +144,7 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
 
 
 def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
-    path = make(tmp_path / "set", "parquet")
+    path = make_shards(tmp_path / "set", "parquet")
     assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [
         ("", "0-t0/c,\n0"),
         ("", "0-t1/c,\n1"),
@@ -149,8 +153,8 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
     assert read_with_locations(reader(path, views={"code": "n"}))[0][0] == ("", "0")
     folder = tmp_path / "chat"
     folder.mkdir()
-    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    (folder / "a.jsonl").write_text(json.dumps({"messages": said, "many": ["x", "y", "z"]}) + "\n")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (folder / "a.jsonl").write_text(json.dumps({"messages": turns, "many": ["x", "y", "z"]}) + "\n")
     assert read_views(reader(folder)) == [("q", "a")]
     assert read_views(reader(folder, views="many")) == [("x", "y"), ("z", "")]
 
@@ -161,7 +165,7 @@ def test_a_missing_column_is_reported_at_opening(tmp_path, kind):
         UserError,
         match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views",
     ):
-        reader(make(tmp_path / "set", kind), views={"code": "answer"})
+        reader(make_shards(tmp_path / "set", kind), views={"code": "answer"})
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_a_missing_column_is_reported_at_opening(tmp_path, kind):
 )
 def test_a_missing_split_or_configuration_is_reported(tmp_path, more, expected):
     with pytest.raises(UserError, match=expected) as raised:
-        reader(make(tmp_path / "set", "jsonl"), **more)
+        reader(make_shards(tmp_path / "set", "jsonl"), **more)
     assert "\n" not in str(raised.value)
 
 
@@ -189,14 +193,14 @@ def test_a_folder_that_is_not_a_data_set_is_reported(tmp_path):
 
 
 def test_a_corrupt_file_is_named_and_affects_no_other(tmp_path):
-    folder = make(tmp_path / "set", "jsonl")
+    folder = make_shards(tmp_path / "set", "jsonl")
     (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
     *good, last = read_with_locations(reader(folder))
     assert len(good) == 11 and last == (
         ("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"),
         f"{folder / '2.jsonl'}:2",
     )
-    folder = make(tmp_path / "other", "parquet")
+    folder = make_shards(tmp_path / "other", "parquet")
     (folder / "2.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"2\.parquet is no Parquet file, or damaged"):
         reader(folder)
@@ -216,10 +220,10 @@ def test_an_unreachable_data_set_is_one_line(tmp_path, run_expecting_user_error)
             }
         )
     )
-    told = run_expecting_user_error(
+    message = run_expecting_user_error(
         config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     )
-    assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in told
+    assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in message
 
 
 def test_datasets_is_imported_only_when_needed():

@@ -1,4 +1,4 @@
-"""JSON lines: every line once whatever the cuts, what is a record, and why a line is none."""
+"""Tests of JSON lines: every line once wherever files are cut, and the reasons why a line is malformed."""
 
 import itertools
 import json
@@ -27,7 +27,8 @@ from tests.data_prep.sources.source_helpers import (
 
 AWKWARD = (
     b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
-    b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}'
+    b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n'
+    b'[1]\n\n\n{"code": "c", "text": "no newline"}'
 )
 GOOD = b'{"text": "a", "code": "b"}\n'
 
@@ -45,8 +46,8 @@ def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Rec
     return record
 
 
-def obvious(path: Path, content: bytes) -> list[tuple]:
-    """The records of a whole file, the slow way."""
+def read_naively(path: Path, content: bytes) -> list[tuple]:
+    """Return the records of a file, read as a complete."""
     expected = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -67,13 +68,13 @@ def test_each_line_is_read_once_wherever_the_file_is_cut(tmp_path, content, set_
     path = write(tmp_path / "lines.jsonl", content)
     for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK_BYTES)):
         set_piece_size(length, block)
-        assert read_with_locations(reader(path)) == obvious(path, content), (length, block)
+        assert read_with_locations(reader(path)) == read_naively(path, content), (length, block)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix):
     path = write(tmp_path / f"lines.jsonl{suffix}", AWKWARD)
-    assert read_with_locations(reader(path)) == obvious(path, AWKWARD)
+    assert read_with_locations(reader(path)) == read_naively(path, AWKWARD)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -109,7 +110,7 @@ def test_pieces_cover_large_files_without_overlap(tmp_path):
     sizes = {"a.jsonl": (12 << 20) + 5, "b.json": 0, "c.ndjson": 1 << 20, "d.jsonl": 17}
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as file:
-            file.truncate(size)  # sparse: only its size is asked for
+            file.truncate(size)  # sparse: only its size is read
     pieces = reader(tmp_path).pieces()
     assert [Path(piece.path).name for piece in pieces] == ["a.jsonl"] * 4 + ["c.ndjson", "d.jsonl"]
     assert all(piece.size == piece.stop - piece.start > 0 for piece in pieces)
@@ -124,7 +125,7 @@ def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
         write(tmp_path / "data" / name, json.dumps({"text": name, "code": str(number)}).encode())
     for name in ("notes.txt", ".hidden.jsonl", ".git/x.jsonl", "a.jsonl.bak"):
         write(tmp_path / "data" / name, b"no record")
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")  # a loop
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")  # a symlink loop
     write(tmp_path / "elsewhere" / "y.jsonl", b'{"text": "linked", "code": "9"}')
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     names = sorted(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"])
@@ -142,7 +143,7 @@ def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
         f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ..."
     )
     assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
-    assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
+    assert reader(tmp_path / "data" / "[ac]").note == "", "no file of this folder is skipped"
     literal = write(tmp_path / "x[1].jsonl", GOOD)
     assert read_views(reader(literal)) == [("a", "b")]
 
@@ -244,7 +245,7 @@ def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suf
     found = read_with_locations(reader(path))
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
-    )  # KiB; lines of 16 MiB are kept, one of 200 is not
+    )  # KiB; lines of 16 MiB fit in memory, a line of 200 MiB would not
     assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
     assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
@@ -257,7 +258,7 @@ def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suf
 
 
 @cache
-def lines_of(count: int) -> bytes:
+def make_lines(count: int) -> bytes:
     return b"".join(
         b'{"text": "line %d", "code": "%d"}\n' % (number, number * 7919 % 1000003) for number in range(1, count + 1)
     )
@@ -282,7 +283,7 @@ def lines_of(count: int) -> bytes:
 def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_path, suffix, damage):
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
-    path.write_bytes(damage(compress_for_suffix(lines_of(rows), suffix)))
+    path.write_bytes(damage(compress_for_suffix(make_lines(rows), suffix)))
     *good, (problem, place) = read_with_locations(reader(path))
     assert all(
         views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003))
@@ -295,7 +296,7 @@ def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_pat
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
 def test_a_flipped_byte_of_a_gz_file_is_detected(tmp_path, where):
-    data = bytearray(compress_for_suffix(lines_of(50_000), ".gz"))
+    data = bytearray(compress_for_suffix(make_lines(50_000), ".gz"))
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
@@ -311,9 +312,9 @@ def test_all_complete_lines_of_a_truncated_gz_file_are_read(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content[: int(0.7 * len(content))])
     unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
-    whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
+    complete = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
     *good, (problem, _) = read_with_locations(reader(path))
-    assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
+    assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:complete]]
 
 
 def test_zeros_after_a_gz_file_are_ignored(tmp_path):
@@ -371,15 +372,17 @@ def test_real_files_cut_into_small_pieces_match_json_loads(name, set_piece_size)
     path, expected = SHARED / name, []
     for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
         row = json.loads(line)
-        said = {message["role"]: message["content"] for message in row.get("messages", ())}
-        expected.append(((said["user"], said["assistant"]) if said else (row["text"], row["code"]), f"{path}:{number}"))
+        texts = {message["role"]: message["content"] for message in row.get("messages", ())}
+        expected.append(
+            ((texts["user"], texts["assistant"]) if texts else (row["text"], row["code"]), f"{path}:{number}")
+        )
     set_piece_size(9973, 4096)
     assert read_with_locations(reader(path)) == expected
 
 
 @pytest.mark.parametrize("place", ["at the start", "after another frame"])
 def test_a_zst_file_with_a_long_window_is_not_reported_as_damaged(tmp_path, place):
-    """A frame as `zstd --long=31` writes it: no content size, a window of 2 GiB, and one raw block."""
+    """Use a frame like the ones of `zstd --long=31`: no content size, a window of 2 GiB, and one raw block."""
     content = GOOD * 3
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
     path = tmp_path / "it's long.jsonl.zst"

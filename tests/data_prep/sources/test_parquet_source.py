@@ -1,4 +1,4 @@
-"""Parquet: every row once against pandas, only the columns that are needed, and damage that names the file."""
+"""Tests of Parquet: every row once as pandas reads it, only the needed columns, and errors that name the file."""
 
 import json
 
@@ -39,12 +39,12 @@ def write(path, rows=ROWS, **options):
         {"use_dictionary": False, "compression": "none"},
     ],
 )
-@pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
-def test_every_row_is_read_once_with_its_number(tmp_path, options, smallest, set_piece_size):
+@pytest.mark.parametrize("piece_size", [1, 5000, 1 << 20])
+def test_every_row_is_read_once_with_its_number(tmp_path, options, piece_size, set_piece_size):
     rows = {column: values[:1000] for column, values in ROWS.items()}
     path = write(tmp_path / "a.parquet", rows, **options)
     frame = pd.read_parquet(path)
-    set_piece_size(smallest)
+    set_piece_size(piece_size)
     source = reader(path)
     assert read_with_locations(source) == [
         ((text or "", code), f"{path}:{row}")
@@ -52,8 +52,8 @@ def test_every_row_is_read_once_with_its_number(tmp_path, options, smallest, set
     ]
     groups = pq.ParquetFile(path).num_row_groups
     pieces = source.pieces()
-    assert pieces[-1].stop == groups and all(piece.size >= smallest for piece in pieces[:-1])
-    assert len(pieces) == groups if smallest == 1 else len(pieces) < 100
+    assert pieces[-1].stop == groups and all(piece.size >= piece_size for piece in pieces[:-1])
+    assert len(pieces) == groups if piece_size == 1 else len(pieces) < 100
 
 
 def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
@@ -76,8 +76,8 @@ def test_every_string_type_is_read_as_text(tmp_path, kind):
 
 
 def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
-    said = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
-    path = write(tmp_path / "a.parquet", {"messages": said, "many": [["a", "b", "c"]] * 4 + [None]})
+    turns = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
+    path = write(tmp_path / "a.parquet", {"messages": turns, "many": [["a", "b", "c"]] * 4 + [None]})
     assert read_views(reader(path)) == [(f"q{row}", f"a{row}") for row in range(5)]
     assert read_views(reader(path, "many")) == [("a", "b"), ("c", "")] * 4 + [("", "")]
     assert read_views(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
@@ -135,15 +135,15 @@ def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
     ]
 
 
-def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
-    """Messages and lists whose texts are these bytes, two in each row, checked by nobody."""
+def nested_table(contents: list[bytes], kind: pa.DataType) -> pa.Table:
+    """Return messages and lists of these byte strings, two per row, without validation."""
     offsets = pa.py_buffer(np.cumsum([0, *map(len, contents)], dtype=np.int32))
-    said = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
+    texts = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
     turns = pa.StructArray.from_arrays(
-        [pa.array(["user", "assistant"] * (len(contents) // 2)), said], ["role", "content"]
+        [pa.array(["user", "assistant"] * (len(contents) // 2)), texts], ["role", "content"]
     )
     rows = pa.array(range(0, len(contents) + 1, 2), pa.int32())
-    return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, said)})
+    return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, texts)})
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
@@ -153,7 +153,7 @@ def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
 def test_a_bad_byte_in_a_nested_column_affects_only_its_record(tmp_path, kind, views, column):
     contents = [f"größe {number}".encode() for number in range(4000)]
     contents[2 * 1500 + 1] = b"caf\xe9"
-    path = write(tmp_path / "a.parquet", nested(contents, kind))
+    path = write(tmp_path / "a.parquet", nested_table(contents, kind))
     found = read_with_locations(reader(path, views))
     assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8, not text"), f"{path}:1501")
     assert found[1499][0][-1].startswith("größe 299") and len(found) == 2000
@@ -201,8 +201,8 @@ def test_a_file_with_a_corrupt_row_group_is_named(tmp_path, compression):
 
 
 def test_rows_with_and_without_messages_are_mixed(tmp_path):
-    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = pa.table({"messages": [said, None], "text": [None, "t"], "code": ["not this", "c"]})
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = pa.table({"messages": [turns, None], "text": [None, "t"], "code": ["not this", "c"]})
     assert read_views(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
 
 
@@ -241,12 +241,12 @@ def test_only_needed_columns_are_read_in_bounded_memory(tmp_path):
     del table
     before = pa.total_allocated_bytes()
     source = reader(path)
-    most = 0
+    peak = 0
     for piece in source.pieces():
         for record in source.read(piece):
             if record.position % 5000 == 0:
-                most = max(most, pa.total_allocated_bytes() - before)
-    assert record.position == rows and most < 20 << 20 < path.stat().st_size
+                peak = max(peak, pa.total_allocated_bytes() - before)
+    assert record.position == rows and peak < 20 << 20 < path.stat().st_size
 
 
 @needs_shared

@@ -1,4 +1,4 @@
-"""Docstring pairs of Python files, against a parse of what they should mean; files that cannot be parsed are counted, not fatal."""
+"""Tests of docstring pairs of Python files: pairs match the parsed code, and unparsable files are counted."""
 
 import ast
 import inspect
@@ -121,7 +121,7 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         write(tmp_path / "tree" / name, function)
     write(tmp_path / "elsewhere" / "y.py", function)
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "tree" / "aa").symlink_to(tmp_path / "tree" / "z")  # the folder itself still comes
+    (tmp_path / "tree" / "aa").symlink_to(tmp_path / "tree" / "z")  # its target is read once, under its own name
     source = reader(tmp_path / "tree")
     assert [
         (Path(piece.path).relative_to(tmp_path / "tree").as_posix(), record.group, record.position)
@@ -197,9 +197,12 @@ def test_syntax_warnings_of_the_code_are_not_printed(tmp_path):
 
 
 def test_pairs_of_the_standard_library_keep_their_meaning():
-    """The pair of a function parses to the function without its docstring, apart from text in strings, which is dedented too."""
+    """Check that each pair parses to the function without its docstring.
 
-    class Flat(ast.NodeTransformer):
+    Whitespace in strings is ignored because dedenting a function also changes its strings.
+    """
+
+    class WhitespaceRemover(ast.NodeTransformer):
         def visit_Constant(self, node: ast.Constant) -> ast.Constant:
             return ast.Constant("".join(node.value.split())) if isinstance(node.value, str) else node
 
@@ -220,9 +223,12 @@ def test_pairs_of_the_standard_library_keep_their_meaning():
                     record.views[0] == inspect.cleandoc(ast.get_docstring(function, clean=False))
                     and record.position == function.lineno
                 )
-                (again,) = ast.parse(record.views[1]).body
+                (parsed,) = ast.parse(record.views[1]).body
                 function.body = function.body[1:]
-                assert ast.dump(Flat().visit(again)) == ast.dump(Flat().visit(function)), (piece.path, function.lineno)
+                assert ast.dump(WhitespaceRemover().visit(parsed)) == ast.dump(WhitespaceRemover().visit(function)), (
+                    piece.path,
+                    function.lineno,
+                )
                 pairs += 1
     assert pairs > 600
 

@@ -1,4 +1,4 @@
-"""From columns to views: templates, lists of texts, partial mappings, and mistakes that name the key or the column."""
+"""Tests of the mapping from columns to views: templates, lists of texts, partial mappings, and errors."""
 
 import itertools
 import json
@@ -98,14 +98,14 @@ def test_a_list_of_texts_fills_the_views_in_order(tmp_path):
     rng = random.Random(4)
     for count, width in itertools.product(range(12), range(1, 6)):
         names = tuple(f"v{view}" for view in range(width))
-        said = [f"text {number}" for number in range(count)]
-        holed = said[:]
-        for hole in (None, "", " \n"):
-            holed.insert(rng.randint(0, len(holed)), hole)
-        records = read(tmp_path, {"paraphrases": holed}, "paraphrases", names)
+        texts = [f"text {number}" for number in range(count)]
+        texts_with_gaps = texts[:]
+        for gap in (None, "", " \n"):
+            texts_with_gaps.insert(rng.randint(0, len(texts_with_gaps)), gap)
+        records = read(tmp_path, {"paraphrases": texts_with_gaps}, "paraphrases", names)
         assert all(len(record.views) == width and record.position == 1 for record in records)
         flat = [text for record in records for text in record.views]
-        assert flat[:count] == said and not any(flat[count:]) and len(records) == max(1, -(-count // width))
+        assert flat[:count] == texts and not any(flat[count:]) and len(records) == max(1, -(-count // width))
     assert reader(tmp_path, {}, "paraphrases", names).provided_views == (True,) * 5
 
 

@@ -1,4 +1,4 @@
-"""Plain documents: the same whatever the cuts, against a split of the whole file; what is no document says so."""
+"""Tests of plain documents: they equal a split of the whole file wherever it is cut, and invalid ones are reported."""
 
 import random
 import re
@@ -23,10 +23,10 @@ def reader(path, separator=None, names=("text", "code"), **more):
     return open_reader(names, type="text", path=path, separator=separator, **more)
 
 
-def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
-    """First line and text of each document: the lines of the whole file between those that separate."""
+def split_naively(content: bytes, separator: str) -> list[tuple[int, str]]:
+    """Return the first line number and the text of each document, from the lines of the whole file."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    documents, held, start = [], [], 1
+    documents, document_lines, start = [], [], 1
     for number, line in enumerate([*lines, None], start=1):
         ends = (
             line is None or line.removesuffix(b"\r") == separator.encode()
@@ -34,22 +34,22 @@ def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
             else line is None or not line.strip()
         )
         if not ends:
-            held.append(line + b"\n" * (number < len(lines)))
+            document_lines.append(line + b"\n" * (number < len(lines)))
             continue
-        document = re.sub(rb"\r?\n\Z", b"", b"".join(held)).decode()
+        document = re.sub(rb"\r?\n\Z", b"", b"".join(document_lines)).decode()
         if document.strip():
             documents.append((start, document))
-        held, start = [], number + 1
+        document_lines, start = [], number + 1
     return documents
 
 
-def found(path, separator: str) -> list[tuple[int, str]]:
+def read_documents(path, separator: str) -> list[tuple[int, str]]:
     return [
         (int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))
     ]
 
 
-def odd_text(rng: random.Random, separator: str) -> bytes:
+def random_text(rng: random.Random, separator: str) -> bytes:
     lines = [
         "",
         " \t",
@@ -76,13 +76,13 @@ def odd_text(rng: random.Random, separator: str) -> bytes:
 def test_documents_do_not_depend_on_where_the_file_is_cut(tmp_path, separator, set_piece_size):
     rng = random.Random(separator)
     for trial in range(150):
-        content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + odd_text(rng, separator)
+        content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + random_text(rng, separator)
         path = write(tmp_path / "a.txt", content)
-        expected = obvious(content, separator)
+        expected = split_naively(content, separator)
         for _ in range(4):
             length, block = rng.randint(1, len(content) + 2), rng.choice([3, 5, 64, files.BLOCK_BYTES])
             set_piece_size(length, block)
-            assert found(path, separator) == expected, (trial, length, block, content)
+            assert read_documents(path, separator) == expected, (trial, length, block, content)
 
 
 @pytest.mark.parametrize("width", [4095, 4096, 4097, 4098, 4099, 9000])
@@ -96,15 +96,15 @@ def test_a_very_long_blank_line_is_read_the_same_for_every_cut(tmp_path, width, 
     )
     for length in (1, 6, 7, 1000, width + 6, width + 7, width + 8, width + 15):
         set_piece_size(max(length, 50), 700)
-        assert found(path, "") == expected, length
+        assert read_documents(path, "") == expected, length
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", ["", END])
 def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix, separator):
-    content = b"".join(odd_text(random.Random(seed), END) for seed in range(20))
+    content = b"".join(random_text(random.Random(seed), END) for seed in range(20))
     path = write(tmp_path / f"a.txt{suffix}", content)
-    assert found(path, separator) == obvious(content, separator)
+    assert read_documents(path, separator) == split_naively(content, separator)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path,
         content = whole if separator is None else b"a\n<|endoftext|>\r\n" + whole + b"\r\n<|endoftext|>\nb\n"
         path = write(tmp_path / f"a.txt{suffix}", content)
         middle = (("", whole.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
-        around = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
-        assert read_with_locations(reader(path, separator)) == [*around[0], middle, *around[1]]
+        neighbours = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
+        assert read_with_locations(reader(path, separator)) == [*neighbours[0], middle, *neighbours[1]]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -208,6 +208,6 @@ def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, cut)
 @pytest.mark.parametrize("separator", ["", "======"])
 def test_a_real_manual_cut_into_small_pieces_gives_the_same_documents(separator, set_piece_size):
     path = SHARED / "text" / "sqlite3-doc.txt"
-    expected = obvious(path.read_bytes(), separator)
+    expected = split_naively(path.read_bytes(), separator)
     set_piece_size(77_777, 1 << 16)
-    assert found(path, separator) == expected
+    assert read_documents(path, separator) == expected

@@ -21,7 +21,9 @@ def test_quantiles_match_pandas():
     for size in (1, 2, 3, 10, 999):
         values = rng.integers(1, 50, size)
         for probability in (0.0, 0.5, 0.9, 0.99, 1.0):
-            assert quantile(np.bincount(values), probability) == pytest.approx(pandas.Series(values).quantile(probability))
+            assert quantile(np.bincount(values), probability) == pytest.approx(
+                pandas.Series(values).quantile(probability)
+            )
 
 
 @pytest.fixture(scope="module")

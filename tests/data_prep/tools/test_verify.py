@@ -177,7 +177,9 @@ def flip(folder: Path, column: str, buffer: int, byte: int, bit: int = 0, file: 
     (folder / file).write_bytes(content)
 
 
-def rewrite_columns(folder: Path, change: Callable[[dict[str, pa.Array]], dict[str, pa.Array]], file: str = FIRST) -> None:
+def rewrite_columns(
+    folder: Path, change: Callable[[dict[str, pa.Array]], dict[str, pa.Array]], file: str = FIRST
+) -> None:
     """Rewrite a shard with changed columns, using pyarrow directly."""
     batch = pa.ipc.open_file((folder / file).read_bytes()).get_batch(0)
     new = pa.record_batch(change({name: batch.column(name) for name in batch.schema.names}))
@@ -301,8 +303,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_updated_digest(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
         "it has records 30, the manifest says 40",
     ),
-    "tokens of another record": (with_updated_digest(lambda f: replace_tokens(f, 3, [11, 12, 13])), "row 3, counted from 0: its checksum"),
-    "a view emptied": (with_updated_digest(lambda f: replace_tokens(f, 4, [])), "row 4, counted from 0: text is empty, but not null"),
+    "tokens of another record": (
+        with_updated_digest(lambda f: replace_tokens(f, 3, [11, 12, 13])),
+        "row 3, counted from 0: its checksum",
+    ),
+    "a view emptied": (
+        with_updated_digest(lambda f: replace_tokens(f, 4, [])),
+        "row 4, counted from 0: text is empty, but not null",
+    ),
     "a view lost": (with_updated_digest(lambda f: replace_tokens(f, 4, None)), "incomplete 3, the manifest says 2"),
     "a record emptied": (
         with_updated_digest(lambda f: replace_tokens(f, 9, None, "code")),
@@ -321,11 +329,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "(and 39 others): its checksum",
     ),
     "another token type": (
-        with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})),
+        with_updated_digest(
+            lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})
+        ),
         "its columns are text: list<item: uint32>",
     ),
-    "a null token": (with_updated_digest(lambda f: replace_tokens(f, 3, [11, None])), "it has nulls in place of tokens"),
-    "no record": (with_updated_digest(lambda f: rewrite_columns(f, lambda b: {n: c[:0] for n, c in b.items()})), "it holds no record"),
+    "a null token": (
+        with_updated_digest(lambda f: replace_tokens(f, 3, [11, None])),
+        "it has nulls in place of tokens",
+    ),
+    "no record": (
+        with_updated_digest(lambda f: rewrite_columns(f, lambda b: {n: c[:0] for n, c in b.items()})),
+        "it holds no record",
+    ),
     "two batches": (with_updated_digest(split_batches), "it has 2 record batches instead of one"),
     "id beyond the vocabulary": (
         lambda f: rewrite_with_checksums(f, 6, [20, 340], 0),
@@ -379,7 +395,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST),
     "another format": (set_value("format", value=2), "has format 2"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "there is no prepared corpus"),
-    "tokenizer replace_tokens": (replace_tokenizer, "tokenizer: it is not the one that the shards were made with"),
+    "tokenizer replaced": (replace_tokenizer, "tokenizer: it is not the one that the shards were made with"),
     "tokenizer lost": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: "),
     "vocabulary size": (set_value("tokenizer", "vocab_size", value=341), "tokenizer: it is not the one"),
 }
@@ -409,7 +425,11 @@ def test_all_damaged_shards_are_reported(folder, run_verify):
     for file in (FIRST, "train-00002.arrow", "validation-00000.arrow"):
         (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     code, lines, error = run_verify(folder, processes=True)
-    assert code == 2 and [line.split(":")[0] for line in lines] == [FIRST, "train-00002.arrow", "validation-00000.arrow"]
+    assert code == 2 and [line.split(":")[0] for line in lines] == [
+        FIRST,
+        "train-00002.arrow",
+        "validation-00000.arrow",
+    ]
     assert "3 of 4 shards are damaged" in error
 
 
