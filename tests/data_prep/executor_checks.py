@@ -52,7 +52,7 @@ def crash() -> None:
     if executor.rank == 1:
         raise ZeroDivisionError("a bug")
     executor.run_on_main(lambda: None)
-    executor.run_on_all(lambda: None)  # would wait for rank 1 forever
+    executor.run_on_all(lambda: None)  # waits for rank 1 forever unless its crash ends this rank
 
 
 CHECKS = {

@@ -73,10 +73,8 @@ def test_an_override_value_may_hold_equals_signs(config):
         ("data.sources.².path=x", "'²' is no entry of that list"),
         ("seed.x=1", "seed is a single value, it has no keys below it"),
         ("seed=[1", "seed: cannot read the value '[1' as YAML"),
-        (
-            "name=2024-13-45",
-            "name: cannot read the value '2024-13-45' as YAML",
-        ),  # YAML reads it as an impossible date
+        # YAML reads this as a date, and it is an impossible one.
+        ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),
     ],
 )
 def test_an_invalid_override_is_explained(config, override, expected):

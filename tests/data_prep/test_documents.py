@@ -108,7 +108,7 @@ def test_plain_documents_are_mixed_with_pairs(documents, tmp_path, write_jsonl, 
 def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypatch):
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
-    prepare_quietly(data_config(tmp_path / "whole", source, views=["text"]))
+    prepare_quietly(data_config(tmp_path / "single", source, views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "AROUND", 100)
     calls = []
@@ -119,10 +119,12 @@ def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypa
         lambda self, texts: calls.append(max(map(len, texts), default=0)) or encode_batch(self, texts),
     )
     prepare_quietly(
-        data_config(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")})
+        data_config(
+            tmp_path / "chunked", source, views=["text"], tokenizer={"path": str(tmp_path / "single" / "tokenizer")}
+        )
     )
     assert 500 < max(calls) <= 1000
-    assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
+    assert split_rows(tmp_path / "chunked", views=("text",)) == split_rows(tmp_path / "single", views=("text",))
 
 
 def train_gpt2_style(folder) -> tokenizers.Tokenizer:

@@ -80,7 +80,7 @@ def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, 
     units = NUM_FILES + 2
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
-    moments = [
+    pause_points = [
         (".partial/settings.json", 1),
         (scans, 1),
         (scans, units),
@@ -93,7 +93,7 @@ def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, 
         ("manifest.json", 1),
     ]
     killed, written = 0, {}
-    for pattern, count in moments:
+    for pattern, count in pause_points:
         arguments, environment = command(corpus, f"data.path={tmp_path}")
         with open(tmp_path / ".log", "w") as log:
             process = subprocess.Popen(
@@ -119,14 +119,14 @@ def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, 
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
                 assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "written again"
-    assert killed == len(moments)
+    assert killed == len(pause_points)
     (tmp_path / ".log").unlink()
     (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"left by a killed worker")
     done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(reference_corpus)
-    shards = {file: at for file, at in written.items() if file.suffix == ".arrow"}
-    assert len(shards) >= units and all(file.stat().st_mtime_ns == at for file, at in shards.items())
+    shards = {file: mtime for file, mtime in written.items() if file.suffix == ".arrow"}
+    assert len(shards) >= units and all(file.stat().st_mtime_ns == mtime for file, mtime in shards.items())
 
 
 @pytest.fixture
@@ -163,9 +163,8 @@ def running_preparation(corpus, reference_corpus, command, tmp_path):
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     parents = processes_of_session(process.pid)
-    return [
-        pid for pid, parent in parents.items() if parents.get(parent) == process.pid
-    ]  # workers are children of the fork server
+    # Workers are children of the fork server, which is a child of the main process.
+    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]
 
 
 def test_workers_end_with_the_main_process(running_preparation):

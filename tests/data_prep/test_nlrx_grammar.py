@@ -177,7 +177,7 @@ def test_generated_texts_are_as_long_as_published_ones(published, generated):
             assert sum(len(row[side]) for row in rows) / len(rows) == pytest.approx(expected, rel=0.02)
 
 
-# The generator.
+# Tests of the generator.
 
 
 def test_every_generated_pair_is_in_the_grammar_and_within_the_limits(generated):

@@ -27,7 +27,7 @@ from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepa
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
-    """Return the tokens of each split, in order, and the places of dropped records by reason.
+    """Return the tokens of each split, in order, and the locations of dropped records by reason.
 
     This slow implementation is independent of the preparation.
     """
@@ -36,38 +36,38 @@ def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], di
     splits: dict[str, list] = {}
     dropped: dict[str, list[str]] = {}
 
-    def add(split: str, context: str, target: str, place: str) -> None:
+    def add(split: str, context: str, target: str, location: str) -> None:
         held_out = int(hashlib.sha256(target.encode()).hexdigest()[:16], 16) < 0.1 * 2**64
-        records.append(("validation" if split == "train" and held_out else split, (context, target), place))
+        records.append(("validation" if split == "train" and held_out else split, (context, target), location))
 
     for index in range(NUM_FILES):
         path = corpus.parent / f"{index}.jsonl"
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line:
                 continue
-            row, place = json.loads(line), f"{path}:{number}"
+            row, location = json.loads(line), f"{path}:{number}"
             if "messages" in row:
-                add("train", "q", "SELECT a dog", place)
+                add("train", "q", "SELECT a dog", location)
             elif row.get("text") == [3]:
-                dropped.setdefault("malformed", []).append(place)
+                dropped.setdefault("malformed", []).append(location)
             elif row.keys() == {"text", "code"}:
-                add("train", row["text"], row["code"], place)
+                add("train", row["text"], row["code"], location)
             else:
-                dropped.setdefault("one_sided" if "text" in row else "empty", []).append(place)
+                dropped.setdefault("one_sided" if "text" in row else "empty", []).append(location)
     for split, seed, count in (("train", 5, 200), ("test", 0, 50)):
         for index in range(count):
             add(split, *generate(seed, split, index), f"nlrx:{split}:{index}")
     kept: dict[tuple[str, str], str] = {}
     for split in ("test", "validation", "train"):
-        for record_split, views, place in records:
+        for record_split, views, location in records:
             if record_split == split:
-                kept.setdefault(views, place)
-    for split, views, place in records:
+                kept.setdefault(views, location)
+    for split, views, location in records:
         tokens = encode_text(views[0]), encode_text(views[1])
-        if kept[views] != place:
-            dropped.setdefault("duplicate", []).append(place)
+        if kept[views] != location:
+            dropped.setdefault("duplicate", []).append(location)
         elif len(tokens[0]) + 2 * len(tokens[1]) + 16 > SEQUENCE_LENGTH:
-            dropped.setdefault("too_long", []).append(place)
+            dropped.setdefault("too_long", []).append(location)
         else:
             splits.setdefault(split, []).append(tokens)
     return splits, dropped
@@ -85,11 +85,12 @@ def test_shards_match_an_independent_reading_of_the_sources(corpus, reference_co
             assert entry["tokens"][name] == sum(lengths) and entry["longest"][name] == max(lengths)
         assert entry["positions_needed"] == max(len(text) + 2 * len(code) + 16 for text, code in splits[split])
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {
-        reason: len(places) for reason, places in dropped.items()
+        reason: len(locations) for reason, locations in dropped.items()
     }
     assert {
-        reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()
-    } == {reason: places[:5] for reason, places in dropped.items()}
+        reason: [location.partition(": ")[0] for location in drop["first"]]
+        for reason, drop in manifest["dropped"].items()
+    } == {reason: locations[:5] for reason, locations in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
     assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, (
         "a record was lost"
@@ -145,16 +146,16 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
 
 def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     log = (corpus.parent / "stdout.txt").read_text().splitlines()
-    place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
+    location = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
         f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
-        f"the first: {place}" in log
+        f"the first: {location}" in log
     )
     assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
         f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
-        f"\n\n    {place}\n" in summary
+        f"\n\n    {location}\n" in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
@@ -296,7 +297,7 @@ def test_a_generated_source_has_the_requested_size(records):
 
 
 def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
-    """A fake `torch` that writes a marker file comes first on the import path, also in the workers."""
+    """Put a fake `torch` first on the import path, also of the workers. It writes a marker file when imported."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARKER'], 'w').close()\n")
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]

@@ -36,7 +36,10 @@ def splitmix(state: int) -> int:
 
 
 def independent_reader(path) -> list[dict]:
-    """Return the rows of a shard and check each checksum, implemented from docs/data.md alone."""
+    """Return the rows of a shard, after a check of each checksum.
+
+    This reader is implemented from docs/data.md alone.
+    """
     rows = pa.ipc.open_file(str(path)).read_all().to_pylist()
     for number, row in enumerate(rows):
         views = [row[name] for name in row if name not in ("continues", "checksum")]
@@ -50,8 +53,8 @@ def independent_reader(path) -> list[dict]:
         for view, tokens in enumerate(views):
             if tokens is not None:
                 content = 0
-                for place, token in enumerate(tokens):
-                    content += splitmix(token ^ place * 2**32)
+                for index, token in enumerate(tokens):
+                    content += splitmix(token ^ index * 2**32)
                 total += splitmix(content & MASK ^ splitmix(len(tokens)) ^ splitmix(view))
         assert row["checksum"] == total & 0xFFFFFFFF, number
     return rows
@@ -105,8 +108,12 @@ def test_an_independent_reader_agrees_on_contents_and_checksums(tmp_path, vocabu
 def test_the_manifest_entry_describes_the_shard(tmp_path):
     records, continues = random_records(3, 300, 512)
     entry = write(tmp_path / "a.arrow", records, continues)
-    cut = [number for number, continued in enumerate(continues) if continued or (number and continues[number - 1])]
-    complete = np.array([[len(view) for view in record] for number, record in enumerate(records) if number not in cut])
+    continued_rows = [
+        number for number, continued in enumerate(continues) if continued or (number and continues[number - 1])
+    ]
+    complete = np.array(
+        [[len(view) for view in record] for number, record in enumerate(records) if number not in continued_rows]
+    )
     assert entry["file"] == "a.arrow" and entry["source"] == 7 and entry["records"] == len(records)
     assert entry["incomplete"] == sum(not all(record) for record in records) and entry["continued"] == sum(continues)
     assert entry["tokens"] == {f"view{view}": sum(len(record[view]) for record in records) for view in range(2)}

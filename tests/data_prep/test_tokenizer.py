@@ -159,9 +159,8 @@ def test_ids_are_equal_in_every_library(trained, texts, tmp_path):
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
     assert model.encode(texts) == expected
     assert model.decode(expected) == texts
-    from_json = import_tokenizer(
-        trained.folder / "tokenizer.json", tmp_path / "json"
-    )  # encodes with the `tokenizers` library
+    # A tokenizer imported from tokenizer.json encodes with the `tokenizers` library.
+    from_json = import_tokenizer(trained.folder / "tokenizer.json", tmp_path / "json")
     assert from_json.encode_batch(texts) == expected
     assert [from_json.decode(ids) for ids in expected] == texts
     assert auto_ids(trained.folder, texts) == expected
@@ -241,7 +240,7 @@ def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(t
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:
-    """Train a model with sentencepiece's defaults, BPE unless the options say otherwise; return its path.
+    """Train a model with sentencepiece's defaults, as BPE unless `options` set another type; return its path.
 
     It has no pad or sep token, puts a space in front of the text, and collapses runs of spaces.
     """

@@ -69,15 +69,12 @@ def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatc
     "options, cacheable",
     [
         ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}, True),
-        (
-            {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
-            False,
-        ),  # a space is put in front of the text
-        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),  # runs of spaces are collapsed
-        (
-            {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
-            False,
-        ),  # nmt_nfkc normalizes several characters together
+        # A space is put in front of the text.
+        ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, False),
+        # Runs of spaces are collapsed.
+        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),
+        # The default normalization, nmt_nfkc, handles several characters together.
+        ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),
         (
             {
                 "normalization_rule_name": "identity",

@@ -72,7 +72,7 @@ def test_random_records_match_the_reference(seed, contexts, records):
     tests = [text(rng.choice([2, 40])) for _ in range(contexts)]
 
     def view() -> str:
-        # Half of the views are parts of a test context, about as long as the threshold, in other text.
+        # About half of the views contain a part of a test context that is about as long as the threshold.
         if tests and rng.random() < 0.5:
             test = rng.choice(tests).swapcase()
             start = rng.randrange(len(test) + 1)

@@ -65,20 +65,19 @@ def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
     sets = [[shingles(view) for view in record] for record in records]
     holders: dict[tuple[str, ...], list[int]] = {}
     found, above, missed = set(found), 0, 0
-    for place, shingle_sets in enumerate(sets):
-        candidates = {
-            earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])
-        }  # all other records have a similarity near 0
+    for index, shingle_sets in enumerate(sets):
+        # Only these earlier records are compared, because all others have a similarity near 0.
+        candidates = {earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])}
         closest = max((similarity(shingle_sets, sets[earlier]) for earlier in candidates), default=0.0)
         for shingle in shingle_sets[0]:
-            holders.setdefault(shingle, []).append(place)
-        if place in found:
-            assert closest >= 0.68, (records[place], closest)
+            holders.setdefault(shingle, []).append(index)
+        if index in found:
+            assert closest >= 0.68, (records[index], closest)
         if closest >= 0.8:
             above += 1
-            missed += place not in found
+            missed += index not in found
         if closest >= 0.92:
-            assert place in found, (records[place], closest)
+            assert index in found, (records[index], closest)
     assert missed <= 0.1 * above + 1
     return above
 
@@ -123,25 +122,20 @@ def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, p
     cuts = sorted(rng.choices(range(61), k=3))
     bounds = list(zip([0, *cuts], [*cuts, 60], strict=True))
     signatures, bands = sketch(records, threshold)
-    order = sorted(range(60), key=lambda place: (ranks[place], place))
-    expected = [
-        any(
-            (bands[earlier] == bands[later]).all(axis=1).any()
-            and all(
-                (signatures[earlier, view] == signatures[later, view]).sum() >= threshold * NUM_HASHES
-                for view in range(2)
-            )
-            for earlier in order[: order.index(later)]
-        )
-        for later in range(60)
-    ]
+    order = sorted(range(60), key=lambda index: (ranks[index], index))
+
+    def near(earlier: int, later: int) -> bool:
+        shares_band = (bands[earlier] == bands[later]).all(axis=1).any()
+        equal_hashes = (signatures[earlier] == signatures[later]).sum(axis=-1)
+        return shares_band and (equal_hashes >= threshold * NUM_HASHES).all()
+
+    expected = [any(near(earlier, later) for earlier in order[: order.index(later)]) for later in range(60)]
     with tempfile.TemporaryDirectory() as folder:
         found = find_near_duplicates(
             Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold
         )
-    assert [place + a for (a, _), places in zip(bounds, found, strict=True) for place in places] == np.flatnonzero(
-        expected
-    ).tolist()
+    dropped_indices = [index + a for (a, _), indices in zip(bounds, found, strict=True) for index in indices]
+    assert dropped_indices == np.flatnonzero(expected).tolist()
 
 
 LONG = " ".join(f"word{number}" for number in range(100))
@@ -160,11 +154,8 @@ LONG = " ".join(f"word{number}" for number in range(100))
         (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
         ((LONG, "~(.*)"), (LONG, "(.*)"), False),
         ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
-        (
-            ("猫" + "一二三四五六七八九十" * 9, "x"),
-            ("犬" + "一二三四五六七八九十" * 9, "x"),
-            False,
-        ),  # ten repeated shingles, and the ones at the ends
+        # These texts have ten repeated shingles, and different ones at the start.
+        (("猫" + "一二三四五六七八九十" * 9, "x"), ("犬" + "一二三四五六七八九十" * 9, "x"), False),
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],
 )
@@ -250,9 +241,9 @@ def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
             for line in lines
         ]
     seen, copies = set(), []
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         if record in seen:
-            copies.append(place)
+            copies.append(index)
         seen.add(record)
     (found,) = find_near_duplicates(tmp_path, [records])
     assert set(copies) <= set(found) and len(found) <= len(copies) + len(records) // 500

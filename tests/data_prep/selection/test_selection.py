@@ -40,16 +40,16 @@ def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
     assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
     seen = set()
-    places = [
-        f"{tmp_path / f'{number}.jsonl'}:{line}"
-        for number, file_rows in enumerate(with_duplicates)
-        for line, row in enumerate(file_rows, 1)
-        if pair(row) in seen or seen.add(pair(row))
-    ]
-    assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
+    locations = []
+    for number, file_rows in enumerate(with_duplicates):
+        for line, row in enumerate(file_rows, 1):
+            if pair(row) in seen:
+                locations.append(f"{tmp_path / f'{number}.jsonl'}:{line}")
+            seen.add(pair(row))
+    assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == locations[:5]
 
 
-def test_test_sources_win_over_training_sources_among_duplicates(with_duplicates, tmp_path):
+def test_records_of_test_sources_win_over_training_duplicates(with_duplicates, tmp_path):
     sources = [
         json_source(tmp_path / f"{number}.jsonl", split=split)
         for number, split in enumerate(("train", "validation", "test"))
@@ -116,8 +116,8 @@ def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
     manifest = prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     dropped = manifest["dropped"]["contaminated"]
-    assert dropped["count"] == 4 and all("the test context" in place for place in dropped["first"])
-    assert [place.partition(": ")[0] for place in dropped["first"]] == [
+    assert dropped["count"] == 4 and all("the test context" in location for location in dropped["first"])
+    assert [location.partition(": ")[0] for location in dropped["first"]] == [
         f"{tmp_path / 'train.jsonl'}:{line}" for line in (101, 102, 103, 104)
     ]
     assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
@@ -245,7 +245,7 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
     manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
     # Each mapping finds the row with a test question, and none finds the row with only a test answer.
-    found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
+    found = [location.partition(": ")[0] for location in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
     assert any(
@@ -282,7 +282,7 @@ def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
     )
     assert texts_of(tmp_path / "out") == [pair(rows[0])]
     assert {
-        reason: [place.partition(": ")[0][-1] for place in drop["first"]]
+        reason: [location.partition(": ")[0][-1] for location in drop["first"]]
         for reason, drop in manifest["dropped"].items()
     } == {"nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
     summary = (tmp_path / "out" / "summary.md").read_text()

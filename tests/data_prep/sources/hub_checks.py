@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 def make_files(word: str) -> dict[str, bytes]:
-    """Return two make_files of rows that contain a word that identifies their commit."""
+    """Return two files whose rows start with a word that identifies the commit."""
     rows = [
         [
             {"text": f"{word} {part} {row}", "code": f"SELECT name FROM dogs WHERE id = {row * 7919 + part}"}

@@ -26,15 +26,15 @@ def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
 
 
 def read_with_locations(reader: Reader) -> list[tuple]:
-    """Return (views or (reason, problem), place) of every record."""
+    """Return (views or (reason, problem), location) of every record."""
     found, counts = [], {}
     for piece in reader.pieces():
         for record in reader.read(piece):
             assert (
                 record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
             )
-            place = reader.place(piece, record.position, counts.get(piece.path, 0))
-            found.append((record.views if record.views is not None else (record.reason, record.problem), place))
+            location = reader.place(piece, record.position, counts.get(piece.path, 0))
+            found.append((record.views if record.views is not None else (record.reason, record.problem), location))
         counts[piece.path] = counts.get(piece.path, 0) + reader.count(piece)
     return found
 

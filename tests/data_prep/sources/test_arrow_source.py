@@ -37,8 +37,8 @@ def reader(path, views=None, kind="arrow", **more):
 def test_listed_files_of_a_saved_data_set_are_its_pieces(saved):
     source = reader(saved / "train")
     assert len(source.pieces()) == 3 and read_views(source) == EXPECTED
-    places = [place for _, place in read_with_locations(source)]
-    assert places[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and places[-1].endswith(
+    locations = [location for _, location in read_with_locations(source)]
+    assert locations[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and locations[-1].endswith(
         "data-00002-of-00003.arrow:833"
     )
     assert read_with_locations(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
@@ -47,7 +47,8 @@ def test_listed_files_of_a_saved_data_set_are_its_pieces(saved):
 def test_a_folder_of_splits_is_refused_and_the_splits_are_named(saved):
     with pytest.raises(
         UserError,
-        match=r"saved0 \(data\.sources\.0\.path\) has the splits train, test: give the folder of one, such as .*train, or",
+        match=r"saved0 \(data\.sources\.0\.path\) "
+        r"has the splits train, test: give the folder of one, such as .*train, or",
     ):
         reader(saved)
 

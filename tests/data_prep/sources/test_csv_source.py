@@ -80,19 +80,19 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
 )
 def test_a_malformed_row_affects_no_other(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
-    first, ((reason, message), place), last = read_with_locations(reader(path))
+    first, ((reason, message), location), last = read_with_locations(reader(path))
     assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
-    assert reason == "malformed" and message.startswith(problem) and place == f"{path}:4"
+    assert reason == "malformed" and message.startswith(problem) and location == f"{path}:4"
 
 
 def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
-    (good, _), ((reason, message), place) = read_with_locations(reader(path))
+    (good, _), ((reason, message), location) = read_with_locations(reader(path))
     assert (
         good == ("a", "b")
         and reason == "malformed"
         and message == "not CSV (unexpected end of data)"
-        and place == f"{path}:3"
+        and location == f"{path}:3"
     )
 
 

@@ -115,10 +115,10 @@ def test_a_readme_may_set_the_separator_and_other_settings_of_the_library(tmp_pa
 
 def test_a_file_of_another_format_is_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    place = f"hub:{tmp_path}:train:shard 0"
+    location = f"hub:{tmp_path}:train:shard 0"
     assert read_with_locations(reader(tmp_path, names=("text",))) == [
-        (("one",), f"{place}:1"),
-        (("two",), f"{place}:2"),
+        (("one",), f"{location}:1"),
+        (("two",), f"{location}:2"),
     ]
 
 

@@ -72,14 +72,14 @@ def test_contents_of_an_array(tmp_path, content, expected):
 )
 def test_corruption_loses_no_earlier_element(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
-    *good, ((reason, message), place) = read_with_locations(reader(path))
+    *good, ((reason, message), location) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
     assert (
         reason == "damaged"
         and problem in message
         and message.endswith("the rest of the array is lost: correct the file")
     )
-    assert place == f"{path}, element 3"
+    assert location == f"{path}, element 3"
 
 
 def test_a_truncated_compressed_array_is_reported(tmp_path):
@@ -103,5 +103,5 @@ def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert read_views(
         reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))
     ) == [("a", "b"), ("c", "d")]
-    (found, place), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
-    assert found == ("malformed", "a JSON list, not an object") and place.endswith("b.jsonl:1")
+    (found, location), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
+    assert found == ("malformed", "a JSON list, not an object") and location.endswith("b.jsonl:1")

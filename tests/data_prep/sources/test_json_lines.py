@@ -47,7 +47,7 @@ def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Rec
 
 
 def read_naively(path: Path, content: bytes) -> list[tuple]:
-    """Return the records of a file, read as a complete."""
+    """Return the records of a file, read as a whole."""
     expected = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -243,10 +243,9 @@ def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suf
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = read_with_locations(reader(path))
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
-    )  # KiB; lines of 16 MiB fit in memory, a line of 200 MiB would not
-    assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
+    # In KiB: lines of 16 MiB fit in this limit, and a line of 200 MiB would not.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
+    assert [location for _, location in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
     assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
         ("a", "b"),
@@ -284,14 +283,14 @@ def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_pat
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
     path.write_bytes(damage(compress_for_suffix(make_lines(rows), suffix)))
-    *good, (problem, place) = read_with_locations(reader(path))
+    *good, (problem, location) = read_with_locations(reader(path))
     assert all(
         views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003))
         and at == f"{path}:{number}"
         for number, (views, at) in enumerate(good, start=1)
     )
     assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
-    assert place == f"{path}:{len(good) + 1}"
+    assert location == f"{path}:{len(good) + 1}"
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
@@ -380,13 +379,13 @@ def test_real_files_cut_into_small_pieces_match_json_loads(name, set_piece_size)
     assert read_with_locations(reader(path)) == expected
 
 
-@pytest.mark.parametrize("place", ["at the start", "after another frame"])
-def test_a_zst_file_with_a_long_window_is_not_reported_as_damaged(tmp_path, place):
+@pytest.mark.parametrize("frame_position", ["at the start", "after another frame"])
+def test_a_zst_file_with_a_long_window_is_not_reported_as_damaged(tmp_path, frame_position):
     """Use a frame like the ones of `zstd --long=31`: no content size, a window of 2 GiB, and one raw block."""
     content = GOOD * 3
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
     path = tmp_path / "it's long.jsonl.zst"
-    path.write_bytes((compress_for_suffix(content, ".zst") if place == "after another frame" else b"") + frame)
+    path.write_bytes((compress_for_suffix(content, ".zst") if frame_position == "after another frame" else b"") + frame)
     with pytest.raises(
         UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d"
     ) as raised:

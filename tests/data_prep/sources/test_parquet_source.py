@@ -164,10 +164,11 @@ def test_a_time_that_python_cannot_represent_is_malformed_and_affects_no_other(t
     path = write(
         tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]})
     )
-    (first, _), (second, place) = read_with_locations(reader(path))
+    (first, _), (second, location) = read_with_locations(reader(path))
     assert first == ("malformed", "'text' holds a value of type datetime, not text")
     assert (
-        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
+        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read")
+        and location == f"{path}:2"
     )
 
 

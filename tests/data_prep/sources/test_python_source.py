@@ -38,7 +38,8 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ('def f():\n    b"bytes"\n    return 1\n', []),
         ('def f():\n    f"{1}"\n    return 1\n', []),
         (
-            'class A:\n    """Class."""\n\n    @property\n    # note\n    @wraps(\n        1)\n    def f(self):  # end\n        """Doc."""\n\n'
+            'class A:\n    """Class."""\n\n    @property\n    # note\n    @wraps(\n        1)\n'
+            '    def f(self):  # end\n        """Doc."""\n\n'
             "        # why\n        return 1  # x\n",
             [("Doc.", "@property\n# note\n@wraps(\n    1)\ndef f(self):  # end\n\n    # why\n    return 1  # x")],
         ),
@@ -49,11 +50,13 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ('def f():\n    ("one "\n     "two")  # noqa\n    return 1', [("one two", "def f():\n    return 1")]),
         ('def f():\r\n    """A\r\n    b"""\r\n    return 1\r\n', [("A\nb", "def f():\n    return 1")]),
         (
-            'def f():\n    """Doc."""\n    def g():\n        """Inner."""\n        @deco\n        def h(): pass\n        return 2\n    return g\n',
+            'def f():\n    """Doc."""\n    def g():\n        """Inner."""\n'
+            "        @deco\n        def h(): pass\n        return 2\n    return g\n",
             [
                 (
                     "Doc.",
-                    'def f():\n    def g():\n        """Inner."""\n        @deco\n        def h(): pass\n        return 2\n    return g',
+                    'def f():\n    def g():\n        """Inner."""\n'
+                    "        @deco\n        def h(): pass\n        return 2\n    return g",
                 ),
                 ("Inner.", "def g():\n    @deco\n    def h(): pass\n    return 2"),
             ],
@@ -174,10 +177,10 @@ def test_an_unparsable_file_is_counted_and_affects_no_other(tmp_path, content, l
 
 def test_a_docstring_with_half_a_surrogate_pair_is_unparsable(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
-    (problem, place), good = read_with_locations(reader(tmp_path))
+    (problem, location), good = read_with_locations(reader(tmp_path))
     assert (
         problem == ("unparsable", "'docstring' holds half a surrogate pair, which is no text")
-        and place == f"{tmp_path}/a.py:1"
+        and location == f"{tmp_path}/a.py:1"
     )
     assert good[0][0] == "Doc."
 
@@ -202,6 +205,10 @@ def test_pairs_of_the_standard_library_keep_their_meaning():
     Whitespace in strings is ignored because dedenting a function also changes its strings.
     """
 
+    def is_documented_function(node: ast.AST) -> bool:
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        return bool(is_function and ast.get_docstring(node) and len(node.body) > 1)
+
     class WhitespaceRemover(ast.NodeTransformer):
         def visit_Constant(self, node: ast.Constant) -> ast.Constant:
             return ast.Constant("".join(node.value.split())) if isinstance(node.value, str) else node
@@ -211,11 +218,7 @@ def test_pairs_of_the_standard_library_keep_their_meaning():
         source = reader(LIBRARY / package, views={"text": "docstring", "code": "code"})
         for piece in source.pieces():
             functions = [
-                node
-                for node in ast.walk(ast.parse(Path(piece.path).read_bytes()))
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                and ast.get_docstring(node)
-                and len(node.body) > 1
+                node for node in ast.walk(ast.parse(Path(piece.path).read_bytes())) if is_documented_function(node)
             ]
             functions.sort(key=lambda node: node.lineno)
             for function, record in zip(functions, source.read(piece), strict=True):

@@ -45,7 +45,8 @@ def split_naively(content: bytes, separator: str) -> list[tuple[int, str]]:
 
 def read_documents(path, separator: str) -> list[tuple[int, str]]:
     return [
-        (int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))
+        (int(location.removeprefix(f"{path}:")), views[1])
+        for views, location in read_with_locations(reader(path, separator))
     ]
 
 
@@ -171,7 +172,8 @@ def test_a_document_is_the_last_view_unless_it_is_mapped(tmp_path):
 def test_a_document_that_is_not_utf8_is_malformed_and_affects_no_other(tmp_path, content, separator, expected):
     path = write(tmp_path / "a.txt", content)
     shown = {
-        int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))
+        int(location.removeprefix(f"{path}:")): views[1]
+        for views, location in read_with_locations(reader(path, separator))
     }
     assert shown == expected
 
@@ -182,22 +184,22 @@ def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path,
     monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
     long = ("malformed", "a document of more than 3 MiB; cut it with `separator`")
     for size in (3 << 20, (3 << 20) + 1, 9 << 20):
-        whole = b"x" * (size - 5) + b"\nwxyz"
-        content = whole if separator is None else b"a\n<|endoftext|>\r\n" + whole + b"\r\n<|endoftext|>\nb\n"
+        document = b"x" * (size - 5) + b"\nwxyz"
+        content = document if separator is None else b"a\n<|endoftext|>\r\n" + document + b"\r\n<|endoftext|>\nb\n"
         path = write(tmp_path / f"a.txt{suffix}", content)
-        middle = (("", whole.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
+        middle = (("", document.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
         neighbours = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
         assert read_with_locations(reader(path, separator)) == [*neighbours[0], middle, *neighbours[1]]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", [None, "", END])
-@pytest.mark.parametrize("cut", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
-def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, cut):
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
+def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, damage):
     between = "\n" + (separator or "") + "\n"
     documents = [f"document {number}" for number in range(80_000)]
     path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
-    path.write_bytes(cut(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     *good, (problem, _) = read_with_locations(reader(path, separator))
     assert [views[1] for views, _ in good] == documents[: len(good)]
     assert problem[0] == "damaged" and "the compressed file is" in problem[1]

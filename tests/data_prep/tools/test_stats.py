@@ -32,10 +32,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer = train(["SELECT name FROM dogs"] * 5, 330, folder / "tokenizer")
     shards = [pairs(400, seed) for seed in range(3)]
-    for place in range(0, 400, 7):
-        shards[0][place] = (shards[0][place][0], [])
-    for place in range(0, 400, 50):
-        shards[1][place] = (shards[1][place][0] * 60, shards[1][place][1])
+    for row in range(0, 400, 7):
+        shards[0][row] = (shards[0][row][0], [])
+    for row in range(0, 400, 50):
+        shards[1][row] = (shards[1][row][0] * 60, shards[1][row][1])
     write(
         folder,
         tokenizer,

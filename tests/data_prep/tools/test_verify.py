@@ -1,4 +1,4 @@
-"""Tests of corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
+"""Tests that verify corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
 
 import json
 import re
@@ -228,7 +228,7 @@ def replace_tokenizer(folder: Path) -> None:
 
 
 def with_updated_digest(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Return a damage that also updates the digest in the manifest."""
+    """Return a function that applies the damage and updates the digest in the manifest."""
 
     def both(folder: Path) -> None:
         damage(folder)
