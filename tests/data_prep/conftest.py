@@ -52,7 +52,7 @@ def pairs() -> Callable[..., list[dict[str, str]]]:
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
-    """Builder of the command line of a preparation and of its environment."""
+    """Function that returns the command line and the environment of a preparation."""
 
     def build(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-m", "data_prep", str(config), *overrides], os.environ | {"PYTHONPATH": str(REPO_ROOT)}
@@ -73,7 +73,7 @@ def run(command) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def run_expecting_user_error(run) -> Callable[..., str]:
-    """Runner of a preparation that must fail with exit code 2 and a one-line message, which it returns."""
+    """Function that runs a preparation, checks that it fails with exit code 2 and one line, and returns its message."""
 
     def run_expecting_user_error(config: Path, *overrides: str, **options) -> str:
         done = run(config, *overrides, **options)
@@ -134,7 +134,7 @@ def reference_corpus(corpus, run) -> Path:
 
 @pytest.fixture
 def set_piece_size(monkeypatch) -> Callable[..., None]:
-    """Setter of the piece size and the block size of plain files, in bytes."""
+    """Function that sets the piece size and the block size of plain files, in bytes."""
 
     def set_sizes(piece: int, block: int = files.BLOCK_BYTES) -> None:
         monkeypatch.setattr(files, "piece_length", lambda total: piece)

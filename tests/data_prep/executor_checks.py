@@ -1,4 +1,4 @@
-"""Checks that two ranks run under mpirun for test_executor.py: `executor_checks.py FOLDER CHECK`."""
+"""Checks that test_executor.py runs on two ranks under mpirun: `executor_checks.py FOLDER CHECK`."""
 
 import sys
 from pathlib import Path

@@ -37,7 +37,7 @@ Once enough files match a pattern, the process sleeps before it touches another 
 
 @pytest.fixture
 def pause_at(tmp_path_factory):
-    """Builder of environment variables that pause a preparation once `count` files match a pattern."""
+    """Function that returns environment variables that pause a preparation once `count` files match a pattern."""
     folder = tmp_path_factory.mktemp("pause")
     (folder / "sitecustomize.py").write_text(PAUSE_HOOK)
     return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{REPO_ROOT}", "PAUSE_AT": f"{count}:{pattern}"}

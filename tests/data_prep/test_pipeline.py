@@ -148,13 +148,13 @@ def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     log = (corpus.parent / "stdout.txt").read_text().splitlines()
     location = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
-        f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
+        "dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
         f"the first: {location}" in log
     )
     assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
-        f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
+        "8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
         f"\n\n    {location}\n" in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary

@@ -1,4 +1,4 @@
-"""Slow tests: two million records under mpirun, and twenty kills, give the same bytes. They take about 15 minutes."""
+"""Slow tests: two million records under mpirun, also after twenty kills, give the same bytes. They take 15 minutes."""
 
 import contextlib
 import json

@@ -461,8 +461,8 @@ def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, 
         364,
     )
     assert (
-        "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, "
-        "such as '<|im_start|>'" in capsys.readouterr().out
+        "folder/tokenizer.model is used as a tokenizer.json with the 2 "
+        "tokens that the files beside it add, such as '<|im_start|>'" in capsys.readouterr().out
     )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
     assert imported.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (

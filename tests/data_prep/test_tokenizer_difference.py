@@ -1,4 +1,4 @@
-"""Tests that equal tokenizers have no difference and that unequal ones have their first difference named."""
+"""Tests of the comparison of tokenizers: the first difference is reported, and equal tokenizers have none."""
 
 import json
 from pathlib import Path

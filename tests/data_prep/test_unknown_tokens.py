@@ -83,7 +83,7 @@ def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
     )
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
     line = (
-        f"3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "
+        "3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "
         f"the first: {locations[0]}"
     )
     assert f"WARNING: {line}" in log and line in (out / "summary.md").read_text()

@@ -160,8 +160,8 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
     assert (
-        "the corpus was prepared" not in (log := run_expecting_user_error(config))
-        and f"content of {tmp_path / 'test.jsonl'}" in log
+        "the corpus was prepared" not in (message := run_expecting_user_error(config))
+        and f"content of {tmp_path / 'test.jsonl'}" in message
     )
     assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
         f"{tmp_path / 'test.jsonl'}:1: 'text' holds"

@@ -76,7 +76,7 @@ def test_files_outside_all_splits_are_reported(tmp_path):
     assert read_views(source) == [("pairs-train", "x")]
     assert source.note == (
         f"note: {folder} (data.sources.0.path) "
-        f"is read as the hub does, by the names of files or its README.md, and a file is "
+        "is read as the hub does, by the names of files or its README.md, and a file is "
         f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json"
     )
     log = []

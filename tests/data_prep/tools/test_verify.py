@@ -1,4 +1,4 @@
-"""Tests that verify corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
+"""Tests of `verify` on corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def folder(valid_corpus, tmp_path) -> Path:
 
 @pytest.fixture
 def run_verify(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
-    """Runner of verify that returns the exit code, the output lines, and standard error.
+    """Function that runs `verify` and returns the exit code, the output lines, and standard error.
 
     With `processes`, it runs the command like a user, with several processes.
     """
