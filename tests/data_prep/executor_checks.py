@@ -50,7 +50,7 @@ def fail_on_one_rank() -> None:
 
 def crash() -> None:
     if executor.rank == 1:
-        raise ZeroDivisionError("a bug")
+        raise ZeroDivisionError("a bug on rank 1")
     executor.run_on_main(lambda: None)
     executor.run_on_all(lambda: None)  # waits for rank 1 forever unless its crash ends this rank
 

@@ -61,7 +61,7 @@ def test_an_error_of_one_rank_stops_all_ranks(tmp_path):
 @needs_mpi
 def test_a_crash_of_one_rank_ends_its_peers(tmp_path):
     done = run_two_ranks(tmp_path, "crash")
-    assert done.returncode != 0 and "a bug" in done.stderr
+    assert done.returncode != 0 and "a bug on rank 1" in done.stderr
 
 
 def test_processes_unknown_to_mpi_are_detected(command, tmp_path):

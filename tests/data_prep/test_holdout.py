@@ -16,7 +16,7 @@ FRACTION = 0.05
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    """A validation fraction, and a tokenizer because these corpora have too few distinct texts to train one."""
+    """A validation fraction, and a tokenizer because these corpora are not varied enough to train one."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train([f"{row['text']} {row['code']}" for row in make_pairs(300)], 400, folder)
     return {"validation_fraction": FRACTION, "tokenizer": {"path": str(folder)}}
