@@ -1,4 +1,4 @@
-"""The command line as a user runs it, and small corpora on disk."""
+"""Fixtures that run the command line like a user, and small corpora on disk."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from tests.processes import TIMEOUT
 from tests.small_corpora import SEQUENCE_LENGTH, VOCAB_SIZE, json_source
 
 NUM_FILES = 8
-"""JSON lines files of the fixture `corpus`."""
+"""Number of JSON lines files of the fixture `corpus`."""
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
+needs_mpi = pytest.mark.skipif(not MPIRUN, reason="mpirun is not installed")
 REPO_ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "größe"]
 
@@ -29,7 +29,7 @@ def write_lines(path: Path, rows: list) -> Path:
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows whose targets all differ, within a seed and between seeds."""
+    """Return rows whose targets are all different, within a seed and between seeds."""
     rng = random.Random(seed)
     return [
         {
@@ -52,7 +52,7 @@ def pairs() -> Callable[..., list[dict[str, str]]]:
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., tuple[list[str], dict[str, str]]]:
-    """The command line of a preparation, and its environment."""
+    """Function that returns the command line and the environment of a preparation."""
 
     def build(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
         return [sys.executable, "-m", "data_prep", str(config), *overrides], os.environ | {"PYTHONPATH": str(REPO_ROOT)}
@@ -73,7 +73,7 @@ def run(command) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def run_expecting_user_error(run) -> Callable[..., str]:
-    """Run a preparation that the user got wrong; return its message, which is one line, with exit code 2."""
+    """Function that runs a preparation, checks that it fails with exit code 2 and one line, and returns its message."""
 
     def run_expecting_user_error(config: Path, *overrides: str, **options) -> str:
         done = run(config, *overrides, **options)
@@ -88,7 +88,7 @@ def run_expecting_user_error(run) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, write_jsonl, pairs) -> Path:
-    """A configuration of many units (a source is one at least), with every reason for dropping a record."""
+    """Configuration of a corpus of many units, at least one per source, with every reason for dropping a record."""
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(NUM_FILES):
         rows = pairs(400, seed=index)
@@ -125,19 +125,19 @@ def corpus(tmp_path_factory, write_jsonl, pairs) -> Path:
 
 @pytest.fixture(scope="session")
 def reference_corpus(corpus, run) -> Path:
-    """The corpus, prepared by one process."""
+    """Folder of the corpus, prepared by one process."""
     done = run(corpus)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    (corpus.parent / "said").write_text(done.stdout)
+    (corpus.parent / "stdout.txt").write_text(done.stdout)
     return corpus.parent / "out"
 
 
 @pytest.fixture
 def set_piece_size(monkeypatch) -> Callable[..., None]:
-    """Let plain files be cut into pieces of so many bytes, and be read in blocks of so many."""
+    """Function that sets the piece size and the block size of plain files, in bytes."""
 
-    def cut(piece: int, block: int = files.BLOCK_BYTES) -> None:
+    def set_sizes(piece: int, block: int = files.BLOCK_BYTES) -> None:
         monkeypatch.setattr(files, "piece_length", lambda total: piece)
         monkeypatch.setattr(files, "BLOCK_BYTES", block)
 
-    return cut
+    return set_sizes

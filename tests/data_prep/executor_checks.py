@@ -1,26 +1,26 @@
-"""Run by mpirun from test_executor.py: what the ranks of a crew agree on. `executor_checks.py FOLDER CHECK`."""
+"""Checks that test_executor.py runs on two ranks under mpirun: `executor_checks.py FOLDER CHECK`."""
 
 import sys
 from pathlib import Path
 
-from data_prep import executor as crews
+from data_prep import executor as executor_module
 from data_prep.console import UserError, exit_on_user_error
 from data_prep.executor import MpiExecutor, Task
 from data_prep.launch_env import find_mpi
 from data_prep.progress import Progress
 
 FOLDER = Path(sys.argv[1])
-crews.ABORT_GRACE_SECONDS = 3.0  # a launcher that is held up has to pass on what a rank said
+executor_module.ABORT_GRACE_SECONDS = 3.0  # time for a busy launcher to forward the output of a rank
 
 
-def work(number: int) -> int:
+def work_or_fail(number: int) -> int:
     if number in (3, 5):
         raise UserError(f"unit {number} is bad")
     (FOLDER / f"{number}").write_text(str(executor.rank))
     return 10
 
 
-def full(number: int) -> int:
+def write_to_full_disk(number: int) -> int:
     (FOLDER / f"{number}").touch()
     raise OSError(28, "No space left on device", "shard")
 
@@ -31,16 +31,16 @@ def run(function, count: int) -> Progress:
     return progress
 
 
-def good() -> None:
-    progress = run(work, 3)
+def succeed() -> None:
+    progress = run(work_or_fail, 3)
     if executor.is_main:
         assert (progress.done, progress.records) == (3, 30)
     assert executor.run_on_main(lambda: f"from {executor.rank}") == "from 0"
     assert executor.run_on_all(lambda: executor.rank) == executor.rank
-    run(work, 0)
+    run(work_or_fail, 0)
 
 
-def of_one_rank() -> None:
+def fail_on_one_rank() -> None:
     def fail() -> None:
         if executor.rank == 1:
             raise UserError("rank 1 sees no file")
@@ -50,16 +50,16 @@ def of_one_rank() -> None:
 
 def crash() -> None:
     if executor.rank == 1:
-        raise ZeroDivisionError("a mistake of ours")
+        raise ZeroDivisionError("a bug on rank 1")
     executor.run_on_main(lambda: None)
-    executor.run_on_all(lambda: None)  # would wait for rank 1 forever
+    executor.run_on_all(lambda: None)  # waits for rank 1 forever unless its crash ends this rank
 
 
 CHECKS = {
-    "good": good,
-    "bad": lambda: run(work, 8),
-    "full": lambda: run(full, 8),
-    "of_one_rank": of_one_rank,
+    "success": succeed,
+    "failing_units": lambda: run(work_or_fail, 8),
+    "full_disk": lambda: run(write_to_full_disk, 8),
+    "error_on_one_rank": fail_on_one_rank,
     "crash": crash,
 }
 

@@ -1,4 +1,4 @@
-"""The configuration file: overrides, placeholders, and mistakes that name the key and the remedy."""
+"""Tests of the configuration file: overrides, placeholders, and errors that name the key and the remedy."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ data:
     return path
 
 
-def complaint(**changes) -> str:
+def error_message(**changes) -> str:
     with pytest.raises(UserError) as raised:
         validate(DataConfig, DATA | changes, "data")
     assert "\n" not in str(raised.value)
@@ -73,25 +73,23 @@ def test_an_override_value_may_hold_equals_signs(config):
         ("data.sources.².path=x", "'²' is no entry of that list"),
         ("seed.x=1", "seed is a single value, it has no keys below it"),
         ("seed=[1", "seed: cannot read the value '[1' as YAML"),
-        (
-            "name=2024-13-45",
-            "name: cannot read the value '2024-13-45' as YAML",
-        ),  # a date to YAML, and an impossible one
+        # YAML reads this as a date, and it is an impossible one.
+        ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),
     ],
 )
-def test_an_override_that_cannot_be_read_says_why(config, override, expected):
+def test_an_invalid_override_is_explained(config, override, expected):
     with pytest.raises(UserError) as raised:
         load_yaml(config, [override])
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_placeholders_in_the_name_take_values_after_the_overrides(config):
+def test_placeholders_in_the_name_use_overridden_values(config):
     assert load_yaml(config)["name"] == "study-llm_jepa-3"
     assert load_yaml(config, ["objective.name=next_token", "seed=4"])["name"] == "study-next_token-4"
 
 
 @pytest.mark.parametrize("name", ["x-{objective.nme}", "x-{data}", "x-{seed.x}"])
-def test_a_placeholder_of_no_single_value_is_an_error(config, name):
+def test_a_placeholder_without_a_single_value_is_an_error(config, name):
     with pytest.raises(UserError, match="names no single value"):
         load_yaml(config, [f"name={name!r}"])
 
@@ -109,7 +107,7 @@ def test_a_placeholder_of_no_single_value_is_an_error(config, name):
         (b"1: x\n", "unknown key '1' in "),
     ],
 )
-def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, expected):
+def test_an_invalid_configuration_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as raised:
@@ -117,7 +115,7 @@ def test_a_file_that_is_no_configuration_is_one_clear_line(tmp_path, content, ex
     assert expected in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xef\xbb\xbfname: x\n")
     assert load_yaml(path) == {"name": "x"}
@@ -138,7 +136,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(changes, unknown, nearest):
-    assert complaint(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
+    assert error_message(**changes) == f"unknown key {unknown!r}; the nearest known one is {nearest!r}"
 
 
 def test_an_unknown_section_names_the_nearest_known_one(config):
@@ -198,11 +196,11 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
         ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
     ],
 )
-def test_a_value_that_cannot_be_meant_names_its_key(changes, expected):
-    assert expected in complaint(**changes)
+def test_an_invalid_value_is_reported_with_its_key(changes, expected):
+    assert expected in error_message(**changes)
 
 
-def test_only_settings_that_change_shards_count_as_another_preparation():
+def test_only_settings_that_affect_shards_are_compared():
     base = validate(DataConfig, DATA).shard_settings()
     for same in ({"path": "elsewhere"}, {"workers": 3}, {"lm_views": "last"}):
         assert validate(DataConfig, DATA | same).shard_settings() == base
@@ -217,14 +215,14 @@ def test_only_settings_that_change_shards_count_as_another_preparation():
         assert validate(DataConfig, DATA | other).shard_settings() != base
 
 
-def test_the_data_sections_in_the_repository_are_valid():
+def test_the_data_sections_of_the_configs_are_valid():
     configs = sorted((REPO_ROOT / "configs").glob("*.yaml"))
     assert configs
     for path in configs:
         validate(DataConfig, load_yaml(path)["data"], "data")
 
 
-def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_expecting_user_error, tmp_path):
+def test_configuration_errors_are_one_line(config, run_expecting_user_error, tmp_path):
     assert "No such file" in run_expecting_user_error(tmp_path / "absent.yaml")
     assert run_expecting_user_error(config, "data.tokenizer.vocab_sise=3") == (
         "unknown key 'data.tokenizer.vocab_sise'; the nearest known one is 'data.tokenizer.vocab_size'"
@@ -233,7 +231,7 @@ def test_mistakes_in_the_configuration_end_the_command_in_one_line(config, run_e
     assert "no `data` section" in run_expecting_user_error(config)
 
 
-def test_a_key_that_is_given_twice_is_named(tmp_path):
+def test_a_duplicate_key_is_reported(tmp_path):
     (tmp_path / "run.yaml").write_text("name: x\ndata: {path: a}\ntrain:\n  steps: 1\n  steps: 2\n")
     with pytest.raises(UserError, match=r"run.yaml is not valid YAML: the key 'steps' is given twice .*line 5"):
         load_yaml(tmp_path / "run.yaml")
@@ -248,7 +246,7 @@ def test_a_key_that_is_given_twice_is_named(tmp_path):
         ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of"),
     ],
 )
-def test_a_source_without_a_known_type_is_named(source, message):
+def test_a_source_without_a_known_type_is_reported(source, message):
     with pytest.raises(UserError, match=message):
         validate(DataConfig, {"path": "x", "sources": [source], "tokenizer": {"vocab_size": 300}}, "data")
 
@@ -264,7 +262,7 @@ def test_a_source_without_a_known_type_is_named(source, message):
         ),
     ],
 )
-def test_a_wrong_source_of_test_rows_is_named(test, message):
+def test_an_invalid_source_of_test_rows_is_reported(test, message):
     data = validate(DataConfig, {"path": "x", "tokenizer": {"vocab_size": 300}}, "data")
     with pytest.raises(UserError, match=message):
         evaluation_tests(data, {"tasks": [{"name": "nl_rx", "test": test}]})

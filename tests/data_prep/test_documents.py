@@ -1,4 +1,4 @@
-"""Plain documents: beside pairs, and longer than a row."""
+"""Tests of plain documents: mixed with pairs, and longer than a row."""
 
 import json
 import random
@@ -55,7 +55,9 @@ def test_no_token_of_a_long_document_is_lost_and_its_records_fill_rows(documents
     table = pa.ipc.open_file(tmp_path / "out" / entry["file"]).read_all()
     found, document = [], []
     for tokens, continues in zip(table["text"].to_pylist(), table["continues"].to_pylist(), strict=True):
-        assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, "a part that leaves a row half empty"
+        assert len(tokens) == SEQUENCE_LENGTH - 2 or not continues, (
+            "only the last part of a document may leave a row partly empty"
+        )
         document += tokens
         if not continues:
             found.append(document)
@@ -86,11 +88,11 @@ def test_a_document_that_is_one_position_too_long_is_cut(documents, tmp_path):
         assert [len(tokens) for (tokens,) in split_rows(out, views=("text",))] == expected
 
 
-def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pairs):
+def test_plain_documents_are_mixed_with_pairs(documents, tmp_path, write_jsonl, pairs):
     source = json_source(write_jsonl(tmp_path / "pairs.jsonl", [*pairs(50), {"text": "a question without an answer"}]))
     manifest = prepare_quietly(data_config(tmp_path / "out", source, text_source(tmp_path), sequence_length=256))
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {"one_sided": 1}, (
-        "of the source of pairs alone"
+        "only the source of pairs may drop a record"
     )
     first, second = manifest["splits"]["train"]["shards"]
     assert (first["source"], second["source"], first["incomplete"]) == (0, 1, 0)
@@ -103,28 +105,30 @@ def test_plain_documents_stand_beside_pairs(documents, tmp_path, write_jsonl, pa
     assert joined == "".join(documents) and second["incomplete"] == second["records"]
 
 
-def test_a_very_long_text_goes_to_the_tokenizer_in_stretches_that_change_nothing(tmp_path, monkeypatch):
+def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypatch):
     (tmp_path / "documents.txt").write_text(words(3000, seed=9), encoding="utf-8")
     source = text_source(tmp_path)
-    prepare_quietly(data_config(tmp_path / "whole", source, views=["text"]))
+    prepare_quietly(data_config(tmp_path / "single", source, views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "AROUND", 100)
     calls = []
-    real = Tokenizer.encode_batch
+    encode_batch = Tokenizer.encode_batch
     monkeypatch.setattr(
         Tokenizer,
         "encode_batch",
-        lambda self, texts: calls.append(max(map(len, texts), default=0)) or real(self, texts),
+        lambda self, texts: calls.append(max(map(len, texts), default=0)) or encode_batch(self, texts),
     )
     prepare_quietly(
-        data_config(tmp_path / "cut", source, views=["text"], tokenizer={"path": str(tmp_path / "whole" / "tokenizer")})
+        data_config(
+            tmp_path / "chunked", source, views=["text"], tokenizer={"path": str(tmp_path / "single" / "tokenizer")}
+        )
     )
     assert 500 < max(calls) <= 1000
-    assert split_rows(tmp_path / "cut", views=("text",)) == split_rows(tmp_path / "whole", views=("text",))
+    assert split_rows(tmp_path / "chunked", views=("text",)) == split_rows(tmp_path / "single", views=("text",))
 
 
-def gpt2_style(folder) -> tokenizers.Tokenizer:
-    """Byte pairs in words with the blank before them, cut by GPT-2's expression."""
+def train_gpt2_style(folder) -> tokenizers.Tokenizer:
+    """Train and save a byte-level BPE tokenizer that splits words with GPT-2's expression."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -140,10 +144,10 @@ def gpt2_style(folder) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("between", [" ", "  ", "   \t ", "\n    ", "\n\n\n ", " \n"])
-def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch, between):
-    tokenizer = gpt2_style(tmp_path)
-    text = between.join(words(3000, seed=9).split())
+@pytest.mark.parametrize("separator", [" ", "  ", "   \t ", "\n    ", "\n\n\n ", " \n"])
+def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkeypatch, separator):
+    tokenizer = train_gpt2_style(tmp_path)
+    text = separator.join(words(3000, seed=9).split())
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(text_chunks, "AROUND", 200)
@@ -156,7 +160,7 @@ def test_a_long_text_is_cut_where_the_tokenizer_cuts_words(tmp_path, monkeypatch
         token for (tokens,) in split_rows(tmp_path / "out", views=("text",)) for token in tokens
     ] == tokenizer.encode(text).ids
     parts = text_chunks.chunk_text(text, Tokenizer.load(tmp_path / "out" / "tokenizer").encode_batch)
-    assert "".join(parts) == text and max(map(len, parts)) <= 1000, "its parts are short, however"
+    assert "".join(parts) == text and max(map(len, parts)) <= 1000, "a chunk is too long"
 
 
 def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
@@ -178,7 +182,7 @@ def test_an_unbroken_text_is_cut_anywhere(documents, tmp_path, monkeypatch):
     )
 
 
-def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, monkeypatch):
+def test_a_text_is_not_cut_if_the_tokenizer_prepends_a_space(tmp_path, monkeypatch):
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({"▁": 0, "a": 1, "▁a": 2, "b": 3}, [("▁", "a")], byte_fallback=False)
     )
@@ -192,7 +196,7 @@ def test_a_tokenizer_that_puts_a_blank_before_a_text_gets_it_whole(tmp_path, mon
     assert tokens == tokenizer.encode("a ab b " * 200).ids
 
 
-def test_a_list_of_paraphrases_becomes_the_views(tmp_path, write_jsonl):
+def test_a_list_of_paraphrases_fills_the_views(tmp_path, write_jsonl):
     rows = [{"phrases": ["a b", "b c", "c d"]}, {"phrases": ["d e"]}, {"phrases": ["e f", "f g", "g h", "h a", "a c"]}]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows), views="phrases")
     manifest = prepare_quietly(

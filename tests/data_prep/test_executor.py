@@ -1,4 +1,4 @@
-"""Ranks under a real mpirun: shared results, shared errors, and no rank that waits for one that is gone."""
+"""Tests of executors under a real mpirun: shared results, shared errors, and no rank that waits for a dead one."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.processes import TIMEOUT
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
-def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
+def run_two_ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
     command = [MPIRUN, "-n", "2", sys.executable, Path(__file__).with_name("executor_checks.py"), folder, check]
     return subprocess.run(
         list(map(str, command)),
@@ -28,15 +28,15 @@ def ranks(folder: Path, check: str) -> subprocess.CompletedProcess:
 
 
 @needs_mpi
-def test_ranks_share_the_tasks_and_what_one_of_them_found(tmp_path):
-    done = ranks(tmp_path, "good")
+def test_ranks_share_tasks_and_results(tmp_path):
+    done = run_two_ranks(tmp_path, "success")
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "0", "1": "1", "2": "0"}
 
 
 @needs_mpi
-def test_a_bad_unit_is_one_line_and_the_others_are_done(tmp_path):
-    done = ranks(tmp_path, "bad")
+def test_a_failing_unit_is_one_line_and_the_others_complete(tmp_path):
+    done = run_two_ranks(tmp_path, "failing_units")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [
         "error: unit 3 is bad (1 more unit failed)"
@@ -45,26 +45,26 @@ def test_a_bad_unit_is_one_line_and_the_others_are_done(tmp_path):
 
 
 @needs_mpi
-def test_a_full_disk_ends_all_ranks_before_their_next_task(tmp_path):
-    done = ranks(tmp_path, "full")
+def test_a_full_disk_stops_all_ranks_before_their_next_task(tmp_path):
+    done = run_two_ranks(tmp_path, "full_disk")
     assert done.returncode != 0 and "No space left on device" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
 @needs_mpi
-def test_what_one_rank_cannot_do_is_an_error_of_all(tmp_path):
-    done = ranks(tmp_path, "of_one_rank")
+def test_an_error_of_one_rank_stops_all_ranks(tmp_path):
+    done = run_two_ranks(tmp_path, "error_on_one_rank")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error")] == ["error: rank 1 sees no file"]
 
 
 @needs_mpi
-def test_a_crash_of_one_rank_ends_the_others(tmp_path):
-    done = ranks(tmp_path, "crash")
-    assert done.returncode != 0 and "a mistake of ours" in done.stderr
+def test_a_crash_of_one_rank_ends_its_peers(tmp_path):
+    done = run_two_ranks(tmp_path, "crash")
+    assert done.returncode != 0 and "a bug on rank 1" in done.stderr
 
 
-def test_processes_that_mpi_does_not_know_of_are_noticed(command, tmp_path):
+def test_processes_unknown_to_mpi_are_detected(command, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("name: x")
     arguments, environment = command(config)
@@ -82,7 +82,7 @@ def fail_at_odd_numbers(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_of_this_machine_do_the_other_units_too(workers):
+def test_local_workers_complete_the_other_units_after_an_error(workers):
     progress = Progress("working", 7, print)
     executor = LocalExecutor(workers)
     with pytest.raises(UserError, match=r"unit 1 is bad \(2 more units failed\)"):
@@ -91,12 +91,12 @@ def test_processes_of_this_machine_do_the_other_units_too(workers):
     assert (progress.done, progress.records) == (7, 4)
 
 
-def test_a_log_gets_a_line_with_the_time_left(monkeypatch):
-    said = []
+def test_a_log_line_shows_progress_and_the_time_left(monkeypatch):
+    lines = []
     monkeypatch.setattr("data_prep.progress.SECONDS_BETWEEN_LINES", 0)
-    progress = Progress("tokenizing", 4_000_000, said.append)
+    progress = Progress("tokenizing", 4_000_000, lines.append)
     progress.started -= 10
     with progress:
         progress.update(1_000_000, 500)
         progress.update(3_000_000, 500)
-    assert said == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]
+    assert lines == ["tokenizing: 25%, 50 records/s, 0.1 MB/s, 1 min left"]

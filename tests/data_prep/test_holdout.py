@@ -1,4 +1,4 @@
-"""What is held out for validation: by target, by context where targets are few, and groups as a whole."""
+"""Tests of the validation split: drawn by target, or by context for frequent targets, with groups kept together."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ FRACTION = 0.05
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    """A share to hold out, and a tokenizer, because these corpora are too poor to train one on."""
+    """A validation fraction, and a tokenizer because these corpora are not varied enough to train one."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train([f"{row['text']} {row['code']}" for row in make_pairs(300)], 400, folder)
     return {"validation_fraction": FRACTION, "tokenizer": {"path": str(folder)}}
 
 
-def rows_of(targets: list[str], seed: int = 0, contexts: int = 10**6) -> list[dict[str, str]]:
+def make_rows(targets: list[str], seed: int = 0, contexts: int = 10**6) -> list[dict[str, str]]:
     rng = random.Random(seed)
     return [{"text": f"review {rng.randrange(contexts)} of {seed}", "code": target} for target in targets]
 
@@ -32,13 +32,13 @@ def held_out_by_hash(text: str) -> bool:
 
 
 def texts_of(folder) -> dict[str, list[tuple[str, ...]]]:
-    """The texts of the records of each split."""
+    """Return the texts of the records of each split."""
     decode = Tokenizer.load(folder / "tokenizer").decode
     return {split: [tuple(map(decode, row)) for row in split_rows(folder, split)] for split in ("train", "validation")}
 
 
 MANY = [f"SELECT {number}" for number in range(1000)]
-DRAWS = {
+TARGETS = {
     "two words": ["Good", "Bad"] * 1000,
     "two other words": ["positive", "negative"] * 1000,
     "sorted": ["positive"] * 1000 + ["negative"] * 1000,
@@ -47,34 +47,34 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("kind", DRAWS)
-def test_where_targets_are_few_each_is_on_both_sides_and_no_context_is(tmp_path, write_jsonl, settings, kind):
-    rows = rows_of(DRAWS[kind], contexts=1500)
-    said = []
+@pytest.mark.parametrize("kind", TARGETS)
+def test_frequent_targets_are_in_both_splits_and_each_context_in_one(tmp_path, write_jsonl, settings, kind):
+    rows = make_rows(TARGETS[kind], contexts=1500)
+    log = []
     prepare(
-        data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings), say=said.append
+        data_config(tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings), say=log.append
     )
     found = texts_of(tmp_path / "out")
     trained, held_out = ({text for text, _ in found[split]} for split in ("train", "validation"))
     assert 0.03 < len(found["validation"]) / sum(map(len, found.values())) < 0.08
     assert {code for _, code in found["validation"]} >= {
-        target for target in DRAWS[kind] if DRAWS[kind].count(target) > 50
+        target for target in TARGETS[kind] if TARGETS[kind].count(target) > 50
     }
     assert not trained & held_out and held_out == {row["text"] for row in rows if held_out_by_hash(row["text"])}
-    assert any(f"data.sources.0 has {len(set(DRAWS[kind]))} frequent targets" in line for line in said)
+    assert any(f"data.sources.0 has {len(set(TARGETS[kind]))} frequent targets" in line for line in log)
 
 
 @pytest.mark.parametrize("frequent", [0.05, 0.2, 0.7])
-def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_path, write_jsonl, settings, frequent):
+def test_a_frequent_target_is_split_by_context_and_rare_ones_by_target(tmp_path, write_jsonl, settings, frequent):
     rng = random.Random(1)
     targets = ["not answerable" if rng.random() < frequent else f"answer {rng.randrange(300)}" for _ in range(3000)]
-    rows = rows_of(targets)
-    said = []
+    rows = make_rows(targets)
+    log = []
     prepare(
         data_config(
             tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), **settings, deduplicate="none"
         ),
-        say=said.append,
+        say=log.append,
     )
     found = texts_of(tmp_path / "out")
     trained, held_out = ({code for _, code in found[split]} for split in ("train", "validation"))
@@ -85,37 +85,37 @@ def test_one_frequent_target_is_drawn_by_context_and_the_others_by_target(tmp_pa
         if held_out_by_hash(row["text" if row["code"] == "not answerable" else "code"])
     }
     assert set(found["validation"]) == expected
-    assert any("data.sources.0 has 1 frequent target, such as a label" in line for line in said)
+    assert any("data.sources.0 has 1 frequent target, such as a label" in line for line in log)
 
 
 @pytest.mark.parametrize(
     "targets",
     [MANY, [*MANY, *MANY, *MANY[:500]], ["a", "b"] * 8, [f"query {number // 20}" for number in range(4000)]],
-    ids=["each once", "each some times", "few records", "200 targets of 20"],
+    ids=["each once", "each two or three times", "few records", "200 targets of 20"],
 )
-def test_where_targets_are_many_or_records_few_the_draw_is_by_target(tmp_path, write_jsonl, settings, targets):
-    source = json_source(write_jsonl(tmp_path / "a.jsonl", rows_of(targets)))
-    said = []
-    prepare(data_config(tmp_path / "out", source, **settings, deduplicate="none"), say=said.append)
+def test_many_targets_or_few_records_are_split_by_target(tmp_path, write_jsonl, settings, targets):
+    source = json_source(write_jsonl(tmp_path / "a.jsonl", make_rows(targets)))
+    log = []
+    prepare(data_config(tmp_path / "out", source, **settings, deduplicate="none"), say=log.append)
     found = texts_of(tmp_path / "out")
     assert sorted(code for _, code in found["validation"]) == sorted(filter(held_out_by_hash, targets))
-    assert not any("frequent target" in line for line in said)
+    assert not any("frequent target" in line for line in log)
 
 
-def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(
+def test_sources_are_split_separately_and_independently_of_pieces_and_processes(
     tmp_path, write_jsonl, settings, set_piece_size
 ):
     sources = [
-        json_source(write_jsonl(tmp_path / f"{number}.jsonl", rows_of(targets, seed=number)))
-        for number, targets in enumerate([DRAWS["sorted"], MANY])
+        json_source(write_jsonl(tmp_path / f"{number}.jsonl", make_rows(targets, seed=number)))
+        for number, targets in enumerate([TARGETS["sorted"], MANY])
     ]
     found = []
     for workers, piece in ((1, 1 << 22), (1, 8000), (3, 8000)):
         set_piece_size(piece)
         out = tmp_path / f"{workers}-{piece}"
-        said = []
-        prepare(data_config(out, *sources, **settings, workers=workers), say=said.append)
-        assert [line[:20] for line in said if "frequent target" in line] == ["note: data.sources.0"]
+        log = []
+        prepare(data_config(out, *sources, **settings, workers=workers), say=log.append)
+        assert [line[:20] for line in log if "frequent target" in line] == ["note: data.sources.0"]
         found.append({split: set(rows) for split, rows in texts_of(out).items()})
     assert found[0] == found[1] == found[2]
     assert {code for _, code in found[0]["validation"]} == {"positive", "negative", *filter(held_out_by_hash, MANY)}
@@ -123,7 +123,7 @@ def test_each_source_is_drawn_on_its_own_whatever_the_cuts_and_processes(
     assert json.loads(read[0])["splits"] == json.loads(read[1])["splits"]
 
 
-def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, write_jsonl, settings):
+def test_a_long_list_of_paraphrases_is_in_one_split(tmp_path, write_jsonl, settings):
     phrases = [[f"list {number} phrase {phrase}" for phrase in range(8)] for number in range(200)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
     prepare_quietly(data_config(tmp_path / "out", source, **settings | {"validation_fraction": 0.3}))
@@ -131,7 +131,7 @@ def test_a_long_list_of_paraphrases_is_on_one_side(tmp_path, write_jsonl, settin
     assert not trained & held_out and len(trained) + len(held_out) == 200 and 40 < len(held_out) < 80
 
 
-def test_a_short_list_of_paraphrases_is_drawn_by_its_target(tmp_path, write_jsonl, settings):
+def test_a_short_list_of_paraphrases_is_split_by_its_target(tmp_path, write_jsonl, settings):
     phrases = [[f"one {number}", f"other {number}"] for number in range(400)]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"phrases": texts} for texts in phrases]), views="phrases")
     prepare_quietly(data_config(tmp_path / "out", source, **settings))

@@ -1,4 +1,4 @@
-"""Kills, Ctrl-C, dead workers and second starts: the preparation goes on to the same bytes, or says why not."""
+"""Tests of interrupted preparations: they resume and write the same bytes, or report why they cannot."""
 
 import contextlib
 import fcntl
@@ -17,36 +17,41 @@ from tests.data_prep.conftest import MPIRUN, NUM_FILES, REPO_ROOT, needs_mpi
 from tests.processes import TIMEOUT, contents, processes_of_session, wait_for
 from tests.small_corpora import VOCAB_SIZE, data_config, json_source, prepare_quietly
 
-HOLD = """
+PAUSE_HOOK = """
 import glob, os, sys, time
 
-def hold(event, arguments):
-    count, pattern = os.environ["HOLD"].split(":", 1)
-    if event in ("open", "os.mkdir", "os.remove", "os.rename", "shutil.rmtree") and len(glob.glob(pattern)) >= int(count):
+FILE_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "shutil.rmtree")
+
+def pause(event, arguments):
+    count, pattern = os.environ["PAUSE_AT"].split(":", 1)
+    if event in FILE_EVENTS and len(glob.glob(pattern)) >= int(count):
         time.sleep(3600)
 
-sys.addaudithook(hold)
+sys.addaudithook(pause)
 """
-"""Imported by a preparation as it starts: it stops before it touches another file once there are so many files of that pattern."""
+"""Source of a sitecustomize module that pauses a process.
+
+Once enough files match a pattern, the process sleeps before it touches another file.
+"""
 
 
 @pytest.fixture
-def held(tmp_path_factory):
-    """Return environment variables with which a preparation waits to be killed: once there are `count` files of a pattern."""
-    folder = tmp_path_factory.mktemp("held")
-    (folder / "sitecustomize.py").write_text(HOLD)
-    return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{REPO_ROOT}", "HOLD": f"{count}:{pattern}"}
+def pause_at(tmp_path_factory):
+    """Function that returns environment variables that pause a preparation once `count` files match a pattern."""
+    folder = tmp_path_factory.mktemp("pause")
+    (folder / "sitecustomize.py").write_text(PAUSE_HOOK)
+    return lambda pattern, count: {"PYTHONPATH": f"{folder}{os.pathsep}{REPO_ROOT}", "PAUSE_AT": f"{count}:{pattern}"}
 
 
 @needs_mpi
-def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
-    corpus, reference_corpus, command, run, held, tmp_path
+def test_mpi_ranks_write_the_same_bytes_and_resume_after_a_kill(
+    corpus, reference_corpus, command, run, pause_at, tmp_path
 ):
     arguments, environment = command(corpus, f"data.path={tmp_path}")
     with open(tmp_path / ".log", "w") as log:
         process = subprocess.Popen(
             [MPIRUN, "-n", "3", *arguments],
-            env=environment | held(tmp_path / ".partial/scan/*.json", 2),
+            env=environment | pause_at(tmp_path / ".partial/scan/*.json", 2),
             start_new_session=True,
             stdout=log,
             stderr=log,
@@ -55,7 +60,7 @@ def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "data_prep" in child.cmdline()]
     ranks[-1].kill()
     assert process.wait(timeout=TIMEOUT) != 0 and not psutil.wait_procs(ranks, timeout=TIMEOUT)[1], (
-        "ranks outlive one of them"
+        "ranks outlive a killed one"
     )
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / ".log").unlink()
@@ -71,11 +76,11 @@ def test_ranks_of_mpirun_write_the_same_bytes_and_go_on_after_a_kill(
     assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference_corpus, command, run, held, tmp_path):
+def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, run, pause_at, tmp_path):
     units = NUM_FILES + 2
     partial = tmp_path / ".partial"
     scans, reports = (f".partial/{phase}/[0-9]*[0-9].json" for phase in ("scan", "shards"))
-    moments = [
+    pause_points = [
         (".partial/settings.json", 1),
         (scans, 1),
         (scans, units),
@@ -88,12 +93,12 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference
         ("manifest.json", 1),
     ]
     killed, written = 0, {}
-    for pattern, count in moments:
+    for pattern, count in pause_points:
         arguments, environment = command(corpus, f"data.path={tmp_path}")
         with open(tmp_path / ".log", "w") as log:
             process = subprocess.Popen(
                 arguments,
-                env=environment | held(tmp_path / pattern, count),
+                env=environment | pause_at(tmp_path / pattern, count),
                 start_new_session=True,
                 stdout=log,
                 stderr=log,
@@ -113,20 +118,20 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(corpus, reference
         for report in [*partial.glob("scan/*.json"), *partial.glob("shards/*.json")]:
             shards = itertools.chain.from_iterable(json.loads(report.read_text()).get("shards", {}).values())
             for file in [report, *(tmp_path / shard["file"] for shard in shards)]:
-                assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "made again"
-    assert killed == len(moments)
+                assert written.setdefault(file, file.stat().st_mtime_ns) == file.stat().st_mtime_ns, "written again"
+    assert killed == len(pause_points)
     (tmp_path / ".log").unlink()
-    (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"what a killed worker leaves")
+    (tmp_path / ".train-00000.arrow.1.tmp").write_bytes(b"left by a killed worker")
     done = run(corpus, f"data.path={tmp_path}", "data.workers=2")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(reference_corpus)
-    shards = {file: at for file, at in written.items() if file.suffix == ".arrow"}
-    assert len(shards) >= units and all(file.stat().st_mtime_ns == at for file, at in shards.items())
+    shards = {file: mtime for file, mtime in written.items() if file.suffix == ".arrow"}
+    assert len(shards) >= units and all(file.stat().st_mtime_ns == mtime for file, mtime in shards.items())
 
 
 @pytest.fixture
-def busy(corpus, reference_corpus, command, tmp_path):
-    """A preparation with many units before it, two workers, and a first unit behind it."""
+def running_preparation(corpus, reference_corpus, command, tmp_path):
+    """A running preparation with two workers that has finished the first of many units."""
     large = tmp_path.parent / f"{tmp_path.name}.jsonl"
     large.write_text((corpus.parent / "0.jsonl").read_text() * 20)
     sources = [json_source(large)] * 40
@@ -146,8 +151,9 @@ def busy(corpus, reference_corpus, command, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background ignore SIGINT, so restore its default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # which tests in the background ignore
+    )
     wait_for(lambda: any(tmp_path.glob(".partial/shards/*.json")) or process.poll() is not None)
     yield process
     for pid in processes_of_session(process.pid):
@@ -157,55 +163,58 @@ def busy(corpus, reference_corpus, command, tmp_path):
 
 def workers_of(process: subprocess.Popen) -> list[int]:
     parents = processes_of_session(process.pid)
-    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]  # below the fork server
+    # Workers are children of the fork server, which is a child of the main process.
+    return [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]
 
 
-def test_workers_end_with_the_process_that_prepares(busy):
-    assert workers_of(busy)
-    busy.kill()
-    busy.wait()
-    wait_for(lambda: not processes_of_session(busy.pid))
+def test_workers_end_with_the_main_process(running_preparation):
+    assert workers_of(running_preparation)
+    running_preparation.kill()
+    running_preparation.wait()
+    wait_for(lambda: not processes_of_session(running_preparation.pid))
 
 
-def test_a_killed_worker_is_one_clear_line(busy):
-    os.kill(workers_of(busy)[0], signal.SIGKILL)
-    _, said = busy.communicate(timeout=TIMEOUT)
-    assert busy.returncode == 2
-    assert said.startswith("error: a worker process of the preparation was killed") and said.count("\n") == 1, said
+def test_a_killed_worker_is_reported_in_one_line(running_preparation):
+    os.kill(workers_of(running_preparation)[0], signal.SIGKILL)
+    _, output = running_preparation.communicate(timeout=TIMEOUT)
+    assert running_preparation.returncode == 2
+    assert output.startswith("error: a worker process of the preparation was killed") and output.count("\n") == 1, (
+        output
+    )
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["at the terminal", "to the process alone"])
-def test_ctrl_c_ends_it_at_once_in_one_line(busy, to_all):
-    (os.killpg if to_all else os.kill)(busy.pid, signal.SIGINT)
-    _, said = busy.communicate(timeout=TIMEOUT)
-    assert (busy.returncode, said) == (130, "interrupted\n")
-    wait_for(lambda: not processes_of_session(busy.pid))
+@pytest.mark.parametrize("to_group", [True, False], ids=["to the process group", "to the main process only"])
+def test_ctrl_c_ends_the_preparation_immediately(running_preparation, to_group):
+    (os.killpg if to_group else os.kill)(running_preparation.pid, signal.SIGINT)
+    _, output = running_preparation.communicate(timeout=TIMEOUT)
+    assert (running_preparation.returncode, output) == (130, "interrupted\n")
+    wait_for(lambda: not processes_of_session(running_preparation.pid))
 
 
-def test_other_settings_start_an_interrupted_run_afresh(write_jsonl, pairs, tmp_path):
+def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs, tmp_path):
     good = json_source(write_jsonl(tmp_path / "good.jsonl", pairs(300)))
     bad = json_source(write_jsonl(tmp_path / "bad.jsonl", [*pairs(5, seed=1), {"text": [3]}]))
     tokenizer = data_config(tmp_path / "first", good).tokenizer
     prepare_quietly(data_config(tmp_path / "first", good))
-    taken = {"path": str(tmp_path / "first" / "tokenizer")}
+    imported = {"path": str(tmp_path / "first" / "tokenizer")}
     with pytest.raises(
         UserError,
         match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop",
     ):
-        prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=taken))
+        prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=imported))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
-    said = []
+    output = []
     settings = {
         "tokenizer": tokenizer.model_dump(exclude_none=True) | {"vocab_size": VOCAB_SIZE - 10},
         "sequence_length": 64,
     }
-    prepare(data_config(tmp_path / "out", good, **settings), say=said.append)
-    assert "the interrupted preparation had other settings: starting afresh" in said
+    prepare(data_config(tmp_path / "out", good, **settings), say=output.append)
+    assert "the interrupted preparation had other settings: starting afresh" in output
     prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
+def test_shards_without_a_manifest_are_neither_used_nor_removed(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
     prepare_quietly(data_config(tmp_path / "out", source))
     (tmp_path / "out" / "manifest.json").unlink()
@@ -215,7 +224,7 @@ def test_remains_of_unknown_origin_are_neither_used_nor_removed(write_jsonl, pai
     assert contents(tmp_path / "out") == before
 
 
-def test_two_runs_do_not_prepare_one_folder_at_once(corpus, run_expecting_user_error, tmp_path):
+def test_a_folder_that_is_being_prepared_is_refused(corpus, run_expecting_user_error, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert run_expecting_user_error(corpus, f"data.path={tmp_path}").startswith(

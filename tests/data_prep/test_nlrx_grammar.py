@@ -1,7 +1,7 @@
-"""The NL-RX grammar against the published pairs, and the generator's promises.
+"""Tests of the NL-RX grammar against the published pairs, and of the generator.
 
-The parser below is written from the table of the grammar alone, as a second opinion: from a regex it finds every
-tree that could have written it, and shares no code with the module's rules.
+The parser below is an independent implementation of the grammar's table. It finds every tree that could have produced
+a regex, and shares no code with the rules of the module.
 """
 
 import collections
@@ -35,14 +35,14 @@ from data_prep.nlrx_grammar import (
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = REPO_ROOT.parent / "shared" / "data" / "nl-rx-synth"
-ROWS = 6000  # generated rows a split is checked on
+ROWS = 6000  # generated rows on which each split is checked
 
 
-# The parser: regex -> every tree whose regex it is.
+# The parser returns every tree that could have produced a regex.
 
 
 def closing_brackets(text: str) -> dict[int, int] | None:
-    """The position of the closing bracket for each opening one; None where they do not match."""
+    """Return the position of the closing bracket for each opening one; None if they do not match."""
     opened, closing = [], {}
     for position, character in enumerate(text):
         if character == "(":
@@ -54,8 +54,8 @@ def closing_brackets(text: str) -> dict[int, int] | None:
     return None if opened else closing
 
 
-def bracketed(text: str) -> list[str]:
-    """``(a)&(b)&(c)`` as [a, &, b, &, c]: groups at the top level and what stands between and after them."""
+def split_top_level(text: str) -> list[str]:
+    """Split ``(a)&(b)&(c)`` into [a, &, b, &, c]: the top-level groups, and the text between and after them."""
     closing, parts, start = closing_brackets(text), [], 0
     while start < len(text):
         if text[start] == "(":
@@ -79,45 +79,45 @@ def parse(text: str) -> tuple[Tree, ...]:
     return tuple(itertools.chain(parse_unbracketed(text), parse_bracketed(text) if text[0] == "(" else ()))
 
 
-def built(rule: str, *arguments: str, value: str = ""):
+def build_trees(rule: str, *arguments: str, value: str = ""):
     for children in itertools.product(*map(parse, arguments)):
         yield Tree(rule, children, value)
 
 
 def parse_unbracketed(text: str):
     if text.startswith(".*") and text.endswith(".*"):
-        yield from built("containing", text[2:-2])
+        yield from build_trees("containing", text[2:-2])
     if text.startswith("\\b") and text.endswith("\\b"):
-        yield from built("words", text[2:-2])
+        yield from build_trees("words", text[2:-2])
     if text.startswith("~(") and text.endswith(")") and closing_brackets(text)[1] == len(text) - 1:
-        yield from built("not", text[2:-1])
+        yield from build_trees("not", text[2:-1])
     for first, second in itertools.permutations(TERMINALS, 2):
         if text == f"{first}.*{second}.*":
             yield Tree("followed", (Tree("terminal", (), first), Tree("terminal", (), second)))
 
 
 def parse_bracketed(text: str):
-    match bracketed(text):
+    match split_top_level(text):
         case [".*", inner] if text.endswith(")"):
-            yield from built("ending", inner)
+            yield from build_trees("ending", inner)
         case [inner, ".*"] if text.endswith("(.*)"):
-            yield from built("starting", inner)
+            yield from build_trees("starting", inner)
         case [inner, "+"]:
-            yield from built("at_least_once", inner)
+            yield from build_trees("at_least_once", inner)
         case [inner, "*"]:
-            yield from built("zero_or_more", inner)
+            yield from build_trees("zero_or_more", inner)
         case [inner, repeat] if re.fullmatch(r"\{\d,\}", repeat):
-            yield from built("n_or_more", inner, value=repeat[1])
+            yield from build_trees("n_or_more", inner, value=repeat[1])
         case [first, ".*", second, ".*"]:
-            yield from built("before", first, second)
+            yield from build_trees("before", first, second)
         case [first, "&", second]:
-            yield from built("and", first, second)
+            yield from build_trees("and", first, second)
         case [first, "|", second]:
-            yield from built("or", first, second)
+            yield from build_trees("or", first, second)
         case [first, "&", second, "&", third]:
-            yield from built("and3", first, second, third)
+            yield from build_trees("and3", first, second, third)
         case [first, "|", second, "|", third]:
-            yield from built("or3", first, second, third)
+            yield from build_trees("or3", first, second, third)
 
 
 def derivations(english: str, target: str) -> list[Tree]:
@@ -148,10 +148,10 @@ def generated() -> dict[str, list[tuple[str, str]]]:
     return {split: [generate(3, split, index) for index in range(ROWS)] for split in SPLITS}
 
 
-# Against the published pairs.
+# Comparisons with the published pairs.
 
 
-def test_every_published_pair_derives_from_one_tree_within_the_limits(published):
+def test_every_published_pair_has_one_derivation_within_the_limits(published):
     assert len(published) == 10_000
     for english, target in published:
         trees = derivations(english, target)
@@ -160,7 +160,7 @@ def test_every_published_pair_derives_from_one_tree_within_the_limits(published)
         assert within_limits(trees[0]), f"{english!r} for {target!r} exceeds the limits"
 
 
-def test_root_counts_are_the_published_ones(published):
+def test_root_counts_match_the_published_pairs(published):
     assert collections.Counter(derivations(*pair)[0].rule for pair in published) == ROOT_COUNTS
 
 
@@ -169,21 +169,21 @@ def test_every_published_form_can_be_generated(published):
     assert {form_of(derivations(*pair)[0]) for pair in published} <= possible
 
 
-def test_generated_text_is_as_long_as_published(published, generated):
-    """Mean characters of descriptions and of regexes within 2%, a few standard errors."""
+def test_generated_texts_are_as_long_as_published_ones(published, generated):
+    """Allow 2%, a few standard errors, for the mean characters of descriptions and of regexes."""
     for rows in generated.values():
         for side in (0, 1):
             expected = sum(len(pair[side]) for pair in published) / len(published)
             assert sum(len(row[side]) for row in rows) / len(rows) == pytest.approx(expected, rel=0.02)
 
 
-# The generator.
+# Tests of the generator.
 
 
-def test_every_generated_pair_is_of_the_grammar_and_within_the_limits(generated):
+def test_every_generated_pair_is_in_the_grammar_and_within_the_limits(generated):
     for english, target in itertools.chain(*generated.values()):
         trees = derivations(english, target)
-        assert trees, f"no tree has both {english!r} and {target!r}"
+        assert trees, f"no tree produces both {english!r} and {target!r}"
         assert any(map(within_limits, trees)), f"{english!r} for {target!r} exceeds the limits"
         words = [node.value for node in walk(trees[0]) if node.rule == "terminal" and node.value not in CLASSES]
         assert words == ["dog", "truck", "ring", "lake"][: len(words)]
@@ -197,14 +197,14 @@ def test_splits_are_disjoint_by_target_and_do_not_depend_on_the_seed(generated):
         assert {split_of(generate(seed, split, 0)[1]) for seed in range(200)} == {split}
 
 
-def test_a_split_holds_its_share_of_the_targets():
+def test_each_split_has_its_fraction_of_the_targets():
     counts = collections.Counter(split_of(f"(dog){{{count},}}") for count in range(20_000))
-    for split, share in zip(SPLITS, (0.7, 0.1, 0.1, 0.1), strict=True):
-        assert counts[split] / 20_000 == pytest.approx(share, abs=0.015)
+    for split, fraction in zip(SPLITS, (0.7, 0.1, 0.1, 0.1), strict=True):
+        assert counts[split] / 20_000 == pytest.approx(fraction, abs=0.015)
 
 
-def test_root_shares_are_the_published_ones_in_every_split(generated):
-    """Within 4.5 standard errors of a binomial count; with 52 comparisons one in 3,000 suites would fail by chance."""
+def test_root_frequencies_match_the_published_pairs_in_every_split(generated):
+    """Allow 4.5 standard errors of a binomial count: with 52 comparisons, one run in 3,000 fails by chance."""
     total = sum(ROOT_COUNTS.values())
     for split, rows in generated.items():
         counts = collections.Counter(derivations(*row)[0].rule for row in rows)
@@ -226,7 +226,7 @@ def test_every_split_has_targets_for_every_root():
         assert {split_of(target) for target in targets} == set(SPLITS), root
 
 
-def test_rows_do_not_depend_on_the_order_or_range_they_are_asked_for(generated):
+def test_rows_do_not_depend_on_the_order_or_range_of_requests(generated):
     order = list(range(300))
     random.Random(0).shuffle(order)
     for split in SPLITS:
@@ -260,8 +260,8 @@ def test_rows_are_the_same_in_processes_with_other_hash_seeds():
     assert outputs == {f"{here}\n"}
 
 
-def test_rows_stay_what_they_were():
-    """Pinned, since a corpus is named by its seed alone: a change here makes every recorded run another."""
+def test_rows_are_pinned():
+    """Pin the rows: a corpus is identified by its seed alone, so a change would alter every recorded run."""
     assert [generate(0, split, 0) for split in SPLITS] == [
         ("lines with a vowel or not a capital letter, 3 or more times", "(([AEIOUaeiou])|(~([A-Z]))){3,}"),
         ("lines not having the string 'dog' or the string 'truck' at least once", "(~(dog))|((truck)+)"),
@@ -273,12 +273,12 @@ def test_rows_stay_what_they_were():
     ]
 
 
-def test_unknown_split_is_an_error_that_names_the_splits():
+def test_an_unknown_split_is_an_error_that_names_the_splits():
     with pytest.raises(ValueError, match=r"'dev'.*train, validation, test, finetune"):
         generate(0, "dev", 0)
 
 
-# Readings.
+# Descriptions and regexes of single trees.
 
 
 def leaf(literal: str) -> Tree:
@@ -304,11 +304,11 @@ def leaf(literal: str) -> Tree:
         ),
     ],
 )
-def test_readings(tree, english, target):
+def test_descriptions_and_regexes_of_trees(tree, english, target):
     assert (description(tree), regex(tree)) == (english, target)
 
 
-def test_limits_reject_what_exceeds_them():
+def test_trees_beyond_the_limits_are_rejected():
     twice = Tree("containing", (Tree("ending", (Tree("containing", (leaf("dog"),)),)),))
     modifiers = Tree("zero_or_more", (Tree("at_least_once", (leaf("dog"),)),))
     same_class = Tree("before", (leaf("."), leaf(".")))

@@ -1,4 +1,4 @@
-"""The preparation as a whole: right shards, the same for any number of processes, nothing lost unseen."""
+"""End-to-end tests of the preparation: correct shards, the same for any number of processes, and no lost record."""
 
 import hashlib
 import json
@@ -27,50 +27,53 @@ from tests.small_corpora import SEQUENCE_LENGTH, data_config, json_source, prepa
 
 
 def expected_records(corpus: Path, tokenizer: Path) -> tuple[dict[str, list], dict[str, list[str]]]:
-    """The corpus once more, slowly: the tokens of each split in order, and the places of each reason for dropping."""
-    encode = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
+    """Return the tokens of each split, in order, and the locations of dropped records by reason.
+
+    This slow implementation is independent of the preparation.
+    """
+    encode_text = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")).encode
     records: list[tuple[str, tuple[str, str], str]] = []
     splits: dict[str, list] = {}
     dropped: dict[str, list[str]] = {}
 
-    def add(split: str, context: str, target: str, place: str) -> None:
+    def add(split: str, context: str, target: str, location: str) -> None:
         held_out = int(hashlib.sha256(target.encode()).hexdigest()[:16], 16) < 0.1 * 2**64
-        records.append(("validation" if split == "train" and held_out else split, (context, target), place))
+        records.append(("validation" if split == "train" and held_out else split, (context, target), location))
 
     for index in range(NUM_FILES):
         path = corpus.parent / f"{index}.jsonl"
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line:
                 continue
-            row, place = json.loads(line), f"{path}:{number}"
+            row, location = json.loads(line), f"{path}:{number}"
             if "messages" in row:
-                add("train", "q", "SELECT a dog", place)
+                add("train", "q", "SELECT a dog", location)
             elif row.get("text") == [3]:
-                dropped.setdefault("malformed", []).append(place)
+                dropped.setdefault("malformed", []).append(location)
             elif row.keys() == {"text", "code"}:
-                add("train", row["text"], row["code"], place)
+                add("train", row["text"], row["code"], location)
             else:
-                dropped.setdefault("one_sided" if "text" in row else "empty", []).append(place)
+                dropped.setdefault("one_sided" if "text" in row else "empty", []).append(location)
     for split, seed, count in (("train", 5, 200), ("test", 0, 50)):
         for index in range(count):
             add(split, *generate(seed, split, index), f"nlrx:{split}:{index}")
     kept: dict[tuple[str, str], str] = {}
     for split in ("test", "validation", "train"):
-        for own, views, place in records:
-            if own == split:
-                kept.setdefault(views, place)
-    for split, views, place in records:
-        tokens = encode(views[0]), encode(views[1])
-        if kept[views] != place:
-            dropped.setdefault("duplicate", []).append(place)
+        for record_split, views, location in records:
+            if record_split == split:
+                kept.setdefault(views, location)
+    for split, views, location in records:
+        tokens = encode_text(views[0]), encode_text(views[1])
+        if kept[views] != location:
+            dropped.setdefault("duplicate", []).append(location)
         elif len(tokens[0]) + 2 * len(tokens[1]) + 16 > SEQUENCE_LENGTH:
-            dropped.setdefault("too_long", []).append(place)
+            dropped.setdefault("too_long", []).append(location)
         else:
             splits.setdefault(split, []).append(tokens)
     return splits, dropped
 
 
-def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_them(corpus, reference_corpus):
+def test_shards_match_an_independent_reading_of_the_sources(corpus, reference_corpus):
     manifest = json.loads((reference_corpus / "manifest.json").read_text())
     splits, dropped = expected_records(corpus, reference_corpus / "tokenizer")
     assert manifest["splits"].keys() == splits.keys() == {"train", "validation", "test"}
@@ -82,13 +85,16 @@ def test_the_shards_hold_the_records_of_the_sources_as_a_second_reader_finds_the
             assert entry["tokens"][name] == sum(lengths) and entry["longest"][name] == max(lengths)
         assert entry["positions_needed"] == max(len(text) + 2 * len(code) + 16 for text, code in splits[split])
     assert {reason: drop["count"] for reason, drop in manifest["dropped"].items()} == {
-        reason: len(places) for reason, places in dropped.items()
+        reason: len(locations) for reason, locations in dropped.items()
     }
     assert {
-        reason: [place.partition(": ")[0] for place in drop["first"]] for reason, drop in manifest["dropped"].items()
-    } == {reason: places[:5] for reason, places in dropped.items()}
+        reason: [location.partition(": ")[0] for location in drop["first"]]
+        for reason, drop in manifest["dropped"].items()
+    } == {reason: locations[:5] for reason, locations in dropped.items()}
     assert dropped.keys() == {"malformed", "empty", "one_sided", "duplicate", "too_long"}
-    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, "a record is lost"
+    assert sum(map(len, splits.values())) + sum(map(len, dropped.values())) == NUM_FILES * 402 + 250, (
+        "a record was lost"
+    )
 
 
 def test_the_manifest_lists_every_shard_with_its_size_and_checksum(reference_corpus):
@@ -138,23 +144,23 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
     assert times() == before
 
 
-def test_a_run_tells_what_it_dropped(corpus, reference_corpus):
-    said = (corpus.parent / "said").read_text().splitlines()
-    place = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
+def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
+    log = (corpus.parent / "stdout.txt").read_text().splitlines()
+    location = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
-        f"dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), the first: {place}"
-        in said
+        "dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
+        f"the first: {location}" in log
     )
-    assert said[-6].startswith(f"prepared {reference_corpus}: train ")
+    assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
-        f"8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:\n\n    {place}\n"
-        in summary
+        "8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
+        f"\n\n    {location}\n" in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
 
 
-def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
+def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path, monkeypatch):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(400)))
     other = json_source(write_jsonl(tmp_path / "b.jsonl", pairs(100, seed=1)))
     settings = {"validation_fraction": 0.2}
@@ -169,16 +175,16 @@ def test_a_unit_with_much_text_makes_several_shards(write_jsonl, pairs, tmp_path
     for split in ("train", "validation"):
         assert split_rows(tmp_path / "cut", split) == split_rows(tmp_path / "whole", split)
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
-    said = []
-    verify(tmp_path / "cut", said.append, workers=1)
-    assert said[-1].endswith("all sound")
+    log = []
+    verify(tmp_path / "cut", log.append, workers=1)
+    assert log[-1].endswith("all sound")
 
 
-def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl, pairs, tmp_path):
+def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(300)))
-    taken = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
+    imported = {"tokenizer": {"path": str(tmp_path / "trained" / "tokenizer" / "tokenizer.model")}}
     prepare_quietly(data_config(tmp_path / "trained", source))
-    prepare_quietly(data_config(tmp_path / "taken", source, **taken))
+    prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     before = contents(tmp_path / "trained")
     with pytest.raises(
         UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"
@@ -186,11 +192,11 @@ def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl,
         prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
     with pytest.raises(UserError, match=r"was prepared with another data\.sources"):
         prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
-    model = Path(taken["tokenizer"]["path"])
+    model = Path(imported["tokenizer"]["path"])
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*tokenizer\.model; choose"):
-        prepare_quietly(data_config(tmp_path / "taken", source, **taken))
+        prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     model.write_bytes(content)
     write_jsonl(tmp_path / "a.jsonl", pairs(301))
     with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl; choose"):
@@ -198,7 +204,7 @@ def test_a_prepared_folder_refuses_other_settings_and_other_content(write_jsonl,
     assert contents(tmp_path / "trained") == before
 
 
-def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_only_time(write_jsonl, pairs, tmp_path):
+def test_a_changed_local_data_set_is_detected_even_without_recorded_file_times(write_jsonl, pairs, tmp_path):
     (tmp_path / "set").mkdir()
     path = write_jsonl(tmp_path / "set" / "a.jsonl", pairs(100))
     config = data_config(tmp_path / "out", {"type": "hub", "path": str(tmp_path / "set")})
@@ -210,7 +216,7 @@ def test_a_local_folder_of_a_data_set_is_watched_and_a_lost_note_of_times_costs_
         prepare_quietly(config)
 
 
-def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
+def test_an_imported_tokenizer_keeps_its_ids(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     for name, given in (
         ("folder", reference_corpus / "tokenizer"),
@@ -223,7 +229,7 @@ def test_a_tokenizer_is_taken_over_with_its_ids(write_jsonl, pairs, reference_co
     assert [{"text": decode(text), "code": decode(code)} for text, code in rows] == pairs(50)
 
 
-def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
+def test_ids_beyond_uint16_are_written_correctly(write_jsonl, tmp_path):
     vocabulary = {f"w{index}": index for index in range(70_000)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -237,7 +243,7 @@ def test_a_vocabulary_beyond_uint16_is_written_whole(write_jsonl, tmp_path):
     assert open_shard(tmp_path / "out", entry, ["text", "code"]).columns[0].values.dtype == np.uint32
 
 
-def test_held_out_records_share_no_target_with_training_and_have_about_their_share(
+def test_held_out_records_share_no_target_with_training_and_match_the_fraction(
     write_jsonl, pairs, reference_corpus, tmp_path
 ):
     rows = [row | {"text": f"{row['text']} {again}"} for row in pairs(1500) for again in (1, 2)]
@@ -257,13 +263,13 @@ def test_held_out_records_share_no_target_with_training_and_have_about_their_sha
     assert abs(len(set(targets["validation"])) - 300) < 4 * (1500 * 0.2 * 0.8) ** 0.5  # four standard deviations
 
 
-def test_only_training_sources_are_held_out_from(write_jsonl, pairs, reference_corpus, tmp_path):
+def test_only_training_sources_have_records_held_out(write_jsonl, pairs, reference_corpus, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(100)), split="test")
     settings = {"tokenizer": {"path": str(reference_corpus / "tokenizer")}, "validation_fraction": 0.5}
     assert prepare_quietly(data_config(tmp_path / "out", source, **settings))["splits"].keys() == {"test"}
 
 
-def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
+def test_targets_of_generated_splits_are_disjoint_in_the_shards(tmp_path):
     sources = [
         {"type": "nlrx", "split": split, "records": 400, "seed": seed}
         for seed, split in enumerate(("train", "validation", "test"))
@@ -281,7 +287,7 @@ def test_the_generated_splits_are_disjoint_by_target_in_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize("records", [1, PIECE_RECORDS, PIECE_RECORDS + 1])
-def test_a_generated_source_has_the_size_asked_for(records):
+def test_a_generated_source_has_the_requested_size(records):
     source = Nlrx(NlrxSource(type="nlrx", records=records, seed=9), ("text", "code"), "data.sources.0")
     pieces = source.pieces()
     assert sum(piece.stop - piece.start for piece in pieces) == records
@@ -291,13 +297,16 @@ def test_a_generated_source_has_the_size_asked_for(records):
 
 
 def test_no_process_of_a_preparation_imports_torch(corpus, command, tmp_path):
-    """A `torch` that leaves a mark stands first on the path, of the workers too."""
+    """Put a fake `torch` first on the import path, also of the workers. It writes a marker file when imported."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARK'], 'w').close()\n")
+    (tmp_path / "torch" / "__init__.py").write_text("import os\nopen(os.environ['MARKER'], 'w').close()\n")
     sources = [json_source(corpus.parent / "0.jsonl"), {"type": "nlrx", "records": 5}]
     arguments, environment = command(corpus, f"data.path={tmp_path / 'out'}", f"data.sources={json.dumps(sources)}")
-    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}", "MARK": str(tmp_path / "mark")}
+    environment |= {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment['PYTHONPATH']}",
+        "MARKER": str(tmp_path / "marker"),
+    }
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=TIMEOUT)
-    assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "mark").exists()
+    assert (tmp_path / "out" / "manifest.json").exists() and not (tmp_path / "marker").exists()
     subprocess.run([sys.executable, "-c", "import torch"], env=environment, check=True)
-    assert (tmp_path / "mark").exists(), "the mark would not have shown"
+    assert (tmp_path / "marker").exists(), "the fake torch writes no marker"

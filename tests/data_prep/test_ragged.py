@@ -1,4 +1,4 @@
-"""The array helpers equal the loops that they replace."""
+"""Tests of the array helpers against the loops that they replace."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("lengths", RUNS)
-def test_ranges_concatenates_every_run(lengths):
+def test_ragged_ranges_concatenates_every_run(lengths):
     starts = np.random.default_rng(len(lengths)).integers(0, 1000, len(lengths))
     expected = [value for start, length in zip(starts, lengths, strict=True) for value in range(start, start + length)]
     assert ragged_ranges(starts, np.array(lengths, np.int64)).tolist() == expected
@@ -25,7 +25,7 @@ def test_ranges_concatenates_every_run(lengths):
 
 @pytest.mark.parametrize("lengths", RUNS)
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
-def test_run_sums_adds_up_every_run_and_wraps_around(lengths, dtype):
+def test_ragged_sums_adds_up_every_run_and_wraps_around(lengths, dtype):
     values = np.random.default_rng(1).integers(0, 2**63, sum(lengths), np.int64).astype(dtype)
     ends = np.cumsum(np.array(lengths, np.int64))
     expected = [sum(map(int, values[end - length : end])) % 2**64 for end, length in zip(ends, lengths, strict=True)]
@@ -34,8 +34,8 @@ def test_run_sums_adds_up_every_run_and_wraps_around(lengths, dtype):
     assert [int(total) % 2**64 for total in sums] == expected
 
 
-def test_mix_is_splitmix64():
-    """The first outputs of the published generator from seed 1234567."""
+def test_splitmix64_matches_the_published_generator():
+    """Expect the first outputs of the published generator from seed 1234567."""
     state = [(1234567 + step * 0x9E3779B97F4A7C15) % 2**64 for step in range(3)]
     assert splitmix64(np.array(state, np.uint64)).tolist() == [
         6457827717110365317,
@@ -44,7 +44,7 @@ def test_mix_is_splitmix64():
     ]
 
 
-def test_mix_tells_neighbours_apart_in_every_bit():
+def test_splitmix64_changes_every_bit_between_neighbours():
     changed = splitmix64(np.arange(4096, dtype=np.uint64)) ^ splitmix64(np.arange(1, 4097, dtype=np.uint64))
     flips = [float((changed >> np.uint64(bit) & np.uint64(1)).mean()) for bit in range(64)]
     assert min(flips) > 0.45 and max(flips) < 0.55

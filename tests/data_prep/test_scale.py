@@ -1,4 +1,4 @@
-"""Two million records under mpirun, and twenty kills: the same bytes. Takes some 15 minutes."""
+"""Slow tests: two million records under mpirun, also after twenty kills, give the same bytes. They take 15 minutes."""
 
 import contextlib
 import json
@@ -26,8 +26,11 @@ KILLS = 20
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory) -> Path:
-    """The configuration of two million records: definitions, functions, and documents, shuffled copies with a number, one in twenty without."""
+def large_config(tmp_path_factory) -> Path:
+    """Configuration of two million records: word definitions, Python functions, and documents.
+
+    The pairs are repeated in shuffled copies. The target ends in the number of its copy, except in 5% of the pairs.
+    """
     if not (SHARED / "wordnet").exists():
         pytest.skip("needs ../shared/data")
     folder = tmp_path_factory.mktemp("big")
@@ -89,40 +92,40 @@ def prepare(config: Path, out: Path, ranks: int) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def by_one_rank(big) -> tuple[Path, float]:
-    """Prepared by one process, and the seconds it took."""
+def reference(large_config) -> tuple[Path, float]:
+    """A corpus prepared by one process, and the seconds that it took."""
     started = time.monotonic()
-    process = prepare(big, big.parent / "one", 1)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return big.parent / "one", time.monotonic() - started
+    process = prepare(large_config, large_config.parent / "one", 1)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return large_config.parent / "one", time.monotonic() - started
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_any_number_of_ranks_writes_the_same_bytes(big, by_one_rank, ranks, tmp_path):
-    process = prepare(big, tmp_path / "out", ranks)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    assert f"in {ranks} MPI ranks" in said
-    assert contents(tmp_path / "out") == contents(by_one_rank[0])
+def test_any_number_of_ranks_writes_the_same_bytes(large_config, reference, ranks, tmp_path):
+    process = prepare(large_config, tmp_path / "out", ranks)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert f"in {ranks} MPI ranks" in output
+    assert contents(tmp_path / "out") == contents(reference[0])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert sum(source["records"] for source in manifest["sources"]) >= RECORDS
     assert manifest["dropped"]["duplicate"]["count"] > 10_000
 
 
-def test_kills_at_random_times_leave_the_same_bytes(big, by_one_rank, tmp_path):
+def test_kills_at_random_times_leave_the_same_bytes(large_config, reference, tmp_path):
     rng = random.Random(1)
-    _, seconds = by_one_rank
+    _, seconds = reference
     killed = 0
     for _ in range(KILLS):
-        process = prepare(big, tmp_path / "out", 2)
+        process = prepare(large_config, tmp_path / "out", 2)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=rng.uniform(1, seconds / 8))
         kill_all(process)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
     assert killed > KILLS // 2, "most kills came too late"
-    process = prepare(big, tmp_path / "out", 2)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    assert contents(tmp_path / "out") == contents(by_one_rank[0])
+    process = prepare(large_config, tmp_path / "out", 2)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert contents(tmp_path / "out") == contents(reference[0])

@@ -1,4 +1,4 @@
-"""The format of shards: what other tools read, what a second reader that knows only the documentation reads, and what the manifest says."""
+"""Tests of the shard format: other tools and an independent reader read it, and the manifest describes it."""
 
 import shutil
 
@@ -35,30 +35,33 @@ def splitmix(state: int) -> int:
     return z ^ z >> 31
 
 
-def second_reader(path) -> list[dict]:
-    """The rows of a shard, each checked: from docs/data.md and nothing else, number by number."""
+def independent_reader(path) -> list[dict]:
+    """Return the rows of a shard, after a check of each checksum.
+
+    This reader is implemented from docs/data.md alone.
+    """
     rows = pa.ipc.open_file(str(path)).read_all().to_pylist()
     for number, row in enumerate(rows):
         views = [row[name] for name in row if name not in ("continues", "checksum")]
-        closing = 0
+        continuation_token = 0
         if row["continues"]:
             following = [
                 tokens for name, tokens in rows[number + 1].items() if name not in ("continues", "checksum") and tokens
             ]
-            closing = 1 + following[0][0]
-        total = splitmix(closing)
+            continuation_token = 1 + following[0][0]
+        total = splitmix(continuation_token)
         for view, tokens in enumerate(views):
             if tokens is not None:
                 content = 0
-                for place, token in enumerate(tokens):
-                    content += splitmix(token ^ place * 2**32)
+                for index, token in enumerate(tokens):
+                    content += splitmix(token ^ index * 2**32)
                 total += splitmix(content & MASK ^ splitmix(len(tokens)) ^ splitmix(view))
         assert row["checksum"] == total & 0xFFFFFFFF, number
     return rows
 
 
 def random_records(seed: int, count: int, vocabulary: int) -> tuple[Records, list[bool]]:
-    """Pairs, records that lack a view, and documents in up to four pieces."""
+    """Return pairs, records that lack a view, and documents in up to four pieces; and which records continue."""
     rng = np.random.default_rng(seed)
     records, continues = [], []
     while len(records) < count:
@@ -78,15 +81,15 @@ def random_records(seed: int, count: int, vocabulary: int) -> tuple[Records, lis
 
 
 @pytest.mark.parametrize("vocabulary", [512, 2**16, 2**16 + 1, 200_000])
-def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp_path, vocabulary):
+def test_an_independent_reader_agrees_on_contents_and_checksums(tmp_path, vocabulary):
     records, continues = random_records(vocabulary, 200, vocabulary)
     records[0] = ([vocabulary - 1], [0])
     entry = write(tmp_path / "a.arrow", records, continues, vocabulary)
-    rows = second_reader(tmp_path / "a.arrow")
+    rows = independent_reader(tmp_path / "a.arrow")
     assert [(row["view0"] or [], row["view1"] or []) for row in rows] == [tuple(record) for record in records]
     assert [row["continues"] for row in rows] == continues
     assert None in [row["view0"] for row in rows] and [] not in [row["view0"] for row in rows], (
-        "a view that a record lacks is null"
+        "a missing view must be null"
     )
     shard = open_shard(tmp_path, entry, ["view0", "view1"])
     assert shard.columns[0].values.dtype == (np.uint16 if vocabulary <= 2**16 else np.uint32)
@@ -96,26 +99,30 @@ def test_a_second_reader_finds_what_was_written_and_agrees_on_every_checksum(tmp
         assert contents.view(view).tolist() == [token for record in records for token in record[view]]
         assert row_lengths([(shard, every)])[:, view].tolist() == [len(record[view]) for record in records]
     following = [
-        next(view for view in records[number + 1] if view)[0] if goes_on else -1
-        for number, goes_on in enumerate(continues)
+        next(view for view in records[number + 1] if view)[0] if continued else -1
+        for number, continued in enumerate(continues)
     ]
     assert contents.continuation_tokens.tolist() == following
 
 
-def test_the_manifest_entry_says_what_is_in_the_shard(tmp_path):
+def test_the_manifest_entry_describes_the_shard(tmp_path):
     records, continues = random_records(3, 300, 512)
     entry = write(tmp_path / "a.arrow", records, continues)
-    cut = [number for number, goes_on in enumerate(continues) if goes_on or (number and continues[number - 1])]
-    whole = np.array([[len(view) for view in record] for number, record in enumerate(records) if number not in cut])
+    continued_rows = [
+        number for number, continued in enumerate(continues) if continued or (number and continues[number - 1])
+    ]
+    complete = np.array(
+        [[len(view) for view in record] for number, record in enumerate(records) if number not in continued_rows]
+    )
     assert entry["file"] == "a.arrow" and entry["source"] == 7 and entry["records"] == len(records)
     assert entry["incomplete"] == sum(not all(record) for record in records) and entry["continued"] == sum(continues)
     assert entry["tokens"] == {f"view{view}": sum(len(record[view]) for record in records) for view in range(2)}
     assert entry["longest"] == {f"view{view}": max(len(record[view]) for record in records) for view in range(2)}
-    assert entry["positions_needed"] == positions_needed(whole).max()
+    assert entry["positions_needed"] == positions_needed(complete).max()
     assert entry["bytes"] == (tmp_path / "a.arrow").stat().st_size
 
 
-def test_a_shard_of_pieces_alone_needs_no_positions(tmp_path):
+def test_a_shard_with_only_document_pieces_needs_no_positions(tmp_path):
     assert write(tmp_path / "a.arrow", [([5, 6], []), ([7], [])], [True, False])["positions_needed"] == 0
 
 
@@ -125,7 +132,7 @@ def test_datasets_pandas_and_pyarrow_open_the_shards_as_documented(tmp_path):
         records, continues = random_records(seed, 50, 512)
         write(tmp_path / name, records, continues)
         expected += [
-            (one or None, other or None, goes_on) for (one, other), goes_on in zip(records, continues, strict=True)
+            (one or None, other or None, continued) for (one, other), continued in zip(records, continues, strict=True)
         ]
     files = sorted(map(str, tmp_path.glob("train-*.arrow")))
 
@@ -140,7 +147,7 @@ def test_datasets_pandas_and_pyarrow_open_the_shards_as_documented(tmp_path):
     tables = [pa.ipc.open_file(pa.memory_map(file)).read_all() for file in files]
     found = [row for table in tables for row in table.to_pylist()]
     assert [(row["view0"], row["view1"], row["continues"]) for row in found] == expected
-    assert all(table.column("view0").num_chunks == 1 for table in tables), "a shard is a single record batch"
+    assert all(table.column("view0").num_chunks == 1 for table in tables), "a shard must be a single record batch"
 
 
 def test_a_shard_is_mapped_without_copying(tmp_path):
@@ -151,7 +158,7 @@ def test_a_shard_is_mapped_without_copying(tmp_path):
     assert pa.total_allocated_bytes() == before
     contents = read_rows([(shard, np.array([3, 1]))])
     assert contents.tokens.nbytes == 2 * sum(len(view) for number in (3, 1) for view in records[number]), (
-        "what is read is what was asked for"
+        "only the requested rows must be read"
     )
 
 
@@ -176,13 +183,13 @@ def test_any_rows_in_any_order_are_read_as_they_were_written(tmp_path_factory, r
         )
         for entry in entries
     ]
-    contents, asked = read_rows(parts), [records[row] for _, rows in parts for row in rows]
+    contents, requested = read_rows(parts), [records[row] for _, rows in parts for row in rows]
     for view in range(3):
-        assert contents.view(view).tolist() == [token for record in asked for token in record[view]]
-    equal = [[one[view] == other[view] for other in asked] for one in asked for view in range(3)]
+        assert contents.view(view).tolist() == [token for record in requested for token in record[view]]
+    equal = [[one[view] == other[view] for other in requested] for one in requested for view in range(3)]
     assert equal == [
-        [bool(contents.hashes[one, view] == contents.hashes[other, view]) for other in range(len(asked))]
-        for one in range(len(asked))
+        [bool(contents.hashes[one, view] == contents.hashes[other, view]) for other in range(len(requested))]
+        for one in range(len(requested))
         for view in range(3)
     ]
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, equal ids through every library, four specials which text never reaches."""
+"""Tests of tokenizers: lossless, equal ids in every library, and four special tokens that no text produces."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def real_texts() -> list[str]:
                 for message in json.loads(row)["messages"]
             ]
     documents = (DATA / "text" / "sqlite3-doc.txt").read_text(encoding="utf-8")[:400_000]
-    # The whole document as one text too: float32 scores of a unigram model would drift over its length.
+    # Add the whole document as one text: float32 scores of a unigram model would drift over its length.
     return texts + documents.split("\n\n") + [documents]
 
 
@@ -117,20 +117,20 @@ def bpe_folder(tmp_path_factory) -> Path:
 
 
 def auto_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Ids of AutoTokenizer by default, after checking that add_special_tokens=False changes nothing."""
+    """Return the default ids of AutoTokenizer; check that add_special_tokens=False gives the same ones."""
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
-    mine = Tokenizer.load(folder)
-    assert (auto.pad_token_id, auto.bos_token_id) == (mine.pad_id, mine.bos_id)
-    assert (auto.eos_token_id, auto.sep_token_id) == (mine.eos_id, mine.sep_id)
+    ours = Tokenizer.load(folder)
+    assert (auto.pad_token_id, auto.bos_token_id) == (ours.pad_id, ours.bos_id)
+    assert (auto.eos_token_id, auto.sep_token_id) == (ours.eos_id, ours.sep_id)
     ids = auto(texts)["input_ids"]
     assert auto(texts, add_special_tokens=False)["input_ids"] == ids
     return ids
 
 
-def check_specials(tokenizer: Tokenizer, odd: list[str]) -> None:
+def check_specials(tokenizer: Tokenizer, texts: list[str]) -> None:
     specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
     assert len(specials) == 4 and max(specials) < tokenizer.vocab_size
-    for ids in tokenizer.encode_batch(odd):
+    for ids in tokenizer.encode_batch(texts):
         assert not specials & set(ids)
         assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.sep_id, tokenizer.pad_id]) == tokenizer.decode(ids)
 
@@ -143,7 +143,7 @@ def write_json(folder: Path, spec: dict, config: dict | None = None) -> Path:
     return folder
 
 
-def test_round_trip_and_specials(trained):
+def test_round_trip_and_special_tokens(trained):
     texts = TRICKY_TEXTS + random_unicode(20_000)
     for text, ids in zip(texts, trained.encode_batch(texts), strict=True):
         assert trained.decode(ids) == text
@@ -152,20 +152,21 @@ def test_round_trip_and_specials(trained):
     assert (trained.pad_id, trained.vocab_size) == (0, 380)
 
 
-@pytest.mark.parametrize("texts", [lambda: TRICKY_TEXTS + random_unicode(120_000), real_texts], ids=["odd", "real"])
-def test_ids_equal_in_every_library(trained, texts, tmp_path):
+@pytest.mark.parametrize("texts", [lambda: TRICKY_TEXTS + random_unicode(120_000), real_texts], ids=["tricky", "real"])
+def test_ids_are_equal_in_every_library(trained, texts, tmp_path):
     texts = texts()
     expected = trained.encode_batch(texts)
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained.folder / "tokenizer.model"))
     assert model.encode(texts) == expected
     assert model.decode(expected) == texts
-    from_json = import_tokenizer(trained.folder / "tokenizer.json", tmp_path / "json")  # encodes with `tokenizers`
+    # A tokenizer imported from tokenizer.json encodes with the `tokenizers` library.
+    from_json = import_tokenizer(trained.folder / "tokenizer.json", tmp_path / "json")
     assert from_json.encode_batch(texts) == expected
     assert [from_json.decode(ids) for ids in expected] == texts
     assert auto_ids(trained.folder, texts) == expected
 
 
-def test_unigram_of_a_real_vocabulary(tmp_path):
+def test_a_unigram_model_of_realistic_size(tmp_path):
     texts = real_texts()
     tokenizer = train(texts, 4000, tmp_path / "a", "unigram")
     assert auto_ids(tokenizer.folder, texts) == tokenizer.encode_batch(texts)
@@ -179,7 +180,8 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
     for path in first.folder.iterdir():
         assert path.read_bytes() == (second.folder / path.name).read_bytes()
     assert train(corpus(), 361, tmp_path / "c", model_type).fingerprint != first.fingerprint
-    spec = tmp_path / "c" / "tokenizer.json"  # which exported models read, beside the model that the preparation reads
+    # Exported models read tokenizer.json, and the preparation reads tokenizer.model.
+    spec = tmp_path / "c" / "tokenizer.json"
     before = Tokenizer.load(tmp_path / "c").fingerprint
     spec.write_text(spec.read_text().replace('"the"', '"teh"').replace('"\\u2581a"', '"x"') + " ")
     assert Tokenizer.load(tmp_path / "c").fingerprint != before
@@ -189,7 +191,8 @@ def test_training_is_deterministic_and_silent(model_type, tmp_path, capfd):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_is_the_same_in_every_process(model_type, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from data_prep.tokenizer import train; from tests.data_prep.test_tokenizer import corpus; "
+        "import sys; from pathlib import Path; from data_prep.tokenizer import train; "
+        "from tests.data_prep.test_tokenizer import corpus; "
         f"print(train(corpus(), 360, Path(sys.argv[1]), {model_type!r}).fingerprint)"
     )
     running = [
@@ -208,34 +211,39 @@ def test_training_is_the_same_in_every_process(model_type, tmp_path):
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
-def test_pickles(trained):
+def test_a_tokenizer_can_be_pickled(trained):
     copy = pickle.loads(pickle.dumps(trained))
     assert copy.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     assert copy.fingerprint == trained.fingerprint
 
 
 @pytest.mark.parametrize("source", ["", "tokenizer.model", "tokenizer.json"])
-def test_taking_over_a_trained_one_keeps_all(trained, source, tmp_path):
-    taken = import_tokenizer(trained.folder / source, tmp_path / "taken")
-    assert taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
+def test_importing_a_trained_tokenizer_keeps_ids_and_special_tokens(trained, source, tmp_path):
+    imported = import_tokenizer(trained.folder / source, tmp_path / "imported")
+    assert imported.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
     for field in ("pad_id", "bos_id", "eos_id", "sep_id", "vocab_size"):
-        assert getattr(taken, field) == getattr(trained, field)
-    assert (taken.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), "the model is the faster one"
+        assert getattr(imported, field) == getattr(trained, field)
+    assert (imported.folder / "tokenizer.model").exists() == (source != "tokenizer.json"), (
+        "the faster tokenizer.model is kept if it was given"
+    )
 
 
-def test_a_model_that_is_not_that_of_the_folder_is_left(trained, tmp_path):
+def test_a_sentencepiece_model_that_contradicts_tokenizer_json_is_not_imported(trained, tmp_path):
     folder = shutil.copytree(trained.folder, tmp_path / "other")
     train(corpus(), 361, tmp_path / "larger", "bpe")
     shutil.copy(tmp_path / "larger" / "tokenizer.model", folder)
-    taken = import_tokenizer(folder, tmp_path / "taken")
+    imported = import_tokenizer(folder, tmp_path / "imported")
     assert (
-        taken.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
-        and not (taken.folder / "tokenizer.model").exists()
+        imported.encode_batch(TRICKY_TEXTS) == trained.encode_batch(TRICKY_TEXTS)
+        and not (imported.folder / "tokenizer.model").exists()
     )
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:
-    """A BPE model by sentencepiece's defaults: no pad, no sep, a blank before the text, runs of blanks collapsed."""
+    """Train a model with sentencepiece's defaults, as BPE unless `options` set another type; return its path.
+
+    It has no pad or sep token, puts a space in front of the text, and collapses runs of spaces.
+    """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
         model_prefix=str(folder / "foreign"),
@@ -246,14 +254,20 @@ def train_sentencepiece(folder: Path, **options) -> Path:
     return folder / "foreign.model"
 
 
-def test_taking_over_a_foreign_model(tmp_path):
+def test_importing_a_model_trained_elsewhere(tmp_path):
     path = train_sentencepiece(tmp_path, normalization_rule_name="identity")
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    taken = import_tokenizer(path, tmp_path / "taken")
+    imported = import_tokenizer(path, tmp_path / "imported")
     texts = TRICKY_TEXTS + random_unicode(20_000)
-    assert taken.encode_batch(texts) == model.encode(texts) == auto_ids(taken.folder, texts)
-    assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 2, 360, 361, 362)
-    check_specials(taken, TRICKY_TEXTS)
+    assert imported.encode_batch(texts) == model.encode(texts) == auto_ids(imported.folder, texts)
+    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (
+        1,
+        2,
+        360,
+        361,
+        362,
+    )
+    check_specials(imported, TRICKY_TEXTS)
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -262,66 +276,73 @@ def test_taking_over_a_foreign_model(tmp_path):
     [{}, {"normalization_rule_name": "identity", "character_coverage": 0.98, "vocab_size": 350}],
     ids=["nmt_nfkc", "unknown characters"],
 )
-def test_a_model_of_which_tokenizers_differs_on_rare_texts(model_type, options, tmp_path, capsys):
+def test_a_model_that_tokenizers_encodes_differently_on_rare_texts(model_type, options, tmp_path, capsys):
     path = train_sentencepiece(tmp_path, **options, model_type=model_type)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    taken = import_tokenizer(path, tmp_path / "taken")
+    imported = import_tokenizer(path, tmp_path / "imported")
     texts = corpus() + [
         LITERALS,
         "\uff26\uff35\uff2c\uff2c \u2460 \ufb01t",
         "Fu\u00dfg\u00e4nger \u65e5\u672c",
         "  a \t b\n",
     ]
-    found = taken.encode_batch(texts)
-    assert found == auto_ids(taken.folder, texts)
-    for ids, theirs in zip(found, model.encode(texts), strict=True):
-        assert ids == theirs or (
+    found = imported.encode_batch(texts)
+    assert found == auto_ids(imported.folder, texts)
+    for ids, expected in zip(found, model.encode(texts), strict=True):
+        assert ids == expected or (
             model_type == "unigram"
-            and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, theirs)))
+            and sum(map(model.get_score, ids)) == pytest.approx(sum(map(model.get_score, expected)))
         )
-    assert taken.encode_batch(TRICKY_TEXTS + random_unicode(50_000)) == auto_ids(
-        taken.folder, TRICKY_TEXTS + random_unicode(50_000)
+    assert imported.encode_batch(TRICKY_TEXTS + random_unicode(50_000)) == auto_ids(
+        imported.folder, TRICKY_TEXTS + random_unicode(50_000)
     )
-    said = capsys.readouterr().out
-    assert ("letters with combining marks" in said) == (not options) and ("equally likely" in said) == (
+    output = capsys.readouterr().out
+    assert ("letters with combining marks" in output) == (not options) and ("equally likely" in output) == (
         model_type == "unigram"
     )
-    assert said.count("\n") == bool(said)
-    check_specials(taken, TRICKY_TEXTS)
+    assert output.count("\n") == bool(output)
+    check_specials(imported, TRICKY_TEXTS)
 
 
-def test_a_model_which_cannot_be_converted_is_refused(tmp_path):
-    # A symbol splits the text, and `tokenizers` puts the dummy blank before every part.
+def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
+    # A user-defined symbol splits the text, and `tokenizers` puts the dummy space in front of every part.
     path = train_sentencepiece(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
     with pytest.raises(UserError, match=r"foreign\.model: .* differs is 'a <tag>b'"):
-        import_tokenizer(path, tmp_path / "taken")
-    assert not (tmp_path / "taken").exists()
+        import_tokenizer(path, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
 
 
-def test_pad_equal_to_eos_gets_its_own(bpe_folder, tmp_path, capsys):
+def test_a_pad_token_equal_to_eos_is_replaced(bpe_folder, tmp_path, capsys):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     config = {"pad_token": {"content": "</s>"}, "eos_token": "</s>", "bos_token": "</s>"}
     source = write_json(tmp_path / "source", spec, config)
-    taken = import_tokenizer(source, tmp_path / "taken")
-    assert taken.eos_id == 3
-    assert (taken.pad_id, taken.bos_id) == (0, 2)  # special tokens of these names exist, though undeclared
+    imported = import_tokenizer(source, tmp_path / "imported")
+    assert imported.eos_id == 3
+    assert (imported.pad_id, imported.bos_id) == (0, 2)  # undeclared special tokens with these names exist
     assert capsys.readouterr().out.splitlines() == [
-        f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
+        f"note: {source / 'tokenizer.json'}: "
+        f"the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
         for name, literal in (("pad", "<pad>"), ("bos", "<s>"))
     ]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
-    taken = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
-    assert (taken.eos_id, taken.pad_id, taken.bos_id, taken.sep_id, taken.vocab_size) == (3, 380, 381, 382, 383)
-    assert '"<|pad|>"' in (taken.folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    check_specials(taken, TRICKY_TEXTS)
+    imported = import_tokenizer(write_json(tmp_path / "fewer", spec, config), tmp_path / "again")
+    assert (imported.eos_id, imported.pad_id, imported.bos_id, imported.sep_id, imported.vocab_size) == (
+        3,
+        380,
+        381,
+        382,
+        383,
+    )
+    assert '"<|pad|>"' in (imported.folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    check_specials(imported, TRICKY_TEXTS)
     assert (
-        taken.encode_batch(TRICKY_TEXTS)
+        imported.encode_batch(TRICKY_TEXTS)
         == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS)
-        == auto_ids(taken.folder, TRICKY_TEXTS)
+        == auto_ids(imported.folder, TRICKY_TEXTS)
     )
 
 
-def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
+def test_a_post_processor_that_adds_bos_is_removed(bpe_folder, tmp_path):
     spec = json.loads((bpe_folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec["post_processor"] = {
         "type": "TemplateProcessing",
@@ -332,30 +353,30 @@ def test_post_processor_which_adds_bos_is_removed(bpe_folder, tmp_path):
     spec["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
     source = write_json(tmp_path / "source", spec, {"add_bos_token": True, "bos_token": "<s>"})
     assert tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).encode("SELECT").ids[0] == 2
-    taken = import_tokenizer(source, tmp_path / "taken")
+    imported = import_tokenizer(source, tmp_path / "imported")
     assert (
-        taken.encode_batch(TRICKY_TEXTS)
+        imported.encode_batch(TRICKY_TEXTS)
         == Tokenizer.load(bpe_folder).encode_batch(TRICKY_TEXTS)
-        == auto_ids(taken.folder, TRICKY_TEXTS)
+        == auto_ids(imported.folder, TRICKY_TEXTS)
     )
 
 
-def test_special_which_text_reaches_is_replaced(tmp_path, capsys):
+def test_a_special_token_that_text_produces_is_replaced(tmp_path, capsys):
     vocab = {"[UNK]": 0, "[PAD]": 1, "dog": 2, "[CLS]": 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
     source = write_json(tmp_path / "source", json.loads(tokenizer.to_str()), {"pad_token": "[PAD]"})
-    taken = import_tokenizer(source, tmp_path / "taken")
-    assert taken.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
-    assert (taken.pad_id, taken.vocab_size) == (4, 8)
+    imported = import_tokenizer(source, tmp_path / "imported")
+    assert imported.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
+    assert (imported.pad_id, imported.vocab_size) == (4, 8)
     assert (
         "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n"
         in capsys.readouterr().out
     )
 
 
-def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
+def test_user_errors_are_one_line(bpe_folder, tmp_path):
     def message(function, *arguments) -> str:
         with pytest.raises(UserError) as caught:
             function(*arguments)
@@ -383,7 +404,7 @@ def test_mistakes_end_in_one_clear_line(bpe_folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_error_of_the_texts_comes_through(tmp_path):
+def test_an_error_raised_by_the_texts_is_propagated(tmp_path):
     def texts():
         yield "SELECT"
         raise UserError("row 2: no field")
@@ -398,8 +419,8 @@ def test_imports_neither_torch_nor_transformers():
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
-def with_files(folder: Path, model: Path, **files: dict) -> Path:
-    """A folder with a sentencepiece model and files of a slow tokenizer beside it."""
+def write_model_folder(folder: Path, model: Path, **files: dict) -> Path:
+    """Write a folder with a sentencepiece model and the files of a slow tokenizer; return it."""
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
     for name, content in files.items():
@@ -418,7 +439,7 @@ DECODER = {
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "files",
     [
         {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": {"content": "<s>"}}},
         {"added_tokens": ADDED, "special_tokens_map": {"eos_token": "<|im_end|>"}, "tokenizer_config": DECODER},
@@ -429,36 +450,42 @@ DECODER = {
     "options", [{"normalization_rule_name": "identity", "add_dummy_prefix": False}, {}], ids=["plain", "nmt_nfkc"]
 )
 @pytest.mark.parametrize("given", ["", "tokenizer.model"])
-def test_tokens_added_beside_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, beside, options, given):
+def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, files, options, given):
     model = train_sentencepiece(tmp_path, **options)
-    taken = import_tokenizer(with_files(tmp_path / "folder", model, **beside) / given, tmp_path / "taken")
-    assert (taken.bos_id, taken.eos_id, taken.pad_id, taken.sep_id, taken.vocab_size) == (1, 361, 362, 363, 364)
+    imported = import_tokenizer(write_model_folder(tmp_path / "folder", model, **files) / given, tmp_path / "imported")
+    assert (imported.bos_id, imported.eos_id, imported.pad_id, imported.sep_id, imported.vocab_size) == (
+        1,
+        361,
+        362,
+        363,
+        364,
+    )
     assert (
-        "folder/tokenizer.model is used as a tokenizer.json with the 2 tokens that the files beside it add, such as '<|im_start|>'"
-        in capsys.readouterr().out
+        "folder/tokenizer.model is used as a tokenizer.json with the 2 "
+        "tokens that the files beside it add, such as '<|im_start|>'" in capsys.readouterr().out
     )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
-    assert taken.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
-        "other text has the ids of the model alone"
+    assert imported.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
+        "the added tokens changed the ids of other text"
     )
-    (ids,) = taken.encode_batch(["<|im_start|>count = name<|im_end|>"])
-    assert 360 in ids and 361 not in ids, "the end token is one that text never becomes"
-    assert taken.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", (
-        "a model that puts a blank before a text puts one here too"
+    (ids,) = imported.encode_batch(["<|im_start|>count = name<|im_end|>"])
+    assert 360 in ids and 361 not in ids, "text must not produce the end token"
+    assert imported.decode(ids).replace(" ", "") == "<|im_start|>count=name<|im_end|>", (
+        "decoding must restore the text, except for a space that some models put in front of it"
     )
-    assert [taken.encode_batch(["a <|im_start|> b"])] == [auto_ids(taken.folder, ["a <|im_start|> b"])]
-    check_specials(taken, TRICKY_TEXTS)
+    assert [imported.encode_batch(["a <|im_start|> b"])] == [auto_ids(imported.folder, ["a <|im_start|> b"])]
+    check_specials(imported, TRICKY_TEXTS)
 
 
-def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
-    folder = with_files(tmp_path / "folder", train_sentencepiece(tmp_path), added_tokens={"<|im_start|>": 360})
+def test_a_changed_file_next_to_a_model_is_detected(tmp_path, write_jsonl, pairs):
+    folder = write_model_folder(tmp_path / "folder", train_sentencepiece(tmp_path), added_tokens={"<|im_start|>": 360})
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(40)))
     config = data_config(tmp_path / "out", source, tokenizer={"path": str(folder / "tokenizer.model")})
     prepare_quietly(config)
     manifest = read_json(tmp_path / "out" / "manifest.json")
     prepare_quietly(config)
     old = json.loads(json.dumps(manifest))
-    del old["settings"]["files"][str(folder / "added_tokens.json")]  # as earlier versions recorded it
+    del old["settings"]["files"][str(folder / "added_tokens.json")]  # earlier versions did not record this file
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(old))
     prepare_quietly(config)
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
@@ -467,9 +494,9 @@ def test_a_changed_file_beside_a_model_is_noticed(tmp_path, write_jsonl, pairs):
         prepare_quietly(config)
 
 
-def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(tmp_path):
-    """The ids of LlamaTokenizer of transformers 4, which adds what its vocabulary lacks at the end."""
-    beside = {
+def test_special_tokens_without_ids_get_the_same_ids_as_in_hugging_face(tmp_path):
+    """Expect the ids of LlamaTokenizer of transformers 4, which appends the tokens that its vocabulary lacks."""
+    files = {
         "added_tokens": {"<|im_start|>": 360},
         "special_tokens_map": {"pad_token": "[PAD]", "additional_special_tokens": ["<|b|>", "<|a|>"]},
         "tokenizer_config": {
@@ -479,11 +506,13 @@ def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(t
             "extra_special_tokens": [],
         },
     }
-    taken = import_tokenizer(
-        with_files(tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside),
-        tmp_path / "taken",
+    imported = import_tokenizer(
+        write_model_folder(
+            tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **files
+        ),
+        tmp_path / "imported",
     )
-    spec = json.loads((taken.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec = json.loads((imported.folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert {token["content"]: token["id"] for token in spec["added_tokens"] if token["id"] >= 360} == {
         "<|im_start|>": 360,
         "[SEP]": 361,
@@ -491,12 +520,18 @@ def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(t
         "<|b|>": 363,
         "<|a|>": 364,
     }
-    assert (taken.bos_id, taken.eos_id, taken.sep_id, taken.pad_id, taken.vocab_size) == (1, 2, 361, 362, 365)
-    check_specials(taken, TRICKY_TEXTS)
+    assert (imported.bos_id, imported.eos_id, imported.sep_id, imported.pad_id, imported.vocab_size) == (
+        1,
+        2,
+        361,
+        362,
+        365,
+    )
+    check_specials(imported, TRICKY_TEXTS)
 
 
 @pytest.mark.parametrize(
-    "beside, expected",
+    "files, expected",
     [
         (
             {"added_tokens": {"<|im_start|>": 300}},
@@ -514,10 +549,10 @@ def test_special_tokens_that_are_named_without_an_id_get_those_of_hugging_face(t
         ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
     ],
 )
-def test_tokens_beside_a_sentencepiece_model_that_cannot_be_kept_are_refused(tmp_path, beside, expected):
-    folder = with_files(
-        tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **beside
+def test_added_tokens_with_impossible_ids_are_refused(tmp_path, files, expected):
+    folder = write_model_folder(
+        tmp_path / "folder", train_sentencepiece(tmp_path, normalization_rule_name="identity"), **files
     )
     with pytest.raises(UserError, match=expected) as raised:
-        import_tokenizer(folder, tmp_path / "taken")
-    assert "\n" not in str(raised.value) and not (tmp_path / "taken").exists()
+        import_tokenizer(folder, tmp_path / "imported")
+    assert "\n" not in str(raised.value) and not (tmp_path / "imported").exists()

@@ -1,4 +1,4 @@
-"""Text that a tokenizer does not know: counted wherever it is, and shown with its place."""
+"""Tests of text unknown to the tokenizer: it is counted in every text and reported with its location."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.tools.stats import stats
 from tests.small_corpora import data_config, json_source, prepare_quietly, split_rows
 
-LATE = 2100
-"""More texts than the preparation tries a tokenizer on before it encodes."""
+NUM_TEXTS = 2100
+"""Number of texts; the preparation checks a tokenizer on fewer texts before it encodes."""
 
 
-def ascii_json(folder: Path) -> Path:
-    """A tokenizer.json of single ASCII characters."""
+def save_character_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of single ASCII characters; return its tokenizer.json."""
     vocab = {token: number for number, token in enumerate(["<unk>", *map(chr, range(32, 127))])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<unk>"])
@@ -25,11 +25,11 @@ def ascii_json(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def ascii_words(folder: Path) -> Path:
-    """A tokenizer.json of whole words."""
+def save_word_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of whole words; return its tokenizer.json."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
-            {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(LATE)}, unk_token="[UNK]"
+            {"[UNK]": 0, "question": 1, "answer": 2} | {str(n): n + 3 for n in range(NUM_TEXTS)}, unk_token="[UNK]"
         )
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -37,8 +37,8 @@ def ascii_words(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def ascii_model(folder: Path) -> Path:
-    """A sentencepiece model without bytes."""
+def train_model_without_bytes(folder: Path) -> Path:
+    """Train a sentencepiece model without byte fallback; return its path."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["question answer 0123456789"] * 50),
         model_prefix=str(folder / "ascii"),
@@ -52,74 +52,79 @@ def ascii_model(folder: Path) -> Path:
     return folder / "ascii.model"
 
 
-MAKERS = {"characters": ascii_json, "words": ascii_words, "sentencepiece": ascii_model}
+MAKERS = {
+    "characters": save_character_tokenizer,
+    "words": save_word_tokenizer,
+    "sentencepiece": train_model_without_bytes,
+}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_unknown_tokens_are_counted_wherever_they_are(tmp_path, write_jsonl, kind):
-    rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(LATE)]
-    rows[LATE - 2]["code"] = "answer № 3"
-    rows[LATE - 1] |= {"text": "question 犬", "code": "answer 🦙"}
-    rows[5]["code"] = "№ " * 200  # does not fit a row, so it is not in the corpus
+def test_unknown_tokens_are_counted_in_every_text(tmp_path, write_jsonl, kind):
+    rows = [{"text": f"question {number}", "code": f"answer {number}"} for number in range(NUM_TEXTS)]
+    rows[NUM_TEXTS - 2]["code"] = "answer № 3"
+    rows[NUM_TEXTS - 1] |= {"text": "question 犬", "code": "answer 🦙"}
+    rows[5]["code"] = "№ " * 200  # too long for a row, so it is dropped
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     held_out = json_source(
         write_jsonl(tmp_path / "b.jsonl", [{"text": "question 1", "code": "answer 3"}]), split="validation"
     )
-    said = []
+    log = []
     out = tmp_path / "out"
     manifest = prepare(
-        data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=said.append
+        data_config(out, source, held_out, tokenizer={"path": str(MAKERS[kind](tmp_path))}), say=log.append
     )
     unknown_id = Tokenizer.load(out / "tokenizer").unknown_id
     in_shards = sum(tokens.count(unknown_id) for row in split_rows(out) for tokens in row)
-    places = [f"{tmp_path / 'a.jsonl'}:{LATE - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{LATE}: '犬'"]
+    locations = [f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS - 1}: '№'", f"{tmp_path / 'a.jsonl'}:{NUM_TEXTS}: '犬'"]
     assert (
-        manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": places}
+        manifest["splits"]["train"]["unknown"] == {"tokens": in_shards, "records": 2, "first": locations}
         and in_shards == 3
     )
     assert manifest["splits"]["validation"]["unknown"] == {"tokens": 0, "records": 0, "first": []}
-    line = f"3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; the first: {places[0]}"
-    assert f"WARNING: {line}" in said and line in (out / "summary.md").read_text()
+    line = (
+        "3 tokens in 2 records of split train are unknown to the tokenizer, so their text is lost; "
+        f"the first: {locations[0]}"
+    )
+    assert f"WARNING: {line}" in log and line in (out / "summary.md").read_text()
     assert list(stats(out, "train"))[-1] == line and "are unknown" not in list(stats(out, "validation"))[-1]
 
 
-def test_a_tokenizer_with_bytes_knows_everything(tmp_path, write_jsonl):
+def test_a_tokenizer_with_byte_fallback_has_no_unknown_tokens(tmp_path, write_jsonl):
     rows = [{"text": f"question {number}", "code": f"№ {number} 犬🦙"} for number in range(50)]
-    said = []
+    log = []
     manifest = prepare(
         data_config(
             tmp_path / "out", json_source(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer={"vocab_size": 300}
         ),
-        say=said.append,
+        say=log.append,
     )
-    assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in said)
-    said = []
+    assert manifest["splits"]["train"]["unknown"]["tokens"] == 0 and not any("unknown" in line for line in log)
+    log = []
     prepare(
         data_config(
             tmp_path / "again",
             json_source(tmp_path / "a.jsonl"),
             tokenizer={"path": str(tmp_path / "out" / "tokenizer")},
         ),
-        say=said.append,
+        say=log.append,
     )
-    assert not any("unknown" in line for line in said)
+    assert not any("unknown" in line for line in log)
 
 
-def test_a_tokenizer_that_leaves_out_what_it_does_not_know_is_warned_of(tmp_path, write_jsonl):
+def test_a_tokenizer_that_drops_unknown_text_is_warned_about(tmp_path, write_jsonl):
     vocab = {character: number for number, character in enumerate(map(chr, range(32, 127)))}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[])).save(str(tmp_path / "tokenizer.json"))
     source = json_source(write_jsonl(tmp_path / "a.jsonl", [{"text": "a question", "code": "b"}]))
-    said = []
-    prepare(
-        data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=said.append
-    )
+    log = []
+    prepare(data_config(tmp_path / "out", source, tokenizer={"path": str(tmp_path / "tokenizer.json")}), say=log.append)
     assert any(
         line.startswith(f"WARNING: the tokenizer {tmp_path / 'tokenizer.json'} has neither bytes nor an unknown token")
-        for line in said
+        for line in log
     )
 
 
-def test_a_corpus_prepared_before_unknown_tokens_were_counted_has_statistics(tmp_path, write_jsonl):
+def test_statistics_of_a_corpus_without_unknown_token_counts(tmp_path, write_jsonl):
     out = tmp_path / "out"
     prepare_quietly(
         data_config(

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one line that says where, or in a warning, and nothing is lost in silence."""
+"""Tests of user errors: each is a warning or a one-line error with its location, and no data is lost silently."""
 
 import json
 import os
@@ -17,34 +17,36 @@ from tests.processes import TIMEOUT
 from tests.small_corpora import data_config, json_source, prepare_quietly
 
 
-def test_mistakes_in_the_data_end_the_command_in_one_line(
+def test_errors_in_the_data_are_one_line(
     corpus, reference_corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path
 ):
-    def with_file(path, *more: str) -> str:
+    def error_with_source(path, *more: str) -> str:
         return run_expecting_user_error(
             corpus, f"data.path={tmp_path / 'out'}", f"data.sources.0.path={path}", "data.on_malformed=fail", *more
         )
 
     absent = tmp_path / "absent.jsonl"
-    assert with_file(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
-    assert with_file("").startswith("data.sources.0.path is not set")
-    assert "holds no file that ends in .json, " in with_file(tmp_path)
-    # Several units, so that a progress bar would show, and other workers are busy when one fails.
+    assert error_with_source(absent) == f"cannot read {absent} (data.sources.0.path): No such file or directory"
+    assert error_with_source("").startswith("data.sources.0.path is not set")
+    assert "holds no file that ends in .json, " in error_with_source(tmp_path)
+    # Use several units: a progress bar would appear, and other workers are busy when one fails.
     bad = write_jsonl(tmp_path / "bad.jsonl", pairs(9))
     with bad.open("a") as file:
         file.write('{"text": "a", "code"\n')
-    taken = f"data.tokenizer={{path: {reference_corpus / 'tokenizer'}}}"
-    message = with_file(bad, taken, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}")
+    tokenizer_override = f"data.tokenizer={{path: {reference_corpus / 'tokenizer'}}}"
+    message = error_with_source(
+        bad, tokenizer_override, "data.workers=2", f"data.sources={json.dumps([json_source(bad)] * 3)}"
+    )
     assert message.startswith(f"{bad}:10: not JSON (Expecting ':' delimiter")
     good = write_jsonl(tmp_path / "good.jsonl", pairs(9))
-    assert with_file(
+    assert error_with_source(
         good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}"
     ).startswith("nowhere: no tokenizer there")
-    assert "data.sources is empty" in with_file(bad, "data.sources=[]")
+    assert "data.sources is empty" in error_with_source(bad, "data.sources=[]")
 
 
 @needs_mpi
-def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
+def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [3])
     for sources, expected in (
         ([json_source(bad)] * 2, f"{bad}:1: a JSON int, not an object"),
@@ -63,7 +65,7 @@ def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "modify, message",
     [
         (
             lambda content: content.replace(b"}\n{", b"} {", 1),
@@ -76,28 +78,28 @@ def test_a_mistake_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pa
         (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
     ],
 )
-def test_a_file_that_is_written_meanwhile_is_found_out(write_jsonl, pairs, tmp_path, changed, message):
+def test_a_source_file_changed_during_the_preparation_is_detected(write_jsonl, pairs, tmp_path, modify, message):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(300))
 
     def change(line: str) -> None:
         if line.startswith("tokenizing"):
-            path.write_bytes(changed(path.read_bytes()))
+            path.write_bytes(modify(path.read_bytes()))
 
     with pytest.raises(UserError, match=message):
         prepare(data_config(tmp_path / "out", json_source(path)), say=change)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before_it(
+def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
     write_jsonl, pairs, tmp_path, monkeypatch, set_piece_size
 ):
     path = write_jsonl(tmp_path / "a.jsonl", [*pairs(300), 3, *pairs(300, seed=1)])
     set_piece_size(2000)
     message = r"a\.jsonl:301: a JSON int, not an object"
-    for counted in (units.COUNTED_BYTES, 2000):
-        monkeypatch.setattr(units, "COUNTED_BYTES", counted)
+    for limit in (units.COUNTED_BYTES, 2000):
+        monkeypatch.setattr(units, "COUNTED_BYTES", limit)
         with pytest.raises(UserError, match=message) as raised:
-            prepare_quietly(data_config(tmp_path / str(counted), json_source(path)))
+            prepare_quietly(data_config(tmp_path / str(limit), json_source(path)))
         message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
     line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
@@ -132,9 +134,7 @@ def test_a_malformed_line_far_inside_a_file_is_named_without_counting_all_before
         ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
     ],
 )
-def test_a_corpus_of_which_nothing_is_left_is_an_error(
-    write_jsonl, reference_corpus, tmp_path, rows, settings, expected
-):
+def test_an_empty_corpus_is_an_error(write_jsonl, reference_corpus, tmp_path, rows, settings, expected):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(UserError, match=expected) as raised:
         prepare_quietly(
@@ -145,19 +145,19 @@ def test_a_corpus_of_which_nothing_is_left_is_an_error(
     assert "\n" not in str(raised.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(corpus, run_expecting_user_error, tmp_path):
+def test_an_unwritable_folder_is_one_line(corpus, run_expecting_user_error, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write the corpus" in run_expecting_user_error(corpus, f"data.path={tmp_path / 'file'}")
 
     def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as a full disk would
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # fails like a full disk
 
     message = run_expecting_user_error(corpus, f"data.path={tmp_path / 'out'}", preexec_fn=limit_file_size)
     assert message.startswith(f"cannot write the corpus to {tmp_path / 'out'}: ") and "File too large" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
+def test_a_file_without_read_permission_is_one_line(corpus, run_expecting_user_error, write_jsonl, pairs, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", pairs(3))
     path.chmod(0)
     assert "Permission denied" in run_expecting_user_error(
@@ -166,26 +166,24 @@ def test_a_file_without_permission_is_one_clear_line(corpus, run_expecting_user_
 
 
 @pytest.mark.parametrize("name", ["continues", "checksum", "../x", "", "a b", "1st"])
-def test_a_view_cannot_have_the_name_of_another_column_or_of_no_column(tmp_path, name):
+def test_reserved_and_invalid_view_names_are_refused(tmp_path, name):
     with pytest.raises(UserError, match=rf"data\.views: .*{re.escape(repr(name))} cannot be the name of a view"):
         data_config(tmp_path, views=[name, "code"])
 
 
-def test_a_source_of_which_nothing_is_kept_is_told(write_jsonl, pairs, tmp_path):
+def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_path):
     sources = [
         json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50))),
         json_source(write_jsonl(tmp_path / "b.jsonl", pairs(9)), views={"text": "txet", "code": "code"}),
     ]
-    said = []
-    prepare(data_config(tmp_path / "out", *sources), say=said.append)
-    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in said
+    log = []
+    prepare(data_config(tmp_path / "out", *sources), say=log.append)
+    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in log
 
 
-def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_before_the_scan(
-    write_jsonl, pairs, tmp_path
-):
+def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(write_jsonl, pairs, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
-    for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("whole", None)):
+    for name, normalizer in (("lower", tokenizers.normalizers.Lowercase()), ("lossless", None)):
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = (
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -200,21 +198,21 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
             ),
         )
         tokenizer.save(str(tmp_path / f"{name}.json"))
-        said = []
+        log = []
         prepare(
             data_config(
                 tmp_path / name, source, tokenizer={"path": str(tmp_path / f"{name}.json")}, sequence_length=512
             ),
-            say=said.append,
+            say=log.append,
         )
-        warned = [line for line in said if line.startswith("WARNING: the tokenizer")]
-        assert len(warned) == (name == "lower") and all(
-            "does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warned
+        warnings = [line for line in log if line.startswith("WARNING: the tokenizer")]
+        assert len(warnings) == (name == "lower") and all(
+            "does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warnings
         )
-    said = []
+    log = []
     with pytest.raises(UserError, match="no tokenizer there"):
-        prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=said.append)
-    assert not any(line.startswith("scanning") for line in said)
+        prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=log.append)
+    assert not any(line.startswith("scanning") for line in log)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +224,7 @@ def test_a_tokenizer_that_does_not_give_texts_back_is_told_and_one_that_is_none_
         ("python", "a.py", []),
     ],
 )
-def test_files_that_are_left_out_for_their_names_are_told(
-    write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped
-):
+def test_files_skipped_by_name_are_reported(write_jsonl, pairs, reference_corpus, tmp_path, kind, read, skipped):
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / read, pairs(3))
@@ -237,7 +233,7 @@ def test_files_that_are_left_out_for_their_names_are_told(
         (folder / "README").write_text("not a program")
     for name in skipped:
         (folder / name).write_bytes(b"anything")
-    said = []
+    log = []
     prepare(
         data_config(
             tmp_path / "out",
@@ -245,9 +241,9 @@ def test_files_that_are_left_out_for_their_names_are_told(
             tokenizer={"path": str(reference_corpus / "tokenizer")},
             missing_views="keep",
         ),
-        say=said.append,
+        say=log.append,
     )
-    notes = [line for line in said if "skipping" in line]
+    notes = [line for line in log if "skipping" in line]
     assert len(notes) == bool(skipped) and all(str(folder / name) in notes[0] for name in sorted(skipped)[:3])
     assert (
         not skipped

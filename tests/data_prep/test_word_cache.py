@@ -1,4 +1,4 @@
-"""Words encoded once give the tokens that sentencepiece gives for whole texts; where they would not, texts are not cut."""
+"""Tests of the word cache: it gives sentencepiece's tokens, and texts are not cut if that would change them."""
 
 import json
 from pathlib import Path
@@ -28,15 +28,15 @@ def trained(tmp_path_factory) -> tuple[Tokenizer, sentencepiece.SentencePiecePro
     return tokenizer, sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / "tokenizer.model"))
 
 
-def spec_of(tokenizer: Tokenizer) -> dict:
+def load_spec(tokenizer: Tokenizer) -> dict:
     return json.loads((tokenizer.folder / "tokenizer.json").read_text())
 
 
-def test_the_tokens_are_those_of_the_whole_texts(trained):
+def test_cached_tokens_equal_those_of_sentencepiece(trained):
     tokenizer, model = trained
     texts = TRICKY_TEXTS + corpus() + CODE + random_unicode(200_000)
-    assert is_cacheable(spec_of(tokenizer))
-    for _ in range(2):  # the second time, every word is known
+    assert is_cacheable(load_spec(tokenizer))
+    for _ in range(2):  # every word is cached the second time
         assert tokenizer.encode_batch(texts) == model.encode(texts)
     assert tokenizer.encode_batch([]) == [] and tokenizer.encode_batch(["", ""]) == [[], []]
 
@@ -48,12 +48,12 @@ def test_the_tokens_are_those_of_the_whole_texts(trained):
         max_size=6,
     )
 )
-def test_any_texts(trained, texts):
+def test_random_texts_are_encoded_like_sentencepiece(trained, texts):
     tokenizer, model = trained
     assert tokenizer.encode_batch(texts) == model.encode(texts)
 
 
-def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained, monkeypatch):
+def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatch):
     _, model = trained
     monkeypatch.setattr(word_cache, "ENOUGH", 2000)
     cache, texts = WordCache(model), corpus() + CODE
@@ -66,15 +66,15 @@ def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained
 
 
 @pytest.mark.parametrize(
-    "options, cut",
+    "options, cacheable",
     [
         ({"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}, True),
-        (
-            {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
-            False,
-        ),  # a blank comes before the text
-        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),  # blanks in a row are one
-        ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),  # nmt_nfkc looks at several characters
+        # A space is put in front of the text.
+        ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, False),
+        # Runs of spaces are collapsed.
+        ({"normalization_rule_name": "identity", "add_dummy_prefix": False}, False),
+        # The default normalization, nmt_nfkc, handles several characters together.
+        ({"add_dummy_prefix": False, "remove_extra_whitespaces": False}, False),
         (
             {
                 "normalization_rule_name": "identity",
@@ -104,10 +104,10 @@ def test_the_cache_is_bounded_and_outlives_a_text_that_cannot_be_encoded(trained
         ),
     ],
 )
-def test_texts_are_cut_only_where_that_changes_nothing(tmp_path: Path, options, cut):
+def test_texts_are_cut_only_if_that_changes_no_token(tmp_path: Path, options, cacheable):
     path = train_sentencepiece(tmp_path, **options)
-    taken = import_tokenizer(path, tmp_path / "taken", say=lambda line: None)
-    assert is_cacheable(spec_of(taken)) == cut
-    if (taken.folder / "tokenizer.model").exists():
+    imported = import_tokenizer(path, tmp_path / "imported", say=lambda line: None)
+    assert is_cacheable(load_spec(imported)) == cacheable
+    if (imported.folder / "tokenizer.model").exists():
         texts = TRICKY_TEXTS + corpus() + CODE + ["a dog and a  dog  "]
-        assert taken.encode_batch(texts) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(texts)
+        assert imported.encode_batch(texts) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(texts)

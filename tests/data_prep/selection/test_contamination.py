@@ -1,4 +1,4 @@
-"""Decontamination, against sets of substrings."""
+"""Tests of decontamination against a reference that uses sets of substrings."""
 
 import json
 import random
@@ -32,17 +32,20 @@ WORDS = [
 ]
 
 
-def by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[bool]:
-    """The two rules for texts of alphabets, where a letter counts one, and contexts without common phrases."""
+def find_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[bool]:
+    """Apply the two rules of contamination with sets of substrings.
+
+    This is valid for alphabetic scripts, in which a letter counts as one, and for contexts without common phrases.
+    """
     tests = {normalized_letters(context) for context in contexts} - {""}
-    stretches = {
+    substrings = {
         test[start : start + OVERLAP_LETTERS] for test in tests for start in range(len(test) - OVERLAP_LETTERS + 1)
     }
 
     def contaminated(views: tuple[str, ...]) -> bool:
         present = [normalized_letters(view) for view in views if view]
         return any(view in tests for view in present[:-1] or present) or any(
-            view[start : start + OVERLAP_LETTERS] in stretches
+            view[start : start + OVERLAP_LETTERS] in substrings
             for view in present
             for start in range(len(view) - OVERLAP_LETTERS + 1)
         )
@@ -50,9 +53,9 @@ def by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[boo
     return [contaminated(views) for views in batch]
 
 
-def assert_as_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -> list[str]:
+def assert_matches_reference(contexts: list[str], batch: list[tuple[str, ...]]) -> list[str]:
     found = Contamination(contexts).find(batch)
-    assert [bool(line) for line in found] == by_substrings(contexts, batch)
+    assert [bool(line) for line in found] == find_by_substrings(contexts, batch)
     assert not any("\n" in line for line in found)
     return found
 
@@ -60,7 +63,7 @@ def assert_as_by_substrings(contexts: list[str], batch: list[tuple[str, ...]]) -
 @settings(deadline=None, max_examples=100)
 @example(seed=1, contexts=0, records=3)
 @given(seed=st.integers(0, 2**32), contexts=st.integers(0, 8), records=st.integers(0, 30))
-def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, records):
+def test_random_records_match_the_reference(seed, contexts, records):
     rng = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -69,7 +72,8 @@ def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, rec
     tests = [text(rng.choice([2, 40])) for _ in range(contexts)]
 
     def view() -> str:
-        if tests and rng.random() < 0.5:  # a piece of a test context, of about the length that counts, among other text
+        # About half of the views contain a part of a test context that is about as long as the threshold.
+        if tests and rng.random() < 0.5:
             test = rng.choice(tests).swapcase()
             start = rng.randrange(len(test) + 1)
             return (
@@ -79,11 +83,11 @@ def test_the_same_records_are_found_as_by_sets_of_substrings(seed, contexts, rec
             )
         return rng.choice(["", text(3), text(60), rng.choice([*tests, ""]).upper()])
 
-    assert_as_by_substrings(tests, [tuple(view() for _ in range(rng.randint(1, 4))) for _ in range(records)])
+    assert_matches_reference(tests, [tuple(view() for _ in range(rng.randint(1, 4))) for _ in range(records)])
 
 
 @pytest.mark.parametrize("around", range(9))
-def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
+def test_an_overlap_is_found_anywhere_and_one_letter_less_is_not(around):
     context = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=400))
     for length, expected in ((OVERLAP_LETTERS, True), (OVERLAP_LETTERS - 1, False)):
         for start in (0, 1, 200, 400 - length):
@@ -93,10 +97,11 @@ def test_a_stretch_is_found_at_any_place_and_a_letter_less_is_not(around):
             assert bool(Contamination([inside]).find([("y" * around + context, "")])[0]) == expected
 
 
-def test_a_stretch_does_not_run_over_the_border_of_views_or_records():
+def test_an_overlap_does_not_span_views_or_records():
     context = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=80))
     assert (
-        assert_as_by_substrings([context], [(context[:40], context[40:]), (context[:30],), (context[30:],)]) == [""] * 3
+        assert_matches_reference([context], [(context[:40], context[40:]), (context[:30],), (context[30:],)])
+        == [""] * 3
     )
     assert Contamination([context[:60], context[60:]]).find([("q", context)]) == [""]
 
@@ -117,12 +122,16 @@ def test_the_target_may_equal_a_test_context_and_a_document_may_not():
     assert found == ["", *["equals the test context 'What is 2 + 3?'"] * 4, "", "", ""]
 
 
-def test_the_line_says_which_context_and_what_is_shared():
-    context = "Natalia sold clips to 48 of her friends in April,\nand then she sold half as many clips in May. How many clips did she sell?"
+def test_the_reason_names_the_context_and_the_shared_text():
+    context = (
+        "Natalia sold clips to 48 of her friends in April,\n"
+        "and then she sold half as many clips in May. How many clips did she sell?"
+    )
     (line,) = Contamination(["another one", context]).find([("Homework", f"Q: {context[10:].upper()} A: 72")])
     assert line == (
-        "shares 'ld clips to 48 of her friends in April, and then she sold half as many clips in May. How man' with the test "
-        "context 'Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How …'"
+        "shares 'ld clips to 48 of her friends in April, and then she sold half as many clips in May. How man' "
+        "with the test context "
+        "'Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How …'"
     )
 
 
@@ -145,7 +154,7 @@ def test_other_scripts_are_compared_too(text):
             ("x", text[:-1]),
         ]
     )
-    for number, line in enumerate(found[:3]):  # the same beside much English
+    for number, line in enumerate(found[:3]):  # the result is the same in a batch of mostly English text
         batch = [
             ("many words of English " * 50, "x"),
             [(f"See: {text} (source)", "x"), (text, "x"), (other, "x")][number],
@@ -155,7 +164,7 @@ def test_other_scripts_are_compared_too(text):
     assert text[5:9] in found[0]
 
 
-def test_letters_are_compared_without_case_accents_and_what_is_between_them():
+def test_case_accents_and_punctuation_are_ignored():
     assert normalized_letters("Größe, ＦＵＬＬ \u2019n\u2019 café ½") == "grossefullncafe12"
     assert normalized_letters("कि") != normalized_letters("की") and normalized_letters("!?…\U0001f600") == ""
     for composed in ("Où est l'élève?", "Ångström"):
@@ -174,11 +183,17 @@ def test_letters_are_compared_without_case_accents_and_what_is_between_them():
     assert Contamination([]).find([("a",)]) == [""]
 
 
-def test_a_common_instruction_is_no_contamination():
-    instruction = "Below is a description. Write the regular expression that matches just the lines that are described, and nothing else: "
+def test_a_common_instruction_is_not_contamination():
+    instruction = (
+        "Below is a description. Write the regular expression that matches just the lines that are described, "
+        "and nothing else: "
+    )
     rng = random.Random(0)
     tests = [instruction + " ".join(rng.choices(WORDS, k=8)) for _ in range(300)]
-    question = "how many boxes of seventeen pencils does a school with four hundred and eleven pupils need if each of them is to have two"
+    question = (
+        "how many boxes of seventeen pencils does a school with four hundred and eleven pupils need "
+        "if each of them is to have two"
+    )
     index = Contamination([*tests, instruction + question])
     found = index.find(
         [
@@ -194,7 +209,7 @@ def test_a_common_instruction_is_no_contamination():
 @pytest.mark.parametrize(
     "name, records, contaminated", [("nl-rx-synth", 8000, 40), ("spider", 6587, 22), ("gsm8k", 7473, 3)]
 )
-def test_of_public_splits_the_verbatim_leaks_go_and_the_templates_stay(name, records, contaminated):
+def test_verbatim_leaks_in_public_splits_are_found_and_templates_are_not(name, records, contaminated):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     train, test = (
@@ -204,5 +219,5 @@ def test_of_public_splits_the_verbatim_leaks_go_and_the_templates_stay(name, rec
         ]
         for split in ("train", "test")
     )
-    found = assert_as_by_substrings([context for context, _ in test], train)
+    found = assert_matches_reference([context for context, _ in test], train)
     assert (len(train), sum(map(bool, found))) == (records, contaminated)

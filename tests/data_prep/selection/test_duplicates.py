@@ -1,4 +1,4 @@
-"""Exact duplicates, against a dictionary over the whole corpus."""
+"""Tests of exact duplicates against a dictionary of the whole corpus."""
 
 import hashlib
 import itertools
@@ -21,7 +21,8 @@ from data_prep.selection.duplicates import (
     write_fingerprints,
 )
 
-Corpus = list[list[tuple[tuple[str, ...], int, int]]]  # of each unit: views, ordinal, rank of the split
+Corpus = list[list[tuple[tuple[str, ...], int, int]]]
+"""(views, ordinal, rank of the split) of the records of each unit."""
 VIEWS = st.tuples(st.sampled_from(["", "a", "b", "ab", "ä", "\ud800"]), st.sampled_from(["", "b", "a", "c"]))
 CORPORA = st.lists(
     st.lists(st.tuples(VIEWS, st.integers(1, 3), st.integers(0, 2)), max_size=12).map(
@@ -34,8 +35,8 @@ CORPORA = st.lists(
 )
 
 
-def by_dictionary(corpus: Corpus) -> list[list[int]]:
-    """Of each unit the ordinals to drop, in one walk over all records in the order of preference."""
+def find_by_dictionary(corpus: Corpus) -> list[list[int]]:
+    """Return the ordinals to drop for each unit, from one pass over all records in order of preference."""
     seen, drops = {}, [[] for _ in corpus]
     records = [(rank, unit, ordinal, views) for unit, rows in enumerate(corpus) for views, ordinal, rank in rows]
     for _, unit, ordinal, views in sorted(records, key=lambda record: record[:3]):
@@ -44,7 +45,7 @@ def by_dictionary(corpus: Corpus) -> list[list[int]]:
     return [sorted(drop) for drop in drops]
 
 
-def on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = None) -> list[list[int]]:
+def find_on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = None) -> list[list[int]]:
     paths = [folder / f"unit-{unit}.npy" for unit in range(len(corpus))]
     for path, rows in zip(paths, corpus, strict=True):
         write_fingerprints(
@@ -61,9 +62,9 @@ def on_disk(corpus: Corpus, folder: Path, parts: int, order: list[int] | None = 
 
 @settings(deadline=None, max_examples=60)
 @given(CORPORA, st.sampled_from([1, 2, 3, 7]))
-def test_the_same_records_are_dropped_as_by_a_dictionary(corpus, parts):
+def test_dropped_records_match_the_dictionary(corpus, parts):
     with tempfile.TemporaryDirectory() as folder:
-        assert on_disk(corpus, Path(folder), parts) == by_dictionary(corpus)
+        assert find_on_disk(corpus, Path(folder), parts) == find_by_dictionary(corpus)
 
 
 def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
@@ -75,20 +76,20 @@ def test_a_larger_corpus_with_the_parts_in_any_order(tmp_path):
         ]
         for _ in range(5)
     ]
-    expected = by_dictionary(corpus)
+    expected = find_by_dictionary(corpus)
     assert sum(map(len, expected)) > 3000
-    assert on_disk(corpus, tmp_path, 4, [2, 0, 3, 1]) == expected
-    assert on_disk(corpus, tmp_path, 1) == expected
+    assert find_on_disk(corpus, tmp_path, 4, [2, 0, 3, 1]) == expected
+    assert find_on_disk(corpus, tmp_path, 1) == expected
 
 
-def test_the_earlier_split_stays_then_the_earlier_unit_then_the_earlier_record(tmp_path):
+def test_precedence_is_by_split_then_unit_then_record(tmp_path):
     train, validation, test = (SPLIT_PRIORITY.index(split) for split in ("train", "validation", "test"))
     one = ("q", "a")
-    assert on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]
-    assert on_disk([[(one, 3, train), (one, 9, train)], [(one, 0, train)]], tmp_path, 2) == [[9], [0]]
+    assert find_on_disk([[(one, 0, train)], [(one, 5, test)], [(one, 2, validation)]], tmp_path, 2) == [[0], [], [2]]
+    assert find_on_disk([[(one, 3, train), (one, 9, train)], [(one, 0, train)]], tmp_path, 2) == [[9], [0]]
 
 
-def test_views_are_told_apart_and_so_are_records_of_more_views():
+def test_fingerprints_distinguish_views_and_their_number():
     texts = [
         ("ab", ""),
         ("a", "b"),
@@ -103,7 +104,7 @@ def test_views_are_told_apart_and_so_are_records_of_more_views():
         ("\0\0", ""),
     ]
     assert len(np.unique(fingerprints(texts), axis=0)) == len(texts)
-    digest = hashlib.blake2b(b"1,1;ab", digest_size=16).digest()  # the same on any machine
+    digest = hashlib.blake2b(b"1,1;ab", digest_size=16).digest()  # the digest is the same on any machine
     assert (
         fingerprints([("a", "b")] * 2).tolist()
         == [[int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]] * 2
@@ -122,11 +123,11 @@ def test_fingerprints_equal_in_one_half_are_not_equal(tmp_path):
 
 
 def test_empty_units_and_no_units(tmp_path):
-    assert on_disk([[], [(("a",), 0, 2)], []], tmp_path, 2) == [[], [], []]
+    assert find_on_disk([[], [(("a",), 0, 2)], []], tmp_path, 2) == [[], [], []]
     resolve([], 0, 1, tmp_path / "out.npy")
     assert dropped([tmp_path / "out.npy"], 0).tolist() == [] == dropped([], 3).tolist()
 
 
 @pytest.mark.parametrize("rows, parts", [(0, 1), (1, 1), (ROWS_PER_PART, 1), (ROWS_PER_PART + 1, 2), (10**9, 250)])
-def test_a_part_stays_small_however_large_the_corpus(rows, parts):
+def test_the_number_of_parts_grows_with_the_corpus(rows, parts):
     assert num_parts(rows) == parts

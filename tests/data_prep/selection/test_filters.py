@@ -1,4 +1,4 @@
-"""Filters: each reason, which comes first, and mistakes in the configuration."""
+"""Tests of filters: each reason, their precedence, and errors in the configuration."""
 
 import signal
 import threading
@@ -23,7 +23,7 @@ from tests.small_corpora import data_config, json_source, prepare_quietly
         (("abc", "abcd"), {"min_characters": 4}, "too_short"),
         (("abcd", "abc"), {"min_characters": 4}, "too_short"),
         (("abcd", "abcd"), {"min_characters": 4}, ""),
-        (("", "abcd"), {"min_characters": 4}, ""),  # a view that is not there is not short
+        (("", "abcd"), {"min_characters": 4}, ""),  # a missing view is not too short
         (("äöüß",), {"min_characters": 4, "max_characters": 4}, ""),  # characters, not bytes
         (("abcde", "a"), {"max_characters": 4}, "too_many_characters"),
         (("a", "abcde"), {"max_characters": 4}, "too_many_characters"),
@@ -42,7 +42,7 @@ from tests.small_corpora import data_config, json_source, prepare_quietly
         ),
     ],
 )
-def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, expected):
+def test_the_first_matching_reason_is_returned(views, settings, expected):
     assert filter_reason(views, FiltersConfig(**settings)) == expected
 
 
@@ -57,43 +57,43 @@ def test_a_record_is_left_out_for_the_first_reason_that_holds(views, settings, e
         ({"maximum": 3}, "unknown key 'data.filters.maximum'"),
     ],
 )
-def test_a_filter_that_cannot_act_is_one_line_before_anything_runs(settings, expected):
+def test_an_invalid_filter_is_one_line(settings, expected):
     with pytest.raises(UserError) as raised:
         validate(FiltersConfig, settings, "data.filters")
     assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
-NEVER = r"^(\d+[ ,.]?)+$"
-"""On sixty digits and a letter there are 2**60 ways to try."""
+BACKTRACKING = r"^(\d+[ ,.]?)+$"
+"""An expression that needs 2**60 attempts on sixty digits and a letter."""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("malformed", ["fail", "drop"])
-def test_an_expression_that_does_not_end_names_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
+def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl, monkeypatch, workers, malformed):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.2)
     rows = [
         {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else "12 13"} for number in range(100)
     ]
     source = json_source(write_jsonl(tmp_path / "a.jsonl", rows))
     config = data_config(
-        tmp_path / "out", source, filters={"forbidden": NEVER}, workers=workers, on_malformed=malformed
+        tmp_path / "out", source, filters={"forbidden": BACKTRACKING}, workers=workers, on_malformed=malformed
     )
     with pytest.raises(
         UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it"
     ) as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "nothing is interrupted later"
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0), "the timer must be off afterwards"
 
 
-def test_the_time_of_an_expression_counts_for_each_record_alone(monkeypatch):
+def test_the_time_limit_applies_to_each_record_separately(monkeypatch):
     monkeypatch.setattr(filters, "LIMIT_SECONDS", 0.05)
-    config = FiltersConfig(forbidden=r"(a+)+b")  # some milliseconds for each of these
+    config = FiltersConfig(forbidden=r"(a+)+b")  # takes a few milliseconds on each record
     with search_time_limit(config):
         assert [filter_reason(("a" * 12, ""), config) for _ in range(200)] == [""] * 200
 
 
-def test_a_possessive_expression_decides(tmp_path, write_jsonl):
+def test_a_possessive_expression_terminates(tmp_path, write_jsonl):
     rows = [
         {"text": f"question {number}", "code": "1" * 60 + "x" if number == 41 else f"{number} x"}
         for number in range(100)
@@ -108,7 +108,7 @@ def test_a_possessive_expression_decides(tmp_path, write_jsonl):
     assert prepare_quietly(config)["splits"]["train"]["records"] == 100
 
 
-def test_outside_of_the_main_thread_there_is_no_limit():
+def test_there_is_no_time_limit_outside_the_main_thread():
     config, found = FiltersConfig(forbidden="https?://"), []
 
     def search() -> None:

@@ -1,4 +1,4 @@
-"""Near-duplicates, against the Jaccard similarity of all pairs, and against all pairs of sketches."""
+"""Tests of near-duplicates against all pairs, by Jaccard similarity and by sketches."""
 
 import json
 import random
@@ -22,14 +22,14 @@ DATA = REPO_ROOT.parent / "shared" / "data"
 Record = tuple[str, ...]
 
 
-def near_duplicates_of(
+def find_near_duplicates(
     folder: Path,
     units: list[list[Record]],
     ranks: list[list[int]] | None = None,
     parts: int = 1,
     threshold: float = 0.8,
 ) -> list[list[int]]:
-    """Of each unit the numbers of the records that are dropped; their ordinals on disk are twice that and one more."""
+    """Return the indices of the dropped records of each unit. An ordinal on disk is twice the index plus one."""
     signatures, bands = (
         [folder / f"{kind}-{unit}.npy" for unit in range(len(units))] for kind in ("signatures", "bands")
     )
@@ -53,48 +53,53 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(padded[start : start + 5]) for start in range(len(padded) - 4)} if words else set()
 
 
-def likeness(one: list[set], other: list[set]) -> float:
+def similarity(one: list[set], other: list[set]) -> float:
     return min(len(a & b) / len(a | b) if a | b else 1.0 for a, b in zip(one, other, strict=True))
 
 
 def check_against_all_pairs(found: list[int], records: list[Record]) -> int:
-    """What is well above the threshold is found, what is well below is not; the number of records above."""
+    """Check that records well above the threshold are found and that those well below are not.
+
+    Return the number of records above the threshold.
+    """
     sets = [[shingles(view) for view in record] for record in records]
     holders: dict[tuple[str, ...], list[int]] = {}
     found, above, missed = set(found), 0, 0
-    for place, mine in enumerate(sets):
-        sharing = {
-            early for shingle in mine[0] if shingle[3] for early in holders.get(shingle, [])
-        }  # any other has a likeness near 0
-        closest = max((likeness(mine, sets[early]) for early in sharing), default=0.0)
-        for shingle in mine[0]:
-            holders.setdefault(shingle, []).append(place)
-        if place in found:
-            assert closest >= 0.68, (records[place], closest)
+    for index, shingle_sets in enumerate(sets):
+        # Only these earlier records are compared, because all others have a similarity near 0.
+        candidates = {earlier for shingle in shingle_sets[0] if shingle[3] for earlier in holders.get(shingle, [])}
+        closest = max((similarity(shingle_sets, sets[earlier]) for earlier in candidates), default=0.0)
+        for shingle in shingle_sets[0]:
+            holders.setdefault(shingle, []).append(index)
+        if index in found:
+            assert closest >= 0.68, (records[index], closest)
         if closest >= 0.8:
             above += 1
-            missed += place not in found
+            missed += index not in found
         if closest >= 0.92:
-            assert place in found, (records[place], closest)
+            assert index in found, (records[index], closest)
     assert missed <= 0.1 * above + 1
     return above
 
 
-def edited(text: str, rng: random.Random) -> str:
+def edit(text: str, rng: random.Random) -> str:
     words = text.split()
     for _ in range(rng.randint(0, 3)):
         words[rng.randrange(len(words))] = rng.choice(["other", "words", "HERE,"])
     return "  ".join(words).upper() if rng.random() < 0.2 else " ".join(words)
 
 
-def synthetic(count: int, seed: int) -> list[Record]:
-    """Texts of 10 to 150 words from a small vocabulary, half of them edited copies of earlier ones, some with another target."""
+def synthetic_records(count: int, seed: int) -> list[Record]:
+    """Return records of 10 to 150 words per view, from a small vocabulary.
+
+    Half of them are edited copies of earlier ones, and some copies have an edited target too.
+    """
     rng = random.Random(seed)
     records = []
     for _ in range(count):
         if records and rng.random() < 0.5:
             context, target = rng.choice(records)
-            records.append((edited(context, rng), rng.choice([target, target, edited(target, rng)])))
+            records.append((edit(context, rng), rng.choice([target, target, edit(target, rng)])))
         else:
             records.append(
                 tuple(" ".join(f"w{rng.randrange(300)}" for _ in range(rng.randint(10, 150))) for _ in range(2))
@@ -102,9 +107,9 @@ def synthetic(count: int, seed: int) -> list[Record]:
     return records
 
 
-def test_edited_copies_are_found_as_the_similarity_of_all_pairs_says(tmp_path):
-    records = synthetic(600, 0)
-    (found,) = near_duplicates_of(tmp_path, [records])
+def test_edited_copies_are_found_according_to_jaccard_similarity(tmp_path):
+    records = synthetic_records(600, 0)
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 100
 
 
@@ -112,29 +117,25 @@ def test_edited_copies_are_found_as_the_similarity_of_all_pairs_says(tmp_path):
 @given(seed=st.integers(0, 2**32), parts=st.sampled_from([1, 2, 5]), threshold=st.sampled_from([0.5, 0.8, 0.9]))
 def test_a_record_is_dropped_if_an_earlier_one_shares_a_band_and_is_near(seed, parts, threshold):
     rng = random.Random(seed)
-    records = synthetic(60, seed)
+    records = synthetic_records(60, seed)
     ranks = [rng.randrange(3) for _ in records]
     cuts = sorted(rng.choices(range(61), k=3))
     bounds = list(zip([0, *cuts], [*cuts, 60], strict=True))
     signatures, bands = sketch(records, threshold)
-    order = sorted(range(60), key=lambda place: (ranks[place], place))
-    expected = [
-        any(
-            (bands[early] == bands[late]).all(axis=1).any()
-            and all(
-                (signatures[early, view] == signatures[late, view]).sum() >= threshold * NUM_HASHES for view in range(2)
-            )
-            for early in order[: order.index(late)]
-        )
-        for late in range(60)
-    ]
+    order = sorted(range(60), key=lambda index: (ranks[index], index))
+
+    def near(earlier: int, later: int) -> bool:
+        shares_band = (bands[earlier] == bands[later]).all(axis=1).any()
+        equal_hashes = (signatures[earlier] == signatures[later]).sum(axis=-1)
+        return shares_band and (equal_hashes >= threshold * NUM_HASHES).all()
+
+    expected = [any(near(earlier, later) for earlier in order[: order.index(later)]) for later in range(60)]
     with tempfile.TemporaryDirectory() as folder:
-        found = near_duplicates_of(
+        found = find_near_duplicates(
             Path(folder), [records[a:b] for a, b in bounds], [ranks[a:b] for a, b in bounds], parts, threshold
         )
-    assert [place + a for (a, _), places in zip(bounds, found, strict=True) for place in places] == np.flatnonzero(
-        expected
-    ).tolist()
+    dropped_indices = [index + a for (a, _), indices in zip(bounds, found, strict=True) for index in indices]
+    assert dropped_indices == np.flatnonzero(expected).tolist()
 
 
 LONG = " ".join(f"word{number}" for number in range(100))
@@ -146,38 +147,35 @@ LONG = " ".join(f"word{number}" for number in range(100))
         ((LONG, "a"), (LONG, "a"), True),
         ((LONG, "a"), (LONG.replace("word50", "other"), "a"), True),
         ((LONG, "a"), (LONG.upper().replace(" ", "\n"), "A"), True),
-        ((LONG, "a"), (LONG, "b"), False),  # another target, such as another label
+        ((LONG, "a"), (LONG, "b"), False),  # a different target, such as another label
         ((LONG, "a"), (LONG, ""), False),
         ((LONG, ""), ("", LONG), False),
         (("", LONG), ("", LONG), True),
         (("lines with a dog", "dog"), ("lines with a cat", "dog"), False),
         ((LONG, "~(.*)"), (LONG, "(.*)"), False),
         ((LONG, LONG.replace("word50", "other")), (LONG.replace("word50", "other"), LONG), True),
-        (
-            ("猫" + "一二三四五六七八九十" * 9, "x"),
-            ("犬" + "一二三四五六七八九十" * 9, "x"),
-            False,
-        ),  # ten shingles again and again, and the edges
+        # These texts have ten repeated shingles, and different ones at the start.
+        (("猫" + "一二三四五六七八九十" * 9, "x"), ("犬" + "一二三四五六七八九十" * 9, "x"), False),
         (("".join(map(chr, range(0x4E00, 0x4E64))), "x"), ("".join(map(chr, range(0x4E01, 0x4E64))), "x"), True),
     ],
 )
-def test_records_are_near_where_each_of_their_views_is(tmp_path, first, second, expected):
-    assert near_duplicates_of(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
-    assert near_duplicates_of(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
+def test_records_are_near_duplicates_if_every_view_is(tmp_path, first, second, expected):
+    assert find_near_duplicates(tmp_path, [[first], [second]]) == [[], [0] if expected else []]
+    assert find_near_duplicates(tmp_path, [[first], [second]], [[2], [0]]) == [[0] if expected else [], []]
 
 
-def test_a_chain_of_edits_keeps_its_first(tmp_path):
+def test_a_chain_of_edits_keeps_only_its_first_record(tmp_path):
     chain = [(LONG.replace("word", "other", step),) for step in range(0, 100, 2)]
-    (found,) = near_duplicates_of(tmp_path, [chain])
+    (found,) = find_near_duplicates(tmp_path, [chain])
     assert found == list(range(1, 50))
-    (found,) = near_duplicates_of(tmp_path, [[chain[0], chain[-1]]])
+    (found,) = find_near_duplicates(tmp_path, [[chain[0], chain[-1]]])
     assert found == []
 
 
 def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
     records = [(LONG,)] * 25 + [("another " + LONG,), ("quite another text",)]
-    assert near_duplicates_of(tmp_path, [records[:7], records[7:]]) == [
+    assert find_near_duplicates(tmp_path, [records[:7], records[7:]]) == [
         [1, 2, 3, 4, 5, 6],
         [n for n in range(19) if n not in (3, 13)],
     ]
@@ -185,15 +183,15 @@ def test_large_groups_are_cut_and_read_in_pieces(tmp_path, monkeypatch):
 
 def test_a_group_that_fills_its_runs_is_read_to_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(near_duplicates, "LARGEST_GROUP", 10)
-    assert near_duplicates_of(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
+    assert find_near_duplicates(tmp_path, [[(LONG,)] * 20], threshold=1.0) == [[n for n in range(20) if n % 10]]
 
 
-def test_a_record_without_words_is_near_another_but_not_itself(tmp_path):
-    assert near_duplicates_of(tmp_path, [[(" ", "")], [("\n", "\t")], [(LONG, "")]]) == [[], [0], []]
+def test_records_without_words_are_near_duplicates_of_each_other(tmp_path):
+    assert find_near_duplicates(tmp_path, [[(" ", "")], [("\n", "\t")], [(LONG, "")]]) == [[], [0], []]
 
 
 def test_no_records_and_no_units(tmp_path):
-    assert near_duplicates_of(tmp_path, [[], [(LONG,)], []], parts=2) == [[], [], []]
+    assert find_near_duplicates(tmp_path, [[], [(LONG,)], []], parts=2) == [[], [], []]
     resolve_near([], [], 0, 1, tmp_path / "out.npy")
     assert dropped([tmp_path / "out.npy"], 0).tolist() == []
 
@@ -205,7 +203,11 @@ def test_bands_find_pairs_at_the_threshold(threshold):
 
 
 def test_a_missing_library_is_one_line():
-    program = "import sys; sys.modules['rensa'] = None\nfrom data_prep.selection import near_duplicates\nnear_duplicates.sketch([('a',)])"
+    program = (
+        "import sys; sys.modules['rensa'] = None\n"
+        "from data_prep.selection import near_duplicates\n"
+        "near_duplicates.sketch([('a',)])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPO_ROOT)
     assert done.stderr.splitlines()[-1].startswith(
         "data_prep.console.UserError: near-duplicates need the package rensa"
@@ -224,13 +226,13 @@ def test_real_glosses_and_news_pairs(tmp_path):
             (json.loads(next(glosses))["gloss"],) for _ in range(1000)
         ]
     rng = random.Random(0)
-    records += [(edited(text, rng),) for (text,) in rng.sample(records, 250)]
-    (found,) = near_duplicates_of(tmp_path, [records])
+    records += [(edit(text, rng),) for (text,) in rng.sample(records, 250)]
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert check_against_all_pairs(found, records) > 50
 
 
 @pytest.mark.parametrize("name", ["nl-rx-synth", "spider"])
-def test_of_records_made_from_templates_only_exact_copies_go(tmp_path, name):
+def test_only_exact_copies_among_templated_records_are_dropped(tmp_path, name):
     if not (DATA / name).exists():
         pytest.skip("the public sets are not in ../shared/data")
     with (DATA / name / "test.jsonl").open() as lines:
@@ -239,9 +241,9 @@ def test_of_records_made_from_templates_only_exact_copies_go(tmp_path, name):
             for line in lines
         ]
     seen, copies = set(), []
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         if record in seen:
-            copies.append(place)
+            copies.append(index)
         seen.add(record)
-    (found,) = near_duplicates_of(tmp_path, [records])
+    (found,) = find_near_duplicates(tmp_path, [records])
     assert set(copies) <= set(found) and len(found) <= len(copies) + len(records) // 500

@@ -1,4 +1,4 @@
-"""Which records a corpus keeps: duplicates, records of the tests, and what filters leave out."""
+"""Tests of the selection of records: duplicates, records of the tests, and filters."""
 
 import json
 import random
@@ -27,49 +27,49 @@ def with_duplicates(write_jsonl, pairs, tmp_path) -> list[list[dict]]:
     rng = random.Random(0)
     rows = pairs(200)
     files = [rng.choices(rows, k=150) for _ in range(3)]
-    for number, of_file in enumerate(files):
-        write_jsonl(tmp_path / f"{number}.jsonl", of_file)
+    for number, file_rows in enumerate(files):
+        write_jsonl(tmp_path / f"{number}.jsonl", file_rows)
     return files
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_of_equal_records_stays_wherever_the_others_are(with_duplicates, tmp_path, workers):
+def test_the_first_of_equal_records_is_kept(with_duplicates, tmp_path, workers):
     sources = [json_source(tmp_path / f"{number}.jsonl") for number in range(3)]
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512, workers=workers))
-    every = [pair(row) for of_file in with_duplicates for row in of_file]
+    every = [pair(row) for file_rows in with_duplicates for row in file_rows]
     assert texts_of(tmp_path / "out") == list(dict.fromkeys(every))
     assert manifest["dropped"]["duplicate"]["count"] == len(every) - len(set(every))
     seen = set()
-    places = [
-        f"{tmp_path / f'{number}.jsonl'}:{line}"
-        for number, of_file in enumerate(with_duplicates)
-        for line, row in enumerate(of_file, 1)
-        if pair(row) in seen or seen.add(pair(row))
-    ]
-    assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == places[:5]
+    locations = []
+    for number, file_rows in enumerate(with_duplicates):
+        for line, row in enumerate(file_rows, 1):
+            if pair(row) in seen:
+                locations.append(f"{tmp_path / f'{number}.jsonl'}:{line}")
+            seen.add(pair(row))
+    assert [first.partition(": ")[0] for first in manifest["dropped"]["duplicate"]["first"]] == locations[:5]
 
 
-def test_a_record_of_a_test_source_stays_rather_than_one_for_training(with_duplicates, tmp_path):
+def test_records_of_test_sources_win_over_training_duplicates(with_duplicates, tmp_path):
     sources = [
         json_source(tmp_path / f"{number}.jsonl", split=split)
         for number, split in enumerate(("train", "validation", "test"))
     ]
     prepare_quietly(data_config(tmp_path / "out", *sources, sequence_length=512))
-    train, validation, test = ([pair(row) for row in of_file] for of_file in with_duplicates)
+    train, validation, test = ([pair(row) for row in file_rows] for file_rows in with_duplicates)
     unique = dict.fromkeys
     assert texts_of(tmp_path / "out", "test") == list(unique(test))
     assert texts_of(tmp_path / "out", "validation") == [row for row in unique(validation) if row not in test]
     assert texts_of(tmp_path / "out") == [row for row in unique(train) if row not in test and row not in validation]
 
 
-def test_all_records_stay_where_that_is_asked_for(with_duplicates, tmp_path):
+def test_deduplicate_none_keeps_all_records(with_duplicates, tmp_path):
     manifest = prepare_quietly(
         data_config(tmp_path / "out", json_source(tmp_path / "0.jsonl"), sequence_length=512, deduplicate="none")
     )
     assert texts_of(tmp_path / "out") == [pair(row) for row in with_duplicates[0]] and manifest["dropped"] == {}
 
 
-def test_records_that_differ_in_one_view_are_no_duplicates(write_jsonl, tmp_path):
+def test_records_that_differ_in_one_view_are_not_duplicates(write_jsonl, tmp_path):
     rows = [
         {"text": "a b", "code": "c d"},
         {"text": "a b", "code": "d e"},
@@ -90,15 +90,16 @@ LEAK = "how many of the dogs in the town of that name were sorted by the size of
 
 @pytest.fixture
 def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict]]:
-    """A source of which some rows stand in the test file of a task, that task's tests, and the clean rows."""
+    """A source with four rows from the test file of a task, the tests of that task, and the clean rows."""
     test = pairs(30, seed=7)
     clean = [
         {
             "text": f"what is {row['text']} number {number}",
+            # Most rows have the target of a test row.
             "code": test[number % 30]["code"] if number % 5 else row["code"],
         }
         for number, row in enumerate(pairs(100))
-    ]  # most have the target of a test row
+    ]
     leaked = [
         {"text": test[3]["text"].upper() + " ?!", "code": "another answer"},
         {"text": test[4]["text"], "code": test[4]["code"]},
@@ -110,19 +111,19 @@ def leaky(write_jsonl, pairs, tmp_path) -> tuple[dict, list[TaskTest], list[dict
     return source, task_tests(path), clean
 
 
-def test_records_of_the_test_file_of_a_task_are_dropped_by_their_context(leaky, tmp_path):
+def test_records_with_a_test_context_are_dropped(leaky, tmp_path):
     source, tests, clean = leaky
     manifest = prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
     dropped = manifest["dropped"]["contaminated"]
-    assert dropped["count"] == 4 and all("the test context" in place for place in dropped["first"])
-    assert [place.partition(": ")[0] for place in dropped["first"]] == [
+    assert dropped["count"] == 4 and all("the test context" in location for location in dropped["first"])
+    assert [location.partition(": ")[0] for location in dropped["first"]] == [
         f"{tmp_path / 'train.jsonl'}:{line}" for line in (101, 102, 103, 104)
     ]
     assert str(tmp_path / "test.jsonl") in manifest["settings"]["files"]
 
 
-def test_contaminated_records_stay_where_that_is_asked_for_and_in_test_sources(leaky, tmp_path):
+def test_contaminated_records_are_kept_if_configured_and_in_test_sources(leaky, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "kept", source, sequence_length=512, decontaminate=False), tests)
     assert len(texts_of(tmp_path / "kept")) == len(clean) + 4
@@ -159,8 +160,8 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
     assert (
-        "the corpus was prepared" not in (said := run_expecting_user_error(config))
-        and f"content of {tmp_path / 'test.jsonl'}" in said
+        "the corpus was prepared" not in (message := run_expecting_user_error(config))
+        and f"content of {tmp_path / 'test.jsonl'}" in message
     )
     assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
         f"{tmp_path / 'test.jsonl'}:1: 'text' holds"
@@ -171,7 +172,7 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     ) and "evaluation.tasks" in run_expecting_user_error(config)
 
 
-def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
+def test_task_files_use_the_column_mapping_of_the_corpus(tmp_path):
     config = data_config(tmp_path, json_source(tmp_path / "a.jsonl", views={"text": "question", "code": "sql"}))
     tasks = {
         "tasks": [
@@ -200,12 +201,12 @@ def test_tasks_are_read_by_the_columns_of_the_corpus(tmp_path):
         (["b.jsonl"], "evaluation"),
     ],
 )
-def test_a_misspelt_evaluation_does_not_switch_the_comparison_off(tmp_path, evaluation, message):
+def test_a_misspelt_evaluation_section_is_an_error(tmp_path, evaluation, message):
     with pytest.raises(UserError, match=message):
         evaluation_tests(data_config(tmp_path, json_source(tmp_path / "a.jsonl")), evaluation)
 
 
-def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
+def test_preparation_and_training_share_the_evaluation_keys():
     from pretrain.config import EvaluationConfig
 
     assert EvaluationFiles.model_fields.keys() == EvaluationConfig.model_fields.keys()
@@ -218,7 +219,7 @@ def test_the_preparation_and_training_know_the_same_keys_of_evaluation():
         [{"text": "question", "code": "sql"}, {"text": "{schema} {question}", "code": "sql"}],
     ],
 )
-def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, write_jsonl, tmp_path):
+def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, write_jsonl, tmp_path):
     test = [
         {
             "schema": f"CREATE TABLE t{number} (a INT)",
@@ -239,30 +240,30 @@ def test_a_test_file_is_read_by_the_columns_of_every_source(mappings, pairs, wri
     ]
     if None in mappings:
         sources.append(json_source(write_jsonl(tmp_path / "b.jsonl", [row for row in rows if "text" in row])))
-    said = []
+    log = []
     config = data_config(tmp_path / "out", *sources, sequence_length=512, deduplicate="none")
     evaluation = {"tasks": [{"name": "nl_rx", "test": str(write_jsonl(tmp_path / "test.jsonl", test))}]}
-    manifest = prepare(config, evaluation_tests(config, evaluation), say=said.append)
-    # the row with the question of a test is found in each mapping; one with a test's answer in none
-    found = [place.partition(": ")[0] for place in manifest["dropped"]["contaminated"]["first"]]
+    manifest = prepare(config, evaluation_tests(config, evaluation), say=log.append)
+    # Each mapping finds the row with a test question, and none finds the row with only a test answer.
+    found = [location.partition(": ")[0] for location in manifest["dropped"]["contaminated"]["first"]]
     assert manifest["dropped"]["contaminated"]["count"] == (1 if None in mappings else 2)
     assert set(found) == {f"{tmp_path / 'a.jsonl'}:61"}
     assert any(
         line.startswith("kept out of training: ") and f"contexts of {tmp_path / 'test.jsonl'} (nl_rx)" in line
-        for line in said
+        for line in log
     )
 
 
-def test_a_preparation_without_tests_says_that_it_compares_with_none(pairs, write_jsonl, tmp_path):
+def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
     note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
     for decontaminate in (True, False):
-        said = []
-        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=said.append)
-        assert (note in said) == decontaminate
+        log = []
+        prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=log.append)
+        assert (note in log) == decontaminate
 
 
-def test_filters_drop_and_count(write_jsonl, tmp_path):
+def test_filtered_records_are_dropped_and_counted(write_jsonl, tmp_path):
     rows = [
         {"text": "long enough", "code": "also long"},
         {"text": "no", "code": "long enough"},
@@ -281,14 +282,14 @@ def test_filters_drop_and_count(write_jsonl, tmp_path):
     )
     assert texts_of(tmp_path / "out") == [pair(rows[0])]
     assert {
-        reason: [place.partition(": ")[0][-1] for place in drop["first"]]
+        reason: [location.partition(": ")[0][-1] for location in drop["first"]]
         for reason, drop in manifest["dropped"].items()
     } == {"nul": ["3"], "too_short": ["2"], "too_many_characters": ["4"], "forbidden": ["5"]}
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert all(f"1 as `{reason}`" in summary for reason in manifest["dropped"])
 
 
-def test_what_is_dropped_does_not_teach_the_tokenizer(leaky, write_jsonl, tmp_path):
+def test_dropped_records_do_not_affect_the_tokenizer(leaky, write_jsonl, tmp_path):
     source, tests, clean = leaky
     prepare_quietly(data_config(tmp_path / "out", source, sequence_length=512), tests)
     prepare_quietly(
@@ -311,15 +312,15 @@ def test_a_test_file_without_a_context_is_an_error(write_jsonl, pairs, tmp_path)
         prepare_quietly(data_config(tmp_path / "out", source), task_tests(tmp_path / "b.jsonl"))
 
 
-def test_near_duplicates_go_where_that_is_asked_for(write_jsonl, tmp_path):
+def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
     rng = random.Random(3)
     words = ["list", "all", "the", "names", "of", "dogs", "and", "cats", "in", "a", "town", "sorted", "by", "size"]
     long = [" ".join(rng.choices(words, k=120)) for _ in range(20)]
     rows = [{"text": text, "code": text[::-1]} for text in long]
     near = [{"text": text.replace(" ", "  ").upper(), "code": text[::-1]} for text in long[5:10]]
     sources = [
-        json_source(write_jsonl(tmp_path / f"{name}.jsonl", of_file))
-        for name, of_file in (("first", rows), ("near", [*near, rows[3]]))
+        json_source(write_jsonl(tmp_path / f"{name}.jsonl", file_rows))
+        for name, file_rows in (("first", rows), ("near", [*near, rows[3]]))
     ]
     settings = {"sequence_length": 4096, "deduplicate": "near"}
     manifest = prepare_quietly(data_config(tmp_path / "out", *sources, **settings))

@@ -1,4 +1,4 @@
-"""Test rows of every form of a task are kept out of training, whatever form the training rows have."""
+"""Tests that test rows of every task are kept out of training, whatever the format of the training rows."""
 
 import json
 
@@ -14,7 +14,7 @@ NUMBER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 
 
 def question(number: int) -> str:
-    """A short question: too short to be recognised by a shared stretch of text."""
+    """Return a question that is too short to be recognised by a shared part of its text."""
     return f"why is {NUMBER[number]} odd?"
 
 
@@ -37,11 +37,11 @@ FORMS = {
     "nq_open": lambda number: {"question": question(number), "answer": ["yes", "no"]},
     "hellaswag": lambda number: {"ctx": question(number), "endings": ["a", "b", "c", "d"], "label": str(number % 4)},
 }
-"""A row of each public data set, as it is on the hub or in the public LLM-JEPA data."""
+"""A row of each public data set, in the format of the hub or of the public LLM-JEPA data."""
 
 
 @pytest.mark.parametrize("task", FORMS)
-def test_every_test_row_of_a_public_form_is_kept_out(task, write_jsonl, tmp_path):
+def test_every_test_row_of_a_public_format_is_kept_out(task, write_jsonl, tmp_path):
     tests = [FORMS[task](number) for number in range(len(NUMBER))]
     as_scored = read_rows(
         task_tests(write_jsonl(tmp_path / "test.jsonl", tests), task)[0].source,
@@ -77,11 +77,9 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("of_test", PROMPTS)
-@pytest.mark.parametrize("of_training", PROMPTS)
-def test_questions_of_spider_are_kept_out_whatever_prompt_the_training_and_the_test_have(
-    of_training, of_test, write_jsonl, tmp_path
-):
+@pytest.mark.parametrize("test_prompt", PROMPTS)
+@pytest.mark.parametrize("training_prompt", PROMPTS)
+def test_spider_questions_are_kept_out_for_every_pair_of_prompts(training_prompt, test_prompt, write_jsonl, tmp_path):
     public = [{"db_id": "numbers", "question": question(number), "query": "SELECT 1"} for number in range(len(NUMBER))]
     in_messages = [chat(f"For db_id:[numbers]\n\n{row['question']}", row["query"]) for row in public]
     clean = [
@@ -90,15 +88,15 @@ def test_questions_of_spider_are_kept_out_whatever_prompt_the_training_and_the_t
     ]
     train = (
         [*clean, *public]
-        if of_training != "messages"
+        if training_prompt != "messages"
         else [*(chat(row["question"], row["query"]) for row in clean), *in_messages]
     )
-    source = json_source(write_jsonl(tmp_path / "train.jsonl", train), views=PROMPTS[of_training])
+    source = json_source(write_jsonl(tmp_path / "train.jsonl", train), views=PROMPTS[training_prompt])
     config = data_config(
         tmp_path / "out", source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 306}
     )
-    path = write_jsonl(tmp_path / "test.jsonl", in_messages if of_test == "messages" else public)
-    manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[of_test]))
+    path = write_jsonl(tmp_path / "test.jsonl", in_messages if test_prompt == "messages" else public)
+    manifest = prepare_quietly(config, task_tests(path, "spider", views=PROMPTS[test_prompt]))
     assert manifest["dropped"]["contaminated"]["count"] == len(public) and manifest["sources"][0]["kept"] == len(clean)
 
 
@@ -110,7 +108,7 @@ MAPPINGS = {
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
-def test_mapped_test_rows_are_kept_out_in_a_folder_a_glob_and_a_local_data_set(mapping, write_jsonl, tmp_path):
+def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapping, write_jsonl, tmp_path):
     (tmp_path / "tests").mkdir()
     rows = [
         {"schema": f"t{number}", "ask": question(number), "sql": "SELECT 1"} | chat(question(number), "SELECT 1")
@@ -126,33 +124,31 @@ def test_mapped_test_rows_are_kept_out_in_a_folder_a_glob_and_a_local_data_set(m
     clean = [{"text": f"what comes after {number}?", "code": str(number + 1)} for number in range(40)]
     source = json_source(write_jsonl(tmp_path / "train.jsonl", clean + train))
     views = MAPPINGS[mapping]
-    forms = {
+    sources = {
         "folder": {"type": "json", "path": str(tmp_path / "tests")},
         "glob": {"type": "json", "path": str(tmp_path / "t*" / "*.jsonl")},
         "hub": {"type": "hub", "path": str(tmp_path / "tests")},
     }
-    for name, form in forms.items():
+    for name, source_settings in sources.items():
         config = data_config(
             tmp_path / name, source, deduplicate="none", sequence_length=512, tokenizer={"vocab_size": 300}
         )
-        said = []
+        log = []
         tests = evaluation_tests(
-            config, {"tasks": [{"name": "spider", "databases": "d", "test": form | {"views": views}}]}
+            config, {"tasks": [{"name": "spider", "databases": "d", "test": source_settings | {"views": views}}]}
         )
-        manifest = prepare(config, tests, say=said.append)
+        manifest = prepare(config, tests, say=log.append)
         assert manifest["dropped"]["contaminated"]["count"] == len(train), name
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
         assert any(
             line.startswith("kept out of training: ")
             and "(spider), " in line
             and "where a training context equals them" in line
-            for line in said
+            for line in log
         )
 
 
-def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(
-    write_jsonl, tmp_path, run_expecting_user_error
-):
+def test_a_new_test_file_or_another_mapping_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "a.jsonl", [{"text": "first question", "code": "1", "other": "x"}])
@@ -176,7 +172,7 @@ def test_a_folder_of_tests_that_gains_a_file_and_another_mapping_are_noticed(
     assert f"was prepared with another content of {tests / 'b.jsonl'}" in run_expecting_user_error(path)
 
 
-def test_the_end_of_a_list_that_fills_no_record_costs_no_other_row(write_jsonl, tmp_path, capsys):
+def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, capsys):
     rows = [{"paraphrases": ["a", "b", "c"]}, {"paraphrases": ["d"]}, {"paraphrases": ["e", "f"]}]
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
@@ -186,23 +182,23 @@ def test_the_end_of_a_list_that_fills_no_record_costs_no_other_row(write_jsonl, 
     )
 
 
-def test_files_of_tests_that_are_not_read_are_named(write_jsonl, tmp_path):
+def test_skipped_test_files_are_reported(write_jsonl, tmp_path):
     (tmp_path / "tests").mkdir()
     write_jsonl(tmp_path / "tests" / "a.jsonl", [{"text": "first question", "code": "1"}])
     (tmp_path / "tests" / "b.csv").write_text("text,code\nsecond question,2\n")
     source = json_source(
         write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {number}", "code": "x"} for number in range(50)])
     )
-    said = []
+    log = []
     prepare(
         data_config(tmp_path / "out", source, tokenizer={"vocab_size": 296}),
         task_tests(tmp_path / "tests"),
-        say=said.append,
+        say=log.append,
     )
-    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in said)
+    assert any(line.startswith("note: ") and str(tmp_path / "tests" / "b.csv") in line for line in log)
 
 
-def test_a_test_in_a_local_data_set_that_changes_is_noticed(write_jsonl, tmp_path, run_expecting_user_error):
+def test_a_changed_test_file_of_a_local_data_set_is_detected(write_jsonl, tmp_path, run_expecting_user_error):
     tests = tmp_path / "tests"
     tests.mkdir()
     write_jsonl(tests / "test.jsonl", [{"text": "first question", "code": "1"}])
@@ -223,7 +219,7 @@ def test_a_test_in_a_local_data_set_that_changes_is_noticed(write_jsonl, tmp_pat
     )
 
 
-def test_a_column_of_a_template_that_is_a_name_is_no_context(write_jsonl, tmp_path):
+def test_a_name_column_of_a_template_is_not_a_context(write_jsonl, tmp_path):
     test = [{"db": "flights", "ask": "how many are there today", "sql": "SELECT 1"}]
     train = [{"text": "flights", "code": "a"}, {"text": "How many are there today?", "code": "b"}]
     train += [{"text": f"t {number}", "code": "x"} for number in range(40)]
@@ -239,14 +235,14 @@ def test_a_column_of_a_template_that_is_a_name_is_no_context(write_jsonl, tmp_pa
     assert prepare_quietly(config, tests)["dropped"]["contaminated"]["count"] == 1
 
 
-def test_rows_that_the_mapping_of_the_corpus_does_not_fit_are_read_by_name_or_in_the_public_form(write_jsonl, tmp_path):
+def test_rows_of_a_test_file_fall_back_to_view_names_or_the_public_format(write_jsonl, tmp_path):
     rows = [{"text": "a", "code": "b"}, {"question": "c", "answer": "#### 1"}, {"ask": "d", "say": "e"}, chat("f", "g")]
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views={"text": "ask", "code": "say"})[0].source
     found = read_rows(source, ("text", "code"), "task.test", row_format=public_row_format("gsm8k"))
     assert [row.views for row in found] == [("a", "b"), ("c", "#### 1"), ("d", "e"), ("f", "g")]
 
 
-def test_rows_of_csv_in_a_local_data_set_are_text_as_it_is_there(tmp_path):
+def test_csv_values_of_a_local_data_set_are_unchanged(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.csv").write_text("text,code\na,007\nb,1.10\nc,2003-04-05\n")
     source = HubSource(type="hub", path=str(tmp_path / "set"), hub_split="test")

@@ -1,4 +1,7 @@
-"""Preparations from the hub of tests/data_prep/sources/hub_server.py, in a process that knows its address before it imports `datasets`."""
+"""Preparations from the server of tests/data_prep/sources/hub_server.py.
+
+They run in a separate process that sets the address of the server before it imports `datasets`.
+"""
 
 import json
 import os
@@ -18,8 +21,8 @@ class Interrupted(Exception):
     pass
 
 
-def files(word: str) -> dict[str, bytes]:
-    """Two files of rows that name the commit which they are of."""
+def make_files(word: str) -> dict[str, bytes]:
+    """Return two files whose rows start with a word that identifies the commit."""
     rows = [
         [
             {"text": f"{word} {part} {row}", "code": f"SELECT name FROM dogs WHERE id = {row * 7919 + part}"}
@@ -28,17 +31,17 @@ def files(word: str) -> dict[str, bytes]:
         for part in range(2)
     ]
     return {
-        f"train-0000{part}-of-00002.jsonl": "".join(json.dumps(row) + "\n" for row in of_part).encode()
-        for part, of_part in enumerate(rows)
+        f"train-0000{part}-of-00002.jsonl": "".join(json.dumps(row) + "\n" for row in part_rows).encode()
+        for part, part_rows in enumerate(rows)
     }
 
 
-def found(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
-    """Prepare a corpus; return its commits, the words that name them in its rows, and what was said."""
-    said: list[str] = []
+def prepare_and_summarize(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
+    """Prepare a corpus; return its commits, the words of those commits in its rows, and the log lines."""
+    log: list[str] = []
 
     def say(line: str) -> None:
-        said.append(line)
+        log.append(line)
         if line.startswith(stop_at):
             raise Interrupted
 
@@ -50,32 +53,34 @@ def found(folder: Path, revision: str | None, stop_at: str = "nothing") -> dict:
             say=say,
         )
     except (UserError, Interrupted) as error:
-        return {"error": str(error), "said": said}
+        return {"error": str(error), "log": log}
     decode = Tokenizer.load(folder / "tokenizer").decode
     words = sorted({decode(text).split()[0] for text, _ in split_rows(folder)})
     return {
         "commits": manifest["settings"]["commits"],
         "records": manifest["sources"][0]["records"],
         "words": words,
-        "said": said,
+        "log": log,
     }
 
 
 def main(folder: Path) -> dict[str, dict]:
-    with serve({OLD: files("old"), NEW: files("new"), OTHER: files("other")}, {"main": OLD, "dev": OTHER}) as hub:
+    with serve(
+        {OLD: make_files("old"), NEW: make_files("new"), OTHER: make_files("other")}, {"main": OLD, "dev": OTHER}
+    ) as hub:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache")}
         results = {
-            "main": found(folder / "main", None),
-            "dev": found(folder / "dev", "dev"),
-            "commit": found(folder / "commit", NEW),
-            "nowhere": found(folder / "nowhere", "nowhere"),
-            "interrupted": found(folder / "again", None, stop_at="training"),
+            "main": prepare_and_summarize(folder / "main", None),
+            "dev": prepare_and_summarize(folder / "dev", "dev"),
+            "commit": prepare_and_summarize(folder / "commit", NEW),
+            "nowhere": prepare_and_summarize(folder / "nowhere", "nowhere"),
+            "interrupted": prepare_and_summarize(folder / "again", None, stop_at="training"),
         }
         hub.branches |= {"main": NEW, "dev": NEW}
         return results | {
-            "main again": found(folder / "main", None),
-            "resumed": found(folder / "again", None),
-            "moved": found(folder / "moved", None),
+            "main again": prepare_and_summarize(folder / "main", None),
+            "resumed": prepare_and_summarize(folder / "again", None),
+            "moved": prepare_and_summarize(folder / "moved", None),
         }
 
 

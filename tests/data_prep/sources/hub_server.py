@@ -1,4 +1,4 @@
-"""A server with the part of the hub's interface that `datasets` asks for, and one data set, `owner/name`."""
+"""A server with the part of the hub's API that `datasets` uses, and one data set, `owner/name`."""
 
 import contextlib
 import http.server
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from http import HTTPStatus
 
 Commits = dict[str, dict[str, bytes]]
-"""Of each commit its files, by name and without folders."""
+"""The files of each commit, by name, without folders."""
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The data set: its commits, and which of them each branch is."""
+    """HTTP server that holds the commits of the data set and the commit of each branch."""
 
     def __init__(self, commits: Commits, branches: dict[str, str]):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""Sources as the pipeline reads them: all records with their places, and files packed as their names say."""
+"""Helpers that read sources like the pipeline does, and write files compressed by suffix."""
 
 import gzip
 from pathlib import Path
@@ -17,7 +17,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data ar
 
 
 def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
-    """A source as a configuration gives it."""
+    """Open a source with these settings, validated like a configuration."""
     source |= {"path": str(source["path"])} if "path" in source else {}
     config = validate(
         DataConfig, {"path": "x", "views": names, "sources": [source], "tokenizer": {"vocab_size": 300}}, "data"
@@ -26,28 +26,28 @@ def open_reader(names: tuple[str, ...] = VIEWS, /, **source) -> Reader:
 
 
 def read_with_locations(reader: Reader) -> list[tuple]:
-    """(views or (reason, problem), place) of every record."""
-    found, before = [], {}
+    """Return (views or (reason, problem), location) of every record."""
+    found, counts = [], {}
     for piece in reader.pieces():
         for record in reader.read(piece):
             assert (
                 record.position >= 1 and (record.views is None) == bool(record.problem) and "\n" not in record.problem
             )
-            place = reader.place(piece, record.position, before.get(piece.path, 0))
-            found.append((record.views if record.views is not None else (record.reason, record.problem), place))
-        before[piece.path] = before.get(piece.path, 0) + reader.count(piece)
+            location = reader.place(piece, record.position, counts.get(piece.path, 0))
+            found.append((record.views if record.views is not None else (record.reason, record.problem), location))
+        counts[piece.path] = counts.get(piece.path, 0) + reader.count(piece)
     return found
 
 
 def read_views(reader: Reader) -> list[tuple[str, ...]]:
-    """The views of every record, all of which are good."""
+    """Return the views of every record; fail if one has a problem."""
     records = [record for piece in reader.pieces() for record in reader.read(piece)]
     assert all(record.views is not None for record in records), records
     return [record.views for record in records]
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Write a file, packed as its name says."""
+    """Write a file, compressed according to its suffix; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress_for_suffix(content, path.suffix))
     return path

@@ -1,4 +1,4 @@
-"""Arrow files and folders of save_to_disk: every row once, the listed files alone, and damage that names the file."""
+"""Tests of Arrow files and save_to_disk folders: every row once, only listed files, and errors that name the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ EXPECTED = [(text or "", code) for text, code in zip(ROWS["text"], ROWS["code"],
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A DatasetDict of two splits on disk, of which train has three files and a cache beside them."""
+    """A DatasetDict of two splits on disk; train has three files, and a cache file next to them."""
     folder = tmp_path_factory.mktemp("saved")
     datasets.disable_progress_bars()
     train, test = datasets.Dataset.from_dict(ROWS), datasets.Dataset.from_dict({"text": ["q"], "code": ["a"]})
@@ -34,26 +34,27 @@ def reader(path, views=None, kind="arrow", **more):
     return open_reader(type=kind, path=path, views=views, **more)
 
 
-def test_the_files_that_a_saved_data_set_lists_are_its_pieces(saved):
+def test_listed_files_of_a_saved_data_set_are_its_pieces(saved):
     source = reader(saved / "train")
     assert len(source.pieces()) == 3 and read_views(source) == EXPECTED
-    places = [place for _, place in read_with_locations(source)]
-    assert places[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and places[-1].endswith(
+    locations = [location for _, location in read_with_locations(source)]
+    assert locations[0] == f"{saved / 'train' / 'data-00000-of-00003.arrow'}:1" and locations[-1].endswith(
         "data-00002-of-00003.arrow:833"
     )
     assert read_with_locations(reader(saved / "train", {"code": "number"}))[3][0] == ("", "3")
 
 
-def test_a_folder_of_splits_says_which_there_are(saved):
+def test_a_folder_of_splits_is_refused_and_the_splits_are_named(saved):
     with pytest.raises(
         UserError,
-        match=r"saved0 \(data\.sources\.0\.path\) has the splits train, test: give the folder of one, such as .*train, or",
+        match=r"saved0 \(data\.sources\.0\.path\) "
+        r"has the splits train, test: give the folder of one, such as .*train, or",
     ):
         reader(saved)
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
-def test_both_formats_are_read_with_their_batches(tmp_path, new):
+def test_stream_and_file_formats_are_read(tmp_path, new):
     table = pa.table(ROWS)
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=400)
@@ -65,7 +66,7 @@ def test_both_formats_are_read_with_their_batches(tmp_path, new):
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"text,code\na,b\n", lambda data: data[:20]])
-def test_a_damaged_file_names_itself(tmp_path, new, damage):
+def test_a_corrupt_file_is_named(tmp_path, new, damage):
     table = pa.table(ROWS)
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -75,7 +76,7 @@ def test_a_damaged_file_names_itself(tmp_path, new, damage):
     assert "\n" not in str(raised.value)
 
 
-def test_a_stream_that_is_cut_off_names_itself(tmp_path):
+def test_a_truncated_stream_is_named(tmp_path):
     table = pa.table(ROWS)
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=400)
@@ -85,7 +86,7 @@ def test_a_stream_that_is_cut_off_names_itself(tmp_path):
         read_views(source)
 
 
-def test_a_saved_folder_that_is_not_complete_names_what_is_missing(saved, tmp_path):
+def test_missing_files_of_a_saved_data_set_are_named(saved, tmp_path):
     folder = shutil.copytree(saved / "train", tmp_path / "train")
     (folder / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow is missing, which .*state\.json lists"):

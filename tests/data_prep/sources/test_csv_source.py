@@ -1,4 +1,4 @@
-"""CSV and TSV: every row against the csv module on the whole file, and rows that are none."""
+"""Tests of CSV and TSV: every row as the csv module reads it from the whole file, and malformed rows."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ def reader(path, views=None, names=VIEWS):
     return open_reader(names, type="csv", path=path, views=views)
 
 
-def content_of(rows: list[list[str]], delimiter: str = ",") -> bytes:
+def to_csv(rows: list[list[str]], delimiter: str = ",") -> bytes:
     out = io.StringIO()
     csv.writer(out, delimiter=delimiter).writerows(rows)
     return out.getvalue().encode()
 
 
-ODD = [
+TRICKY_FIELDS = [
     "plain",
     "größe, 犬",
     'a "quoted" word',
@@ -41,12 +41,12 @@ ODD = [
 
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t"), (".csv.gz", ","), (".tsv.zst", "\t")])
 @pytest.mark.parametrize("block", [1, 50, files.BLOCK_BYTES])
-def test_every_row_is_a_record_with_its_line(tmp_path, monkeypatch, suffix, delimiter, block):
+def test_every_row_is_a_record_with_its_line_number(tmp_path, monkeypatch, suffix, delimiter, block):
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     monkeypatch.setattr(files, "SMALL_BLOCK", block)
     rng = random.Random(1)
-    rows = [[rng.choice(ODD) for _ in range(3)] for _ in range(60)]
-    path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + content_of([["code", "n", "text"], *rows], delimiter))
+    rows = [[rng.choice(TRICKY_FIELDS) for _ in range(3)] for _ in range(60)]
+    path = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + to_csv([["code", "n", "text"], *rows], delimiter))
     expected, line = [], 2
     for row in rows:
         expected.append(((row[2], row[0]), f"{path}:{line}"))
@@ -54,7 +54,7 @@ def test_every_row_is_a_record_with_its_line(tmp_path, monkeypatch, suffix, deli
     assert read_with_locations(reader(path)) == expected
 
 
-def test_columns_become_views_as_those_of_json_lines(tmp_path):
+def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
     path = write(tmp_path / "a.csv", b"name,summary,sql\nx,y,z\n,b,c\n")
     assert read_views(reader(path, {"text": "{name}: {summary}", "code": "sql"})) == [("x: y", "z"), ("", "c")]
     write(tmp_path / "set" / "b.csv", b"text,code\na,b\n")
@@ -78,21 +78,21 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
         (b"a\rb,c", "not CSV (new-line character seen in unquoted field"),
     ],
 )
-def test_a_row_that_is_no_record_costs_no_other(tmp_path, row, problem):
+def test_a_malformed_row_affects_no_other(tmp_path, row, problem):
     path = write(tmp_path / "a.csv", b'text,code\n"a\na",b\n' + row + b"\n\nc,d\n")
-    first, ((reason, told), place), last = read_with_locations(reader(path))
+    first, ((reason, message), location), last = read_with_locations(reader(path))
     assert (first, last) == ((("a\na", "b"), f"{path}:2"), (("c", "d"), f"{path}:6"))
-    assert reason == "malformed" and told.startswith(problem) and place == f"{path}:4"
+    assert reason == "malformed" and message.startswith(problem) and location == f"{path}:4"
 
 
-def test_a_quote_that_does_not_close_is_told_where_it_opens(tmp_path):
+def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
     path = write(tmp_path / "a.csv", b'text,code\na,b\nc,"d\ne,f\n')
-    (good, _), ((reason, told), place) = read_with_locations(reader(path))
+    (good, _), ((reason, message), location) = read_with_locations(reader(path))
     assert (
         good == ("a", "b")
         and reason == "malformed"
-        and told == "not CSV (unexpected end of data)"
-        and place == f"{path}:3"
+        and message == "not CSV (unexpected end of data)"
+        and location == f"{path}:3"
     )
 
 
@@ -109,26 +109,26 @@ def test_a_quote_that_does_not_close_is_told_where_it_opens(tmp_path):
         (b'"text,code\n', r"unexpected end of data"),
     ],
 )
-def test_a_header_that_does_not_name_the_columns_is_a_mistake(tmp_path, content, problem):
+def test_an_invalid_header_is_an_error(tmp_path, content, problem):
     with pytest.raises(UserError, match=problem) as raised:
         reader(write(tmp_path / "a.csv", content))
     assert "\n" not in str(raised.value)
 
 
-def test_a_packed_file_that_is_cut_off_loses_nothing_before(tmp_path):
-    path = write(tmp_path / "a.csv.gz", content_of([["text", "code"], *(["a", str(number)] for number in range(5000))]))
+def test_a_truncated_compressed_file_loses_no_earlier_row(tmp_path):
+    path = write(tmp_path / "a.csv.gz", to_csv([["text", "code"], *(["a", str(number)] for number in range(5000))]))
     path.write_bytes(path.read_bytes()[:-100])
-    *good, ((reason, told), _) = read_with_locations(reader(path))
+    *good, ((reason, message), _) = read_with_locations(reader(path))
     assert (
         reason == "damaged"
-        and "cut off" in told
+        and "cut off" in message
         and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
     )
 
 
-def test_a_corpus_of_csv_is_that_of_the_same_json_lines(tmp_path, write_jsonl, pairs):
+def test_csv_and_json_lines_give_the_same_corpus(tmp_path, write_jsonl, pairs):
     rows = pairs(60)
-    write(tmp_path / "a.csv", content_of([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
+    write(tmp_path / "a.csv", to_csv([["text", "code"], *([row["text"], row["code"]] for row in rows)]))
     write_jsonl(tmp_path / "a.jsonl", rows)
     for kind in ("csv", "json"):
         prepare_quietly(

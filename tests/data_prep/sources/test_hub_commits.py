@@ -1,4 +1,4 @@
-"""Revisions of the hub are resolved to commits, which the manifest names and a later start keeps."""
+"""Tests of hub revisions: they are resolved to commits, which the manifest records and a resumed run keeps."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from tests.processes import TIMEOUT
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, dict]:
-    """What `hub_checks` finds, in one process, because importing `datasets` takes seconds."""
+def results(tmp_path_factory) -> dict[str, dict]:
+    """Results of `hub_checks`, which runs in one process because importing `datasets` takes seconds."""
     command = [sys.executable, "-m", "tests.data_prep.sources.hub_checks", str(tmp_path_factory.mktemp("hub"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
@@ -24,26 +24,26 @@ def found(tmp_path_factory) -> dict[str, dict]:
     "revision, commit, word",
     [("main", OLD, "old"), ("dev", OTHER, "other"), ("commit", NEW, "new"), ("moved", NEW, "new")],
 )
-def test_the_manifest_names_the_commit_that_was_read(found, revision, commit, word):
-    result = found[revision]
+def test_the_manifest_names_the_commit_that_was_read(results, revision, commit, word):
+    result = results[revision]
     assert (result["commits"], result["records"], result["words"]) == ([commit], 200, [word])
 
 
-def test_a_corpus_keeps_its_commit_when_the_branch_has_moved(found):
-    assert found["main again"]["commits"] == [OLD] and "is prepared already" in found["main again"]["said"][-1]
+def test_a_corpus_keeps_its_commit_when_the_branch_has_moved(results):
+    assert results["main again"]["commits"] == [OLD] and "is prepared already" in results["main again"]["log"][-1]
 
 
-def test_an_interrupted_preparation_goes_on_with_its_commit(found):
-    assert "error" in found["interrupted"]
-    result = found["resumed"]
-    assert any(line.startswith("going on with an interrupted preparation") for line in result["said"])
+def test_an_interrupted_preparation_resumes_with_its_commit(results):
+    assert "error" in results["interrupted"]
+    result = results["resumed"]
+    assert any(line.startswith("going on with an interrupted preparation") for line in result["log"])
     assert (result["commits"], result["words"]) == ([OLD], ["old"])
 
 
-def test_a_revision_that_there_is_not_is_one_line(found):
-    told = found["nowhere"]["error"]
+def test_a_missing_revision_is_one_line(results):
+    message = results["nowhere"]["error"]
     assert (
-        told.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")
-        and "nowhere" in told
-        and "\n" not in told
+        message.startswith("cannot open the data set owner/name (data.sources.0.path), split train: ")
+        and "nowhere" in message
+        and "\n" not in message
     )

@@ -1,4 +1,4 @@
-"""Data sets of the hub: local folders of each format, shards, and what cannot be reached or does not exist."""
+"""Tests of hub data sets: local folders of each format, shards, and missing or unreachable data sets."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.small_corpora import data_config
 ROWS = [{"text": f"t{row}", "code": None if row == 2 else f"c,\n{row}", "n": row} for row in range(5)]
 
 
-def make(folder, kind: str):
-    """Three shards of five rows."""
+def make_shards(folder, kind: str):
+    """Write three shards of five rows; return their folder."""
     folder.mkdir()
     for shard in range(3):
         rows = [row | {"text": f"{shard}-{row['text']}"} for row in ROWS]
@@ -40,18 +40,18 @@ def reader(path, names=("text", "code"), **more):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
-def test_each_file_of_a_local_folder_is_read_by_the_reader_of_its_kind(tmp_path, kind):
-    source = reader(make(tmp_path / "set", kind))
+def test_local_files_are_read_by_the_reader_of_their_format(tmp_path, kind):
+    source = reader(make_shards(tmp_path / "set", kind))
     assert len(source.pieces()) == 3 and all(piece.size > 0 for piece in source.pieces()) and source.note == ""
     expected = [(f"{shard}-t{row}", "" if row == 2 else f"c,\n{row}") for shard in range(3) for row in range(5)]
     assert read_views(source) == expected
-    line = 4 if kind == "csv" else 2  # the header, and a line break in the row before
+    line = 4 if kind == "csv" else 2  # the header, and a line break in the previous row
     assert read_with_locations(source)[6] == (expected[6], f"{tmp_path / 'set' / '1'}.{kind}:{line}")
 
 
 @pytest.mark.parametrize("code", ["2003-04-05", "2003-04-05T06:07:08Z", "12:30", "1e5", "007", "true", "NaN"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_text_stays_the_text_of_the_file(tmp_path, code, kind):
+def test_text_is_not_converted(tmp_path, code, kind):
     (tmp_path / f"a.{kind}").write_text(
         f"text,code\nday,{code}\n" if kind == "csv" else json.dumps({"text": "day", "code": code}) + "\n"
     )
@@ -59,14 +59,14 @@ def test_text_stays_the_text_of_the_file(tmp_path, code, kind):
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 500 + "]" * 500])
-def test_a_column_that_is_not_used_costs_nothing(tmp_path, value):
+def test_an_unused_column_cannot_fail_a_row(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(
         f'{{"text": "a", "code": "b", "n": {value}}}\n' + json.dumps({"text": "c", "code": "d"}) + "\n"
     )
     assert read_views(reader(tmp_path)) == [("a", "b"), ("c", "d")]
 
 
-def test_files_that_are_in_no_split_are_named(tmp_path):
+def test_files_outside_all_splits_are_reported(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("pairs-train", "pairs-test", "pairs-extra", ".hidden"):
@@ -75,22 +75,26 @@ def test_files_that_are_in_no_split_are_named(tmp_path):
     source = reader(folder)
     assert read_views(source) == [("pairs-train", "x")]
     assert source.note == (
-        f"note: {folder} (data.sources.0.path) is read as the hub does, by the names of files or its README.md, and a file is "
+        f"note: {folder} (data.sources.0.path) "
+        "is read as the hub does, by the names of files or its README.md, and a file is "
         f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json"
     )
-    said = []
+    log = []
     prepare(
         data_config(tmp_path / "out", {"type": "hub", "path": str(folder)}, tokenizer={"vocab_size": 293}),
-        say=said.append,
+        say=log.append,
     )
-    assert source.note in said
+    assert source.note in log
 
 
-def test_a_readme_and_a_folder_of_data_are_read_as_on_the_hub(tmp_path, monkeypatch):
+def test_a_readme_and_a_data_folder_are_read_like_on_the_hub(tmp_path, monkeypatch):
     for name in ("data/a-train.jsonl", "data/b-train.jsonl", "data/test.jsonl", "more/train.jsonl"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_text(json.dumps({"text": name, "code": "x"}) + "\n")
-    readme = "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n- {config_name: two, data_files: more/*.jsonl}\n---\n"
+    readme = (
+        "---\nconfigs:\n- {config_name: one, data_dir: data, default: true}\n"
+        "- {config_name: two, data_files: more/*.jsonl}\n---\n"
+    )
     (tmp_path / "set" / "README.md").write_text(readme)
     monkeypatch.chdir(tmp_path)
     assert [text for text, _ in read_views(reader("set"))] == ["data/a-train.jsonl", "data/b-train.jsonl"]
@@ -98,7 +102,7 @@ def test_a_readme_and_a_folder_of_data_are_read_as_on_the_hub(tmp_path, monkeypa
     assert [text for text, _ in read_views(reader("./set/", config="two"))] == ["more/train.jsonl"]
 
 
-def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_library(tmp_path):
+def test_a_readme_may_set_the_separator_and_other_settings_of_the_library(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "a.csv").write_text("text;code\n'a';b\n")
@@ -109,12 +113,12 @@ def test_separators_of_a_readme_count_and_settings_that_no_reader_has_go_to_the_
     assert read_views(reader(folder, config="quoted")) == [("a", "b")]
 
 
-def test_a_file_of_another_kind_is_streamed(tmp_path):
+def test_a_file_of_another_format_is_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    place = f"hub:{tmp_path}:train:shard 0"
+    location = f"hub:{tmp_path}:train:shard 0"
     assert read_with_locations(reader(tmp_path, names=("text",))) == [
-        (("one",), f"{place}:1"),
-        (("two",), f"{place}:2"),
+        (("one",), f"{location}:1"),
+        (("two",), f"{location}:2"),
     ]
 
 
@@ -139,8 +143,8 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
             reader(tmp_path / folder, **more)
 
 
-def test_columns_become_views_as_those_of_json_lines(tmp_path):
-    path = make(tmp_path / "set", "parquet")
+def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
+    path = make_shards(tmp_path / "set", "parquet")
     assert read_views(reader(path, views={"code": "{text}/{code}"}))[:3] == [
         ("", "0-t0/c,\n0"),
         ("", "0-t1/c,\n1"),
@@ -149,19 +153,19 @@ def test_columns_become_views_as_those_of_json_lines(tmp_path):
     assert read_with_locations(reader(path, views={"code": "n"}))[0][0] == ("", "0")
     folder = tmp_path / "chat"
     folder.mkdir()
-    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    (folder / "a.jsonl").write_text(json.dumps({"messages": said, "many": ["x", "y", "z"]}) + "\n")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (folder / "a.jsonl").write_text(json.dumps({"messages": turns, "many": ["x", "y", "z"]}) + "\n")
     assert read_views(reader(folder)) == [("q", "a")]
     assert read_views(reader(folder, views="many")) == [("x", "y"), ("z", "")]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_a_wrong_column_is_told_at_opening(tmp_path, kind):
+def test_a_missing_column_is_reported_at_opening(tmp_path, kind):
     with pytest.raises(
         UserError,
         match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views",
     ):
-        reader(make(tmp_path / "set", kind), views={"code": "answer"})
+        reader(make_shards(tmp_path / "set", kind), views={"code": "answer"})
 
 
 @pytest.mark.parametrize(
@@ -174,13 +178,13 @@ def test_a_wrong_column_is_told_at_opening(tmp_path, kind):
         ({"config": "other"}, r"cannot open the data set .*set \(data\.sources\.0\.path\), .*other.* not found"),
     ],
 )
-def test_a_split_or_configuration_that_there_is_not_says_so(tmp_path, more, expected):
+def test_a_missing_split_or_configuration_is_reported(tmp_path, more, expected):
     with pytest.raises(UserError, match=expected) as raised:
-        reader(make(tmp_path / "set", "jsonl"), **more)
+        reader(make_shards(tmp_path / "set", "jsonl"), **more)
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_is_no_data_set_says_so(tmp_path):
+def test_a_folder_that_is_not_a_data_set_is_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"cannot open the data set .*empty"):
         reader(tmp_path / "empty")
@@ -188,21 +192,21 @@ def test_a_folder_that_is_no_data_set_says_so(tmp_path):
         reader(tmp_path / "absent")
 
 
-def test_a_damaged_file_is_named_and_costs_no_other(tmp_path):
-    folder = make(tmp_path / "set", "jsonl")
+def test_a_corrupt_file_is_named_and_affects_no_other(tmp_path):
+    folder = make_shards(tmp_path / "set", "jsonl")
     (folder / "2.jsonl").write_bytes(b'{"text": "a", "code": "b"}\n{"text": \n')
     *good, last = read_with_locations(reader(folder))
     assert len(good) == 11 and last == (
         ("malformed", "not JSON (Expecting value: line 1 column 9 (char 8))"),
         f"{folder / '2.jsonl'}:2",
     )
-    folder = make(tmp_path / "other", "parquet")
+    folder = make_shards(tmp_path / "other", "parquet")
     (folder / "2.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"2\.parquet is no Parquet file, or damaged"):
         reader(folder)
 
 
-def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, run_expecting_user_error):
+def test_an_unreachable_data_set_is_one_line(tmp_path, run_expecting_user_error):
     config = tmp_path / "run.yaml"
     config.write_text(
         json.dumps(
@@ -216,12 +220,12 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path, run_expecting_u
             }
         )
     )
-    told = run_expecting_user_error(
+    message = run_expecting_user_error(
         config, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     )
-    assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in told
+    assert "cannot open the data set nobody/nothing-at-all (data.sources.0.path), split train: " in message
 
 
-def test_the_library_is_imported_only_where_it_is_used():
+def test_datasets_is_imported_only_when_needed():
     code = "import sys, data_prep.pipeline; assert 'datasets' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""A .json file that is one array: every element once whatever the blocks, and damage that loses nothing before it."""
+"""Tests of .json files with one array: every element once for any block size, and what damage leaves readable."""
 
 import json
 
@@ -18,7 +18,7 @@ ROWS = [
     {"text": f"größe {number}\n犬", "code": ["x", {"n": number}] if number == 7 else f"c{number} ]}}, ["}
     for number in range(40)
 ]
-GOOD = [(row["text"], row["code"]) for row in ROWS]
+EXPECTED = [(row["text"], row["code"]) for row in ROWS]
 
 
 def reader(path, names=VIEWS):
@@ -35,7 +35,7 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     monkeypatch.setattr(files, "SMALL_BLOCK", block)
     path = write(tmp_path / f"a.json{suffix}", b"\xef\xbb\xbf \r\n" + json.dumps(ROWS, **layout).encode() + b"\n\n")
-    expected = [(views, f"{path}, element {number}") for number, views in enumerate(GOOD, start=1)]
+    expected = [(views, f"{path}, element {number}") for number, views in enumerate(EXPECTED, start=1)]
     expected[7] = (("malformed", "'code' holds a value of type list, not text"), f"{path}, element 8")
     source = reader(path)
     assert len(source.pieces()) == 1 and read_with_locations(source) == expected
@@ -53,7 +53,7 @@ def test_every_element_is_a_record_with_its_number(tmp_path, monkeypatch, layout
         (b'[{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]', [("q", "a")]),
     ],
 )
-def test_what_an_array_may_hold(tmp_path, content, expected):
+def test_contents_of_an_array(tmp_path, content, expected):
     assert [views for views, _ in read_with_locations(reader(write(tmp_path / "a.json", content)))] == expected
 
 
@@ -70,32 +70,38 @@ def test_what_an_array_may_hold(tmp_path, content, expected):
         (b", " + b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ],
 )
-def test_damage_loses_nothing_before_it(tmp_path, rest, problem):
+def test_corruption_loses_no_earlier_element(tmp_path, rest, problem):
     path = write(tmp_path / "a.json", b'[{"text": "a", "code": "b"},\n{"text": "a", "code": "b"}' + rest)
-    *good, ((reason, told), place) = read_with_locations(reader(path))
+    *good, ((reason, message), location) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
-    assert reason == "damaged" and problem in told and told.endswith("the rest of the array is lost: correct the file")
-    assert place == f"{path}, element 3"
+    assert (
+        reason == "damaged"
+        and problem in message
+        and message.endswith("the rest of the array is lost: correct the file")
+    )
+    assert location == f"{path}, element 3"
 
 
-def test_a_packed_array_that_is_cut_off_is_damaged(tmp_path):
+def test_a_truncated_compressed_array_is_reported(tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(compress_for_suffix(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
-    *_, ((reason, told), _) = read_with_locations(reader(path))
-    assert reason == "damaged" and "the compressed file is cut off" in told
+    *_, ((reason, message), _) = read_with_locations(reader(path))
+    assert reason == "damaged" and "the compressed file is cut off" in message
 
 
 def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 5000)
     monkeypatch.setattr(files, "BLOCK_BYTES", 100)
     rows = [{"text": "a", "code": "b" * 4000}, {"text": "a", "code": "b" * 20_000}]
-    (views, _), ((reason, told), _) = read_with_locations(reader(write(tmp_path / "a.json", json.dumps(rows).encode())))
-    assert views == ("a", "b" * 4000) and reason == "damaged" and "an element of more than 16 MiB" in told
+    (views, _), ((reason, message), _) = read_with_locations(
+        reader(write(tmp_path / "a.json", json.dumps(rows).encode()))
+    )
+    assert views == ("a", "b" * 4000) and reason == "damaged" and "an element of more than 16 MiB" in message
 
 
-def test_json_lines_stay_lines(tmp_path):
+def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path):
     assert read_views(
         reader(write(tmp_path / "a.json", b'{"text": "a", "code": "b"}\n{"text": "c", "code": "d"}'))
     ) == [("a", "b"), ("c", "d")]
-    (found, place), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
-    assert found == ("malformed", "a JSON list, not an object") and place.endswith("b.jsonl:1")
+    (found, location), _ = read_with_locations(reader(write(tmp_path / "b.jsonl", b'[1]\n{"text": "c", "code": "d"}')))
+    assert found == ("malformed", "a JSON list, not an object") and location.endswith("b.jsonl:1")

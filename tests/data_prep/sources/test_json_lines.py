@@ -1,4 +1,4 @@
-"""JSON lines: every line once whatever the cuts, what is a record, and why a line is none."""
+"""Tests of JSON lines: every line once wherever files are cut, and the reasons why a line is malformed."""
 
 import itertools
 import json
@@ -27,7 +27,8 @@ from tests.data_prep.sources.source_helpers import (
 
 AWKWARD = (
     b'\xef\xbb\xbf{"text": "a", "code": "b"}\r\n\n'
-    b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n[1]\n\n\n{"code": "c", "text": "no newline"}'
+    b'{"text": "\xc3\xa9\xe2\x80\xa8", "code": "\xf0\x9f\x91\x8d"}\n \t \r\n'
+    b'[1]\n\n\n{"code": "c", "text": "no newline"}'
 )
 GOOD = b'{"text": "a", "code": "b"}\n'
 
@@ -45,8 +46,8 @@ def read_one(tmp_path: Path, line: bytes | dict, views=None, names=VIEWS) -> Rec
     return record
 
 
-def obvious(path: Path, content: bytes) -> list[tuple]:
-    """The records of a whole file, the slow way."""
+def read_naively(path: Path, content: bytes) -> list[tuple]:
+    """Return the records of a file, read as a whole."""
     expected = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -63,21 +64,21 @@ def obvious(path: Path, content: bytes) -> list[tuple]:
 @pytest.mark.parametrize(
     "content", [AWKWARD, AWKWARD + b"\n", b'{"text": "only", "code": "one"}', b"\n\n\n", b"\r\n{}\r\n", b"\n", b""]
 )
-def test_every_cut_gives_each_line_once_with_its_number(tmp_path, content, set_piece_size):
+def test_each_line_is_read_once_wherever_the_file_is_cut(tmp_path, content, set_piece_size):
     path = write(tmp_path / "lines.jsonl", content)
     for length, block in itertools.product(range(1, len(content) + 2), (1, 2, 7, 100, files.BLOCK_BYTES)):
         set_piece_size(length, block)
-        assert read_with_locations(reader(path)) == obvious(path, content), (length, block)
+        assert read_with_locations(reader(path)) == read_naively(path, content), (length, block)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_packed_files_read_like_plain_ones(tmp_path, suffix):
+def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix):
     path = write(tmp_path / f"lines.jsonl{suffix}", AWKWARD)
-    assert read_with_locations(reader(path)) == obvious(path, AWKWARD)
+    assert read_with_locations(reader(path)) == read_naively(path, AWKWARD)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_packed_file_of_several_members_is_read_whole(tmp_path, suffix):
+def test_all_members_of_a_compressed_file_are_read(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(
         b"".join(
@@ -109,7 +110,7 @@ def test_pieces_cover_large_files_without_overlap(tmp_path):
     sizes = {"a.jsonl": (12 << 20) + 5, "b.json": 0, "c.ndjson": 1 << 20, "d.jsonl": 17}
     for name, size in sizes.items():
         with (tmp_path / name).open("wb") as file:
-            file.truncate(size)  # sparse: only its size is asked for
+            file.truncate(size)  # sparse: only its size is read
     pieces = reader(tmp_path).pieces()
     assert [Path(piece.path).name for piece in pieces] == ["a.jsonl"] * 4 + ["c.ndjson", "d.jsonl"]
     assert all(piece.size == piece.stop - piece.start > 0 for piece in pieces)
@@ -119,12 +120,12 @@ def test_pieces_cover_large_files_without_overlap(tmp_path):
         assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
 
 
-def test_folders_and_globs_give_their_files_by_name(tmp_path):
+def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
     for number, name in enumerate(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"]):
         write(tmp_path / "data" / name, json.dumps({"text": name, "code": str(number)}).encode())
     for name in ("notes.txt", ".hidden.jsonl", ".git/x.jsonl", "a.jsonl.bak"):
         write(tmp_path / "data" / name, b"no record")
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")  # a loop
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "data")  # a symlink loop
     write(tmp_path / "elsewhere" / "y.jsonl", b'{"text": "linked", "code": "9"}')
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     names = sorted(["b.jsonl", "a/z.json", "a.ndjson", "c/d/e.jsonl.gz", "c/d.json.zst"])
@@ -142,7 +143,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
         f"{skipped[0]}/, {skipped[1]}, {skipped[2]}, ..."
     )
     assert reader(tmp_path / "data" / "*.ndjson").note == reader(tmp_path / "data" / "b.jsonl").note == ""
-    assert reader(tmp_path / "data" / "[ac]").note == "", "a folder of which all is read"
+    assert reader(tmp_path / "data" / "[ac]").note == "", "no file of this folder is skipped"
     literal = write(tmp_path / "x[1].jsonl", GOOD)
     assert read_views(reader(literal)) == [("a", "b")]
 
@@ -184,7 +185,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
         ),
     ],
 )
-def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
+def test_a_malformed_line_gives_the_reason(tmp_path, line, problem):
     record = read_one(tmp_path, line)
     assert record.views is None and record.reason == "malformed" and record.position == 1
     assert problem in record.problem and "\n" not in record.problem and len(record.problem) < 200
@@ -206,11 +207,11 @@ def test_a_line_that_is_no_record_says_why(tmp_path, line, problem):
         ({"messages": None, "code": "c"}, ("", "c")),
     ],
 )
-def test_named_columns_are_taken_as_they_are(tmp_path, line, views):
+def test_columns_are_read_unchanged(tmp_path, line, views):
     assert read_one(tmp_path, line) == (views, 1, "", "malformed", "")
 
 
-def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(tmp_path):
+def test_messages_give_the_user_and_assistant_texts_without_the_system_prompt(tmp_path):
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "q"},
@@ -225,7 +226,7 @@ def test_messages_give_the_user_and_assistant_message_and_leave_the_system_out(t
     )
 
 
-def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
+def test_messages_with_a_second_turn_are_malformed(tmp_path):
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     record = read_one(tmp_path, {"messages": messages})
     assert record.views is None and "2 turns of the user" in record.problem
@@ -233,7 +234,7 @@ def test_a_second_turn_is_no_record_rather_than_lost(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path, suffix):
+def test_an_endless_line_takes_bounded_memory_and_affects_no_other(tmp_path, suffix):
     longest = GOOD[:-1].replace(b"a", b"a" * (files.MAX_LINE_BYTES - len(GOOD) + 2))
     assert len(longest) == files.MAX_LINE_BYTES
     path = write(
@@ -242,10 +243,9 @@ def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = read_with_locations(reader(path))
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
-    )  # KiB; lines of 16 MiB are kept, one of 200 is not
-    assert [place for _, place in found] == [f"{path}:{line}" for line in range(1, 6)]
+    # In KiB: lines of 16 MiB fit in this limit, and a line of 200 MiB would not.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10
+    assert [location for _, location in found] == [f"{path}:{line}" for line in range(1, 6)]
     long = ("malformed", "a line of more than 16 MiB")
     assert [views if views in (("a", "b"), long) else len(views[0]) for views, _ in found] == [
         ("a", "b"),
@@ -257,7 +257,7 @@ def test_a_line_that_never_ends_takes_no_memory_and_costs_no_other_line(tmp_path
 
 
 @cache
-def lines_of(count: int) -> bytes:
+def make_lines(count: int) -> bytes:
     return b"".join(
         b'{"text": "line %d", "code": "%d"}\n' % (number, number * 7919 % 1000003) for number in range(1, count + 1)
     )
@@ -279,23 +279,23 @@ def lines_of(count: int) -> bytes:
         lambda data: data + data[: len(data) // 2],
     ],
 )
-def test_a_packed_file_that_is_damaged_loses_nothing_before_and_says_so(tmp_path, suffix, damage):
+def test_a_corrupt_compressed_file_is_reported_and_loses_no_earlier_line(tmp_path, suffix, damage):
     rows = 40_000
     path = tmp_path / f"x.jsonl{suffix}"
-    path.write_bytes(damage(compress_for_suffix(lines_of(rows), suffix)))
-    *good, (problem, place) = read_with_locations(reader(path))
+    path.write_bytes(damage(compress_for_suffix(make_lines(rows), suffix)))
+    *good, (problem, location) = read_with_locations(reader(path))
     assert all(
         views == (f"line {(number - 1) % rows + 1}", str(((number - 1) % rows + 1) * 7919 % 1000003))
         and at == f"{path}:{number}"
         for number, (views, at) in enumerate(good, start=1)
     )
     assert problem[0] == "damaged" and "the compressed file is" in problem[1] and "replace it" in problem[1]
-    assert place == f"{path}:{len(good) + 1}"
+    assert location == f"{path}:{len(good) + 1}"
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9999])
-def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
-    data = bytearray(compress_for_suffix(lines_of(50_000), ".gz"))
+def test_a_flipped_byte_of_a_gz_file_is_detected(tmp_path, where):
+    data = bytearray(compress_for_suffix(make_lines(50_000), ".gz"))
     data[int(where * len(data))] ^= 0x10
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(data)
@@ -304,29 +304,29 @@ def test_a_flipped_byte_of_a_gz_file_is_found(tmp_path, where):
     )
 
 
-def test_all_that_can_be_unpacked_of_a_gz_file_that_is_cut_off_is_read(tmp_path):
+def test_all_complete_lines_of_a_truncated_gz_file_are_read(tmp_path):
     rows = [{"text": f"{number}", "code": random.Random(number).randbytes(100).hex()} for number in range(20_000)]
     lines = [json.dumps(row).encode() + b"\n" for row in rows]
     content = compress_for_suffix(b"".join(lines), ".gz")
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(content[: int(0.7 * len(content))])
     unpacked = len(zlib.decompressobj(wbits=31).decompress(path.read_bytes()))
-    whole = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
+    complete = int(np.searchsorted(np.cumsum([*map(len, lines)]), unpacked, side="right"))
     *good, (problem, _) = read_with_locations(reader(path))
-    assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:whole]]
+    assert problem[0] == "damaged" and [views[0] for views, _ in good] == [row["text"] for row in rows[:complete]]
 
 
-def test_zeros_behind_a_gz_file_are_no_damage(tmp_path):
+def test_zeros_after_a_gz_file_are_ignored(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(compress_for_suffix(GOOD * 3, ".gz") + bytes(512))
     assert read_views(reader(path)) == [("a", "b")] * 3
 
 
-def test_null_messages_are_no_chat(tmp_path):
+def test_null_messages_are_ignored(tmp_path):
     assert read_one(tmp_path, {"text": "a", "code": "b", "messages": None}).views == ("a", "b")
 
 
-def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
+def test_an_unreadable_file_is_named_with_its_key(tmp_path):
     for path, expected in [
         (tmp_path / "absent.jsonl", r"cannot read .*absent\.jsonl \(data\.sources\.0\.path\): No such file"),
         (tmp_path, r"\(data\.sources\.0\.path\) holds no file that ends in \.json, "),
@@ -344,7 +344,7 @@ def test_a_file_that_cannot_be_read_names_itself_and_its_key(tmp_path):
             reader(path)
 
 
-def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a\udcff.jsonl").write_bytes(GOOD)
     with pytest.raises(UserError, match=r"is not UTF-8; rename it") as raised:
         reader(tmp_path)
@@ -352,7 +352,7 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffix):
+def test_a_file_that_is_deleted_or_truncated_meanwhile_is_an_error(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", GOOD * 100)
     source = reader(path)
     (piece,) = source.pieces()
@@ -367,23 +367,25 @@ def test_a_file_that_goes_away_or_shrinks_meanwhile_is_a_mistake(tmp_path, suffi
 
 @needs_shared
 @pytest.mark.parametrize("name", ["nl-rx-synth/train.jsonl", "gsm8k/test.jsonl", "geography/train.jsonl"])
-def test_real_files_cut_small_read_like_json_loads(name, set_piece_size):
+def test_real_files_cut_into_small_pieces_match_json_loads(name, set_piece_size):
     path, expected = SHARED / name, []
     for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
         row = json.loads(line)
-        said = {message["role"]: message["content"] for message in row.get("messages", ())}
-        expected.append(((said["user"], said["assistant"]) if said else (row["text"], row["code"]), f"{path}:{number}"))
+        texts = {message["role"]: message["content"] for message in row.get("messages", ())}
+        expected.append(
+            ((texts["user"], texts["assistant"]) if texts else (row["text"], row["code"]), f"{path}:{number}")
+        )
     set_piece_size(9973, 4096)
     assert read_with_locations(reader(path)) == expected
 
 
-@pytest.mark.parametrize("place", ["at the start", "after another frame"])
-def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
-    """A frame as `zstd --long=31` writes it: no content size, a window of 2 GiB, and one raw block."""
+@pytest.mark.parametrize("frame_position", ["at the start", "after another frame"])
+def test_a_zst_file_with_a_long_window_is_not_reported_as_damaged(tmp_path, frame_position):
+    """Use a frame like the ones of `zstd --long=31`: no content size, a window of 2 GiB, and one raw block."""
     content = GOOD * 3
     frame = bytes.fromhex("28b52ffd00a8") + (len(content) << 3 | 1).to_bytes(3, "little") + content
     path = tmp_path / "it's long.jsonl.zst"
-    path.write_bytes((compress_for_suffix(content, ".zst") if place == "after another frame" else b"") + frame)
+    path.write_bytes((compress_for_suffix(content, ".zst") if frame_position == "after another frame" else b"") + frame)
     with pytest.raises(
         UserError, match=r"it's long\.jsonl\.zst was packed with a window .* is not damaged\. Pack it again: zstd -d"
     ) as raised:
@@ -392,7 +394,7 @@ def test_a_zst_file_with_a_long_window_is_not_called_damaged(tmp_path, place):
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", "-"])
-def test_an_integer_of_many_digits_in_another_column_costs_nothing(tmp_path, start):
+def test_a_huge_integer_does_not_fail_the_line(tmp_path, start):
     digits = "9" * 5000
     line = (
         f'{{"text": "a", "n": -{digits}, "code": "b"}}'

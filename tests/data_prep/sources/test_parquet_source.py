@@ -1,4 +1,4 @@
-"""Parquet: every row once against pandas, only the columns that are needed, and damage that names the file."""
+"""Tests of Parquet: every row once as pandas reads it, only the needed columns, and errors that name the file."""
 
 import json
 
@@ -39,12 +39,12 @@ def write(path, rows=ROWS, **options):
         {"use_dictionary": False, "compression": "none"},
     ],
 )
-@pytest.mark.parametrize("smallest", [1, 5000, 1 << 20])
-def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_piece_size):
+@pytest.mark.parametrize("piece_size", [1, 5000, 1 << 20])
+def test_every_row_is_read_once_with_its_number(tmp_path, options, piece_size, set_piece_size):
     rows = {column: values[:1000] for column, values in ROWS.items()}
     path = write(tmp_path / "a.parquet", rows, **options)
     frame = pd.read_parquet(path)
-    set_piece_size(smallest)
+    set_piece_size(piece_size)
     source = reader(path)
     assert read_with_locations(source) == [
         ((text or "", code), f"{path}:{row}")
@@ -52,11 +52,11 @@ def test_every_row_comes_once_with_its_number(tmp_path, options, smallest, set_p
     ]
     groups = pq.ParquetFile(path).num_row_groups
     pieces = source.pieces()
-    assert pieces[-1].stop == groups and all(piece.size >= smallest for piece in pieces[:-1])
-    assert len(pieces) == groups if smallest == 1 else len(pieces) < 100
+    assert pieces[-1].stop == groups and all(piece.size >= piece_size for piece in pieces[:-1])
+    assert len(pieces) == groups if piece_size == 1 else len(pieces) < 100
 
 
-def test_folders_and_globs_give_their_files_by_name(tmp_path):
+def test_files_of_folders_and_globs_are_sorted_by_name(tmp_path):
     for name in ("b", "a", "c/d"):
         write(tmp_path / f"{name}.parquet", {"text": [name], "code": ["x"]})
     write(tmp_path / "empty.parquet", pa.table({"text": pa.array([], pa.string()), "code": pa.array([], pa.string())}))
@@ -67,7 +67,7 @@ def test_folders_and_globs_give_their_files_by_name(tmp_path):
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()]
 )
-def test_text_of_any_type_is_text(tmp_path, kind):
+def test_every_string_type_is_read_as_text(tmp_path, kind):
     path = write(
         tmp_path / "a.parquet",
         pa.table({"text": pa.array(["a", None, "größe", ""], kind), "code": pa.array(["x"] * 4)}),
@@ -76,14 +76,14 @@ def test_text_of_any_type_is_text(tmp_path, kind):
 
 
 def test_messages_and_lists_are_read_from_nested_columns(tmp_path):
-    said = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
-    path = write(tmp_path / "a.parquet", {"messages": said, "many": [["a", "b", "c"]] * 4 + [None]})
+    turns = [[{"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": f"a{row}"}] for row in range(5)]
+    path = write(tmp_path / "a.parquet", {"messages": turns, "many": [["a", "b", "c"]] * 4 + [None]})
     assert read_views(reader(path)) == [(f"q{row}", f"a{row}") for row in range(5)]
     assert read_views(reader(path, "many")) == [("a", "b"), ("c", "")] * 4 + [("", "")]
     assert read_views(reader(path, {"code": "{messages.user}?"}))[2] == ("", "q2?")
 
 
-def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path):
     path = write(tmp_path / "a.parquet")
     for views, column in [
         ({"text": "texts"}, "texts"),
@@ -103,7 +103,7 @@ def test_a_wrong_column_is_told_at_opening_with_those_that_there_are(tmp_path):
         reader(tmp_path)
 
 
-def test_a_value_that_is_no_text_is_malformed_and_costs_no_other(tmp_path):
+def test_a_value_that_is_not_text_is_malformed_and_affects_no_other(tmp_path):
     path = write(tmp_path / "a.parquet")
     assert read_with_locations(reader(path, {"code": "number"}))[41] == (("", "41"), f"{path}:42")
     assert read_with_locations(reader(path, {"code": "tags"}))[1] == (
@@ -135,39 +135,40 @@ def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
     ]
 
 
-def nested(contents: list[bytes], kind: pa.DataType) -> pa.Table:
-    """Messages and lists whose texts are these bytes, two in each row, checked by nobody."""
+def nested_table(contents: list[bytes], kind: pa.DataType) -> pa.Table:
+    """Return messages and lists of these byte strings, two per row, without validation."""
     offsets = pa.py_buffer(np.cumsum([0, *map(len, contents)], dtype=np.int32))
-    said = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
+    texts = pa.Array.from_buffers(kind, len(contents), [None, offsets, pa.py_buffer(b"".join(contents))])
     turns = pa.StructArray.from_arrays(
-        [pa.array(["user", "assistant"] * (len(contents) // 2)), said], ["role", "content"]
+        [pa.array(["user", "assistant"] * (len(contents) // 2)), texts], ["role", "content"]
     )
     rows = pa.array(range(0, len(contents) + 1, 2), pa.int32())
-    return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, said)})
+    return pa.table({"messages": pa.ListArray.from_arrays(rows, turns), "many": pa.ListArray.from_arrays(rows, texts)})
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()])
 @pytest.mark.parametrize(
     "views, column", [(None, "messages"), ("many", "many"), ({"code": "{messages.user}"}, "messages")]
 )
-def test_a_bad_byte_in_a_nested_column_costs_its_record_alone(tmp_path, kind, views, column):
+def test_a_bad_byte_in_a_nested_column_affects_only_its_record(tmp_path, kind, views, column):
     contents = [f"größe {number}".encode() for number in range(4000)]
     contents[2 * 1500 + 1] = b"caf\xe9"
-    path = write(tmp_path / "a.parquet", nested(contents, kind))
+    path = write(tmp_path / "a.parquet", nested_table(contents, kind))
     found = read_with_locations(reader(path, views))
     assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8, not text"), f"{path}:1501")
     assert found[1499][0][-1].startswith("größe 299") and len(found) == 2000
     assert sum(views[0] == "malformed" for views, _ in found) == 1
 
 
-def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
+def test_a_time_that_python_cannot_represent_is_malformed_and_affects_no_other(tmp_path):
     path = write(
         tmp_path / "a.parquet", pa.table({"text": pa.array([0, 2**62], pa.timestamp("ms")), "code": ["a", "b"]})
     )
-    (first, _), (second, place) = read_with_locations(reader(path))
+    (first, _), (second, location) = read_with_locations(reader(path))
     assert first == ("malformed", "'text' holds a value of type datetime, not text")
     assert (
-        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read") and place == f"{path}:2"
+        second[1].startswith("'text' holds a value of type timestamp[ms] that cannot be read")
+        and location == f"{path}:2"
     )
 
 
@@ -182,7 +183,7 @@ def test_a_time_that_python_cannot_hold_is_malformed_beside_good_rows(tmp_path):
         lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
     ],
 )
-def test_a_damaged_file_names_itself(tmp_path, damage):
+def test_a_corrupt_file_is_named(tmp_path, damage):
     path = write(tmp_path / "a.parquet")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged \(.*\); replace it") as raised:
@@ -191,7 +192,7 @@ def test_a_damaged_file_names_itself(tmp_path, damage):
 
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip"])
-def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
+def test_a_file_with_a_corrupt_row_group_is_named(tmp_path, compression):
     path = write(tmp_path / "a.parquet", compression=compression)
     data = bytearray(path.read_bytes())
     data[2000:2600] = bytes(600)
@@ -200,13 +201,13 @@ def test_damage_inside_a_row_group_names_the_file(tmp_path, compression):
         read_views(reader(path, {"text": "text", "code": "code"}))
 
 
-def test_rows_with_and_without_messages_stand_beside_each_other(tmp_path):
-    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = pa.table({"messages": [said, None], "text": [None, "t"], "code": ["not this", "c"]})
+def test_rows_with_and_without_messages_are_mixed(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = pa.table({"messages": [turns, None], "text": [None, "t"], "code": ["not this", "c"]})
     assert read_views(reader(write(tmp_path / "a.parquet", rows))) == [("q", "a"), ("t", "c")]
 
 
-def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
+def test_a_page_checksum_detects_a_flipped_bit(tmp_path):
     rows = pa.table({view: [f"{view} {number}" for number in range(500)] for view in ("text", "code")})
     path = write(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
@@ -216,7 +217,7 @@ def test_a_flipped_bit_under_a_page_checksum_is_found(tmp_path):
         read_views(reader(path))
 
 
-def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
+def test_a_file_that_is_deleted_meanwhile_is_an_error(tmp_path):
     path = write(tmp_path / "a.parquet")
     source = reader(path)
     path.unlink()
@@ -228,7 +229,7 @@ def test_a_file_that_goes_away_meanwhile_is_a_mistake(tmp_path):
         reader(tmp_path)
 
 
-def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
+def test_only_needed_columns_are_read_in_bounded_memory(tmp_path):
     rows = 60_000
     table = pa.table(
         {
@@ -241,16 +242,16 @@ def test_only_the_columns_that_are_needed_are_read_in_bounded_memory(tmp_path):
     del table
     before = pa.total_allocated_bytes()
     source = reader(path)
-    most = 0
+    peak = 0
     for piece in source.pieces():
         for record in source.read(piece):
             if record.position % 5000 == 0:
-                most = max(most, pa.total_allocated_bytes() - before)
-    assert record.position == rows and most < 20 << 20 < path.stat().st_size
+                peak = max(peak, pa.total_allocated_bytes() - before)
+    assert record.position == rows and peak < 20 << 20 < path.stat().st_size
 
 
 @needs_shared
-def test_real_rows_read_like_their_json(tmp_path, set_piece_size):
+def test_real_rows_match_their_json_lines(tmp_path, set_piece_size):
     rows = [json.loads(line) for line in (SHARED / "nl-rx-synth" / "test.jsonl").read_text().splitlines()]
     path = write(tmp_path / "a.parquet", pa.Table.from_pylist(rows), row_group_size=123)
     expected = read_views(open_reader(type="json", path=SHARED / "nl-rx-synth" / "test.jsonl"))

@@ -1,4 +1,4 @@
-"""Docstring pairs of Python files, against a parse of what they should mean; files that cannot be parsed are counted, not fatal."""
+"""Tests of docstring pairs of Python files: pairs match the parsed code, and unparsable files are counted."""
 
 import ast
 import inspect
@@ -38,7 +38,8 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ('def f():\n    b"bytes"\n    return 1\n', []),
         ('def f():\n    f"{1}"\n    return 1\n', []),
         (
-            'class A:\n    """Class."""\n\n    @property\n    # note\n    @wraps(\n        1)\n    def f(self):  # end\n        """Doc."""\n\n'
+            'class A:\n    """Class."""\n\n    @property\n    # note\n    @wraps(\n        1)\n'
+            '    def f(self):  # end\n        """Doc."""\n\n'
             "        # why\n        return 1  # x\n",
             [("Doc.", "@property\n# note\n@wraps(\n    1)\ndef f(self):  # end\n\n    # why\n    return 1  # x")],
         ),
@@ -49,11 +50,13 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ('def f():\n    ("one "\n     "two")  # noqa\n    return 1', [("one two", "def f():\n    return 1")]),
         ('def f():\r\n    """A\r\n    b"""\r\n    return 1\r\n', [("A\nb", "def f():\n    return 1")]),
         (
-            'def f():\n    """Doc."""\n    def g():\n        """Inner."""\n        @deco\n        def h(): pass\n        return 2\n    return g\n',
+            'def f():\n    """Doc."""\n    def g():\n        """Inner."""\n'
+            "        @deco\n        def h(): pass\n        return 2\n    return g\n",
             [
                 (
                     "Doc.",
-                    'def f():\n    def g():\n        """Inner."""\n        @deco\n        def h(): pass\n        return 2\n    return g',
+                    'def f():\n    def g():\n        """Inner."""\n'
+                    "        @deco\n        def h(): pass\n        return 2\n    return g",
                 ),
                 ("Inner.", "def g():\n    @deco\n    def h(): pass\n    return 2"),
             ],
@@ -79,7 +82,7 @@ def read_one(tmp_path, source: str, **more) -> list[tuple]:
         ),
     ],
 )
-def test_the_docstring_and_the_rest_of_a_function(tmp_path, source, pairs):
+def test_pairs_are_the_docstring_and_the_remaining_function(tmp_path, source, pairs):
     assert read_one(tmp_path, source) == pairs
 
 
@@ -121,7 +124,7 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         write(tmp_path / "tree" / name, function)
     write(tmp_path / "elsewhere" / "y.py", function)
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "tree" / "aa").symlink_to(tmp_path / "tree" / "z")  # the folder itself still comes
+    (tmp_path / "tree" / "aa").symlink_to(tmp_path / "tree" / "z")  # its target is read once, under its own name
     source = reader(tmp_path / "tree")
     assert [
         (Path(piece.path).relative_to(tmp_path / "tree").as_posix(), record.group, record.position)
@@ -160,7 +163,7 @@ def test_groups_are_the_top_level_packages_in_order(tmp_path):
         (b"x = " + b"9" * 5000, 1, "SyntaxError: Exceeds the limit"),
     ],
 )
-def test_a_file_that_is_no_python_is_counted_and_costs_no_other(tmp_path, content, line, problem):
+def test_an_unparsable_file_is_counted_and_affects_no_other(tmp_path, content, line, problem):
     write(tmp_path / "pkg" / "a.py", content)
     write(tmp_path / "pkg" / "b.py", b'def f():\n    "Doc."\n    return 1\n')
     source = reader(tmp_path)
@@ -172,17 +175,17 @@ def test_a_file_that_is_no_python_is_counted_and_costs_no_other(tmp_path, conten
     assert read_with_locations(source)[1] == (("Doc.", "def f():\n    return 1"), f"{tmp_path}/pkg/b.py:1")
 
 
-def test_a_docstring_with_half_a_surrogate_pair_is_counted_not_fatal(tmp_path):
+def test_a_docstring_with_half_a_surrogate_pair_is_unparsable(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
-    (problem, place), good = read_with_locations(reader(tmp_path))
+    (problem, location), good = read_with_locations(reader(tmp_path))
     assert (
         problem == ("unparsable", "'docstring' holds half a surrogate pair, which is no text")
-        and place == f"{tmp_path}/a.py:1"
+        and location == f"{tmp_path}/a.py:1"
     )
     assert good[0][0] == "Doc."
 
 
-def test_nothing_that_the_code_is_warned_for_reaches_the_terminal(tmp_path):
+def test_syntax_warnings_of_the_code_are_not_printed(tmp_path):
     write(
         tmp_path / "a.py",
         b'def f():\n    "\\d bad escape"\n    x is 1\n    assert (1, "x")\n    return 1if 1else"\\p"\n',
@@ -196,10 +199,17 @@ def test_nothing_that_the_code_is_warned_for_reaches_the_terminal(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
-def test_the_code_of_the_standard_library_means_what_it_did():
-    """The pair of a function parses to the function without its docstring, apart from text in strings, which is dedented too."""
+def test_pairs_of_the_standard_library_keep_their_meaning():
+    """Check that each pair parses to the function without its docstring.
 
-    class Flat(ast.NodeTransformer):
+    Whitespace in strings is ignored because dedenting a function also changes its strings.
+    """
+
+    def is_documented_function(node: ast.AST) -> bool:
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        return bool(is_function and ast.get_docstring(node) and len(node.body) > 1)
+
+    class WhitespaceRemover(ast.NodeTransformer):
         def visit_Constant(self, node: ast.Constant) -> ast.Constant:
             return ast.Constant("".join(node.value.split())) if isinstance(node.value, str) else node
 
@@ -208,11 +218,7 @@ def test_the_code_of_the_standard_library_means_what_it_did():
         source = reader(LIBRARY / package, views={"text": "docstring", "code": "code"})
         for piece in source.pieces():
             functions = [
-                node
-                for node in ast.walk(ast.parse(Path(piece.path).read_bytes()))
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                and ast.get_docstring(node)
-                and len(node.body) > 1
+                node for node in ast.walk(ast.parse(Path(piece.path).read_bytes())) if is_documented_function(node)
             ]
             functions.sort(key=lambda node: node.lineno)
             for function, record in zip(functions, source.read(piece), strict=True):
@@ -220,21 +226,24 @@ def test_the_code_of_the_standard_library_means_what_it_did():
                     record.views[0] == inspect.cleandoc(ast.get_docstring(function, clean=False))
                     and record.position == function.lineno
                 )
-                (again,) = ast.parse(record.views[1]).body
+                (parsed,) = ast.parse(record.views[1]).body
                 function.body = function.body[1:]
-                assert ast.dump(Flat().visit(again)) == ast.dump(Flat().visit(function)), (piece.path, function.lineno)
+                assert ast.dump(WhitespaceRemover().visit(parsed)) == ast.dump(WhitespaceRemover().visit(function)), (
+                    piece.path,
+                    function.lineno,
+                )
                 pairs += 1
     assert pairs > 600
 
 
-def test_a_tree_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no file that ends in \.py"):
         reader(tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*absent \(data\.sources\.0\.path\): No such file"):
         reader(tmp_path / "absent")
 
 
-def test_the_package_of_a_file_of_a_glob_is_counted_from_its_fixed_part(tmp_path):
+def test_the_package_of_a_globbed_file_starts_after_the_fixed_part(tmp_path):
     for name in ("src/a/x.py", "src/a/deep/y.py", "src/b/x.py"):
         write(tmp_path / name, b'def f():\n    "Doc."\n    return 1\n')
     for pattern in ("src/**/*.py", "src/*", "src/*/"):

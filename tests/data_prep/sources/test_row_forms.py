@@ -1,4 +1,4 @@
-"""The outcome of every form of a row, as docs/data.md lists them, in JSON lines, in Parquet and as a test row."""
+"""Tests of every row form that docs/data.md lists: in JSON lines, in Parquet, and as a test row."""
 
 import json
 
@@ -64,7 +64,7 @@ FORMS = {
     "empty messages beside a conversation": ({"messages": [], "conversations": [USER, ASSISTANT]}, PAIR),
     "no messages": ({"messages": None, "text": "ask", "code": "reply"}, PAIR),
 }
-"""A row, and its views or the problem that is reported."""
+"""A row of each form, and its views or the reported problem."""
 ONLY_JSON = {
     "empty messages beside a conversation",
     "a large number",
@@ -74,7 +74,7 @@ ONLY_JSON = {
     "an image",
     "messages of parts",
 }
-"""Forms that Parquet has no type for, or another one for each."""
+"""Forms for which Parquet has no type, or a different type for each value."""
 
 
 def source_of(path, kind: str, **settings):
@@ -107,9 +107,9 @@ def test_a_test_row(form, write_jsonl, tmp_path):
     if isinstance(expected, tuple) and all(expected):
         assert [found.views for found in read_rows(source, ("text", "code"), "task.test")] == [expected]
         return
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as raised:
         read_rows(source, ("text", "code"), "task.test")
-    assert str(refused.value).startswith(f"{tmp_path / 'a.jsonl'}:1: {expected if isinstance(expected, str) else ''}")
+    assert str(raised.value).startswith(f"{tmp_path / 'a.jsonl'}:1: {expected if isinstance(expected, str) else ''}")
 
 
 TEMPLATES = {
@@ -140,7 +140,7 @@ def test_a_mapped_row(form, write_jsonl, tmp_path):
     assert outcome(source_of(tmp_path / "a.parquet", "parquet", views=views)) == expected
 
 
-def test_a_number_that_no_text_could_show_is_malformed(tmp_path):
+def test_nan_is_malformed(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ask", "code": float("nan")}) + "\n")
     assert (
         outcome(source_of(tmp_path / "a.jsonl", "json"))

@@ -1,4 +1,4 @@
-"""From columns to views: templates, lists of texts, partial mappings, and mistakes that name the key or the column."""
+"""Tests of the mapping from columns to views: templates, lists of texts, partial mappings, and errors."""
 
 import itertools
 import json
@@ -56,19 +56,19 @@ def read(tmp_path, row: dict, views, names=("text", "code")) -> list[Record]:
         ("none", ""),
     ],
 )
-def test_a_template_takes_its_columns_as_they_are(tmp_path, template, text):
+def test_a_template_inserts_its_columns_unchanged(tmp_path, template, text):
     assert read(tmp_path, ROW, {"code": template}) == [Record(("", text), 1)]
 
 
 @pytest.mark.parametrize("template", ["{name", "name}", "{}", "{na{me}", "{{name}", "a}b{name}", "{{{name}}"])
-def test_a_template_that_cannot_be_read_names_its_key(tmp_path, template):
+def test_an_invalid_template_is_reported_with_its_key(tmp_path, template):
     with pytest.raises(
         UserError, match=r"data\.sources\.0\.views\.code: cannot read the template .*a doubled brace for a brace"
     ):
         reader(tmp_path, ROW, {"code": template})
 
 
-def test_a_template_without_a_column_is_a_mistake(tmp_path):
+def test_a_template_without_a_column_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"data\.sources\.0\.views\.code: the template '\{\{x\}\}' names no column"):
         reader(tmp_path, ROW, {"code": "{{x}}"})
 
@@ -81,11 +81,11 @@ def test_a_template_without_a_column_is_a_mistake(tmp_path):
         ("messages", "'messages' holds a value of type list, not text"),
     ],
 )
-def test_what_is_no_text_names_its_column(tmp_path, given, problem):
+def test_a_value_that_is_not_text_is_reported_with_its_column(tmp_path, given, problem):
     assert read(tmp_path, ROW, {"text": "name", "code": given}) == [Record(None, 1, problem)]
 
 
-def test_a_mapping_may_leave_views_out_but_name_no_other(tmp_path):
+def test_a_mapping_may_omit_views_but_not_name_unknown_ones(tmp_path):
     assert reader(tmp_path, ROW, {"code": "name"}).provided_views == (False, True)
     assert reader(tmp_path, ROW, None).provided_views == (True, True)
     with pytest.raises(
@@ -94,18 +94,18 @@ def test_a_mapping_may_leave_views_out_but_name_no_other(tmp_path):
         reader(tmp_path, ROW, {"text": "a", "answer": "b"})
 
 
-def test_a_list_of_texts_becomes_the_views_in_order(tmp_path):
+def test_a_list_of_texts_fills_the_views_in_order(tmp_path):
     rng = random.Random(4)
     for count, width in itertools.product(range(12), range(1, 6)):
         names = tuple(f"v{view}" for view in range(width))
-        said = [f"text {number}" for number in range(count)]
-        holed = said[:]
-        for hole in (None, "", " \n"):
-            holed.insert(rng.randint(0, len(holed)), hole)
-        records = read(tmp_path, {"paraphrases": holed}, "paraphrases", names)
+        texts = [f"text {number}" for number in range(count)]
+        texts_with_gaps = texts[:]
+        for gap in (None, "", " \n"):
+            texts_with_gaps.insert(rng.randint(0, len(texts_with_gaps)), gap)
+        records = read(tmp_path, {"paraphrases": texts_with_gaps}, "paraphrases", names)
         assert all(len(record.views) == width and record.position == 1 for record in records)
         flat = [text for record in records for text in record.views]
-        assert flat[:count] == said and not any(flat[count:]) and len(records) == max(1, -(-count // width))
+        assert flat[:count] == texts and not any(flat[count:]) and len(records) == max(1, -(-count // width))
     assert reader(tmp_path, {}, "paraphrases", names).provided_views == (True,) * 5
 
 
@@ -120,12 +120,12 @@ def test_a_list_of_texts_becomes_the_views_in_order(tmp_path):
         (["a", "\udc00"], "half a surrogate pair"),
     ],
 )
-def test_what_is_no_list_of_texts_names_its_column(tmp_path, value, problem):
+def test_a_value_that_is_not_a_list_of_texts_is_reported_with_its_column(tmp_path, value, problem):
     (record,) = read(tmp_path, {"p": value}, "p")
     assert record.views is None and record.reason == "malformed" and record.problem.startswith(f"'p' holds {problem}")
 
 
-def test_a_list_that_is_absent_or_null_is_an_empty_record(tmp_path):
+def test_a_missing_or_null_list_gives_an_empty_record(tmp_path):
     assert (
         read(tmp_path, {}, "p")
         == read(tmp_path, {"p": None}, "p")
@@ -134,7 +134,7 @@ def test_a_list_that_is_absent_or_null_is_an_empty_record(tmp_path):
     )
 
 
-def test_the_grammar_fills_the_views_that_are_asked_for():
+def test_the_grammar_fills_the_configured_views():
     pairs = open_reader(type="nlrx", records=3)
     assert open_reader(("one", "two", "three"), type="nlrx", records=3).provided_views == (True, False, True)
     both = open_reader(("x",), type="nlrx", records=3, views={"x": "{code} # {text}"})

@@ -1,4 +1,4 @@
-"""Plain documents: the same whatever the cuts, against a split of the whole file; what is no document says so."""
+"""Tests of plain documents: they equal a split of the whole file wherever it is cut, and invalid ones are reported."""
 
 import random
 import re
@@ -23,10 +23,10 @@ def reader(path, separator=None, names=("text", "code"), **more):
     return open_reader(names, type="text", path=path, separator=separator, **more)
 
 
-def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
-    """First line and text of each document: the lines of the whole file between those that separate."""
+def split_naively(content: bytes, separator: str) -> list[tuple[int, str]]:
+    """Return the first line number and the text of each document, from the lines of the whole file."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    documents, held, start = [], [], 1
+    documents, document_lines, start = [], [], 1
     for number, line in enumerate([*lines, None], start=1):
         ends = (
             line is None or line.removesuffix(b"\r") == separator.encode()
@@ -34,22 +34,23 @@ def obvious(content: bytes, separator: str) -> list[tuple[int, str]]:
             else line is None or not line.strip()
         )
         if not ends:
-            held.append(line + b"\n" * (number < len(lines)))
+            document_lines.append(line + b"\n" * (number < len(lines)))
             continue
-        document = re.sub(rb"\r?\n\Z", b"", b"".join(held)).decode()
+        document = re.sub(rb"\r?\n\Z", b"", b"".join(document_lines)).decode()
         if document.strip():
             documents.append((start, document))
-        held, start = [], number + 1
+        document_lines, start = [], number + 1
     return documents
 
 
-def found(path, separator: str) -> list[tuple[int, str]]:
+def read_documents(path, separator: str) -> list[tuple[int, str]]:
     return [
-        (int(place.removeprefix(f"{path}:")), views[1]) for views, place in read_with_locations(reader(path, separator))
+        (int(location.removeprefix(f"{path}:")), views[1])
+        for views, location in read_with_locations(reader(path, separator))
     ]
 
 
-def odd_text(rng: random.Random, separator: str) -> bytes:
+def random_text(rng: random.Random, separator: str) -> bytes:
     lines = [
         "",
         " \t",
@@ -73,20 +74,20 @@ def odd_text(rng: random.Random, separator: str) -> bytes:
 
 
 @pytest.mark.parametrize("separator", ["", END, "-", "größe 👍"])
-def test_every_cut_gives_the_documents_of_the_whole_file(tmp_path, separator, set_piece_size):
+def test_documents_do_not_depend_on_where_the_file_is_cut(tmp_path, separator, set_piece_size):
     rng = random.Random(separator)
     for trial in range(150):
-        content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + odd_text(rng, separator)
+        content = rng.choice([b"", b"", b"\xef\xbb\xbf"]) + random_text(rng, separator)
         path = write(tmp_path / "a.txt", content)
-        expected = obvious(content, separator)
+        expected = split_naively(content, separator)
         for _ in range(4):
             length, block = rng.randint(1, len(content) + 2), rng.choice([3, 5, 64, files.BLOCK_BYTES])
             set_piece_size(length, block)
-            assert found(path, separator) == expected, (trial, length, block, content)
+            assert read_documents(path, separator) == expected, (trial, length, block, content)
 
 
 @pytest.mark.parametrize("width", [4095, 4096, 4097, 4098, 4099, 9000])
-def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set_piece_size):
+def test_a_very_long_blank_line_is_read_the_same_for_every_cut(tmp_path, width, set_piece_size):
     content = b"first\n" + b" " * width + b"\nsecond\n\nthird"
     path = write(tmp_path / "a.txt", content)
     expected = (
@@ -96,15 +97,15 @@ def test_a_very_long_blank_line_does_not_depend_on_the_cuts(tmp_path, width, set
     )
     for length in (1, 6, 7, 1000, width + 6, width + 7, width + 8, width + 15):
         set_piece_size(max(length, 50), 700)
-        assert found(path, "") == expected, length
+        assert read_documents(path, "") == expected, length
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", ["", END])
-def test_packed_files_read_like_plain_ones(tmp_path, suffix, separator):
-    content = b"".join(odd_text(random.Random(seed), END) for seed in range(20))
+def test_compressed_files_are_read_like_plain_ones(tmp_path, suffix, separator):
+    content = b"".join(random_text(random.Random(seed), END) for seed in range(20))
     path = write(tmp_path / f"a.txt{suffix}", content)
-    assert found(path, separator) == obvious(content, separator)
+    assert read_documents(path, separator) == split_naively(content, separator)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_file_is_a_document(tmp_path, content, document, suffix):
     assert read_with_locations(reader(path)) == [(("", document), f"{path}:1")]
 
 
-def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
+def test_a_folder_gives_its_non_empty_files_sorted_by_name(tmp_path):
     for name in ("b.txt", "a/c", "a/b.md.gz", "z.rst.zst"):
         write(tmp_path / name, name.encode())
     for name in ("empty.txt", "blank.txt"):
@@ -136,7 +137,7 @@ def test_a_folder_gives_each_file_by_name_and_no_empty_one(tmp_path):
     )
 
 
-def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
+def test_a_document_is_the_last_view_unless_it_is_mapped(tmp_path):
     path = write(tmp_path / "a.txt", b"x")
     assert reader(path).provided_views == (False, True)
     assert read_views(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
@@ -168,36 +169,37 @@ def test_a_document_is_the_last_view_or_what_the_mapping_says(tmp_path):
         ("hello".encode("utf-16"), None, {1: "not UTF-8 (invalid start byte at byte 0 of the document)"}),
     ],
 )
-def test_a_document_that_is_not_utf8_is_malformed_and_costs_no_other(tmp_path, content, separator, expected):
+def test_a_document_that_is_not_utf8_is_malformed_and_affects_no_other(tmp_path, content, separator, expected):
     path = write(tmp_path / "a.txt", content)
     shown = {
-        int(place.removeprefix(f"{path}:")): views[1] for views, place in read_with_locations(reader(path, separator))
+        int(location.removeprefix(f"{path}:")): views[1]
+        for views, location in read_with_locations(reader(path, separator))
     }
     assert shown == expected
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("separator", [None, END])
-def test_a_document_that_is_too_long_is_refused_and_costs_no_other(tmp_path, suffix, separator, monkeypatch):
+def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path, suffix, separator, monkeypatch):
     monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
     long = ("malformed", "a document of more than 3 MiB; cut it with `separator`")
     for size in (3 << 20, (3 << 20) + 1, 9 << 20):
-        whole = b"x" * (size - 5) + b"\nwxyz"
-        content = whole if separator is None else b"a\n<|endoftext|>\r\n" + whole + b"\r\n<|endoftext|>\nb\n"
+        document = b"x" * (size - 5) + b"\nwxyz"
+        content = document if separator is None else b"a\n<|endoftext|>\r\n" + document + b"\r\n<|endoftext|>\nb\n"
         path = write(tmp_path / f"a.txt{suffix}", content)
-        middle = (("", whole.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
-        around = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
-        assert read_with_locations(reader(path, separator)) == [*around[0], middle, *around[1]]
+        middle = (("", document.decode()) if size <= 3 << 20 else long, f"{path}:{1 if separator is None else 3}")
+        neighbours = ([], []) if separator is None else ([(("", "a"), f"{path}:1")], [(("", "b"), f"{path}:6")])
+        assert read_with_locations(reader(path, separator)) == [*neighbours[0], middle, *neighbours[1]]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("separator", [None, "", END])
-@pytest.mark.parametrize("cut", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
-def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut):
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"", lambda data: b"no packed file"])
+def test_a_corrupt_compressed_file_is_reported(tmp_path, suffix, separator, damage):
     between = "\n" + (separator or "") + "\n"
     documents = [f"document {number}" for number in range(80_000)]
     path = write(tmp_path / f"a.txt{suffix}", between.join(documents).encode())
-    path.write_bytes(cut(path.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     *good, (problem, _) = read_with_locations(reader(path, separator))
     assert [views[1] for views, _ in good] == documents[: len(good)]
     assert problem[0] == "damaged" and "the compressed file is" in problem[1]
@@ -206,8 +208,8 @@ def test_a_packed_file_that_is_damaged_says_so(tmp_path, suffix, separator, cut)
 
 @needs_shared
 @pytest.mark.parametrize("separator", ["", "======"])
-def test_real_manuals_cut_small_read_like_the_whole(separator, set_piece_size):
+def test_a_real_manual_cut_into_small_pieces_gives_the_same_documents(separator, set_piece_size):
     path = SHARED / "text" / "sqlite3-doc.txt"
-    expected = obvious(path.read_bytes(), separator)
+    expected = split_naively(path.read_bytes(), separator)
     set_piece_size(77_777, 1 << 16)
-    assert found(path, separator) == expected
+    assert read_documents(path, separator) == expected

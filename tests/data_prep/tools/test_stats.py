@@ -1,4 +1,4 @@
-"""Statistics of a prepared corpus, against pandas on the shards themselves."""
+"""Tests of the statistics of a prepared corpus against pandas on the same shards."""
 
 import itertools
 import re
@@ -16,24 +16,26 @@ from tests.data_prep.tools.test_verify import pairs, write
 VIEWS = ["text", "code"]
 
 
-def test_quantiles_are_those_of_pandas():
+def test_quantiles_match_pandas():
     rng = np.random.default_rng(0)
     for size in (1, 2, 3, 10, 999):
         values = rng.integers(1, 50, size)
-        for share in (0.0, 0.5, 0.9, 0.99, 1.0):
-            assert quantile(np.bincount(values), share) == pytest.approx(pandas.Series(values).quantile(share))
+        for probability in (0.0, 0.5, 0.9, 0.99, 1.0):
+            assert quantile(np.bincount(values), probability) == pytest.approx(
+                pandas.Series(values).quantile(probability)
+            )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two shards of one source and one of another, whose weight is 2; some records lack a view."""
+    """Corpus with two shards of one source and one shard of another with weight 2; some records lack a view."""
     folder = tmp_path_factory.mktemp("corpus")
     tokenizer = train(["SELECT name FROM dogs"] * 5, 330, folder / "tokenizer")
     shards = [pairs(400, seed) for seed in range(3)]
-    for place in range(0, 400, 7):
-        shards[0][place] = (shards[0][place][0], [])
-    for place in range(0, 400, 50):
-        shards[1][place] = (shards[1][place][0] * 60, shards[1][place][1])
+    for row in range(0, 400, 7):
+        shards[0][row] = (shards[0][row][0], [])
+    for row in range(0, 400, 50):
+        shards[1][row] = (shards[1][row][0] * 60, shards[1][row][1])
     write(
         folder,
         tokenizer,
@@ -46,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lengths(folder) -> pandas.DataFrame:
-    """Tokens of each view of every record; NaN where it is null."""
+    """Token counts of each view of every record; NaN for a null view."""
     tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in sorted(folder.glob("*.arrow"))]
     return pandas.DataFrame(
         {view: pa.concat_tables(tables).column(view).to_pandas().map(len, na_action="ignore") for view in VIEWS}
@@ -61,7 +63,8 @@ def test_the_table_of_views(folder, lengths):
     table, *_ = stats(folder, "train")
     head, _, *lines = table.splitlines()
     assert head == (
-        f"train: 1,200 records, {int(lengths.sum().sum()):,} tokens; {lengths.isna().any(axis=1).mean():.1%} of the records lack a view"
+        f"train: 1,200 records, {int(lengths.sum().sum()):,} tokens; "
+        f"{lengths.isna().any(axis=1).mean():.1%} of the records lack a view"
     )
     for view, line in zip(VIEWS, lines, strict=True):
         column = lengths[view].dropna()

@@ -1,4 +1,4 @@
-"""Damaged corpora: each fault is named in a line, with exit code 2, and never a traceback."""
+"""Tests of `verify` on corrupt corpora: each fault is reported in one line with exit code 2, never a traceback."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def write(
     sources: Sequence[dict] = (),
     weights: Sequence[float] = (),
 ) -> None:
-    """Shards of each split as (source, records, which go on), and their manifest."""
+    """Write the shards of each split, given as (source, records, continued flags), and their manifest."""
     splits = {}
     for split, parts in shards.items():
         entries = [
@@ -48,10 +48,10 @@ def write(
                 folder / f"{split}-{number:05d}.arrow",
                 source,
                 columns(records),
-                np.array(goes_on),
+                np.array(continued),
                 tokenizer.vocab_size,
             )
-            for number, (source, records, goes_on) in enumerate(parts)
+            for number, (source, records, continued) in enumerate(parts)
         ]
         splits[split] = (
             {key: sum(entry[key] for entry in entries) for key in ("records", "incomplete", "continued")}
@@ -75,7 +75,7 @@ def write(
             "settings": {"data": {"sources": list(sources)}},
             "splits": splits,
             "dropped": {},
-            "sources": [{"weight": weight, "tokens": of} for weight, of in zip(weights, tokens, strict=True)],
+            "sources": [{"weight": weight, "tokens": count} for weight, count in zip(weights, tokens, strict=True)],
             "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         },
     )
@@ -92,9 +92,12 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def sound(tokenizer, tmp_path_factory) -> Path:
-    """Three shards of pairs, some lacking a view, and of documents in pieces, from two sources; and a validation shard."""
-    folder = tmp_path_factory.mktemp("sound")
+def valid_corpus(tokenizer, tmp_path_factory) -> Path:
+    """Corpus of three training shards from two sources, and a validation shard.
+
+    The training shards hold pairs, some of which lack a view, and documents in pieces.
+    """
+    folder = tmp_path_factory.mktemp("valid")
     shutil.copytree(tokenizer.folder, folder / "tokenizer")
     first = pairs(40, 1)
     first[7], first[9] = (first[7][0], []), ([], first[9][1])
@@ -115,25 +118,28 @@ def sound(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(sound, tmp_path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "corpus"))
+def folder(valid_corpus, tmp_path) -> Path:
+    return Path(shutil.copytree(valid_corpus, tmp_path / "corpus"))
 
 
 @pytest.fixture
-def verdict(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
-    """What the command tells: exit code, lines said, and the line on standard error. With several `processes`, as a user calls it."""
+def run_verify(monkeypatch, capsys) -> Callable[..., tuple[int, list[str], str]]:
+    """Function that runs `verify` and returns the exit code, the output lines, and standard error.
 
-    def verdict(folder: Path, processes: bool = False) -> tuple[int, list[str], str]:
+    With `processes`, it runs the command like a user, with several processes.
+    """
+
+    def run_verify(folder: Path, processes: bool = False) -> tuple[int, list[str], str]:
         monkeypatch.setattr(sys, "argv", ["data_prep", "verify", str(folder)])
         code = 0
         try:
             exit_on_user_error(main if processes else lambda: verify(folder, print, workers=1))
         except SystemExit as end:
             code = end.code
-        said = capsys.readouterr()
-        return code, said.out.splitlines(), said.err
+        output = capsys.readouterr()
+        return code, output.out.splitlines(), output.err
 
-    return verdict
+    return run_verify
 
 
 def edit(folder: Path, change: Callable[[dict], object]) -> None:
@@ -146,8 +152,8 @@ def entries(manifest: dict, split: str = "train") -> list[dict]:
     return manifest["splits"][split]["shards"]
 
 
-def acknowledge(folder: Path, file: str = FIRST) -> None:
-    """Give the manifest the size and SHA-256 of a changed shard: what is inside must betray it."""
+def update_digest(folder: Path, file: str = FIRST) -> None:
+    """Update the manifest's size and SHA-256 of a changed shard, so only the contents reveal the damage."""
 
     def change(manifest: dict) -> None:
         for split in manifest["splits"].values():
@@ -159,7 +165,11 @@ def acknowledge(folder: Path, file: str = FIRST) -> None:
 
 
 def flip(folder: Path, column: str, buffer: int, byte: int, bit: int = 0, file: str = FIRST) -> None:
-    """Flip a bit in a buffer of a column (validity, offsets, and of the values validity and tokens; of a flat one validity and values)."""
+    """Flip a bit in a buffer of a column.
+
+    The buffers of a list column are validity, offsets, validity of the tokens, and tokens; of a flat column validity
+    and values.
+    """
     data = pa.py_buffer(bytearray((folder / file).read_bytes()))
     at = pa.ipc.open_file(data).get_batch(0).column(column).buffers()[buffer].address - data.address + byte
     content = bytearray(data.to_pybytes())
@@ -167,8 +177,10 @@ def flip(folder: Path, column: str, buffer: int, byte: int, bit: int = 0, file: 
     (folder / file).write_bytes(content)
 
 
-def rebuild(folder: Path, change: Callable[[dict[str, pa.Array]], dict[str, pa.Array]], file: str = FIRST) -> None:
-    """Write a shard anew with other columns, in Arrow's own hand."""
+def rewrite_columns(
+    folder: Path, change: Callable[[dict[str, pa.Array]], dict[str, pa.Array]], file: str = FIRST
+) -> None:
+    """Rewrite a shard with changed columns, using pyarrow directly."""
     batch = pa.ipc.open_file((folder / file).read_bytes()).get_batch(0)
     new = pa.record_batch(change({name: batch.column(name) for name in batch.schema.names}))
     with pa.OSFile(str(folder / file), "wb") as sink, pa.ipc.new_file(sink, new.schema) as writer:
@@ -179,19 +191,19 @@ def lists(rows: list, dtype=None) -> pa.Array:
     return pa.array(rows, pa.list_(dtype or pa.uint16()))
 
 
-def replaced(folder: Path, row: int, tokens: list[int] | None, view: str = "text") -> None:
-    """Other tokens in a row of the first shard, its record's checksum left as it was."""
+def replace_tokens(folder: Path, row: int, tokens: list[int] | None, view: str = "text") -> None:
+    """Replace the tokens in a row of the first shard, but keep the checksum of the record."""
 
     def change(batch: dict) -> dict:
         rows = batch[view].to_pylist()
         rows[row] = tokens
         return batch | {view: lists(rows)}
 
-    rebuild(folder, change)
+    rewrite_columns(folder, change)
 
 
-def rewritten(folder: Path, row: int, tokens: list[int], view: int) -> None:
-    """The first shard as a preparation would write it with these tokens in a row, checksums and all."""
+def rewrite_with_checksums(folder: Path, row: int, tokens: list[int], view: int) -> None:
+    """Rewrite the first shard with these tokens in a row, with valid checksums as a preparation writes them."""
     batch = pa.ipc.open_file((folder / FIRST).read_bytes()).get_batch(0)
     records = [
         tuple(ids or [] for ids in record)
@@ -210,17 +222,17 @@ def swap(folder: Path, one: int, other: int) -> None:
     edit(folder, change)
 
 
-def other_tokenizer(folder: Path) -> None:
+def replace_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     train(["quite another text " * 9, "with other words"], 340, folder / "tokenizer")
 
 
-def sealed(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    """A damage that the manifest acknowledges."""
+def with_updated_digest(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return a function that applies the damage and updates the digest in the manifest."""
 
     def both(folder: Path) -> None:
         damage(folder)
-        acknowledge(folder)
+        update_digest(folder)
 
     return both
 
@@ -259,81 +271,95 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: flip(f, "text", 0, 0, 3),
         "its Arrow structure is damaged (In column 0: Invalid: null_count value",
     ),
-    "acknowledged bit of a token": (
-        sealed(lambda f: flip(f, "code", 3, 2)),
+    "bit of a token, digest updated": (
+        with_updated_digest(lambda f: flip(f, "code", 3, 2)),
         f"{FIRST}: row 0, counted from 0: its checksum is not that",
     ),
-    "acknowledged bit of an offset": (
-        sealed(lambda f: flip(f, "text", 1, 20, 0)),
+    "bit of an offset, digest updated": (
+        with_updated_digest(lambda f: flip(f, "text", 1, 20, 0)),
         "row 4, counted from 0 (and 1 others): its checksum is not",
     ),
-    "acknowledged bits of validity": (
-        sealed(lambda f: (flip(f, "text", 0, 0, 3), flip(f, "text", 0, 1, 1))),
+    "bits of validity, digest updated": (
+        with_updated_digest(lambda f: (flip(f, "text", 0, 0, 3), flip(f, "text", 0, 1, 1))),
         "row 9, counted from 0: text is empty, but not null; row 3, counted from 0: text is null, but holds tokens",
     ),
-    "acknowledged bit of a checksum": (
-        sealed(lambda f: flip(f, CHECKSUM, 1, 8)),
+    "bit of a checksum, digest updated": (
+        with_updated_digest(lambda f: flip(f, CHECKSUM, 1, 8)),
         f"{FIRST}: row 2, counted from 0: its checksum",
     ),
-    "acknowledged bit of continues": (
-        sealed(lambda f: flip(f, CONTINUES, 1, 0, 5)),
+    "bit of continues, digest updated": (
+        with_updated_digest(lambda f: flip(f, CONTINUES, 1, 0, 5)),
         "row 5, counted from 0: its checksum",
     ),
-    "last record goes on": (
-        sealed(lambda f: flip(f, CONTINUES, 1, 4, 7)),
+    "last record continues": (
+        with_updated_digest(lambda f: flip(f, CONTINUES, 1, 4, 7)),
         "row 39, counted from 0: it goes on in the next record",
     ),
     "garbage": (
-        sealed(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)),
+        with_updated_digest(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)),
         "its Arrow structure is damaged",
     ),
     "another shard of the corpus": (
-        sealed(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
+        with_updated_digest(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
         "it has records 30, the manifest says 40",
     ),
-    "tokens of another record": (sealed(lambda f: replaced(f, 3, [11, 12, 13])), "row 3, counted from 0: its checksum"),
-    "a view emptied": (sealed(lambda f: replaced(f, 4, [])), "row 4, counted from 0: text is empty, but not null"),
-    "a view lost": (sealed(lambda f: replaced(f, 4, None)), "incomplete 3, the manifest says 2"),
+    "tokens of another record": (
+        with_updated_digest(lambda f: replace_tokens(f, 3, [11, 12, 13])),
+        "row 3, counted from 0: its checksum",
+    ),
+    "a view emptied": (
+        with_updated_digest(lambda f: replace_tokens(f, 4, [])),
+        "row 4, counted from 0: text is empty, but not null",
+    ),
+    "a view lost": (with_updated_digest(lambda f: replace_tokens(f, 4, None)), "incomplete 3, the manifest says 2"),
     "a record emptied": (
-        sealed(lambda f: replaced(f, 9, None, "code")),
+        with_updated_digest(lambda f: replace_tokens(f, 9, None, "code")),
         "row 9, counted from 0: no view holds a token",
     ),
     "records in another order": (
-        sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})),
+        with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})),
         "(and",
     ),
-    "a view left out": (
-        sealed(lambda f: rebuild(f, lambda b: {n: c for n, c in b.items() if n != "code"})),
+    "a view omitted": (
+        with_updated_digest(lambda f: rewrite_columns(f, lambda b: {n: c for n, c in b.items() if n != "code"})),
         "its columns are text: list<",
     ),
     "views exchanged": (
-        sealed(lambda f: rebuild(f, lambda b: b | {"text": b["code"], "code": b["text"]})),
+        with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": b["code"], "code": b["text"]})),
         "(and 39 others): its checksum",
     ),
-    "of another vocabulary": (
-        sealed(lambda f: rebuild(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})),
+    "another token type": (
+        with_updated_digest(
+            lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist(), pa.uint32())})
+        ),
         "its columns are text: list<item: uint32>",
     ),
-    "a null token": (sealed(lambda f: replaced(f, 3, [11, None])), "it has nulls in place of tokens"),
-    "no record": (sealed(lambda f: rebuild(f, lambda b: {n: c[:0] for n, c in b.items()})), "it holds no record"),
-    "two batches": (sealed(split_batches), "it has 2 record batches instead of one"),
+    "a null token": (
+        with_updated_digest(lambda f: replace_tokens(f, 3, [11, None])),
+        "it has nulls in place of tokens",
+    ),
+    "no record": (
+        with_updated_digest(lambda f: rewrite_columns(f, lambda b: {n: c[:0] for n, c in b.items()})),
+        "it holds no record",
+    ),
+    "two batches": (with_updated_digest(split_batches), "it has 2 record batches instead of one"),
     "id beyond the vocabulary": (
-        lambda f: rewritten(f, 6, [20, 340], 0),
+        lambda f: rewrite_with_checksums(f, 6, [20, 340], 0),
         f"{FIRST}: row 6, counted from 0: text holds an id beyond the vocabulary",
     ),
     "a special token": (
-        lambda f: rewritten(f, 8, [20, 3, 21], 1),
+        lambda f: rewrite_with_checksums(f, 8, [20, 3, 21], 1),
         f"{FIRST}: row 8, counted from 0: code holds a special token",
     ),
     "an unlisted shard": (
         lambda f: shutil.copy(f / FIRST, f / "train-00009.arrow"),
         "train-00009.arrow: the manifest does not list this shard",
     ),
-    "left over": (
+    "leftover file": (
         lambda f: (f / ".train-00000.arrow.77.tmp").write_bytes(b""),
         "left over by an interrupted preparation",
     ),
-    "left over folder": (lambda f: (f / ".partial").mkdir(), ".partial: left over by an interrupted preparation"),
+    "leftover folder": (lambda f: (f / ".partial").mkdir(), ".partial: left over by an interrupted preparation"),
     "count of a shard": (set_value(*SHARD, "records", value=39), "it has records 40, the manifest says 39"),
     "count of a split": (
         set_value("splits", "train", "records", value=77),
@@ -366,89 +392,96 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no split": (set_value("splits", value={}), "is damaged: splits"),
     "a negative count": (set_value(*SHARD, "records", value=-1), "is damaged: splits.train.shards.0.records"),
     "not JSON": (lambda f: (f / MANIFEST).write_text('{"format": 3,'), "cannot read"),
-    "a list": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST),
+    "a list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST),
     "another format": (set_value("format", value=2), "has format 2"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "there is no prepared corpus"),
-    "tokenizer replaced": (other_tokenizer, "tokenizer: it is not the one that the shards were made with"),
+    "tokenizer replaced": (replace_tokenizer, "tokenizer: it is not the one that the shards were made with"),
     "tokenizer lost": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: "),
     "vocabulary size": (set_value("tokenizer", "vocab_size", value=341), "tokenizer: it is not the one"),
 }
 
 
 @pytest.mark.parametrize("processes", [False, True])
-def test_a_sound_corpus_in_one_line(processes, sound, verdict):
+def test_a_valid_corpus_is_reported_in_one_line(processes, valid_corpus, run_verify):
     tokens = sum(
         split["tokens"][view]
-        for split in json.loads((sound / MANIFEST).read_text())["splits"].values()
+        for split in json.loads((valid_corpus / MANIFEST).read_text())["splits"].values()
         for view in VIEWS
     )
-    assert verdict(sound, processes) == (0, [f"4 shards, 86 records, {tokens} tokens: all sound"], "")
+    assert run_verify(valid_corpus, processes) == (0, [f"4 shards, 86 records, {tokens} tokens: all sound"], "")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_every_damage_is_named(kind, folder, verdict):
-    damage, because = DAMAGES[kind]
+def test_every_damage_is_reported(kind, folder, run_verify):
+    damage, expected = DAMAGES[kind]
     damage(folder)
-    code, said, error = verdict(folder)
+    code, lines, error = run_verify(folder)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert because in "\n".join([*said, error]), said
-    assert "Traceback" not in error and not any("sound" in line for line in said)
+    assert expected in "\n".join([*lines, error]), lines
+    assert "Traceback" not in error and not any("sound" in line for line in lines)
 
 
-def test_all_damaged_shards_are_named(folder, verdict):
+def test_all_damaged_shards_are_reported(folder, run_verify):
     for file in (FIRST, "train-00002.arrow", "validation-00000.arrow"):
         (folder / file).write_bytes((folder / file).read_bytes()[:-1])
-    code, said, error = verdict(folder, processes=True)
-    assert code == 2 and [line.split(":")[0] for line in said] == [FIRST, "train-00002.arrow", "validation-00000.arrow"]
+    code, lines, error = run_verify(folder, processes=True)
+    assert code == 2 and [line.split(":")[0] for line in lines] == [
+        FIRST,
+        "train-00002.arrow",
+        "validation-00000.arrow",
+    ]
     assert "3 of 4 shards are damaged" in error
 
 
-def test_any_flipped_byte(tokenizer, tmp_path, verdict):
-    """A shard for each of its bytes, in which that byte is flipped: all are found by SHA-256, those that carry data by their records too."""
+def test_every_flipped_byte_is_detected(tokenizer, tmp_path, run_verify):
+    """Verify one copy of a shard per byte, with that byte flipped.
+
+    SHA-256 detects every flip. The checksums of the records also detect those in bytes that carry data.
+    """
     shutil.copytree(tokenizer.folder, tmp_path / "tokenizer")
     records = pairs(24, 5)
     records[3] = (records[3][0], [])
-    goes_on = [False] * 24
-    goes_on[10] = True
-    write(tmp_path, tokenizer, {"train": [(0, records, goes_on)]})
+    continued = [False] * 24
+    continued[10] = True
+    write(tmp_path, tokenizer, {"train": [(0, records, continued)]})
     content = (tmp_path / FIRST).read_bytes()
     data = pa.py_buffer(content)
     batch = pa.ipc.open_file(data).get_batch(0)
-    carrying = set()
-    for name, used in (
+    data_bytes = set()
+    for name, sizes in (
         ("text", (0, 4 * 25, 0, 2)),
         ("code", (3, 4 * 25, 0, 2)),
         (CONTINUES, (0, 3)),
         (CHECKSUM, (0, 4 * 24)),
     ):
-        for buffer, size in zip(batch.column(name).buffers(), used, strict=True):
+        for buffer, size in zip(batch.column(name).buffers(), sizes, strict=True):
             size = size if size != 2 else 2 * len(batch.column(name).values)
-            carrying |= (
+            data_bytes |= (
                 set(range(buffer.address - data.address, buffer.address - data.address + size)) if buffer else set()
             )
-    for acknowledged in (False, True):
+    for digest_updated in (False, True):
         manifest = json.loads((tmp_path / MANIFEST).read_text())
         shards, (entry, *_) = [], entries(manifest)
         for byte in range(len(content)):
             file = f"train-{byte:05d}.arrow"
             (tmp_path / file).write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
-            shards.append(entry | {"file": file} | ({"sha256": sha256_file(tmp_path / file)} if acknowledged else {}))
+            shards.append(entry | {"file": file} | ({"sha256": sha256_file(tmp_path / file)} if digest_updated else {}))
         manifest["splits"]["train"]["shards"] = shards
         write_json(tmp_path / MANIFEST, manifest)
-        code, said, _ = verdict(tmp_path, processes=acknowledged)
-        named = {int(line[6:11]) for line in said if line.startswith("train-")}
+        code, lines, _ = run_verify(tmp_path, processes=digest_updated)
+        named = {int(line[6:11]) for line in lines if line.startswith("train-")}
         assert code == 2
-        assert named == set(range(len(content))) if not acknowledged else carrying <= named
+        assert named == set(range(len(content))) if not digest_updated else data_bytes <= named
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, expected",
     [
         (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, its shards have \d+"),
         (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
     ],
 )
-def test_the_sources_of_the_manifest_are_those_of_its_shards(folder, verdict, change, said):
+def test_sources_of_the_manifest_are_checked_against_its_shards(folder, run_verify, change, expected):
     edit(folder, change)
-    code, lines, _ = verdict(folder)
-    assert code == 2 and re.search(said, "\n".join(lines))
+    code, lines, _ = run_verify(folder)
+    assert code == 2 and re.search(expected, "\n".join(lines))
