@@ -11,7 +11,9 @@ from pretrain.local_gpu import gpu_index, select_gpu
 
 def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_visible_one():
     assert [gpu_index({"LOCAL_RANK": str(rank)}, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert [gpu_index({"LOCAL_RANK": str(rank)}, 1) for rank in range(4)] == [0, 0, 0, 0], "one visible GPU, as with --gpus-per-task of Slurm"
+    assert [gpu_index({"LOCAL_RANK": str(rank)}, 1) for rank in range(4)] == [0, 0, 0, 0], (
+        "one visible GPU, as with --gpus-per-task of Slurm"
+    )
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])

@@ -146,9 +146,7 @@ def test_every_family_distance_and_direction(family, kind, distance, direction, 
 @pytest.mark.parametrize("placement", ["append", "prepend"])
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_three_views_and_prepended_predictor_tokens(
-    kind, k, placement, direction, make_model, write_corpus, specials
-):
+def test_three_views_and_prepended_predictor_tokens(kind, k, placement, direction, make_model, write_corpus, specials):
     records = [
         (*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)
     ]

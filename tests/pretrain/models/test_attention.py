@@ -152,7 +152,9 @@ def test_heads_too_narrow_for_flex_attention_get_another_kernel(family, changes)
 
 def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
     mask = visibility_mask(visible_until, "flex_attention", positions=batch.positions, window=WINDOW)
-    captured = [cell.cell_contents for cell in mask.mask_mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)]
+    captured = [
+        cell.cell_contents for cell in mask.mask_mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)
+    ]
     assert len(captured) == 2 and {tensor.dtype for tensor in captured} == {torch.int32}
 
 

@@ -271,9 +271,13 @@ def test_token_ids_of_an_exported_model(variant, texts, tmp_path):
     auto = AutoTokenizer.from_pretrained(tmp_path / "export")
     expected = tokenizer.encode_batch(texts)
     differing = [
-        text for text, ids, exported_ids in zip(texts, expected, auto(texts)["input_ids"], strict=True) if ids != exported_ids
+        text
+        for text, ids, exported_ids in zip(texts, expected, auto(texts)["input_ids"], strict=True)
+        if ids != exported_ids
     ]
-    assert not differing, f"{len(differing)} of {len(texts)} texts differ, the shortest is {min(differing, key=len)[:200]!r}"
+    assert not differing, (
+        f"{len(differing)} of {len(texts)} texts differ, the shortest is {min(differing, key=len)[:200]!r}"
+    )
     specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
     assert not specials & {token for ids in expected for token in ids}
     assert (

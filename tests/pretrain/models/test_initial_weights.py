@@ -76,9 +76,7 @@ def test_each_weight_has_the_standard_deviation_of_its_family(folder, tokenizer,
         started = state[f"causal_lm.{name}"]
         assert started.shape == expected.shape
         if expected.unique().numel() == 1:
-            assert torch.equal(started, expected), (
-                f"{name}: norms start at one, or at zero in Gemma, which adds one"
-            )
+            assert torch.equal(started, expected), f"{name}: norms start at one, or at zero in Gemma, which adds one"
         else:
             assert expected.numel() >= LARGE
             assert (

@@ -212,13 +212,17 @@ def attention(weights, prefix, inputs, head_dim):
         query, key, value = (
             (weights[f"{prefix}.{name}_proj.weight"] @ x).reshape(-1, head_dim) for name in ("q", "k", "v")
         )
-        keys.append([rotate(norm(key[head], weights[f"{prefix}.k_norm.weight"]), position) for head in range(key_value_heads)])
+        keys.append(
+            [rotate(norm(key[head], weights[f"{prefix}.k_norm.weight"]), position) for head in range(key_value_heads)]
+        )
         values.append(value)
         joined = []
         for head in range(heads):
             rotated_query = rotate(norm(query[head], weights[f"{prefix}.q_norm.weight"]), position)
             group = head // (heads // key_value_heads)
-            scores = [math.exp(rotated_query @ keys[earlier][group] / math.sqrt(head_dim)) for earlier in range(position + 1)]
+            scores = [
+                math.exp(rotated_query @ keys[earlier][group] / math.sqrt(head_dim)) for earlier in range(position + 1)
+            ]
             joined.append(sum(score * values[earlier][group] for earlier, score in enumerate(scores)) / sum(scores))
         outputs.append(weights[f"{prefix}.o_proj.weight"] @ np.concatenate(joined))
     return outputs

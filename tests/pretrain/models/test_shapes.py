@@ -145,9 +145,7 @@ def test_an_invalid_shape_is_refused(family, changes, message, tokenizer):
         ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
     ],
 )
-def test_init_from_is_refused_for_the_same_reasons_as_a_shape(
-    family, changes, message, tokenizer, tmp_path
-):
+def test_init_from_is_refused_for_the_same_reasons_as_a_shape(family, changes, message, tokenizer, tmp_path):
     build_model_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
     pretrained_config(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | changes
