@@ -120,11 +120,8 @@ def build(rows: Rows, records, case: Case, specials) -> Expected:
             for offset, token in enumerate(node.tokens):
                 index = row * ROW + next_free[row]
                 next_free[row] += 1
-                out.ids[index], out.positions[index], owner[index] = (
-                    token,
-                    node.first_position + offset,
-                    (number, node, offset),
-                )
+                out.ids[index], out.positions[index] = token, node.first_position + offset
+                owner[index] = (number, node, offset)
                 if node.labelled[offset]:
                     out.labels[index - 1] = token
                 last[id(node)] = index
@@ -391,9 +388,10 @@ def test_all_tensors_but_the_seed_move_to_the_device(some_batch):
 
 
 def test_every_tensor_of_a_batch_is_pinned(some_batch, monkeypatch):
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor
-    )  # a copy that differs from the original
+    def changed_copy(tensor: torch.Tensor) -> torch.Tensor:
+        return ~tensor if tensor.dtype == torch.bool else tensor + 1
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", changed_copy)
     pinned = some_batch.pin_memory_copy()
     for entry in fields(Batch):
         assert torch.equal(getattr(pinned, entry.name), getattr(some_batch, entry.name).pin_memory())

@@ -122,7 +122,7 @@ def test_a_used_loader_can_be_reset(corpus, layout):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, layout, specials):
-    """Rank r gets the r-th part of each micro step. All ranks have pair arrays of the same length, and the same seed."""
+    """Rank r gets the r-th part of each micro step. All ranks have pair arrays of equal length and the same seed."""
     micro_step_rows, steps = 8, 3
     rows = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
     [full] = micro_batches(

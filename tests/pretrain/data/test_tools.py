@@ -24,7 +24,7 @@ from tests.processes import TIMEOUT
 def run_cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs a command and returns its exit code, output and error output."""
 
-    def run_cli(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
+    def run(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         code = 0
         try:
@@ -33,7 +33,7 @@ def run_cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
             code = end.code
         return code, *capsys.readouterr()
 
-    return run_cli
+    return run
 
 
 def parse_pieces(text: str) -> tuple[list[str], list[int]]:

@@ -27,7 +27,7 @@ def build(settings: str) -> LlmJepa:
 
 
 def fake_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return a stand-in for the loss of the head, with a different value for each label and position."""
+    """Return a stand-in for the loss of the head that depends on each label and hidden state."""
     return (hidden.square().sum(dim=1) * (1 + labels)).sum()
 
 

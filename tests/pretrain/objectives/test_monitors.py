@@ -37,7 +37,7 @@ def test_the_effective_rank_of_one_line_is_one():
 
 
 def test_the_effective_rank_weighs_directions_by_their_singular_values():
-    """Singular values of ratio 3 : 1 have a rank of the exponential of the entropy of (3/4, 1/4)."""
+    """With singular values 3 : 1, the rank is the exponential of the entropy of (3/4, 1/4)."""
     values = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
     assert effective_rank(values).item() == pytest.approx(4 / 3**0.75, rel=1e-5)
 

@@ -67,7 +67,7 @@ def split_pairs(ranks: int, padding: int = 0, pad_value: float = 0.0) -> list[Ra
 
 
 def pool_of(all_ranks: list[RankPairs], rank: int) -> Pool:
-    """Return the pool that `gather_pool` makes on one rank. Tensors of its peers are detached, as after a collective."""
+    """Return the pool that `gather_pool` makes on one rank, with detached tensors of its peers as from a collective."""
     local = all_ranks[rank]
 
     def packed(rank_pairs: RankPairs) -> list[torch.Tensor]:

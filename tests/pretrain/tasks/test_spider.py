@@ -26,7 +26,7 @@ TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]
 
 @pytest.fixture(autouse=True)
 def long_wall_clock_limit(monkeypatch):
-    """Raise the wall-clock limit. Queries must end by their own processor time, not because other processes are busy."""
+    """Raise the wall-clock limit. Queries must end by their own processor time, not because the machine is busy."""
     monkeypatch.setattr(execution, "PATIENCE", TIMEOUT)
 
 
@@ -285,7 +285,7 @@ def test_the_processor_time_of_a_query_is_limited(database):
         assert runner.run(database, "SELECT 1").rows == [(1,)]
         worker = psutil.Process(runner._process.pid)
         assert "interrupted" in runner.run(database, f"{ENDLESS} SELECT count(*) FROM n").error
-        assert worker.is_running()  # the kernel kills it at 1.5 s of processor time
+        assert worker.is_running()  # the kernel kills it only at 1.5 s of processor time
         assert "took longer" in runner.run(database, LONG_FUNCTION).error  # SQLite checks no clock within a function
         assert not worker.is_running()
 
