@@ -190,7 +190,7 @@ def test_each_record_occurs_once_per_pass_for_any_number_of_blocks(blocks):
 
 @pytest.mark.parametrize("blocks", [5, 17, 65])
 def test_the_last_block_moves(blocks):
-    """The block counts are one more than a power of four; with one bit too few, the last block would never move."""
+    """The block counts are powers of four plus one. With one bit too few, the last block would never move."""
     positions = {
         int(np.flatnonzero(_permute(np.arange(blocks), blocks, np.full(blocks, key, np.uint64)) == blocks - 1)[0])
         for key in range(50)

@@ -54,7 +54,7 @@ def test_the_smaller_effective_rank_is_reported():
 
 
 def test_the_effective_rank_uses_only_the_first_pairs(monkeypatch):
-    """Its cost grows with the cube of the number of pairs. The other monitors use all pairs."""
+    """The cost of the rank grows with the cube of the number of pairs. The other monitors use all pairs."""
     monkeypatch.setattr(monitors_module, "RANK_PAIRS", 20)
     generator = torch.Generator().manual_seed(0)
     prediction, target = torch.randn(2, 60, 16, generator=generator)

@@ -46,7 +46,7 @@ def test_the_head_gets_only_labelled_positions(batch, make_model):
 
 
 def test_rows_without_a_label_have_loss_0_and_gradient_0(corpus, specials, make_model):
-    """A rank with empty rows can then do the same work as its peers."""
+    """A rank with empty rows can do the same work as its peers."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = Loader(corpus, layout, 128, seed=0).next_rows(1)
     empty = assemble(Rows.join([rows], 3).select(1, 3), corpus, layout, specials, 128, 2)

@@ -59,14 +59,11 @@ def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, capsys):
     with pytest.raises(UserError, match=r"was prepared with another content of .*second.jsonl"):
         prepare_corpus(config)
     files[1].write_text(content)
-    for missing, expected in (
-        (0, "first.jsonl, which it was prepared from, is gone"),
-        (1, "is gone, as are 1 other files"),
-    ):
-        files[missing].unlink()
+    for gone, text in ((0, "first.jsonl, which it was prepared from, is gone"), (1, "is gone, as are 1 other files")):
+        files[gone].unlink()
         capsys.readouterr()
         prepare_corpus(config)
-        assert expected in capsys.readouterr().out
+        assert text in capsys.readouterr().out
     test = tmp_path / "test.jsonl"
     test.write_text('{"text": "another question", "code": "a"}\n')
     others = {"evaluation": {"tasks": [{"name": "nl_rx", "test": str(test)}]}}
