@@ -90,7 +90,7 @@ CONTINUES = [False, True, False, False, False, *[False] * 55]
 
 
 def test_a_flipped_bit_never_changes_what_is_read(write_corpus):
-    """Flip one bit of each byte of a shard in turn. Reads must be unaffected or fail in one line that names the shard."""
+    """Flip one bit in each byte of a shard: reads must be unaffected or fail in a line that names the shard."""
     corpus = write_corpus(MIXED, continues=CONTINUES)
     [shard] = corpus.folder.glob("train-*.arrow")
     undamaged, content = read_all(corpus.folder), shard.read_bytes()
