@@ -1,4 +1,4 @@
-"""Corpora and a small model for the tests of pretrain."""
+"""Corpora and small models for the tests of pretrain."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ SHAPES = ROOT / "configs" / "models"
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """A corpus as the pipeline leaves it: 400 training and 40 validation records of the embedded grammar."""
+    """Return the folder of a prepared corpus: 400 training and 40 validation records of the embedded grammar."""
     folder = tmp_path_factory.mktemp("prepared")
     prepare(
         DataConfig(
@@ -59,15 +59,14 @@ def specials(tokenizer) -> SpecialTokenIds:
     return special_ids(tokenizer, 512)
 
 
-def arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as write_shard takes a view."""
-    return np.array([token for tokens in records for token in tokens], np.int64), np.array(
-        [len(tokens) for tokens in records], np.int64
-    )
+def view_arrays(records: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a view in the format of write_shard: the tokens of all records in one array, and the record lengths."""
+    tokens = [token for record in records for token in record]
+    return np.array(tokens, np.int64), np.array([len(record) for record in records], np.int64)
 
 
 def split_entry(shards: list[dict]) -> dict:
-    """What the manifest says of a split of these shards."""
+    """Return the manifest entry of a split that consists of these shards."""
     totals = {key: sum(shard[key] for shard in shards) for key in ("records", "incomplete", "continued")}
     views = shards[0]["longest"]
     return totals | {
@@ -80,9 +79,11 @@ def split_entry(shards: list[dict]) -> dict:
 
 @pytest.fixture(scope="session")
 def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]:
-    """Writes records of as many token lists as they have views, empty for one that they lack, as a corpus in shards of `shard_records`.
+    """Return a function that writes records as a corpus in shards of `shard_records` records, and opens the corpus.
 
-    `continues` tells the pieces of documents that go on; `sources` are the numbers of records of each, and their weights.
+    A record is a tuple of token lists, one for each view. The list of a missing view is empty. `continues` marks the
+    pieces whose document continues in the next record. `sources` has the number of records and the weight of each
+    source.
     """
 
     def write(
@@ -100,12 +101,12 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
             for first in range(begin, begin + count, shard_records):
                 part = slice(first, min(first + shard_records, begin + count))
                 columns = {
-                    view: arrays([record[place] for record in records[part]]) for place, view in enumerate(views)
+                    view: view_arrays([record[index] for record in records[part]]) for index, view in enumerate(views)
                 }
-                goes_on = np.array(continues or [False] * len(records))[part]
+                continued = np.array(continues or [False] * len(records))[part]
                 shards.append(
                     write_shard(
-                        folder / f"train-{len(shards):05d}.arrow", number, columns, goes_on, tokenizer.vocab_size
+                        folder / f"train-{len(shards):05d}.arrow", number, columns, continued, tokenizer.vocab_size
                     )
                 )
             begin += count
@@ -127,11 +128,14 @@ def write_corpus(prepared, tokenizer, tmp_path_factory) -> Callable[..., Corpus]
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer) -> Callable[..., LanguageModel]:
-    """A small model of a family with k predictor tokens, its random weights enlarged: tiny ones hide what attention does."""
+    """Return a function that builds a small model of a family with k predictor tokens.
+
+    Its random weights are enlarged, because the effect of attention is too small to see with the usual tiny weights.
+    """
 
     def make(
         predictor_tokens: int,
-        spread: float = 0.2,
+        std: float = 0.2,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         family: str = "llama",
@@ -145,9 +149,9 @@ def make_model(tokenizer) -> Callable[..., LanguageModel]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.mul_(spread / model.causal_lm.config.initializer_range)
+                    parameter.mul_(std / model.causal_lm.config.initializer_range)
                 elif "q_norm" in name or "k_norm" in name:
-                    parameter.fill_(2.0)  # normed queries and keys do not feel larger matrices
+                    parameter.fill_(2.0)  # larger projections do not change normalized queries and keys
         return model.to(dtype)
 
     return make

@@ -1,4 +1,4 @@
-"""The packed single forward equals separate unpadded forwards, in losses and in gradients; and it would not, were it wrong."""
+"""The packed forward pass equals separate unpadded ones in losses and gradients, and wrong masks break the equality."""
 
 import random
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.row_plans import plan
 
 TOLERANCE = 1e-5
 MUTANT_IN_LOSSES, MUTANT_IN_GRADIENTS = 1e-3, 0.5
-"""What a mistake in positions or mask must exceed, far above the tolerance."""
+"""Smallest error that a mistake in positions or mask must cause, far above the tolerance."""
 ROW = 96
 WEIGHT = 0.7
 TEMPERATURE = 0.2
@@ -93,16 +93,16 @@ def separate_forwards(model: LanguageModel, records, specials, **settings) -> Re
 
 
 def error(result: Result, expected: Result) -> float:
-    """The largest relative error of any loss and of any parameter's gradient, in the L2 norm."""
+    """Return the largest relative error of a loss or of the gradient of a parameter, in the L2 norm."""
     assert result.gradients.keys() == expected.gradients.keys()
-    of_losses = [
+    loss_errors = [
         abs(value - expected.losses[name]) / abs(expected.losses[name]) for name, value in result.losses.items()
     ]
-    of_gradients = [
+    gradient_errors = [
         ((gradient - expected.gradients[name]).norm() / expected.gradients[name].norm()).item()
         for name, gradient in result.gradients.items()
     ]
-    return max(of_losses + of_gradients)
+    return max(loss_errors + gradient_errors)
 
 
 @pytest.mark.parametrize("lm_views", ["all", "last"])
@@ -130,7 +130,7 @@ def jepa(distance: str, **settings) -> LlmJepa:
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "openelm"])
 def test_every_family_distance_and_direction(family, kind, distance, direction, make_model, write_corpus, specials):
-    """Gemma's window (6) is shorter than some of the views."""
+    """The window of Gemma (6 positions) is shorter than some views."""
     check_equality(
         make_model(2, family=family),
         random_records(seed=11),
@@ -146,20 +146,18 @@ def test_every_family_distance_and_direction(family, kind, distance, direction, 
 @pytest.mark.parametrize("placement", ["append", "prepend"])
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_more_views_than_two_and_prepended_predictor_tokens(
-    kind, k, placement, direction, make_model, write_corpus, specials
-):
+def test_three_views_and_prepended_predictor_tokens(kind, k, placement, direction, make_model, write_corpus, specials):
     records = [
         (*record, other[0][:4]) for record, other in zip(random_records(seed=12), random_records(seed=13), strict=True)
     ]
-    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # a view is missing, two are
+    records[2], records[4] = (records[2][0], [], records[2][2]), ([], [], records[4][2])  # one missing view, and two
     check_equality(
         make_model(k), records, kind, "info_nce", write_corpus, specials, pairing=Pairing(k, placement, direction)
     )
 
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
-def test_a_stopped_gradient_leaves_the_loss_and_changes_the_gradient(distance, make_model, write_corpus, specials):
+def test_stop_gradient_changes_the_gradient_but_not_the_loss(distance, make_model, write_corpus, specials):
     check_equality(
         make_model(1),
         random_records(seed=14),
@@ -192,7 +190,7 @@ def check_equality(
 
 @pytest.mark.parametrize("distance", ["cosine", "info_nce"])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_records_that_dropout_leaves_out_take_no_part_in_the_pair_term(kind, distance, make_model, corpus, specials):
+def test_dropped_records_are_excluded_from_the_pair_term(kind, distance, make_model, corpus, specials):
     model = make_model(2)
     layout = make_layout(kind, specials, pairing=Pairing(2))
     loader = Loader(corpus, layout, 128, seed=3, dropout=0.5)
@@ -221,8 +219,8 @@ def test_next_token_is_the_language_model_term_alone(kind, lm_views, make_model,
     assert error(result, expected) < TOLERANCE
 
 
-class Place(NamedTuple):
-    """Where a segment of a record stands, and what a mutant may change there."""
+class RowSegment(NamedTuple):
+    """One segment of a record in its row, with the tensors that a mutant may change there."""
 
     row: int
     begin: int
@@ -239,46 +237,50 @@ class Place(NamedTuple):
         return self.batch.positions[self.row, self.begin : self.end]
 
 
-def segments(packed: Packed, batch: Batch, index: int) -> Iterator[Place]:
-    """That segment of every record."""
+def segments(packed: Packed, batch: Batch, index: int) -> Iterator[RowSegment]:
+    """Yield the segment of this index in the layout, for every record."""
     lengths = packed.rows.segment_lengths
     ends = packed.rows.start + lengths[:, : index + 1].sum(axis=1)
     record_ends = packed.rows.start + lengths.sum(axis=1)
     for row, end, length, record_end in zip(packed.rows.row, ends, lengths[:, index], record_ends, strict=True):
-        yield Place(row, end - length, end, record_end, batch)
+        yield RowSegment(row, end - length, end, record_end, batch)
 
 
 def positions_run_through_the_row(packed: Packed, batch: Batch) -> None:
-    """Shows in the joint layout only, where predictor tokens move away from their context: RoPE is relative, so
-    shifting a whole encoding changes nothing. tests/pretrain/data/test_batch.py checks the positions themselves."""
+    """Number the positions through the row instead of restarting at each record.
+
+    The losses change only in the joint layout, because predictor tokens move away from their context there. RoPE is
+    relative, and a shift of a complete encoding has no effect. tests/pretrain/data/test_batch.py checks the positions
+    themselves.
+    """
     batch.positions[:] = torch.arange(ROW)
 
 
 def predictor_tokens_start_at_position_0(packed: Packed, batch: Batch) -> None:
-    for place in segments(packed, batch, packed.layout.read_outs[0].prediction):
-        place.positions[:] = torch.arange(place.end - place.begin)
+    for segment in segments(packed, batch, packed.layout.read_outs[0].prediction):
+        segment.positions[:] = torch.arange(segment.end - segment.begin)
 
 
 def the_next_record_sees_the_lone_target(packed: Packed, batch: Batch) -> None:
-    for place in segments(packed, batch, packed.layout.read_outs[0].target):
-        place.visible_until[:] = ROW
+    for segment in segments(packed, batch, packed.layout.read_outs[0].target):
+        segment.visible_until[:] = ROW
 
 
 def the_lone_target_sees_the_context(packed: Packed, batch: Batch) -> None:
-    for place in segments(packed, batch, 0):
-        place.visible_until[:] = place.record_end
+    for segment in segments(packed, batch, 0):
+        segment.visible_until[:] = segment.record_end
 
 
 def predictor_tokens_see_the_target(packed: Packed, batch: Batch) -> None:
-    """In the joint layout only, where the target stands between the context and its predictor tokens."""
-    for place in segments(packed, batch, 1):
-        place.visible_until[:] = place.end + packed.layout.predictor_tokens
+    """Let predictor tokens see the target, which the joint layout puts between them and the context."""
+    for segment in segments(packed, batch, 1):
+        segment.visible_until[:] = segment.end + packed.layout.predictor_tokens
 
 
 def the_target_does_not_see_the_context(packed: Packed, batch: Batch) -> None:
-    """In the joint layout only."""
-    for place in segments(packed, batch, 0):
-        place.visible_until[:] = place.end
+    """Hide the context from the target, which sees it only in the joint layout."""
+    for segment in segments(packed, batch, 0):
+        segment.visible_until[:] = segment.end
 
 
 MUTANTS = [
@@ -316,5 +318,5 @@ def test_a_wrong_position_or_mask_breaks_the_equality(kind, mutant, distance, ma
     assert error(one_forward(model, right, objective), expected) < TOLERANCE
     result = one_forward(model, wrong, objective)
     assert error(result, expected) > MUTANT_IN_GRADIENTS
-    of_losses = max(abs(value / expected.losses[name] - 1) for name, value in result.losses.items())
-    assert of_losses > MUTANT_IN_LOSSES, "the gradients show it, the losses do not"
+    loss_error = max(abs(value / expected.losses[name] - 1) for name, value in result.losses.items())
+    assert loss_error > MUTANT_IN_LOSSES, "the mistake changes the gradients but not the losses"

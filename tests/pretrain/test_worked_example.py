@@ -1,4 +1,4 @@
-"""The objective that docs/objectives.md builds is two new files, and trains."""
+"""The worked example of docs/objectives.md: an objective of two new files, which trains."""
 
 import json
 import re

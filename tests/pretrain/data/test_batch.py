@@ -1,4 +1,4 @@
-"""The batch equals a token-by-token construction from the definition of the layouts."""
+"""Batches equal a token-by-token construction from the definition of the layouts."""
 
 import random
 from dataclasses import dataclass, field, fields
@@ -19,7 +19,7 @@ ROW = 64
 
 @dataclass
 class Node:
-    """A segment as the design describes it: its tokens, what it hangs on, and which of its tokens are labels."""
+    """A segment as the design describes it: its tokens, its parent, and which of its tokens are labels."""
 
     tokens: list[int]
     parent: "Node | None" = None
@@ -36,7 +36,7 @@ class Node:
 
 
 class Case(NamedTuple):
-    """A layout, and what its records are."""
+    """A layout, and the kind of records that it is tested on."""
 
     kind: str
     k: int
@@ -49,47 +49,50 @@ class Case(NamedTuple):
 
 
 def record_tree(case: Case, views: list[list[int]], paired: bool, s) -> tuple[list[Node], list[tuple[Node, Node, int]]]:
-    """The segments of a record in row order, and its pairs: nodes whose last tokens are prediction and target, and the target's view."""
-    numbers = [number for number, view in enumerate(views) if view]
-    views = [views[number] for number in numbers]
-    edges = [(one, one + 1) for one in range(len(views) - 1)] if case.direction != "backward" else []
-    edges += [(one + 1, one) for one in range(len(views) - 1)] if case.direction != "forward" else []
+    """Return the segments of a record in row order, and its pairs.
+
+    A pair is (prediction node, target node, view of the target). The embedding of a node is read at its last token.
+    """
+    present = [number for number, view in enumerate(views) if view]
+    views = [views[number] for number in present]
+    edges = [(first, first + 1) for first in range(len(views) - 1)] if case.direction != "backward" else []
+    edges += [(first + 1, first) for first in range(len(views) - 1)] if case.direction != "forward" else []
     edges = edges if paired else []
     sources, targets = {source for source, _ in edges}, {target for _, target in edges}
     predictor = [s.predictor + i for i in range(case.k)]
-    nodes, alone, predicting = [], {}, {}
+    nodes, lone_nodes, prediction_nodes = [], {}, {}
     joint, last = case.kind == "joint", len(views) - 1
     for number, view in enumerate(views):
         labelled = case.lm_views == "all" or number == last
         if joint:
             tokens = [s.bos] * (number == 0) + view + [s.eos if number == last else s.sep]
-            no_target = {s.bos} if case.train_end_token else {s.bos, s.eos}
+            unlabelled = {s.bos} if case.train_end_token else {s.bos, s.eos}
             nodes.append(
-                Node(tokens, nodes[-1] if nodes else None, [labelled and token not in no_target for token in tokens])
+                Node(tokens, nodes[-1] if nodes else None, [labelled and token not in unlabelled for token in tokens])
             )
     if joint:
-        alone[0] = nodes[0]
+        lone_nodes[0] = nodes[0]
     for number, view in enumerate(views):
         if not joint:
             labelled = case.lm_views == "all" or number == last
-            alone[number] = Node(
+            lone_nodes[number] = Node(
                 [s.bos, *view, s.eos], labelled=[False] + [labelled] * len(view) + [labelled and case.train_end_token]
             )
-            nodes.append(alone[number])
+            nodes.append(lone_nodes[number])
         elif number and (number in targets or (number in sources and not (case.k and case.placement == "prepend"))):
-            alone[number] = Node([*view, s.eos])
-            nodes.append(alone[number])
+            lone_nodes[number] = Node([*view, s.eos])
+            nodes.append(lone_nodes[number])
         if number in sources and not case.k:
-            predicting[number] = alone[number]
+            prediction_nodes[number] = lone_nodes[number]
         elif number in sources and case.placement == "append":
-            predicting[number] = Node(predictor, alone[number])
-            nodes.append(predicting[number])
+            prediction_nodes[number] = Node(predictor, lone_nodes[number])
+            nodes.append(prediction_nodes[number])
         elif number in sources:
             first = [s.bos] if number == 0 or not joint else []
-            before = Node([*first, *predictor])
-            predicting[number] = Node([*view, s.sep if joint and number == 0 else s.eos], before)
-            nodes += [before, predicting[number]]
-    return nodes, [(predicting[source], alone[target], numbers[target]) for source, target in edges]
+            prefix = Node([*first, *predictor])
+            prediction_nodes[number] = Node([*view, s.sep if joint and number == 0 else s.eos], prefix)
+            nodes += [prefix, prediction_nodes[number]]
+    return nodes, [(prediction_nodes[source], lone_nodes[target], present[target]) for source, target in edges]
 
 
 @dataclass
@@ -97,30 +100,31 @@ class Expected:
     ids: np.ndarray
     positions: np.ndarray
     visible: np.ndarray
-    """(B, L, L) may query (second) see key (last)?"""
+    """Whether the query (second index) sees the key (last index), (B, L, L)."""
     labels: dict[int, int] = field(default_factory=dict)
-    """Place in the batch -> the token it predicts."""
+    """Index of each predicting position in the flattened batch -> the token that it predicts."""
     read_outs: list[tuple[int, int, tuple[int, ...], int]] = field(default_factory=list)
-    """Places of prediction and target, the target's tokens, and the record, of each pair."""
+    """Indices of prediction and target in the flattened batch, the target's tokens and the record of each pair."""
 
 
 def build(rows: Rows, records, case: Case, specials) -> Expected:
-    """Token by token, record after record."""
+    """Build the expected batch token by token, record after record."""
     size = rows.count * ROW
-    owner: list[tuple[int, Node, int] | None] = [None] * size  # record, segment, place in it
+    owner: list[tuple[int, Node, int] | None] = [None] * size  # record, segment, offset within the segment
     out = Expected(np.full(size, specials.pad), np.zeros(size, int), np.zeros((rows.count, ROW, ROW), bool))
     next_free = [0] * rows.count
     for number, (record, row, paired) in enumerate(zip(rows.records, rows.row, rows.paired, strict=True)):
         nodes, pairs = record_tree(case, list(records[record]), paired, specials)
         last = {}
         for node in nodes:
-            for place, token in enumerate(node.tokens):
-                at = row * ROW + next_free[row]
+            for offset, token in enumerate(node.tokens):
+                index = row * ROW + next_free[row]
                 next_free[row] += 1
-                out.ids[at], out.positions[at], owner[at] = token, node.first_position + place, (number, node, place)
-                if node.labelled[place]:
-                    out.labels[at - 1] = token
-                last[id(node)] = at
+                out.ids[index], out.positions[index] = token, node.first_position + offset
+                owner[index] = (number, node, offset)
+                if node.labelled[offset]:
+                    out.labels[index - 1] = token
+                last[id(node)] = index
         for prediction, target, view in pairs:
             out.read_outs.append((last[id(prediction)], last[id(target)], tuple(records[record][view]), int(record)))
     for query in range(size):
@@ -141,16 +145,16 @@ def some_records(seed: int, views: int = 2, incomplete: bool = False) -> list[tu
     rng = random.Random(seed)
     records = [
         tuple(
-            [rng.randrange(5, 512) for _ in range(rng.randint(1, 10 - 2 * views + place % 2))] for place in range(views)
+            [rng.randrange(5, 512) for _ in range(rng.randint(1, 10 - 2 * views + index % 2))] for index in range(views)
         )
         for _ in range(11)
     ]
     for number, target in ((5, records[2][-1]), (6, records[2][-1][::-1] + [9]), (8, [*records[2][-1], 7])):
         records[number] = (*records[number][:-1], target)
-    if incomplete:  # each view alone, a hole in the middle, the first one missing
-        lacking = {0: {1, 2}, 1: {0, 2}, 3: {0, 1}, 4: {1}, 7: {0}, 9: {2}}
+    if incomplete:  # a single view, no middle view, or no first view
+        missing_views = {0: {1, 2}, 1: {0, 2}, 3: {0, 1}, 4: {1}, 7: {0}, 9: {2}}
         records = [
-            tuple([] if view in lacking.get(number, ()) else tokens for view, tokens in enumerate(record))
+            tuple([] if view in missing_views.get(number, ()) else tokens for view, tokens in enumerate(record))
             for number, record in enumerate(records)
         ]
         records = [record if any(record) else (*record[:-1], [11, 12]) for record in records]
@@ -214,33 +218,33 @@ def test_tokens_and_positions(case):
     np.testing.assert_array_equal(batch.positions.flatten(), expected.positions)
 
 
-def test_everything_is_an_integer_and_without_spans_there_are_none(case):
+def test_tensors_are_integers_and_there_are_no_spans_by_default(case):
     batch, _, _ = case
     assert batch.pair_valid.dtype == torch.bool
-    others = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name != "pair_valid"}
-    assert others == dict.fromkeys(others, torch.int64)
+    dtypes = {field.name: getattr(batch, field.name).dtype for field in fields(batch) if field.name != "pair_valid"}
+    assert dtypes == dict.fromkeys(dtypes, torch.int64)
     assert batch.span_index.shape == (0, 3, 2)
 
 
-def test_every_label_once_at_the_place_before_its_token(case):
+def test_each_label_occurs_once_at_the_position_before_its_token(case):
     batch, expected, _ = case
     assert len(set(batch.label_index.tolist())) == len(batch.label_index)
     assert dict(zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)) == expected.labels
 
 
-def test_the_end_token_is_a_label_and_what_no_one_writes_never_is(case, specials):
-    batch, _, of = case
+def test_end_tokens_are_labels_but_bos_padding_and_predictor_tokens_are_not(case, specials):
+    batch, _, setting = case
     labels = batch.label_ids.tolist()
-    assert labels.count(specials.eos) >= 11 if of.train_end_token else specials.eos not in labels
+    assert labels.count(specials.eos) >= 11 if setting.train_end_token else specials.eos not in labels
     assert not {specials.bos, specials.pad} & set(labels)
     assert max(labels) < specials.predictor
     predicting = batch.token_ids.flatten()[batch.label_index]
     assert (predicting < specials.predictor).all() and (predicting != specials.pad).all()
-    if of.lm_views == "last":
-        assert labels.count(specials.eos) == 11 * of.train_end_token and specials.sep not in labels
+    if setting.lm_views == "last":
+        assert labels.count(specials.eos) == 11 * setting.train_end_token and specials.sep not in labels
 
 
-def test_read_outs_and_the_padding_of_the_gather(case):
+def test_read_out_indices_and_their_padding(case):
     batch, expected, _ = case
     pairs = int(batch.pair_valid.sum())
     assert batch.pair_valid.tolist() == [True] * pairs + [False] * 2
@@ -249,7 +253,7 @@ def test_read_outs_and_the_padding_of_the_gather(case):
     assert batch.prediction_index[pairs:].tolist() == batch.target_index[pairs:].tolist() == [0, 0]
 
 
-def test_keys_are_equal_exactly_where_targets_are_and_records_are_named(case):
+def test_target_hashes_are_equal_exactly_if_the_targets_are_and_records_match(case):
     batch, expected, _ = case
     valid = batch.pair_valid
     found = sorted(
@@ -261,19 +265,18 @@ def test_keys_are_equal_exactly_where_targets_are_and_records_are_named(case):
             strict=True,
         )
     )
-    by_place = sorted(expected.read_outs)
-    assert [record for *_, record in found] == [record for *_, record in by_place]
-    keys, contents = [key for _, _, key, _ in found], [content for _, _, content, _ in by_place]
-    assert [[one == other for other in keys] for one in keys] == [
-        [one == other for other in contents] for one in contents
-    ]
+    expected_pairs = sorted(expected.read_outs)
+    assert [record for *_, record in found] == [record for *_, record in expected_pairs]
+    hashes, targets = [key for _, _, key, _ in found], [target for _, _, target, _ in expected_pairs]
+    equal_hashes = [[one == other for other in hashes] for one in hashes]
+    assert equal_hashes == [[one == other for other in targets] for one in targets]
 
 
-def test_some_target_occurs_twice():
+def test_the_records_contain_a_repeated_target():
     assert some_records(0)[5][-1] == some_records(0)[2][-1]
 
 
-def test_the_mask_is_that_of_the_tree(case):
+def test_the_mask_matches_the_segment_tree(case):
     batch, expected, _ = case
     mask = visibility_mask(batch.visible_until, "sdpa")[:, 0].numpy()
     np.testing.assert_array_equal(mask, expected.visible)
@@ -282,20 +285,20 @@ def test_the_mask_is_that_of_the_tree(case):
     assert padding[-1].all() and (mask.sum(axis=2)[padding] == 1).all() and (mask.sum(axis=1)[padding] == 1).all()
 
 
-def test_keys_do_not_depend_on_layout_or_place(write_corpus, specials):
+def test_target_hashes_do_not_depend_on_layout_or_row(write_corpus, specials):
     records = some_records(0)
-    keys = []
+    hashes = []
     for kind, row_length in (("joint", 64), ("joint", 200), ("independent", 90)):
         layout = make_layout(kind, specials, pairing=Pairing(1))
         corpus = write_corpus(records)
         rows = plan(corpus, np.arange(len(records)), layout, row_length, np.ones(len(records), bool))
         batch = assemble(rows, corpus, layout, specials, row_length, len(records))
-        keys.append(dict(zip(rows.records.tolist(), batch.pair_target_hash.tolist(), strict=True)))
-    assert keys[0] == keys[1] == keys[2]
+        hashes.append(dict(zip(rows.records.tolist(), batch.pair_target_hash.tolist(), strict=True)))
+    assert hashes[0] == hashes[1] == hashes[2]
 
 
-def test_a_segment_sees_its_parents_parents(write_corpus, specials):
-    """A deeper tree than any layout of today: 0 - 1 - 2, and 0 - 3."""
+def test_a_segment_sees_all_of_its_ancestors(write_corpus, specials):
+    """The tree is deeper than that of any current layout: 0 - 1 - 2, and 0 - 3."""
     layout = Layout(
         (
             Segment(0, (specials.bos,)),
@@ -310,10 +313,10 @@ def test_a_segment_sees_its_parents_parents(write_corpus, specials):
     assert batch.token_ids[0].tolist() == [2, 11, 12, 21, 22, 11, 12, 3, 21, 22, 3, 0]
     assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 0]
     segment = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4]
-    above = {0: set(), 1: {0}, 2: {0, 1}, 3: {0}, 4: set()}
+    ancestors = {0: set(), 1: {0}, 2: {0, 1}, 3: {0}, 4: set()}
     expected = [
         [
-            key <= query and (segment[key] == segment[query] or segment[key] in above[segment[query]])
+            key <= query and (segment[key] == segment[query] or segment[key] in ancestors[segment[query]])
             for key in range(12)
         ]
         for query in range(12)
@@ -322,7 +325,7 @@ def test_a_segment_sees_its_parents_parents(write_corpus, specials):
     assert len(batch.label_index) == len(batch.prediction_index) == 0
 
 
-def test_a_batch_of_empty_rows_is_padding_alone(write_corpus, specials):
+def test_a_batch_of_empty_rows_is_only_padding(write_corpus, specials):
     corpus = write_corpus(some_records(0))
     layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = plan(corpus, np.arange(3), layout, ROW, np.ones(3, bool))
@@ -375,25 +378,26 @@ def some_batch(write_corpus, specials) -> Batch:
     return assemble(rows, corpus, layout, specials, ROW, 6, seed=5)
 
 
-def test_a_batch_moves_to_the_device_but_for_its_seed(some_batch):
+def test_all_tensors_but_the_seed_move_to_the_device(some_batch):
     moved = some_batch.to(torch.device("meta"))
-    for each in fields(Batch):
-        before, after = getattr(some_batch, each.name), getattr(moved, each.name)
+    for entry in fields(Batch):
+        before, after = getattr(some_batch, entry.name), getattr(moved, entry.name)
         assert after.shape == before.shape and after.dtype == before.dtype
-        assert after.device.type == ("cpu" if each.name == "seed" else "meta")
+        assert after.device.type == ("cpu" if entry.name == "seed" else "meta")
     assert moved.seed.item() == 5
 
 
 def test_every_tensor_of_a_batch_is_pinned(some_batch, monkeypatch):
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor
-    )  # a copy that shows
-    pin_memory_copy = some_batch.pin_memory_copy()
-    for each in fields(Batch):
-        assert torch.equal(getattr(pin_memory_copy, each.name), getattr(some_batch, each.name).pin_memory())
+    def changed_copy(tensor: torch.Tensor) -> torch.Tensor:
+        return ~tensor if tensor.dtype == torch.bool else tensor + 1
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", changed_copy)
+    pinned = some_batch.pin_memory_copy()
+    for entry in fields(Batch):
+        assert torch.equal(getattr(pinned, entry.name), getattr(some_batch, entry.name).pin_memory())
 
 
-def test_the_micro_batches_of_a_step_are_read_at_once(write_corpus, specials, monkeypatch):
+def test_the_micro_batches_of_a_step_share_one_read(write_corpus, specials, monkeypatch):
     corpus, layout = write_corpus(some_records(0)), make_layout("joint", specials, pairing=Pairing(1))
     rows = plan(corpus, np.arange(11), layout, ROW, np.ones(11, bool))
     rows = Rows.join([rows], 8)
@@ -401,5 +405,5 @@ def test_the_micro_batches_of_a_step_are_read_at_once(write_corpus, specials, mo
     monkeypatch.setattr(corpus, "read", lambda records: reads.append(records.tolist()) or read(records))
     batches = list(micro_batches(rows, corpus, layout, specials, ROW, micro_batch_rows=2, rank=0, ranks=2))
     assert reads == [rows.records[(rows.row // 2) % 2 == 0].tolist()]
-    whole = assemble(rows, corpus, layout, specials, ROW, 11)
-    assert torch.equal(torch.cat([batch.token_ids for batch in batches]), whole.token_ids[[0, 1, 4, 5]])
+    full = assemble(rows, corpus, layout, specials, ROW, 11)
+    assert torch.equal(torch.cat([batch.token_ids for batch in batches]), full.token_ids[[0, 1, 4, 5]])

@@ -1,4 +1,4 @@
-"""The corpus: every token as it was written, and damage of any kind named before training."""
+"""The corpus: tokens are read as they were written, and any damage is reported before training."""
 
 import json
 import re
@@ -19,44 +19,44 @@ from pretrain.data.corpus import Corpus, corpus_identity, source_weights, was_tr
 
 
 @pytest.fixture
-def copy(prepared, tmp_path):
+def corpus_copy(prepared, tmp_path):
     return shutil.copytree(prepared, tmp_path / "copy")
 
 
-def shard_of(folder):
+def first_train_shard(folder):
     return next(folder.glob("train-*.arrow"))
 
 
-def assert_refused(folder, *names):
+def assert_refused(folder, *fragments):
     with pytest.raises(UserError) as raised:
         read_all(folder)
-    for name in names:
-        assert re.search(re.escape(str(name)), str(raised.value)), raised.value
+    for fragment in fragments:
+        assert re.search(re.escape(str(fragment)), str(raised.value)), raised.value
     assert "\n" not in str(raised.value)
 
 
 def read_all(folder) -> list[list]:
     corpus = Corpus(folder, "train")
-    every = np.arange(len(corpus))
-    contents = corpus.read(every)
+    all_records = np.arange(len(corpus))
+    contents = corpus.read(all_records)
     return [
-        corpus.lengths(every).tolist(),
+        corpus.lengths(all_records).tolist(),
         *(contents.view(view).tolist() for view in range(corpus.views)),
         contents.continuation_tokens.tolist(),
     ]
 
 
-def test_it_holds_the_views_of_every_record(corpus, tokenizer):
+def test_the_corpus_holds_all_views_of_every_record(corpus, tokenizer):
     texts = [generate(0, "train", index) for index in range(400)]
     assert len(corpus) == 400 and corpus.views == 2
-    every = np.arange(400)
+    all_records = np.arange(400)
     for view in range(2):
         encoded = tokenizer.encode_batch([record[view] for record in texts])
-        assert corpus.lengths(every)[:, view].tolist() == [len(tokens) for tokens in encoded]
-        assert corpus.tokens(every, view).tolist() == [token for tokens in encoded for token in tokens]
+        assert corpus.lengths(all_records)[:, view].tolist() == [len(tokens) for tokens in encoded]
+        assert corpus.tokens(all_records, view).tolist() == [token for tokens in encoded for token in tokens]
 
 
-def test_records_come_in_the_order_asked_for_whatever_their_shards(write_corpus):
+def test_records_are_read_in_the_requested_order_across_shards(write_corpus):
     rng = np.random.default_rng(0)
     records = [
         (rng.integers(5, 512, rng.integers(1, 6)).tolist(), rng.integers(5, 512, rng.integers(1, 6)).tolist())
@@ -64,16 +64,18 @@ def test_records_come_in_the_order_asked_for_whatever_their_shards(write_corpus)
     ]
     corpus = write_corpus(records, shard_records=5)
     assert len(corpus.manifest["splits"]["train"]["shards"]) == 5
-    for asked in (
+    for requested in (
         np.arange(23),
         np.arange(23)[::-1],
         rng.permutation(23)[:9],
         np.array([4, 5, 5, 22, 0, 4]),
         np.array([], np.int64),
     ):
-        assert corpus.lengths(asked).tolist() == [[len(view) for view in records[record]] for record in asked]
+        assert corpus.lengths(requested).tolist() == [[len(view) for view in records[record]] for record in requested]
         for view in range(2):
-            assert corpus.tokens(asked, view).tolist() == [token for record in asked for token in records[record][view]]
+            assert corpus.tokens(requested, view).tolist() == [
+                token for record in requested for token in records[record][view]
+            ]
 
 
 MIXED = [
@@ -87,28 +89,28 @@ MIXED = [
 CONTINUES = [False, True, False, False, False, *[False] * 55]
 
 
-def test_no_flipped_bit_ever_changes_what_is_read(write_corpus):
-    """Each byte of a shard in turn, in one of its bits: it is refused by name and in one line, or nothing that is read depends on it."""
+def test_a_flipped_bit_never_changes_what_is_read(write_corpus):
+    """Flip one bit in each byte of a shard: reads must be unaffected or fail in a line that names the shard."""
     corpus = write_corpus(MIXED, continues=CONTINUES)
     [shard] = corpus.folder.glob("train-*.arrow")
     undamaged, content = read_all(corpus.folder), shard.read_bytes()
     batch = pa.ipc.open_file(shard).get_batch(0)
-    used = [buffer.to_pybytes() for column in batch.columns for buffer in column.buffers() if buffer is not None]
+    buffers = [buffer.to_pybytes() for column in batch.columns for buffer in column.buffers() if buffer is not None]
     refused = Counter()
-    for place in range(len(content)):
-        shard.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+    for offset in range(len(content)):
+        shard.write_bytes(content[:offset] + bytes([content[offset] ^ 1 << offset % 8]) + content[offset + 1 :])
         try:
-            assert read_all(corpus.folder) == undamaged, place
+            assert read_all(corpus.folder) == undamaged, offset
         except UserError as error:
             assert str(shard) in str(error) and "\n" not in str(error)
             refused["counted from 0" in str(error)] += 1
-    bits_of_records = sum(len(buffer) for buffer in used) - 2 * 7 - 8  # but for the bits behind the last record
-    assert refused[True] >= bits_of_records and refused[False] > 50
+    record_bytes = sum(len(buffer) for buffer in buffers) - 2 * 7 - 8  # without the unused bits after the last record
+    assert refused[True] >= record_bytes and refused[False] > 50
 
 
-@pytest.mark.parametrize("mutant", ["token", "length", "flag", "closing", "order", "swapped views"])
-def test_every_part_of_a_record_is_protected(write_corpus, mutant):
-    """A record that another writer changed, and left its checksum as it was."""
+@pytest.mark.parametrize("mutant", ["token", "length", "flag", "continuation", "order", "swapped views"])
+def test_the_checksum_covers_every_part_of_a_record(write_corpus, mutant):
+    """Change one part of a record without updating its checksum."""
     corpus = write_corpus(MIXED, continues=CONTINUES)
     [shard] = corpus.folder.glob("train-*.arrow")
     rows = pa.ipc.open_file(shard).read_all().to_pylist()
@@ -119,7 +121,7 @@ def test_every_part_of_a_record_is_protected(write_corpus, mutant):
             rows[0]["view0"], rows[1]["view0"] = [11, 12], [13, 31, 32]
         case "flag":
             rows[4]["continues"] = True
-        case "closing":
+        case "continuation":
             rows[2]["view0"], rows[2]["checksum"] = rows[5]["view0"][:1], 0
         case "order":
             rows[0]["view0"] = [12, 11, 13]
@@ -134,11 +136,11 @@ def test_every_part_of_a_record_is_protected(write_corpus, mutant):
     for view in ("view0", "view1"):
         entry["tokens"][view] = sum(len(row[view] or ()) for row in rows)
     (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
-    row = {"token": 0, "length": 0, "flag": 4, "closing": 1, "order": 0, "swapped views": 3}[mutant]
+    row = {"token": 0, "length": 0, "flag": 4, "continuation": 1, "order": 0, "swapped views": 3}[mutant]
     assert_refused(corpus.folder, shard, f"row {row}, counted from 0")
 
 
-def test_a_document_that_goes_on_ends_with_the_first_token_of_its_next_piece(write_corpus):
+def test_a_continued_piece_ends_with_the_first_token_of_the_next_piece(write_corpus):
     pieces = [([], [7, 8]), ([], [9]), ([], [10, 11]), ([5], [6]), ([12], []), ([13], [])]
     corpus = write_corpus(pieces, continues=[True, True, False, False, True, False])
     assert corpus.read(np.arange(6)).continuation_tokens.tolist() == [9, 10, -1, -1, 13, -1]
@@ -148,16 +150,16 @@ def test_a_document_that_goes_on_ends_with_the_first_token_of_its_next_piece(wri
     ] == 1 + 2 * 1 + 4 + 12
 
 
-def test_the_last_record_of_a_shard_cannot_go_on(write_corpus):
+def test_the_last_record_of_a_shard_cannot_be_continued(write_corpus):
     with pytest.raises(ValueError, match="cannot go on"):
         write_corpus([([7], []), ([8], [])], shard_records=1, continues=[True, False])
 
 
-def test_only_so_many_shards_are_mapped_at_a_time(write_corpus, monkeypatch):
+def test_the_number_of_mapped_shards_is_limited(write_corpus, monkeypatch):
     monkeypatch.setattr("pretrain.data.corpus.OPEN_SHARDS", 3)
     corpus = write_corpus([([number], [number + 1]) for number in range(5, 45)], shard_records=1)
 
-    def mapped() -> int:
+    def mapped_shards() -> int:
         return len(
             {
                 line.split()[-1]
@@ -166,58 +168,58 @@ def test_only_so_many_shards_are_mapped_at_a_time(write_corpus, monkeypatch):
             }
         )
 
-    assert mapped() == 0, "opening a corpus reads no shard"
+    assert mapped_shards() == 0, "opening a corpus reads no shard"
     for first in range(0, 40, 5):
         assert corpus.tokens(np.arange(first, first + 5), 0).tolist() == list(range(first + 5, first + 10))
-        assert mapped() <= 3
-    assert mapped() == 3
+        assert mapped_shards() <= 3
+    assert mapped_shards() == 3
 
 
-def test_the_sources_are_runs_of_records(write_corpus):
+def test_sources_are_contiguous_ranges_of_records(write_corpus):
     corpus = write_corpus([([5], [6])] * 20, shard_records=3, sources=[(7, 1.0), (1, 0.5), (12, 2.0)])
     assert corpus.sources == [(0, 0, 7), (1, 7, 1), (2, 8, 12)] and source_weights(corpus.manifest) == [1.0, 0.5, 2.0]
 
 
-def test_a_truncated_shard_is_found(copy):
-    shard = shard_of(copy)
+def test_a_truncated_shard_is_reported(corpus_copy):
+    shard = first_train_shard(corpus_copy)
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert_refused(copy, shard, "damaged")
+    assert_refused(corpus_copy, shard, "damaged")
 
 
-def test_a_missing_shard_is_found(copy):
-    shard = shard_of(copy)
+def test_a_missing_shard_is_reported(corpus_copy):
+    shard = first_train_shard(corpus_copy)
     shard.unlink()
-    assert_refused(copy, shard, "missing")
+    assert_refused(corpus_copy, shard, "missing")
 
 
-def test_the_tokenizer_of_another_run_is_found(copy):
-    shutil.rmtree(copy / "tokenizer")
-    train(["another text, and one more of them"] * 20, 300, copy / "tokenizer")
-    assert_refused(copy, copy / "tokenizer", "prepare the corpus again")
+def test_the_tokenizer_of_another_corpus_is_reported(corpus_copy):
+    shutil.rmtree(corpus_copy / "tokenizer")
+    train(["another text, and one more of them"] * 20, 300, corpus_copy / "tokenizer")
+    assert_refused(corpus_copy, corpus_copy / "tokenizer", "prepare the corpus again")
 
 
-def test_a_folder_without_a_corpus_and_an_absent_split_are_named(prepared, tmp_path):
+def test_a_missing_corpus_and_a_missing_split_are_reported(prepared, tmp_path):
     assert_refused(tmp_path, tmp_path, "prepare it first")
     with pytest.raises(UserError, match=r"no test split \(it has train, validation\)"):
         Corpus(prepared, "test")
 
 
-def test_examples_of_unknown_tokens_do_not_make_another_corpus(prepared):
+def test_examples_of_unknown_tokens_do_not_change_the_corpus_identity(prepared):
     manifest = read_manifest(prepared)
     changed = json.loads(json.dumps(manifest))
     for entry in changed["splits"].values():
         entry["unknown"] = {"tokens": 3, "records": 1, "first": ["elsewhere.jsonl:1: x"]}
     assert corpus_identity(changed) == corpus_identity(manifest)
     for entry in changed["splits"].values():
-        del entry["unknown"]  # as versions before it had it
+        del entry["unknown"]  # as in manifests of earlier versions
     assert corpus_identity(changed) == corpus_identity(manifest)
     changed["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
     assert corpus_identity(changed) != corpus_identity(manifest)
 
 
-def test_a_corpus_of_the_same_shards_and_another_tokenizer_is_not_the_one_of_a_run(prepared, tmp_path):
+def test_a_corpus_with_another_tokenizer_is_not_that_of_the_run(prepared, tmp_path):
     manifest = read_manifest(prepared)
-    assert was_trained_on(tmp_path, manifest), "a run that recorded nothing"
+    assert was_trained_on(tmp_path, manifest), "the run recorded no corpus"
     for part, other in (("tokenizer", {"sha256": "0"}), ("corpus", {})):
         for recorded, same in ((corpus_identity(manifest), True), (corpus_identity(manifest) | {part: other}, False)):
             (tmp_path / "environment.json").write_text(json.dumps({"data": recorded}))

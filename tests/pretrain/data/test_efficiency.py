@@ -1,4 +1,4 @@
-"""How full packed rows are: against the loader's own rows, and on a sample that covers the corpus."""
+"""Statistics of packed rows: equal to those of planned rows, from a sample that covers the corpus."""
 
 import re
 
@@ -14,7 +14,7 @@ from tests.row_plans import plan
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_shares_are_those_of_planned_rows(views, write_corpus, specials):
+def test_percentages_equal_those_of_planned_rows(views, write_corpus, specials):
     rng = np.random.default_rng(views)
     records = [tuple(rng.integers(5, 512, size).tolist() for size in rng.integers(1, 90, views)) for _ in range(300)]
     corpus = write_corpus(records, shard_records=70)
@@ -24,17 +24,19 @@ def test_shares_are_those_of_planned_rows(views, write_corpus, specials):
         for line in lines[2:]
     }
     assert list(found)[:2] == [128, 256]
-    for row_length, shares in found.items():
-        for kind, (full, beyond) in zip(("joint", "independent"), shares, strict=True):
+    for row_length, percentages in found.items():
+        for kind, (filled, too_long) in zip(("joint", "independent"), percentages, strict=True):
             layout = make_layout(kind, specials, views=views, pairing=Pairing(1) if views > 1 else None)
             numbers = np.arange(len(records))
             fits = layout.positions(corpus.lengths(numbers)) <= row_length
             rows = plan(corpus, numbers[fits], layout, row_length, np.full(fits.sum(), views > 1))
-            assert float(full) == pytest.approx(100 * rows.segment_lengths.sum() / (rows.count * row_length), abs=0.051)
-            assert float(beyond or 0) == pytest.approx(100 * (1 - fits.mean()), abs=0.051)
+            assert float(filled) == pytest.approx(
+                100 * rows.segment_lengths.sum() / (rows.count * row_length), abs=0.051
+            )
+            assert float(too_long or 0) == pytest.approx(100 * (1 - fits.mean()), abs=0.051)
 
 
-def test_rows_that_hold_no_record(write_corpus):
+def test_row_lengths_below_the_length_of_every_record(write_corpus):
     lines = efficiency(write_corpus([(list(range(5, 400)), list(range(5, 400)))]))
     assert lines[2].split() == ["128", "0.0%", "100.0%", "too", "long", "0.0%", "100.0%", "too", "long"]
 
@@ -50,5 +52,5 @@ def test_the_sample_covers_the_corpus_and_is_bounded(records):
         assert np.diff(np.unique(numbers // BLOCK)).max() <= -(-records // BLOCK) / (module.SAMPLE_BLOCKS - 1) + 1
 
 
-def test_records_that_lack_views(write_corpus):
+def test_records_with_missing_views(write_corpus):
     assert len(efficiency(write_corpus(some_records(1, views=3, incomplete=True)))) > 3

@@ -1,4 +1,4 @@
-"""The layouts: what they cost and label, counted from lengths alone."""
+"""Layouts: their segment lengths, labels, spans and pairs, computed from the lengths of views."""
 
 import itertools
 
@@ -22,11 +22,13 @@ PAIRED = np.array([True, False, True])
         ("independent", 2, [[5, 2, 4], [3, 0, 3], [42, 2, 9]]),
     ],
 )
-def test_a_record_costs_its_segments_and_without_a_pair_only_the_language_model_stream(kind, k, expected, specials):
+def test_segment_lengths_of_records_with_and_without_a_pair(kind, k, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(k))
     assert layout.segment_lengths(LENGTHS, PAIRED).tolist() == expected
-    alone = make_layout(kind, specials).segment_lengths(LENGTHS, PAIRED)
-    assert alone.tolist() == [[context + 2, target + (1 if kind == "joint" else 2)] for context, target in LENGTHS]
+    without_pairs = make_layout(kind, specials).segment_lengths(LENGTHS, PAIRED)
+    assert without_pairs.tolist() == [
+        [context + 2, target + (1 if kind == "joint" else 2)] for context, target in LENGTHS
+    ]
 
 
 @pytest.mark.parametrize("pairs", [True, False])
@@ -45,8 +47,8 @@ def test_targets_are_counted_whether_or_not_a_record_is_paired(kind, lm_views, p
 
 
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_data_preparation_keeps_room_for_the_most_demanding_layout(kind, specials):
-    layout = make_layout(kind, specials, pairing=Pairing(12))  # the most that the configuration allows
+def test_data_preparation_reserves_room_for_the_longest_layout(kind, specials):
+    layout = make_layout(kind, specials, pairing=Pairing(12))  # the maximum that the configuration allows
     assert (layout.segment_lengths(LENGTHS, np.ones(3, bool)).sum(axis=1) <= positions_needed(LENGTHS)).all()
 
 
@@ -58,14 +60,14 @@ def test_an_unknown_layout_is_an_error(specials):
 @pytest.mark.parametrize(
     ("kind", "k", "expected"), [("joint", 0, [11, 7, 58]), ("joint", 2, [13, 9, 60]), ("independent", 2, [11, 8, 53])]
 )
-def test_positions_are_those_of_a_record_that_is_paired(kind, k, expected, specials):
+def test_positions_include_the_pair_segments(kind, k, expected, specials):
     assert make_layout(kind, specials, pairing=Pairing(k)).positions(LENGTHS).tolist() == expected
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"), [("joint", [[8], [5], [50]]), ("independent", [[5, 4], [3, 3], [42, 9]])]
 )
-def test_a_document_is_as_long_as_its_segments_without_those_of_the_pair(kind, expected, specials):
+def test_document_lengths_exclude_the_pair_segments(kind, expected, specials):
     layout = make_layout(kind, specials, pairing=Pairing(2))
     assert layout.document_lengths(layout.segment_lengths(LENGTHS, PAIRED)).tolist() == expected
 
@@ -82,8 +84,8 @@ def test_a_document_is_as_long_as_its_segments_without_those_of_the_pair(kind, e
         ("independent", "sub_span"),
     ],
 )
-def test_as_many_spans_are_counted_as_are_drawn_from_each_record(kind, form, specials):
-    """For segments of any lengths, even those that no record of today has."""
+def test_span_counts_equal_the_numbers_of_drawn_spans(kind, form, specials):
+    """The counts agree for segments of any length, including lengths that no current record has."""
     layout = make_layout(kind, specials, spans=form)
     for lengths in itertools.product(range(5), repeat=2):
         segment_lengths = np.array([lengths])
@@ -116,7 +118,7 @@ def test_a_pair_needs_its_flag_a_prediction_and_a_target(kind, specials):
 
 
 @pytest.mark.parametrize("kind", ["joint", "independent"])
-def test_a_pair_knows_its_direction(kind, specials):
+def test_read_outs_state_their_direction(kind, specials):
     directions = [
         read_out.direction for read_out in make_layout(kind, specials, pairing=Pairing(1, direction="both")).read_outs
     ]

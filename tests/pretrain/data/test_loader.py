@@ -1,4 +1,4 @@
-"""The loader: every record once an epoch, resumable anywhere from three integers, the same rows for any number of ranks."""
+"""The loader: each record once per epoch, resuming from three integers, the same rows on any number of ranks."""
 
 import json
 import zlib
@@ -24,7 +24,7 @@ from tests.row_plans import plan
 
 ROW = 512
 LARGE = 2 * WINDOW + 3000
-"""Records that fill three windows of the order."""
+"""Number of records that fill three windows of the order."""
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +42,12 @@ def layout(specials):
     return make_layout("joint", specials, pairing=Pairing(1))
 
 
-def same(one: Rows, other: Rows) -> bool:
+def equal_rows(one: Rows, other: Rows) -> bool:
     return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Rows))
 
 
-def content(rows: Rows) -> list[list[tuple[int, int, bool]]]:
-    """Per row, its records with their starts and pair flags."""
+def row_contents(rows: Rows) -> list[list[tuple[int, int, bool]]]:
+    """Return the records of each row with their starts and pair flags."""
     out = [[] for _ in range(rows.count)]
     for record, row, start, paired in zip(rows.records, rows.row, rows.start, rows.paired, strict=True):
         out[row].append((int(record), int(start), bool(paired)))
@@ -55,7 +55,7 @@ def content(rows: Rows) -> list[list[tuple[int, int, bool]]]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300])
-def test_every_record_comes_once_an_epoch(size, write_corpus, layout):
+def test_each_record_occurs_once_per_epoch(size, write_corpus, layout):
     rng = np.random.default_rng(size)
     corpus = write_corpus(
         [([5] * int(context), [6] * int(target)) for context, target in rng.integers(1, 20, (size, 2))]
@@ -69,7 +69,7 @@ def test_every_record_comes_once_an_epoch(size, write_corpus, layout):
     assert size < 7 or epochs[0] != epochs[1] != epochs[2]
 
 
-def test_every_record_of_many_windows_comes_once_an_epoch(large, layout):
+def test_each_record_of_many_windows_occurs_once_per_epoch(large, layout):
     loader = Loader(large, layout, ROW, seed=1, epochs=2)
     assert loader.order.windows(0) == 3
     records = []
@@ -79,7 +79,7 @@ def test_every_record_of_many_windows_comes_once_an_epoch(large, layout):
     assert counts.shape == (LARGE,) and (counts == 2).all()
 
 
-def test_rows_hold_their_records_one_behind_the_other(large, layout):
+def test_records_follow_each_other_within_a_row(large, layout):
     rows = Loader(large, layout, ROW, seed=1).next_rows(200)
     positions = rows.segment_lengths.sum(axis=1)
     np.testing.assert_array_equal(rows.lengths, large.lengths(rows.records))
@@ -91,7 +91,7 @@ def test_rows_hold_their_records_one_behind_the_other(large, layout):
 
 
 def test_a_state_of_three_integers_resumes_anywhere(large, layout):
-    """Mid-window, on the edges of windows and of epochs, from the state as a checkpoint holds it."""
+    """Resume within windows and at the edges of windows and epochs, from a state as a checkpoint stores it."""
     loader = Loader(large, layout, ROW, seed=2, dropout=0.25)
     states, stream = [], []
     while loader.epoch < 2:
@@ -107,25 +107,25 @@ def test_a_state_of_three_integers_resumes_anywhere(large, layout):
         resumed = Loader(large, layout, ROW, seed=2, dropout=0.25)
         resumed.load_state(state)
         count = min(20, len(stream) - first)
-        assert same(resumed.next_rows(count), Rows.join(stream[first : first + count], count))
+        assert equal_rows(resumed.next_rows(count), Rows.join(stream[first : first + count], count))
         if first + count < len(states):
             assert resumed.state() == states[first + count]
 
 
-def test_a_used_loader_goes_back(corpus, layout):
+def test_a_used_loader_can_be_reset(corpus, layout):
     loader = Loader(corpus, layout, 128, seed=2)
     first = loader.next_rows(50)
     loader.next_rows(500)
     loader.load_state({"epoch": 0, "window": 0, "row": 0})
-    assert same(loader.next_rows(50), first)
+    assert equal_rows(loader.next_rows(50), first)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, layout, specials):
-    """Rank r takes the r-th part of each micro step; the pair arrays are as long on all, and the seed is the same."""
+    """Rank r gets the r-th part of each micro step. All ranks have pair arrays of equal length and the same seed."""
     micro_step_rows, steps = 8, 3
     rows = Loader(large, layout, ROW, seed=4, dropout=0.1).next_rows(micro_step_rows * steps)
-    [whole] = micro_batches(
+    [full] = micro_batches(
         rows, large, layout, specials, ROW, micro_batch_rows=micro_step_rows * steps, rank=0, ranks=1
     )
     by_rank = [
@@ -137,20 +137,20 @@ def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, lay
         for rank in range(ranks)
     ]
     assert torch.equal(
-        torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), whole.token_ids
+        torch.cat([batches[step].token_ids for step in range(steps) for batches in by_rank]), full.token_ids
     )
     assert torch.equal(
         torch.cat(
             [batches[step].pair_target_hash[batches[step].pair_valid] for step in range(steps) for batches in by_rank]
         ),
-        whole.pair_target_hash,
+        full.pair_target_hash,
     )
     for step in range(steps):
-        of_step = [batches[step] for batches in by_rank]
-        assert len({len(batch.pair_valid) for batch in of_step}) == 1 and any(
-            batch.pair_valid.all() for batch in of_step
+        step_batches = [batches[step] for batches in by_rank]
+        assert len({len(batch.pair_valid) for batch in step_batches}) == 1 and any(
+            batch.pair_valid.all() for batch in step_batches
         )
-        assert len({batch.seed.item() for batch in of_step}) == 1
+        assert len({batch.seed.item() for batch in step_batches}) == 1
     assert len({batch.seed.item() for batch in by_rank[0]}) == steps
     assert [batch.seed.item() for batch in by_rank[0]] == [
         batch.seed.item()
@@ -160,18 +160,18 @@ def test_micro_steps_hold_the_same_rows_on_any_number_of_ranks(ranks, large, lay
     ]
 
 
-def test_the_stream_does_not_depend_on_how_many_rows_are_asked_for(corpus, layout):
-    """Even where a call spans several epochs."""
+def test_the_stream_does_not_depend_on_how_many_rows_are_requested(corpus, layout):
+    """This holds even if one call spans several epochs."""
 
     def stream(count):
         loader = Loader(corpus, layout, 128, seed=4)
-        return [row for _ in range(1260 // count) for row in content(loader.next_rows(count))]
+        return [row for _ in range(1260 // count) for row in row_contents(loader.next_rows(count))]
 
     assert stream(1) == stream(7) == stream(630)
 
 
-def flags(loader: Loader, epoch: int) -> np.ndarray:
-    """The pair flag of each record in an epoch."""
+def pair_flags(loader: Loader, epoch: int) -> np.ndarray:
+    """Return the pair flag of each record in an epoch, (records,) bool."""
     loader.load_state({"epoch": epoch, "window": 0, "row": 0})
     out = np.zeros(len(loader.corpus), bool)
     while loader.epoch == epoch:
@@ -180,31 +180,33 @@ def flags(loader: Loader, epoch: int) -> np.ndarray:
     return out
 
 
-def test_dropout_is_drawn_by_seed_epoch_and_record(large, layout, specials):
-    share = 0.3
-    one = flags(Loader(large, layout, ROW, seed=1, dropout=share), 0)
-    assert abs(1 - one.mean() - share) < 0.005
+def test_dropout_depends_on_seed_epoch_and_record(large, layout, specials):
+    fraction = 0.3
+    one = pair_flags(Loader(large, layout, ROW, seed=1, dropout=fraction), 0)
+    assert abs(1 - one.mean() - fraction) < 0.005
     np.testing.assert_array_equal(
         one,
-        flags(Loader(large, make_layout("independent", specials, pairing=Pairing(0)), 256, seed=1, dropout=share), 0),
+        pair_flags(
+            Loader(large, make_layout("independent", specials, pairing=Pairing(0)), 256, seed=1, dropout=fraction), 0
+        ),
     )
-    more = flags(Loader(large, layout, ROW, seed=1, dropout=0.5), 0)
-    assert not (more & ~one).any(), "a larger share leaves out those of a smaller one, and more"
+    more = pair_flags(Loader(large, layout, ROW, seed=1, dropout=0.5), 0)
+    assert not (more & ~one).any(), "a larger fraction drops the records of a smaller one, and more"
     for other in (
-        flags(Loader(large, layout, ROW, seed=2, dropout=share), 0),
-        flags(Loader(large, layout, ROW, seed=1, dropout=share), 1),
+        pair_flags(Loader(large, layout, ROW, seed=2, dropout=fraction), 0),
+        pair_flags(Loader(large, layout, ROW, seed=1, dropout=fraction), 1),
     ):
-        independent = share**2 + (1 - share) ** 2
-        assert abs((one == other).mean() - independent) < 0.01
+        expected_agreement = fraction**2 + (1 - fraction) ** 2
+        assert abs((one == other).mean() - expected_agreement) < 0.01
 
 
-def test_no_dropout_pairs_every_record_and_no_pairs_none(corpus, layout, specials):
+def test_without_dropout_all_records_are_paired_and_without_pairing_none(corpus, layout, specials):
     assert Loader(corpus, layout, 128, seed=1).next_rows(30).paired.all()
     assert not Loader(corpus, make_layout("joint", specials), 128, seed=1).next_rows(30).paired.any()
 
 
 def test_dropout_frees_space_for_other_records(corpus, layout):
-    """Pair segments are left out before packing, so that the same rows carry more records."""
+    """Pair segments are dropped before packing, and the same number of rows holds more records."""
     records = len(Loader(corpus, layout, 128, seed=1).next_rows(30).records)
     assert len(Loader(corpus, layout, 128, seed=1, dropout=0.9).next_rows(30).records) > 1.15 * records
 
@@ -222,7 +224,7 @@ def test_the_last_rows_of_the_last_epoch_are_empty(corpus, layout):
 
 
 def test_long_records_do_not_come_first(large, layout):
-    """Packing goes from long to short; the stream must not."""
+    """Packing places long records first, but the order of rows must not depend on record length."""
     loader = Loader(large, layout, ROW, seed=1)
     window = Rows.join([loader.next_rows(1) for _ in range(800)], 800)
     half = window.row < 400
@@ -231,14 +233,14 @@ def test_long_records_do_not_come_first(large, layout):
     assert packed.lengths[packed.row < 200].mean() > packed.lengths[packed.row >= packed.count - 200].mean() + 1
 
 
-def test_another_number_of_weights_is_refused(write_corpus):
+def test_a_wrong_number_of_weights_is_refused(write_corpus):
     corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
     with pytest.raises(UserError, match=r"data.sources are 1, but the corpus was prepared from 2"):
         source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=3.0)])
     assert source_weights(corpus.manifest) == [1.0, 2.0]
 
 
-def test_weights_belong_to_the_sources_that_the_corpus_was_made_of(write_corpus):
+def test_weights_apply_to_the_sources_of_the_prepared_corpus(write_corpus):
     corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
     sources = [NlrxSource(type="nlrx", records=1, weight=3.0), JsonSource(type="json", path="a.jsonl", weight=4.0)]
     corpus.manifest["settings"]["data"]["sources"] = [
@@ -257,7 +259,7 @@ def test_weights_belong_to_the_sources_that_the_corpus_was_made_of(write_corpus)
         source_weights(corpus.manifest, [sources[0], JsonSource(type="json", path="b.jsonl")])
 
 
-def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
+def test_weights_that_select_no_record_are_refused(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 4)
     with pytest.raises(UserError, match="hold no record"):
         Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=2)
@@ -267,7 +269,7 @@ def test_weights_that_leave_no_record_are_refused(write_corpus, layout):
     assert loader.records == 1 and len(loader.next_rows(5).records) == 1 and loader.exhausted
 
 
-def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
+def test_the_random_bits_of_a_record_differ_between_passes(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 50)
     rows = Loader(corpus, layout, 64, seed=1, weights=[3.0], epochs=1).next_rows(60)
     assert len(rows.records) == 150 and len(set(rows.random_bits.tolist())) == 150
@@ -279,15 +281,18 @@ def test_the_draws_of_a_record_differ_between_its_passes(write_corpus, layout):
 @given(
     sources=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.5, 1.0, 1.3, 2.0])), min_size=1, max_size=3),
     seed=st.integers(0, 1000),
-    cuts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
+    parts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3, 6])), max_size=4),
     dropout=st.sampled_from([0.0, 0.4]),
     longest=st.integers(1, 20),
     epochs=st.integers(1, 3),
 )
-def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(
-    write_corpus, layout, specials, sources, seed, cuts, dropout, longest, epochs
+def test_interruptions_on_any_number_of_ranks_lose_and_repeat_nothing(
+    write_corpus, layout, specials, sources, seed, parts, dropout, longest, epochs
 ):
-    """Runs of some steps on some ranks, each a fresh loader from the state as a checkpoint holds it; then one run to the end."""
+    """Run a few steps at a time on some number of ranks, then to the end.
+
+    Each part uses a fresh loader with the state as a checkpoint stores it.
+    """
     total, rng = sum(records for records, _ in sources), np.random.default_rng(seed)
     records = [
         tuple([int(5 + number % 500)] * int(length) for length in rng.integers(1, longest + 1, 2))
@@ -295,23 +300,19 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(
     ]
     corpus = write_corpus(records, shard_records=25, sources=sources)
     weights = [weight for _, weight in sources]
-    if (
-        Order(
-            [(source.first, source.records, weights[source.number]) for source in corpus.sources], seed
-        ).records_in_epochs(epochs)
-        == 0
-    ):
+    weighted_sources = [(source.first, source.records, weights[source.number]) for source in corpus.sources]
+    if Order(weighted_sources, seed).records_in_epochs(epochs) == 0:
         return
 
-    def fresh(state: dict | None) -> Loader:
+    def fresh_loader(state: dict | None) -> Loader:
         loader = Loader(corpus, layout, 128, seed, weights=weights, dropout=dropout, epochs=epochs)
         if state:
             loader.load_state(json.loads(json.dumps(state)))
         return loader
 
     state, taken, read = None, [], []
-    for steps, ranks in [*cuts, (10**6, 2)]:
-        loader = fresh(state)
+    for steps, ranks in [*parts, (10**6, 2)]:
+        loader = fresh_loader(state)
         while steps and not loader.exhausted:
             rows = loader.next_rows(6)
             taken += list(zip(rows.records.tolist(), rows.paired.tolist(), strict=True))
@@ -322,13 +323,13 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(
                     read += batch.token_ids[batch.token_ids != specials.pad].tolist()
             steps -= 1
         state = loader.state()
-    undisturbed = fresh(None).next_rows(10_000)
-    assert taken == list(zip(undisturbed.records.tolist(), undisturbed.paired.tolist(), strict=True))
-    times = np.bincount(undisturbed.records, minlength=total)
+    uninterrupted = fresh_loader(None).next_rows(10_000)
+    assert taken == list(zip(uninterrupted.records.tolist(), uninterrupted.paired.tolist(), strict=True))
+    counts = np.bincount(uninterrupted.records, minlength=total)
     for source in corpus.sources:
-        of_source = times[source.first : source.first + source.records]
-        assert of_source.max() - of_source.min() <= 1
-        assert of_source.sum() == epochs * Fraction(str(weights[source.number])) * source.records // 1
+        source_counts = counts[source.first : source.first + source.records]
+        assert source_counts.max() - source_counts.min() <= 1
+        assert source_counts.sum() == epochs * Fraction(str(weights[source.number])) * source.records // 1
     expected = Counter()
     for record, paired in taken:
         for view, copies in ((0, 1), (1, 2 if paired else 1)):
@@ -338,7 +339,7 @@ def test_any_interruptions_on_any_ranks_lose_and_repeat_nothing(
 
 
 def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_corpus, layout):
-    """A run that resumes after an update continues with them: its checkpoints hold only a place in this stream."""
+    """A checkpoint holds only a position in this stream, and runs may resume after an update of the project."""
     lengths = [(1 + number % 7, 1 + number % 11) for number in range(500)]
     corpus = write_corpus([([5] * context, [6] * target) for context, target in lengths])
     loader = Loader(corpus, layout, 64, seed=3, dropout=0.25)
@@ -349,5 +350,5 @@ def test_the_rows_of_a_seed_stay_the_same_in_every_version_of_the_project(write_
     assert zlib.crc32(b"".join(column.astype("<i8").tobytes() for column in columns)) == 737748826
 
 
-def test_no_records_are_planned_into_no_rows(corpus, layout):
+def test_no_records_give_no_rows(corpus, layout):
     assert plan(corpus, np.empty(0, np.int64), layout, 64, np.empty(0, bool)).count == 0

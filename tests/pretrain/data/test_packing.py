@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing over length, best-fit decreasing, and rows that are full on the corpora it is for."""
+"""Packing: no lost record, no row over length, best-fit decreasing, and full rows on the corpora of the project."""
 
 import itertools
 import json
@@ -17,12 +17,12 @@ DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "nl-rx-s
 ROW = 512
 
 
-def fills(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def row_fills(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.bincount(rows, weights=lengths).astype(int)
 
 
 def naive_best_fit_decreasing(lengths: np.ndarray, row_length: int) -> list[int]:
-    """The fills of the rows: the longest record first, into the fullest row that has room."""
+    """Return the fill of each row: the longest record goes first, into the fullest row that has room for it."""
     rows: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [row for row, fill in enumerate(rows) if fill + length <= row_length]
@@ -48,20 +48,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
-def test_it_is_best_fit_decreasing_and_keeps_every_record_within_a_row(lengths):
+def test_packing_is_best_fit_decreasing_and_keeps_every_record_within_a_row(lengths):
     lengths = np.array(lengths, np.int64)
     rows = pack(lengths, 64)
     assert rows.shape == lengths.shape
-    filled = fills(rows, lengths)
+    filled = row_fills(rows, lengths)
     assert (filled <= 64).all() and (filled > 0).all(), "rows are numbered without gaps"
     assert filled.sum() == lengths.sum()
     assert sorted(filled.tolist()) == sorted(naive_best_fit_decreasing(lengths, 64))
 
 
-def one_by_one(lengths: list[int], row_length: int) -> list[int]:
-    """The row of each record: the last one of the rows with the least room that suffices, among those that came to that room."""
+def pack_one_by_one(lengths: list[int], row_length: int) -> list[int]:
+    """Return the row of each record, packed one record at a time.
+
+    Candidates are the rows with the least sufficient room. The record goes to the candidate that reached it last.
+    """
     order = sorted(range(len(lengths)), key=lambda record: -lengths[record])
-    room: dict[int, list[int]] = {}  # free positions -> rows, in the order in which they came to it
+    room: dict[int, list[int]] = {}  # free positions -> rows, in the order in which they reached this room
     row_of, opened = {}, 0
     for record in order:
         fitting = [free for free, rows in room.items() if rows and free >= lengths[record]]
@@ -75,24 +78,24 @@ def one_by_one(lengths: list[int], row_length: int) -> list[int]:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 40).flatmap(lambda row: st.tuples(st.just(row), st.lists(st.integers(0, row), max_size=80))))
-def test_any_lengths_go_where_they_would_one_by_one(case):
+def test_packing_equals_packing_one_record_at_a_time(case):
     row_length, lengths = case
-    assert pack(np.array(lengths, np.int64), row_length).tolist() == one_by_one(lengths, row_length)
+    assert pack(np.array(lengths, np.int64), row_length).tolist() == pack_one_by_one(lengths, row_length)
 
 
-def test_rows_are_numbered_in_the_order_of_opening_the_same_every_time():
+def test_rows_are_numbered_in_opening_order_and_packing_is_deterministic():
     assert pack(np.array([3, 5, 8, 5, 2, 3]), 8).tolist() == [2, 1, 0, 2, 3, 1]
     lengths = np.random.default_rng(0).integers(1, 64, 500)
     np.testing.assert_array_equal(pack(lengths, 64), pack(lengths.copy(), 64))
 
 
-def test_too_long_a_record_is_an_error():
+def test_a_record_longer_than_a_row_is_an_error():
     with pytest.raises(ValueError, match="65 positions does not fit a row of 64"):
         pack(np.array([3, 65, 2]), 64)
 
 
-def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
-    """Of rows of 512 in the joint layout with one predictor token."""
+def filled_fraction(texts: list[tuple[str, str]], tokenizer, specials) -> float:
+    """Return the filled fraction of rows of 512 in the joint layout with one predictor token."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
     lengths = np.array(
         [[len(tokens) for tokens in tokenizer.encode_batch(list(view))] for view in zip(*texts, strict=True)]
@@ -102,16 +105,18 @@ def share_filled(texts: list[tuple[str, str]], tokenizer, specials) -> float:
     return float(positions.sum() / ((rows.max() + 1) * ROW))
 
 
-def rows_of_task_the_generated_corpus_are_full(tokenizer, specials):
-    assert share_filled([generate(0, "train", index) for index in range(3000)], tokenizer, specials) > 0.97
+def test_rows_of_the_generated_corpus_are_full(tokenizer, specials):
+    assert filled_fraction([generate(0, "train", index) for index in range(3000)], tokenizer, specials) > 0.97
 
 
-def rows_of_task_nl_rx_synth_are_full(tokenizer, specials):
+def test_rows_of_nl_rx_synth_are_full(tokenizer, specials):
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is absent")
+        pytest.skip(f"{DATA} is missing")
     with (DATA / "train.jsonl").open(encoding="utf-8") as lines:
         messages = [
             {message["role"]: message["content"] for message in json.loads(line)["messages"]}
             for line in itertools.islice(lines, 4000)
         ]
-    assert share_filled([(message["user"], message["assistant"]) for message in messages], tokenizer, specials) > 0.97
+    assert (
+        filled_fraction([(message["user"], message["assistant"]) for message in messages], tokenizer, specials) > 0.97
+    )

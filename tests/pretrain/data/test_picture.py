@@ -1,4 +1,4 @@
-"""The picture of a packed row, read back from its text, tells what a token-by-token construction of the layouts gives."""
+"""The picture of a packed row, parsed from its text, matches a token-by-token construction of the layouts."""
 
 import itertools
 import re
@@ -21,8 +21,8 @@ CASES += [
 SEGMENT = re.compile(r" *(\d+) +(\d*)  (\w+) +(\d+)–(\d+) +(\d+)–(\d+) +(\d+) +(\d+|–)  (.*)")
 
 
-class Read:
-    """A picture, taken apart."""
+class ParsedPicture:
+    """The parts of a picture, parsed from its text."""
 
     def __init__(self, text: str):
         self.text = text
@@ -44,13 +44,13 @@ class Read:
             for name in ("segment", "position", "label", "read-out")
         }
         self.matrix = {}
-        shown: list[int] = []
+        shown_keys: list[int] = []
         for line in lines:
             numbers = line.split()
             if re.fullmatch(r" {10}[\d ]+", line):
-                shown = list(map(int, numbers))
+                shown_keys = list(map(int, numbers))
             elif re.fullmatch(r" *\d+  *[■◣·? ]+", line):
-                self.matrix |= {(int(numbers[0]), key): sign for key, sign in zip(shown, numbers[1:], strict=True)}
+                self.matrix |= {(int(numbers[0]), key): sign for key, sign in zip(shown_keys, numbers[1:], strict=True)}
         self.read_outs = [
             tuple(map(int, found))
             for found in re.findall(r"record (\d+): .* at (\d+) \(end .*──▶ .* at (\d+) \(end", text)
@@ -63,7 +63,11 @@ def sign(query: Node, key: Node) -> str:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request, write_corpus, specials):
-    """The picture, and the segments that it should show: record, node, its view's number (None: predictor tokens), and first place."""
+    """Return the parsed picture, the expected segments and pairs, and the corpus.
+
+    A segment is (record, node, index of its first token in the row). A pair is (record, index of the prediction, index
+    of the target).
+    """
     case: Case = request.param
     records = (
         some_records(case.k, case.views, case.incomplete)
@@ -71,16 +75,16 @@ def case(request, write_corpus, specials):
         else [record[:1] for record in some_records(0)]
     )
     corpus = write_corpus(records, shard_records=4)
-    found = Read(picture(corpus, 2, case.kind, case.k, ROW, width=80))
+    found = ParsedPicture(picture(corpus, 2, case.kind, case.k, ROW, width=80))
     expected, pairs, place = [], [], 0
     for record in dict.fromkeys(segment[1] for segment in found.segments):
-        nodes, of_record = record_tree(case, list(records[record]), case.views > 1, specials)
+        nodes, record_pairs = record_tree(case, list(records[record]), case.views > 1, specials)
         last = {}
         for node in nodes:
             expected.append((record, node, place))
             place += len(node.tokens)
             last[id(node)] = place - 1
-        pairs += [(record, last[id(prediction)], last[id(target)]) for prediction, target, _ in of_record]
+        pairs += [(record, last[id(prediction)], last[id(target)]) for prediction, target, _ in record_pairs]
     return found, expected, pairs, corpus
 
 
@@ -113,7 +117,7 @@ def test_views(case, specials):
             assert bare == corpus.tokens_by_view(record)[name].tolist()
 
 
-def test_who_sees_whom(case):
+def test_visibility_matrix(case):
     found, expected, _, _ = case
     assert "no token sees a token of another record" in found.text and "?" not in found.matrix.values()
     same = [
@@ -130,11 +134,11 @@ def test_strips_and_read_outs(case):
     labels = {
         place + offset for _, node, place in expected for offset, labelled in enumerate(node.labelled) if labelled
     }
-    assert {at for at, char in enumerate(found.strips["label"]) if char == "•"} == labels
-    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "PB"} == {
+    assert {index for index, char in enumerate(found.strips["label"]) if char == "•"} == labels
+    assert {index for index, char in enumerate(found.strips["read-out"]) if char in "PB"} == {
         prediction for _, prediction, _ in pairs
     }
-    assert {at for at, char in enumerate(found.strips["read-out"]) if char in "TB"} == {
+    assert {index for index, char in enumerate(found.strips["read-out"]) if char in "TB"} == {
         target for _, _, target in pairs
     }
     assert sorted(found.read_outs) == sorted(pairs)
@@ -150,19 +154,19 @@ MISTAKES = {
         lambda batch: {"visible_until": torch.full_like(batch.visible_until, ROW)},
         "TOKENS SEE ONE OF ANOTHER RECORD",
     ),
-    "a token seen too long": (lambda batch: {"visible_until": batch.visible_until + (batch.positions == 1)}, "?"),
-    "a token of the context not seen": (
+    "a token visible too long": (lambda batch: {"visible_until": batch.visible_until + (batch.positions == 1)}, "?"),
+    "a context token hidden too early": (
         lambda batch: {"visible_until": torch.where(batch.positions == 1, 2, batch.visible_until)},
         "?",
     ),
-    "labels of another place": (lambda batch: {"label_index": batch.label_index + 1}, "?"),
+    "shifted labels": (lambda batch: {"label_index": batch.label_index + 1}, "?"),
     "positions not reset": (lambda batch: {"positions": torch.arange(ROW).repeat(1, 1).flip(1)}, "?"),
-    "a target read out one early": (lambda batch: {"target_index": batch.target_index - 1}, "(?)"),
+    "a target read out one token early": (lambda batch: {"target_index": batch.target_index - 1}, "(?)"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_batch_is_seen(mistake, write_corpus, monkeypatch):
+def test_a_mistake_in_the_batch_is_marked(mistake, write_corpus, monkeypatch):
     change, sign = MISTAKES[mistake]
     corpus = write_corpus(some_records(0))
     right = picture(corpus, 2, "joint", 1, ROW, width=200)
@@ -173,5 +177,5 @@ def test_a_mistake_in_the_batch_is_seen(mistake, write_corpus, monkeypatch):
     assert wrong.count(sign) > right.count(sign)
 
 
-def test_lines_are_no_wider_than_asked(case):
+def test_lines_are_no_wider_than_requested(case):
     assert max(map(len, case[0].text.splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""Pieces of long documents: every token of a document is a target, and the end token only at its end."""
+"""Pieces of long documents: each token of a document is a target, and only the last piece has an end token."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,14 @@ from tests.row_plans import plan
 
 ROW = 16
 PIECE = 14
-"""Tokens of a piece that fills a row, with BOS and a closing token."""
+"""Number of tokens of a piece that fills a row together with BOS and a continuation token."""
 
 
-def cut(documents: list[list[int]], view: int) -> tuple[list[tuple[list[int], list[int]]], list[bool]]:
-    """Documents as records of one view, in pieces, with a pair between any two."""
+def cut_into_pieces(documents: list[list[int]], view: int) -> tuple[list[tuple[list[int], list[int]]], list[bool]]:
+    """Return the pieces of the documents as records of one view, and the flags of continued records.
+
+    A record with both views follows each document.
+    """
     records, continues = [], []
     for document in documents:
         pieces = [document[first : first + PIECE] for first in range(0, len(document), PIECE)]
@@ -24,12 +27,12 @@ def cut(documents: list[list[int]], view: int) -> tuple[list[tuple[list[int], li
 
 
 def expected_labels(documents: list[list[int]], specials) -> list[tuple[int, int]]:
-    """(the token at the predicting position, the token that it predicts), for each document, token by token."""
+    """Return (token at the predicting position, predicted token) for all labels, built token by token and sorted."""
     out = []
     for document in documents:
         for place, token in enumerate(document):
             if place % PIECE == 0:
-                out.append((specials.bos, token))  # a piece is read from its beginning
+                out.append((specials.bos, token))  # each piece begins with BOS
             if place:
                 out.append((document[place - 1], token))
         out.append((document[-1], specials.eos))
@@ -39,12 +42,12 @@ def expected_labels(documents: list[list[int]], specials) -> list[tuple[int, int
 @pytest.mark.parametrize("view", [0, 1])
 @pytest.mark.parametrize("kind", ["joint", "independent"])
 @pytest.mark.parametrize("lm_views", ["all", "last"])
-def test_every_token_of_a_document_is_a_target_and_the_end_only_at_its_end(
+def test_each_token_of_a_document_is_a_target_and_the_end_token_only_at_its_end(
     write_corpus, specials, kind, lm_views, view
 ):
     rng = np.random.default_rng(view)
     documents = [rng.integers(10, 500, length).tolist() for length in (1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 40)]
-    records, continues = cut(documents, view)
+    records, continues = cut_into_pieces(documents, view)
     corpus = write_corpus(records, continues=continues)
     layout = make_layout(kind, specials, pairing=Pairing(1), lm_views=lm_views)
     every = np.arange(len(records))
@@ -59,9 +62,9 @@ def test_every_token_of_a_document_is_a_target_and_the_end_only_at_its_end(
     assert ids.tolist().count(specials.eos) == len(documents)
 
 
-def test_pieces_of_a_document_in_one_batch_or_in_several_read_the_same(write_corpus, specials):
+def test_pieces_of_a_document_are_assembled_in_separate_batches(write_corpus, specials):
     documents = [list(range(10, 10 + 3 * PIECE))]
-    records, continues = cut(documents, 0)
+    records, continues = cut_into_pieces(documents, 0)
     corpus, layout = write_corpus(records, continues=continues), make_layout("joint", specials)
     alone = []
     for record in range(3):
@@ -78,9 +81,9 @@ def test_pieces_of_a_document_in_one_batch_or_in_several_read_the_same(write_cor
     ]
 
 
-def test_a_piece_may_be_followed_by_one_that_begins_with_the_first_token_of_the_vocabulary(write_corpus, specials):
+def test_the_continuation_token_may_be_token_0(write_corpus, specials):
     document = [10] * PIECE + [0, 11]
-    records, continues = cut([document], 0)
+    records, continues = cut_into_pieces([document], 0)
     corpus, layout = write_corpus(records, continues=continues), make_layout("joint", specials)
     rows = plan(corpus, np.array([0]), layout, ROW, np.zeros(1, bool))
     assert assemble(rows, corpus, layout, specials, ROW, 0).token_ids[0].tolist() == [
@@ -89,9 +92,9 @@ def test_a_piece_may_be_followed_by_one_that_begins_with_the_first_token_of_the_
     ]
 
 
-def test_a_loader_over_pieces_teaches_each_end_once_an_epoch(write_corpus, specials):
+def test_a_loader_yields_each_end_token_once_per_epoch(write_corpus, specials):
     documents = [list(range(10, 10 + length)) for length in range(1, 60, 3)]
-    records, continues = cut(documents, 0)
+    records, continues = cut_into_pieces(documents, 0)
     corpus, layout = write_corpus(records, continues=continues), make_layout("joint", specials)
     rows = Rows.join([Loader(corpus, layout, ROW, seed=0, epochs=1).next_rows(200)], 200)
     batch = assemble(rows, corpus, layout, specials, ROW, 0)

@@ -1,4 +1,4 @@
-"""Prefetching: the same steps as without, state of what was taken alone, errors as they are, and a thread that ends."""
+"""Prefetching: the steps and states of the loader, unchanged errors, and a thread that ends."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def assert_same(one: Batch, other: Batch) -> None:
         assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
-def test_steps_are_those_of_the_loader_and_so_is_the_state_after_each(loader, specials, corpus):
+def test_steps_and_states_equal_those_of_the_loader(loader, specials, corpus):
     plain = Loader(corpus, loader.layout, 128, seed=5, dropout=0.3, epochs=2)
     with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
         while not plain.exhausted:
@@ -58,7 +58,7 @@ def test_steps_are_those_of_the_loader_and_so_is_the_state_after_each(loader, sp
             steps.next()
 
 
-def test_a_run_that_was_stopped_goes_on_with_what_it_had_not_taken(loader, specials, corpus):
+def test_a_stopped_run_resumes_with_the_first_step_not_taken(loader, specials, corpus):
     with Prefetch(loader, 8, batches_of(loader, specials), CPU) as steps:
         taken = [steps.next() for _ in range(3)]
         following = steps.next()
@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_had_not_taken(loader, speci
     assert_same(again.batches[0], following.batches[0])
 
 
-def test_no_more_steps_than_agreed_wait(loader, specials):
+def test_the_number_of_prefetched_steps_is_limited(loader, specials):
     made = []
 
     def counted(rows):
@@ -81,12 +81,12 @@ def test_no_more_steps_than_agreed_wait(loader, specials):
     with Prefetch(loader, 8, counted, CPU) as steps:
         for taken in (0, 1, 2):
             wait_for(lambda taken=taken: len(made) >= taken + PREFETCH_STEPS)
-            time.sleep(0.05)  # in which another one would be made
+            time.sleep(0.05)  # enough time to make another step
             assert len(made) == taken + PREFETCH_STEPS
             steps.next()
 
 
-def test_an_error_comes_out_at_its_step_as_it_is_and_is_known_before(loader, specials):
+def test_an_error_is_raised_unchanged_at_its_step_and_known_before(loader, specials):
     number = count(1)
 
     def damaged(rows):
@@ -102,23 +102,23 @@ def test_an_error_comes_out_at_its_step_as_it_is_and_is_known_before(loader, spe
 
 
 class Clock:
-    """A clock that stands still but where the test moves it."""
+    """A clock that only the test advances."""
 
     def __init__(self):
-        self.now, self.looked_at = 0.0, threading.Event()
+        self.now, self.was_read = 0.0, threading.Event()
 
     def perf_counter(self) -> float:
-        self.looked_at.set()
+        self.was_read.set()
         return self.now
 
 
-def test_the_time_waited_for_data_is_counted(loader, specials, monkeypatch):
+def test_the_time_spent_waiting_for_data_is_measured(loader, specials, monkeypatch):
     clock, number = Clock(), count(1)
     monkeypatch.setattr(prefetch, "time", clock)
 
     def late(rows):
         if next(number) == 1:
-            assert clock.looked_at.wait(TIMEOUT), "nobody waits"
+            assert clock.was_read.wait(TIMEOUT), "no call waits for the step"
             clock.now += 7
         return batches_of(loader, specials)(rows)
 
@@ -130,7 +130,7 @@ def test_the_time_waited_for_data_is_counted(loader, specials, monkeypatch):
         assert steps.pop_wait_seconds() == 0
 
 
-def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):
+def test_the_thread_ends_with_the_run_or_its_error(loader, specials):
     before = prefetch_threads()
     with pytest.raises(KeyError), Prefetch(loader, 8, batches_of(loader, specials), CPU):
         assert prefetch_threads() == before + 1
@@ -141,8 +141,8 @@ def test_the_thread_ends_with_the_run_and_with_an_error_of_it(loader, specials):
 @pytest.mark.parametrize(
     "end", ["raise RuntimeError", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"]
 )
-def test_a_process_ends_that_never_left_it(end, tmp_path):
-    """Where nothing is tidied up: the thread holds up no exit."""
+def test_the_thread_does_not_block_the_exit_of_the_process(end, tmp_path):
+    """The process exits without closing the prefetcher."""
     code = f"""
 import os, signal, sys, time, types
 import torch

@@ -1,4 +1,4 @@
-"""Spans: inside one document, as their form says, every choice as likely, and the same wherever the record is packed."""
+"""Spans: within one document, of the configured form, drawn uniformly and independently of the packing."""
 
 from collections import Counter
 
@@ -11,12 +11,12 @@ from pretrain.data.loader import Loader, draw_random_bits, loss_denominators
 from pretrain.data.spans import draw_spans
 
 DOCUMENT = 6
-"""Positions of the document whose choices are counted: 0 to 5."""
+"""Number of positions in the document whose spans are counted."""
 DRAWS = 40_000
 
 
-def of_one_document(form: str, specials) -> np.ndarray:
-    """Many draws from a document of two views at position 100: (DRAWS, 3, 2), counted from its start."""
+def draw_from_one_document(form: str, specials) -> np.ndarray:
+    """Return many draws from a document of two views at position 100, relative to its start: (DRAWS, 3, 2)."""
     layout = make_layout("joint", specials, spans=form)
     lengths = np.tile([[DOCUMENT - 2, 2]], (DRAWS, 1))
     starts = np.tile([[100, 100 + DOCUMENT - 2]], (DRAWS, 1))
@@ -31,19 +31,19 @@ def assert_uniform(found: list[tuple], choices: set[tuple]) -> None:
     assert chi_square < len(choices) + 5 * (2 * len(choices)) ** 0.5
 
 
-def test_three_points_are_any_three_in_order(specials):
-    stretches = of_one_document("three_points", specials)
-    (r, t), (s, r_again), (nothing, as_much) = stretches.transpose(1, 2, 0)
-    assert (r == r_again).all() and (nothing == as_much).all()
+def test_three_points_are_drawn_uniformly_in_order(specials):
+    spans = draw_from_one_document("three_points", specials)
+    (r, t), (s, r_again), (empty_start, empty_end) = spans.transpose(1, 2, 0)
+    assert (r == r_again).all() and (empty_start == empty_end).all()
     assert_uniform(
         list(zip(s.tolist(), r.tolist(), t.tolist(), strict=True)),
         {(s, r, t) for t in range(DOCUMENT) for r in range(t) for s in range(r)},
     )
 
 
-def test_a_sub_span_is_any_but_the_whole_against_what_is_left(specials):
-    stretches = of_one_document("sub_span", specials)
-    (a, b), (zero, a_again), (b_again, last) = stretches.transpose(1, 2, 0)
+def test_a_sub_span_is_any_proper_span_compared_with_the_remainder(specials):
+    spans = draw_from_one_document("sub_span", specials)
+    (a, b), (zero, a_again), (b_again, last) = spans.transpose(1, 2, 0)
     assert (a == a_again).all() and (b == b_again).all() and (zero == 0).all() and (last == DOCUMENT - 1).all()
     assert_uniform(
         list(zip(a.tolist(), b.tolist(), strict=True)),
@@ -51,9 +51,9 @@ def test_a_sub_span_is_any_but_the_whole_against_what_is_left(specials):
     )
 
 
-def test_the_form_of_views_runs_to_the_end_of_each(specials):
-    stretches = of_one_document("views", specials)
-    assert (stretches == [[3, 5], [0, 3], [3, 3]]).all()
+def test_spans_of_the_form_views_reach_the_end_of_each_view(specials):
+    spans = draw_from_one_document("views", specials)
+    assert (spans == [[3, 5], [0, 3], [3, 3]]).all()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_form_of_views_runs_to_the_end_of_each(specials):
     ],
 )
 @pytest.mark.parametrize("pairing", [None, Pairing(2)])
-def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pairing, corpus, specials):
+def test_each_document_has_one_span_that_stays_within_it(kind, form, pairing, corpus, specials):
     layout = make_layout(kind, specials, pairing=pairing, spans=form)
     rows = Loader(corpus, layout, 128, seed=5, dropout=0.4).next_rows(20)
     batch = assemble(rows, corpus, layout, specials, 128, 1000)
@@ -75,16 +75,15 @@ def test_every_document_has_its_span_and_none_leaves_its_document(kind, form, pa
     documents = len(rows.records) * (1 if kind == "joint" else 2)
     assert len(spans) == documents == loss_denominators(rows, layout)["spans"]
     tokens = batch.token_ids.flatten().numpy()
-    within = np.cumsum(
-        tokens == specials.bos
-    )  # a document begins with BOS, a lone target of the joint layout does not matter: it ends the record
+    # Each document begins with BOS. The lone target of the joint layout does not, but it is the end of its record.
+    document_of = np.cumsum(tokens == specials.bos)
     inside = spans.reshape(documents, -1)
-    assert (within[inside] == within[inside[:, :1]]).all()
-    assert len(set(within[inside[:, 0]])) == documents
+    assert (document_of[inside] == document_of[inside[:, :1]]).all()
+    assert len(set(document_of[inside[:, 0]])) == documents
     assert (tokens[inside] < specials.predictor).all()
 
 
-def test_a_view_that_is_missing_leaves_a_document_of_its_own(write_corpus, specials):
+def test_the_remaining_view_of_a_record_is_a_document(write_corpus, specials):
     corpus = write_corpus([([11, 12, 13], [21, 22]), ([], [31, 32]), ([41], [])])
     for form, spans in (("three_points", 3), ("sub_span", 3), ("views", 1)):
         layout = make_layout("joint", specials, spans=form)
@@ -96,10 +95,10 @@ def test_a_view_that_is_missing_leaves_a_document_of_its_own(write_corpus, speci
         )
 
 
-def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_next_epoch(corpus, specials):
+def test_the_span_of_a_record_depends_on_the_epoch_and_not_on_the_packing(corpus, specials):
     layout = make_layout("joint", specials, spans="sub_span")
 
-    def relative(epoch: int, row_length: int) -> dict[int, list]:
+    def relative_spans(epoch: int, row_length: int) -> dict[int, list]:
         loader = Loader(corpus, layout, row_length, seed=5)
         loader.load_state({"epoch": epoch, "window": 0, "row": 0})
         rows = loader.next_rows(40 if row_length == 128 else 20)
@@ -110,7 +109,7 @@ def test_a_record_has_the_same_span_wherever_it_is_packed_and_another_in_the_nex
             for record, span, start in zip(rows.records.tolist(), spans, starts, strict=True)
         }
 
-    one, other, later = relative(0, 128), relative(0, 256), relative(1, 256)
+    one, other, later = relative_spans(0, 128), relative_spans(0, 256), relative_spans(1, 256)
     common = one.keys() & other.keys()
     assert len(common) > 20 and all(one[record] == other[record] for record in common)
     again = other.keys() & later.keys()

@@ -1,4 +1,4 @@
-"""`python -m pretrain.data inspect` and `stats` as a user runs them, and their mistakes; records decoded with their pieces."""
+"""The commands `python -m pretrain.data inspect` and `stats`, their errors, and the display of records."""
 
 import itertools
 import re
@@ -21,10 +21,10 @@ from tests.processes import TIMEOUT
 
 
 @pytest.fixture
-def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """A command's exit code, output and error."""
+def run_cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a command and returns its exit code, output and error output."""
 
-    def tell(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
+    def run(*arguments: str, main: Callable[[], None] = main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         code = 0
         try:
@@ -33,11 +33,11 @@ def tell(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
             code = end.code
         return code, *capsys.readouterr()
 
-    return tell
+    return run
 
 
-def pieces(text: str) -> tuple[list[str], list[int]]:
-    """The pieces and ids that stand over each other in a record's lines."""
+def parse_pieces(text: str) -> tuple[list[str], list[int]]:
+    """Return the pieces and the ids below them in the lines of a record."""
     found: tuple[list[str], list[int]] = ([], [])
     lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
     for above, below in itertools.pairwise(lines):
@@ -48,34 +48,36 @@ def pieces(text: str) -> tuple[list[str], list[int]]:
     return found
 
 
-def test_inspect(prepared, corpus, tell):
-    code, out, error = tell("inspect", prepared, "2", "--record", "5", "--row-length", "256", "--predictor-tokens", "2")
+def test_inspect(prepared, corpus, run_cli):
+    code, out, error = run_cli(
+        "inspect", prepared, "2", "--record", "5", "--row-length", "256", "--predictor-tokens", "2"
+    )
     assert (code, error) == (0, "")
     first, second, row = re.split(r"\n\n(?=record|A row)", out, maxsplit=2)
     for number, shown in ((5, first), (6, second)):
         record = corpus.tokens_by_view(number)
         assert shown.startswith(f"record {number}: {sum(map(len, record.values()))} tokens\n")
-        assert pieces(shown)[1] == [token for ids in record.values() for token in ids.tolist()]
-        assert pieces(shown)[0] == [corpus.tokenizer.piece(token) for token in pieces(shown)[1]]
+        assert parse_pieces(shown)[1] == [token for ids in record.values() for token in ids.tolist()]
+        assert parse_pieces(shown)[0] == [corpus.tokenizer.piece(token) for token in parse_pieces(shown)[1]]
         for view, ids in record.items():
             assert f"  {view}: {len(ids)} tokens" in shown and corpus.tokenizer.decode(ids)[:60] in shown
     assert row.startswith("A row of 256 positions, joint layout, k = 2") and "\n   0  " in row and " 5  text" in row
 
 
-def test_inspect_another_split_in_the_other_layout(prepared, tell):
-    code, out, _ = tell("inspect", prepared, "--split", "validation", "--layout", "independent")
+def test_inspect_another_split_in_the_other_layout(prepared, run_cli):
+    code, out, _ = run_cli("inspect", prepared, "--split", "validation", "--layout", "independent")
     assert code == 0 and out.count("\nrecord ") == 2 and "A row of 128 positions, independent layout, k = 1" in out
     assert out.splitlines()[0].startswith("record 0: ")
 
 
-def test_stats(prepared, tell):
-    code, out, _ = tell("stats", prepared)
+def test_stats(prepared, run_cli):
+    code, out, _ = run_cli("stats", prepared)
     assert code == 0 and "train: 400 records" in out and "validation: 40 records" in out
     assert out.count("row length") == 2 and out.count("records by tokens") == 4
 
 
 @pytest.mark.parametrize(
-    ("arguments", "because"),
+    ("arguments", "expected"),
     [
         (["inspect", "PATH", "--split", "test"], "has no test split"),
         (["inspect", "PATH", "--record", "400"], "--record 400: train holds the records 0 to 399"),
@@ -92,13 +94,13 @@ def test_stats(prepared, tell):
         ([], "the following arguments are required: COMMAND"),
     ],
 )
-def test_mistakes(arguments, because, prepared, tell):
-    code, _, error = tell(*[prepared if argument == "PATH" else argument for argument in arguments])
-    assert code == 2 and because in error and "Traceback" not in error
+def test_errors(arguments, expected, prepared, run_cli):
+    code, _, error = run_cli(*[prepared if argument == "PATH" else argument for argument in arguments])
+    assert code == 2 and expected in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
-    ("arguments", "because"),
+    ("arguments", "expected"),
     [
         (["verify", "elsewhere"], "there is no prepared corpus in elsewhere"),
         (["verify"], "the following arguments are required: path"),
@@ -110,12 +112,12 @@ def test_mistakes(arguments, because, prepared, tell):
         (["stats"], "error: python -m data_prep stats has moved: run python -m pretrain.data stats PATH\n"),
     ],
 )
-def test_mistakes_of_data_prep(arguments, because, tell):
-    code, _, error = tell(*arguments, main=data_prep_main)
-    assert code == 2 and because in error and "Traceback" not in error
+def test_errors_of_data_prep(arguments, expected, run_cli):
+    code, _, error = run_cli(*arguments, main=data_prep_main)
+    assert code == 2 and expected in error and "Traceback" not in error
 
 
-def test_odd_text_is_shown_in_columns(prepared, tokenizer):
+def test_unusual_text_is_shown_in_columns(prepared, tokenizer):
     text = "a\x1b[31m\n\u202e日本語 \u200b" * 9
     ids = tokenizer.encode_batch([text])[0]
     shown = show_record(tokenizer, 3, {"text": np.array(ids), "code": np.array([])}, 80)
@@ -142,17 +144,17 @@ def test_pieces(prepared):
     assert tokenizer.piece(tokenizer.bos_id) == "<s>" and tokenizer.piece(tokenizer.eos_id) == "</s>"
 
 
-def test_a_reader_that_has_seen_enough_is_no_mistake(prepared):
+def test_a_closed_pipe_is_not_an_error(prepared):
     command = f"{sys.executable} -m pretrain.data inspect {prepared} 200 | head -n 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stdout.startswith("record 0: ") and done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["inspect", "stats", "verify"])
-@pytest.mark.parametrize("left", [{}, {"views": ["text"], "splits": []}])
-def test_a_manifest_with_nothing_in_it_is_one_line(tmp_path, tell, command, left):
-    write_json(tmp_path / MANIFEST, {"format": FORMAT} | left)
-    code, _, error = tell(command, tmp_path, main=data_prep_main if command == "verify" else main)
+@pytest.mark.parametrize("remaining", [{}, {"views": ["text"], "splits": []}])
+def test_an_incomplete_manifest_is_reported_in_one_line(tmp_path, run_cli, command, remaining):
+    write_json(tmp_path / MANIFEST, {"format": FORMAT} | remaining)
+    code, _, error = run_cli(command, tmp_path, main=data_prep_main if command == "verify" else main)
     assert (
         code == 2
         and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ")

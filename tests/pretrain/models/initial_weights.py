@@ -1,4 +1,4 @@
-"""Write what each rank holds before the first step, gathered: `initial_weights.py CONFIG ...`."""
+"""Write the gathered initial weights of each rank: `initial_weights.py CONFIG ...`."""
 
 import sys
 
@@ -10,10 +10,10 @@ from pretrain.training.distributed import init_world
 from pretrain.training.setup import set_up
 
 world = init_world()
-for word in sys.argv[1:]:
-    if word.startswith("--local_rank"):
+for argument in sys.argv[1:]:
+    if argument.startswith("--local_rank"):
         continue
-    config = load_config(word)
+    config = load_config(argument)
     model = set_up(config, world).engine.module.model
     state = {}
     for name, parameter in model.named_parameters():

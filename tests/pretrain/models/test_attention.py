@@ -1,4 +1,4 @@
-"""One visibility rule, whatever kernel applies it."""
+"""The visibility rule is the same in every attention kernel."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ WINDOW = 7
 
 @pytest.fixture(scope="module", params=["joint", "independent"])
 def batch(request, corpus, specials):
-    """Real rows, and an empty one."""
+    """Return a batch of real rows and an empty row."""
     layout = make_layout(request.param, specials, pairing=Pairing(2))
     rows = Loader(corpus, layout, LENGTH, seed=0, dropout=0.3).next_rows(3)
     return assemble(Rows.join([rows], 4), corpus, layout, specials, LENGTH, int(rows.paired.sum()))
@@ -38,7 +38,7 @@ def window(batch) -> dict:
     return {"positions": batch.positions, "window": WINDOW}
 
 
-def test_the_boolean_mask_is_the_rule_read_literally(visible_until):
+def test_the_boolean_mask_follows_the_visibility_rule(visible_until):
     mask = visibility_mask(visible_until, "sdpa")
     assert mask.shape == (4, 1, LENGTH, LENGTH) and mask.dtype == torch.bool
     until = visible_until.numpy()
@@ -64,29 +64,29 @@ def test_a_window_counts_positions_within_the_record(batch, visible_until, windo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sliding", [False, True])
-def test_the_mask_that_is_added_is_finite_and_hides_the_same(sliding, dtype, visible_until, window):
-    where = window if sliding else {}
-    added = visibility_mask(visible_until, "eager", dtype=dtype, **where)
-    assert added.dtype == dtype and added.isfinite().all()
-    assert torch.equal(added == 0, visibility_mask(visible_until, "sdpa", **where))
-    scores = torch.randn(added.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weights = (scores + added).softmax(dim=-1)
-    assert weights.isfinite().all() and not weights[added != 0].any()
+def test_the_additive_mask_is_finite_and_hides_the_same_keys(sliding, dtype, visible_until, window):
+    window_arguments = window if sliding else {}
+    additive = visibility_mask(visible_until, "eager", dtype=dtype, **window_arguments)
+    assert additive.dtype == dtype and additive.isfinite().all()
+    assert torch.equal(additive == 0, visibility_mask(visible_until, "sdpa", **window_arguments))
+    scores = torch.randn(additive.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = (scores + additive).softmax(dim=-1)
+    assert weights.isfinite().all() and not weights[additive != 0].any()
 
 
 @pytest.mark.parametrize("sliding", [False, True])
 def test_flex_attention_has_the_same_mask(sliding, visible_until, window):
-    where = window if sliding else {}
-    dense = visibility_mask(visible_until, "sdpa", **where)
-    block_mask = visibility_mask(visible_until, "flex_attention", **where)
+    window_arguments = window if sliding else {}
+    dense = visibility_mask(visible_until, "sdpa", **window_arguments)
+    block_mask = visibility_mask(visible_until, "flex_attention", **window_arguments)
     assert torch.equal(flex_attention.create_mask(block_mask.mask_mod, 4, 1, LENGTH, LENGTH, device="cpu"), dense)
     tiles = dense.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).any(dim=5).any(dim=3)
-    assert torch.equal(block_mask.to_dense().bool(), tiles), "a block is skipped exactly where nothing in it is visible"
-    assert not tiles.all(), "the test needs a block to skip"
+    assert torch.equal(block_mask.to_dense().bool(), tiles), "a block is skipped exactly if nothing in it is visible"
+    assert not tiles.all(), "the test needs a skipped block"
 
 
 def test_flex_attention_has_the_same_output(visible_until, monkeypatch):
-    """Its forward pass on CPU without compilation."""
+    """Run the forward pass of flex attention on CPU, without compilation."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     generator = torch.Generator().manual_seed(0)
     query = 3 * torch.randn(4, 4, LENGTH, 16, generator=generator)
@@ -106,7 +106,7 @@ def config_of(family, **changes):
     return AutoConfig.for_model(family, **changes)
 
 
-def test_gemma_takes_a_mask_for_each_kind_of_layer(batch, visible_until):
+def test_gemma_has_a_mask_for_each_layer_type(batch, visible_until):
     masks = attention_mask(
         visible_until, batch.positions, "eager", config_of("gemma2", sliding_window=WINDOW), torch.float32
     )
@@ -125,7 +125,7 @@ def test_gemma_takes_a_mask_for_each_kind_of_layer(batch, visible_until):
 @pytest.mark.parametrize(
     ("family", "on_cpu"), [("llama", "sdpa"), ("gemma2", "eager"), ("olmo2", "sdpa"), ("openelm", "sdpa")]
 )
-def test_auto_is_what_the_device_can_differentiate_and_the_family_can_use(family, on_cpu):
+def test_auto_selects_a_kernel_that_device_and_family_support(family, on_cpu):
     config = config_of(family)
     assert resolve_attention("auto", CPU, config) == on_cpu
     assert resolve_attention("auto", CUDA, config) == "flex_attention"
@@ -152,8 +152,10 @@ def test_heads_too_narrow_for_flex_attention_get_another_kernel(family, changes)
 
 def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
     mask = visibility_mask(visible_until, "flex_attention", positions=batch.positions, window=WINDOW)
-    read = [cell.cell_contents for cell in mask.mask_mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)]
-    assert len(read) == 2 and {tensor.dtype for tensor in read} == {torch.int32}
+    captured = [
+        cell.cell_contents for cell in mask.mask_mod.__closure__ if isinstance(cell.cell_contents, torch.Tensor)
+    ]
+    assert len(captured) == 2 and {tensor.dtype for tensor in captured} == {torch.int32}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,6 @@ def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
         ),
     ],
 )
-def test_a_kernel_that_cannot_work_is_refused(setting, device, config, message):
+def test_an_unsupported_kernel_is_refused(setting, device, config, message):
     with pytest.raises(UserError, match=message):
         resolve_attention(setting, device, config)

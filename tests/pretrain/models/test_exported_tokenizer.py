@@ -1,4 +1,4 @@
-"""The AutoTokenizer of an exported model gives the ids that the corpus was made of, on a million characters of odd text."""
+"""The AutoTokenizer of an export yields the same ids as the corpus, on a million characters of unusual text."""
 
 import random
 import unicodedata
@@ -119,16 +119,16 @@ CONTROLS = [
 ]
 
 
-def odd_texts(characters: int) -> list[str]:
-    """Texts of 0 to 20,000 characters, each of some kinds of oddity mixed."""
+def unusual_texts(characters: int) -> list[str]:
+    """Return texts of 0 to 20,000 characters, each a mixture of several kinds of unusual text."""
     rng = random.Random(7)
 
-    def of_block() -> str:
+    def block_characters() -> str:
         low, high = rng.choice(BLOCKS)
         return "".join(chr(rng.randrange(low, high)) for _ in range(rng.randint(1, 8)))
 
     kinds: list[Callable[[], str]] = [
-        of_block,
+        block_characters,
         lambda: rng.choice(WORDS),
         lambda: rng.choice(LITERALS),
         lambda: rng.choice(EMOJI) * rng.randint(1, 3),
@@ -153,28 +153,28 @@ def odd_texts(characters: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return odd_texts(CHARACTERS)
+    return unusual_texts(CHARACTERS)
 
 
-def sample() -> list[str]:
-    """What the tokenizers of this test are trained on: some of everything."""
+def training_texts() -> list[str]:
+    """Return the texts that the tokenizers of this test are trained on, with all kinds of text."""
     rng = random.Random(3)
     words = WORDS + [
         "".join(rng.choices(["ta", "ble", "row", "s", "in", "er", "a", "_", "но", "日", "本"], k=5))
         for _ in range(3000)
     ]
     plain = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(3000)]
-    return plain + [text[:300] for text in odd_texts(30_000)]
+    return plain + [text[:300] for text in unusual_texts(30_000)]
 
 
 def byte_level(folder: Path) -> Path:
-    """A tokenizer.json in the manner of GPT-2: bytes as letters, words cut by its expression, one special token."""
+    """Write a tokenizer.json like that of GPT-2: byte-level, split by its regular expression, one special token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.train_from_iterator(
-        sample(),
+        training_texts(),
         trainers.BpeTrainer(
             vocab_size=700,
             special_tokens=["<|endoftext|>"],
@@ -187,7 +187,11 @@ def byte_level(folder: Path) -> Path:
 
 
 def hugging_face_folder(folder: Path) -> Path:
-    """A folder as save_pretrained leaves it: unigram, normalised, a template that adds special tokens, pad equal to eos, added words."""
+    """Write a tokenizer folder with save_pretrained.
+
+    The tokenizer is a normalized unigram model with a template that adds special tokens, the same token for pad and
+    eos, and added words.
+    """
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
@@ -195,7 +199,7 @@ def hugging_face_folder(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(
-        sample(),
+        training_texts(),
         trainers.UnigramTrainer(
             vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
         ),
@@ -212,9 +216,13 @@ def hugging_face_folder(folder: Path) -> Path:
 
 
 def sentencepiece_model(folder: Path, **options) -> Path:
-    """By sentencepiece's defaults: a blank put before the text, runs of blanks one blank, and, unless told otherwise, normalised by nmt_nfkc."""
+    """Train a SentencePiece model with the defaults of the library and the given options.
+
+    By default, a blank is put in front of the text, runs of blanks become one blank, and the text is normalized with
+    nmt_nfkc.
+    """
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample()),
+        sentence_iterator=iter(training_texts()),
         model_prefix=str(folder / "given"),
         vocab_size=1000,
         character_coverage=0.98,
@@ -226,9 +234,9 @@ def sentencepiece_model(folder: Path, **options) -> Path:
     return folder / "given.model"
 
 
-MADE = {
-    "trained bpe": lambda given, folder: train(sample(), 1200, folder),
-    "trained unigram": lambda given, folder: train(sample(), 1200, folder, "unigram"),
+TOKENIZERS = {
+    "trained bpe": lambda given, folder: train(training_texts(), 1200, folder),
+    "trained unigram": lambda given, folder: train(training_texts(), 1200, folder, "unigram"),
     "byte-level tokenizer.json": lambda given, folder: import_tokenizer(byte_level(given), folder),
     "hugging face folder": lambda given, folder: import_tokenizer(hugging_face_folder(given), folder),
 } | {
@@ -240,10 +248,10 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("made", MADE)
-def test_ids_of_an_exported_model(made, texts, tmp_path):
+@pytest.mark.parametrize("variant", TOKENIZERS)
+def test_token_ids_of_an_exported_model(variant, texts, tmp_path):
     (tmp_path / "given").mkdir()
-    tokenizer = MADE[made](tmp_path / "given", tmp_path / "skeleton")
+    tokenizer = TOKENIZERS[variant](tmp_path / "given", tmp_path / "skeleton")
     shape = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -263,9 +271,13 @@ def test_ids_of_an_exported_model(made, texts, tmp_path):
     auto = AutoTokenizer.from_pretrained(tmp_path / "export")
     expected = tokenizer.encode_batch(texts)
     differing = [
-        text for text, mine, theirs in zip(texts, expected, auto(texts)["input_ids"], strict=True) if mine != theirs
+        text
+        for text, ids, exported_ids in zip(texts, expected, auto(texts)["input_ids"], strict=True)
+        if ids != exported_ids
     ]
-    assert not differing, f"{len(differing)} of {len(texts)} texts, the shortest {min(differing, key=len)[:200]!r}"
+    assert not differing, (
+        f"{len(differing)} of {len(texts)} texts differ, the shortest is {min(differing, key=len)[:200]!r}"
+    )
     specials = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
     assert not specials & {token for ids in expected for token in ids}
     assert (

@@ -1,4 +1,4 @@
-"""Packed rows of every family equal separate unpadded forwards of the plain model, and would not if the mask were wrong."""
+"""Packed rows of each family equal separate unpadded forward passes, and wrong masks break the equality."""
 
 import random
 import shutil
@@ -21,11 +21,11 @@ KERNELS = [
 TOLERANCE, MUTANT = 1e-5, 0.1
 ROW, K = 80, 2
 GEMMA_SCALE = 48**0.5
-"""Gemma multiplies embeddings by the square root of their width, 48 in the tiny shape."""
+"""Factor of the embeddings in Gemma: the square root of their width, 48 in the tiny shape."""
 
 
 class Packed(NamedTuple):
-    """Rows as in a Batch, and for each sequence that they hold: its tokens, and the (row, place) of each."""
+    """Rows as in a Batch, and their sequences: the tokens of each sequence, and the (row, column) of each token."""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -35,7 +35,10 @@ class Packed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def packed() -> Packed:
-    """Rows of records [context] -- [target] and [predictor tokens], and [target] alone, with views longer than the window of 6."""
+    """Return rows of records in the joint layout: [context] [target] [predictor tokens] [lone target].
+
+    Some views are longer than the window of 6 positions.
+    """
     rng = random.Random(0)
     ids, positions, until = (
         torch.zeros(2, ROW, dtype=torch.long),
@@ -66,13 +69,13 @@ def packed() -> Packed:
 
 
 def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
-    """The plain model on every sequence alone, under its own causal mask: (2, ROW, D), padding left at zero."""
+    """Return the states of the plain model on each sequence alone, causally masked: (2, ROW, D), 0 in padding."""
     scale = GEMMA_SCALE if model.causal_lm.config.model_type == "gemma2" else 1.0
-    predictors, words = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
+    predictors, word_embeddings = scale * model.predictor.weight, model.causal_lm.get_input_embeddings()
     states = torch.zeros(2, ROW, model.hidden_size)
     for tokens, places in packed.sequences:
         embedded = torch.stack(
-            [predictors[token - 512] if token >= 512 else words(torch.tensor(token)) for token in tokens]
+            [predictors[token - 512] if token >= 512 else word_embeddings(torch.tensor(token)) for token in tokens]
         )
         hidden = model.causal_lm.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
         for state, (row, place) in zip(hidden, places, strict=True):
@@ -80,17 +83,17 @@ def separate_states(model: LanguageModel, packed: Packed) -> torch.Tensor:
     return states
 
 
-def states_under(model: LanguageModel, packed: Packed, mask) -> torch.Tensor:
+def states_with_mask(model: LanguageModel, packed: Packed, mask) -> torch.Tensor:
     return model.causal_lm.model(
         inputs_embeds=model.embed(packed.token_ids), attention_mask=mask, position_ids=packed.positions, use_cache=False
     ).last_hidden_state
 
 
 def error(states: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference of a hidden state, padding aside; states are about one."""
-    told = expected.any(dim=-1)
-    assert 0.5 < expected[told].std() < 2 and not told.all()
-    return (states - expected)[told].abs().max().item()
+    """Return the largest difference of a hidden state outside padding. States are about one in size."""
+    not_padding = expected.any(dim=-1)
+    assert 0.5 < expected[not_padding].std() < 2 and not not_padding.all()
+    return (states - expected)[not_padding].abs().max().item()
 
 
 def with_kernel(model: LanguageModel, kernel: str) -> LanguageModel:
@@ -105,7 +108,7 @@ def test_packed_rows_equal_separate_unpadded_forwards(family, kernel, packed, ma
     model = with_kernel(make_model(K, family=family), kernel)
     states = model(packed).view(2, ROW, -1)
     assert error(states, separate_states(model, packed)) < TOLERANCE
-    assert states.isfinite().all(), "padding sees itself"
+    assert states.isfinite().all(), "padding must see itself"
 
 
 def masks(model, packed, positions=None):
@@ -142,7 +145,7 @@ def boolean_masks(model, packed):
 
 
 def one_mask(model, packed):
-    """Not a dictionary: transformers takes it for both kinds."""
+    """Return one mask instead of a dictionary. transformers uses it for both layer types."""
     return visibility_mask(packed.visible_until, "eager")
 
 
@@ -153,8 +156,8 @@ def one_mask(model, packed):
 def test_a_wrong_mask_for_gemma_breaks_the_equality(mutant, packed, make_model):
     model = make_model(K, family="gemma2")
     expected = separate_states(model, packed)
-    assert error(states_under(model, packed, masks(model, packed)), expected) < TOLERANCE
-    assert error(states_under(model, packed, mutant(model, packed)), expected) > MUTANT
+    assert error(states_with_mask(model, packed, masks(model, packed)), expected) < TOLERANCE
+    assert error(states_with_mask(model, packed, mutant(model, packed)), expected) > MUTANT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,13 +166,13 @@ def test_a_boolean_mask_for_an_eager_kernel_breaks_the_equality(family, packed, 
     model = with_kernel(make_model(K, family=family), "eager")
     right = masks(model, packed)
     wrong = {kind: mask == 0 for kind, mask in right.items()} if isinstance(right, dict) else right == 0
-    assert error(states_under(model, packed, wrong), separate_states(model, packed)) > MUTANT
+    assert error(states_with_mask(model, packed, wrong), separate_states(model, packed)) > MUTANT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_flex_attention_gives_the_same_states(family, packed, make_model, monkeypatch):
-    """Its forward pass on CPU without compilation; for Gemma with both masks and the cap of the scores."""
+def test_flex_attention_has_the_same_states(family, packed, make_model, monkeypatch):
+    """Run the forward pass on CPU without compilation, for Gemma with both masks and capped scores."""
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model = make_model(K, family=family)
     expected = separate_states(model, packed)
@@ -186,7 +189,7 @@ def test_flex_attention_gives_the_same_states(family, packed, make_model, monkey
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_logits_are_those_of_the_plain_model(family, packed, make_model):
+def test_logits_equal_those_of_the_plain_model(family, packed, make_model):
     model = make_model(K, family=family)
     logits = model.logits(model(packed)).view(2, ROW, -1)
     tokens, places = packed.sequences[0]
@@ -201,8 +204,8 @@ def test_logits_are_those_of_the_plain_model(family, packed, make_model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_predictor_tokens_come_in_on_the_scale_of_words(family, make_model):
-    model = make_model(12, spread=0.02, family=family)
+def test_predictor_embeddings_have_the_scale_of_word_embeddings(family, make_model):
+    model = make_model(12, std=0.02, family=family)
     embedded = model.embed(torch.tensor([[*range(5, 500), *range(512, 524)]]))[0]
     assert embedded[495:].std() == pytest.approx(embedded[:495].std().item(), rel=0.1)
     if family == "gemma2":
@@ -222,6 +225,6 @@ def test_an_export_loads_in_transformers_with_the_same_logits(
     tokens = torch.tensor([packed.sequences[0][0]])
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(loaded(tokens).logits, model.causal_lm(tokens).logits, rtol=1e-5, atol=1e-5)
-    whole, _ = load_language_model(folder, "auto", torch.device("cpu"))
-    assert torch.equal(whole(packed), model(packed))
+    reloaded, _ = load_language_model(folder, "auto", torch.device("cpu"))
+    assert torch.equal(reloaded(packed), model(packed))
     assert AutoTokenizer.from_pretrained(folder)("some text")["input_ids"] == tokenizer.encode_batch(["some text"])[0]

@@ -1,4 +1,4 @@
-"""The cross-entropy in chunks is that of all logits at once, and keeps no more of them than it says."""
+"""The cross-entropy in chunks equals that of all logits at once, and holds no more logits than its limit."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def full_cross_entropy(
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("labels_at_once", [1, 7, 36, 37, 1000])
-def test_chunks_give_the_value_and_the_gradients_of_all_logits_at_once(labels_at_once, softcap, bias):
+def test_chunks_have_the_value_and_gradients_of_all_logits_at_once(labels_at_once, softcap, bias):
     layer, labels = linear(bias), torch.randint(VOCABULARY, (LABELS,))
     hidden = torch.randn(LABELS, WIDTH, requires_grad=True)
     leaves = [hidden, *layer.parameters()]
@@ -38,8 +38,8 @@ def test_chunks_give_the_value_and_the_gradients_of_all_logits_at_once(labels_at
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_no_tensor_holds_more_logits_than_stated():
-    """Neither in the forward nor in the backward pass: every tensor that an operation makes is looked at."""
+def test_no_tensor_exceeds_the_limit_of_logits():
+    """Check every tensor that an operation of the forward or backward pass creates."""
     layer, labels, hidden = (
         linear(),
         torch.randint(VOCABULARY, (LABELS,)),
@@ -47,7 +47,7 @@ def test_no_tensor_holds_more_logits_than_stated():
     )
     sizes: list[int] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             out = function(*arguments, **(keywords or {}))
             sizes.extend(
@@ -59,41 +59,41 @@ def test_no_tensor_holds_more_logits_than_stated():
 
     def largest(max_logits: int) -> int:
         sizes.clear()
-        with Watch():
+        with RecordSizes():
             Head(layer, None, max_logits)(hidden, labels).backward()
         return max(sizes)
 
-    weight = WIDTH * VOCABULARY  # of the gradient
-    assert largest(10**6) == LABELS * VOCABULARY > weight
-    assert largest(5 * VOCABULARY) == weight > 5 * VOCABULARY
+    weight_gradient = WIDTH * VOCABULARY
+    assert largest(10**6) == LABELS * VOCABULARY > weight_gradient
+    assert largest(5 * VOCABULARY) == weight_gradient > 5 * VOCABULARY
 
 
-def test_the_forward_pass_keeps_gradients_and_no_logits():
+def test_the_forward_pass_saves_gradients_and_no_logits():
     layer, labels, hidden = (
         linear(),
         torch.randint(VOCABULARY, (LABELS,)),
         torch.randn(LABELS, WIDTH, requires_grad=True),
     )
 
-    def kept(max_logits: int) -> int:
+    def saved_values(max_logits: int) -> int:
         tensors: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             tensors[tensor.data_ptr()] = tensor.numel()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             Head(layer, None, max_logits)(hidden, labels)
         return sum(tensors.values())
 
-    assert kept(10**6) == kept(5 * VOCABULARY) == LABELS * WIDTH + VOCABULARY * WIDTH
+    assert saved_values(10**6) == saved_values(5 * VOCABULARY) == LABELS * WIDTH + VOCABULARY * WIDTH
     with torch.no_grad():
-        assert kept(10**6) == 0
+        assert saved_values(10**6) == 0
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_in_bf16_the_sums_over_chunks_are_as_exact_as_one_chunk(softcap):
-    """Of the loss and of the weight's gradient, which bf16 sums would make worse with every chunk."""
+    """Sums in bf16 would make the loss and the weight gradient less exact with every chunk."""
     torch.manual_seed(0)
     layer, labels = nn.Linear(32, 200, bias=False, dtype=torch.bfloat16), torch.randint(200, (2048,))
     hidden = torch.randn(2048, 32).bfloat16().requires_grad_()
@@ -107,20 +107,20 @@ def test_in_bf16_the_sums_over_chunks_are_as_exact_as_one_chunk(softcap):
     )[0]
 
     def errors(labels_at_once: int) -> tuple[float, float, float]:
-        """Of the loss, the weight's gradient, and the common factor by which the gradient of `hidden` is off."""
+        """Return the errors of the loss, of the weight gradient, and of the scale of the gradient of `hidden`."""
         layer.weight.grad = hidden.grad = None
         loss = Head(layer, softcap, labels_at_once * 200)(hidden, labels)
-        (loss / 1234).backward()  # a number whose inverse bf16 rounds by 0.2%
-        off = (1234 * layer.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
+        (loss / 1234).backward()  # bf16 rounds 1 / 1234 by 0.2%
+        weight_error = (1234 * layer.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
         factor = 1234 * (hidden.grad.double() * exact_hidden).sum() / exact_hidden.square().sum()
-        return abs(loss.item() / expected.item() - 1), off.item(), abs(factor.item() - 1)
+        return abs(loss.item() / expected.item() - 1), weight_error.item(), abs(factor.item() - 1)
 
     in_one, in_many = errors(2048), errors(16)
-    assert in_many[0] < 1e-4 and in_many[1] < 3e-3, "torch's linear_cross_entropy: 3e-2 and 9e-3"
+    assert in_many[0] < 1e-4 and in_many[1] < 3e-3, "the errors of linear_cross_entropy in torch are 3e-2 and 9e-3"
     assert in_many[1] < 1.1 * in_one[1] and max(in_one[2], in_many[2]) < 1e-3
 
 
-def test_the_gradient_of_a_bias_is_added_up_in_fp32():
+def test_the_bias_gradient_is_summed_in_fp32():
     torch.manual_seed(0)
     layer, labels = nn.Linear(8, 4, dtype=torch.bfloat16), torch.randint(4, (4096,))
     hidden = torch.randn(4096, 8).bfloat16()
@@ -138,7 +138,7 @@ def test_large_logits_do_not_overflow():
     torch.testing.assert_close(Head(layer, None)(hidden, labels), expected)
 
 
-def test_a_vocabulary_larger_than_the_limit_is_taken_label_by_label():
+def test_a_vocabulary_above_the_limit_is_processed_label_by_label():
     layer, labels, hidden = linear(), torch.randint(VOCABULARY, (LABELS,)), torch.randn(LABELS, WIDTH)
     torch.testing.assert_close(
         Head(layer, None, max_logits=VOCABULARY - 1)(hidden, labels), full_cross_entropy(layer, hidden, labels, None)
@@ -153,18 +153,18 @@ def test_without_gradients_only_logits_are_computed():
     )
     products = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordProducts(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             products.extend([function] if "mm" in str(function) else [])
             return function(*arguments, **(keywords or {}))
 
-    with torch.no_grad(), Watch():
+    with torch.no_grad(), RecordProducts():
         Head(layer, None)(hidden, labels)
     assert len(products) == 1
 
 
 def test_a_gradient_can_be_taken_twice():
-    """As monitor.gradients_every takes it of each term."""
+    """monitor.gradients_every computes the gradient of each term in this way."""
     layer, labels, hidden = (
         linear(),
         torch.randint(VOCABULARY, (LABELS,)),
@@ -193,7 +193,7 @@ def test_without_a_label_the_loss_is_0_and_the_weight_has_a_gradient():
     assert layer.weight.grad is not None and not layer.weight.grad.any()
 
 
-def test_as_a_layer_it_is_the_linear_one():
+def test_without_labels_the_head_is_the_linear_layer():
     layer = linear()
     hidden = torch.randn(2, 3, WIDTH)
     assert torch.equal(Head(layer, 3.0)(hidden), layer(hidden))

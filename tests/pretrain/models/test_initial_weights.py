@@ -1,4 +1,4 @@
-"""Every family starts from its own initialisation, which ZeRO-3 neither loses nor makes depend on the number of ranks."""
+"""Each family has its own initialization, which ZeRO-3 keeps the same on any number of ranks."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.commands import ROOT, ranks_command, run_command, tiny_config, write_
 WORKER = ROOT / "tests/pretrain/models/initial_weights.py"
 FAMILIES = ("llama", "gemma2", "olmo2", "openelm")
 LARGE = 500
-"""Numbers from which a spread is measured to 3%."""
+"""Number of values from which a standard deviation is measured to 3%."""
 
 
 def shape(family):
@@ -20,7 +20,7 @@ def shape(family):
 
 @pytest.fixture(scope="module")
 def folder(prepared, tmp_path_factory):
-    """Each family on one rank and on two, and one in bf16."""
+    """Return the folder with initial weights: each family on one rank and on two, and one family in bf16."""
     folder = tmp_path_factory.mktemp("initial-weights")
     for ranks, more in ((1, [("gemma2", "bf16")]), (2, [])):
         configs = [
@@ -45,12 +45,12 @@ def folder(prepared, tmp_path_factory):
     return folder
 
 
-def initial(folder, name, rank=0):
+def load_initial(folder, name, rank=0):
     return load_file(folder / "runs" / name / f"initial-{rank}.safetensors")
 
 
-def plain(tokenizer, family):
-    """What transformers makes of the family without DeepSpeed: parameters and buffers."""
+def create_plain(tokenizer, family):
+    """Return the configuration, parameters and buffers that transformers creates for the family without DeepSpeed."""
     torch.manual_seed(9)
     config = build_model_config(family, shape(family), tokenizer, 128)
     model = random_causal_lm(config, "eager", torch.float32)
@@ -58,27 +58,25 @@ def plain(tokenizer, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_weights_are_the_same_on_every_rank_of_any_number(folder, family):
-    one = initial(folder, f"{family}-fp32-r1")
+def test_initial_weights_are_the_same_on_any_number_of_ranks(folder, family):
+    one = load_initial(folder, f"{family}-fp32-r1")
     for rank in (0, 1):
-        other = initial(folder, f"{family}-fp32-r2", rank)
+        other = load_initial(folder, f"{family}-fp32-r2", rank)
         assert other.keys() == one.keys()
         for key, value in one.items():
             assert torch.equal(value, other[key]), key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_weight_has_the_spread_of_the_familys_own_initialisation(folder, tokenizer, family):
-    state = initial(folder, f"{family}-fp32-r1")
-    config, parameters, buffers = plain(tokenizer, family)
+def test_each_weight_has_the_standard_deviation_of_its_family(folder, tokenizer, family):
+    state = load_initial(folder, f"{family}-fp32-r1")
+    config, parameters, buffers = create_plain(tokenizer, family)
     assert state.keys() == {f"causal_lm.{name}" for name in (*parameters, *buffers)} | {"predictor.weight"}
     for name, expected in parameters.items():
         started = state[f"causal_lm.{name}"]
         assert started.shape == expected.shape
         if expected.unique().numel() == 1:
-            assert torch.equal(started, expected), (
-                f"{name}: a norm starts at one, Gemma's, to which one is added, at zero"
-            )
+            assert torch.equal(started, expected), f"{name}: norms start at one, or at zero in Gemma, which adds one"
         else:
             assert expected.numel() >= LARGE
             assert (
@@ -88,16 +86,16 @@ def test_each_weight_has_the_spread_of_the_familys_own_initialisation(folder, to
             assert not torch.equal(started, expected)
     for name, expected in buffers.items():
         assert torch.equal(state[f"causal_lm.{name}"], expected), name
-    words = parameters["model.embed_tokens.weight"]
+    word_embeddings = parameters["model.embed_tokens.weight"]
     assert state["predictor.weight"].numel() >= LARGE
-    assert state["predictor.weight"].std() == pytest.approx(words.std().item(), rel=0.15)
-    assert words.std() == pytest.approx(config.hidden_size**-0.5 if family == "openelm" else 0.02, rel=0.05)
+    assert state["predictor.weight"].std() == pytest.approx(word_embeddings.std().item(), rel=0.15)
+    assert word_embeddings.std() == pytest.approx(config.hidden_size**-0.5 if family == "openelm" else 0.02, rel=0.05)
 
 
 def test_rotary_frequencies_are_not_rounded_in_bf16(folder, tokenizer):
-    """Rounded ones would turn distant positions by whole radians, and the export would not know of it."""
-    state = initial(folder, "gemma2-bf16-r1")
+    """Rounded frequencies would turn distant positions by whole radians, and an export would not have the rounding."""
+    state = load_initial(folder, "gemma2-bf16-r1")
     assert {value.dtype for name, value in state.items() if name.endswith("weight")} == {torch.bfloat16}
-    _, _, buffers = plain(tokenizer, "gemma2")
+    _, _, buffers = create_plain(tokenizer, "gemma2")
     for name in ("model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"):
         assert torch.equal(state[f"causal_lm.{name}"], buffers[name]), name

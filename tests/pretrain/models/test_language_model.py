@@ -1,4 +1,4 @@
-"""The model around a Hugging Face one: its vocabulary, its shape, and predictor tokens outside both."""
+"""The wrapper of a Hugging Face model: vocabulary, shape, and predictor tokens outside both."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_the_vocabulary_is_rounded_up(pieces, padded, tmp_path):
     assert specials.predictor == padded
 
 
-def test_an_unknown_shape_key_is_named(tokenizer):
+def test_an_unknown_shape_key_is_reported(tokenizer):
     with pytest.raises(UserError, match=r"model\.shape: llama has no option 'hidden_sizes'"):
         build_model_config("llama", SHAPE | {"hidden_sizes": 3}, tokenizer, 64)
 
@@ -64,19 +64,19 @@ def test_too_few_positions_for_the_rows_are_refused(tokenizer):
     assert build_model_config("llama", SHAPE, tokenizer, 64).max_position_embeddings == 64
 
 
-def test_a_folder_that_holds_no_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_reported(tmp_path):
     with pytest.raises(UserError, match=f"cannot load {tmp_path}"):
         pretrained_causal_lm(str(tmp_path), "sdpa", torch.float32)
 
 
-def test_a_start_from_an_unknown_family_is_refused(tmp_path):
-    """Its layers might need other masks."""
+def test_init_from_an_unknown_family_is_refused(tmp_path):
+    """The layers of another family might need other masks."""
     AutoConfig.for_model("mistral").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"a model of the family 'mistral'; known ones: llama, gemma2, olmo2, openelm"):
         pretrained_config(tmp_path)
 
 
-def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_model(batch, make_model, tokenizer):
+def test_predictor_tokens_have_no_logits_and_no_gradient_of_the_language_model_term(batch, make_model, tokenizer):
     model = make_model(3)
     hidden = model(batch)
     logits = model.logits(hidden[batch.label_index])
@@ -88,23 +88,22 @@ def test_predictor_tokens_have_no_logit_and_take_no_gradient_from_the_language_m
     assert not any(name.endswith("predictor.weight") for name, _ in model.causal_lm.named_parameters())
 
 
-def test_predictor_tokens_have_their_own_embeddings_and_no_word_lends_them_its(batch, make_model):
+def test_predictor_tokens_have_their_own_embeddings(batch, make_model):
     model = make_model(3)
     with torch.no_grad():
         before = model(batch)
-        model.causal_lm.get_input_embeddings().weight[-1] += (
-            10.0  # the row to which ids beyond the vocabulary are clamped
-        )
+        # Ids beyond the vocabulary are clamped to the last row of the word embeddings.
+        model.causal_lm.get_input_embeddings().weight[-1] += 10.0
         assert not (batch.token_ids == model.vocab_size - 1).any()
         assert torch.equal(model(batch), before)
         model.predictor.weight[2] += 1.0
         changed = (model(batch) != before).any(dim=1)
     last_of_three = (batch.token_ids == model.vocab_size + 2).flatten()
-    assert torch.equal(changed, last_of_three), "the last predictor token is seen by itself alone"
+    assert torch.equal(changed, last_of_three), "only the last predictor token sees itself"
 
 
 def test_every_parameter_has_a_gradient_even_without_predictor_tokens_in_the_rows(batch, corpus, specials, make_model):
-    """ZeRO-3 waits for every module in every pass."""
+    """ZeRO-3 waits for every module in each pass."""
     layout = make_layout("joint", specials)
     rows = plan(corpus, np.arange(5), layout, 128, np.zeros(5, bool))
     plain = assemble(rows, corpus, layout, specials, 128, 0)
@@ -115,7 +114,7 @@ def test_every_parameter_has_a_gradient_even_without_predictor_tokens_in_the_row
 
 
 def test_padding_changes_nothing(corpus, specials, make_model):
-    """The same records in a longer row."""
+    """Put the same records into a longer row."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
     model, hidden = make_model(1), []
     for length in (128, 200):
@@ -131,11 +130,11 @@ def test_padding_changes_nothing(corpus, specials, make_model):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_predictor_tokens_are_scaled_as_the_familys_words_are(make_model, family, tokens):
-    """Also a single one, which is no lookup."""
+def test_predictor_embeddings_are_scaled_like_the_word_embeddings_of_the_family(make_model, family, tokens):
+    """A single predictor token is included, because its embedding is not looked up in a table."""
     model = make_model(tokens, family=family)
-    words = model.causal_lm.get_input_embeddings()
-    scale = words(torch.tensor([7]))[0] / words.weight[7]
+    word_embeddings = model.causal_lm.get_input_embeddings()
+    scale = word_embeddings(torch.tensor([7]))[0] / word_embeddings.weight[7]
     ids = torch.tensor([[model.vocab_size + token for token in range(tokens)]])
     embedded = model.embed(ids)
     torch.testing.assert_close(embedded[0], model.predictor.weight * scale)

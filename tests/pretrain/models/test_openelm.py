@@ -27,21 +27,22 @@ TINY = {
 }
 
 
-def runs(*counted):
-    """(3, 5), (4, 7) -> three fives and four sevens."""
+def run_lengths(*counted):
+    """Return a list decoded from run lengths: (3, 5), (4, 7) -> three fives and four sevens."""
     return [value for count, value in counted for _ in range(count)]
 
 
-PUBLISHED = {  # width, layers and head width; query heads, widths of the feed-forward networks; parameters with 32,000 tokens
+# Each entry: (width, layers, head width), query heads, feed-forward widths, parameters with a vocabulary of 32,000.
+PUBLISHED = {
     "270M": (
         (1280, 16, 64),
-        runs((5, 12), (7, 16), (4, 20)),
+        run_lengths((5, 12), (7, 16), (4, 20)),
         [768, 1024, 1280, 1536, 1792, 2048, 2560, 2816, 3072, 3328, 3584, 3840, 4352, 4608, 4864, 5120],
         271_527_168,
     ),
     "450M": (
         (1536, 20, 64),
-        runs((3, 12), (7, 16), (6, 20), (4, 24)),
+        run_lengths((3, 12), (7, 16), (6, 20), (4, 24)),
         [
             768,
             1024,
@@ -68,7 +69,7 @@ PUBLISHED = {  # width, layers and head width; query heads, widths of the feed-f
     ),
     "1.1B": (
         (2048, 28, 64),
-        runs((3, 16), (7, 20), (8, 24), (6, 28), (4, 32)),
+        run_lengths((3, 16), (7, 20), (8, 24), (6, 28), (4, 32)),
         [
             1024,
             1280,
@@ -103,7 +104,7 @@ PUBLISHED = {  # width, layers and head width; query heads, widths of the feed-f
     ),
     "3B": (
         (3072, 36, 128),
-        runs((4, 12), (14, 16), (12, 20), (6, 24)),
+        run_lengths((4, 12), (14, 16), (12, 20), (6, 24)),
         [
             1536,
             1792,
@@ -150,11 +151,11 @@ PUBLISHED = {  # width, layers and head width; query heads, widths of the feed-f
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return large(OpenELMForCausalLM(OpenELMConfig(**TINY)).eval())
+    return amplify(OpenELMForCausalLM(OpenELMConfig(**TINY)).eval())
 
 
-def large(model, factor=3.0):
-    """Weights at which a mistake anywhere shows in the logits; norms that are not one."""
+def amplify(model, factor=3.0):
+    """Enlarge the weights and shift the norms, to make any mistake visible in the logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(factor) if parameter.dim() > 1 else parameter.add_(torch.rand_like(parameter))
@@ -169,7 +170,7 @@ def test_layers_scale_as_published(name):
     assert config.key_value_heads == [heads // 4 for heads in query_heads]
     with torch.device("meta"):
         model = OpenELMForCausalLM(config)
-    counted = 32000 * width + width  # the embedding, which is the output head too, and the last norm
+    counted = 32000 * width + width  # the embedding, which is also the output head, and the last norm
     for layer, heads, ffn in zip(model.model.layers, query_heads, ffn_widths, strict=True):
         query, shared = heads * head, heads // 4 * head
         shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
@@ -195,7 +196,7 @@ def norm(x, weight):
 
 
 def rotate(x, position):
-    """RoPE: number i of the first half and number i of the second are turned by position / 10000^(2 i / width)."""
+    """Return x after RoPE: elements i of both halves are rotated by position / 10000^(2 i / width) radians."""
     half, turned = len(x) // 2, np.zeros_like(x)
     for i in range(half):
         angle = position / 10000 ** (2 * i / len(x))
@@ -205,20 +206,24 @@ def rotate(x, position):
 
 
 def attention(weights, prefix, inputs, head_dim):
-    heads, shared = (len(weights[f"{prefix}.{name}_proj.weight"]) // head_dim for name in ("q", "k"))
+    heads, key_value_heads = (len(weights[f"{prefix}.{name}_proj.weight"]) // head_dim for name in ("q", "k"))
     keys, values, outputs = [], [], []
-    for place, x in enumerate(inputs):
+    for position, x in enumerate(inputs):
         query, key, value = (
             (weights[f"{prefix}.{name}_proj.weight"] @ x).reshape(-1, head_dim) for name in ("q", "k", "v")
         )
-        keys.append([rotate(norm(key[head], weights[f"{prefix}.k_norm.weight"]), place) for head in range(shared)])
+        keys.append(
+            [rotate(norm(key[head], weights[f"{prefix}.k_norm.weight"]), position) for head in range(key_value_heads)]
+        )
         values.append(value)
         joined = []
         for head in range(heads):
-            mine = rotate(norm(query[head], weights[f"{prefix}.q_norm.weight"]), place)
-            group = head // (heads // shared)
-            scores = [math.exp(mine @ keys[seen][group] / math.sqrt(head_dim)) for seen in range(place + 1)]
-            joined.append(sum(score * values[seen][group] for seen, score in enumerate(scores)) / sum(scores))
+            rotated_query = rotate(norm(query[head], weights[f"{prefix}.q_norm.weight"]), position)
+            group = head // (heads // key_value_heads)
+            scores = [
+                math.exp(rotated_query @ keys[earlier][group] / math.sqrt(head_dim)) for earlier in range(position + 1)
+            ]
+            joined.append(sum(score * values[earlier][group] for earlier, score in enumerate(scores)) / sum(scores))
         outputs.append(weights[f"{prefix}.o_proj.weight"] @ np.concatenate(joined))
     return outputs
 
@@ -231,7 +236,7 @@ def feed_forward(weights, prefix, x):
 
 
 def logits_in_loops(model, tokens):
-    """Section 2.1 of the paper, read literally, in double precision: (L, V)."""
+    """Return the logits by section 2.1 of the paper, in double precision: (L, V)."""
     weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
     states = [weights["model.embed_tokens.weight"][token] for token in tokens]
     for layer in range(model.config.num_hidden_layers):
@@ -255,13 +260,12 @@ def test_logits_equal_a_forward_pass_in_loops(model, kernel):
     tokens = torch.randint(3, 61, (17,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model.double()(tokens[None]).logits[0]
-    np.testing.assert_allclose(
-        logits, logits_in_loops(model, tokens.tolist()), rtol=1e-5, atol=1e-4
-    )  # norms and angles are of fp32
+    # The tolerance is that of fp32, because the model computes norms and angles in fp32.
+    np.testing.assert_allclose(logits, logits_in_loops(model, tokens.tolist()), rtol=1e-5, atol=1e-4)
     assert len({layer.attention.q_proj.out_features for layer in model.model.layers}) > 1
 
 
-def test_cached_generation_equals_uncached_and_padding_on_the_left_changes_nothing(model):
+def test_generation_is_the_same_with_a_cache_and_with_left_padding(model):
     prompts = [[5, 9, 30, 12, 44], [7, 8]]
     ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
     mask = torch.tensor([[1] * 5, [0, 0, 0, 1, 1]])
@@ -270,7 +274,7 @@ def test_cached_generation_equals_uncached_and_padding_on_the_left_changes_nothi
     assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **settings))
     for row, prompt in enumerate(prompts):
         alone = list(prompt)
-        for _ in range(12):  # by whole forward passes, without generate
+        for _ in range(12):  # with full forward passes, without generate
             with torch.no_grad():
                 logits = model(torch.tensor([alone])).logits[0, -1]
             logits[2] = -torch.inf
@@ -279,13 +283,13 @@ def test_cached_generation_equals_uncached_and_padding_on_the_left_changes_nothi
     assert len(set(cached[0, 5:].tolist())) > 3
 
 
-def test_a_step_of_the_cache_gives_the_same_logits(model):
+def test_cached_steps_have_the_same_logits(model):
     ids = torch.randint(3, 61, (2, 9))
     with torch.no_grad():
-        whole = model(ids).logits
+        full = model(ids).logits
         before = model(ids[:, :6], use_cache=True)
         after = model(ids[:, 6:], past_key_values=before.past_key_values)
-    torch.testing.assert_close(torch.cat([before.logits, after.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([before.logits, after.logits], dim=1), full, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_gradient(model):
@@ -300,23 +304,23 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_initialisation_is_that_of_corenet():
+def test_initialization_equals_that_of_corenet():
     width, layers = 256, 3
     model = OpenELMForCausalLM(OpenELMConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=512))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == 1).all(), name
         else:
-            added = name.endswith(("o_proj.weight", "down_proj.weight"))
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert parameter.std().item() == pytest.approx(
-                width**-0.5 * ((2 * layers) ** -0.5 if added else 1), rel=0.02
+                width**-0.5 * ((2 * layers) ** -0.5 if residual else 1), rel=0.02
             ), name
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_saved_model_loads_where_only_this_module_was_imported(model, tmp_path):
+def test_a_saved_model_loads_if_only_this_module_is_imported(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors"), "tied"
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors"), "the output head is tied"
     program = (
         "import sys, torch, pretrain.models.openelm; from transformers import AutoModelForCausalLM; "
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "

@@ -1,4 +1,4 @@
-"""The published shapes, and what a shape may not be."""
+"""Published model shapes, and invalid shapes."""
 
 import json
 from typing import get_args
@@ -25,7 +25,7 @@ PUBLISHED = {
     "openelm_270m": (32000, 271_527_168),
     "openelm_1b": (32000, 1_079_891_456),
 }
-"""Vocabulary and parameters of the models that their makers published."""
+"""Vocabulary size and number of parameters of the published models."""
 THETA = {"llama": 500_000.0, "gemma2": 10_000.0, "olmo2": 500_000.0, "openelm": 10_000.0}
 
 
@@ -100,7 +100,7 @@ def test_every_family_has_a_tiny_shape():
         ("openelm", {"vocab_size": 7}, "vocab_size comes from the tokenizer"),
     ],
 )
-def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
+def test_an_invalid_shape_is_refused(family, changes, message, tokenizer):
     with pytest.raises(UserError, match=message):
         build_model_config(family, read(f"{family}_tiny") | changes, tokenizer, 64)
 
@@ -145,9 +145,7 @@ def test_a_shape_that_cannot_be_is_told(family, changes, message, tokenizer):
         ("openelm", {"qkv_multipliers": [0.5]}, "cannot load "),
     ],
 )
-def test_a_folder_to_start_from_is_refused_for_what_a_shape_is_refused_for(
-    family, changes, message, tokenizer, tmp_path
-):
+def test_init_from_is_refused_for_the_same_reasons_as_a_shape(family, changes, message, tokenizer, tmp_path):
     build_model_config(family, read(f"{family}_tiny"), tokenizer, 64).save_pretrained(tmp_path)
     pretrained_config(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | changes

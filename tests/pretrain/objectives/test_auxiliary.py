@@ -1,4 +1,4 @@
-"""Objectives by name, the schedule of their weight, regularizers against slow references, and Semantic Tube Prediction."""
+"""Objectives by name, their weight schedule, regularizers against slow references, and Semantic Tube Prediction."""
 
 import math
 
@@ -81,13 +81,13 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
     config = load_config(DEMO, [f"objective={{{settings}}}"]).objective
     for views in (1, 2, 3):
         for lm_views, train_end_token in (("all", True), ("last", False)):
-            same = {"views": views, "spans": spans, "lm_views": lm_views, "train_end_token": train_end_token}
+            options = {"views": views, "spans": spans, "lm_views": lm_views, "train_end_token": train_end_token}
             assert config.make_layout(specials, views, lm_views, train_end_token) == make_layout(
-                kind, specials, pairing=pairing, **same
+                kind, specials, pairing=pairing, **options
             )
             read_out = pairing or (Pairing() if views > 1 else None)
             validating = config.make_layout(specials, views, lm_views, train_end_token, validating=True)
-            assert validating == make_layout(kind, specials, pairing=read_out, **same)
+            assert validating == make_layout(kind, specials, pairing=read_out, **options)
     assert config.make_layout(specials, 2, "all") == make_layout(kind, specials, pairing=pairing, spans=spans)
 
 
@@ -132,23 +132,23 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
         ),
     ],
 )
-def test_what_cannot_act_is_an_error(overrides, expected):
+def test_an_invalid_or_ineffective_setting_is_an_error(overrides, expected):
     with pytest.raises(UserError) as raised:
         load_config(DEMO, overrides)
     assert str(raised.value).startswith(expected)
 
 
-def test_with_next_token_the_keys_of_the_others_rest_and_misspelt_ones_do_not():
+def test_next_token_ignores_keys_of_other_objectives_but_not_misspelt_ones():
     config = load_config(DEMO, ["objective.name=next_token", "objective.form=views"])
     assert sorted(config.ignored_keys) == ["distance", "form", "predictor_tokens", "weight"]
     with pytest.raises(UserError, match=r"unknown key 'objective\.wieght'"):
         load_config(DEMO, ["objective.name=next_token", "objective.wieght=3"])
 
 
-def test_the_weight_follows_its_broken_line():
+def test_the_weight_follows_its_piecewise_linear_schedule():
     config = load_config(DEMO, ["objective.weight_schedule=[[0.1, 0], [0.2, 1], [0.6, 1], [0.8, 0.25]]"]).objective
-    places = {0.0: 0, 0.1: 0, 0.15: 0.5, 0.2: 1, 0.4: 1, 0.7: 0.625, 0.8: 0.25, 1.0: 0.25}
-    assert {fraction: pytest.approx(config.factor(fraction)) for fraction in places} == places
+    factors = {0.0: 0, 0.1: 0, 0.15: 0.5, 0.2: 1, 0.4: 1, 0.7: 0.625, 0.8: 0.25, 1.0: 0.25}
+    assert {fraction: pytest.approx(config.factor(fraction)) for fraction in factors} == factors
     assert (
         load_config(DEMO).objective.factor(0.3)
         == load_config(DEMO, ["objective.name=next_token"]).objective.factor(0.3)
@@ -180,7 +180,7 @@ def test_sigreg_is_the_trapezoidal_rule_at_seventeen_points(count):
 
 
 def test_sigreg_equals_the_epps_pulley_integral_along_its_directions():
-    """By numerical integration on a fine grid; the directions are drawn from the seed alone."""
+    """Integrate numerically on a fine grid. The directions depend on the seed alone."""
     embeddings, valid = torch.randn(40, 5) * 0.6 + 0.3, torch.arange(40) < 33
     directions = torch.randn(5, 8, generator=torch.Generator().manual_seed(9))
     directions /= directions.norm(dim=0)
@@ -193,7 +193,7 @@ def test_sigreg_equals_the_epps_pulley_integral_along_its_directions():
     assert sigreg(embeddings, valid, 8, torch.tensor(9)).item() == pytest.approx(sum(statistics).item() / 8, rel=0.02)
 
 
-def test_sigreg_tells_a_normal_cloud_from_a_collapsed_one():
+def test_sigreg_is_larger_for_collapsed_and_shifted_clouds():
     generator, valid = torch.Generator().manual_seed(0), torch.ones(500, dtype=torch.bool)
     normal = torch.randn(500, 16, generator=generator)
     line = torch.outer(normal[:, 0], torch.ones(16) / 4)
@@ -204,7 +204,7 @@ def test_sigreg_tells_a_normal_cloud_from_a_collapsed_one():
 
 
 @pytest.mark.parametrize(("count", "width"), [(12, 5), (5, 12), (6, 6)])
-def test_the_coding_rate_gap_is_that_of_the_definition(count, width):
+def test_the_coding_rate_gap_equals_its_definition(count, width):
     embeddings, valid = torch.randn(count + 3, width, dtype=torch.float64), torch.arange(count + 3) < count
     unit = embeddings[:count] / embeddings[:count].norm(dim=1, keepdim=True)
 
@@ -212,13 +212,13 @@ def test_the_coding_rate_gap_is_that_of_the_definition(count, width):
         return torch.logdet(torch.eye(width) + width / (count * 0.1) * rows.T @ rows) / 2
 
     axes = torch.eye(max(count, width), width, dtype=torch.float64)
-    evenly = torch.stack([axes[number % min(count, width)] for number in range(count)])
-    even = count % min(count, width) == 0  # the bound can be reached
+    axis_aligned = torch.stack([axes[number % min(count, width)] for number in range(count)])
+    bound_is_attained = count % min(count, width) == 0
     gap = coding_rate_gap(embeddings.float(), valid, 0.1).item()
     bound = min(count, width) * math.log1p(width / (min(count, width) * 0.1)) / 2
     assert gap == pytest.approx((bound - rate(unit).item()) / count, rel=1e-4)
-    assert not even or coding_rate_gap(
-        evenly.float(), torch.ones(count, dtype=torch.bool), 0.1
+    assert not bound_is_attained or coding_rate_gap(
+        axis_aligned.float(), torch.ones(count, dtype=torch.bool), 0.1
     ).item() == pytest.approx(0, abs=1e-6)
     assert coding_rate_gap(torch.ones(count, width), torch.ones(count, dtype=torch.bool), 0.1).item() > gap > 0
 
@@ -233,14 +233,13 @@ def test_the_coding_rate_gap_is_that_of_the_definition(count, width):
     ids=["vicreg", "sigreg", "coding_rate"],
 )
 @pytest.mark.parametrize("valid", [0, 1])
-def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid, request):
+def test_regularizers_of_at_most_one_pair_are_finite(regularizer, valid, request):
     embeddings = torch.randn(3, 4, requires_grad=True)
     value = regularizer(embeddings, torch.arange(3) < valid)
     value.backward()
     assert embeddings.grad.isfinite().all()
-    if (
-        "sigreg" not in request.node.name
-    ):  # the loss is multiplied by the number of pairs, and one embedding has no spread to miss
+    # The loss is multiplied by the number of pairs, and the spread of a single embedding is not penalized.
+    if "sigreg" not in request.node.name:
         assert valid * value.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -254,7 +253,7 @@ def test_regularizers_of_hardly_any_pairs_are_finite(regularizer, valid, request
         ("independent", "sub_span"),
     ],
 )
-def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, form, corpus, specials, make_model):
+def test_the_tube_term_of_packed_rows_equals_that_of_separate_documents(kind, form, corpus, specials, make_model):
     model, layout = make_model(0), make_layout(kind, specials, spans=form)
     rows = Loader(corpus, layout, 128, seed=5).next_rows(4)
     batch = assemble(rows, corpus, layout, specials, 128, 0)
@@ -266,10 +265,10 @@ def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, f
         end = tokens.index(specials.eos, begin)
         hidden = model.causal_lm.model(torch.tensor([tokens[begin : end + 1]]), use_cache=False).last_hidden_state[0]
         expected.append(tube_distance(hidden, [(one - begin, other - begin) for one, other in span]))
-    wanted = torch.autograd.grad(sum(expected), list(model.causal_lm.model.parameters()))
+    expected_gradients = torch.autograd.grad(sum(expected), list(model.causal_lm.model.parameters()))
     assert packed.item() == pytest.approx(sum(expected).item(), rel=1e-5)
-    found = torch.autograd.grad(packed, list(model.causal_lm.model.parameters()))
-    for one, other in zip(found, wanted, strict=True):
+    gradients = torch.autograd.grad(packed, list(model.causal_lm.model.parameters()))
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm() + 1e-7
 
 
@@ -282,11 +281,12 @@ def test_the_tube_of_the_packed_pass_is_that_of_each_document_on_its_own(kind, f
             for distance in ("cosine", "l2", "mse", "info_nce")
         ),
         "{name: semantic_tube, form: sub_span}",
-        "{name: llm_jepa, regularizers: [{name: vicreg, weight: 1}, {name: sigreg, weight: 1}, {name: coding_rate, weight: 1}]}",
+        "{name: llm_jepa, regularizers: "
+        "[{name: vicreg, weight: 1}, {name: sigreg, weight: 1}, {name: coding_rate, weight: 1}]}",
     ],
 )
 def test_no_value_is_fetched_from_the_device(objective, corpus, specials):
-    """On the meta device there is none to fetch: `.item()`, `.tolist()`, `.cpu()`, `.numpy()` and boolean indexing all fail."""
+    """On the meta device, `.item()`, `.tolist()`, `.cpu()`, `.numpy()` and boolean indexing all fail."""
     config = load_config(DEMO, [f"objective={objective}"]).objective
     layout = config.make_layout(specials, corpus.views, "all")
     rows = Loader(corpus, layout, 192, seed=5).next_rows(2)

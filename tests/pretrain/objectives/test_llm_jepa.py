@@ -1,4 +1,4 @@
-"""LLM-JEPA on given hidden states: each distance, its gradient and its regularizers equal the loops of the reference."""
+"""LLM-JEPA on given hidden states: distances, gradients and regularizers equal the loops of the reference."""
 
 import pytest
 import torch
@@ -20,30 +20,30 @@ RECORDS = [10, 11, 12, 13, 14, 14, 16, 17, 17]
 DIRECTIONS = [FORWARD, FORWARD, BACKWARD, FORWARD, FORWARD, BACKWARD, BACKWARD, FORWARD, FORWARD]
 
 
-def built(settings: str) -> LlmJepa:
+def build(settings: str) -> LlmJepa:
     return build_objective(
         load_config(ROOT / "configs" / "demo.yaml", [f"objective={{name: llm_jepa, {settings}}}"]).objective
     )
 
 
-def negative_log(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """A stand-in for the head, of which every label and position can be told."""
+def fake_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return a stand-in for the loss of the head that depends on each label and hidden state."""
     return (hidden.square().sum(dim=1) * (1 + labels)).sum()
 
 
 @pytest.fixture
 def batch() -> Batch:
-    places = torch.randperm(POSITIONS, generator=torch.Generator().manual_seed(1))
+    positions = torch.randperm(POSITIONS, generator=torch.Generator().manual_seed(1))
     pad = [0] * PADDING
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(
         none,
         none,
         none,
-        label_index=places[:7],
+        label_index=positions[:7],
         label_ids=torch.arange(7),
-        prediction_index=torch.cat([places[7:16], torch.tensor(pad)]),
-        target_index=torch.cat([places[16:25], torch.tensor(pad)]),
+        prediction_index=torch.cat([positions[7:16], torch.tensor(pad)]),
+        target_index=torch.cat([positions[16:25], torch.tensor(pad)]),
         pair_target_hash=torch.tensor(KEYS + pad),
         pair_record=torch.tensor(RECORDS + pad),
         pair_direction=torch.tensor(DIRECTIONS + pad),
@@ -72,26 +72,28 @@ def hidden() -> torch.Tensor:
 def test_each_distance_and_its_gradient_equal_the_reference(
     settings, distance, temperature, stop_gradient, batch, hidden
 ):
-    terms = built(f"{settings}, stop_gradient: {str(stop_gradient).lower()}")(hidden, batch, negative_log, ALONE).terms
+    terms = build(f"{settings}, stop_gradient: {str(stop_gradient).lower()}")(
+        hidden, batch, fake_cross_entropy, ALONE
+    ).terms
     reference = Reference(None, None, Ids(0, 0, 0), "joint", distance=distance, temperature=temperature)
     pairs = []
-    for place in range(PAIRS):
-        prediction, target = hidden[batch.prediction_index[place]], hidden[batch.target_index[place]]
+    for index in range(PAIRS):
+        prediction, target = hidden[batch.prediction_index[index]], hidden[batch.target_index[index]]
         pairs.append(
             Pair(
                 prediction,
                 target.detach() if stop_gradient else target,
-                [KEYS[place]],
-                RECORDS[place],
-                DIRECTIONS[place] == FORWARD,
+                [KEYS[index]],
+                RECORDS[index],
+                DIRECTIONS[index] == FORWARD,
             )
         )
     expected = sum(reference.distances(pairs))
     torch.testing.assert_close(terms["jepa"], expected)
     torch.testing.assert_close(torch.autograd.grad(terms["jepa"], hidden), torch.autograd.grad(expected, hidden))
     lm = sum(
-        hidden[place].square().sum() * (1 + label)
-        for place, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)
+        hidden[index].square().sum() * (1 + label)
+        for index, label in zip(batch.label_index.tolist(), batch.label_ids.tolist(), strict=True)
     )
     torch.testing.assert_close(terms["lm"], lm)
 
@@ -122,30 +124,30 @@ def test_each_distance_and_its_gradient_equal_the_reference(
         ),
     ],
 )
-def test_a_regularizer_acts_on_predictions_and_targets_apart(settings, loss, batch, hidden):
-    objective = built(f"weight: 3, regularizers: [{settings}]")
+def test_a_regularizer_acts_on_predictions_and_targets_separately(settings, loss, batch, hidden):
+    objective = build(f"weight: 3, regularizers: [{settings}]")
     name = settings.split(":")[1].split(",")[0].strip()
     assert objective.weights == {"lm": 1.0, "jepa": 3.0, name: 2.0}
     assert objective.units == {"lm": "targets", "jepa": "pairs", name: "pairs"}
     clouds = hidden[batch.prediction_index[:PAIRS]], hidden[batch.target_index[:PAIRS]]
     expected = PAIRS * sum(loss(cloud) for cloud in clouds)
-    found = objective(hidden, batch, negative_log, ALONE).terms[name]
+    found = objective(hidden, batch, fake_cross_entropy, ALONE).terms[name]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
 
 
 @pytest.mark.parametrize(
-    ("settings", "always"),
+    ("settings", "needs_pool"),
     [
         ("distance: cosine", False),
         ("distance: info_nce", True),
         ("regularizers: [{name: coding_rate, weight: 1}]", True),
     ],
 )
-def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, always, batch, hidden):
-    objective = built(settings)
-    assert (objective(hidden, batch, negative_log, ALONE).pool is not None) == always
-    pool = objective(hidden, batch, negative_log, ALONE, with_pool=True).pool
+def test_pairs_are_gathered_only_if_a_term_or_the_caller_needs_them(settings, needs_pool, batch, hidden):
+    objective = build(settings)
+    assert (objective(hidden, batch, fake_cross_entropy, ALONE).pool is not None) == needs_pool
+    pool = objective(hidden, batch, fake_cross_entropy, ALONE, with_pool=True).pool
     assert torch.equal(pool.prediction, hidden[batch.prediction_index]) and torch.equal(
         pool.target, hidden[batch.target_index]
     )

@@ -1,4 +1,4 @@
-"""The language-model term, and the one place that normalises."""
+"""The language-model term, and the normalization of all terms."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def batch(corpus, specials) -> Batch:
     return assemble(rows, corpus, layout, specials, 128, int(rows.paired.sum()))
 
 
-def test_it_equals_the_cross_entropy_of_full_logits(batch, make_model):
+def test_the_term_equals_the_cross_entropy_of_full_logits(batch, make_model):
     model = make_model(1)
     with torch.no_grad():
         hidden = model(batch)
@@ -33,20 +33,20 @@ def test_it_equals_the_cross_entropy_of_full_logits(batch, make_model):
         torch.testing.assert_close(next_token_sum(hidden, batch, model.cross_entropy), full, rtol=1e-6, atol=0)
 
 
-def test_the_head_sees_labelled_positions_alone(batch, make_model):
-    model, seen = make_model(1), []
+def test_the_head_gets_only_labelled_positions(batch, make_model):
+    model, head_inputs = make_model(1), []
 
     def cross_entropy(hidden, label_ids):
-        seen.append(hidden)
+        head_inputs.append(hidden)
         return model.cross_entropy(hidden, label_ids)
 
     with torch.no_grad():
         NextToken()(model(batch), batch, cross_entropy, ALONE)
-    assert [len(hidden) for hidden in seen] == [len(batch.label_index)]
+    assert [len(hidden) for hidden in head_inputs] == [len(batch.label_index)]
 
 
 def test_rows_without_a_label_have_loss_0_and_gradient_0(corpus, specials, make_model):
-    """So that a rank whose rows are empty can do the same work as the others."""
+    """A rank with empty rows can do the same work as its peers."""
     layout = make_layout("joint", specials, pairing=Pairing(1))
     rows = Loader(corpus, layout, 128, seed=0).next_rows(1)
     empty = assemble(Rows.join([rows], 3).select(1, 3), corpus, layout, specials, 128, 2)
@@ -61,16 +61,16 @@ def test_rows_without_a_label_have_loss_0_and_gradient_0(corpus, specials, make_
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_a_pool_is_gathered_where_asked_for(batch, make_model):
+def test_a_pool_is_gathered_on_request(batch, make_model):
     model = make_model(1)
     with torch.no_grad():
         hidden = model(batch)
-        for objective, always in (
+        for objective, needs_pool in (
             (NextToken(), False),
             (LlmJepa(1.0, "cosine"), False),
             (LlmJepa(1.0, "info_nce"), True),
         ):
-            assert (objective(hidden, batch, model.cross_entropy, ALONE).pool is not None) == always
+            assert (objective(hidden, batch, model.cross_entropy, ALONE).pool is not None) == needs_pool
             pool = objective(hidden, batch, model.cross_entropy, ALONE, with_pool=True).pool
             torch.testing.assert_close(pool.prediction, hidden[batch.prediction_index])
             torch.testing.assert_close(pool.target, hidden[batch.target_index])

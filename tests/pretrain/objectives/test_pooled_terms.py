@@ -1,4 +1,7 @@
-"""Terms of all ranks' pairs: every rank differentiates the pool with its own slice attached; together that is the single pool's gradient."""
+"""Terms over the pairs of all ranks.
+
+Each rank differentiates the pool only through its own slice. Together, the ranks have the gradient of a single pool.
+"""
 
 from typing import NamedTuple
 
@@ -15,9 +18,7 @@ from tests.reference import Pair, info_nce
 
 PAIRS, WIDTH, TEMPERATURE = 12, 8, 0.3
 KEYS = [1, 2, 3, 1, 5, 6, 2, 8, 9, 10, 1, 12]
-"""Pairs with the same key have the same target, wherever they are."""
-
-
+"""Target keys of the pairs. Pairs with the same key have the same target, on any rank."""
 SEED = torch.tensor(7)
 vicreg_term, sigreg_term, rate_term = build_regularizers(
     [
@@ -34,8 +35,8 @@ TERMS = {
 }
 
 
-class Share(NamedTuple):
-    """What one rank holds, padded."""
+class RankPairs(NamedTuple):
+    """Padded pairs of one rank."""
 
     prediction: torch.Tensor
     target: torch.Tensor
@@ -44,45 +45,47 @@ class Share(NamedTuple):
     valid: torch.Tensor
 
 
-def shares(ranks: int, padding: int = 0, filling: float = 0.0) -> list[Share]:
-    """The same twelve pairs over ranks, in order, each rank's padded by `padding` pairs of `filling`."""
+def split_pairs(ranks: int, padding: int = 0, pad_value: float = 0.0) -> list[RankPairs]:
+    """Return the same twelve pairs split over ranks in order, each part with `padding` pairs of `pad_value` added."""
     torch.manual_seed(0)
     prediction, target, key = torch.randn(PAIRS, WIDTH), torch.randn(PAIRS, WIDTH), torch.tensor(KEYS)
     size = PAIRS // ranks
     out = []
     for rank in range(ranks):
-        mine = slice(rank * size, (rank + 1) * size)
-        pad = torch.full((padding, WIDTH), filling)
+        local = slice(rank * size, (rank + 1) * size)
+        pad = torch.full((padding, WIDTH), pad_value)
         out.append(
-            Share(
-                torch.cat([prediction[mine], pad]).requires_grad_(),
-                torch.cat([target[mine], pad + 1]).requires_grad_(),
-                torch.cat([key[mine], torch.zeros(padding, dtype=torch.int64)]),
-                torch.cat([torch.arange(PAIRS)[mine], torch.zeros(padding, dtype=torch.int64)]),
+            RankPairs(
+                torch.cat([prediction[local], pad]).requires_grad_(),
+                torch.cat([target[local], pad + 1]).requires_grad_(),
+                torch.cat([key[local], torch.zeros(padding, dtype=torch.int64)]),
+                torch.cat([torch.arange(PAIRS)[local], torch.zeros(padding, dtype=torch.int64)]),
                 torch.arange(size + padding) < size,
             )
         )
     return out
 
 
-def pool_of(everyone: list[Share], rank: int) -> Pool:
-    """What `gather_pool` makes on one rank, with the other ranks' tensors detached as a collective hands them over."""
-    mine = everyone[rank]
+def pool_of(all_ranks: list[RankPairs], rank: int) -> Pool:
+    """Return the pool that `gather_pool` makes on one rank, with detached tensors of its peers as from a collective."""
+    local = all_ranks[rank]
 
-    def packed(share: Share) -> list[torch.Tensor]:
-        """The two tensors that a rank sends: embeddings, and what identifies them."""
+    def packed(rank_pairs: RankPairs) -> list[torch.Tensor]:
+        """Return the two tensors that a rank sends: its embeddings, and their keys, records and flags."""
         return [
-            torch.cat([share.prediction, share.target], dim=1).detach(),
-            torch.stack([share.key, share.record, torch.zeros_like(share.key), share.valid.long()], dim=1),
+            torch.cat([rank_pairs.prediction, rank_pairs.target], dim=1).detach(),
+            torch.stack(
+                [rank_pairs.key, rank_pairs.record, torch.zeros_like(rank_pairs.key), rank_pairs.valid.long()], dim=1
+            ),
         ]
 
     def all_gather(tensor: torch.Tensor) -> torch.Tensor:
         which = next(
             number
-            for number, value in enumerate(packed(mine))
+            for number, value in enumerate(packed(local))
             if value.shape == tensor.shape and torch.equal(value, tensor)
         )
-        return torch.cat([packed(share)[which] for share in everyone])
+        return torch.cat([packed(rank_pairs)[which] for rank_pairs in all_ranks])
 
     none = torch.zeros(0, dtype=torch.int64)
     batch = Batch(
@@ -93,48 +96,49 @@ def pool_of(everyone: list[Share], rank: int) -> Pool:
         none,
         none,
         none,
-        mine.key,
-        mine.record,
-        torch.zeros_like(mine.key),
-        mine.valid,
+        local.key,
+        local.record,
+        torch.zeros_like(local.key),
+        local.valid,
         none,
         none,
     )
-    return gather_pool(mine.prediction, mine.target, batch, Gather(all_gather, rank))
+    return gather_pool(local.prediction, local.target, batch, Gather(all_gather, rank))
 
 
-def losses_and_gradients(term: str, everyone: list[Share]) -> tuple[list[float], torch.Tensor, torch.Tensor]:
-    """Each rank's value, and the gradients of all valid pairs: every rank in its turn, as if alone."""
+def losses_and_gradients(term: str, all_ranks: list[RankPairs]) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+    """Return the value on each rank, and the gradients of all valid pairs, computed one rank after the other."""
     values = []
-    for rank in range(len(everyone)):
-        value = TERMS[term](pool_of(everyone, rank))
+    for rank in range(len(all_ranks)):
+        value = TERMS[term](pool_of(all_ranks, rank))
         value.backward()
         values.append(value.item())
     gradients = [
-        torch.cat([getattr(share, side).grad[share.valid] for share in everyone]) for side in ("prediction", "target")
+        torch.cat([getattr(rank_pairs, side).grad[rank_pairs.valid] for rank_pairs in all_ranks])
+        for side in ("prediction", "target")
     ]
     return values, *gradients
 
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, tuple[list[float], torch.Tensor, torch.Tensor]]:
-    return {term: losses_and_gradients(term, shares(1)) for term in TERMS}
+    return {term: losses_and_gradients(term, split_pairs(1)) for term in TERMS}
 
 
 def test_the_single_pool_of_info_nce_equals_the_loops_of_the_reference(single):
     single = single["info_nce"]
-    [share] = shares(1)
+    [rank_pairs] = split_pairs(1)
     each = info_nce(
         [
             Pair(*pair, record, True)
-            for record, pair in enumerate(zip(share.prediction, share.target, KEYS, strict=True))
+            for record, pair in enumerate(zip(rank_pairs.prediction, rank_pairs.target, KEYS, strict=True))
         ],
         TEMPERATURE,
     )
     sum(each).backward()
     torch.testing.assert_close(single[0][0], sum(each).item(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(single[1], share.prediction.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(single[2], share.target.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(single[1], rank_pairs.prediction.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(single[2], rank_pairs.target.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])
@@ -142,38 +146,41 @@ def test_the_single_pool_of_info_nce_equals_the_loops_of_the_reference(single):
 @pytest.mark.parametrize("term", TERMS)
 def test_ranks_together_have_the_value_and_the_gradient_of_the_single_pool(term, ranks, padding, single):
     single = single[term]
-    values, prediction, target = losses_and_gradients(term, shares(ranks, padding, filling=0.5))
+    values, prediction, target = losses_and_gradients(term, split_pairs(ranks, padding, pad_value=0.5))
     torch.testing.assert_close(sum(values), single[0][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(prediction, single[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(target, single[2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_without_the_other_ranks_targets_the_gradient_would_differ(term, single):
-    """The pairs of other ranks matter here, so the equality above says something."""
-    everyone = shares(3)
-    for share in everyone:
-        TERMS[term](pool_of([share], 0)).backward()
-    alone = torch.cat([share.target.grad for share in everyone])
+def test_the_gradient_depends_on_the_targets_of_other_ranks(term, single):
+    """Pairs of other ranks matter, and the equality in the test above is not trivial."""
+    all_ranks = split_pairs(3)
+    for rank_pairs in all_ranks:
+        TERMS[term](pool_of([rank_pairs], 0)).backward()
+    alone = torch.cat([rank_pairs.target.grad for rank_pairs in all_ranks])
     assert (alone - single[term][2]).norm() > 0.1 * single[term][2].norm()
 
 
-@pytest.mark.parametrize("filling", [0.0, 1e4, -3.0])
+@pytest.mark.parametrize("pad_value", [0.0, 1e4, -3.0])
 @pytest.mark.parametrize("term", TERMS)
-def test_padding_has_no_influence_and_no_gradient(term, filling, single):
-    everyone = shares(2, padding=2, filling=filling)
-    values, prediction, _ = losses_and_gradients(term, everyone)
+def test_padding_has_no_influence_and_no_gradient(term, pad_value, single):
+    all_ranks = split_pairs(2, padding=2, pad_value=pad_value)
+    values, prediction, _ = losses_and_gradients(term, all_ranks)
     torch.testing.assert_close(sum(values), single[term][0][0], rtol=1e-6, atol=0)
     torch.testing.assert_close(prediction, single[term][1], rtol=1e-5, atol=1e-6)
-    for share in everyone:
-        assert not share.prediction.grad[~share.valid].any() and not share.target.grad[~share.valid].any()
+    for rank_pairs in all_ranks:
+        assert (
+            not rank_pairs.prediction.grad[~rank_pairs.valid].any()
+            and not rank_pairs.target.grad[~rank_pairs.valid].any()
+        )
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_a_rank_without_pairs_still_takes_part(term):
-    """It computes the same pool on padding alone: value 0, gradient 0, nothing undefined."""
-    with_pairs, _ = shares(2, padding=1)
-    empty = Share(
+def test_a_rank_without_pairs_contributes_nothing(term):
+    """Its own slice of the pool is padding: the value and the gradient are 0, and all numbers are defined."""
+    with_pairs, _ = split_pairs(2, padding=1)
+    empty = RankPairs(
         torch.zeros(7, WIDTH, requires_grad=True),
         torch.ones(7, WIDTH, requires_grad=True),
         torch.zeros(7, dtype=torch.int64),
@@ -186,17 +193,17 @@ def test_a_rank_without_pairs_still_takes_part(term):
     assert not empty.prediction.grad.any() and not empty.target.grad.any()
 
 
-def test_equal_targets_are_no_negatives():
-    """Two pairs of one target and nothing else: there is nothing to tell apart, so the loss is 0."""
-    assert of_two_pairs(key=[4, 4]) == 0
-    assert of_two_pairs(key=[4, 5]) == pytest.approx(2 * torch.log(torch.tensor(2.0)).item())
+def test_equal_targets_are_not_negatives():
+    """Two pairs with the same target have no negatives, and their loss is 0."""
+    assert info_nce_of_two_pairs(key=[4, 4]) == 0
+    assert info_nce_of_two_pairs(key=[4, 5]) == pytest.approx(2 * torch.log(torch.tensor(2.0)).item())
 
 
-def test_targets_of_one_record_and_of_the_other_direction_are_no_negatives():
-    assert of_two_pairs(key=[4, 5], record=[8, 8]) == of_two_pairs(key=[4, 5], direction=[0, 1]) == 0
+def test_targets_of_the_same_record_or_the_other_direction_are_not_negatives():
+    assert info_nce_of_two_pairs(key=[4, 5], record=[8, 8]) == info_nce_of_two_pairs(key=[4, 5], direction=[0, 1]) == 0
 
 
-def of_two_pairs(key, record=(0, 1), direction=(0, 0)) -> float:
+def info_nce_of_two_pairs(key, record=(0, 1), direction=(0, 0)) -> float:
     pool = Pool(
         torch.randn(2, WIDTH),
         torch.ones(2, WIDTH),
@@ -209,8 +216,8 @@ def of_two_pairs(key, record=(0, 1), direction=(0, 0)) -> float:
     return info_nce_sum(pool, TEMPERATURE).item()
 
 
-def test_an_equal_target_is_a_hit_of_retrieval():
-    """Prediction 0 is nearest to target 1: a hit exactly where the two are the same target."""
+def test_an_equal_target_counts_as_retrieved():
+    """Prediction 0 is nearest to target 1, which counts as retrieved exactly if both targets are the same."""
     prediction = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     target = torch.tensor([[0.9, 0.5, 0.0], [1.0, 0.1, 0.0], [0.0, 0.0, 1.0]])
     valid = torch.ones(3, dtype=torch.bool)

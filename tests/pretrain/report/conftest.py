@@ -18,12 +18,12 @@ for run_dir in run_dirs:
     sys.argv = ["evaluate", run_dir, "--task", "nl_rx", f"task.rows={rows}"]
     main()
 """
-"""Several runs in one process, to save start-ups."""
+"""Program that evaluates several runs in one process, to save start-up time."""
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory) -> Path:
-    """The folder of the study, as launcher/study.py leaves it."""
+    """Return the folder of the study, as launcher/study.py writes it."""
     folder = tmp_path_factory.mktemp("report") / "study"
     configs = {
         (arm, seed): write_config(
@@ -52,11 +52,13 @@ def study(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def study_with_values(study, tmp_path) -> Callable[..., Path]:
-    """A study of copies of the runs, with these values of the metric: {arm: {seed: value}}. The arms beyond the baseline are the pair arm."""
+    """Return a function that makes a study from copies of the runs, with values of the metric: {arm: {seed: value}}.
 
+    The first arm copies the baseline. All other arms copy the pair arm.
+    """
     numbers = itertools.count()
 
-    def alter(values: dict[str, dict[int, float]], name: str = "tiny") -> Path:
+    def make(values: dict[str, dict[int, float]], name: str = "tiny") -> Path:
         folder = tmp_path / f"study{next(numbers)}"
         for number, seeds in enumerate(values.values()):
             for seed, value in seeds.items():
@@ -73,4 +75,4 @@ def study_with_values(study, tmp_path) -> Callable[..., Path]:
         )
         return folder
 
-    return alter
+    return make

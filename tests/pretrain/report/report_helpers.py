@@ -1,4 +1,4 @@
-"""Reading a report: its Markdown, its tables, and its page."""
+"""Helpers that render reports and parse their tables and pages."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """The elements of a page; `open` is empty where all were closed in order."""
+    """The elements of a page. `open` is empty if all elements were closed in order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(text: str) -> Page:
-    """The page is whole, and asks for nothing beside itself: no address, no script, no reference but into itself."""
+    """Return the parsed page; fail unless it is complete and has no scripts, addresses or external references."""
     page = Page(text)
     assert page.open == [] and len(page.ids) == len(set(page.ids))
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.found}
@@ -56,13 +56,13 @@ def assert_self_contained(text: str) -> Page:
 
 
 def render_report(study: Path, *, page: bool = True, **choices) -> tuple[str, str]:
-    """The Markdown and the page of a report, without a process of its own."""
+    """Return the Markdown and the page of a report, rendered in this process."""
     summaries = summarize(read_comparison([study], choices.get("baseline"), choices.get("metric")))
     return markdown(summaries), html(summaries, lambda _: None) if page else ""
 
 
 def parse_table(text: str) -> dict[str, dict[str, str]]:
-    """The rows of the first Markdown table, by arm; or of another part of the text."""
+    """Return the rows of the first Markdown table in the text, by arm."""
     lines = itertools.takewhile(
         lambda line: line.startswith("|"), itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
     )

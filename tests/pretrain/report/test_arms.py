@@ -1,4 +1,4 @@
-"""Run directories as arms: what tells them apart, and what they are called."""
+"""Run directories as arms: their differences and their names."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from pretrain.report.summary import summarize
 from tests.pretrain.report.tiny_study import copy_run
 
 
-def test_run_directories_become_arms_by_what_differs(study, tmp_path):
+def test_run_directories_are_grouped_into_arms_by_their_differences(study, tmp_path):
     for arm in ("next_token", "llm_jepa"):
         for seed in (1, 2, 3):
             copy_run(study / "runs" / f"{arm}-seed1", tmp_path / f"{arm}{seed}", seed, 0.5 + 0.01 * seed)
@@ -33,7 +33,7 @@ def test_run_directories_become_arms_by_what_differs(study, tmp_path):
     assert set(read_comparison(paths, None, None).arms) == {"next_token", "llm_jepa weight=0.5", "llm_jepa weight=0.25"}
 
 
-def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
+def test_seeds_that_differ_only_in_the_path_of_the_corpus_are_one_arm(study, tmp_path):
     for number, (arm, seed) in enumerate(itertools.product(("next_token", "llm_jepa"), (1, 2))):
         folder = tmp_path / f"run{number}"
         copy_run(study / "runs" / f"{arm}-seed1", folder, seed, 0.5)
@@ -56,7 +56,7 @@ def test_seeds_whose_corpus_only_stands_elsewhere_are_one_arm(study, tmp_path):
     }
 
 
-def test_arms_have_names_of_their_own_and_short_ones(study, tmp_path):
+def test_names_of_arms_are_unique_and_short(study, tmp_path):
     for number, folder in enumerate(("one", "two", "three")):
         copy_run(study / "runs" / "llm_jepa-seed1", tmp_path / folder, 1, 0.5)
         config = tmp_path / folder / "config.yaml"

@@ -1,4 +1,4 @@
-"""The reports of docs/studies are what the project says of the records beside them."""
+"""The reports in docs/studies equal those that the project renders from the records next to them."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STUDIES = sorted(
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_a_report_is_that_of_its_records(study):
+def test_a_report_matches_its_records(study):
     assert markdown(summarize(read_comparison([study], None, None))) == (study / "REPORT.md").read_text(
         encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""What the report says of arms past their best validation loss."""
+"""The section of a report about arms past their best validation loss."""
 
 import json
 
@@ -7,7 +7,7 @@ from pretrain.run_folder import read_metrics
 from tests.pretrain.report.report_helpers import assert_self_contained, parse_table, render_report
 
 
-def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
+def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     plain = {1: 0.70, 2: 0.69, 3: 0.71}
     study = study_with_values(
         {"plain": plain, "steady": {1: 0.70, 2: 0.70, 3: 0.705}, "alike": {1: 0.69, 2: 0.71, 3: 0.70}}
@@ -17,11 +17,8 @@ def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
         "arm1": {"loss": 0.6, "exact": 0.71},
         "arm2": {"loss": 0.5, "exact": 0.8},
     }
-    at_end = {
-        "arm0": (0.91, 0.92, 0.93),
-        "arm1": (0.63, 0.66, 0.71),
-        "arm2": (0.90, 0.89, 0.88),
-    }  # validation loss by seed
+    # Validation loss of each seed.
+    at_end = {"arm0": (0.91, 0.92, 0.93), "arm1": (0.63, 0.66, 0.71), "arm2": (0.90, 0.89, 0.88)}
     for folder in study.glob("arm*"):
         arm, seed = folder.name.split("-")
         losses = {3: at_best[arm]["loss"], 6: at_end[arm][int(seed) - 1]}
@@ -58,7 +55,7 @@ def test_which_arm_holds_past_the_best_validation_loss(study_with_values):
 
 
 def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(study_with_values):
-    """The lowest loss is at step 3: only an evaluation before it, or at it, and one at the end tell the metric there, and its change."""
+    """The lowest loss is at step 3, and the report needs evaluations on both sides of it and of the last step."""
     evaluated = {
         "arm0-1": {2: 0.2, 4: 0.4, 6: 0.7},
         "arm0-2": {4: 0.4, 6: 0.7},

@@ -1,4 +1,4 @@
-"""Reports of real runs: what they say, and that the page stands alone."""
+"""Reports of real runs: their content, and the page, which is self-contained."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from tests.pretrain.report.tiny_study import ROWS, SEEDS, change_lines, copy_run
 
 @pytest.fixture(scope="module")
 def reported(study, tmp_path_factory) -> tuple[str, Path]:
-    """What the command prints and writes on the study."""
+    """Return the output of the command on the study, and the folder that it writes."""
     folder = tmp_path_factory.mktemp("output")
     return run_command([sys.executable, "launcher/report.py", str(study), "--output", str(folder)]).stdout, folder
 
@@ -41,7 +41,7 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
         assert row["tokens"] == f"{np.mean([line['tokens'] for line in lines]):,.0f}"
         assert row["seconds"] == f"{np.mean([line['seconds'] for line in lines]):,.0f}"
         assert row["validation/loss/lm"].startswith(f"{np.mean([line['validation/loss/lm'] for line in lines]):.4f} ± ")
-    assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it computes copies of the targets
+    assert float(rows["llm_jepa"]["FLOPs a token"].removeprefix("× ")) > 1.1  # it also computes copies of the targets
     assert "Metric: chosen in study.json" in printed
     scores = parse_table(printed.partition("## All scores")[2])
     for name in ("exact", "equal", "prefix", "contains", "stopped", "exact_unseen"):
@@ -57,7 +57,7 @@ def test_the_command_writes_a_table_and_a_page(study, reported):
             )
 
 
-def test_the_page_stands_alone_and_shows_everything(reported):
+def test_the_page_is_self_contained_and_complete(reported):
     text = (reported[1] / "report.html").read_text()
     page = assert_self_contained(text)
     words = " ".join(page.text)
@@ -78,7 +78,7 @@ def test_the_page_stands_alone_and_shows_everything(reported):
     assert sum(tag == "svg" for tag, _ in page.found) >= 8
 
 
-def test_a_verdict_has_its_numbers(study_with_values):
+def test_a_verdict_states_its_numbers(study_with_values):
     study = study_with_values({"plain": {1: 0.70, 2: 0.69, 3: 0.71}, "better": {1: 0.80, 2: 0.80, 3: 0.81}})
     text, page = render_report(study)
     assert (
@@ -89,7 +89,7 @@ def test_a_verdict_has_its_numbers(study_with_values):
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
 
 
-def test_less_is_better_where_the_study_says_so(study_with_values):
+def test_lower_is_better_if_the_study_declares_it(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.71, 3: 0.73}, "less": {1: 0.5, 2: 0.51, 3: 0.52}})
     change_lines(study / "study.json", lambda values: values["metric"].update(higher_is_better=False))
     assert parse_table(render_report(study, page=False)[0])["less"]["verdict"] == "helps"
@@ -107,7 +107,7 @@ def test_a_collapsing_arm_does_not_help(study_with_values):
     assert parse_table(text)["collapsed"]["verdict"] == "hurts"
 
 
-def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_called(study_with_values):
+def test_collapse_is_judged_for_every_objective_with_a_pair_term(study_with_values):
     study = study_with_values({"plain": {1: 0.7}, "pairs": {1: 0.7}, "new": {1: 0.7}})
     collapsed = {"paired_cosine": 0.999, "shuffled_cosine": 0.99, "retrieval_at_1": 0.01, "effective_rank": 1.2}
     for folder in study.glob("arm*"):
@@ -123,10 +123,10 @@ def test_collapse_is_judged_by_the_term_on_pairs_whatever_the_objective_is_calle
     values["objective"] = {"name": "semantic_tube", "weight": 0.1}
     config.write_text(yaml.safe_dump(values))
     text, _ = render_report(study, page=False)
-    assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube alone never saw pairs"
+    assert "The embeddings of pairs (seed 1) have collapsed" in text, "a tube objective has no pairs"
 
 
-def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(study_with_values):
+def test_embeddings_of_the_export_are_shown_if_the_corpus_is_missing(study_with_values):
     study = study_with_values({"plain": {1: 0.7}, "other": {1: 0.7}})
     random = np.random.default_rng(0)
     for folder in study.glob("arm*"):
@@ -145,7 +145,7 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(study_w
         change_lines(
             study / "study.json", lambda values, arm=arm, flops=flops: values["arms"][arm].update(flops_per_token=flops)
         )
-    rows = parse_table(render_report(study, page=False)[0])  # what the study wrote down needs no corpus
+    rows = parse_table(render_report(study, page=False)[0])  # values recorded in the study need no corpus
     tokens = {arm: int(row["tokens"].replace(",", "")) for arm, row in rows.items()}
     assert {arm: row["FLOPs"] for arm, row in rows.items()} == {
         "plain": f"{2 * tokens['plain']:,}",
@@ -154,7 +154,7 @@ def test_embeddings_in_the_export_are_shown_where_the_corpus_is_not_here(study_w
     assert rows["other"]["FLOPs a token"] == "× 1.50"
 
 
-def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
+def test_flops_and_pictures_are_not_computed_from_another_corpus(study, tmp_path):
     run_dir = tmp_path / "llm_jepa-seed1"
     shutil.copytree(study / "runs" / "llm_jepa-seed1", run_dir)
     run = read_run(run_dir)
@@ -167,7 +167,7 @@ def test_flops_and_pictures_are_not_taken_from_another_corpus(study, tmp_path):
             read(run)
 
 
-def test_several_arms_are_corrected_and_said_so(study_with_values):
+def test_the_correction_for_several_arms_is_reported(study_with_values):
     study = study_with_values(
         {
             "plain": {1: 0.70, 2: 0.69, 3: 0.71},
@@ -205,7 +205,7 @@ def test_the_correction_counts_the_arms_that_were_tested(study_with_values):
     assert "after correction for 2 arms" in text and "2 arms are compared with one baseline" in text
 
 
-def test_ties_are_called_ties(study_with_values):
+def test_ties_are_reported(study_with_values):
     same = {1: 0.70, 2: 0.69, 3: 0.71}
     text, _ = render_report(study_with_values({"plain": same, "twin": same}), page=False)
     assert "**twin: no difference found to plain" in text and "same values in every seed" in text
@@ -219,7 +219,7 @@ def test_ties_are_called_ties(study_with_values):
     assert "no difference found" in text and "would have been found with a chance of 80%" in text
 
 
-def test_one_seed_is_no_verdict(study_with_values):
+def test_one_seed_gives_no_verdict(study_with_values):
     text, page = render_report(study_with_values({"plain": {1: 0.7}, "better": {1: 0.9}}))
     assert (
         "better: no verdict, because one seed tells nothing" in text
@@ -228,7 +228,7 @@ def test_one_seed_is_no_verdict(study_with_values):
     assert_self_contained(page)
 
 
-def test_missing_and_unfinished_runs_are_told_and_not_counted(study_with_values):
+def test_missing_and_unfinished_runs_are_reported_and_not_counted(study_with_values):
     study = study_with_values(
         {"plain": {seed: 0.7 + seed / 1000 for seed in range(1, 5)}, "other": {seed: 0.7 for seed in range(1, 5)}}
     )
@@ -246,7 +246,7 @@ def test_missing_and_unfinished_runs_are_told_and_not_counted(study_with_values)
     assert_self_contained(page)
 
 
-def test_nothing_yet_is_a_page_too(study_with_values):
+def test_a_study_without_runs_has_a_report(study_with_values):
     study = study_with_values({"plain": {1: 0.7}, "other": {1: 0.7}})
     for folder in ("arm0-1", "arm1-1"):
         shutil.rmtree(study / folder)
@@ -254,14 +254,14 @@ def test_nothing_yet_is_a_page_too(study_with_values):
     assert "no verdict" in text and "0 of 1" in text and "No run has logged anything yet" in page
 
 
-def test_results_under_other_settings_do_not_count(study_with_values):
+def test_results_with_other_settings_are_not_counted(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
     text, _ = render_report(study, page=False)
     assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
 
 
-def test_scores_of_different_versions_are_named_and_never_averaged(study_with_values):
+def test_scores_of_different_versions_are_reported_and_never_averaged(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
     old = study / "arm1-3" / "evaluation" / "results.jsonl"
     change_lines(old, lambda line: line.pop("scoring"))
@@ -273,7 +273,7 @@ def test_scores_of_different_versions_are_named_and_never_averaged(study_with_va
     assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
     line = json.loads(old.read_text())
     again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
-    old.write_text(old.read_text() + json.dumps(again) + "\n")  # as the evaluation leaves both
+    old.write_text(old.read_text() + json.dumps(again) + "\n")  # the evaluation keeps both results
     text, _ = render_report(study, page=False)
     assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7200") and "different versions" not in text
     for path in study.glob("arm*/evaluation/results.jsonl"):
@@ -286,11 +286,11 @@ def test_scores_of_different_versions_are_named_and_never_averaged(study_with_va
                 )
             )
     assert parse_table(render_report(study, page=False)[0])["other"]["nl_rx/exact"].startswith("0.7200"), (
-        "all have both: the newest counts"
+        "all runs have both versions, and the newest counts"
     )
 
 
-def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(study_with_values):
+def test_the_newest_scoring_is_compared_although_most_runs_have_an_older_one(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.71}, "other": {1: 0.7, 2: 0.72, 3: 0.9}})
     for path in study.glob("arm*/evaluation/results.jsonl"):
         if path.parts[-3] not in ("arm0-1", "arm1-1"):
@@ -299,7 +299,7 @@ def test_runs_of_an_older_scoring_are_the_ones_to_evaluate_again(study_with_valu
     assert "those of version 2 are compared, those of arm0-2 (version 1), arm0-3 (version 1), arm1-2" in text
 
 
-def test_arms_may_differ_in_what_they_finetune_by(study_with_values):
+def test_arms_may_differ_in_the_finetuning_objective(study_with_values):
     study = study_with_values({"plain": {1: 0.5, 2: 0.51, 3: 0.52}, "other": {1: 0.7, 2: 0.71, 3: 0.73}})
     for arm, objective in enumerate(("next_token", "llm_jepa")):
         finetuning = {"finetune": {"epochs": 1}, "finetune_objective": {"name": objective}}
@@ -320,7 +320,7 @@ def test_arms_may_differ_in_what_they_finetune_by(study_with_values):
     )
 
 
-def test_hostile_text_stays_text(study_with_values):
+def test_hostile_text_is_escaped(study_with_values):
     hostile = "<script>alert(1)</script> | \"><img src='http://evil/x'> $\\frac$ \u2028 \x85 {{ 7 * 7 }} `x` [a](b)"
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.72}, hostile: {1: 0.7, 2: 0.71, 3: 0.7}}, name=hostile)
     for path in study.glob("arm*/evaluation/answers/*.jsonl"):
@@ -333,12 +333,12 @@ def test_hostile_text_stays_text(study_with_values):
     assert hostile in "".join(found.text)
 
 
-def test_a_run_alone_is_shown_without_a_verdict(study):
+def test_a_single_run_is_shown_without_a_verdict(study):
     text, _ = render_report(study / "runs" / "llm_jepa-seed1", page=False)
     assert "No verdict: there is one arm, llm_jepa" in text and list(parse_table(text)) == ["llm_jepa"]
 
 
-def test_mistakes_are_one_line_and_exit_code_2(study, tmp_path):
+def test_user_errors_are_one_line_with_exit_code_2(study, tmp_path):
     done = run_command([sys.executable, "launcher/report.py", str(tmp_path)], check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no run directory" in done.stderr
     run = study / "runs" / "llm_jepa-seed1"

@@ -1,4 +1,4 @@
-"""Bands over seeds, the plane of the embeddings, and the rows that tell most."""
+"""Parts of reports: bands over seeds, projected embeddings, comparable results, metrics and example answers."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_a_shorter_seed_ends_the_band():
     assert (band.low <= band.mean).all() and (band.mean <= band.high).all()
 
 
-def test_the_plane_keeps_distances_of_what_lies_in_a_plane():
+def test_the_projection_keeps_the_distances_of_points_in_a_plane():
     random = np.random.default_rng(0)
     angles = random.uniform(0, 2 * np.pi, (2, 40))
     basis, _ = np.linalg.qr(random.normal(size=(16, 2)))
@@ -40,7 +40,7 @@ def test_the_plane_keeps_distances_of_what_lies_in_a_plane():
     assert np.linalg.norm(found.first - found.second, axis=1) == pytest.approx(np.linalg.norm(first - second, axis=1))
 
 
-def test_collapsed_embeddings_are_a_spot():
+def test_collapsed_embeddings_are_projected_to_one_point():
     random = np.random.default_rng(0)
     collapsed = 5 + 1e-3 * random.normal(size=(30, 8))
     found = project(("a", "b"), collapsed, collapsed)
@@ -52,7 +52,7 @@ def test_collapsed_embeddings_are_a_spot():
             project(("a", "b"), wrong, wrong)
 
 
-def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
+def test_results_are_compared_by_the_content_of_files_or_the_name_of_the_data_set():
     def result(**test):
         settings = {"test": test, "files": {test["path"]: "the same"} if test["type"] == "json" else {}}
         return comparison_key({"task": "a", "settings": settings, "rows": 10}, {})
@@ -61,25 +61,28 @@ def test_results_compare_by_the_content_of_files_and_by_the_name_of_data_sets():
     assert result(type="hub", path="a", hub_split="test") != result(type="hub", path="a", hub_split="validation")
 
 
-def test_results_compare_whatever_the_arms_finetune_if_it_is_what_they_say():
+def test_results_with_different_finetunings_compare_if_the_runs_are_configured_so():
     def result(configured, evaluated):
         return comparison_key(
             {"task": "a", "settings": evaluated, "rows": 10},
             {"evaluation": {"tasks": [{"name": "nl_rx", "label": "a"} | configured]}},
         )
 
-    two, lora = {"finetune": {"epochs": 2}}, {"finetune": {"epochs": 2}, "finetune_lora": {"rank": 8}}
-    assert result(two, two) == result(lora, lora)
-    assert len({result(two, two), result(two, lora), result(two, {}), result({}, two)}) == 4
-    assert result({}, {}) == result(two, {}), "none was finetuned"
+    full, lora = {"finetune": {"epochs": 2}}, {"finetune": {"epochs": 2}, "finetune_lora": {"rank": 8}}
+    assert result(full, full) == result(lora, lora)
+    assert len({result(full, full), result(full, lora), result(full, {}), result({}, full)}) == 4
+    assert result({}, {}) == result(full, {}), "neither run was finetuned"
 
 
 def run_with(metrics, directions=None, tasks=(), tags=()):
-    """A run of one step, with a result of each task: {title: {metric: value}}; without directions, as older versions wrote it."""
+    """Return a run of one step with a result of each task: {title: {metric: value}}.
+
+    Without `directions`, the results have the format of older versions.
+    """
     results = [
-        {"task": task, "step": 1, "settings": {}, "rows": 5, "metrics": of_task}
+        {"task": task, "step": 1, "settings": {}, "rows": 5, "metrics": task_metrics}
         | ({"directions": directions} if directions else {})
-        for task, of_task in metrics.items()
+        for task, task_metrics in metrics.items()
     ]
     line = {"step": 1, "tokens": 9, "seconds": 1.0} | dict.fromkeys(tags, 0.5)
     config = {"name": "run", "objective": {"name": "next_token"}, "evaluation": {"tasks": list(tasks)}}
@@ -121,18 +124,18 @@ def test_a_labelled_task_has_the_directions_of_its_kind_and_a_result_may_record_
     "metric",
     ["lm_eval/said_wer", "lm_eval/said_brier_score", "lm_eval/said_mse", "nl_rx/nll", "geometry/paired_cosine"],
 )
-def test_a_direction_that_nobody_declared_must_be_given(metric):
+def test_an_undeclared_direction_must_be_given(metric):
     task, _, name = metric.partition("/")
     run = run_with({task: {name: 0.5}})
     with pytest.raises(UserError, match=rf"write {metric}:higher or {metric}:lower"):
         Metric.parse(metric, [run])
     assert [Metric.parse(f"{metric}:{word}", [run]).higher_is_better for word in ("higher", "lower")] == [True, False]
     assert Metric.parse(metric, [run], Metric(task, name, False)) == Metric(task, name, False), (
-        "as the study planned it"
+        "the study declares the direction"
     )
 
 
-def test_arms_that_wrote_the_same_stand_together():
+def test_arms_with_the_same_answer_are_grouped():
     example = Example("context", "t", [Answer("a", "x", 0, 3), Answer("b", "t", 3, 3), Answer("c", "x", 1, 3)])
     assert {text: [answer.arm for answer in answers] for text, answers in example.by_text.items()} == {
         "t": ["b"],

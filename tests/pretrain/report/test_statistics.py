@@ -1,4 +1,4 @@
-"""The test over seeds against formulas, brute force and simulation."""
+"""The significance test over seeds, against formulas, brute force and simulation."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def shifted(by):
     return {seed: value + shift for (seed, value), shift in zip(BASELINE.items(), by, strict=True)}
 
 
-def test_one_arm_is_students_paired_test():
+def test_one_arm_equals_students_paired_test():
     arm = shifted([0.03, 0.05, 0.01, 0.02, 0.04])
     found = compare({"arm": arm}, BASELINE, higher_is_better=True)["arm"]
     scipy = stats.ttest_rel(list(arm.values()), list(BASELINE.values()))
@@ -32,28 +32,27 @@ def test_one_arm_is_students_paired_test():
     assert (found.low, found.high) == (pytest.approx(bounds.low), pytest.approx(bounds.high))
     sd = math.sqrt(sum((shift - 0.03) ** 2 for shift in (0.03, 0.05, 0.01, 0.02, 0.04)) / 4)
     assert found.mean == pytest.approx(0.03) and found.sd == pytest.approx(sd)
-    assert found.low == pytest.approx(
-        0.03 - 2.776445 * sd / math.sqrt(5), rel=1e-5
-    )  # the table's t for 4 degrees of freedom
+    t_quantile = 2.776445  # tabulated, for 4 degrees of freedom
+    assert found.low == pytest.approx(0.03 - t_quantile * sd / math.sqrt(5), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "sign, higher_is_better, verdict",
     [(1, True, "helps"), (1, False, "hurts"), (-1, True, "hurts"), (-1, False, "helps")],
 )
-def test_better_is_what_the_metric_says(sign, higher_is_better, verdict):
+def test_the_metric_decides_which_direction_is_better(sign, higher_is_better, verdict):
     arm = shifted([sign * shift for shift in (0.03, 0.031, 0.029, 0.03, 0.032)])
     assert compare({"arm": arm}, BASELINE, higher_is_better)["arm"].verdict == verdict
 
 
-def test_pairing_finds_what_the_spread_of_the_values_hides():
+def test_pairing_finds_a_difference_that_the_spread_of_values_hides():
     baseline = {1: 0.1, 2: 0.5, 3: 0.9}
     arm = {1: 0.12, 2: 0.521, 3: 0.919}
     assert compare({"arm": arm}, baseline, True)["arm"].verdict == "helps"
     assert stats.ttest_ind(list(arm.values()), list(baseline.values())).pvalue > 0.9
 
 
-def test_ties_and_too_little_are_no_verdict():
+def test_ties_and_too_few_seeds_give_no_verdict():
     found = compare(
         {
             "same": dict(BASELINE),
@@ -77,7 +76,7 @@ def test_ties_and_too_little_are_no_verdict():
     assert found["noise"].corrected_p == found["noise"].p  # the only arm that could be tested
 
 
-def test_rounding_in_fp32_is_no_spread():
+def test_rounding_in_fp32_is_not_a_spread():
     counts = {1: (900, 910), 2: (820, 830), 3: (850, 860)}
     baseline, arm = ({seed: float(np.float32(pair[place] / 1000)) for seed, pair in counts.items()} for place in (0, 1))
     assert len({arm[seed] - baseline[seed] for seed in counts}) > 1
@@ -88,10 +87,10 @@ def test_rounding_in_fp32_is_no_spread():
     tiny = {seed: value / 1e9 for seed, value in shifted([0.03, 0.05, 0.01, 0.02, 0.04]).items()}
     baseline = {seed: value / 1e9 for seed, value in BASELINE.items()}
     found = compare({"arm": tiny, "diverged": dict.fromkeys(tiny, 1e9)}, baseline, True)
-    assert found["arm"].verdict == "helps", "the size of the metric decides, not that of another arm"
+    assert found["arm"].verdict == "helps", "the tolerance must not depend on other arms"
 
 
-def test_changes_are_measured_by_the_size_of_the_metric():
+def test_differences_are_relative_to_the_size_of_the_metric():
     change = {1: 1e-8, 2: 1.1e-8, 3: 0.9e-8}
     zero = dict.fromkeys(change, 0.0)
     assert compare({"arm": change}, zero, True)["arm"].verdict == "helps"
@@ -109,7 +108,10 @@ def test_an_arm_without_finite_values_changes_nothing_for_the_others():
 
 
 def step_down(p_values):
-    """Holm's procedure as it is told: compare the smallest with alpha / m, the next with alpha / (m - 1), and stop at the first failure."""
+    """Return the names that Holm's step-down procedure rejects.
+
+    It compares the smallest p-value with alpha / m, the next with alpha / (m - 1), and stops at the first failure.
+    """
     rejected = set()
     for rank, name in enumerate(sorted(p_values, key=p_values.get)):
         if p_values[name] >= ALPHA / (len(p_values) - rank):
@@ -118,7 +120,7 @@ def step_down(p_values):
     return rejected
 
 
-def test_holm_rejects_what_the_procedure_rejects_and_intervals_agree():
+def test_holm_agrees_with_the_step_down_procedure_and_the_intervals():
     random = np.random.default_rng(0)
     for arms in (1, 2, 3, 7):
         for _ in range(200):
@@ -143,21 +145,26 @@ def test_holm_on_a_worked_example():
     }
 
 
-def test_without_an_effect_one_study_in_twenty_at_most_says_there_is_one():
+def test_without_an_effect_at_most_one_study_in_twenty_finds_one():
     random, studies = np.random.default_rng(1), 1000
     for arms in (1, 4):
-        wrong = 0
+        false_positives = 0
         for _ in range(studies):
             baseline = dict(enumerate(random.normal(0.7, 0.02, 4)))
             values = {
                 str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()}
                 for arm in range(arms)
             }
-            wrong += any(found.verdict != "no difference found" for found in compare(values, baseline, True).values())
-        assert wrong / studies < 0.07 and (arms > 1 or wrong / studies > 0.03), (arms, wrong)
+            false_positives += any(
+                found.verdict != "no difference found" for found in compare(values, baseline, True).values()
+            )
+        assert false_positives / studies < 0.07 and (arms > 1 or false_positives / studies > 0.03), (
+            arms,
+            false_positives,
+        )
 
 
-def test_what_several_arms_could_have_found_is_at_the_corrected_level():
+def test_the_detectable_difference_of_several_arms_uses_the_corrected_level():
     random = np.random.default_rng(3)
     baseline = dict(enumerate(random.normal(0.7, 0.02, 5)))
     arms = {str(arm): {seed: value + random.normal(0, 0.01) for seed, value in baseline.items()} for arm in range(4)}
@@ -166,14 +173,14 @@ def test_what_several_arms_could_have_found_is_at_the_corrected_level():
 
 
 @pytest.mark.parametrize("seeds, tests", itertools.product((2, 3, 5, 10), (1, 4)))
-def test_the_detectable_difference_is_found_four_times_in_five(seeds, tests):
+def test_the_detectable_difference_is_found_in_four_of_five_studies(seeds, tests):
     random, alpha = np.random.default_rng(2), ALPHA / tests
     differences = random.normal(min_detectable_difference(0.3, seeds, alpha), 0.3, (40_000, seeds))
     t_values = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(seeds))
     assert np.mean(np.abs(t_values) > stats.t.ppf(1 - alpha / 2, seeds - 1)) == pytest.approx(0.8, abs=0.01)
 
 
-def test_seeds_that_are_not_compared_do_not_decide_what_is_equal():
+def test_unpaired_seeds_do_not_change_the_tolerance_of_ties():
     arm, baseline = {0: 2.5, 1: 2.4, 2: 2.8}, {0: 3.0, 1: 3.1, 2: 3.2}
     expected = compare({"a": arm}, baseline, False)["a"]
     assert expected.verdict == "helps"
@@ -184,7 +191,7 @@ def test_seeds_that_are_not_compared_do_not_decide_what_is_equal():
     )
 
 
-def test_a_difference_of_a_thousandth_of_the_metric_is_not_equal():
+def test_a_difference_of_a_thousandth_of_the_metric_is_not_a_tie():
     baseline = {0: 0.9, 1: 0.85, 2: 0.88}
     arm = {seed: value + 0.0009 + 1e-5 * seed for seed, value in baseline.items()}
     assert compare({"a": arm}, baseline, True)["a"].verdict == "helps"

@@ -18,7 +18,7 @@ ROWS = 12
 
 
 def write_study(folder: Path, arms: dict[str, dict[int, str]], name: str = "tiny") -> None:
-    """study.json, of runs given relative to its folder."""
+    """Write study.json for runs whose paths are relative to its folder."""
     (folder / "study.json").write_text(
         json.dumps(
             {
@@ -36,7 +36,7 @@ def write_study(folder: Path, arms: dict[str, dict[int, str]], name: str = "tiny
 
 
 def copy_run(source: Path, target: Path, seed: int, exact: float) -> None:
-    """A run as if it had that seed and result; without its weights."""
+    """Copy a run without its weights, and replace its seed and result."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", "export", "model", "logs", ".lock"))
     config = yaml.safe_load((target / "config.yaml").read_text()) | {"seed": seed, "name": target.name}
     (target / "config.yaml").write_text(yaml.safe_dump(config))

@@ -1,4 +1,4 @@
-"""A study of a tiny model on a small corpus that is prepared once."""
+"""A study of a tiny model on a small corpus, which is prepared once."""
 
 import json
 
@@ -14,7 +14,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With base.yaml, whose corpus is prepared: no rows of the evaluation are looked for in it."""
+    """Return a folder with base.yaml and its prepared corpus, which is not searched for rows of the evaluation."""
     folder = tmp_path_factory.mktemp("study")
     pairs = (generate(0, "test", index) for index in range(20))
     (folder / "pairs.jsonl").write_text(
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def write_study(folder):
-    """Writes a study file; `key=value` changes a key."""
+    """Return a function that writes a study file; its keyword arguments change keys."""
 
     def write(**changes):
         values = {
@@ -60,5 +60,5 @@ def write_study(folder):
 
 @pytest.fixture
 def make_study(write_study):
-    """The same, read."""
+    """Return a function that writes a study file and loads it."""
     return lambda **changes: load_study(write_study(**changes), [])

@@ -1,4 +1,4 @@
-"""The corpora of a study: which arm reads which, and what is needed of one that is prepared."""
+"""The corpora of a study: their assignment to arms, and the inputs that a prepared corpus still needs."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ def assign(study):
     return assign_corpora(study, load_base_config(study))
 
 
-def test_an_arm_cannot_name_the_corpus_of_other_records(make_study, folder):
+def test_arms_with_different_records_cannot_share_a_corpus(make_study, folder):
     path = str(folder / "corpus")
     for name in (path, f"{folder}/./corpus"):
         with pytest.raises(
@@ -43,7 +43,7 @@ def test_an_arm_cannot_name_the_corpus_of_other_records(make_study, folder):
     assert overrides == {"plain": {}, "short": {}} and len(corpora) == 2
 
 
-def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
+def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, capsys):
     files = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
     for number, file in enumerate(files):
         file.write_text(
@@ -59,11 +59,11 @@ def test_a_prepared_corpus_needs_its_sources_no_more(tmp_path, capsys):
     with pytest.raises(UserError, match=r"was prepared with another content of .*second.jsonl"):
         prepare_corpus(config)
     files[1].write_text(content)
-    for gone, told in ((0, "first.jsonl, which it was prepared from, is gone"), (1, "is gone, as are 1 other files")):
+    for gone, text in ((0, "first.jsonl, which it was prepared from, is gone"), (1, "is gone, as are 1 other files")):
         files[gone].unlink()
         capsys.readouterr()
         prepare_corpus(config)
-        assert told in capsys.readouterr().out
+        assert text in capsys.readouterr().out
     test = tmp_path / "test.jsonl"
     test.write_text('{"text": "another question", "code": "a"}\n')
     others = {"evaluation": {"tasks": [{"name": "nl_rx", "test": str(test)}]}}
@@ -86,7 +86,7 @@ prepare_corpus(load_config(sys.argv[1]))
 """
 
 
-def test_a_prepared_corpus_needs_no_hub(tmp_path):
+def test_a_prepared_corpus_does_not_need_the_hub(tmp_path):
     config = write_config(tmp_path, tiny_config(tmp_path))
     prepare_corpus(load_config(config))
     manifest = read_json(tmp_path / "corpus" / "manifest.json")
@@ -94,7 +94,7 @@ def test_a_prepared_corpus_needs_no_hub(tmp_path):
     prepared = load_config(write_config(tmp_path, tiny_config(tmp_path, data__sources=sources)))
     manifest["settings"]["data"]["sources"] = prepared.data.shard_settings()["sources"]
     write_json(tmp_path / "corpus" / "manifest.json", manifest)
-    told = run_command(
+    output = run_command(
         [sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
     ).stdout
-    assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in told
+    assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in output

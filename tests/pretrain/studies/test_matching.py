@@ -1,4 +1,4 @@
-"""What each arm gets: the same batch, and the same of what is matched."""
+"""Matching of arms: the same number of tokens per step, and the same matched budget."""
 
 import pytest
 import yaml
@@ -24,7 +24,7 @@ def match(study):
 
 
 def tokens_of_steps(config, whole_run=False):
-    """As the loader gives them out in the first epoch, or in all."""
+    """Return the corpus tokens of each step that the loader yields in the first epoch or in the whole run."""
     corpus = Corpus(config.data.path, "train")
     loader = make_loader(config, corpus, config.make_layout(SpecialTokenIds(0, 2, 3, 4, 500), corpus.views))
     steps = []
@@ -33,25 +33,25 @@ def tokens_of_steps(config, whole_run=False):
     return steps
 
 
-def test_steps_of_all_arms_hold_as_many_corpus_tokens(make_study):
+def test_steps_of_all_arms_have_the_same_number_of_corpus_tokens(make_study):
     matching = match(make_study(arms=ARMS))
     assert matching.arms["jepa"].config.train.global_batch_rows == 8 and not matching.arms["jepa"].notes
     assert matching.arms["plain"].config.train.global_batch_rows < 8
     for arm in matching.arms.values():
         steps = tokens_of_steps(arm.config)[:-1]
-        assert sum(steps) / len(steps) == pytest.approx(matching.base_step_tokens, rel=0.15), (
-            arm.name
-        )  # whole rows of micro steps of 4
+        mean_tokens = sum(steps) / len(steps)
+        # The tolerance allows for batches of complete micro steps of 4 rows.
+        assert mean_tokens == pytest.approx(matching.base_step_tokens, rel=0.15), arm.name
         assert arm.config.train.global_batch_rows == 2 * arm.config.train.micro_batch_rows
     assert "rows a step instead of 8" in matching.arms["plain"].notes[0]
 
 
-def test_a_batch_that_cannot_be_matched_is_told(make_study):
+def test_a_batch_that_cannot_be_matched_is_reported(make_study):
     matching = match(make_study(arms={"plain": {"objective.name": "next_token", "train.micro_batch_rows": 4}}))
     assert "WARNING: a step holds" in matching.arms["plain"].notes[0]
 
 
-def test_budgets_by_tokens_are_those_of_the_base(make_study):
+def test_token_budgets_equal_that_of_the_base(make_study):
     matching = match(make_study(arms=ARMS))
     assert matching.base_tokens == pytest.approx((STEPS - 0.5) * matching.base_step_tokens, abs=1)
     runs = make_runs(make_study(arms=ARMS, seeds=[5, 6]), matching, {})
@@ -62,7 +62,7 @@ def test_budgets_by_tokens_are_those_of_the_base(make_study):
     assert all(run.config.train.steps is None and run.run_dir.name == f"{run.arm}-seed{run.seed}" for run in runs)
 
 
-def test_by_flops_what_is_cheaper_reads_more(make_study):
+def test_cheaper_arms_read_more_tokens_if_matched_by_flops(make_study):
     matching = match(make_study(arms=ARMS, matched_by="flops"))
     runs = {run.arm: run for run in make_runs(matching.study, matching, {})}
     assert runs["plain"].config.train.tokens == matching.base_tokens
@@ -76,14 +76,14 @@ def test_by_flops_what_is_cheaper_reads_more(make_study):
         assert run.flops == pytest.approx(runs["plain"].flops, rel=1e-3)
 
 
-def test_by_seconds_the_faster_arm_reads_more(make_study):
+def test_faster_arms_read_more_tokens_if_matched_by_seconds(make_study):
     matching = match(make_study(arms=ARMS, matched_by="seconds"))
     speeds = {"plain": 1000.0, "jepa": 500.0, "dropout": 750.0, "wide": 100.0}
     tokens = {run.arm: run.config.train.tokens for run in make_runs(matching.study, matching, speeds)}
     assert tokens == {arm: round(matching.base_tokens * speed / 1000) for arm, speed in speeds.items()}
 
 
-def test_without_matching_each_arm_has_its_own(make_study):
+def test_without_matching_each_arm_has_its_own_budget_and_batch(make_study):
     arms = {
         "plain": {"objective.name": "next_token"},
         "long": {"objective.name": "next_token", "train.steps": 4 * STEPS},
@@ -98,13 +98,13 @@ def test_without_matching_each_arm_has_its_own(make_study):
 
 
 @pytest.mark.parametrize(
-    "given, wanted",
+    "given, expected",
     [
         ({"epochs": 2}, {"epochs": 2, "global_batch_rows": 8, "micro_batch_rows": 4}),
         ({"global_batch_rows": 4}, {"steps": STEPS, "global_batch_rows": 4, "micro_batch_rows": 4}),
     ],
 )
-def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given, wanted):
+def test_all_arms_are_finetuned_like_the_base(make_study, folder, given, expected):
     base = yaml.safe_load((folder / "base.yaml").read_text())
     pairs = str(folder / "pairs.jsonl")
     task = {"name": "nl_rx", "test": pairs}
@@ -113,18 +113,18 @@ def test_finetunings_of_all_arms_are_those_of_the_base(make_study, folder, given
     matching = match(make_study(base="finetuned.yaml", arms=ARMS, matched_by="flops"))
     assert matching.arms["plain"].config.train.global_batch_rows < 8
     for run in make_runs(matching.study, matching, {}):
-        assert [getattr(task, "finetune", None) for task in run.config.evaluation.tasks] == [None, wanted, None], (
+        assert [getattr(task, "finetune", None) for task in run.config.evaluation.tasks] == [None, expected, None], (
             run.arm
         )
 
 
-def test_epochs_of_the_base_come_to_their_tokens(make_study, folder):
+def test_epochs_of_the_base_are_converted_to_tokens(make_study, folder):
     (folder / "epochs.yaml").write_text((folder / "base.yaml").read_text().replace(f"steps: {STEPS}", "epochs: 2"))
     matching = match(make_study(base="epochs.yaml"))
     assert matching.base_tokens == sum(tokens_of_steps(matching.base, whole_run=True))
 
 
-def test_arms_with_other_records_get_a_corpus_beside_that_of_the_base(make_study, folder):
+def test_arms_with_other_records_get_their_own_corpus(make_study, folder):
     arms = {
         "plain": {},
         "short": {"data.filters.min_characters": 40},

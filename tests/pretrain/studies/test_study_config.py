@@ -1,4 +1,4 @@
-"""Study files: their mistakes, and the presets."""
+"""Study files: their errors, and the presets."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_a_preset_loads_with_each_of_its_arms(preset):
     }
 
 
-def test_the_grid_of_the_paper_is_whole():
+def test_the_grid_of_the_paper_is_complete():
     arms = load_study(ROOT / "configs" / "studies" / "lambda_k_grid.yaml", []).config.arms
     found = {
         (arm["objective"]["weight"], arm["objective"]["predictor_tokens"])
@@ -29,7 +29,7 @@ def test_the_grid_of_the_paper_is_whole():
     assert found == {(weight, k) for weight in (0.5, 1, 2, 4) for k in range(5)}
 
 
-def test_a_preset_is_put_on_another_configuration(folder, monkeypatch):
+def test_a_preset_applies_to_another_base(folder, monkeypatch):
     monkeypatch.chdir(folder)
     overrides = ["base=base.yaml", "name=mine", "seeds=[1, 2]", "metric={task: loss, name: lm}"]
     study = load_study(ROOT / "configs" / "studies" / "does_it_help.yaml", overrides)
@@ -43,19 +43,19 @@ def test_a_metric_has_the_direction_that_its_task_declares_or_the_one_given(make
     assert [make_study(metric=metric).config.metric.higher_is_better for metric in metrics] == [False, True, True]
 
 
-def test_a_measured_speed_is_that_of_one_configuration_and_start(make_study):
-    def of(**changes):
+def test_a_measured_speed_belongs_to_one_configuration_and_launch_command(make_study):
+    def fingerprint_of(**changes):
         study = make_study(**changes)
         return fingerprint(study.run_config("jepa", 1), study.config)
 
-    assert of() == of()
+    assert fingerprint_of() == fingerprint_of()
     assert (
         len(
             {
-                of(),
-                of(arms={"plain": {}, "jepa": {"objective.weight": 2}}),
-                of(launch="deepspeed --num_gpus 2"),
-                of(launch="deepspeed"),
+                fingerprint_of(),
+                fingerprint_of(arms={"plain": {}, "jepa": {"objective.weight": 2}}),
+                fingerprint_of(launch="deepspeed --num_gpus 2"),
+                fingerprint_of(launch="deepspeed"),
             }
         )
         == 4
@@ -65,7 +65,7 @@ def test_a_measured_speed_is_that_of_one_configuration_and_start(make_study):
 @pytest.mark.parametrize(
     "value", [1e-05, "a: b", None, True, "1e5", {"name": "llm_jepa", "weight": 0.5}, [1, 2], "x" * 300]
 )
-def test_values_of_arms_survive_the_way_through_the_command_line(value):
+def test_override_values_survive_the_command_line(value):
     import yaml
 
     key, _, text = as_override("a.b", value).partition("=")
@@ -95,7 +95,7 @@ def test_values_of_arms_survive_the_way_through_the_command_line(value):
         ({"launch": "deepspeed --num_gpus '8"}, "launch is no command line: No closing quotation"),
     ],
 )
-def test_mistakes_are_named(write_study, changes, expected):
+def test_errors_are_reported(write_study, changes, expected):
     with pytest.raises(UserError) as error:
         load_study(write_study(**changes), [])
     assert expected in str(error.value)

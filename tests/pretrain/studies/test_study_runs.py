@@ -1,4 +1,4 @@
-"""A study as its user starts it: killed, started again, changed; each run trained and evaluated once."""
+"""A study that is killed, restarted and changed by its user. Each run is trained and evaluated once."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ WAIT = 12
 
 @pytest.fixture
 def start():
-    """Starts a study in the background; what is left of it at the end of the test is killed."""
+    """Yield a function that starts a study in the background. Studies still running after the test are killed."""
     started = []
 
     def run(path, log):
@@ -43,7 +43,10 @@ def results(run_dir):
 
 @pytest.fixture
 def waiting(folder):
-    """Return the `launch` of a study in which the run of that name waits in step WAIT until it is released or has a signal."""
+    """Return a function that makes a `launch` command for a study.
+
+    The run of the given name waits in step WAIT until it is released or receives a signal.
+    """
 
     def launch(name):
         modules = folder / f"waiting-{name}"
@@ -61,12 +64,12 @@ if sys.orig_argv[-1].endswith("/{name}.yaml") and "launcher/run.py" in " ".join(
     return launch
 
 
-def in_the_middle(run_dir):
+def has_logged_steps(run_dir):
     return lambda: len(read_metrics(run_dir)) > 2
 
 
 def processes_of(folder):
-    """Living processes that this study has started, and what these have."""
+    """Return the living processes with the folder of the study in their command line."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE and any(
@@ -76,7 +79,7 @@ def processes_of(folder):
     return found
 
 
-def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_study, waiting, folder):
+def test_a_killed_study_resumes_without_repeating_work(start, write_study, waiting, folder):
     path, study = write_study(launch=waiting("jepa-seed1")), folder / "studies" / "two"
     plain, jepa = study / "plain-seed1", study / "jepa-seed1"
     shown = run_command([*STUDY, str(path), "--dry-run"]).stdout
@@ -88,7 +91,7 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
     assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), (
         second.stderr
     )
-    first.wait_until(in_the_middle(jepa), "steps of the second run")
+    first.wait_until(has_logged_steps(jepa), "steps of the second run")
     first.process.kill()
     release_file(study / "configs" / "jepa-seed1.yaml", WAIT).touch()
     wait_for(lambda: not processes_of(study))
@@ -125,14 +128,14 @@ def test_a_study_that_is_killed_goes_on_and_does_nothing_twice(start, write_stud
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(start, write_study, waiting, folder):
+def test_ctrl_c_saves_and_a_restart_completes_the_study_although_one_arm_fails(start, write_study, waiting, folder):
     arms = {"plain": {"objective.name": "next_token"}, "broken": {"model.attention": "flex_attention"}, "jepa": {}}
     path, study = (
         write_study(name="three", seeds=[1, 2], arms=arms, launch=waiting("plain-seed1")),
         folder / "studies" / "three",
     )
     first = start(path, folder / "interrupted.log")
-    first.wait_until(in_the_middle(study / "plain-seed1"), "steps of the first run")
+    first.wait_until(has_logged_steps(study / "plain-seed1"), "steps of the first run")
     first.process.send_signal(signal.SIGINT)
     release_file(study / "configs" / "plain-seed1.yaml", WAIT).touch()
     assert first.end() == EXIT_CODE_STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
@@ -167,7 +170,7 @@ def test_ctrl_c_saves_and_the_rest_of_the_study_follows_though_one_arm_fails(sta
 
 @pytest.mark.slow
 def test_matched_by_seconds_on_two_ranks(write_study, folder):
-    """A step of the wide arm takes longer, so it gets fewer tokens, and about the same seconds."""
+    """Steps of the wide arm take longer. It gets fewer tokens and about the same number of seconds."""
     arms = {
         "plain": {"objective.name": "next_token"},
         "wide": {"model.shape.hidden_size": 256, "model.shape.intermediate_size": 1024},
@@ -184,12 +187,10 @@ def test_matched_by_seconds_on_two_ranks(write_study, folder):
     budget = {arm: record["arms"][arm]["matched"]["train.tokens"] for arm in arms}
     assert budget["wide"] / budget["plain"] == pytest.approx(speed["wide"] / speed["plain"], rel=1e-3)
     for arm, line in last.items():
-        assert (
-            0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]
-        )  # it ends with the step that reaches the budget
+        # A run ends with the step that reaches its budget.
+        assert 0 <= line["tokens"] - budget[arm] < 1.5 * line["tokens"] / line["step"]
 
-    record["calibration"]["wide"]["started_as"] = (
-        "other settings"  # or another version of the project: budgets of runs stay
-    )
+    # Budgets of existing runs do not change with other settings or another version of the project.
+    record["calibration"]["wide"]["started_as"] = "other settings"
     (study / "study.json").write_text(json.dumps(record))
     assert "measuring the speed" not in run_command([*STUDY, str(path)]).stdout

@@ -1,4 +1,4 @@
-"""Real data for tests, where a machine has them, and the three ways to answer that every score is tried on."""
+"""Real data for tests if the machine has it, and the three kinds of answers that each score is tested with."""
 
 import json
 import os
@@ -16,9 +16,9 @@ VIEWS = ("text", "code")
 
 
 def real_rows(name, task="", rows=None) -> list[Row]:
-    """Rows of a file of real data; skips the test where the machine has none."""
+    """Return rows of a file of real data; skip the test if the machine lacks the file."""
     if not (DATA / name).exists():
-        pytest.skip(f"no real data: JEPA_TEST_DATA names no folder with {name}")
+        pytest.skip(f"no real data: {name} is missing; set JEPA_TEST_DATA to its folder")
     return read_rows(JsonSource(type="json", path=str(DATA / name)), VIEWS, "task.test", rows, public_row_format(task))
 
 
@@ -36,5 +36,5 @@ def empty_answers(texts) -> list[Answer]:
 
 
 def rotated(texts) -> list[str]:
-    """Every answer moved on by one row."""
+    """Return the answers shifted by one row."""
     return [*texts[1:], texts[0]]

@@ -1,4 +1,4 @@
-"""Tasks of written answers and of likelihoods: gold, empty and shuffled answers, on real data and on small files of their form."""
+"""Tasks with generated answers or likelihoods: gold, empty and shuffled answers, on real data and small files."""
 
 from functools import partial
 
@@ -66,7 +66,7 @@ def rows_of(tmp_path, rows, task):
         ("", None),
     ],
 )
-def test_the_final_number_stands_behind_the_last_mark(text, number):
+def test_the_final_number_follows_the_last_mark(text, number):
     found = gsm8k.final_number(text)
     assert found is None if number is None else found == gsm8k.Decimal(number)
 
@@ -81,7 +81,7 @@ def check_gsm8k(targets):
     assert metrics["final"] == metrics["final_any"] == pytest.approx(equal) and equal < 0.5
 
 
-def test_gsm8k_on_rows_as_the_hub_has_them(tmp_path):
+def test_gsm8k_on_rows_in_the_format_of_the_hub(tmp_path):
     rows = [
         {"question": f"{number} + 1?", "answer": f"That is {number + 1}.\n#### {number % 4 + 1:,}"}
         for number in range(9)
@@ -97,11 +97,11 @@ def test_gsm8k_on_rows_as_the_hub_has_them(tmp_path):
     }
 
 
-def test_gsm8k_on_its_test_rows():
+def test_gsm8k_on_the_real_test_rows():
     check_gsm8k([row.target for row in real_rows("gsm8k/test.jsonl")])
 
 
-def test_labels_in_columns_with_the_names_of_the_views_are_those_of_the_public_form(tmp_path):
+def test_labels_in_columns_named_like_the_views_are_converted_as_in_public_rows(tmp_path):
     for task, expected in (("yelp", ["1", "5"]), ("rotten_tomatoes", ["Bad", "Good"])):
         rows = [{"text": "fine", "label": 0}, {"text": "poor", "label": 4 if task == "yelp" else 1}]
         source = JsonSource(type="json", path=str(write_rows(tmp_path / "test.jsonl", rows)))
@@ -111,7 +111,7 @@ def test_labels_in_columns_with_the_names_of_the_views_are_those_of_the_public_f
 
 
 @pytest.mark.parametrize("question", [" ", "half \ud83d pair"])
-def test_a_public_form_holds_text_as_other_rows_do(tmp_path, question):
+def test_text_of_public_rows_is_checked_like_that_of_other_rows(tmp_path, question):
     with pytest.raises(
         UserError, match=r"test.jsonl:1: .*in the form of the public data set with the columns answer, question"
     ):
@@ -136,7 +136,7 @@ def check_labels(targets):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """The export of a model that was never trained."""
+    """Return the export of an untrained model."""
     folder = tmp_path_factory.mktemp("export")
     tokenizer = train([" ".join(pair) for pair in map(partial(generate, 0, "test"), range(60))], 330, folder)
     torch.manual_seed(0)
@@ -144,8 +144,8 @@ def export(tmp_path_factory):
     return folder
 
 
-def evaluated(task, export, folder, **settings):
-    """Return the result of a task on the rows of `test` and `train`, in its own columns or in those of the views."""
+def evaluate_task(task, export, folder, **settings):
+    """Return the result of a task on files of `test` and `train` rows, limited to `rows` test rows."""
     paths = {name: str(write_rows(folder / f"{name}.jsonl", rows)) for name, rows in settings.items() if name != "rows"}
     config = load_config(write_config(folder, tiny_config(folder)))
     options = parse_task({"name": task.__name__.rpartition(".")[2], "rows": settings.get("rows")} | paths, "task")
@@ -155,36 +155,36 @@ def evaluated(task, export, folder, **settings):
 REVIEWS = [{"text": f"lines {number}", "label": label} for number, label in enumerate([1] * 20 + [0])]
 
 
-def test_the_labels_to_choose_from_do_not_follow_from_the_rows_used(export, tmp_path):
+def test_candidate_labels_do_not_depend_on_the_limit_of_rows(export, tmp_path):
     for test in (REVIEWS, REVIEWS[:20]):
-        few = evaluated(rotten_tomatoes, export, tmp_path, test=test, rows=20)
+        few = evaluate_task(rotten_tomatoes, export, tmp_path, test=test, rows=20)
         assert (few.rows, few.counts["labels"], few.metrics["majority"]) == (20, 2, 1)
-    assert evaluated(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, (
-        "an untrained model does not know them"
+    assert evaluate_task(rotten_tomatoes, export, tmp_path, test=REVIEWS).metrics["likelihood"] < 1, (
+        "an untrained model does not know the labels"
     )
     third = [*REVIEWS[:2], {"text": "lines", "code": "Neutral"}]
-    assert evaluated(rotten_tomatoes, export, tmp_path, test=third, rows=2).counts["labels"] == 3
-    assert evaluated(yelp, export, tmp_path, test=REVIEWS[:3], rows=2).counts["labels"] == 5
+    assert evaluate_task(rotten_tomatoes, export, tmp_path, test=third, rows=2).counts["labels"] == 3
+    assert evaluate_task(yelp, export, tmp_path, test=REVIEWS[:3], rows=2).counts["labels"] == 5
 
 
-def test_labels_of_other_words_are_those_of_the_whole_test_and_train_files(export, tmp_path):
+def test_custom_labels_come_from_all_rows_of_the_test_and_train_files(export, tmp_path):
     words = [
         {"text": f"lines {number}", "code": word} for number, word in enumerate(["good", "good", "bad", "neither"])
     ]
-    assert evaluated(rotten_tomatoes, export, tmp_path, test=words, rows=2).counts["labels"] == 3
-    with_train = evaluated(rotten_tomatoes, export, tmp_path, test=words[:2], train=words[3:])
+    assert evaluate_task(rotten_tomatoes, export, tmp_path, test=words, rows=2).counts["labels"] == 3
+    with_train = evaluate_task(rotten_tomatoes, export, tmp_path, test=words[:2], train=words[3:])
     assert with_train.counts["labels"] == 2
 
 
-def test_a_single_option_is_no_score(export, tmp_path):
+def test_a_single_option_cannot_be_scored(export, tmp_path):
     words = [{"text": f"lines {number}", "code": "good"} for number in range(3)]
     with pytest.raises(UserError, match=r"task\.test: every row has the target 'good'"):
-        evaluated(rotten_tomatoes, export, tmp_path, test=words)
+        evaluate_task(rotten_tomatoes, export, tmp_path, test=words)
     with pytest.raises(UserError, match=r"task\.test: a row has a single ending"):
-        evaluated(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
+        evaluate_task(hellaswag, export, tmp_path, test=[{"ctx": "A man", "endings": ["runs."], "label": 0}])
 
 
-def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsys):
+def test_unseen_refers_only_to_the_corpus_of_the_run(prepared, tmp_path, capsys):
     seen, new = generate(0, "train", 3), generate(0, "test", 0)
     rows = write_rows(tmp_path / "rows.jsonl", [dict(zip(VIEWS, pair, strict=True)) for pair in (seen, new)])
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, data__path=str(prepared))))
@@ -193,18 +193,20 @@ def test_unseen_is_said_of_the_corpus_of_the_run_alone(prepared, tmp_path, capsy
     )
     (tmp_path / "run").mkdir()
     environment = {"data": corpus_identity(read_manifest(prepared))}
-    for recorded in ({}, environment):  # a run of a version that recorded nothing, and one of this corpus
+    for recorded in ({}, environment):  # a run of a version that recorded no corpus, and a run on this corpus
         write_json(tmp_path / "run" / "environment.json", recorded)
         assert run.unseen(run.read_test()) == [False, True]
     environment["data"]["corpus"]["train"]["sha256"] = "0" * 64
     write_json(tmp_path / "run" / "environment.json", environment)
     capsys.readouterr()
     assert run.unseen(run.read_test()) is None
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1 and f"{prepared} (data.path) holds another corpus than the run was trained on" in told
+    output = capsys.readouterr().out
+    assert (
+        output.count("\n") == 1 and f"{prepared} (data.path) holds another corpus than the run was trained on" in output
+    )
 
 
-def test_labels_as_the_hub_has_them(tmp_path):
+def test_labels_in_the_format_of_the_hub(tmp_path):
     rows = [{"text": "fine", "label": 1}, {"text": "poor", "label": 0}, {"text": "great", "label": 1}]
     found = rows_of(tmp_path, rows, "rotten_tomatoes")
     assert [row.target for row in found] == ["Good", "Bad", "Good"] and check_labels(
@@ -231,12 +233,12 @@ def test_labels_as_the_hub_has_them(tmp_path):
         ("hellaswag", {"ctx": "c", "endings": "ab", "label": 0}),
     ],
 )
-def test_columns_that_hold_no_text_are_reported_with_their_place(tmp_path, task, row):
+def test_columns_without_text_are_reported_with_their_line(tmp_path, task, row):
     with pytest.raises(UserError, match=r"test.jsonl:1: .*in the form of the public data set"):
         rows_of(tmp_path, [row], task)
 
 
-def test_what_does_not_fit_is_wrong_and_counted():
+def test_options_that_do_not_fit_are_wrong_and_counted():
     infinite = float("-inf")
     assert hellaswag.score([0], [["a", "b"]], [[-5.0, infinite]]) == {"normalised": 0, "likelihood": 0}
     assert labels.score(["Good"], ["Bad", "Good"], [[infinite, -5.0]], gold_answers(["Good"]))["likelihood"] == 0
@@ -246,11 +248,11 @@ def test_what_does_not_fit_is_wrong_and_counted():
     )
 
 
-def test_rotten_tomatoes_on_its_test_rows():
+def test_rotten_tomatoes_on_the_real_test_rows():
     assert check_labels([row.target for row in real_rows("rotten_tomatoes/test.jsonl")]) == pytest.approx(0.5)
 
 
-def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path):
+def test_nq_open_accepts_any_right_answer_but_no_empty_answer(tmp_path):
     rows = [
         {"question": "who wrote it", "answer": ["The Beatles", "Lennon"]},
         {"question": "which letter", "answer": ["A", "the letter a"]},
@@ -277,7 +279,7 @@ def test_nq_open_takes_any_of_the_right_answers_and_never_an_empty_one(tmp_path)
     }
 
 
-def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
+def test_hellaswag_normalizes_by_length_and_scores_a_tie_as_wrong(tmp_path):
     rows = [
         {"ctx": "A man", "endings": ["runs.", "is a very long way of saying it.", "c", "d"], "label": label}
         for label in ("0", "1", 2, "3", "3")
@@ -294,7 +296,7 @@ def test_hellaswag_divides_by_the_length_and_knows_no_choice_in_a_tie(tmp_path):
         rows_of(tmp_path, [{"ctx": "A man", "endings": ["a", "b"], "label": ""}], "hellaswag")
 
 
-def test_spider_as_the_hub_has_it(tmp_path):
+def test_spider_in_the_format_of_the_hub(tmp_path):
     found = rows_of(
         tmp_path, [{"db_id": "shop", "question": "how many", "query": "SELECT 1", "query_toks": []}], "spider"
     )

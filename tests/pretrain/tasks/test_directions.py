@@ -1,4 +1,4 @@
-"""Every metric that the project itself computes declares its direction; test_job.py holds the results of each task against the table."""
+"""Every metric of the project declares its direction. test_job.py checks the results of each task against the table."""
 
 from typing import get_args
 
@@ -8,7 +8,7 @@ from pretrain.tasks import task_configs
 from pretrain.tasks.directions import VALIDATION, direction, metric_directions
 
 
-def test_the_table_has_each_task_and_each_term_of_the_loss():
+def test_the_table_has_each_task_and_each_loss_term():
     assert (
         all(metric_directions(task) for task in task_configs().keys() - {"lm_eval"})
         and metric_directions("nothing") == metric_directions("a.b") == {}
@@ -23,18 +23,18 @@ def test_the_table_has_each_task_and_each_term_of_the_loss():
     }
 
 
-def test_a_direction_of_prediction_is_a_prefix_of_metrics_of_retrieval_alone():
+def test_only_metrics_of_retrieval_may_have_a_prediction_direction_as_prefix():
     assert direction("retrieval", "code_to_text_recall_at_10") == direction("retrieval", "mrr") == "higher"
     assert direction("retrieval", "code_to_text_exact") is direction("nl_rx", "foo_to_bar_exact") is None
-    two = ("text", "code")
+    views = ("text", "code")
     retrieval, text = (
         parse_task({"name": "retrieval", "test": "x"}, "task"),
         parse_task({"name": "text", "test": "x"}, "task"),
     )
     assert (
-        retrieval.reports_metric("code_to_text_mrr", two)
-        and retrieval.reports_metric("mrr", two)
-        and not retrieval.reports_metric("foo_to_bar_mrr", two)
+        retrieval.reports_metric("code_to_text_mrr", views)
+        and retrieval.reports_metric("mrr", views)
+        and not retrieval.reports_metric("foo_to_bar_mrr", views)
     )
-    assert text.reports_metric("exact", two) and not text.reports_metric("bleu", two)
-    assert parse_task({"name": "text", "test": "x", "similarity": ["bleu"]}, "task").reports_metric("bleu", two)
+    assert text.reports_metric("exact", views) and not text.reports_metric("bleu", views)
+    assert parse_task({"name": "text", "test": "x", "similarity": ["bleu"]}, "task").reports_metric("bleu", views)

@@ -1,4 +1,4 @@
-"""Scores of the nl_rx task. Invariant 7: exact, prefix, contains and stopped are reported apart."""
+"""Scores of the nl_rx task. Invariant 7: exact, prefix, contains and stopped are reported separately."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from pretrain.tasks.scoring import Answer
 from tests.pretrain.tasks.shared_data import empty_answers, gold_answers, real_rows, rotated
 
 
-def test_each_rate_counts_what_it_says():
+def test_each_rate_follows_its_definition():
     targets = [".*a.*"] * 7 + ["~(.*)", "(a)|(b)"]
     answers = [
         Answer(".*a.*", True),
@@ -42,7 +42,7 @@ def test_each_rate_counts_what_it_says():
 
 
 def targets_of(kind):
-    """Of the embedded grammar, or of the public NL-RX-SYNTH."""
+    """Return targets of the embedded grammar or of the public NL-RX-SYNTH."""
     if kind == "grammar":
         return [generate(0, "test", index)[1] for index in range(150)]
     return [row.target for row in real_rows("nl-rx-synth/test.jsonl", rows=1000)]
@@ -56,23 +56,22 @@ def test_gold_empty_and_shuffled_answers(kind):
     assert {name: value for name, value in metrics.items() if value != 1} == {"undecided": 0}
     metrics, _ = score(targets, empty_answers(targets), new)
     assert {name: value for name, value in metrics.items() if value != 0} == {"stopped": 1}
-    moved = rotated(targets)
-    metrics, _ = score(targets, gold_answers(moved), new)
-    pairs = list(zip(targets, moved, strict=True))
+    shuffled = rotated(targets)
+    metrics, _ = score(targets, gold_answers(shuffled), new)
+    pairs = list(zip(targets, shuffled, strict=True))
     assert metrics["exact"] == sum(target == answer for target, answer in pairs) / len(pairs)
     assert metrics["equal"] == sum(compare(target, answer).equal is True for target, answer in pairs) / len(pairs)
     assert metrics["exact"] < metrics["equal"] < 0.1  # many published targets denote the empty language
 
 
-def test_regexes_built_to_explode_are_undecided_and_soon_not_tried(monkeypatch):
+def test_exploding_regexes_are_undecided_and_skipped_after_a_few(monkeypatch):
     compared = []
     monkeypatch.setattr(nl_rx, "MOST_UNDECIDED", 1)
     monkeypatch.setattr(nl_rx, "compare", lambda *pair: compared.append(pair) or compare(*pair))
     exploding = [f"(.*a.{{20}})|(.*a{number}.{{20}})" for number in range(100)]
     exploding += ["~((" * 200 + "a" + "))" * 200, "(((a{9}){9}){9}){9}", "(" * 100_000]
     metrics, _ = score([".*a.{20}"] * len(exploding), gold_answers(exploding), [True] * len(exploding))
-    assert len(compared) == 1, "each takes some seconds"
+    assert len(compared) == 1, "comparisons must stop early, because each takes some seconds"
     assert (metrics["exact"], metrics["equal"]) == (0, 0) and metrics["undecided"] > 0.9
-    assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {
-        "proper": 0
-    }  # whether it is proper is undecided too
+    # It is also undecided whether this target is proper.
+    assert score(["(((a{9}){9}){9}){9}"], gold_answers([""]), None)[1] == {"proper": 0}

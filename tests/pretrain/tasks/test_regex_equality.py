@@ -1,4 +1,4 @@
-"""The checker of regex equality against brute force over all short lines, and on the real pairs of NL-RX-SYNTH."""
+"""The checker of regex equality, against brute force over all short lines, and on real pairs of NL-RX-SYNTH."""
 
 import itertools
 import json
@@ -19,15 +19,15 @@ LINES = ["".join(line) for length in range(LONGEST + 1) for line in itertools.pr
 
 
 class Brute:
-    """What trees match, by definition: for all lines at once, which of their stretches [i, j) match, (lines, i, j) bool."""
+    """Brute-force matching by definition: whether substring [i, j) of each line matches a tree, (lines, i, j) bool."""
 
     def __init__(self, lines: list[str]):
         self.size = max(map(len, lines)) + 1
         self.codes = np.array([[*map(ord, line), *[-1] * (self.size - len(line))] for line in lines])
         self.length = np.array(list(map(len, lines)))
         place = np.arange(self.size)
-        self.stretches = (place[:, None] <= place[None]) & (place[None] <= self.length[:, None, None])
-        self.empties = self.stretches & np.eye(self.size, dtype=bool)
+        self.substrings = (place[:, None] <= place[None]) & (place[None] <= self.length[:, None, None])
+        self.empty_substrings = self.substrings & np.eye(self.size, dtype=bool)
         word = np.vectorize(lambda code: code >= 0 and chr(code).isalnum())(self.codes)
         before = np.concatenate([np.zeros((len(lines), 1), bool), word[:, :-1]], axis=1)
         end = (place == 0) | (place[None] == self.length[:, None])
@@ -36,17 +36,17 @@ class Brute:
     def match(self, tree) -> np.ndarray:
         match tree:
             case ("set", members):
-                found = np.zeros_like(self.stretches)
+                found = np.zeros_like(self.substrings)
                 found[:, np.arange(self.size - 1), np.arange(1, self.size)] = np.isin(self.codes, [*map(ord, members)])[
                     :, :-1
                 ]
-                return found & self.stretches
+                return found & self.substrings
             case ("any",):
-                return self.stretches & np.eye(self.size, k=1, dtype=bool)
+                return self.substrings & np.eye(self.size, k=1, dtype=bool)
             case ("boundary",):
-                return self.empties & self.boundary[:, :, None]
+                return self.empty_substrings & self.boundary[:, :, None]
             case ("not", part):
-                return self.stretches & ~self.match(part)
+                return self.substrings & ~self.match(part)
             case ("union", one, other):
                 return self.match(one) | self.match(other)
             case ("and", one, other):
@@ -54,7 +54,7 @@ class Brute:
             case ("then", one, other):
                 return self.match(one) @ self.match(other)
             case ("repeat", part, low, high):
-                once, found = self.match(part), self.empties
+                once, found = self.match(part), self.empty_substrings
                 for _ in range(low):
                     found = found @ once
                 total = found
@@ -64,12 +64,12 @@ class Brute:
                 return total
 
     def matches(self, tree) -> np.ndarray:
-        """Which whole lines match, (lines,) bool."""
+        """Return whether each complete line matches, (lines,) bool."""
         return self.match(tree)[np.arange(len(self.length)), 0, self.length]
 
 
 def write(tree) -> str:
-    """The expression of a tree, with no bracket that could be left out but those of its operands."""
+    """Return the expression of a tree, with brackets around operands only."""
     match tree:
         case ("set", members):
             return members if len(members) == 1 else f"[{members}]"
@@ -103,7 +103,7 @@ def draw(rng: random.Random, depth: int):
 
 
 def vary(rng: random.Random, tree):
-    """An equal expression most of the time, or one that is nearly so."""
+    """Return a variant of the tree that is usually equal, and otherwise nearly equal."""
     return rng.choice(
         [
             ("not", ("not", tree)),
@@ -136,15 +136,15 @@ def test_the_checker_agrees_with_brute_force_on_random_pairs(pairs):
 
 @pytest.fixture
 def machines(monkeypatch):
-    """The machines of the comparisons in a test, each with the work that it did."""
+    """Return the list of machines that the comparisons of a test create; each counts its work."""
     made = []
 
-    class Kept(regex_equality._Machine):
+    class RecordedMachine(regex_equality._Machine):
         def __post_init__(self):
             made.append(self)
             super().__post_init__()
 
-    monkeypatch.setattr(regex_equality, "_Machine", Kept)
+    monkeypatch.setattr(regex_equality, "_Machine", RecordedMachine)
     return made
 
 
@@ -161,7 +161,7 @@ def test_a_malformed_expression_equals_nothing():
         assert is_nontrivial(malformed) is False
 
 
-def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
+def test_exploding_expressions_are_undecided_within_bounded_work(machines):
     for expression in (
         "(a|b)*a" + "(a|b)" * 60,
         "a{999999}",
@@ -172,12 +172,10 @@ def test_expressions_built_to_explode_are_undecided_in_bounded_work(machines):
     ):
         assert compare(expression, expression + "b").equal is not True
     assert compare("(a|b)*a(a|b){25}", "(b|a)*a(b|a){25}b?").equal is not True
-    for letters in (
-        string.ascii_lowercase[:16],
-        string.ascii_letters,
-    ):  # each letter somewhere: a state for each set of letters
-        everywhere = "&".join(f"(.*{letter}.*)" for letter in letters)
-        assert compare(everywhere, everywhere.replace("a", "!")).equal is None
+    for letters in (string.ascii_lowercase[:16], string.ascii_letters):
+        # An expression that requires all letters, in any order, has a state for each set of letters.
+        all_letters = "&".join(f"(.*{letter}.*)" for letter in letters)
+        assert compare(all_letters, all_letters.replace("a", "!")).equal is None
     assert machines and all(machine.work <= 1.01 * regex_equality.MAX_OPERATIONS for machine in machines)
     assert all(len(machine.nodes) <= regex_equality.MAX_NODES for machine in machines)
 
@@ -191,7 +189,7 @@ def test_proper_targets():
     )
 
 
-def test_pairs_of_the_grammar_are_decided_at_once(machines):
+def test_pairs_of_the_grammar_are_decided_with_little_work(machines):
     rng = random.Random(2)
     targets = [generate(0, "test", index)[1] for index in range(400)]
     check_pairs(
@@ -200,9 +198,9 @@ def test_pairs_of_the_grammar_are_decided_at_once(machines):
     )
 
 
-def test_pairs_of_nl_rx_synth_are_decided_at_once(machines):
+def test_pairs_of_nl_rx_synth_are_decided_with_little_work(machines):
     if not SYNTH.exists():
-        pytest.skip("NL-RX-SYNTH is not at hand")
+        pytest.skip(f"{SYNTH} is missing")
     rng = random.Random(3)
     targets = [json.loads(line)["messages"][-1]["content"] for line in SYNTH.read_text().splitlines()]
     check_pairs([(target, rng.choice(targets)) for target in targets], machines)

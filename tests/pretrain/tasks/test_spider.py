@@ -1,4 +1,4 @@
-"""The spider task: what counts as the same result, on real databases and on made ones, and queries that attack."""
+"""The spider task: equality of results, on real and generated databases, and hostile queries."""
 
 import json
 import random
@@ -25,8 +25,8 @@ TEN_ROWS = [(number, f"name {number % 3}", number / 7) for number in range(10)]
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """A query is ended for the processor time that it takes, never because other processes take it."""
+def long_wall_clock_limit(monkeypatch):
+    """Raise the wall-clock limit. Queries must end by their own processor time, not because the machine is busy."""
     monkeypatch.setattr(execution, "PATIENCE", TIMEOUT)
 
 
@@ -41,17 +41,17 @@ def database(tmp_path_factory):
     return path
 
 
-def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
+def test_rows_are_compared_as_multisets_or_as_lists_if_the_target_orders():
     assert same_rows([(1, "a"), (2, "b")], [(2.0, "b"), (1, "a")], ordered=False)
     assert not same_rows([(1, "a"), (2, "b")], [(2, "b"), (1, "a")], ordered=True)
     assert not same_rows([(1,), (1,)], [(1,)], ordered=False)
     assert same_rows([(0.1 + 0.2, None)], [(0.3, None)], ordered=True) and not same_rows(
         [(0.3,)], [(0.3001,)], ordered=True
     )
-    assert not same_rows([(1, 2)], [(2, 1)], ordered=False)  # columns have an order
+    assert not same_rows([(1, 2)], [(2, 1)], ordered=False)  # the order of columns matters
     assert same_rows([(12345678901,)], [(12345678901.0,)], ordered=True)
     assert same_rows([(123456789012.4,), (1,)], [(1,), (123456789012,)], ordered=False)
-    assert not same_rows([(12345678901,)], [(12345678902,)], ordered=True)  # whole numbers are exact
+    assert not same_rows([(12345678901,)], [(12345678902,)], ordered=True)  # integers are compared exactly
     assert not same_rows([("1",)], [(1,)], ordered=False) and not same_rows([], [(None,)], ordered=False)
 
 
@@ -67,12 +67,12 @@ def test_rows_are_compared_as_multisets_and_as_lists_where_the_target_orders():
         ('SELECT "order by" FROM t /* ORDER BY a */', False),
     ],
 )
-def test_order_counts_where_the_query_itself_orders(query, ordered):
-    for whole in (query, f"({query}\n)", f" ( ({query}\n) ) ; -- end"):
-        assert (outer_order_by(whole) is not None) is ordered, whole
+def test_order_matters_only_if_the_outer_query_orders(query, ordered):
+    for wrapped in (query, f"({query}\n)", f" ( ({query}\n) ) ; -- end"):
+        assert (outer_order_by(wrapped) is not None) is ordered, wrapped
 
 
-def test_parentheses_side_by_side_are_not_around_the_query():
+def test_parentheses_around_parts_do_not_enclose_the_query():
     assert outer_order_by("(SELECT 1) UNION (SELECT a FROM t ORDER BY a)") is None
 
 
@@ -117,11 +117,8 @@ UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM p
         (f"{BY_SCORE} LIMIT 3 OFFSET 2", "SELECT name FROM player WHERE id IN (2, 4, 5)", True),
         (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (1, 4, 5)", True),
         (f"{BY_SCORE} LIMIT 2, 3", "SELECT name FROM player WHERE id IN (3, 4, 5) ORDER BY id DESC", False),
-        (
-            f"{BY_SCORE} LIMIT 1 + 1",
-            "SELECT name FROM player WHERE id IN (2, 6)",
-            False,
-        ),  # not a plain number: the rows of the target alone
+        # If the limit is not a plain number, only the rows of the target are right.
+        (f"{BY_SCORE} LIMIT 1 + 1", "SELECT name FROM player WHERE id IN (2, 6)", False),
         (f"{BY_SCORE} -- LIMIT 1\n ;", "SELECT name FROM player ORDER BY score DESC, id DESC", True),
         (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY score, name DESC", True),
         (DISTINCT, "SELECT DISTINCT name, score FROM player ORDER BY -score, name", False),
@@ -137,20 +134,20 @@ UNION = "SELECT id, score FROM player WHERE id < 3 UNION SELECT id, score FROM p
         ),
     ],
 )
-def test_rows_that_the_target_leaves_tied_may_come_in_any_order(players, target, answer, right):
+def test_tied_rows_may_be_in_any_order(players, target, answer, right):
     with QueryRunner() as runner:
         assert judge(runner, players, target, target).right
         assert judge(runner, players, target, answer).right is right
 
 
-def test_a_query_is_normal_in_white_space_and_case_but_not_within_quotes():
+def test_normalization_changes_white_space_and_case_outside_quotes_only():
     assert normal("SELECT  COUNT( * )\nFROM T WHERE a='It''s A' ;") == normal(
         "select count(*) from t where A = 'It''s A'"
     )
     assert normal("SELECT a FROM t WHERE a = 'x'") != normal("SELECT a FROM t WHERE a = 'X'")
 
 
-def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
+def test_an_answer_must_end_run_and_return_the_rows_of_the_target(database):
     target = "SELECT name, count(*) FROM t GROUP BY name"
     answers = {
         "SELECT name, sum(1.0) FROM t GROUP BY 1 ORDER BY 2 DESC": True,
@@ -171,7 +168,7 @@ def test_an_answer_must_end_run_and_give_the_rows_of_the_target(database):
         assert score(nothing, [Answer(text, True)], [database], None)[0]["execution"] == right, text
 
 
-def test_what_cannot_be_scored_counts_as_wrong_and_is_told(database):
+def test_rows_that_cannot_be_scored_are_wrong_and_counted(database):
     targets = ["SELECT nothing FROM t", "SELECT id FROM t", "SELECT id FROM t", "SELECT id FROM t WHERE 0"]
     metrics, counts = score(
         targets, gold_answers(targets), [database, None, database, database], [False, True, True, False]
@@ -203,7 +200,7 @@ def test_databases_are_found_by_the_name_in_the_row(tmp_path):
         find_databases(rows, tmp_path / "none")
 
 
-def test_files_that_cannot_be_read_as_they_stand_are_refused(tmp_path, database):
+def test_unreadable_database_files_are_refused(tmp_path, database):
     row, pointer, logged = Row(("how many", "SELECT 1"), {}), tmp_path / "pointer.sqlite", tmp_path / "logged.sqlite"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(UserError, match=r"pointer.sqlite .* is no SQLite file"):
@@ -270,7 +267,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
-def test_attacks_are_refused_or_cut_off_and_what_follows_runs(database, kind):
+def test_attacks_fail_and_later_queries_run(database, kind):
     before, files = database.read_bytes(), set(database.parent.iterdir())
     with QueryRunner(seconds=0.5) as runner:
         for query in ATTACKS[kind]:
@@ -283,13 +280,13 @@ def test_attacks_are_refused_or_cut_off_and_what_follows_runs(database, kind):
     assert database.read_bytes() == before and set(database.parent.iterdir()) == files
 
 
-def test_a_query_takes_no_more_processor_time_than_it_may(database):
+def test_the_processor_time_of_a_query_is_limited(database):
     with QueryRunner(seconds=0.5) as runner:
         assert runner.run(database, "SELECT 1").rows == [(1,)]
         worker = psutil.Process(runner._process.pid)
         assert "interrupted" in runner.run(database, f"{ENDLESS} SELECT count(*) FROM n").error
-        assert worker.is_running()  # the kernel ends it at 1.5 s of processor time
-        assert "took longer" in runner.run(database, LONG_FUNCTION).error  # SQLite looks at no clock in there
+        assert worker.is_running()  # the kernel kills it only at 1.5 s of processor time
+        assert "took longer" in runner.run(database, LONG_FUNCTION).error  # SQLite checks no clock within a function
         assert not worker.is_running()
 
 
@@ -323,7 +320,7 @@ QUERIES = [
 ]
 
 
-def test_made_databases_answer_the_queries_they_are_made_for(tmp_path):
+def test_generated_databases_answer_their_queries(tmp_path):
     make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
     failed, empty_results = look_at({"shop": QUERIES}, tmp_path)
     assert len(failed) == 1 and "no such column: shoe" in failed[0] and empty_results == 0
@@ -338,8 +335,8 @@ def test_made_databases_answer_the_queries_they_are_made_for(tmp_path):
     assert (tmp_path / "shop.sqlite").read_bytes() == first
 
 
-def share_with_equal_results(targets, answers, databases):
-    """The same by sqlite3 directly, for queries that are harmless."""
+def fraction_with_equal_results(targets, answers, databases):
+    """Return the fraction of answers with the result of their target, by sqlite3 directly, for harmless queries."""
     equal = 0
     for target, answer, database in zip(targets, answers, databases, strict=True):
         connection = sqlite3.connect(database)
@@ -362,10 +359,10 @@ def check_scores(targets, databases, failing):
     )
     metrics, _ = score(targets, empty_answers(targets), databases, new)
     assert metrics["execution"] == metrics["exact"] == metrics["runs"] == 0
-    moved = rotated(targets)
-    metrics, _ = score(targets, gold_answers(moved), databases, new)
+    shuffled = rotated(targets)
+    metrics, _ = score(targets, gold_answers(shuffled), databases, new)
     assert (
-        metrics["execution"] == pytest.approx(share_with_equal_results(targets, moved, databases))
+        metrics["execution"] == pytest.approx(fraction_with_equal_results(targets, shuffled, databases))
         and metrics["execution"] < 0.5
     )
     return counts
@@ -378,9 +375,8 @@ def test_gold_empty_and_shuffled_answers_on_a_small_set(tmp_path):
 
 def test_gold_empty_and_shuffled_answers_on_geography():
     targets = [row.target for row in real_rows("geography/test.jsonl")]
-    check_scores(
-        targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2
-    )  # which name a table that is not theirs
+    # Two targets name a table of another database.
+    check_scores(targets, [DATA / "geography" / "geography.sqlite"] * len(targets), failing=2)
 
 
 def test_gold_empty_and_shuffled_answers_on_spider(tmp_path):

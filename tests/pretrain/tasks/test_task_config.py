@@ -1,4 +1,4 @@
-"""A task that cannot be meant is refused before anything is computed."""
+"""Invalid tasks are refused before anything is computed."""
 
 import json
 import re
@@ -44,7 +44,7 @@ from tests.commands import prepare_corpus, tiny_config, write_config
         ({}, "task.name: unknown task None: choose one of"),
     ],
 )
-def test_options_that_cannot_act_are_errors(tmp_path, values, message):
+def test_invalid_options_are_errors(tmp_path, values, message):
     with pytest.raises(UserError, match=re.escape(message)):
         parse_task(values, "task")
     if values:
@@ -52,13 +52,13 @@ def test_options_that_cannot_act_are_errors(tmp_path, values, message):
             load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
 
 
-def test_an_option_of_another_task_is_named(tmp_path):
+def test_an_option_of_another_task_is_reported(tmp_path):
     values = {"name": "loss", "test": "x", "databases": "y"}
     with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.databases has no effect with loss: leave it out"):
         load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
 
 
-def test_tasks_of_one_name_take_labels_and_tasks_take_the_views_that_they_can():
+def test_tasks_of_the_same_name_need_labels_and_tasks_check_the_views():
     two = [{"name": "gsm8k", "test": "x"}, {"name": "gsm8k", "test": "y"}]
     with pytest.raises(ValidationError, match="give one of them a label"):
         EvaluationConfig(tasks=two)
@@ -99,7 +99,7 @@ FINETUNINGS = {
         "finetune_objective.form: views needs two views in one text",
     ),
 }
-"""A task's keys that its finetuning would refuse, and what the error line says after the task's own key."""
+"""Invalid finetuning keys of a task, each with the start of the error message after the key of the task."""
 
 
 def task_of(folder: Path, changes: dict) -> dict:
@@ -107,7 +107,7 @@ def task_of(folder: Path, changes: dict) -> dict:
 
 
 @pytest.mark.parametrize("mistake", FINETUNINGS)
-def test_a_finetuning_that_its_run_would_refuse_is_refused_by_key(tmp_path, mistake):
+def test_an_invalid_finetuning_is_refused_with_its_key(tmp_path, mistake):
     changes, expected = FINETUNINGS[mistake]
     with pytest.raises(UserError) as refused:
         load_config(write_config(tmp_path, task_of(tmp_path, changes)))
@@ -118,7 +118,7 @@ def test_a_finetuning_that_its_run_would_refuse_is_refused_by_key(tmp_path, mist
     assert str(refused.value).startswith(f"task.{expected}")
 
 
-def test_keys_of_train_that_a_task_leaves_alone_stay_those_of_the_run(tmp_path):
+def test_a_finetuning_inherits_the_other_keys_of_train(tmp_path):
     stable = {"train__schedule": "warmup_stable_decay", "train__decay_fraction": 0.5}
 
     def load(finetune: dict) -> RunConfig:
@@ -139,7 +139,7 @@ def test_keys_of_train_that_a_task_leaves_alone_stay_those_of_the_run(tmp_path):
         load(finetune)
 
 
-def test_an_objective_on_pairs_of_a_corpus_of_documents_is_refused_without_a_corpus(tmp_path):
+def test_a_pair_objective_on_documents_is_refused_before_a_corpus_is_prepared(tmp_path):
     tube = {"name": "semantic_tube", "regularizers": [{"name": "vicreg", "weight": 1}]}
     for objective, key in (({"name": "llm_jepa"}, "name"), (tube, "regularizers")):
         values = tiny_config(tmp_path, data__views=["text"], objective=objective)
@@ -172,7 +172,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-NEEDS = {
+REQUIREMENTS = {
     "databases": ({"name": "spider", "databases": "FOLDER/nowhere"}, "databases: there is no FOLDER/nowhere"),
     "test": ({"name": "gsm8k", "test": "FOLDER/nowhere"}, "test: there is no file FOLDER/nowhere"),
     "train": ({"name": "gsm8k", "finetune": {}, "train": "FOLDER/nowhere"}, "train: there is no file FOLDER/nowhere"),
@@ -197,11 +197,11 @@ NEEDS = {
         "finetune_lora needs the package peft",
     ),
 }
-"""Tasks that lack something on this machine, each with the error line after the key of the task."""
+"""Tasks with a missing requirement, each with the start of the error message after the key of the task."""
 
 
 def refusal(capsys) -> str:
-    """The one error line with which the command ends."""
+    """Run the command and return its only error line."""
     with pytest.raises(SystemExit) as ended:
         main.main()
     assert ended.value.code == 2
@@ -210,14 +210,16 @@ def refusal(capsys) -> str:
 
 
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])
-@pytest.mark.parametrize("need", NEEDS)
-def test_a_task_without_what_it_needs_ends_the_start(folder, tmp_path, monkeypatch, capsys, need, start):
-    """None among the modules makes a package unavailable that is installed here."""
-    task, expected = json.loads(json.dumps(NEEDS[need]).replace("FOLDER", str(folder)))
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_a_task_with_a_missing_requirement_is_refused_at_the_start(
+    folder, tmp_path, monkeypatch, capsys, requirement, start
+):
+    """None in sys.modules makes an installed package unavailable."""
+    task, expected = json.loads(json.dumps(REQUIREMENTS[requirement]).replace("FOLDER", str(folder)))
     task = {key: value for key, value in ({"test": str(folder / "rows.jsonl")} | task).items() if value is not None}
     path = write_config(tmp_path, tiny_config(folder, output_dir=str(tmp_path), evaluation={"tasks": [task]}))
-    if need in ("lm_eval", "peft"):
-        monkeypatch.setitem(sys.modules, need, None)
+    if requirement in ("lm_eval", "peft"):
+        monkeypatch.setitem(sys.modules, requirement, None)
     monkeypatch.setattr(sys, "argv", ["run.py", str(path), *start])
     assert refusal(capsys).startswith(f"error: evaluation.tasks.0.{expected}")
 
@@ -251,12 +253,12 @@ UNREADABLE = {
         "FOLDER/empty (evaluation.tasks.0.test.path) holds no file",
     ),
 }
-"""Rows that an evaluation could not read, each with what the error line starts with."""
+"""Rows that an evaluation could not read, each with the start of the error message."""
 
 
 @pytest.mark.parametrize("start", [[], ["--dry-run"]])
 @pytest.mark.parametrize("rows", UNREADABLE)
-def test_rows_that_an_evaluation_could_not_read_end_the_start(folder, tmp_path, monkeypatch, capsys, rows, start):
+def test_unreadable_rows_are_refused_at_the_start(folder, tmp_path, monkeypatch, capsys, rows, start):
     task, expected = json.loads(json.dumps(UNREADABLE[rows]).replace("FOLDER", str(folder)))
     task = {"name": "gsm8k", "test": str(folder / "rows.jsonl")} | task
     path = write_config(
@@ -266,8 +268,8 @@ def test_rows_that_an_evaluation_could_not_read_end_the_start(folder, tmp_path, 
     assert refusal(capsys).startswith(f"error: {expected}")
 
 
-def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypatch, capsys):
-    """A mapping, a source of the hub that is a local folder, a folder, a glob and the columns of a public data set."""
+def test_rows_in_every_format_are_accepted_at_the_start(folder, tmp_path, monkeypatch, capsys):
+    """Accept a mapping, a folder, a local folder as hub source, a glob, and the columns of a public data set."""
     public = tmp_path / "public"
     public.mkdir()
     (public / "test.jsonl").write_text('{"question": "how many?", "answer": "#### 1"}\n')
@@ -291,7 +293,7 @@ def test_rows_of_every_form_are_accepted_at_the_start(folder, tmp_path, monkeypa
     ] == [[("how many?", "#### 1")]] * len(tests)
 
 
-def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys):
+def test_adapters_without_peft_are_refused_at_the_start(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     model = {"init_from": str(folder), "lora": {"rank": 2, "alpha": 4}}
     monkeypatch.setattr(
@@ -309,7 +311,7 @@ def test_adapters_without_peft_end_a_start(folder, tmp_path, monkeypatch, capsys
 
 
 def test_the_pairs_of_a_task_may_be_files_of_a_folder(folder, tmp_path):
-    """A task of the embedded grammar and the task loss read their files as a corpus; the other tasks read rows."""
+    """Tasks of the embedded grammar and the task loss read their files as a corpus. The other tasks read rows."""
     config: RunConfig = load_config(write_config(folder, tiny_config(folder)))
     run_dir, rows = tmp_path / "run", tmp_path / "rows"
     (run_dir / "evaluation").mkdir(parents=True)

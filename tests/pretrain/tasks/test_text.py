@@ -1,4 +1,4 @@
-"""The task for anyone's text: gold, empty and shuffled answers, and the scores of sacrebleu."""
+"""The task for custom text: gold, empty and shuffled answers, and the scores of sacrebleu."""
 
 import sys
 
@@ -41,12 +41,12 @@ def test_similarities_are_those_of_sacrebleu_as_fractions():
     assert perfect == {"chrf": pytest.approx(1), "bleu": pytest.approx(1)}
     assert text.similarities(TARGETS, empty_answers(TARGETS), ["chrf"]) == {"chrf": 0}
     reference = "the cat is on the mat today"
-    # precisions 6/6, 4/5, 2/4 and 1/3 of the n-grams, and the penalty exp(1 - 7/6) for the shorter answer
+    # n-gram precisions of 6/6, 4/5, 2/4 and 1/3, and a brevity penalty of exp(1 - 7/6)
     bleu = text.similarities([reference], gold_answers(["the cat is on mat today"]), ["bleu"])["bleu"]
     assert bleu == pytest.approx((6 / 6 * 4 / 5 * 2 / 4 * 1 / 3) ** (1 / 4) * 2.718281828 ** (1 - 7 / 6))
 
 
-def test_a_missing_package_ends_the_start(tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     write_rows(tmp_path / "test.jsonl", [{"text": "a", "code": "b"}])
     task = {"name": "text", "test": str(tmp_path / "test.jsonl"), "similarity": ["bleu"]}
