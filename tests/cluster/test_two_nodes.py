@@ -152,9 +152,7 @@ def test_a_killed_rank_is_named_and_the_next_start_resumes(nodes, folder):
     run.start()
     run.rank(1).kill()
     output = run.wait_for_failure()
-    assert re.search(
-        r"n1: error: no heartbeat from rank 1 on n2 at step \d+; first noticed by rank 0 on n1", output
-    )
+    assert re.search(r"n1: error: no heartbeat from rank 1 on n2 at step \d+; first noticed by rank 0 on n1", output)
     assert "rank 1 on n2" in read_status(run.run_dir)["reason"]
     run.assert_resumes()
 

@@ -67,11 +67,11 @@ def test_an_override_value_may_hold_equals_signs(config):
     [
         ("seed", "write key=value"),
         ("=3", "write key=value"),
-        ("data.sources.2.path=x", "'2' is no entry of that list, which has 2 (counted from 0)"),
-        ("data.sources.path=x", "'path' is no entry of that list"),
-        ("data.sources.-1.path=x", "'-1' is no entry of that list"),
-        ("data.sources.².path=x", "'²' is no entry of that list"),
-        ("seed.x=1", "seed is a single value, it has no keys below it"),
+        ("data.sources.2.path=x", "'2' is not an index of that list, which has 2 entries (from 0)"),
+        ("data.sources.path=x", "'path' is not an index of that list"),
+        ("data.sources.-1.path=x", "'-1' is not an index of that list"),
+        ("data.sources.².path=x", "'²' is not an index of that list"),
+        ("seed.x=1", "seed is a single value and has no keys below it"),
         ("seed=[1", "seed: cannot read the value '[1' as YAML"),
         # YAML reads this as a date, and it is an impossible one.
         ("name=2024-13-45", "name: cannot read the value '2024-13-45' as YAML"),
@@ -90,7 +90,7 @@ def test_placeholders_in_the_name_use_overridden_values(config):
 
 @pytest.mark.parametrize("name", ["x-{objective.nme}", "x-{data}", "x-{seed.x}"])
 def test_a_placeholder_without_a_single_value_is_an_error(config, name):
-    with pytest.raises(UserError, match="names no single value"):
+    with pytest.raises(UserError, match="does not name a single value"):
         load_yaml(config, [f"name={name!r}"])
 
 
@@ -100,8 +100,8 @@ def test_a_placeholder_without_a_single_value_is_an_error(config, name):
         (b"name: \xff\n", "is not valid YAML"),
         (b"name: [", "is not valid YAML"),
         (b"name: 2024-13-45", "is not valid YAML"),
-        (b"- name\n", "no mapping"),
-        (b"", "no mapping"),
+        (b"- name\n", "is not a mapping of keys"),
+        (b"", "is not a mapping of keys"),
         (b"\x00", "is not valid YAML"),
         (b"name: x\nobjectve: {}\n", "unknown key 'objectve' in "),
         (b"1: x\n", "unknown key '1' in "),
@@ -156,8 +156,8 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
         ({"path": 3}, "data.path: "),
         ({"path": None}, "data.path: "),
         ({"views": []}, "data.views"),
-        ({"views": ["text", "text"]}, "a name of its own"),
-        ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is none of "),
+        ({"views": ["text", "text"]}, "give each view a different name"),
+        ({"sources": [{"type": "xml"}]}, "data.sources.0.type: 'xml' is not one of "),
         ({"sources": [{"records": 5}]}, "data.sources.0.type is missing"),
         ({"sources": [{"type": "nlrx", "records": 0}]}, "data.sources.0.records: "),
         ({"sources": [{"type": "nlrx"}]}, "data.sources.0.records: "),
@@ -166,11 +166,11 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
         ({"sources": [{"type": "json", "weight": 0}]}, "data.sources.0.weight: "),
         (
             {"sources": [{"type": "json", "weight": 2, "split": "test"}]},
-            "data.sources.0: weight acts on sources of split train only",
+            "data.sources.0: weight has no effect with split: test, only with split train",
         ),
         (
             {"sources": [{"type": "nlrx", "records": 1, "weight": 0.5, "split": "validation"}]},
-            "data.sources.0: weight acts on sources of split train",
+            "data.sources.0: weight has no effect with split: validation, only with split train",
         ),
         (
             {"sources": [{"type": "json", "views": 3}]},
@@ -190,10 +190,10 @@ def test_an_unknown_section_names_the_nearest_known_one(config):
             "data.sources.0.separator: a separator is the text of one line",
         ),
         ({"sources": [{"type": "text", "separator": "x" * 1001}]}, "data.sources.0.separator: "),
-        ({"sources": [{"type": "text", "records": 3}]}, "data.sources.0.records has no effect with text: leave it out"),
+        ({"sources": [{"type": "text", "records": 3}]}, "data.sources.0.records has no effect with text; remove it"),
         ({"tokenizer": {}}, "data.tokenizer: give exactly one"),
         ({"tokenizer": {"vocab_size": 9, "path": "x"}}, "data.tokenizer: give exactly one"),
-        ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "cannot act beside path"),
+        ({"tokenizer": {"path": "x", "model_type": "bpe"}}, "has no effect with path"),
     ],
 )
 def test_an_invalid_value_is_reported_with_its_key(changes, expected):
@@ -243,7 +243,7 @@ def test_a_duplicate_key_is_reported(tmp_path):
     "source, message",
     [
         ({"path": "a.jsonl"}, "data.sources.0.type is missing"),
-        ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is none of"),
+        ({"type": "xml", "path": "a"}, "data.sources.0.type: 'xml' is not one of"),
     ],
 )
 def test_a_source_without_a_known_type_is_reported(source, message):
@@ -254,7 +254,7 @@ def test_a_source_without_a_known_type_is_reported(source, message):
 @pytest.mark.parametrize(
     "test, message",
     [
-        ({"type": "csv", "path": "a.csv"}, r"evaluation.tasks.0.test.type: 'csv' is none of 'json', 'hub'"),
+        ({"type": "csv", "path": "a.csv"}, r"evaluation.tasks.0.test.type: 'csv' is not one of 'json', 'hub'"),
         ({"path": "a.jsonl"}, "evaluation.tasks.0.test.type is missing"),
         (
             {"type": "json", "paht": "a"},

@@ -68,12 +68,12 @@ def test_mpi_ranks_write_the_same_bytes_and_resume_after_a_kill(
         [MPIRUN, "-n", "3", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
-    assert "in 3 MPI ranks" in done.stdout and done.stdout.count("going on with an interrupted preparation") == 1
+    assert "in 3 MPI ranks" in done.stdout and done.stdout.count("resuming an interrupted preparation") == 1
     assert contents(tmp_path) == contents(reference_corpus)
     again = subprocess.run(
         [MPIRUN, "-n", "2", *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
-    assert again.returncode == 0 and again.stdout.count("is prepared already") == 1
+    assert again.returncode == 0 and again.stdout.count("is already prepared") == 1
 
 
 def test_repeated_kills_leave_the_same_bytes(corpus, reference_corpus, command, run, pause_at, tmp_path):
@@ -199,7 +199,7 @@ def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs,
     imported = {"path": str(tmp_path / "first" / "tokenizer")}
     with pytest.raises(
         UserError,
-        match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; correct the line, or .*on_malformed=drop",
+        match=r"bad\.jsonl:6: 'text' holds a value of type list, not text; fix the line, or .*on_malformed=drop",
     ):
         prepare_quietly(data_config(tmp_path / "out", good, good, bad, tokenizer=imported))
     assert any((tmp_path / "out").glob(".partial/scan/*.json")) and not (tmp_path / "out" / "manifest.json").exists()
@@ -209,7 +209,7 @@ def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs,
         "sequence_length": 64,
     }
     prepare(data_config(tmp_path / "out", good, **settings), say=output.append)
-    assert "the interrupted preparation had other settings: starting afresh" in output
+    assert "the interrupted preparation had other settings: starting from scratch" in output
     prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -219,7 +219,7 @@ def test_shards_without_a_manifest_are_neither_used_nor_removed(write_jsonl, pai
     prepare_quietly(data_config(tmp_path / "out", source))
     (tmp_path / "out" / "manifest.json").unlink()
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"no manifest\.json that says what of; remove that folder"):
+    with pytest.raises(UserError, match=r"no manifest\.json that describes them; remove that folder"):
         prepare_quietly(data_config(tmp_path / "out", source, tokenizer={"vocab_size": VOCAB_SIZE - 10}))
     assert contents(tmp_path / "out") == before
 

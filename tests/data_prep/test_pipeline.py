@@ -140,7 +140,7 @@ def test_a_second_run_touches_nothing(corpus, reference_corpus, run):
 
     before = times()
     done = run(corpus, "data.workers=2", "data.lm_views=last")
-    assert done.returncode == 0 and "is prepared already, nothing to do: train " in done.stdout
+    assert done.returncode == 0 and "is already prepared, nothing to do: train " in done.stdout
     assert times() == before
 
 
@@ -148,13 +148,13 @@ def test_a_run_reports_what_it_dropped(corpus, reference_corpus):
     log = (corpus.parent / "stdout.txt").read_text().splitlines()
     location = f"{corpus.parent / '0.jsonl'}:4: 'no code'"
     assert (
-        "dropped 8 records as one_sided (a view holds no text; data.missing_views: keep takes the others), "
+        "dropped 8 records as one_sided (a view holds no text; set data.missing_views=keep to keep the other views), "
         f"the first: {location}" in log
     )
     assert log[-6].startswith(f"prepared {reference_corpus}: train ")
     summary = (reference_corpus / "summary.md").read_text()
     assert (
-        "8 as `one_sided`: a view holds no text; data.missing_views: keep takes the others. The first:"
+        "8 as `one_sided`: a view holds no text; set data.missing_views=keep to keep the other views. The first:"
         f"\n\n    {location}\n" in summary
     )
     assert f"| 3 json {corpus.parent / '3.jsonl'} | train | 402 |" in summary
@@ -177,7 +177,7 @@ def test_a_large_unit_is_written_to_several_shards(write_jsonl, pairs, tmp_path,
         assert all(sum(entry["tokens"].values()) < 3000 for entry in manifest["splits"][split]["shards"])
     log = []
     verify(tmp_path / "cut", log.append, workers=1)
-    assert log[-1].endswith("all sound")
+    assert log[-1].endswith("all valid")
 
 
 def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pairs, tmp_path):
@@ -187,19 +187,19 @@ def test_a_prepared_folder_refuses_changed_settings_and_content(write_jsonl, pai
     prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     before = contents(tmp_path / "trained")
     with pytest.raises(
-        UserError, match=r"was prepared with another data\.sequence_length and data\.validation_fraction; choose"
+        UserError, match=r"was prepared with a different data\.sequence_length and data\.validation_fraction; choose"
     ):
         prepare_quietly(data_config(tmp_path / "trained", source, sequence_length=64, validation_fraction=0.5))
-    with pytest.raises(UserError, match=r"was prepared with another data\.sources"):
+    with pytest.raises(UserError, match=r"was prepared with a different data\.sources"):
         prepare_quietly(data_config(tmp_path / "trained", source | {"split": "test"}))
     model = Path(imported["tokenizer"]["path"])
     content = model.read_bytes()
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"was prepared with another content of \S*tokenizer\.model; choose"):
+    with pytest.raises(UserError, match=r"was prepared with a different content of \S*tokenizer\.model; choose"):
         prepare_quietly(data_config(tmp_path / "imported", source, **imported))
     model.write_bytes(content)
     write_jsonl(tmp_path / "a.jsonl", pairs(301))
-    with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl; choose"):
+    with pytest.raises(UserError, match=r"was prepared with a different content of \S*a\.jsonl; choose"):
         prepare_quietly(data_config(tmp_path / "trained", source))
     assert contents(tmp_path / "trained") == before
 
@@ -212,7 +212,7 @@ def test_a_changed_local_data_set_is_detected_even_without_recorded_file_times(w
     (tmp_path / "out" / ".modified.json").write_text('{"half')
     assert prepare_quietly(config)["splits"]["train"]["records"] == 100
     write_jsonl(path, pairs(101))
-    with pytest.raises(UserError, match=r"was prepared with another content of \S*a\.jsonl"):
+    with pytest.raises(UserError, match=r"was prepared with a different content of \S*a\.jsonl"):
         prepare_quietly(config)
 
 

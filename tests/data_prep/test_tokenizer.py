@@ -297,7 +297,7 @@ def test_a_model_that_tokenizers_encodes_differently_on_rare_texts(model_type, o
         imported.folder, TRICKY_TEXTS + random_unicode(50_000)
     )
     output = capsys.readouterr().out
-    assert ("letters with combining marks" in output) == (not options) and ("equally likely" in output) == (
+    assert ("letters with combining marks" in output) == (not options) and ("differ only by rounding" in output) == (
         model_type == "unigram"
     )
     assert output.count("\n") == bool(output)
@@ -307,7 +307,7 @@ def test_a_model_that_tokenizers_encodes_differently_on_rare_texts(model_type, o
 def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
     # A user-defined symbol splits the text, and `tokenizers` puts the dummy space in front of every part.
     path = train_sentencepiece(tmp_path, normalization_rule_name="identity", user_defined_symbols="<tag>")
-    with pytest.raises(UserError, match=r"foreign\.model: .* differs is 'a <tag>b'"):
+    with pytest.raises(UserError, match=r"foreign\.model: .* the first text with a difference is 'a <tag>b'"):
         import_tokenizer(path, tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
 
@@ -320,8 +320,7 @@ def test_a_pad_token_equal_to_eos_is_replaced(bpe_folder, tmp_path, capsys):
     assert imported.eos_id == 3
     assert (imported.pad_id, imported.bos_id) == (0, 2)  # undeclared special tokens with these names exist
     assert capsys.readouterr().out.splitlines() == [
-        f"note: {source / 'tokenizer.json'}: "
-        f"the {name} token '</s>' is its eos token too; {literal!r} stands for {name} instead"
+        f"note: {source / 'tokenizer.json'}: the {name} token '</s>' is also its eos token; {literal!r} is used instead"
         for name, literal in (("pad", "<pad>"), ("bos", "<s>"))
     ]
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in ("<unk>", "</s>")]
@@ -371,7 +370,7 @@ def test_a_special_token_that_text_produces_is_replaced(tmp_path, capsys):
     assert imported.encode_batch(["dog [PAD] <pad>"]) == [[2, 1, 0]]
     assert (imported.pad_id, imported.vocab_size) == (4, 8)
     assert (
-        "the pad token '[PAD]' is no special token that text never becomes; '<pad>' stands for pad instead\n"
+        "the pad token '[PAD]' is not special or can occur in encoded text; '<pad>' is used instead\n"
         in capsys.readouterr().out
     )
 
@@ -392,7 +391,7 @@ def test_user_errors_are_one_line(bpe_folder, tmp_path):
         for size in (10**9, 2**31, 2**40):
             assert f"vocab_size {size} is too large" in message(train, corpus(), size, tmp_path / "new", model_type)
     for empty in ([], [""], ["  ", "\n"], ["\0"]):
-        assert "holds no text" in message(train, empty, 400, tmp_path / "new")
+        assert "has no text" in message(train, empty, 400, tmp_path / "new")
     assert "wordpiece" in message(train, corpus(), 400, tmp_path / "new", "wordpiece")
     assert "missing" in message(import_tokenizer, tmp_path / "missing", tmp_path / "new")
     assert "missing" in message(Tokenizer.load, tmp_path / "missing")
@@ -462,7 +461,7 @@ def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path, capsys, 
     )
     assert (
         "folder/tokenizer.model is used as a tokenizer.json with the 2 "
-        "tokens that the files beside it add, such as '<|im_start|>'" in capsys.readouterr().out
+        "tokens that other files in its folder add, such as '<|im_start|>'" in capsys.readouterr().out
     )
     texts = [text for text in corpus() + TRICKY_TEXTS if text]
     assert imported.encode_batch(texts) == import_tokenizer(model, tmp_path / "alone").encode_batch(texts), (
@@ -490,7 +489,7 @@ def test_a_changed_file_next_to_a_model_is_detected(tmp_path, write_jsonl, pairs
     prepare_quietly(config)
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "added_tokens.json").write_text('{"<|other|>": 360}')
-    with pytest.raises(UserError, match=r"was prepared with another content of .*added_tokens.json"):
+    with pytest.raises(UserError, match=r"was prepared with a different content of .*added_tokens.json"):
         prepare_quietly(config)
 
 
@@ -545,7 +544,7 @@ def test_special_tokens_without_ids_get_the_same_ids_as_in_hugging_face(tmp_path
             {"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<s>"}}}},
             r"tokenizer_config\.json: token '<s>' cannot have id 7: .* id 1;",
         ),
-        ({"added_tokens": {"<|im_start|>": "x"}}, r"added_tokens\.json: 'x' is not the id of a token"),
+        ({"added_tokens": {"<|im_start|>": "x"}}, r"added_tokens\.json: 'x' is not a token id"),
         ({"added_tokens": ["<|im_start|>"]}, r"added_tokens\.json: not in the Hugging Face format"),
     ],
 )

@@ -41,7 +41,7 @@ def test_errors_in_the_data_are_one_line(
     good = write_jsonl(tmp_path / "good.jsonl", pairs(9))
     assert error_with_source(
         good, "data.tokenizer={path: nowhere}", f"data.sources={json.dumps([json_source(good)])}"
-    ).startswith("nowhere: no tokenizer there")
+    ).startswith("nowhere: no tokenizer found")
     assert "data.sources is empty" in error_with_source(bad, "data.sources=[]")
 
 
@@ -69,13 +69,13 @@ def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pat
     [
         (
             lambda content: content.replace(b"}\n{", b"} {", 1),
-            "a.jsonl changed while it was prepared; start again when nothing writes to it",
+            "a.jsonl changed during the preparation; restart when nothing writes to it",
         ),
         (
             lambda content: content.replace(b"SELECT", b"select", 1),
-            "a file of the sources changed while the corpus was prepared",
+            "a file of the sources changed during the preparation",
         ),
-        (lambda content: content[:-30], "a.jsonl has become shorter while it was prepared"),
+        (lambda content: content[:-30], "a.jsonl became shorter while it was being prepared"),
     ],
 )
 def test_a_source_file_changed_during_the_preparation_is_detected(write_jsonl, pairs, tmp_path, modify, message):
@@ -100,7 +100,7 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
         monkeypatch.setattr(units, "COUNTED_BYTES", limit)
         with pytest.raises(UserError, match=message) as raised:
             prepare_quietly(data_config(tmp_path / str(limit), json_source(path)))
-        message = r"a\.jsonl, line ([\d,]+) behind byte ([\d,]+): a JSON int, not an object"
+        message = r"a\.jsonl, line ([\d,]+) after byte ([\d,]+): a JSON int, not an object"
     line, byte = (int(number.replace(",", "")) for number in re.search(message, str(raised.value)).groups())
     assert path.read_bytes()[byte:].split(b"\n", 1)[1 if byte else 0].split(b"\n")[line - 1] == b"3"
 
@@ -124,13 +124,13 @@ def test_a_malformed_line_far_into_a_file_is_located_by_byte_offset(
             r"1 too_long \(.*a\.jsonl:1: needs data\.sequence_length=19: 'a \| b'\)",
         ),
         ([[], 3], {"on_malformed": "drop"}, r"2 malformed \(.*a\.jsonl:1: a JSON list, not an object\)"),
-        ([], {}, "no record is left: the sources hold no line"),
+        ([], {}, "no record is left: the sources are empty"),
         (
             [{"question": "a", "answer": "b"}],
             {"tokenizer": {"vocab_size": 400}},
             r"no record is left: 1 empty .*a\.jsonl:1: ''\); check data\.views",
         ),
-        ([], {"tokenizer": {"vocab_size": 400}}, "the sources hold no line"),
+        ([], {"tokenizer": {"vocab_size": 400}}, "the sources are empty"),
         ([3], {"tokenizer": {"vocab_size": 400}}, r"a\.jsonl:1: a JSON int, not an object"),
     ],
 )
@@ -178,7 +178,9 @@ def test_a_source_without_kept_records_is_warned_about(write_jsonl, pairs, tmp_p
     ]
     log = []
     prepare(data_config(tmp_path / "out", *sources), say=log.append)
-    assert "WARNING: nothing is kept of data.sources.1, 9 records: look at its columns and at summary.md" in log
+    assert (
+        "WARNING: data.sources.1 has 9 records, but none of them was kept; check its columns, and see summary.md" in log
+    )
 
 
 def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_scan(write_jsonl, pairs, tmp_path):
@@ -207,10 +209,10 @@ def test_a_lossy_tokenizer_is_warned_about_and_a_missing_one_fails_before_the_sc
         )
         warnings = [line for line in log if line.startswith("WARNING: the tokenizer")]
         assert len(warnings) == (name == "lower") and all(
-            "does not give back 50 of 100 texts" in line and "'SELECT " in line for line in warnings
+            "does not reproduce 50 of 100 texts" in line and "'SELECT " in line for line in warnings
         )
     log = []
-    with pytest.raises(UserError, match="no tokenizer there"):
+    with pytest.raises(UserError, match="no tokenizer found"):
         prepare(data_config(tmp_path / "none", source, tokenizer={"path": str(tmp_path / "absent")}), say=log.append)
     assert not any(line.startswith("scanning") for line in log)
 

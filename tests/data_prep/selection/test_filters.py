@@ -49,8 +49,8 @@ def test_the_first_matching_reason_is_returned(views, settings, expected):
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        ({"forbidden": "(a"}, "data.filters.forbidden: '(a' is no regular expression: missing )"),
-        ({"forbidden": "a{99999999999}"}, "is no regular expression"),
+        ({"forbidden": "(a"}, "data.filters.forbidden: '(a' is not a valid regular expression: missing )"),
+        ({"forbidden": "a{99999999999}"}, "is not a valid regular expression"),
         ({"min_characters": 5, "max_characters": 4}, "data.filters: max_characters (4) is below min_characters (5)"),
         ({"min_characters": -1}, "data.filters.min_characters"),
         ({"max_characters": 0}, "data.filters.max_characters"),
@@ -79,7 +79,7 @@ def test_a_runaway_expression_is_reported_with_the_record(tmp_path, write_jsonl,
         tmp_path / "out", source, filters={"forbidden": BACKTRACKING}, workers=workers, on_malformed=malformed
     )
     with pytest.raises(
-        UserError, match=r"a\.jsonl:42: data\.filters\.forbidden has not been decided after 0\.2 s .*Rewrite it"
+        UserError, match=r"a\.jsonl:42: data\.filters\.forbidden: the search did not end within 0\.2 s .*Rewrite it"
     ) as raised:
         prepare(config, say=lambda line: None)
     assert "\n" not in str(raised.value)

@@ -155,12 +155,12 @@ def test_the_command_reads_the_tests_of_the_configured_tasks(leaky, tmp_path, ru
     done = run(config)
     assert done.returncode == 0 and "dropped 4 records as contaminated" in done.stdout, done.stderr
     assert texts_of(tmp_path / "out") == [pair(row) for row in clean]
-    assert "was prepared with another data.decontaminate" in run_expecting_user_error(
+    assert "was prepared with a different data.decontaminate" in run_expecting_user_error(
         config, "data.decontaminate=false"
     )
     (tmp_path / "test.jsonl").write_text('{"text": ["a"]}\n')
     assert (
-        "the corpus was prepared" not in (message := run_expecting_user_error(config))
+        "during the preparation" not in (message := run_expecting_user_error(config))
         and f"content of {tmp_path / 'test.jsonl'}" in message
     )
     assert run_expecting_user_error(config, f"data.path={tmp_path / 'new'}").startswith(
@@ -256,7 +256,7 @@ def test_a_test_file_is_read_with_the_mapping_of_every_source(mappings, pairs, w
 
 def test_a_preparation_without_test_rows_logs_a_note(pairs, write_jsonl, tmp_path):
     source = json_source(write_jsonl(tmp_path / "a.jsonl", pairs(50)))
-    note = "note: evaluation.tasks has no test rows, so no record is dropped for being in them"
+    note = "note: evaluation.tasks has no test rows: no contaminated record can be dropped"
     for decontaminate in (True, False):
         log = []
         prepare(data_config(tmp_path / str(decontaminate), source, decontaminate=decontaminate), say=log.append)
@@ -331,5 +331,5 @@ def test_deduplicate_near_drops_near_duplicates(write_jsonl, tmp_path):
     }
     prepare_quietly(data_config(tmp_path / "strict", *sources, near_threshold=0.999, workers=2, **settings))
     assert len(texts_of(tmp_path / "strict")) >= len(rows)
-    with pytest.raises(UserError, match="near_threshold acts with deduplicate: near only"):
+    with pytest.raises(UserError, match="near_threshold has no effect without deduplicate: near"):
         data_config(tmp_path / "x", *sources, near_threshold=0.9)

@@ -142,8 +142,8 @@ def test_mapped_test_rows_of_folders_globs_and_local_data_sets_are_kept_out(mapp
         assert manifest["settings"]["tests"][0]["source"]["views"] == views
         assert any(
             line.startswith("kept out of training: ")
-            and "(spider), " in line
-            and "where a training context equals them" in line
+            and "(spider); " in line
+            and "are compared only with whole contexts" in line
             for line in log
         )
 
@@ -165,11 +165,11 @@ def test_a_new_test_file_or_another_mapping_is_detected(write_jsonl, tmp_path, r
     prepared = DataConfig(**config["data"])
     prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
     other = json.dumps({"type": "json", "path": str(tests), "views": {"text": "other", "code": "code"}})
-    assert "was prepared with another evaluation.tasks" in run_expecting_user_error(
+    assert "was prepared with a different evaluation.tasks" in run_expecting_user_error(
         path, f"evaluation.tasks.0.test={other}"
     )
     write_jsonl(tests / "b.jsonl", [{"text": "second question", "code": "2"}])
-    assert f"was prepared with another content of {tests / 'b.jsonl'}" in run_expecting_user_error(path)
+    assert f"was prepared with a different content of {tests / 'b.jsonl'}" in run_expecting_user_error(path)
 
 
 def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, capsys):
@@ -177,8 +177,7 @@ def test_only_the_incomplete_end_of_a_list_is_skipped(write_jsonl, tmp_path, cap
     source = task_tests(write_jsonl(tmp_path / "test.jsonl", rows), views="paraphrases")[0].source
     assert [row.views for row in read_rows(source, ("one", "two"), "task.test")] == [("a", "b"), ("e", "f")]
     assert (
-        "(task.test): 2 lists of texts end in too few texts for another row, which are skipped"
-        in capsys.readouterr().out
+        "(task.test): the last texts of 2 lists are too few for another row and are skipped" in capsys.readouterr().out
     )
 
 
@@ -214,7 +213,7 @@ def test_a_changed_test_file_of_a_local_data_set_is_detected(write_jsonl, tmp_pa
     prepared = DataConfig(**config["data"])
     prepare_quietly(prepared, evaluation_tests(prepared, config["evaluation"]))
     write_jsonl(tests / "test.jsonl", [{"text": "another question", "code": "1"}])
-    assert f"was prepared with another content of {tests / 'test.jsonl'}" in run_expecting_user_error(
+    assert f"was prepared with a different content of {tests / 'test.jsonl'}" in run_expecting_user_error(
         tmp_path / "run.yaml"
     )
 

@@ -48,7 +48,7 @@ def test_a_folder_of_splits_is_refused_and_the_splits_are_named(saved):
     with pytest.raises(
         UserError,
         match=r"saved0 \(data\.sources\.0\.path\) "
-        r"has the splits train, test: give the folder of one, such as .*train, or",
+        r"has the splits train, test: set it to the folder of one, such as .*train, or",
     ):
         reader(saved)
 
@@ -71,7 +71,7 @@ def test_a_corrupt_file_is_named(tmp_path, new, damage):
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
     (tmp_path / "a.arrow").write_bytes(damage((tmp_path / "a.arrow").read_bytes()))
-    with pytest.raises(UserError, match=r"a\.arrow is not an Arrow file, or damaged \(.*\); replace it") as raised:
+    with pytest.raises(UserError, match=r"a\.arrow is corrupt or not an Arrow file \(.*\): replace it") as raised:
         read_views(reader(tmp_path / "a.arrow"))
     assert "\n" not in str(raised.value)
 
@@ -82,14 +82,14 @@ def test_a_truncated_stream_is_named(tmp_path):
         writer.write_table(table, max_chunksize=400)
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-5000])
     source = reader(tmp_path / "a.arrow")
-    with pytest.raises(UserError, match=r"a\.arrow is not an Arrow file, or damaged"):
+    with pytest.raises(UserError, match=r"a\.arrow is corrupt or not an Arrow file"):
         read_views(source)
 
 
 def test_missing_files_of_a_saved_data_set_are_named(saved, tmp_path):
     folder = shutil.copytree(saved / "train", tmp_path / "train")
     (folder / "data-00001-of-00003.arrow").unlink()
-    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow is missing, which .*state\.json lists"):
+    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow is missing, but .*state\.json lists it"):
         reader(folder)
     (folder / "state.json").write_text(json.dumps({"_data_files": []}))
     with pytest.raises(UserError, match=r"state\.json lists no _data_files"):

@@ -30,13 +30,13 @@ def test_the_manifest_names_the_commit_that_was_read(results, revision, commit, 
 
 
 def test_a_corpus_keeps_its_commit_when_the_branch_has_moved(results):
-    assert results["main again"]["commits"] == [OLD] and "is prepared already" in results["main again"]["log"][-1]
+    assert results["main again"]["commits"] == [OLD] and "is already prepared" in results["main again"]["log"][-1]
 
 
 def test_an_interrupted_preparation_resumes_with_its_commit(results):
     assert "error" in results["interrupted"]
     result = results["resumed"]
-    assert any(line.startswith("going on with an interrupted preparation") for line in result["log"])
+    assert any(line.startswith("resuming an interrupted preparation") for line in result["log"])
     assert (result["commits"], result["words"]) == ([OLD], ["old"])
 
 

@@ -76,8 +76,8 @@ def test_files_outside_all_splits_are_reported(tmp_path):
     assert read_views(source) == [("pairs-train", "x")]
     assert source.note == (
         f"note: {folder} (data.sources.0.path) "
-        "is read as the hub does, by the names of files or its README.md, and a file is "
-        f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of a kind, set its type, such as type: json"
+        "is read as on the hub, by file names or its README.md, and a file is "
+        f"in no split: {folder / 'pairs-extra.jsonl'}; to read all files of one type, set that type, such as type: json"
     )
     log = []
     prepare(
@@ -136,8 +136,8 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
     assert read_views(reader(tmp_path / "both", hub_split="test")) == [("q", "a")]
     for folder, more, expected in (
         ("both", {"hub_split": "validation"}, r"both .* has no split 'validation', only train, test: set data\."),
-        ("one", {"hub_split": "test"}, r"without splits: leave out data\.sources\.0\.hub_split"),
-        ("one", {"config": "x"}, r"no configurations: leave out data\.sources\.0\.config"),
+        ("one", {"hub_split": "test"}, r"without splits: remove data\.sources\.0\.hub_split"),
+        ("one", {"config": "x"}, r"no configurations: remove data\.sources\.0\.config"),
     ):
         with pytest.raises(UserError, match=expected):
             reader(tmp_path / folder, **more)
@@ -163,7 +163,7 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
 def test_a_missing_column_is_reported_at_opening(tmp_path, kind):
     with pytest.raises(
         UserError,
-        match=r"set/0.* has no column 'answer', only text, code, n; name its columns in data\.sources\.0\.views",
+        match=r"set/0.* has no column 'answer', only text, code, n: set the columns of the views in data\.sources\.0\.views",
     ):
         reader(make_shards(tmp_path / "set", kind), views={"code": "answer"})
 
@@ -202,7 +202,7 @@ def test_a_corrupt_file_is_named_and_affects_no_other(tmp_path):
     )
     folder = make_shards(tmp_path / "other", "parquet")
     (folder / "2.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match=r"2\.parquet is no Parquet file, or damaged"):
+    with pytest.raises(UserError, match=r"2\.parquet is corrupt or not a Parquet file"):
         reader(folder)
 
 

@@ -75,9 +75,7 @@ def test_corruption_loses_no_earlier_element(tmp_path, rest, problem):
     *good, ((reason, message), location) = read_with_locations(reader(path))
     assert [views for views, _ in good] == [("a", "b")] * 2
     assert (
-        reason == "damaged"
-        and problem in message
-        and message.endswith("the rest of the array is lost: correct the file")
+        reason == "damaged" and problem in message and message.endswith("the rest of the array is lost: fix the file")
     )
     assert location == f"{path}, element 3"
 
@@ -86,7 +84,7 @@ def test_a_truncated_compressed_array_is_reported(tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(compress_for_suffix(json.dumps(ROWS[8:]).encode(), ".gz")[:-20])
     *_, ((reason, message), _) = read_with_locations(reader(path))
-    assert reason == "damaged" and "the compressed file is cut off" in message
+    assert reason == "damaged" and "the compressed file is truncated" in message
 
 
 def test_an_element_of_any_size_up_to_the_limit_is_read(tmp_path, monkeypatch):

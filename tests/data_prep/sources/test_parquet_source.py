@@ -93,7 +93,7 @@ def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path):
     ]:
         with pytest.raises(
             UserError,
-            match=rf"a\.parquet has no column '{column}', only text, code, number, tags; .*data\.sources\.0\.views",
+            match=rf"a\.parquet has no column '{column}', only text, code, number, tags: .*data\.sources\.0\.views",
         ):
             reader(path, views)
     with pytest.raises(UserError, match=r"has no column 'question', only text"):
@@ -186,7 +186,7 @@ def test_a_time_that_python_cannot_represent_is_malformed_and_affects_no_other(t
 def test_a_corrupt_file_is_named(tmp_path, damage):
     path = write(tmp_path / "a.parquet")
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged \(.*\); replace it") as raised:
+    with pytest.raises(UserError, match=r"a\.parquet is corrupt or not a Parquet file \(.*\): replace it") as raised:
         reader(path)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
@@ -197,7 +197,7 @@ def test_a_file_with_a_corrupt_row_group_is_named(tmp_path, compression):
     data = bytearray(path.read_bytes())
     data[2000:2600] = bytes(600)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+    with pytest.raises(UserError, match=r"a\.parquet is corrupt or not a Parquet file"):
         read_views(reader(path, {"text": "text", "code": "code"}))
 
 
@@ -213,7 +213,7 @@ def test_a_page_checksum_detects_a_flipped_bit(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"text 77")] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+    with pytest.raises(UserError, match=r"a\.parquet is corrupt or not a Parquet file"):
         read_views(reader(path))
 
 

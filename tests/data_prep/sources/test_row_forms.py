@@ -46,7 +46,7 @@ FORMS = {
     ),
     "several turns": (
         {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
-        "`messages` has 2 turns of the user, a view holds one",
+        "`messages` has 2 turns of the user, but a view holds one",
     ),
     "no answer": ({"messages": [USER, CALL]}, ("ask", "")),
     "a conversation": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "reply"}]}, PAIR),
@@ -142,7 +142,4 @@ def test_a_mapped_row(form, write_jsonl, tmp_path):
 
 def test_nan_is_malformed(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ask", "code": float("nan")}) + "\n")
-    assert (
-        outcome(source_of(tmp_path / "a.jsonl", "json"))
-        == "'code' holds nan, which is not a number that a text could show"
-    )
+    assert outcome(source_of(tmp_path / "a.jsonl", "json")) == "'code' holds nan, not a finite number"

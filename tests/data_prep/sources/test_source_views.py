@@ -63,7 +63,7 @@ def test_a_template_inserts_its_columns_unchanged(tmp_path, template, text):
 @pytest.mark.parametrize("template", ["{name", "name}", "{}", "{na{me}", "{{name}", "a}b{name}", "{{{name}}"])
 def test_an_invalid_template_is_reported_with_its_key(tmp_path, template):
     with pytest.raises(
-        UserError, match=r"data\.sources\.0\.views\.code: cannot read the template .*a doubled brace for a brace"
+        UserError, match=r"data\.sources\.0\.views\.code: cannot parse the template .*double a literal brace"
     ):
         reader(tmp_path, ROW, {"code": template})
 
@@ -76,7 +76,7 @@ def test_a_template_without_a_column_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "given, problem",
     [
-        ("{half}", "'half' holds half a surrogate pair, which is no text"),
+        ("{half}", "'half' holds half a surrogate pair, which is not valid text"),
         ("tags", "'tags' holds a value of type list, not text"),
         ("messages", "'messages' holds a value of type list, not text"),
     ],

@@ -142,7 +142,8 @@ def test_a_document_is_the_last_view_unless_it_is_mapped(tmp_path):
     assert reader(path).provided_views == (False, True)
     assert read_views(reader(path, views={"text": "A page: {text}"})) == [("A page: x", "")]
     with pytest.raises(
-        UserError, match=r"a text source has no column 'body', only text; name its columns in data\.sources\.0\.views"
+        UserError,
+        match=r"a text source has no column 'body', only text: set the columns of the views in data\.sources\.0\.views",
     ):
         reader(path, views={"text": "{body}"})
 
@@ -182,7 +183,7 @@ def test_a_document_that_is_not_utf8_is_malformed_and_affects_no_other(tmp_path,
 @pytest.mark.parametrize("separator", [None, END])
 def test_a_document_that_is_too_long_is_malformed_and_affects_no_other(tmp_path, suffix, separator, monkeypatch):
     monkeypatch.setattr(text, "LONGEST_DOCUMENT", 3 << 20)
-    long = ("malformed", "a document of more than 3 MiB; cut it with `separator`")
+    long = ("malformed", "a document of more than 3 MiB; split it with `separator`")
     for size in (3 << 20, (3 << 20) + 1, 9 << 20):
         document = b"x" * (size - 5) + b"\nwxyz"
         content = document if separator is None else b"a\n<|endoftext|>\r\n" + document + b"\r\n<|endoftext|>\nb\n"

@@ -259,29 +259,29 @@ def split_batches(folder: Path) -> None:
 SHARD = ("splits", "train", "shards", 0)
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / FIRST).unlink(), f"{FIRST}: it is missing"),
-    "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST}: it has 0 bytes, the manifest says"),
-    "truncated": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-100]), "its Arrow structure is damaged"),
+    "empty": (lambda f: (f / FIRST).write_bytes(b""), f"{FIRST}: it has 0 bytes instead of"),
+    "truncated": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes()[:-100]), "its Arrow structure is corrupt"),
     "a folder in its place": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), f"{FIRST}: it"),
     "bit of a token": (
         lambda f: flip(f, "text", 3, 4),
-        "SHA-256 is not the manifest's; row 0, counted from 0: its checksum",
+        "SHA-256 does not match the manifest; row 0, counted from 0: its checksum",
     ),
-    "bit of an offset": (lambda f: flip(f, "text", 1, 4, 4), f"{FIRST}: its SHA-256 is not the manifest's"),
+    "bit of an offset": (lambda f: flip(f, "text", 1, 4, 4), f"{FIRST}: its SHA-256 does not match the manifest"),
     "bit of validity": (
         lambda f: flip(f, "text", 0, 0, 3),
-        "its Arrow structure is damaged (In column 0: Invalid: null_count value",
+        "its Arrow structure is corrupt (In column 0: Invalid: null_count value",
     ),
     "bit of a token, digest updated": (
         with_updated_digest(lambda f: flip(f, "code", 3, 2)),
-        f"{FIRST}: row 0, counted from 0: its checksum is not that",
+        f"{FIRST}: row 0, counted from 0: its checksum does not match its tokens",
     ),
     "bit of an offset, digest updated": (
         with_updated_digest(lambda f: flip(f, "text", 1, 20, 0)),
-        "row 4, counted from 0 (and 1 others): its checksum is not",
+        "row 4, counted from 0 (and 1 others): its checksum does not match",
     ),
     "bits of validity, digest updated": (
         with_updated_digest(lambda f: (flip(f, "text", 0, 0, 3), flip(f, "text", 0, 1, 1))),
-        "row 9, counted from 0: text is empty, but not null; row 3, counted from 0: text is null, but holds tokens",
+        "row 9, counted from 0: text is empty, but not null; row 3, counted from 0: text is null, but has tokens",
     ),
     "bit of a checksum, digest updated": (
         with_updated_digest(lambda f: flip(f, CHECKSUM, 1, 8)),
@@ -293,15 +293,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "last record continues": (
         with_updated_digest(lambda f: flip(f, CONTINUES, 1, 4, 7)),
-        "row 39, counted from 0: it goes on in the next record",
+        "row 39, counted from 0: it continues in the next record",
     ),
     "garbage": (
         with_updated_digest(lambda f: (f / FIRST).write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 20)),
-        "its Arrow structure is damaged",
+        "its Arrow structure is corrupt",
     ),
     "another shard of the corpus": (
         with_updated_digest(lambda f: shutil.copy(f / "train-00001.arrow", f / FIRST)),
-        "it has records 30, the manifest says 40",
+        "it has records 30 instead of 40",
     ),
     "tokens of another record": (
         with_updated_digest(lambda f: replace_tokens(f, 3, [11, 12, 13])),
@@ -311,10 +311,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         with_updated_digest(lambda f: replace_tokens(f, 4, [])),
         "row 4, counted from 0: text is empty, but not null",
     ),
-    "a view lost": (with_updated_digest(lambda f: replace_tokens(f, 4, None)), "incomplete 3, the manifest says 2"),
+    "a view lost": (with_updated_digest(lambda f: replace_tokens(f, 4, None)), "incomplete 3 instead of 2"),
     "a record emptied": (
         with_updated_digest(lambda f: replace_tokens(f, 9, None, "code")),
-        "row 9, counted from 0: no view holds a token",
+        "row 9, counted from 0: no view has a token",
     ),
     "records in another order": (
         with_updated_digest(lambda f: rewrite_columns(f, lambda b: b | {"text": lists(b["text"].to_pylist()[::-1])})),
@@ -340,16 +340,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no record": (
         with_updated_digest(lambda f: rewrite_columns(f, lambda b: {n: c[:0] for n, c in b.items()})),
-        "it holds no record",
+        "it has no records",
     ),
     "two batches": (with_updated_digest(split_batches), "it has 2 record batches instead of one"),
     "id beyond the vocabulary": (
         lambda f: rewrite_with_checksums(f, 6, [20, 340], 0),
-        f"{FIRST}: row 6, counted from 0: text holds an id beyond the vocabulary",
+        f"{FIRST}: row 6, counted from 0: text has an id beyond the vocabulary",
     ),
     "a special token": (
         lambda f: rewrite_with_checksums(f, 8, [20, 3, 21], 1),
-        f"{FIRST}: row 8, counted from 0: code holds a special token",
+        f"{FIRST}: row 8, counted from 0: code has a special token",
     ),
     "an unlisted shard": (
         lambda f: shutil.copy(f / FIRST, f / "train-00009.arrow"),
@@ -357,25 +357,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "leftover file": (
         lambda f: (f / ".train-00000.arrow.77.tmp").write_bytes(b""),
-        "left over by an interrupted preparation",
+        "leftover of an interrupted preparation",
     ),
-    "leftover folder": (lambda f: (f / ".partial").mkdir(), ".partial: left over by an interrupted preparation"),
-    "count of a shard": (set_value(*SHARD, "records", value=39), "it has records 40, the manifest says 39"),
+    "leftover folder": (lambda f: (f / ".partial").mkdir(), ".partial: leftover of an interrupted preparation"),
+    "count of a shard": (set_value(*SHARD, "records", value=39), "it has records 40 instead of 39"),
     "count of a split": (
         set_value("splits", "train", "records", value=77),
-        "splits.train.records is 77, its shards have 76",
+        "splits.train.records is 77, but its shards have 76",
     ),
     "tokens of a shard": (set_value(*SHARD, "tokens", "text", value=5), f"{FIRST}: it has tokens {{'text'"),
     "longest": (set_value(*SHARD, "longest", "code", value=500), f"{FIRST}: it has longest {{'text'"),
     "positions": (set_value(*SHARD, "positions_needed", value=5), "it has positions_needed"),
     "continued": (
         set_value("splits", "train", "shards", 2, "continued", value=0),
-        "train-00002.arrow: it has continued 3, the manifest says 0",
+        "train-00002.arrow: it has continued 3 instead of 0",
     ),
-    "checksum": (set_value(*SHARD, "sha256", value="0" * 64), f"{FIRST}: its SHA-256 is not the manifest's"),
+    "checksum": (set_value(*SHARD, "sha256", value="0" * 64), f"{FIRST}: its SHA-256 does not match the manifest"),
     "size": (set_value(*SHARD, "bytes", value=1), f"{FIRST}: it has"),
     "a file outside": (set_value(*SHARD, "file", value="../train-00000.arrow"), "splits.train.shards.0.file"),
-    "order of shards": (lambda f: swap(f, 0, 1), "they do not stand in the order in which they were written"),
+    "order of shards": (lambda f: swap(f, 0, 1), "the shards are not in the order in which they were written"),
     "listed twice": (
         lambda f: edit(f, lambda m: entries(m).insert(1, entries(m)[0])),
         f"the shard {FIRST} is listed twice",
@@ -383,21 +383,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "views of the manifest": (set_value("views", value=["code", "text"]), "its columns are"),
     "view renamed": (
         set_value("views", value=["text", "sql"]),
-        "has views ['code', 'text'], the corpus ['sql', 'text']",
+        "has views ['code', 'text'], but the corpus has ['sql', 'text']",
     ),
     "key missing": (
         lambda f: edit(f, lambda m: entries(m)[0].pop("tokens")),
-        "is damaged: splits.train.shards.0.tokens: Field required",
+        "is corrupt: splits.train.shards.0.tokens: Field required",
     ),
-    "no split": (set_value("splits", value={}), "is damaged: splits"),
-    "a negative count": (set_value(*SHARD, "records", value=-1), "is damaged: splits.train.shards.0.records"),
+    "no split": (set_value("splits", value={}), "is corrupt: splits"),
+    "a negative count": (set_value(*SHARD, "records", value=-1), "is corrupt: splits.train.shards.0.records"),
     "not JSON": (lambda f: (f / MANIFEST).write_text('{"format": 3,'), "cannot read"),
     "a list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST),
     "another format": (set_value("format", value=2), "has format 2"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "there is no prepared corpus"),
-    "tokenizer replaced": (replace_tokenizer, "tokenizer: it is not the one that the shards were made with"),
+    "tokenizer replaced": (replace_tokenizer, "tokenizer: it is not the tokenizer of the shards"),
     "tokenizer lost": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: "),
-    "vocabulary size": (set_value("tokenizer", "vocab_size", value=341), "tokenizer: it is not the one"),
+    "vocabulary size": (
+        set_value("tokenizer", "vocab_size", value=341),
+        "tokenizer: it is not the tokenizer of the shards",
+    ),
 }
 
 
@@ -408,7 +411,7 @@ def test_a_valid_corpus_is_reported_in_one_line(processes, valid_corpus, run_ver
         for split in json.loads((valid_corpus / MANIFEST).read_text())["splits"].values()
         for view in VIEWS
     )
-    assert run_verify(valid_corpus, processes) == (0, [f"4 shards, 86 records, {tokens} tokens: all sound"], "")
+    assert run_verify(valid_corpus, processes) == (0, [f"4 shards, 86 records, {tokens} tokens: all valid"], "")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -418,7 +421,7 @@ def test_every_damage_is_reported(kind, folder, run_verify):
     code, lines, error = run_verify(folder)
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert expected in "\n".join([*lines, error]), lines
-    assert "Traceback" not in error and not any("sound" in line for line in lines)
+    assert "Traceback" not in error and not any("all valid" in line for line in lines)
 
 
 def test_all_damaged_shards_are_reported(folder, run_verify):
@@ -430,7 +433,7 @@ def test_all_damaged_shards_are_reported(folder, run_verify):
         "train-00002.arrow",
         "validation-00000.arrow",
     ]
-    assert "3 of 4 shards are damaged" in error
+    assert "3 of 4 shards are corrupt" in error
 
 
 def test_every_flipped_byte_is_detected(tokenizer, tmp_path, run_verify):
@@ -477,8 +480,8 @@ def test_every_flipped_byte_is_detected(tokenizer, tmp_path, run_verify):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, its shards have \d+"),
-        (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow is of source 1, of 1"),
+        (lambda manifest: manifest["sources"][1].update(tokens=1), r"sources\.1\.tokens is 1, but its shards have \d+"),
+        (lambda manifest: manifest["sources"].pop(), r"train-00002\.arrow has source 1, but `sources` has length 1"),
     ],
 )
 def test_sources_of_the_manifest_are_checked_against_its_shards(folder, run_verify, change, expected):

@@ -151,7 +151,7 @@ def test_a_continued_piece_ends_with_the_first_token_of_the_next_piece(write_cor
 
 
 def test_the_last_record_of_a_shard_cannot_be_continued(write_corpus):
-    with pytest.raises(ValueError, match="cannot go on"):
+    with pytest.raises(ValueError, match="cannot continue"):
         write_corpus([([7], []), ([8], [])], shard_records=1, continues=[True, False])
 
 

@@ -235,7 +235,7 @@ def test_long_records_do_not_come_first(large, layout):
 
 def test_a_wrong_number_of_weights_is_refused(write_corpus):
     corpus = write_corpus([([5], [6])] * 4, sources=[(3, 1.0), (1, 2.0)])
-    with pytest.raises(UserError, match=r"data.sources are 1, but the corpus was prepared from 2"):
+    with pytest.raises(UserError, match=r"data.sources has length 1, but the corpus was prepared from 2"):
         source_weights(corpus.manifest, [NlrxSource(type="nlrx", records=1, weight=3.0)])
     assert source_weights(corpus.manifest) == [1.0, 2.0]
 
@@ -261,9 +261,9 @@ def test_weights_apply_to_the_sources_of_the_prepared_corpus(write_corpus):
 
 def test_weights_that_select_no_record_are_refused(write_corpus, layout):
     corpus = write_corpus([([5], [6])] * 4)
-    with pytest.raises(UserError, match="hold no record"):
+    with pytest.raises(UserError, match="contain no records"):
         Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=2)
-    with pytest.raises(UserError, match=r"a thousand epochs of .* hold no record"):
+    with pytest.raises(UserError, match=r"a thousand epochs of .* contain no records"):
         Loader(corpus, layout, 64, seed=1, weights=[0.0009995 / 4])
     loader = Loader(corpus, layout, 64, seed=1, weights=[0.1], epochs=3)
     assert loader.records == 1 and len(loader.next_rows(5).records) == 1 and loader.exhausted

@@ -152,7 +152,7 @@ def test_strips_and_read_outs(case):
 MISTAKES = {
     "all records see each other": (
         lambda batch: {"visible_until": torch.full_like(batch.visible_until, ROW)},
-        "TOKENS SEE ONE OF ANOTHER RECORD",
+        "TOKEN PAIRS ARE VISIBLE ACROSS RECORDS",
     ),
     "a token visible too long": (lambda batch: {"visible_until": batch.visible_until + (batch.positions == 1)}, "?"),
     "a context token hidden too early": (

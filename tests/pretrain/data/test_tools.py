@@ -80,14 +80,14 @@ def test_stats(prepared, run_cli):
     ("arguments", "expected"),
     [
         (["inspect", "PATH", "--split", "test"], "has no test split"),
-        (["inspect", "PATH", "--record", "400"], "--record 400: train holds the records 0 to 399"),
+        (["inspect", "PATH", "--record", "400"], "--record 400: the train split has the records 0 to 399"),
         (["inspect", "PATH", "--record", "-1"], "--record -1"),
         (["inspect", "PATH", "-1"], ""),
         (
             ["inspect", "PATH", "--row-length", "9"],
-            "positions in this layout, the row has 9; give another --record or --row-length",
+            "positions in this layout, but the row has 9; choose another --record or --row-length",
         ),
-        (["inspect", "PATH", "--predictor-tokens", "-1"], "cannot be negative"),
+        (["inspect", "PATH", "--predictor-tokens", "-1"], "--predictor-tokens must be 0 or more"),
         (["inspect", "elsewhere"], "there is no prepared corpus in elsewhere"),
         (["stats", "elsewhere"], "there is no prepared corpus in elsewhere"),
         (["stats"], "the following arguments are required: path"),
@@ -123,7 +123,7 @@ def test_unusual_text_is_shown_in_columns(prepared, tokenizer):
     shown = show_record(tokenizer, 3, {"text": np.array(ids), "code": np.array([])}, 80)
     assert all(char.isprintable() for line in shown.splitlines() for char in line)
     assert max(map(display_width, shown.splitlines())) <= 80
-    assert "code: null, the record lacks it" in shown and printable(text)[:30] in shown
+    assert "code: null (missing in this record)" in shown and printable(text)[:30] in shown
 
 
 @pytest.mark.parametrize("text", ["", "abc", "日本語のテキスト" * 3, "e\u0301" * 30, "x" * 100])
@@ -157,6 +157,6 @@ def test_an_incomplete_manifest_is_reported_in_one_line(tmp_path, run_cli, comma
     code, _, error = run_cli(command, tmp_path, main=data_prep_main if command == "verify" else main)
     assert (
         code == 2
-        and error.startswith(f"error: {tmp_path / MANIFEST} is damaged, it has no ")
+        and error.startswith(f"error: {tmp_path / MANIFEST} is corrupt, it has no ")
         and error.count("\n") == 1
     )

@@ -134,7 +134,10 @@ def test_a_task_finetunes_with_its_own_objective_and_with_adapters(pretrained):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"finetune_lora": {"rank": 2, "alpha": 4}}, "finetune_objective and finetune_lora have no effect without finetune"),
+        (
+            {"finetune_lora": {"rank": 2, "alpha": 4}},
+            "finetune_objective and finetune_lora have no effect without finetune",
+        ),
         ({"finetune": {}, "finetune_lora": {"rank": 0, "alpha": 4}}, "greater than 0"),
     ],
 )

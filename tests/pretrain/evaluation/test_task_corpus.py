@@ -58,7 +58,9 @@ def test_rows_are_read_from_columns_messages_custom_formats_and_local_data_sets(
     ):
         read_rows(source, views, "task.test")
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "e", "answers": []}\n')
-    with pytest.raises(UserError, match=r"test.jsonl:1: list index out of range; the row was read in the format of the public data set"):
+    with pytest.raises(
+        UserError, match=r"test.jsonl:1: list index out of range; the row was read in the format of the public data set"
+    ):
         read_rows(source, views, "task.test", row_format=row_format)
     (tmp_path / "data" / "test.jsonl").write_text('{"q": "e", "a": "f"}\n')
     hub = HubSource(type="hub", path=str(tmp_path / "data"), hub_split="test", views={"text": "q", "code": "a"})

@@ -162,19 +162,19 @@ def test_the_mask_of_flex_attention_reads_32_bit_integers(batch, visible_until):
     ("setting", "device", "config", "message"),
     [
         ("flex_attention", CPU, config_of("llama"), "no backward pass on CPU"),
-        ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
-        ("sdpa", CUDA, config_of("gemma2"), "sdpa cannot cap attention scores, as gemma2 does"),
+        ("sdpa", CPU, config_of("gemma2"), "sdpa cannot cap attention scores, but gemma2 does"),
+        ("sdpa", CUDA, config_of("gemma2"), "sdpa cannot cap attention scores, but gemma2 does"),
         (
             "auto",
             CUDA,
             config_of("llama", attention_dropout=0.1),
-            "flex_attention has no attention_dropout; .* or model.attention to sdpa",
+            "flex_attention does not support attention_dropout; .* or model.attention to sdpa",
         ),
         (
             "auto",
             CUDA,
             config_of("gemma2", attention_dropout=0.1),
-            "flex_attention has no attention_dropout; .* or model.attention to eager",
+            "flex_attention does not support attention_dropout; .* or model.attention to eager",
         ),
     ],
 )

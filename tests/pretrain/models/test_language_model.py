@@ -72,7 +72,10 @@ def test_a_folder_without_a_model_is_reported(tmp_path):
 def test_init_from_an_unknown_family_is_refused(tmp_path):
     """The layers of another family might need other masks."""
     AutoConfig.for_model("mistral").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"a model of the family 'mistral'; known ones: llama, gemma2, olmo2, openelm"):
+    with pytest.raises(
+        UserError,
+        match=r"a model of the unsupported family 'mistral'; supported families: llama, gemma2, olmo2, openelm",
+    ):
         pretrained_config(tmp_path)
 
 

@@ -94,23 +94,23 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["objective.name=llm_jepo"], "objective.name: 'llm_jepo' is none of "),
+        (["objective.name=llm_jepo"], "objective.name: 'llm_jepo' is not one of "),
         (
             ["objective={name: semantic_tube, distance: l2}"],
-            "objective.distance has no effect with semantic_tube: leave it out",
+            "objective.distance has no effect with semantic_tube; remove it",
         ),
         (["objective.distnace=l2"], "unknown key 'objective.distnace'; the nearest known one is 'objective.distance'"),
         (
             ["objective.distance=l2", "objective.temperature=0.1"],
-            "objective: temperature acts on distance info_nce only; leave it out",
+            "objective: temperature has an effect only with distance info_nce; remove it",
         ),
         (
             ["objective.predictor_tokens=0", "objective.predictor_placement=prepend"],
-            "objective: predictor_placement acts on predictor tokens",
+            "objective: predictor_placement has no effect because predictor_tokens is 0",
         ),
         (
             ["objective={name: llm_jepa, predictor_tokens: 0, direction: backward}"],
-            "objective: direction acts with predictor tokens, info_nce or",
+            "objective: direction has an effect only with predictor tokens, info_nce or",
         ),
         (
             ["objective.regularizers=[{name: vicreg, weight: 1, projections: 3}]"],
@@ -118,17 +118,17 @@ def test_an_objective_has_its_layout_and_pairs_in_validation(settings, kind, pai
         ),
         (
             ["objective.regularizers=[{name: vicreg, weight: 1}, {name: vicreg, weight: 2}]"],
-            "objective.regularizers: a regularizer is named twice",
+            "objective.regularizers: a regularizer is listed twice",
         ),
         (
             ["objective.weight_schedule=[[0.5, 1], [0.2, 0]]"],
-            "objective.weight_schedule: give points (fraction, factor) with rising fractions",
+            "objective.weight_schedule: must be points (fraction, factor) with increasing fractions",
         ),
         (["objective.weight=.inf"], "objective.weight: "),
         (["objective.weight_schedule=[[0, .nan], [1, 1]]"], "objective.weight_schedule.0.1: "),
         (
             ["objective.weight_schedule=[[0, 0], [1, 0]]"],
-            "objective.weight_schedule: factors are not negative, and one at least is above 0",
+            "objective.weight_schedule: factors must not be negative, and at least one must be above 0",
         ),
     ],
 )

@@ -41,15 +41,15 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     )
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
-        "steady holds better than plain in validation/loss/lm past the best validation loss: +0.0667 against +0.4200 "
+        "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 against +0.4200 "
         "(−0.3533 over 3 seeds, 95% interval"
     ) in sentences
-    assert "alike: no difference found to plain in validation/loss/lm" in sentences
+    assert "alike: no difference from plain found in validation/loss/lm" in sentences
     assert (
-        "steady holds better than plain in nl_rx/exact past the best validation loss: −0.0083 against −0.1000"
+        "steady does better than plain in nl_rx/exact past the best validation loss: change of −0.0083 against −0.1000"
         in sentences.replace("\\", "")
     )
-    assert "Past the best validation loss" in page and "steady holds better than plain" in page
+    assert "Past the best validation loss" in page and "steady does better than plain" in page
     assert "Past the best" not in render_report(study_with_values({"plain": plain, "other": plain}), page=False)[0]
     assert_self_contained(page)
 
@@ -89,6 +89,6 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
         == "–"
     )
     for arm, seed in (("plain", 2), ("other", 1)):
-        told = f"{arm}: seed {seed} had no checkpoint evaluated on both sides of the lowest validation loss, or not the last one, and is left out"
+        told = f"{arm}: seed {seed} is excluded from nl_rx/exact here: the metric needs evaluated checkpoints on both sides"
         assert told in text and told in page
-    assert "lies on a straight line between" in page and "nearest to the lowest validation loss" not in page
+    assert "is interpolated linearly between" in page and "nearest to the lowest validation loss" not in page

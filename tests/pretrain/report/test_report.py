@@ -69,8 +69,8 @@ def test_the_page_is_self_contained_and_complete(reported):
         "retrieval@1",
         "effective rank",
         "Blue circles: prediction",
-        "nobody writes the target",
-        "How each number was made",
+        "no arm writes the target",
+        "How each number was computed",
         "finished",
     ):
         assert expected in words, expected
@@ -83,7 +83,7 @@ def test_a_verdict_states_its_numbers(study_with_values):
     text, page = render_report(study)
     assert (
         "better helps: nl\\_rx/exact" in text.replace("_", "\\_")
-        and "0.8033 against 0.7000 of plain (+0.1033 over 3 seeds, 95% interval" in text
+        and "0.8033 against 0.7000 for plain (+0.1033 over 3 seeds, 95% interval" in text
     )
     assert parse_table(text)["better"]["verdict"] == "helps" and "few" in text
     assert '<p class="verdict">better helps:' in page and "no checkpoint is exported" in page
@@ -195,7 +195,7 @@ def test_the_correction_counts_the_arms_that_were_tested(study_with_values):
         and "corrected for" not in page
     )
     assert (
-        "broken: no verdict, because the values of seed 2 are not finite numbers in both" in text
+        "broken: no verdict, because the values of seed 2 are not finite in both arms" in text
         and parse_table(text)["broken"]["p"] == "–"
     )
     third = {1: 0.5, 2: 0.49, 3: 0.512}
@@ -208,21 +208,21 @@ def test_the_correction_counts_the_arms_that_were_tested(study_with_values):
 def test_ties_are_reported(study_with_values):
     same = {1: 0.70, 2: 0.69, 3: 0.71}
     text, _ = render_report(study_with_values({"plain": same, "twin": same}), page=False)
-    assert "**twin: no difference found to plain" in text and "same values in every seed" in text
+    assert "**twin: no difference from plain found in nl_rx/exact" in text and "same values in every seed" in text
     zero = dict.fromkeys(same, 0.0)
     text, _ = render_report(study_with_values({"plain": zero, "as bad": zero}), page=False)
     assert (
-        "as bad: no verdict, because all runs have the same value, 0, as where no answer is right yet" in text
+        "as bad: no verdict, because all runs have the same value, 0 (for example, no answer is right yet" in text
         and "(--metric)" in text
     )
     text, _ = render_report(study_with_values({"plain": same, "noise": {1: 0.71, 2: 0.68, 3: 0.712}}), page=False)
-    assert "no difference found" in text and "would have been found with a chance of 80%" in text
+    assert "no difference found" in text and "would have been found with a probability of at least 80%" in text
 
 
 def test_one_seed_gives_no_verdict(study_with_values):
     text, page = render_report(study_with_values({"plain": {1: 0.7}, "better": {1: 0.9}}))
     assert (
-        "better: no verdict, because one seed tells nothing" in text
+        "better: no verdict, because one seed does not show the spread between seeds" in text
         and parse_table(text)["better"]["verdict"] == "no verdict"
     )
     assert_self_contained(page)
@@ -238,7 +238,7 @@ def test_missing_and_unfinished_runs_are_reported_and_not_counted(study_with_val
     text, page = render_report(study)
     assert parse_table(text)["other"]["seeds"] == "1 of 4" and "no verdict" in text
     for expected in (
-        "seed 1 is not there",
+        "seed 1 is missing",
         "seed 2 is running at step 6",
         "seed 3 has no nl_rx/exact at its last step",
     ):
@@ -258,7 +258,7 @@ def test_results_with_other_settings_are_not_counted(study_with_values):
     study = study_with_values({"plain": {1: 0.7, 2: 0.7, 3: 0.7}, "other": {1: 0.7, 2: 0.71, 3: 0.9}})
     change_lines(study / "arm1-3" / "evaluation" / "results.jsonl", lambda line: line.update(rows=ROWS + 1))
     text, _ = render_report(study, page=False)
-    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or under other settings" in text
+    assert parse_table(text)["other"]["nl_rx/exact"].startswith("0.7050") and "or only under other settings" in text
 
 
 def test_scores_of_different_versions_are_reported_and_never_averaged(study_with_values):
@@ -270,7 +270,7 @@ def test_scores_of_different_versions_are_reported_and_never_averaged(study_with
         parse_table(text)["other"]["nl_rx/exact"].startswith("0.7100")
         and parse_table(text)["other"]["seeds"] == "2 of 3"
     )
-    assert "those of version 2 are compared, those of arm1-3 (version 1) are left out" in text.replace("\\", "")
+    assert "version 2 is compared, excluding arm1-3 (version 1). Evaluate the excluded runs" in text.replace("\\", "")
     line = json.loads(old.read_text())
     again = line | {"scoring": 2, "metrics": line["metrics"] | {"exact": 0.74}}
     old.write_text(old.read_text() + json.dumps(again) + "\n")  # the evaluation keeps both results
@@ -296,7 +296,7 @@ def test_the_newest_scoring_is_compared_although_most_runs_have_an_older_one(stu
         if path.parts[-3] not in ("arm0-1", "arm1-1"):
             change_lines(path, lambda line: line.pop("scoring"))
     text = render_report(study, page=False)[0].replace("\\", "")
-    assert "those of version 2 are compared, those of arm0-2 (version 1), arm0-3 (version 1), arm1-2" in text
+    assert "version 2 is compared, excluding arm0-2 (version 1), arm0-3 (version 1), arm1-2" in text
 
 
 def test_arms_may_differ_in_the_finetuning_objective(study_with_values):
@@ -335,22 +335,22 @@ def test_hostile_text_is_escaped(study_with_values):
 
 def test_a_single_run_is_shown_without_a_verdict(study):
     text, _ = render_report(study / "runs" / "llm_jepa-seed1", page=False)
-    assert "No verdict: there is one arm, llm_jepa" in text and list(parse_table(text)) == ["llm_jepa"]
+    assert "No verdict: there is only one arm, llm_jepa" in text and list(parse_table(text)) == ["llm_jepa"]
 
 
 def test_user_errors_are_one_line_with_exit_code_2(study, tmp_path):
     done = run_command([sys.executable, "launcher/report.py", str(tmp_path)], check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no run directory" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is neither a run directory" in done.stderr
     run = study / "runs" / "llm_jepa-seed1"
     copy_run(run, tmp_path / "twin", 1, 0.5)
     (tmp_path / "study.json").write_text("{}")
     for paths, choices, expected in [
-        ([study], (None, "nl_rx/exakt"), "no run has the metric nl_rx/exakt; there are nl_rx/contains"),
-        ([study], (None, "exact"), "write TASK/NAME"),
-        ([study], ("nobody", None), "there is no arm 'nobody'"),
-        ([study, run], (None, None), "report on it alone"),
+        ([study], (None, "nl_rx/exakt"), "no run has the metric nl_rx/exakt; available: nl_rx/contains"),
+        ([study], (None, "exact"), "not of the form TASK/NAME"),
+        ([study], ("nobody", None), "the baseline 'nobody' is not an arm"),
+        ([study, run], (None, None), "name it alone"),
         ([run, tmp_path / "twin"], (None, None), "the same arm with the same seed"),
-        ([tmp_path], (None, None), "is no study"),
+        ([tmp_path], (None, None), "is not a valid study file"),
     ]:
         with pytest.raises(UserError, match=re.escape(expected)):
             read_comparison(paths, *choices)

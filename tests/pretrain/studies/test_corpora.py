@@ -24,10 +24,10 @@ def test_arms_with_different_records_cannot_share_a_corpus(make_study, folder):
     for name in (path, f"{folder}/./corpus"):
         with pytest.raises(
             UserError,
-            match=rf"arms.short: .* than those of the base, .* {re.escape(name)}: give the arm a data.path of its own",
+            match=rf"arms.short: .* than those of the base, .* {re.escape(name)}; give the arm its own data.path",
         ):
             assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": name}}))
-    with pytest.raises(UserError, match=r"arms.longer: .* than those of arms.short, .* elsewhere: give the arm"):
+    with pytest.raises(UserError, match=r"arms.longer: .* than those of arms.short, .* elsewhere; give the arm"):
         assign(
             make_study(
                 arms={
@@ -56,10 +56,10 @@ def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, capsys):
     prepare_corpus(config)
     content = files[1].read_text()
     files[1].write_text(content.replace("lines", "rows "))
-    with pytest.raises(UserError, match=r"was prepared with another content of .*second.jsonl"):
+    with pytest.raises(UserError, match=r"was prepared with a different content of .*second.jsonl"):
         prepare_corpus(config)
     files[1].write_text(content)
-    for gone, text in ((0, "first.jsonl, which it was prepared from, is gone"), (1, "is gone, as are 1 other files")):
+    for gone, text in ((0, "first.jsonl is missing"), (1, " and 1 other input are missing")):
         files[gone].unlink()
         capsys.readouterr()
         prepare_corpus(config)
@@ -73,7 +73,8 @@ def test_a_prepared_corpus_does_not_need_its_sources(tmp_path, capsys):
         )
     )
     with pytest.raises(
-        UserError, match=r"was prepared with another evaluation.tasks, and cannot be prepared again: .*is gone"
+        UserError,
+        match=r"was prepared with another evaluation.tasks, and cannot be prepared again: its input .* missing",
     ):
         prepare_corpus(other)
 
@@ -97,4 +98,4 @@ def test_a_prepared_corpus_does_not_need_the_hub(tmp_path):
     output = run_command(
         [sys.executable, "-c", PREPARE, str(config)], cold=True, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
     ).stdout
-    assert "is used as it stands: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in output
+    assert "is used as it is: cannot open the data set nobody/nothing-at-all (data.sources.0.path)" in output

@@ -43,12 +43,12 @@ def test_steps_of_all_arms_have_the_same_number_of_corpus_tokens(make_study):
         # The tolerance allows for batches of complete micro steps of 4 rows.
         assert mean_tokens == pytest.approx(matching.base_step_tokens, rel=0.15), arm.name
         assert arm.config.train.global_batch_rows == 2 * arm.config.train.micro_batch_rows
-    assert "rows a step instead of 8" in matching.arms["plain"].notes[0]
+    assert "rows per step instead of 8" in matching.arms["plain"].notes[0]
 
 
 def test_a_batch_that_cannot_be_matched_is_reported(make_study):
     matching = match(make_study(arms={"plain": {"objective.name": "next_token", "train.micro_batch_rows": 4}}))
-    assert "WARNING: a step holds" in matching.arms["plain"].notes[0]
+    assert "WARNING: a step has" in matching.arms["plain"].notes[0]
 
 
 def test_token_budgets_equal_that_of_the_base(make_study):

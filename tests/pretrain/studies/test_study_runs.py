@@ -88,7 +88,7 @@ def test_a_killed_study_resumes_without_repeating_work(start, write_study, waiti
     first = start(path, folder / "first.log")
     first.wait_until((study / "configs").exists, "the first run")
     second = run_command([*STUDY, str(path)], check=False)
-    assert second.returncode == 2 and second.stderr.startswith("error: another start of this study is going on in "), (
+    assert second.returncode == 2 and second.stderr.startswith("error: this study is already running in "), (
         second.stderr
     )
     first.wait_until(has_logged_steps(jepa), "steps of the second run")
@@ -121,7 +121,7 @@ def test_a_killed_study_resumes_without_repeating_work(start, write_study, waiti
         assert record["arms"][arm]["flops_per_token"] == flops_per_token(read_run(run_dir))
 
     wrong = run_command([*STUDY, str(path), "metric.name=ml"], check=False)
-    assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss gives lm, jepa" in wrong.stderr, (
+    assert wrong.returncode == 2 and "metric.name is 'ml', but the task loss reports lm, jepa" in wrong.stderr, (
         wrong.stderr
     )
     assert json.loads((study / "study.json").read_text()) == record
@@ -138,7 +138,10 @@ def test_ctrl_c_saves_and_a_restart_completes_the_study_although_one_arm_fails(s
     first.wait_until(has_logged_steps(study / "plain-seed1"), "steps of the first run")
     first.process.send_signal(signal.SIGINT)
     release_file(study / "configs" / "plain-seed1.yaml", WAIT).touch()
-    assert first.end() == EXIT_CODE_STOPPED and "stopped by SIGINT; the same command goes on" in first.log.read_text()
+    assert (
+        first.end() == EXIT_CODE_STOPPED
+        and "stopped by SIGINT; run the same command to resume" in first.log.read_text()
+    )
     assert read_status(study / "plain-seed1")["status"] == "resumable" and not processes_of(study)
 
     done = run_command([*STUDY, str(path)], check=False)

@@ -196,20 +196,20 @@ def test_databases_are_found_by_the_name_in_the_row(tmp_path):
     ]
     assert find_databases(rows, tmp_path) == [tmp_path / "a.sqlite", tmp_path / "b" / "b.sqlite", None, None]
     assert find_databases(rows, tmp_path / "a.sqlite") == [tmp_path / "a.sqlite"] * 4
-    with pytest.raises(UserError, match=r"has no database of any row: the first needs a.sqlite or a/a.sqlite"):
+    with pytest.raises(UserError, match=r"has no database for any row: the first row needs a.sqlite or a/a.sqlite"):
         find_databases(rows, tmp_path / "none")
 
 
 def test_unreadable_database_files_are_refused(tmp_path, database):
     row, pointer, logged = Row(("how many", "SELECT 1"), {}), tmp_path / "pointer.sqlite", tmp_path / "logged.sqlite"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"pointer.sqlite .* is no SQLite file"):
+    with pytest.raises(UserError, match=r"pointer.sqlite .* is not a SQLite file"):
         find_databases([row], pointer)
     shutil.copy(database, logged)
     connection = sqlite3.connect(logged)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("CREATE TABLE new (a)")
-    with pytest.raises(UserError, match=r"without the changes in logged.sqlite-wal: merge them"):
+    with pytest.raises(UserError, match=r"without the changes in logged.sqlite-wal; merge them"):
         find_databases([row], logged)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert find_databases([row], logged) == [logged]

@@ -20,14 +20,14 @@ from tests.commands import prepare_corpus, tiny_config, write_config
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"name": "gsm8k"}, "task: the task gsm8k needs rows: test"),
+        ({"name": "gsm8k"}, "task: the task gsm8k needs test rows; set test"),
         ({"name": "spider", "test": "x"}, "task.databases: Field required"),
         ({"name": "loss", "test": "x", "databases": "y"}, "unknown key 'task.databases'"),
         ({"name": "geometry", "test": "x", "finetune": {"epochs": 1}}, "unknown key 'task.finetune'"),
-        ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "give train too"),
+        ({"name": "yelp", "test": "x", "finetune": {"epochs": 1}}, "set train too"),
         (
             {"name": "gsm8k", "test": {"type": "hub", "path": "x", "weight": 2}},
-            "task.test: weight and split are for data.sources",
+            "task.test: weight and split apply to data.sources only",
         ),
         ({"name": "gsm8k", "test": {"type": "text", "path": "x"}}, "'text'"),
         ({"name": "lm_eval"}, "task.harness: Field required"),
@@ -54,7 +54,7 @@ def test_invalid_options_are_errors(tmp_path, values, message):
 
 def test_an_option_of_another_task_is_reported(tmp_path):
     values = {"name": "loss", "test": "x", "databases": "y"}
-    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.databases has no effect with loss: leave it out"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0\.databases has no effect with loss; remove it"):
         load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [values]})))
 
 
@@ -145,7 +145,7 @@ def test_a_pair_objective_on_documents_is_refused_before_a_corpus_is_prepared(tm
         values = tiny_config(tmp_path, data__views=["text"], objective=objective)
         with pytest.raises(UserError, match=rf"objective\.{key} needs pairs of views, but data\.views are \['text'\]"):
             load_config(write_config(tmp_path, values))
-    with pytest.raises(UserError, match=r"evaluation\.tasks\.0: the task gsm8k takes the second of two views"):
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0: the task gsm8k needs two views"):
         load_config(
             write_config(
                 tmp_path,
@@ -182,7 +182,7 @@ REQUIREMENTS = {
     ),
     "template": (
         {"name": "gsm8k", "test": {"type": "hub", "path": "x", "views": {"text": "{text", "code": "code"}}},
-        "test.views.text: cannot read the template",
+        "test.views.text: cannot parse the template",
     ),
     "harness": (
         {"name": "lm_eval", "test": None, "harness": ["arc_easy", "FOLDER/mine.yaml"]},
@@ -227,7 +227,7 @@ def test_a_task_with_a_missing_requirement_is_refused_at_the_start(
 UNREADABLE = {
     "no database": (
         {"databases": "FOLDER/empty", "name": "spider"},
-        "FOLDER/empty (evaluation.tasks.0.databases) has no database of any row",
+        "FOLDER/empty (evaluation.tasks.0.databases) has no database for any row",
     ),
     "no rows": ({"test": "FOLDER/blank.jsonl"}, "evaluation.tasks.0.test: FOLDER/blank.jsonl has no rows"),
     "no JSON": ({"test": "FOLDER/plain.jsonl"}, "FOLDER/plain.jsonl:1: not JSON"),

@@ -90,7 +90,10 @@ def test_the_records_and_their_order_are_the_same(story):
 def test_each_change_of_ranks_is_reported_and_leaves_no_files(story):
     for before, now, log in zip(CHAIN, CHAIN[1:], story["logs"][1:], strict=False):
         assert f"was written by {before} rank{'s' * (before > 1)}, this run has {now}: converting it" in log
-        assert f"note: resuming with a changed setting: train.micro_batch_rows is {ROWS // now}, was {ROWS // before}" in log
+        assert (
+            f"note: resuming with a changed setting: train.micro_batch_rows is {ROWS // now}, was {ROWS // before}"
+            in log
+        )
         assert "a micro step has" not in log and "Traceback" not in log
     checkpoints = story["folder"] / "runs" / "elastic" / "checkpoints"
     assert not list(checkpoints.glob(".*")) and list_steps(checkpoints)[-1] == STEPS

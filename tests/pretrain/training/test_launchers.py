@@ -379,4 +379,6 @@ def test_ranks_that_cannot_meet_end_in_one_line_and_the_retryable_exit_code_1(fo
             MASTER_PORT=str(taken.getsockname()[1]),
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot connect at 127.0.0.1:")]
+    assert [
+        line for line in done.stderr.splitlines() if line.startswith("error: the ranks cannot connect at 127.0.0.1:")
+    ]
