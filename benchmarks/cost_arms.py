@@ -122,7 +122,7 @@ class Pass:
         model.mask = MASKS[self.mask].__get__(model)  # type: ignore[method-assign]  # each pass has its own mask
         if self.mask != "causal":
             return batch
-        # transformers interprets positions that start again, such as those of padding, as packed documents.
+        # transformers interprets positions that start again, such as the positions of padding, as packed documents.
         positions = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
         return replace(batch, positions=positions.expand_as(batch.token_ids))
 

@@ -7,7 +7,7 @@
 Every rank keeps its micro batch, so the global batch grows with the number of ranks. The compute time is the FLOPs
 that `--dry-run` counts, divided by `--flops` of a rank. A collective takes a latency for each hop, and its bytes
 divided by the bandwidth. In a ring, every rank sends (n - 1) / n of the bytes; in a tree, there are log2 n hops.
-The links are those that `launcher/doctor.py --json` measured, or those of `--within` and `--between`, in bytes/s
+The speeds of the links come from `launcher/doctor.py --json`, or from `--within` and `--between`, in bytes/s
 and seconds per hop. `--ranks-per-node` is the number of ranks on a node. The fraction `--overlap` of the
 communication is hidden by computation. One JSON object is written to stdout, a table to stderr.
 """

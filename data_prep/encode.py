@@ -104,7 +104,7 @@ class _Encoder:
         self.unknown: dict[str, dict[str, Any]] = {}
         """Statistics of each split with unknown tokens: `tokens`, `records` with one, and the `first` of these records.
 
-        An example has the same form as those of DropCounter.
+        An example has the same form as in DropCounter.
         """
 
     def add(self, piece: int, record: Record) -> None:

@@ -1,6 +1,6 @@
 """Executors of the preparation: processes of this machine, or the ranks of an MPI job.
 
-An executor runs the tasks of a phase before those of the next. A task calls a module-level function with plain
+An executor runs all tasks of a phase before the next phase. A task calls a module-level function with plain
 arguments. It writes its results atomically, so any process may run any task, and a finished task is never repeated. It
 returns the number of records that it processed. After a task that raises UserError, the remaining tasks still run;
 after an OSError, they do not.

@@ -114,7 +114,7 @@ def _unigram_json(proto: ModelProto) -> dict[str, Any]:
 
 def _reserved_piece_splitter(proto: ModelProto) -> dict[str, Any] | None:
     # The low score of `_unigram_json` has no effect if a character of a reserved piece is unknown, because `tokenizers`
-    # scores unknown characters even lower. Therefore the text is split at such a character, and the reserved piece is
+    # scores unknown characters even lower. Therefore the text is split at this character, and the reserved piece is
     # never found.
     if proto.trainer_spec.model_type == BPE:
         return None

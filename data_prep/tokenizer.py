@@ -181,7 +181,7 @@ def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = prin
     Ids do not change. Of pad, bos, eos and sep, the tokens that are missing, shared (pad = eos) or possible in encoded
     text are replaced by new special tokens. If `tokenizers` encodes some texts differently from a sentencepiece model,
     the ids of `tokenizers` are used, and one line reports this; exported models then agree with the preparation. Raises
-    UserError if `path` is none of these, or if its ids cannot be preserved.
+    UserError if `path` is not one of these, or if its ids cannot be preserved.
     """
     source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():

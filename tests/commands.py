@@ -118,7 +118,7 @@ def ranks_command(ranks: int, script: str | Path, *arguments: str | Path) -> lis
 def start(
     command: list[str], output: IO[str], errors: IO[str], cold: bool = False, **more: str
 ) -> subprocess.Popen | warm_process.Command:
-    """Start a command in its own session. `more` are environment variables in addition to those of `environment`."""
+    """Start a command in its own session. `more` are environment variables in addition to `environment`."""
     program, *arguments = map(str, command)
     is_script = bool(arguments) and (arguments[0] in ("-m", "-c") or arguments[0].endswith(".py"))
     if program in ("python", sys.executable) and is_script and not cold and not READ_AT_IMPORT & more.keys():

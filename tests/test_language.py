@@ -12,21 +12,21 @@ from pathlib import Path
 from tests.commands import ROOT
 
 PHRASES = {
-    r"(?<!there )\b(?:is|are|was|were|be) no (?!longer|more|one\b|better)\w+": "is not a",
-    r"\b(?:is|are|was|were|holds?|has|have|had) none\b": "there is no",
-    r"\b(?:stand|stands|stood|lie|lies|lay) (?:in|at|on|beside|there|next|before|behind|under|above|between)\b": "is in",
+    r"(?<!there )(?<!or )\b(?:is|are|was|were|be) no (?!longer|more|one\b|better)\w+": "is not a",
+    r"(?-i:(?<!there )\b(?:is|are|was|were|holds?) none\b)": "there is no",
+    r"\b(?:stand|stands|stood|lie|lies|lay) (?:in|at|on|beside|there|next|before|behind|under|between)\b": "is in",
     r"\b(?:go|goes|going|gone|went) on\b": "resumes, continues",
-    r"\b(?:tells?|told|says?|said|speaks?|spoken)\b|\bwithout a word\b": "reports, prints, logs",
+    r"\b(?:tells|told|says|said|speaks|spoken)\b|\bwithout a word\b": "reports, prints, logs",
     r"\b(?:mend|mends|mended|mending)\b|\bspoil\w*": "fix; corrupt",
     r"\b(?:is|are|was|were|be|stay|stays|stayed|not|still) whole\b|\bwhole or\b|\bsounds?\b": "complete; valid",
-    r"\brests\b|\bkeys(?: of \S+)? rest\b|\bresting\b|\bsits? out\b|\b(?:take|takes|taking|took) part\b": "are ignored",
+    r"\brests\b|\bkeys(?: of \S+)? rest\b|\bresting\b|\bsits? out\b|\bt(?:ake|akes|aking|ook) part\b": "are ignored",
     r"\bbehind\b": "after",
-    r"\b(?:come|comes|coming|came) to\b|\bas many as\b|\b(?:that|those) of\b": "equals; the same number of; name it again",
+    r"\b(?:come|comes|coming|came) to\b|\bas many as\b|\b(?:that|those) of\b": "equals; name it again",
     r"\b(?:take|takes|taking|taken|took) over\b": "imports",
     r"\b(?:leave|leaves|leaving|left) (?:\w+ )?out\b": "skips",
     r"\bask(?:s|ed|ing)? for\b|\b(?:is|are|was|were) asked\b": "requests; is called",
-    r"\b(?:give|gives|giving|given|gave) (?:it |them )?back\b|\bgives\b": "returns, yields",
-    r"\bby (?:itself|themselves|himself)\b|\b(?:of|on) (?:its|their|his) own\b": "automatically, separately",
+    r"\b(?:give|gives|giving|given|gave) (?:it |them )?back\b|\bgives\b(?! up)": "returns, yields",
+    r"\bby (?:itself|themselves|himself)\b|\bo[fn] (?:its|their) own(?! \w+s?\b)": "automatically, separately",
     r"\b(?:a|the|what|this|which|same|equal) share of\b": "a fraction of",
     r"\bwhat (?:a run|it|one|they|this) (?:takes?|costs?)\b": "resource estimate, cost",
     r"\bso that\b|\bsuch an? \b|\bthose (?:that|which|who)\b": "and; this; the ones that",
@@ -36,7 +36,13 @@ PHRASES = {
 }
 """Phrase to avoid (a regular expression) -> what to write instead."""
 
-ACCEPTED: dict[tuple[str, str], str] = {}
+ACCEPTED = {
+    ("pretrain/cluster/checks_nodes.py", "behind"): "A clock is behind another clock.",
+    ("tests/cluster/test_doctor.py", "s behind"): "It quotes the message on clocks.",
+    ("tests/data_prep/selection/test_selection.py", "he said"): "It is the text of a record.",
+    ("tests/pretrain/training/test_bf16.py", "stands in for"): "The idiom means to replace.",
+    ("tests/pretrain/training/test_sixty_steps.py", "says {number"): "It is the text of a record.",
+}
 """(file, phrase with its surroundings) -> why it stays. At most 40."""
 
 ACCEPTED_DOCSTRINGS: dict[tuple[str, str], str] = {}

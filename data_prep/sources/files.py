@@ -43,7 +43,7 @@ class CorruptFileError(Exception):
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
-    """Return the sorted files of a source: one file, the files of a folder with a suffix, or those of a glob.
+    """Return the sorted files of a source: one file, the files of a folder with a suffix, or the matches of a glob.
 
     Raises UserError if there are none, or if one cannot be read.
     """
@@ -103,7 +103,7 @@ def glob_root(path: str) -> Path:
 
 
 def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
-    """Return the files below a folder that are read, and add the others to `skipped`.
+    """Return the files below a folder that are read, and add the remaining ones to `skipped`.
 
     A hidden folder is added as a whole. If links to folders are followed, each folder is visited once.
     """

@@ -21,7 +21,7 @@ IDLE_SECONDS = 600.0
 
 
 def _environment(values: dict[str, str], names: list[str]) -> dict[str, str]:
-    """Set variables like a launcher exports them, and return the values of those of `names` that are set now."""
+    """Set variables like a launcher exports them, and return the values of the `names` that are set now."""
     os.environ.update(values)
     return {name: os.environ[name] for name in names if name in os.environ}
 

@@ -63,7 +63,7 @@ def check_run_folder(facts: Facts, estimate: ResourceEstimate | None, existing: 
                     "run folder",
                     "fail",
                     f"cannot write to {fact['folder']}: {fact['unwritable']}",
-                    "mount it so that this user can write to it, or choose another output_dir",
+                    "mount it writable for this user, or choose another output_dir",
                     (node,),
                 )
             )

@@ -18,7 +18,7 @@ from pretrain.cluster.findings import as_json, count_levels, format_table
 from pretrain.cluster.hosts import LOCAL, Host, read_hostfile, slurm_hosts
 
 CPU_SLOTS = 2
-"""Ranks on a single machine without GPUs if neither a hostfile nor --num_gpus gives their number."""
+"""Ranks on a single machine without GPUs if neither a hostfile nor --num_gpus sets their number."""
 
 
 def main() -> None:

@@ -278,7 +278,7 @@ def _sign(count: int, possible: int, own: bool) -> str:
 def _groups(record: np.ndarray, room: int) -> list[range]:
     """Return groups of the segments of consecutive records, with at most `room` segments each.
 
-    A record with more segments is a group by itself.
+    A record with more segments is its own group.
     """
     bounds = [*np.flatnonzero(np.diff(record, prepend=-1)).tolist(), len(record)]
     groups, first = [], 0

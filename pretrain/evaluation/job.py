@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _run_on_all_ranks(evaluate: Callable[[], None]) -> None:
-    """Evaluate on rank 0, with the other ranks as workers."""
+    """Evaluate on rank 0, with its peers as workers."""
     if max(int(os.environ.get("WORLD_SIZE", 1)), launched_process_count()) == 1:
         evaluate()
         return

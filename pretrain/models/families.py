@@ -1,4 +1,4 @@
-"""Model families that transformers does not have, imported only if such a model is built or loaded."""
+"""Model families that transformers does not have, imported only if one of them is built or loaded."""
 
 import contextlib
 import importlib

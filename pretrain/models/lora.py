@@ -8,7 +8,7 @@ from pretrain.models.language_model import LanguageModel
 from pretrain.sections import LoraConfig
 
 BASE, DOWN, UP = "base_layer", "lora_A.default", "lora_B.default"
-"""Names that peft gives to the parts of an adapted linear layer."""
+"""Names in peft for the parts of an adapted linear layer."""
 
 
 def add_adapters(model: LanguageModel, lora: LoraConfig) -> None:

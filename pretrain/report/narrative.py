@@ -84,7 +84,7 @@ def verdict(all_arms: Summaries, name: str) -> str:
     """Return the verdict on one arm in one or two sentences, with its numbers."""
     comparison, test = all_arms.comparison, all_arms.tests[name]
     metric, baseline = comparison.metric, comparison.baseline
-    assert baseline is not None  # or there would be no test
+    assert baseline is not None  # without a baseline there is no test
     if test.verdict == "no verdict":
         seen = (
             ""

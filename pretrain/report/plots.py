@@ -26,7 +26,7 @@ HUES = 7
 Dash = str | tuple[int, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ("-", (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 BASELINE_DASH: Dash = (0, (4, 3))
-"""Dashes, so that an arm close to the baseline is visible in the gaps."""
+"""Dashes, to keep an arm close to the baseline visible in the gaps."""
 LABELLED = 8
 """Largest number of arms for which a chart labels the ends of its lines."""
 WIDTH = 11.6
@@ -110,7 +110,7 @@ def forest(summaries: Summaries) -> str:
     tests = [(name, test, mean) for name, test in summaries.tests.items() if (mean := test.mean) is not None]
     if not tests:
         return ""
-    assert summaries.baseline is not None  # or there would be no test
+    assert summaries.baseline is not None  # without a baseline there is no test
     figure, axis = plt.subplots(figsize=(WIDTH * 0.8, 0.75 + 0.42 * len(tests)))
     numbers = {name: number for number, name in enumerate(summaries.arms)}
     base = summaries.baseline.values

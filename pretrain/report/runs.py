@@ -163,8 +163,8 @@ class Metric:
     def common_settings(self, runs: list[Run]) -> str | None:
         """Return the settings under which results are compared; None if no run has the metric.
 
-        Only results under the same settings and the same scoring version may be compared. The settings returned are
-        those of the newest scoring version under which most runs have the metric at their last step.
+        Only results under the same settings and the same scoring version may be compared. The settings returned belong
+        to the newest scoring version under which most runs have the metric at their last step.
         """
         votes: dict[str, int] = {}
         for run in runs:
@@ -222,14 +222,14 @@ def finetune_settings(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def comparison_key(result: dict[str, Any], config: dict[str, Any]) -> str:
     """Return what must be equal for results to be comparable: scoring version, rows, settings and content of files.
 
-    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they are those of
-    the run's configuration, because arms may differ in them.
+    The paths of files and the finetuning seed may differ. Finetuning settings may also differ if they come from the
+    run's configuration, because arms may differ in them.
     """
     settings = dict(result.get("settings") or {})
     finetuning = {key: settings[key] for key in FINETUNING if settings.get(key) is not None}
     if finetuning and finetuning == finetune_settings(config).get(result["task"]):
         settings = {key: value for key, value in settings.items() if key not in FINETUNING} | {
-            "finetune": "as the configuration says"
+            "finetune": "as configured"
         }
     kept = {
         key: value

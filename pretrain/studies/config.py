@@ -19,7 +19,7 @@ from pretrain.tasks.directions import direction, metric_directions
 from pretrain.tasks.options import TaskConfig
 
 OF_THE_STUDY = ("name", "seed", "output_dir", "checkpoint.resume")
-"""Keys of a run that the study sets, so that no arm may set them."""
+"""Keys of a run that the study sets; no arm may set them."""
 
 
 class MetricConfig(Section):

@@ -37,7 +37,7 @@ def assign_corpora(study: Study, base: RunConfig) -> tuple[dict[str, dict[str, A
         owner, other = corpora.setdefault(os.path.abspath(config.data.path), (f"arms.{arm}", config))
         if _records(other) != _records(config):
             raise UserError(
-                f"arms.{arm}: its data settings produce other records than those of {owner}, but both have the "
+                f"arms.{arm}: its data settings produce other records than {owner}, but both have the "
                 f"data.path {config.data.path}; give the arm its own data.path, or remove data.path to have one chosen"
             )
     return overrides, [config for _, config in corpora.values()]

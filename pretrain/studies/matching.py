@@ -37,7 +37,7 @@ class Arm:
 
     name: str
     overrides: dict[str, Any]
-    """Dotted keys that set its corpus and its batch, in addition to those of the study file."""
+    """Dotted keys that set its corpus and its batch, in addition to the study file's overrides."""
     config: RunConfig
     """Its configuration with the first seed and these overrides."""
     tokens_per_step: float

@@ -78,7 +78,7 @@ def rate_over_subset(name: str, hits: Sequence[bool], chosen: Sequence[bool] | N
 def is_strict_argmax(values: Sequence[float], chosen: int) -> bool:
     """Return whether the chosen value is strictly above all others.
 
-    It is False in a tie, and if any value is -inf: such a value could not be measured.
+    It is False in a tie, and if any value is -inf: -inf marks a value that could not be measured.
     """
     return min(values) > -math.inf and all(
         values[chosen] > value for place, value in enumerate(values) if place != chosen

@@ -95,7 +95,7 @@ def _wait_for(folder: Path, files: dict[str, Any]) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> list[str]:
-    """Remove old checkpoints; return those that could not be removed.
+    """Remove old checkpoints; return the ones that could not be removed.
 
     Kept are the newest `keep`, steps that are multiples of `keep_every`, and pinned checkpoints. A checkpoint is first
     renamed to a hidden folder, so an interrupted removal leaves no incomplete checkpoint. If it was pinned in the

@@ -533,7 +533,7 @@ def _memory_unit(plan: Plan) -> tuple[str, int]:
 
 
 def _print_table(rows: Table) -> None:
-    """Print a table. The first column is left-aligned, the others right-aligned; rows may omit their last columns."""
+    """Print a table. Only the first column is left-aligned; rows may omit their last columns."""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -78,7 +78,7 @@ def die_with_parent(command: list[str], number: str) -> list[str]:
 
 
 def request_evaluation(run_dir: Path, step: int) -> None:
-    """Pin a checkpoint before it is written, so that a kill cannot lose the request.
+    """Pin a checkpoint before it is written, and a kill cannot lose the request.
 
     A pinned checkpoint is not removed until a job has evaluated it.
     """

@@ -66,7 +66,7 @@ def _gradient(
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         for batch in batches:
             report_progress()
-            # terms of weight zero stay in the graph, so that ZeRO-3 sees the same modules as in every backward pass
+            # terms of weight zero stay in the graph, because ZeRO-3 must see the same modules as in every backward pass
             loss = total_loss(module(batch.to(world.device)).terms, counts, weights, ranks=1)
             hooks = [parameter.register_hook(partial(accumulate, index)) for index, parameter in enumerate(parameters)]
             # unlike backward(), this runs none of the hooks of DeepSpeed's gradient accumulation

@@ -1,6 +1,6 @@
 """The training command: `run.py CONFIG [key=value ...] [--dry-run]`.
 
-It imports slow packages late, so that an error in the configuration is reported immediately.
+It imports slow packages late: an error in the configuration is reported immediately.
 """
 
 import argparse

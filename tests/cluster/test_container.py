@@ -1,6 +1,6 @@
 """The image, its two nodes and its health check.
 
-Some tests need no Docker engine. The others build and run the image, and need JEPA_TEST_BASE:
+Some tests need no Docker engine. The remaining tests build and run the image, and need JEPA_TEST_BASE:
 
     JEPA_TEST_BASE=debian:bookworm-slim JEPA_TEST_BUILD="--network host" \\
         python -m pytest -m slow tests/cluster/test_container.py

@@ -117,7 +117,7 @@ def bpe_folder(tmp_path_factory) -> Path:
 
 
 def auto_ids(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Return the default ids of AutoTokenizer; check that add_special_tokens=False gives the same ones."""
+    """Return the default ids of AutoTokenizer; check that add_special_tokens=False yields the same ones."""
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.load(folder)
     assert (auto.pad_token_id, auto.bos_token_id) == (ours.pad_id, ours.bos_id)

@@ -1,4 +1,4 @@
-"""Tests of the word cache: it gives sentencepiece's tokens, and texts are not cut if that would change them."""
+"""Tests of the word cache: it yields sentencepiece's tokens, and texts are not cut if that would change them."""
 
 import json
 from pathlib import Path

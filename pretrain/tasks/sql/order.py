@@ -1,4 +1,4 @@
-"""The order that a query gives its rows, and the ties that it leaves open.
+"""The order of a query's rows, and the ties that it leaves open.
 
 A target such as `SELECT name FROM player ORDER BY score` leaves open which of two players with equal scores comes
 first, so both orders are right. To find its ties, the target is run twice more with all of its columns as further sort

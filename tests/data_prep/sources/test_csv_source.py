@@ -103,7 +103,8 @@ def test_an_unclosed_quote_is_reported_where_it_opens(tmp_path):
         (b"a,b,a\n", r"names 'a' twice"),
         (
             b"question,answer\n",
-            r"a\.csv has no column 'text', only question, answer: set the columns of the views in data\.sources\.0\.views",
+            r"a\.csv has no column 'text', only question, answer: "
+            r"set the columns of the views in data\.sources\.0\.views",
         ),
         (b"text;code\na;b\n", r"has no column 'text', only text;code"),
         (b'"text,code\n', r"unexpected end of data"),

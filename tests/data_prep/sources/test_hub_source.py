@@ -163,7 +163,8 @@ def test_columns_are_mapped_to_views_like_json_lines(tmp_path):
 def test_a_missing_column_is_reported_at_opening(tmp_path, kind):
     with pytest.raises(
         UserError,
-        match=r"set/0.* has no column 'answer', only text, code, n: set the columns of the views in data\.sources\.0\.views",
+        match=r"set/0.* has no column 'answer', only text, code, n: "
+        r"set the columns of the views in data\.sources\.0\.views",
     ):
         reader(make_shards(tmp_path / "set", kind), views={"code": "answer"})
 

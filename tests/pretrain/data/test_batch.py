@@ -298,7 +298,7 @@ def test_target_hashes_do_not_depend_on_layout_or_row(write_corpus, specials):
 
 
 def test_a_segment_sees_all_of_its_ancestors(write_corpus, specials):
-    """The tree is deeper than that of any current layout: 0 - 1 - 2, and 0 - 3."""
+    """The tree is deeper than in any current layout: 0 - 1 - 2, and 0 - 3."""
     layout = Layout(
         (
             Segment(0, (specials.bos,)),

@@ -1,4 +1,4 @@
-"""Statistics of packed rows: equal to those of planned rows, from a sample that covers the corpus."""
+"""Statistics of packed rows: equal to statistics of planned rows, from a sample that covers the corpus."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Embeddings from an export match those of the objective; retrieval and geometry are right on known embeddings."""
+"""Exported embeddings match the embeddings of the objective; retrieval and geometry are right on known embeddings."""
 
 import json
 import math

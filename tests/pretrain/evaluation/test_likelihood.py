@@ -1,4 +1,4 @@
-"""Batched log-likelihoods equal those of each answer alone, for every model family."""
+"""Batched log-likelihoods equal the log-likelihoods of each answer alone, for every model family."""
 
 import pytest
 import torch

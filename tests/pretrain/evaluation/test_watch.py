@@ -206,7 +206,7 @@ def test_a_wrong_option_is_one_error_line(folder, watched):
 
 @pytest.mark.slow
 def test_random_kills_during_finetuning_change_no_result(folder, watched):
-    """Check that each result appears once and equals that of an undisturbed evaluation."""
+    """Check that each result appears once and equals the result of an undisturbed evaluation."""
     run_dir, draw = folder / "runs" / "run", random.Random(5)
     train, test = write_pairs(folder / "train.jsonl", "finetune", 300), write_pairs(folder / "test.jsonl", "test", 20)
     options = ["--task", "nl_rx", f"task.train={train}", f"task.test={test}", "task.finetune={steps: 40}"]

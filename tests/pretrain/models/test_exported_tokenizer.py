@@ -168,7 +168,7 @@ def training_texts() -> list[str]:
 
 
 def byte_level(folder: Path) -> Path:
-    """Write a tokenizer.json like that of GPT-2: byte-level, split by its regular expression, one special token."""
+    """Write a tokenizer.json like GPT-2's: byte-level, split by its regular expression, one special token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""The cross-entropy in chunks equals that of all logits at once, and holds no more logits than its limit."""
+"""The chunked cross-entropy equals the cross-entropy of all logits, and holds no more logits than its limit."""
 
 import pytest
 import torch

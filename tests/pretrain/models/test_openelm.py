@@ -260,7 +260,7 @@ def test_logits_equal_a_forward_pass_in_loops(model, kernel):
     tokens = torch.randint(3, 61, (17,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model.double()(tokens[None]).logits[0]
-    # The tolerance is that of fp32, because the model computes norms and angles in fp32.
+    # The tolerance fits fp32, because the model computes norms and angles in fp32.
     np.testing.assert_allclose(logits, logits_in_loops(model, tokens.tolist()), rtol=1e-5, atol=1e-4)
     assert len({layer.attention.q_proj.out_features for layer in model.model.layers}) > 1
 

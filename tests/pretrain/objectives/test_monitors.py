@@ -131,7 +131,7 @@ def test_equal_embeddings_are_not_retrieved():
 
 
 def test_a_collapse_to_a_few_directions_is_detected():
-    """The first values are those of a prototype with the cosine distance and a variance hinge."""
+    """The first values come from a prototype with the cosine distance and a variance hinge."""
     assert has_collapsed(
         {"paired_cosine": 0.999, "shuffled_cosine": 0.002, "retrieval_at_1": 0.006, "effective_rank": 4.5}
     )

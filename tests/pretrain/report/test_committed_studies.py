@@ -1,4 +1,4 @@
-"""The reports in docs/studies equal those that the project renders from the records next to them."""
+"""The reports in docs/studies equal the reports that the project renders from the records next to them."""
 
 from pathlib import Path
 

@@ -41,8 +41,8 @@ def test_arms_are_compared_past_the_best_validation_loss(study_with_values):
     )
     sentences = text.partition("## Past the best validation loss")[2]
     assert (
-        "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 against +0.4200 "
-        "(−0.3533 over 3 seeds, 95% interval"
+        "steady does better than plain in validation/loss/lm past the best validation loss: change of +0.0667 "
+        "against +0.4200 (−0.3533 over 3 seeds, 95% interval"
     ) in sentences
     assert "alike: no difference from plain found in validation/loss/lm" in sentences
     assert (
@@ -89,6 +89,7 @@ def test_the_metric_at_the_lowest_validation_loss_is_never_that_of_another_step(
         == "–"
     )
     for arm, seed in (("plain", 2), ("other", 1)):
-        told = f"{arm}: seed {seed} is excluded from nl_rx/exact here: the metric needs evaluated checkpoints on both sides"
-        assert told in text and told in page
+        reason = "the metric needs evaluated checkpoints on both sides"
+        sentence = f"{arm}: seed {seed} is excluded from nl_rx/exact here: {reason}"
+        assert sentence in text and sentence in page
     assert "is interpolated linearly between" in page and "nearest to the lowest validation loss" not in page

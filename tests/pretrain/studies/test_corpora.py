@@ -24,10 +24,10 @@ def test_arms_with_different_records_cannot_share_a_corpus(make_study, folder):
     for name in (path, f"{folder}/./corpus"):
         with pytest.raises(
             UserError,
-            match=rf"arms.short: .* than those of the base, .* {re.escape(name)}; give the arm its own data.path",
+            match=rf"arms.short: .* than the base, .* {re.escape(name)}; give the arm its own data.path",
         ):
             assign(make_study(arms={"plain": {}, "short": SHORT | {"data.path": name}}))
-    with pytest.raises(UserError, match=r"arms.longer: .* than those of arms.short, .* elsewhere; give the arm"):
+    with pytest.raises(UserError, match=r"arms.longer: .* than arms.short, .* elsewhere; give the arm"):
         assign(
             make_study(
                 arms={

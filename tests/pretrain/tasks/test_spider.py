@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.console import UserError
 from data_prep.task_rows import Row
-from pretrain.evaluation.sql.make_databases import look_at, make_databases
+from pretrain.evaluation.sql.make_databases import check_queries, make_databases
 from pretrain.tasks.scoring import Answer
 from pretrain.tasks.spider import judge, score
 from pretrain.tasks.sql import execution
@@ -322,7 +322,7 @@ QUERIES = [
 
 def test_generated_databases_answer_their_queries(tmp_path):
     make_databases([SCHEMA], {"shop": QUERIES}, tmp_path)
-    failed, empty_results = look_at({"shop": QUERIES}, tmp_path)
+    failed, empty_results = check_queries({"shop": QUERIES}, tmp_path)
     assert len(failed) == 1 and "no such column: shoe" in failed[0] and empty_results == 0
     first = (tmp_path / "shop.sqlite").read_bytes()
     connection = sqlite3.connect(tmp_path / "shop.sqlite")
@@ -389,7 +389,7 @@ def test_gold_empty_and_shuffled_answers_on_spider(tmp_path):
         schema for schema in json.loads((DATA / "spider" / "tables.json").read_text()) if schema["db_id"] in queries
     ]
     make_databases(schemas, queries, tmp_path)
-    failed, _ = look_at(queries, tmp_path)
+    failed, _ = check_queries(queries, tmp_path)
     databases = find_databases(rows, tmp_path)
     counts = check_scores([row.target for row in rows], databases, failing=len(failed))
     assert len(failed) <= 3 and counts["empty_results"] < 0.12 * len(rows)

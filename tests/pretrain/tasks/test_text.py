@@ -53,6 +53,7 @@ def test_a_missing_package_is_reported_at_the_start(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path, tiny_config(tmp_path, evaluation={"tasks": [task]})))
     with pytest.raises(
         UserError,
-        match=r"tasks\.0\.similarity needs the package sacrebleu, which is not installed; run pip install '\.\[similarity\]'",
+        match=r"tasks\.0\.similarity needs the package sacrebleu, which is not installed; "
+        r"run pip install '\.\[similarity\]'",
     ):
         config.evaluation.tasks[0].check_requirements(config.data, "evaluation.tasks.0")

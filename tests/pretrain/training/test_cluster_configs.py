@@ -1,6 +1,6 @@
 """The configurations for GPU clusters train with a small shape on two CPU ranks.
 
-Local data sets replace those of the Hugging Face hub.
+Local data sets replace the data sets of the Hugging Face hub.
 """
 
 import json

@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
 def plain_gradients(folder, name: str) -> dict[str, torch.Tensor]:
     """Return the full gradient of each weighted term at the third step, by torch.autograd.grad.
 
-    The weights are those of the checkpoint after the second step.
+    The weights come from the checkpoint after the second step.
     """
     config = load_config(folder / f"{name}.yaml")
     corpus = Corpus(config.data.path, "train")

@@ -89,7 +89,8 @@ def test_lengths_are_read_only_if_the_manifest_lacks_the_answer_and_the_read_is_
     assert messages == []
     check(config(corpus, data__sequence_length=48, objective=PREPENDED), corpus, messages.append)
     assert messages == [
-        "note: reading the lengths of 44 records, because the manifest does not show whether all fit data.sequence_length=48"
+        "note: reading the lengths of 44 records, "
+        "because the manifest does not show whether all fit data.sequence_length=48"
     ]
 
 

@@ -1,7 +1,7 @@
 """Ranks that wait as if in a hanging collective: `waiting_ranks.py killed|ended|paused`.
 
-The argument says what happens to rank 1. Its peer ends with exit code 0 after 20 heartbeats unless a watchdog ends it
-earlier; in the case `killed` it would wait for 600 heartbeats.
+The argument selects what happens to rank 1. Its peer ends with exit code 0 after 20 heartbeats
+unless a watchdog ends it earlier; in the case `killed` it would wait for 600 heartbeats.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Every option of the configuration reaches the object that it configures.
 
-test_wiring.py runs these tests in a separate process because engines leave global state behind.
+test_wiring.py runs these tests in a separate process because engines change global state.
 """
 
 import json

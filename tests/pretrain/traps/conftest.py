@@ -56,7 +56,7 @@ def prepare_in_process(tmp_path_factory) -> Callable[..., Corpus]:
 def shared_special_token_tokenizer(tmp_path) -> Path:
     """Write a Hugging Face tokenizer whose only special token is BOS, EOS and padding, and return its folder.
 
-    Like those of many models, the tokenizer puts BOS in front of every text.
+    Like the tokenizers of many models, it puts BOS in front of every text.
     """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
