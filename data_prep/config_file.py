@@ -64,8 +64,8 @@ def load_yaml(
 ) -> dict[str, Any]:
     """Read a configuration file and apply `dotted.key=value` overrides, whose values are YAML.
 
-    `sections` are the allowed top-level keys. `{dotted.key}` inside `name` is replaced by that key's value, and each
-    arm of a study has its own folder.
+    `sections` are the allowed top-level keys. `{dotted.key}` inside `name` is replaced by that key's value, for
+    example to give each arm of a study its own folder.
     """
     try:
         content = Path(path).read_bytes()

@@ -122,7 +122,7 @@ def test_a_truncated_compressed_file_loses_no_earlier_row(tmp_path):
     *good, ((reason, message), _) = read_with_locations(reader(path))
     assert (
         reason == "damaged"
-        and "cut off" in message
+        and "truncated" in message
         and [views[1] for views, _ in good] == [str(number) for number in range(len(good))]
     )
 

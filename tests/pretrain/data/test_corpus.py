@@ -183,7 +183,7 @@ def test_sources_are_contiguous_ranges_of_records(write_corpus):
 def test_a_truncated_shard_is_reported(corpus_copy):
     shard = first_train_shard(corpus_copy)
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert_refused(corpus_copy, shard, "damaged")
+    assert_refused(corpus_copy, shard, "corrupt")
 
 
 def test_a_missing_shard_is_reported(corpus_copy):
@@ -200,7 +200,7 @@ def test_the_tokenizer_of_another_corpus_is_reported(corpus_copy):
 
 def test_a_missing_corpus_and_a_missing_split_are_reported(prepared, tmp_path):
     assert_refused(tmp_path, tmp_path, "prepare it first")
-    with pytest.raises(UserError, match=r"no test split \(it has train, validation\)"):
+    with pytest.raises(UserError, match=r"no test split \(its splits: train, validation\)"):
         Corpus(prepared, "test")
 
 
