@@ -1,1 +1,1 @@
-"""Preparation of corpora: converts text to paired-view token shards (`python -m data_prep CONFIG [key=value ...]`)."""
+"""Preparation of corpora: tokenizes the views of records and writes them to shards (`python -m data_prep CONFIG [key=value ...]`)."""

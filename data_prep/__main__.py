@@ -15,14 +15,14 @@ from data_prep.console import UserError, exit_on_user_error, print_now
 from data_prep.executor import Executor, MpiExecutor
 from data_prep.launch_env import find_mpi, is_silent_rank
 
-MOVED = ("inspect", "stats")
+MOVED_SUBCOMMANDS = ("inspect", "stats")
 """Subcommands that are now in `python -m pretrain.data`."""
 
 
 def main() -> None:
     """Run a subcommand, or prepare a corpus."""
     command = sys.argv[1] if len(sys.argv) > 1 else None
-    if command in MOVED:
+    if command in MOVED_SUBCOMMANDS:
         raise UserError(f"python -m data_prep {command} has moved: run python -m pretrain.data {command} PATH")
     if command == "verify":
         run_verify(sys.argv[2:])
@@ -37,23 +37,23 @@ def prepare_corpus(executor: Executor | None) -> None:
     """Parse the command line and prepare the corpus of a configuration."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep",
-        description="Turn a corpus into paired-view token shards.",
+        description="Tokenize the records of a corpus, each with its views, and write them to shards.",
         epilog="python -m data_prep verify PATH checks a prepared corpus; python -m pretrain.data shows what is in it.",
     )
     parser.add_argument(
         "config", help="YAML file of the run; only `data` and the test files of `evaluation.tasks` are read"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys of the YAML file")
-    given = parser.parse_args()
-    # Overrides of model.shape change a file that only the training reads.
-    relevant_overrides = [override for override in given.overrides if not override.startswith("model.shape.")]
-    values = load_yaml(given.config, relevant_overrides)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file, with dotted keys")
+    arguments = parser.parse_args()
+    # Overrides of model.shape change a file that only training reads.
+    relevant_overrides = [override for override in arguments.overrides if not override.startswith("model.shape.")]
+    values = load_yaml(arguments.config, relevant_overrides)
     if "data" not in values:
-        raise UserError(f"{given.config} has no `data` section")
+        raise UserError(f"{arguments.config} has no `data` section; add one (see docs/data.md)")
     data = validate(DataConfig, values["data"], "data")
     tests = evaluation_tests(data, values.get("evaluation"))
 
-    # Imported only now: pyarrow and tokenizers are slow to load, and errors of the configuration should appear first.
+    # Import late: pyarrow and tokenizers load slowly, and errors in the configuration should be reported first.
     from data_prep.pipeline import prepare
 
     prepare(data, tests, executor=executor)

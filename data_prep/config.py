@@ -198,7 +198,7 @@ class DataConfig(Section):
     path: LocalPath
     """Folder of the prepared shards."""
     sources: list[Source] = []
-    """Sources of the records, see below."""
+    """Sources of the records; see below."""
     views: tuple[str, ...] = Field(default=("text", "code"), min_length=1)
     """Names of a record's views, at most 8. Two for pairs: the context (a question, a description) and the target (its
     answer). One for plain documents. Several for groups of paraphrases, each the context of the next."""
@@ -206,9 +206,9 @@ class DataConfig(Section):
     """Treatment of a record that lacks some of its views: it is dropped and counted (drop), or kept with the views that
     it has (keep). A kept record with one view is a plain document."""
     tokenizer: TokenizerConfig
-    """Tokenizer, trained or imported, see below."""
+    """Tokenizer, trained or imported; see below."""
     filters: FiltersConfig = FiltersConfig()
-    """Filters that drop records by their text, see below."""
+    """Filters that drop records by their text; see below."""
     sequence_length: int = Field(default=512, ge=8)
     """Positions in a packed row. A record that does not fit a row when each view predicts the next is dropped and
     counted. Prepended predictor tokens and `direction: both` may need more positions; a run reports this when it

@@ -1,8 +1,9 @@
 """The second pass over a unit: tokenize the remaining records and write them to shards.
 
-A pair that does not fit a row is dropped. A plain document that does not fit is split into several records without
-losing a token. `continues` marks every one of them except the last: the document continues in the next record. The pass
-writes a shard per split and finally a report below `.partial/shards`.
+A record with several views that does not fit into a row is dropped. A plain document that does not fit is split into
+several records without losing a token. `continues` is true for each of these records except the last, because the
+document continues in the next one. The pass writes one or more shards per split, and finally a report in
+`.partial/shards`.
 """
 
 import itertools
@@ -26,7 +27,8 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.units import Job, Unit, open_job, open_tokenizer, read_unit
 
 SHARD_TOKENS = 1 << 25
-"""Number of tokens at which a shard is full. It bounds the memory of a unit, however large its file or row group is."""
+"""Number of tokens at which a shard is full. This bounds the memory needed for a unit, however large its
+file or row group."""
 DOCUMENT_OVERHEAD = 2
 """Positions of a plain document in addition to its tokens: the first token and the end token."""
 
@@ -37,12 +39,12 @@ def shard_report(job: Job, number: int) -> Path:
 
 
 def duplicate_files(job: Job) -> dict[str, list[Path]]:
-    """Return the files that list duplicates, by reason of the drop."""
+    """Return the files that list duplicates, by drop reason."""
     return {reason: sorted((job.partial / reason).glob("*.npy")) for reason in ("duplicate", "near_duplicate")}
 
 
 def drop_reasons(job: Job, number: int) -> dict[int, str]:
-    """Return the dropped records of a unit: ordinal -> reason. The reason is "" if the scan has counted the record."""
+    """Return the drop reason of each dropped record of a unit, by ordinal; "" if the scan has already counted it."""
     dropped = dict.fromkeys(np.load(dropped_file(job, number)).tolist(), "")
     for reason, files in duplicate_files(job).items():
         ordinals = duplicates.dropped(files, number).tolist()
@@ -55,7 +57,7 @@ def kept_records(
 ) -> Iterator[tuple[int, Record]]:
     """Yield the kept records of a scanned unit, each with the number of its piece. Duplicates are counted in `drops`.
 
-    Raises UserError if the number of records differs from the scan.
+    Raises UserError if the number of records differs from that of the scan.
     """
     dropped = drop_reasons(job, number)
     ordinal = -1
@@ -66,7 +68,10 @@ def kept_records(
         elif reason and drops is not None:
             drops.add(reason, piece, record.position, excerpt(record.texts))
     if ordinal + 1 != read_json(scan_report(job, number))["records"]:
-        raise UserError(f"{unit.pieces[0].path} changed during the preparation; restart when nothing writes to it")
+        raise UserError(
+            f"{unit.pieces[0].path} changed during the preparation; "
+            "run the preparation again while no other process writes to this file"
+        )
 
 
 def encode_unit(serialized: str, number: int, unit: Unit) -> int:
@@ -102,9 +107,10 @@ class _Encoder:
         self.shards: dict[str, list[dict[str, Any]]] = {}
         """Manifest entries of the shards, by split."""
         self.unknown: dict[str, dict[str, Any]] = {}
-        """Statistics of each split with unknown tokens: `tokens`, `records` with one, and the `first` of these records.
+        """Statistics by split, for splits with unknown tokens.
 
-        An example has the same form as in DropCounter.
+        `tokens` is their number, `records` the number of records with one, and `first` lists the first of these. Each
+        entry of `first` has the form of an example in DropCounter.
         """
 
     def add(self, piece: int, record: Record) -> None:
@@ -122,7 +128,7 @@ class _Encoder:
             self._tokens([record.texts[view] for _, record in self.batch]) for view in range(len(self.job.data.views))
         ]
         lengths = np.stack([lengths for _, lengths in columns], axis=1)
-        fits = self._drop_unfitting(lengths)
+        fits = self._drop_too_long_or_empty(lengths)
         splits = np.array([self.split_of(record) for _, record in self.batch])
         for split in sorted(set(splits[fits])):
             members = np.flatnonzero(fits & (splits == split))
@@ -152,7 +158,7 @@ class _Encoder:
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the unknown tokens of some records.
 
-        An unknown token replaces text that the tokenizer does not know. `columns` has the tokens and lengths of each
+        An unknown token replaces text that the tokenizer does not know. `columns` contains the tokens and lengths of each
         view.
         """
         if self.tokenizer.unknown_id is None:
@@ -174,15 +180,15 @@ class _Encoder:
     def _unknown_word(self, texts: tuple[str, ...]) -> str:
         """Return the first word with an unknown token, or the beginning of the record if no single word has one."""
         words = " ".join(texts).split()
-        found = (
+        unknown_words = (
             word
             for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True)
             if self.tokenizer.unknown_id in ids
         )
-        return excerpt((next(found, None) or " ".join(words),))
+        return excerpt((next(unknown_words, None) or " ".join(words),))
 
-    def _drop_unfitting(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the mask of kept records: (N, views) -> (N,). The dropped ones are counted."""
+    def _drop_too_long_or_empty(self, lengths: np.ndarray) -> np.ndarray:
+        """Count the records to drop, and return the mask of the others: (N, views) -> (N,)."""
         views = (lengths > 0).sum(axis=1)
         needed = positions_needed(lengths)
         fits: np.ndarray = (views == 1) | ((views > 1) & (needed <= self.job.data.sequence_length))
@@ -208,7 +214,7 @@ class _Encoder:
             self._write(split)
 
     def _write(self, split: str) -> None:
-        """Write a shard of the tokens of a split."""
+        """Write the collected tokens of a split to a shard."""
         tokens, lengths, continues = zip(*self.parts.pop(split), strict=True)
         all_lengths = np.concatenate(lengths)
         views = {
@@ -223,7 +229,8 @@ class _Encoder:
 def _split_documents(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Split plain documents that exceed a row into several records.
 
-    Takes lengths (N, views). Returns lengths (M, views), and whether each document continues in the next record (M,).
+    Takes lengths (N, views). Returns the lengths of the records (M, views), and whether each continues in the next
+    one (M,).
     """
     room = sequence_length - DOCUMENT_OVERHEAD
     total = lengths.sum(axis=1)
@@ -232,6 +239,6 @@ def _split_documents(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndar
     document = np.repeat(np.arange(len(lengths)), pieces)
     position = ragged_ranges(np.zeros_like(pieces), pieces)
     last = position == pieces[document] - 1
-    length = np.where(last, total[document] - position * room, room)
-    piece_lengths = np.where(lengths[document] > 0, length[:, None], 0)
+    tokens_per_piece = np.where(last, total[document] - position * room, room)
+    piece_lengths = np.where(lengths[document] > 0, tokens_per_piece[:, None], 0)
     return np.where(plain[document, None], piece_lengths, lengths[document]), ~last

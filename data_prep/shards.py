@@ -170,7 +170,7 @@ class ViewColumn:
 
 @dataclass(frozen=True)
 class Shard:
-    """A memory-mapped shard. Its content is verified when it is read, see `read_rows`."""
+    """A memory-mapped shard. Its content is verified when it is read; see `read_rows`."""
 
     path: Path
     size: int

@@ -135,7 +135,7 @@ def read_rows(
     *,
     allow_missing_views: bool = False,
 ) -> list[Row]:
-    """Return the first `rows` rows of a source, see `RowReader`. Raises UserError if there are none."""
+    """Return the first `rows` rows of a source; see `RowReader`. Raises UserError if there are none."""
     reader = RowReader(source, views, key, row_format, allow_missing_views=allow_missing_views)
     result = list(islice(reader.rows(), rows))
     if not result:

@@ -229,7 +229,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str,
             bos_piece=SPECIAL_TOKENS["bos"],
             eos_piece=SPECIAL_TOKENS["eos"],
             control_symbols=SPECIAL_TOKENS["sep"],
-            required_chars="<>/0123456789ABCDEFxpadunkse",  # all characters of reserved pieces, see `_unigram_json`
+            required_chars="<>/0123456789ABCDEFxpadunkse",  # all characters of reserved pieces; see `_unigram_json`
             num_threads=1,  # the number of threads changes the scores
             minloglevel=2,
         )

@@ -5,14 +5,14 @@ processes of the command are ended. Then the same command is started again, and 
 checkpoint.
 
 SIGTERM, SIGINT and SIGUSR1 are sent directly to all ranks at once and not to the launchers, because the launchers'
-handlers would end the ranks before they have saved. A signal that arrives 10 seconds later, or more, ends
-everything immediately. SIGHUP stops the ranks as SIGTERM does, unless it is ignored.
+handlers would end the ranks before they have saved. A further signal 10 seconds or more after the first
+ends everything immediately. SIGHUP stops the ranks as SIGTERM does, unless it is ignored.
 
 Exit codes:
 - 0: the run is finished.
 - 75: the run was stopped by a signal and can be resumed.
 - 2: an error that a restart cannot fix.
-- 1: given up after too many crashes.
+- 1: the supervisor gave up after too many crashes.
 - 128 + signal: ended by a signal before the ranks could save.
 
 This works on Linux only, and only for the processes of this node. Processes on other nodes are ended by the
@@ -43,20 +43,20 @@ from pretrain.training.main import EXIT_CODE_STOPPED
 SCRIPT = "run.py"
 POLL = 0.2
 GRACE = 10.0
-"""Time in which another signal counts as a repetition of the first one, in seconds; the ranks use the same."""
-LEFT = 5.0
+"""Time in seconds in which another signal counts as a repetition of the first; the ranks use the same time."""
+EXIT_SECONDS = 5.0
 """Time that the remaining processes have to exit after the launcher has ended, in seconds."""
-SAVING = 60.0
-"""The same time if the ranks were signalled to stop, in seconds. It is longer because a launcher that received the
-signal too may exit before the ranks have saved."""
+SAVE_SECONDS = 60.0
+"""The limit that replaces EXIT_SECONDS if the ranks were signalled to stop, in seconds. It is longer because a launcher
+that received the signal too may exit before the ranks have saved."""
 UNKILLABLE = 30.0
-"""Time after SIGKILL in which a process must be gone, in seconds."""
+"""Time after the deadline of `Command.end` in which every process must be gone, in seconds."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
-class Stop:
-    """State of the received signals: the first asks the ranks to stop, a later one ends everything immediately."""
+class StopSignals:
+    """Signals received so far: the first asks the ranks to stop, and a later one ends everything immediately."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -80,15 +80,17 @@ class Stop:
 
 
 class Command:
-    """One start of the command, with all processes that descend from it; each has a mark in its environment.
+    """One launch of the command, with all processes that descend from it; each has a mark in its environment.
 
     The command has its own session, so Ctrl-C reaches only this process.
     """
 
-    def __init__(self, words: list[str], stop: Stop) -> None:
-        self.mark, self.stop = uuid.uuid4().hex, stop
+    def __init__(self, words: list[str], stop: StopSignals) -> None:
+        self.mark = uuid.uuid4().hex
+        self.stop = stop
         self.signalled: set[int] = set()
-        """Processes that have received a signal. They get no second one, because a rank then exits immediately."""
+        """Ids of the processes that have received a signal. They get no second signal, because a rank would then exit
+        immediately."""
         self.code: int | None = None
         """Exit code of the first process, negative if a signal ended it; None while it is running."""
         try:
@@ -101,15 +103,16 @@ class Command:
 
         Return early if everything must end immediately.
         """
-        while not self._ended() and not self.stop.kill_signal:
+        while not self._reap() and not self.stop.kill_signal:
             if self.stop.received:
                 self._pass_on(signal.SIGTERM if self.stop.received == signal.SIGHUP else self.stop.received)
             time.sleep(POLL)
 
     def end(self) -> None:
         """End all remaining processes: SIGTERM, then SIGKILL. Raises UserError if a process survives SIGKILL."""
-        deadline = time.monotonic() + (SAVING if self.stop.received else LEFT)
-        while remaining := self._processes() or self._processes():  # the first call may miss a starting process
+        deadline = time.monotonic() + (SAVE_SECONDS if self.stop.received else EXIT_SECONDS)
+        # Asks twice, because the first scan may miss a process that is starting.
+        while remaining := self._processes() or self._processes():
             overdue = time.monotonic() - deadline
             if overdue > UNKILLABLE:
                 raise UserError(
@@ -121,8 +124,8 @@ class Command:
             else:
                 self._send(signal.SIGTERM, [process for process in remaining if process.pid not in self.signalled])
             time.sleep(POLL)
-            self._ended()
-        self._ended()
+            self._reap()
+        self._reap()
 
     def _processes(self) -> list[psutil.Process]:
         """Return the running processes of the command, whatever their parents are now."""
@@ -150,8 +153,8 @@ class Command:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
 
-    def _ended(self) -> bool:
-        """Return whether the first process has ended, and reap every process that has ended.
+    def _reap(self) -> bool:
+        """Reap every process that has ended, and return whether the first process has ended.
 
         Orphans of the command become children of this process, so it must reap them too.
         """
@@ -180,17 +183,17 @@ def _run_dir(words: list[str]) -> Path:
 
     Raises UserError if the command does not run run.py with a configuration.
     """
-    place = next((place for place, word in enumerate(words) if Path(word).name == SCRIPT), None)
-    if place is None:
+    script_index = next((index for index, word in enumerate(words) if Path(word).name == SCRIPT), None)
+    if script_index is None:
         raise UserError(
-            f"the command after -- does not run {SCRIPT}: "
-            f"supervise.py -- deepspeed [...] launcher/{SCRIPT} CONFIG [key=value ...]"
+            f"the command after -- does not run {SCRIPT}; "
+            f"use supervise.py -- deepspeed [...] launcher/{SCRIPT} CONFIG [key=value ...]"
         )
-    if "--dry-run" in words[place:]:
+    if "--dry-run" in words[script_index:]:
         raise UserError("--dry-run starts no run to supervise: run the command without supervise.py")
-    arguments = [word for word in words[place + 1 :] if not word.startswith("-")]
+    arguments = [word for word in words[script_index + 1 :] if not word.startswith("-")]
     if not arguments:
-        raise UserError(f"there is no configuration after {words[place]}: add the CONFIG file")
+        raise UserError(f"there is no configuration after {words[script_index]}: add the CONFIG file")
     return load_config(arguments[0], arguments[1:]).run_dir
 
 
@@ -202,10 +205,10 @@ def _status_stamp(run_dir: Path) -> tuple[int, int] | None:
     return None
 
 
-def _exit_code(code: int | None, status: dict[str, Any], stop: Stop) -> int | None:
-    """Return the exit code after the command has ended; None to start it again.
+def _exit_code(code: int | None, status: dict[str, Any], stop: StopSignals) -> int | None:
+    """Return the exit code after the command has ended; None to start the command again.
 
-    `status` is empty if this start did not write a status.
+    `status` is empty if this launch of the command did not write a status.
     """
     state = status.get("status")
     if stop.kill_signal:
@@ -220,10 +223,16 @@ def _exit_code(code: int | None, status: dict[str, Any], stop: Stop) -> int | No
 
 
 def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
-    """Run the command until it is finished, stopped or given up; return the exit code."""
-    stop, attempt, failures, highest_step, pause = Stop(), 0, 0, -1, FIRST_PAUSE
+    """Run the command until it finishes, is stopped or crashes too often, and return the exit code."""
+    stop = StopSignals()
+    attempt = 0
+    failures = 0
+    highest_step = -1
+    pause = FIRST_PAUSE
     while True:
-        attempt, before, started = attempt + 1, _status_stamp(run_dir), time.monotonic()
+        attempt += 1
+        stamp_before = _status_stamp(run_dir)
+        started = time.monotonic()
         command = Command(words, stop)
         _log(f"start {attempt}, process {command.pid}: {shlex.join(words)}")
         try:
@@ -231,11 +240,11 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         finally:
             command.end()
         status = read_status(run_dir)
-        if _status_stamp(run_dir) == before and (
-            status.get("status") not in ("finished", "resumable") or not (command.code == 0 or stop.received)
-        ):
-            # The status is from an earlier start. The condition keeps it if the run was already finished, or if a
-            # signal arrived before this start wrote anything.
+        is_new = _status_stamp(run_dir) != stamp_before
+        # A status from an earlier launch still holds if the run was already finished, or if a signal arrived before
+        # this launch wrote anything.
+        still_holds = status.get("status") in ("finished", "resumable") and (command.code == 0 or stop.received)
+        if not (is_new or still_holds):
             status = {}
         ended = f"{_describe_exit(command.code)}, {_describe_status(status)}"
         _log(f"start {attempt} ended after {time.monotonic() - started:.0f} s: {ended}")
@@ -252,8 +261,8 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         highest_step = step if rewound else max(step, highest_step)
         if failures >= crashes:
             _log(
-                f"giving up: ended {failures} times in a row without a checkpoint after step {highest_step}; "
-                f"the last time: {ended}. See the error in the output above; "
+                f"giving up: consecutive crashes without a checkpoint newer than step {highest_step}: {failures}; "
+                f"the last crash: {ended}. See the error in the output above; "
                 f"checkpoints and status.json are in {run_dir}"
             )
             return 1
@@ -266,7 +275,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
             return _finish(code, stop)
 
 
-def _finish(code: int, stop: Stop) -> int:
+def _finish(code: int, stop: StopSignals) -> int:
     _log(f"ending with exit code {code}" + (f" after {stop.received.name}" if stop.received else ""))
     return code
 

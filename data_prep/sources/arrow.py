@@ -37,12 +37,12 @@ class Arrow:
         )
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items()]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         mapping, before = self.mappings[piece.path], 0
         with opened(piece.path) as (_, batches):
             for batch in batches:
@@ -50,11 +50,11 @@ class Arrow:
                 before += batch.num_rows
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 

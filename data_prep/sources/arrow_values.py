@@ -10,7 +10,7 @@ from data_prep.sources.views import ViewMapping
 
 
 class Unreadable(str):
-    """A placeholder for a value that Python cannot hold, such as bytes that are not UTF-8; its text is the reason."""
+    """A placeholder for a value that Python cannot hold, such as bytes that are not UTF-8; its text describes it."""
 
 
 def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterator[Record]:
@@ -20,7 +20,7 @@ def records(batch: pa.RecordBatch, mapping: ViewMapping, before: int) -> Iterato
     """
     names, columns = batch.schema.names, [_values(column) for column in batch.columns]
     unreadable = {
-        row: f"{name!r} holds {value}, not text"
+        row: f"{name!r} holds {value}"
         for name, column in zip(names, columns, strict=True)
         for row, value in enumerate(column)
         if value.__class__ is Unreadable
@@ -54,7 +54,7 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return _decoded(scalar.as_py())
     except UnicodeDecodeError:
-        return Unreadable("bytes that are not UTF-8")
+        return Unreadable("bytes that are not UTF-8 text")
     except (ValueError, OverflowError, pa.ArrowException) as error:  # e.g. a time outside the range of Python's types
         return Unreadable(f"a value of type {scalar.type} that cannot be read ({' '.join(str(error).split())[:100]})")
 

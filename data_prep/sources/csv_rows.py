@@ -12,8 +12,7 @@ from data_prep.sources.views import ViewMapping, column_mapping
 
 SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for compression in files.OPENERS)
 TOO_LONG_LINE = "\udcff"
-"""A placeholder for a line of more than 16 MiB: half a surrogate pair, which also replaces each byte that is not
-UTF-8."""
+"""A placeholder for a line of more than 16 MiB: a lone surrogate, like the ones that replace bytes that are not UTF-8."""
 
 
 class Csv:
@@ -40,12 +39,12 @@ class Csv:
         )
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items()]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`. A position is the line on which a row starts."""
+        """Read a piece; see `Reader.read`. A position is the line on which a row starts."""
         mapping = self.mappings[piece.path]
         for line, row in read_objects(piece, self.delimiter):
             if isinstance(row, files.CorruptFileError):
@@ -56,11 +55,11 @@ class Csv:
                 yield from mapping.records(row, line)
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 

@@ -53,22 +53,22 @@ class Hub:
             self.rows = self.rows.select_columns(list(self.mapping.columns))
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         known, shards = self.rows.info.dataset_size or self.rows.info.download_size or 0, self.rows.num_shards
         return [Piece(self.title, shard, shard + 1, known // shards or LARGEST_PIECE) for shard in range(shards)]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         with as_user_error(f"cannot read shard {piece.start} of {self.title}"):
             for position, row in enumerate(self.rows.shard(self.rows.num_shards, piece.start), start=1):
                 yield from self.mapping.records(row, position)
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0  # rows are counted within their shard
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:shard {piece.start}:{position}"
 
 

@@ -26,11 +26,11 @@ class JsonLines:
         self.provided_views = self.mapping.columns.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         return files.byte_pieces(self.files, self.arrays)
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         if piece.path in self.arrays:
             yield from self._elements(piece)
             return
@@ -53,11 +53,11 @@ class JsonLines:
                 yield Record(None, number + 1, str(problem), "damaged")
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0 if piece.path in self.arrays or files.is_complete_file(piece) else files.count_lines(piece)
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}, element {position}" if piece.path in self.arrays else f"{piece.path}:{before + position}"
 
     def _elements(self, piece: Piece) -> Iterator[Record]:

@@ -25,21 +25,21 @@ class Nlrx:
         self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         total = self.source.records
         bounds = [(start, min(start + PIECE_RECORDS, total)) for start in range(0, total, PIECE_RECORDS)]
         return [Piece(f"nlrx:{self.source.split}", start, stop, (stop - start) * BYTES) for start, stop in bounds]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         for index in range(piece.start, piece.stop):
             row = dict(zip(COLUMNS, generate(self.source.seed, self.source.split, index), strict=True))
             yield from self.mapping.records(row, index - piece.start + 1)
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0  # the place follows from the piece
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:{piece.start + position - 1}"

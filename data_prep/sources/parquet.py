@@ -40,7 +40,7 @@ class Parquet:
         )
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         smallest = files.piece_length(sum(map(sum, self.sizes.values())))
         pieces = []
         for path, sizes in self.sizes.items():
@@ -53,7 +53,7 @@ class Parquet:
         return pieces
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         mapping, before = self.mappings[piece.path], 0
         with opened(piece.path) as file:
             for batch in file.iter_batches(
@@ -63,14 +63,14 @@ class Parquet:
                 before += batch.num_rows
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         if piece.stop - piece.start == len(self.sizes[piece.path]):
             return 0
         with opened(piece.path) as file:
             return sum(file.metadata.row_group(group).num_rows for group in range(piece.start, piece.stop))
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:{before + position}"
 
 

@@ -35,12 +35,12 @@ class PythonCode:
         self.provided_views = self.mapping.provided_views
 
     def pieces(self) -> list[Piece]:
-        """Divide the source into pieces, see `Reader.pieces`."""
+        """Divide the source into pieces; see `Reader.pieces`."""
         sizes = {path: files.size_of(path) for path in self.files}
         return [Piece(path, 0, size, size) for path, size in sizes.items() if size]
 
     def read(self, piece: Piece) -> Iterator[Record]:
-        """Read a piece, see `Reader.read`."""
+        """Read a piece; see `Reader.read`."""
         module = self._module(piece.path)
         with files.open_piece(piece) as file:
             content = file.read(LARGEST_FILE + 1)
@@ -55,7 +55,7 @@ class PythonCode:
             return
         for line, row in rows:
             for record in self.mapping.records(row, line):
-                # A docstring with half a surrogate pair must not stop the preparation: tests of Unicode have them.
+                # A docstring with a lone surrogate must not stop the preparation: tests of Unicode have them.
                 yield record._replace(group=module[0], reason=UNPARSABLE if record.views is None else record.reason)
 
     def _rows(self, content: bytes, module: str) -> list[tuple[int, Row]]:
@@ -78,11 +78,11 @@ class PythonCode:
         ]
 
     def count(self, piece: Piece) -> int:
-        """Count positions, see `Reader.count`."""
+        """Count positions; see `Reader.count`."""
         return 0
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Describe the place of a record, see `Reader.place`."""
+        """Return the location of a record; see `Reader.place`."""
         return f"{piece.path}:{position}"
 
     def _module(self, path: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class NotTextError(Exception):
-    """An error for a view that is not text; the message is one line that names the column."""
+    """Error raised for a value that is not text; the message is one line that names the column."""
 
 
 def to_text(value: Any, column: str) -> str | None:
@@ -21,11 +21,11 @@ def to_text(value: Any, column: str) -> str | None:
             raise NotTextError(f"{column!r} holds {value}, not a finite number")
         return json.dumps(value)
     if isinstance(value, bytes):
-        raise NotTextError(f"{column!r} holds bytes that are not UTF-8, not text")
+        raise NotTextError(f"{column!r} holds bytes that are not UTF-8 text")
     if not isinstance(value, str):
         raise NotTextError(f"{column!r} holds a value of type {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise NotTextError(f"{column!r} holds half a surrogate pair, which is not valid text") from None
+        raise NotTextError(f"{column!r} holds a lone surrogate, which is not valid text") from None
     return value

@@ -9,7 +9,7 @@ from data_prep.tasks.row_format import Columns, RowFormat, label_number, to_text
 def choices(row: Columns) -> tuple[list[str], int]:
     """Return the endings of a row and the index of the correct one.
 
-    Raises KeyError or ValueError if they are missing or invalid.
+    Raises KeyError or ValueError if the endings or the label are missing or invalid.
     """
     endings = row["endings"]
     if not isinstance(endings, list):
@@ -19,8 +19,8 @@ def choices(row: Columns) -> tuple[list[str], int]:
 
 def views(row: Columns) -> tuple[str, str]:
     """Return the beginning and the correct ending."""
-    endings, correct = choices(row)
-    return to_text(row["ctx"]), endings[correct]
+    endings, correct_index = choices(row)
+    return to_text(row["ctx"]), endings[correct_index]
 
 
 ROW_FORMAT = RowFormat(frozenset({"ctx", "endings", "label"}), views, "ctx")

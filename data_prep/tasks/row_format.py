@@ -8,7 +8,7 @@ Columns = dict[str, Any]
 
 
 class RowFormat(NamedTuple):
-    """The columns of a public data set, and their conversion to the context and the target."""
+    """The columns of a public data set, and the function that turns a row into a context and a target."""
 
     columns: frozenset[str]
     """Columns that every row in this format has."""
@@ -18,27 +18,30 @@ class RowFormat(NamedTuple):
     It raises KeyError, IndexError, TypeError or ValueError for a row that is not in this format.
     """
     question: str
-    """Column with only the question.
+    """Column that holds the question without the prompt.
 
-    It is also kept out of training, because the training data may have another prompt.
+    Contamination checks compare this text too, because training data may put the question into a different prompt.
     """
     prompt: re.Pattern[str] | None = None
-    """Pattern of the context in `views` and in the public LLM-JEPA data, with a named group for each of its columns."""
+    """Pattern that matches a context made by `views` or taken from the public LLM-JEPA data. Each column is a named group."""
 
 
-def label_number(label: Any, labels: int) -> int:
-    """Return a label as an integer in [0, labels). Raises ValueError otherwise, such as for -1 in unlabelled splits."""
-    if not re.fullmatch(r"\d+", str(label)) or int(label) >= labels:
-        raise ValueError(f"the label {label!r} is not a number from 0 to {labels - 1}")
+def label_number(label: Any, label_count: int) -> int:
+    """Return a label as an integer in [0, label_count).
+
+    Raises ValueError for anything else, such as -1 in unlabelled splits.
+    """
+    if not re.fullmatch(r"\d+", str(label)) or int(label) >= label_count:
+        raise ValueError(f"the label {label!r} is not a number from 0 to {label_count - 1}")
     return int(label)
 
 
 def to_text(value: Any) -> str:
     """Return a value that must be non-empty text. Raises ValueError for anything else."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("a column is empty or not text")
+        raise ValueError(f"expected non-empty text, found {value!r:.60}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("a column has half a surrogate pair, which is not valid text") from None
+        raise ValueError("a column contains a lone surrogate, which is not valid text") from None
     return value

@@ -33,7 +33,7 @@ PYTHON = sys.executable
 FAULTY_RUN = ROOT / "tests" / "pretrain" / "training" / "faulty_run.py"
 NEVER = 2.0 * TIMEOUT
 """A time longer than any test waits, in seconds. A process that ends within TIMEOUT ends for another reason."""
-LIMITS = {"GRACE": NEVER, "LEFT": NEVER, "SAVING": NEVER, "UNKILLABLE": NEVER}
+LIMITS = {"GRACE": NEVER, "EXIT_SECONDS": NEVER, "SAVE_SECONDS": NEVER, "UNKILLABLE": NEVER}
 """Constants of launcher/supervise.py with which no time limit expires, even on a slow machine."""
 SUPERVISE = """
 from data_prep.console import exit_on_user_error
@@ -203,8 +203,8 @@ sys.exit(1)
 """)
     assert run.end() == 1 and run.starts() == 2
     assert (
-        "supervise: giving up: ended 2 times in a row without a checkpoint after step 10; "
-        "the last time: exit code 1, status.json: failed at step 10 (RuntimeError: no such thing)."
+        "supervise: giving up: consecutive crashes without a checkpoint newer than step 10: 2; "
+        "the last crash: exit code 1, status.json: failed at step 10 (RuntimeError: no such thing)."
     ) in run.output()
 
 
@@ -304,7 +304,7 @@ time.sleep(NEVER)
 
 def test_ranks_can_save_after_their_launcher_has_died(supervised):
     run = supervised(
-        "handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits={"LEFT": 1.0}
+        "handle_signals()\nsaving = 3\nnote(f'ready-{rank}')\ntime.sleep(NEVER)", ranks=2, limits={"EXIT_SECONDS": 1.0}
     )
     run.wait_for_note("ready-0"), run.wait_for_note("ready-1")
     launcher = psutil.Process(run.process.pid).children()[0]
@@ -377,7 +377,7 @@ if rank == 0:
     status("finished", 1)
 """,
         ranks=2,
-        limits={"LEFT": 1.0},
+        limits={"EXIT_SECONDS": 1.0},
     )
     orphans = [int(run.wait_for_note(f"ready-{rank}")) for rank in range(2)]
     supervisor = psutil.Process(run.process.pid)

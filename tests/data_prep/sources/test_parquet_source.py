@@ -115,7 +115,7 @@ def test_a_value_that_is_not_text_is_malformed_and_affects_no_other(tmp_path):
     path = write(tmp_path / "bad.parquet", pa.table({"text": bad, "code": pa.array(["x", "y", "z"])}))
     assert read_with_locations(reader(path)) == [
         (("a", "x"), f"{path}:1"),
-        (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+        (("malformed", "'text' holds bytes that are not UTF-8 text"), f"{path}:2"),
         (("c", "z"), f"{path}:3"),
     ]
 
@@ -129,7 +129,7 @@ def test_bytes_without_an_annotation_are_text_if_they_are_utf_8(tmp_path, kind):
     path = write(tmp_path / "a.parquet", pa.table({"text": text, "code": pa.array([b"x"] * 4, pa.binary(1))}))
     assert read_with_locations(reader(path)) == [
         (("größe", "x"), f"{path}:1"),
-        (("malformed", "'text' holds bytes that are not UTF-8, not text"), f"{path}:2"),
+        (("malformed", "'text' holds bytes that are not UTF-8 text"), f"{path}:2"),
         (("", "x"), f"{path}:3"),
         (("", "x"), f"{path}:4"),
     ]
@@ -155,7 +155,7 @@ def test_a_bad_byte_in_a_nested_column_affects_only_its_record(tmp_path, kind, v
     contents[2 * 1500 + 1] = b"caf\xe9"
     path = write(tmp_path / "a.parquet", nested_table(contents, kind))
     found = read_with_locations(reader(path, views))
-    assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8, not text"), f"{path}:1501")
+    assert found[1500] == (("malformed", f"{column!r} holds bytes that are not UTF-8 text"), f"{path}:1501")
     assert found[1499][0][-1].startswith("größe 299") and len(found) == 2000
     assert sum(views[0] == "malformed" for views, _ in found) == 1
 

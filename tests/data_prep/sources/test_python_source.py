@@ -179,7 +179,7 @@ def test_a_docstring_with_half_a_surrogate_pair_is_unparsable(tmp_path):
     write(tmp_path / "a.py", b'def f():\n    "\\ud83d"\n    return 1\ndef g():\n    "Doc."\n    return 1\n')
     (problem, location), good = read_with_locations(reader(tmp_path))
     assert (
-        problem == ("unparsable", "'docstring' holds half a surrogate pair, which is not valid text")
+        problem == ("unparsable", "'docstring' holds a lone surrogate, which is not valid text")
         and location == f"{tmp_path}/a.py:1"
     )
     assert good[0][0] == "Doc."

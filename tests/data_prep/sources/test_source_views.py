@@ -76,7 +76,7 @@ def test_a_template_without_a_column_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "given, problem",
     [
-        ("{half}", "'half' holds half a surrogate pair, which is not valid text"),
+        ("{half}", "'half' holds a lone surrogate, which is not valid text"),
         ("tags", "'tags' holds a value of type list, not text"),
         ("messages", "'messages' holds a value of type list, not text"),
     ],
@@ -117,7 +117,7 @@ def test_a_list_of_texts_fills_the_views_in_order(tmp_path):
         ({"a": 1}, "a value of type dict, not a list"),
         (["a", {}], "a value of type dict, not text"),
         (["a", ["b"]], "a value of type list, not text"),
-        (["a", "\udc00"], "half a surrogate pair"),
+        (["a", "\udc00"], "a lone surrogate"),
     ],
 )
 def test_a_value_that_is_not_a_list_of_texts_is_reported_with_its_column(tmp_path, value, problem):
