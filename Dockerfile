@@ -5,7 +5,7 @@
 # No DeepSpeed operators are built in advance, because a default run uses none. The optimizer is torch's, and the one
 # that DeepSpeed would compile on CPU is disabled (pretrain/training/distributed.py); tests/cluster/test_container.py
 # checks this. Some options need operators (offloading to NVMe, quantized communication). These are compiled on first
-# use for the local processor and GPU (-march=native), and would fail on others. The image has nvcc, g++ and libaio-dev
+# use for the local processor and GPU (-march=native), and would fail on different ones. The image has nvcc, g++ and libaio-dev
 # for this purpose.
 ARG BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 # hadolint ignore=DL3006

@@ -1,1 +1,1 @@
-"""Preparation of corpora: tokenizes the views of records and writes them to shards (`python -m data_prep CONFIG [key=value ...]`)."""
+"""Preparation of corpora: tokenizes records and writes shards (`python -m data_prep CONFIG [key=value ...]`)."""

@@ -20,7 +20,8 @@ class BaseSource(Section):
 
     split: Split = "train"
     weight: float = Field(default=1.0, gt=0)
-    """Number of times that each record is used per epoch, only for split train. 0.5 means in every second epoch."""
+    """Number of times that each record is used per epoch, only for split train. With 0.5, it is used in every second
+    epoch."""
     views: dict[str, str] | str | None = None
     """Mapping from each view to a column, to `messages.ROLE` (the only message of that role), or to a template over
     columns such as `{name}: {summary}`. A doubled brace stands for a literal brace. A view is absent if one of its
@@ -48,7 +49,7 @@ class FileSource(BaseSource):
 
     path: LocalPath | None = None
     """A file, a folder, or a glob. A folder stands for all matching files below it, sorted by name, except hidden ones.
-    A shared configuration may omit the path, to be set on the command line."""
+    A shared configuration may omit the path; it is then set on the command line."""
 
 
 class NlrxSource(BaseSource):
@@ -170,8 +171,8 @@ class FiltersConfig(Section):
     max_characters: int | None = Field(default=None, ge=1)
     """Maximum length of every view; a record with a longer view is dropped before tokenization."""
     forbidden: str | None = None
-    """Regular expression (Python's `re`). A record is dropped if it matches anywhere in a view. If matching one record
-    takes more than 10 s of CPU time, the preparation stops and reports where that record is."""
+    """Regular expression (Python's `re`). A record is dropped if the expression matches anywhere in a view. If matching
+    one record takes more than 10 s of CPU time, the preparation stops and reports where that record is."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "FiltersConfig":
@@ -210,14 +211,14 @@ class DataConfig(Section):
     filters: FiltersConfig = FiltersConfig()
     """Filters that drop records by their text; see below."""
     sequence_length: int = Field(default=512, ge=8)
-    """Positions in a packed row. A record that does not fit a row when each view predicts the next is dropped and
+    """Positions in a packed row. A record that does not fit into a row if each view predicts the next is dropped and
     counted. Prepended predictor tokens and `direction: both` may need more positions; a run reports this when it
     starts."""
     lm_views: Literal["all", "last"] = "all"
     """Views with next-token labels: all of them, or only the last (the answer)."""
     train_end_token: bool = True
     """Whether the end token of a text is a next-token target. Without it a model does not learn to stop. Published
-    results of LLM-JEPA have this flaw; set it to false only to compare with them."""
+    results of LLM-JEPA have this flaw; set this key to false only to compare with them."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the training sources that is held out for validation. Records are drawn by the text of their target
     view, and no target is in both splits. Records with a frequent target, such as a label, are drawn by their context
@@ -226,8 +227,8 @@ class DataConfig(Section):
     """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the
     preparation (fail), or is dropped and counted (drop)."""
     deduplicate: Literal["exact", "near", "none"] = "exact"
-    """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: the
-    same applies to nearly identical records (requires the extra `near-duplicates`). none: all records are kept. A
+    """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: of
+    nearly identical records, only one is kept too (requires the extra `near-duplicates`). none: all records are kept. A
     record of a test or validation source takes precedence over a training record."""
     near_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near-duplicates; default 0.8."""

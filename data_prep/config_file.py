@@ -85,7 +85,7 @@ def load_yaml(
             _unknown_key(str(unknown[0]), sections, str(path) if unknown[0] in in_file else "the command line")
         )
     if isinstance(config.get("name"), str):
-        config["name"] = re.sub(r"\{([\w.]+)\}", lambda found: str(_look_up(config, found[1])), config["name"])
+        config["name"] = re.sub(r"\{([\w.]+)\}", lambda match: str(_look_up(config, match[1])), config["name"])
     return config
 
 
@@ -149,20 +149,21 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        # A misspelt key often causes a missing key too; the misspelling is the more helpful message.
+        # A misspelt key often causes a missing key too; the message about the misspelt key helps more.
         order = ("extra_forbidden", "union_tag_invalid", "union_tag_not_found")
         first = min(
-            error.errors(), key=lambda found: order.index(found["type"]) if found["type"] in order else len(order)
+            error.errors(),
+            key=lambda problem: order.index(problem["type"]) if problem["type"] in order else len(order),
         )
         tags = union_tags(model)
         location = [part for part in first["loc"] if part not in tags]  # pydantic's path includes the union tags
         parts = [str(part) for part in location if not re.match(r"(function|tagged-union)\b", str(part))]
         key = ".".join([where] * bool(where) + parts)
         if first["type"] == "extra_forbidden":
-            known = [f"{where}.{known}" if where else known for known in known_keys(model)]
+            known = [f"{where}.{name}" if where else name for name in known_keys(model)]
             if _with_list_index(key) in known:
-                chosen = next(part for part in reversed(first["loc"]) if part in tags)
-                raise UserError(f"{key} has no effect with {chosen}; remove it") from None
+                tag = next(part for part in reversed(first["loc"]) if part in tags)
+                raise UserError(f"{key} has no effect with {tag}; remove it") from None
             raise UserError(_unknown_key(key, known)) from None
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]
@@ -174,8 +175,8 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
                 f"{key}.{first['ctx']['discriminator'].strip(chr(39))} is missing; it selects the kind of this section"
             ) from None
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
-        raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given}") from None
+        given_value = "" if first["type"] in ("missing", "value_error") else f" (given: {first['input']!r})"
+        raise UserError(f"{key or 'configuration'}: {_one_line(message)}{given_value}") from None
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

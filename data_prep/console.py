@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 INTERRUPTED_EXIT_CODE = 130
-"""Exit code after Ctrl-C, the one that shells use."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 class UserError(Exception):
@@ -25,8 +25,8 @@ def print_now(text: str) -> None:
 def exit_on_user_error(main: Callable[[], None], *, silent: Callable[[], bool] = lambda: False) -> None:
     """Run `main` and exit cleanly: a UserError prints one line and exits with code 2, Ctrl-C with code 130.
 
-    `silent` is called when the error occurs: if several processes fail with the same error, only one prints it. A
-    closed output pipe (`| head`) ends the process silently.
+    `silent` is called when an error occurs and returns whether this process must not print the error, because a peer
+    prints the same one. A closed output pipe (`| head`) ends the process silently.
     """
     try:
         main()

@@ -31,7 +31,7 @@ Failure = UserError | OSError
 ABORT_GRACE_SECONDS = 0.5
 """Time that the launcher gets to forward the output of a rank before all ranks are aborted, in seconds."""
 POLL_SECONDS = 0.02
-"""Interval between checks for an MPI message, in seconds. MPI's own waiting would keep a core busy."""
+"""Interval between checks for an MPI message, in seconds. MPI's own wait functions would keep a core busy."""
 
 
 class Task(NamedTuple):
@@ -107,13 +107,13 @@ class LocalExecutor:
                 yield number, partial(function, *task.arguments)
             return
         if self.pool is None:
-            # With forkserver the workers start from a clean process that has already imported all they need.
+            # With forkserver the workers start from a clean process that has already imported all modules they need.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data_prep.encode"])
             self.pool = ProcessPoolExecutor(self.workers, context, initializer=end_with_parent)
         running = {self.pool.submit(function, *task.arguments): number for number, task in enumerate(tasks)}
-        for done in as_completed(running):
-            yield running[done], done.result
+        for completed in as_completed(running):
+            yield running[completed], completed.result
 
     def close(self) -> None:
         """Stop the worker processes."""
@@ -168,7 +168,7 @@ class MpiExecutor:
         errors: dict[int, Failure] = {}
         finished = 0
 
-        def note(number: int, records: int, error: Failure | None) -> None:
+        def add_result(number: int, records: int, error: Failure | None) -> None:
             nonlocal finished
             finished += 1
             progress.update(tasks[number].size, records)
@@ -186,11 +186,11 @@ class MpiExecutor:
                 if not self.is_main:
                     self.communicator.send((number, records or 0, error), 0)
                     continue
-                note(number, records or 0, error)
+                add_result(number, records or 0, error)
                 while self.communicator.iprobe():
-                    note(*self.communicator.recv())
+                    add_result(*self.communicator.recv())
             while self.is_main and finished < len(tasks):
-                note(*self._receive())
+                add_result(*self._receive())
         self.run_on_main(lambda: _raise_first(errors))
 
     def close(self) -> None:
@@ -252,4 +252,8 @@ def _raise_first(errors: Mapping[int, Failure]) -> None:
     if isinstance(first, OSError):
         raise first
     others = len(errors) - 1
-    raise UserError(f"{first}{f' ({others:,} more unit' + 's' * (others > 1) + ' failed)' if others else ''}") from None
+    note = ""
+    if others:
+        units = "units" if others > 1 else "unit"
+        note = f" ({others:,} more {units} failed)"
+    raise UserError(f"{first}{note}") from None

@@ -3,8 +3,8 @@
 A record is drawn by the hash of a text. For a record of a group this text is the name of the group; for any other
 record it is the target, to keep every target in one split only. A frequent target, such as a label or "not answerable",
 would put all its records into one split; these records are drawn by their context instead. The scan keeps a sample of
-the targets of each unit. After the scan, the frequent targets are determined from these samples alone, and the result
-does not depend on the number of processes.
+the targets of each unit. After the scan, the frequent targets are determined from these samples alone, so they
+do not depend on the number of processes.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 def split_function(data: DataConfig, source: int, frequent: frozenset[int] = frozenset()) -> Callable[[Record], str]:
     """Return a function that maps a record of a source to its split.
 
-    `frequent` has the hashes of the source's frequent targets.
+    `frequent` contains the hashes of the source's frequent targets.
     """
     split, fraction = data.sources[source].split, data.validation_fraction
     if split != "train" or not fraction:
@@ -90,7 +90,7 @@ def find_frequent_targets(job: Job, units: list[Unit], sample_file: Callable[[in
     frequent: list[list[int]] = []
     for source in range(len(job.data.sources)):
         files = [sample_file(number) for number, unit in enumerate(units) if unit.source == source]
-        samples = [np.load(file) for file in files if file.exists()]  # earlier versions did not write it
+        samples = [np.load(file) for file in files if file.exists()]  # earlier versions wrote no samples
         records = sum(int(sample[0]) for sample in samples)
         targets = np.concatenate([np.empty(0, np.uint64), *(sample[1:] for sample in samples)])
         frequent.append(

@@ -14,7 +14,7 @@ from data_prep.units import Job
 ADDED_TOKEN_FILES = (ADDED, CONFIG, MAP)
 """Names of files that add tokens to a sentencepiece model in the same folder."""
 FileStats = dict[str, list[int]]
-"""The size of each file, in bytes, and its time of modification, in nanoseconds."""
+"""Size in bytes and time of modification in nanoseconds of each file, by path."""
 FILE_STATS_NAME = ".modified.json"
 """File with the FileStats of a finished corpus. If they are unchanged, no checksum needs to be computed."""
 
@@ -24,13 +24,14 @@ def file_stats(job: Job, readers: list[Reader]) -> FileStats:
     source_files = {piece.path for reader in readers for piece in reader.pieces()}
     paths = source_files | {file for test in job.tests for file in list_test_files(test)}
     for source in job.data.sources:
-        if isinstance(source, HubSource):  # only finds a local folder; a data set on the hub is pinned by `revision`
+        if isinstance(source, HubSource):  # finds files only in a local folder; `revision` pins a data set on the hub
             paths |= {str(file) for file in Path(source.path).rglob("*") if not file.name.startswith(".")}
     if job.data.tokenizer.path is not None:
-        given = Path(job.data.tokenizer.path)
-        inside = [file for pattern in ("*token*.json", "*.model") for file in given.glob(pattern)]
-        beside = [given.with_name(name) for name in ADDED_TOKEN_FILES] if given.suffix == ".model" else []
-        paths |= set(map(str, inside if given.is_dir() else [given, *beside]))
+        tokenizer = Path(job.data.tokenizer.path)
+        files_inside = [file for pattern in ("*token*.json", "*.model") for file in tokenizer.glob(pattern)]
+        is_model = tokenizer.suffix == ".model"
+        files_beside = [tokenizer.with_name(name) for name in ADDED_TOKEN_FILES] if is_model else []
+        paths |= set(map(str, files_inside if tokenizer.is_dir() else [tokenizer, *files_beside]))
     stats = {}
     for path in sorted(paths):
         file = Path(path)
@@ -86,7 +87,9 @@ def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Pa
         }
         suspects = [path for path in sorted(compared) if trusted.get(path) != now.get(path)]
         changed = [
-            f"content of {path}" for path in suspects if not _same(path, stored["files"].get(path), now.get(path))
+            f"content of {path}"
+            for path in suspects
+            if not _is_unchanged(path, stored["files"].get(path), now.get(path))
         ]
     if changed:
         raise UserError(
@@ -95,7 +98,7 @@ def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Pa
         )
 
 
-def _same(path: str, stored: dict[str, Any] | None, now: list[int] | None) -> bool:
+def _is_unchanged(path: str, stored: dict[str, Any] | None, now: list[int] | None) -> bool:
     return (
         stored is not None
         and now is not None

@@ -84,10 +84,10 @@ def _dropped(
 def _unknown(
     split: str, readers: list[Reader], units: list[Unit], scans: list[dict[str, Any]], reports: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the number of unknown tokens of a split, and the number and the first record with an unknown token."""
+    """Return the number of unknown tokens of a split, and the number and the first of the records with such tokens."""
     entry: dict[str, Any] = {"tokens": 0, "records": 0, "first": []}
     for report, describe in zip(reports, _describers(readers, units, scans), strict=True):
-        if unknown := report.get("unknown", {}).get(split):  # reports of earlier versions do not have it
+        if unknown := report.get("unknown", {}).get(split):  # reports of earlier versions lack this key
             entry["tokens"] += unknown["tokens"]
             entry["records"] += unknown["records"]
             entry["first"] += [describe(*example) for example in unknown["first"][: MAX_EXAMPLES - len(entry["first"])]]

@@ -47,7 +47,7 @@ from data_prep.tokenizer import Tokenizer, import_tokenizer, train
 from data_prep.units import Job, Unit, make_units, open_job
 
 SAMPLE_CHARACTERS = 20_000_000
-"""Size of the sample on which a tokenizer is trained. A larger one hardly changes the pieces."""
+"""Size of the sample on which a tokenizer is trained. A larger sample hardly changes the pieces."""
 MIN_UNIT_SAMPLE = 200_000
 """Minimum number of characters of this sample that are read from one unit."""
 CHECKED_TEXTS, CHECKED_CHARACTERS = 2000, 1000
@@ -172,24 +172,25 @@ class _Preparation:
     def _begin(self) -> tuple[list[Unit], inputs.FileStats]:
         """Return the units and file stats.
 
-        The results of an interrupted preparation are kept if its settings and input files are the same, else removed.
+        The results of an interrupted preparation are kept if its settings and input files are unchanged;
+        otherwise they are removed.
         """
         file_stats = inputs.file_stats(self.job, self.readers)
         settings = self._settings(file_stats)
         partial, stored = self.job.partial, self.job.partial / SETTINGS
         if {"tests": []} | (read_json_or_none(stored) or {}) == settings:  # earlier versions did not record tests
-            scanned, done = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
-            self.say(f"resuming an interrupted preparation: {scanned:,} units are scanned, {done:,} are done")
+            scanned, tokenized = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
+            self.say(f"resuming an interrupted preparation: {scanned:,} units are scanned, {tokenized:,} are tokenized")
         else:
             if stored.exists():
                 self.say("the interrupted preparation had other settings: starting from scratch")
                 # Invalidate the settings first: after a kill during the removal, a run with the old settings must not
                 # resume from the remaining files.
                 write_json(stored, None)
-                for old in self.folder.glob("*.arrow"):
-                    old.unlink()
-                for old in (self.folder / "tokenizer", *(path for path in partial.iterdir() if path.is_dir())):
-                    shutil.rmtree(old, ignore_errors=True)
+                for old_shard in self.folder.glob("*.arrow"):
+                    old_shard.unlink()
+                for old_folder in (self.folder / "tokenizer", *(path for path in partial.iterdir() if path.is_dir())):
+                    shutil.rmtree(old_folder, ignore_errors=True)
                 contexts_file(partial).unlink(missing_ok=True)
             elif (self.folder / "tokenizer").exists() or any(self.folder.glob("*.arrow")):
                 raise UserError(
@@ -282,18 +283,20 @@ class _Preparation:
             )
 
     def _make_tokenizer(self) -> None:
-        final, temporary, wanted = self.folder / "tokenizer", self.job.partial / "tokenizer", self.job.data.tokenizer
+        config = self.job.data.tokenizer
+        final = self.folder / "tokenizer"
+        temporary = self.job.partial / "tokenizer"
         if final.exists():
             return
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        if wanted.path is not None:
-            self.say(f"importing the tokenizer {wanted.path}")
-            import_tokenizer(Path(wanted.path), temporary, self.say)
+        if config.path is not None:
+            self.say(f"importing the tokenizer {config.path}")
+            import_tokenizer(Path(config.path), temporary, self.say)
         else:
-            assert wanted.vocab_size is not None  # the configuration has either this or a path
-            kind = wanted.model_type or "bpe"
-            self.say(f"training a sentencepiece {kind} tokenizer of {wanted.vocab_size:,} pieces")
+            assert config.vocab_size is not None  # the configuration has either this or a path
+            kind = config.model_type or "bpe"
+            self.say(f"training a sentencepiece {kind} tokenizer of {config.vocab_size:,} pieces")
             texts = self._sample()
             first = next(texts, None)
             if first is None:
@@ -302,7 +305,7 @@ class _Preparation:
                     + (" and data.validation_fraction: " if self.job.data.validation_fraction else ": ")
                     + drop_summary(self.job, self.readers, self.units)
                 )
-            train(itertools.chain([first], texts), wanted.vocab_size, temporary, kind)
+            train(itertools.chain([first], texts), config.vocab_size, temporary, kind)
         for file in temporary.iterdir():
             sync_file(file)
         os.replace(temporary, final)
@@ -348,7 +351,8 @@ class _Preparation:
     def _finish(self) -> Manifest:
         if inputs.file_stats(self.job, self.readers) != self.file_stats:
             raise UserError(
-                "a file of the sources changed during the preparation; restart when nothing writes to the sources"
+                "a file of the sources changed during the preparation; "
+                "run the preparation again while no other process writes to the sources"
             )
         checksums = inputs.read_checksums(self.job.partial / "files")
         settings = self._settings(

@@ -15,7 +15,7 @@ SPACE = "\u2581"  # the character that replaces a blank in the pieces of sentenc
 # Sentencepiece cannot distinguish U+2581 in a text from a blank. Therefore U+2581 and U+241B are escaped by U+241B.
 ESCAPES = [("\u241b", "\u241be"), (SPACE, "\u241b_")]
 # Unigram scores are rounded to multiples of 1/32: sentencepiece adds them in float32 and `tokenizers` in float64,
-# and only with exact sums do both choose the same one of equally likely segmentations (long runs of one character).
+# and only with exact sums do both choose the same of several equally likely segmentations (long runs of one character).
 SCORE_STEPS = 32
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 UNIGRAM, BPE = 1, 2  # model types of sentencepiece_model.proto
@@ -36,12 +36,12 @@ def to_tokenizer_json(proto: ModelProto, where: str) -> dict[str, Any]:
         or trained.treat_whitespace_as_suffix
     ):
         raise UserError(
-            f"{where}: not supported: only BPE and unigram models with no unused piece, and with U+2581 in front of "
-            "words, are; train a new tokenizer"
+            f"{where}: this kind of sentencepiece model is not supported; use a BPE or unigram model without unused "
+            "pieces and with U+2581 in front of words, or train a new tokenizer"
         )
     escaped = False
     normalizers: list[dict[str, Any]] = []
-    if 0 < len(rules.precompiled_charsmap) < 4096:  # a larger table is not the one of ESCAPES
+    if 0 < len(rules.precompiled_charsmap) < 4096:  # the table of ESCAPES is smaller than this
         escaped = sorted(sentencepiece.SentencePieceNormalizer(normalizer_spec=rules).Decompile()) == sorted(ESCAPES)
     if escaped:
         normalizers += [_replace(old, new) for old, new in ESCAPES]
@@ -138,7 +138,7 @@ def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
 
 def added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
     """Return an entry of added_tokens."""
-    # A token with blanks is matched after normalization, because that writes blanks as in the pieces.
+    # A token with blanks is matched after normalization, because normalization writes blanks as in the pieces.
     return {
         "id": token_id,
         "content": content,

@@ -43,7 +43,8 @@ def positions_needed(lengths: np.ndarray) -> np.ndarray:
     """Return the positions that each record needs in a packed row, (N,), from view lengths (N, views).
 
     This assumes that each view predicts the next one with appended predictor tokens. The joint layout contains every
-    view once and all but the first a second time, each with an end token, and the predictor tokens of all but the last.
+    view once and every view except the first a second time, each with an end token. It also contains the predictor
+    tokens of every view except the last.
     """
     present = (lengths > 0).sum(axis=1)
     first = lengths[np.arange(len(lengths)), (lengths > 0).argmax(axis=1)]
@@ -180,7 +181,7 @@ class Shard:
     longest: np.ndarray
     """Maximum length of each view according to the manifest, (views,)."""
     continues: np.ndarray | None
-    """Arrow's bitmap of the records that continue in the next one; None if none does."""
+    """Arrow's bitmap of the records that continue in the next one; None if there are none."""
     checksums: np.ndarray
 
     @property
@@ -285,7 +286,10 @@ def row_lengths(parts: ShardRows) -> np.ndarray:
 
 
 def read_rows(parts: ShardRows) -> RecordTokens:
-    """Return the tokens of rows, and verify their checksums. Raises UserError with shard and row for a wrong one."""
+    """Return the tokens of rows, and verify their checksums.
+
+    Raises UserError with the shard and the row of the first wrong checksum.
+    """
     begins, lengths = _bounds(parts)
     continuation_tokens = np.concatenate([_continuation_tokens(shard, rows) for shard, rows in parts])
     first_rows = np.cumsum([0] + [len(rows) for _, rows in parts])
@@ -402,15 +406,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read {folder / MANIFEST}: {error}; remove the folder and prepare the corpus again"
         ) from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
+    stored_format = manifest.get("format") if isinstance(manifest, dict) else None
+    if stored_format != FORMAT:
         raise UserError(
-            f"{folder / MANIFEST} has format {found!r}, but this version reads {FORMAT}; prepare the corpus again"
+            f"{folder / MANIFEST} has format {stored_format!r}, but this version reads {FORMAT}; "
+            "prepare the corpus again"
         )
     missing = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
     if missing:
         raise UserError(
-            f"{folder / MANIFEST} is corrupt, it has no {' and no '.join(missing)}; "
+            f"{folder / MANIFEST} is corrupt: it has no {' and no '.join(missing)}; "
             "remove the folder and prepare the corpus again"
         )
     return manifest

@@ -63,7 +63,7 @@ class RowReader:
         self._mapping = RowMapping(source, views, key)
         self._by_name = RowMapping(JsonSource(type="json"), views, key)
         self.remainders = 0
-        """Number of lists of texts whose last texts are too few for a record."""
+        """Number of lists whose last texts are too few for another record."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order. Raises UserError with the location for a row that lacks a view."""
@@ -121,7 +121,7 @@ class RowReader:
         )
 
     def _described(self, view: str) -> str:
-        """Return the name of a view, with its column if that has another name."""
+        """Return the name of a view, followed by its column if the column has a different name."""
         mapped = self.source.views.get(view, view) if isinstance(self.source.views, dict) else view
         return view if mapped == view else f"{view} ({mapped})"
 

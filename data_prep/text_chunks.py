@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Callable, Iterator
 
 CHUNK_CHARACTERS = 1 << 20
-"""Maximum number of characters that are tokenized at once. It bounds the memory of the tokenizer."""
-AROUND = 1000
+"""Maximum number of characters that are tokenized at once. This bounds the memory of the tokenizer."""
+MARGIN_CHARACTERS = 1000
 """Number of characters on each side of a position that are tokenized to test whether the text can be split there."""
 MAX_CANDIDATES = 20
 """Maximum number of positions of each kind that are tested."""
@@ -43,8 +43,8 @@ def _candidates(text: str, begin: int) -> Iterator[int]:
 def _can_split(text: str, position: int, encode: Encode) -> bool:
     """Return whether a split at a position leaves the tokens around it unchanged.
 
-    It never does with a tokenizer that puts a blank in front of every text.
+    This is never the case with a tokenizer that puts a blank in front of every text.
     """
-    before, after = text[max(0, position - AROUND) : position], text[position : position + AROUND]
+    before, after = text[max(0, position - MARGIN_CHARACTERS) : position], text[position : position + MARGIN_CHARACTERS]
     joined, left, right = encode([before + after, before, after])
     return joined == left + right

@@ -87,14 +87,14 @@ class Tokenizer:
         spec = read_tokenizer_json(self.folder / "tokenizer.json")
         id_of: dict[str | None, int] = {token["content"]: token["id"] for token in spec["added_tokens"]}
         ids = {name: id_of.get(token_text(config.get(f"{name}_token"))) for name in SPECIAL_TOKENS}
-        known = [token_id for token_id in ids.values() if token_id is not None]
-        if len(set(known)) < len(ids):
+        special_ids = [token_id for token_id in ids.values() if token_id is not None]
+        if len(set(special_ids)) < len(ids):
             raise UserError(
                 f"{self.folder}: pad, bos, eos and sep are not four declared special tokens ({ids}); "
                 "create the folder with `train` or `import_tokenizer`"
             )
-        self.pad_id, self.bos_id, self.eos_id, self.sep_id = known
-        self.special_ids = frozenset(known)
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = special_ids
+        self.special_ids = frozenset(special_ids)
         vocab = spec["model"]["vocab"]  # a list of pieces and scores in a unigram model
         self.unknown_id: int | None = (
             spec["model"].get("unk_id") if isinstance(vocab, list) else vocab.get(_unknown_token(spec))
@@ -322,7 +322,7 @@ def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def _import_json(source: Path, folder: Path, say: Callable[[str], None], with_model: bool) -> Tokenizer:
-    # The layout of views is done by this project: the tokenizer itself must not add, truncate or pad anything.
+    # This project lays out the views: the tokenizer itself must not add, truncate or pad anything.
     spec = read_tokenizer_json(source) | {"truncation": None, "padding": None, "post_processor": None}
     original = _open_tokenizers(spec, source)
     if spec["model"].get("type") == "Unigram":  # as in `_unigram_json`
@@ -372,8 +372,8 @@ def _assign_special_tokens(
     unknown = _unknown_token(spec)
 
     chosen: dict[str, str] = {}
-    for name in ("eos", "bos", "sep", "pad"):  # the first of two that share a token keeps it; pad = eos is common
-        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # a valid later one takes precedence
+    for name in ("eos", "bos", "sep", "pad"):  # of two that share a token (often pad = eos), the first keeps it
+        for candidate in (SPECIAL_TOKENS[name], declared.get(name)):  # the last valid candidate is chosen
             if candidate is None or candidate not in specials or candidate in (unknown, *chosen.values()):
                 continue
             if not _in_text(tokenizer, candidate):
@@ -393,7 +393,7 @@ def _assign_special_tokens(
     for token in spec["added_tokens"]:
         if tokenizer.token_to_id(token["content"]) != token["id"]:
             raise UserError(
-                f"{where}: token {token['content']!r} cannot have id {token['id']}, the library assigns "
+                f"{where}: token {token['content']!r} cannot have id {token['id']}: the library assigns "
                 f"{tokenizer.token_to_id(token['content'])}; fix added_tokens or the vocabulary"
             )
     config = {f"{name}_token": chosen[name] for name in SPECIAL_TOKENS} | ({"unk_token": unknown} if unknown else {})
@@ -424,7 +424,7 @@ def _check(
     for text, ids, expected in zip(texts, encoded, reference(texts), strict=True):
         if ids != expected:
             raise UserError(
-                f"{where}: cannot be converted to a tokenizer.json with equal ids, the first text with a "
+                f"{where}: cannot be converted to a tokenizer.json with equal ids: the first text with a "
                 f"difference is {text[:80]!r}; use a tokenizer.json instead or train a new tokenizer"
             )
 

@@ -1,4 +1,4 @@
-"""Comparison of two tokenizers: whether the one of a corpus and the one of a model produce the same ids."""
+"""Comparison of two tokenizers: whether the tokenizers of a corpus and of a model produce the same ids."""
 
 import json
 from typing import Any

@@ -47,8 +47,9 @@ def special_tokens_by_name(folder: Path) -> dict[str, str]:
 def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
     """Add the tokens of the files in the folder of a sentencepiece model to `spec`, its tokenizer.json, in place.
 
-    Returns the texts of these tokens. Ids are the ones in the files. Special tokens without an id get the next free
-    ids, in the order in which Hugging Face adds them. Raises UserError if an id is taken, or is not the next free one.
+    Returns the texts of these tokens. The tokens have the ids in the files. Special tokens without an id get the next
+    free ids, in the order in which Hugging Face adds them. Raises UserError if an id is taken, or is not
+    the next free one.
     """
     named = special_tokens_by_name(folder)
     special = set(named.values())
@@ -58,25 +59,26 @@ def add_tokens(spec: dict[str, Any], folder: Path) -> list[str]:
         else {piece: i for i, (piece, _) in enumerate(spec["model"]["vocab"])}
     )
     listed = {token["content"] for token in spec["added_tokens"]}
-    given = {token["content"]: (token, file) for token, file in _tokens_of_files(folder, special)}
-    following, added = len(ids), []
-    for token, file in sorted(given.values(), key=lambda entry: int(entry[0]["id"])):
+    entries = {token["content"]: (token, file) for token, file in _tokens_of_files(folder, special)}
+    next_id = len(ids)
+    added = []
+    for token, file in sorted(entries.values(), key=lambda entry: int(entry[0]["id"])):
         content = token["content"]
-        expected = ids.get(content, following)
+        expected = ids.get(content, next_id)
         if token["id"] != expected:
             raise UserError(
                 f"{file}: token {content!r} cannot have id {token['id']}: with the sentencepiece model in this folder "
                 f"it has id {expected}; fix that file, or move the model to a separate folder"
             )
-        following += content not in ids
+        next_id += content not in ids
         if content not in listed:
             added.append(token)
     for key in sorted(named, key=lambda key: SPECIAL_ORDER.index(key) if key in SPECIAL_ORDER else len(SPECIAL_ORDER)):
         content = named[key]
-        if content not in ids and content not in given:
-            given[content] = (added_token(following, content, special=True), folder)
-            added.append(given[content][0])
-            following += 1
+        if content not in ids and content not in entries:
+            entries[content] = (added_token(next_id, content, special=True), folder)
+            added.append(entries[content][0])
+            next_id += 1
     spec["added_tokens"] += added
     return [token["content"] for token in added]
 

@@ -16,7 +16,7 @@ from data_prep.ragged import ragged_ranges
 from data_prep.sentencepiece_json import SPACE
 
 PART = re.compile(" *[^ ]+| +")
-ENOUGH = 1 << 25
+MAX_CACHE_SIZE = 1 << 25
 """Maximum size of the cache: characters of the parts plus tokens. A larger cache is cleared."""
 
 
@@ -27,7 +27,7 @@ def is_cacheable(spec: dict[str, Any]) -> bool:
     """
     if spec["model"]["type"] != "BPE" or not all(token["special"] for token in spec["added_tokens"]):
         return False
-    # None for a rule that is not a replacement of a fixed string and may look across words.
+    # None for a rule that does not replace a fixed string: such a rule may look across words.
     replaced = [rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]]
     across = re.compile(f"[^{SPACE}]{SPACE}")
     return (
@@ -53,19 +53,19 @@ class WordCache:
         """Return the token ids of each text. Raises the model's error for a text that has no UTF-8 form."""
         parts_of_texts = [PART.findall(text) for text in texts]
         counts = [len(parts) for parts in parts_of_texts]
-        known = len(self.parts)
+        old_size = len(self.parts)
         numbers = np.fromiter(
             map(self.parts.__getitem__, itertools.chain.from_iterable(parts_of_texts)), np.int64, sum(counts)
         )
         try:
-            self._add(list(itertools.islice(self.parts, known, None)))
+            self._add(list(itertools.islice(self.parts, old_size, None)))
         except BaseException:
             self._clear()
             raise
         lengths = self.lengths[numbers]
         tokens = self.tokens[ragged_ranges(self.starts[numbers], lengths)].tolist()
         ends = np.append(0, np.cumsum(lengths))[np.cumsum([0, *counts])].tolist()
-        if self.characters + len(self.tokens) > ENOUGH:
+        if self.characters + len(self.tokens) > MAX_CACHE_SIZE:
             self._clear()
         return [tokens[begin:end] for begin, end in itertools.pairwise(ends)]
 

@@ -5,7 +5,7 @@
 #   launcher COMMAND ...    run a node with the launcher's key; run the command once ssh reaches every node of
 #                           docker/hostfile
 # The nodes of a cluster share the folder /cluster. It holds only the public keys of the launcher and of each host.
-# Private keys are made at the first start of a container, and never leave it.
+# Private keys are made when a container first starts, and never leave it.
 set -euo pipefail
 
 CLUSTER=/cluster

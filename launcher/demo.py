@@ -1,6 +1,6 @@
 """The main job end to end on two local processes, or on the nodes of a hostfile: `make demo`.
 
-All other arguments are overrides of configs/demo.yaml.
+Arguments other than `--hostfile` are overrides of configs/demo.yaml.
 """
 
 import argparse
@@ -19,7 +19,7 @@ RANKS = 2
 
 
 def _free_port() -> int:
-    """Return a free port for the rendezvous. Two jobs on a machine then use different ports."""
+    """Return a free port for the rendezvous, to let two jobs on a machine use different ports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -35,7 +35,8 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    overrides, nodes = arguments.overrides, ["--num_gpus", str(RANKS)]
+    overrides = arguments.overrides
+    nodes = ["--num_gpus", str(RANKS)]
     if arguments.hostfile:
         if not Path(arguments.hostfile).is_file():
             raise UserError(f"--hostfile: there is no file {arguments.hostfile}: correct the path")

@@ -75,7 +75,7 @@ class Contamination:
     def find(self, batch: list[tuple[str, ...]]) -> list[str]:
         """Return a line for each record that names what it shares with which test context; "" for a clean one.
 
-        `batch` holds the views of each record, "" for one that the record lacks. Batches of about a megabyte of
+        `batch` contains the views of each record, "" for a view that the record lacks. Batches of about a megabyte of
         text are fastest.
         """
         found = [""] * len(batch)
@@ -87,16 +87,16 @@ class Contamination:
         if not equal and not shared:
             return found
         ends = np.cumsum([len(views) for views in batch])
-        for place, normalized_text in enumerate(normalized):
+        for index, normalized_text in enumerate(normalized):
             if normalized_text not in equal:
                 continue
-            record = int(np.searchsorted(ends, place, side="right"))
-            number = place - int(ends[record]) + len(batch[record])
-            text = self._equal.get(normalized_letters(batch[record][number]))
-            if text is not None and number in _context_views(batch[record]):
+            record = int(np.searchsorted(ends, index, side="right"))
+            view = index - int(ends[record]) + len(batch[record])
+            text = self._equal.get(normalized_letters(batch[record][view]))
+            if text is not None and view in _context_views(batch[record]):
                 found[record] = found[record] or f"equals the test context {_excerpt(text)}"
-        for place, position in shared.items():
-            record = int(np.searchsorted(ends, place, side="right"))
+        for index, position in shared.items():
+            record = int(np.searchsorted(ends, index, side="right"))
             found[record] = found[record] or self._describe(position)
         return found
 
@@ -122,10 +122,10 @@ class Contamination:
             == np.frombuffer(self._units, np.uint8)[positions[:, None] + inside]
         )
         starts, positions = starts[same.all(axis=1)], positions[same.all(axis=1)]
-        places, first = np.unique(
+        indices, first = np.unique(
             np.searchsorted(_text_starts(normalized), starts, side="right") - 1, return_index=True
         )
-        return dict(zip(places.tolist(), positions[first].tolist(), strict=True))
+        return dict(zip(indices.tolist(), positions[first].tolist(), strict=True))
 
     def _describe(self, position: int) -> str:
         number = int(np.searchsorted(self._text_starts, position, side="right")) - 1
@@ -219,16 +219,16 @@ _CODES = np.zeros(0x110000, "<u4")
 
 
 def _text_starts(normalized: list[bytes]) -> np.ndarray:
-    """Return where each text starts when all are joined with a NUL between them: (N,) int64."""
+    """Return the start of each text when the texts are joined with a NUL between them: (N,) int64."""
     lengths = np.fromiter(map(len, normalized), np.int64, len(normalized)) + 1
     return np.cumsum(lengths) - lengths
 
 
 def _mask_common_phrases(joined: bytes, starts: np.ndarray) -> bytes:
     """Return the test contexts with a NUL for every letter of a phrase that very many of them share."""
-    places = _stretches_without_nul(joined, PHRASE_LETTERS)
-    hashes = _hashes(joined, places, PHRASE_LETTERS)
-    contexts = np.searchsorted(starts, places, side="right")
+    phrase_starts = _stretches_without_nul(joined, PHRASE_LETTERS)
+    hashes = _hashes(joined, phrase_starts, PHRASE_LETTERS)
+    contexts = np.searchsorted(starts, phrase_starts, side="right")
     order = np.lexsort((contexts, hashes))
     hashes, contexts = hashes[order], contexts[order]
     new_hash = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
@@ -236,9 +236,9 @@ def _mask_common_phrases(joined: bytes, starts: np.ndarray) -> bytes:
     number = np.cumsum(new_hash) - 1
     common = np.bincount(number, weights=new_context) > max(COMMON_CONTEXTS, COMMON_SHARE * len(starts))
     cut = np.zeros(len(joined) + 1, np.int64)
-    inside = places[order][common[number]]
-    np.add.at(cut, inside, 1)
-    np.add.at(cut, inside + PHRASE_LETTERS, -1)
+    masked_starts = phrase_starts[order][common[number]]
+    np.add.at(cut, masked_starts, 1)
+    np.add.at(cut, masked_starts + PHRASE_LETTERS, -1)
     return np.where(np.cumsum(cut[:-1]) > 0, 0, np.frombuffer(joined, np.uint8)).astype(np.uint8).tobytes()
 
 
@@ -261,10 +261,10 @@ def _hashes(units: bytes, starts: np.ndarray, length: int) -> np.ndarray:
     return hashes
 
 
-def _find_sorted(known: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _find_sorted(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the index of each value in a sorted, non-empty array, or -1: (N,) int64."""
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return np.where(known[places] == values, places, -1)
+    indices = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
+    return np.where(sorted_values[indices] == values, indices, -1)
 
 
 def _context_views(views: tuple[str, ...]) -> list[int]:

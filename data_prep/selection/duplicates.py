@@ -16,7 +16,7 @@ from data_prep.files import atomic_path
 
 SPLIT_PRIORITY = ("test", "validation", "train")
 """Splits in order of preference: of equal records, the one in the earliest split is kept. A training record that
-equals a test record is dropped."""
+equals a test record is therefore dropped."""
 ROWS_PER_PART = 4_000_000
 """Fingerprints resolved at a time; they take about 500 MB of memory."""
 _RANK_BITS = np.uint64(62)
@@ -66,10 +66,10 @@ def resolve(paths: list[Path], part: int, parts: int, out: Path) -> None:
 
     `paths[unit]` is the unit's file from `write_fingerprints`. `out` is written atomically, and `dropped` reads it.
     """
-    found = equal_groups(paths, part, parts)
-    is_duplicate = np.ones(len(found.units), bool)
-    is_duplicate[np.cumsum(found.sizes) - found.sizes] = False
-    write_dropped(out, found.units[is_duplicate], found.ordinals[is_duplicate])
+    groups = equal_groups(paths, part, parts)
+    is_duplicate = np.ones(len(groups.units), bool)
+    is_duplicate[np.cumsum(groups.sizes) - groups.sizes] = False
+    write_dropped(out, groups.units[is_duplicate], groups.ordinals[is_duplicate])
 
 
 def equal_groups(paths: list[Path], part: int, parts: int) -> EqualGroups:
@@ -95,7 +95,7 @@ def equal_groups(paths: list[Path], part: int, parts: int) -> EqualGroups:
     same = high[by_high[1:]] == high[by_high[:-1]]
     repeated = by_high[np.append(same, False) | np.append(False, same)] if len(by_high) else by_high
     high, low, order, units = high[repeated], low[repeated], order[repeated], units[repeated]
-    # The by_fingerprint is stable: equal keys stay ordered by unit, and then by ordinal.
+    # The sort is stable: equal keys stay ordered by unit, and then by ordinal.
     by_fingerprint = np.lexsort((order >> _RANK_BITS, low, high))
     high, low, order, units = high[by_fingerprint], low[by_fingerprint], order[by_fingerprint], units[by_fingerprint]
     first = np.ones(len(high), bool)
@@ -118,9 +118,9 @@ def dropped(outs: list[Path], unit: int) -> np.ndarray:
 
     `outs` are the files of all parts.
     """
-    found = [np.empty(0, np.int64)]
+    parts = [np.empty(0, np.int64)]
     for out in outs:
         units, ordinals = np.load(out, mmap_mode="r")
         start, stop = np.searchsorted(units, [unit, unit + 1])
-        found.append(np.array(ordinals[start:stop]))
-    return np.unique(np.concatenate(found))
+        parts.append(np.array(ordinals[start:stop]))
+    return np.unique(np.concatenate(parts))

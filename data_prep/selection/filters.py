@@ -12,7 +12,7 @@ from data_prep.config import FiltersConfig
 
 LIMIT_SECONDS = 10.0
 """CPU time in which `forbidden` must decide about a record, in seconds. Python's `re` takes microseconds for most
-expressions, and practically forever for an ambiguous one. A timeout never drops a record, because the content of
+expressions, and practically forever for an ambiguous expression. A timeout never drops a record, because the content of
 a corpus must not depend on the speed of the machine."""
 TICKS = 20
 """Timer signals within LIMIT_SECONDS. The timer runs all the time: setting one for each record would take longer
@@ -22,7 +22,7 @@ _ticks: int | None = None
 
 
 class SearchTimeoutError(Exception):
-    """An error for a record on which the search for `forbidden` does not end; the message is one line."""
+    """Error raised if the search for `forbidden` in a record does not end; the message is one line."""
 
 
 def filter_reason(views: tuple[str, ...], filters: FiltersConfig) -> str:
@@ -41,7 +41,7 @@ def filter_reason(views: tuple[str, ...], filters: FiltersConfig) -> str:
     if lengths and filters.max_characters is not None and max(lengths) > filters.max_characters:
         return "too_many_characters"
     if filters.forbidden is not None:
-        return "forbidden" if _found(_compiled(filters.forbidden), present) else ""
+        return "forbidden" if _matches(_compiled(filters.forbidden), present) else ""
     return ""
 
 
@@ -54,16 +54,16 @@ def search_time_limit(filters: FiltersConfig) -> Iterator[None]:
     if filters.forbidden is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _tick)
+    previous_handler = signal.signal(signal.SIGVTALRM, _tick)
     signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_SECONDS / TICKS, LIMIT_SECONDS / TICKS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
-def _found(expression: re.Pattern[str], views: list[str]) -> bool:
+def _matches(expression: re.Pattern[str], views: list[str]) -> bool:
     global _ticks
     _ticks = 0
     try:

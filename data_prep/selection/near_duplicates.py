@@ -19,7 +19,7 @@ if
   it), and
 - their similarity reaches the threshold. It is estimated from 128 hashes, with a standard error of up to 0.04.
 
-The result depends neither on the order of work nor on the number of parts. A group of more than 100,000 records
+The dropped records do not depend on the order of work or the number of parts. A group of more than 100,000 records
 with an equal band is split into runs of 100,000, and records are compared within their run.
 """
 
@@ -130,8 +130,8 @@ def _shingles(texts: list[str], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarr
     )
     words[inside] = [hashes[word] for words in text_words for word in words]
     shingles = np.repeat(seeds, lengths) * _FACTORS[2, -1]
-    for place in range(_SHINGLE_WORDS):
-        shingles += words[place : place + len(shingles)] * _FACTORS[2, place]
+    for offset in range(_SHINGLE_WORDS):
+        shingles += words[offset : offset + len(shingles)] * _FACTORS[2, offset]
     return shingles ^ shingles >> np.uint64(32), ends.astype(np.uint64)
 
 
@@ -203,10 +203,10 @@ def _split_large_groups(sizes: np.ndarray) -> np.ndarray:
 def _read_signatures(paths: list[Path], units: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return a row of a unit's signature file for each of N records: (N,) of `_signature_dtype`."""
     order = np.lexsort((rows, units))  # each file is read sequentially
-    known, starts = np.unique(units[order], return_index=True)
+    distinct_units, starts = np.unique(units[order], return_index=True)
     parts = []
-    for unit, places in zip(known.tolist(), np.split(order, starts[1:]), strict=True):
-        parts.append(np.load(paths[unit], mmap_mode="r")[rows[places]])
+    for unit, indices in zip(distinct_units.tolist(), np.split(order, starts[1:]), strict=True):
+        parts.append(np.load(paths[unit], mmap_mode="r")[rows[indices]])
     signatures = np.concatenate(parts)
     return signatures[np.argsort(order)]
 
@@ -214,10 +214,10 @@ def _read_signatures(paths: list[Path], units: np.ndarray, rows: np.ndarray) -> 
 def _is_near_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float) -> np.ndarray:
     """Return whether each record is near an earlier one of its group: (N, V, 128), (G,) -> (N,) bool."""
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    places = np.arange(len(starts)) - starts
+    positions = np.arange(len(starts)) - starts
     near = np.zeros(len(starts), bool)
     # Records that are not near an earlier one yet: compared with the first of their group, then with the second, ...
-    candidates = np.flatnonzero(places > 0)
+    candidates = np.flatnonzero(positions > 0)
     leader = 0
     while len(candidates):
         same = signatures[candidates] == signatures[starts[candidates] + leader]
@@ -225,5 +225,5 @@ def _is_near_earlier(signatures: np.ndarray, sizes: np.ndarray, threshold: float
         near[candidates[hit]] = True
         leader += 1
         candidates = candidates[~hit]
-        candidates = candidates[places[candidates] > leader]
+        candidates = candidates[positions[candidates] > leader]
     return near

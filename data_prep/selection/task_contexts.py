@@ -46,7 +46,7 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
     """Return the distinct contexts of a test, in the order of its rows.
 
     The contexts of a row are all of its views but the last, as the task scores them. Training data may contain the
-    same question with another prompt. Therefore these texts are contexts too:
+    same question with a different prompt. Therefore these texts are contexts too:
 
     - the question column alone
     - the prompt of the public data set
@@ -61,8 +61,8 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
         make_mapping(source, data.views, "data.sources", {view: view for view in data.views}).records
         for source in _other_mappings(data, test)
     ]
-    context_columns = [given for view, given in _view_columns(test.source).items() if view in context_names(data.views)]
-    plain_columns = [column for given in context_columns for column in template_columns(given)]
+    templates = [text for view, text in _view_columns(test.source).items() if view in context_names(data.views)]
+    plain_columns = [column for template in templates for column in template_columns(template)]
     contexts: dict[str, None] = {}
     mapped_contexts: dict[str, None] = {}
     targets: set[str] = set()
@@ -75,9 +75,8 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
             contexts |= dict.fromkeys(_public_contexts(row_format, columns))
         records = [record.views for mapping in mappings for record in mapping(columns, 0) if record.views is not None]
         mapped_contexts |= dict.fromkeys(view for views in records if any(views) for view in _context_views(views))
-    contexts |= {
-        view: None for view in mapped_contexts if view not in targets
-    }  # a pair may be trained in both directions, so a target can be a context view
+    # A pair may be trained in both directions, so a target can be a context view.
+    contexts |= {view: None for view in mapped_contexts if view not in targets}
     if not contexts:
         raise UserError(
             f"{describe_test(test)} ({test.key}) has no rows: correct the path, or set data.decontaminate=false"
@@ -86,7 +85,7 @@ def read_contexts(data: DataConfig, test: TaskTest) -> list[str]:
 
 
 def count_short_contexts(contexts: Sequence[str]) -> int:
-    """Return how many contexts are shorter than a stretch and are therefore only recognised as a whole."""
+    """Return the number of contexts that are shorter than a stretch, and are therefore only compared as a whole."""
     return sum(len(normalized_letters(context)) < OVERLAP_LETTERS for context in contexts)
 
 
@@ -102,17 +101,16 @@ def _context_views(views: Sequence[str]) -> list[str]:
 
 def _columns_of_prompt(row_format: RowFormat, context: str) -> Columns:
     """Return the columns from which a context in the prompt of the public data set was made."""
-    found = row_format.prompt.fullmatch(context) if row_format.prompt is not None else None
-    return found.groupdict() if found else {}
+    match = row_format.prompt.fullmatch(context) if row_format.prompt is not None else None
+    return match.groupdict() if match else {}
 
 
 def _public_contexts(row_format: RowFormat, columns: Columns) -> Iterator[str]:
     """Yield the question alone and the prompt of the public data set, if the row has the columns for them."""
     yield from _texts(columns, [row_format.question])
     if row_format.columns <= columns.keys():
-        with contextlib.suppress(
-            KeyError, IndexError, TypeError, ValueError
-        ):  # a mapped row may not have the public format
+        # A row that is read with a mapping may not be in the public format.
+        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
             yield row_format.views(columns)[0]
 
 

@@ -26,8 +26,8 @@ SPLITS, DATASET = "dataset_dict.json", "state.json"
 class Arrow:
     """Reader of Arrow files; a file is a piece."""
 
-    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
-        self.files, self.note = _find(source, name) if found is None else (found, "")
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, paths: list[str] | None = None):
+        self.files, self.note = _find(source, name) if paths is None else (paths, "")
         self.mappings = {}
         for path in self.files:
             with opened(path) as (schema, _):
@@ -62,8 +62,8 @@ def _find(source: FileSource, name: str) -> tuple[list[str], str]:
     path = Path(source.path or "")
     if (path / SPLITS).is_file():
         raise UserError(
-            f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: set it to the folder of one, such as "
-            f"{path / splits_of(path)[0]}, or use type: hub with hub_split"
+            f"{path} ({name}.path) has the splits {', '.join(splits_of(path))}: set the path to "
+            f"one of their folders, such as {path / splits_of(path)[0]}, or use type: hub with hub_split"
         )
     return (saved_files(path), "") if (path / DATASET).is_file() else files.find_files_with_note(source, name, SUFFIXES)
 
@@ -78,13 +78,13 @@ def saved_files(folder: Path) -> list[str]:
 
     Raises UserError if a file is missing.
     """
-    found = [str(folder / str(entry.get("filename"))) for entry in _entries(folder / DATASET, "_data_files")]
-    for path in found:
+    paths = [str(folder / str(entry.get("filename"))) for entry in _entries(folder / DATASET, "_data_files")]
+    for path in paths:
         if not Path(path).is_file():
             raise UserError(
                 f"{path} is missing, but {folder / DATASET} lists it: write the folder again with save_to_disk"
             )
-    return found
+    return paths
 
 
 def _entries(path: Path, key: str) -> list[Any]:

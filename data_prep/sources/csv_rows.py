@@ -12,7 +12,7 @@ from data_prep.sources.views import ViewMapping, column_mapping
 
 SUFFIXES = tuple(kind + (compression or "") for kind in (".csv", ".tsv") for compression in files.OPENERS)
 TOO_LONG_LINE = "\udcff"
-"""A placeholder for a line of more than 16 MiB: a lone surrogate, like the ones that replace bytes that are not UTF-8."""
+"""Placeholder for a line of more than 16 MiB: a lone surrogate, like the ones that replace bytes that are not UTF-8."""
 
 
 class Csv:
@@ -23,11 +23,11 @@ class Csv:
         source: FileSource,
         views: tuple[str, ...],
         name: str,
-        found: list[str] | None = None,
+        paths: list[str] | None = None,
         delimiter: str | None = None,
     ):
         self.delimiter = delimiter
-        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if paths is None else (paths, "")
         self.mappings: dict[str, ViewMapping] = {}
         for path in self.files:
             size = files.size_of(path)
@@ -92,7 +92,7 @@ def header(piece: Piece, delimiter: str | None = None) -> list[str]:
         elif row:
             problem = f"it names {max(row, key=row.count)!r} twice"
         raise UserError(
-            f"{piece.path}:{line}: the first line must name the columns ({problem}): give each column its own name"
+            f"{piece.path}:{line}: the first line must name the columns ({problem}): give each column a different name"
         )
     return row
 

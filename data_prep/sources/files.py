@@ -39,7 +39,7 @@ WINDOW_TOO_LONG = "requires too much memory"
 
 
 class CorruptFileError(Exception):
-    """An error for a compressed file that cannot be read to its end; the message is one line."""
+    """Error raised for a compressed file that cannot be read to its end; the message is one line."""
 
 
 def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True) -> list[str]:
@@ -53,7 +53,7 @@ def find_files(source: FileSource, name: str, suffixes: tuple[str, ...], follow_
 def find_files_with_note(
     source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True
 ) -> tuple[list[str], str]:
-    """Return the files of a source, see `find_files`, and a note about skipped files, or ""."""
+    """Return the files of a source (see `find_files`), and a note about skipped files, or ""."""
     path, key = source.path, f"{name}.path"
     skipped: list[str] = []
     if path is None:
@@ -84,9 +84,9 @@ def skipped_files_note(skipped: set[str], folder: str, key: str) -> str:
     """Return a line that names the skipped files below a folder; empty if there are none."""
     if not skipped:
         return ""
-    some = f"{len(skipped):,} files" if len(skipped) > 1 else "1 file"
+    count = f"{len(skipped):,} files" if len(skipped) > 1 else "1 file"
     examples = ", ".join([*sorted(skipped)[:SHOWN_FILES], *(["..."] if len(skipped) > SHOWN_FILES else [])])
-    return f"note: {folder} ({key}): skipping {some} by name: {examples}"
+    return f"note: {folder} ({key}): skipping {count} by name: {examples}"
 
 
 def files_below(folder: str) -> list[str]:
@@ -103,7 +103,7 @@ def glob_root(path: str) -> Path:
 
 
 def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, skipped: list[str]) -> list[str]:
-    """Return the files below a folder that are read, and add the remaining ones to `skipped`.
+    """Return the files below a folder with one of the suffixes, and add all other files to `skipped`.
 
     A hidden folder is added as a whole. If links to folders are followed, each folder is visited once.
     """
@@ -118,9 +118,9 @@ def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, s
         below = [os.path.join(parent, name) for name in folders if not name.startswith(".")]
         below = [path for path in below if follow_links or not os.path.islink(path)]
         folders[:] = [os.path.basename(path) for path in _unseen(below, seen)]
-        read = {name for name in names if name.endswith(suffixes) and not name.startswith(".")}
-        found += [os.path.join(parent, name) for name in read]
-        skipped += [os.path.join(parent, name) for name in names if name not in read]
+        selected = {name for name in names if name.endswith(suffixes) and not name.startswith(".")}
+        found += [os.path.join(parent, name) for name in selected]
+        skipped += [os.path.join(parent, name) for name in names if name not in selected]
     return found
 
 
@@ -217,6 +217,7 @@ def byte_pieces(files: list[str], uncut: Collection[str] = ()) -> list[Piece]:
     pieces = []
     for path, size in sizes.items():
         step = size if compression_suffix(path) or path in uncut else length
+        # An empty compressed file is a piece too, because only reading it reports that it is corrupt.
         cuts = [*range(0, size, step), size] if size else [0, 0] if compression_suffix(path) else []
         pieces += [Piece(path, start, stop, stop - start) for start, stop in itertools.pairwise(cuts)]
     return pieces
@@ -236,14 +237,14 @@ def piece_length(total: int) -> int:
 
 
 def skip_to_line(file: BinaryIO, start: int) -> int:
-    """Move to the first line that starts at or after byte `start`, and return its position."""
+    """Move to the first line that starts at byte `start` or later, and return the position of that line."""
     if start:
         file.seek(start - 1)  # the byte before `start` may be the newline of the previous line
         at = start - 1
         while block := file.read(BLOCK_BYTES):
-            found = block.find(b"\n") + 1
-            if found:
-                at += found
+            end = block.find(b"\n") + 1
+            if end:
+                at += end
                 break
             at += len(block)
         file.seek(at)
@@ -252,7 +253,7 @@ def skip_to_line(file: BinaryIO, start: int) -> int:
 
 
 def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[bytes | None]:
-    """Yield the lines that start in the next `length` bytes, without newline; None for one of more than 16 MiB.
+    """Yield the lines that start in the next `length` bytes, without newline; None for a line of more than 16 MiB.
 
     The file must be at the start of a line.
     """
@@ -281,11 +282,12 @@ def count_lines(piece: Piece) -> int:
     with open_piece(piece) as file:
         if piece.start:
             file.seek(piece.start - 1)
-        found, remaining = int(piece.start == 0), piece.stop - max(piece.start - 1, 0) - 1
+        count = int(piece.start == 0)
+        remaining = piece.stop - max(piece.start - 1, 0) - 1
         while remaining > 0 and (block := file.read(min(remaining, BLOCK_BYTES))):
-            found += block.count(b"\n")
+            count += block.count(b"\n")
             remaining -= len(block)
-    return found
+    return count
 
 
 def is_complete_file(piece: Piece) -> bool:

@@ -54,8 +54,9 @@ class Hub:
 
     def pieces(self) -> list[Piece]:
         """Divide the source into pieces; see `Reader.pieces`."""
-        known, shards = self.rows.info.dataset_size or self.rows.info.download_size or 0, self.rows.num_shards
-        return [Piece(self.title, shard, shard + 1, known // shards or LARGEST_PIECE) for shard in range(shards)]
+        size = self.rows.info.dataset_size or self.rows.info.download_size or 0
+        shards = self.rows.num_shards
+        return [Piece(self.title, shard, shard + 1, size // shards or LARGEST_PIECE) for shard in range(shards)]
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece; see `Reader.read`."""
@@ -100,12 +101,12 @@ def commit_of(source: HubSource, name: str) -> str | None:
     if Path(source.path).is_dir() or source.path.startswith((".", "/")):
         return None
     with as_user_error(f"cannot open the data set {source.path} ({name}.path), split {source.hub_split}"):
-        found = COMMIT.search(str(open_builder(source).base_path))
-    return found[1] if found else None
+        match = COMMIT.search(str(open_builder(source).base_path))
+    return match[1] if match else None
 
 
 def open_builder(source: HubSource) -> "DatasetBuilder":
-    """Return the builder with which `datasets` reads a data set. The import takes more than a second."""
+    """Return the builder with which `datasets` reads a data set. Importing `datasets` takes more than a second."""
     import datasets
 
     for library in ("datasets", "huggingface_hub"):

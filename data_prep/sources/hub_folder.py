@@ -48,7 +48,10 @@ def check_saved_split(source: HubSource, name: str) -> None:
 
 
 def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader | None:
-    """Open a folder that save_to_disk wrote; return None for any other. Raises UserError if it cannot be read."""
+    """Open a folder that save_to_disk wrote; return None for any other.
+
+    Raises UserError if the folder cannot be read.
+    """
     folder = Path(source.path)
     has_splits = (folder / arrow.SPLITS).is_file()
     if not is_saved(source):
@@ -64,9 +67,9 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
 
 
 def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder") -> Reader | None:
-    """Open the files that `builder` finds in a local folder; return None if no reader here reads them as it does.
+    """Open the files that `builder` finds in a local folder; return None if no reader here can.
 
-    Raises UserError if the folder does not have the split.
+    A reader must read the files as the builder would. Raises UserError if the folder does not have the split.
     """
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
@@ -128,12 +131,12 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _note(source: HubSource, name: str, read: set[str]) -> str:
+def _note(source: HubSource, name: str, files_in_splits: set[str]) -> str:
     """Return a note that names the data files of a folder that are in no split; empty if there are none."""
     folder, suffixes = Path(source.path), tuple(suffix for reader_suffixes in READERS for suffix in reader_suffixes)
     data_files = (path for path in folder.rglob("*") if path.name.endswith(suffixes))
     visible = {str(path) for path in data_files if not _is_hidden(path.relative_to(folder))}
-    in_no_split = sorted(visible - read)
+    in_no_split = sorted(visible - files_in_splits)
     if not in_no_split:
         return ""
     examples = ", ".join([*in_no_split[:SHOWN_FILES], *(["..."] if len(in_no_split) > SHOWN_FILES else [])])

@@ -47,7 +47,7 @@ def is_array(path: str) -> bool:
 
 
 def elements(read: Callable[[], bytes]) -> Iterator[Any]:
-    """Yield the elements of an array, and a ValueError for one that is not UTF-8.
+    """Yield the elements of an array, and a ValueError for an element that is not UTF-8.
 
     The last item is a CorruptFileError if the rest of the file cannot be read.
     """
@@ -55,13 +55,13 @@ def elements(read: Callable[[], bytes]) -> Iterator[Any]:
     try:
         text.expect(BOM)
         text.expect("[")
-        more = not text.expect("]")
-        while more:
+        has_next = not text.expect("]")
+        while has_next:
             yield text.value()
-            more = text.expect(",")
-            if not more and not text.expect("]"):
+            has_next = text.expect(",")
+            if not has_next and not text.expect("]"):
                 raise ValueError("no comma and no closing bracket after an element")
-        if text.rest():
+        if text.skip_blanks():
             raise ValueError("text after the closing bracket")
     except files.CorruptFileError as problem:
         yield problem
@@ -80,19 +80,19 @@ class _Text:
         self.before = 1
         """Line on which the held text starts."""
 
-    def line_of(self, place: int) -> int:
+    def line_of(self, position: int) -> int:
         """Return the line of a position in the held text."""
-        return self.before + self.held.count("\n", 0, place)
+        return self.before + self.held.count("\n", 0, position)
 
     def expect(self, character: str) -> bool:
-        """Return whether this is the next character; if so, move past it and the blanks around it."""
-        found = self.rest().startswith(character)
-        if found:
+        """Return whether `character` is next; if so, move past it and the blanks around it."""
+        is_next = self.skip_blanks().startswith(character)
+        if is_next:
             self.at += 1
-            self.rest()
-        return found
+            self.skip_blanks()
+        return is_next
 
-    def rest(self) -> str:
+    def skip_blanks(self) -> str:
         """Move past blanks, and return the next character, or "" at the end of the file."""
         while True:
             while self.at < len(self.held) and self.held[self.at] in BLANK:
@@ -116,7 +116,7 @@ class _Text:
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
-        """Hold at least twice as much text from the current position on, and return whether there was more."""
+        """Drop the text before the current position, and at least double the rest. Return whether there was more text."""
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)

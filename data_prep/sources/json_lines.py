@@ -19,8 +19,8 @@ class JsonLines:
     Uncompressed files are divided into byte ranges, and a line belongs to the range in which it starts.
     """
 
-    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
-        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, paths: list[str] | None = None):
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if paths is None else (paths, "")
         self.arrays = set(filter(json_array.is_array, self.files))
         self.mapping = RowMapping(source, views, name)
         self.provided_views = self.mapping.columns.provided_views
@@ -38,13 +38,13 @@ class JsonLines:
         with files.open_piece(piece) as file:
             read = files.block_reader(file, piece.path)
             compressed = files.compression_suffix(piece.path) is not None
-            found = (
+            lines = (
                 files.lines(read)
                 if compressed
                 else files.lines(read, piece.stop - files.skip_to_line(file, piece.start))
             )
             try:
-                for number, line in enumerate(found, start=1):
+                for number, line in enumerate(lines, start=1):
                     if line is None:
                         yield Record(None, number, "a line of more than 16 MiB")
                     elif line and not line.isspace():

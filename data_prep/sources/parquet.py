@@ -22,8 +22,8 @@ BATCH_ROWS = 1024
 class Parquet:
     """Reader of Parquet files; several small row groups form one piece."""
 
-    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, found: list[str] | None = None):
-        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if found is None else (found, "")
+    def __init__(self, source: FileSource, views: tuple[str, ...], name: str, paths: list[str] | None = None):
+        self.files, self.note = files.find_files_with_note(source, name, SUFFIXES) if paths is None else (paths, "")
         self.mappings = {}
         self.sizes: dict[str, list[int]] = {}
         """Bytes on disk of the row groups of each file."""

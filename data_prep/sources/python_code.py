@@ -104,12 +104,12 @@ def parse(content: bytes) -> tuple[str, list[Function]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about the parsed code, such as "invalid escape sequence"
         tree = ast.parse(text)
-    found = [
+    functions = [
         node
         for node in ast.walk(tree)
         if isinstance(node, Function) and len(node.body) > 1 and (ast.get_docstring(node) or "").strip()
     ]
-    return text, sorted(found, key=lambda node: (node.lineno, node.col_offset))
+    return text, sorted(functions, key=lambda node: (node.lineno, node.col_offset))
 
 
 def signature_of(function: Function) -> str:

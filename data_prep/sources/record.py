@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that is read separately: a byte range, row groups, or a whole compressed or small file."""
+    """A part of a source that is read separately: a byte range, row groups, or a complete compressed or small file."""
 
     path: str
     """Path of the file, for messages."""
@@ -23,17 +23,17 @@ class Record(NamedTuple):
     """One record, or the reason why it could not be read."""
 
     views: tuple[str, ...] | None
-    """Text of each of `data.views`, empty for a view that the record lacks. None if it could not be read, see
+    """Text of each of `data.views`, empty for a view that the record lacks. None if the record could not be read; see
     `reason` and `problem`."""
     position: int
-    """Line or row within the piece, from 1; `Reader.place` converts it to a place that a person can look up."""
+    """Line or row within the piece, from 1; `Reader.place` converts it to a location for messages."""
     problem: str = ""
     """Reason why the record could not be read, in one line."""
     reason: str = "malformed"
     """Kind of the problem. `malformed` stops the preparation unless `data.on_malformed` is drop. Any other kind is
     always dropped and counted."""
     group: str = ""
-    """Group of records that are held out for validation together. If empty, a text of the record decides, see
+    """Group of records that are held out for validation together. If empty, a text of the record decides; see
     data_prep/holdout.py."""
 
     @property
@@ -52,16 +52,16 @@ class Reader(Protocol):
     """Note about skipped files; empty if there are none."""
 
     def pieces(self) -> list[Piece]:
-        """Return the pieces in order, the same on every machine, without reading whole files."""
+        """Return the pieces in order, the same on every machine, without reading complete files."""
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Yield the records of a piece in order. Raises UserError if the file cannot be read."""
 
     def count(self, piece: Piece) -> int:
-        """Return the number of positions in a piece of a file that has several pieces; 0 for a whole file."""
+        """Return the number of positions in a piece of a file that has several pieces; 0 for a complete file."""
 
     def place(self, piece: Piece, position: int, before: int) -> str:
-        """Return the place of a record for people, `file:line`.
+        """Return the location of a record for messages, such as `file:line`.
 
         `before` is the number of positions in the earlier pieces of the same file.
         """

@@ -107,37 +107,40 @@ def column_mapping(
     )
 
 
-def check_columns(mapping: ViewMapping, known: Iterable[str], where: str, name: str) -> None:
+def check_columns(mapping: ViewMapping, available: Iterable[str], where: str, name: str) -> None:
     """Raise UserError if a mapping reads a column that `where` does not have."""
-    known = list(known)
+    names = list(available)
     for column in mapping.columns:
-        if column not in known:
-            shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        if column not in names:
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             raise UserError(
                 f"{where} has no column {column!r}, only {shown or '(none)'}: "
                 f"set the columns of the views in {name}.views"
             )
 
 
-def template_columns(given: str) -> list[str]:
+def template_columns(template: str) -> list[str]:
     """Return the columns of a template; none for a view that is a single column."""
-    return [part[1] for part in TEMPLATE.finditer(given) if part[1]]
+    return [part[1] for part in TEMPLATE.finditer(template) if part[1]]
 
 
-def _getter(given: str, key: str) -> tuple[Getter, list[str]]:
+def _getter(template: str, key: str) -> tuple[Getter, list[str]]:
     """Return the getter of a view and the columns that it reads."""
-    if "{" not in given and "}" not in given:
-        return _column(given)
-    parts = list(TEMPLATE.finditer(given))
-    if "".join(part[0] for part in parts) != given:
-        raise UserError(f"{key}: cannot parse the template {given!r}: write {{column}}, and double a literal brace")
+    if "{" not in template and "}" not in template:
+        return _column(template)
+    parts = list(TEMPLATE.finditer(template))
+    if "".join(part[0] for part in parts) != template:
+        raise UserError(f"{key}: cannot parse the template {template!r}: write {{column}}, and double a literal brace")
     columns = [part[1] for part in parts if part[1]]
     if not columns:
-        raise UserError(f"{key}: the template {given!r} names no column, so all records would be equal: add {{column}}")
-    read = [_column(column) for column in columns]
-    getters = iter(read)
+        raise UserError(
+            f"{key}: the template {template!r} names no column, so all records would be equal: add {{column}}"
+        )
+    columns_read = [_column(column) for column in columns]
+    getters = iter(columns_read)
+    # A doubled brace stands for a single one.
     pieces = [next(getters)[0] if part[1] else part[0][:1] if part[0] in ("{{", "}}") else part[0] for part in parts]
-    return _template(pieces), [column for _, columns in read for column in columns]
+    return _template(pieces), [column for _, columns in columns_read for column in columns]
 
 
 def _column(column: str) -> tuple[Getter, list[str]]:
@@ -187,11 +190,11 @@ def _record_of(getters: list[Getter]) -> Callable[[Row, int], tuple[Record]]:
 
 def _records_of_list(column: str, views: int) -> Callable[[Row, int], list[Record]]:
     def records(row: Row, position: int) -> list[Record]:
-        found = row.get(column)
+        entries = row.get(column)
         try:
-            if not isinstance(found, list | None):
-                raise NotTextError(f"{column!r} holds a value of type {type(found).__name__}, not a list of texts")
-            texts = [text for entry in found or () if (text := to_text(entry, column)) and text.strip()]
+            if not isinstance(entries, list | None):
+                raise NotTextError(f"{column!r} holds a value of type {type(entries).__name__}, not a list of texts")
+            texts = [text for entry in entries or () if (text := to_text(entry, column)) and text.strip()]
         except NotTextError as problem:
             return [Record(None, position, str(problem))]
         group = texts[views - 1] if len(texts) > views else ""  # a list with a single record needs no group

@@ -23,7 +23,7 @@ class RowFormat(NamedTuple):
     Contamination checks compare this text too, because training data may put the question into a different prompt.
     """
     prompt: re.Pattern[str] | None = None
-    """Pattern that matches a context made by `views` or taken from the public LLM-JEPA data. Each column is a named group."""
+    """Pattern of a context that `views` makes or the public LLM-JEPA data contain; each column is a named group."""
 
 
 def label_number(label: Any, label_count: int) -> int:

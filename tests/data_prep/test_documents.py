@@ -110,7 +110,7 @@ def test_encoding_a_very_long_text_in_chunks_changes_no_token(tmp_path, monkeypa
     source = text_source(tmp_path)
     prepare_quietly(data_config(tmp_path / "single", source, views=["text"]))
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
-    monkeypatch.setattr(text_chunks, "AROUND", 100)
+    monkeypatch.setattr(text_chunks, "MARGIN_CHARACTERS", 100)
     calls = []
     encode_batch = Tokenizer.encode_batch
     monkeypatch.setattr(
@@ -150,7 +150,7 @@ def test_a_long_text_is_cut_at_word_boundaries_of_the_tokenizer(tmp_path, monkey
     text = separator.join(words(3000, seed=9).split())
     (tmp_path / "documents.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 1000)
-    monkeypatch.setattr(text_chunks, "AROUND", 200)
+    monkeypatch.setattr(text_chunks, "MARGIN_CHARACTERS", 200)
     prepare_quietly(
         data_config(
             tmp_path / "out", text_source(tmp_path), views=["text"], tokenizer={"path": str(tmp_path / "gpt2.json")}

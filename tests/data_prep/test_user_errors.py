@@ -69,7 +69,8 @@ def test_an_error_under_mpirun_is_one_line(corpus, command, write_jsonl, tmp_pat
     [
         (
             lambda content: content.replace(b"}\n{", b"} {", 1),
-            "a.jsonl changed during the preparation; run the preparation again while no other process writes to this file",
+            "a.jsonl changed during the preparation; "
+            "run the preparation again while no other process writes to this file",
         ),
         (
             lambda content: content.replace(b"SELECT", b"select", 1),

@@ -55,7 +55,7 @@ def test_random_texts_are_encoded_like_sentencepiece(trained, texts):
 
 def test_the_cache_is_bounded_and_survives_an_encoding_error(trained, monkeypatch):
     _, model = trained
-    monkeypatch.setattr(word_cache, "ENOUGH", 2000)
+    monkeypatch.setattr(word_cache, "MAX_CACHE_SIZE", 2000)
     cache, texts = WordCache(model), corpus() + CODE
     for start in range(0, len(texts), 7):
         assert cache.encode(texts[start : start + 7]) == model.encode(texts[start : start + 7])

@@ -48,7 +48,7 @@ def test_a_folder_of_splits_is_refused_and_the_splits_are_named(saved):
     with pytest.raises(
         UserError,
         match=r"saved0 \(data\.sources\.0\.path\) "
-        r"has the splits train, test: set it to the folder of one, such as .*train, or",
+        r"has the splits train, test: set the path to one of their folders, such as .*train, or",
     ):
         reader(saved)
 
