@@ -57,7 +57,7 @@ def kept_records(
 ) -> Iterator[tuple[int, Record]]:
     """Yield the kept records of a scanned unit, each with the number of its piece. Duplicates are counted in `drops`.
 
-    Raises UserError if the number of records differs from that of the scan.
+    Raises UserError if the scan found a different number of records.
     """
     dropped = drop_reasons(job, number)
     ordinal = -1
@@ -158,8 +158,8 @@ class _Encoder:
     def _count_unknown(self, split: str, members: np.ndarray, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Count the unknown tokens of some records.
 
-        An unknown token replaces text that the tokenizer does not know. `columns` contains the tokens and lengths of each
-        view.
+        An unknown token replaces text that the tokenizer does not know. `columns` contains the tokens and lengths of
+        each view.
         """
         if self.tokenizer.unknown_id is None:
             return
@@ -188,7 +188,7 @@ class _Encoder:
         return excerpt((next(unknown_words, None) or " ".join(words),))
 
     def _drop_too_long_or_empty(self, lengths: np.ndarray) -> np.ndarray:
-        """Count the records to drop, and return the mask of the others: (N, views) -> (N,)."""
+        """Count the records to drop, and return the mask of the records to keep: (N, views) -> (N,)."""
         views = (lengths > 0).sum(axis=1)
         needed = positions_needed(lengths)
         fits: np.ndarray = (views == 1) | ((views > 1) & (needed <= self.job.data.sequence_length))

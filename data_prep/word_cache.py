@@ -27,7 +27,7 @@ def is_cacheable(spec: dict[str, Any]) -> bool:
     """
     if spec["model"]["type"] != "BPE" or not all(token["special"] for token in spec["added_tokens"]):
         return False
-    # None for a rule that does not replace a fixed string: such a rule may look across words.
+    # None for a rule that does not replace a fixed string, because it may look across words.
     replaced = [rule.get("pattern", {}).get("String") for rule in spec["normalizer"]["normalizers"]]
     across = re.compile(f"[^{SPACE}]{SPACE}")
     return (

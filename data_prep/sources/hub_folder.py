@@ -67,9 +67,9 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
 
 
 def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder") -> Reader | None:
-    """Open the files that `builder` finds in a local folder; return None if no reader here can.
+    """Open the files that `builder` finds in a local folder.
 
-    A reader must read the files as the builder would. Raises UserError if the folder does not have the split.
+    Returns None if no reader here reads these files as the builder would. Raises UserError if the folder does not have the split.
     """
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))

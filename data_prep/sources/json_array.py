@@ -116,7 +116,7 @@ class _Text:
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
-        """Drop the text before the current position, and at least double the rest. Return whether there was more text."""
+        """Drop the text before the current position, and at least double the remainder; return whether there was more."""
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)

@@ -148,7 +148,7 @@ class Splitter:
     def _end_document(self, end: int, newline: bool = True) -> bytes | str:
         """Return the current document, b"" if it belongs to another piece, or an error if it is too long.
 
-        The document ends in front of data[end]. `newline` tells whether a newline follows it.
+        The document ends in front of data[end]. If `newline` is true, a newline follows it.
         """
         if not self.in_piece:
             return b""
