@@ -1,4 +1,4 @@
-"""The `data` section of the configuration, and the part of `evaluation` that the preparation reads."""
+"""The `data` section of the configuration, and the part of `evaluation` that is read to prepare a corpus."""
 
 import difflib
 import re
@@ -110,7 +110,7 @@ class HubSource(BaseSource):
     hub_split: str = "train"
     """Split of the data set to read."""
     revision: str | None = None
-    """Branch, tag or commit. The preparation resolves it to a commit and records that commit in `manifest.json`."""
+    """Branch, tag or commit. It is resolved to a commit, which `manifest.json` records."""
 
 
 class TextSource(FileSource):
@@ -172,7 +172,7 @@ class FiltersConfig(Section):
     """Maximum length of every view; a record with a longer view is dropped before tokenization."""
     forbidden: str | None = None
     """Regular expression (Python's `re`). A record is dropped if the expression matches anywhere in a view. If matching
-    one record takes more than 10 s of CPU time, the preparation stops and reports where that record is."""
+    one record takes more than 10 s of CPU time, this is an error that names the record."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "FiltersConfig":
@@ -222,7 +222,7 @@ class DataConfig(Section):
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the training sources that is held out for validation. Records are drawn by the text of their target
     view, and no target is in both splits. Records with a frequent target, such as a label, are drawn by their context
-    instead; the preparation reports this."""
+    instead; a note reports this."""
     on_malformed: Literal["fail", "drop"] = "fail"
     """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the
     preparation (fail), or is dropped and counted (drop)."""
@@ -271,20 +271,20 @@ TaskSource = Annotated[JsonSource | HubSource, Field(discriminator="type")]
 """Rows of an evaluation task."""
 
 
-def task_source(data: DataConfig, given: str | JsonSource | HubSource) -> JsonSource | HubSource:
+def task_source(data: DataConfig, rows: str | JsonSource | HubSource) -> JsonSource | HubSource:
     """Return the rows of an evaluation task as a source.
 
     A plain path is read with the `views` of the first source of `data.sources` that maps columns to views.
     """
-    if not isinstance(given, str):
-        return given
+    if not isinstance(rows, str):
+        return rows
     row_sources = (source for source in data.sources if not isinstance(source, NlrxSource | PythonSource | TextSource))
     views = next((source.views for source in row_sources if source.views is not None), None)
-    return JsonSource(type="json", path=given, views=views)
+    return JsonSource(type="json", path=rows, views=views)
 
 
 class TaskFiles(BaseModel):
-    """The keys of an evaluation task that the preparation reads. Training checks the other keys (pretrain/tasks)."""
+    """The keys of an evaluation task that are read to prepare a corpus; training checks its other keys."""
 
     name: str
     test: LocalPath | TaskSource | None = None
@@ -300,7 +300,7 @@ class TaskFiles(BaseModel):
 
 
 class EvaluationFiles(Section):
-    """The keys of the `evaluation` section that the preparation reads."""
+    """The keys of the `evaluation` section that are read to prepare a corpus."""
 
     every: Any = 0
     device: Any = "cpu"

@@ -33,7 +33,8 @@ def split_function(data: DataConfig, source: int, frequent: frozenset[int] = fro
 
     `frequent` contains the hashes of the source's frequent targets.
     """
-    split, fraction = data.sources[source].split, data.validation_fraction
+    split = data.sources[source].split
+    fraction = data.validation_fraction
     if split != "train" or not fraction:
         return lambda record: split
 

@@ -94,7 +94,7 @@ def check_unchanged(stored: dict[str, Any], job: Job, now: FileStats, folder: Pa
     if changed:
         raise UserError(
             f"{folder} was prepared with a different {' and '.join(changed[:3])}; "
-            "choose another data.path, or remove that folder to prepare it again"
+            "choose a different data.path, or remove that folder to prepare it again"
         )
 
 

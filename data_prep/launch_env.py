@@ -41,7 +41,7 @@ def find_mpi() -> Any | None:
     size = MPI.COMM_WORLD.Get_size()
     if size < expected:
         raise UserError(
-            f"{expected} processes were started together, but MPI sees {size}: the launcher belongs to another MPI "
+            f"{expected} processes were started together, but MPI sees {size}: the launcher belongs to a different MPI "
             "library; start with the mpirun of this library, or with srun --mpi=pmi2 or --mpi=pmix"
         )
     return MPI.COMM_WORLD if size > 1 else None

@@ -132,7 +132,7 @@ class _Preparation:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = try_lock(self.folder / ".lock")
         if self.lock is None:
-            raise UserError(f"another process is preparing {self.folder}; wait for it, or choose another data.path")
+            raise UserError(f"another process is preparing {self.folder}; wait for it, or choose a different data.path")
 
     def _commits(self) -> tuple[str | None, ...]:
         """Return the commit of each source on the hub.
@@ -177,13 +177,14 @@ class _Preparation:
         """
         file_stats = inputs.file_stats(self.job, self.readers)
         settings = self._settings(file_stats)
-        partial, stored = self.job.partial, self.job.partial / SETTINGS
+        partial = self.job.partial
+        stored = partial / SETTINGS
         if {"tests": []} | (read_json_or_none(stored) or {}) == settings:  # earlier versions did not record tests
             scanned, tokenized = (len(list((partial / phase).glob("*[0-9].json"))) for phase in ("scan", "shards"))
             self.say(f"resuming an interrupted preparation: {scanned:,} units are scanned, {tokenized:,} are tokenized")
         else:
             if stored.exists():
-                self.say("the interrupted preparation had other settings: starting from scratch")
+                self.say("the interrupted preparation had different settings: starting from scratch")
                 # Invalidate the settings first: after a kill during the removal, a run with the old settings must not
                 # resume from the remaining files.
                 write_json(stored, None)
@@ -195,7 +196,7 @@ class _Preparation:
             elif (self.folder / "tokenizer").exists() or any(self.folder.glob("*.arrow")):
                 raise UserError(
                     f"{self.folder} contains a tokenizer or shards, but no {MANIFEST} that describes them; "
-                    "remove that folder, or choose another data.path"
+                    "remove that folder, or choose a different data.path"
                 )
             partial.mkdir(exist_ok=True)
             write_json(stored, settings)
@@ -336,7 +337,8 @@ class _Preparation:
         characters = 0
         limit = max(MIN_UNIT_SAMPLE, SAMPLE_CHARACTERS // len(self.units)) if self.units else 0
         for number in sorted(range(len(self.units)), key=lambda number: hashlib.sha256(str(number).encode()).digest()):
-            unit, unit_characters = self.units[number], 0
+            unit = self.units[number]
+            unit_characters = 0
             split_of = split_function(self.job.data, unit.source, load_frequent_targets(self.job, unit.source))
             for _, record in kept_records(self.job, self.readers[unit.source], number, unit):
                 if split_of(record) == "train":

@@ -51,7 +51,8 @@ def scan_unit(serialized: str, number: int, unit: Unit) -> int:
     Raises UserError for a malformed record unless `data.on_malformed` is drop.
     """
     job, readers = open_job(serialized)
-    reader, config = readers[unit.source], job.data
+    reader = readers[unit.source]
+    config = job.data
     scan = _Scan(job, unit, contamination(serialized) if config.sources[unit.source].split == "train" else None)
     missing_view_reason = missing_view_filter(config, reader.provided_views)
     ordinal = -1
@@ -160,7 +161,8 @@ class _Scan:
         fingerprints = np.concatenate([np.empty((0, 2), np.uint64), *self.fingerprints])
         duplicates.write_fingerprints(fingerprint_file(self.job, number, "exact"), fingerprints, ordinals, ranks)
         if self.job.data.deduplicate == "near":
-            views, bands = len(self.job.data.views), near_duplicates.num_bands(self.job.near_threshold)
+            views = len(self.job.data.views)
+            bands = near_duplicates.num_bands(self.job.near_threshold)
             empty = np.empty((0, views, near_duplicates.NUM_HASHES), np.uint16), np.empty((0, bands, 2), np.uint64)
             signatures, keys = (np.concatenate(parts) for parts in zip(empty, *self.sketches, strict=True))
             near_duplicates.write_sketches(

@@ -118,9 +118,9 @@ def _reserved_piece_splitter(proto: ModelProto) -> dict[str, Any] | None:
     # never found.
     if proto.trainer_spec.model_type == BPE:
         return None
-    known = {char for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED) for char in piece.piece}
+    characters = {char for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED) for char in piece.piece}
     reserved = [piece.piece for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED)]
-    cuts = {min(unknown) for unknown in (set(piece) - known for piece in reserved) if unknown}
+    cuts = {min(unknown) for unknown in (set(piece) - characters for piece in reserved) if unknown}
     pattern = {"Regex": "|".join(map(re.escape, sorted(cuts)))}
     return {"type": "Split", "pattern": pattern, "behavior": "Contiguous", "invert": False} if cuts else None
 

@@ -385,7 +385,7 @@ def _raise_for_rows(parts: ShardRows, wrong: np.ndarray, problem: str) -> None:
 
 def _corrupt_shard(path: Path, problem: str) -> UserError:
     """Return the error for a corrupt shard."""
-    return UserError(f"the shard {path} is corrupt or from another preparation: {problem}; {_remedy(path)}")
+    return UserError(f"the shard {path} is corrupt or from a different preparation: {problem}; {_remedy(path)}")
 
 
 def _remedy(path: Path) -> str:

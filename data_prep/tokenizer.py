@@ -185,11 +185,12 @@ def import_tokenizer(path: Path, folder: Path, say: Callable[[str], None] = prin
     """
     source, folder = find_tokenizer(Path(path)), Path(folder)
     if folder.resolve() == source.parent.resolve():
-        raise UserError(f"{folder}: cannot import the tokenizer into its own folder; choose another folder")
+        raise UserError(f"{folder}: cannot import the tokenizer into its own folder; choose a different folder")
     if source.suffix == ".json":
         return _import_json(source, folder, say, with_model=Path(path).is_dir())
     _open_sentencepiece(source)  # raises a more specific error than parsing does
-    proto, test_texts = _parse_proto(source.read_bytes()), list(EDGE_CASE_TEXTS)
+    proto = _parse_proto(source.read_bytes())
+    test_texts = list(EDGE_CASE_TEXTS)
     pieces = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     test_texts += ["".join(random.Random(i).choices(pieces, k=20)) for i in range(200)]
     test_texts += [f"a {p.piece.replace(SPACE, ' ')}b" for p in proto.pieces if p.type == USER_DEFINED]
@@ -354,7 +355,8 @@ def _equivalent_model(source: Path, spec: dict[str, Any]) -> bytes | None:
     path = source.with_name("tokenizer.model")
     if not path.exists():
         return None
-    model, texts = _open_sentencepiece(path), [text for text in EDGE_CASE_TEXTS if text]
+    model = _open_sentencepiece(path)
+    texts = [text for text in EDGE_CASE_TEXTS if text]
     same = _encode_sentencepiece(model, texts) == _encode_tokenizers(_open_tokenizers(spec, source), texts)
     return path.read_bytes() if same else None
 

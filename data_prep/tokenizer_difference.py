@@ -12,7 +12,7 @@ def first_difference(one: Tokenizer, other: Tokenizer) -> str | None:
     """Return the first difference between two tokenizers, in one line, or None.
 
     The comparison includes the number of ids, the special tokens, every token, the merges or scores, and the ids of
-    texts. It ignores differences between files that have no effect, for example if another library version wrote them.
+    texts. It ignores differences between files that have no effect, such as the ones between library versions.
     """
     if one.fingerprint == other.fingerprint:
         return None

@@ -88,16 +88,16 @@ def _tokens_of_files(folder: Path, special: set[str]) -> list[tuple[dict[str, An
 
     A token may occur twice; the later entry has more information.
     """
-    found = []
+    tokens = []
     for content, token_id in _read_beside(folder, ADDED).items():
-        found.append((added_token(_parse_id(token_id, folder / ADDED), content, content in special), folder / ADDED))
+        tokens.append((added_token(_parse_id(token_id, folder / ADDED), content, content in special), folder / ADDED))
     for token_id, token in _read_beside(folder, CONFIG).get("added_tokens_decoder", {}).items():
         content = token_text(token) or ""
         entry = added_token(
             _parse_id(token_id, folder / CONFIG), content, content in special or bool(token.get("special"))
         )
-        found.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
-    return found
+        tokens.append((entry | {flag: bool(token.get(flag)) for flag in FLAGS}, folder / CONFIG))
+    return tokens
 
 
 def _read_beside(folder: Path, name: str) -> dict[str, Any]:

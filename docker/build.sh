@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the image jepa-pretrain, with labels that name its base image and its commit, and print its id.
-# BASE in the environment selects another base image. All arguments are passed to docker build.
+# BASE in the environment selects a different base image. All arguments are passed to docker build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -312,7 +312,8 @@ def main() -> None:
         metavar="N",
         help="give up after this many consecutive crashes without a new checkpoint between them (default 2)",
     )
-    crashes, words = parser.parse_args(sys.argv[1:separator]).crashes, sys.argv[separator + 1 :]
+    crashes = parser.parse_args(sys.argv[1:separator]).crashes
+    words = sys.argv[separator + 1 :]
     run_dir = _run_dir(words)
     # Orphans of the command become children of this process.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -78,14 +78,14 @@ class Contamination:
         `batch` contains the views of each record, "" for a view that the record lacks. Batches of about a megabyte of
         text are fastest.
         """
-        found = [""] * len(batch)
+        lines = [""] * len(batch)
         if not self._normalized:
-            return found
+            return lines
         normalized = _units([view for views in batch for view in views])
         equal = self._normalized.intersection(normalized)
         shared = self._shared_stretches(normalized)
         if not equal and not shared:
-            return found
+            return lines
         ends = np.cumsum([len(views) for views in batch])
         for index, normalized_text in enumerate(normalized):
             if normalized_text not in equal:
@@ -94,11 +94,11 @@ class Contamination:
             view = index - int(ends[record]) + len(batch[record])
             text = self._equal.get(normalized_letters(batch[record][view]))
             if text is not None and view in _context_views(batch[record]):
-                found[record] = found[record] or f"equals the test context {_excerpt(text)}"
+                lines[record] = lines[record] or f"equals the test context {_excerpt(text)}"
         for index, position in shared.items():
             record = int(np.searchsorted(ends, index, side="right"))
-            found[record] = found[record] or self._describe(position)
-        return found
+            lines[record] = lines[record] or self._describe(position)
+        return lines
 
     def _shared_stretches(self, normalized: list[bytes]) -> dict[int, int]:
         """Return the texts that share a stretch with a test context: text index -> start of the stretch in `_units`."""
@@ -129,7 +129,8 @@ class Contamination:
 
     def _describe(self, position: int) -> str:
         number = int(np.searchsorted(self._text_starts, position, side="right")) - 1
-        text, before = self._texts[number], position - int(self._text_starts[number])
+        text = self._texts[number]
+        before = position - int(self._text_starts[number])
         ends = np.cumsum([len(_unit(character)) for character in text.replace("\0", "")])
         start, stop = np.searchsorted(ends, before, side="right"), np.searchsorted(ends, before + OVERLAP_LETTERS) + 1
         stretch = " ".join(text.replace("\0", "")[start:stop].split())
@@ -199,7 +200,7 @@ def _units_by_table(data: bytes) -> bytes:
 def _unit(character: str) -> bytes:
     """Return the bytes for a character: at most three, and none if it is not a letter or digit.
 
-    An ASCII letter is its own byte. A letter of another alphabet is hashed to a byte from 128 on, and 70 equal
+    An ASCII letter is its own byte. A letter of a different alphabet is hashed to a byte from 128 on, and 70 equal
     hashes in a row are practically never chance. A character from U+2E80 on carries about as much information as
     three letters. Three bytes hold it exactly.
     """

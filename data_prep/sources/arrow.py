@@ -43,7 +43,8 @@ class Arrow:
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece; see `Reader.read`."""
-        mapping, before = self.mappings[piece.path], 0
+        mapping = self.mappings[piece.path]
+        before = 0
         with opened(piece.path) as (_, batches):
             for batch in batches:
                 yield from records(batch.select(mapping.columns), mapping, before)

@@ -54,30 +54,31 @@ def find_files_with_note(
     source: FileSource, name: str, suffixes: tuple[str, ...], follow_links: bool = True
 ) -> tuple[list[str], str]:
     """Return the files of a source (see `find_files`), and a note about skipped files, or ""."""
-    path, key = source.path, f"{name}.path"
+    path = source.path
+    key = f"{name}.path"
     skipped: list[str] = []
     if path is None:
         raise UserError(f"{key} is not set: set it on the command line, {key}=FILE")
     if os.path.isdir(path):
-        found = _list_readable(path, suffixes, follow_links, skipped)
-        if not found:
+        paths = _list_readable(path, suffixes, follow_links, skipped)
+        if not paths:
             raise UserError(
                 f"{path} ({key}) holds no file" + (f" that ends in {', '.join(suffixes)}" if any(suffixes) else "")
             )
     elif os.path.lexists(path) or not glob.has_magic(path):
-        found = [path]
+        paths = [path]
     else:
         matches = glob.glob(path, recursive=True)
-        found = [
+        paths = [
             file
             for match in matches
             for file in (_list_readable(match, suffixes, follow_links, skipped) if os.path.isdir(match) else [match])
         ]
-        if not found:
+        if not paths:
             raise UserError(f"no file matches {path} ({key}): check the pattern")
-    for file in found:
+    for file in paths:
         _check_readable(file, key)
-    return sorted(set(found)), skipped_files_note(set(skipped) - set(found), path, key)
+    return sorted(set(paths)), skipped_files_note(set(skipped) - set(paths), path, key)
 
 
 def skipped_files_note(skipped: set[str], folder: str, key: str) -> str:
@@ -111,7 +112,8 @@ def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, s
     def fail(error: OSError) -> None:
         raise read_error(error.filename, error)
 
-    found, seen = [], {os.path.realpath(folder)}
+    paths: list[str] = []
+    seen = {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
         folders.sort()
         skipped += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
@@ -119,9 +121,9 @@ def _list_readable(folder: str, suffixes: tuple[str, ...], follow_links: bool, s
         below = [path for path in below if follow_links or not os.path.islink(path)]
         folders[:] = [os.path.basename(path) for path in _unseen(below, seen)]
         selected = {name for name in names if name.endswith(suffixes) and not name.startswith(".")}
-        found += [os.path.join(parent, name) for name in selected]
+        paths += [os.path.join(parent, name) for name in selected]
         skipped += [os.path.join(parent, name) for name in names if name not in selected]
-    return found
+    return paths
 
 
 def _unseen(folders: list[str], seen: set[str]) -> Iterator[str]:
@@ -264,12 +266,12 @@ def lines(read: Callable[[], bytes], length: int = sys.maxsize) -> Iterator[byte
             block = block[:end] or block
         length -= len(block)
         first, *others = block.split(b"\n")
-        found: list[bytes | None] = [
+        block_lines: list[bytes | None] = [
             None if too_long or len(held) + len(first) > MAX_LINE_BYTES else held + first,
             *others,
         ]
-        last = found.pop()
-        yield from found
+        last = block_lines.pop()
+        yield from block_lines
         held, too_long = last or b"", last is None
     if too_long:
         yield None

@@ -69,7 +69,8 @@ def open_saved(source: HubSource, views: tuple[str, ...], name: str) -> Reader |
 def open_files(source: HubSource, views: tuple[str, ...], name: str, builder: "DatasetBuilder") -> Reader | None:
     """Open the files that `builder` finds in a local folder.
 
-    Returns None if no reader here reads these files as the builder would. Raises UserError if the folder does not have the split.
+    Returns None if no reader here reads these files as the builder would. Raises UserError if the folder does not have
+    the split.
     """
     files = _files_by_split(source, builder)
     _check_split(source, name, list(files))
@@ -133,7 +134,8 @@ def _is_hidden(path: Path) -> bool:
 
 def _note(source: HubSource, name: str, files_in_splits: set[str]) -> str:
     """Return a note that names the data files of a folder that are in no split; empty if there are none."""
-    folder, suffixes = Path(source.path), tuple(suffix for reader_suffixes in READERS for suffix in reader_suffixes)
+    folder = Path(source.path)
+    suffixes = tuple(suffix for reader_suffixes in READERS for suffix in reader_suffixes)
     data_files = (path for path in folder.rglob("*") if path.name.endswith(suffixes))
     visible = {str(path) for path in data_files if not _is_hidden(path.relative_to(folder))}
     in_no_split = sorted(visible - files_in_splits)

@@ -34,7 +34,8 @@ def is_array(path: str) -> bool:
     """Return whether a file is named .json and starts with a bracket. Raises UserError if it cannot be read."""
     if not path.endswith(SUFFIXES):
         return False
-    size, start, first = files.size_of(path), b"", b""
+    size = files.size_of(path)
+    start = first = b""
     with files.open_piece(Piece(path, 0, size, size)) as file:
         read = files.block_reader(file, path)
         try:
@@ -116,7 +117,7 @@ class _Text:
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
-        """Drop the text before the current position, and at least double the remainder; return whether there was more."""
+        """Drop the text before the current position, at least double the remainder, and return whether any was added."""
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)

@@ -54,7 +54,8 @@ class Parquet:
 
     def read(self, piece: Piece) -> Iterator[Record]:
         """Read a piece; see `Reader.read`."""
-        mapping, before = self.mappings[piece.path], 0
+        mapping = self.mappings[piece.path]
+        before = 0
         with opened(piece.path) as file:
             for batch in file.iter_batches(
                 BATCH_ROWS, range(piece.start, piece.stop), mapping.columns, use_threads=False

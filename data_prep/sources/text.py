@@ -146,7 +146,7 @@ class Splitter:
             self.counted_to = position
 
     def _end_document(self, end: int, newline: bool = True) -> bytes | str:
-        """Return the current document, b"" if it belongs to another piece, or an error if it is too long.
+        """Return the current document, b"" if it belongs to a different piece, or an error if it is too long.
 
         The document ends in front of data[end]. If `newline` is true, a newline follows it.
         """

@@ -142,9 +142,9 @@ def _manifest_faults(manifest: _Manifest) -> Iterator[str]:
             yield from _differs(f"{where}.{key}", getattr(split, key), total)
 
 
-def _differs(where: str, stated: Any, found: Any) -> Iterator[str]:
-    if stated != found:
-        yield f"{where} is {stated}, but its shards have {found}"
+def _differs(where: str, stated: Any, counted: Any) -> Iterator[str]:
+    if stated != counted:
+        yield f"{where} is {stated}, but its shards have {counted}"
 
 
 def _folder_faults(folder: Path, manifest: _Manifest) -> Iterator[str]:

@@ -91,7 +91,7 @@ def test_deepspeed_with_open_mpi_produces_the_same_run(folder, open_mpi):
 SPLITTING = {
     "mpirun of another library": (
         ["python"],
-        "2 processes were started together, but MPI sees 1: the launcher belongs to another MPI library",
+        "2 processes were started together, but MPI sees 1: the launcher belongs to a different MPI library",
     ),
     "a launcher in each process": (
         ["torchrun", "--standalone", "--nproc-per-node", "1"],

@@ -209,7 +209,7 @@ def test_changed_settings_restart_an_interrupted_preparation(write_jsonl, pairs,
         "sequence_length": 64,
     }
     prepare(data_config(tmp_path / "out", good, **settings), say=output.append)
-    assert "the interrupted preparation had other settings: starting from scratch" in output
+    assert "the interrupted preparation had different settings: starting from scratch" in output
     prepare_quietly(data_config(tmp_path / "fresh", good, **settings))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 

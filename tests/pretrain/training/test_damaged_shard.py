@@ -66,7 +66,7 @@ def test_all_ranks_end_and_one_error_line_names_the_row(damaged):
     output = done.stdout + done.stderr
     assert output.count("error: ") == 1 and "Traceback" not in output
     assert (
-        f"error: the shard {shard} is corrupt or from another preparation: "
+        f"error: the shard {shard} is corrupt or from a different preparation: "
         f"row {record}, counted from 0: its checksum is wrong; "
     ) in output
 
@@ -94,6 +94,6 @@ def test_a_shard_that_is_truncated_during_a_run_is_named(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stdout + done.stderr
     assert (
-        f"error: the shard {shard} is corrupt or from another preparation: it has {size // 2} bytes instead of {size}"
-        in done.stderr
+        f"error: the shard {shard} is corrupt or from a different preparation: "
+        f"it has {size // 2} bytes instead of {size}" in done.stderr
     )

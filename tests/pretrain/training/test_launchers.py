@@ -336,7 +336,7 @@ def test_shards_or_a_tokenizer_of_another_corpus_are_refused(folder, tmp_path, m
     shard = next(corpora["first"].glob("train-*.arrow"))
     (corpora["second"] / shard.name).write_bytes(shard.read_bytes())
     run_main(config("second"), monkeypatch)
-    assert "is corrupt or from another preparation" in capsys.readouterr().err
+    assert "is corrupt or from a different preparation" in capsys.readouterr().err
     for file in (corpora["second"] / "tokenizer").iterdir():
         (corpora["first"] / "tokenizer" / file.name).write_bytes(file.read_bytes())
     run_main(config("first"), monkeypatch)
