@@ -162,8 +162,8 @@ def validate(model: type[Model], values: Any, where: str = "") -> Model:
         if first["type"] == "extra_forbidden":
             dotted_keys = [f"{where}.{name}" if where else name for name in known_keys(model)]
             if _with_list_index(key) in dotted_keys:
-                tag = next(part for part in reversed(first["loc"]) if part in tags)
-                raise UserError(f"{key} has no effect with {tag}; remove it") from None
+                section_type = next(part for part in reversed(first["loc"]) if part in tags)
+                raise UserError(f"{key} has no effect with {section_type}; remove it") from None
             raise UserError(_unknown_key(key, dotted_keys)) from None
         if first["type"] == "union_tag_invalid":
             tag = first["ctx"]

@@ -117,7 +117,7 @@ class _Text:
                 return value if element.isascii() or not NOT_UTF_8.search(element) else ValueError("not UTF-8")
 
     def _more(self) -> bool:
-        """Drop the text before the current position, at least double the remainder, and return whether any was added."""
+        """Drop the text before the current position, at least double the remainder, and return whether it grew."""
         if len(self.held) - self.at > files.MAX_LINE_BYTES:
             raise ValueError("an element of more than 16 MiB")
         self.before = self.line_of(self.at)
