@@ -222,9 +222,9 @@ def _with_list_index(key: str) -> str:
 
 def _unknown_key(key: str, known: typing.Sequence[str], where: str = "") -> str:
     nearest = difflib.get_close_matches(_with_list_index(key), known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}{f' in {where}' if where else ''}" + (
-        f"; the nearest known one is {nearest[0]!r}" if nearest else ""
-    )
+    location = f" in {where}" if where else ""
+    suggestion = f"; the nearest known one is {nearest[0]!r}" if nearest else ""
+    return f"unknown key {key!r}{location}{suggestion}"
 
 
 def _one_line(text: str) -> str:

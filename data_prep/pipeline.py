@@ -80,10 +80,8 @@ def prepare(
     except BrokenPipeError:  # an error of the console output, not of writing the corpus
         raise
     except OSError as error:
-        raise UserError(
-            f"cannot write the corpus to {config.path}: {error.strerror or error}"
-            f"{f' ({error.filename})' if error.filename else ''}"
-        ) from None
+        file = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"cannot write the corpus to {config.path}: {error.strerror or error}{file}") from None
 
 
 class _Preparation:

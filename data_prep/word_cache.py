@@ -1,8 +1,8 @@
 """A cache of the tokens of words. On real text it is several times as fast as sentencepiece itself.
 
-Byte-pair encoding merges neighbours whose concatenation is a piece. If no piece has a blank after another character,
-nothing is merged across the beginning of a word. A text can then be split into parts, each a word with its preceding
-blanks, and the concatenated tokens of the parts are the tokens of the text.
+Byte-pair encoding merges neighbours whose concatenation is a piece. If no piece has a blank after a character that is
+not a blank, nothing is merged across the beginning of a word. A text can then be split into parts, each a word with its
+preceding blanks, and the concatenated tokens of the parts are the tokens of the text.
 """
 
 import itertools

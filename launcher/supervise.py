@@ -234,7 +234,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         stamp_before = _status_stamp(run_dir)
         started = time.monotonic()
         command = Command(words, stop)
-        _log(f"start {attempt}, process {command.pid}: {shlex.join(words)}")
+        _log(f"launch {attempt}, process {command.pid}: {shlex.join(words)}")
         try:
             command.wait()
         finally:
@@ -247,7 +247,7 @@ def supervise(words: list[str], run_dir: Path, crashes: int) -> int:
         if not (is_new or still_holds):
             status = {}
         ended = f"{_describe_exit(command.code)}, {_describe_status(status)}"
-        _log(f"start {attempt} ended after {time.monotonic() - started:.0f} s: {ended}")
+        _log(f"launch {attempt} ended after {time.monotonic() - started:.0f} s: {ended}")
         code = _exit_code(command.code, status, stop)
         if code is not None:
             return _finish(code, stop)

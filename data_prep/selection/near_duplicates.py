@@ -5,7 +5,7 @@ text (RefinedWeb and FineWeb also use word 5-grams). A punctuation mark is a wor
 expressions and code. An ideograph is a word too. Texts are padded, so each word is in five 5-grams. The similarity
 of two records is the lowest similarity of any of their views.
 
-At the default threshold of 0.8, a text of up to 40 words has no near-duplicates except copies with other case or
+At the default threshold of 0.8, a text of up to 40 words has no near-duplicates except copies with different case or
 spacing. A longer text may differ by one word in 45. Records made from one template with different words, such as
 questions to a database, are kept: of the 7,911 distinct NL-RX training records and of the 6,582 of Spider, none is
 dropped. The alternatives drop more of them: character 5-grams over all views together 1,430 and 234, character

@@ -1,4 +1,4 @@
-"""Row formats of public data sets, and their conversion to views: one file for each evaluation task that has a format.
+"""Row formats of public data sets and the views that they make: one file for each evaluation task with a format.
 
 The preparation and the evaluation both read the rows of a task through `data_prep/task_rows.py`, which uses these
 formats. Therefore the evaluated contexts are exactly the ones that are kept out of training. The options, metrics and

@@ -191,7 +191,7 @@ else:
 """)
     assert run.end() == 0 and run.starts() == 4
     assert [f"starting again in 1 s from step {step}" in run.output() for step in (10, 20, 30)] == [True] * 3
-    assert "start 1 ended after" in run.output() and "SIGKILL, status.json: running at step 10" in run.output()
+    assert "launch 1 ended after" in run.output() and "SIGKILL, status.json: running at step 10" in run.output()
 
 
 def test_two_crashes_without_a_checkpoint_between_them_end_the_restarts(supervised):
