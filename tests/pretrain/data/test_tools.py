@@ -157,6 +157,6 @@ def test_an_incomplete_manifest_is_reported_in_one_line(tmp_path, run_cli, comma
     code, _, error = run_cli(command, tmp_path, main=data_prep_main if command == "verify" else main)
     assert (
         code == 2
-        and error.startswith(f"error: {tmp_path / MANIFEST} is corrupt, it has no ")
+        and error.startswith(f"error: {tmp_path / MANIFEST} is corrupt: it has no ")
         and error.count("\n") == 1
     )
