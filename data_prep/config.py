@@ -1,4 +1,4 @@
-"""The `data` section of the configuration, and the part of `evaluation` that the preparation reads."""
+"""The `data` section of the configuration, and the part of `evaluation` that `data_prep` reads."""
 
 import difflib
 import re
