@@ -1,4 +1,4 @@
-"""The `data` section of the configuration, and the part of `evaluation` that is read to prepare a corpus."""
+"""The `data` section of the configuration, and the part of `evaluation` that `data_prep` reads."""
 
 import difflib
 import re
@@ -19,15 +19,16 @@ class BaseSource(Section):
     """Settings that all sources have in common."""
 
     split: Split = "train"
+    """Split to which the records of this source belong."""
     weight: float = Field(default=1.0, gt=0)
-    """Number of times that each record is used per epoch, only for split train. With 0.5, it is used in every second
-    epoch."""
+    """Number of times that each record is used per epoch; only for split train. With 0.5, each record is used in every
+    second epoch."""
     views: dict[str, str] | str | None = None
     """Mapping from each view to a column, to `messages.ROLE` (the only message of that role), or to a template over
     columns such as `{name}: {summary}`. A doubled brace stands for a literal brace. A view is absent if one of its
     columns is absent. Views of `data.views` without an entry are absent in all records of this source. Alternatively,
-    the name of one column with a list of texts: they become the views in order, and a longer list becomes several
-    records."""
+    the name of one column that holds a list of texts. Its texts become the views in order; a list with more texts than
+    views becomes several records."""
 
     @field_validator("views", mode="before")
     @classmethod
@@ -49,17 +50,17 @@ class FileSource(BaseSource):
 
     path: LocalPath | None = None
     """A file, a folder, or a glob. A folder stands for all matching files below it, sorted by name, except hidden ones.
-    A shared configuration may omit the path; it is then set on the command line."""
+    The path may be omitted in the file and set on the command line."""
 
 
 class NlrxSource(BaseSource):
-    """Pairs drawn from the embedded NL-RX grammar. Columns: text and code, by default the first view and the last."""
+    """Pairs drawn from the built-in NL-RX grammar. Columns: text and code, by default the first view and the last."""
 
     type: Literal["nlrx"]
     records: int = Field(gt=0)
     """Number of generated records."""
     seed: int = 0
-    """Seed of the generator; the same seed and index always give the same record."""
+    """Seed of the generator; the same seed always produces the same records in each split."""
 
 
 class JsonSource(FileSource):
@@ -110,7 +111,7 @@ class HubSource(BaseSource):
     hub_split: str = "train"
     """Split of the data set to read."""
     revision: str | None = None
-    """Branch, tag or commit. It is resolved to a commit, which `manifest.json` records."""
+    """Branch, tag or commit. `data_prep` resolves it to a commit and records this commit in `manifest.json`."""
 
 
 class TextSource(FileSource):
@@ -164,15 +165,15 @@ class TokenizerConfig(Section):
 
 
 class FiltersConfig(Section):
-    """Filters that drop records by their text. A record with a NUL character in any view is always dropped."""
+    """Filters that drop records because of their text. A record with a NUL character in any view is always dropped."""
 
     min_characters: int = Field(default=0, ge=0)
-    """Minimum length of every view that a record has; a record with a shorter view is dropped."""
+    """Minimum length of a view, in characters; a record with a shorter view is dropped."""
     max_characters: int | None = Field(default=None, ge=1)
-    """Maximum length of every view; a record with a longer view is dropped before tokenization."""
+    """Maximum length of a view, in characters; a record with a longer view is dropped before tokenization."""
     forbidden: str | None = None
-    """Regular expression (Python's `re`). A record is dropped if the expression matches anywhere in a view. If matching
-    one record takes more than 10 s of CPU time, this is an error that names the record."""
+    """Regular expression (Python's `re`). A record is dropped if any part of a view matches. If one record takes more
+    than 10 s of CPU time, `data_prep` stops and reports its location."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> "FiltersConfig":
@@ -202,30 +203,30 @@ class DataConfig(Section):
     """Sources of the records; see below."""
     views: tuple[str, ...] = Field(default=("text", "code"), min_length=1)
     """Names of a record's views, at most 8. Two for pairs: the context (a question, a description) and the target (its
-    answer). One for plain documents. Several for groups of paraphrases, each the context of the next."""
+    answer). One for plain documents. Several for groups of paraphrases; each is the context of the next."""
     missing_views: Literal["drop", "keep"] = "drop"
     """Treatment of a record that lacks some of its views: it is dropped and counted (drop), or kept with the views that
     it has (keep). A kept record with one view is a plain document."""
     tokenizer: TokenizerConfig
     """Tokenizer, trained or imported; see below."""
     filters: FiltersConfig = FiltersConfig()
-    """Filters that drop records by their text; see below."""
+    """Filters that drop records because of their text; see below."""
     sequence_length: int = Field(default=512, ge=8)
-    """Positions in a packed row. A record that does not fit into a row if each view predicts the next is dropped and
-    counted. Prepended predictor tokens and `direction: both` may need more positions; a run reports this when it
-    starts."""
+    """Positions in a packed row. A record of several views that is too long for a row is dropped and counted. Its
+    length is computed for the joint layout, `direction: forward` and 12 appended predictor tokens per context.
+    Prepended predictor tokens and `direction: both` may need more positions; a run reports this at startup."""
     lm_views: Literal["all", "last"] = "all"
     """Views with next-token labels: all of them, or only the last (the answer)."""
     train_end_token: bool = True
     """Whether the end token of a text is a next-token target. Without it a model does not learn to stop. Published
     results of LLM-JEPA have this flaw; set this key to false only to compare with them."""
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the training sources that is held out for validation. Records are drawn by the text of their target
-    view, and no target is in both splits. Records with a frequent target, such as a label, are drawn by their context
-    instead; a note reports this."""
+    """Fraction of the training sources that is held out for validation. A hash of the target decides the split, so
+    records with equal targets are in the same split. For a frequent target, such as a label, a hash of the context
+    decides instead; `data_prep` reports this."""
     on_malformed: Literal["fail", "drop"] = "fail"
-    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops the
-    preparation (fail), or is dropped and counted (drop)."""
+    """Treatment of a line that is not a valid record (not JSON, not UTF-8, a view that is not text): it stops
+    `data_prep` (fail), or is dropped and counted (drop)."""
     deduplicate: Literal["exact", "near", "none"] = "exact"
     """Removal of duplicates across all sources. exact: of records with identical views, only one is kept. near: of
     nearly identical records, only one is kept too (requires the extra `near-duplicates`). none: all records are kept. A
@@ -233,10 +234,10 @@ class DataConfig(Section):
     near_threshold: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near-duplicates; default 0.8."""
     decontaminate: bool = True
-    """Whether to drop training records that also occur in the test files of `evaluation.tasks`. Records are compared by
-    their whole context and by long passages of it, never by their target."""
+    """Whether to drop training records that also occur in the test files of `evaluation.tasks`. A record is dropped
+    if a context view equals a test context or if any view shares a long passage with one; test targets are ignored."""
     workers: int | None = Field(default=None, ge=1)
-    """Number of preparation processes; default: one per core. Under mpirun or srun, the ranks are used instead."""
+    """Number of preparation processes; default: one per core. Under mpirun or srun, each rank is one process."""
 
     @field_validator("views")
     @classmethod
@@ -284,7 +285,7 @@ def task_source(data: DataConfig, rows: str | JsonSource | HubSource) -> JsonSou
 
 
 class TaskFiles(BaseModel):
-    """The keys of an evaluation task that are read to prepare a corpus; training checks its other keys."""
+    """The keys of an evaluation task that `data_prep` reads. Training checks the other keys (pretrain/tasks)."""
 
     name: str
     test: LocalPath | TaskSource | None = None
@@ -300,7 +301,7 @@ class TaskFiles(BaseModel):
 
 
 class EvaluationFiles(Section):
-    """The keys of the `evaluation` section that are read to prepare a corpus."""
+    """The keys of the `evaluation` section that `data_prep` reads."""
 
     every: Any = 0
     device: Any = "cpu"
