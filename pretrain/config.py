@@ -31,12 +31,13 @@ class EvaluationConfig(Section):
     """The downstream evaluation job."""
 
     every: int = Field(default=0, ge=0)
-    """Steps between checkpoints that are evaluated in the background during training; 0: none."""
+    """Steps between background evaluations during training, a multiple of checkpoint.every; 0: no background
+    evaluation."""
     device: str = "cpu"
     """Device of background evaluations: cpu, or cuda:N for a GPU that training does not use. N is its number in
     nvidia-smi."""
     tasks: list[TaskSection] = []
-    """Tasks of an evaluation, both in the background and by the command."""
+    """Tasks to evaluate, in the background and with launcher/evaluate.py."""
 
     @field_validator("device")
     @classmethod
@@ -59,9 +60,9 @@ class RunConfig(Section):
     name: str = Field(min_length=1, pattern=r"^\w[\w.+-]*$")
     """Name of the run; `{dotted.key}` is replaced by the value of that key."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the initial weights, the order of the records and loss dropout."""
+    """Seed for the initial weights, the record order and loss dropout."""
     output_dir: LocalPath = "runs"
-    """Folder of the run directory, output_dir/name."""
+    """Parent folder of the run directory, which is `output_dir/name`."""
     data: DataConfig
     model: ModelConfig
     objective: ObjectiveSection

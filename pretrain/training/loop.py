@@ -126,8 +126,8 @@ class Trainer:
         if self.saver.problem and not self.reason.startswith(REWIND_REASON_PREFIX):
             steps = list_steps(self.config.run_dir / "checkpoints")
             raise UserError(
-                f"the last checkpoint was not written: {self.saver.problem}; then run the same command again, which "
-                + (f"resumes from step {steps[-1]}" if steps else "starts from the beginning")
+                f"the last checkpoint was not written: {self.saver.problem}; once this is fixed, run the same command "
+                + (f"again to resume from step {steps[-1]}" if steps else "again to start from the beginning")
             )
         return status
 
@@ -158,7 +158,7 @@ class Trainer:
             self.throughput.add(step.rows, step.loss_denominators["targets"], seconds, data.pop_wait_seconds())
             if score > self.config.train.spike_score and self.config.train.on_spike == "rewind" and self._rewind(score):
                 return "resumable"
-            if self.saver.open and not consensus.saving:
+            if self.saver.in_progress and not consensus.saving:
                 self._finish_save()
 
             values = gradients | (self._step_values(consensus.losses, score) if logging or not updated else {})
