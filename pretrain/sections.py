@@ -36,8 +36,8 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Adapters to train, instead of the whole model of init_from."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """Attention implementation. auto: FlexAttention on CUDA; SDPA with the visibility mask on CPU and for heads narrower
-    than 16, except for gemma2, whose capped scores need eager."""
+    """Attention implementation. auto: FlexAttention on CUDA; SDPA with the visibility mask on CPU and for heads
+    narrower than 16, except for gemma2, whose capped scores need eager."""
 
     @model_validator(mode="after")
     def _check_model_source(self) -> "ModelConfig":

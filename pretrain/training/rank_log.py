@@ -66,7 +66,7 @@ class RankLog:
         sys.stdout, sys.stderr = self._streams
 
     def close(self) -> None:
-        """Flush all output. On rank 0, return libraries' output to the console and wait up to COPY_TIMEOUT for the copier."""
+        """Flush all output. On rank 0, send libraries' output to the console again and wait for the copying process."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._copier:
@@ -106,7 +106,7 @@ class RankLog:
 
 
 def _console(stream: TextIO, descriptor: int) -> TextIO:
-    """Return a stream that still writes to the current target of `stream` when the descriptor of `stream` is redirected."""
+    """Return a stream that still writes to the current target of `stream` after its descriptor has been redirected."""
     try:
         is_descriptor = stream.fileno() == descriptor
     except OSError:  # a Python stream without a descriptor

@@ -104,7 +104,10 @@ class Saver:
             self._seconds += time.perf_counter() - started
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Copy the state of the run and write it, in the background if so configured. `state` must be JSON-serializable."""
+        """Copy the state of the run and write it, in the background if so configured.
+
+        `state` must be JSON-serializable.
+        """
         self.finish()
         started = time.perf_counter()
         temporary = self._folder / f".{step_name(step)}.tmp"
