@@ -126,7 +126,7 @@ class RunConfig(Section):
         return self
 
     def make_layout(self, specials: SpecialTokenIds, views: int, *, validating: bool = False) -> Layout:
-        """Return the layout of a record of `views` views. `validating` is explained in ObjectiveConfig.make_layout."""
+        """Return the layout of a record of `views` views. See ObjectiveConfig.make_layout for `validating`."""
         return self.objective.make_layout(
             specials, views, self.data.lm_views, self.data.train_end_token, validating=validating
         )

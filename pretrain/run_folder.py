@@ -19,7 +19,7 @@ REWIND_REASON_PREFIX = "rewinding"
 REWINDS = "rewinds.json"
 """File with the rewinds of the run so far; see `read_rewinds`."""
 PINS = "pins"
-"""Folder of empty files named like checkpoints. A checkpoint with such a file is kept until it has been evaluated."""
+"""Folder of empty files named like checkpoints. A checkpoint that has one is kept until it has been evaluated."""
 
 
 def step_name(step: int) -> str:

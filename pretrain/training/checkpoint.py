@@ -71,7 +71,7 @@ def publish(temporary: Path, step: int, ranks: int, state: dict[str, Any], files
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(temporary, folder / name)
     sync_folder(folder)
-    with contextlib.suppress(OSError):  # repaired when the run resumes
+    with contextlib.suppress(OSError):  # it is repaired when the run resumes
         write_text(folder / LATEST, name + "\n")
 
 

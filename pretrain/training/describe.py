@@ -47,7 +47,7 @@ MUTABLE_ON_RESUME = (
     "train.on_spike",
     "train.spike_score",
 )
-"""Keys below IMMUTABLE_ON_RESUME that may change: they do not change the result, or set reactions to later events."""
+"""Keys below IMMUTABLE_ON_RESUME that may change: they do not change what is computed, or affect later events only."""
 LOCATION_KEYS = ("name", "output_dir")
 """Keys of the run's location. A run directory may move, so their changes are not reported."""
 

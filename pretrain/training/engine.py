@@ -56,7 +56,7 @@ class TrainingModule(nn.Module):
 def resolve_hf_config(config: RunConfig, tokenizer: Tokenizer, resuming: bool) -> PretrainedConfig:
     """Return the model's Hugging Face configuration: from its family and shape, or from the folder of model.init_from.
 
-    A resumed run has a copy of that folder's configuration and no longer needs the folder.
+    A resumed run has a copy of the configuration in that folder, and no longer needs the folder.
     """
     model = config.model
     if model.init_from is not None and resuming and (config.run_dir / MODEL_DIR).exists():

@@ -25,8 +25,8 @@ def gradient_diagnostics(
     """Return the norms and cosines of the terms' gradients over the global batch, by metric tag.
 
     `batches` are this rank's micro batches. A term's gradient is the gradient of weight * sum / count, so the sum of
-    these gradients is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is zero,
-    and all values are NaN if a term is not finite.
+    these gradients is the gradient of the loss. A term with a count of 0 is absent. A cosine is NaN if a gradient is
+    zero, and all values are NaN if a term is not finite.
 
     The cost is a forward and a backward pass over the global batch for each term, and memory for two fp32 gradients
     divided by the number of ranks. DeepSpeed's accumulated gradients and the random number generators do not change.

@@ -70,7 +70,7 @@ class HostCopies:
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the next buffer, replaced if it does not fit.
 
-        It usually fits, because all saves of a run have the same tensors in the same order.
+        A buffer usually fits, because all saves of a run have the same tensors in the same order.
         """
         index, self._used = self._used, self._used + 1
         if index == len(self._buffers):

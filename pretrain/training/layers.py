@@ -15,11 +15,11 @@ from pretrain.models.language_model import LanguageModel
 
 GRAPHS_PER_SHAPE = 8
 """Number of graphs that torch._dynamo may create for layers of one shape. Training, validation and checkpointing need
-separate graphs, and so does each mask of Gemma 2."""
+separate graphs, and each mask of Gemma 2 needs one too."""
 
 
 def enable_activation_checkpointing(model: LanguageModel) -> None:
-    """Keep only the input of each layer, and recompute the layer in the backward pass."""
+    """Make the model keep only the input of each layer, and recompute the layer in the backward pass."""
     # The reentrant variant would run ZeRO-3's gradient hooks in a separate backward pass for each layer. It does not
     # support torch.autograd.grad either.
     model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -28,7 +28,8 @@ def enable_activation_checkpointing(model: LanguageModel) -> None:
 def mark_layers_as_z3_leaves(model: LanguageModel) -> None:
     """Make ZeRO stage 3 gather and release the parameters of a layer together.
 
-    This needs one hook per layer instead of one for each linear layer and norm. Call it before DeepSpeed is initialised.
+    This needs one hook per transformer layer instead of one per linear layer and norm. Call it before DeepSpeed is
+    initialised.
     """
     set_z3_leaf_modules(model, list({type(layer) for layer in model.causal_lm.model.layers}))
 

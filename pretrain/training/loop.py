@@ -199,7 +199,7 @@ class Trainer:
 
     def _report_hang(self, line: str) -> None:
         """Print the error of a run that hangs, and mark the run as resumable."""
-        self.print_fatal(f"error: {line}; ending the run; run the same command again")
+        self.print_fatal(f"error: {line}; ending the run; to resume it, run the same command again")
         steps = list_steps(self.config.run_dir / "checkpoints")
         write_status(self.config.run_dir, "resumable", steps[-1] if steps else 0, line)
 
@@ -400,7 +400,7 @@ class Trainer:
         return values
 
     def _watch_for_collapse(self, values: dict[str, float], prefix: str) -> None:
-        """Warn if the embeddings have collapsed since the last check. The tags of their monitors start with `prefix`."""
+        """Warn if the embeddings have collapsed since the last check. The tags of the monitors start with `prefix`."""
         monitors = {tag.removeprefix(prefix): value for tag, value in values.items() if tag.startswith(prefix)}
         had_collapsed = self.collapsed
         self.collapsed = self.config.objective.pairing is not None and has_collapsed(monitors)
@@ -451,7 +451,7 @@ class Trainer:
                     start_evaluations(self.config.run_dir, device)
 
     def _warn_about_launchers(self) -> None:
-        """Warn once if a step and a save take longer than LAUNCHER_GRACE, because a signal to the launcher then loses steps."""
+        """Warn once if a step and a save take longer than LAUNCHER_GRACE: a signal to the launcher would lose steps."""
         needed = self.step_seconds + self.saver.duration
         if self.world.size > 1 and not self.warned_about_launchers and needed > LAUNCHER_GRACE:
             self.warned_about_launchers = True

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pretrain.training.distributed import World
 
 EXIT_CODE_STOPPED = 75
-"""Exit code of a run that stopped on request and can resume (EX_TEMPFAIL). Launchers may change it, so status.json
-records the state too."""
+"""Exit code of a run that stopped on request and can resume (EX_TEMPFAIL). Launchers may replace this code, so
+status.json records the state too."""
 
 
 def main() -> None:

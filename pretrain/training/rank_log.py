@@ -18,7 +18,7 @@ from pretrain.training import console_copy
 LOGS = "logs"
 """Folder of the logs in the run directory."""
 COPY_TIMEOUT = 10.0
-"""Time allowed for copying the last output of libraries, in seconds."""
+"""Time limit for copying the last output of libraries to the console, in seconds."""
 
 
 class RankLog:
@@ -99,7 +99,7 @@ class RankLog:
             traceback.print_exception(error, file=self._file)
 
     def print_fatal(self, text: str) -> None:
-        """Print to the console, from any rank, and to the file."""
+        """Print to the console, on any rank, and to the file."""
         for stream in (self._consoles[1], self._file):
             with contextlib.suppress(OSError):
                 print(text, file=stream, flush=True)
