@@ -261,6 +261,7 @@ def _check_decontaminated(config: RunConfig, corpus: Corpus, say: Callable[[str]
     for test in evaluation_tests(config.data, config.evaluation.model_dump(mode="json", exclude_none=True)):
         (described,) = Job(data=config.data, tests=(test,)).test_descriptions
         files = list_test_files(test)
+        not_compared: list[str | None]
         if files:
             not_compared = [path for path in files if sha256_file(Path(path)) not in compared_hashes]
         else:
