@@ -91,8 +91,8 @@ class TrainConfig(Section):
     """Whether to keep only the input of each transformer layer and to recompute the layer in the backward pass. Saves
     memory and costs time."""
     compile: bool = False
-    """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and takes time each time
-    the run starts."""
+    """Whether to run torch.compile on the transformer layers. Needs a C++ compiler, and adds compilation
+    time whenever the run starts."""
     on_spike: Literal["warn", "skip", "rewind"] = "warn"
     """Reaction to a loss spike, a step with one loss term far above its recent values. warn: print a warning. skip:
     also skip the update of the step. rewind: end the run; the next launch skips the records of the spike's step and of

@@ -125,7 +125,7 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], ranks: int | Non
     if environment["data"]["weights"] != data["weights"]:
         raise UserError(
             f"the weights of data.sources are {data['weights']}, but {run_dir} was started with "
-            f"{environment['data']['weights']}: set those, or choose another `name`"
+            f"{environment['data']['weights']}: set these weights, or choose another `name`"
         )
     accepted = [
         f"{key} is {_value_at(now, key)}, was {_value_at(before, key)}"

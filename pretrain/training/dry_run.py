@@ -319,7 +319,8 @@ def _visible_keys(layout: Layout, lengths: np.ndarray) -> int:
 
 def _largest_step(config: RunConfig) -> Step:
     """Return the upper bound of a step: each row is filled by one record, and every position is a target."""
-    rows, length = config.train.global_batch_rows, config.data.sequence_length
+    rows = config.train.global_batch_rows
+    length = config.data.sequence_length
     return Step(Stream(rows * length, rows * length, 0, rows * length * (length + 1) / 2))
 
 
@@ -432,7 +433,8 @@ def _states_table(plan: Plan) -> Table:
     Without ZeRO the number of ranks makes no difference, and on one rank all stages are equal. These repetitions are
     omitted.
     """
-    precision, configured = plan.config.train.precision, int(plan.zero.stage)
+    precision = plan.config.train.precision
+    configured = int(plan.zero.stage)
     cases = [(0, 1)] + [
         (stage, ranks) for ranks in plan.rank_counts for stage in ((1, 2, 3) if ranks > 1 else (configured,))
     ]
@@ -491,13 +493,13 @@ def non_state_memory(plan: Plan, device: str) -> list[tuple[str, float, float]]:
     partly_used = buffers["cpu"] < buffers["cuda"]
     extent = {"cuda": ", on CUDA all of reduce_bucket_size", "cpu": ", on CPU the used part only"}[device] * partly_used
     targets = plan.step.stream.targets * train.micro_batch_rows / train.global_batch_rows
-    kept = activations(
+    stored = activations(
         plan.model, train.precision, train.micro_batch_rows * plan.config.data.sequence_length, targets, device
     )
     rows = [
-        ("activations of the layers", kept.layers, kept.checkpointed_layers),
-        ("logits of the targets", kept.logits, kept.logits),
-        ("gradient of the output head", kept.head, kept.head),
+        ("activations of the layers", stored.layers, stored.checkpointed_layers),
+        ("logits of the targets", stored.logits, stored.logits),
+        ("gradient of the output head", stored.head, stored.head),
         (f"gradients to be reduced{extent}", reduced, reduced),
     ]
     if int(zero.stage) == 3:

@@ -209,7 +209,8 @@ class Trainer:
         return self.world.sum([torch.tensor(self.stop.received is not None, device=self.world.device)])[0] > 0
 
     def _stop_reason(self) -> str:
-        return f"stopped by {self.stop.received.name if self.stop.received else 'a signal to another rank'}"
+        cause = self.stop.received.name if self.stop.received else "a signal to another rank"
+        return f"stopped by {cause}"
 
     @property
     def fraction(self) -> float:

@@ -98,7 +98,8 @@ def _train(config: RunConfig, world: "World", stop: StopRequest, log: RankLog) -
     from pretrain.training.first_error import report_first_error
     from pretrain.training.setup import RunLock, set_up
 
-    trainer, lock = None, RunLock(config.run_dir)
+    trainer = None
+    lock = RunLock(config.run_dir)
     try:
         trainer = set_up(config, world, stop, lock)
         if trainer is None:

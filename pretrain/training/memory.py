@@ -127,21 +127,22 @@ def activations(model: LanguageModel, precision: str, positions: float, targets:
     gradient of the head's weight exists in fp32 from the forward pass on. The backward pass adds a second copy, and in
     bf16 a third.
     """
-    item, head = ITEM_BYTES[precision], model.causal_lm.lm_head
+    item_bytes = ITEM_BYTES[precision]
+    head = model.causal_lm.lm_head
     layers = [
         positions
         * (
-            (4 + item) * layer.norms
-            + item * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward)
+            (4 + item_bytes) * layer.norms
+            + item_bytes * (2 * model.hidden_size + 2 * layer.queries + 2 * layer.keys + 4 * layer.feed_forward)
         )
         for layer in layer_widths(model)
     ]
     return Activations(
         layers=sum(layers),
-        checkpointed_layers=item * model.hidden_size * positions * len(layers) + max(layers),
+        checkpointed_layers=item_bytes * model.hidden_size * positions * len(layers) + max(layers),
         logits=min(targets * model.vocab_size, MAX_LOGITS[device])
-        * (4 + (item if precision == "bf16" else 0) + (4 if head.softcap else 0)),
-        head=float(8 + (item if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size
+        * (4 + (item_bytes if precision == "bf16" else 0) + (4 if head.softcap else 0)),
+        head=float(8 + (item_bytes if precision == "bf16" else 0)) * model.vocab_size * model.hidden_size
         if head.weight.requires_grad
         else 0.0,
     )

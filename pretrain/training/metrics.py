@@ -22,7 +22,7 @@ class Metrics:
     """The writer of metrics.jsonl and TensorBoard files, used by rank 0 of the training run only.
 
     A run that resumes from `step` removes everything that was written after that step, so no step is repeated or
-    missing. If the disk is full, values are kept in memory and written once there is room.
+    missing. If the disk is full, values are kept in memory and written once the disk has room.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -79,7 +79,7 @@ class Metrics:
         except OSError as error:
             print_now(
                 f"WARNING: cannot write metrics.jsonl ({error.strerror}); keeping {self._unwritten.count(NEWLINE)} "
-                "lines in memory until there is room"
+                "lines in memory until the disk has room"
             )
 
     def _open(self, step: int) -> None:
@@ -121,7 +121,7 @@ class Metrics:
             self._writer = None
             print_now(
                 f"WARNING: cannot write {self._folder} ({error.strerror}); keeping {len(self._unflushed)} steps in "
-                "memory until there is room"
+                "memory until the disk has room"
             )
 
 

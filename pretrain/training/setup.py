@@ -278,7 +278,7 @@ def _check_views(config: RunConfig, corpus: Corpus) -> None:
     if tuple(corpus.manifest["views"]) != config.data.views:
         raise UserError(
             f"data.views are {list(config.data.views)}, but {config.data.path} was prepared with "
-            f"{corpus.manifest['views']}: set those, or prepare another data.path"
+            f"{corpus.manifest['views']}: set data.views to these, or prepare another data.path"
         )
 
 
@@ -299,8 +299,8 @@ def _check_same_tokenizer(folder: str, corpus: Corpus, say: Callable[[str], None
         difference = first_difference(model_tokenizer, corpus.tokenizer)
     if difference is not None:
         raise UserError(
-            f"model.init_from: the tokenizer of {folder} differs from the one of {corpus.folder} ({difference}); "
-            "prepare the corpus with data.tokenizer.path set to the former folder"
+            f"model.init_from: the tokenizer of {folder} differs from the tokenizer of {corpus.folder} ({difference}); "
+            f"prepare the corpus with data.tokenizer.path set to {folder}"
         )
 
 
